@@ -1,0 +1,126 @@
+"""AWQ (Lin et al., arXiv 2306.00978): scale salient input channels up before rounding, and down again afterwards.
+
+The per-channel scales cannot be folded into a neighbour in an arbitrary network, so they are stored with the layer and
+counted. Exponent and clip range are both searched on the calibrated output error tr(dW A dWT), which equals the
+published search on sample outputs over the whole calibration set.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from bayesq.quant.feedback import output_error
+from bayesq.quant.grids import grid_from_range, round_affine, zero_code
+from bayesq.quant.method import Allocate, LayerProblem, check_finite, stack_groups
+from bayesq.quant.tensor import QuantizedTensor
+
+
+class AWQ:
+    """Activation-aware scaling, then round to nearest.
+
+    Args:
+        exponents: candidates alpha in [0, 1] are k / exponents, k = 0..exponents; 0 is the identity (no scales stored).
+        clip_steps: candidate ranges of a row are its range times 1 - k / clip_steps * (1 - clip_lowest),
+            k = 0..clip_steps; 0 keeps the whole range.
+        clip_lowest: smallest range tried, as a fraction.
+    """
+
+    statistics: frozenset[str] = frozenset({"input_moment", "input_magnitude"})
+    sequential = False
+
+    def __init__(self, exponents: int, clip_steps: int, clip_lowest: float) -> None:
+        if exponents < 1 or clip_steps < 0 or not 0 < clip_lowest <= 1:
+            raise ValueError(
+                f"method.exponents={exponents} must be at least 1, method.clip_steps={clip_steps} at least 0, "
+                f"method.clip_lowest={clip_lowest} in (0, 1]"
+            )
+        self.exponents = exponents
+        self.clip_steps = clip_steps
+        self.clip_lowest = clip_lowest
+
+    def quantize(
+        self, layers: Sequence[LayerProblem], allocate: Allocate
+    ) -> Iterator[tuple[LayerProblem, QuantizedTensor]]:
+        """Search and round every layer on its own."""
+        widths = allocate(layers)
+        for layer in layers:
+            check_finite(layer)
+            moment = layer.statistic("input_moment").to(torch.float64)
+            magnitude = layer.statistic("input_magnitude").to(torch.float64)
+            weight, width = layer.weight.to(torch.float64), widths[layer.name]
+            found = self.search_scale(weight, moment, magnitude, width, layer.positions_per_channel)
+            # The exponent was chosen on unclipped ranges; clipped, the identity may still be the better one.
+            column_scale = torch.ones_like(found)
+            spread = _spread(column_scale, layer.positions_per_channel)
+            error, scale, zero = self.search_clip(weight, moment, spread, width)
+            if not bool((found == 1).all()):
+                found_spread = _spread(found, layer.positions_per_channel)
+                found_error, found_scale, found_zero = self.search_clip(weight, moment, found_spread, width)
+                if float(found_error.sum()) < float(error.sum()):
+                    column_scale, spread, scale, zero = found, found_spread, found_scale, found_zero
+            codes, _ = round_affine(stack_groups(weight * spread), scale, zero, width)
+            yield (
+                layer,
+                QuantizedTensor(
+                    codes=codes.to(torch.uint8),
+                    width=width,
+                    scale=scale[:, None].to(torch.float16),
+                    zero=zero_code(zero, width)[:, None],
+                    groups=len(moment),
+                    column_scale=None if bool((column_scale == 1).all()) else column_scale.to(torch.float16),
+                ),
+            )
+
+    def search_scale(
+        self, weight: Tensor, moment: Tensor, magnitude: Tensor, width: Tensor, positions_per_channel: int
+    ) -> Tensor:
+        """Channel scales [g, c / k] of the exponent with the least output error, in fp16 precision.
+
+        Args:
+            weight: [g, r, c].
+            moment: [g, c, c].
+            magnitude: [g, c] mean absolute input.
+            width: [R] bits.
+            positions_per_channel: k neighbouring columns per input channel.
+        """
+        channel = magnitude.unflatten(1, (-1, positions_per_channel)).mean(2)
+        # A channel that never fires would get scale 0 and its weights would be lost.
+        channel = channel.clamp(min=float(channel.amax()) * 1e-4 or 1.0)
+        best, least = torch.ones_like(channel), torch.inf
+        for k in range(self.exponents + 1):
+            scale = channel ** (k / self.exponents)
+            scale = scale / (scale.amax() * scale.amin()).sqrt()
+            scale = scale.to(torch.float16).to(weight.dtype)
+            spread = _spread(scale, positions_per_channel)
+            error = float(self._errors(weight, moment, spread, width, 1.0)[0].sum())
+            if error < least:
+                best, least = scale, error
+        return best
+
+    def search_clip(
+        self, weight: Tensor, moment: Tensor, spread: Tensor, width: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Output error, scale and zero [R] of the range with the least output error, row by row."""
+        least, scale, zero = self._errors(weight, moment, spread, width, 1.0)
+        for k in range(1, self.clip_steps + 1):
+            shrink = 1 - k / self.clip_steps * (1 - self.clip_lowest)
+            error, s, z = self._errors(weight, moment, spread, width, shrink)
+            better = error < least
+            least = torch.where(better, error, least)
+            scale, zero = torch.where(better, s, scale), torch.where(better, z, zero)
+        return least, scale, zero
+
+    def _errors(
+        self, weight: Tensor, moment: Tensor, spread: Tensor, width: Tensor, shrink: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        scaled = stack_groups(weight * spread)
+        low, high = scaled.amin(1).clamp(max=0), scaled.amax(1).clamp(min=0)
+        scale, zero = grid_from_range(shrink * low, shrink * high, width)
+        value = round_affine(scaled, scale, zero, width)[1].reshape(weight.shape) / spread
+        return output_error(value - weight, moment).flatten(), scale, zero
+
+
+def _spread(column_scale: Tensor, positions_per_channel: int) -> Tensor:
+    """[g, c / k] -> [g, 1, c], one factor for each column."""
+    return column_scale.repeat_interleave(positions_per_channel, dim=1)[:, None, :]

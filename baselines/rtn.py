@@ -1,0 +1,47 @@
+"""RTN: round each weight to the nearest value of a per-row affine grid. Uses no calibration data."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from bayesq.quant.grids import CLIP_RULES, round_affine, zero_code
+from bayesq.quant.method import Allocate, LayerProblem, check_finite, stack_groups
+from bayesq.quant.tensor import QuantizedTensor
+
+
+class RTN:
+    """Round to nearest.
+
+    Args:
+        clip: "minmax" spans each row's range, "mse" shrinks it to the least rounding error.
+    """
+
+    statistics: frozenset[str] = frozenset()
+    sequential = False
+
+    def __init__(self, clip: str) -> None:
+        if clip not in CLIP_RULES:
+            raise ValueError(f"method.clip={clip!r}: choose from {', '.join(CLIP_RULES)}")
+        self.clip = clip
+
+    def quantize(
+        self, layers: Sequence[LayerProblem], allocate: Allocate
+    ) -> Iterator[tuple[LayerProblem, QuantizedTensor]]:
+        """Round every layer on its own."""
+        widths = allocate(layers)
+        for layer in layers:
+            check_finite(layer)
+            width = widths[layer.name]
+            weight = stack_groups(layer.weight).to(torch.float64)
+            scale, zero = CLIP_RULES[self.clip](weight, width)
+            codes, _ = round_affine(weight, scale, zero, width)
+            yield (
+                layer,
+                QuantizedTensor(
+                    codes=codes.to(torch.uint8),
+                    width=width,
+                    scale=scale[:, None].to(torch.float16),
+                    zero=zero_code(zero, width)[:, None],
+                    groups=layer.weight.shape[0],
+                ),
+            )

@@ -1,0 +1,10 @@
+"""What every method shares and the only part of bayesq that baselines import.
+
+layers    Linear and Conv2d as stacks of matrices, and their inputs as rows of samples
+grids     affine and codebook grids: from a real number to a code and back
+feedback  successive rounding with error feedback (the routine GPTQ and BayesQ share)
+tensor    QuantizedTensor, the one representation every method returns
+packing   QuantizedTensor <-> bytes
+accounting  bits counted on those bytes
+method    the protocol a method fulfils
+"""

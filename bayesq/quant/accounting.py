@@ -1,0 +1,45 @@
+"""Honest sizes: bits counted on packed buffers, and what a plain affine layer costs beside its codes."""
+
+from collections.abc import Iterable, Mapping
+
+from torch import Tensor
+
+from bayesq.quant.packing import WIDTH_MAP_BITS, pack
+from bayesq.quant.tensor import QuantizedTensor
+
+# Per row of an affine layer: fp16 scale and uint8 zero point. Per layer: one byte that says the width.
+AFFINE_ROW_BITS = 16 + 8
+LAYER_BITS = 8
+
+
+def code_bits(tensor: QuantizedTensor) -> int:
+    """Bits of the layer's codes alone, the literature's "bits per weight" times the number of weights."""
+    return int(tensor.width.sum()) * tensor.codes.shape[1]
+
+
+def buffer_bytes(buffers: Mapping[str, Tensor]) -> int:
+    """Bytes of packed buffers."""
+    return sum(buffer.numel() * buffer.element_size() for buffer in buffers.values())
+
+
+def stored_bytes(tensor: QuantizedTensor) -> int:
+    """Bytes of one layer's own buffers: codes, width map, scales, zeros, column scales; not the shared codebooks."""
+    return buffer_bytes(pack(tensor)[0])
+
+
+def affine_overhead_bits(rows: Iterable[int]) -> int:
+    """Bits that layers with these row counts store beside their codes in the plain affine per-row format.
+
+    This is the yardstick of the stored-bits promise: a format that costs more than this has to save the difference on
+    its codes.
+    """
+    return sum(count * AFFINE_ROW_BITS + LAYER_BITS for count in rows)
+
+
+def mixed_overhead_bits(rows: Iterable[int]) -> int:
+    """As `affine_overhead_bits` when every row has a width of its own; never less than what is stored.
+
+    The map replaces the layer's width byte. It and the codes, whose bits need not fill bytes any more even where one
+    width's do, are each padded by less than a byte.
+    """
+    return sum(count * (AFFINE_ROW_BITS + WIDTH_MAP_BITS) + 2 * LAYER_BITS for count in rows)

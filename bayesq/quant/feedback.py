@@ -1,0 +1,156 @@
+"""Successive rounding with error feedback: the routine GPTQ and BayesQ share.
+
+The layer's quadratic error sum_r (w_r - q_r)T A (w_r - q_r) is minimised greedily, column by column: round one column,
+then move its error onto the columns not yet rounded so that the optimum over them is kept. With U upper triangular and
+UT U = A^-1, column j's error e_j = (x_j - q_j) / U_jj goes to column k > j as x_k -= e_j U_jk, and the total error is
+sum_j e_j^2 (Frantar et al., GPTQ, arXiv 2210.17323, section 3).
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+# Columns updated lazily together; the published code's value, and the outer of two levels here.
+BLOCK = 128
+# Columns inside a block whose mutual updates are done one by one; the rest of the block gets one matrix product.
+SUB_BLOCK = 16
+DAMPING_RETRIES = 8
+# Retries start from here when the configured damping is smaller (0, say): well above float64 round-off.
+LEAST_DAMPING = 1e-8
+
+
+class Grid(Protocol):
+    """Anything that rounds one column."""
+
+    def round(self, x: Tensor, column: int) -> tuple[Tensor, Tensor]:
+        """Codes and values [R] for entries x [R] of `column`."""
+        ...
+
+
+class BlockObserver(Protocol):
+    """Called with the state of all columns when a block begins; grids that follow the updated weights hook in here."""
+
+    def __call__(self, weight: Tensor, start: int, stop: int) -> None:
+        """Weights [C, R] in visiting order; columns start..stop are about to be rounded."""
+        ...
+
+
+@dataclass
+class FeedbackFactor:
+    """Factorization of one input moment, shared by all rows, widths and methods.
+
+    Attributes:
+        order: [c] visiting order of the columns.
+        root: [c, c] float64 upper triangular M with M MT = A[order][:, order] + damping: a Cholesky factor from the
+            last column backwards, so that U = M^-1 needs no inverse of A.
+        dead: [c] columns (original order) that no calibration input reached.
+        retries: how often the damping had to grow before the factorization succeeded.
+    """
+
+    order: Tensor
+    root: Tensor
+    dead: Tensor
+    retries: int
+
+    @cached_property
+    def upper(self) -> Tensor:
+        """[c, c] float64 upper triangular U with UT U = (A[order][:, order] + damping)^-1."""
+        identity = torch.eye(len(self.root), dtype=self.root.dtype)
+        upper: Tensor = torch.linalg.solve_triangular(self.root, identity, upper=True)
+        return upper
+
+    @property
+    def column_gain(self) -> Tensor:
+        """[c] 1 / U_jj^2, original order: increase of the layer's error per squared rounding error of column j."""
+        return self.root.diagonal().square()[torch.argsort(self.order)]
+
+
+def feedback_factor(moment: Tensor, damping: float, act_order: bool = True) -> FeedbackFactor:
+    """Factor an input moment for `feedback_round`.
+
+    Args:
+        moment: [c, c] second moment A of the layer's inputs (any positive multiple gives the same codes).
+        damping: added to the diagonal, as a fraction of its mean; grows tenfold per retry when not positive definite.
+        act_order: visit columns in decreasing diag(A), ties in column order.
+
+    Raises:
+        ValueError: the moment is not finite, or no retry made it positive definite.
+    """
+    a = moment.to(torch.float64).clone()
+    if not torch.isfinite(a).all():
+        raise ValueError("the input moment has NaN or infinite entries")
+    diagonal = a.diagonal()
+    dead = diagonal == 0
+    # A dead column touches no other, so its pivot only has to keep the mean, and with it the damping, what it was.
+    diagonal[dead] = 1.0 if bool(dead.all()) else diagonal[~dead].mean()
+    order = torch.argsort(diagonal, descending=True, stable=True) if act_order else torch.arange(len(a))
+    a = a[order][:, order]
+    mean = float(a.diagonal().mean())
+    for retry in range(DAMPING_RETRIES):
+        fraction = damping if retry == 0 else max(damping, LEAST_DAMPING) * 10**retry
+        damped = a.clone()
+        damped.diagonal().add_(fraction * mean)
+        root, info = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        if int(info) == 0:
+            return FeedbackFactor(order, root.flip(0, 1), dead, retry)
+    raise ValueError(f"the input moment is not positive definite even with damping {fraction:g}")
+
+
+def feedback_round(
+    weight: Tensor, factor: FeedbackFactor, grid: Grid, on_block: BlockObserver | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Round all rows of one matrix with error feedback.
+
+    Args:
+        weight: [R, C] in original column order.
+        factor: of the input moment [C, C].
+        grid: rounds one column; asked with the original column index.
+        on_block: see BlockObserver; receives original-order weights only when the factor has no act-order.
+
+    Returns:
+        codes [R, C] uint8 in original order; values [R, C] float64 the codes stand for; met [R, C] float64, what each
+        entry was at the moment it was rounded (the weight plus all feedback).
+    """
+    columns, rows = weight.shape[1], weight.shape[0]
+    u = factor.upper
+    x = weight.to(torch.float64).T[factor.order].contiguous()  # [C, R]: a column is contiguous
+    codes = torch.empty(columns, rows, dtype=torch.uint8)
+    values = torch.empty_like(x)
+    error = torch.empty_like(x)
+    original = factor.order.tolist()
+    pivots = u.diagonal().tolist()
+    for start in range(0, columns, BLOCK):
+        stop = min(start + BLOCK, columns)
+        if on_block is not None:
+            on_block(x, start, stop)
+        for sub in range(start, stop, SUB_BLOCK):
+            sub_stop = min(sub + SUB_BLOCK, stop)
+            for j in range(sub, sub_stop):
+                code, value = grid.round(x[j], original[j])
+                codes[j], values[j] = code, value
+                torch.sub(x[j], value, out=error[j]).div_(pivots[j])
+                if j + 1 < sub_stop:
+                    x[j + 1 : sub_stop].addr_(u[j, j + 1 : sub_stop], error[j], alpha=-1)
+            if sub_stop < stop:
+                x[sub_stop:stop].addmm_(u[sub:sub_stop, sub_stop:stop].T, error[sub:sub_stop], alpha=-1)
+        if stop < columns:
+            x[stop:].addmm_(u[start:stop, stop:].T, error[start:stop], alpha=-1)
+    back = torch.argsort(factor.order)
+    return codes[back].T.contiguous(), values[back].T.contiguous(), x[back].T.contiguous()
+
+
+def output_error(delta: Tensor, moment: Tensor) -> Tensor:
+    """Calibrated output error of each row, delta_r A delta_rT, in float64.
+
+    Args:
+        delta: [..., r, c] weight error.
+        moment: [..., c, c] input second moment A.
+
+    Returns:
+        [..., r].
+    """
+    d = delta.to(torch.float64)
+    return torch.einsum("...rc,...rc->...r", d @ moment.to(torch.float64), d)

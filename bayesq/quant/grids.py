@@ -1,0 +1,168 @@
+"""Grids: the finite sets of values a row of weights may take, and rounding to the nearest of them.
+
+A grid has R rows (all groups' rows stacked) and turns a column x[R] into codes and values:
+
+    value = scale * (level(code) - zero),     level(code) = code (affine) or codebook[width][code]
+
+Scales are kept in fp16 precision from the start, because that is how they are stored: codes are chosen against the
+very values that will be deployed.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+MIN_WIDTH, MAX_WIDTH = 2, 8
+ZERO_BITS = 8
+# Smallest (subnormal) and largest fp16: a scale outside is moved there, never to zero or infinity. From 2**-14 down
+# fp16 loses digits, which costs far less than a step that is too large for the row.
+FP16_TINY, FP16_MAX = 2.0**-24, 65504.0
+# Search of the published GPTQ quantizer: shrink the range in steps of 1/100 down to 0.2, error norm 2.4.
+CLIP_STEPS, CLIP_LOWEST, CLIP_NORM = 100, 0.2, 2.4
+
+
+def stored_scale(scale: Tensor) -> Tensor:
+    """Round positive scales to the nearest storable fp16 value, in the input's dtype."""
+    return scale.clamp(FP16_TINY, FP16_MAX).to(torch.float16).to(scale.dtype)
+
+
+def zero_code(zero: Tensor, width: Tensor) -> Tensor:
+    """Stored form uint8 of zero points: units of 2**(width - 8) levels, so 256 steps over the code range.
+
+    Integer zero points of an affine grid, 0 .. 2**width - 1, are represented exactly.
+    """
+    unit = 2.0 ** (width.to(torch.float64) - ZERO_BITS)
+    return (zero.to(torch.float64) / unit).round().clamp(0, 2**ZERO_BITS - 1).to(torch.uint8)
+
+
+def zero_value(code: Tensor, width: Tensor, dtype: torch.dtype) -> Tensor:
+    """Inverse of `zero_code`: zero points in level units."""
+    return code.to(dtype) * 2.0 ** (width.to(dtype) - ZERO_BITS)
+
+
+def top_code(width: Tensor, dtype: torch.dtype) -> Tensor:
+    """Largest code of each width, 2**width - 1."""
+    return 2 ** width.to(dtype) - 1
+
+
+def round_affine(weight: Tensor, scale: Tensor, zero: Tensor, width: Tensor) -> tuple[Tensor, Tensor]:
+    """Nearest codes and values of a whole matrix [R, C] on affine grids with scale and zero [R]."""
+    top = top_code(width, weight.dtype)[:, None]
+    code = torch.round(weight / scale[:, None]).add_(zero[:, None]).clamp_(min=0).clamp_(max=top)
+    return code, scale[:, None] * (code - zero[:, None])
+
+
+@dataclass
+class AffineGrid:
+    """Asymmetric uniform grid, one per row and column group.
+
+    Attributes:
+        scale: [R, S] step; S column groups (1 unless group_size is set).
+        zero: [R, S] integer code that stands for the real 0.
+        width: [R] bits per code.
+        group_size: columns per group; None = one grid per row.
+    """
+
+    scale: Tensor
+    zero: Tensor
+    width: Tensor
+    group_size: int | None = None
+
+    def round(self, x: Tensor, column: int) -> tuple[Tensor, Tensor]:
+        """Nearest code and its value for the entries x[R] of one column."""
+        s = 0 if self.group_size is None else column // self.group_size
+        scale, zero = self.scale[:, s], self.zero[:, s]
+        code = (x / scale).round_().add_(zero).clamp_(min=0).clamp_(max=self._top)
+        return code, scale * (code - zero)
+
+    def __post_init__(self) -> None:
+        self._top = top_code(self.width, self.scale.dtype)
+
+
+@dataclass
+class CodebookGrid:
+    """Levels shared by all rows of a width, scale and zero per row.
+
+    Attributes:
+        scale: [R].
+        zero: [R] offset in level units.
+        width: [R] bits per code.
+        codebooks: width -> increasing levels [2**width]; a width without one has the levels 0, 1, 2, ...
+    """
+
+    scale: Tensor
+    zero: Tensor
+    width: Tensor
+    codebooks: Mapping[int, Tensor]
+
+    def __post_init__(self) -> None:
+        widths = [int(w) for w in torch.unique(self.width)]
+        longest = 2 ** max(widths)
+        # Padding with infinity keeps short codebooks in one table: nothing lies beyond it.
+        levels = self.scale.new_zeros(MAX_WIDTH + 1, longest)
+        bounds = self.scale.new_full((MAX_WIDTH + 1, longest - 1), torch.inf)
+        for w in widths:
+            book = self.codebooks[w] if w in self.codebooks else torch.arange(2**w)
+            book = book.to(self.scale)
+            levels[w, : len(book)] = book
+            bounds[w, : len(book) - 1] = (book[1:] + book[:-1]) / 2
+        self._levels = levels[self.width.long()].contiguous()
+        self._bounds = bounds[self.width.long()].contiguous()
+
+    def round(self, x: Tensor, column: int) -> tuple[Tensor, Tensor]:
+        """Nearest code and its value for the entries x[R] of one column."""
+        code, value = self.round_matrix(x[:, None])
+        return code[:, 0], value[:, 0]
+
+    def round_matrix(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Nearest codes and values of a whole matrix [R, C]."""
+        scale, zero = self.scale[:, None], self.zero[:, None]
+        code = torch.searchsorted(self._bounds, torch.addcdiv(zero, x, scale))
+        return code, scale * (torch.gather(self._levels, 1, code) - zero)
+
+
+def minmax_grid(weight: Tensor, width: Tensor, scale_dtype: torch.dtype = torch.float16) -> tuple[Tensor, Tensor]:
+    """Scale and zero [R] of the grid that spans each row's range, 0 included (published GPTQ's default rule).
+
+    Args:
+        weight: [R, C].
+        width: [R] bits.
+        scale_dtype: precision the scale is stored in; float32 only to compare with published results.
+    """
+    return grid_from_range(*_range(weight), width, scale_dtype)
+
+
+def mse_grid(weight: Tensor, width: Tensor, scale_dtype: torch.dtype = torch.float16) -> tuple[Tensor, Tensor]:
+    """Scale and zero [R] with the range shrunk to minimise sum |w - q(w)|^2.4 (published GPTQ's mse option)."""
+    low, high = _range(weight)
+    scale, zero = grid_from_range(low, high, width, scale_dtype)
+    best = torch.full_like(scale, torch.inf)
+    for step in range(round(CLIP_STEPS * (1 - CLIP_LOWEST))):
+        shrink = 1 - step / CLIP_STEPS
+        s, z = grid_from_range(shrink * low, shrink * high, width, scale_dtype)
+        error = (round_affine(weight, s, z, width)[1] - weight).abs_().pow_(CLIP_NORM).sum(1)
+        better = error < best
+        best = torch.where(better, error, best)
+        scale, zero = torch.where(better, s, scale), torch.where(better, z, zero)
+    return scale, zero
+
+
+def _range(weight: Tensor) -> tuple[Tensor, Tensor]:
+    return weight.amin(1).clamp(max=0), weight.amax(1).clamp(min=0)
+
+
+def grid_from_range(
+    low: Tensor, high: Tensor, width: Tensor, scale_dtype: torch.dtype = torch.float16
+) -> tuple[Tensor, Tensor]:
+    """Scale and integer zero [R] of the affine grids that span [low, high]; an empty range becomes [-1, 1]."""
+    empty = (low == 0) & (high == 0)
+    low, high = torch.where(empty, -torch.ones_like(low), low), torch.where(empty, torch.ones_like(high), high)
+    top = top_code(width, low.dtype)
+    scale = (high - low) / top
+    scale = stored_scale(scale) if scale_dtype == torch.float16 else scale.to(scale_dtype).to(low.dtype)
+    return scale, torch.round(-low / scale).clamp_(min=0).clamp_(max=top)
+
+
+CLIP_RULES = {"minmax": minmax_grid, "mse": mse_grid}

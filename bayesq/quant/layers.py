@@ -1,0 +1,127 @@
+"""Layer <-> matrix views: the one shape convention of the project.
+
+Every quantized layer is a stack of matrices W[g, r, c] with g the convolution group (1 for Linear), r the output row
+within the group and c the input column (in_features, or in_channels/groups * kh * kw). At a sample n, which is an
+(example, position) pair, out[n, g, r] = sum_c W[g, r, c] x[n, g, c].
+"""
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Layer = nn.Linear | nn.Conv2d
+
+
+def quantizable_layers(module: nn.Module, exclude: Sequence[str] = ()) -> dict[str, Layer]:
+    """Linear and Conv2d layers of `module` in definition order, by name, without those that match a pattern.
+
+    Args:
+        exclude: fnmatch patterns on module names (config key layers.exclude).
+
+    Raises:
+        ValueError: a pattern matches no layer, or no layer is left.
+    """
+    layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)}
+    for pattern in exclude:
+        if not any(fnmatchcase(name, pattern) for name in layers):
+            raise ValueError(f"layers.exclude: pattern {pattern!r} matches no Linear or Conv2d layer")
+    kept = {name: layer for name, layer in layers.items() if not any(fnmatchcase(name, pattern) for pattern in exclude)}
+    if not kept:
+        raise ValueError("layers.exclude leaves no Linear or Conv2d layer to quantize")
+    return kept
+
+
+def groups_of(layer: Layer) -> int:
+    """Number of convolution groups g; 1 for Linear."""
+    return layer.groups if isinstance(layer, nn.Conv2d) else 1
+
+
+def weight_to_matrix(layer: Layer) -> Tensor:
+    """The layer's weight as a stack of matrices [g, r, c] (a view where the memory layout allows it)."""
+    weight = layer.weight.detach()
+    return weight.reshape(groups_of(layer), weight.shape[0] // groups_of(layer), -1)
+
+
+def matrix_to_weight(layer: Layer, matrix: Tensor) -> Tensor:
+    """Inverse of `weight_to_matrix`: [g, r, c] -> the layer's own weight shape."""
+    return matrix.reshape(layer.weight.shape)
+
+
+def input_samples(layer: Layer, x: Tensor, examples: int) -> Tensor:
+    """The layer's input as samples x[b, g, l, c]: example b, group g, position l, column c.
+
+    A convolution's positions are its output pixels: sum_c W[g,r,c] x[b,g,l,c] is its output there. A Linear's
+    positions are all leading dimensions after the batch. Leading dimensions larger than the batch (window partitions)
+    are folded into positions.
+
+    Args:
+        x: input as the layer receives it.
+        examples: batch size b.
+    """
+    if isinstance(layer, nn.Linear):
+        return x.reshape(examples, 1, -1, x.shape[-1])
+    padded = _pad(layer, x)
+    columns = F.unfold(padded, layer.kernel_size, dilation=layer.dilation, stride=layer.stride)
+    b, _, length = columns.shape
+    columns = columns.reshape(b, layer.groups, -1, length).transpose(2, 3)
+    if b == examples:
+        return columns
+    return columns.reshape(examples, b // examples, layer.groups, length, -1).transpose(1, 2).flatten(2, 3)
+
+
+def output_samples(layer: Layer, gradient: Tensor, examples: int) -> Tensor:
+    """Output-shaped tensor (an output gradient) as samples d[b, g, l, r]; same conventions as `input_samples`."""
+    if isinstance(layer, nn.Linear):
+        return gradient.reshape(examples, 1, -1, gradient.shape[-1])
+    b, channels = gradient.shape[:2]
+    rows = gradient.reshape(b, layer.groups, channels // layer.groups, -1).transpose(2, 3)
+    if b == examples:
+        return rows
+    return rows.reshape(examples, b // examples, *rows.shape[1:]).transpose(1, 2).flatten(2, 3)
+
+
+def _pad(layer: nn.Conv2d, x: Tensor) -> Tensor:
+    """Apply the convolution's own padding, so that unfolding needs none."""
+    if _is_dynamic_same(layer):
+        pads = [_same_padding(x.shape[-1 - i], layer, 1 - i) for i in range(2)]
+        return F.pad(x, [*pads[0], *pads[1]])
+    if layer.padding == "valid":
+        return x
+    # nn.Conv2d keeps the padding it resolved from "same", numbers and modes in this list, in F.pad's order.
+    pad = list(layer._reversed_padding_repeated_twice)
+    if not any(pad):
+        return x
+    return F.pad(x, pad, mode="constant" if layer.padding_mode == "zeros" else layer.padding_mode)
+
+
+def _is_dynamic_same(layer: nn.Conv2d) -> bool:
+    # By name: timm's class pads inside forward from the input size, and importing timm here costs seconds.
+    return any(base.__name__ == "Conv2dSame" for base in type(layer).__mro__)
+
+
+def _same_padding(size: int, layer: nn.Conv2d, axis: int) -> tuple[int, int]:
+    """TensorFlow's "same" rule along one axis (0 height, 1 width): output = ceil(size / stride), extra pixel behind."""
+    kernel, stride, dilation = layer.kernel_size[axis], layer.stride[axis], layer.dilation[axis]
+    total = max((-(-size // stride) - 1) * stride + (kernel - 1) * dilation + 1 - size, 0)
+    return total // 2, total - total // 2
+
+
+def mask_samples(samples: Tensor, mask: Tensor | None) -> tuple[Tensor, int]:
+    """Zero the samples at masked positions and count those that remain.
+
+    Args:
+        samples: [b, g, l, c].
+        mask: [b, l] with 1 for real tokens, or None; ignored where the layer has other positions than the mask
+            (a pooled input, for instance, has one position an example).
+
+    Returns:
+        samples with padding set to zero, and the number of (example, position) pairs that count.
+    """
+    b, _, length, _ = samples.shape
+    if mask is None or mask.shape != (b, length) or length == 1:
+        return samples, b * length
+    keep = mask.to(device=samples.device, dtype=torch.bool)
+    return samples * keep[:, None, :, None].to(samples.dtype), int(keep.sum())

@@ -1,0 +1,101 @@
+"""The protocol of a quantization method: matrices and calibration statistics in, QuantizedTensors out."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from bayesq.quant.tensor import QuantizedTensor
+
+
+@dataclass
+class LayerProblem:
+    """One layer to quantize.
+
+    Attributes:
+        name: module name.
+        kind: class name, Linear or Conv2d.
+        weight: [g, r, c] float32.
+        positions_per_channel: kernel positions kh * kw: that many neighbouring columns read one input channel.
+        statistic: loads one of the layer's calibration statistics by name, from disk, when asked; see `STATISTICS`.
+        fallbacks: counters a method raises when it had to do something else than asked (result keys fallback/*).
+        notes: numbers about the layer for layers.csv: predicted_risk, achieved_risk, prior_precision and the like.
+    """
+
+    name: str
+    kind: str
+    weight: Tensor
+    statistic: Callable[[str], Tensor]
+    positions_per_channel: int = 1
+    fallbacks: dict[str, int] = field(default_factory=dict)
+    notes: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def rows(self) -> int:
+        """All rows R = g * r."""
+        return self.weight.shape[0] * self.weight.shape[1]
+
+    @property
+    def columns(self) -> int:
+        """Columns c of each row."""
+        return self.weight.shape[2]
+
+    def count(self, fallback: str, times: int = 1) -> None:
+        """Count a fallback."""
+        self.fallbacks[fallback] = self.fallbacks.get(fallback, 0) + times
+
+
+# Statistic name -> shape, for layers W[g, r, c]:
+STATISTICS = {
+    "input_moment": "[g, c, c]  A = E_n[x xT] over samples n = (example, position)",
+    "input_magnitude": "[g, c]  E_n[|x|]",
+    "gradient_moment": "[g, r, r]  G = E_example[sum_positions d dT]",
+    "fisher_diagonal": "[g, r, c]  E_example[(dl/dW)^2], labels from the model's own predictive",
+}
+
+
+class Allocate(Protocol):
+    """The run's allocator with its budget, the same for every method."""
+
+    def __call__(self, layers: Sequence[LayerProblem], codebook_bits: int = 0) -> Mapping[str, Tensor]:
+        """Row widths uint8 [R] of every layer by name.
+
+        Args:
+            codebook_bits: what the method's codebooks will take on disk; counted against the budget.
+        """
+        ...
+
+
+class Method(Protocol):
+    """What a method's YAML instantiates.
+
+    Attributes:
+        statistics: names of the statistics it reads.
+        sequential: statistics of a layer are taken with all earlier layers already quantized.
+    """
+
+    statistics: frozenset[str]
+    sequential: bool
+
+    def quantize(
+        self, layers: Sequence[LayerProblem], allocate: Allocate
+    ) -> Iterator[tuple[LayerProblem, QuantizedTensor]]:
+        """Yield every layer with its QuantizedTensor, in forward order."""
+        ...
+
+
+def stack_groups(matrices: Tensor) -> Tensor:
+    """[g, r, ...] -> [g * r, ...]: rows of all groups under one another."""
+    return matrices.reshape(matrices.shape[0] * matrices.shape[1], *matrices.shape[2:])
+
+
+def check_finite(layer: LayerProblem) -> None:
+    """Refuse weights no grid can hold.
+
+    Raises:
+        ValueError: NaN or infinite weights.
+    """
+    if not torch.isfinite(layer.weight).all():
+        raise ValueError(f"layer {layer.name}: the weights have NaN or infinite entries")

@@ -1,0 +1,118 @@
+"""Rounding in the whitened space, what it will cost, and refitting grids to what it met (SPEC section 3)."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bayesq.codebook import normal_distortion
+from bayesq.quant.feedback import feedback_round
+from bayesq.quant.grids import CodebookGrid, stored_scale, zero_code, zero_value
+from bayesq.quant.method import stack_groups
+from bayesq.whitening import Whitening
+
+
+@dataclass
+class Rounded:
+    """One rounding of a layer, all groups' rows stacked (R = g * r).
+
+    Attributes:
+        codes: [R, C] uint8.
+        scale: [R] fp16-exact.
+        zero: [R] in level units, storable.
+        values: [R, C] what the codes stand for.
+        met: [R, C] what each entry was when it was rounded: the weight plus the feedback of earlier columns.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor
+    values: Tensor
+    met: Tensor
+
+
+def round_layer(
+    weight: Tensor,
+    geometry: Whitening,
+    scale: Tensor,
+    zero: Tensor,
+    width: Tensor,
+    codebooks: Mapping[int, Tensor],
+) -> Rounded:
+    """Round a layer once, to nearest or with feedback as its geometry says.
+
+    Args:
+        weight: [g, r, c].
+        scale, zero: [R]; they are first moved to storable values.
+        width: [R] bits.
+        codebooks: width -> levels; a width without one is affine.
+    """
+    rows = weight.shape[1]
+    scale, zero = stored_scale(scale), zero_value(zero_code(zero, width), width, scale.dtype)
+    parts = []
+    for g in range(len(weight)):
+        own = slice(g * rows, (g + 1) * rows)
+        grid = CodebookGrid(scale[own], zero[own], width[own], codebooks)
+        w = weight[g].to(torch.float64)
+        if geometry.factors is None:
+            codes, values = grid.round_matrix(w)
+            parts.append((codes.to(torch.uint8), values, w))
+        else:
+            parts.append(feedback_round(w, geometry.factors[g], grid))
+    codes, values, met = (torch.cat(part) for part in zip(*parts, strict=True))
+    return Rounded(codes, scale, zero, values, met)
+
+
+def predicted_risk(weight: Tensor, geometry: Whitening, widths: Sequence[int], kinds: Sequence[str]) -> Tensor:
+    """Risk of every row at every width before anything is rounded, nats per example.
+
+        1/2 s_r^2 T_b sum_c gain_rc
+
+    with s_r the row's standard deviation and T_b the closed-form distortion of a b-bit codebook for unit variance.
+
+    Args:
+        weight: [g, r, c].
+        widths: candidate bits b.
+        kinds: "lloyd" or "uniform", the levels used at each width.
+
+    Returns:
+        [R, widths] float64.
+    """
+    w = weight.to(torch.float64)
+    variance = w.var(-1, unbiased=False)
+    energy = 0.5 * geometry.row_gain * geometry.column_gain.sum(-1) * variance
+    table = torch.tensor([normal_distortion(kind, width) for width, kind in zip(widths, kinds, strict=True)])
+    return stack_groups(energy)[:, None] * table.to(torch.float64)
+
+
+def rounding_gain(geometry: Whitening, rows: int) -> Tensor:
+    """The column gains as [R, C] for `rows` rows per group; the rows' own factor left out."""
+    groups, _, columns = geometry.column_gain.shape
+    return stack_groups(geometry.column_gain.expand(groups, rows, columns))
+
+
+def refit_rows(rounded: Rounded, gain: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale and zero of each row by least squares on what rounding met, weighted by the gain.
+
+        min_{a, b} sum_c gain_c (met_c - a level_c - b)^2,   scale = a, zero = -b / a
+
+    Args:
+        gain: [R, C] weights, positive.
+
+    Returns:
+        scale [R], zero [R]; a row whose codes are all alike, or whose fit is degenerate, keeps its own.
+    """
+    scale, zero = rounded.scale[:, None], rounded.zero[:, None]
+    level = rounded.values / scale + zero
+    total = gain.sum(1, keepdim=True)
+    mean_level = (gain * level).sum(1, keepdim=True) / total
+    mean_met = (gain * rounded.met).sum(1, keepdim=True) / total
+    covariance = (gain * (level - mean_level) * (rounded.met - mean_met)).sum(1, keepdim=True)
+    variance = (gain * (level - mean_level).square()).sum(1, keepdim=True)
+    slope = covariance / variance.clamp(min=torch.finfo(variance.dtype).tiny)
+    # Levels are at least about 1 apart, so a variance this small means one and the same code everywhere.
+    usable = (variance > 1e-12 * total) & (slope > 0)
+    new_scale = torch.where(usable, slope, scale)
+    new_zero = torch.where(usable, mean_level - mean_met / new_scale, zero)
+    return new_scale[:, 0], new_zero[:, 0]

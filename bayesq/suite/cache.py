@@ -1,0 +1,91 @@
+"""On-disk tensors that are whole or absent: atomic writes, a digest checked on every load, a lock per file."""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import platformdirs
+import torch
+from filelock import FileLock
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from bayesq.suite.files import atomic_path
+
+DIGEST_KEY = "bayesq.digest"
+
+
+class CorruptCache(Exception):
+    """A cache file that cannot be trusted: unreadable, truncated, or its content differs from its digest."""
+
+
+def resolve_cache_dir(cache_dir: str | None) -> Path:
+    """Folder of what bayesq may recompute: the config key, else BAYESQ_CACHE_DIR, else the user's cache folder."""
+    chosen = cache_dir or os.environ.get("BAYESQ_CACHE_DIR") or platformdirs.user_cache_dir("bayesq")
+    return Path(chosen).expanduser().absolute()
+
+
+def digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
+    """sha256 over names, dtypes, shapes and bytes of `tensors` (in name order) and over `metadata`."""
+    return _digest(sorted(tensors), tensors.__getitem__, metadata or {})
+
+
+def _digest(names: list[str], load: Callable[[str], Tensor], metadata: Mapping[str, str]) -> str:
+    state = hashlib.sha256()
+    for name in names:
+        tensor = load(name).detach().cpu().contiguous()
+        state.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        state.update(tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")
+    for key in sorted(metadata):
+        state.update(f"{key}={metadata[key]}|".encode())
+    return state.hexdigest()
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file that appears under `path` only when complete; its digest travels in its header."""
+    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    header = {**(metadata or {}), DIGEST_KEY: digest(whole, metadata)}
+    with atomic_path(path) as temporary:
+        save_file(whole, temporary, metadata=header)
+
+
+def verify(path: Path) -> dict[str, str]:
+    """Check a file of `write_tensors` tensor by tensor, holding one at a time, and return its metadata.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CorruptCache: the file is truncated, not ours, or its content does not match its digest.
+    """
+    if not path.exists():
+        raise FileNotFoundError(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = dict(file.metadata() or {})
+            expected = metadata.pop(DIGEST_KEY, None)
+            found = _digest(sorted(file.keys()), file.get_tensor, metadata)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CorruptCache(f"{path} cannot be read: {error}") from error
+    if expected != found:
+        raise CorruptCache(f"{path} does not match its digest")
+    return metadata
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read what `write_tensors` wrote; raises as `verify` does."""
+    metadata = verify(path)
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
+
+
+@contextmanager
+def lock(path: Path) -> Iterator[None]:
+    """Hold the inter-process lock of `path`: two processes never compute the same cache entry at once.
+
+    The operating system drops the lock when its holder dies, so a killed run leaves nothing stale behind.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):
+        yield

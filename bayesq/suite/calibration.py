@@ -1,0 +1,441 @@
+"""Calibration statistics: collected once per (model, data, settings), kept on disk, shared by a whole sweep.
+
+Names and shapes of the statistics are in bayesq.quant.method.STATISTICS. Each kind has a file of its own under
+<cache_dir>/statistics/<key>/, whose key covers the model's weights, the calibration examples, the layers and every
+setting that changes a number. Padding never enters a statistic.
+"""
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from bayesq.quant.layers import (
+    Layer,
+    groups_of,
+    input_samples,
+    mask_samples,
+    output_samples,
+    weight_to_matrix,
+)
+from bayesq.suite.cache import CorruptCache, lock, verify, write_tensors
+from bayesq.suite.models.base import Batch, EncodedExamples
+
+log = logging.getLogger(__name__)
+
+INPUT_STATISTICS = ("input_moment", "input_magnitude")
+GRADIENT_STATISTICS = ("gradient_moment", "fisher_diagonal")
+# Raise when the numbers of a statistic change, so that caches of older versions are not read.
+FORMAT = "1"
+# Up to this many classes the expectation over labels is exact (one backward pass a class, one in all for two classes);
+# beyond it labels are sampled.
+EXACT_CLASSES = 16
+DEFAULT_SAMPLES = 4
+
+
+def fisher_directions(logits: Tensor, samples: int | None, generator: torch.Generator) -> list[Tensor]:
+    """Vectors v_k [b, classes] with sum_k v_k v_kT = E_{y ~ p(.|x)}[(e_y - p)(e_y - p)T] = diag(p) - p pT.
+
+    Their pullbacks through the network are the output gradients of the true Fisher: labels come from the model's own
+    predictive, never from the data.
+
+    Args:
+        logits: [b, classes].
+        samples: labels drawn per example; None = the exact expectation up to EXACT_CLASSES classes, and
+            DEFAULT_SAMPLES draws beyond.
+        generator: CPU generator for the draws.
+    """
+    p = torch.softmax(logits.detach().to(torch.float32), dim=1)
+    classes = p.shape[1]
+    if samples is None and classes == 2:
+        direction = p.prod(1, keepdim=True).sqrt()
+        return [torch.cat([direction, -direction], 1)]
+    if samples is None and classes <= EXACT_CLASSES:
+        one_hot = torch.eye(classes, device=p.device)
+        return [p[:, k : k + 1].sqrt() * (one_hot[k] - p) for k in range(classes)]
+    draws = samples or DEFAULT_SAMPLES
+    labels = torch.multinomial(p.cpu(), draws, replacement=True, generator=generator).to(p.device)
+    one_hot = torch.nn.functional.one_hot(labels, classes).to(p.dtype)
+    return [(one_hot[:, k] - p) / draws**0.5 for k in range(draws)]
+
+
+@dataclass
+class _Sums:
+    """Running sums of one layer; shapes as in STATISTICS."""
+
+    sums: dict[str, Tensor]
+    samples: int = 0
+    called: int = 0
+
+
+class Collector:
+    """Accumulates the sums of all layers over batches, with hooks on the layers while a pass runs.
+
+    Args:
+        module: the network, in eval mode.
+        layers: the layers to watch, by name.
+        kinds: statistics to collect.
+        samples, generator: see `fisher_directions`.
+
+    A layer that is called several times in one forward pass adds up its calls: exact for the moments; for
+    fisher_diagonal the cross terms between calls are left out.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        layers: Mapping[str, Layer],
+        kinds: Iterable[str],
+        samples: int | None,
+        generator: torch.Generator,
+    ) -> None:
+        self.module = module
+        self.layers = layers
+        self.kinds = frozenset(kinds)
+        self.needs_gradients = bool(self.kinds & set(GRADIENT_STATISTICS))
+        self.samples = samples
+        self.generator = generator
+        self.sums = {name: _Sums({}) for name in layers}
+        self.examples = 0
+        self._batch: Batch | None = None
+        self._stop_after: str | None = None
+
+    def add(self, batch: Batch, stop_after: str | None = None) -> None:
+        """One forward pass, and the backward passes if a gradient statistic is asked for.
+
+        Args:
+            stop_after: without gradients, end the forward pass when this layer has run.
+        """
+        self._batch, self._stop_after = batch, stop_after
+        with self._hooks():
+            if not self.needs_gradients:
+                with torch.no_grad(), suppress(_Reached):
+                    self.module(**batch.inputs)
+            else:
+                with torch.enable_grad():
+                    logits = self.module(**batch.inputs)
+                    directions = fisher_directions(logits, self.samples, self.generator)
+                    for k, direction in enumerate(directions):
+                        # The sum over the batch gives each example its own gradient: rows of logits are independent.
+                        (logits * direction.to(logits.dtype)).sum().backward(retain_graph=k + 1 < len(directions))
+        self.examples += len(batch.labels)
+
+    def statistics(self, kind: str) -> tuple[dict[str, Tensor], list[str]]:
+        """Finished statistic of every layer, float32 on the CPU, and the names of layers no example reached.
+
+        A layer that was never called gets the identity (or ones): its columns are then all alike.
+        """
+        finished, unseen = {}, []
+        for name, layer in self.layers.items():
+            state = self.sums[name]
+            if not state.called:
+                finished[name] = _neutral(layer, kind)
+                unseen.append(name)
+                continue
+            if kind not in state.sums:  # it runs, but the logits do not depend on it: no gradient ever arrives
+                finished[name] = torch.zeros_like(_neutral(layer, kind))
+                continue
+            total = state.samples if kind in INPUT_STATISTICS else self.examples
+            finished[name] = (state.sums[kind] / total).cpu()
+        return finished, unseen
+
+    @contextmanager
+    def _hooks(self) -> Iterator[None]:
+        handles = [layer.register_forward_hook(self._forward_hook(name)) for name, layer in self.layers.items()]
+        frozen = [p for p in self.module.parameters() if p.requires_grad]
+        try:
+            for p in frozen:  # only the layers' outputs need gradients
+                p.requires_grad_(False)
+            yield
+        finally:
+            for p in frozen:
+                p.requires_grad_(True)
+            for handle in handles:
+                handle.remove()
+
+    def _forward_hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]:
+        def hook(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+            assert isinstance(layer, nn.Linear | nn.Conv2d) and self._batch is not None
+            examples, mask = len(self._batch.labels), self._batch.inputs.get("attention_mask")
+            state = self.sums[name]
+            state.called += 1
+            x = inputs[0].detach()
+            if self.kinds & set(INPUT_STATISTICS):
+                self._inputs(state, layer, x, examples, mask)
+            if not self.needs_gradients:
+                if name == self._stop_after:
+                    raise _Reached
+                return None
+            replaced = None
+            if not output.requires_grad:
+                # Nothing before this layer needs gradients: begin the graph here. The clone keeps later in-place
+                # activations off the leaf.
+                output = output.detach().requires_grad_(True)
+                replaced = output.clone()
+            output.register_hook(lambda gradient: self._gradient(state, layer, x, gradient.detach(), examples, mask))
+            return replaced
+
+        return hook
+
+    def _inputs(self, state: _Sums, layer: Layer, x: Tensor, examples: int, mask: Tensor | None) -> None:
+        for part, rows in _input_parts(layer, x, examples):
+            rows, count = mask_samples(rows, None if mask is None else mask[part])
+            state.samples += count
+            rows = rows.transpose(0, 1).flatten(1, 2)  # [g, n, c]
+            if "input_moment" in self.kinds:
+                _accumulate(state, "input_moment", rows.transpose(1, 2) @ rows)
+            if "input_magnitude" in self.kinds:
+                _accumulate(state, "input_magnitude", rows.abs().sum(1))
+
+    def _gradient(
+        self, state: _Sums, layer: Layer, x: Tensor, gradient: Tensor, examples: int, mask: Tensor | None
+    ) -> None:
+        d, _ = mask_samples(output_samples(layer, gradient, examples).to(torch.float32), mask)  # [b, g, l, r]
+        if "gradient_moment" in self.kinds:
+            rows = d.transpose(0, 1).flatten(1, 2)
+            _accumulate(state, "gradient_moment", rows.transpose(1, 2) @ rows)
+        if "fisher_diagonal" in self.kinds:
+            for part, rows in _input_parts(layer, x, examples, extra=layer.weight.numel()):
+                _accumulate(state, "fisher_diagonal", (d[part].transpose(2, 3) @ rows).square_().sum(0))
+
+
+# Elements of the largest temporary a hook may build, 128 MiB in float32.
+PART_ELEMENTS = 2**25
+
+
+def _input_parts(layer: Layer, x: Tensor, examples: int, extra: int = 0) -> Iterator[tuple[slice, Tensor]]:
+    """Samples [e, g, l, c] float32 of a few examples at a time, so that unfolding a convolution stays bounded.
+
+    Args:
+        extra: further elements needed for each example of a part.
+    """
+    by_example = x.reshape(examples, -1, *x.shape[1:])
+    first = input_samples(layer, by_example[0], 1).to(torch.float32)
+    step = max(1, PART_ELEMENTS // max(first.numel(), extra))
+    for start in range(0, examples, step):
+        part = slice(start, min(start + step, examples))
+        rows = input_samples(layer, by_example[part].flatten(0, 1), part.stop - start)
+        yield part, rows.to(torch.float32)
+
+
+def _accumulate(state: _Sums, kind: str, value: Tensor) -> None:
+    if kind in state.sums:
+        state.sums[kind] += value
+    else:
+        state.sums[kind] = value
+
+
+def _neutral(layer: Layer, kind: str) -> Tensor:
+    groups, rows, columns = weight_to_matrix(layer).shape
+    if kind == "input_moment":
+        return torch.eye(columns).expand(groups, -1, -1).contiguous()
+    if kind == "gradient_moment":
+        return torch.eye(rows).expand(groups, -1, -1).contiguous()
+    return torch.ones(groups, columns) if kind == "input_magnitude" else torch.ones(groups, rows, columns)
+
+
+def forward_order(module: nn.Module, layers: Mapping[str, Layer], batch: Batch) -> list[list[str]]:
+    """Layers in the order of their first call, neighbours that read the very same tensor together.
+
+    Layers the batch does not reach come last, in definition order.
+    """
+    order: list[list[str]] = []
+    seen: set[str] = set()
+    inputs: list[Tensor] = []  # kept alive, so that identity means identity
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def record(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            if name in seen:
+                return
+            seen.add(name)
+            if inputs and inputs[-1] is arguments[0]:
+                order[-1].append(name)
+            else:
+                order.append([name])
+                inputs.append(arguments[0])
+
+        return record
+
+    handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
+    try:
+        with torch.no_grad():
+            module(**batch.inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return order + [[name] for name in layers if name not in seen]
+
+
+@dataclass(frozen=True)
+class CalibrationSettings:
+    """What determines the statistics besides model and data.
+
+    Attributes:
+        batch_size: examples per forward pass (changes float32 sums in the last digits, hence part of the key).
+        samples: see `fisher_directions`.
+        seed: of the label draws.
+    """
+
+    batch_size: int
+    samples: int | None
+    seed: int
+
+
+class Calibration:
+    """Statistics of a network on its calibration examples, on disk, computed when first asked for.
+
+    Args:
+        module: network in eval mode on its device.
+        network_checksum: sha256 of its weights.
+        layers: layers by name.
+        examples: encoded calibration examples.
+        settings: see CalibrationSettings.
+        cache_dir: root of the caches.
+        device: where batches go.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        network_checksum: str,
+        layers: Mapping[str, Layer],
+        examples: EncodedExamples,
+        settings: CalibrationSettings,
+        cache_dir: Path,
+        device: torch.device,
+    ) -> None:
+        self.module, self.layers, self.examples = module, layers, examples
+        self.settings, self.device = settings, device
+        content = {
+            "format": FORMAT,
+            "torch": torch.__version__,
+            "device": device.type,
+            "model": network_checksum,
+            "examples": examples.checksum(),
+            "layers": [(name, list(layer.weight.shape), groups_of(layer)) for name, layer in layers.items()],
+            "batch_size": settings.batch_size,
+        }
+        fisher = {**content, "samples": settings.samples, "seed": settings.seed}
+        self._keys = {kind: _key({**content, "kind": kind}) for kind in INPUT_STATISTICS}
+        self._keys |= {kind: _key({**fisher, "kind": kind}) for kind in GRADIENT_STATISTICS}
+        self.folder = cache_dir / "statistics"
+        self.seconds: dict[str, float] = {}
+        self.unseen: set[str] = set()
+        self.reused: dict[str, bool] = {}
+
+    def path(self, kind: str) -> Path:
+        """File of one kind of statistic."""
+        return self.folder / self._keys[kind] / f"{kind}.safetensors"
+
+    def prepare(self, kinds: Iterable[str]) -> None:
+        """Make sure the files of `kinds` exist and are whole; compute together what is missing.
+
+        Broken files are reported and computed again. Another process that needs the same file waits for it.
+        """
+        chosen = set(kinds)
+        for family in (INPUT_STATISTICS, GRADIENT_STATISTICS):
+            wanted = [kind for kind in family if kind in chosen]
+            if wanted:
+                with lock(self.path(family[0])):
+                    missing = [kind for kind in wanted if not self._check(kind)]
+                    if missing:
+                        self._compute(missing)
+
+    def statistic(self, name: str, kind: str) -> Tensor:
+        """One layer's statistic, read from disk."""
+        with safe_open(self.path(kind), framework="pt") as file:
+            tensor: Tensor = file.get_tensor(name)
+        return tensor
+
+    def _check(self, kind: str) -> bool:
+        try:
+            metadata = verify(self.path(kind))
+        except FileNotFoundError:
+            return False
+        except CorruptCache as error:
+            log.warning("calibration cache: %s; computing it again", error)
+            return False
+        self._note(kind, metadata, reused=True)
+        return True
+
+    def _note(self, kind: str, metadata: Mapping[str, str], reused: bool) -> None:
+        self.seconds[kind] = float(metadata["seconds"])
+        self.unseen |= set(json.loads(metadata["unseen"]))
+        self.reused[kind] = reused
+
+    def _compute(self, kinds: Sequence[str]) -> None:
+        start = time.perf_counter()
+        generator = torch.Generator().manual_seed(self.settings.seed)
+        collector = Collector(self.module, self.layers, kinds, self.settings.samples, generator)
+        batches = self.examples.batches(self.settings.batch_size, self.device)
+        total = -(-len(self.examples) // self.settings.batch_size)
+        for batch in tqdm(batches, total=total, desc=f"calibrate {'+'.join(kinds)}", disable=None, leave=False):
+            collector.add(batch)
+        seconds = (time.perf_counter() - start) / len(kinds)
+        for kind in kinds:
+            tensors, unseen = collector.statistics(kind)
+            metadata = {
+                "seconds": f"{seconds:.3f}",
+                "unseen": json.dumps(unseen),
+                "examples": str(collector.examples),
+            }
+            write_tensors(self.path(kind), tensors, metadata)
+            self._note(kind, metadata, reused=False)
+
+
+class SequentialInputs:
+    """Input statistics of a layer in a model whose earlier layers are already quantized.
+
+    The runner loads each QuantizedTensor into `module` as it comes; when a layer's statistic is asked for, the
+    calibration set runs through the model up to that layer. Layers that read the same tensor share one pass.
+
+    Args: as Calibration; `module` is a working copy whose weights change, `groups` come from `forward_order`.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        layers: Mapping[str, Layer],
+        groups: Sequence[Sequence[str]],
+        examples: EncodedExamples,
+        batch_size: int,
+        device: torch.device,
+    ) -> None:
+        self.module, self.layers, self.groups = module, layers, groups
+        self.examples, self.batch_size, self.device = examples, batch_size, device
+        self.seconds = 0.0
+        self._held: dict[str, dict[str, Tensor]] = {}
+
+    def statistic(self, name: str, kind: str) -> Tensor:
+        """One layer's input statistic; only the group last asked for is kept in memory."""
+        if name not in self._held:
+            start = time.perf_counter()
+            group = next(group for group in self.groups if name in group)
+            self._held = self._collect(group)
+            self.seconds += time.perf_counter() - start
+        return self._held[name][kind]
+
+    def _collect(self, group: Sequence[str]) -> dict[str, dict[str, Tensor]]:
+        watched = {name: self.layers[name] for name in group}
+        collector = Collector(self.module, watched, INPUT_STATISTICS, None, torch.Generator())
+        for batch in self.examples.batches(self.batch_size, self.device):
+            collector.add(batch, stop_after=group[-1])
+        return {name: {kind: collector.statistics(kind)[0][name] for kind in INPUT_STATISTICS} for name in group}
+
+
+class _Reached(Exception):
+    """The layers of interest have run; the rest of the forward pass is not needed."""
+
+
+def _key(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:24]

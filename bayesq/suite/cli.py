@@ -1,0 +1,380 @@
+"""The command line: every job of a command is checked before the first one runs, and a table closes it.
+
+Hydra composes, sweeps and launches; this module adds what it leaves out: one-line errors, unknown keys behind `+`,
+skipping of finished runs, and the summary.
+"""
+
+import argparse
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import hydra
+from filelock import FileLock
+from hydra import version
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import create_automatic_config_search_path, get_args_parser
+from hydra.core.config_search_path import SearchPathQuery
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException, OverrideParseException
+from hydra.plugins.config_source import ConfigLoadError
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+import bayesq
+from bayesq.suite import config as settings
+from bayesq.suite import results
+from bayesq.suite.errors import UserError
+
+log = logging.getLogger(__name__)
+
+VERSION_BASE = "1.3"
+CONFIG_NAME = "config"
+TRACEBACK_FILE = "traceback.txt"
+BASIC_SWEEPER = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
+COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, ConfigLoadError, YAMLError, ValueError)
+# launchers whose jobs run on the machine of the command, so that its accelerators are theirs
+LOCAL_LAUNCHERS = ("BasicLauncher", "JoblibLauncher", "LocalLauncher")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a command: its resolved configuration, its folder, and the overrides it was composed from."""
+
+    run_id: str
+    run_dir: Path
+    config: dict[str, Any]
+    overrides: tuple[str, ...]
+
+
+def conf_dir() -> Path:
+    """The folder of the YAML files: inside the installed package, or beside it in a checkout.
+
+    Raises:
+        UserError: there is none in either place.
+    """
+    package = Path(bayesq.__file__).parent
+    for folder in (package / "conf", package.parent / "conf"):
+        if (folder / f"{CONFIG_NAME}.yaml").is_file():
+            return folder.absolute()
+    raise UserError(f"no conf/{CONFIG_NAME}.yaml in {package} or beside it: install bayesq again")
+
+
+def wants_traceback() -> bool:
+    """Hydra's switch for people who debug the program rather than use it."""
+    return os.environ.get("HYDRA_FULL_ERROR") == "1"
+
+
+# --------------------------------------------------------------------------------------------- before anything runs
+
+
+class Preflight:
+    """Composes the configurations of a command the way Hydra will, and explains what is wrong with them."""
+
+    def __init__(self, config_name: str, config_path: str, config_dir: str | None) -> None:
+        version.setbase(VERSION_BASE)
+        search_path = create_automatic_config_search_path(None, None, config_path)
+        if config_dir is not None:
+            if not os.path.isdir(config_dir):
+                raise UserError(f"--config-dir {config_dir}: there is no such folder")
+            folder = f"file://{os.path.abspath(config_dir)}"
+            search_path.prepend(provider="command-line", path=folder, anchor=SearchPathQuery(provider="schema"))
+        self.config_name = config_name
+        self.hydra = Hydra.create_main_hydra2(task_name="bayesq", config_search_path=search_path)
+        self.loader = self.hydra.config_loader
+        self.parser = OverridesParser.create(config_loader=self.loader)
+        self._references: dict[tuple[str, ...], dict[str, Any]] = {}
+        self.axes = tuple(self._compose([]).hydra.runtime.choices)
+
+    def _compose(self, overrides: Sequence[str], mode: RunMode = RunMode.RUN) -> DictConfig:
+        return self.loader.load_configuration(self.config_name, list(overrides), run_mode=mode)
+
+    def parse(self, overrides: Sequence[str]) -> list[Override]:
+        """Hydra's reading of the arguments.
+
+        Raises:
+            UserError: naming the argument that is not key=value.
+        """
+        try:
+            return self.parser.parse_overrides(list(overrides))
+        except OverrideParseException as error:
+            reason = settings.one_line(error.message.partition("\nSee ")[0])
+            raise UserError(f"cannot read '{error.override}': write key=value ({reason})") from error
+
+    def reference(self, choices: Mapping[str, Any]) -> dict[str, Any]:
+        """The plain config that the YAML files give for a choice on every axis, without any other override."""
+        overrides = tuple(f"{axis}={name}" for axis, name in sorted(choices.items()) if name and self._is_axis(axis))
+        if overrides not in self._references:
+            composed = self._compose(overrides)
+            self._references[overrides] = _unresolved(composed)
+        return self._references[overrides]
+
+    def _is_axis(self, group: str) -> bool:
+        return group in self.axes and not group.startswith("hydra/")
+
+    def _options(self, group: str) -> list[str]:
+        """The files of a config group; empty when `group` is no group."""
+        return list(self.loader.get_group_options(group))
+
+    def explain(self, parsed: Sequence[Override], error: Exception) -> UserError:
+        """The one line for an error of Hydra's, from what was typed where that says it better."""
+        choices: dict[str, str] = {}
+        for override in parsed:
+            options = [] if override.is_hydra_override() else self._options(override.key_or_group)
+            if not options:
+                continue
+            group, name = override.key_or_group, override.value()
+            if override.is_delete():
+                return UserError(f"~{group}: every run needs a {group}; choose one of {', '.join(options)}")
+            if (override.is_add() or override.is_force_add()) and self._is_axis(group):
+                return UserError(f"{override.input_line}: '{group}' is set already; write {group}={name} without '+'")
+            values = list(override.sweep_string_iterator()) if override.is_discrete_sweep() else [name]
+            for value in values:
+                if value not in options:
+                    hint = settings.suggestion(str(value), options)
+                    return UserError(f"{group}={settings.show(value)}: choose one of {', '.join(options)}{hint}")
+            choices[group] = str(values[0])
+        known = settings.flatten(self.reference(choices))
+        for override in parsed:
+            key = override.key_or_group
+            if override.is_hydra_override() or self._options(key):
+                continue
+            if key not in known and not any(name.startswith(f"{key}.") for name in known):
+                hint = settings.suggestion(key, [*known, *(axis for axis in self.axes if self._is_axis(axis))])
+                return UserError(f"unknown key '{override.get_key_element()}' in '{override.input_line}'{hint}")
+            if override.is_add() and key in known:
+                typed = str(override.input_line)
+                return UserError(f"{typed}: '{key}' is set already; write {typed.removeprefix('+')}")
+        return UserError(settings.explanation(error))
+
+    def jobs(self, arguments: Sequence[str], multirun: bool) -> list[Job]:
+        """Check every job of the command: one without a sweep, the product of all lists of values with one.
+
+        What a sweeper other than Hydra's basic one will try is its own affair: then what it cannot vary is checked and
+        the list is empty.
+
+        Raises:
+            UserError: one line that names what is wrong with the first bad job.
+        """
+        parsed = self.parse(arguments)
+        sweeps = [override for override in parsed if override.is_sweep_override()]
+        if not multirun and self.hydra.get_mode(self.config_name, list(arguments)) != RunMode.MULTIRUN:
+            if sweeps:
+                raise UserError(f"{sweeps[0].input_line} lists several values: add -m to run every combination")
+            return [self.check(arguments)]
+        try:
+            master = self._compose(arguments, RunMode.MULTIRUN)
+        except COMPOSITION_ERRORS as error:
+            raise self.explain(parsed, error) from error
+        own = [str(override.input_line) for override in parsed if override.is_hydra_override()]
+        if master.hydra.sweeper._target_ != BASIC_SWEEPER:
+            fixed = [str(o.input_line) for o in parsed if not o.is_hydra_override() and not o.is_sweep_override()]
+            self.check([*own, *fixed])
+            return []
+        params = [f"{key}={value}" for key, value in dict(master.hydra.sweeper.params or {}).items()]
+        task = [str(override.input_line) for override in parsed if not override.is_hydra_override()]
+        (combinations,) = BasicSweeper.split_arguments(self.parse([*params, *task]), max_batch_size=None)
+        return [self.check([*own, *combination]) for combination in combinations]
+
+    def check(self, overrides: Sequence[str]) -> Job:
+        """Compose one job and check all that can be checked before it runs.
+
+        Raises:
+            UserError: one line that names what is wrong.
+        """
+        parsed = self.parse(overrides)
+        try:
+            cfg = self._compose(overrides)
+            reference = self.reference(cfg.hydra.runtime.choices)
+        except COMPOSITION_ERRORS as error:
+            raise self.explain(parsed, error) from error
+        for override in parsed:
+            if override.is_delete() and not override.is_hydra_override():
+                raise UserError(
+                    f"{override.input_line}: every run needs '{override.key_or_group}', it cannot be removed"
+                )
+        settings.check_keys(_unresolved(cfg), reference)
+        settings.validate(cfg)
+        settings.check_types(settings.resolved(cfg), reference)
+        launcher = str(cfg.hydra.launcher._target_)
+        if launcher.endswith(LOCAL_LAUNCHERS):
+            settings.check_device(cfg)
+        settings.check_wandb_login(cfg)
+        task = tuple(o.input_line or "" for o in parsed if not o.is_hydra_override())
+        return Job(settings.run_id(cfg), settings.run_dir(cfg), settings.resolved(cfg), task)
+
+
+def _unresolved(cfg: DictConfig) -> dict[str, Any]:
+    """The keys and raw values of a composed configuration without Hydra's node."""
+    plain = OmegaConf.to_container(cfg, resolve=False)
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items() if key != "hydra"}
+
+
+def _arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """Hydra's reading of the command line, with errors that leave by exception instead of a usage text."""
+    parser = get_args_parser()
+
+    def refuse(message: str) -> NoReturn:
+        raise UserError(f"{settings.one_line(message)} (--help lists what there is)")
+
+    parser.error = refuse  # type: ignore[method-assign]
+    return parser.parse_args(list(argv))
+
+
+def preflight(argv: Sequence[str]) -> list[Job] | None:
+    """Check every job of a command line before anything runs.
+
+    Returns the distinct jobs in the order they will run, an empty list when a sweeper other than Hydra's own decides
+    them, or None when the command only asks Hydra for information (--help, --cfg, --info, ...).
+
+    Raises:
+        UserError: one line that names what is wrong.
+    """
+    arguments = _arguments(argv)
+    asks = (arguments.help, arguments.hydra_help, arguments.cfg, arguments.info, arguments.shell_completion)
+    if any(asks) or arguments.experimental_rerun:
+        return None
+    try:
+        flight = Preflight(
+            arguments.config_name or CONFIG_NAME,
+            arguments.config_path or str(conf_dir()),
+            arguments.config_dir,
+        )
+        jobs = flight.jobs(arguments.overrides, arguments.multirun)
+    except COMPOSITION_ERRORS as error:
+        raise UserError(settings.explanation(error)) from error
+    finally:
+        GlobalHydra.instance().clear()
+    return list({job.run_dir: job for job in jobs}.values())
+
+
+# -------------------------------------------------------------------------------------------------------- one job
+
+
+def _label(config: Mapping[str, Any]) -> str:
+    names = " ".join(f"{axis}={config[axis]['name']}" for axis in ("model", "dataset", "method"))
+    return f"{names} bits={settings.show(config['bits'])} seed={config['seed']}"
+
+
+def user_error_in(error: BaseException) -> UserError | None:
+    """The UserError that `error` is or was raised from: `instantiate` wraps what a constructor raises."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, UserError):
+        cause = cause.__cause__
+    return cause
+
+
+def job(cfg: DictConfig) -> None:
+    """Run one configuration unless it is finished; report a failure in one line and leave the reason in its folder.
+
+    Failures are not passed on to Hydra, which would print them a second time at the end of a sweep: `main` finds them
+    by what the folder holds. A sweeper other than Hydra's own has to know, so there they are.
+    """
+    folder = settings.run_dir(cfg)
+    config = settings.resolved(cfg)
+    # two processes that share results_dir must not write one run's files at the same time
+    with FileLock(folder / ".lock"):
+        if results.is_finished(folder) and not cfg.force:
+            log.info("skipped (finished): %s %s", folder.name, _label(config))
+            return
+        # what an earlier attempt left must not pass for the outcome of this one
+        for name in (results.RESULT_FILE, results.FAILURE_FILE, TRACEBACK_FILE):
+            (folder / name).unlink(missing_ok=True)
+        try:
+            # the preflight has seen neither what a foreign sweeper made up nor the machine a remote job runs on
+            settings.validate(cfg)
+            settings.check_device(cfg)
+            from bayesq.suite.runner import run
+
+            run(cfg)
+        except Exception as error:
+            report_failure(folder, config, error)
+            if HydraConfig.get().sweeper._target_ != BASIC_SWEEPER:
+                raise
+
+
+def report_failure(folder: Path, config: Mapping[str, Any], error: Exception) -> None:
+    """Say in one line why a run failed; status.json and, for a defect, traceback.txt keep it in the run's folder."""
+    explained = user_error_in(error)
+    where = f"{folder.name} ({_label(config)})"
+    if explained is not None:
+        message = settings.one_line(str(explained))
+        line = f"error: {message} [{where}]"
+    else:
+        message = settings.one_line(f"{type(error).__name__}: {error}")
+        (folder / TRACEBACK_FILE).write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+        line = f"error: {message} [{where}; {folder / TRACEBACK_FILE}]"
+    results.write_json(folder / results.FAILURE_FILE, {"status": "failed", "error": message})
+    print(line, file=sys.stderr, flush=True)
+    if wants_traceback():
+        traceback.print_exception(error)
+
+
+# ------------------------------------------------------------------------------------------------------- afterwards
+
+
+def _outcome(job: Job) -> dict[str, Any]:
+    """The result of a job, or what the table needs to show that there is none."""
+    failed = (job.run_dir / results.FAILURE_FILE).exists()
+    result = None if failed else results.finished_result(job.run_dir)
+    if result is not None:
+        return result
+    names = {axis: job.config[axis]["name"] for axis in ("model", "dataset", "method")}
+    return {
+        "status": "failed" if failed else "missing",
+        "run_id": job.run_id,
+        **names,
+        "bits/target": job.config["bits"],
+        "seed": job.config["seed"],
+        "config": job.config,
+    }
+
+
+def summarise(jobs: Sequence[Job]) -> bool:
+    """Print the table of exactly these jobs and the reasons of those without a result; whether all have one."""
+    outcomes = [_outcome(job) for job in jobs]
+    print(f"\n{results.results_table(outcomes)}", flush=True)
+    complete = True
+    for job, outcome in zip(jobs, outcomes, strict=True):
+        if outcome["status"] == "finished":
+            continue
+        complete = False
+        status = results.read_result(job.run_dir / results.FAILURE_FILE) or {}
+        reason = status.get("error", "it ended before it could say why")
+        print(f"{outcome['status']}: {job.run_id} {_label(job.config)}: {reason}", flush=True)
+    return complete
+
+
+def main() -> None:
+    """Entry point of `python run.py` and `bayesq-run`: exits with 1 when anything was wrong or failed."""
+    try:
+        jobs = preflight(sys.argv[1:])
+        run = hydra.main(config_path=str(conf_dir()), config_name=CONFIG_NAME, version_base=VERSION_BASE)(job)
+    except UserError as error:
+        if wants_traceback():
+            traceback.print_exc()
+        print(f"error: {settings.one_line(str(error))}", file=sys.stderr)
+        sys.exit(1)
+    code: Any = 0
+    try:
+        run()
+    except SystemExit as left:
+        code = left.code
+    except KeyboardInterrupt:
+        print("interrupted: the same command continues with what is not finished", file=sys.stderr)
+        code = 130
+    if jobs and not summarise(jobs):
+        code = code or 1
+    sys.exit(code)

@@ -1,0 +1,130 @@
+"""What every data set gives: raw examples in three disjoint splits, one of them for calibration draws."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor
+
+from bayesq.suite.cache import digest
+from bayesq.suite.errors import UserError
+
+# Raw inputs, before any model-specific encoding: sentences, sentence pairs, or images [n, channels, height,
+# width] as floats in [0, 1]. Only `select`, `checksum` and the model's `encode` look inside, so another kind
+# of input (image files decoded batch by batch, say) concerns nobody else.
+Inputs = Sequence[str] | Sequence[tuple[str, str]] | Tensor
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Raw examples of one split: n `inputs`, `labels` [n] int64 and `ids`, a stable name per example."""
+
+    inputs: Inputs
+    labels: Tensor
+    ids: list[str]
+
+    def __post_init__(self) -> None:
+        """Reject parts of different length, which would pair inputs with foreign labels."""
+        if not len(self.inputs) == len(self.labels) == len(self.ids):
+            raise ValueError(
+                f"{len(self.inputs)} inputs, {len(self.labels)} labels and {len(self.ids)} ids do not match"
+            )
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def select(self, indices: Tensor) -> "Examples":
+        """The examples at `indices` [k] int64, in that order."""
+        positions = indices.tolist()
+        if isinstance(self.inputs, Tensor):
+            inputs: Inputs = self.inputs[indices]
+        else:
+            inputs = cast(Inputs, [self.inputs[i] for i in positions])
+        return Examples(inputs, self.labels[indices], [self.ids[i] for i in positions])
+
+    def checksum(self) -> str:
+        """sha256 hex over inputs, labels and ids, order included."""
+        ids = json.dumps(self.ids)
+        if isinstance(self.inputs, Tensor):
+            return digest({"inputs": self.inputs, "labels": self.labels}, {"ids": ids})
+        return digest({"labels": self.labels}, {"ids": ids, "inputs": json.dumps(list(self.inputs))})
+
+
+@dataclass(frozen=True)
+class DataSplits:
+    """A loaded data set.
+
+    Attributes:
+        train: what FP heads and small networks are fitted on.
+        calibration_pool: what calibration sets are drawn from; never trained or evaluated on.
+        evaluation: what every reported metric is measured on.
+        num_classes: width of the logits.
+        primary_metric: result key of the metric the tables show, e.g. "accuracy".
+        source: provenance (origin, versions, checksums) for the result file.
+    """
+
+    train: Examples
+    calibration_pool: Examples
+    evaluation: Examples
+    num_classes: int
+    primary_metric: str
+    source: dict[str, str]
+
+    def calibration(self, examples: int, seed: int) -> Examples:
+        """Draw a calibration set from the pool, without replacement.
+
+        For one seed a smaller draw is the beginning of a larger one: sweeps over the size are nested.
+
+        Raises:
+            ValueError: `examples` is below 1 or exceeds the pool.
+        """
+        pool = len(self.calibration_pool)
+        if not 1 <= examples <= pool:
+            raise ValueError(
+                f"calibration.examples={examples} is not possible: choose 1 to {pool} (dataset.calibration_pool={pool})"
+            )
+        order = torch.randperm(pool, generator=torch.Generator().manual_seed(seed))
+        return self.calibration_pool.select(order[:examples])
+
+
+class Dataset(Protocol):
+    """What a `conf/dataset/*.yaml` instantiates."""
+
+    def load(self, cache_dir: Path) -> DataSplits:
+        """Load the splits, fetching or caching files under `cache_dir` where needed.
+
+        Membership depends on the data set's own `split_seed` only, never on the run's `seed`.
+        """
+        ...
+
+
+def seeded_splits(
+    examples: Examples, *, evaluation: int, calibration_pool: int, split_seed: int, limit: int | None
+) -> tuple[Examples, Examples, Examples]:
+    """Cut `examples` into (train, calibration pool, evaluation), disjoint by construction.
+
+    The evaluation set comes first in the shuffled order: it stays the same whatever the size of the pool.
+    `limit` keeps its first `limit` examples and moves no example to another split.
+
+    Raises:
+        UserError: a size is not positive, or nothing would be left to train on.
+    """
+    sizes = {
+        "evaluation": evaluation,
+        "calibration_pool": calibration_pool,
+        "limit": 1 if limit is None else limit,
+    }
+    for key, size in sizes.items():
+        if size < 1:
+            raise UserError(f"dataset.{key}={size} must be at least 1")
+    if evaluation + calibration_pool >= len(examples):
+        raise UserError(
+            f"dataset.evaluation={evaluation} and dataset.calibration_pool={calibration_pool} leave "
+            f"nothing to train on: their sum must stay below {len(examples)}, the size of the data set"
+        )
+    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(split_seed))
+    evaluated, pool, train = order.tensor_split([evaluation, evaluation + calibration_pool])
+    return examples.select(train), examples.select(pool), examples.select(evaluated[:limit])

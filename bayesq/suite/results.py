@@ -1,0 +1,186 @@
+"""Result files that are whole or absent, and the table of method x bits made from them."""
+
+import csv
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from tabulate import tabulate
+
+from bayesq.suite.config import flatten, settings_that_matter
+from bayesq.suite.files import atomic_path
+
+RESULT_FILE = "result.json"
+FAILURE_FILE = "status.json"
+
+
+def plain(value: Any) -> Any:
+    """`value` in JSON types; NaN and infinities become null, because JSON has no spelling for them.
+
+    Raises:
+        TypeError: a value is neither a JSON type, a numpy or torch scalar, nor a path.
+    """
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if hasattr(value, "item"):  # numpy and torch scalars
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"{type(value).__name__} has no place in a result file")
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write `plain(content)` as indented JSON, atomically."""
+    text = json.dumps(plain(content), indent=2, allow_nan=False) + "\n"
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write `rows` (all with the keys of the first) as CSV with a header line, atomically; None is an empty cell.
+
+    Raises:
+        ValueError: a row has a key that the first one lacks, or there are no rows to take the header from.
+    """
+    if not rows:
+        raise ValueError(f"no rows for {path.name}")
+    with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def read_result(path: Path) -> dict[str, Any] | None:
+    """The content of a result.json, or None where there is none or it does not parse."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def finished_result(run_dir: Path) -> dict[str, Any] | None:
+    """The result of a finished run, or None: a run is finished when its result.json parses and says so."""
+    result = read_result(run_dir / RESULT_FILE)
+    return result if result is not None and result.get("status") == "finished" else None
+
+
+def is_finished(run_dir: Path) -> bool:
+    """Whether `run_dir` holds the result of a finished run."""
+    return finished_result(run_dir) is not None
+
+
+def load_results(results_dir: Path) -> list[dict[str, Any]]:
+    """Every finished result below `results_dir`, in the order of their run ids."""
+    found = (finished_result(path.parent) for path in sorted(Path(results_dir).glob(f"*/{RESULT_FILE}")))
+    return [result for result in found if result is not None]
+
+
+def _mean(results: Iterable[Mapping[str, Any]], key: str) -> float | None:
+    """Mean of `key` over the results that have it, or None."""
+    values = [result[key] for result in results if result.get(key) is not None]
+    return fmean(values) if values else None
+
+
+def _cell(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _percent(value: float | None) -> float | None:
+    return None if value is None else 100 * value
+
+
+def settings_of(result: Mapping[str, Any]) -> dict[str, Any]:
+    """What tells two runs apart, save the seed, as flat keys: means are taken over results that agree in all of it."""
+    settings = flatten(settings_that_matter(result["config"]))
+    return {key.removesuffix(".name"): value for key, value in settings.items() if key != "seed"}
+
+
+def differing_settings(results: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The keys of `settings_of` that separate results of one model, data set, method and budget.
+
+    A posterior's own settings are compared with those of the same posterior only, and so on for every axis.
+    """
+    seen: dict[tuple[Any, ...], set[str]] = {}
+    for result in results:
+        own = settings_of(result)
+        alike = (result["model"], result["dataset"], result["method"], result["bits/target"])
+        for key, value in own.items():
+            axis = key.partition(".")[0]
+            choice = None if axis == key else own.get(axis)
+            seen.setdefault((key, *alike, choice), set()).add(json.dumps(value))
+    return sorted({place[0] for place, values in seen.items() if len(values) > 1})
+
+
+def _show(value: Any) -> str:
+    return json.dumps(value) if isinstance(value, list) else str(value)
+
+
+def results_table(results: Sequence[Mapping[str, Any]]) -> str:
+    """Text table: one line per method and bit budget, averaged over seeds, one section per model and dataset.
+
+    Runs of one method and budget that differ in further settings get lines of their own and a column for each
+    setting that differs. Entries whose status is not "finished" need only model, dataset, method, bits/target, seed
+    and config; they are shown as failed. Accuracies are percent, deltas percentage points against the
+    full-precision model, KL nats, bits per quantized weight.
+    """
+    sections: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for result in results:
+        sections.setdefault((result["model"], result["dataset"]), []).append(result)
+    return "\n\n".join(_section(*names, members) for names, members in sections.items())
+
+
+def _section(model: str, dataset: str, results: Sequence[Mapping[str, Any]]) -> str:
+    """The lines of one model on one dataset, headed by its full-precision figures."""
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    settings: dict[str, dict[str, Any]] = {}
+    for result in results:
+        own = settings_of(result)
+        key = json.dumps(own, sort_keys=True)
+        groups.setdefault(key, []).append(result)
+        settings[key] = own
+
+    differing = differing_settings(results)
+    methods = list(dict.fromkeys(result["method"] for result in results))
+    ordered = sorted(
+        groups.items(),
+        key=lambda item: (methods.index(item[1][0]["method"]), item[1][0]["bits/target"], item[0]),
+    )
+    finished = [result for result in results if result.get("status") == "finished"]
+    metric = finished[0]["primary_metric"] if finished else "accuracy"
+    several = any(len(members) > 1 for members in groups.values())
+    header = ["method", "bits", *differing, *(["n"] if several else []), f"{metric} %", "delta", "KL"]
+    header += ["bits/code", "bits/stored", "seconds"]
+
+    rows = []
+    for key, members in ordered:
+        done = [result for result in members if result.get("status") == "finished"]
+        row = [members[0]["method"], f"{members[0]['bits/target']:g}"]
+        row += [_show(settings[key].get(name, "-")) for name in differing]
+        row += [f"{len(done)}"] if several else []
+        row += [
+            _cell(_percent(_mean(done, f"q/{metric}")), ".2f") if done else "failed",
+            _cell(_percent(_mean(done, f"delta/{metric}")), "+.2f"),
+            _cell(_mean(done, "q/kl_to_fp"), ".4f"),
+            _cell(_mean(done, "bits/code"), ".3f"),
+            _cell(_mean(done, "bits/stored"), ".3f"),
+            _cell(_mean(done, "time/total_s"), ".1f"),
+        ]
+        rows.append(row)
+
+    head = f"{model} on {dataset}"
+    if finished:
+        reference = _cell(_percent(_mean(finished, f"fp/{metric}")), ".2f")
+        examples = _cell(_mean(finished, "evaluation/examples"), ",.0f")
+        head += f": full precision {reference} % {metric} on {examples} examples"
+    body = tabulate(rows, headers=header, disable_numparse=True, stralign="right", colalign=("left",))
+    return f"{head}\n{body}"

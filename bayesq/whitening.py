@@ -1,0 +1,76 @@
+"""Whitening by the posterior: coordinates in which risk is plain squared distance (SPEC section 2).
+
+    diag   z_i = sqrt(P_i) w_i
+    kfac   Z = L_GT W L_A,   A = L_A L_AT,  G = L_G L_GT
+
+so that |z - z_hat|^2 = 2 R. Rounding never forms Z. What it needs is the gain: by how much twice the risk grows per
+squared rounding error of a weight, once all feedback has been given.
+
+    diag            gain_rc = P_rc
+    kfac, nearest   gain_rc = G_rr A_cc
+    kfac, feedback  gain_rc = G_rr / U_cc^2,   UT U = A^-1, U upper, columns visited in decreasing diag(A)
+
+With e the rounding errors at the moment of rounding, row r's risk is 1/2 sum_c gain_rc e_rc^2.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bayesq.posterior import DiagonalPosterior, KroneckerPosterior, LayerPosterior
+from bayesq.quant.feedback import FeedbackFactor, feedback_factor
+
+
+@dataclass
+class Whitening:
+    """Geometry of one layer's risk.
+
+    Attributes:
+        row_gain: [g, r] the rows' own factor of the gain (ones for diag).
+        column_gain: [g, r, c], or [g, 1, c] where all rows share it.
+        factors: feedback factor of each group; None where rounding is to nearest.
+    """
+
+    row_gain: Tensor
+    column_gain: Tensor
+    factors: list[FeedbackFactor] | None
+
+    @property
+    def retries(self) -> int:
+        """How often a factorization needed more damping than asked for."""
+        return sum(factor.retries for factor in self.factors or [])
+
+
+def whitening(posterior: LayerPosterior, feedback: bool, damping: float) -> Whitening:
+    """Geometry in which a layer is rounded.
+
+    Args:
+        posterior: of the layer.
+        feedback: whether rounding errors are fed to later columns. A diagonal posterior couples no columns: nearest
+            rounding is then optimal and there is nothing to feed back.
+        damping: fraction of the mean diagonal added to A before it is factored, against the noise of few calibration
+            examples; on top of the prior's share.
+    """
+    if isinstance(posterior, DiagonalPosterior):
+        return Whitening(torch.ones_like(posterior.precision[..., 0]), posterior.precision, None)
+    if isinstance(posterior, KroneckerPosterior):
+        row_gain = posterior.gradient_factor.diagonal(dim1=-2, dim2=-1)
+        if not feedback:
+            return Whitening(row_gain, posterior.input_factor.diagonal(dim1=-2, dim2=-1)[:, None, :], None)
+        factors = [feedback_factor(a, damping) for a in posterior.input_factor]
+        return Whitening(row_gain, torch.stack([factor.column_gain for factor in factors])[:, None, :], factors)
+    raise TypeError(f"no whitening for {type(posterior).__name__}")
+
+
+def whiten(posterior: LayerPosterior, weight: Tensor) -> Tensor:
+    """Whitened coordinates z [g, r, c] of weights [g, r, c], float64: |z(w) - z(w_hat)|^2 = 2 R."""
+    w = weight.to(torch.float64)
+    if isinstance(posterior, DiagonalPosterior):
+        return posterior.precision.sqrt() * w
+    if isinstance(posterior, KroneckerPosterior):
+        l_a = torch.linalg.cholesky(posterior.input_factor)
+        l_g = torch.linalg.cholesky(posterior.gradient_factor)
+        z: Tensor = l_g.transpose(-1, -2) @ w @ l_a
+        return z
+    raise TypeError(f"no whitening for {type(posterior).__name__}")

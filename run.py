@@ -1,0 +1,6 @@
+"""Run one quantization experiment, or many with `-m`; `python run.py --help` lists what can be chosen."""
+
+from bayesq.suite.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""Slow float64 references for bayesq.quant and the baselines, written from the published equations.
+
+Nothing here calls the code under test: plain loops over numpy arrays, one matrix [r, c] at a time.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bayesq.quant.method import LayerProblem
+
+Rounder = Callable[[float, int, int], tuple[int, float]]  # (entry, row, original column) -> code, value
+
+
+def fp16(value: float) -> float:
+    return float(np.float16(min(value, 65504.0)))
+
+
+def clip(value: float, low: float, high: float) -> float:
+    return max(low, min(high, value))
+
+
+def affine_nearest(entry: float, scale: float, zero: float, width: int) -> tuple[int, float]:
+    """Nearest value of scale * (k - zero), k = 0 .. 2**width - 1."""
+    code = int(clip(np.rint(entry / scale) + zero, 0, 2**width - 1))
+    return code, scale * (code - zero)
+
+
+def range_grid(low: float, high: float, width: int, single: bool = False) -> tuple[float, float]:
+    """Scale and zero of the grid on [low, high]; fp16 scale unless `single` (float32)."""
+    if low == high == 0:
+        low, high = -1.0, 1.0
+    top = 2**width - 1
+    scale = (high - low) / top
+    scale = float(np.float32(scale)) if single else fp16(scale)
+    return scale, clip(float(np.rint(-low / scale)), 0, top)
+
+
+def minmax(row: np.ndarray, width: int, single: bool = False) -> tuple[float, float]:
+    return range_grid(min(0.0, float(row.min())), max(0.0, float(row.max())), width, single)
+
+
+def mse(row: np.ndarray, width: int, single: bool = False) -> tuple[float, float]:
+    """The range times 1.00, 0.99, .. 0.21 with the least sum |w - q(w)|**2.4; the widest of equals."""
+    low, high = min(0.0, float(row.min())), max(0.0, float(row.max()))
+    best, least = range_grid(low, high, width, single), math.inf
+    for step in range(80):
+        shrink = 1 - step / 100
+        grid = range_grid(shrink * low, shrink * high, width, single)
+        error = sum(abs(affine_nearest(float(w), *grid, width)[1] - float(w)) ** 2.4 for w in row)
+        if error < least:
+            best, least = grid, error
+    return best
+
+
+RULES = {"minmax": minmax, "mse": mse}
+
+
+@dataclass
+class Naive:
+    """What naive_gptq found; original column order."""
+
+    codes: np.ndarray
+    values: np.ndarray
+    met: np.ndarray
+    gain: np.ndarray  # [c] 1 / [H^-1]_jj with the columns visited before j eliminated
+
+
+def damped(moment: np.ndarray, damping: float) -> np.ndarray:
+    """A + damping * mean(diag A) I, dead columns (diagonal 0) with the mean of the others on their diagonal."""
+    a = moment.astype(np.float64).copy()
+    live = np.diag(a) != 0
+    mean = np.diag(a)[live].mean() if live.any() else 1.0
+    return a + np.diag(np.where(live, 0.0, mean) + damping * mean)
+
+
+def visiting_order(moment: np.ndarray, act_order: bool) -> list[int]:
+    diagonal = np.diag(damped(moment, 0.0))
+    columns = list(range(len(diagonal)))
+    return sorted(columns, key=lambda j: -diagonal[j]) if act_order else columns
+
+
+def naive_gptq(weight: np.ndarray, moment: np.ndarray, damping: float, act_order: bool, rounder: Rounder) -> Naive:
+    """Optimal brain quantization in a fixed order: H^-1 is formed once and downdated by Gaussian elimination.
+
+    delta_F = -(w_j - q_j) / [H^-1]_jj * [H^-1]_jF over the columns F still free, then
+    H^-1 <- H^-1 - [H^-1]_:j [H^-1]_j: / [H^-1]_jj.
+    """
+    x = weight.astype(np.float64).copy()
+    inverse = np.linalg.inv(damped(moment, damping))
+    rows, columns = x.shape
+    result = Naive(np.zeros((rows, columns), int), np.zeros_like(x), np.zeros_like(x), np.zeros(columns))
+    free = visiting_order(moment, act_order)
+    while free:
+        j = free.pop(0)
+        pivot = inverse[j, j]
+        result.gain[j] = 1 / pivot
+        for r in range(rows):
+            result.met[r, j] = x[r, j]
+            result.codes[r, j], result.values[r, j] = rounder(float(x[r, j]), r, j)
+        error = (x[:, j] - result.values[:, j]) / pivot
+        x[:, free] -= np.outer(error, inverse[j, free])
+        inverse = inverse - np.outer(inverse[:, j], inverse[j]) / pivot
+    return result
+
+
+def row_errors(delta: np.ndarray, moment: np.ndarray) -> np.ndarray:
+    """sum_ij delta_ri A_ij delta_rj of each row."""
+    return np.array([float(d @ moment.astype(np.float64) @ d) for d in np.asarray(delta, dtype=np.float64)])
+
+
+def moment_of(columns: int, samples: int, generator: torch.Generator, dead: tuple[int, ...] = ()) -> Tensor:
+    """Second moment [c, c] float64 of correlated inputs with very unequal column energies."""
+    mix = torch.randn(columns, columns, generator=generator, dtype=torch.float64) / columns**0.5
+    x = torch.randn(samples, columns, generator=generator, dtype=torch.float64)
+    x = (x @ mix + 0.5 * x) * torch.rand(columns, generator=generator, dtype=torch.float64).mul(3).exp()
+    x[:, list(dead)] = 0
+    return x.T @ x / samples
+
+
+def problem(weight: Tensor, moment: Tensor, magnitude: Tensor | None = None, positions: int = 1) -> LayerProblem:
+    """A layer with given statistics; moment [g, c, c]."""
+    statistics = {"input_moment": moment}
+    if magnitude is not None:
+        statistics["input_magnitude"] = magnitude
+    return LayerProblem("layer", "Linear", weight, statistics.__getitem__, positions)
+
+
+class FixedWidths:
+    """An allocator that hands out given widths."""
+
+    def __init__(self, **widths: Tensor) -> None:
+        self.widths = widths
+
+    def __call__(self, layers: object, codebook_bits: int = 0) -> dict[str, Tensor]:
+        return self.widths

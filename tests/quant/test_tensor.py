@@ -1,0 +1,83 @@
+"""QuantizedTensor: what codes stand for, and what it refuses to hold."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from tensors import codebook, quantized_tensors
+
+from bayesq.quant.tensor import Codebook, QuantizedTensor
+
+
+def naive_dequantize(tensor: QuantizedTensor) -> np.ndarray:
+    """Entry by entry: scale * (level - zero * 2**(width - 8)) / column_scale."""
+    rows, columns = tensor.codes.shape
+    per_group = rows // tensor.groups
+    weight = np.zeros((tensor.groups, per_group, columns))
+    for i in range(rows):
+        width = int(tensor.width[i])
+        for c in range(columns):
+            s = 0 if tensor.group_size is None else c // tensor.group_size
+            code = int(tensor.codes[i, c])
+            level = float(tensor.codebooks[width].levels[code]) if width in tensor.codebooks else code
+            value = float(tensor.scale[i, s]) * (level - int(tensor.zero[i, s]) * 2.0 ** (width - 8))
+            if tensor.column_scale is not None:
+                channels = tensor.column_scale.shape[1]
+                value /= float(tensor.column_scale[i // per_group, c // (columns // channels)])
+            weight[i // per_group, i % per_group, c] = value
+    return weight
+
+
+@settings(max_examples=60, deadline=None)
+@given(quantized_tensors())
+def test_dequantize_equals_the_formula_entry_by_entry(tensor: QuantizedTensor) -> None:
+    weight = tensor.dequantize()
+    assert weight.dtype == torch.float32
+    expected = naive_dequantize(tensor)
+    assert weight.shape == expected.shape
+    np.testing.assert_allclose(weight.numpy(), expected, rtol=3e-6, atol=1e-5)
+
+
+def plain() -> QuantizedTensor:
+    return QuantizedTensor(
+        codes=torch.tensor([[0, 3, 1], [7, 2, 5]], dtype=torch.uint8),
+        width=torch.tensor([2, 3], dtype=torch.uint8),
+        scale=torch.ones(2, 1, dtype=torch.float16),
+        zero=torch.zeros(2, 1, dtype=torch.uint8),
+    )
+
+
+REFUSED = {
+    "a code beyond its row's width": ({"codes": torch.tensor([[0, 4, 1], [7, 2, 5]], dtype=torch.uint8)}, "does not fit"),
+    "wide codes": ({"codes": torch.zeros(2, 3, dtype=torch.int64)}, "uint8"),
+    "width 1": ({"width": torch.tensor([1, 3], dtype=torch.uint8)}, r"\[2, 8\]"),
+    "width 9": ({"width": torch.tensor([2, 9], dtype=torch.uint8)}, r"\[2, 8\]"),
+    "a width too few": ({"width": torch.tensor([3], dtype=torch.uint8)}, "width must be"),
+    "float32 scale": ({"scale": torch.ones(2, 1)}, "scale must be float16"),
+    "infinite scale": ({"scale": torch.full((2, 1), torch.inf).half()}, "scale must be finite"),
+    "scales for other groups": ({"group_size": 2}, r"\[2, 2\]"),
+    "float zero": ({"zero": torch.zeros(2, 1)}, "zero must be uint8"),
+    "rows that do not divide": ({"groups": 3}, "do not divide"),
+    "column scales of another size": ({"column_scale": torch.ones(1, 2).half()}, "column_scale"),
+    "column scales for other groups": ({"column_scale": torch.ones(2, 3).half()}, "column_scale"),
+    "float32 column scales": ({"column_scale": torch.ones(1, 3)}, "column_scale"),
+    "a codebook of another width": ({"codebooks": {2: codebook(3)}}, "8 levels, width 2 needs 4"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_tensor_that_could_not_be_stored_is_refused(name: str) -> None:
+    change, message = REFUSED[name]
+    with pytest.raises(ValueError, match=message):
+        replace(plain(), **change)
+
+
+def test_codebooks_are_increasing_fp16() -> None:
+    with pytest.raises(ValueError, match="float16"):
+        Codebook("book/2", torch.arange(4.0))
+    with pytest.raises(ValueError, match="must not decrease"):
+        Codebook("book/2", torch.tensor([0.0, 2.0, 1.0, 3.0]).half())
+    with pytest.raises(ValueError, match="must not decrease"):
+        Codebook("book/2", torch.tensor([0.0, torch.nan, 1.0, 3.0]).half())

@@ -1,0 +1,359 @@
+"""The command line: what it refuses before anything runs, and how it runs, skips, fails and sums up.
+
+Real runs belong to the end-to-end tests; here a small stand-in takes the runner's place.
+"""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from bayesq.suite import cli, results
+from bayesq.suite.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+
+# seed 13 is the user's mistake, seed 14 a defect; REPAIRED in the environment lets both succeed
+STAND_IN = """
+import os, sys, types
+from bayesq.suite import config, results
+from bayesq.suite.errors import UserError
+
+def run(cfg):
+    if cfg.seed == 13 and "REPAIRED" not in os.environ:
+        try:
+            raise UserError("model.checkpoint=x: there is no such\\nfile")
+        except UserError as error:
+            raise RuntimeError("Error in call to target 'x'") from error
+    if cfg.seed == 14 and "REPAIRED" not in os.environ:
+        raise ZeroDivisionError("second\\nline")
+    axes = {axis: cfg[axis].name for axis in ("model", "dataset", "method")}
+    with open("ran.txt", "a") as file:
+        file.write(f"{cfg.method.name} {cfg.bits} {cfg.seed}\\n")
+    results.write_json(config.run_dir(cfg) / "result.json", {
+        "status": "finished", "run_id": config.run_id(cfg), **axes, "seed": cfg.seed, "bits/target": cfg.bits,
+        "primary_metric": "accuracy", "q/accuracy": 0.5, "delta/accuracy": -0.25, "fp/accuracy": 0.75,
+        "config": config.resolved(cfg),
+    })
+
+sys.modules["bayesq.suite.runner"] = types.SimpleNamespace(run=run)
+from bayesq.suite.cli import main
+main()
+"""
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def command(*arguments: str, stand_in: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the program in the current folder as a process of its own."""
+    program = ["-c", STAND_IN] if stand_in else [str(ROOT / "run.py")]
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return subprocess.run(
+        [sys.executable, *program, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "PYTHONPATH": path, **environment},
+    )
+
+
+def runs() -> list[str]:
+    return Path("ran.txt").read_text().splitlines() if Path("ran.txt").exists() else []
+
+
+# --------------------------------------------------------------------------------------------- before anything runs
+
+
+BAD_COMMANDS = [
+    # what is typed, what the line must name
+    (["bitz=3"], "bitz"),
+    (["+bitz=3"], "bitz"),
+    (["++bitz=3"], "bitz"),
+    (["calibration.exmples=3"], "calibration.examples"),
+    (["+calibration.exmples=3"], "calibration.exmples"),
+    (["+method.no_such_option=1"], "method.no_such_option"),
+    (["++posterior.no_such_option=1"], "posterior.no_such_option"),
+    (["+calibration={no_such_option: 1}"], "calibration.no_such_option"),
+    (["methd=gptq"], "did you mean 'method'?"),
+    (["-m", "bitz=3,4"], "bitz"),
+    (["~bits"], "bits"),
+    (["~method"], "method"),
+    (["~bitz"], "bitz"),
+    (["+bits=3"], "bits"),
+    (["+method=gptq"], "method=gptq"),
+    (["bits"], "bits"),
+    (["bits=[3"], "bits=[3"),
+    (["bits=${nothing}"], "bits"),
+    (["bits=9"], "bits=9: needs a number from 2 to 8"),
+    (["bits=1.9"], "bits=1.9"),
+    (["bits=three"], "bits=three"),
+    (["bits=[3,4]"], "bits=[3,4]"),
+    (["bits=3,3.5,4"], "add -m"),
+    (["-m", "method=bayesq,gptq", "bits=3,11"], "bits=11"),
+    (["-m", "bits=3,4", "seed=range(-1,1)"], "seed=-1"),
+    (["method=gtpq"], "method=gtpq: choose one of awq, bayesq, gptq, rtn; did you mean 'gptq'?"),
+    (["-m", "method=gptq,foo"], "method=foo"),
+    (["method=null"], "method=null"),
+    (["model=resnet51"], "model=resnet51"),
+    (["dataset=cifar"], "dataset=cifar"),
+    (["posterior=full"], "posterior=full"),
+    (["experiment=x"], "experiment"),
+    (["model=resnet"], "dataset=digits"),
+    (["calibration.examples=-1"], "calibration.examples=-1"),
+    (["calibration.examples=0"], "calibration.examples=0"),
+    (["calibration=5"], "calibration.examples"),
+    (["wandb=null"], "wandb.mode"),
+    (["allocation.widths=[]"], "allocation.widths=[]"),
+    (["allocation.widths=[5,6]", "bits=4"], "allocation.widths=[5,6]"),
+    (["results_dir=/proc/no-such-folder"], "results_dir=/proc/no-such-folder"),
+    (["cache_dir=/proc/no-such-folder"], "cache_dir=/proc/no-such-folder"),
+    (["wandb.mode=sometimes"], "wandb.mode=sometimes"),
+    (["wandb.mode=online"], "wandb.mode=offline"),
+    (["device=cuda0"], "device=cuda0"),
+    (["force=maybe"], "force=maybe"),
+    (["hydra.no_such_option=1"], "hydra.no_such_option"),
+    (["hydra/launcher=no_such_launcher"], "no_such_launcher"),
+    (["--no-such-option"], "--no-such-option"),
+    (["--config-dir", "/no-such-folder"], "/no-such-folder"),
+    (["--config-name", "no_such_config"], "no_such_config"),
+]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"), BAD_COMMANDS, ids=lambda part: " ".join(part) if isinstance(part, list) else ""
+)
+def test_bad_input_is_one_line_and_exit_code_1_before_anything_is_loaded(
+    arguments: list[str], named: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["run.py", *arguments])
+    for heavy in ("torch", "transformers", "timm", "sklearn", "bayesq.suite.runner"):
+        monkeypatch.setitem(sys.modules, heavy, None)  # importing it now raises
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    out, err = capsys.readouterr()
+    assert left.value.code == 1
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert named in err
+    assert not list(Path().glob("*/*")), "nothing was run or written"
+
+
+def test_a_missing_accelerator_is_found_before_anything_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    torch = pytest.importorskip("torch")
+    with pytest.raises(UserError, match=r"^device=cuda:99: "):
+        cli.preflight(["device=cuda:99"])
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match=r"^device=cuda: no CUDA device"):
+            cli.preflight(["-m", "device=cpu,cuda"])
+
+
+def test_the_real_program_refuses_in_one_line() -> None:
+    done = command("bits=9", stand_in=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "error: bits=9: needs a number from 2 to 8 (bits per weight)\n"
+    assert list(Path().iterdir()) == []
+
+
+def test_the_traceback_is_there_for_who_asks() -> None:
+    done = command("bits=9", stand_in=False, HYDRA_FULL_ERROR="1")
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+
+
+def test_a_sweep_expands_as_hydra_does() -> None:
+    jobs = cli.preflight(["-m", "method=bayesq,gptq", "bits=3,3.5,4"])
+    assert jobs is not None
+    assert [(job.config["method"]["name"], job.config["bits"]) for job in jobs] == list(
+        itertools.product(["bayesq", "gptq"], [3, 3.5, 4])
+    )
+    assert len({job.run_id for job in jobs}) == 6
+    assert jobs[0].overrides == ("method=bayesq", "bits=3")
+
+
+def test_jobs_with_the_same_result_count_once() -> None:
+    jobs = cli.preflight(["-m", "method=gptq", "bits=3,3.0", "posterior=diag,kfac"])
+    assert jobs is not None
+    assert len(jobs) == 1
+
+
+def test_every_choice_on_every_axis_composes() -> None:
+    text = cli.preflight(["-m", "method=glob(*)", "posterior=glob(*)"])
+    images = cli.preflight(["-m", "model=resnet", "dataset=digits", "method=glob(*)", "posterior=glob(*)"])
+    for jobs in (text, images):
+        assert jobs is not None
+        assert {job.config["method"]["name"] for job in jobs} >= {"rtn", "gptq", "awq", "bayesq"}
+
+
+def test_questions_are_left_to_hydra() -> None:
+    for question in (["--help"], ["--cfg", "job"], ["--info"], ["--hydra-help"], ["-sc", "install=bash"]):
+        assert cli.preflight(question) is None
+
+
+def test_an_experiment_may_choose_and_set_but_not_invent() -> None:
+    folder = Path("mine/experiment")
+    folder.mkdir(parents=True)
+    header = "# @package _global_\ndefaults: [{override /method: gptq}]\n"
+    (folder / "good.yaml").write_text(f"{header}bits: 3\n")
+    (folder / "bad.yaml").write_text(f"{header}bitz: 3\n")
+    jobs = cli.preflight(["--config-dir", "mine", "+experiment=good"])
+    assert jobs is not None
+    assert (jobs[0].config["method"]["name"], jobs[0].config["bits"]) == ("gptq", 3)
+    with pytest.raises(UserError, match=r"^unknown key 'bitz'"):
+        cli.preflight(["--config-dir", "mine", "+experiment=bad"])
+    with pytest.raises(UserError, match=r"^experiment=goood: choose one of bad, good; did you mean 'good'\?"):
+        cli.preflight(["--config-dir", "mine", "+experiment=goood"])
+
+
+def test_a_foreign_sweeper_decides_for_itself_what_it_sweeps() -> None:
+    foreign = "hydra.sweeper._target_=my.Sweeper"
+    assert cli.preflight(["-m", foreign, "bits=interval(2,8)"]) == []
+    with pytest.raises(UserError, match=r"^seed=-1"):
+        cli.preflight(["-m", foreign, "bits=interval(2,8)", "seed=-1"])
+
+
+def test_a_job_for_other_machines_is_not_checked_against_the_devices_of_this_one() -> None:
+    # a class of its own stands for a launcher that sends jobs away
+    jobs = cli.preflight(["-m", "device=cuda:99", "hydra.launcher._target_=my.ClusterLauncher"])
+    assert jobs is not None
+    assert len(jobs) == 1
+
+
+# --------------------------------------------------------------------------------------------------------- running
+
+
+def test_a_sweep_runs_every_job_then_skips_then_is_forced() -> None:
+    sweep = ("-m", "method=gptq,rtn", "bits=3,3.5", "results_dir=out")
+    first = command(*sweep)
+    assert (first.returncode, first.stderr) == (0, "")
+    assert runs() == ["gptq 3 0", "gptq 3.5 0", "rtn 3 0", "rtn 3.5 0"]
+    assert len(results.load_results(Path("out"))) == 4
+    table = first.stdout[first.stdout.index("minilm on movie_snippets: full precision 75.00 %") :]
+    assert [line.split()[:4] for line in table.splitlines()[3:]] == [
+        ["gptq", "3", "50.00", "-25.00"],
+        ["gptq", "3.5", "50.00", "-25.00"],
+        ["rtn", "3", "50.00", "-25.00"],
+        ["rtn", "3.5", "50.00", "-25.00"],
+    ]
+    again = command(*sweep)
+    assert again.returncode == 0
+    assert again.stdout.count("skipped (finished): ") == 4
+    assert again.stdout.endswith(table)
+    assert len(runs()) == 4
+    assert command(*sweep, "force=true").returncode == 0
+    assert len(runs()) == 8
+    # nothing is left where the command was started but what it was asked for
+    assert {path.name for path in Path().iterdir()} == {"out", "ran.txt"}
+
+
+def test_a_single_run_has_its_log_and_config_beside_its_result() -> None:
+    done = command("bits=3", "method=rtn")
+    assert (done.returncode, done.stderr) == (0, "")
+    (folder,) = (path for path in Path("results").iterdir() if path.is_dir())
+    assert {path.name for path in folder.iterdir()} >= {"result.json", "run.log", ".hydra"}
+    assert results.is_finished(folder)
+
+
+def test_one_failing_job_stops_no_other_and_is_reported_once() -> None:
+    sweep = ("-m", "method=gptq", "bits=3", "seed=13,14,0")
+    done = command(*sweep)
+    assert done.returncode == 1
+    mistake, defect = done.stderr.splitlines()
+    assert mistake.startswith("error: model.checkpoint=x: there is no such file [")
+    assert "traceback.txt" not in mistake
+    assert defect.startswith("error: ZeroDivisionError: second line [")
+    assert "traceback.txt]" in defect
+    assert runs() == ["gptq 3 0"]
+    assert "failed: " in done.stdout
+    statuses = {path.parent.name: json.loads(path.read_text()) for path in Path("results").glob("*/status.json")}
+    assert {status["status"] for status in statuses.values()} == {"failed"}
+    (traceback,) = Path("results").glob("*/traceback.txt")
+    assert "ZeroDivisionError" in traceback.read_text()
+
+    repaired = command(*sweep, REPAIRED="1")
+    assert (repaired.returncode, repaired.stderr) == (0, "")
+    assert runs() == ["gptq 3 0", "gptq 3 13", "gptq 3 14"]
+    assert not list(Path("results").glob("*/status.json"))
+    assert not list(Path("results").glob("*/traceback.txt"))
+
+
+def test_a_forced_run_that_fails_leaves_no_result_that_looks_new() -> None:
+    assert command("seed=14", "method=rtn", REPAIRED="1").returncode == 0
+    done = command("seed=14", "method=rtn", "force=true")
+    assert done.returncode == 1
+    assert results.load_results(Path("results")) == []
+    assert " failed " in done.stdout
+
+
+def test_a_truncated_result_is_run_again() -> None:
+    assert command("method=rtn").returncode == 0
+    (result,) = Path("results").glob("*/result.json")
+    result.write_text(result.read_text()[:40])
+    assert command("method=rtn").returncode == 0
+    assert len(runs()) == 2
+    assert results.read_result(result) is not None
+
+
+def test_relative_folders_are_relative_to_where_the_command_was_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a").mkdir()
+    monkeypatch.chdir(tmp_path / "a")
+    assert command("method=rtn", "results_dir=../b/c").returncode == 0
+    assert len(results.load_results(tmp_path / "b" / "c")) == 1
+    assert not (tmp_path / "a" / "results").exists()
+
+
+def test_help_explains_the_axes_with_examples_that_compose() -> None:
+    done = command("--help", stand_in=False)
+    assert done.returncode == 0
+    for axis in ("model", "dataset", "method", "posterior", "bits", "allocator"):
+        assert axis in done.stdout
+    examples = [line.split("  ")[1] for line in done.stdout.splitlines() if line.startswith("  python run.py")]
+    assert len(examples) >= 4
+    for example in examples:
+        assert cli.preflight(example.split()[2:]), example
+
+
+def test_the_config_can_be_shown() -> None:
+    done = command("--cfg", "job", "--resolve", "method=gptq", stand_in=False)
+    assert done.returncode == 0
+    assert yaml.safe_load(done.stdout)["allocator"] == "uniform"
+
+
+# ----------------------------------------------------------------------------------------------------------- sweeps
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "sweeps").glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_sweep_file_and_its_command_in_the_comment_are_the_same_runs(path: Path) -> None:
+    utils = pytest.importorskip("wandb.sdk.launch.sweeps.utils")
+    sweep = utils.load_sweep_config(str(path))
+    assert sweep["method"] == "grid"
+    assert (ROOT / sweep["program"]).is_file()
+    values = {key: entry.get("values", [entry.get("value")]) for key, entry in sweep["parameters"].items()}
+    by_agent: dict[str, cli.Job] = {}
+    for combination in itertools.product(*values.values()):
+        arguments = {key: {"value": value} for key, value in zip(values, combination, strict=True)}
+        macros = utils.create_sweep_command_args({"args": arguments})
+        line = [
+            part
+            for chunk in utils.create_sweep_command(list(sweep["command"]))
+            for part in (macros["args_no_hyphens"] if chunk == "${args_no_hyphens}" else [chunk])
+        ]
+        assert line[:4] == ["${env}", "${interpreter}", "${program}", "wandb.mode=online"]
+        jobs = cli.preflight(["wandb.mode=offline", *line[4:]])
+        assert jobs is not None
+        by_agent |= {job.run_id: job for job in jobs}
+    (typed,) = (line for line in path.read_text().splitlines() if line.startswith("#   python run.py -m "))
+    by_hydra = cli.preflight(typed.split()[3:])
+    assert by_hydra is not None
+    assert set(by_agent) == {job.run_id for job in by_hydra}
+    assert len(by_agent) == len(list(itertools.product(*values.values())))

@@ -1,0 +1,355 @@
+"""Run ids and value checks, on the real YAML files."""
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import DictConfig, OmegaConf
+
+import bayesq
+from bayesq.suite import cli, config
+from bayesq.suite.errors import UserError
+
+
+def compose(*overrides: str) -> DictConfig:
+    """The configuration Hydra composes from conf/, without its own node."""
+    flight = cli.Preflight(cli.CONFIG_NAME, str(cli.conf_dir()), None)
+    try:
+        cfg = flight.loader.load_configuration(cli.CONFIG_NAME, list(overrides), run_mode=cli.RunMode.RUN)
+    finally:
+        cli.GlobalHydra.instance().clear()
+    return OmegaConf.create({key: cfg._get_node(key) for key in cfg if key != "hydra"})
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def default() -> DictConfig:
+    return compose()
+
+
+def changed(cfg: DictConfig, key: str, value: Any) -> DictConfig:
+    copy = OmegaConf.create(OmegaConf.to_container(cfg))
+    assert isinstance(copy, DictConfig)
+    OmegaConf.update(copy, key, value, force_add=True)
+    return copy
+
+
+def other(value: Any) -> Any:
+    """A value that differs from `value` and has its type."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int | float):
+        return value + 1
+    if isinstance(value, list):
+        return [*value, 7]
+    return "other" if value is None else f"{value}x"
+
+
+# ------------------------------------------------------------------------------------------------------------ run ids
+
+
+def test_run_id_is_twelve_hexadecimal_digits_and_repeatable(default: DictConfig) -> None:
+    assert config.run_id(default) == config.run_id(compose())
+    assert len(config.run_id(default)) == 12
+    assert int(config.run_id(default), 16) >= 0
+
+
+def test_every_key_changes_the_run_id_except_where_how_and_whether(default: DictConfig) -> None:
+    own = config.run_id(default)
+    metadata = {"method.allocator", "method.uses_posterior"}
+    pinned = changed(default, "allocator", "knapsack")
+    assert config.run_id(pinned) == own, "the default method allocates by knapsack"
+    for key, value in config.flatten(config.resolved(pinned)).items():
+        if key == "allocator":
+            continue
+        same = config.run_id(changed(pinned, key, other(value))) == own
+        without_effect = key.split(".")[0] in config.WITHOUT_EFFECT or key in metadata
+        assert same == without_effect, key
+
+
+@pytest.mark.parametrize(
+    ("one", "two"),
+    [
+        (["bits=3"], ["bits=3.0"]),
+        (
+            ["results_dir=here"],
+            ["results_dir=/there", "device=cuda:1", "force=true", "cache_dir=x", "wandb.mode=disabled"],
+        ),
+        (["method=gptq", "posterior=diag"], ["method=gptq", "posterior=kfac"]),
+        (["method=gptq", "allocation.block=layer"], ["method=gptq", "allocation.widths=[2,8]"]),
+        (["allocation.widths=[2,3,8]"], ["allocation.widths=[8,2,3]"]),
+        (["layers.exclude=[a,b]"], ["layers.exclude=[b,a,b]"]),
+        (["method=gptq"], ["method=gptq", "allocator=uniform"]),
+    ],
+    ids=lambda overrides: " ".join(overrides),
+)
+def test_what_has_no_effect_does_not_change_the_run_id(one: list[str], two: list[str]) -> None:
+    assert config.run_id(compose(*one)) == config.run_id(compose(*two))
+
+
+@pytest.mark.parametrize(
+    ("one", "two"),
+    [
+        (["bits=3"], ["bits=3.5"]),
+        (["seed=0"], ["seed=1"]),
+        (["method=gptq"], ["method=rtn"]),
+        (["posterior=diag"], ["posterior=kfac"]),
+        (["posterior=diag", "allocator=uniform"], ["posterior=kfac", "allocator=uniform"]),
+        (
+            ["method=gptq", "allocator=knapsack", "posterior=diag"],
+            ["method=gptq", "allocator=knapsack", "posterior=kfac"],
+        ),
+        (["allocator=uniform"], ["allocator=knapsack"]),
+        (["allocation.block=row"], ["allocation.block=layer"]),
+        (["model=resnet", "dataset=digits"], []),
+    ],
+    ids=lambda overrides: " ".join(overrides) or "default",
+)
+def test_what_has_an_effect_changes_the_run_id(one: list[str], two: list[str]) -> None:
+    assert config.run_id(compose(*one)) != config.run_id(compose(*two))
+
+
+def test_a_new_version_of_bayesq_has_its_own_run_ids(default: DictConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = config.run_id(default)
+    monkeypatch.setattr(bayesq, "__version__", "99.0")
+    assert config.run_id(default) != before
+
+
+def test_the_resolver_names_the_folder_of_the_whole_config(default: DictConfig) -> None:
+    with_hydra = changed(default, "hydra", {"run": {"dir": "${results_dir}/${run_id:}"}})
+    assert with_hydra.hydra.run.dir == f"results/{config.run_id(default)}"
+    assert config.run_dir(default) == Path.cwd() / "results" / config.run_id(default)
+
+
+def test_what_determines_the_result_survives_json(default: DictConfig) -> None:
+    content = config.determines_result(default)
+    assert json.loads(json.dumps(content)) == content
+    assert content["allocator"] == "knapsack"
+    assert "_target_" in content["method"]
+
+
+# ----------------------------------------------------------------------------------------------------- value checks
+
+
+BAD_VALUES = [
+    ("bits", 1.99),
+    ("bits", 8.01),
+    ("bits", math.nan),
+    ("bits", True),
+    ("bits", None),
+    ("bits", "3"),
+    ("seed", -1),
+    ("seed", 1.5),
+    ("seed", 2**32),
+    ("force", "perhaps"),
+    ("device", "gpu"),
+    ("device", "cuda:"),
+    ("device", None),
+    ("allocator", "greedy"),
+    ("allocator", ["uniform"]),
+    ("allocation.block", "column"),
+    ("allocation.widths", []),
+    ("allocation.widths", [2, 2, 3]),
+    ("allocation.widths", [1, 4]),
+    ("allocation.widths", [4, 9]),
+    ("allocation.widths", [2.5, 4]),
+    ("allocation.widths", [True, 4]),
+    ("allocation.widths", 4),
+    ("allocation.widths", [5, 6]),
+    ("allocation.widths", [2, 3]),
+    ("budget.count", "bytes"),
+    ("calibration.examples", 0),
+    ("calibration.examples", -5),
+    ("calibration.examples", 2.5),
+    ("calibration.examples", "many"),
+    ("calibration.examples", None),
+    ("calibration.examples", 10**6),
+    ("calibration.batch_size", 0),
+    ("evaluation.batch_size", "all"),
+    ("dataset.limit", 0),
+    ("dataset.limit", 10**7),
+    ("dataset.calibration_pool", 0),
+    ("dataset.evaluation", -1),
+    ("layers.exclude", "head"),
+    ("layers.exclude", [3]),
+    ("wandb.mode", "of"),
+    ("wandb.project", ""),
+    ("wandb.project", None),
+    ("wandb.entity", 5),
+    ("results_dir", None),
+    ("results_dir", ""),
+    ("results_dir", 2026),
+    ("results_dir", "~/results"),
+    ("results_dir", "/proc/no-such-folder"),
+    ("results_dir", f"{__file__}"),
+    ("results_dir", f"{__file__}/below"),
+    ("cache_dir", "/proc/no-such-folder"),
+]
+
+
+@pytest.mark.parametrize(("key", "value"), BAD_VALUES, ids=lambda part: str(part)[-40:])
+def test_a_bad_value_is_one_line_with_its_key_and_value(default: DictConfig, key: str, value: Any) -> None:
+    with pytest.raises(UserError) as caught:
+        config.validate(changed(default, key, value))
+    message = str(caught.value)
+    assert message.startswith(f"{key}={config.show(value)}: ")
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("bits", 2),
+        ("bits", 8.0),
+        ("bits", 2.25),
+        ("seed", 2**32 - 1),
+        ("device", "cuda:3"),
+        ("allocation.widths", [4]),
+        ("dataset.limit", 1),
+        ("wandb.entity", "team"),
+    ],
+    ids=str,
+)
+def test_values_at_the_edge_are_accepted(default: DictConfig, tmp_path: Path, key: str, value: Any) -> None:
+    config.validate(changed(changed(default, "results_dir", str(tmp_path / "new" / "folder")), key, value))
+
+
+def test_the_whole_pool_can_calibrate(default: DictConfig, tmp_path: Path) -> None:
+    cfg = changed(default, "results_dir", str(tmp_path))
+    pool = cfg.dataset.calibration_pool
+    config.validate(changed(cfg, "calibration.examples", pool))
+    with pytest.raises(UserError, match=rf"^calibration.examples={pool + 1}: .*from 1 to {pool}\b"):
+        config.validate(changed(cfg, "calibration.examples", pool + 1))
+
+
+def test_widths_are_no_matter_to_a_uniform_allocator(default: DictConfig, tmp_path: Path) -> None:
+    uniform = changed(changed(default, "allocator", "uniform"), "results_dir", str(tmp_path))
+    config.validate(changed(uniform, "allocation.widths", [5, 6]))
+
+
+@pytest.mark.parametrize(("overrides", "part"), [(["model=resnet"], "images"), (["dataset=digits"], "text")])
+def test_a_text_model_does_not_take_images(overrides: list[str], part: str) -> None:
+    with pytest.raises(
+        UserError, match=rf"takes {part}.*model=minilm dataset=movie_snippets, model=resnet dataset=digits"
+    ):
+        config.validate(compose(*overrides))
+
+
+def test_an_unusable_cache_folder_from_the_environment_is_found(
+    default: DictConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BAYESQ_CACHE_DIR", "/proc/no-such-folder")
+    with pytest.raises(UserError, match=r"^cache_dir=/proc/no-such-folder: "):
+        config.validate(changed(default, "results_dir", str(tmp_path)))
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_without_write_permission_is_found(default: DictConfig, tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(UserError, match=r"^results_dir="):
+        config.validate(changed(default, "results_dir", str(tmp_path)))
+
+
+def test_a_mandatory_value_that_was_not_given_is_named(default: DictConfig) -> None:
+    with pytest.raises(UserError, match=r"^dataset.root has no default: add dataset.root=VALUE$"):
+        config.validate(changed(default, "dataset.root", "???"))
+
+
+def test_a_reference_to_nothing_is_named(default: DictConfig) -> None:
+    with pytest.raises(UserError, match=r"^bits: .*nothing"):
+        config.validate(changed(default, "bits", "${nothing}"))
+
+
+def test_a_missing_accelerator_is_named(default: DictConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match=r"^device=cuda: .*choose auto or cpu"):
+        config.check_device(changed(default, "device", "cuda"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    config.check_device(changed(default, "device", "cuda:1"))
+    with pytest.raises(UserError, match=r"^device=cuda:2: this machine has cuda:0 to cuda:1"):
+        config.check_device(changed(default, "device", "cuda:2"))
+
+
+def test_online_tracking_needs_a_key(default: DictConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    online = changed(default, "wandb.mode", "online")
+    with pytest.raises(UserError, match=r"^wandb.mode=online: no W&B API key .*wandb.mode=offline"):
+        config.check_wandb_login(online)
+    monkeypatch.setenv("WANDB_API_KEY", "tooshort")
+    with pytest.raises(UserError, match=r"^wandb.mode=online: .*wandb.mode=offline"):
+        config.check_wandb_login(online)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    with pytest.raises(UserError, match=r"WANDB_MODE=offline"):
+        config.check_wandb_login(online)
+
+
+def test_a_key_in_the_netrc_file_is_found(default: DictConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    netrc = tmp_path / "netrc"
+    netrc.write_text(f"machine wandb.example.org login user password {'0' * 40}\n")
+    monkeypatch.setenv("NETRC", str(netrc))
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org")
+    wandb = pytest.importorskip("wandb")
+    wandb.teardown()  # the client reads its settings once
+    try:
+        config.check_wandb_login(changed(default, "wandb.mode", "online"))
+    finally:
+        wandb.teardown()
+
+
+# ------------------------------------------------------------------------------------------------------- keys, types
+
+
+REFERENCE = {"bits": 4, "method": {"damping": 0.01, "act_order": True, "options": {}}, "widths": [2, 3], "note": None}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"bitz": 3}, "unknown key 'bitz'; did you mean 'bits'?"),
+        (
+            {"method": {**REFERENCE["method"], "dampng": 1}},
+            "unknown key 'method.dampng'; did you mean 'method.damping'?",
+        ),  # type: ignore[dict-item]
+        ({"damping": 1}, "unknown key 'damping'; did you mean 'method.damping'?"),
+        ({"qqq": 1}, "unknown key 'qqq'"),
+        (
+            {"method": None},
+            "method=null: 'method' is a group of keys: method.damping, method.act_order, method.options",
+        ),
+    ],
+)
+def test_keys_that_nothing_reads_are_named(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        config.check_keys({**REFERENCE, **given}, REFERENCE)
+    assert str(caught.value) == message
+
+
+def test_a_missing_key_is_named() -> None:
+    with pytest.raises(UserError, match=r"^'bits' is missing"):
+        config.check_keys({key: value for key, value in REFERENCE.items() if key != "bits"}, REFERENCE)
+
+
+def test_a_mapping_that_is_empty_in_the_yaml_takes_any_key() -> None:
+    config.check_keys({**REFERENCE, "method": {**REFERENCE["method"], "options": {"depth": {"x": 1}}}}, REFERENCE)  # type: ignore[dict-item]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("method.damping", "much"), ("method.damping", None), ("method.act_order", 1), ("widths", 3)]
+)
+def test_a_value_of_another_kind_than_its_default_is_named(key: str, value: Any) -> None:
+    given = OmegaConf.to_container(changed(OmegaConf.create(REFERENCE), key, value))
+    assert isinstance(given, dict)
+    with pytest.raises(UserError, match=rf"^{key}="):
+        config.check_types(given, REFERENCE)  # type: ignore[arg-type]
+
+
+def test_a_key_without_a_default_takes_anything() -> None:
+    config.check_types({**REFERENCE, "note": "text", "bits": 3.5}, REFERENCE)

@@ -1,0 +1,94 @@
+"""Reading a results folder back as a data frame and as the main table."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from analysis import load_runs, main_table
+from bayesq.suite.results import write_json
+
+ROOT = Path(__file__).parents[1]
+
+
+def add(folder: Path, run_id: str, method: str, bits: float, seed: int, accuracy: float, **method_options: Any) -> None:
+    config = {
+        "model": {"name": "resnet"},
+        "dataset": {"name": "digits"},
+        "method": {"name": method, **method_options},
+        "allocator": "uniform",
+        "bits": bits,
+        "seed": seed,
+    }
+    result = {
+        "run_id": run_id,
+        "status": "finished",
+        "model": "resnet",
+        "dataset": "digits",
+        "method": method,
+        "seed": seed,
+        "primary_metric": "accuracy",
+        "bits/target": bits,
+        "q/accuracy": accuracy,
+        "q/kl_to_fp": accuracy / 10,
+        "config": config,
+    }
+    write_json(folder / run_id / "result.json", result)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    add(tmp_path, "a", "gptq", 3, 0, 0.5)
+    add(tmp_path, "b", "gptq", 3, 1, 0.75)
+    add(tmp_path, "c", "gptq", 3.5, 0, 0.875)
+    add(tmp_path, "d", "rtn", 3, 0, 0.25)
+    write_json(tmp_path / "e" / "result.json", {"run_id": "e", "status": "running"})
+    return tmp_path
+
+
+def test_one_row_per_finished_run_with_the_keys_of_the_result(folder: Path) -> None:
+    runs = load_runs(folder)
+    assert list(runs["run_id"]) == ["a", "b", "c", "d"]
+    assert runs["q/accuracy"].tolist() == [0.5, 0.75, 0.875, 0.25]
+    assert runs["config"][0]["method"] == {"name": "gptq"}
+
+
+def test_the_main_table_averages_over_seeds(folder: Path) -> None:
+    table = main_table(load_runs(folder))
+    gptq = table.loc[("resnet", "digits", "gptq")]
+    assert gptq[3] == "62.50 / 0.0625 (n=2)"
+    assert gptq[3.5] == "87.50 / 0.0875 (n=1)"
+    assert table.loc[("resnet", "digits", "rtn"), 3.5] == ""
+
+
+def test_runs_that_differ_in_more_than_the_seed_have_rows_of_their_own(folder: Path) -> None:
+    for run_id, clip, accuracy in (("f", "mse", 0.5), ("g", "minmax", 0.25)):
+        add(folder, run_id, "awq", 3, 0, accuracy, clip=clip)
+    table = main_table(load_runs(folder))
+    assert table.index.names == ["model", "dataset", "method", "method.clip"]
+    assert table.loc[("resnet", "digits", "awq", "mse"), 3] == "50.00 / 0.0500 (n=1)"
+    assert table.loc[("resnet", "digits", "awq", "minmax"), 3] == "25.00 / 0.0250 (n=1)"
+
+
+def module(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "analysis", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+
+
+def test_the_module_prints_markdown(folder: Path) -> None:
+    done = module(str(folder))
+    assert done.returncode == 0, done.stderr
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in done.stdout.splitlines()[2:]]
+    assert rows[0] == ["model", "dataset", "method", "3 bit", "3.5 bit"]
+    assert rows[2] == ["resnet", "digits", "gptq", "62.50 / 0.0625 (n=2)", "87.50 / 0.0875 (n=1)"]
+
+
+def test_no_folder_or_no_runs_is_one_line(tmp_path: Path) -> None:
+    for source, message in ((tmp_path, "no finished run"), (tmp_path / "missing", "no results folder")):
+        done = module(str(source))
+        assert done.returncode == 1
+        assert done.stderr.startswith(f"error: {message}")
+        assert done.stderr.count("\n") == 1
