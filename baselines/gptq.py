@@ -40,7 +40,7 @@ class GPTQ:
         scale_dtype: torch.dtype = torch.float16,
     ) -> None:
         if clip not in (*CLIP_RULES, "auto"):
-            raise ValueError(f"method.clip={clip!r}: choose from {', '.join(CLIP_RULES)}, auto")
+            raise ValueError(f"method.clip={clip}: choose from {', '.join(CLIP_RULES)}, auto")
         if not damping >= 0:
             raise ValueError(f"method.damping={damping}: must be 0 or more")
         if group_size is not None and group_size < 1:

@@ -21,7 +21,7 @@ class RTN:
 
     def __init__(self, clip: str) -> None:
         if clip not in CLIP_RULES:
-            raise ValueError(f"method.clip={clip!r}: choose from {', '.join(CLIP_RULES)}")
+            raise ValueError(f"method.clip={clip}: choose from {', '.join(CLIP_RULES)}")
         self.clip = clip
 
     def quantize(

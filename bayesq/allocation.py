@@ -16,11 +16,16 @@ from torch import Tensor
 
 from bayesq.codebook import level_kind
 from bayesq.posterior import Posterior
-from bayesq.quant.accounting import affine_overhead_bits, mixed_overhead_bits
+from bayesq.quant.accounting import LAYER_BITS, affine_overhead_bits, mixed_overhead_bits
 from bayesq.quant.grids import MAX_WIDTH, MIN_WIDTH, mse_grid, round_affine
 from bayesq.quant.method import LayerProblem, stack_groups
 from bayesq.rounding import predicted_risk
 from bayesq.whitening import whitening
+
+# Bits a weight that a mix of whole layers may leave unspent: the promise of bits/code.
+UNSPENT = 0.01
+# Sums of bits that are told apart when a mix of whole layers is chosen exactly.
+FILL_SUMS = 2**20
 
 
 def lower_hull(risk: np.ndarray, bits: np.ndarray) -> list[list[int]]:
@@ -141,11 +146,43 @@ class Uniform:
         widths = [low, low + 1]
         risk = torch.tensor([[_rounding_error(layer, width) for width in widths] for layer in layers])
         bits = torch.tensor([[layer.weight.numel() * width for width in widths] for layer in layers])
-        choice = greedy_knapsack(risk, bits, capacity)
+        choice = _fill(risk, bits, capacity, UNSPENT * weights)
         return {
             layer.name: torch.full((layer.rows,), widths[k], dtype=torch.uint8)
             for layer, k in zip(layers, choice.tolist(), strict=True)
         }
+
+
+def _fill(risk: Tensor, bits: Tensor, capacity: float, slack: float) -> Tensor:
+    """Choice between two widths [B] by `greedy_knapsack`, or exactly where that leaves more than `slack` bits unspent.
+
+    Whole layers are coarse: a small one bought early (a classifier's head) can cost the room for a large one. The
+    least risk of every sum of bits then comes from a dynamic program, and the best sum within `slack` is taken.
+    """
+    choice = greedy_knapsack(risk, bits, capacity)
+    if capacity - float(bits.gather(1, choice[:, None]).sum()) <= slack:
+        return choice
+    steps = (bits[:, 1] - bits[:, 0]).numpy()
+    left = capacity - float(bits[:, 0].sum())
+    unit = int(np.gcd.reduce(steps))
+    unit *= -(-int(left) // (unit * FILL_SUMS))  # coarser where exact sums are too many; costs are then rounded up
+    room, gain = int(left // unit), (risk[:, 1] - risk[:, 0]).numpy()
+    least = np.full(room + 1, np.inf)
+    least[0] = 0.0
+    wide = np.zeros((len(steps), room + 1), dtype=bool)
+    for block, step in enumerate(-(-steps // unit)):
+        if step <= room:
+            wider = np.full(room + 1, np.inf)
+            wider[step:] = least[: room + 1 - step] + gain[block]
+            wide[block] = wider < least
+            least = np.minimum(least, wider)
+    reached = np.flatnonzero(np.isfinite(least))
+    enough = reached[reached >= min(reached[-1], room - slack / unit)]
+    spent = int(enough[least[enough].argmin()])
+    for block in range(len(steps) - 1, -1, -1):
+        choice[block] = int(wide[block, spent])
+        spent -= int(wide[block, spent]) * -(-int(steps[block]) // unit)
+    return choice
 
 
 def _rounding_error(layer: LayerProblem, width: int) -> float:
@@ -176,7 +213,10 @@ class Knapsack:
         """
         risks = [self.predict(layer) for layer in layers]
         rows = [layer.rows for layer in layers]
-        overhead = mixed_overhead_bits(rows) if self.block == "row" else affine_overhead_bits(rows)
+        if self.block == "row":
+            overhead = mixed_overhead_bits(rows)
+        else:  # codes that fill whole bytes at one width may need padding at another
+            overhead = affine_overhead_bits(rows) + sum(LAYER_BITS for layer in layers if layer.weight.numel() % 8)
         capacity = budget.capacity(layers, overhead + codebook_bits)
         blocks = risks if self.block == "row" else [risk.sum(0, keepdim=True) for risk in risks]
         sizes = [layer.columns if self.block == "row" else layer.weight.numel() for layer in layers]

@@ -19,6 +19,8 @@ from torch import Tensor
 LLOYD_STEPS = 200
 # Relative change of the distortion below which Lloyd has converged; levels are stored in fp16 anyway.
 LLOYD_TOLERANCE = 1e-7
+# Cells with less count as empty: below, float64 runs out of digits and a centroid may leave its cell.
+LEAST_MASS = 1e-300
 # Steps of the search for a uniform grid's clip range (a coarse scan, then a finer one around its best).
 RANGE_STEPS = 48
 
@@ -34,7 +36,8 @@ def normal_interval(a: Tensor, b: Tensor) -> Tensor:
     # In the upper tail Phi is 1 minus a tiny number: mirror the interval into the lower tail, where nothing cancels.
     upper = a > 0
     low, high = torch.where(upper, -b, a), torch.where(upper, -a, b)
-    interval: Tensor = torch.special.ndtr(high) - torch.special.ndtr(low)
+    # torch.special.ndtr is (1 + erf) / 2, which knows nothing beyond 8 standard deviations; erfc does.
+    interval: Tensor = (torch.special.erfc(-high / math.sqrt(2)) - torch.special.erfc(-low / math.sqrt(2))) / 2
     return interval
 
 
@@ -105,7 +108,7 @@ def expected_lloyd(mean: Tensor, std: Tensor, precision: Tensor, levels: Tensor)
         p, first, second = cell_integrals(mean[:, None], std[:, None], lower, upper)
         weight = precision[:, None]
         mass, moment = (weight * p).sum(0), (weight * first).sum(0)
-        levels = torch.where(mass > 0, moment / mass.clamp(min=1e-300), levels)
+        levels = torch.where(mass > LEAST_MASS, moment / mass.clamp(min=LEAST_MASS), levels)
         # E[w^2; cell] summed, minus what the centroids explain, is the distortion of the new levels in the old cells.
         energy = (weight * (second + mean[:, None] * (2 * first - mean[:, None] * p))).sum()
         distortion = float((energy - (levels * moment).sum()) / precision.sum())

@@ -70,8 +70,8 @@ class BayesQ:
 
         # Posterior, whitening and closed-form risk decide the widths before anything is rounded.
         # (A task-aware proxy multiplies those risks here: "BayesQ in full".)
-        tables = self.levels == "lloyd" and self.refits > 0
-        widths = allocate(layers, codebook_bits=lloyd_table_bits() if tables else 0)
+        codebook_bits = self.refits * lloyd_table_bits() if self.levels == "lloyd" else 0
+        widths = allocate(layers, codebook_bits)
 
         grids: dict[str, tuple[Tensor, Tensor]] = {}
         found: dict[str, _Candidate] = {}
@@ -87,7 +87,7 @@ class BayesQ:
                 if refit == 0:
                     layer.count("damping_retries", geometry.retries)
                     grids[layer.name] = mse_grid(stack_groups(layer.weight).to(torch.float64), width)
-                tables = self._tables(levels, width)
+                tables = self._tables(levels, width, refit)
                 books = {w: book.levels.to(torch.float64) for w, book in tables.items()}
                 rounded = round_layer(layer.weight, geometry, *grids[layer.name], width, books)
                 risk = stack_groups(posterior.row_risk(rounded.values.reshape(layer.weight.shape) - layer.weight))
@@ -121,12 +121,15 @@ class BayesQ:
             start = torch.arange(2**width, dtype=torch.float64) if start is None else start
             return expected_lloyd(mean, std, precision, start)
         centre = (2**width - 1) / 2
-        return expected_uniform(mean - centre, std, precision, width) + centre
+        levels: Tensor = expected_uniform(mean - centre, std, precision, width) + centre
+        return levels
 
-    def _tables(self, levels: dict[int, Tensor], width: Tensor) -> dict[int, Codebook]:
-        """Codebooks of the widths that occur in a layer."""
+    def _tables(self, levels: dict[int, Tensor], width: Tensor, refit: int) -> dict[int, Codebook]:
+        """Codebooks of the widths that occur in a layer, named by width and the refit they come from."""
         return {
-            w: Codebook(f"lloyd/{w}", levels[w].to(torch.float16)) for w in _used(width) if w in levels and self._is_table(w)
+            w: Codebook(f"lloyd/{w}/{refit}", levels[w].to(torch.float16))
+            for w in _used(width)
+            if w in levels and self._is_table(w)
         }
 
     def _fold_steps(

@@ -21,6 +21,8 @@ ZERO_BITS = 8
 FP16_TINY, FP16_MAX = 2.0**-24, 65504.0
 # Search of the published GPTQ quantizer: shrink the range in steps of 1/100 down to 0.2, error norm 2.4.
 CLIP_STEPS, CLIP_LOWEST, CLIP_NORM = 100, 0.2, 2.4
+# Rows searched together: few enough that their temporaries stay in a core's cache.
+CLIP_ROWS = 128
 
 
 def stored_scale(scale: Tensor) -> Tensor:
@@ -135,7 +137,16 @@ def minmax_grid(weight: Tensor, width: Tensor, scale_dtype: torch.dtype = torch.
 
 
 def mse_grid(weight: Tensor, width: Tensor, scale_dtype: torch.dtype = torch.float16) -> tuple[Tensor, Tensor]:
-    """Scale and zero [R] with the range shrunk to minimise sum |w - q(w)|^2.4 (published GPTQ's mse option)."""
+    """Scale and zero [R] with the range shrunk to minimise sum |w - q(w)|^2.4 (published GPTQ's mse option).
+
+    Errors are compared in float32, as in the published code: half the memory traffic of the costliest search here.
+    """
+    parts = zip(weight.split(CLIP_ROWS), width.split(CLIP_ROWS), strict=True)
+    scales, zeros = zip(*(_mse_rows(w.to(torch.float32), bits, scale_dtype) for w, bits in parts), strict=True)
+    return torch.cat(scales).to(weight.dtype), torch.cat(zeros).to(weight.dtype)
+
+
+def _mse_rows(weight: Tensor, width: Tensor, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     low, high = _range(weight)
     scale, zero = grid_from_range(low, high, width, scale_dtype)
     best = torch.full_like(scale, torch.inf)

@@ -1,6 +1,7 @@
 """On-disk tensors that are whole or absent: atomic writes, a digest checked on every load, a lock per file."""
 
 import hashlib
+import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,7 +16,8 @@ from torch import Tensor
 
 from bayesq.suite.files import atomic_path
 
-DIGEST_KEY = "bayesq.digest"
+# One header entry for everything: safetensors orders several entries at random, and files should be reproducible.
+HEADER_KEY = "bayesq"
 
 
 class CorruptCache(Exception):
@@ -47,9 +49,9 @@ def _digest(names: list[str], load: Callable[[str], Tensor], metadata: Mapping[s
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file that appears under `path` only when complete; its digest travels in its header."""
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    header = {**(metadata or {}), DIGEST_KEY: digest(whole, metadata)}
+    header = json.dumps({"digest": digest(whole, metadata), "metadata": dict(metadata or {})}, sort_keys=True)
     with atomic_path(path) as temporary:
-        save_file(whole, temporary, metadata=header)
+        save_file(whole, temporary, metadata={HEADER_KEY: header})
 
 
 def verify(path: Path) -> dict[str, str]:
@@ -63,10 +65,11 @@ def verify(path: Path) -> dict[str, str]:
         raise FileNotFoundError(path)
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = dict(file.metadata() or {})
-            expected = metadata.pop(DIGEST_KEY, None)
+            header = json.loads((file.metadata() or {})[HEADER_KEY])
+            metadata: dict[str, str] = header["metadata"]
+            expected = header["digest"]
             found = _digest(sorted(file.keys()), file.get_tensor, metadata)
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CorruptCache(f"{path} cannot be read: {error}") from error
     if expected != found:
         raise CorruptCache(f"{path} does not match its digest")

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from bayesq.allocation import Budget, make_allocator
+from bayesq.allocation import Allocator, Budget, make_allocator
 from bayesq.posterior import LayerPosterior, Posterior
 from bayesq.quant.accounting import buffer_bytes, code_bits, stored_bytes
 from bayesq.quant.layers import Layer, matrix_to_weight, quantizable_layers, weight_to_matrix
@@ -74,6 +74,32 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     return result
 
 
+class TimedPosterior:
+    """A posterior that knows how long its fits took."""
+
+    def __init__(self, posterior: Posterior) -> None:
+        self.posterior = posterior
+        self.statistics, self.samples = posterior.statistics, posterior.samples
+        self.seconds = 0.0
+
+    def fit(self, layer: LayerProblem) -> LayerPosterior:
+        """Posterior of one layer."""
+        start = time.perf_counter()
+        fitted = self.posterior.fit(layer)
+        self.seconds += time.perf_counter() - start
+        return fitted
+
+
+@dataclass
+class Plan:
+    """What a run will do to its network."""
+
+    method: Method
+    posterior: TimedPosterior | None
+    allocator: Allocator
+    budget: Budget
+
+
 @dataclass
 class Workload:
     """Network and data of a run, encoded."""
@@ -111,13 +137,14 @@ def execute(
     """The stages of a run; returns the result, the rows of layers.csv and those of predictions.csv."""
     start = time.perf_counter()
     cache_dir = resolve_cache_dir(cfg.cache_dir)
+    plan = make_plan(cfg)  # first: a value that no constructor accepts must not cost a model's loading
     work = load(cfg, cache_dir)
     batch_size = int(cfg.evaluation.batch_size)
     full = evaluation.cached_logits(
         work.network.module, work.network.checksum, work.evaluation, batch_size, work.device, cache_dir
     )
 
-    quantized = quantize(cfg, work, cache_dir)
+    quantized = quantize(cfg, plan, work, cache_dir)
     buffers, header = pack_model(quantized.tensors)
     write_tensors(folder / QUANTIZED_FILE, buffers, header)
 
@@ -189,17 +216,25 @@ def load(cfg: DictConfig, cache_dir: Path) -> Workload:
     return Workload(network, data, layers, network.encode(examples), network.encode(data.evaluation), device)
 
 
-def quantize(cfg: DictConfig, work: Workload, cache_dir: Path) -> Quantized:
+def make_plan(cfg: DictConfig) -> Plan:
+    """Instantiate method, posterior and allocator.
+
+    Raises:
+        UserError: a constructor refused an argument.
+    """
+    posterior = TimedPosterior(build(cfg.posterior)) if reads_posterior(cfg) else None
+    method = build(cfg.method, **({"posterior": posterior} if cfg.method.get("uses_posterior") else {}))
+    allocator = make_allocator(cfg.allocator, posterior, cfg.allocation.block, list(cfg.allocation.widths))
+    return Plan(method, posterior, allocator, Budget(float(cfg.bits), cfg.budget.count))
+
+
+def quantize(cfg: DictConfig, plan: Plan, work: Workload, cache_dir: Path) -> Quantized:
     """Statistics, then the method over all layers.
 
     Raises:
-        UserError: an argument of the method, the posterior or the allocator is not possible.
+        UserError: no allocation meets the budget, or a layer's weights or statistics are not finite.
     """
-    posterior = TimedPosterior(build(cfg.posterior)) if reads_posterior(cfg) else None
-    method: Method = build(cfg.method, **({"posterior": posterior} if cfg.method.get("uses_posterior") else {}))
-    allocator = make_allocator(cfg.allocator, posterior, cfg.allocation.block, list(cfg.allocation.widths))
-    budget = Budget(float(cfg.bits), cfg.budget.count)
-
+    method, posterior, allocator = plan.method, plan.posterior, plan.allocator
     module, layers, examples, device = work.network.module, work.layers, work.calibration, work.device
     samples = posterior.samples if posterior else None
     settings = CalibrationSettings(int(cfg.calibration.batch_size), samples, int(cfg.seed))
@@ -230,8 +265,9 @@ def quantize(cfg: DictConfig, work: Workload, cache_dir: Path) -> Quantized:
         prefix = SequentialInputs(working, own, groups, examples, settings.batch_size, device)
         given = [replace(problem, statistic=partial(prefix.statistic, problem.name)) for problem in problems]
 
-    def allocate(_: Sequence[LayerProblem], codebook_bits: int = 0) -> Mapping[str, Tensor]:
-        return allocator.allocate(problems, budget, codebook_bits)
+    def allocate(layers: Sequence[LayerProblem], codebook_bits: int = 0) -> Mapping[str, Tensor]:
+        # `problems`, not `layers`: risks come from the full-precision statistics for sequential methods too.
+        return allocator.allocate(problems, plan.budget, codebook_bits)
 
     result = Quantized(problems={problem.name: problem for problem in problems})
     bar = tqdm(total=len(problems), desc=f"quantize {cfg.method.name} {cfg.bits:g} bits", disable=None, leave=False)
@@ -256,22 +292,6 @@ def quantize(cfg: DictConfig, work: Workload, cache_dir: Path) -> Quantized:
             problem.notes["achieved_risk"] = float(posterior.fit(problem).risk(delta).sum())
     _report(cfg, result)
     return result
-
-
-class TimedPosterior:
-    """A posterior that knows how long its fits took."""
-
-    def __init__(self, posterior: Posterior) -> None:
-        self.posterior = posterior
-        self.statistics, self.samples = posterior.statistics, posterior.samples
-        self.seconds = 0.0
-
-    def fit(self, layer: LayerProblem) -> LayerPosterior:
-        """Posterior of one layer."""
-        start = time.perf_counter()
-        fitted = self.posterior.fit(layer)
-        self.seconds += time.perf_counter() - start
-        return fitted
 
 
 def _report(cfg: DictConfig, result: Quantized) -> None:

@@ -41,6 +41,9 @@ def test_the_factor_is_a_triangular_root_of_the_damped_inverse(columns: int, act
 
 
 def test_act_order_visits_large_columns_first_and_ties_in_column_order() -> None:
+    many = torch.ones(500).index_fill(0, torch.tensor([77, 400]), 2.0)
+    rest = [j for j in range(500) if j not in (77, 400)]
+    assert feedback_factor(torch.diag(many), DAMPING).order.tolist() == [77, 400, *rest]
     moment = torch.diag(torch.tensor([1.0, 5.0, 2.0, 5.0, 1.0]))
     assert feedback_factor(moment, DAMPING).order.tolist() == [1, 3, 2, 0, 4]
     assert feedback_factor(moment, DAMPING, act_order=False).order.tolist() == [0, 1, 2, 3, 4]
@@ -101,7 +104,9 @@ def test_feedback_beats_rounding_to_nearest() -> None:
     _, values, met = feedback_round(weight, feedback_factor(moment, DAMPING), grid)
     nearest = torch.stack([grid.round(weight[:, j], j)[1] for j in range(130)], 1)
     assert not torch.equal(met, weight)
-    assert float(output_error(values - weight, moment).sum()) < 0.7 * float(output_error(nearest - weight, moment).sum())
+    assert float(output_error(values - weight, moment).sum()) < 0.7 * float(
+        output_error(nearest - weight, moment).sum()
+    )
 
 
 def test_observers_see_blocks_with_all_earlier_errors_fed_back() -> None:

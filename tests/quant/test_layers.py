@@ -114,6 +114,7 @@ def check_view(layer: nn.Module, x: Tensor, examples: int) -> None:
         torch.testing.assert_close(matrix_to_weight(layer, ours), gradient, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_a_convolution_is_its_matrix_times_its_samples(name: str) -> None:
     layer, x = convolution(name)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
-from tensors import codebook, quantized_tensors
+from quant_strategies import codebook, quantized_tensors
 
 from bayesq.quant.tensor import Codebook, QuantizedTensor
 
@@ -50,7 +50,10 @@ def plain() -> QuantizedTensor:
 
 
 REFUSED = {
-    "a code beyond its row's width": ({"codes": torch.tensor([[0, 4, 1], [7, 2, 5]], dtype=torch.uint8)}, "does not fit"),
+    "a code beyond its row's width": (
+        {"codes": torch.tensor([[0, 4, 1], [7, 2, 5]], dtype=torch.uint8)},
+        "does not fit",
+    ),
     "wide codes": ({"codes": torch.zeros(2, 3, dtype=torch.int64)}, "uint8"),
     "width 1": ({"width": torch.tensor([1, 3], dtype=torch.uint8)}, r"\[2, 8\]"),
     "width 9": ({"width": torch.tensor([2, 9], dtype=torch.uint8)}, r"\[2, 8\]"),

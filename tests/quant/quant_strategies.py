@@ -1,4 +1,4 @@
-"""Hypothesis strategies: every kind of QuantizedTensor a method may return."""
+"""QuantizedTensors of every kind a method may return, random ones and hypothesis strategies."""
 
 import numpy as np
 import torch
@@ -9,6 +9,18 @@ from bayesq.quant.tensor import Codebook, QuantizedTensor
 
 def codebook(width: int, name: str = "book") -> Codebook:
     return Codebook(f"{name}/{width}", (torch.arange(2**width) * 0.75 - 1).half())
+
+
+def tensor_of(rows: int, columns: int, widths: list[int], seed: int = 0) -> QuantizedTensor:
+    """An affine layer with the given row widths."""
+    random = np.random.default_rng(seed)
+    width = np.array(widths)
+    return QuantizedTensor(
+        codes=torch.from_numpy(random.integers(0, 2 ** width[:, None], size=(rows, columns)).astype(np.uint8)),
+        width=torch.from_numpy(width.astype(np.uint8)),
+        scale=torch.from_numpy(random.uniform(0.1, 1, (rows, 1))).half(),
+        zero=torch.from_numpy(random.integers(0, 256, (rows, 1)).astype(np.uint8)),
+    )
 
 
 @st.composite

@@ -1,0 +1,209 @@
+"""Rounding: GPTQ as a special case, nearest by brute force, refits by least squares, predicted and achieved risk."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from baselines.gptq import GPTQ
+from bayesq.codebook import normal_levels
+from bayesq.posterior import DiagonalPosterior, Kfac, KroneckerPosterior
+from bayesq.quant.feedback import feedback_factor
+from bayesq.quant.grids import CLIP_RULES, minmax_grid, mse_grid, stored_scale, zero_code, zero_value
+from bayesq.quant.method import LayerProblem, stack_groups
+from bayesq.rounding import Rounded, predicted_risk, refit_rows, round_layer, rounding_gain
+from bayesq.whitening import whitening
+
+DAMPING = 0.01
+
+
+def normal(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def inputs_moment(columns: int, groups: int, seed: int, shared: float = 0.7) -> Tensor:
+    """Second moment of inputs with a common part and columns of different energy."""
+    x = normal(groups, columns, 3 * columns, seed=seed).double() + shared * normal(
+        groups, 1, 3 * columns, seed=seed + 1
+    )
+    x = x * (0.3 + normal(groups, columns, 1, seed=seed + 2).abs())
+    return x @ x.transpose(1, 2) / x.shape[2]
+
+
+# ---------------------------------------------------------------------------------------------------------- feedback
+
+
+@pytest.mark.parametrize("clip", CLIP_RULES)
+@pytest.mark.parametrize("width", [2, 3, 4, 8])
+@pytest.mark.parametrize(("groups", "rows", "columns"), [(1, 9, 150), (3, 4, 18), (1, 1, 1)])
+def test_with_input_moment_and_identity_it_is_gptq(clip, width, groups, rows, columns):
+    weight = normal(groups, rows, columns, seed=0)
+    statistics = {
+        "input_moment": inputs_moment(columns, groups, seed=1).float(),
+        "gradient_moment": torch.eye(rows).expand(groups, -1, -1),
+    }
+    layer = LayerProblem("layer", "Conv2d", weight, statistics.__getitem__)
+    posterior = Kfac(0.0, 1000, None, shrinkage=0.5).fit(layer)
+    widths = torch.full((groups * rows,), width, dtype=torch.uint8)
+    scale, zero = CLIP_RULES[clip](stack_groups(weight).double(), widths)
+    rounded = round_layer(weight, whitening(posterior, True, DAMPING), scale, zero, widths, {})
+
+    gptq = GPTQ(clip, act_order=True, damping=DAMPING, group_size=None, sequential=False)
+    for g in range(groups):
+        moment, own = statistics["input_moment"][g], slice(g * rows, (g + 1) * rows)
+        factor = feedback_factor(moment, DAMPING)
+        codes, gptq_scale, gptq_zero, values = gptq.round_matrix(weight[g], moment, factor, widths[own])
+        assert torch.equal(rounded.codes[own], codes)
+        assert torch.equal(rounded.scale[own], gptq_scale[:, 0]) and torch.equal(rounded.zero[own], gptq_zero[:, 0])
+        torch.testing.assert_close(rounded.values[own], values)
+
+
+def test_feedback_lowers_the_risk_it_is_meant_to_lower():
+    weight = normal(1, 8, 64, seed=5)
+    posterior = KroneckerPosterior(inputs_moment(64, 1, seed=6), torch.eye(8).double()[None], 1000, 1.0, 1.0)
+    widths = torch.full((8,), 3, dtype=torch.uint8)
+    grid = mse_grid(weight[0].double(), widths)
+    risk = {}
+    for feedback in (True, False):
+        rounded = round_layer(weight, whitening(posterior, feedback, DAMPING), *grid, widths, {})
+        risk[feedback] = float(posterior.risk(rounded.values[None] - weight.double()).sum())
+    assert risk[True] < 0.8 * risk[False]
+
+
+# ----------------------------------------------------------------------------------------------------------- nearest
+
+
+def table(width: int, books: dict[int, Tensor]) -> list[float]:
+    return books[width].tolist() if width in books else list(range(2**width))
+
+
+def test_nearest_takes_the_nearest_of_all_storable_values():
+    weight = normal(2, 4, 11, seed=7)
+    widths = torch.tensor([2, 3, 4, 5, 2, 3, 8, 2], dtype=torch.uint8)
+    books = {w: normal_levels("lloyd", w) + (2**w - 1) / 2 for w in (2, 3)}
+    scale = 0.3 + normal(8, seed=8).double().abs()
+    zero = 2.0 ** widths.double() * (0.3 + 0.4 * torch.rand(8, generator=torch.Generator().manual_seed(9)))
+    posterior = DiagonalPosterior(torch.rand(2, 4, 11).double(), 100, 1.0, 1.0)
+    rounded = round_layer(weight, whitening(posterior, True, DAMPING), scale, zero, widths, books)
+    # what is rounded to is what can be stored
+    assert torch.equal(rounded.scale, stored_scale(scale)) and not torch.equal(rounded.scale, scale)
+    assert torch.equal(rounded.zero, zero_value(zero_code(zero, widths), widths, torch.float64))
+    assert torch.equal(rounded.met, stack_groups(weight).double())
+    for row, entries in enumerate(stack_groups(weight).tolist()):
+        values = [
+            float(rounded.scale[row]) * (level - float(rounded.zero[row])) for level in table(int(widths[row]), books)
+        ]
+        for column, entry in enumerate(entries):
+            code = int(rounded.codes[row, column])
+            assert float(rounded.values[row, column]) == pytest.approx(values[code], rel=1e-12)
+            assert abs(values[code] - entry) <= min(abs(value - entry) for value in values) + 1e-12
+
+
+def test_nearest_is_optimal_for_a_diagonal_posterior():
+    weight = normal(1, 2, 4, seed=10)
+    posterior = DiagonalPosterior(torch.tensor([[[1.0, 0.1, 5.0, 2.0], [0.2, 3.0, 1.0, 0.5]]]).double(), 100, 1.0, 1.0)
+    widths = torch.tensor([2, 2], dtype=torch.uint8)
+    scale, zero = minmax_grid(weight[0].double(), widths)
+    rounded = round_layer(weight, whitening(posterior, True, DAMPING), scale, zero, widths, {})
+    achieved = posterior.risk(rounded.values[None] - weight.double())[0]
+    for row in range(2):
+        values = [float(scale[row]) * (code - float(zero[row])) for code in range(4)]
+        risks = [
+            sum(
+                0.5 * p * (v - w) ** 2
+                for p, v, w in zip(posterior.precision[0, row].tolist(), choice, weight[0, row].tolist(), strict=True)
+            )
+            for choice in itertools.product(values, repeat=4)
+        ]
+        assert float(achieved[row]) == pytest.approx(min(risks), rel=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------------------- refits
+
+
+@pytest.fixture
+def rounded_and_gain() -> tuple[Rounded, Tensor]:
+    weight = normal(2, 5, 30, seed=11)
+    posterior = KroneckerPosterior(
+        inputs_moment(30, 2, seed=12), torch.eye(5).double().expand(2, -1, -1), 100, 1.0, 1.0
+    )
+    geometry = whitening(posterior, True, DAMPING)
+    widths = torch.tensor([2, 3, 4, 2, 3] * 2, dtype=torch.uint8)
+    books = {2: normal_levels("lloyd", 2) + 1.5}
+    rounded = round_layer(weight, geometry, *minmax_grid(stack_groups(weight).double(), widths), widths, books)
+    return rounded, rounding_gain(geometry, 5)
+
+
+def weighted_error(rounded: Rounded, gain: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    levels = rounded.values / rounded.scale[:, None] + rounded.zero[:, None]
+    return (gain * (rounded.met - scale[:, None] * (levels - zero[:, None])).square()).sum(1)
+
+
+def test_refit_solves_the_weighted_least_squares(rounded_and_gain):
+    rounded, gain = rounded_and_gain
+    scale, zero = refit_rows(rounded, gain)
+    for row in range(10):
+        level = (rounded.values[row] / rounded.scale[row] + rounded.zero[row]).numpy()
+        root = gain[row].sqrt().numpy()
+        design = np.stack([level, np.ones(30)], 1) * root[:, None]
+        slope, offset = np.linalg.lstsq(design, rounded.met[row].numpy() * root, rcond=None)[0]
+        assert float(scale[row]) == pytest.approx(slope, rel=1e-8)
+        assert float(-scale[row] * zero[row]) == pytest.approx(offset, rel=1e-6, abs=1e-9)
+    before = weighted_error(rounded, gain, rounded.scale, rounded.zero)
+    after = weighted_error(rounded, gain, scale, zero)
+    assert bool((after <= before * (1 + 1e-12)).all()) and float(after.sum()) < 0.9 * float(before.sum())
+
+
+def test_rows_without_a_usable_fit_keep_their_grid():
+    level = torch.tensor([[2.0, 2.0, 2.0], [0.0, 1.0, 2.0], [0.0, 1.0, 2.0]]).double()
+    scale, zero = torch.full((3,), 0.5).double(), torch.ones(3).double()
+    met = torch.tensor([[0.1, 0.9, 0.3], [1.0, 0.0, -1.0], [-0.6, 0.1, 0.5]]).double()
+    rounded = Rounded(level.to(torch.uint8), scale, zero, 0.5 * (level - 1), met)
+    new_scale, new_zero = refit_rows(rounded, torch.ones(3, 3).double())
+    # one code everywhere; a slope below zero; a proper fit
+    assert new_scale.tolist()[:2] == [0.5, 0.5] and new_zero.tolist()[:2] == [1.0, 1.0]
+    assert new_scale[2] == pytest.approx(0.55) and bool((new_scale > 0).all())
+
+
+# --------------------------------------------------------------------------------------------------------- prediction
+
+
+@pytest.mark.parametrize("kind", ["lloyd", "uniform"])
+@pytest.mark.parametrize("feedback", [True, False])
+@pytest.mark.parametrize("width", [2, 3, 4, 5])
+def test_predicted_risk_is_achieved_on_gaussian_weights(kind, feedback, width):
+    groups, rows, columns = 2, 100, 96
+    spread = 0.5 + torch.rand(groups, rows, 1, generator=torch.Generator().manual_seed(13))
+    weight = spread * normal(groups, rows, columns, seed=14) + 0.2
+    g = torch.diag_embed(0.1 + normal(groups, rows, seed=15).double().abs())
+    posterior = KroneckerPosterior(inputs_moment(columns, groups, seed=16, shared=0.4), g, 100, 1.0, 1.0)
+    geometry = whitening(posterior, feedback, 0.0)
+    predicted = predicted_risk(weight, geometry, [8, width], ["uniform", kind])[:, 1]
+
+    stacked = stack_groups(weight).double()
+    mean, std = stacked.mean(1), stacked.std(1, unbiased=False)
+    centre = (2**width - 1) / 2
+    levels = normal_levels(kind, width)
+    # levels fill the codes' range; the zero point moves the row's mean to their middle
+    step = float(levels[-1] - levels[0]) / (2 * centre)
+    widths = torch.full((groups * rows,), width, dtype=torch.uint8)
+    rounded = round_layer(
+        weight, geometry, std * step, centre - mean / (std * step), widths, {width: levels / step + centre}
+    )
+    delta = (rounded.values - stacked).reshape(weight.shape)
+    achieved = stack_groups(posterior.row_risk(delta))
+    assert float(achieved.sum()) == pytest.approx(float(predicted.sum()), rel=0.15)
+    assert float(torch.corrcoef(torch.stack([achieved.log(), predicted.log()]))[0, 1]) > 0.9
+
+
+def test_predicted_risk_is_the_closed_form():
+    weight = normal(2, 3, 7, seed=17)
+    precision = torch.rand(2, 3, 7, generator=torch.Generator().manual_seed(18)).double()
+    geometry = whitening(DiagonalPosterior(precision, 100, 1.0, 1.0), True, DAMPING)
+    found = predicted_risk(weight, geometry, [2, 4], ["lloyd", "uniform"])
+    for row in range(6):
+        w, p = stack_groups(weight)[row].double().numpy(), stack_groups(precision)[row].numpy()
+        for k, distortion in enumerate([0.11748, 0.011543]):  # Max's tables
+            assert float(found[row, k]) == pytest.approx(0.5 * w.var() * distortion * p.sum(), rel=1e-4)

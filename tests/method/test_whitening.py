@@ -1,0 +1,128 @@
+"""Whitening: distances in whitened coordinates, and gains that turn rounding errors into risk."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from bayesq.posterior import DiagonalPosterior, KroneckerPosterior
+from bayesq.quant.grids import minmax_grid
+from bayesq.quant.method import stack_groups
+from bayesq.rounding import round_layer, rounding_gain
+from bayesq.whitening import whiten, whitening
+
+GROUPS, ROWS, COLUMNS = 2, 5, 24
+DAMPING = 0.01
+
+
+def moment(size: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(GROUPS, size, 2 * size, generator=generator, dtype=torch.float64)
+    x = x * (0.2 + torch.rand(GROUPS, size, 1, generator=generator, dtype=torch.float64)) + 0.3
+    return x @ x.transpose(1, 2) / x.shape[2]
+
+
+def diagonal() -> DiagonalPosterior:
+    precision = torch.rand(GROUPS, ROWS, COLUMNS, generator=torch.Generator().manual_seed(0)).double() + 0.01
+    return DiagonalPosterior(precision, 100, 1.0, 1.0)
+
+
+def kronecker() -> KroneckerPosterior:
+    return KroneckerPosterior(moment(COLUMNS, 1), 0.01 * moment(ROWS, 2), 100, 1.0, 1.0)
+
+
+def weight(seed: int = 3) -> Tensor:
+    return torch.randn(GROUPS, ROWS, COLUMNS, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("posterior", [diagonal(), kronecker()], ids=["diag", "kfac"])
+def test_squared_distance_in_whitened_space_is_twice_the_risk(posterior):
+    w, w_hat = weight(), weight(4)
+    distance = (whiten(posterior, w) - whiten(posterior, w_hat)).square().sum()
+    assert whiten(posterior, w).shape == w.shape
+    assert float(distance) == pytest.approx(2 * float(posterior.risk(w.double() - w_hat.double()).sum()), rel=1e-10)
+
+
+def test_kronecker_whitening_is_a_square_root_of_the_dense_precision():
+    posterior = kronecker()
+    basis = torch.eye(ROWS * COLUMNS, dtype=torch.float64).reshape(-1, ROWS, COLUMNS)
+    for g in range(GROUPS):
+        one = KroneckerPosterior(posterior.input_factor[g : g + 1], posterior.gradient_factor[g : g + 1], 100, 1.0, 1.0)
+        root = torch.stack([whiten(one, e[None]).flatten() for e in basis], 1)
+        dense = torch.kron(posterior.gradient_factor[g], posterior.input_factor[g])
+        np.testing.assert_allclose(root.T @ root, dense, rtol=1e-9, atol=1e-12)
+
+
+def round_coarsely(geometry, width: int = 3):
+    w = weight()
+    widths = torch.full((GROUPS * ROWS,), width, dtype=torch.uint8)
+    rounded = round_layer(w, geometry, *minmax_grid(stack_groups(w).double(), widths), widths, {})
+    return w.double(), rounded
+
+
+def one_sided_risk(delta: np.ndarray, a: np.ndarray, own: np.ndarray) -> np.ndarray:
+    """1/2 G_rr delta_r A delta_rT of each row, by loops over columns."""
+    risk = np.zeros(delta.shape[:2])
+    for g, r in np.ndindex(*risk.shape):
+        for i in range(delta.shape[2]):
+            for j in range(delta.shape[2]):
+                risk[g, r] += 0.5 * own[g, r] * delta[g, r, i] * a[g, i, j] * delta[g, r, j]
+    return risk
+
+
+def test_gains_turn_feedback_errors_into_one_sided_risk():
+    posterior = kronecker()
+    geometry = whitening(posterior, feedback=True, damping=DAMPING)
+    w, rounded = round_coarsely(geometry)
+    delta = rounded.values.reshape(w.shape) - w
+    damped = np.stack([a + DAMPING * np.trace(a) / COLUMNS * np.eye(COLUMNS) for a in posterior.input_factor.numpy()])
+    own = np.stack([np.diag(g) for g in posterior.gradient_factor.numpy()])
+    error = (rounded.met - rounded.values).reshape(w.shape)
+    by_gain = 0.5 * (geometry.row_gain[..., None] * geometry.column_gain * error.square()).sum(-1)
+    np.testing.assert_allclose(by_gain, one_sided_risk(delta.numpy(), damped, own), rtol=1e-9)
+    # feedback did something: what entries met is not the weight
+    assert float((rounded.met.reshape(w.shape) - w).abs().max()) > 0.1
+    # and the risk without the extra damping is the posterior's own
+    without = one_sided_risk(delta.numpy(), posterior.input_factor.numpy(), own)
+    np.testing.assert_allclose(posterior.row_risk(delta), without, rtol=1e-9)
+
+
+@pytest.mark.parametrize("posterior", [diagonal(), kronecker()], ids=["diag", "kfac"])
+def test_nearest_gains_are_the_precisions_diagonal(posterior):
+    geometry = whitening(posterior, feedback=False, damping=DAMPING)
+    assert geometry.factors is None and geometry.retries == 0
+    gain = geometry.row_gain[..., None] * geometry.column_gain
+    torch.testing.assert_close(gain, posterior.precision_diagonal)
+    rows = rounding_gain(geometry, ROWS).reshape(GROUPS, ROWS, COLUMNS)
+    torch.testing.assert_close(geometry.row_gain[..., None] * rows, posterior.precision_diagonal)
+
+
+def test_a_diagonal_posterior_has_nothing_to_feed_back():
+    assert whitening(diagonal(), feedback=True, damping=DAMPING).factors is None
+
+
+def test_feedback_gains_are_conditional_precisions():
+    """1 / U_jj^2 is what A leaves of column j once all columns rounded after it have adapted."""
+    posterior = kronecker()
+    geometry = whitening(posterior, feedback=True, damping=0.0)
+    for g in range(GROUPS):
+        a = posterior.input_factor[g].numpy()
+        order = sorted(range(COLUMNS), key=lambda j: (-a[j, j], j))
+        for position, j in enumerate(order):
+            later = order[position + 1 :]
+            adapted = a[j, later] @ np.linalg.solve(a[np.ix_(later, later)], a[later, j]) if later else 0.0
+            assert float(geometry.column_gain[g, 0, j]) == pytest.approx(a[j, j] - adapted, rel=1e-8)
+
+
+def test_retries_are_counted():
+    singular = torch.ones(GROUPS, COLUMNS, COLUMNS, dtype=torch.float64)
+    posterior = KroneckerPosterior(singular, torch.eye(ROWS).double().expand(GROUPS, -1, -1), 100, 0.0, 0.0)
+    assert whitening(posterior, feedback=True, damping=0.0).retries > 0
+    assert whitening(posterior, feedback=True, damping=0.01).retries == 0
+
+
+def test_an_unknown_posterior_is_refused():
+    with pytest.raises(TypeError, match="no whitening for str"):
+        whitening("posterior", True, 0.01)
+    with pytest.raises(TypeError, match="no whitening for str"):
+        whiten("posterior", weight())

@@ -1,0 +1,155 @@
+"""The on-disk cache: whole or absent, and never trusted when damaged."""
+
+import logging
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import platformdirs
+import pytest
+import torch
+
+from bayesq.suite.cache import CorruptCache, digest, lock, read_tensors, resolve_cache_dir, verify, write_tensors
+from bayesq.suite.files import atomic_path
+
+TENSORS = {
+    "float": torch.arange(6.0).reshape(2, 3),
+    "half": torch.tensor([0.5, -1.0], dtype=torch.float16),
+    "codes": torch.tensor([[1, 2], [3, 255]], dtype=torch.uint8),
+    "scalar": torch.tensor(3, dtype=torch.int64),
+    "empty": torch.empty(0, 4),
+    "mask": torch.tensor([True, False]),
+}
+METADATA = {"seconds": "1.250", "unseen": "[]"}
+
+
+def test_what_is_written_is_read(tmp_path):
+    path = tmp_path / "deep" / "file.safetensors"
+    transposed = {**TENSORS, "strided": torch.arange(6.0).reshape(2, 3).T}
+    write_tensors(path, transposed, METADATA)
+    tensors, metadata = read_tensors(path)
+    assert metadata == METADATA == verify(path)
+    assert tensors.keys() == transposed.keys()
+    for name, tensor in transposed.items():
+        assert tensors[name].dtype == tensor.dtype and torch.equal(tensors[name], tensor)
+    assert [p.name for p in path.parent.iterdir()] == ["file.safetensors"]
+
+
+def test_absent_is_not_corrupt(tmp_path):
+    for read in (verify, read_tensors):
+        with pytest.raises(FileNotFoundError):
+            read(tmp_path / "absent.safetensors")
+
+
+def test_every_flipped_bit_is_noticed(tmp_path):
+    path = tmp_path / "file.safetensors"
+    write_tensors(path, {"a": torch.arange(3.0), "b": torch.tensor([1], dtype=torch.uint8)}, METADATA)
+    whole = path.read_bytes()
+    for position in range(len(whole)):
+        damaged = bytearray(whole)
+        damaged[position] ^= 1 << (position % 8)
+        path.write_bytes(bytes(damaged))
+        with pytest.raises(CorruptCache):
+            verify(path)
+
+
+def test_every_truncation_is_noticed(tmp_path):
+    path = tmp_path / "file.safetensors"
+    write_tensors(path, TENSORS, METADATA)
+    whole = path.read_bytes()
+    for length in range(0, len(whole), 7):
+        path.write_bytes(whole[:length])
+        with pytest.raises(CorruptCache, match=r"file\.safetensors"):
+            read_tensors(path)
+    path.write_bytes(whole)
+    assert verify(path) == METADATA
+
+
+def test_a_file_without_a_digest_is_not_ours(tmp_path):
+    from safetensors.torch import save_file
+
+    save_file({"a": torch.ones(2)}, tmp_path / "foreign.safetensors", metadata={"seconds": "1"})
+    with pytest.raises(CorruptCache, match="does not match"):
+        verify(tmp_path / "foreign.safetensors")
+
+
+def test_digest_covers_names_types_shapes_values_and_metadata():
+    base = digest({"a": torch.zeros(2, 3)})
+    others = [
+        {"b": torch.zeros(2, 3)},
+        {"a": torch.zeros(3, 2)},
+        {"a": torch.zeros(2, 3, dtype=torch.int32)},
+        {"a": torch.tensor([[0.0, 0, 0], [0, 0, 1e-30]])},
+        {"a": torch.zeros(2, 3), "b": torch.zeros(0)},
+    ]
+    assert len({base, *map(digest, others), digest({"a": torch.zeros(2, 3)}, {"k": "v"})}) == len(others) + 2
+    assert digest({"a": torch.ones(1), "b": torch.zeros(1)}) == digest({"b": torch.zeros(1), "a": torch.ones(1)})
+    assert digest({"a": torch.arange(6.0).reshape(2, 3).T}) == digest({"a": torch.arange(6.0).reshape(2, 3).T.clone()})
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
+    path = tmp_path / "file.txt"
+    path.write_text("old")
+    with pytest.raises(RuntimeError), atomic_path(path) as temporary:
+        temporary.write_text("half")
+        assert temporary.parent == tmp_path and path.read_text() == "old"
+        raise RuntimeError
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+    with atomic_path(path) as temporary:
+        temporary.write_text("new")
+    assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
+
+
+def test_cache_folder_order_of_precedence(monkeypatch, tmp_path):
+    monkeypatch.delenv("BAYESQ_CACHE_DIR", raising=False)
+    assert resolve_cache_dir(None) == Path(platformdirs.user_cache_dir("bayesq")).absolute()
+    monkeypatch.setenv("BAYESQ_CACHE_DIR", str(tmp_path / "environment"))
+    assert resolve_cache_dir(None) == tmp_path / "environment"
+    assert resolve_cache_dir(str(tmp_path / "config")) == tmp_path / "config"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert resolve_cache_dir("~/cache") == tmp_path / "cache"
+    monkeypatch.chdir(tmp_path)
+    assert resolve_cache_dir("relative").is_absolute()
+
+
+def test_the_lock_admits_one_at_a_time(tmp_path):
+    path, inside, most = tmp_path / "new" / "entry", [], []
+
+    def work() -> None:
+        with lock(path):
+            inside.append(1)
+            most.append(len(inside))
+            time.sleep(0.02)
+            inside.pop()
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1, 1, 1, 1]
+
+
+def test_a_killed_holder_leaves_no_lock_behind(tmp_path):
+    path = tmp_path / "entry"
+    code = f"""import os
+from pathlib import Path
+from bayesq.suite.cache import lock
+with lock(Path({str(path)!r})):
+    os._exit(9)
+"""
+    root = str(Path(__file__).parents[2])
+    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": root}, timeout=100)
+    assert done.returncode == 9
+    logging.getLogger("filelock").setLevel(logging.ERROR)
+    taken = threading.Event()
+
+    def take() -> None:
+        with lock(path):
+            taken.set()
+
+    threading.Thread(target=take, daemon=True).start()
+    assert taken.wait(5)
