@@ -321,6 +321,7 @@ class Calibration:
             "torch": torch.__version__,
             "device": device.type,
             "model": network_checksum,
+            "architecture": repr(module),  # strides and activations are not in the weights
             "examples": examples.checksum(),
             "layers": [(name, list(layer.weight.shape), groups_of(layer)) for name, layer in layers.items()],
             "batch_size": settings.batch_size,

@@ -54,6 +54,7 @@ def cached_logits(
         "torch": torch.__version__,
         "device": device.type,
         "model": network_checksum,
+        "architecture": repr(module),
         "examples": examples.checksum(),
         "batch_size": batch_size,
     }

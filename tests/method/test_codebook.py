@@ -43,10 +43,10 @@ def quad_normal(f, mean: float, std: float, lower: float, upper: float) -> float
     a, b = max((lower - mean) / std, -40.0), min((upper - mean) / std, 40.0)
     if a >= b:
         return 0.0
-    inner = [z for z in range(-40, 41, 4) if a < z < b]
+    inner = [z for z in range(-40, 41, 4) if a + 1e-6 < z < b - 1e-6]
     edges = [a, *inner, b]
     return sum(
-        integrate.quad(lambda z: f(mean + std * z) * gauss(z), x, y, epsabs=1e-13, epsrel=1e-12)[0]
+        integrate.quad(lambda z: f(mean + std * z) * gauss(z), x, y, epsabs=1e-14, epsrel=1e-12)[0]
         for x, y in itertools.pairwise(edges)
     )
 
