@@ -212,6 +212,7 @@ class Knapsack:
             ValueError: no mix of the allowed widths fits the budget.
         """
         risks = [self.predict(layer) for layer in layers]
+        # (A task-aware proxy multiplies each layer's risks here: "BayesQ in full".)
         rows = [layer.rows for layer in layers]
         if self.block == "row":
             overhead = mixed_overhead_bits(rows)
@@ -224,6 +225,9 @@ class Knapsack:
             size * torch.tensor(self.widths, dtype=torch.float64).expand(len(block), -1)
             for block, size in zip(blocks, sizes, strict=True)
         ]
+        least = float(sum(cost[:, 0].sum() for cost in costs))
+        if capacity < least <= budget.capacity(layers, affine_overhead_bits(rows)):
+            capacity = least  # no room for a width map, and rows that all have the smallest width need none
         choice = greedy_knapsack(torch.cat(blocks), torch.cat(costs), capacity)
         allocated = {}
         for layer, risk, chosen in zip(layers, risks, choice.split([len(block) for block in blocks]), strict=True):

@@ -68,8 +68,7 @@ class BayesQ:
         for layer in layers:
             check_finite(layer)
 
-        # Posterior, whitening and closed-form risk decide the widths before anything is rounded.
-        # (A task-aware proxy multiplies those risks here: "BayesQ in full".)
+        # Posterior, whitening and closed-form risk decide the widths before anything is rounded: `bayesq.allocation`.
         codebook_bits = self.refits * lloyd_table_bits() if self.levels == "lloyd" else 0
         widths = allocate(layers, codebook_bits)
 

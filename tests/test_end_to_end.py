@@ -164,6 +164,7 @@ def test_force_reproduces_metrics_and_codes_byte_for_byte(sweep: Path) -> None:
         ("method=gptq", "allocator=knapsack", "budget.count=stored", "bits=3.2"),
         ("method=gptq", "method.sequential=true", "method.group_size=32", "calibration.examples=64"),
         ("method=awq", "allocator=knapsack", "layers.exclude=[fc]"),
+        ("method=bayesq", "bits=2"),
     ],
     ids=lambda overrides: " ".join(overrides),
 )

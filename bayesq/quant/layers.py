@@ -22,7 +22,7 @@ def quantizable_layers(module: nn.Module, exclude: Sequence[str] = ()) -> dict[s
         exclude: fnmatch patterns on module names (config key layers.exclude).
 
     Raises:
-        ValueError: a pattern matches no layer, or no layer is left.
+        ValueError: a pattern matches no layer, no layer is left, or a layer is of a kind that cannot be quantized.
     """
     layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)}
     for pattern in exclude:
@@ -31,6 +31,14 @@ def quantizable_layers(module: nn.Module, exclude: Sequence[str] = ()) -> dict[s
     kept = {name: layer for name, layer in layers.items() if not any(fnmatchcase(name, pattern) for pattern in exclude)}
     if not kept:
         raise ValueError("layers.exclude leaves no Linear or Conv2d layer to quantize")
+    for name, layer in kept.items():
+        plain = nn.Linear if isinstance(layer, nn.Linear) else nn.Conv2d
+        if type(layer).forward is not plain.forward and not _is_dynamic_same(layer):
+            # A weight-standardised convolution, say: its stored weight is not the one it multiplies with.
+            raise ValueError(
+                f"layer {name} is a {type(layer).__name__} with a forward pass of its own, which may change its "
+                f"weight: add {name} to layers.exclude"
+            )
     return kept
 
 
@@ -97,9 +105,9 @@ def _pad(layer: nn.Conv2d, x: Tensor) -> Tensor:
     return F.pad(x, pad, mode="constant" if layer.padding_mode == "zeros" else layer.padding_mode)
 
 
-def _is_dynamic_same(layer: nn.Conv2d) -> bool:
+def _is_dynamic_same(layer: Layer) -> bool:
     # By name: timm's class pads inside forward from the input size, and importing timm here costs seconds.
-    return any(base.__name__ == "Conv2dSame" for base in type(layer).__mro__)
+    return type(layer).__name__ == "Conv2dSame"
 
 
 def _same_padding(size: int, layer: nn.Conv2d, axis: int) -> tuple[int, int]:

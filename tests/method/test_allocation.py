@@ -286,11 +286,19 @@ def test_knapsack_is_deterministic_and_prefers_earlier_layers():
 
 def test_widths_no_budget_can_pay_are_refused():
     layers = network(*SHAPES)
-    for block, bits, widths in (("layer", 3.0, [4, 8]), ("row", 2.0, [2, 3])):  # row: the width map has to fit as well
+    for block, bits, widths in (("layer", 3.0, [4, 8]), ("row", 3.9, [4, 8])):
         with pytest.raises(ValueError, match="the budget has"):
             Knapsack(Kfac(None, 1000, None, 0.5), block, widths).allocate(layers, Budget(bits, "code"))
     with pytest.raises(ValueError, match="exceed the budget"):
         Uniform().allocate(layers, Budget(2.0, "stored"))
+
+
+@pytest.mark.parametrize("block", ["row", "layer"])
+@pytest.mark.parametrize("bits", [2.0, 2.0001])
+def test_a_budget_of_the_smallest_width_gives_it_to_all_rows(block, bits):
+    layers = network(*SHAPES)
+    found = Knapsack(Kfac(None, 1000, None, 0.5), block, [2, 3]).allocate(layers, Budget(bits, "code"), 64)
+    assert all(torch.equal(found[name], width) for name, width in uniform_widths(layers, 2).items())
 
 
 # ---------------------------------------------------------------------------------------------------------- Budget

@@ -216,3 +216,12 @@ def test_positions_the_mask_does_not_describe_all_count(shape: tuple[int, ...], 
     kept, count = mask_samples(samples, mask)
     assert torch.equal(kept, samples)
     assert count == shape[0] * shape[2]
+
+
+def test_layers_that_transform_their_weight_are_refused_unless_excluded() -> None:
+    from timm.layers import StdConv2d
+
+    module = nn.Sequential(nn.Conv2d(3, 4, 3), StdConv2d(4, 4, 3))
+    with pytest.raises(ValueError, match=r"layer 1 is a StdConv2d .* add 1 to layers\.exclude"):
+        quantizable_layers(module)
+    assert list(quantizable_layers(module, ["1"])) == ["0"]
