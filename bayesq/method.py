@@ -38,7 +38,7 @@ class BayesQ:
             so that its storage vanishes; "uniform" designs step sizes only.
         posterior_noise: design levels for weights drawn from the posterior rather than for its mean. The risk of
             deploying w_hat is 1/2 (mu - w_hat)T P (mu - w_hat) + const, so codes chosen for the mean already minimise
-            the posterior-expected distortion; blurring the cells as well hedges, and measured worse (README).
+            the posterior-expected distortion; blurring the cells as well measured no better (README).
         rounding: "feedback" or "nearest".
         refits: how often grids are refitted to the values rounding met, and the layers rounded again; 0 keeps each
             row's first affine grid.
