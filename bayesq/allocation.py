@@ -13,6 +13,7 @@ from typing import Protocol
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from bayesq.codebook import level_kind
 from bayesq.posterior import Posterior
@@ -211,7 +212,7 @@ class Knapsack:
         Raises:
             ValueError: no mix of the allowed widths fits the budget.
         """
-        risks = [self.predict(layer) for layer in layers]
+        risks = [self.predict(layer) for layer in tqdm(layers, desc="predict risk", disable=None, leave=False)]
         # (A task-aware proxy multiplies each layer's risks here: "BayesQ in full".)
         rows = [layer.rows for layer in layers]
         if self.block == "row":

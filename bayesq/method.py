@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from bayesq.codebook import Atoms, expected_lloyd, expected_uniform, level_kind, lloyd_table_bits
 from bayesq.posterior import Posterior
@@ -77,7 +78,9 @@ class BayesQ:
         levels: dict[int, Tensor] = {}
         for refit in range(self.refits + 1):
             met: dict[int, Atoms] = {}
-            for layer in layers:
+            bar = f"round {refit + 1} of {self.refits + 1}"
+            # The caller sees the last pass layer by layer; the passes before it need a bar of their own.
+            for layer in layers if refit == self.refits else tqdm(layers, desc=bar, disable=None, leave=False):
                 width = widths[layer.name]
                 posterior = self.posterior.fit(layer)
                 geometry = whitening(posterior, self.rounding == "feedback", self.damping)

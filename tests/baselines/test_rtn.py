@@ -37,7 +37,7 @@ def test_no_statistic_is_read() -> None:
 
 
 def test_bad_input_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"method\.clip='best': choose from minmax, mse"):
+    with pytest.raises(ValueError, match=r"method\.clip=best: choose from minmax, mse"):
         RTN("best")
     broken = problem(torch.full((1, 1, 2), torch.nan), torch.eye(2))
     with pytest.raises(ValueError, match="layer layer: the weights have NaN"):
