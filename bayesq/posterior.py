@@ -65,11 +65,6 @@ class LayerPosterior(ABC):
     prior_precision: float
     effective_parameters: float
 
-    @property
-    @abstractmethod
-    def precision_diagonal(self) -> Tensor:
-        """[g, r, c] diagonal of P."""
-
     @abstractmethod
     def variance(self) -> Tensor:
         """[g, r, c] posterior variance of each weight, the diagonal of (N P)^-1."""
@@ -95,11 +90,6 @@ class DiagonalPosterior(LayerPosterior):
     num_data: int
     prior_precision: float
     effective_parameters: float
-
-    @property
-    def precision_diagonal(self) -> Tensor:
-        """[g, r, c] diagonal of P."""
-        return self.precision
 
     def variance(self) -> Tensor:
         """[g, r, c] posterior variance of each weight."""
@@ -128,13 +118,6 @@ class KroneckerPosterior(LayerPosterior):
     num_data: int
     prior_precision: float
     effective_parameters: float
-
-    @property
-    def precision_diagonal(self) -> Tensor:
-        """[g, r, c] diagonal of P."""
-        a = self.input_factor.diagonal(dim1=-2, dim2=-1)
-        g = self.gradient_factor.diagonal(dim1=-2, dim2=-1)
-        return g[:, :, None] * a[:, None, :]
 
     def variance(self) -> Tensor:
         """[g, r, c] posterior variance of each weight: the inverse of a Kronecker product is that of its factors."""

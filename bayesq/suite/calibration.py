@@ -28,6 +28,7 @@ from bayesq.quant.layers import (
     output_samples,
     weight_to_matrix,
 )
+from bayesq.quant.method import STATISTICS
 from bayesq.suite.cache import CorruptCache, lock, verify, write_tensors
 from bayesq.suite.models.base import Batch, EncodedExamples
 
@@ -342,8 +343,13 @@ class Calibration:
         """Make sure the files of `kinds` exist and are whole; compute together what is missing.
 
         Broken files are reported and computed again. Another process that needs the same file waits for it.
+
+        Raises:
+            ValueError: a kind is not one of STATISTICS.
         """
         chosen = set(kinds)
+        if unknown := chosen - STATISTICS.keys():
+            raise ValueError(f"no statistic named {', '.join(sorted(unknown))}: choose from {', '.join(STATISTICS)}")
         for family in (INPUT_STATISTICS, GRADIENT_STATISTICS):
             wanted = [kind for kind in family if kind in chosen]
             if wanted:

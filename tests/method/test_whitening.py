@@ -92,9 +92,15 @@ def test_nearest_gains_are_the_precisions_diagonal(posterior):
     geometry = whitening(posterior, feedback=False, damping=DAMPING)
     assert geometry.factors is None and geometry.retries == 0
     gain = geometry.row_gain[..., None] * geometry.column_gain
-    torch.testing.assert_close(gain, posterior.precision_diagonal)
+    # an error of 1 in one weight alone has the risk P_ii / 2
+    expected = torch.zeros(GROUPS, ROWS, COLUMNS, dtype=torch.float64)
+    for place in np.ndindex(GROUPS, ROWS, COLUMNS):
+        delta = torch.zeros(GROUPS, ROWS, COLUMNS, dtype=torch.float64)
+        delta[place] = 1.0
+        expected[place] = 2 * posterior.risk(delta).sum()
+    torch.testing.assert_close(gain.expand_as(expected), expected)
     rows = rounding_gain(geometry, ROWS).reshape(GROUPS, ROWS, COLUMNS)
-    torch.testing.assert_close(geometry.row_gain[..., None] * rows, posterior.precision_diagonal)
+    torch.testing.assert_close(geometry.row_gain[..., None] * rows, expected)
 
 
 def test_a_diagonal_posterior_has_nothing_to_feed_back():

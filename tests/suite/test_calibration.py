@@ -513,3 +513,9 @@ def test_sequential_siblings_share_one_pass_that_stops_at_them():
     assert calls == {"query": 3, "key": 3, "value": 3}
     expected = dense_statistics(seeded(TinyEncoder()), "query", one_by_one(sentences())).input_moment
     np.testing.assert_allclose(found[0], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_statistic_nobody_collects_is_refused_by_name(tmp_path):
+    calibration = open_calibration(seeded(TinyConvNet()), tmp_path)
+    with pytest.raises(ValueError, match="no statistic named input_momentum"):
+        calibration.prepare({"input_moment", "input_momentum"})
