@@ -7,13 +7,19 @@ tau the prior precision. Deploying w_hat instead of w ~ q raises the expected lo
 
     R(w_hat) = 1/2 E_q[(w - w_hat)T P (w - w_hat)] = 1/2 (mu - w_hat)T P (mu - w_hat) + const   nats per example,
 
-the risk every later stage speaks of.
+the risk every later stage speaks of. Structures of P, all with weights flattened from W[g, r, c]:
+
+    diag      diag(F_ii + tau/N)
+    kfac      (A + pi sqrt(tau/N) I) (x) (G + sqrt(tau/N)/pi I)
+    ekfac     (Q_A (x) Q_G) diag(lambda + tau/N) (Q_A (x) Q_G)T,   lambda_i = E_example[(Q_GT dl/dW Q_A)_i^2]
+    lowrank   diag(max(F_ii - sum_k U_ik^2, 0) + tau/N) + U UT,    U the main directions of the examples' gradients
 """
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -26,6 +32,7 @@ EVIDENCE_STEPS = 100
 EVIDENCE_TOLERANCE = 1e-6
 # A layer whose weights are all zero says nothing about its prior; any finite precision keeps P invertible.
 LARGEST_PRIOR_PRECISION = 1e12
+PRIOR_SCOPES = ("layer", "global")
 
 
 def prior_precision_by_evidence(eigenvalues: Tensor, squared_norm: float, num_data: int) -> tuple[float, float]:
@@ -47,7 +54,7 @@ def prior_precision_by_evidence(eigenvalues: Tensor, squared_norm: float, num_da
     tau = len(scaled) / squared_norm
     gamma = 0.0
     for _ in range(EVIDENCE_STEPS):
-        gamma = float((scaled / (scaled + tau)).sum())
+        gamma = effective_parameters(scaled, tau)
         # gamma falls as tau grows, so the plain iteration swings about its fixed point, almost undamped where tau
         # outweighs the data. The geometric mean of old and new has the same fixed point and at least halves the error.
         # gamma vanishes when the likelihood is flat; the prior then keeps the scale of one parameter's evidence.
@@ -59,11 +66,26 @@ def prior_precision_by_evidence(eigenvalues: Tensor, squared_norm: float, num_da
     return tau, gamma
 
 
+def effective_parameters(scaled: Tensor, tau: float) -> float:
+    """gamma = sum_i N f_i / (N f_i + tau), the number of parameters the data determine.
+
+    Args:
+        scaled: N f_i >= 0, any shape.
+        tau: prior precision; with 0, eigenvalues of 0 count nothing.
+    """
+    return float((scaled / (scaled + tau)).nan_to_num(0.0).sum(dtype=torch.float64))
+
+
 class LayerPosterior(ABC):
     """Posterior of one layer W[g, r, c]."""
 
+    num_data: int
     prior_precision: float
     effective_parameters: float
+
+    @abstractmethod
+    def diagonal(self) -> Tensor:
+        """[g, r, c] diagonal of P: twice the risk of a unit error in one weight alone."""
 
     @abstractmethod
     def variance(self) -> Tensor:
@@ -81,6 +103,14 @@ class LayerPosterior(ABC):
     def row_risk(self, delta: Tensor) -> Tensor:
         """[g, r] risk of each row's error on its own, were all other rows exact."""
 
+    @abstractmethod
+    def sample(self, generator: torch.Generator) -> Tensor:
+        """[g, r, c] float64, one draw of delta = w - mu ~ N(0, (N P)^-1).
+
+        Args:
+            generator: CPU generator.
+        """
+
 
 @dataclass
 class DiagonalPosterior(LayerPosterior):
@@ -90,6 +120,10 @@ class DiagonalPosterior(LayerPosterior):
     num_data: int
     prior_precision: float
     effective_parameters: float
+
+    def diagonal(self) -> Tensor:
+        """[g, r, c] P itself."""
+        return self.precision
 
     def variance(self) -> Tensor:
         """[g, r, c] posterior variance of each weight."""
@@ -102,6 +136,10 @@ class DiagonalPosterior(LayerPosterior):
     def row_risk(self, delta: Tensor) -> Tensor:
         """[g, r], the same as `risk`: rows do not interact."""
         return self.risk(delta)
+
+    def sample(self, generator: torch.Generator) -> Tensor:
+        """[g, r, c] one draw of w - mu."""
+        return _normal(self.precision.shape, generator) * self.variance().sqrt()
 
 
 @dataclass
@@ -119,6 +157,11 @@ class KroneckerPosterior(LayerPosterior):
     prior_precision: float
     effective_parameters: float
 
+    def diagonal(self) -> Tensor:
+        """[g, r, c] G_rr A_cc."""
+        a, g = (x.diagonal(dim1=-2, dim2=-1) for x in (self.input_factor, self.gradient_factor))
+        return g[:, :, None] * a[:, None, :]
+
     def variance(self) -> Tensor:
         """[g, r, c] posterior variance of each weight: the inverse of a Kronecker product is that of its factors."""
         a = torch.cholesky_inverse(torch.linalg.cholesky(self.input_factor)).diagonal(dim1=-2, dim2=-1)
@@ -134,6 +177,142 @@ class KroneckerPosterior(LayerPosterior):
         """[g, r] 1/2 G_rr delta_r A delta_rT."""
         return 0.5 * self.gradient_factor.diagonal(dim1=-2, dim2=-1) * output_error(delta, self.input_factor)
 
+    def sample(self, generator: torch.Generator) -> Tensor:
+        """[g, r, c] one draw L_G^-T E L_A^-1 / sqrt(N) of w - mu, E standard normal."""
+        l_a, l_g = torch.linalg.cholesky(self.input_factor), torch.linalg.cholesky(self.gradient_factor)
+        groups, rows, columns = len(l_a), l_g.shape[-1], l_a.shape[-1]
+        draw: Tensor = _normal((groups, rows, columns), generator)
+        draw = torch.linalg.solve_triangular(l_g.transpose(-1, -2), draw, upper=True)
+        draw = torch.linalg.solve_triangular(l_a, draw, upper=False, left=False)
+        return draw / math.sqrt(self.num_data)
+
+
+@dataclass
+class EkfacPosterior(LayerPosterior):
+    """P = (Q_A (x) Q_G) diag(eigenvalues) (Q_A (x) Q_G)T, the prior's share in the eigenvalues.
+
+    Attributes:
+        input_moment: [g, c, c] A, undamped, float64; error feedback works with it (see `bayesq.whitening`).
+        input_basis: [g, c, c] Q_A.
+        gradient_basis: [g, r, r] Q_G.
+        eigenvalues: [g, r, c] lambda + tau / N.
+    """
+
+    input_moment: Tensor
+    input_basis: Tensor
+    gradient_basis: Tensor
+    eigenvalues: Tensor
+    num_data: int
+    prior_precision: float
+    effective_parameters: float
+
+    def rotate(self, delta: Tensor) -> Tensor:
+        """Q_GT delta Q_A [g, r, c], coordinates in which P is diagonal."""
+        rotated: Tensor = self.gradient_basis.transpose(-1, -2) @ delta.to(torch.float64) @ self.input_basis
+        return rotated
+
+    def rotate_back(self, rotated: Tensor) -> Tensor:
+        """Inverse of `rotate`."""
+        delta: Tensor = self.gradient_basis @ rotated @ self.input_basis.transpose(-1, -2)
+        return delta
+
+    def _diagonal(self, eigenvalues: Tensor) -> Tensor:
+        diagonal: Tensor = self.gradient_basis.square() @ eigenvalues @ self.input_basis.square().transpose(-1, -2)
+        return diagonal
+
+    def diagonal(self) -> Tensor:
+        """[g, r, c] sum_ij (Q_G)_ri^2 eigenvalue_ij (Q_A)_cj^2."""
+        return self._diagonal(self.eigenvalues)
+
+    def variance(self) -> Tensor:
+        """[g, r, c] posterior variance of each weight."""
+        return self._diagonal(1 / (self.num_data * self.eigenvalues))
+
+    def risk(self, delta: Tensor) -> Tensor:
+        """[g, r] contributions of the rows to the risk."""
+        return 0.5 * (self.rotate_back(self.eigenvalues * self.rotate(delta)) * delta).sum(-1)
+
+    def row_risk(self, delta: Tensor) -> Tensor:
+        """[g, r] 1/2 sum_ij (Q_G)_ri^2 eigenvalue_ij (delta_r Q_A)_j^2."""
+        own = self.gradient_basis.square() @ self.eigenvalues
+        return 0.5 * (own * (delta.to(torch.float64) @ self.input_basis).square()).sum(-1)
+
+    def sample(self, generator: torch.Generator) -> Tensor:
+        """[g, r, c] one draw of w - mu."""
+        return self.rotate_back(_normal(self.eigenvalues.shape, generator) / (self.num_data * self.eigenvalues).sqrt())
+
+
+@dataclass
+class LowRankPosterior(LayerPosterior):
+    """P = D + U UT, D = diag(residual).
+
+    With V = D^-1/2 U it is D^1/2 (I + V VT) D^1/2, whose powers only need the eigenvalues s and eigenvectors Q of the
+    small matrix VT V [k, k]:  f(I + V VT) = f(1) I + V Q diag((f(1 + s) - f(1)) / s) QT VT.
+
+    Attributes:
+        residual: [g, r, c] d > 0, the prior's share included, float64.
+        directions: [k, g, r, c] columns of U, float64.
+    """
+
+    residual: Tensor
+    directions: Tensor
+    num_data: int
+    prior_precision: float
+    effective_parameters: float
+
+    @cached_property
+    def _inner(self) -> tuple[Tensor, Tensor, Tensor]:
+        """V [k, D], and s [k], Q [k, k] of its Gram matrix."""
+        v = (self.directions / self.residual.sqrt()).flatten(1)
+        s, q = torch.linalg.eigh(v @ v.T)
+        return v, s.clamp(min=0), q
+
+    def diagonal(self) -> Tensor:
+        """[g, r, c] d_i + sum_k U_ik^2."""
+        return self.residual + self.directions.square().sum(0)
+
+    def variance(self) -> Tensor:
+        """[g, r, c] posterior variance of each weight, (1 - sum_k (V Q)_ik^2 / (1 + s_k)) / (N d_i)."""
+        v, s, q = self._inner
+        explained = ((q / (1 + s).sqrt()).T @ v).square().sum(0).reshape(self.residual.shape)
+        # The subtraction loses all digits of a weight that the directions determine: 1 / P_ii bounds it from below.
+        return torch.maximum((1 - explained) / self.residual, 1 / self.diagonal()) / self.num_data
+
+    def risk(self, delta: Tensor) -> Tensor:
+        """[g, r] contributions of the rows to the risk."""
+        d = delta.to(torch.float64)
+        along = self.directions.flatten(1) @ d.flatten()
+        coupled: Tensor = torch.tensordot(along, self.directions, dims=1)
+        return 0.5 * ((self.residual * d + coupled) * d).sum(-1)
+
+    def row_risk(self, delta: Tensor) -> Tensor:
+        """[g, r] 1/2 (sum_c d_rc delta_rc^2 + sum_k (sum_c U_krc delta_rc)^2)."""
+        d = delta.to(torch.float64)
+        return 0.5 * ((self.residual * d.square()).sum(-1) + (self.directions * d).sum(-1).square().sum(0))
+
+    def whiten(self, weight: Tensor) -> Tensor:
+        """(I + V VT)^1/2 D^1/2 w for w [g, r, c]."""
+        scaled = self.residual.sqrt() * weight.to(torch.float64)
+        _, s, _ = self._inner
+        return self._along_directions(scaled, 1 / (1 + (1 + s).sqrt()))
+
+    def sample(self, generator: torch.Generator) -> Tensor:
+        """[g, r, c] one draw D^-1/2 (I + V VT)^-1/2 e / sqrt(N) of w - mu, e standard normal."""
+        _, s, _ = self._inner
+        root = (1 + s).sqrt()
+        draw = self._along_directions(_normal(self.residual.shape, generator), -1 / (root * (1 + root)))
+        return draw / (self.num_data * self.residual).sqrt()
+
+    def _along_directions(self, x: Tensor, factor: Tensor) -> Tensor:
+        """(I + V Q diag(factor) QT VT) x for x [g, r, c]."""
+        v, _, q = self._inner
+        moved: Tensor = x + (v.T @ (q @ (factor * (q.T @ (v @ x.flatten()))))).reshape(x.shape)
+        return moved
+
+
+def _normal(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    return torch.randn(tuple(shape), generator=generator, dtype=torch.float64)
+
 
 class Posterior(Protocol):
     """What a posterior's YAML instantiates.
@@ -141,98 +320,240 @@ class Posterior(Protocol):
     Attributes:
         statistics: names of the calibration statistics it reads.
         samples: labels drawn per example for the Fisher; None = exact where classes are few.
+        examples: the first so many calibration examples give the Fisher; None = all.
     """
 
     statistics: frozenset[str]
     samples: int | None
+    examples: int | None
+
+    def prepare(self, layers: Sequence[LayerProblem]) -> None:
+        """What needs all layers at once; to be called before the first `fit`."""
+        ...
 
     def fit(self, layer: LayerProblem) -> LayerPosterior:
         """Posterior of one layer from its calibration statistics; notes the prior precision it found."""
         ...
 
 
-def _prior_precision(
-    layer: LayerProblem, given: float | None, num_data: int, eigenvalues: Callable[[], Tensor]
-) -> tuple[float, float]:
-    """tau and gamma; the eigenvalues are only asked for on the first fit of a layer, which notes both."""
-    if "prior_precision" not in layer.notes:
-        f = eigenvalues()
-        if given is None:
-            tau, gamma = prior_precision_by_evidence(f, float(layer.weight.to(torch.float64).square().sum()), num_data)
-        else:
-            scaled = num_data * f.clamp(min=0)
-            tau, gamma = given, float((scaled / (scaled + given)).nan_to_num(0.0).sum())
-        layer.notes["prior_precision"], layer.notes["effective_parameters"] = tau, gamma
-    return layer.notes["prior_precision"], layer.notes["effective_parameters"]
-
-
-def _check(prior_precision: float | None, num_data: int, samples: int | None) -> None:
-    if samples is not None and samples < 1:
-        raise ValueError(f"posterior.samples={samples}: must be at least 1, or null for the exact Fisher")
-    if prior_precision is not None and not prior_precision >= 0:
-        raise ValueError(f"posterior.prior_precision={prior_precision}: must be 0 or more, or null for evidence")
-    if num_data < 1:
-        raise ValueError(f"posterior.num_data={num_data}: must be at least 1")
-
-
-class Diagonal:
-    """Diagonal Laplace, the paper's default.
+class Laplace(ABC):
+    """What all posteriors share: the settings, and the choice of the prior precision.
 
     Args:
-        prior_precision: tau; None = by evidence, layer by layer.
+        prior_precision: tau; None = by evidence.
         num_data: N.
         samples: labels drawn per example for the Fisher; None = the exact expectation where classes are few.
+        examples: the first so many calibration examples give the Fisher; None = all.
+        prior_scope: "layer" maximises the evidence of each layer on its own, "global" that of all layers together.
+
+    Raises:
+        ValueError: an argument is out of its range.
     """
+
+    statistics: frozenset[str]
+
+    def __init__(
+        self,
+        prior_precision: float | None,
+        num_data: int,
+        samples: int | None,
+        examples: int | None = None,
+        prior_scope: str = "layer",
+    ) -> None:
+        if samples is not None and samples < 1:
+            raise ValueError(f"posterior.samples={samples}: must be at least 1, or null for the exact Fisher")
+        if examples is not None and examples < 1:
+            raise ValueError(f"posterior.examples={examples}: must be at least 1, or null for all calibration examples")
+        if prior_precision is not None and not prior_precision >= 0:
+            raise ValueError(f"posterior.prior_precision={prior_precision}: must be 0 or more, or null for evidence")
+        if num_data < 1:
+            raise ValueError(f"posterior.num_data={num_data}: must be at least 1")
+        if prior_scope not in PRIOR_SCOPES:
+            raise ValueError(f"posterior.prior_scope={prior_scope}: choose from {', '.join(PRIOR_SCOPES)}")
+        self.prior_precision, self.num_data, self.prior_scope = prior_precision, num_data, prior_scope
+        self.samples, self.examples = samples, examples
+
+    @abstractmethod
+    def spectrum(self, layer: LayerProblem) -> Tensor:
+        """Eigenvalues f_i of the layer's F, any shape."""
+
+    def prepare(self, layers: Sequence[LayerProblem]) -> None:
+        """With prior_scope=global: choose the one tau of all layers and note it in each.
+
+        The eigenvalues of all layers are held at once, in float32.
+        """
+        if self.prior_scope == "layer" or self.prior_precision is not None:
+            return
+        if all("prior_precision" in layer.notes for layer in layers):
+            return
+        spectra = [self.spectrum(layer).flatten().to(torch.float32) for layer in layers]
+        tau, _ = prior_precision_by_evidence(torch.cat(spectra), sum(map(_squared_norm, layers)), self.num_data)
+        for layer, spectrum in zip(layers, spectra, strict=True):
+            self._note(layer, spectrum, tau)
+
+    def _prior(self, layer: LayerProblem) -> tuple[float, float]:
+        """tau and gamma; the eigenvalues are only computed on the first fit of a layer, which notes both.
+
+        Raises:
+            RuntimeError: prior_scope=global and `prepare` has not seen the layer.
+        """
+        if "prior_precision" not in layer.notes:
+            if self.prior_precision is None and self.prior_scope == "global":
+                raise RuntimeError(f"posterior.prior_scope=global: prepare() has not seen layer {layer.name}")
+            f = self.spectrum(layer)
+            tau = self.prior_precision
+            if tau is None:
+                tau, _ = prior_precision_by_evidence(f, _squared_norm(layer), self.num_data)
+            self._note(layer, f, tau)
+        return layer.notes["prior_precision"], layer.notes["effective_parameters"]
+
+    def _note(self, layer: LayerProblem, spectrum: Tensor, tau: float) -> None:
+        layer.notes["prior_precision"] = tau
+        layer.notes["effective_parameters"] = effective_parameters(self.num_data * spectrum.clamp(min=0), tau)
+
+
+def _squared_norm(layer: LayerProblem) -> float:
+    return float(layer.weight.to(torch.float64).square().sum())
+
+
+class Diagonal(Laplace):
+    """Diagonal Laplace, the paper's default; arguments as in `Laplace`."""
 
     statistics = frozenset({"fisher_diagonal"})
 
-    def __init__(self, prior_precision: float | None, num_data: int, samples: int | None) -> None:
-        _check(prior_precision, num_data, samples)
-        self.prior_precision, self.num_data, self.samples = prior_precision, num_data, samples
+    def spectrum(self, layer: LayerProblem) -> Tensor:
+        """[g, r, c] F_ii."""
+        return layer.statistic("fisher_diagonal").to(torch.float64)
 
     def fit(self, layer: LayerProblem) -> DiagonalPosterior:
         """Posterior of one layer."""
-        n = self.num_data
-        fisher = layer.statistic("fisher_diagonal").to(torch.float64)
-        tau, gamma = _prior_precision(layer, self.prior_precision, n, lambda: fisher)
-        return DiagonalPosterior(fisher + tau / n, n, tau, gamma)
+        tau, gamma = self._prior(layer)
+        return DiagonalPosterior(self.spectrum(layer) + tau / self.num_data, self.num_data, tau, gamma)
 
 
-class Kfac:
+class Kfac(Laplace):
     """Kronecker-factored Laplace (Martens and Grosse, arXiv 1503.05671), the whole Fisher of a layer as A (x) G.
 
     With few examples G is noisy, and an allocation that trusts its diagonal overfits; `shrinkage` pulls G towards the
     mean of its diagonal before anything else is done with it.
 
     Args:
-        prior_precision: tau; None = by evidence, layer by layer.
-        num_data: N.
-        samples: labels drawn per example for the Fisher; None = the exact expectation where classes are few.
         shrinkage: weight in [0, 1] of mean(diag G) I in G.
+
+    The others as in `Laplace`.
     """
 
     statistics = frozenset({"input_moment", "gradient_moment"})
 
-    def __init__(self, prior_precision: float | None, num_data: int, samples: int | None, shrinkage: float) -> None:
-        _check(prior_precision, num_data, samples)
+    def __init__(
+        self,
+        prior_precision: float | None,
+        num_data: int,
+        samples: int | None,
+        shrinkage: float,
+        examples: int | None = None,
+        prior_scope: str = "layer",
+    ) -> None:
+        super().__init__(prior_precision, num_data, samples, examples, prior_scope)
         if not 0 <= shrinkage <= 1:
             raise ValueError(f"posterior.shrinkage={shrinkage}: must be in [0, 1]")
-        self.prior_precision, self.num_data = prior_precision, num_data
-        self.samples, self.shrinkage = samples, shrinkage
+        self.shrinkage = shrinkage
+
+    def _factors(self, layer: LayerProblem) -> tuple[Tensor, Tensor]:
+        a = layer.statistic("input_moment").to(torch.float64)
+        return a, shrink(layer.statistic("gradient_moment").to(torch.float64), self.shrinkage)
+
+    def spectrum(self, layer: LayerProblem) -> Tensor:
+        """[g, r, c] products of the factors' eigenvalues."""
+        values_a, values_g = (torch.linalg.eigvalsh(factor) for factor in self._factors(layer))
+        products: Tensor = values_g[:, :, None] * values_a[:, None, :]
+        return products
 
     def fit(self, layer: LayerProblem) -> KroneckerPosterior:
         """Posterior of one layer."""
-        n = self.num_data
-        a = layer.statistic("input_moment").to(torch.float64)
-        g = shrink(layer.statistic("gradient_moment").to(torch.float64), self.shrinkage)
-        tau, gamma = _prior_precision(
-            layer,
-            self.prior_precision,
-            n,
-            lambda: torch.linalg.eigvalsh(a)[:, None, :] * torch.linalg.eigvalsh(g)[:, :, None],
+        tau, gamma = self._prior(layer)
+        a, g = factored_damping(*self._factors(layer), tau / self.num_data)
+        return KroneckerPosterior(a, g, self.num_data, tau, gamma)
+
+
+class Ekfac(Laplace):
+    """Eigenvalue-corrected K-FAC (George et al., arXiv 1806.03884): K-FAC's eigenvectors, F's own diagonal in them.
+
+    The prior adds tau / N to each eigenvalue, exactly, where `Kfac` has to split it over two factors and so changes A.
+    Arguments as in `Laplace`.
+    """
+
+    statistics = frozenset({"input_moment", "input_basis", "gradient_basis", "fisher_eigenvalues"})
+
+    def spectrum(self, layer: LayerProblem) -> Tensor:
+        """[g, r, c] lambda."""
+        return layer.statistic("fisher_eigenvalues").to(torch.float64)
+
+    def fit(self, layer: LayerProblem) -> EkfacPosterior:
+        """Posterior of one layer."""
+        tau, gamma = self._prior(layer)
+        a, q_a, q_g = (
+            layer.statistic(kind).to(torch.float64) for kind in ("input_moment", "input_basis", "gradient_basis")
         )
-        a, g = factored_damping(a, g, tau / n)
-        return KroneckerPosterior(a, g, n, tau, gamma)
+        return EkfacPosterior(a, q_a, q_g, self.spectrum(layer) + tau / self.num_data, self.num_data, tau, gamma)
+
+
+class LowRank(Laplace):
+    """Diagonal plus low rank: the main directions of the examples' gradients keep their correlations.
+
+    Args:
+        rank: k, directions of each layer.
+
+    The others as in `Laplace`; prior_precision must not be 0, which would leave P singular wherever the directions
+    explain a weight's whole Fisher.
+    """
+
+    statistics = frozenset({"fisher_diagonal", "gradient_directions"})
+
+    def __init__(
+        self,
+        prior_precision: float | None,
+        num_data: int,
+        samples: int | None,
+        rank: int,
+        examples: int | None = None,
+        prior_scope: str = "layer",
+    ) -> None:
+        super().__init__(prior_precision, num_data, samples, examples, prior_scope)
+        if prior_precision == 0:
+            raise ValueError("posterior.prior_precision=0: must be above 0 for posterior=lowrank")
+        if rank < 1:
+            raise ValueError(f"posterior.rank={rank}: must be at least 1")
+        self.rank = rank
+
+    def _parts(self, layer: LayerProblem) -> tuple[Tensor, Tensor]:
+        """F_ii - sum_k U_ik^2 [g, r, c] and U [k, g, r, c].
+
+        Raises:
+            ValueError: the statistic has fewer directions than asked for.
+        """
+        directions = layer.statistic("gradient_directions")
+        if len(directions) < self.rank:
+            raise ValueError(f"posterior.rank={self.rank}: the calibration kept {len(directions)} gradient directions")
+        directions = directions[: self.rank].to(torch.float64)
+        fisher = layer.statistic("fisher_diagonal").to(torch.float64)
+        return (fisher - directions.square().sum(0)).clamp(min=0), directions
+
+    def spectrum(self, layer: LayerProblem) -> Tensor:
+        """[D + k] eigenvalues of the two parts of F = D + U UT, one after the other.
+
+        gamma is the trace of a concave function of F that vanishes at 0, and it grows with F. So that of the parts'
+        eigenvalues exceeds the true one (Rotfel'd's inequality), by no more than the k that the directions contribute.
+        """
+        residual, directions = self._parts(layer)
+        flat = directions.flatten(1)
+        return torch.cat([residual.flatten(), torch.linalg.eigvalsh(flat @ flat.T)])
+
+    def fit(self, layer: LayerProblem) -> LowRankPosterior:
+        """Posterior of one layer."""
+        tau, gamma = self._prior(layer)
+        residual, directions = self._parts(layer)
+        return LowRankPosterior(residual + tau / self.num_data, directions, self.num_data, tau, gamma)
 
 
 def shrink(moment: Tensor, amount: float) -> Tensor:

@@ -1,14 +1,19 @@
 """Whitening by the posterior: coordinates in which risk is plain squared distance (SPEC section 2).
 
-    diag   z_i = sqrt(P_i) w_i
-    kfac   Z = L_GT W L_A,   A = L_A L_AT,  G = L_G L_GT
+    diag     z_i = sqrt(P_i) w_i
+    kfac     Z = L_GT W L_A,   A = L_A L_AT,  G = L_G L_GT
+    ekfac    z_i = sqrt(eigenvalue_i) (Q_GT W Q_A)_i
+    lowrank  z = (I + V VT)^1/2 D^1/2 w,   V = D^-1/2 U
 
 so that |z - z_hat|^2 = 2 R. Rounding never forms Z. What it needs is the gain: by how much twice the risk grows per
 squared rounding error of a weight, once all feedback has been given.
 
-    diag            gain_rc = P_rc
-    kfac, nearest   gain_rc = G_rr A_cc
-    kfac, feedback  gain_rc = G_rr / U_cc^2,   UT U = A^-1, U upper, columns visited in decreasing diag(A)
+    nearest          gain_rc = P_rc,rc            (kfac: G_rr A_cc); always for diag and lowrank
+    kfac, feedback   gain_rc = G_rr / U_cc^2,     UT U = A^-1, U upper, columns visited in decreasing diag(A)
+    ekfac, feedback  gain_rc = g_r / U_cc^2,      g_r = sum_c P_rc,rc / tr A
+
+Each row of an ekfac posterior has a metric of its own, but rows that share one factor are rounded together: feedback
+takes A for the metric of all of them, each times the g_r that leaves the row its trace. Exact where P = A (x) G.
 
 With e the rounding errors at the moment of rounding, row r's risk is 1/2 sum_c gain_rc e_rc^2.
 """
@@ -18,7 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bayesq.posterior import DiagonalPosterior, KroneckerPosterior, LayerPosterior
+from bayesq.posterior import DiagonalPosterior, EkfacPosterior, KroneckerPosterior, LayerPosterior, LowRankPosterior
 from bayesq.quant.feedback import FeedbackFactor, feedback_factor
 
 
@@ -27,7 +32,7 @@ class Whitening:
     """Geometry of one layer's risk.
 
     Attributes:
-        row_gain: [g, r] the rows' own factor of the gain (ones for diag).
+        row_gain: [g, r] the rows' own factor of the gain (ones where column_gain has it all).
         column_gain: [g, r, c], or [g, 1, c] where all rows share it.
         factors: feedback factor of each group; None where rounding is to nearest.
     """
@@ -48,19 +53,36 @@ def whitening(posterior: LayerPosterior, feedback: bool, damping: float) -> Whit
     Args:
         posterior: of the layer.
         feedback: whether rounding errors are fed to later columns. A diagonal posterior couples no columns: nearest
-            rounding is then optimal and there is nothing to feed back.
+            rounding is then optimal and there is nothing to feed back. A low-rank one couples all rows, and is
+            rounded to nearest as well.
         damping: fraction of the mean diagonal added to A before it is factored, against the noise of few calibration
             examples; on top of the prior's share.
     """
-    if isinstance(posterior, DiagonalPosterior):
-        return Whitening(torch.ones_like(posterior.precision[..., 0]), posterior.precision, None)
+    if isinstance(posterior, DiagonalPosterior | LowRankPosterior):
+        return _nearest(posterior)
     if isinstance(posterior, KroneckerPosterior):
         row_gain = posterior.gradient_factor.diagonal(dim1=-2, dim2=-1)
         if not feedback:
             return Whitening(row_gain, posterior.input_factor.diagonal(dim1=-2, dim2=-1)[:, None, :], None)
-        factors = [feedback_factor(a, damping) for a in posterior.input_factor]
-        return Whitening(row_gain, torch.stack([factor.column_gain for factor in factors])[:, None, :], factors)
+        return _feedback(row_gain, posterior.input_factor, damping)
+    if isinstance(posterior, EkfacPosterior):
+        if not feedback:
+            return _nearest(posterior)
+        trace = posterior.input_moment.diagonal(dim1=-2, dim2=-1).sum(-1)
+        # A group without inputs is factored as the identity.
+        trace = torch.where(trace > 0, trace, float(posterior.input_moment.shape[-1]))
+        return _feedback(posterior.diagonal().sum(-1) / trace[:, None], posterior.input_moment, damping)
     raise TypeError(f"no whitening for {type(posterior).__name__}")
+
+
+def _nearest(posterior: LayerPosterior) -> Whitening:
+    gain = posterior.diagonal()
+    return Whitening(torch.ones_like(gain[..., 0]), gain, None)
+
+
+def _feedback(row_gain: Tensor, moment: Tensor, damping: float) -> Whitening:
+    factors = [feedback_factor(a, damping) for a in moment]
+    return Whitening(row_gain, torch.stack([factor.column_gain for factor in factors])[:, None, :], factors)
 
 
 def whiten(posterior: LayerPosterior, weight: Tensor) -> Tensor:
@@ -73,4 +95,8 @@ def whiten(posterior: LayerPosterior, weight: Tensor) -> Tensor:
         l_g = torch.linalg.cholesky(posterior.gradient_factor)
         z: Tensor = l_g.transpose(-1, -2) @ w @ l_a
         return z
+    if isinstance(posterior, EkfacPosterior):
+        return posterior.eigenvalues.sqrt() * posterior.rotate(w)
+    if isinstance(posterior, LowRankPosterior):
+        return posterior.whiten(w)
     raise TypeError(f"no whitening for {type(posterior).__name__}")

@@ -19,7 +19,8 @@ class Dense:
     """Statistics of one layer.
 
     Attributes:
-        fisher: [D, D] E_example E_{y ~ p}[grad gradT] of -log p(y | x) for the flattened weight.
+        fisher: [D, D] E_example E_{y ~ p}[grad gradT] of -log p(y | x) for the flattened weight; for the Gaussian
+            likelihood with unit variance E_example[JT J] of the outputs' Jacobian J.
         input_moment: [g, c, c] mean of x xT over (example, position).
         input_magnitude: [g, c] mean of |x| over (example, position).
         gradient_moment: [g, r, r] E_example E_y[sum over positions of d dT], d the gradient of the layer's output.
@@ -31,7 +32,9 @@ class Dense:
     gradient_moment: np.ndarray
 
 
-def dense_statistics(module: nn.Module, name: str, examples: list[dict[str, Tensor]]) -> Dense:
+def dense_statistics(
+    module: nn.Module, name: str, examples: list[dict[str, Tensor]], likelihood: str = "categorical"
+) -> Dense:
     """Statistics of the layer `name`; `examples` are inputs of batch size one without any padding."""
     module = copy.deepcopy(module).double().requires_grad_(True)
     layer = module.get_submodule(name)
@@ -50,17 +53,17 @@ def dense_statistics(module: nn.Module, name: str, examples: list[dict[str, Tens
     for inputs in examples:
         seen.clear()
         inputs = {key: value.double() if value.is_floating_point() else value for key, value in inputs.items()}
-        log_p = torch.log_softmax(module(**inputs)[0], 0)
+        outputs = module(**inputs)[0]
+        targets = outputs if likelihood == "gaussian" else -torch.log_softmax(outputs, 0)
         for x, _ in seen:
             for sample in samples(layer, x):
                 positions += 1
                 for g in range(groups):
                     moment[g] += np.outer(sample[g], sample[g])
                     magnitude[g] += np.abs(sample[g])
-        for y in range(len(log_p)):
-            outputs = [output for _, output in seen]
-            found = torch.autograd.grad(-log_p[y], [layer.weight, *outputs], retain_graph=True)
-            p = math.exp(log_p[y].item())
+        for target in targets:
+            found = torch.autograd.grad(target, [layer.weight, *(output for _, output in seen)], retain_graph=True)
+            p = 1.0 if likelihood == "gaussian" else math.exp(-target.item())
             whole = found[0].flatten().numpy()
             fisher += p * np.outer(whole, whole) / len(examples)
             for d in found[1:]:

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bayesq.posterior import DiagonalPosterior, KroneckerPosterior
+from bayesq.posterior import DiagonalPosterior, EkfacPosterior, KroneckerPosterior, LowRankPosterior
 from bayesq.quant.grids import minmax_grid
 from bayesq.quant.method import stack_groups
 from bayesq.rounding import round_layer, rounding_gain
@@ -31,11 +31,25 @@ def kronecker() -> KroneckerPosterior:
     return KroneckerPosterior(moment(COLUMNS, 1), 0.01 * moment(ROWS, 2), 100, 1.0, 1.0)
 
 
+def ekfac() -> EkfacPosterior:
+    a, g = moment(COLUMNS, 1), 0.01 * moment(ROWS, 2)
+    eigenvalues = torch.rand(GROUPS, ROWS, COLUMNS, generator=torch.Generator().manual_seed(5)).double() + 0.01
+    return EkfacPosterior(a, torch.linalg.eigh(a)[1], torch.linalg.eigh(g)[1], eigenvalues, 100, 1.0, 1.0)
+
+
+def low_rank() -> LowRankPosterior:
+    directions = torch.randn(3, GROUPS, ROWS, COLUMNS, generator=torch.Generator().manual_seed(6)).double()
+    return LowRankPosterior(diagonal().precision, directions, 100, 1.0, 1.0)
+
+
+POSTERIORS = {"diag": diagonal(), "kfac": kronecker(), "ekfac": ekfac(), "lowrank": low_rank()}
+
+
 def weight(seed: int = 3) -> Tensor:
     return torch.randn(GROUPS, ROWS, COLUMNS, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("posterior", [diagonal(), kronecker()], ids=["diag", "kfac"])
+@pytest.mark.parametrize("posterior", POSTERIORS.values(), ids=POSTERIORS)
 def test_squared_distance_in_whitened_space_is_twice_the_risk(posterior):
     w, w_hat = weight(), weight(4)
     distance = (whiten(posterior, w) - whiten(posterior, w_hat)).square().sum()
@@ -87,7 +101,7 @@ def test_gains_turn_feedback_errors_into_one_sided_risk():
     np.testing.assert_allclose(posterior.row_risk(delta), without, rtol=1e-9)
 
 
-@pytest.mark.parametrize("posterior", [diagonal(), kronecker()], ids=["diag", "kfac"])
+@pytest.mark.parametrize("posterior", POSTERIORS.values(), ids=POSTERIORS)
 def test_nearest_gains_are_the_precisions_diagonal(posterior):
     geometry = whitening(posterior, feedback=False, damping=DAMPING)
     assert geometry.factors is None and geometry.retries == 0
@@ -103,8 +117,37 @@ def test_nearest_gains_are_the_precisions_diagonal(posterior):
     torch.testing.assert_close(geometry.row_gain[..., None] * rows, expected)
 
 
-def test_a_diagonal_posterior_has_nothing_to_feed_back():
-    assert whitening(diagonal(), feedback=True, damping=DAMPING).factors is None
+@pytest.mark.parametrize("kind", ["diag", "lowrank"])
+def test_diagonal_and_low_rank_posteriors_feed_nothing_back(kind):
+    one, other = (whitening(POSTERIORS[kind], feedback=feedback, damping=DAMPING) for feedback in (True, False))
+    assert one.factors is None and torch.equal(one.column_gain, other.column_gain)
+
+
+def test_ekfac_feedback_is_kfacs_where_the_precision_is_a_kronecker_product():
+    kfac = kronecker()
+    values_a, q_a = torch.linalg.eigh(kfac.input_factor)
+    values_g, q_g = torch.linalg.eigh(kfac.gradient_factor)
+    eigenvalues = values_g[:, :, None] * values_a[:, None, :]
+    same = EkfacPosterior(kfac.input_factor, q_a, q_g, eigenvalues, 100, 1.0, 1.0)
+    expected, found = (whitening(posterior, feedback=True, damping=DAMPING) for posterior in (kfac, same))
+    torch.testing.assert_close(found.row_gain, expected.row_gain)
+    torch.testing.assert_close(found.column_gain, expected.column_gain)
+
+
+def test_ekfac_feedback_leaves_each_row_its_trace():
+    posterior = ekfac()
+    geometry = whitening(posterior, feedback=True, damping=DAMPING)
+    for g, r in np.ndindex(GROUPS, ROWS):
+        own = sum(float(posterior.diagonal()[g, r, c]) for c in range(COLUMNS))
+        assert float(geometry.row_gain[g, r]) * float(posterior.input_moment[g].trace()) == pytest.approx(own)
+    assert torch.equal(geometry.column_gain, whitening(kronecker(), feedback=True, damping=DAMPING).column_gain)
+
+
+def test_ekfac_without_inputs_keeps_finite_gains():
+    posterior = ekfac()
+    posterior.input_moment[0] = 0
+    geometry = whitening(posterior, feedback=True, damping=DAMPING)
+    assert bool(torch.isfinite(geometry.row_gain[..., None] * geometry.column_gain).all())
 
 
 def test_feedback_gains_are_conditional_precisions():

@@ -19,16 +19,23 @@ from bayesq.suite import calibration
 from bayesq.suite.calibration import (
     DEFAULT_SAMPLES,
     EXACT_CLASSES,
+    FAMILIES,
+    GRADIENT_STATISTICS,
+    INPUT_STATISTICS,
     Calibration,
     CalibrationSettings,
     Collector,
     SequentialInputs,
     fisher_directions,
     forward_order,
+    sketch_rows,
+    truncate,
 )
 from bayesq.suite.models.base import Batch, TensorExamples, state_checksum
 
 CPU = torch.device("cpu")
+# Those that one pass collects without the results of another.
+COLLECTED = ("input_moment", "input_magnitude", "gradient_moment", "fisher_diagonal")
 LENGTHS = torch.tensor([3, 5, 1, 4, 2, 5])
 
 
@@ -61,12 +68,13 @@ def collect(
     examples: TensorExamples,
     batch_size: int = 2,
     samples: int | None = None,
-    kinds=tuple(STATISTICS),
+    kinds=COLLECTED,
     seed: int = 0,
+    **more,
 ) -> dict[str, dict[str, Tensor]]:
     """Kind -> layer -> statistic."""
     layers = quantizable_layers(module)
-    collector = Collector(module, layers, kinds, samples, torch.Generator().manual_seed(seed))
+    collector = Collector(module, layers, kinds, samples, torch.Generator().manual_seed(seed), **more)
     for batch in examples.batches(batch_size, CPU):
         collector.add(batch)
     return {kind: collector.statistics(kind)[0] for kind in kinds}
@@ -124,7 +132,7 @@ def test_a_layer_called_twice_adds_up_its_calls():
 def test_padding_enters_no_statistic(padded):
     module = seeded(TinyEncoder())
     trimmed, long = collect(module, sentences()), collect(module, sentences(padded, trimmed=False), batch_size=4)
-    for kind in STATISTICS:
+    for kind in COLLECTED:
         for name in trimmed[kind]:
             torch.testing.assert_close(long[kind][name], trimmed[kind][name], rtol=1e-5, atol=1e-6)
 
@@ -153,7 +161,7 @@ def test_parts_of_a_batch_add_up_to_the_batch(limit, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(calibration, "PART_ELEMENTS", limit)
             parts = collect(module, examples, batch_size=5)
-        for kind in STATISTICS:
+        for kind in COLLECTED:
             for name in whole[kind]:
                 torch.testing.assert_close(parts[kind][name], whole[kind][name], rtol=1e-5, atol=1e-6)
 
@@ -163,14 +171,14 @@ def test_labels_of_the_data_never_matter():
     relabelled = dataclasses.replace(images(), labels=torch.tensor([2, 0, 1, 2, 1]))
     for samples in (None, 2):
         one, other = collect(module, images(), samples=samples), collect(module, relabelled, samples=samples)
-        for kind in STATISTICS:
+        for kind in COLLECTED:
             assert all(torch.equal(one[kind][name], other[kind][name]) for name in one[kind])
 
 
 def test_batch_size_changes_nothing_but_round_off():
     module = seeded(TinyConvNet())
     one, other = collect(module, images(), batch_size=1), collect(module, images(), batch_size=5)
-    for kind in STATISTICS:
+    for kind in COLLECTED:
         for name in one[kind]:
             torch.testing.assert_close(one[kind][name], other[kind][name], rtol=1e-5, atol=1e-6)
 
@@ -231,6 +239,164 @@ def test_sampled_statistics_converge_to_the_exact_fisher():
     assert float((few["fisher_diagonal"]["head"] - exact["fisher_diagonal"]["head"]).norm()) > 0
 
 
+# ---------------------------------------------------------------------------------------------------- regression heads
+
+
+@pytest.mark.parametrize("outputs", [1, 3, EXACT_CLASSES])
+def test_gaussian_directions_are_the_outputs_unit_vectors(outputs):
+    directions = fisher_directions(torch.randn(5, outputs), None, torch.Generator(), "gaussian")
+    assert len(directions) == outputs
+    assert torch.equal(outer(directions), torch.eye(outputs).expand(5, -1, -1))
+
+
+@pytest.mark.parametrize("outputs", [2, EXACT_CLASSES + 1])
+def test_sampled_gaussian_directions_are_unbiased(outputs):
+    draws = 20_000
+    directions = fisher_directions(torch.zeros(3, outputs), draws, torch.Generator().manual_seed(6), "gaussian")
+    assert len(directions) == draws
+    torch.testing.assert_close(outer(directions), torch.eye(outputs).expand(3, -1, -1), rtol=0, atol=0.05)
+    many = fisher_directions(torch.zeros(1, EXACT_CLASSES + 1), None, torch.Generator(), "gaussian")
+    assert len(many) == DEFAULT_SAMPLES
+
+
+@pytest.mark.parametrize("outputs", [1, 3])
+@pytest.mark.parametrize("name", ["stem", "grouped", "head"])
+def test_statistics_of_a_regression_head_are_the_dense_ones(name, outputs):
+    module = seeded(TinyConvNet(outputs))
+    dense = dense_statistics(module, name, one_by_one(images()), likelihood="gaussian")
+    found = collect(module, images(), likelihood="gaussian")
+    assert_equal(found, name, dense, module.get_submodule(name))
+    if outputs == 1:  # a softmax over one logit has nothing to learn from
+        assert not collect(module, images())["fisher_diagonal"][name].any()
+
+
+def test_an_unknown_likelihood_is_refused():
+    with pytest.raises(ValueError, match="likelihood 'poisson'"):
+        fisher_directions(torch.zeros(1, 2), None, torch.Generator(), "poisson")
+    with pytest.raises(ValueError, match="likelihood 'poisson'"):
+        dataclasses.replace(SETTINGS, likelihood="poisson")
+
+
+# ------------------------------------------------------------------------------------- gradient directions, eigenvalues
+
+
+@pytest.mark.parametrize(("module", "examples"), [(TinyConvNet(3), images()), (TinyEncoder(3), sentences(9, False))])
+def test_all_gradient_directions_give_the_dense_fisher(module, examples):
+    """Five or six examples with three classes: their gradients have rank 12 at most."""
+    module = seeded(module)
+    found = collect(module, examples, kinds=("gradient_directions",), rank=16)["gradient_directions"]
+    for name, layer in quantizable_layers(module).items():
+        fisher = dense_statistics(module, name, one_by_one(examples)).fisher
+        assert found[name].shape == (16, *weight_to_matrix(layer).shape)
+        u = found[name].flatten(1).double().numpy()
+        np.testing.assert_allclose(u.T @ u, fisher, rtol=1e-3, atol=1e-5 * np.abs(fisher).max())
+
+
+def test_few_gradient_directions_are_nearly_the_best_and_never_exceed_the_fisher():
+    module, rank = seeded(TinyConvNet(3)), 4
+    examples = images(40)
+    found = collect(module, examples, kinds=("gradient_directions",), rank=rank)["gradient_directions"]
+    for name in ("stem", "grouped"):
+        fisher = dense_statistics(module, name, one_by_one(examples)).fisher
+        u = found[name].flatten(1).double().numpy()
+        values = np.linalg.eigvalsh(fisher)
+        assert np.linalg.eigvalsh(fisher - u.T @ u).min() > -1e-6 * values[-1]
+        assert (u**2).sum() > 0.9 * values[-rank:].sum()
+        assert np.linalg.matrix_rank(fisher, tol=1e-6 * values[-1]) > 2 * sketch_rows(rank)  # something was dropped
+
+
+def test_truncation_keeps_the_largest_part():
+    rows = torch.randn(7, 12, generator=torch.Generator().manual_seed(8))
+    kept = truncate(rows, 3).double()
+    _, values, right = np.linalg.svd(rows.double().numpy(), full_matrices=False)
+    expected = right[:3].T @ np.diag(values[:3] ** 2) @ right[:3]
+    np.testing.assert_allclose(kept.T @ kept, expected, rtol=1e-4, atol=1e-4)
+    assert truncate(rows, 20).shape == (7, 12)
+
+
+def test_layers_whose_sketches_do_not_fit_take_further_passes(tmp_path, monkeypatch):
+    module = seeded(Counting())
+    kinds = ["gradient_directions"]
+    whole = open_calibration(module, tmp_path / "whole", samples=2)
+    whole.prepare(kinds)
+    assert module.passes == 3
+    monkeypatch.setattr(calibration, "SKETCH_ELEMENTS", 1)
+    parts = open_calibration(module, tmp_path / "parts", samples=2)
+    parts.prepare(kinds)
+    assert module.passes == 3 + 3 * len(parts.layers)
+    for name in parts.layers:  # the same labels were drawn in every pass
+        torch.testing.assert_close(
+            parts.statistic(name, "gradient_directions"), whole.statistic(name, "gradient_directions")
+        )
+
+
+@pytest.mark.parametrize("limit", [1, 2**25])
+@pytest.mark.parametrize(("module", "examples"), [(TinyConvNet(3), images()), (TinyEncoder(3), sentences(9, False))])
+def test_eigenvalues_are_the_dense_fishers_diagonal_in_the_factors_eigenbasis(
+    module, examples, limit, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(calibration, "PART_ELEMENTS", limit)
+    module = seeded(module)
+    opened = open_calibration(module, tmp_path, examples)
+    opened.prepare(["fisher_eigenvalues"])
+    for name, layer in quantizable_layers(module).items():
+        groups, rows, columns = weight_to_matrix(layer).shape
+        dense = dense_statistics(module, name, one_by_one(examples))
+        for g in range(groups):
+            q_a, q_g = (opened.statistic(name, f"{kind}_basis")[g].double().numpy() for kind in ("input", "gradient"))
+            for q, moment in ((q_a, dense.input_moment[g]), (q_g, dense.gradient_moment[g])):
+                np.testing.assert_allclose(q.T @ q, np.eye(len(q)), atol=1e-6)
+                turned = q.T @ moment @ q
+                assert np.abs(turned - np.diag(np.diag(turned))).max() < 1e-5 * np.abs(moment).max()
+            block = slice(g * rows * columns, (g + 1) * rows * columns)
+            basis = np.kron(q_g, q_a)
+            expected = np.diag(basis.T @ dense.fisher[block, block] @ basis).reshape(rows, columns)
+            found = opened.statistic(name, "fisher_eigenvalues")[g]
+            np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5 * expected.max())
+
+
+# ------------------------------------------------------------------------------------------- the first so many examples
+
+
+@pytest.mark.parametrize("kinds", FAMILIES)
+def test_gradients_come_from_the_first_examples_of_the_split_and_inputs_from_all(kinds, tmp_path):
+    module, examples = seeded(TinyEncoder(3)), sentences()
+    first = TensorExamples({k: v[:3] for k, v in examples.inputs.items()}, examples.labels[:3], LENGTHS[:3])
+    limited = open_calibration(module, tmp_path / "limited", examples, gradient_examples=3)
+    alone, whole = (
+        open_calibration(module, tmp_path / folder, some) for folder, some in (("alone", first), ("whole", examples))
+    )
+    for opened in (limited, alone, whole):
+        opened.prepare(kinds)
+    for kind in kinds:
+        if kind == "fisher_eigenvalues":  # A comes from all examples, and with it the basis
+            continue
+        for name in limited.layers:
+            found, other = limited.statistic(name, kind), alone.statistic(name, kind)
+            if kind in INPUT_STATISTICS or kind == "input_basis":
+                assert torch.equal(found, whole.statistic(name, kind))
+                other = found
+            if kind == "gradient_directions":
+                found, other = (x.flatten(1).T @ x.flatten(1) for x in (found, other))
+            if kind != "gradient_basis":  # only unique where eigenvalues are
+                torch.testing.assert_close(found, other, rtol=1e-4, atol=1e-6)
+            if kind == "fisher_diagonal":
+                assert not torch.allclose(found, whole.statistic(name, kind), rtol=1e-2)
+
+
+def test_batches_without_any_of_the_first_examples_are_skipped(module, tmp_path):
+    opened = open_calibration(module, tmp_path, images(9), gradient_examples=3)
+    opened.prepare(["gradient_moment"])
+    assert module.passes == 2  # of 5 batches
+
+
+def test_more_examples_than_there_are_mean_all(module, tmp_path):
+    every = [open_calibration(module, tmp_path, gradient_examples=n) for n in (None, 5, 100)]
+    assert len({opened.path("gradient_moment") for opened in every}) == 1
+    with pytest.raises(ValueError, match=r"posterior\.examples=0"):
+        open_calibration(module, tmp_path, gradient_examples=0)
+
+
 # ----------------------------------------------------------------------------------------------- what must not change
 
 
@@ -269,20 +435,23 @@ class WithIdleLayers(TinyConvNet):
 
 
 @pytest.mark.parametrize("kind", STATISTICS)
-def test_unseen_layers_are_reported_and_get_neutral_statistics(kind):
-    module = seeded(WithIdleLayers())
-    collector = Collector(module, quantizable_layers(module), [kind], None, torch.Generator())
-    for batch in images().batches(2, CPU):
-        collector.add(batch)
-    found, unseen = collector.statistics(kind)
-    assert unseen == ["unused"]
-    shape = {"input_moment": (2, 9, 9), "gradient_moment": (2, 2, 2), "input_magnitude": (2, 9)}.get(kind, (2, 2, 9))
-    neutral = torch.eye(shape[1]).expand(shape) if kind.endswith("moment") else torch.ones(shape)
-    assert torch.equal(found["unused"], neutral)
-    if kind in ("gradient_moment", "fisher_diagonal"):  # no gradient: the loss does not feel it
-        assert not found["beside"].any()
+def test_unseen_layers_are_reported_and_get_neutral_statistics(kind, tmp_path):
+    opened = open_calibration(seeded(WithIdleLayers()), tmp_path, rank=3)
+    opened.prepare([kind])
+    assert opened.unseen == {"unused"}
+    square = {"input_moment": 9, "input_basis": 9, "gradient_moment": 2, "gradient_basis": 2}
+    if kind in square:
+        neutral = torch.eye(square[kind]).expand(2, -1, -1)
+    elif kind == "gradient_directions":
+        neutral = torch.zeros(3, 2, 2, 9)
     else:
-        assert found["beside"].any()
+        neutral = torch.ones((2, 9) if kind == "input_magnitude" else (2, 2, 9))
+    assert torch.equal(opened.statistic("unused", kind), neutral)
+    beside = opened.statistic("beside", kind)
+    if kind in GRADIENT_STATISTICS:  # no gradient: the loss does not feel it
+        assert not beside.any()
+    else:
+        assert beside.any()
 
 
 # ------------------------------------------------------------------------------------------------------------- cache
@@ -387,9 +556,15 @@ def test_what_changes_a_number_changes_the_file(module, tmp_path):
     for what, changed in everything.items():
         for kind in STATISTICS:
             assert changed.path(kind) != base.path(kind), (what, kind)
-    for gradients_only in (open_calibration(module, tmp_path, seed=1), open_calibration(module, tmp_path, samples=2)):
+    for changes in ({"seed": 1}, {"samples": 2}, {"gradient_examples": 3}, {"likelihood": "gaussian"}):
+        gradients_only = open_calibration(module, tmp_path, **changes)
         for kind in STATISTICS:
             assert (gradients_only.path(kind) == base.path(kind)) == kind.startswith("input"), kind
+    other_rank = open_calibration(module, tmp_path, rank=3)
+    changed = [kind for kind in STATISTICS if other_rank.path(kind) != base.path(kind)]
+    assert changed == ["gradient_directions"]
+    with pytest.raises(ValueError, match=r"posterior\.rank=0"):
+        open_calibration(module, tmp_path, rank=0)
     assert len({base.path(kind) for kind in STATISTICS}) == len(STATISTICS)
     same = open_calibration(seeded(Counting()), tmp_path)
     assert all(same.path(kind) == base.path(kind) for kind in STATISTICS)
