@@ -1,12 +1,15 @@
 """Bit allocation: which block gets how many bits (SPEC section 4).
 
-A block is a layer or a row. Every allocator turns an average budget into one width per row; every method accepts every
-allocator. The budget is counted in code bits per weight, and a method whose format stores more beside its codes than a
-plain affine layer pays for the difference with code bits: nobody stores more than the baseline at the same budget.
+A block is a layer, a row or a group of rows. Every allocator turns an average budget into one width per row; every
+method accepts every allocator. The budget is counted in code bits per weight, and a method whose format stores more
+beside its codes than a plain affine layer pays for the difference with code bits: nobody stores more than the baseline
+at the same budget.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from itertools import pairwise
 from typing import Protocol
 
@@ -15,12 +18,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from bayesq.codebook import level_kind
+from bayesq.codebook import level_kind, normal_distortion
 from bayesq.posterior import Posterior
 from bayesq.quant.accounting import LAYER_BITS, affine_overhead_bits, mixed_overhead_bits
 from bayesq.quant.grids import MAX_WIDTH, MIN_WIDTH, mse_grid, round_affine
-from bayesq.quant.method import LayerProblem, stack_groups
-from bayesq.rounding import predicted_risk
+from bayesq.quant.method import Distortion, LayerProblem, stack_groups
+from bayesq.rounding import predicted_risk, round_layer
 from bayesq.whitening import whitening
 
 # Bits a weight that a mix of whole layers may leave unspent: the promise of bits/code.
@@ -33,13 +36,13 @@ def lower_hull(risk: np.ndarray, bits: np.ndarray) -> list[list[int]]:
     """Choices on the lower convex hull of each block's (bits, risk) points, beginning with the cheapest.
 
     Args:
-        risk: [B, W] finite.
+        risk: [B, W] finite, or inf for a choice that a block does not have; each has one.
         bits: [B, W] strictly increasing along W.
     """
     hulls = []
     for r, b in zip(risk.tolist(), bits.tolist(), strict=True):
-        hull = [0]
-        for k in range(1, len(r)):
+        hull = [next(k for k, value in enumerate(r) if math.isfinite(value))]
+        for k in range(hull[0] + 1, len(r)):
             if r[k] >= r[hull[-1]]:
                 continue
             while len(hull) > 1:
@@ -61,7 +64,7 @@ def greedy_knapsack(risk: Tensor, bits: Tensor, capacity: float) -> Tensor:
     block.
 
     Args:
-        risk: [B, W] predicted risk of block B at width W.
+        risk: [B, W] predicted risk of block B at width W; inf where it may not have that width.
         bits: [B, W] cost, increasing along W.
         capacity: total bits.
 
@@ -69,22 +72,24 @@ def greedy_knapsack(risk: Tensor, bits: Tensor, capacity: float) -> Tensor:
         [B] chosen index into W.
 
     Raises:
-        ValueError: even the cheapest widths exceed the capacity, or a risk is not finite.
+        ValueError: even the cheapest widths exceed the capacity, a risk is NaN, or a block may have no width.
     """
-    if not bool(torch.isfinite(risk).all()):
-        raise ValueError("a predicted risk is NaN or infinite")
+    if bool(torch.isnan(risk).any()) or not bool(torch.isfinite(risk).any(1).all()):
+        raise ValueError("a predicted risk is NaN, or infinite at every width of a block")
     r, b = risk.to(torch.float64).numpy(), bits.to(torch.float64).numpy()
-    left = capacity - float(b[:, 0].sum())
+    hulls = lower_hull(r, b)
+    choice = np.array([hull[0] for hull in hulls], dtype=np.int64)
+    least = float(b[np.arange(len(b)), choice].sum())
+    left = capacity - least
     if left < 0:
-        raise ValueError(f"the smallest widths need {b[:, 0].sum():.0f} bits, the budget has {capacity:.0f}")
+        raise ValueError(f"the smallest widths need {least:.0f} bits, the budget has {capacity:.0f}")
     steps = [  # (gain per bit, block, from, to)
         ((r[block, i] - r[block, j]) / (b[block, j] - b[block, i]), block, i, j)
-        for block, hull in enumerate(lower_hull(r, b))
+        for block, hull in enumerate(hulls)
         for i, j in pairwise(hull)
     ]
     # Along a hull gains per bit fall, so sorting keeps a block's steps in order; `from` breaks exact ties.
     steps.sort(key=lambda step: (-step[0], step[1], step[2]))
-    choice = np.zeros(len(r), dtype=np.int64)
     cheapest = float((b[:, 1:] - b[:, :-1]).min()) if b.shape[1] > 1 else np.inf
     for _, block, i, j in steps:
         if left < cheapest:
@@ -114,10 +119,11 @@ class Budget:
         Args:
             overhead: bits the method stores beside its codes.
         """
-        weights = sum(layer.weight.numel() for layer in layers)
+        # 4.35 bits of 100 weights are 435, not the 434.99999999999994 of floating point
+        total = round(self.bits * sum(layer.weight.numel() for layer in layers), 6)
         if self.count == "stored":
-            return self.bits * weights - overhead
-        return self.bits * weights - max(0.0, overhead - affine_overhead_bits(layer.rows for layer in layers))
+            return total - overhead
+        return total - max(0.0, overhead - affine_overhead_bits(layer.rows for layer in layers))
 
 
 class Allocator(Protocol):
@@ -125,17 +131,32 @@ class Allocator(Protocol):
 
     statistics: frozenset[str]
 
-    def allocate(self, layers: Sequence[LayerProblem], budget: Budget, codebook_bits: int = 0) -> dict[str, Tensor]:
-        """Row widths uint8 [R] of every layer by name; `codebook_bits` are stored beside the plain affine format."""
+    def allocate(
+        self,
+        layers: Sequence[LayerProblem],
+        budget: Budget,
+        codebook_bits: int = 0,
+        distortion: Distortion | None = None,
+    ) -> dict[str, Tensor]:
+        """Row widths uint8 [R] of every layer by name; arguments as in `quant.method.Allocate`."""
         ...
 
 
 class Uniform:
-    """One width for all; a fractional budget mixes the two neighbouring widths over layers by plain weight MSE."""
+    """One width for all; a fractional budget mixes the two neighbouring widths over layers by plain weight MSE.
+
+    It is the plain baseline: the constraints under `allocation` are the knapsack's and mean nothing here.
+    """
 
     statistics: frozenset[str] = frozenset()
 
-    def allocate(self, layers: Sequence[LayerProblem], budget: Budget, codebook_bits: int = 0) -> dict[str, Tensor]:
+    def allocate(
+        self,
+        layers: Sequence[LayerProblem],
+        budget: Budget,
+        codebook_bits: int = 0,
+        distortion: Distortion | None = None,
+    ) -> dict[str, Tensor]:
         """Row widths of every layer. An integer budget is met exactly, whatever codebooks the method stores."""
         capacity = budget.capacity(layers, affine_overhead_bits(layer.rows for layer in layers))
         weights = sum(layer.weight.numel() for layer in layers)
@@ -195,58 +216,200 @@ def _rounding_error(layer: LayerProblem, width: int) -> float:
 class Knapsack:
     """Greedy knapsack on the closed-form predicted risk, whatever method rounds afterwards.
 
+    What hardware asks for is in the blocks and in their widths. Rows that must share a width form one block:
+    neighbours for kernels that work on tiles of rows (block="group"), rows of like risk for `row_multiple`, which only
+    counts rows. With curves of one shape, risk_rb = e_r T_b, the latter costs nothing beyond the multiples themselves:
+    for given counts the least sum_r e_r T_{b_r} gives wide codes to large e_r, so sorted rows never need to part.
+
     Args:
         posterior: gives the risk.
-        block: "layer" or "row".
-        widths: allowed bits.
+        block: "layer", "row" or "group".
+        widths: bits of layers that no pattern of `pinned` or `allowed` names.
         damping: of the input moment, see `whitening`.
+        group_rows: consecutive rows of a layer in one block of block="group"; the last one may have fewer.
+        row_multiple: the rows a layer has at each width are a multiple of it, but for one width that also has the
+            layer's rows % row_multiple left over.
+        min_width: no row gets fewer bits; None = no such limit.
+        pinned: layer name pattern (fnmatch) -> its width; the first match counts, and before `allowed`.
+        allowed: layer name pattern -> its widths in place of `widths`; the first match counts.
+
+    Attributes:
+        widths: all widths some layer may get, ascending.
+
+    Raises:
+        ValueError: an unknown block, or groups that are no multiple of `row_multiple`.
     """
 
-    def __init__(self, posterior: Posterior, block: str, widths: Sequence[int], damping: float = 0.01) -> None:
-        self.posterior, self.block, self.widths, self.damping = posterior, block, sorted(widths), damping
+    def __init__(
+        self,
+        posterior: Posterior,
+        block: str,
+        widths: Sequence[int],
+        damping: float = 0.01,
+        *,
+        group_rows: int = 8,
+        row_multiple: int = 1,
+        min_width: int | None = None,
+        pinned: Mapping[str, int] | None = None,
+        allowed: Mapping[str, Sequence[int]] | None = None,
+    ) -> None:
+        if block not in ("layer", "row", "group"):
+            raise ValueError(f"allocation.block={block}: choose one of layer, row, group")
+        if block == "group" and group_rows % row_multiple:
+            raise ValueError(f"allocation.row_multiple={row_multiple}: is no divisor of group_rows={group_rows}")
+        self.posterior, self.block, self.damping = posterior, block, damping
+        self.group_rows, self.row_multiple = group_rows, row_multiple
+        self.min_width = MIN_WIDTH if min_width is None else min_width
+        # YAML reads a layer called 0 as a number
+        self.pinned = {str(pattern): [width] for pattern, width in (pinned or {}).items()}
+        self.allowed = {str(pattern): list(own) for pattern, own in (allowed or {}).items()}
+        self.default_widths = list(widths)
+        candidates = {*widths, *(w for own in (*self.pinned.values(), *self.allowed.values()) for w in own)}
+        self.widths = sorted(width for width in candidates if width >= self.min_width)
         self.statistics = posterior.statistics
 
-    def allocate(self, layers: Sequence[LayerProblem], budget: Budget, codebook_bits: int = 0) -> dict[str, Tensor]:
-        """Row widths of every layer; notes each layer's predicted risk.
+    def choices(self, names: Sequence[str]) -> dict[str, list[int]]:
+        """Widths each layer may get, ascending, by name.
 
         Raises:
-            ValueError: no mix of the allowed widths fits the budget.
+            ValueError: a pattern matches no layer, or min_width leaves a layer no width.
         """
-        risks = [self.predict(layer) for layer in tqdm(layers, desc="predict risk", disable=None, leave=False)]
-        # (A task-aware proxy multiplies each layer's risks here: "BayesQ in full".)
-        rows = [layer.rows for layer in layers]
-        if self.block == "row":
-            overhead = mixed_overhead_bits(rows)
-        else:  # codes that fill whole bytes at one width may need padding at another
-            overhead = affine_overhead_bits(rows) + sum(LAYER_BITS for layer in layers if layer.weight.numel() % 8)
+        for key, patterns in (("pinned", self.pinned), ("allowed", self.allowed)):
+            for pattern in patterns:
+                if not any(fnmatchcase(name, pattern) for name in names):
+                    raise ValueError(f"allocation.{key}: pattern {pattern!r} matches no layer that is quantized")
+        rules = [*self.pinned.items(), *self.allowed.items(), ("*", self.default_widths)]
+        found = {}
+        for name in names:
+            own = next(widths for pattern, widths in rules if fnmatchcase(name, pattern))
+            found[name] = sorted({width for width in own if width >= self.min_width})
+            if not found[name]:
+                raise ValueError(f"allocation.min_width={self.min_width}: leaves layer {name} none of its widths {own}")
+        return found
+
+    def allocate(
+        self,
+        layers: Sequence[LayerProblem],
+        budget: Budget,
+        codebook_bits: int = 0,
+        distortion: Distortion | None = None,
+    ) -> dict[str, Tensor]:
+        """Row widths of every layer; notes each layer's predicted risk.
+
+        A factor kappa among a layer's notes (the task-aware proxy's) multiplies its risks.
+
+        Raises:
+            ValueError: no mix of the allowed widths fits the budget, a predicted risk is not finite, or see `choices`.
+        """
+        choices = self.choices([layer.name for layer in layers])
+        self.posterior.prepare(layers)
+        widths = torch.tensor(self.widths, dtype=torch.float64)
+        risks, blocks, totals, costs = [], [], [], []
+        overhead = padding = least = 0
+        for layer in tqdm(layers, desc="predict risk", disable=None, leave=False):
+            risk = self.predict(layer, distortion) * layer.notes.get("kappa", 1.0)
+            if not bool(torch.isfinite(risk).all()):
+                raise ValueError(f"layer {layer.name}: a predicted risk is NaN or infinite")
+            block = self._blocks(risk)
+            rows = torch.bincount(block)
+            total = risk.new_zeros(len(rows), len(widths)).index_add_(0, block, risk)
+            total[:, [width not in choices[layer.name] for width in self.widths]] = torch.inf
+            risks.append(risk)
+            blocks.append(block)
+            totals.append(total)
+            costs.append(layer.columns * rows[:, None] * widths)
+            smallest = layer.weight.numel() * choices[layer.name][0]
+            least += smallest
+            padding += -smallest % 8
+            if len(rows) > 1 and len(choices[layer.name]) > 1:
+                overhead += mixed_overhead_bits([layer.rows])
+            else:  # codes that fill whole bytes at one width may need padding at another
+                overhead += affine_overhead_bits([layer.rows]) + (LAYER_BITS if layer.weight.numel() % 8 else 0)
         capacity = budget.capacity(layers, overhead + codebook_bits)
-        blocks = risks if self.block == "row" else [risk.sum(0, keepdim=True) for risk in risks]
-        sizes = [layer.columns if self.block == "row" else layer.weight.numel() for layer in layers]
-        costs = [
-            size * torch.tensor(self.widths, dtype=torch.float64).expand(len(block), -1)
-            for block, size in zip(blocks, sizes, strict=True)
-        ]
-        least = float(sum(cost[:, 0].sum() for cost in costs))
-        if capacity < least <= budget.capacity(layers, affine_overhead_bits(rows)):
-            capacity = least  # no room for a width map, and rows that all have the smallest width need none
-        choice = greedy_knapsack(torch.cat(blocks), torch.cat(costs), capacity)
+        if capacity < least:
+            # no room for a width map, and layers that have their smallest width all over need none
+            plain = affine_overhead_bits(layer.rows for layer in layers)
+            if budget.count == "stored":
+                plain += padding + codebook_bits
+            if budget.capacity(layers, plain) < least:
+                weights = sum(layer.weight.numel() for layer in layers)
+                needed = (least + (plain if budget.count == "stored" else 0)) / weights
+                raise ValueError(
+                    f"bits={budget.bits:g}: the smallest widths that the keys under allocation permit average "
+                    f"{math.ceil(needed * 1000) / 1000:g} bits a weight (budget.count={budget.count})"
+                )
+            capacity = least
+        choice = greedy_knapsack(torch.cat(totals), torch.cat(costs), capacity)
         allocated = {}
-        for layer, risk, chosen in zip(layers, risks, choice.split([len(block) for block in blocks]), strict=True):
-            chosen = chosen.expand(layer.rows)
+        for layer, risk, block, own in zip(layers, risks, blocks, choice.split([len(t) for t in totals]), strict=True):
+            chosen = own[block]
             layer.notes["predicted_risk"] = float(risk.gather(1, chosen[:, None]).sum())
-            allocated[layer.name] = torch.tensor(self.widths, dtype=torch.uint8)[chosen]
+            allocated[layer.name] = widths[chosen].to(torch.uint8)
         return allocated
 
-    def predict(self, layer: LayerProblem) -> Tensor:
-        """Predicted risk [R, widths] of one layer under feedback rounding (nearest for a diagonal posterior)."""
+    def _blocks(self, risk: Tensor) -> Tensor:
+        """The block [R] of each of a layer's rows, from their risks [R, widths]."""
+        rows = torch.arange(len(risk))
+        if self.block == "layer":
+            return torch.zeros_like(rows)
+        if self.block == "group":
+            return rows // self.group_rows
+        if self.row_multiple == 1:
+            return rows  # sorted they would be the same blocks, but ties should go to the earlier row
+        rank = torch.empty_like(rows)
+        rank[risk[:, 0].argsort(descending=True, stable=True)] = rows
+        return rank // self.row_multiple
+
+    def predict(self, layer: LayerProblem, distortion: Distortion | None = None) -> Tensor:
+        """Predicted risk [R, widths] of one layer under feedback rounding (nearest without input correlations).
+
+        Args:
+            distortion: T_b of the method's codes; None = of scalar ones, non-uniform up to 4 bits.
+        """
         geometry = whitening(self.posterior.fit(layer), feedback=True, damping=self.damping)
-        return predicted_risk(layer.weight, geometry, self.widths, [level_kind(width) for width in self.widths])
+        expected = scalar_distortion if distortion is None else distortion
+        return predicted_risk(layer.weight, geometry, [expected(layer, width) for width in self.widths])
+
+    def rounded(self, layer: LayerProblem, width: int) -> Tensor:
+        """A layer's weights [g, r, c] rounded once at one width, on each row's affine grid."""
+        geometry = whitening(self.posterior.fit(layer), feedback=True, damping=self.damping)
+        rows = torch.full((layer.rows,), width, dtype=torch.uint8)
+        grid = mse_grid(stack_groups(layer.weight).to(torch.float64), rows)
+        return round_layer(layer.weight, geometry, *grid, rows, {}).values.reshape(layer.weight.shape)
 
 
-def make_allocator(name: str, posterior: Posterior | None, block: str, widths: Sequence[int]) -> Allocator:
-    """The allocator a config names (keys allocator, allocation.block, allocation.widths)."""
+def scalar_distortion(layer: LayerProblem, width: int) -> float:
+    """Expected squared error of a scalar code for weights of unit variance: Lloyd-Max up to 4 bits, then uniform."""
+    return normal_distortion(level_kind(width), width)
+
+
+def make_allocator(
+    name: str,
+    posterior: Posterior | None,
+    block: str,
+    widths: Sequence[int],
+    group_rows: int = 8,
+    row_multiple: int = 1,
+    min_width: int | None = None,
+    pinned: Mapping[str, int] | None = None,
+    allowed: Mapping[str, Sequence[int]] | None = None,
+) -> Allocator:
+    """The allocator a config names: the key allocator, and the keys under allocation as they are called there.
+
+    Raises:
+        ValueError: allocator=knapsack without a posterior, or see `Knapsack`.
+    """
     if name == "uniform":
         return Uniform()
     if posterior is None:
         raise ValueError("allocator=knapsack needs a posterior")
-    return Knapsack(posterior, block, widths)
+    return Knapsack(
+        posterior,
+        block,
+        widths,
+        group_rows=group_rows,
+        row_multiple=row_multiple,
+        min_width=min_width,
+        pinned=pinned,
+        allowed=allowed,
+    )

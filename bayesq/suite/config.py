@@ -91,14 +91,15 @@ def settings_that_matter(config: Mapping[str, Any]) -> dict[str, Any]:
       * allocation, when allocator=uniform does not read it;
       * posterior, when neither the method (`uses_posterior: true` in its YAML) nor allocator=knapsack reads it;
       * the method's metadata: its default allocator (the effective one is the key `allocator`), `uses_posterior`.
-    Order and repetition do not count in allocation.widths and layers.exclude, and 3.0 equals 3.
+    Order and repetition do not count in allocation.widths and layers.exclude, and 3.0 equals 3. Of the patterns in
+    allocation.pinned and allocation.allowed the order does count, so those mappings become lists of pairs.
     """
     matter = {key: value for key, value in config.items() if key not in WITHOUT_EFFECT}
     knapsack = config["allocator"] == "knapsack"
     if not knapsack:
         matter.pop("allocation", None)
-    elif "widths" in matter.get("allocation", {}):
-        matter["allocation"] = {**matter["allocation"], "widths": sorted(set(matter["allocation"]["widths"]))}
+    elif "allocation" in matter:
+        matter["allocation"] = _canonical_allocation(matter["allocation"])
     if not knapsack and config["method"].get("uses_posterior") is not True:
         matter.pop("posterior", None)
     matter["method"] = {k: v for k, v in config["method"].items() if k not in ("allocator", "uses_posterior")}
@@ -106,6 +107,18 @@ def settings_that_matter(config: Mapping[str, Any]) -> dict[str, Any]:
         matter["layers"] = {**matter["layers"], "exclude": sorted(set(matter["layers"]["exclude"]))}
     canonical: dict[str, Any] = _canonical(matter)
     return canonical
+
+
+def _canonical_allocation(allocation: Mapping[str, Any]) -> dict[str, Any]:
+    """`allocation` with sorted widths, and with its patterns as [pattern, value] pairs, which JSON cannot reorder."""
+    content = dict(allocation)
+    if "widths" in content:
+        content["widths"] = sorted(set(content["widths"]))
+    if isinstance(content.get("pinned"), Mapping):
+        content["pinned"] = [[str(pattern), width] for pattern, width in content["pinned"].items()]
+    if isinstance(content.get("allowed"), Mapping):
+        content["allowed"] = [[str(pattern), sorted(set(own))] for pattern, own in content["allowed"].items()]
+    return content
 
 
 def determines_result(cfg: DictConfig) -> dict[str, Any]:
@@ -226,23 +239,63 @@ def check_types(config: Mapping[str, Any], reference: Mapping[str, Any]) -> None
 
 
 def _check_allocation(config: Mapping[str, Any]) -> None:
-    """Allocator, block kind and widths; a knapsack's widths must be able to meet the budget."""
-    bits, allocation = config["bits"], config["allocation"]
+    """Allocator, blocks and widths; what a knapsack may choose from must be able to meet the budget."""
+    allocation = config["allocation"]
     _one_of("allocator", config["allocator"], ("uniform", "knapsack"))
-    _one_of("allocation.block", allocation["block"], ("layer", "row"))
+    _one_of("allocation.block", allocation["block"], ("layer", "row", "group"))
     _one_of("budget.count", config["budget"]["count"], ("code", "stored"))
-    widths = allocation["widths"]
-    if (
-        not isinstance(widths, list)
-        or not widths
-        or not all(_is_whole(width) and MIN_BITS <= width <= MAX_BITS for width in widths)
-        or len(set(widths)) != len(widths)
-    ):
-        allowed = f"needs a list of different whole numbers from {MIN_BITS} to {MAX_BITS}"
-        _refuse("allocation.widths", widths, f"{allowed}, such as [2,3,4,5,6,8]")
-    if config["allocator"] == "knapsack" and not min(widths) <= bits <= max(widths):
+    group_rows, row_multiple = allocation["group_rows"], allocation["row_multiple"]
+    _whole("allocation.group_rows", group_rows, 1)
+    _whole("allocation.row_multiple", row_multiple, 1)
+    if allocation["block"] == "group" and group_rows % row_multiple:
+        needs = f"groups of allocation.group_rows={group_rows} rows must be a multiple of it"
+        _refuse("allocation.row_multiple", row_multiple, needs)
+    widths = f"different whole numbers from {MIN_BITS} to {MAX_BITS}"
+    if not _are_widths(allocation["widths"]):
+        _refuse("allocation.widths", allocation["widths"], f"needs a list of {widths}, such as [2,3,4,5,6,8]")
+    min_width, pinned, allowed = allocation["min_width"], allocation["pinned"], allocation["allowed"]
+    if min_width is not None and not _is_width(min_width):
+        _refuse("allocation.min_width", min_width, f"needs a whole number from {MIN_BITS} to {MAX_BITS}, or null")
+    if not isinstance(pinned, Mapping) or not all(map(_is_width, pinned.values())):
+        needs = f"needs layer patterns with a whole number from {MIN_BITS} to {MAX_BITS} each"
+        _refuse("allocation.pinned", pinned, f"{needs}, such as +allocation.pinned={{conv1:8}}")
+    if not isinstance(allowed, Mapping) or not all(map(_are_widths, allowed.values())):
+        needs = f"needs layer patterns with a list of {widths} each"
+        _refuse("allocation.allowed", allowed, f"{needs}, such as +allocation.allowed={{conv1:[4,8]}}")
+    if config["allocator"] == "knapsack":
+        _check_reach(config["bits"], allocation)
+
+
+def _is_width(value: Any) -> bool:
+    return _is_whole(value) and MIN_BITS <= value <= MAX_BITS
+
+
+def _are_widths(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(map(_is_width, value)) and len(set(value)) == len(value)
+
+
+def _check_reach(bits: float, allocation: Mapping[str, Any]) -> None:
+    """Every rule must leave a width, and the budget must lie between the extremes of all that any layer may get."""
+    widths, pinned, allowed = allocation["widths"], allocation["pinned"], allocation["allowed"]
+    low = MIN_BITS if allocation["min_width"] is None else allocation["min_width"]
+    for key, rules in (("pinned", {p: [width] for p, width in pinned.items()}), ("allowed", allowed)):
+        for pattern, own in rules.items():
+            if max(own) < low:
+                _refuse(f"allocation.{key}", allocation[key], f"allocation.min_width={low} leaves '{pattern}' no width")
+    # which layers a pattern takes is not known yet, unless it takes all of them
+    reach, key = set(pinned.values()), "pinned"
+    if "*" not in pinned:
+        reach, key = reach.union(*allowed.values()), "allowed"
+        if "*" not in allowed:
+            reach, key = reach.union(widths), "widths"
+            if max(widths) < low:
+                _refuse("allocation.min_width", low, f"leaves none of allocation.widths={show(widths)}")
+    reach = {width for width in reach if width >= low}
+    if not min(reach) <= bits <= max(reach):
+        if MIN_BITS < low == min(reach) and bits < low:
+            _refuse("allocation.min_width", low, f"no row may be narrower, so bits={show(bits)} cannot be met")
         span = f"no mix of these widths averages bits={show(bits)}"
-        _refuse("allocation.widths", widths, f"{span}; they allow budgets from {min(widths)} to {max(widths)}")
+        _refuse(f"allocation.{key}", allocation[key], f"{span}; they allow budgets from {min(reach)} to {max(reach)}")
 
 
 def _check_sizes(config: Mapping[str, Any]) -> None:
@@ -268,7 +321,9 @@ def _check_pairing(config: Mapping[str, Any]) -> None:
         raise UserError(
             f"dataset={dataset['name']} holds {_medium(dataset)}, but model={model['name']} takes {_medium(model)}: "
             f"choose a dataset of {_medium(model)} or a model for {_medium(dataset)} "
-            "(the pairs to start from: model=minilm dataset=movie_snippets, model=resnet dataset=digits)"
+            "(the pairs to start from: model=minilm dataset=movie_snippets, model=resnet dataset=digits, "
+            "model=minilm dataset=glue, model=cifar_resnet56 dataset=cifar10, model=efficientnet_lite0 "
+            "dataset=imagenet)"
         )
 
 

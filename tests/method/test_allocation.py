@@ -2,17 +2,21 @@
 
 import itertools
 import json
+import re
+from fnmatch import fnmatchcase
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from bayesq import allocation
 from bayesq.allocation import Budget, Knapsack, Uniform, greedy_knapsack, lower_hull, make_allocator
-from bayesq.codebook import level_kind, lloyd_table_bits, normal_levels
+from bayesq.codebook import level_kind, normal_distortion, normal_levels
 from bayesq.posterior import Diagonal, Kfac
 from bayesq.quant.accounting import code_bits
 from bayesq.quant.method import LayerProblem
@@ -134,9 +138,30 @@ def test_infeasible_or_undefined_problems_are_refused():
     risk, bits = torch.tensor([[2.0, 1.0]]), torch.tensor([[4.0, 8.0]])
     with pytest.raises(ValueError, match="need 4 bits, the budget has 3"):
         greedy_knapsack(risk, bits, 3)
-    for bad in (torch.nan, torch.inf):
-        with pytest.raises(ValueError, match="NaN or infinite"):
-            greedy_knapsack(torch.tensor([[bad, 1.0]]), bits, 100)
+    for bad in ([torch.nan, 1.0], [torch.inf, torch.inf]):
+        with pytest.raises(ValueError, match="NaN, or infinite"):
+            greedy_knapsack(torch.tensor([bad]), bits, 100)
+    with pytest.raises(ValueError, match="need 8 bits, the budget has 7"):
+        greedy_knapsack(torch.tensor([[torch.inf, 1.0]]), bits, 7)
+
+
+@settings(max_examples=200)
+@given(knapsacks(), st.data())
+def test_choices_of_infinite_risk_do_not_exist(case, data):
+    risk, bits, _ = case
+    some = st.sets(st.sampled_from(range(risk.shape[1])), min_size=1).map(sorted)
+    keep = [data.draw(some, label="keep") for _ in range(len(risk))]
+    masked = torch.full_like(risk, torch.inf, dtype=torch.float64)
+    for k, own in enumerate(keep):
+        masked[k, own] = risk[k, own].double()
+    cheapest = int(sum(bits[k, own[0]] for k, own in enumerate(keep)))
+    capacity = data.draw(st.integers(cheapest, int(bits[:, -1].sum()) + 1), label="capacity")
+    choice = greedy_knapsack(masked, bits, capacity)
+    assert all(c in own for c, own in zip(choice.tolist(), keep, strict=True))
+    assert total(bits, choice) <= capacity
+    tolerance = 1e-9 * float(risk.abs().max() + 1e-12)
+    step = max(largest_step(risk[k : k + 1, own], bits[k : k + 1, own]) for k, own in enumerate(keep))
+    assert total(risk, choice) <= exact(masked, bits, capacity) + step + tolerance
 
 
 # ---------------------------------------------------------------------------------------------------- layers, budgets
@@ -193,6 +218,9 @@ def packed_bits(layers: list[LayerProblem], widths: dict[str, Tensor], tables: b
     return 8 * sum(buffer.numel() * buffer.element_size() for buffer in pack_model(tensors)[0].values())
 
 
+TABLE_BITS = sum(16 * 2**width for width in range(2, 9) if level_kind(width) == "lloyd")  # of `packed_bits`
+
+
 def spent(layers: list[LayerProblem], widths: dict[str, Tensor]) -> int:
     return sum(int(widths[layer.name].sum()) * layer.columns for layer in layers)
 
@@ -212,7 +240,7 @@ def test_the_knapsack_never_stores_more_than_the_plain_affine_layers(block, post
     layers = network(*SHAPES)
     knapsack = Knapsack(posterior, block, [8, 2, 3, 4, 5, 6])
     for tables in (False, True):
-        found = knapsack.allocate(layers, Budget(bits, "code"), lloyd_table_bits() if tables else 0)
+        found = knapsack.allocate(layers, Budget(bits, "code"), TABLE_BITS if tables else 0)
         assert packed_bits(layers, found, tables) <= packed_bits(layers, uniform_widths(layers, bits))
         assert spent(layers, found) <= bits * weights(layers)
 
@@ -242,13 +270,13 @@ def test_no_odd_shape_stores_more_than_the_plain_affine_layers(drawn, bits, bloc
 def test_a_stored_budget_counts_every_byte(block, bits):
     layers = network(*SHAPES, (1, 40, 64))
     found = Knapsack(Kfac(None, 1000, None, 0.5), block, [2, 3, 4, 5, 6, 8]).allocate(
-        layers, Budget(bits, "stored"), lloyd_table_bits()
+        layers, Budget(bits, "stored"), TABLE_BITS
     )
     stored = packed_bits(layers, found, tables=True)
     assert stored <= bits * weights(layers)
     # and it is used: what is left is padding, a table that no row needs, or less than a step of a layer
     slack = 64 if block == "row" else 40 * 64
-    assert stored > bits * weights(layers) - lloyd_table_bits() - slack - 16 * len(layers)
+    assert stored > bits * weights(layers) - TABLE_BITS - slack - 16 * len(layers)
     wasteful = Knapsack(Kfac(None, 1000, None, 0.5), block, [2, 3]).allocate(layers, Budget(bits, "code"))
     assert spent(layers, wasteful) <= 3 * weights(layers)
 
@@ -260,7 +288,7 @@ def test_knapsack_uses_its_budget_where_the_predicted_risk_falls_most(block):
     found = Knapsack(posterior, block, widths).allocate(layers, Budget(4, "code"))
     for layer in layers:
         geometry = whitening(posterior.fit(layer), True, 0.01)
-        table = predicted_risk(layer.weight, geometry, widths, [level_kind(w) for w in widths])
+        table = predicted_risk(layer.weight, geometry, [normal_distortion(level_kind(w), w) for w in widths])
         chosen = [widths.index(w) for w in found[layer.name].tolist()]
         expected = sum(float(table[row, k]) for row, k in enumerate(chosen))
         assert layer.notes["predicted_risk"] == pytest.approx(expected, rel=1e-9)
@@ -270,7 +298,7 @@ def test_knapsack_uses_its_budget_where_the_predicted_risk_falls_most(block):
     flat = 0.0
     for layer in layers:
         geometry = whitening(posterior.fit(layer), True, 0.01)
-        flat += float(predicted_risk(layer.weight, geometry, [4], ["lloyd"]).sum())
+        flat += float(predicted_risk(layer.weight, geometry, [normal_distortion("lloyd", 4)]).sum())
     if block == "row":
         assert sum(layer.notes["predicted_risk"] for layer in layers) < 0.9 * flat
 
@@ -287,7 +315,7 @@ def test_knapsack_is_deterministic_and_prefers_earlier_layers():
 def test_widths_no_budget_can_pay_are_refused():
     layers = network(*SHAPES)
     for block, bits, widths in (("layer", 3.0, [4, 8]), ("row", 3.9, [4, 8])):
-        with pytest.raises(ValueError, match="the budget has"):
+        with pytest.raises(ValueError, match=rf"^bits={bits:g}: .* average 4 bits a weight .budget.count=code"):
             Knapsack(Kfac(None, 1000, None, 0.5), block, widths).allocate(layers, Budget(bits, "code"))
     with pytest.raises(ValueError, match="exceed the budget"):
         Uniform().allocate(layers, Budget(2.0, "stored"))
@@ -301,6 +329,276 @@ def test_a_budget_of_the_smallest_width_gives_it_to_all_rows(block, bits):
     assert all(torch.equal(found[name], width) for name, width in uniform_widths(layers, 2).items())
 
 
+# ------------------------------------------------------------------------------------------------------- constraints
+
+
+class Prepared:
+    """A posterior that is asked for nothing but to see all layers first."""
+
+    statistics: frozenset[str] = frozenset()
+
+    def __init__(self) -> None:
+        self.seen: list[list[str]] = []
+
+    def prepare(self, layers: list[LayerProblem]) -> None:
+        self.seen.append([layer.name for layer in layers])
+
+
+class GivenCurves(Knapsack):
+    """Rows of risk e_r 4**-b, with a layer's e_r in its weights."""
+
+    def predict(self, layer: LayerProblem, distortion: object = None) -> Tensor:
+        assert self.posterior.seen, "predicted before the posterior was prepared"
+        energy = layer.weight.reshape(layer.rows, layer.columns)[:, 0].double()
+        return energy[:, None] * 4.0 ** -torch.tensor(self.widths, dtype=torch.float64)
+
+
+def plain_layers(rows: list[list[int]], columns: list[int]) -> list[LayerProblem]:
+    """Layers a, b, ... whose rows have these e_r."""
+    return [
+        LayerProblem(name, "Linear", torch.tensor(e).float()[None, :, None].expand(1, -1, c), lambda _: pytest.fail())
+        for name, e, c in zip("abcdef", rows, columns, strict=False)
+    ]
+
+
+def permitted(name: str, rules: dict) -> list[int]:
+    """Widths of a layer by a second reading of the rules."""
+    own = [[w] for pattern, w in rules["pinned"].items() if fnmatchcase(name, pattern)]
+    own += [ws for pattern, ws in rules["allowed"].items() if fnmatchcase(name, pattern)]
+    return sorted(w for w in (own or [rules["widths"]])[0] if w >= (rules["min_width"] or 0))
+
+
+def holds(width: list[int], own: list[int], rules: dict) -> bool:
+    """Whether one layer's row widths keep every rule."""
+    size = {"layer": len(width), "group": rules["group_rows"], "row": 1}[rules["block"]]
+    tiles = all(len(set(width[i : i + size])) == 1 for i in range(0, len(width), size))
+    odd = [width.count(w) % rules["row_multiple"] for w in set(width) if width.count(w) % rules["row_multiple"]]
+    return set(width) <= set(own) and tiles and odd in ([], [len(width) % rules["row_multiple"]])
+
+
+def smallest_average(layers: list[LayerProblem], rules: dict, count: str) -> float:
+    """Bits a weight with every layer at its smallest width."""
+    bits = 0
+    for layer in layers:
+        codes = layer.rows * layer.columns * permitted(layer.name, rules)[0]
+        bits += codes if count == "code" else 8 * -(-codes // 8) + 24 * layer.rows + 8
+    return bits / weights(layers)
+
+
+names = st.sampled_from(["a", "b", "[ab]", "?", "*", "a*"])
+width_lists = st.lists(st.integers(2, 8), min_size=1, max_size=4, unique=True)
+
+
+@st.composite
+def constrained(draw, most_layers=4, most_rows=9, most_columns=12) -> tuple[list[LayerProblem], dict]:
+    """Layers and rules that leave each of them a width."""
+    energies = st.lists(st.integers(0, 1000), min_size=1, max_size=most_rows)
+    rows = draw(st.lists(energies, min_size=2, max_size=most_layers))
+    layers = plain_layers(rows, [draw(st.integers(1, most_columns)) for _ in rows])
+    rules = {
+        "block": draw(st.sampled_from(["layer", "row", "group"])),
+        "widths": draw(width_lists),
+        "group_rows": draw(st.integers(1, 5)),
+        "row_multiple": draw(st.integers(1, 4)),
+        "min_width": draw(st.none() | st.integers(2, 8)),
+        "pinned": draw(st.dictionaries(names, st.integers(2, 8), max_size=2)),
+        "allowed": draw(st.dictionaries(names, width_lists, max_size=2)),
+    }
+    if rules["block"] == "group":
+        rules["row_multiple"] = draw(st.sampled_from([m for m in range(1, 5) if rules["group_rows"] % m == 0]))
+    if not all(permitted(layer.name, rules) for layer in layers):
+        rules["min_width"] = None
+    return layers, rules
+
+
+def constrained_knapsack(rules: dict) -> Knapsack:
+    return GivenCurves(Prepared(), **rules)
+
+
+@settings(max_examples=150, deadline=None)
+@given(constrained(), st.floats(2, 8), st.sampled_from(["code", "stored"]))
+def test_rules_and_budget_hold(case, bits, count):
+    layers, rules = case
+    bits = bits if count == "code" else bits + 30  # few columns: scales alone may take 24 bits a weight
+    try:
+        found = constrained_knapsack(rules).allocate(layers, Budget(bits, count))
+    except ValueError as error:
+        assert smallest_average(layers, rules, count) > bits
+        named = re.fullmatch(r"bits=\S+: the smallest .* average (\S+) bits a weight .budget.count=\w+.", str(error))
+        assert named is not None
+        enough = float(named[1])
+        assert enough == pytest.approx(smallest_average(layers, rules, count), abs=0.0011)
+        constrained_knapsack(rules).allocate(layers, Budget(enough, count))
+        return
+    for layer in layers:
+        assert holds(found[layer.name].tolist(), permitted(layer.name, rules), rules), (layer.name, found)
+    spent_bits = spent(layers, found) if count == "code" else packed_bits(layers, found)
+    assert spent_bits <= bits * weights(layers) + 1e-6
+    again = constrained_knapsack(rules).allocate(layers, Budget(bits, count))
+    assert all(torch.equal(found[name], again[name]) for name in found)
+
+
+@settings(max_examples=60, deadline=None)
+@given(constrained(most_rows=6))
+def test_more_bits_never_raise_the_risk_under_constraints(case):
+    layers, rules = case
+    before = np.inf
+    for bits in np.arange(2, 8.25, 0.25):
+        try:
+            constrained_knapsack(rules).allocate(layers, Budget(float(bits), "code"))
+        except ValueError:
+            assert before == np.inf
+            continue
+        after = sum(layer.notes["predicted_risk"] for layer in layers)
+        assert after <= before * (1 + 1e-9)
+        before = after
+
+
+@settings(max_examples=100, deadline=None)
+@given(constrained(most_layers=2, most_rows=4), st.floats(2, 8))
+def test_constrained_allocation_is_within_one_block_of_the_best_of_all_assignments(case, bits):
+    """Every assignment of widths to rows that keeps the rules, not only those made of the knapsack's blocks."""
+    layers, rules = case
+    if rules["block"] == "row":  # where what is left over goes, is the one thing sorting does not decide
+        rules["row_multiple"] = next(m for m in (4, 3, 2, 1) if all(layer.rows % m == 0 for layer in layers))
+    rules["widths"] = rules["widths"][:3]
+    rules["allowed"] = {pattern: own[:3] for pattern, own in rules["allowed"].items()}
+    if not all(permitted(layer.name, rules) for layer in layers):
+        rules["min_width"] = None
+    capacity, best, step = bits * weights(layers), {0: 0.0}, 0.0
+    for layer in layers:
+        own, energy = permitted(layer.name, rules), layer.weight[0, :, 0].tolist()
+        size = {"layer": layer.rows, "group": rules["group_rows"], "row": rules["row_multiple"]}[rules["block"]]
+        maps = size < layer.rows and len(own) > 1
+        capacity -= 3 * layer.rows + 8 if maps else 8 * (layer.rows * layer.columns % 8 > 0)
+        longer: dict[int, float] = {}
+        for width in itertools.product(own, repeat=layer.rows):
+            if holds(list(width), own, rules):
+                risk = sum(e * 4.0**-w for e, w in zip(energy, width, strict=True))
+                for bits_before, risk_before in best.items():
+                    key = bits_before + sum(width) * layer.columns
+                    longer[key] = min(longer.get(key, np.inf), risk_before + risk)
+        best = longer
+        step = max(step, sum(sorted(energy)[-size:]) * (4.0 ** -own[0] - 4.0 ** -own[-1]))
+    feasible = [risk for spent_bits, risk in best.items() if spent_bits <= capacity]
+    if feasible:
+        constrained_knapsack(rules).allocate(layers, Budget(bits, "code"))
+        assert min(feasible) * (1 - 1e-9) <= sum(layer.notes["predicted_risk"] for layer in layers)
+        assert sum(layer.notes["predicted_risk"] for layer in layers) <= min(feasible) + step * (1 + 1e-9)
+
+
+BASE = {
+    "block": "row",
+    "widths": [2, 3, 4, 6],
+    "group_rows": 8,
+    "row_multiple": 1,
+    "min_width": None,
+    "pinned": {},
+    "allowed": {},
+}
+
+
+@pytest.mark.parametrize(
+    ("before", "change"),
+    [
+        ({}, {"block": "group"}),
+        ({"block": "group"}, {"block": "layer"}),
+        ({"block": "group"}, {"group_rows": 4}),
+        ({}, {"row_multiple": 4}),
+        ({}, {"min_width": 3}),
+        ({}, {"pinned": {"layer0": 5}}),
+        ({}, {"allowed": {"layer[01]": [2, 8]}}),
+        ({"pinned": {"layer0": 5, "*": 3}}, {"pinned": {"*": 3, "layer0": 5}}),
+        ({"allowed": {"layer0": [5], "*": [2, 3]}}, {"allowed": {"*": [2, 3], "layer0": [5]}}),
+    ],
+    ids=str,
+)
+def test_every_rule_changes_the_widths_of_a_real_posterior(before, change):
+    found = []
+    for rules in ({**BASE, **before}, {**BASE, **before, **change}):
+        layers = network((1, 33, 27), (2, 8, 36), (1, 20, 40))
+        found.append(Knapsack(Kfac(None, 1000, None, 0.5), **rules).allocate(layers, Budget(4, "code")))
+        for layer in layers:
+            assert holds(found[-1][layer.name].tolist(), permitted(layer.name, rules), rules)
+        assert spent(layers, found[-1]) <= 4 * weights(layers)
+    assert any(not torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+def test_rows_that_share_a_multiple_are_those_of_like_risk():
+    (layer, _) = layers = plain_layers([[5, 900, 7, 3, 800, 1, 1000], [1]], [64, 64])
+    found = constrained_knapsack({**BASE, "row_multiple": 3, "widths": [2, 4]}).allocate(layers, Budget(3, "code"))
+    assert found["a"].tolist() == [2, 4, 2, 2, 4, 2, 4]
+    # the remainder is the row that matters least
+    rows = torch.tensor([[9.0], [1.0], [5.0], [7.0]])
+    assert constrained_knapsack({**BASE, "row_multiple": 3})._blocks(rows).tolist() == [0, 1, 0, 0]
+    assert layer.rows % 3 == 1
+
+
+def test_the_first_matching_pattern_counts_and_pins_come_first():
+    layers = plain_layers([[9, 1], [9, 1], [9, 1], [9, 1]], [64] * 4)
+    rules = {**BASE, "pinned": {"c": 8, "[cd]": 3}, "allowed": {"[ac]": [4], "a": [5]}}
+    knapsack = constrained_knapsack(rules)
+    assert knapsack.choices(["a", "b", "c", "d"]) == {"a": [4], "b": [2, 3, 4, 6], "c": [8], "d": [3]}
+    assert knapsack.widths == [2, 3, 4, 5, 6, 8]
+    found = knapsack.allocate(layers, Budget(5, "code"))
+    assert (found["a"].tolist(), found["c"].tolist(), found["d"].tolist()) == ([4, 4], [8, 8], [3, 3])
+    numbered = constrained_knapsack({**BASE, "pinned": {0: 8}})
+    assert numbered.choices(["0", "1"])["0"] == [8]
+
+
+def test_rules_without_effect_are_refused():
+    layers = plain_layers([[9, 1], [9, 1]], [64] * 2)
+    for change, message in (
+        ({"pinned": {"a": 4, "conv*": 8}}, "^allocation.pinned: pattern 'conv.' matches no layer"),
+        ({"allowed": {"A": [4]}}, "^allocation.allowed: pattern 'A' matches no layer"),
+        ({"min_width": 4, "pinned": {"b": 3}}, "^allocation.min_width=4: leaves layer b none"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            constrained_knapsack({**BASE, **change}).allocate(layers, Budget(4, "code"))
+    with pytest.raises(ValueError, match=r"^allocation.row_multiple=3: .*group_rows=8"):
+        constrained_knapsack({**BASE, "block": "group", "row_multiple": 3})
+    with pytest.raises(ValueError, match=r"^allocation.block=column"):
+        constrained_knapsack({**BASE, "block": "column"})
+
+
+def test_ties_of_groups_go_to_the_earlier_layer():
+    layers = plain_layers([[5] * 4, [5] * 4], [64, 64])
+    rules = {**BASE, "block": "group", "group_rows": 2, "widths": [2, 3]}
+    extra = 2 * (3 * 4 + 8) / 512  # what the two width maps take
+    for groups, (a, b) in enumerate([([2, 2, 2, 2], [2, 2, 2, 2]), ([3, 3, 2, 2], [2, 2, 2, 2])]):
+        found = constrained_knapsack(rules).allocate(layers, Budget(2 + groups / 4 + extra, "code"))
+        assert (found["a"].tolist(), found["b"].tolist()) == (a, b)
+
+
+def test_pinned_layers_store_no_width_map():
+    layers = plain_layers([[9] * 8, [9] * 8], [8, 8])
+    rules = {**BASE, "pinned": {"*": 4}}
+    stored = constrained_knapsack(rules).allocate(layers, Budget(4 + 2 * (8 * 24 + 8) / 128, "stored"))
+    assert all(width.tolist() == [4] * 8 for width in stored.values())
+
+
+def test_kappa_weighs_a_layer():
+    layers = plain_layers([[8, 4, 2, 1], [8, 4, 2, 1]], [64, 64])
+    knapsack = constrained_knapsack(BASE)
+    even = knapsack.allocate(layers, Budget(3.5, "code"))
+    alone = [layer.notes["predicted_risk"] for layer in layers]
+    assert alone[0] == pytest.approx(sum(e * 4.0**-w for e, w in zip([8, 4, 2, 1], even["a"].tolist(), strict=True)))
+    layers[1].notes["kappa"] = 16.0
+    weighed = knapsack.allocate(layers, Budget(3.5, "code"))
+    assert int(weighed["b"].sum()) > int(even["b"].sum())
+    expected = 16 * sum(e * 4.0**-w for e, w in zip([8, 4, 2, 1], weighed["b"].tolist(), strict=True))
+    assert layers[1].notes["predicted_risk"] == pytest.approx(expected)
+    layers[1].notes["kappa"] = torch.nan
+    with pytest.raises(ValueError, match=r"^layer b: a predicted risk is NaN or infinite"):
+        knapsack.allocate(layers, Budget(3.5, "code"))
+
+
+def test_the_posterior_sees_all_layers_once_and_first():
+    knapsack = constrained_knapsack(BASE)
+    knapsack.allocate(plain_layers([[1], [2], [3]], [64] * 3), Budget(4, "code"))
+    assert knapsack.posterior.seen == [["a", "b", "c"]]
+
+
 # ---------------------------------------------------------------------------------------------------------- Budget
 
 
@@ -311,6 +609,7 @@ def test_budget_counts_codes_or_everything():
     assert Budget(3.0, "code").capacity(layers, affine - 5) == 210  # cheaper formats earn no extra code bits
     assert Budget(3.0, "code").capacity(layers, affine + 30) == 180
     assert Budget(8.0, "stored").capacity(layers, affine) == 560 - affine
+    assert 4.35 * 100 < Budget(4.35, "code").capacity(network((1, 10, 10)), 0) == 435
 
 
 # --------------------------------------------------------------------------------------------------------- Uniform
@@ -415,3 +714,12 @@ def test_allocators_by_name():
     assert json.dumps(knapsack.widths) == "[2, 4]"
     with pytest.raises(ValueError, match="needs a posterior"):
         make_allocator("knapsack", None, "row", [2, 3])
+
+
+def test_the_allocator_takes_the_keys_of_the_config():
+    rules = {**BASE, "group_rows": 6, "row_multiple": 2, "min_width": 3, "pinned": {"a": 8}, "allowed": {"b": [2, 5]}}
+    knapsack = make_allocator("knapsack", Kfac(None, 1000, None, 0.5), **rules)
+    assert (knapsack.group_rows, knapsack.row_multiple, knapsack.min_width) == (6, 2, 3)
+    assert knapsack.choices(["a", "b", "c"]) == {"a": [8], "b": [5], "c": [3, 4, 6]}
+    config = yaml.safe_load((Path(__file__).parents[2] / "conf" / "config.yaml").read_text())
+    assert set(config["allocation"]) == set(rules)

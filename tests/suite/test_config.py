@@ -85,6 +85,8 @@ def test_every_key_changes_the_run_id_except_where_how_and_whether(default: Dict
         (["method=gptq", "posterior=diag"], ["method=gptq", "posterior=kfac"]),
         (["method=gptq", "allocation.block=layer"], ["method=gptq", "allocation.widths=[2,8]"]),
         (["allocation.widths=[2,3,8]"], ["allocation.widths=[8,2,3]"]),
+        (["+allocation.allowed={a:[2,8]}"], ["+allocation.allowed={a:[8,2]}"]),
+        (["method=gptq"], ["method=gptq", "+allocation.pinned={a:8}", "allocation.min_width=3"]),
         (["layers.exclude=[a,b]"], ["layers.exclude=[b,a,b]"]),
         (["method=gptq"], ["method=gptq", "allocator=uniform"]),
     ],
@@ -108,6 +110,10 @@ def test_what_has_no_effect_does_not_change_the_run_id(one: list[str], two: list
         ),
         (["allocator=uniform"], ["allocator=knapsack"]),
         (["allocation.block=row"], ["allocation.block=layer"]),
+        (["allocation.block=row"], ["allocation.block=group"]),
+        ([], ["+allocation.pinned={a:8}"]),
+        (["+allocation.pinned={a*:8,*:4}"], ["+allocation.pinned={*:4,a*:8}"]),
+        (["+allocation.allowed={a*:[8],*:[4]}"], ["+allocation.allowed={*:[4],a*:[8]}"]),
         (["model=resnet", "dataset=digits"], []),
     ],
     ids=lambda overrides: " ".join(overrides) or "default",
@@ -164,6 +170,27 @@ BAD_VALUES = [
     ("allocation.widths", 4),
     ("allocation.widths", [5, 6]),
     ("allocation.widths", [2, 3]),
+    ("allocation.group_rows", 0),
+    ("allocation.group_rows", 2.5),
+    ("allocation.row_multiple", 0),
+    ("allocation.row_multiple", None),
+    ("allocation.min_width", 1),
+    ("allocation.min_width", 9),
+    ("allocation.min_width", True),
+    ("allocation.min_width", "3"),
+    ("allocation.min_width", 5),
+    ("allocation.pinned", 8),
+    ("allocation.pinned", None),
+    ("allocation.pinned", {"head": 9}),
+    ("allocation.pinned", {"head": [8]}),
+    ("allocation.pinned", {"*": 5}),
+    ("allocation.pinned", {"*": 3}),
+    ("allocation.allowed", 8),
+    ("allocation.allowed", {"head": 8}),
+    ("allocation.allowed", {"head": []}),
+    ("allocation.allowed", {"head": [4, 4]}),
+    ("allocation.allowed", {"head": [1, 4]}),
+    ("allocation.allowed", {"*": [5, 6]}),
     ("budget.count", "bytes"),
     ("calibration.examples", 0),
     ("calibration.examples", -5),
@@ -212,6 +239,13 @@ def test_a_bad_value_is_one_line_with_its_key_and_value(default: DictConfig, key
         ("seed", 2**32 - 1),
         ("device", "cuda:3"),
         ("allocation.widths", [4]),
+        ("allocation.min_width", 4),
+        ("allocation.pinned", {"*": 4}),
+        ("allocation.pinned", {"head": 7}),
+        ("allocation.pinned", {"*": 8, "head": 2}),
+        ("allocation.pinned", {0: 8}),
+        ("allocation.allowed", {"head": [2, 7], "*": [3, 8]}),
+        ("allocation.row_multiple", 3),
         ("dataset.limit", 1),
         ("wandb.entity", "team"),
     ],
@@ -232,6 +266,40 @@ def test_the_whole_pool_can_calibrate(default: DictConfig, tmp_path: Path) -> No
 def test_widths_are_no_matter_to_a_uniform_allocator(default: DictConfig, tmp_path: Path) -> None:
     uniform = changed(changed(default, "allocator", "uniform"), "results_dir", str(tmp_path))
     config.validate(changed(uniform, "allocation.widths", [5, 6]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"block": "group", "row_multiple": 3}, "row_multiple=3: .*allocation.group_rows=8"),
+        ({"min_width": 5}, "min_width=5: no row may be narrower, so bits=4 cannot be met"),
+        ({"widths": [2, 3, 4], "min_width": 6}, r"min_width=6: leaves none of allocation.widths=\[2,3,4\]"),
+        ({"min_width": 3, "pinned": {"head": 2}}, r"pinned=\{head:2\}: allocation.min_width=3 leaves 'head' no width"),
+        ({"min_width": 4, "allowed": {"a": [2, 3]}}, r"allowed=\{a:\[2,3\]\}: allocation.min_width=4 leaves 'a' no"),
+        ({"pinned": {"*": 5}}, "pinned=.*: no mix of these widths averages bits=4; they allow budgets from 5 to 5"),
+        ({"pinned": {"a": 6}, "allowed": {"*": [5, 8]}}, "allowed=.*: no mix .*; they allow budgets from 5 to 8"),
+        ({"widths": [6, 8], "pinned": {"a": 5}}, "widths=.*: no mix .*; they allow budgets from 5 to 8"),
+    ],
+    ids=str,
+)
+def test_rules_that_cannot_be_kept_together_are_found_early(
+    default: DictConfig, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    cfg = changed(default, "results_dir", str(tmp_path))
+    for key, value in changes.items():
+        cfg = changed(cfg, f"allocation.{key}", value)
+    with pytest.raises(UserError, match=rf"^allocation\.{message}"):
+        config.validate(cfg)
+
+
+def test_rules_for_layers_are_added_on_the_command_line(tmp_path: Path) -> None:
+    rules = ["+allocation.pinned={conv1:8,*.head.0:6}", "+allocation.allowed={0:[2,4],layer?.*:[4,8]}"]
+    (job,) = cli.preflight([*rules, "allocation.min_width=3", f"results_dir={tmp_path}"]) or []
+    assert job.config["allocation"]["pinned"] == {"conv1": 8, "*.head.0": 6}
+    assert list(job.config["allocation"]["allowed"].values()) == [[2, 4], [4, 8]]
+    assert job.config["allocation"]["min_width"] == 3
+    with pytest.raises(UserError, match=r"use \+allocation.pinned=\{conv1:8\}"):
+        cli.preflight(["allocation.pinned={conv1:8}", f"results_dir={tmp_path}"])
 
 
 @pytest.mark.parametrize(("overrides", "part"), [(["model=resnet"], "images"), (["dataset=digits"], "text")])
