@@ -1,0 +1,115 @@
+"""Task-aware proxy by short Monte Carlo: how far a layer's predicted risk is from the divergence it causes.
+
+The predicted risk is quadratic and sees each layer through its own Fisher block. One factor per layer corrects it
+(SPEC section 5):
+
+    kappa_l = E_{w~q, x}[ KL( p(.|x, w) || p(.|x, w with layer l rounded) ) ] / predicted_l
+
+measured at one reference width with S posterior draws and multiplied into the layer's whole risk curve before bits are
+allocated. All layers share the S draws (common random numbers), so their factors differ by their layers and not by
+their luck.
+"""
+
+import math
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from tqdm import tqdm
+
+from bayesq.distillation import named_layer, perturbed_weights
+from bayesq.quant.layers import matrix_to_weight
+
+# A factor outside says that a few draws or examples are no basis for one, not that a layer matters that much more.
+KAPPA_RANGE = (0.05, 20.0)
+
+
+@dataclass(frozen=True)
+class Kappa:
+    """What the proxy found.
+
+    Attributes:
+        factors: by layer, within KAPPA_RANGE.
+        measured: mean divergence of each layer, in nats per example.
+        fallbacks: how often a factor was not the measured one: kappa_undefined (measured or predicted value is not a
+            positive number; the factor is 1) and kappa_clamped.
+    """
+
+    factors: dict[str, float]
+    measured: dict[str, float]
+    fallbacks: dict[str, int] = field(default_factory=dict)
+
+
+@torch.no_grad()
+def measure_kappa(
+    full: nn.Module,
+    layers: Collection[str],
+    rounded: Callable[[str], Tensor],
+    sample: Callable[[str, torch.Generator], Tensor],
+    predicted: Mapping[str, float],
+    inputs: Mapping[str, Tensor],
+    samples: int,
+    generator: torch.Generator,
+) -> Kappa:
+    """The factor kappa of every layer.
+
+    A draw differs from the rounded weights by the posterior's noise too. To second order the measured divergence is
+
+        1/2 deltaT F delta + gamma / (2 N),   delta = w_hat - mu,
+
+    gamma the layer's effective number of parameters, so that `predicted` should hold both terms. samples=0 measures
+    on the mean weights instead, where only the first term is left.
+
+    Args:
+        full: full-precision network, in eval mode; unchanged.
+        layers: names of the Linear and Conv2d layers to quantize.
+        rounded: a layer's weights [g, r, c] rounded at the reference width; asked for once a layer.
+        sample: draws a layer's weight perturbation [g, r, c], w - mu.
+        predicted: predicted risk of each layer at the reference width, in nats per example.
+        inputs: module arguments [n, ...] of a few calibration examples.
+        samples: S.
+
+    Raises:
+        ValueError: training mode, or a layer has no prediction.
+    """
+    if full.training:
+        raise ValueError("the proxy needs the network in eval mode")
+    if missing := [name for name in layers if name not in predicted]:
+        raise ValueError(f"no predicted risk for {', '.join(missing)}")
+    candidates: dict[str, Tensor] = {}
+    measured = dict.fromkeys(layers, 0.0)
+    draws = max(samples, 1)
+    with tqdm(total=draws * len(layers), desc="proxy", disable=None, leave=False) as bar:
+        for _ in range(draws):
+            weights = perturbed_weights(full, layers, sample, generator) if samples else {}
+            log_p = _log_probabilities(full, weights, inputs)
+            for name in layers:
+                if name not in candidates:
+                    layer = named_layer(full, name)
+                    candidates[name] = matrix_to_weight(layer, rounded(name)).to(layer.weight)
+                log_q = _log_probabilities(full, {**weights, f"{name}.weight": candidates[name]}, inputs)
+                measured[name] += float((log_p.exp() * (log_p - log_q)).sum(1).mean()) / draws
+                bar.update()
+    factors, fallbacks = {}, {"kappa_undefined": 0, "kappa_clamped": 0}
+    for name, divergence in measured.items():
+        factors[name], fallback = _factor(divergence, predicted[name])
+        if fallback:
+            fallbacks[fallback] += 1
+    return Kappa(factors, measured, fallbacks)
+
+
+def _factor(measured: float, predicted: float) -> tuple[float, str | None]:
+    """kappa, and which fallback it took."""
+    if not (0 < measured < math.inf and 0 < predicted < math.inf):
+        return 1.0, "kappa_undefined"
+    kappa = measured / predicted
+    low, high = KAPPA_RANGE
+    return min(max(kappa, low), high), None if low <= kappa <= high else "kappa_clamped"
+
+
+def _log_probabilities(module: nn.Module, weights: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> Tensor:
+    """[n, classes] float64 on the CPU."""
+    logits: Tensor = functional_call(module, dict(weights), kwargs=dict(inputs))
+    return torch.log_softmax(logits.float().cpu().to(torch.float64), dim=1)

@@ -1,0 +1,260 @@
+"""Moment correction: what rounding did to the mean and variance of activations, undone without touching a code.
+
+Rounded weights shift and rescale the outputs of their layer. Batch normalisation divides by statistics of the
+full-precision network, so the shift survives it and grows from layer to layer. One pass in forward order repairs this
+for every method alike (SPEC section 5). With m, v the per-channel mean and variance in the full-precision network and
+m', v' those in the quantized network whose earlier part is already corrected:
+
+    input of a BatchNorm         x <- (x - m') sqrt(v / v') + m,   folded into the norm's affine parameters
+    output of any other layer    x <- x - m' + m,                  folded into the layer's bias
+
+A related correction from batch normalisation statistics alone is in Nagel et al., arXiv 1906.04721, section 4.2.
+"""
+
+import weakref
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from bayesq.quant.layers import Layer, mask_samples
+
+Norm = nn.BatchNorm1d | nn.BatchNorm2d
+# Bounds of v / v'. Beyond them a variance is an estimate from few active positions rather than an effect of rounding.
+VARIANCE_RATIO = (0.25, 4.0)
+# A variance below this share of the squared mean is what float32 activations leave of a constant channel.
+CONSTANT_CHANNEL = 1e-12
+# Elements converted to float64 at a time: 16 MiB.
+PART_ELEMENTS = 2**21
+
+
+@dataclass(frozen=True)
+class Correction:
+    """What a correction changed.
+
+    Attributes:
+        tensors: changed parameters and buffers by state_dict name: norm affine parameters (running statistics of
+            norms without any) and layer biases, in their own dtype.
+        uncorrected: quantized layers that nothing corrects: without a bias and without a BatchNorm that reads their
+            output, never called, or called several times in one forward pass.
+    """
+
+    tensors: dict[str, Tensor]
+    uncorrected: tuple[str, ...]
+
+
+@dataclass
+class _Reference:
+    """Moments [c] float64 of the full-precision network, and which norm reads which layer's output."""
+
+    norms: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    layers: dict[str, Tensor] = field(default_factory=dict)
+    calls: Counter[str] = field(default_factory=Counter)
+    read_by: dict[str, str] = field(default_factory=dict)
+
+
+@torch.no_grad()
+def correct_moments(
+    full: nn.Module,
+    quantized: nn.Module,
+    layers: Collection[str],
+    inputs: Mapping[str, Tensor],
+    max_examples: int = 256,
+) -> Correction:
+    """Match the moments of `quantized` to those of `full`, in place, norm by norm and layer by layer.
+
+    All examples go through each network as one batch: then every hook sees the moments over all of them, corrects, and
+    lets the same pass continue, so each norm meets an already corrected prefix. The caller passes one batch that holds
+    them all; `max_examples` evenly spaced ones are used and bound the memory. Padding (inputs["attention_mask"]) does
+    not count. LayerNorm standardises each position by itself; layers before it are corrected through their bias.
+
+    Args:
+        full: full-precision network, in eval mode.
+        quantized: a copy of it with quantized weights; changed in place.
+        layers: names of the quantized Linear and Conv2d layers.
+        inputs: module arguments [n, ...]; `module(**inputs)` runs the network.
+
+    Raises:
+        ValueError: a network is in training mode, a name is not a layer, or there is no example.
+    """
+    if full.training or quantized.training:
+        raise ValueError("moments can only be matched in eval mode")
+    modules = dict(full.named_modules())
+    if unknown := [name for name in layers if not isinstance(modules.get(name), nn.Linear | nn.Conv2d)]:
+        raise ValueError(f"{', '.join(unknown)}: not a Linear or Conv2d layer of the network")
+    inputs = _thin_out(inputs, max_examples)
+    mask = inputs.get("attention_mask")
+    examples = len(next(iter(inputs.values())))
+    reference = _record(full, layers, inputs, examples, mask)
+
+    def own_norm(layer: str) -> bool:
+        return reference.calls[reference.read_by.get(layer, "")] == 1
+
+    before = {name: tensor.clone() for name, tensor in quantized.state_dict().items()}
+
+    def on_norm(name: str, norm: Norm, x: Tensor) -> None:
+        # Two calls would need two corrections of one set of parameters.
+        if reference.calls[name] == 1:
+            _fold(norm, *reference.norms[name], *_moments(x, 1, examples, mask))
+
+    def on_layer(name: str, layer: Layer, output: Tensor) -> None:
+        if reference.calls[name] != 1 or layer.bias is None or own_norm(name):
+            return
+        shift = reference.layers[name] - _moments(output, _channel_dim(layer), examples, mask)[0]
+        layer.bias += shift.to(layer.bias)
+        output += _along_channels(shift.to(output), output, _channel_dim(layer))
+
+    with _watch(quantized, layers, on_norm, on_layer):
+        quantized(**inputs)
+    changed = {name: x for name, x in quantized.state_dict().items() if not torch.equal(x, before[name])}
+    uncorrected = tuple(
+        name
+        for name in layers
+        if reference.calls[name] != 1 or not (own_norm(name) or getattr(modules[name], "bias", None) is not None)
+    )
+    return Correction({name: tensor.clone() for name, tensor in changed.items()}, uncorrected)
+
+
+def _thin_out(inputs: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
+    """At most `count` examples, evenly spaced: batches may be sorted, by length for instance."""
+    total = len(next(iter(inputs.values()))) if inputs else 0
+    if not total or count < 1:
+        raise ValueError("there is no example to match moments on")
+    if total <= count:
+        return dict(inputs)
+    return {name: x[(torch.arange(count) * total // count).to(x.device)] for name, x in inputs.items()}
+
+
+def _record(
+    full: nn.Module, layers: Collection[str], inputs: Mapping[str, Tensor], examples: int, mask: Tensor | None
+) -> _Reference:
+    reference = _Reference()
+    # Weak references: identity can be checked while the tensor lives, and no activation is kept for it.
+    outputs: dict[str, tuple[weakref.ref[Tensor], int]] = {}
+
+    def on_norm(name: str, norm: Norm, x: Tensor) -> None:
+        reference.calls[name] += 1
+        reference.norms[name] = _moments(x, 1, examples, mask)
+        for layer, (output, version) in outputs.items():
+            # An in-place activation keeps the tensor and raises its version: the norm then reads something else.
+            if output() is x and x._version == version:
+                reference.read_by[layer] = name
+
+    def on_layer(name: str, layer: Layer, output: Tensor) -> None:
+        reference.calls[name] += 1
+        outputs[name] = weakref.ref(output), output._version
+        if layer.bias is not None:
+            reference.layers[name] = _moments(output, _channel_dim(layer), examples, mask)[0]
+
+    with _watch(full, layers, on_norm, on_layer):
+        full(**inputs)
+    return reference
+
+
+@contextmanager
+def _watch(
+    module: nn.Module,
+    layers: Collection[str],
+    on_norm: Callable[[str, Norm, Tensor], None],
+    on_layer: Callable[[str, Layer, Tensor], None],
+) -> Iterator[None]:
+    """Call `on_norm` with the input of every BatchNorm and `on_layer` with the output of every layer in `layers`."""
+
+    def norm_hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(norm: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            assert isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d)
+            on_norm(name, norm, arguments[0])
+
+        return hook
+
+    def layer_hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def hook(layer: nn.Module, _: tuple[Tensor, ...], output: Tensor) -> None:
+            assert isinstance(layer, nn.Linear | nn.Conv2d)
+            on_layer(name, layer, output)
+
+        return hook
+
+    handles = []
+    try:
+        for name, child in module.named_modules():
+            # Without running statistics a norm standardises its own batch: nothing is left to correct.
+            if isinstance(child, nn.BatchNorm1d | nn.BatchNorm2d) and child.running_mean is not None:
+                handles.append(child.register_forward_pre_hook(norm_hook(name)))
+            elif name in layers:
+                handles.append(child.register_forward_hook(layer_hook(name)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _channel_dim(layer: Layer) -> int:
+    return -1 if isinstance(layer, nn.Linear) else 1
+
+
+def _along_channels(values: Tensor, like: Tensor, channel_dim: int) -> Tensor:
+    """[c] shaped to broadcast over the channels of `like`."""
+    shape = [1] * like.dim()
+    shape[channel_dim] = -1
+    return values.reshape(shape)
+
+
+def _moments(x: Tensor, channel_dim: int, examples: int, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Mean and variance [c] float64 over examples and positions, padding left out.
+
+    Args:
+        x: [examples, ..] with channels in dimension 1 or -1; leading dimensions larger than the batch are positions.
+        mask: [examples, positions] or None.
+    """
+    channels = x.shape[channel_dim]
+    if x.numel() % (examples * channels):  # no batch in it: an embedding of positions, say
+        examples, mask = 1, None
+    if mask is None and channel_dim == 1:
+        # Images as they lie in memory: bringing channels last costs three times as much.
+        by_example, over = x.reshape(len(x), channels, -1), [0, 2]
+    else:
+        by_example, over = x.movedim(channel_dim, -1).reshape(examples, 1, -1, channels), [0, 1, 2]
+    total = torch.zeros(channels, dtype=torch.float64, device=x.device)
+    squares, count = torch.zeros_like(total), 0
+    step = max(1, PART_ELEMENTS // max(by_example[0].numel(), 1))
+    for start in range(0, len(by_example), step):
+        part = slice(start, start + step)
+        samples, n = by_example[part].to(torch.float64), by_example[part].numel() // channels
+        if mask is not None:
+            samples, n = mask_samples(samples, mask[part])
+        total += samples.sum(over)
+        squares += samples.square().sum(over)
+        count += n
+    mean = total / count
+    return mean, (squares / count - mean.square()).clamp_(min=0)
+
+
+def _fold(norm: Norm, mean: Tensor, variance: Tensor, now_mean: Tensor, now_variance: Tensor) -> None:
+    """Put x -> (x - m') a + m, a = sqrt(v / v'), in front of the norm.
+
+        weight' = a weight,   bias' = bias + weight (m - running_mean - a (m' - running_mean)) / sigma,
+        sigma = sqrt(running_var + eps)
+
+    A norm without affine parameters gets running_var' = sigma^2 / a^2 - eps and running_mean' = m' + (running_mean
+    - m) / a instead.
+
+    Args:
+        mean, variance: m, v [c].
+        now_mean, now_variance: m', v' [c].
+    """
+    assert norm.running_mean is not None and norm.running_var is not None
+    varies = now_variance > CONSTANT_CHANNEL * now_mean.square()
+    ratio = torch.where(varies, variance / now_variance, torch.ones_like(variance)).clamp(*VARIANCE_RATIO)
+    factor = ratio.sqrt()
+    center, spread = norm.running_mean.to(torch.float64), norm.running_var.to(torch.float64) + norm.eps
+    if norm.affine:
+        weight = norm.weight.to(torch.float64)
+        shift = weight * (mean - center - factor * (now_mean - center)) / spread.sqrt()
+        norm.weight.copy_(factor * weight)
+        norm.bias.add_(shift.to(norm.bias))
+    else:
+        norm.running_mean.copy_(now_mean + (center - mean) / factor)
+        norm.running_var.copy_((spread / ratio - norm.eps).clamp(min=0))

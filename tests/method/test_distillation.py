@@ -1,0 +1,415 @@
+"""Distillation: an exact teacher, a held-out divergence that never rises, frozen codes and unchanged stored bits."""
+
+import copy
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+
+from bayesq.distillation import (
+    DistillationSettings,
+    Student,
+    distill,
+    posterior_predictive,
+    trained_parameters,
+)
+from bayesq.quant.accounting import buffer_bytes
+from bayesq.quant.grids import mse_grid, round_affine, zero_code
+from bayesq.quant.layers import groups_of, matrix_to_weight, weight_to_matrix
+from bayesq.quant.packing import pack, pack_model
+from bayesq.quant.tensor import Codebook, QuantizedTensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    inputs: dict[str, Tensor]
+    index: Tensor
+
+
+class SmallNet(nn.Module):
+    """A digits classifier with a grouped convolution, BatchNorm and LayerNorm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.norm1 = nn.Conv2d(1, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
+        self.conv2, self.norm2 = nn.Conv2d(16, 32, 3, stride=2, groups=2, bias=False), nn.BatchNorm2d(32)
+        self.hidden, self.norm3, self.head = nn.Linear(32 * 9, 32), nn.LayerNorm(32), nn.Linear(32, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.norm1(self.conv1(x)))
+        x = torch.relu(self.norm2(self.conv2(x))).flatten(1)
+        return self.head(torch.relu(self.norm3(self.hidden(x))))
+
+
+LAYERS = ("conv1", "conv2", "hidden", "head")
+FAST = DistillationSettings(steps=40)
+
+
+@pytest.fixture(scope="module")
+def digits() -> tuple[nn.Module, Tensor]:
+    """A trained network and images it has not seen, in random order."""
+    data = load_digits()
+    order = torch.randperm(len(data.target), generator=torch.Generator().manual_seed(0))
+    images = torch.from_numpy(data.images).float()[order, None] / 16 - 0.3
+    labels = torch.from_numpy(data.target)[order]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = SmallNet()
+    optimizer = torch.optim.Adam(network.parameters(), lr=3e-3)
+    for _ in range(6):
+        for part in torch.arange(900).split(64):
+            loss = nn.functional.cross_entropy(network(images[part]), labels[part])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return network.eval().requires_grad_(False), images[900:]
+
+
+def batches_of(images: Tensor, size: int = 32) -> list[Batch]:
+    return [Batch({"x": images[index]}, index) for index in torch.arange(len(images)).split(size)]
+
+
+def quantize(network: nn.Module, widths: dict[str, int], group_size: int | None = None) -> dict[str, QuantizedTensor]:
+    """Nearest rounding on uniform grids; layers of 3 bits share a codebook that spells out the same levels."""
+    book = Codebook("shared/3", torch.arange(8).half())
+    tensors = {}
+    for name, bits in widths.items():
+        matrix = weight_to_matrix(network.get_submodule(name))
+        groups, rows, columns = matrix.shape
+        rows_of = matrix.reshape(groups * rows, columns)
+        width = torch.full((groups * rows,), bits, dtype=torch.uint8)
+        parts = rows_of.split(group_size or columns, dim=1)
+        codes, scales, zeros = [], [], []
+        for part in parts:
+            scale, zero = mse_grid(part, width)
+            codes.append(round_affine(part, scale, zero, width)[0].to(torch.uint8))
+            scales.append(scale.half())
+            zeros.append(zero_code(zero, width))
+        tensors[name] = QuantizedTensor(
+            codes=torch.cat(codes, 1),
+            width=width,
+            scale=torch.stack(scales, 1),
+            zero=torch.stack(zeros, 1),
+            groups=groups_of(network.get_submodule(name)),
+            group_size=group_size,
+            codebooks={3: book} if bits == 3 and group_size is None else {},
+        )
+    return tensors
+
+
+def loaded(network: nn.Module, tensors: dict[str, QuantizedTensor], parameters: dict[str, Tensor]) -> nn.Module:
+    student = copy.deepcopy(network)
+    for name, tensor in tensors.items():
+        layer = student.get_submodule(name)
+        layer.weight.data = matrix_to_weight(layer, tensor.dequantize())
+    student.load_state_dict(parameters, strict=False)
+    return student
+
+
+def divergence(teacher: Tensor, network: nn.Module, images: Tensor) -> float:
+    with torch.no_grad():
+        q = network(images).double().log_softmax(1)
+    return float((teacher * (teacher.clamp_min(1e-300).log() - q)).sum(1).mean())
+
+
+def teacher_of(network: nn.Module, images: Tensor) -> Tensor:
+    with torch.no_grad():
+        return network(images).double().softmax(1)
+
+
+def identical(a: QuantizedTensor, b: QuantizedTensor) -> bool:
+    """All that is stored is equal, to the bit and by type."""
+    (x, facts), (y, others) = pack(a), pack(b)
+    books = [{w: book.levels.tolist() for w, book in t.codebooks.items()} for t in (a, b)]
+    return (
+        facts == others
+        and books[0] == books[1]
+        and x.keys() == y.keys()
+        and all(x[key].dtype == y[key].dtype and torch.equal(x[key], y[key]) for key in x)
+    )
+
+
+# -------------------------------------------------------------------------------------------------------- teacher
+
+
+def test_the_teacher_is_the_mean_prediction_of_the_drawn_networks():
+    full = nn.Linear(3, 4).eval()
+    x = torch.randn(7, 3, generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(7, generator=torch.Generator().manual_seed(1))
+    batches = [Batch({"input": x[index]}, index) for index in order.split(3)]
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = full
+
+        def forward(self, input: Tensor) -> Tensor:
+            return self.layer(input)
+
+    def sample(name: str, generator: torch.Generator) -> Tensor:
+        assert name == "layer"
+        return torch.randn(1, 4, 3, generator=generator)
+
+    teacher = posterior_predictive(Model().eval(), ["layer"], sample, batches, 5, torch.Generator().manual_seed(2))
+    generator = torch.Generator().manual_seed(2)
+    expected = torch.zeros(7, 4, dtype=torch.float64)
+    for _ in range(5):
+        weight = (full.weight + torch.randn(1, 4, 3, generator=generator)[0]).detach().double()
+        expected += torch.softmax(x.double() @ weight.T + full.bias.detach().double(), 1) / 5
+    torch.testing.assert_close(teacher, expected, rtol=1e-5, atol=1e-6)
+
+    mean = posterior_predictive(Model().eval(), ["layer"], sample, batches, 0, generator)
+    torch.testing.assert_close(mean, full(x).detach().double().softmax(1), rtol=1e-5, atol=1e-6)
+
+
+# -------------------------------------------------------------------------------------------------------- student
+
+
+@pytest.mark.parametrize("group_size", [None, 5])
+def test_it_lowers_the_divergence_and_changes_only_what_it_may(digits, group_size):
+    network, images = digits
+    tensors = quantize(network, {"conv1": 3, "conv2": 3, "hidden": 2, "head": 3}, group_size)
+    student = loaded(network, tensors, {})
+    calibration, unseen = images[:320], images[320:]
+    teacher = teacher_of(network, calibration)
+    state = copy.deepcopy(student.state_dict())
+    settings = DistillationSettings(steps=100, learning_rate=3e-3, affine_learning_rate=3e-3)
+    result = distill(student, tensors, batches_of(calibration), teacher, settings, torch.Generator().manual_seed(0))
+
+    assert result.steps == 100 and result.best_step > 0
+    assert result.heldout_kl_after < 0.8 * result.heldout_kl_before
+    distilled = loaded(student, result.tensors, result.parameters)
+    before, after = (divergence(teacher_of(network, unseen), x, unseen) for x in (student, distilled))
+    assert after < 0.9 * before
+
+    assert all(torch.equal(x, state[name]) for name, x in student.state_dict().items())
+    assert all(x.grad is None for x in student.parameters())
+    for name, tensor in tensors.items():
+        kept = replace(result.tensors[name], scale=tensor.scale, codebooks=tensor.codebooks)
+        assert identical(kept, tensor)
+        assert not torch.equal(result.tensors[name].scale, tensor.scale)
+    assert result.parameters.keys() == trained_parameters(network).keys()
+    assert "norm1.weight" in result.parameters and "hidden.bias" in result.parameters
+    sizes = [buffer_bytes(pack_model(x)[0]) for x in (tensors, result.tensors)]
+    assert sizes[0] == sizes[1]
+    if group_size is None:
+        books = {id(result.tensors[name].codebooks[3]) for name in ("conv1", "conv2", "head")}
+        levels = result.tensors["head"].codebooks[3].levels
+        assert len(books) == 1 and not torch.equal(levels, torch.arange(8).half())
+
+
+@pytest.mark.parametrize("rate", [1e-3, 0.3, 30.0, 1e6])
+def test_the_held_out_divergence_never_rises(digits, rate):
+    network, images = digits
+    tensors = quantize(network, dict.fromkeys(LAYERS, 3))
+    student = loaded(network, tensors, {})
+    settings = DistillationSettings(
+        steps=12, learning_rate=rate, affine_learning_rate=rate, warmup=0.0, evaluate_every=4
+    )
+    calibration = images[:100]
+    teacher = teacher_of(network, calibration)
+    result = distill(student, tensors, batches_of(calibration), teacher, settings, torch.Generator().manual_seed(3))
+    assert result.heldout_kl_after <= result.heldout_kl_before
+    # the reported numbers are those of the stored network on the held-out fifth
+    held_out = torch.randperm(100, generator=torch.Generator().manual_seed(3))[:20]
+    for tensors_, parameters, reported in (
+        (tensors, {}, result.heldout_kl_before),
+        (result.tensors, result.parameters, result.heldout_kl_after),
+    ):
+        stored = loaded(student, tensors_, parameters)
+        assert divergence(teacher[held_out], stored, calibration[held_out]) == pytest.approx(reported, rel=1e-4)
+    if result.best_step == 0:
+        assert result.parameters == {}
+        assert all(identical(result.tensors[name], tensor) for name, tensor in tensors.items())
+    for tensor in result.tensors.values():
+        levels = tensor.codebooks[3].levels
+        assert bool((levels[1:] >= levels[:-1]).all())
+    if rate == 1e6:
+        assert result.best_step == 0
+
+
+@pytest.mark.parametrize(("examples", "beats"), [(10, False), (1000, True)])
+def test_a_gain_has_to_stand_out_from_its_noise(examples, beats, digits, monkeypatch):
+    """Gains of +0.5 and -0.3 in turn: mean 0.1, standard deviation 0.4."""
+    gain = torch.tensor([0.5, -0.3], dtype=torch.float64).repeat(examples // 2)
+
+    def held_out_kl(network: nn.Module, tensors: object, parameters: dict[str, Tensor], judging: object) -> Tensor:
+        return 1 - gain if parameters else torch.ones_like(gain)
+
+    monkeypatch.setattr("bayesq.distillation._held_out_kl", held_out_kl)
+    network, images = digits
+    tensors = quantize(network, dict.fromkeys(LAYERS, 3))
+    teacher, settings = teacher_of(network, images[:100]), replace(FAST, steps=4, evaluate_every=2)
+    result = distill(network, tensors, batches_of(images[:100]), teacher, settings, torch.Generator().manual_seed(0))
+    assert (result.best_step, result.heldout_kl_before) == (2 if beats else 0, 1.0)  # of equals, the first
+    assert result.heldout_kl_after == pytest.approx(0.9 if beats else 1.0)
+
+
+def test_it_starts_from_corrected_parameters(digits):
+    network, images = digits
+    tensors = quantize(network, dict.fromkeys(LAYERS, 4))
+    student = loaded(network, tensors, {})
+    student.norm1.bias += 0.05
+    teacher = teacher_of(network, images[:100])
+    result = distill(
+        student, tensors, batches_of(images[:100]), teacher, replace(FAST, steps=0), torch.Generator().manual_seed(0)
+    )
+    held_out = torch.randperm(100, generator=torch.Generator().manual_seed(0))[:20]
+    expected = divergence(teacher[held_out], student, images[held_out])
+    assert result.heldout_kl_before == pytest.approx(expected, rel=1e-4)
+    assert result.best_step == result.steps == 0 and result.heldout_kl_after == result.heldout_kl_before
+
+
+def test_it_is_deterministic(digits):
+    network, images = digits
+    tensors = quantize(network, dict.fromkeys(LAYERS, 3))
+    student, teacher = loaded(network, tensors, {}), teacher_of(network, images[:100])
+    results = []
+    for global_seed in (1, 2):
+        torch.manual_seed(global_seed)
+        generator = torch.Generator().manual_seed(0)
+        results.append(distill(student, tensors, batches_of(images[:100]), teacher, FAST, generator))
+    a, b = results
+    assert a.heldout_kl_after == b.heldout_kl_after and a.best_step == b.best_step > 0
+    assert all(identical(a.tensors[name], b.tensors[name]) for name in LAYERS)
+    assert all(torch.equal(x, b.parameters[name]) for name, x in a.parameters.items())
+
+
+@pytest.mark.parametrize("group_size", [None, 4])
+def test_decoding_is_dequantization_and_its_gradients_are_right(group_size):
+    """Mixed widths, groups, column groups, column scales; gradients against those of a naive float64 decoder."""
+    generator = torch.Generator().manual_seed(0)
+    layer = nn.Conv2d(6, 8, (1, 5), groups=2)
+    model = nn.Sequential(layer)
+    width = torch.tensor([2, 3, 3, 4, 2, 2, 8, 3], dtype=torch.uint8)
+    codes = torch.stack([torch.randint(0, 2 ** int(w), (15,), generator=generator) for w in width]).to(torch.uint8)
+    books = {w: Codebook(f"b/{w}", torch.randn(2**w, generator=generator).sort().values.half()) for w in (2, 3)}
+    groups = 1 if group_size is None else 4
+    tensor = QuantizedTensor(
+        codes=codes,
+        width=width,
+        scale=(0.1 + torch.rand(8, groups, generator=generator)).half(),
+        zero=torch.randint(0, 256, (8, groups), generator=generator).to(torch.uint8),
+        groups=2,
+        group_size=group_size,
+        codebooks=books,
+        column_scale=(0.5 + torch.rand(2, 3, generator=generator)).half(),
+    )
+    student = Student(model, {"0": tensor})
+    weight = student.overrides()["0.weight"]
+    torch.testing.assert_close(weight, matrix_to_weight(layer, tensor.dequantize()))
+
+    direction = torch.randn(weight.shape, generator=generator)
+    leaves = [student.factors["0"], student.levels["b/2"], student.levels["b/3"]]
+    gradients = torch.autograd.grad((weight * direction).sum(), leaves)
+    copies = [x.detach().double().requires_grad_(True) for x in leaves]
+    rows = []
+    for r in range(8):
+        table = {2: copies[1], 3: copies[2]}.get(int(width[r]), torch.arange(256, dtype=torch.float64))
+        row = []
+        for c in range(15):
+            s = 0 if group_size is None else c // group_size
+            zero = float(tensor.zero[r, s]) * 2.0 ** (int(width[r]) - 8)
+            value = float(tensor.scale[r, s]) * copies[0][r, s].exp() * (table[int(codes[r, c])] - zero)
+            row.append(value / float(tensor.column_scale[r // 4, c // 5]))
+        rows.append(torch.stack(row))
+    naive = torch.autograd.grad((torch.stack(rows).flatten() * direction.double().flatten()).sum(), copies)
+    for gradient, expected in zip(gradients, naive, strict=True):
+        torch.testing.assert_close(gradient.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("with_book", [False, True])
+def test_trellis_codes_are_trained_like_any_other(with_book):
+    """Their levels depend on the codes of the rows above; there are twice as many as codes."""
+    generator = torch.Generator().manual_seed(0)
+    width = torch.tensor([2, 3, 3, 2, 3, 8], dtype=torch.uint8)
+    codes = torch.stack([torch.randint(0, 2 ** int(w), (7,), generator=generator) for w in width]).to(torch.uint8)
+    tensor = QuantizedTensor(
+        codes=codes,
+        width=width,
+        scale=(0.1 + torch.rand(6, 1, generator=generator)).half(),
+        zero=torch.randint(0, 256, (6, 1), generator=generator).to(torch.uint8),
+        groups=2,
+        codebooks={3: Codebook("b/3", torch.randn(16, generator=generator).sort().values.half())} if with_book else {},
+        trellis=8,
+    )
+    layer = nn.Conv2d(14, 6, 1, groups=2)
+    student = Student(nn.Sequential(layer), {"0": tensor})
+    torch.testing.assert_close(student.overrides()["0.weight"], matrix_to_weight(layer, tensor.dequantize()))
+    with torch.no_grad():
+        student.factors["0"].fill_(0.25)
+        for levels in student.levels.values():
+            levels += 0.5
+    stored = student.stored()[0]["0"]
+    assert stored.trellis == 8 and torch.equal(stored.codes, codes)
+    moved = student.overrides()["0.weight"]
+    torch.testing.assert_close(moved, matrix_to_weight(layer, stored.dequantize()), rtol=1e-3, atol=2e-2)
+    assert not torch.allclose(moved, matrix_to_weight(layer, tensor.dequantize()))
+
+
+def test_levels_are_kept_in_order():
+    tensor = QuantizedTensor(
+        codes=torch.zeros(1, 2, dtype=torch.uint8),
+        width=torch.tensor([3], dtype=torch.uint8),
+        scale=torch.ones(1, 1).half(),
+        zero=torch.zeros(1, 1, dtype=torch.uint8),
+        codebooks={3: Codebook("b", torch.arange(8).half())},
+    )
+    student = Student(nn.Sequential(nn.Linear(2, 1)), {"0": tensor})
+    ordered = torch.arange(8.0)
+    student.project()
+    assert torch.equal(student.levels["b"].detach(), ordered)
+    with torch.no_grad():
+        student.levels["b"].copy_(torch.tensor([0.0, 3, 2, 1, 4, 6, 5, 7]))
+    student.project()
+    assert torch.equal(student.levels["b"].detach(), torch.tensor([0.0, 2, 2, 2, 4, 5.5, 5.5, 7]))
+
+
+def test_text_batches_of_different_lengths():
+    class Text(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding, self.head = nn.Embedding(9, 16), nn.Linear(16, 3)
+
+        def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+            weight = attention_mask.float()[..., None]
+            return self.head((self.embedding(input_ids) * weight).sum(1) / weight.sum(1))
+
+    generator = torch.Generator().manual_seed(0)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = Text().eval()
+    batches = []
+    for k, index in enumerate(torch.randperm(48, generator=generator).split(12)):
+        length = 6 - k
+        ids = torch.randint(0, 9, (12, length), generator=generator)
+        batches.append(Batch({"input_ids": ids, "attention_mask": torch.ones(12, length).long()}, index))
+    tensors = quantize(network, {"head": 2})
+    teacher = posterior_predictive(network, [], None, batches, 0, generator)
+    settings = DistillationSettings(steps=60, learning_rate=1e-2, affine_learning_rate=1e-2)
+    result = distill(loaded(network, tensors, {}), tensors, batches, teacher, settings, generator)
+    assert result.heldout_kl_after < result.heldout_kl_before
+    assert network.embedding.weight.grad is None
+
+
+def test_it_refuses_what_it_cannot_train(digits):
+    network, images = digits
+    tensors = quantize(network, {"head": 3, "hidden": 3})
+    generator = torch.Generator()
+    teacher = teacher_of(network, images[:20])
+    batches = batches_of(images[:20])
+    with pytest.raises(ValueError, match="eval mode"):
+        distill(copy.deepcopy(network).train(), tensors, batches, teacher, FAST, generator)
+    with pytest.raises(ValueError, match="5 rows for 20"):
+        distill(network, tensors, batches, teacher[:5], FAST, generator)
+    with pytest.raises(ValueError, match="too few"):
+        distill(network, tensors, batches_of(images[:2]), teacher[:2], FAST, generator)
+    with pytest.raises(ValueError, match="every calibration example once"):
+        distill(network, tensors, [batches[0], batches[0]], teacher, FAST, generator)
+    other = replace(tensors["head"], codebooks={3: Codebook("shared/3", torch.arange(8).half() * 2)})
+    with pytest.raises(ValueError, match="two different codebooks"):
+        distill(network, {**tensors, "head": other}, batches, teacher, FAST, generator)
+    with pytest.raises(ValueError, match="steps"):
+        DistillationSettings(steps=-1)
