@@ -9,9 +9,16 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from bayesq.quant.feedback import BlockObserver, FeedbackFactor, feedback_factor, feedback_round, output_error
+from bayesq.quant.feedback import (
+    BlockObserver,
+    FeedbackFactor,
+    feedback_factors,
+    feedback_round,
+    feedback_round_groups,
+    output_error,
+)
 from bayesq.quant.grids import CLIP_RULES, AffineGrid, zero_code
-from bayesq.quant.method import Allocate, LayerProblem, check_finite
+from bayesq.quant.method import Allocate, LayerProblem, check_finite, stack_groups
 from bayesq.quant.tensor import QuantizedTensor
 
 
@@ -59,15 +66,12 @@ class GPTQ:
         widths = allocate(layers)
         for layer in layers:
             check_finite(layer)
-            moments = layer.statistic("input_moment")
-            groups = len(moments)
-            parts = []
-            for g, width in enumerate(widths[layer.name].chunk(groups)):
-                factor = feedback_factor(moments[g], self.damping, self.act_order)
+            moments = layer.input_statistic("input_moment")
+            factors = feedback_factors(moments, self.damping, self.act_order)
+            for factor in factors:
                 layer.count("dead_columns", int(factor.dead.sum()))
                 layer.count("damping_retries", factor.retries)
-                parts.append(self.round_matrix(layer.weight[g], moments[g], factor, width))
-            codes, scale, zero, _ = (torch.cat(part) for part in zip(*parts, strict=True))
+            codes, scale, zero, _ = self.round_layer(layer.weight, moments, factors, widths[layer.name])
             yield (
                 layer,
                 QuantizedTensor(
@@ -75,37 +79,34 @@ class GPTQ:
                     width=widths[layer.name],
                     scale=scale.to(torch.float16),
                     zero=zero_code(zero, widths[layer.name][:, None]),
-                    groups=groups,
+                    groups=len(moments),
                     group_size=self.group_size,
                 ),
             )
 
-    def round_matrix(
-        self, weight: Tensor, moment: Tensor, factor: FeedbackFactor, width: Tensor
+    def round_layer(
+        self, weight: Tensor, moments: Tensor, factors: Sequence[FeedbackFactor], width: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Quantize one matrix.
+        """Quantize a layer.
 
         Args:
-            weight: [r, c]. A dead column's weights become zero, as published.
-            moment: [c, c] input moment, which judges the clip rules.
-            factor: of `moment`.
-            width: [r] bits.
+            weight: [g, r, c]. A dead column's weights become zero, as published.
+            moments: [g, c, c] input moments, which judge the clip rules.
+            factors: of `moments`.
+            width: [R] bits.
 
         Returns:
-            codes [r, c] uint8, scale [r, S], zero [r, S], values [r, c] float64.
+            codes [R, C] uint8, scale [R, S], zero [R, S], values [R, C] float64.
         """
-        weight = weight.to(torch.float64).clone()
-        weight[:, factor.dead] = 0
+        dead = torch.stack([factor.dead for factor in factors])
+        weight = weight.to(torch.float64).masked_fill(dead[:, None, :], 0.0)
         best: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
-        least = torch.full((len(weight),), torch.inf, dtype=torch.float64)
+        least = torch.full((len(width),), torch.inf, dtype=torch.float64)
         for rule in self.rules:
-            grid = self._grid(weight, width, rule)
-            follow = None if self.act_order or self.group_size is None else self._follower(grid, rule)
-            codes, values, _ = feedback_round(weight, factor, grid, follow)
-            found = (codes, grid.scale, grid.zero, values)
+            found = self._round(weight, factors, width, rule)
             if len(self.rules) == 1:
                 return found
-            error = output_error(values - weight, moment)
+            error = output_error(found[3].reshape(weight.shape) - weight, moments).flatten()
             better = (error < least)[:, None]
             least = torch.minimum(error, least)
             if best is None:
@@ -116,6 +117,23 @@ class GPTQ:
                 best = (codes, scale, zero, values)
         assert best is not None
         return best
+
+    def _round(
+        self, weight: Tensor, factors: Sequence[FeedbackFactor], width: Tensor, rule: str
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """`round_layer` under one clip rule."""
+        if len(weight) > 1 and self.group_size is None:
+            grid = self._grid(stack_groups(weight), width, rule)
+            codes, values, _ = feedback_round_groups(weight, factors, grid)
+            return codes, grid.scale, grid.zero, values
+        parts = []
+        for matrix, factor, own in zip(weight, factors, width.chunk(len(weight)), strict=True):
+            grid = self._grid(matrix, own, rule)
+            follow = None if self.act_order or self.group_size is None else self._follower(grid, rule)
+            codes, values, _ = feedback_round(matrix, factor, grid, follow)
+            parts.append((codes, grid.scale, grid.zero, values))
+        codes, scale, zero, values = (torch.cat(part) for part in zip(*parts, strict=True))
+        return codes, scale, zero, values
 
     def _grid(self, weight: Tensor, width: Tensor, rule: str) -> AffineGrid:
         size = self.group_size or weight.shape[1]

@@ -10,6 +10,7 @@ so the expected distortion of a whole codebook needs no sampling and no quadratu
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 
@@ -200,19 +201,77 @@ def normal_distortion(kind: str, width: int, noise: float = 0.0) -> float:
     return float(expected_distortion(_STANDARD["mean"], _STANDARD["std"] * spread, _STANDARD["precision"], levels))
 
 
-# Widest codes that get non-uniform levels. Beyond it a table of levels costs more storage than it saves risk: at 5
-# bits Lloyd-Max gains 0.24 bit on a normal source, and rows that wide are few.
-LLOYD_MAX_WIDTH = 4
+# Non-uniform levels are stored as a table of fp16 levels, once for the model. Widest codes that may have one: 0.24 bit is
+# what Lloyd-Max gains at 5 bits on a normal source, and rows much wider are few.
+TABLE_MAX_WIDTH = 6
+# A table may take this much of the risk's own scale: spending x bits a weight on something else than codes raises the
+# risk by 2 ln 2 x, and a table has to be worth it in every model, also where few rows have its width.
+TABLE_COST = 0.005
+
+
+def table_levels(width: int, states: int | None) -> int:
+    """Levels in the table of a width: twice as many where codes run along a trellis (states is not None)."""
+    return 1 << (width if states is None else width + 1)
+
+
+def table_widths(weights: int, states: int | None) -> tuple[int, ...]:
+    """Widths that get a table of levels in a model of so many quantized weights; the others have uniform levels."""
+    return tuple(
+        width
+        for width in range(2, TABLE_MAX_WIDTH + 1)
+        if 2 * math.log(2) * 16 * table_levels(width, states) / weights <= TABLE_COST
+    )
+
+
+def table_bits(widths: Iterable[int], states: int | None) -> int:
+    """Bits on disk of the tables of these widths."""
+    return sum(16 * table_levels(width, states) for width in widths)
 
 
 def level_kind(width: int) -> str:
-    """The kind of levels used at a width: "lloyd" up to LLOYD_MAX_WIDTH bits, "uniform" beyond."""
-    return "lloyd" if width <= LLOYD_MAX_WIDTH else "uniform"
+    """The kind of levels assumed at a width where no method says its own: "lloyd" while tables are small."""
+    return "lloyd" if width <= 4 else "uniform"
 
 
-def lloyd_table_bits() -> int:
-    """Bits on disk of one fp16 table for every width that has one."""
-    return sum(16 * 2**width for width in range(2, LLOYD_MAX_WIDTH + 1))
+@dataclass(frozen=True)
+class LevelSums:
+    """What the weights of each level amount to, enough to move the levels to where they belong.
+
+    Attributes:
+        mass: [K] sum of p_i over the weights of a level.
+        moment: [K] sum of p_i E[w_i].
+    """
+
+    mass: Tensor
+    moment: Tensor
+
+    @classmethod
+    def of(cls, index: Tensor, mean: Tensor, precision: Tensor, levels: int) -> "LevelSums":
+        """Sums over weights w_i ~ N(mean_i, .) of precision p_i, all of one shape, whose levels are given.
+
+        Args:
+            index: level of each weight, int64.
+            levels: K.
+        """
+        p = precision.flatten()
+        zeros = torch.zeros(levels, dtype=p.dtype)
+        mass = zeros.index_add(0, index.flatten(), p)
+        return cls(mass, zeros.index_add(0, index.flatten(), p * mean.flatten()))
+
+    def add(self, other: "LevelSums") -> "LevelSums":
+        """These and another layer's weights together."""
+        return LevelSums(self.mass + other.mass, self.moment + other.moment)
+
+    def centroids(self, levels: Tensor) -> Tensor:
+        """Levels [K] with least posterior-expected distortion for codes that stay: c_k = sum p_i E[w_i] / sum p_i.
+
+        Given its level, E[(w_i - c)^2] = (E[w_i] - c)^2 + Var w_i: the noise of a weight moves no level.
+
+        Args:
+            levels: kept where no weight is.
+        """
+        moved = torch.where(self.mass > LEAST_MASS, self.moment / self.mass.clamp(min=LEAST_MASS), levels)
+        return moved.cummax(0).values
 
 
 # Cells of the compressed distribution that codebooks are designed on.

@@ -1,33 +1,32 @@
 """BayesQ from calibration statistics to codes, in the order of the paper."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from bayesq.codebook import Atoms, expected_lloyd, expected_uniform, level_kind, lloyd_table_bits
+from bayesq.codebook import (
+    Atoms,
+    LevelSums,
+    expected_lloyd,
+    expected_uniform,
+    normal_distortion,
+    table_bits,
+    table_widths,
+)
 from bayesq.posterior import Posterior
 from bayesq.quant.grids import mse_grid, zero_code
 from bayesq.quant.method import Allocate, LayerProblem, check_finite, stack_groups
 from bayesq.quant.tensor import Codebook, QuantizedTensor
+from bayesq.quant.trellis import POLYNOMIALS, normal_trellis, uniform_levels
 from bayesq.rounding import Rounded, refit_rows, round_layer, rounding_gain
-from bayesq.whitening import whitening
+from bayesq.whitening import Whitening, whitening
 
-LEVELS = ("lloyd", "uniform")
-ROUNDINGS = ("feedback", "nearest")
-
-
-@dataclass
-class _Candidate:
-    """Best rounding of a layer so far: its rows, their risk, and the codebooks of the widths that have one."""
-
-    codes: Tensor
-    scale: Tensor
-    zero: Tensor
-    risk: Tensor
-    codebooks: dict[int, Codebook]
+LEVELS = ("trellis", "lloyd", "uniform")
+ROUNDINGS = ("feedback", "two_sided", "nearest")
+# A trellis runs down the rows of a group; with fewer rows it has no choice to make that a scalar code lacks.
+LEAST_TRELLIS_ROWS = 4
 
 
 class BayesQ:
@@ -35,145 +34,187 @@ class BayesQ:
 
     Args:
         posterior: fits q(w) of a layer; see `bayesq.posterior`.
-        levels: "lloyd" designs non-uniform levels for narrow widths, one table per width shared by the whole model,
-            so that its storage vanishes; "uniform" designs step sizes only.
-        posterior_noise: design levels for weights drawn from the posterior rather than for its mean. The risk of
-            deploying w_hat is 1/2 (mu - w_hat)T P (mu - w_hat) + const, so codes chosen for the mean already minimise
-            the posterior-expected distortion; blurring the cells as well measured no better (README).
-        rounding: "feedback" or "nearest".
+        levels: "trellis" lets each column's codes choose among twice as many levels along a trellis, with one table
+            of levels per width shared by the whole model (`bayesq.quant.trellis`); "lloyd" designs non-uniform levels
+            for scalar codes, shared alike; "uniform" designs step sizes only.
+        states: of the trellis; read by levels=trellis.
+        posterior_noise: design scalar levels for weights drawn from the posterior rather than for its mean. The risk
+            of deploying w_hat is 1/2 (mu - w_hat)T P (mu - w_hat) + const, so codes chosen for the mean already
+            minimise the posterior-expected distortion; blurring the cells as well measured no better (README). On a
+            trellis the codes decide which level a weight has, so its noise moves no level.
+        rounding: "feedback", "two_sided" (errors also go to later rows, through G; scalar levels only) or "nearest".
         refits: how often grids are refitted to the values rounding met, and the layers rounded again; 0 keeps each
             row's first affine grid.
         damping: fraction of the mean diagonal added to the input moment before it is factored.
+        row_damping: the same for G; read by rounding=two_sided.
     """
 
     sequential = False
 
     def __init__(
-        self, posterior: Posterior, levels: str, posterior_noise: bool, rounding: str, refits: int, damping: float
+        self,
+        posterior: Posterior,
+        levels: str,
+        states: int,
+        posterior_noise: bool,
+        rounding: str,
+        refits: int,
+        damping: float,
+        row_damping: float,
     ) -> None:
         for key, value, choices in (("levels", levels, LEVELS), ("rounding", rounding, ROUNDINGS)):
             if value not in choices:
                 raise ValueError(f"method.{key}={value}: choose one of {', '.join(choices)}")
+        if states not in POLYNOMIALS:
+            raise ValueError(f"method.states={states}: choose one of {', '.join(map(str, POLYNOMIALS))}")
         if refits < 0 or int(refits) != refits:
             raise ValueError(f"method.refits={refits}: needs a whole number of at least 0")
-        if not damping >= 0:
-            raise ValueError(f"method.damping={damping}: must be 0 or more")
+        for key, fraction in (("damping", damping), ("row_damping", row_damping)):
+            if not fraction >= 0:
+                raise ValueError(f"method.{key}={fraction}: must be 0 or more")
+        if levels == "trellis" and (rounding == "two_sided" or posterior_noise):
+            switch = "method.rounding=two_sided" if rounding == "two_sided" else "method.posterior_noise=true"
+            raise ValueError(f"{switch}: needs scalar levels, method.levels=lloyd or method.levels=uniform")
         self.posterior, self.levels, self.posterior_noise = posterior, levels, posterior_noise
-        self.rounding, self.refits, self.damping = rounding, int(refits), damping
+        self.states = states if levels == "trellis" else None
+        self.rounding, self.refits = rounding, int(refits)
+        self.damping, self.row_damping = damping, row_damping
         self.statistics = posterior.statistics
 
     def quantize(
         self, layers: Sequence[LayerProblem], allocate: Allocate
     ) -> Iterator[tuple[LayerProblem, QuantizedTensor]]:
-        """Round all layers `refits + 1` times and yield each layer's best rounding."""
+        """Round all layers `refits + 1` times and yield each layer's last rounding."""
         for layer in layers:
             check_finite(layer)
 
         # Posterior, whitening and closed-form risk decide the widths before anything is rounded: `bayesq.allocation`.
-        codebook_bits = self.refits * lloyd_table_bits() if self.levels == "lloyd" else 0
-        widths = allocate(layers, codebook_bits)
+        self.tables = self._table_widths(layers)
+        widths = allocate(layers, table_bits(self.tables, self.states), self.distortion)
 
-        grids: dict[str, tuple[Tensor, Tensor]] = {}
-        found: dict[str, _Candidate] = {}
+        grids = {
+            layer.name: mse_grid(stack_groups(layer.weight).to(torch.float64), widths[layer.name]) for layer in layers
+        }
         levels: dict[int, Tensor] = {}
-        for refit in range(self.refits + 1):
-            met: dict[int, Atoms] = {}
-            bar = f"round {refit + 1} of {self.refits + 1}"
-            # The caller sees the last pass layer by layer; the passes before it need a bar of their own.
-            for layer in layers if refit == self.refits else tqdm(layers, desc=bar, disable=None, leave=False):
-                width = widths[layer.name]
-                posterior = self.posterior.fit(layer)
-                geometry = whitening(posterior, self.rounding == "feedback", self.damping)
-
-                # Rounding, on each row's own affine grid first and on the designed levels from then on
-                if refit == 0:
-                    layer.count("damping_retries", geometry.retries)
-                    grids[layer.name] = mse_grid(stack_groups(layer.weight).to(torch.float64), width)
-                tables = self._tables(levels, width, refit)
-                books = {w: book.levels.to(torch.float64) for w, book in tables.items()}
-                rounded = round_layer(layer.weight, geometry, *grids[layer.name], width, books)
-                risk = stack_groups(posterior.row_risk(rounded.values.reshape(layer.weight.shape) - layer.weight))
-                found[layer.name] = _better(found.get(layer.name), rounded, risk, tables, width)
-                if refit == self.refits:
-                    yield layer, _tensor(layer, found.pop(layer.name), width)
-                    continue
-
+        for refit in range(self.refits):
+            met: dict[int, LevelSums | Atoms] = {}
+            for layer in tqdm(layers, desc=f"round {refit + 1} of {self.refits + 1}", disable=None, leave=False):
+                rounded, geometry, _ = self._round(layer, grids[layer.name], widths[layer.name], levels)
                 # Codebooks, on the values that rounding met
                 gain = rounding_gain(geometry, layer.weight.shape[1])
-                scale, zero = grids[layer.name] = refit_rows(rounded, gain)
-                level_gain = gain * stack_groups(geometry.row_gain)[:, None] * scale[:, None].square()
-                noise = stack_groups(posterior.variance()) if self.posterior_noise else torch.zeros_like(level_gain)
-                units = rounded.met / scale[:, None] + zero[:, None]
-                for w in _used(width):
-                    rows = width == w
-                    atoms = Atoms.of(units[rows], noise[rows] / scale[rows, None].square(), level_gain[rows], w)
-                    met[w] = met[w].add(atoms) if w in met else atoms
-            levels = {w: self._design(w, atoms, levels.get(w)) for w, atoms in met.items()}
-            for layer in layers if levels else ():
+                grids[layer.name] = refit_rows(rounded, gain)
+                self._collect(met, layer, rounded, grids[layer.name], gain * stack_groups(geometry.row_gain)[:, None])
+            levels = {w: self._design(w, weights, levels.get(w)) for w, weights in met.items()}
+            for layer in layers:
                 grids[layer.name] = self._fold_steps(*grids[layer.name], widths[layer.name], levels)
-        # (Distillation and moment correction act on the yielded tensors: "BayesQ in full".)
+        for layer in layers:
+            rounded, geometry, tables = self._round(layer, grids.pop(layer.name), widths[layer.name], levels)
+            layer.count("damping_retries", geometry.retries)
+            yield layer, self._tensor(layer, rounded, widths[layer.name], tables)
+        # Moment correction and distillation act on what was yielded, for every method alike: `bayesq.suite.runner`.
 
-    def _is_table(self, width: int) -> bool:
-        return self.levels == "lloyd" and level_kind(width) == "lloyd"
+    def distortion(self, layer: LayerProblem, width: int) -> float:
+        """Expected squared error T_b of a code of `width` bits in this layer, for weights of unit variance."""
+        if self._trellis(layer) is not None:
+            return normal_trellis(width, self._trellis(layer), width in self.tables)[1]
+        return normal_distortion("lloyd" if self._has_table(layer, width) else "uniform", width)
 
-    def _design(self, width: int, atoms: Atoms, start: Tensor | None) -> Tensor:
-        """Levels [2**width] with least posterior-expected distortion for what rounding met, in level units."""
-        mean, std, precision = atoms.gaussians()
-        if self._is_table(width):
+    def _table_widths(self, layers: Sequence[LayerProblem]) -> tuple[int, ...]:
+        """Widths whose levels are stored as a table."""
+        if self.refits == 0 or self.levels == "uniform":
+            return ()
+        return table_widths(sum(layer.weight.numel() for layer in layers), self.states)
+
+    def _trellis(self, layer: LayerProblem) -> int | None:
+        """States of the trellis a layer's codes run along; None: scalar codes."""
+        return self.states if layer.weight.shape[1] >= LEAST_TRELLIS_ROWS else None
+
+    def _has_table(self, layer: LayerProblem, width: int) -> bool:
+        # Tables of a trellis have twice as many levels as a layer of scalar codes can name.
+        return width in self.tables and (self.levels != "trellis" or self._trellis(layer) is not None)
+
+    def _round(
+        self, layer: LayerProblem, grid: tuple[Tensor, Tensor], width: Tensor, levels: Mapping[int, Tensor]
+    ) -> tuple[Rounded, Whitening, dict[int, Codebook]]:
+        """One rounding of a layer, the geometry it took place in, and the tables it used."""
+        geometry = whitening(
+            self.posterior.fit(layer),
+            self.rounding != "nearest",
+            self.damping,
+            self.row_damping if self.rounding == "two_sided" else None,
+        )
+        kind = "trellis" if self.levels == "trellis" else "lloyd"
+        tables = {
+            w: Codebook(f"{kind}/{w}", levels[w].to(torch.float16))
+            for w in _used(width)
+            if w in levels and self._has_table(layer, w)
+        }
+        books = {w: book.levels.to(torch.float64) for w, book in tables.items()}
+        return round_layer(layer.weight, geometry, *grid, width, books, self._trellis(layer)), geometry, tables
+
+    def _collect(
+        self,
+        met: dict[int, "LevelSums | Atoms"],
+        layer: LayerProblem,
+        rounded: Rounded,
+        grid: tuple[Tensor, Tensor],
+        gain: Tensor,
+    ) -> None:
+        """Add what the rows of each width met, in level units, weighted by what an error there costs [R, C]."""
+        scale, zero = (part[:, None] for part in grid)
+        units, gain = rounded.met / scale + zero, gain * scale.square()
+        widths = rounded.width
+        for w in _used(widths):
+            rows = widths == w
+            if self.levels == "trellis":
+                if not self._has_table(layer, w):
+                    continue
+                new: LevelSums | Atoms = LevelSums.of(rounded.index[rows], units[rows], gain[rows], 2 ** (w + 1))
+            else:
+                variance = torch.zeros_like(gain[rows])
+                if self.posterior_noise:
+                    variance = stack_groups(self.posterior.fit(layer).variance())[rows] / scale[rows].square()
+                new = Atoms.of(units[rows], variance, gain[rows], w)
+            met[w] = met[w].add(new) if w in met else new  # type: ignore[arg-type]
+
+    def _design(self, width: int, weights: "LevelSums | Atoms", start: Tensor | None) -> Tensor:
+        """Levels with least posterior-expected distortion for what rounding met, in level units."""
+        if isinstance(weights, LevelSums):
+            return weights.centroids(uniform_levels(width) if start is None else start)
+        mean, std, precision = weights.gaussians()
+        if width in self.tables:
             start = torch.arange(2**width, dtype=torch.float64) if start is None else start
             return expected_lloyd(mean, std, precision, start)
         centre = (2**width - 1) / 2
         levels: Tensor = expected_uniform(mean - centre, std, precision, width) + centre
         return levels
 
-    def _tables(self, levels: dict[int, Tensor], width: Tensor, refit: int) -> dict[int, Codebook]:
-        """Codebooks of the widths that occur in a layer, named by width and the refit they come from."""
-        return {
-            w: Codebook(f"lloyd/{w}/{refit}", levels[w].to(torch.float16))
-            for w in _used(width)
-            if w in levels and self._is_table(w)
-        }
-
     def _fold_steps(
-        self, scale: Tensor, zero: Tensor, width: Tensor, levels: dict[int, Tensor]
+        self, scale: Tensor, zero: Tensor, width: Tensor, levels: Mapping[int, Tensor]
     ) -> tuple[Tensor, Tensor]:
         """Put the designed step of uniform levels, centre + (k - centre) h, into scale and zero: no table is stored."""
         scale, zero = scale.clone(), zero.clone()
         for w in _used(width):
-            if w in levels and not self._is_table(w):
+            if w in levels and w not in self.tables:
                 rows, step, centre = width == w, float(levels[w][1] - levels[w][0]), (2**w - 1) / 2
                 scale[rows] *= step
                 zero[rows] = centre + (zero[rows] - centre) / step
         return scale, zero
 
+    def _tensor(
+        self, layer: LayerProblem, rounded: Rounded, width: Tensor, tables: dict[int, Codebook]
+    ) -> QuantizedTensor:
+        return QuantizedTensor(
+            codes=rounded.codes,
+            width=width,
+            scale=rounded.scale[:, None].to(torch.float16),
+            zero=zero_code(rounded.zero, width)[:, None],
+            groups=layer.weight.shape[0],
+            codebooks=tables,
+            trellis=self._trellis(layer),
+        )
+
 
 def _used(width: Tensor) -> list[int]:
     """The different widths of a layer's rows."""
     return [int(w) for w in torch.unique(width)]
-
-
-def _better(
-    best: _Candidate | None, rounded: Rounded, risk: Tensor, tables: dict[int, Codebook], width: Tensor
-) -> _Candidate:
-    """The better of two roundings for the rows of each width: rows of a width share their codebook."""
-    if best is None:
-        return _Candidate(rounded.codes, rounded.scale, rounded.zero, risk, dict(tables))
-    for w in _used(width):
-        rows = width == w
-        if float(risk[rows].sum()) < float(best.risk[rows].sum()):
-            best.codes[rows], best.risk[rows] = rounded.codes[rows], risk[rows]
-            best.scale[rows], best.zero[rows] = rounded.scale[rows], rounded.zero[rows]
-            if w in tables:
-                best.codebooks[w] = tables[w]
-    return best
-
-
-def _tensor(layer: LayerProblem, best: _Candidate, width: Tensor) -> QuantizedTensor:
-    return QuantizedTensor(
-        codes=best.codes,
-        width=width,
-        scale=best.scale[:, None].to(torch.float16),
-        zero=zero_code(best.zero, width)[:, None],
-        groups=layer.weight.shape[0],
-        codebooks=best.codebooks,
-    )

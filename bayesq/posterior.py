@@ -20,7 +20,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -86,6 +86,11 @@ class LayerPosterior(ABC):
     @abstractmethod
     def diagonal(self) -> Tensor:
         """[g, r, c] diagonal of P: twice the risk of a unit error in one weight alone."""
+
+    @cached_property
+    def whitenings(self) -> dict[tuple[object, ...], Any]:
+        """Geometries that `bayesq.whitening` has made of this posterior, by their settings."""
+        return {}
 
     @abstractmethod
     def variance(self) -> Tensor:

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bayesq.codebook import normal_distortion
-from bayesq.quant.feedback import feedback_round
+from bayesq.quant.feedback import feedback_round, feedback_round_groups
 from bayesq.quant.grids import CodebookGrid, stored_scale, zero_code, zero_value
 from bayesq.quant.method import stack_groups
+from bayesq.quant.trellis import TrellisGrid, level_indices
+from bayesq.quant.two_sided import TwoSidedGrid
 from bayesq.whitening import Whitening
 
 
@@ -21,6 +22,8 @@ class Rounded:
         codes: [R, C] uint8.
         scale: [R] fp16-exact.
         zero: [R] in level units, storable.
+        width: [R] bits.
+        index: [R, C] int64, which level of its row's width each weight has.
         values: [R, C] what the codes stand for.
         met: [R, C] what each entry was when it was rounded: the weight plus the feedback of earlier columns.
     """
@@ -28,6 +31,8 @@ class Rounded:
     codes: Tensor
     scale: Tensor
     zero: Tensor
+    width: Tensor
+    index: Tensor
     values: Tensor
     met: Tensor
 
@@ -39,6 +44,7 @@ def round_layer(
     zero: Tensor,
     width: Tensor,
     codebooks: Mapping[int, Tensor],
+    trellis: int | None = None,
 ) -> Rounded:
     """Round a layer once, to nearest or with feedback as its geometry says.
 
@@ -47,34 +53,46 @@ def round_layer(
         scale, zero: [R]; they are first moved to storable values.
         width: [R] bits.
         codebooks: width -> levels; a width without one is affine.
+        trellis: states of the trellis that codes run along, or None for scalar codes.
     """
     rows = weight.shape[1]
     scale, zero = stored_scale(scale), zero_value(zero_code(zero, width), width, scale.dtype)
+    grid: CodebookGrid | TrellisGrid | TwoSidedGrid
+    if geometry.factors is not None and len(weight) > 1 and trellis is None and geometry.row_factors is None:
+        grid = CodebookGrid(scale, zero, width, codebooks)
+        codes, values, met = feedback_round_groups(weight, geometry.factors, grid)
+        return Rounded(codes, scale, zero, width, codes.long(), values, met)
     parts = []
     for g in range(len(weight)):
         own = slice(g * rows, (g + 1) * rows)
-        grid = CodebookGrid(scale[own], zero[own], width[own], codebooks)
         w = weight[g].to(torch.float64)
+        if geometry.row_factors is not None:
+            grid = TwoSidedGrid(scale[own], zero[own], width[own], codebooks, geometry.row_factors[g])
+        elif trellis is None:
+            grid = CodebookGrid(scale[own], zero[own], width[own], codebooks)
+        else:
+            grid = TrellisGrid(scale[own], zero[own], width[own], codebooks, geometry.row_gain[g], trellis)
         if geometry.factors is None:
-            codes, values = grid.round_matrix(w)
+            assert not isinstance(grid, TwoSidedGrid)  # rows are only fed where columns are
+            codes, values = grid.round_matrix(w, geometry.column_gain[g].expand_as(w))
             parts.append((codes.to(torch.uint8), values, w))
         else:
             parts.append(feedback_round(w, geometry.factors[g], grid))
     codes, values, met = (torch.cat(part) for part in zip(*parts, strict=True))
-    return Rounded(codes, scale, zero, values, met)
+    index = codes.long() if trellis is None else level_indices(codes, trellis, len(weight))
+    return Rounded(codes, scale, zero, width, index, values, met)
 
 
-def predicted_risk(weight: Tensor, geometry: Whitening, widths: Sequence[int], kinds: Sequence[str]) -> Tensor:
+def predicted_risk(weight: Tensor, geometry: Whitening, distortions: Sequence[float]) -> Tensor:
     """Risk of every row at every width before anything is rounded, nats per example.
 
         1/2 s_r^2 T_b sum_c gain_rc
 
-    with s_r the row's standard deviation and T_b the closed-form distortion of a b-bit codebook for unit variance.
+    with s_r the row's standard deviation and T_b the expected distortion of a b-bit code for unit variance.
 
     Args:
         weight: [g, r, c].
-        widths: candidate bits b.
-        kinds: "lloyd" or "uniform", the levels used at each width.
+        distortions: T_b of each candidate width.
 
     Returns:
         [R, widths] float64.
@@ -82,8 +100,7 @@ def predicted_risk(weight: Tensor, geometry: Whitening, widths: Sequence[int], k
     w = weight.to(torch.float64)
     variance = w.var(-1, unbiased=False)
     energy = 0.5 * geometry.row_gain * geometry.column_gain.sum(-1) * variance
-    table = torch.tensor([normal_distortion(kind, width) for width, kind in zip(widths, kinds, strict=True)])
-    return stack_groups(energy)[:, None] * table.to(torch.float64)
+    return stack_groups(energy)[:, None] * torch.tensor(distortions, dtype=torch.float64)
 
 
 def rounding_gain(geometry: Whitening, rows: int) -> Tensor:

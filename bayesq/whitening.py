@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from bayesq.posterior import DiagonalPosterior, EkfacPosterior, KroneckerPosterior, LayerPosterior, LowRankPosterior
-from bayesq.quant.feedback import FeedbackFactor, feedback_factor
+from bayesq.quant.feedback import FeedbackFactor, feedback_factors
 
 
 @dataclass
@@ -35,20 +35,24 @@ class Whitening:
         row_gain: [g, r] the rows' own factor of the gain (ones where column_gain has it all).
         column_gain: [g, r, c], or [g, 1, c] where all rows share it.
         factors: feedback factor of each group; None where rounding is to nearest.
+        row_factors: factor of each group's G for feedback from row to row; None without it.
     """
 
     row_gain: Tensor
     column_gain: Tensor
     factors: list[FeedbackFactor] | None
+    row_factors: list[FeedbackFactor] | None = None
 
     @property
     def retries(self) -> int:
         """How often a factorization needed more damping than asked for."""
-        return sum(factor.retries for factor in self.factors or [])
+        return sum(factor.retries for factor in (self.factors or []) + (self.row_factors or []))
 
 
-def whitening(posterior: LayerPosterior, feedback: bool, damping: float) -> Whitening:
-    """Geometry in which a layer is rounded.
+def whitening(
+    posterior: LayerPosterior, feedback: bool, damping: float, row_damping: float | None = None
+) -> Whitening:
+    """Geometry in which a layer is rounded; computed once for each posterior, which allocation and rounding share.
 
     Args:
         posterior: of the layer.
@@ -57,14 +61,34 @@ def whitening(posterior: LayerPosterior, feedback: bool, damping: float) -> Whit
             rounded to nearest as well.
         damping: fraction of the mean diagonal added to A before it is factored, against the noise of few calibration
             examples; on top of the prior's share.
+        row_damping: the same for G, to feed errors from row to row as well; None = columns only. Only a plain
+            Kronecker posterior allows it.
+
+    Raises:
+        ValueError: row feedback for another posterior.
     """
+    key = (feedback, damping, row_damping)
+    if key not in posterior.whitenings:
+        posterior.whitenings[key] = _whitening(posterior, feedback, damping, row_damping)
+    found: Whitening = posterior.whitenings[key]
+    return found
+
+
+def _whitening(
+    posterior: LayerPosterior, feedback: bool, damping: float, row_damping: float | None
+) -> Whitening:
+    if row_damping is not None and not isinstance(posterior, KroneckerPosterior):
+        raise ValueError("method.rounding=two_sided needs a Kronecker-factored posterior: choose posterior=kfac")
     if isinstance(posterior, DiagonalPosterior | LowRankPosterior):
         return _nearest(posterior)
     if isinstance(posterior, KroneckerPosterior):
         row_gain = posterior.gradient_factor.diagonal(dim1=-2, dim2=-1)
         if not feedback:
             return Whitening(row_gain, posterior.input_factor.diagonal(dim1=-2, dim2=-1)[:, None, :], None)
-        return _feedback(row_gain, posterior.input_factor, damping)
+        geometry = _feedback(row_gain, posterior.input_factor, damping)
+        if row_damping is not None:
+            geometry.row_factors = feedback_factors(posterior.gradient_factor, row_damping)
+        return geometry
     if isinstance(posterior, EkfacPosterior):
         if not feedback:
             return _nearest(posterior)
@@ -81,7 +105,7 @@ def _nearest(posterior: LayerPosterior) -> Whitening:
 
 
 def _feedback(row_gain: Tensor, moment: Tensor, damping: float) -> Whitening:
-    factors = [feedback_factor(a, damping) for a in moment]
+    factors = feedback_factors(moment, damping)
     return Whitening(row_gain, torch.stack([factor.column_gain for factor in factors])[:, None, :], factors)
 
 

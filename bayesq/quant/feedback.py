@@ -6,6 +6,7 @@ UT U = A^-1, column j's error e_j = (x_j - q_j) / U_jj goes to column k > j as x
 sum_j e_j^2 (Frantar et al., GPTQ, arXiv 2210.17323, section 3).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -97,6 +98,64 @@ def feedback_factor(moment: Tensor, damping: float, act_order: bool = True) -> F
         if int(info) == 0:
             return FeedbackFactor(order, root.flip(0, 1), dead, retry)
     raise ValueError(f"the input moment is not positive definite even with damping {fraction:g}")
+
+
+def feedback_factors(moments: Tensor, damping: float, act_order: bool = True) -> list[FeedbackFactor]:
+    """`feedback_factor` of each group's moment [g, c, c], in one batch: a depthwise convolution has hundreds."""
+    if len(moments) == 1:
+        return [feedback_factor(moments[0], damping, act_order)]
+    a = moments.to(torch.float64)
+    if not torch.isfinite(a).all():
+        raise ValueError("the input moment has NaN or infinite entries")
+    diagonal = a.diagonal(dim1=-2, dim2=-1)
+    dead = diagonal == 0
+    live = (~dead).sum(1, keepdim=True)
+    mean = torch.where(live > 0, diagonal.sum(1, keepdim=True) / live.clamp(min=1), 1.0)
+    diagonal = torch.where(dead, mean, diagonal)
+    order = torch.arange(a.shape[-1]).expand(len(a), -1)
+    if act_order:
+        order = torch.argsort(diagonal, dim=1, descending=True, stable=True)
+    damped = a.gather(1, order[:, :, None].expand_as(a)).gather(2, order[:, None, :].expand_as(a))
+    sorted_diagonal = diagonal.gather(1, order)
+    damped.diagonal(dim1=-2, dim2=-1).copy_(sorted_diagonal + damping * sorted_diagonal.mean(1, keepdim=True))
+    root, info = torch.linalg.cholesky_ex(damped.flip(1, 2))
+    root = root.flip(1, 2)
+    return [
+        FeedbackFactor(order[g], root[g], dead[g], 0) if ok else feedback_factor(moments[g], damping, act_order)
+        for g, ok in enumerate((info == 0).tolist())
+    ]
+
+
+def feedback_round_groups(
+    weight: Tensor, factors: Sequence[FeedbackFactor], grid: Grid
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`feedback_round` of all groups at once, each in its own column order: one step per column, not per group.
+
+    Args:
+        weight: [g, r, c] in original column order.
+        factors: of each group.
+        grid: rounds one entry of all R = g * r rows; must not depend on the column.
+
+    Returns:
+        codes [R, C] uint8, values [R, C] float64, met [R, C] float64, as `feedback_round`.
+    """
+    groups, rows, columns = weight.shape
+    order = torch.stack([factor.order for factor in factors])
+    root = torch.stack([factor.root for factor in factors])
+    u = torch.linalg.solve_triangular(root, torch.eye(columns, dtype=root.dtype).expand_as(root), upper=True)
+    by_column = order[:, None, :].expand(groups, rows, columns)
+    x = weight.to(torch.float64).gather(2, by_column).permute(2, 0, 1).contiguous()  # [C, g, r]
+    codes = torch.empty(x.shape, dtype=torch.uint8)
+    values = torch.empty_like(x)
+    for j in range(columns):
+        code, value = grid.round(x[j].reshape(-1), j)
+        codes[j], values[j] = code.reshape(groups, rows), value.reshape(groups, rows)
+        error = (x[j] - values[j]) / u[:, j, j, None]
+        x[j + 1 :] -= u[:, j, j + 1 :].T[:, :, None] * error
+    back = torch.argsort(order, dim=1)[:, None, :].expand(groups, rows, columns)
+    restored = (part.permute(1, 2, 0).gather(2, back).flatten(0, 1) for part in (codes, values, x))
+    codes, values, met = restored
+    return codes, values, met
 
 
 def feedback_round(

@@ -113,13 +113,17 @@ class CodebookGrid:
         self._levels = levels[self.width.long()].contiguous()
         self._bounds = bounds[self.width.long()].contiguous()
 
+    def tables(self) -> tuple[Tensor, Tensor]:
+        """Levels [R, K] of each row and the bounds [R, K - 1] between them, short ones padded."""
+        return self._levels, self._bounds
+
     def round(self, x: Tensor, column: int) -> tuple[Tensor, Tensor]:
         """Nearest code and its value for the entries x[R] of one column."""
         code, value = self.round_matrix(x[:, None])
         return code[:, 0], value[:, 0]
 
-    def round_matrix(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Nearest codes and values of a whole matrix [R, C]."""
+    def round_matrix(self, x: Tensor, gain: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Nearest codes and values of a whole matrix [R, C], whatever its errors cost (`gain`, as `TrellisGrid`)."""
         scale, zero = self.scale[:, None], self.zero[:, None]
         code = torch.searchsorted(self._bounds, torch.addcdiv(zero, x, scale))
         return code, scale * (torch.gather(self._levels, 1, code) - zero)

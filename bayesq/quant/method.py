@@ -18,6 +18,8 @@ class LayerProblem:
         name: module name.
         kind: class name, Linear or Conv2d.
         weight: [g, r, c] float32.
+        prefix_statistic: the same with the layer's inputs taken behind its already quantized predecessors; None for
+            methods that are not sequential.
         positions_per_channel: kernel positions kh * kw: that many neighbouring columns read one input channel.
         statistic: loads one of the layer's calibration statistics by name, from disk, when asked; see `STATISTICS`.
         fallbacks: counters a method raises when it had to do something else than asked (result keys fallback/*).
@@ -29,6 +31,7 @@ class LayerProblem:
     weight: Tensor
     statistic: Callable[[str], Tensor]
     positions_per_channel: int = 1
+    prefix_statistic: Callable[[str], Tensor] | None = None
     fallbacks: dict[str, int] = field(default_factory=dict)
     notes: dict[str, float] = field(default_factory=dict)
 
@@ -42,6 +45,10 @@ class LayerProblem:
         """Columns c of each row."""
         return self.weight.shape[2]
 
+    def input_statistic(self, kind: str) -> Tensor:
+        """A statistic of the inputs that the layer will meet: behind the quantized prefix for sequential methods."""
+        return (self.prefix_statistic or self.statistic)(kind)
+
     def count(self, fallback: str, times: int = 1) -> None:
         """Count a fallback."""
         self.fallbacks[fallback] = self.fallbacks.get(fallback, 0) + times
@@ -53,17 +60,28 @@ STATISTICS = {
     "input_magnitude": "[g, c]  E_n[|x|]",
     "gradient_moment": "[g, r, r]  G = E_example[sum_positions d dT]",
     "fisher_diagonal": "[g, r, c]  E_example[(dl/dW)^2], labels from the model's own predictive",
+    "gradient_directions": "[k, g, r, c]  U with U UT close to the best rank-k part of E_example[g gT], g = dl/dW",
+    "input_basis": "[g, c, c]  Q_A, eigenvectors of A in its columns",
+    "gradient_basis": "[g, r, r]  Q_G, eigenvectors of G in its columns",
+    "fisher_eigenvalues": "[g, r, c]  E_example[(Q_GT dl/dW Q_A)^2]",
 }
+
+
+# Expected squared error T_b of a code of so many bits in a layer, for weights of unit variance.
+Distortion = Callable[[LayerProblem, int], float]
 
 
 class Allocate(Protocol):
     """The run's allocator with its budget, the same for every method."""
 
-    def __call__(self, layers: Sequence[LayerProblem], codebook_bits: int = 0) -> Mapping[str, Tensor]:
+    def __call__(
+        self, layers: Sequence[LayerProblem], codebook_bits: int = 0, distortion: Distortion | None = None
+    ) -> Mapping[str, Tensor]:
         """Row widths uint8 [R] of every layer by name.
 
         Args:
             codebook_bits: what the method's codebooks will take on disk; counted against the budget.
+            distortion: of the method's codes, for allocators that predict risk; None = of plain scalar ones.
         """
         ...
 
@@ -73,7 +91,7 @@ class Method(Protocol):
 
     Attributes:
         statistics: names of the statistics it reads.
-        sequential: statistics of a layer are taken with all earlier layers already quantized.
+        sequential: `LayerProblem.input_statistic` has the inputs behind the layers quantized before.
     """
 
     statistics: frozenset[str]

@@ -59,6 +59,7 @@ def pack(tensor: QuantizedTensor) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "groups": tensor.groups,
         "group_size": tensor.group_size,
         "mixed": mixed,
+        "trellis": tensor.trellis,
         "codebooks": {str(w): book.name for w, book in sorted(tensor.codebooks.items())},
     }
     return buffers, facts
@@ -97,6 +98,7 @@ def unpack(
         group_size=facts["group_size"],
         codebooks={int(w): codebooks[name] for w, name in facts["codebooks"].items()},
         column_scale=buffers.get("column_scale"),
+        trellis=facts["trellis"],
     )
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from bayesq.quant.grids import MAX_WIDTH, MIN_WIDTH, zero_value
+from bayesq.quant.trellis import level_indices, subset_table, uniform_levels
 
 
 @dataclass(frozen=True)
@@ -14,7 +15,7 @@ class Codebook:
 
     Attributes:
         name: unique within a model, for instance "lloyd/3".
-        levels: [2**width] fp16.
+        levels: [2**width] fp16, twice as many for trellis codes.
     """
 
     name: str
@@ -41,6 +42,8 @@ class QuantizedTensor:
         groups: convolution groups g (Linear: 1).
         group_size: columns per column group; None = whole row.
         codebooks: width -> Codebook for rows of that width; a width without one is affine, level(code) = code.
+        trellis: states of the trellis the codes run along (see `bayesq.quant.trellis`), or None: each code names its
+            level. A width without a codebook then has `trellis.uniform_levels`.
         column_scale: [groups, C / k] fp16 per-input-channel factor folded out of the codes (AWQ), or None; each covers
             the k = kh * kw neighbouring columns that read the channel.
     """
@@ -53,6 +56,7 @@ class QuantizedTensor:
     group_size: int | None = None
     codebooks: dict[int, Codebook] = field(default_factory=dict)
     column_scale: Tensor | None = None
+    trellis: int | None = None
 
     def __post_init__(self) -> None:
         rows, columns = self.codes.shape
@@ -78,16 +82,34 @@ class QuantizedTensor:
         ):
             raise ValueError(f"column_scale must be float16 [{self.groups}, a divisor of {columns}]")
         for width, book in self.codebooks.items():
-            if len(book.levels) != 2**width:
-                raise ValueError(f"codebook {book.name} has {len(book.levels)} levels, width {width} needs {2**width}")
+            needed = 2**width if self.trellis is None else 2 ** (width + 1)
+            if len(book.levels) != needed:
+                raise ValueError(f"codebook {book.name} has {len(book.levels)} levels, width {width} needs {needed}")
+        if self.trellis is not None:
+            subset_table(self.trellis)
+
+    def level_indices(self) -> Tensor:
+        """Which level of its row's width each weight has, int64 [R, C]."""
+        if self.trellis is None:
+            return self.codes.long()
+        return level_indices(self.codes, self.trellis, self.groups)
+
+    def levels(self, width: int) -> Tensor:
+        """Increasing levels of a width in level units, float32."""
+        if width in self.codebooks:
+            return self.codebooks[width].levels.to(torch.float32)
+        if self.trellis is not None:
+            return uniform_levels(width).to(torch.float32)
+        return torch.arange(2**width, dtype=torch.float32)
 
     def dequantize(self) -> Tensor:
         """The weights as a float32 stack of matrices [g, r, c]."""
         rows, columns = self.codes.shape
-        level = self.codes.to(torch.float32)
-        for width, book in self.codebooks.items():
+        index = self.level_indices()
+        level = torch.empty(rows, columns)
+        for width in self.width.unique().tolist():
             chosen = self.width == width
-            level[chosen] = book.levels.to(torch.float32)[self.codes[chosen].long()]
+            level[chosen] = self.levels(width)[index[chosen]]
         scale = self.scale.to(torch.float32)
         zero = zero_value(self.zero, self.width[:, None], torch.float32)
         if self.group_size is not None:

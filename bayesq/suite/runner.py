@@ -6,15 +6,18 @@ config -> dataset and model -> calibration statistics -> method (posterior, allo
 
 import copy
 import logging
+import math
 import resource
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
@@ -23,11 +26,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from bayesq.allocation import Allocator, Budget, make_allocator
+from bayesq.allocation import Allocator, Budget, Knapsack, make_allocator
+from bayesq.distillation import Distilled, DistillationSettings, distill, posterior_predictive
 from bayesq.posterior import LayerPosterior, Posterior
+from bayesq.proxy import measure_kappa
 from bayesq.quant.accounting import buffer_bytes, code_bits, stored_bytes
+from bayesq.quant.correction import correct_moments
 from bayesq.quant.layers import Layer, matrix_to_weight, quantizable_layers, weight_to_matrix
-from bayesq.quant.method import LayerProblem, Method
+from bayesq.quant.method import Distortion, LayerProblem, Method
 from bayesq.quant.packing import pack_model, unpack_model
 from bayesq.quant.tensor import QuantizedTensor
 from bayesq.suite import evaluation
@@ -48,7 +54,12 @@ LAYERS_FILE = "layers.csv"
 PREDICTIONS_FILE = "predictions.csv"
 # Keys of a group that describe a choice and are not arguments of its constructor.
 DESCRIPTIVE = ("name", "modality", "allocator", "uses_posterior")
-FALLBACKS = ("dead_columns", "damping_retries", "unseen_layers")
+FALLBACKS = ("dead_columns", "damping_retries", "unseen_layers", "uncorrected_layers", "kappa_undefined", "kappa_clamped")
+# Fits of small layers are kept in memory, those beyond the limit are made again each time; a fit grows by its Cholesky
+# factor and that one's inverse.
+KEPT_FIT_BYTES, FACTOR_COPIES = 2**30, 3
+# Prefix of the file's buffers that hold changed biases and norm parameters.
+PARAMETER_PREFIX = "parameter/"
 
 
 def run(cfg: DictConfig) -> dict[str, Any]:
@@ -74,18 +85,36 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     return result
 
 
-class TimedPosterior:
-    """A posterior that knows how long its fits took."""
+class SharedPosterior:
+    """A posterior that knows how long its fits took and keeps them, up to a limit, for all who ask.
+
+    Allocation, every round of rounding and the achieved risk need the same fit and its Cholesky factors.
+    """
 
     def __init__(self, posterior: Posterior) -> None:
         self.posterior = posterior
-        self.statistics, self.samples = posterior.statistics, posterior.samples
+        self.statistics, self.samples, self.examples = posterior.statistics, posterior.samples, posterior.examples
+        self.rank = getattr(posterior, "rank", 16)
         self.seconds = 0.0
+        self._kept: dict[str, LayerPosterior] = {}
+        self._bytes = 0
+
+    def prepare(self, layers: Sequence[LayerProblem]) -> None:
+        """What needs all layers at once."""
+        start = time.perf_counter()
+        self.posterior.prepare(layers)
+        self.seconds += time.perf_counter() - start
 
     def fit(self, layer: LayerProblem) -> LayerPosterior:
         """Posterior of one layer."""
+        if layer.name in self._kept:
+            return self._kept[layer.name]
         start = time.perf_counter()
         fitted = self.posterior.fit(layer)
+        size = FACTOR_COPIES * sum(x.nbytes for x in vars(fitted).values() if isinstance(x, Tensor))
+        if self._bytes + size <= KEPT_FIT_BYTES:
+            self._kept[layer.name] = fitted
+            self._bytes += size
         self.seconds += time.perf_counter() - start
         return fitted
 
@@ -95,7 +124,7 @@ class Plan:
     """What a run will do to its network."""
 
     method: Method
-    posterior: TimedPosterior | None
+    posterior: SharedPosterior | None
     allocator: Allocator
     budget: Budget
 
@@ -118,17 +147,23 @@ class Quantized:
 
     Attributes:
         tensors: by layer, in forward order.
+        parameters: biases and norm parameters that correction and distillation changed, by state_dict name.
         problems: the layers as the method saw them, with its notes and fallbacks.
         seconds: wall time of each layer.
-        calibrate_s, posterior_s, quantize_s: cost of the stages; reused statistics count what they once took.
+        calibrate_s, posterior_s, quantize_s, distill_s: cost of the stages; reused statistics count what they once
+            took, and the correction belongs to quantize_s.
+        distilled: what the distillation found, if there was one.
     """
 
     tensors: dict[str, QuantizedTensor] = field(default_factory=dict)
+    parameters: dict[str, Tensor] = field(default_factory=dict)
     problems: dict[str, LayerProblem] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     calibrate_s: float = 0.0
     posterior_s: float = 0.0
     quantize_s: float = 0.0
+    distill_s: float = 0.0
+    distilled: Distilled | None = None
 
 
 def execute(
@@ -145,13 +180,20 @@ def execute(
     )
 
     quantized = quantize(cfg, plan, work, cache_dir)
+    if cfg.correction == "moments":
+        correct(work, quantized)
+    if cfg.distill:
+        distill_student(cfg, plan, work, quantized)
     buffers, header = pack_model(quantized.tensors)
-    write_tensors(folder / QUANTIZED_FILE, buffers, header)
+    packed_bytes = buffer_bytes(buffers)
+    # Every method ships biases and norms in full precision, so changed ones take no bits of the quantized weights.
+    parameters = {f"{PARAMETER_PREFIX}{name}": value for name, value in quantized.parameters.items()}
+    write_tensors(folder / QUANTIZED_FILE, buffers | parameters, header)
 
     # Everything reported comes from the file: what could not be stored is not evaluated.
     buffers, header = read_tensors(folder / QUANTIZED_FILE)
     module = copy.deepcopy(work.network.module)
-    load_quantized(module, unpack_model(buffers, header))
+    load_quantized(module, unpack_model(buffers, header), stored_parameters(buffers))
     evaluate_start = time.perf_counter()
     label = f"evaluate {cfg.method.name} {cfg.bits:g} bits"
     logits = evaluation.logits(module, work.evaluation, batch_size, work.device, label)
@@ -170,19 +212,21 @@ def execute(
         "method": cfg.method.name,
         "posterior": cfg.posterior.name if reads_posterior(cfg) else "none",
         "allocator": cfg.allocator,
-        "correction": "none",
+        "correction": cfg.correction,
         "seed": cfg.seed,
         "primary_metric": work.data.primary_metric,
         "bits/target": float(cfg.bits),
         "bits/code": sum(code_bits(tensor) for tensor in quantized.tensors.values()) / weights,
-        "bits/stored": 8 * buffer_bytes(buffers) / weights,
-        "bytes/packed": buffer_bytes(buffers),
+        "bits/stored": 8 * packed_bytes / weights,
+        "bytes/packed": packed_bytes,
         "bytes/fp32": 4 * weights,
         **metrics,
+        **distillation_metrics(quantized.distilled),
+        "risk/rank_correlation": risk_rank_correlation(layers),
         "time/calibrate_s": quantized.calibrate_s,
         "time/posterior_s": quantized.posterior_s,
         "time/quantize_s": quantized.quantize_s,
-        "time/distill_s": 0.0,
+        "time/distill_s": quantized.distill_s,
         "time/evaluate_s": evaluate_s,
         "time/total_s": time.perf_counter() - start,
         "memory/peak_rss_bytes": peak_rss_bytes(),
@@ -222,9 +266,12 @@ def make_plan(cfg: DictConfig) -> Plan:
     Raises:
         UserError: a constructor refused an argument.
     """
-    posterior = TimedPosterior(build(cfg.posterior)) if reads_posterior(cfg) else None
+    posterior = SharedPosterior(build(cfg.posterior)) if reads_posterior(cfg) else None
     method = build(cfg.method, **({"posterior": posterior} if cfg.method.get("uses_posterior") else {}))
-    allocator = make_allocator(cfg.allocator, posterior, cfg.allocation.block, list(cfg.allocation.widths))
+    try:
+        allocator = make_allocator(cfg.allocator, posterior, **resolved(cfg)["allocation"])
+    except ValueError as error:
+        raise UserError(str(error)) from error
     return Plan(method, posterior, allocator, Budget(float(cfg.bits), cfg.budget.count))
 
 
@@ -237,10 +284,16 @@ def quantize(cfg: DictConfig, plan: Plan, work: Workload, cache_dir: Path) -> Qu
     method, posterior, allocator = plan.method, plan.posterior, plan.allocator
     module, layers, examples, device = work.network.module, work.layers, work.calibration, work.device
     samples = posterior.samples if posterior else None
-    settings = CalibrationSettings(int(cfg.calibration.batch_size), samples, int(cfg.seed))
+    settings = CalibrationSettings(
+        int(cfg.calibration.batch_size),
+        samples,
+        int(cfg.seed),
+        gradient_examples=posterior.examples if posterior else None,
+        rank=posterior.rank if posterior else 16,
+    )
     calibration = Calibration(module, work.network.checksum, layers, examples, settings, cache_dir, device)
     kinds = allocator.statistics | (posterior.statistics if posterior else frozenset())
-    calibration.prepare(kinds if method.sequential else kinds | method.statistics)
+    calibration.prepare(kinds if method.sequential and not posterior else kinds | method.statistics)
 
     groups = forward_order(module, layers, next(examples.batches(settings.batch_size, device)))
     problems = [
@@ -263,13 +316,21 @@ def quantize(cfg: DictConfig, plan: Plan, work: Workload, cache_dir: Path) -> Qu
         working = copy.deepcopy(module)
         own = {name: layer for name, layer in quantizable_layers(working).items() if name in layers}
         prefix = SequentialInputs(working, own, groups, examples, settings.batch_size, device)
-        given = [replace(problem, statistic=partial(prefix.statistic, problem.name)) for problem in problems]
-
-    def allocate(layers: Sequence[LayerProblem], codebook_bits: int = 0) -> Mapping[str, Tensor]:
-        # `problems`, not `layers`: risks come from the full-precision statistics for sequential methods too.
-        return allocator.allocate(problems, plan.budget, codebook_bits)
+        given = [replace(problem, prefix_statistic=partial(prefix.statistic, problem.name)) for problem in problems]
 
     result = Quantized(problems={problem.name: problem for problem in problems})
+    if posterior:
+        posterior.prepare(problems)
+    if cfg.proxy == "mc":
+        proxy_start = time.perf_counter()
+        weigh_by_proxy(cfg, plan, work, problems)
+        result.posterior_s += time.perf_counter() - proxy_start
+
+    def allocate(
+        layers: Sequence[LayerProblem], codebook_bits: int = 0, distortion: Distortion | None = None
+    ) -> Mapping[str, Tensor]:
+        return allocator.allocate(problems, plan.budget, codebook_bits, distortion)
+
     bar = tqdm(total=len(problems), desc=f"quantize {cfg.method.name} {cfg.bits:g} bits", disable=None, leave=False)
     start = last = time.perf_counter()
     with bar:
@@ -283,9 +344,9 @@ def quantize(cfg: DictConfig, plan: Plan, work: Workload, cache_dir: Path) -> Qu
                 bar.update()
         except ValueError as error:
             raise UserError(str(error)) from error
-    result.posterior_s = posterior.seconds if posterior else 0.0
+    result.posterior_s += posterior.seconds if posterior else 0.0
     result.calibrate_s = sum(calibration.seconds.values()) + (prefix.seconds if prefix else 0.0)
-    result.quantize_s = last - start - result.posterior_s - (prefix.seconds if prefix else 0.0)
+    result.quantize_s = last - start - (posterior.seconds if posterior else 0.0) - (prefix.seconds if prefix else 0.0)
     if posterior:
         for problem in problems:
             delta = result.tensors[problem.name].dequantize() - problem.weight
@@ -322,7 +383,7 @@ def layer_rows(quantized: Quantized) -> list[dict[str, Any]]:
                 "bits/stored": 8 * stored_bytes(tensor) / weights,
                 "predicted_risk": problem.notes.get("predicted_risk"),
                 "achieved_risk": problem.notes.get("achieved_risk"),
-                "kappa": 1.0,  # the factor of proxy=none
+                "kappa": problem.notes.get("kappa", 1.0),
                 "prior_precision": problem.notes.get("prior_precision"),
                 "effective_parameters": problem.notes.get("effective_parameters"),
                 "seconds": quantized.seconds[name],
@@ -331,14 +392,140 @@ def layer_rows(quantized: Quantized) -> list[dict[str, Any]]:
     return rows
 
 
-def load_quantized(module: nn.Module, tensors: Mapping[str, QuantizedTensor]) -> None:
-    """Replace layers' weights by what their QuantizedTensors stand for; biases and everything else stay."""
+def load_quantized(
+    module: nn.Module, tensors: Mapping[str, QuantizedTensor], parameters: Mapping[str, Tensor] | None = None
+) -> None:
+    """Replace layers' weights by what their QuantizedTensors stand for, and `parameters` by state_dict name."""
     layers = dict(module.named_modules())
     for name, tensor in tensors.items():
         layer = layers[name]
         assert isinstance(layer, nn.Linear | nn.Conv2d)
         with torch.no_grad():
             layer.weight.copy_(matrix_to_weight(layer, tensor.dequantize()))
+    if parameters:
+        module.load_state_dict(dict(parameters), strict=False)
+
+
+def stored_parameters(buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Changed biases and norm parameters in a quantized file, by state_dict name."""
+    return {
+        name.removeprefix(PARAMETER_PREFIX): value
+        for name, value in buffers.items()
+        if name.startswith(PARAMETER_PREFIX)
+    }
+
+
+def quantized_copy(work: Workload, quantized: Quantized) -> nn.Module:
+    """The network with what has been quantized and corrected so far."""
+    module = copy.deepcopy(work.network.module)
+    load_quantized(module, quantized.tensors, quantized.parameters)
+    return module
+
+
+def correct(work: Workload, quantized: Quantized) -> None:
+    """Match activation moments to the full-precision network's (SPEC section 5), whatever the method."""
+    start = time.perf_counter()
+    batch = next(work.calibration.batches(len(work.calibration), work.device))
+    found = correct_moments(work.network.module, quantized_copy(work, quantized), quantized.tensors, batch.inputs)
+    quantized.parameters |= found.tensors
+    for name in found.uncorrected:
+        quantized.problems[name].count("uncorrected_layers")
+    quantized.quantize_s += time.perf_counter() - start
+
+
+def distill_student(cfg: DictConfig, plan: Plan, work: Workload, quantized: Quantized) -> None:
+    """Train scales, levels, biases and norms towards the posterior-predictive teacher, whatever the method.
+
+    Raises:
+        UserError: the settings or the calibration set do not allow it.
+    """
+    start = time.perf_counter()
+    options = {key: value for key, value in cfg.distillation.items() if key not in ("samples", "batch_size")}
+    # Methods without a posterior learn from the full-precision network itself: the teacher at its mean.
+    samples = int(cfg.distillation.samples) if plan.posterior else 0
+    batches = list(work.calibration.batches(int(cfg.distillation.batch_size), work.device))
+    generator = torch.Generator().manual_seed(int(cfg.seed))
+    try:
+        settings = DistillationSettings(**options)
+        teacher = posterior_predictive(
+            work.network.module, quantized.tensors, posterior_draw(plan, quantized.problems), batches, samples, generator
+        )
+        student = quantized_copy(work, quantized)
+        found = distill(student, quantized.tensors, batches, teacher, settings, generator)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    quantized.tensors, quantized.distilled = found.tensors, found
+    quantized.parameters |= found.parameters
+    quantized.distill_s = time.perf_counter() - start
+    log.info(
+        f"distillation: step {found.best_step} of {found.steps} kept, "
+        f"held-out KL {found.heldout_kl_before:.4f} -> {found.heldout_kl_after:.4f}"
+    )
+
+
+def posterior_draw(plan: Plan, problems: Mapping[str, LayerProblem]) -> Callable[[str, torch.Generator], Tensor]:
+    """Draws w - mu [g, r, c] of a layer by name; nothing is drawn for runs without a posterior."""
+
+    def draw(name: str, generator: torch.Generator) -> Tensor:
+        assert plan.posterior is not None
+        return plan.posterior.fit(problems[name]).sample(generator)
+
+    return draw
+
+
+def distillation_metrics(distilled: Distilled | None) -> dict[str, Any]:
+    """Result keys of a distillation; none without one."""
+    if distilled is None:
+        return {}
+    return {
+        "distill/best_step": distilled.best_step,
+        "distill/heldout_kl_before": distilled.heldout_kl_before,
+        "distill/heldout_kl_after": distilled.heldout_kl_after,
+    }
+
+
+def weigh_by_proxy(cfg: DictConfig, plan: Plan, work: Workload, problems: Sequence[LayerProblem]) -> None:
+    """Note kappa in each layer: measured divergence over predicted risk at one width (SPEC section 5).
+
+    Raises:
+        UserError: the run allocates nothing by risk.
+    """
+    knapsack = plan.allocator
+    if not isinstance(knapsack, Knapsack) or plan.posterior is None:
+        raise UserError("proxy=mc weighs predicted risks: it needs allocator=knapsack")
+    options, widths = cfg.monte_carlo, knapsack.widths
+    width = min(widths, key=lambda w: (abs(w - float(cfg.bits)), w))
+    predicted = {p.name: float(knapsack.predict(p)[:, widths.index(width)].sum()) for p in problems}
+    by_name = {problem.name: problem for problem in problems}
+    batch = next(work.calibration.batches(int(options.examples), work.device))
+    found = measure_kappa(
+        work.network.module,
+        list(by_name),
+        lambda name: knapsack.rounded(by_name[name], width),
+        posterior_draw(plan, by_name),
+        predicted,
+        batch.inputs,
+        int(options.samples),
+        torch.Generator().manual_seed(int(cfg.seed)),
+    )
+    for name, kappa in found.factors.items():
+        by_name[name].notes["kappa"] = kappa
+    for kind, times in found.fallbacks.items():
+        problems[0].count(kind, times)
+
+
+def risk_rank_correlation(rows: Sequence[Mapping[str, Any]]) -> float | None:
+    """Spearman's correlation of predicted and achieved risk over layers; None without predictions."""
+    pairs = [
+        (row["predicted_risk"], row["achieved_risk"])
+        for row in rows
+        if row["predicted_risk"] is not None and row["achieved_risk"] is not None
+    ]
+    if len(pairs) < 2:
+        return None
+    ranks = pd.DataFrame(pairs).rank().to_numpy()
+    correlation = float(np.corrcoef(ranks, rowvar=False)[0, 1])
+    return None if math.isnan(correlation) else correlation
 
 
 def build(node: DictConfig, **more: Any) -> Any:

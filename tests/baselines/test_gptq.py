@@ -43,7 +43,7 @@ def test_the_published_codes_weights_are_reproduced(case: int) -> None:
     factor = feedback_factor(moment, gptq.damping, gptq.act_order)
     assert bool(factor.dead.any()) == settings["dead_column"]
     width = torch.full((len(weight),), settings["bits"], dtype=torch.uint8)
-    _, scale, _, values = gptq.round_matrix(weight, moment, factor, width)
+    _, scale, _, values = gptq.round_layer(weight[None], moment[None], [factor], width)
 
     size = gptq.group_size or weight.shape[1]
     steps = (values - expected).abs() / scale.repeat_interleave(size, dim=1)[:, : weight.shape[1]]
