@@ -33,6 +33,7 @@ EVIDENCE_TOLERANCE = 1e-6
 # A layer whose weights are all zero says nothing about its prior; any finite precision keeps P invertible.
 LARGEST_PRIOR_PRECISION = 1e12
 PRIOR_SCOPES = ("layer", "global")
+PRIOR_SHARES = ("factored", "gradient")
 
 
 def prior_precision_by_evidence(eigenvalues: Tensor, squared_norm: float, num_data: int) -> tuple[float, float]:
@@ -444,6 +445,8 @@ class Kfac(Laplace):
 
     Args:
         shrinkage: weight in [0, 1] of mean(diag G) I in G.
+        prior_share: where tau / N goes: "factored" splits it over both factors (SPEC section 1), whose cross terms
+            damp A as well; "gradient" gives it to G alone, see `gradient_damping`.
 
     The others as in `Laplace`.
     """
@@ -458,8 +461,12 @@ class Kfac(Laplace):
         shrinkage: float,
         examples: int | None = None,
         prior_scope: str = "layer",
+        prior_share: str = "factored",
     ) -> None:
         super().__init__(prior_precision, num_data, samples, examples, prior_scope)
+        if prior_share not in PRIOR_SHARES:
+            raise ValueError(f"posterior.prior_share={prior_share}: choose from {', '.join(PRIOR_SHARES)}")
+        self.prior_share = prior_share
         if not 0 <= shrinkage <= 1:
             raise ValueError(f"posterior.shrinkage={shrinkage}: must be in [0, 1]")
         self.shrinkage = shrinkage
@@ -477,7 +484,8 @@ class Kfac(Laplace):
     def fit(self, layer: LayerProblem) -> KroneckerPosterior:
         """Posterior of one layer."""
         tau, gamma = self._prior(layer)
-        a, g = factored_damping(*self._factors(layer), tau / self.num_data)
+        damped = factored_damping if self.prior_share == "factored" else gradient_damping
+        a, g = damped(*self._factors(layer), tau / self.num_data)
         return KroneckerPosterior(a, g, self.num_data, tau, gamma)
 
 
@@ -565,6 +573,22 @@ def shrink(moment: Tensor, amount: float) -> Tensor:
     """(1 - amount) G + amount mean(diag G) I for [g, r, r]; the mean is over all groups."""
     mean = moment.diagonal(dim1=-2, dim2=-1).mean()
     return (1 - amount) * moment + amount * mean * torch.eye(moment.shape[-1], dtype=moment.dtype)
+
+
+def gradient_damping(a: Tensor, g: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    """(A, G + damping / (mean eig A) I), group by group: the prior's share as the rows feel it on average.
+
+    Trace and row traces of A (x) G + damping I are kept exactly, and the input correlations stay what they are.
+
+    Args:
+        a: [g, c, c].
+        g: [g, r, r].
+        damping: tau / N.
+    """
+    mean_a = a.diagonal(dim1=-2, dim2=-1).mean(-1)
+    # A group that no input reached has no scale of its own.
+    share = torch.where(mean_a > 0, damping / mean_a.clamp(min=torch.finfo(a.dtype).tiny), 0.0)
+    return a, g + share[:, None, None] * torch.eye(g.shape[-1], dtype=g.dtype)
 
 
 def factored_damping(a: Tensor, g: Tensor, damping: float) -> tuple[Tensor, Tensor]:

@@ -49,9 +49,7 @@ class Whitening:
         return sum(factor.retries for factor in (self.factors or []) + (self.row_factors or []))
 
 
-def whitening(
-    posterior: LayerPosterior, feedback: bool, damping: float, row_damping: float | None = None
-) -> Whitening:
+def whitening(posterior: LayerPosterior, feedback: bool, damping: float, row_damping: float | None = None) -> Whitening:
     """Geometry in which a layer is rounded; computed once for each posterior, which allocation and rounding share.
 
     Args:
@@ -74,9 +72,7 @@ def whitening(
     return found
 
 
-def _whitening(
-    posterior: LayerPosterior, feedback: bool, damping: float, row_damping: float | None
-) -> Whitening:
+def _whitening(posterior: LayerPosterior, feedback: bool, damping: float, row_damping: float | None) -> Whitening:
     if row_damping is not None and not isinstance(posterior, KroneckerPosterior):
         raise ValueError("method.rounding=two_sided needs a Kronecker-factored posterior: choose posterior=kfac")
     if isinstance(posterior, DiagonalPosterior | LowRankPosterior):

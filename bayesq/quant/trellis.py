@@ -1,4 +1,4 @@
-"""Trellis-coded rounding: better than any scalar codebook at the same bits, because a column's codes are chosen together.
+"""Trellis-coded rounding: at the same bits better than scalar codebooks, because a column's codes are chosen together.
 
 A row of width w rounds to 2**(w+1) levels, twice as many as its codes can name. The levels, in increasing order, belong
 in turn to four subsets 0 1 2 3 0 1 ...; a code is one bit b and the number k of a level inside a subset, and which
@@ -7,9 +7,9 @@ subset is meant follows from the bits of this row and of the m rows above it in 
     window_r = sum_i b_{r-i} 2**i,  i = 0..m        level index = subset(window_r) + 4 k,   code = 2 k + b
 
 The subset's two bits are parities of the window under Ungerboeck's rate-1/2 codes, so that neighbouring paths differ in
-far-apart levels (Ungerboeck, IEEE Trans. Inf. Theory 28, 1982; Marcellin and Fischer, IEEE Trans. Commun. 38, 1990). The
-path with the least distortion comes from the Viterbi algorithm over 2**m states. Decoding needs the codes alone; rows
-above the first of a convolution group count as zeros. Nothing else is stored.
+far-apart levels (Ungerboeck, IEEE Trans. Inf. Theory 28, 1982; Marcellin and Fischer, IEEE Trans. Commun. 38, 1990).
+The path with the least distortion comes from the Viterbi algorithm over 2**m states. Decoding needs the codes alone;
+rows above the first of a convolution group count as zeros. Nothing else is stored.
 """
 
 from collections.abc import Mapping
@@ -133,10 +133,11 @@ def _search(units: Any, weight: Any, width: Any, levels: Any, subset: Any, code:
         state = p + half * oldest
 
 
-@numba.njit(cache=True, nogil=True, parallel=True)
+# Not numba's parallel loops: they share OpenMP's thread count with torch, and set it for the whole process.
+@numba.njit(cache=True, nogil=True)
 def _search_columns(units: Any, weight: Any, width: Any, levels: Any, subset: Any, code: Any, index: Any) -> None:
     """`_search` in every column of [C, n]."""
-    for c in numba.prange(units.shape[0]):
+    for c in range(units.shape[0]):
         _search(units[c], weight[c], width, levels, subset, code[c], index[c])
 
 

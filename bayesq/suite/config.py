@@ -90,6 +90,7 @@ def settings_that_matter(config: Mapping[str, Any]) -> dict[str, Any]:
       * WITHOUT_EFFECT: where the run happens, how it is logged, whether it is repeated;
       * allocation, when allocator=uniform does not read it;
       * posterior, when neither the method (`uses_posterior: true` in its YAML) nor allocator=knapsack reads it;
+      * distillation and monte_carlo, when distill=false and proxy=none do not read them;
       * the method's metadata: its default allocator (the effective one is the key `allocator`), `uses_posterior`.
     Order and repetition do not count in allocation.widths and layers.exclude, and 3.0 equals 3. Of the patterns in
     allocation.pinned and allocation.allowed the order does count, so those mappings become lists of pairs.
@@ -102,6 +103,10 @@ def settings_that_matter(config: Mapping[str, Any]) -> dict[str, Any]:
         matter["allocation"] = _canonical_allocation(matter["allocation"])
     if not knapsack and config["method"].get("uses_posterior") is not True:
         matter.pop("posterior", None)
+    if not config.get("distill"):
+        matter.pop("distillation", None)
+    if config.get("proxy") != "mc":
+        matter.pop("monte_carlo", None)
     matter["method"] = {k: v for k, v in config["method"].items() if k not in ("allocator", "uses_posterior")}
     if "exclude" in matter.get("layers", {}):
         matter["layers"] = {**matter["layers"], "exclude": sorted(set(matter["layers"]["exclude"]))}
@@ -314,6 +319,27 @@ def _check_sizes(config: Mapping[str, Any]) -> None:
         _whole("dataset.limit", limit, 1, available, ", or null for all evaluation examples")
 
 
+def _check_stages(config: Mapping[str, Any]) -> None:
+    """Proxy, correction and distillation."""
+    _one_of("proxy", config["proxy"], ("none", "mc"))
+    _one_of("correction", config["correction"], ("none", "moments"))
+    if not isinstance(config["distill"], bool):
+        _refuse("distill", config["distill"], "needs true or false")
+    if config["proxy"] == "mc" and config["allocator"] != "knapsack":
+        _refuse("proxy", "mc", "weighs predicted risks, so it needs allocator=knapsack")
+    options, monte_carlo, examples = config["distillation"], config["monte_carlo"], config["calibration"]["examples"]
+    for key in ("samples", "steps"):
+        _whole(f"distillation.{key}", options[key], 0)
+    for key in ("batch_size", "evaluations"):
+        _whole(f"distillation.{key}", options[key], 1)
+    if not _is_number(options["held_out"]) or not 0 < options["held_out"] < 1:
+        _refuse("distillation.held_out", options["held_out"], "needs a share between 0 and 1")
+    if config["distill"] and not 2 <= round(options["held_out"] * examples) < examples:
+        _refuse("calibration.examples", examples, "distill=true has to hold out at least two and train on the rest")
+    _whole("monte_carlo.samples", monte_carlo["samples"], 0)
+    _whole("monte_carlo.examples", monte_carlo["examples"], 1)
+
+
 def _check_pairing(config: Mapping[str, Any]) -> None:
     """Text models take text data, image models take images."""
     model, dataset = config["model"], config["dataset"]
@@ -368,6 +394,7 @@ def validate(cfg: DictConfig) -> None:
         _refuse("device", config["device"], "choose auto, cpu, cuda, cuda:N (such as cuda:0) or mps")
     _check_allocation(config)
     _check_sizes(config)
+    _check_stages(config)
     _check_pairing(config)
     exclude = config["layers"]["exclude"]
     if not isinstance(exclude, list) or not all(isinstance(pattern, str) for pattern in exclude):

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from bayesq.allocation import Allocator, Budget, Knapsack, make_allocator
-from bayesq.distillation import Distilled, DistillationSettings, distill, posterior_predictive
+from bayesq.distillation import DistillationSettings, Distilled, distill, posterior_predictive
 from bayesq.posterior import LayerPosterior, Posterior
 from bayesq.proxy import measure_kappa
 from bayesq.quant.accounting import buffer_bytes, code_bits, stored_bytes
@@ -54,7 +54,14 @@ LAYERS_FILE = "layers.csv"
 PREDICTIONS_FILE = "predictions.csv"
 # Keys of a group that describe a choice and are not arguments of its constructor.
 DESCRIPTIVE = ("name", "modality", "allocator", "uses_posterior")
-FALLBACKS = ("dead_columns", "damping_retries", "unseen_layers", "uncorrected_layers", "kappa_undefined", "kappa_clamped")
+FALLBACKS = (
+    "dead_columns",
+    "damping_retries",
+    "unseen_layers",
+    "uncorrected_layers",
+    "kappa_undefined",
+    "kappa_clamped",
+)
 # Fits of small layers are kept in memory, those beyond the limit are made again each time; a fit grows by its Cholesky
 # factor and that one's inverse.
 KEPT_FIT_BYTES, FACTOR_COPIES = 2**30, 3
@@ -448,7 +455,12 @@ def distill_student(cfg: DictConfig, plan: Plan, work: Workload, quantized: Quan
     try:
         settings = DistillationSettings(**options)
         teacher = posterior_predictive(
-            work.network.module, quantized.tensors, posterior_draw(plan, quantized.problems), batches, samples, generator
+            work.network.module,
+            quantized.tensors,
+            posterior_draw(plan, quantized.problems),
+            batches,
+            samples,
+            generator,
         )
         student = quantized_copy(work, quantized)
         found = distill(student, quantized.tensors, batches, teacher, settings, generator)
