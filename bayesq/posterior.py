@@ -599,9 +599,9 @@ def factored_damping(a: Tensor, g: Tensor, damping: float) -> tuple[Tensor, Tens
         g: [g, r, r].
         damping: tau / N.
     """
-    mean_a = a.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=torch.finfo(a.dtype).tiny)
-    mean_g = g.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=torch.finfo(g.dtype).tiny)
-    pi = (mean_a / mean_g).sqrt()
+    mean_a, mean_g = (factor.diagonal(dim1=-2, dim2=-1).mean(-1) for factor in (a, g))
+    # A group without inputs or without gradients has no ratio to keep.
+    pi = torch.where((mean_a > 0) & (mean_g > 0), mean_a / mean_g, 1.0).sqrt()
     root = damping**0.5
     eye_a, eye_g = torch.eye(a.shape[-1], dtype=a.dtype), torch.eye(g.shape[-1], dtype=g.dtype)
     return a + (pi * root)[:, None, None] * eye_a, g + (root / pi)[:, None, None] * eye_g

@@ -74,7 +74,7 @@ def round_layer(
             grid = TrellisGrid(scale[own], zero[own], width[own], codebooks, geometry.row_gain[g], trellis)
         if geometry.factors is None:
             assert not isinstance(grid, TwoSidedGrid)  # rows are only fed where columns are
-            codes, values = grid.round_matrix(w, geometry.column_gain[g].expand_as(w))
+            codes, values = grid.round_matrix(w, geometry.row_gain[g][:, None] * geometry.column_gain[g])
             parts.append((codes.to(torch.uint8), values, w))
         else:
             parts.append(feedback_round(w, geometry.factors[g], grid))

@@ -136,5 +136,52 @@ class FixedWidths:
     def __init__(self, **widths: Tensor) -> None:
         self.widths = widths
 
-    def __call__(self, layers: object, codebook_bits: int = 0) -> dict[str, Tensor]:
+    def __call__(self, layers: object, codebook_bits: int = 0, distortion: object = None) -> dict[str, Tensor]:
         return self.widths
+
+
+# Ungerboeck (1982), table I: parity checks h0, h1 and squared free distance of the codes for amplitude modulation.
+UNGERBOECK = {
+    4: ("101", "010", 9),
+    8: ("1011", "0100", 10),
+    16: ("10011", "00100", 11),
+    32: ("100101", "001000", 13),
+    64: ("1000011", "0010100", 14),
+    128: ("10011101", "01010110", 16),
+    256: ("101001101", "011110010", 16),
+}
+
+
+def shift_register(bits: list[int], states: int) -> list[int]:
+    """Subset of every row from the bits of one path: a register of the newest m + 1 bits, zeros to begin with.
+
+    subset = 2 z1 + z0, where z1 and z0 are the parities of the bits that h0 and h1 tap.
+    """
+    h0, h1, _ = UNGERBOECK[states]
+    register = [0] * len(h0)  # newest bit first
+    subsets = []
+    for bit in bits:
+        register = [bit, *register[:-1]]
+        # polynomials are written highest power, the oldest bit, first
+        z1, z0 = (sum(int(tap) * b for tap, b in zip(reversed(h), register, strict=True)) % 2 for h in (h0, h1))
+        subsets.append(2 * z1 + z0)
+    return subsets
+
+
+def trellis_indices(codes: np.ndarray, states: int, groups: int) -> np.ndarray:
+    """Level index of every code [R, C]: column by column, every group's rows a path of their own."""
+    rows, columns = codes.shape
+    index = np.zeros((rows, columns), int)
+    each = rows // groups
+    for g in range(groups):
+        for c in range(columns):
+            path = [int(code) for code in codes[g * each : (g + 1) * each, c]]
+            subsets = shift_register([code % 2 for code in path], states)
+            for r, (code, subset) in enumerate(zip(path, subsets, strict=True)):
+                index[g * each + r, c] = subset + 4 * (code // 2)
+    return index
+
+
+def half_steps(width: int) -> list[float]:
+    """Levels of a trellis row without a codebook: -1/4, 1/4, 3/4, ..., 2**width - 3/4."""
+    return [(2 * k - 1) / 4 for k in range(2 ** (width + 1))]

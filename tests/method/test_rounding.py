@@ -5,16 +5,17 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from naive_quant import half_steps, shift_register, trellis_indices
 from torch import Tensor
 
 from baselines.gptq import GPTQ
-from bayesq.codebook import normal_levels
+from bayesq.codebook import normal_distortion, normal_levels
 from bayesq.posterior import DiagonalPosterior, Kfac, KroneckerPosterior
 from bayesq.quant.feedback import feedback_factor
 from bayesq.quant.grids import CLIP_RULES, minmax_grid, mse_grid, stored_scale, zero_code, zero_value
 from bayesq.quant.method import LayerProblem, stack_groups
 from bayesq.rounding import Rounded, predicted_risk, refit_rows, round_layer, rounding_gain
-from bayesq.whitening import whitening
+from bayesq.whitening import Whitening, whitening
 
 DAMPING = 0.01
 
@@ -51,10 +52,10 @@ def test_with_input_moment_and_identity_it_is_gptq(clip, width, groups, rows, co
     rounded = round_layer(weight, whitening(posterior, True, DAMPING), scale, zero, widths, {})
 
     gptq = GPTQ(clip, act_order=True, damping=DAMPING, group_size=None, sequential=False)
-    for g in range(groups):
-        moment, own = statistics["input_moment"][g], slice(g * rows, (g + 1) * rows)
-        factor = feedback_factor(moment, DAMPING)
-        codes, gptq_scale, gptq_zero, values = gptq.round_matrix(weight[g], moment, factor, widths[own])
+    for g in range(groups):  # group by group there, all at once here
+        moment, own = statistics["input_moment"][g : g + 1], slice(g * rows, (g + 1) * rows)
+        factor = feedback_factor(moment[0], DAMPING)
+        codes, gptq_scale, gptq_zero, values = gptq.round_layer(weight[g : g + 1], moment, [factor], widths[own])
         assert torch.equal(rounded.codes[own], codes)
         assert torch.equal(rounded.scale[own], gptq_scale[:, 0]) and torch.equal(rounded.zero[own], gptq_zero[:, 0])
         torch.testing.assert_close(rounded.values[own], values)
@@ -120,6 +121,102 @@ def test_nearest_is_optimal_for_a_diagonal_posterior():
         assert float(achieved[row]) == pytest.approx(min(risks), rel=1e-6)
 
 
+# ------------------------------------------------------------------------------------------------- trellis, two-sided
+
+
+def trellis_problem() -> tuple[Tensor, Tensor, Tensor, Tensor, dict[int, Tensor]]:
+    """Weight of three groups, and storable grids of several widths, one with irregular levels."""
+    weight = normal(3, 7, 15, seed=20)
+    widths = torch.tensor([3, 2, 4, 3, 8, 2, 5] * 3, dtype=torch.uint8)
+    scale, zero = mse_grid(stack_groups(weight).double(), widths)
+    books = {3: torch.sort(torch.rand(16, generator=torch.Generator().manual_seed(21)).double() * 8 - 0.5).values}
+    return weight, scale, zero, widths, books
+
+
+def factors(groups: int = 3, rows: int = 7, columns: int = 15) -> KroneckerPosterior:
+    a, g = inputs_moment(columns, groups, seed=22), inputs_moment(rows, groups, seed=25)
+    return KroneckerPosterior(a, g, 100, 1.0, 1.0)
+
+
+@pytest.mark.parametrize("feedback", [True, False])
+def test_trellis_codes_stand_for_the_values(feedback):
+    weight, scale, zero, widths, books = trellis_problem()
+    rounded = round_layer(weight, whitening(factors(), feedback, DAMPING), scale, zero, widths, books, 16)
+    assert np.array_equal(rounded.index.numpy(), trellis_indices(rounded.codes.numpy(), 16, 3))
+    assert torch.equal(rounded.width, widths) and rounded.codes.dtype == torch.uint8
+    assert torch.equal(rounded.zero, zero_value(zero_code(zero, widths), widths, torch.float64))
+    for row, width in enumerate(widths.tolist()):
+        levels = books[width].tolist() if width in books else half_steps(width)
+        reals = [float(rounded.scale[row]) * (level - float(rounded.zero[row])) for level in levels]
+        assert rounded.values[row].tolist() == pytest.approx([reals[i] for i in rounded.index[row].tolist()], rel=1e-12)
+    scalar = round_layer(weight, whitening(factors(), feedback, DAMPING), scale, zero, widths, {})
+    assert torch.equal(scalar.index, scalar.codes.long())
+
+
+@pytest.mark.parametrize("posterior", ["kfac", "diag"])
+def test_without_feedback_the_trellis_weighs_every_error_by_its_risk(posterior):
+    """The rows of a column compete, so what an error costs in each of them decides: all paths of 7 rows, one by one."""
+    weight, scale, zero, widths, books = trellis_problem()
+    # rows whose errors cost very different amounts
+    own = 10 ** (2 * torch.rand(3, 7, generator=torch.Generator().manual_seed(28)).double() - 1)
+    if posterior == "kfac":
+        q = KroneckerPosterior(inputs_moment(15, 3, seed=22), torch.diag_embed(own), 100, 1.0, 1.0)
+    else:
+        q = DiagonalPosterior(own[:, :, None] * (0.1 + normal(3, 7, 15, seed=29).double().abs()), 100, 1.0, 1.0)
+    rounded = round_layer(weight, whitening(q, False, DAMPING), scale, zero, widths, books, 4)
+    cost = stack_groups(q.diagonal())
+    for g, c in itertools.product(range(3), range(15)):
+        rows = range(7 * g, 7 * g + 7)
+        entries = [float(stack_groups(weight)[row, c]) for row in rows]
+        reals = []
+        for row in rows:
+            width = int(widths[row])
+            levels = books[width].tolist() if width in books else half_steps(width)
+            reals.append([float(rounded.scale[row]) * (level - float(rounded.zero[row])) for level in levels])
+        achieved = sum(
+            float(cost[row, c]) * (float(rounded.values[row, c]) - w) ** 2 for row, w in zip(rows, entries, strict=True)
+        )
+        least = min(
+            sum(
+                float(cost[row, c]) * min((w - value) ** 2 for value in own_reals[subset::4])
+                for row, w, own_reals, subset in zip(rows, entries, reals, shift_register(list(bits), 4), strict=True)
+            )
+            for bits in itertools.product((0, 1), repeat=7)
+        )
+        assert achieved == pytest.approx(least, rel=1e-5)
+
+
+def test_a_trellis_lowers_the_risk():
+    weight = normal(1, 40, 60, seed=30)
+    posterior = factors(1, 40, 60)
+    widths = torch.full((40,), 3, dtype=torch.uint8)
+    grid = mse_grid(weight[0].double(), widths)
+    geometry = whitening(posterior, True, DAMPING)
+    risk = [
+        float(posterior.row_risk(round_layer(weight, geometry, *grid, widths, {}, states).values - weight[0]).sum())
+        for states in (None, 4, 64)
+    ]
+    assert risk[1] < 0.9 * risk[0] and risk[2] < risk[1]
+
+
+def test_two_sided_rounds_each_group_with_its_own_factors():
+    weight, scale, zero, widths, _ = trellis_problem()
+    geometry = whitening(factors(), True, DAMPING, 0.1)
+    whole = round_layer(weight, geometry, scale, zero, widths, {})
+    for g in range(3):
+        own = slice(7 * g, 7 * g + 7)
+        one = Whitening(
+            geometry.row_gain[g : g + 1],
+            geometry.column_gain[g : g + 1],
+            geometry.factors[g : g + 1],
+            geometry.row_factors[g : g + 1],
+        )
+        part = round_layer(weight[g : g + 1], one, scale[own], zero[own], widths[own], {})
+        assert torch.equal(part.codes, whole.codes[own]) and torch.equal(part.values, whole.values[own])
+    plain = round_layer(weight, whitening(factors(), True, DAMPING), scale, zero, widths, {})
+    assert all(not torch.equal(whole.codes[7 * g : 7 * g + 7], plain.codes[7 * g : 7 * g + 7]) for g in range(3))
+
+
 # ------------------------------------------------------------------------------------------------------------- refits
 
 
@@ -160,7 +257,8 @@ def test_rows_without_a_usable_fit_keep_their_grid():
     level = torch.tensor([[2.0, 2.0, 2.0], [0.0, 1.0, 2.0], [0.0, 1.0, 2.0]]).double()
     scale, zero = torch.full((3,), 0.5).double(), torch.ones(3).double()
     met = torch.tensor([[0.1, 0.9, 0.3], [1.0, 0.0, -1.0], [-0.6, 0.1, 0.5]]).double()
-    rounded = Rounded(level.to(torch.uint8), scale, zero, 0.5 * (level - 1), met)
+    widths = torch.full((3,), 2, dtype=torch.uint8)
+    rounded = Rounded(level.to(torch.uint8), scale, zero, widths, level.long(), 0.5 * (level - 1), met)
     new_scale, new_zero = refit_rows(rounded, torch.ones(3, 3).double())
     # one code everywhere; a slope below zero; a proper fit
     assert new_scale.tolist()[:2] == [0.5, 0.5] and new_zero.tolist()[:2] == [1.0, 1.0]
@@ -180,7 +278,7 @@ def test_predicted_risk_is_achieved_on_gaussian_weights(kind, feedback, width):
     g = torch.diag_embed(0.1 + normal(groups, rows, seed=15).double().abs())
     posterior = KroneckerPosterior(inputs_moment(columns, groups, seed=16, shared=0.4), g, 100, 1.0, 1.0)
     geometry = whitening(posterior, feedback, 0.0)
-    predicted = predicted_risk(weight, geometry, [8, width], ["uniform", kind])[:, 1]
+    predicted = predicted_risk(weight, geometry, [1e-5, normal_distortion(kind, width)])[:, 1]
 
     stacked = stack_groups(weight).double()
     mean, std = stacked.mean(1), stacked.std(1, unbiased=False)
@@ -202,8 +300,8 @@ def test_predicted_risk_is_the_closed_form():
     weight = normal(2, 3, 7, seed=17)
     precision = torch.rand(2, 3, 7, generator=torch.Generator().manual_seed(18)).double()
     geometry = whitening(DiagonalPosterior(precision, 100, 1.0, 1.0), True, DAMPING)
-    found = predicted_risk(weight, geometry, [2, 4], ["lloyd", "uniform"])
+    found = predicted_risk(weight, geometry, [0.11748, 0.011543])
     for row in range(6):
         w, p = stack_groups(weight)[row].double().numpy(), stack_groups(precision)[row].numpy()
-        for k, distortion in enumerate([0.11748, 0.011543]):  # Max's tables
+        for k, distortion in enumerate([0.11748, 0.011543]):
             assert float(found[row, k]) == pytest.approx(0.5 * w.var() * distortion * p.sum(), rel=1e-4)

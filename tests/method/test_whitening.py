@@ -1,5 +1,7 @@
 """Whitening: distances in whitened coordinates, and gains that turn rounding errors into risk."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -168,10 +170,47 @@ def test_retries_are_counted():
     posterior = KroneckerPosterior(singular, torch.eye(ROWS).double().expand(GROUPS, -1, -1), 100, 0.0, 0.0)
     assert whitening(posterior, feedback=True, damping=0.0).retries > 0
     assert whitening(posterior, feedback=True, damping=0.01).retries == 0
+    singular_rows = torch.ones(GROUPS, ROWS, ROWS, dtype=torch.float64)
+    posterior = KroneckerPosterior(moment(COLUMNS, 1), singular_rows, 100, 0.0, 0.0)
+    assert whitening(posterior, True, 0.01, 0.0).retries > 0
+    assert whitening(posterior, True, 0.01, 0.1).retries == whitening(posterior, True, 0.01).retries == 0
+
+
+@pytest.mark.parametrize("row_damping", [0.0, 0.1, 1.0])
+def test_row_factors_are_roots_of_the_damped_inverse_of_g(row_damping):
+    posterior = kronecker()
+    geometry = whitening(posterior, True, DAMPING, row_damping)
+    plain = whitening(posterior, True, DAMPING)
+    assert plain.row_factors is None
+    torch.testing.assert_close(geometry.row_gain, plain.row_gain)
+    torch.testing.assert_close(geometry.column_gain, plain.column_gain)
+    for g in range(GROUPS):
+        factor, own = geometry.row_factors[g], posterior.gradient_factor[g].numpy()
+        order = sorted(range(ROWS), key=lambda r: (-own[r, r], r))
+        assert factor.order.tolist() == order
+        whole = own + row_damping * np.trace(own) / ROWS * np.eye(ROWS)
+        upper = factor.upper.numpy()
+        np.testing.assert_allclose(upper.T @ upper, np.linalg.inv(whole[np.ix_(order, order)]), rtol=1e-8)
+
+
+@pytest.mark.parametrize("kind", ["diag", "ekfac", "lowrank"])
+def test_row_feedback_needs_a_kronecker_product(kind):
+    with pytest.raises(ValueError, match=r"method\.rounding=two_sided needs .*posterior=kfac"):
+        whitening(POSTERIORS[kind], True, DAMPING, 0.1)
+
+
+def test_a_posterior_is_whitened_once_for_each_setting():
+    posterior = kronecker()
+    first = whitening(posterior, True, DAMPING)
+    assert whitening(posterior, True, DAMPING) is first
+    others = [(False, DAMPING, None), (True, 2 * DAMPING, None), (True, DAMPING, 0.1), (True, DAMPING, 0.0)]
+    geometries = [whitening(posterior, *setting) for setting in others]
+    assert len({id(geometry) for geometry in [first, *geometries]}) == 5
+    assert whitening(kronecker(), True, DAMPING) is not first
 
 
 def test_an_unknown_posterior_is_refused():
-    with pytest.raises(TypeError, match="no whitening for str"):
-        whitening("posterior", True, 0.01)
+    with pytest.raises(TypeError, match="no whitening for SimpleNamespace"):
+        whitening(SimpleNamespace(whitenings={}), True, 0.01)
     with pytest.raises(TypeError, match="no whitening for str"):
         whiten("posterior", weight())

@@ -6,7 +6,13 @@ import torch
 from naive_quant import RULES, affine_nearest, damped, moment_of, naive_gptq, row_errors, visiting_order
 from torch import Tensor
 
-from bayesq.quant.feedback import feedback_factor, feedback_round, output_error
+from bayesq.quant.feedback import (
+    feedback_factor,
+    feedback_factors,
+    feedback_round,
+    feedback_round_groups,
+    output_error,
+)
 from bayesq.quant.grids import AffineGrid, CodebookGrid
 
 DAMPING = 0.01
@@ -96,6 +102,40 @@ def test_rounding_on_codebooks_equals_explicit_elimination(act_order: bool) -> N
     naive = naive_gptq(weight.numpy(), moment.numpy(), DAMPING, act_order, rounder)
     assert np.array_equal(codes.numpy(), naive.codes)
     np.testing.assert_allclose(values.numpy(), naive.values, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("columns", [1, 9, 17])
+def test_groups_at_once_are_rounded_like_groups_one_by_one(columns: int, act_order: bool) -> None:
+    dead = [(), (0,), (columns - 1,), tuple(range(columns))]
+    weight, moments = (
+        torch.stack(parts)
+        for parts in zip(*(random_problem(columns, 3, seed, dead[seed]) for seed in range(4)), strict=True)
+    )
+    widths = [2, 3, 5] * 4
+    grid = affine(weight.flatten(0, 1), widths)
+    factors = feedback_factors(moments, DAMPING, act_order)
+    found = feedback_round_groups(weight, factors, grid)
+    for g, factor in enumerate(factors):
+        own = slice(3 * g, 3 * g + 3)
+        alone = feedback_factor(moments[g], DAMPING, act_order)
+        assert torch.equal(factor.order, alone.order) and torch.equal(factor.dead, alone.dead) and factor.retries == 0
+        torch.testing.assert_close(factor.root, alone.root, rtol=1e-12, atol=1e-14)
+        part = AffineGrid(grid.scale[own], grid.zero[own], grid.width[own])
+        codes, values, met = feedback_round(weight[g], alone, part)
+        assert torch.equal(found[0][own], codes)
+        torch.testing.assert_close(found[1][own], values, rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(found[2][own], met, rtol=1e-9, atol=1e-9)
+
+
+def test_a_group_that_needs_more_damping_gets_it_alone() -> None:
+    _, moment = random_problem(6)
+    singular = torch.ones(6, 6, dtype=torch.float64)
+    one, other = feedback_factors(torch.stack([moment, singular]), 0.0)
+    assert one.retries == 0 and other.retries == feedback_factor(singular, 0.0).retries > 0
+    assert torch.equal(other.root, feedback_factor(singular, 0.0).root)
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        feedback_factors(torch.stack([moment, torch.full((6, 6), torch.nan)]), 0.0)
 
 
 def test_feedback_beats_rounding_to_nearest() -> None:

@@ -50,6 +50,8 @@ def naive_stream(tensor: QuantizedTensor) -> bytes:
 @example(tensor_of(13, 1, [5] * 13))
 @example(tensor_of(7, 3, [2, 3, 4, 5, 6, 7, 8]))
 @example(tensor_of(3, 5, [8, 2, 8]))
+@example(tensor_of(1, 3, [2], trellis=4))
+@example(tensor_of(9, 3, [2, 3, 4, 5, 6, 7, 8, 2, 2], trellis=256))
 def test_unpack_inverts_pack_at_the_exact_size(tensor: QuantizedTensor) -> None:
     buffers, facts = pack(tensor)
     books = {book.name: book for book in tensor.codebooks.values()}
@@ -59,6 +61,17 @@ def test_unpack_inverts_pack_at_the_exact_size(tensor: QuantizedTensor) -> None:
     assert bytes(buffers["codes"].numpy()) == naive_stream(tensor)
     assert buffer_bytes(buffers) == stored_bytes(tensor) == formula_bytes(tensor)
     assert code_bits(tensor) == sum(tensor.width.tolist()) * tensor.codes.shape[1]
+
+
+@settings(max_examples=60, deadline=None)
+@given(quantized_tensors())
+def test_a_trellis_takes_no_bit_of_its_own(tensor: QuantizedTensor) -> None:
+    scalar, trellis = (replace(tensor, codebooks={}, trellis=states) for states in (None, 64))
+    assert code_bits(trellis) == code_bits(scalar) and stored_bytes(trellis) == stored_bytes(scalar)
+    buffers, facts = pack(trellis)
+    assert facts["trellis"] == 64 and pack(scalar)[1]["trellis"] is None
+    assert all(torch.equal(buffer, pack(scalar)[0][key]) for key, buffer in buffers.items())
+    assert torch.equal(unpack(buffers, facts, {}).dequantize(), trellis.dequantize())
 
 
 @pytest.mark.parametrize("width", range(1, 9))
@@ -98,6 +111,7 @@ def test_a_model_survives_the_file_and_its_size_is_the_buffers(
     found = unpack_model(loaded, metadata)
     assert list(found) == list(layers)
     assert all(identical(found[name], layers[name]) for name in layers)
+    assert all(torch.equal(found[name].dequantize(), layers[name].dequantize()) for name in layers)
 
 
 def test_a_flipped_bit_or_a_cut_file_is_noticed(tmp_path: Path) -> None:

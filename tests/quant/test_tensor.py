@@ -6,22 +6,29 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
+from naive_quant import half_steps, trellis_indices
 from quant_strategies import codebook, quantized_tensors
 
 from bayesq.quant.tensor import Codebook, QuantizedTensor
 
 
 def naive_dequantize(tensor: QuantizedTensor) -> np.ndarray:
-    """Entry by entry: scale * (level - zero * 2**(width - 8)) / column_scale."""
+    """Entry by entry: scale * (level - zero * 2**(width - 8)) / column_scale.
+
+    A code is its level's index, or says with the codes above it, on a trellis, which of twice as many levels is meant.
+    """
     rows, columns = tensor.codes.shape
     per_group = rows // tensor.groups
     weight = np.zeros((tensor.groups, per_group, columns))
+    codes = tensor.codes.numpy()
+    index = codes if tensor.trellis is None else trellis_indices(codes, tensor.trellis, tensor.groups)
     for i in range(rows):
         width = int(tensor.width[i])
         for c in range(columns):
             s = 0 if tensor.group_size is None else c // tensor.group_size
-            code = int(tensor.codes[i, c])
-            level = float(tensor.codebooks[width].levels[code]) if width in tensor.codebooks else code
+            k = int(index[i, c])
+            plain = k if tensor.trellis is None else half_steps(width)[k]
+            level = float(tensor.codebooks[width].levels[k]) if width in tensor.codebooks else plain
             value = float(tensor.scale[i, s]) * (level - int(tensor.zero[i, s]) * 2.0 ** (width - 8))
             if tensor.column_scale is not None:
                 channels = tensor.column_scale.shape[1]
@@ -38,6 +45,19 @@ def test_dequantize_equals_the_formula_entry_by_entry(tensor: QuantizedTensor) -
     expected = naive_dequantize(tensor)
     assert weight.shape == expected.shape
     np.testing.assert_allclose(weight.numpy(), expected, rtol=3e-6, atol=1e-5)
+
+
+@settings(max_examples=60, deadline=None)
+@given(quantized_tensors())
+def test_level_indices_name_the_levels(tensor: QuantizedTensor) -> None:
+    index, codes = tensor.level_indices(), tensor.codes.numpy()
+    expected = codes if tensor.trellis is None else trellis_indices(codes, tensor.trellis, tensor.groups)
+    assert index.dtype == torch.int64 and np.array_equal(index.numpy(), expected)
+    for width in set(tensor.width.tolist()):
+        levels = tensor.levels(width)
+        assert levels.dtype == torch.float32 and bool((levels.diff() > 0).all())
+        assert len(levels) == 2**width * (1 if tensor.trellis is None else 2)
+        assert bool((index[tensor.width == width] < len(levels)).all())
 
 
 def plain() -> QuantizedTensor:
@@ -67,6 +87,9 @@ REFUSED = {
     "column scales for other groups": ({"column_scale": torch.ones(2, 3).half()}, "column_scale"),
     "float32 column scales": ({"column_scale": torch.ones(1, 3)}, "column_scale"),
     "a codebook of another width": ({"codebooks": {2: codebook(3)}}, "8 levels, width 2 needs 4"),
+    "a scalar codebook on a trellis": ({"codebooks": {3: codebook(3)}, "trellis": 8}, "8 levels, width 3 needs 16"),
+    "a trellis codebook without one": ({"codebooks": {3: codebook(3, trellis=True)}}, "16 levels, width 3 needs 8"),
+    "a trellis nobody knows": ({"trellis": 12}, "a trellis has 4, 8, 16, 32, 64, 128, 256 states, not 12"),
 }
 
 

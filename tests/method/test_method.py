@@ -1,0 +1,376 @@
+"""BayesQ from statistics to QuantizedTensors on small layers whose Fisher is known."""
+
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import bayesq.method
+from bayesq import codebook
+from bayesq.method import BayesQ
+from bayesq.posterior import Diagonal, Kfac
+from bayesq.quant.grids import mse_grid
+from bayesq.quant.method import LayerProblem, stack_groups
+from bayesq.quant.packing import CODEBOOK_PREFIX, pack_model, unpack_model
+from bayesq.quant.tensor import QuantizedTensor
+from bayesq.rounding import Rounded, refit_rows
+
+SETTINGS = {
+    "levels": "trellis",
+    "states": 8,
+    "posterior_noise": False,
+    "rounding": "feedback",
+    "refits": 1,
+    "damping": 0.01,
+    "row_damping": 0.1,
+}
+WIDTHS = (2, 3, 4, 5)
+
+
+def bayesq_with(posterior: object = None, **changes: object) -> BayesQ:
+    return BayesQ(posterior=posterior or Kfac(1.0, 1000, None, 0.1), **{**SETTINGS, **changes})  # type: ignore[arg-type]
+
+
+def moment(groups: int, size: int, generator: torch.Generator) -> Tensor:
+    """Second moments [g, size, size] of correlated variables of unequal energy."""
+    mix = torch.randn(groups, size, size, generator=generator) / size**0.5
+    x = torch.randn(groups, size, 3 * size, generator=generator)
+    x = (mix @ x + 0.5 * x) * (0.2 + torch.rand(groups, size, 1, generator=generator))
+    return x @ x.transpose(1, 2) / x.shape[2]
+
+
+def layer(name: str, kind: str, shape: tuple[int, int, int], seed: int, positions: int = 1) -> LayerProblem:
+    groups, rows, columns = shape
+    generator = torch.Generator().manual_seed(seed)
+    spread = 0.3 + torch.rand(groups, rows, 1, generator=generator)
+    weight = spread * torch.randn(shape, generator=generator)
+    statistics = {
+        "input_moment": moment(groups, columns, generator),
+        "gradient_moment": 0.1 * moment(groups, rows, generator),
+        "fisher_diagonal": torch.rand(shape, generator=generator) ** 2,
+    }
+    return LayerProblem(name, kind, weight, statistics.__getitem__, positions)
+
+
+def network(seed: int = 0, rows: int = 40) -> list[LayerProblem]:
+    """A wide layer, a depthwise convolution (one row a group), a grouped one, and a head of two rows."""
+    return [
+        layer("body", "Linear", (1, rows, 48), seed),
+        layer("depthwise", "Conv2d", (12, 1, 9), seed + 1, positions=9),
+        layer("grouped", "Conv2d", (2, 5, 18), seed + 2, positions=9),
+        layer("head", "Linear", (1, 2, 40), seed + 3),
+    ]
+
+
+class Allocator:
+    """Hands every row one of the widths in turn, remembers what it was told, and asks for some widths' distortion."""
+
+    def __init__(self, widths: Sequence[int] = WIDTHS, ask: Sequence[int] = ()) -> None:
+        self.widths, self.ask = widths, ask
+        self.codebook_bits = -1
+        self.distortions: dict[tuple[str, int], float] = {}
+
+    def __call__(self, layers, codebook_bits=0, distortion=None) -> dict[str, Tensor]:
+        self.codebook_bits = codebook_bits
+        self.distortions = {(one.name, w): distortion(one, w) for one in layers for w in self.ask}
+        return {one.name: torch.tensor((list(self.widths) * one.rows)[: one.rows], dtype=torch.uint8) for one in layers}
+
+
+@pytest.fixture(autouse=True)
+def quick_designs(monkeypatch):
+    """Codebooks designed on few atoms: 2 or more to a level at the widths used here."""
+    monkeypatch.setattr(codebook, "ATOMS", 128)
+
+
+@pytest.fixture
+def cheap_tables(monkeypatch):
+    """Tables of levels in networks as small as these."""
+    monkeypatch.setattr(codebook, "TABLE_COST", 10.0)
+
+
+@pytest.fixture
+def roundings(monkeypatch) -> list[Rounded]:
+    """Every rounding of a layer, in order."""
+    found: list[Rounded] = []
+    plain = bayesq.method.round_layer
+
+    def recorded(*arguments):
+        found.append(plain(*arguments))
+        return found[-1]
+
+    monkeypatch.setattr(bayesq.method, "round_layer", recorded)
+    return found
+
+
+def achieved_risk(method: BayesQ, layers: list[LayerProblem], widths: Sequence[int]) -> float:
+    total = 0.0
+    for one, tensor in method.quantize(layers, Allocator(widths)):
+        delta = tensor.dequantize().double() - one.weight.double()
+        total += float(method.posterior.fit(one).risk(delta).sum())
+    return total
+
+
+KINDS = {
+    "trellis": {},
+    "trellis without refits": {"refits": 0},
+    "trellis, more refits": {"refits": 3, "states": 64},
+    "trellis to nearest": {"rounding": "nearest"},
+    "lloyd": {"levels": "lloyd"},
+    "lloyd with noise": {"levels": "lloyd", "posterior_noise": True},
+    "lloyd, two-sided": {"levels": "lloyd", "rounding": "two_sided"},
+    "uniform": {"levels": "uniform", "refits": 2},
+    "uniform, two-sided": {"levels": "uniform", "rounding": "two_sided", "refits": 0},
+    "diagonal": {"posterior": Diagonal(1.0, 1000, None)},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("tables", [True, False])
+def test_tensors_stand_for_what_was_rounded(kind, tables, roundings, monkeypatch):
+    monkeypatch.setattr(codebook, "TABLE_COST", 10.0 if tables else 0.0)
+    layers, allocator = network(), Allocator()
+    method = bayesq_with(**KINDS[kind])
+    result = list(method.quantize(layers, allocator))
+    assert [one.name for one, _ in result] == [one.name for one in layers]
+    assert len(roundings) == len(layers) * (method.refits + 1)
+    for (one, tensor), rounded in zip(result, roundings[-len(layers) :], strict=True):
+        groups, rows, columns = one.weight.shape
+        assert tensor.groups == groups and tensor.codes.shape == (groups * rows, columns)
+        assert torch.equal(tensor.width, allocator([one])[one.name])
+        expected = rounded.values.reshape(one.weight.shape)
+        np.testing.assert_allclose(tensor.dequantize(), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+        # a trellis runs down the rows of a group, and one or two are none
+        long = rows >= bayesq.method.LEAST_TRELLIS_ROWS
+        assert tensor.trellis == (method.states if SETTINGS.get("levels") == method.levels and long else None)
+        assert one.fallbacks["damping_retries"] == 0
+    # rounding sees what is stored: nothing is far off
+    body = result[0]
+    assert float((body[1].dequantize() - body[0].weight).square().mean()) < 0.2 * float(body[0].weight.var())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_file_gives_the_same_weights(kind, cheap_tables):
+    result = {one.name: tensor for one, tensor in bayesq_with(**KINDS[kind]).quantize(network(), Allocator())}
+    found = unpack_model(*pack_model(result))
+    assert all(torch.equal(found[name].dequantize(), tensor.dequantize()) for name, tensor in result.items())
+
+
+def stored_table_bits(tensors: dict[str, QuantizedTensor]) -> int:
+    buffers, _ = pack_model(tensors)
+    return sum(8 * b.numel() * b.element_size() for name, b in buffers.items() if name.startswith(CODEBOOK_PREFIX))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("widths", [(2, 3, 4, 5, 6), (3,), (2, 7)])
+def test_the_allocator_hears_of_all_tables_that_are_stored(kind, widths, cheap_tables):
+    allocator, method = Allocator(widths), bayesq_with(**KINDS[kind])
+    tensors = {one.name: tensor for one, tensor in method.quantize(network(), allocator)}
+    stored = stored_table_bits(tensors)
+    designed = method.levels != "uniform" and method.refits > 0
+    per_level = 32 if method.levels == "trellis" else 16
+    assert stored == (sum(per_level * 2**w for w in widths if w <= 6) if designed else 0)
+    assert stored <= allocator.codebook_bits
+    if len(widths) == 5:
+        assert stored == allocator.codebook_bits
+
+
+@pytest.mark.parametrize(("levels", "allowed"), [("trellis", {2, 3}), ("lloyd", {2, 3, 4}), ("uniform", set())])
+def test_tables_are_for_widths_that_can_pay_for_them(levels, allowed):
+    """About 75,000 weights: 2 ln 2 bits a weight of a table of 2**k levels fall below 0.005 up to 16 levels."""
+    layers = [layer("body", "Linear", (1, 260, 288), 5), layer("head", "Linear", (1, 2, 40), 6)]
+    allocator, method = Allocator((2, 3, 4, 5, 6)), bayesq_with(levels=levels, states=4)
+    tensors = {one.name: tensor for one, tensor in method.quantize(layers, allocator)}
+    assert set(tensors["body"].codebooks) == allowed
+    # two rows have scalar codes, which cannot name a trellis' levels
+    assert set(tensors["head"].codebooks) == (allowed & {2, 3} if levels == "lloyd" else set())
+    assert stored_table_bits(tensors) == allocator.codebook_bits > 0 or not allowed
+    for width, book in tensors["body"].codebooks.items():
+        assert book.name == f"{levels}/{width}" and bool((book.levels.diff() > 0).all())
+
+
+def test_one_table_serves_all_layers(cheap_tables):
+    tensors = [tensor for _, tensor in bayesq_with().quantize(network(), Allocator())]
+    body, depthwise, grouped, head = (tensor.codebooks for tensor in tensors)
+    assert set(body) == set(grouped) == set(WIDTHS) and not depthwise and not head
+    assert all(torch.equal(body[w].levels, grouped[w].levels) for w in WIDTHS)
+
+
+def met_in_level_units(method: BayesQ, one: LayerProblem, rounded: Rounded) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What a layer of one group met, on its refitted grid; what an error of a level unit costs there; that grid."""
+    posterior = method.posterior.fit(one)
+    columns = conditional(damped(posterior.input_factor[0], method.damping))
+    scale, zero = refit_rows(rounded, columns.expand_as(rounded.met))
+    cost = posterior.gradient_factor[0].diagonal()[:, None] * columns * scale[:, None].square()
+    return rounded.met / scale[:, None] + zero[:, None], cost, scale, zero
+
+
+def damped(a: Tensor, fraction: float) -> Tensor:
+    return a + fraction * a.diagonal().mean() * torch.eye(len(a), dtype=a.dtype)
+
+
+def test_trellis_levels_are_the_centroids_of_what_the_first_rounding_met(cheap_tables, roundings):
+    layers = [layer("body", "Linear", (1, 40, 48), 30), layer("more", "Linear", (1, 20, 30), 31)]
+    method = bayesq_with()
+    result = list(method.quantize(layers, Allocator()))
+    for w in WIDTHS:
+        moment, mass = np.zeros(2 ** (w + 1)), np.zeros(2 ** (w + 1))
+        for one, rounded in zip(layers, roundings, strict=False):
+            units, cost, _, _ = met_in_level_units(method, one, rounded)
+            for row in (rounded.width == w).nonzero()[:, 0].tolist():
+                for k, unit, p in zip(*(x[row].tolist() for x in (rounded.index, units, cost)), strict=True):
+                    moment[k] += p * unit
+                    mass[k] += p
+        start = np.arange(2 ** (w + 1)) / 2 - 0.25
+        centroids = np.maximum.accumulate(np.where(mass > 0, moment / np.maximum(mass, 1e-300), start))
+        for _, tensor in result:
+            np.testing.assert_allclose(tensor.codebooks[w].levels.double(), centroids, rtol=2e-3, atol=2e-3)
+
+
+def test_the_step_of_uniform_levels_is_folded_into_the_grids(roundings):
+    """About the middle of the codes, and by as much as suits what the first rounding met best."""
+    one = layer("body", "Linear", (1, 40, 48), 32)
+    method = bayesq_with(levels="uniform")
+    ((_, tensor),) = method.quantize([one], Allocator((2, 3)))
+    units, cost, scale, zero = met_in_level_units(method, one, roundings[0])
+    for w in (2, 3):
+        rows, centre = tensor.width == w, (2**w - 1) / 2
+        steps = tensor.scale[rows, 0].double() / scale[rows]
+        step = float(steps.median())
+        torch.testing.assert_close(steps, steps.median().expand(len(steps)), rtol=1e-3, atol=0)  # fp16
+        assert abs(step - 1) > 3e-3
+        # the middle of the codes stands for the same weight as before; zeros are stored in steps of 2**(w - 8)
+        middle = tensor.scale[rows, 0].double() * (centre - tensor.zero[rows, 0].double() * 2.0 ** (w - 8))
+        expected = scale[rows] * (centre - zero[rows])
+        assert bool(((middle - expected).abs() <= scale[rows] * 1.1 * 2.0 ** (w - 9)).all())
+
+        def distortion(h: float, rows: Tensor = rows, centre: float = centre, w: int = w) -> float:
+            levels = centre + (torch.arange(2**w).double() - centre) * h
+            return float((cost[rows] * (units[rows, :, None] - levels).square().amin(2)).sum())
+
+        assert distortion(step) < 1.003 * min(distortion(h) for h in np.geomspace(0.5, 2, 200))
+
+
+def test_the_allocator_is_told_the_distortion_of_each_layers_codes(cheap_tables):
+    """Weights of unit variance: less than scalar codes where a trellis runs; more bits, less distortion."""
+    told = {}
+    for levels in ("trellis", "lloyd", "uniform"):
+        allocator = Allocator(ask=range(2, 9))
+        list(bayesq_with(levels=levels).quantize(network(), allocator))
+        told[levels] = allocator.distortions
+        for name in ("body", "depthwise", "grouped", "head"):
+            found = [told[levels][name, w] for w in range(2, 9)]
+            assert all(wider < narrower / 1.5 for narrower, wider in itertools.pairwise(found))
+    # Max (1960): the best levels, and the best uniform ones
+    for w, best, uniform in ((2, 0.1175, 0.1188), (3, 0.03454, 0.03744), (4, 0.009497, 0.01154)):
+        for name in ("body", "grouped"):
+            assert 2.0 ** (-2 * w) < told["trellis"][name, w] < 0.8 * best
+        for name in ("depthwise", "head"):
+            assert told["trellis"][name, w] == pytest.approx(uniform, rel=2e-3)
+        assert told["lloyd"]["head", w] == pytest.approx(best, rel=2e-3)
+        assert told["uniform"]["body", w] == pytest.approx(uniform, rel=2e-3)
+
+
+def test_the_distortion_it_tells_is_about_what_normal_weights_get(cheap_tables):
+    """E[(w - w_hat)^2] gain summed: risk over 1/2 sum gain var(w), for weights that are normal in every row."""
+    one = layer("body", "Linear", (1, 200, 96), 7)
+    one.statistic("gradient_moment")[0] = torch.diag(0.1 + torch.rand(200, generator=torch.Generator().manual_seed(8)))
+    for levels, width in (("trellis", 2), ("trellis", 3), ("lloyd", 3), ("uniform", 3)):
+        allocator, method = Allocator((width,), ask=(width,)), bayesq_with(levels=levels, damping=0.0)
+        ((_, tensor),) = method.quantize([one], allocator)
+        posterior = method.posterior.fit(one)
+        gain = posterior.gradient_factor[0].diagonal()[:, None] * conditional(posterior.input_factor[0])
+        scale = 0.5 * float((gain * one.weight[0].double().var(1, unbiased=False, keepdim=True)).sum())
+        risk = float(posterior.risk(tensor.dequantize().double() - one.weight.double()).sum())
+        assert risk / scale == pytest.approx(allocator.distortions["body", width], rel=0.15)
+
+
+def conditional(a: Tensor) -> Tensor:
+    """[c] what A leaves of each column once all columns of less energy have adapted: Schur complements."""
+    order = a.diagonal().argsort(descending=True)
+    left = a[order][:, order].flip(0, 1)
+    return torch.linalg.cholesky(left).diagonal().flip(0).square()[order.argsort()]
+
+
+def median_ratio(one: dict[str, object], other: dict[str, object], widths: Sequence[int], rows: int = 40) -> float:
+    """Achieved risk of one setting over another's, the median of several random networks."""
+    ratios = []
+    for seed in range(5):
+        layers = network(100 * seed, rows)
+        ratios.append(
+            achieved_risk(bayesq_with(**one), layers, widths) / achieved_risk(bayesq_with(**other), layers, widths)
+        )
+    return float(np.median(ratios))
+
+
+@pytest.mark.parametrize("widths", [(2,), (3,), (2, 3, 4)])
+def test_trellis_beats_lloyd_and_lloyd_beats_uniform(widths, cheap_tables):
+    assert median_ratio({"levels": "trellis", "states": 64}, {"levels": "lloyd"}, widths) < 0.85
+    assert median_ratio({"levels": "lloyd"}, {"levels": "uniform"}, widths) < 0.99
+
+
+@pytest.mark.parametrize("levels", ["trellis", "lloyd", "uniform"])
+@pytest.mark.parametrize("rounding", ["feedback", "nearest"])
+def test_refitting_pays(levels, rounding, cheap_tables):
+    settings = {"levels": levels, "rounding": rounding, "states": 16}
+    assert median_ratio({**settings, "refits": 1}, {**settings, "refits": 0}, (3, 2)) < 1.0
+
+
+@pytest.mark.parametrize("levels", ["lloyd", "uniform"])
+def test_two_sided_rounding_lowers_the_risk_of_coupled_rows(levels, cheap_tables):
+    both, columns = ({"levels": levels, "rounding": rounding} for rounding in ("two_sided", "feedback"))
+    assert median_ratio(both, columns, (3,)) < 0.97
+
+
+def test_without_refits_scalar_rows_keep_their_first_grid():
+    layers = network()
+    for one, tensor in bayesq_with(levels="lloyd", refits=0).quantize(layers, Allocator()):
+        scale, zero = mse_grid(stack_groups(one.weight).double(), tensor.width)
+        assert torch.equal(tensor.scale[:, 0].double(), scale) and not tensor.codebooks
+        assert tensor.zero[:, 0].tolist() == [
+            int(z) << (8 - w) for z, w in zip(zero.tolist(), tensor.width.tolist(), strict=True)
+        ]
+
+
+@pytest.mark.parametrize("levels", ["trellis", "lloyd"])
+def test_the_same_problem_gives_the_same_codes(levels, cheap_tables):
+    one, two = ([t for _, t in bayesq_with(levels=levels).quantize(network(), Allocator())] for _ in range(2))
+    assert all(torch.equal(a.codes, b.codes) and torch.equal(a.scale, b.scale) for a, b in zip(one, two, strict=True))
+
+
+def test_weights_no_grid_can_hold_are_refused_before_anything_is_allocated():
+    layers, allocator = network(), Allocator()
+    layers[2].weight[0, 1, 2] = torch.nan
+    with pytest.raises(ValueError, match="layer grouped"):
+        next(iter(bayesq_with().quantize(layers, allocator)))
+    assert allocator.codebook_bits == -1
+
+
+REFUSED = {
+    "levels": ({"levels": "cubic"}, r"method\.levels=cubic: choose one of trellis, lloyd, uniform"),
+    "rounding": ({"rounding": "up"}, r"method\.rounding=up: choose one of feedback, two_sided, nearest"),
+    "states": ({"states": 12}, r"method\.states=12: choose one of 4, 8"),
+    "states for scalar levels": ({"states": 0, "levels": "lloyd"}, r"method\.states=0"),
+    "negative refits": ({"refits": -1}, r"method\.refits=-1"),
+    "half refits": ({"refits": 1.5}, r"method\.refits=1\.5"),
+    "damping": ({"damping": -0.1}, r"method\.damping=-0\.1"),
+    "damping that is no number": ({"damping": float("nan")}, r"method\.damping=nan"),
+    "row_damping": ({"row_damping": -1}, r"method\.row_damping=-1"),
+    "two-sided trellis": ({"rounding": "two_sided"}, r"method\.rounding=two_sided: .*method\.levels=lloyd"),
+    "noise on a trellis": ({"posterior_noise": True}, r"method\.posterior_noise=true: .*method\.levels=uniform"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_settings_that_make_no_sense_are_refused_by_name(name):
+    changes, message = REFUSED[name]
+    with pytest.raises(ValueError, match=message):
+        bayesq_with(**changes)
+
+
+def test_two_sided_rounding_refuses_a_posterior_without_factors():
+    method = bayesq_with(Diagonal(1.0, 1000, None), levels="lloyd", rounding="two_sided")
+    with pytest.raises(ValueError, match=r"method\.rounding=two_sided"):
+        list(method.quantize(network(), Allocator()))
