@@ -26,8 +26,8 @@ from bayesq.quant.method import Distortion, LayerProblem, stack_groups
 from bayesq.rounding import predicted_risk, round_layer
 from bayesq.whitening import whitening
 
-# Bits a weight that a mix of whole layers may leave unspent: the promise of bits/code.
-UNSPENT = 0.01
+# Bits a weight that a mix of whole layers may leave unspent, so that no baseline stores less than its budget allows.
+UNSPENT = 0.0005
 # Sums of bits that are told apart when a mix of whole layers is chosen exactly.
 FILL_SUMS = 2**20
 
