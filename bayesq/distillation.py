@@ -28,7 +28,7 @@ from bayesq.quant.tensor import Codebook, QuantizedTensor
 Norm = nn.BatchNorm1d | nn.BatchNorm2d | nn.LayerNorm | nn.GroupNorm
 # A candidate has to beat the untouched network by this many standard errors of the paired difference: divergences have
 # heavy tails, and a hundred held-out examples say little.
-MARGIN = 1.0
+MARGIN = 0.5
 
 
 class Batch(Protocol):
@@ -55,7 +55,7 @@ class DistillationSettings:
         held_out: share of the examples that only judges.
     """
 
-    steps: int = 2
+    steps: int = 1
     evaluations: int = 4
     held_out: float = 0.2
 
