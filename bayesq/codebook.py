@@ -201,8 +201,8 @@ def normal_distortion(kind: str, width: int, noise: float = 0.0) -> float:
     return float(expected_distortion(_STANDARD["mean"], _STANDARD["std"] * spread, _STANDARD["precision"], levels))
 
 
-# Non-uniform levels are stored as a table of fp16 levels, once for the model. Widest codes that may have one: 0.24 bit is
-# what Lloyd-Max gains at 5 bits on a normal source, and rows much wider are few.
+# Non-uniform levels are stored as a table of fp16 levels, once for the model. Widest codes that may have one: 0.24 bit
+# is what Lloyd-Max gains at 5 bits on a normal source, and rows much wider are few.
 TABLE_MAX_WIDTH = 6
 # A table may take this much of the risk's own scale: spending x bits a weight on something else than codes raises the
 # risk by 2 ln 2 x, and a table has to be worth it in every model, also where few rows have its width.

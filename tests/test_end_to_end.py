@@ -13,6 +13,7 @@ import torch
 
 from bayesq.quant.accounting import buffer_bytes
 from bayesq.quant.packing import pack_model, unpack_model
+from bayesq.suite import runner
 from bayesq.suite.cache import read_tensors
 from bayesq.suite.results import load_results
 
@@ -99,7 +100,7 @@ def test_the_evaluated_weights_are_the_stored_ones(sweep: Path, monkeypatch: pyt
     """An evaluation of weights loaded from the file by hand gives the very predictions of the run."""
     from omegaconf import OmegaConf
 
-    from bayesq.suite import evaluation, runner
+    from bayesq.suite import evaluation
 
     result = next(r for r in load_results(sweep / "results") if r["method"] == "bayesq" and r["bits/target"] == 3)
     monkeypatch.chdir(sweep)
@@ -160,7 +161,13 @@ def test_force_reproduces_metrics_and_codes_byte_for_byte(sweep: Path) -> None:
         ("method=bayesq", "posterior=diag"),
         ("method=bayesq", "method.levels=uniform", "allocation.block=layer"),
         ("method=bayesq", "method.rounding=nearest", "allocator=uniform"),
-        ("method=bayesq", "method.posterior_noise=true", "method.refits=2", "posterior.samples=2"),
+        ("method=bayesq", "method.levels=lloyd", "method.posterior_noise=true", "method.refits=2"),
+        ("method=bayesq", "method.levels=lloyd", "method.rounding=two_sided", "posterior.samples=2"),
+        ("method=bayesq", "method.states=8", "allocation.block=group", "posterior.examples=64"),
+        ("method=bayesq", "posterior.prior_scope=global", "posterior.num_data=1000", "proxy=mc"),
+        ("method=bayesq", "posterior=ekfac", "correction=moments"),
+        ("method=bayesq", "posterior=lowrank", "allocation.min_width=3", "bits=3.5"),
+        ("method=gptq", "correction=moments"),
         ("method=gptq", "allocator=knapsack", "budget.count=stored", "bits=3.2"),
         ("method=gptq", "method.sequential=true", "method.group_size=32", "calibration.examples=64"),
         ("method=awq", "allocator=knapsack", "layers.exclude=[fc]"),
@@ -178,6 +185,22 @@ def test_every_switch_runs_and_matters(sweep: Path, overrides: tuple[str, ...]) 
     if "budget.count=stored" in overrides:
         assert result["bits/target"] - 0.02 <= result["bits/stored"] <= result["bits/target"]
     assert (result["method"], result["q/kl_to_fp"]) not in known
+
+
+@pytest.mark.parametrize("method", ["bayesq", "gptq"])
+def test_distillation_never_raises_the_held_out_divergence(sweep: Path, method: str) -> None:
+    place = f"distilled-{method}"
+    overrides = (f"method={method}", "bits=2.5", "distill=true", "correction=moments", "wandb.mode=disabled")
+    done = command(sweep, *DIGITS, *overrides, f"results_dir={place}")
+    assert done.returncode == 0, done.stderr
+    (result,) = load_results(sweep / place)
+    assert result["distill/heldout_kl_after"] <= result["distill/heldout_kl_before"]
+    assert result["time/distill_s"] > 0
+    buffers, _ = read_tensors(sweep / place / result["run_id"] / "quantized.safetensors")
+    parameters = {name for name in buffers if name.startswith(runner.PARAMETER_PREFIX)}
+    assert parameters
+    counted = {name: buffer for name, buffer in buffers.items() if name not in parameters}
+    assert buffer_bytes(counted) == result["bytes/packed"]
 
 
 def test_a_method_that_cannot_run_fails_alone_and_in_one_line(sweep: Path) -> None:

@@ -231,7 +231,10 @@ def normal_trellis(width: int, states: int, designed: bool) -> tuple[Tensor, flo
     if not designed:
         half = uniform_levels(width) - (2**width - 1) / 2
         # 2 sqrt(width) + 1 standard deviations hold a normal row's best range from 2 to 8 bits with room on both sides.
-        tried = [half * (2 * width**0.5 + 1) * k / STEP_FACTORS / half[-1] for k in range(STEP_FACTORS // 3, STEP_FACTORS + 1)]
+        tried = [
+            half * (2 * width**0.5 + 1) * k / STEP_FACTORS / half[-1]
+            for k in range(STEP_FACTORS // 3, STEP_FACTORS + 1)
+        ]
         return min(((levels, assign(levels)[1]) for levels in tried), key=lambda pair: pair[1])
     quantiles = (torch.arange(count, dtype=torch.float64) + 0.5) / count
     # sqrt(3): the optimal level density is proportional to the cube root of the source density (Panter and Dite).

@@ -44,7 +44,7 @@ class SmallNet(nn.Module):
 
 
 LAYERS = ("conv1", "conv2", "hidden", "head")
-FAST = DistillationSettings(steps=40)
+FAST = DistillationSettings(steps=4)
 
 
 @pytest.fixture(scope="module")
@@ -175,10 +175,10 @@ def test_it_lowers_the_divergence_and_changes_only_what_it_may(digits, group_siz
     calibration, unseen = images[:320], images[320:]
     teacher = teacher_of(network, calibration)
     state = copy.deepcopy(student.state_dict())
-    settings = DistillationSettings(steps=100, learning_rate=3e-3, affine_learning_rate=3e-3)
+    settings = DistillationSettings(steps=8)
     result = distill(student, tensors, batches_of(calibration), teacher, settings, torch.Generator().manual_seed(0))
 
-    assert result.steps == 100 and result.best_step > 0
+    assert result.steps == 8 and result.best_step > 0
     assert result.heldout_kl_after < 0.8 * result.heldout_kl_before
     distilled = loaded(student, result.tensors, result.parameters)
     before, after = (divergence(teacher_of(network, unseen), x, unseen) for x in (student, distilled))
@@ -200,16 +200,19 @@ def test_it_lowers_the_divergence_and_changes_only_what_it_may(digits, group_siz
         assert len(books) == 1 and not torch.equal(levels, torch.arange(8).half())
 
 
-@pytest.mark.parametrize("rate", [1e-3, 0.3, 30.0, 1e6])
-def test_the_held_out_divergence_never_rises(digits, rate):
+@pytest.mark.parametrize("hostile", [False, True])
+@pytest.mark.parametrize("steps", [1, 12])
+def test_the_held_out_divergence_never_rises(digits, steps, hostile):
+    """Also where the training part teaches the opposite of what the held-out part asks for."""
     network, images = digits
     tensors = quantize(network, dict.fromkeys(LAYERS, 3))
     student = loaded(network, tensors, {})
-    settings = DistillationSettings(
-        steps=12, learning_rate=rate, affine_learning_rate=rate, warmup=0.0, evaluate_every=4
-    )
+    settings = DistillationSettings(steps=steps)
     calibration = images[:100]
     teacher = teacher_of(network, calibration)
+    if hostile:
+        training = torch.randperm(100, generator=torch.Generator().manual_seed(3))[20:]
+        teacher[training] = teacher[training].flip(1)
     result = distill(student, tensors, batches_of(calibration), teacher, settings, torch.Generator().manual_seed(3))
     assert result.heldout_kl_after <= result.heldout_kl_before
     # the reported numbers are those of the stored network on the held-out fifth
@@ -226,11 +229,11 @@ def test_the_held_out_divergence_never_rises(digits, rate):
     for tensor in result.tensors.values():
         levels = tensor.codebooks[3].levels
         assert bool((levels[1:] >= levels[:-1]).all())
-    if rate == 1e6:
+    if hostile:
         assert result.best_step == 0
 
 
-@pytest.mark.parametrize(("examples", "beats"), [(10, False), (1000, True)])
+@pytest.mark.parametrize(("examples", "beats"), [(4, False), (1000, True)])
 def test_a_gain_has_to_stand_out_from_its_noise(examples, beats, digits, monkeypatch):
     """Gains of +0.5 and -0.3 in turn: mean 0.1, standard deviation 0.4."""
     gain = torch.tensor([0.5, -0.3], dtype=torch.float64).repeat(examples // 2)
@@ -241,9 +244,9 @@ def test_a_gain_has_to_stand_out_from_its_noise(examples, beats, digits, monkeyp
     monkeypatch.setattr("bayesq.distillation._held_out_kl", held_out_kl)
     network, images = digits
     tensors = quantize(network, dict.fromkeys(LAYERS, 3))
-    teacher, settings = teacher_of(network, images[:100]), replace(FAST, steps=4, evaluate_every=2)
+    teacher, settings = teacher_of(network, images[:100]), FAST
     result = distill(network, tensors, batches_of(images[:100]), teacher, settings, torch.Generator().manual_seed(0))
-    assert (result.best_step, result.heldout_kl_before) == (2 if beats else 0, 1.0)  # of equals, the first
+    assert (result.best_step, result.heldout_kl_before) == (1 if beats else 0, 1.0)  # of equals, the first
     assert result.heldout_kl_after == pytest.approx(0.9 if beats else 1.0)
 
 
@@ -302,9 +305,12 @@ def test_decoding_is_dequantization_and_its_gradients_are_right(group_size):
     torch.testing.assert_close(weight, matrix_to_weight(layer, tensor.dequantize()))
 
     direction = torch.randn(weight.shape, generator=generator)
-    leaves = [student.factors["0"], student.levels["b/2"], student.levels["b/3"]]
+    leaves = [student.factors["0"], student.level_moves["b/2"], student.level_moves["b/3"]]
     gradients = torch.autograd.grad((weight * direction).sum(), leaves)
-    copies = [x.detach().double().requires_grad_(True) for x in leaves]
+    copies = [student.factors["0"], student.levels["b/2"], student.levels["b/3"]]
+    copies = [x.detach().double().requires_grad_(True) for x in copies]
+    # a level moves by its move over the square root of the rows that read it
+    units = [1.0, *(float((width == w).sum()) ** -0.5 for w in (2, 3))]
     rows = []
     for r in range(8):
         table = {2: copies[1], 3: copies[2]}.get(int(width[r]), torch.arange(256, dtype=torch.float64))
@@ -316,8 +322,8 @@ def test_decoding_is_dequantization_and_its_gradients_are_right(group_size):
             row.append(value / float(tensor.column_scale[r // 4, c // 5]))
         rows.append(torch.stack(row))
     naive = torch.autograd.grad((torch.stack(rows).flatten() * direction.double().flatten()).sum(), copies)
-    for gradient, expected in zip(gradients, naive, strict=True):
-        torch.testing.assert_close(gradient.double(), expected, rtol=1e-4, atol=1e-4)
+    for gradient, expected, unit in zip(gradients, naive, units, strict=True):
+        torch.testing.assert_close(gradient.double(), unit * expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("with_book", [False, True])
@@ -359,12 +365,12 @@ def test_levels_are_kept_in_order():
     )
     student = Student(nn.Sequential(nn.Linear(2, 1)), {"0": tensor})
     ordered = torch.arange(8.0)
-    student.project()
-    assert torch.equal(student.levels["b"].detach(), ordered)
+    assert torch.equal(student.stored()[0]["0"].codebooks[3].levels, ordered.half())
     with torch.no_grad():
-        student.levels["b"].copy_(torch.tensor([0.0, 3, 2, 1, 4, 6, 5, 7]))
-    student.project()
-    assert torch.equal(student.levels["b"].detach(), torch.tensor([0.0, 2, 2, 2, 4, 5.5, 5.5, 7]))
+        wanted = torch.tensor([0.0, 3, 2, 1, 4, 6, 5, 7])
+        student.level_moves["b"].copy_((wanted - ordered) / student.level_units["b"])
+    stored = student.stored()[0]["0"].codebooks[3].levels
+    assert torch.equal(stored, torch.tensor([0.0, 2, 2, 2, 4, 5.5, 5.5, 7]).half())
 
 
 def test_text_batches_of_different_lengths():
@@ -388,7 +394,7 @@ def test_text_batches_of_different_lengths():
         batches.append(Batch({"input_ids": ids, "attention_mask": torch.ones(12, length).long()}, index))
     tensors = quantize(network, {"head": 2})
     teacher = posterior_predictive(network, [], None, batches, 0, generator)
-    settings = DistillationSettings(steps=60, learning_rate=1e-2, affine_learning_rate=1e-2)
+    settings = DistillationSettings(steps=6)
     result = distill(loaded(network, tensors, {}), tensors, batches, teacher, settings, generator)
     assert result.heldout_kl_after < result.heldout_kl_before
     assert network.embedding.weight.grad is None
