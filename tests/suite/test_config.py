@@ -62,16 +62,42 @@ def test_run_id_is_twelve_hexadecimal_digits_and_repeatable(default: DictConfig)
 
 
 def test_every_key_changes_the_run_id_except_where_how_and_whether(default: DictConfig) -> None:
-    own = config.run_id(default)
     metadata = {"method.allocator", "method.uses_posterior"}
     pinned = changed(default, "allocator", "knapsack")
-    assert config.run_id(pinned) == own, "the default method allocates by knapsack"
+    assert config.run_id(pinned) == config.run_id(default), "the default method allocates by knapsack"
+    # sections are read when their stage is on
+    pinned = changed(changed(pinned, "distill", True), "proxy", "mc")
+    own = config.run_id(pinned)
     for key, value in config.flatten(config.resolved(pinned)).items():
         if key == "allocator":
             continue
         same = config.run_id(changed(pinned, key, other(value))) == own
         without_effect = key.split(".")[0] in config.WITHOUT_EFFECT or key in metadata
         assert same == without_effect, key
+
+
+@pytest.mark.parametrize(("section", "key"), [("distillation", "steps"), ("monte_carlo", "samples")])
+def test_settings_of_a_stage_that_is_off_do_not_count(default: DictConfig, section: str, key: str) -> None:
+    assert config.run_id(changed(default, f"{section}.{key}", 17)) == config.run_id(default)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["proxy=mcmc"], "proxy=mcmc: choose one of none, mc"),
+        (["proxy=mc", "method=gptq"], "proxy=mc: .*allocator=knapsack"),
+        (["correction=moment"], "correction=moment: choose one of none, moments; did you mean 'moments'"),
+        (["distill=1"], "distill=1: needs true or false"),
+        (["distill=true", "calibration.examples=4"], "calibration.examples=4: distill=true has to hold out"),
+        (["distillation.steps=-1"], "distillation.steps=-1: needs a whole number of at least 0"),
+        (["distillation.evaluations=0"], "distillation.evaluations=0"),
+        (["distillation.held_out=1.5"], "distillation.held_out=1.5: needs a share between 0 and 1"),
+        (["monte_carlo.examples=0"], "monte_carlo.examples=0"),
+    ],
+)
+def test_stages_are_checked_before_anything_runs(overrides: list[str], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        config.validate(compose(*overrides))
 
 
 @pytest.mark.parametrize(
