@@ -1,7 +1,5 @@
-"""The sweep files: every job they expand into composes, and their Hydra lines mean the same jobs."""
+"""The ablation group: complete in its sweep, and each file changes what it says (tests/suite/test_cli.py has the sweeps)."""
 
-import itertools
-import shlex
 from pathlib import Path
 
 import pytest
@@ -11,7 +9,6 @@ from bayesq.suite.cli import Job, preflight
 from bayesq.suite.config import flatten
 
 ROOT = Path(__file__).parents[2]
-SWEEPS = sorted((ROOT / "sweeps").glob("*.yaml"))
 ABLATIONS = sorted(path.stem for path in (ROOT / "conf" / "ablation").glob("*.yaml"))
 
 
@@ -19,22 +16,6 @@ def jobs(arguments: list[str], folder: Path) -> list[Job]:
     found = preflight([*arguments, f"results_dir={folder}", f"cache_dir={folder}"])
     assert found
     return found
-
-
-def grid(path: Path) -> list[list[str]]:
-    """Overrides of every job of a W&B grid sweep, without the logging mode that its command adds."""
-    parameters = yaml.safe_load(path.read_text())["parameters"]
-    axes = [[f"{key}={v}" for v in spec.get("values", [spec.get("value")])] for key, spec in parameters.items()]
-    return [list(job) for job in itertools.product(*axes)]
-
-
-@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
-def test_a_sweep_file_and_its_hydra_line_are_the_same_jobs(path: Path, tmp_path: Path) -> None:
-    (line,) = [line for line in path.read_text().splitlines() if "python run.py -m" in line]
-    multirun = jobs(shlex.split(line.split("run.py")[1]), tmp_path)
-    agents = [jobs(overrides, tmp_path)[0] for overrides in grid(path)]
-    assert len(agents) == len({job.run_id for job in agents})
-    assert {job.run_id for job in agents} == {job.run_id for job in multirun}
 
 
 def test_the_ablation_sweeps_over_every_ablation() -> None:
