@@ -1,4 +1,4 @@
-"""The ablation group: complete in its sweep, and each file changes what it says (tests/suite/test_cli.py has the sweeps)."""
+"""The ablation group: complete in its sweep, and each file changes what it says and nothing else."""
 
 from pathlib import Path
 
