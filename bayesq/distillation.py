@@ -51,7 +51,7 @@ class DistillationSettings:
 
     Attributes:
         steps: L-BFGS steps, each of which is a candidate.
-        evaluations: most passes over the training part that the line search of one step may take.
+        evaluations: most passes over the training part that one step may take, besides the very first gradient's.
         held_out: share of the examples that only judges.
     """
 

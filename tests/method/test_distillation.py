@@ -233,7 +233,7 @@ def test_the_held_out_divergence_never_rises(digits, steps, hostile):
         assert result.best_step == 0
 
 
-@pytest.mark.parametrize(("examples", "beats"), [(4, False), (1000, True)])
+@pytest.mark.parametrize(("examples", "beats"), [(4, False), (10, True), (1000, True)])
 def test_a_gain_has_to_stand_out_from_its_noise(examples, beats, digits, monkeypatch):
     """Gains of +0.5 and -0.3 in turn: mean 0.1, standard deviation 0.4."""
     gain = torch.tensor([0.5, -0.3], dtype=torch.float64).repeat(examples // 2)
@@ -373,6 +373,39 @@ def test_levels_are_kept_in_order():
     assert torch.equal(stored, torch.tensor([0.0, 2, 2, 2, 4, 5.5, 5.5, 7]).half())
 
 
+def test_biases_and_norms_move_in_units_of_their_own_size():
+    """One unit of a move is the root mean square of the tensor, 1 where all is zero; unmoved ones are not stored."""
+    network = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2))
+    with torch.no_grad():
+        network[0].bias.copy_(torch.tensor([3.0, -4.0]))
+    student = Student(network, quantize(network, {"0": 4}))
+    assert student.stored()[1] == {}
+    with torch.no_grad():
+        student.affine_moves["0.bias"].copy_(torch.tensor([2.0, 0.0]))
+        student.affine_moves["1.bias"].copy_(torch.tensor([0.0, 0.5]))
+    expected = {"0.bias": torch.tensor([3 + 2 * 12.5**0.5, -4]), "1.bias": torch.tensor([0.0, 0.5])}
+    stored = student.stored()[1]
+    assert stored.keys() == expected.keys()
+    for name, x in expected.items():
+        torch.testing.assert_close(stored[name], x)
+        torch.testing.assert_close(student.overrides()[name], x)
+    assert torch.equal(student.overrides()["1.weight"], torch.ones(2))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_training_that_is_no_longer_finite_keeps_the_network_as_it_came(digits, bad):
+    network, images = digits
+    tensors = quantize(network, dict.fromkeys(LAYERS, 3))
+    calibration, teacher = images[:100].clone(), teacher_of(network, images[:100])
+    # the first training example: the held-out part stays finite
+    calibration[torch.randperm(100, generator=torch.Generator().manual_seed(0))[20]] = bad
+    student = loaded(network, tensors, {})
+    result = distill(student, tensors, batches_of(calibration), teacher, FAST, torch.Generator().manual_seed(0))
+    assert result.steps == result.best_step == 0 and result.parameters == {}
+    assert 0 < result.heldout_kl_after == result.heldout_kl_before < 1
+    assert all(identical(result.tensors[name], tensor) for name, tensor in tensors.items())
+
+
 def test_text_batches_of_different_lengths():
     class Text(nn.Module):
         def __init__(self) -> None:
@@ -417,5 +450,9 @@ def test_it_refuses_what_it_cannot_train(digits):
     other = replace(tensors["head"], codebooks={3: Codebook("shared/3", torch.arange(8).half() * 2)})
     with pytest.raises(ValueError, match="two different codebooks"):
         distill(network, {**tensors, "head": other}, batches, teacher, FAST, generator)
-    with pytest.raises(ValueError, match="steps"):
-        DistillationSettings(steps=-1)
+    for refused in ({"steps": -1}, {"evaluations": 0}):
+        with pytest.raises(ValueError, match="steps >= 0 and evaluations >= 1"):
+            DistillationSettings(**refused)
+    for share in (0.0, 1.0):
+        with pytest.raises(ValueError, match="held_out"):
+            DistillationSettings(held_out=share)
