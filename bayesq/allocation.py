@@ -26,11 +26,6 @@ from bayesq.quant.method import Distortion, LayerProblem, stack_groups
 from bayesq.rounding import predicted_risk, round_layer
 from bayesq.whitening import whitening
 
-# Bits a weight that a mix of whole layers may leave unspent, so that no baseline stores less than its budget allows.
-UNSPENT = 0.0005
-# Sums of bits that are told apart when a mix of whole layers is chosen exactly.
-FILL_SUMS = 2**20
-
 
 def lower_hull(risk: np.ndarray, bits: np.ndarray) -> list[list[int]]:
     """Choices on the lower convex hull of each block's (bits, risk) points, beginning with the cheapest.
@@ -143,7 +138,11 @@ class Allocator(Protocol):
 
 
 class Uniform:
-    """One width for all; a fractional budget mixes the two neighbouring widths over layers by plain weight MSE.
+    """One width for all; a fractional budget mixes the two neighbouring widths by plain weight MSE.
+
+    The wider codes go to whole layers, by `greedy_knapsack`. What these leave unspent, much where layers are few and
+    large, widens some rows of one more layer: the rows whose error falls most, in the layer where that is worth most.
+    A mix pays with code bits for what it stores beyond plain affine layers: that layer's width map, padding, codebooks.
 
     It is the plain baseline: the constraints under `allocation` are the knapsack's and mean nothing here.
     """
@@ -157,60 +156,54 @@ class Uniform:
         codebook_bits: int = 0,
         distortion: Distortion | None = None,
     ) -> dict[str, Tensor]:
-        """Row widths of every layer. An integer budget is met exactly, whatever codebooks the method stores."""
-        capacity = budget.capacity(layers, affine_overhead_bits(layer.rows for layer in layers))
-        weights = sum(layer.weight.numel() for layer in layers)
-        low = min(int(capacity / weights), MAX_WIDTH)
+        """Row widths of every layer. An integer budget of codes is met exactly, whatever codebooks the method stores.
+
+        Raises:
+            ValueError: the budget does not allow the smallest width.
+        """
+        sizes = [layer.weight.numel() for layer in layers]
+        padding = sum(LAYER_BITS for size in sizes if size % 8)  # codes need not fill whole bytes
+        plain = affine_overhead_bits(layer.rows for layer in layers)
+        capacity = budget.capacity(layers, plain + padding + codebook_bits)
+        low = min(int(budget.bits if budget.count == "code" else capacity / sum(sizes)), MAX_WIDTH)
         if low < MIN_WIDTH:
             raise ValueError(f"{MIN_WIDTH} bits a weight and what is stored beside them exceed the budget")
-        if low == MAX_WIDTH or capacity == low * weights:
-            return {layer.name: torch.full((layer.rows,), low, dtype=torch.uint8) for layer in layers}
-        widths = [low, low + 1]
-        risk = torch.tensor([[_rounding_error(layer, width) for width in widths] for layer in layers])
-        bits = torch.tensor([[layer.weight.numel() * width for width in widths] for layer in layers])
-        choice = _fill(risk, bits, capacity, UNSPENT * weights)
-        return {
-            layer.name: torch.full((layer.rows,), widths[k], dtype=torch.uint8)
-            for layer, k in zip(layers, choice.tolist(), strict=True)
-        }
+        widths = {layer.name: torch.full((layer.rows,), low, dtype=torch.uint8) for layer in layers}
+        left = capacity - low * sum(sizes)
+        if low == MAX_WIDTH or left <= 0:
+            return widths
+
+        drops = [_row_errors(layer, low) - _row_errors(layer, low + 1) for layer in layers]
+        gain, size = torch.stack([drop.sum() for drop in drops]), torch.tensor(sizes, dtype=torch.float64)
+        zero = torch.zeros_like(gain)
+        wide = greedy_knapsack(torch.stack([zero, -gain], 1), torch.stack([zero, size], 1), left) == 1
+
+        # A layer that did not fit gets the rest, or also what the greedy spent afterwards, on layers that gain less.
+        most, whole, split, some = float(gain[wide].sum()), wide, 0, torch.tensor([], dtype=torch.int64)
+        for k in (~wide).nonzero().flatten().tolist():
+            for kept in (wide, wide & (gain / size >= gain[k] / size[k])):
+                rows = _affordable_rows(layers[k], drops[k], left - float(size[kept].sum()))
+                total = float(gain[kept].sum() + drops[k][rows].sum())
+                if total > most:
+                    most, whole, split, some = total, kept, k, rows
+        for layer, wider in zip(layers, whole.tolist(), strict=True):
+            widths[layer.name] += wider
+        widths[layers[split].name][some] += 1
+        return widths
 
 
-def _fill(risk: Tensor, bits: Tensor, capacity: float, slack: float) -> Tensor:
-    """Choice between two widths [B] by `greedy_knapsack`, or exactly where that leaves more than `slack` bits unspent.
-
-    Whole layers are coarse: a small one bought early (a classifier's head) can cost the room for a large one. The
-    least risk of every sum of bits then comes from a dynamic program, and the best sum within `slack` is taken.
-    """
-    choice = greedy_knapsack(risk, bits, capacity)
-    if capacity - float(bits.gather(1, choice[:, None]).sum()) <= slack:
-        return choice
-    steps = (bits[:, 1] - bits[:, 0]).numpy()
-    left = capacity - float(bits[:, 0].sum())
-    unit = int(np.gcd.reduce(steps))
-    unit *= -(-int(left) // (unit * FILL_SUMS))  # coarser where exact sums are too many; costs are then rounded up
-    room, gain = int(left // unit), (risk[:, 1] - risk[:, 0]).numpy()
-    least = np.full(room + 1, np.inf)
-    least[0] = 0.0
-    wide = np.zeros((len(steps), room + 1), dtype=bool)
-    for block, step in enumerate(-(-steps // unit)):
-        if step <= room:
-            wider = np.full(room + 1, np.inf)
-            wider[step:] = least[: room + 1 - step] + gain[block]
-            wide[block] = wider < least
-            least = np.minimum(least, wider)
-    reached = np.flatnonzero(np.isfinite(least))
-    enough = reached[reached >= min(reached[-1], room - slack / unit)]
-    spent = int(enough[least[enough].argmin()])
-    for block in range(len(steps) - 1, -1, -1):
-        choice[block] = int(wide[block, spent])
-        spent -= int(wide[block, spent]) * -(-int(steps[block]) // unit)
-    return choice
+def _affordable_rows(layer: LayerProblem, drop: Tensor, bits: float) -> Tensor:
+    """Rows that `bits` make one bit wider, width map included: those of largest drop [R] in error, none of a rise."""
+    bits -= mixed_overhead_bits([layer.rows]) - affine_overhead_bits([layer.rows])
+    rows = drop.argsort(descending=True, stable=True)[: max(0, int(bits // layer.columns))]
+    return rows[drop[rows] >= 0]
 
 
-def _rounding_error(layer: LayerProblem, width: int) -> float:
+def _row_errors(layer: LayerProblem, width: int) -> Tensor:
+    """Squared error [R] of each row rounded plainly."""
     weight = stack_groups(layer.weight).to(torch.float64)
     rows = torch.full((layer.rows,), width)
-    return float((round_affine(weight, *mse_grid(weight, rows), rows)[1] - weight).square().sum())
+    return (round_affine(weight, *mse_grid(weight, rows), rows)[1] - weight).square().sum(1)
 
 
 class Knapsack:

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from baselines.rtn import RTN
 from bayesq import allocation
 from bayesq.allocation import Budget, Knapsack, Uniform, greedy_knapsack, lower_hull, make_allocator
 from bayesq.codebook import level_kind, normal_distortion, normal_levels
@@ -646,46 +647,119 @@ REALISTIC = {
 }
 
 
+def map_bits(layer: LayerProblem) -> int:
+    """What a width for every row costs at most beyond one for the layer: 3 bits a row, two paddings for one byte."""
+    return 3 * layer.rows + 8
+
+
+def check_spent(
+    layers: list[LayerProblem], found: dict[str, Tensor], low: int, capacity: float, willing: set[str]
+) -> None:
+    """Widths low and low + 1, one layer mixed at most, and too little left to widen one more row of the willing."""
+    mixed = [layer for layer in layers if len(found[layer.name].unique()) > 1]
+    assert {int(w) for width in found.values() for w in width.unique()} <= {low, low + 1} and len(mixed) <= 1
+    unspent = capacity - spent(layers, found)
+    assert unspent >= sum(map(map_bits, mixed)) - 1e-6
+    for layer in mixed or layers:
+        if layer.name in willing and bool((found[layer.name] == low).any()):
+            assert unspent < layer.columns + map_bits(layer)
+
+
 @pytest.mark.parametrize("name", REALISTIC)
-@pytest.mark.parametrize("bits", [2.5, 3.0, 3.5, 4.0, 5.5, 8.0])
+@pytest.mark.parametrize("bits", [2.5, 3.0, 3.1, 3.5, 4.0, 5.5, 8.0])
 def test_uniform_meets_the_budget_on_real_layer_sizes(name, bits, monkeypatch):
     random = np.random.default_rng(0)
-    monkeypatch.setattr(allocation, "_rounding_error", lambda layer, width: errors[layer.name] * 4.0**-width)
-    for _ in range(20):
+    monkeypatch.setattr(allocation, "_row_errors", lambda layer, width: errors[layer.name] * 4.0**-width)
+    for codebook_bits in [0, 1000] * 5:
         layers = [
             LayerProblem(f"layer{i}", "Linear", torch.zeros(1).expand(1, *shape), lambda _: pytest.fail("not needed"))
             for i, shape in enumerate(REALISTIC[name])
         ]
-        errors = {layer.name: layer.weight.numel() * random.lognormal(0, 2) for layer in layers}
-        found = Uniform().allocate(layers, Budget(bits, "code"), codebook_bits=10_000)
-        average = spent(layers, found) / weights(layers)
-        assert bits - 0.01 <= average <= bits
-        used = {int(w) for width in found.values() for w in width.unique()}
-        assert used == ({int(bits)} if bits == int(bits) else {int(bits), int(bits) + 1})
-        assert all(len(width.unique()) == 1 for width in found.values())
+        errors = {
+            layer.name: torch.from_numpy(layer.columns * random.lognormal(0, 2) * random.lognormal(0, 1, layer.rows))
+            for layer in layers
+        }
+        found = Uniform().allocate(layers, Budget(bits, "code"), codebook_bits)
+        if bits == int(bits):
+            assert all(torch.equal(found[key], width) for key, width in uniform_widths(layers, int(bits)).items())
+        else:
+            check_spent(layers, found, int(bits), bits * weights(layers) - codebook_bits, set(errors))
+            assert bits - 0.01 <= spent(layers, found) / weights(layers) <= bits
 
 
-@settings(max_examples=100)
+def rtn_errors(layers: list[LayerProblem], width: int) -> dict[str, Tensor]:
+    """Squared error of every row in what plain rounding stores."""
+    rounded = RTN("mse").quantize(layers, lambda _: uniform_widths(layers, width))
+    return {
+        layer.name: (tensor.dequantize().double() - layer.weight.double()).square().sum(2).flatten()
+        for layer, tensor in rounded
+    }
+
+
+odd_shapes = st.tuples(st.integers(1, 2), st.integers(1, 12), st.sampled_from([1, 5, 8, 9, 16, 24]))
+
+
+@settings(max_examples=60, deadline=None)
 @given(
-    st.lists(st.tuples(st.integers(1, 12), st.integers(0, 20)), min_size=1, max_size=7),
-    st.integers(0, 60),
-    st.integers(0, 8),
+    st.lists(odd_shapes, min_size=1, max_size=5),
+    st.integers(2, 7),
+    st.integers(0, 99),
+    st.sampled_from(["code", "stored"]),
+    st.sampled_from([0, 40]),
+    st.integers(0, 99),
 )
-def test_uniform_fills_within_the_slack_at_least_risk(blocks, room, slack):
-    """Against all 2**B choices."""
-    size, drop = (torch.tensor(column) for column in zip(*blocks, strict=True))
-    bits, risk = torch.stack([2 * size, 3 * size], 1), torch.stack([drop + 0.5, torch.full_like(drop, 0.5)], 1).double()
-    capacity = int(bits[:, 0].sum()) + room
-    choice = allocation._fill(risk, bits, capacity, slack)
-    spent, met = total(bits, choice), total(risk, choice)
-    assert spent <= capacity
-    every = [torch.tensor(c) for c in itertools.product((0, 1), repeat=len(blocks))]
-    feasible = [(total(bits, c), total(risk, c)) for c in every if total(bits, c) <= capacity]
-    filled = [risk for bits, risk in feasible if bits >= capacity - slack]
-    if filled:
-        assert spent >= capacity - slack and met <= min(filled) + largest_step(risk, bits)
-    elif not torch.equal(choice, greedy_knapsack(risk, bits, capacity)):
-        assert spent == max(bits for bits, _ in feasible)
+def test_uniform_widens_whole_layers_and_rows_of_one_more(drawn, low, hundredths, count, codebook_bits, seed):
+    layers = network(*drawn, seed=seed)
+    size, affine = weights(layers), sum(24 * layer.rows + 8 for layer in layers)
+    extra = codebook_bits + sum(8 for layer in layers if layer.rows * layer.columns % 8)
+    total_bits = (low + hundredths / 100) * size
+    promised = total_bits + affine + (extra if count == "stored" else 0)
+    budget = Budget(low + hundredths / 100 if count == "code" else promised / size, count)
+    found = Uniform().allocate(layers, budget, codebook_bits)
+    stored = packed_bits(layers, found) + codebook_bits
+    capacity = total_bits - (extra if count == "code" else 0)
+    if capacity <= low * size:
+        assert all(torch.equal(found[name], width) for name, width in uniform_widths(layers, low).items())
+        assert count == "code" or stored <= promised
+        return
+    assert stored <= promised + 1e-6
+
+    narrow, wide = rtn_errors(layers, low), rtn_errors(layers, low + 1)
+    drops = {name: narrow[name] - wide[name] for name in found}
+    check_spent(layers, found, low, capacity, {name for name, drop in drops.items() if bool((drop > 0).all())})
+    is_wide = {name: width > low for name, width in found.items()}
+    for name, drop in drops.items():
+        mixed = 0 < int(is_wide[name].sum()) < len(drop)
+        assert not mixed or float(drop[is_wide[name]].min()) >= max(0, float(drop[~is_wide[name]].max()))
+    risk = torch.stack([torch.stack([narrow[layer.name].sum(), wide[layer.name].sum()]) for layer in layers])
+    bits = torch.tensor([[layer.rows * layer.columns * width for width in (low, low + 1)] for layer in layers])
+    gained = sum(float(drop[is_wide[name]].sum()) for name, drop in drops.items())
+    assert float(risk[:, 0].sum()) - gained <= total(risk, greedy_knapsack(risk, bits, capacity)) * (1 + 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("energies", "columns", "extra", "expected"),
+    [
+        # Rows of 64 weights. `a` gains most and does not fit: it gets nine rows, not five beside the whole of `b`.
+        ([[10] * 16, [1] * 4], [64, 64], 640, [[1] * 9 + [0] * 7, [0] * 4]),
+        # After `a`, `c` is worth more than the next in order, for one row of it.
+        ([[10] * 8, [9] * 8, [1, 1, 1, 40, 1, 1, 1, 1]], [64] * 3, 768, [[1] * 8, [0] * 8, [1, 1, 0, 1, 0, 0, 0, 0]]),
+        # No row of `a` fits with its width map of 20 bits: whole layers only.
+        ([[99] * 4, [1] * 8], [512, 32], 531, [[0] * 4, [1] * 8]),
+        ([[99] * 4, [1] * 8], [512, 32], 532, [[1, 0, 0, 0], [0] * 8]),
+        # Beside the whole of `b`, which `a` could not have used.
+        ([[99] * 4, [1] * 8], [512, 32], 788, [[1, 0, 0, 0], [1] * 8]),
+        # A row whose error rises stays narrow.
+        ([[9, -1, -2, 9]], [64], 255, [[1, 0, 0, 1]]),
+    ],
+)  # fmt: skip
+def test_uniform_splits_the_layer_where_rows_are_worth_most(energies, columns, extra, expected, monkeypatch):
+    layers = plain_layers(energies, columns)
+    monkeypatch.setattr(allocation, "_row_errors", lambda layer, width: layer.weight[0, :, 0].double() * 4.0**-width)
+    found = Uniform().allocate(layers, Budget(3 + extra / weights(layers), "code"))
+    assert [(width - 3).tolist() for width in found.values()] == expected
+    again = Uniform().allocate(layers, Budget(3 + extra / weights(layers), "code"))
+    assert all(torch.equal(found[name], again[name]) for name in found)
 
 
 def test_uniform_gives_the_wider_codes_to_the_layers_that_need_them():
