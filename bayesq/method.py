@@ -16,7 +16,7 @@ from bayesq.codebook import (
     table_widths,
 )
 from bayesq.posterior import Posterior
-from bayesq.quant.grids import mse_grid, zero_code
+from bayesq.quant.grids import CLIP_STEPS, mse_grid, zero_code
 from bayesq.quant.method import Allocate, LayerProblem, check_finite, stack_groups
 from bayesq.quant.tensor import Codebook, QuantizedTensor
 from bayesq.quant.trellis import POLYNOMIALS, normal_trellis, uniform_levels
@@ -27,6 +27,11 @@ LEVELS = ("trellis", "lloyd", "uniform")
 ROUNDINGS = ("feedback", "two_sided", "nearest")
 # A trellis runs down the rows of a group; with fewer rows it has no choice to make that a scalar code lacks.
 LEAST_TRELLIS_ROWS = 4
+LARGEST_TRELLIS = max(POLYNOMIALS)
+# Roundings that are only refitted need no more than this: a short trellis meets the same values as a long one, and a
+# coarse search of the first range is refitted anyway (README: no difference in KL, half the time).
+REFIT_STATES = 8
+FIRST_GRID_STEPS = 20
 
 
 class BayesQ:
@@ -93,13 +98,18 @@ class BayesQ:
         widths = allocate(layers, table_bits(self.tables, self.states), self.distortion)
 
         grids = {
-            layer.name: mse_grid(stack_groups(layer.weight).to(torch.float64), widths[layer.name]) for layer in layers
+            layer.name: mse_grid(
+                stack_groups(layer.weight).to(torch.float64),
+                widths[layer.name],
+                steps=FIRST_GRID_STEPS if self.refits else CLIP_STEPS,
+            )
+            for layer in layers
         }
         levels: dict[int, Tensor] = {}
         for refit in range(self.refits):
             met: dict[int, LevelSums | Atoms] = {}
             for layer in tqdm(layers, desc=f"round {refit + 1} of {self.refits + 1}", disable=None, leave=False):
-                rounded, geometry, _ = self._round(layer, grids[layer.name], widths[layer.name], levels)
+                rounded, geometry, _ = self._round(layer, grids[layer.name], widths[layer.name], levels, REFIT_STATES)
                 # Codebooks, on the values that rounding met
                 gain = rounding_gain(geometry, layer.weight.shape[1])
                 grids[layer.name] = refit_rows(rounded, gain)
@@ -134,7 +144,12 @@ class BayesQ:
         return width in self.tables and (self.levels != "trellis" or self._trellis(layer) is not None)
 
     def _round(
-        self, layer: LayerProblem, grid: tuple[Tensor, Tensor], width: Tensor, levels: Mapping[int, Tensor]
+        self,
+        layer: LayerProblem,
+        grid: tuple[Tensor, Tensor],
+        width: Tensor,
+        levels: Mapping[int, Tensor],
+        most_states: int = LARGEST_TRELLIS,
     ) -> tuple[Rounded, Whitening, dict[int, Codebook]]:
         """One rounding of a layer, the geometry it took place in, and the tables it used."""
         geometry = whitening(
@@ -150,7 +165,9 @@ class BayesQ:
             if w in levels and self._has_table(layer, w)
         }
         books = {w: book.levels.to(torch.float64) for w, book in tables.items()}
-        return round_layer(layer.weight, geometry, *grid, width, books, self._trellis(layer)), geometry, tables
+        states = self._trellis(layer)
+        states = min(states, most_states) if states is not None else None
+        return round_layer(layer.weight, geometry, *grid, width, books, states), geometry, tables
 
     def _collect(
         self,

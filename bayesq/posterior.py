@@ -34,6 +34,8 @@ EVIDENCE_TOLERANCE = 1e-6
 LARGEST_PRIOR_PRECISION = 1e12
 PRIOR_SCOPES = ("layer", "global")
 PRIOR_SHARES = ("factored", "gradient")
+LIKELIHOODS = ("categorical", "gaussian")
+DRAWS = ("signs", "labels")
 
 
 def prior_precision_by_evidence(eigenvalues: Tensor, squared_norm: float, num_data: int) -> tuple[float, float]:
@@ -325,13 +327,17 @@ class Posterior(Protocol):
 
     Attributes:
         statistics: names of the calibration statistics it reads.
-        samples: labels drawn per example for the Fisher; None = exact where classes are few.
+        samples: draws per example for the Fisher; None = exact where classes are few.
         examples: the first so many calibration examples give the Fisher; None = all.
+        likelihood: of the outputs, one of LIKELIHOODS.
+        draws: one of DRAWS.
     """
 
     statistics: frozenset[str]
     samples: int | None
     examples: int | None
+    likelihood: str
+    draws: str
 
     def prepare(self, layers: Sequence[LayerProblem]) -> None:
         """What needs all layers at once; to be called before the first `fit`."""
@@ -348,9 +354,12 @@ class Laplace(ABC):
     Args:
         prior_precision: tau; None = by evidence.
         num_data: N.
-        samples: labels drawn per example for the Fisher; None = the exact expectation where classes are few.
+        samples: draws per example for the Fisher; None = the exact expectation where classes are few.
         examples: the first so many calibration examples give the Fisher; None = all.
         prior_scope: "layer" maximises the evidence of each layer on its own, "global" that of all layers together.
+        likelihood: of the outputs: "categorical" for classifiers, "gaussian" of unit variance for regression heads.
+        draws: what stands for the model's predictive where it is not summed exactly: "signs" or "labels"; see
+            `bayesq.suite.calibration.fisher_directions`.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -365,7 +374,13 @@ class Laplace(ABC):
         samples: int | None,
         examples: int | None = None,
         prior_scope: str = "layer",
+        likelihood: str = "categorical",
+        draws: str = "signs",
     ) -> None:
+        if likelihood not in LIKELIHOODS:
+            raise ValueError(f"posterior.likelihood={likelihood}: choose from {', '.join(LIKELIHOODS)}")
+        if draws not in DRAWS:
+            raise ValueError(f"posterior.draws={draws}: choose from {', '.join(DRAWS)}")
         if samples is not None and samples < 1:
             raise ValueError(f"posterior.samples={samples}: must be at least 1, or null for the exact Fisher")
         if examples is not None and examples < 1:
@@ -377,7 +392,7 @@ class Laplace(ABC):
         if prior_scope not in PRIOR_SCOPES:
             raise ValueError(f"posterior.prior_scope={prior_scope}: choose from {', '.join(PRIOR_SCOPES)}")
         self.prior_precision, self.num_data, self.prior_scope = prior_precision, num_data, prior_scope
-        self.samples, self.examples = samples, examples
+        self.samples, self.examples, self.likelihood, self.draws = samples, examples, likelihood, draws
 
     @abstractmethod
     def spectrum(self, layer: LayerProblem) -> Tensor:
@@ -462,8 +477,10 @@ class Kfac(Laplace):
         examples: int | None = None,
         prior_scope: str = "layer",
         prior_share: str = "factored",
+        likelihood: str = "categorical",
+        draws: str = "signs",
     ) -> None:
-        super().__init__(prior_precision, num_data, samples, examples, prior_scope)
+        super().__init__(prior_precision, num_data, samples, examples, prior_scope, likelihood, draws)
         if prior_share not in PRIOR_SHARES:
             raise ValueError(f"posterior.prior_share={prior_share}: choose from {', '.join(PRIOR_SHARES)}")
         self.prior_share = prior_share
@@ -477,7 +494,7 @@ class Kfac(Laplace):
 
     def spectrum(self, layer: LayerProblem) -> Tensor:
         """[g, r, c] products of the factors' eigenvalues."""
-        values_a, values_g = (torch.linalg.eigvalsh(factor) for factor in self._factors(layer))
+        values_a, values_g = map(eigenvalues, self._factors(layer))
         products: Tensor = values_g[:, :, None] * values_a[:, None, :]
         return products
 
@@ -531,8 +548,10 @@ class LowRank(Laplace):
         rank: int,
         examples: int | None = None,
         prior_scope: str = "layer",
+        likelihood: str = "categorical",
+        draws: str = "signs",
     ) -> None:
-        super().__init__(prior_precision, num_data, samples, examples, prior_scope)
+        super().__init__(prior_precision, num_data, samples, examples, prior_scope, likelihood, draws)
         if prior_precision == 0:
             raise ValueError("posterior.prior_precision=0: must be above 0 for posterior=lowrank")
         if rank < 1:
@@ -567,6 +586,20 @@ class LowRank(Laplace):
         tau, gamma = self._prior(layer)
         residual, directions = self._parts(layer)
         return LowRankPosterior(residual + tau / self.num_data, directions, self.num_data, tau, gamma)
+
+
+def eigenvalues(moments: Tensor) -> Tensor:
+    """Eigenvalues [g, n] float64 of moments [g, n, n], to a float32 of the largest entry.
+
+    The evidence sums over all of them, and in float64 they would cost as much as a rounding. LAPACK's float32 routine
+    gives up on some matrices of low rank, which float64 then solves.
+    """
+    size = moments.abs().amax().clamp(min=torch.finfo(torch.float64).tiny)
+    try:
+        values = torch.linalg.eigvalsh((moments / size).to(torch.float32))
+    except torch.linalg.LinAlgError:
+        values = torch.linalg.eigvalsh(moments / size)
+    return values.to(torch.float64) * size
 
 
 def shrink(moment: Tensor, amount: float) -> Tensor:

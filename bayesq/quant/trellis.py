@@ -203,8 +203,10 @@ class TrellisGrid:
 # Draws and rounds of the design below: the distortion is then known to about half a percent, and the levels far better
 # than the weights of a network fit them.
 DESIGN_SAMPLES, DESIGN_COLUMNS, DESIGN_STEPS = 4096, 8, 25
-# Ranges tried for uniform levels, up to the widest that can pay.
-STEP_FACTORS = 60
+# A round that gains less ends the design.
+DESIGN_TOLERANCE = 5e-4
+# Ranges of uniform levels, as parts of the widest that can pay; first every COARSE-th is tried, then those about the best.
+STEP_FACTORS, COARSE = 60, 5
 
 
 @cache
@@ -231,16 +233,24 @@ def normal_trellis(width: int, states: int, designed: bool) -> tuple[Tensor, flo
     if not designed:
         half = uniform_levels(width) - (2**width - 1) / 2
         # 2 sqrt(width) + 1 standard deviations hold a normal row's best range from 2 to 8 bits with room on both sides.
-        tried = [
-            half * (2 * width**0.5 + 1) * k / STEP_FACTORS / half[-1]
-            for k in range(STEP_FACTORS // 3, STEP_FACTORS + 1)
-        ]
-        return min(((levels, assign(levels)[1]) for levels in tried), key=lambda pair: pair[1])
+        unit = half * (2 * width**0.5 + 1) / STEP_FACTORS / half[-1]
+        tried: dict[int, float] = {}
+        for step in (COARSE, 1):
+            best = min(tried, key=tried.__getitem__) if tried else 2 * STEP_FACTORS // 3
+            reach = COARSE - 1 if tried else STEP_FACTORS // 3
+            for k in range(best - reach, best + reach + 1, step):
+                if k not in tried:
+                    tried[k] = assign(unit * k)[1]
+        best = min(tried, key=tried.__getitem__)
+        return unit * best, tried[best]
     quantiles = (torch.arange(count, dtype=torch.float64) + 0.5) / count
     # sqrt(3): the optimal level density is proportional to the cube root of the source density (Panter and Dite).
     levels, distortion = 3**0.5 * torch.special.ndtri(quantiles), torch.inf
     for _ in range(DESIGN_STEPS):
+        last = distortion
         values, distortion = assign(levels)
+        if last - distortion < DESIGN_TOLERANCE * distortion:
+            break
         index = torch.searchsorted(levels, values.contiguous()).flatten()
         mass = torch.bincount(index, minlength=count)
         total = torch.bincount(index, x.flatten(), minlength=count)

@@ -10,7 +10,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from bayesq.posterior import DRAWS, LIKELIHOODS
 from bayesq.quant.layers import (
     Layer,
     groups_of,
@@ -37,7 +38,8 @@ log = logging.getLogger(__name__)
 INPUT_STATISTICS = ("input_moment", "input_magnitude")
 GRADIENT_STATISTICS = ("gradient_moment", "fisher_diagonal", "gradient_directions", "fisher_eigenvalues")
 BASIS_STATISTICS = ("input_basis", "gradient_basis")
-# Computed together, in this order; each family may need files of those before it.
+# Computed together, in this order; each family may need files of those before it. The first two share their forward
+# pass where both are missing and the same examples give both.
 FAMILIES = (
     INPUT_STATISTICS,
     ("gradient_moment", "fisher_diagonal"),
@@ -51,12 +53,11 @@ REQUIRES = {
     "fisher_eigenvalues": ("input_basis", "gradient_basis", "input_moment", "gradient_moment"),
 }
 # Raise when the numbers of a statistic change, so that caches of older versions are not read.
-FORMAT = "2"
+FORMAT = "3"
 # Up to this many classes the expectation over labels is exact (one backward pass a class, one in all for two classes);
-# beyond it labels are sampled, at the cost of the largest exact expectation.
+# beyond it the expectation is drawn.
 EXACT_CLASSES = 4
-DEFAULT_SAMPLES = 4
-LIKELIHOODS = ("categorical", "gaussian")
+DEFAULT_SAMPLES = 1
 # Rows a sketch carries for each direction it keeps. A flat spectrum suffers most from truncating while streaming: where
 # 16 directions held 67 % of a tiny convolution's Fisher, ratios of 1, 2, 3 found 93.9, 99.2, 99.9 % of the best.
 OVERSAMPLING = 2
@@ -65,35 +66,48 @@ SKETCH_ELEMENTS = 2**29
 
 
 def fisher_directions(
-    logits: Tensor, samples: int | None, generator: torch.Generator, likelihood: str = "categorical"
+    logits: Tensor,
+    samples: int | None,
+    generator: torch.Generator,
+    likelihood: str = "categorical",
+    draws: str = "signs",
 ) -> list[Tensor]:
-    """Vectors v_k [b, classes] whose sum of outer products is the Fisher of the outputs (in expectation, if sampled).
+    """Vectors v_k [b, classes] whose sum of outer products is the Fisher of the outputs (in expectation, if drawn).
 
         categorical   sum_k v_k v_kT = E_{y ~ p(.|x)}[(e_y - p)(e_y - p)T] = diag(p) - p pT
         gaussian      sum_k v_k v_kT = E_{y ~ N(f(x), I)}[(y - f)(y - f)T] = I, so that F = E[JT J]
 
-    Their pullbacks through the network are the output gradients of the true Fisher: labels come from the model's own
-    predictive, never from the data.
+    Their pullbacks through the network are the output gradients of the true Fisher: what is drawn follows the model's
+    own predictive, never the labels of the data. Two draws have this expectation for a classifier:
+
+        labels   v = e_y - p,  y ~ p(.|x)
+        signs    v = s - p sum_k s_k,  s_k = +-sqrt(p_k) with fair signs:  E[v vT] = (D - p sqrt(p)T)(D - p sqrt(p)T)T
+                 with D = diag(sqrt(p)), which is diag(p) - p pT
+
+    Where the network is sure, nearly all labels are its favourite and say nothing, and the rare others carry all of
+    the expectation. Signs let every example speak in every draw.
 
     Args:
         logits: [b, classes]; for the Gaussian the predicted means f(x), whose unit of variance is one.
-        samples: labels drawn per example; None = the exact expectation up to EXACT_CLASSES classes, and
-            DEFAULT_SAMPLES draws beyond.
+        samples: draws per example; None = the exact expectation up to EXACT_CLASSES classes, and DEFAULT_SAMPLES draws
+            beyond.
         generator: CPU generator for the draws.
         likelihood: one of LIKELIHOODS.
+        draws: "signs" or "labels"; read by the categorical likelihood.
 
     Raises:
-        ValueError: another likelihood.
+        ValueError: another likelihood or kind of draw.
     """
+    if draws not in DRAWS:
+        raise ValueError(f"draws {draws!r}: choose from {', '.join(DRAWS)}")
     if likelihood not in LIKELIHOODS:
         raise ValueError(f"likelihood {likelihood!r}: choose from {', '.join(LIKELIHOODS)}")
-    classes = logits.shape[1]
+    classes, count = logits.shape[1], samples or DEFAULT_SAMPLES
     if likelihood == "gaussian":
         if samples is None and classes <= EXACT_CLASSES:
             identity = torch.eye(classes, device=logits.device)
             return [identity[k].expand(len(logits), -1) for k in range(classes)]
-        draws = samples or DEFAULT_SAMPLES
-        noise = torch.randn(draws, *logits.shape, generator=generator) / draws**0.5
+        noise = torch.randn(count, *logits.shape, generator=generator) / count**0.5
         return list(noise.to(logits.device))
     p = torch.softmax(logits.detach().to(torch.float32), dim=1)
     if samples is None and classes == 2:
@@ -102,10 +116,13 @@ def fisher_directions(
     if samples is None and classes <= EXACT_CLASSES:
         one_hot = torch.eye(classes, device=p.device)
         return [p[:, k : k + 1].sqrt() * (one_hot[k] - p) for k in range(classes)]
-    draws = samples or DEFAULT_SAMPLES
-    labels = torch.multinomial(p.cpu(), draws, replacement=True, generator=generator).to(p.device)
+    if draws == "signs":
+        signs = 2 * torch.randint(2, (count, *p.shape), generator=generator, dtype=torch.int8) - 1
+        drawn = signs.to(p.device) * p.sqrt()
+        return list((drawn - p * drawn.sum(2, keepdim=True)) / count**0.5)
+    labels = torch.multinomial(p.cpu(), count, replacement=True, generator=generator).to(p.device)
     one_hot = torch.nn.functional.one_hot(labels, classes).to(p.dtype)
-    return [(one_hot[:, k] - p) / draws**0.5 for k in range(draws)]
+    return [(one_hot[:, k] - p) / count**0.5 for k in range(count)]
 
 
 @dataclass
@@ -124,7 +141,7 @@ class Collector:
         module: the network, in eval mode.
         layers: the layers to watch, by name.
         kinds: statistics to collect.
-        samples, generator, likelihood: see `fisher_directions`.
+        samples, generator, likelihood, draws: see `fisher_directions`.
         rank: k of gradient_directions.
         bases: Q_A and Q_G by layer, for fisher_eigenvalues.
 
@@ -140,6 +157,7 @@ class Collector:
         samples: int | None,
         generator: torch.Generator,
         likelihood: str = "categorical",
+        draws: str = "signs",
         rank: int = 16,
         bases: Mapping[str, tuple[Tensor, Tensor]] | None = None,
     ) -> None:
@@ -149,11 +167,12 @@ class Collector:
         self.needs_gradients = bool(self.kinds & set(GRADIENT_STATISTICS))
         self.samples = samples
         self.generator = generator
-        self.likelihood = likelihood
+        self.likelihood, self.draws = likelihood, draws
         self.rank = rank
         self.bases = bases or {}
         self.sums = {name: _Sums({}) for name in layers}
         self.examples = 0
+        self.backward_s = 0.0
         self._batch: Batch | None = None
         self._stop_after: str | None = None
 
@@ -171,10 +190,12 @@ class Collector:
             else:
                 with torch.enable_grad():
                     logits = self.module(**batch.inputs)
-                    directions = fisher_directions(logits, self.samples, self.generator, self.likelihood)
+                    start = time.perf_counter()
+                    directions = fisher_directions(logits, self.samples, self.generator, self.likelihood, self.draws)
                     for k, direction in enumerate(directions):
                         # The sum over the batch gives each example its own gradient: rows of logits are independent.
                         (logits * direction.to(logits.dtype)).sum().backward(retain_graph=k + 1 < len(directions))
+                    self.backward_s += time.perf_counter() - start
         self.examples += len(batch.labels)
 
     def statistics(self, kind: str) -> tuple[dict[str, Tensor], list[str]]:
@@ -300,8 +321,9 @@ def truncate(rows: Tensor, rank: int) -> Tensor:
     return top
 
 
-# Elements of the largest temporary a hook may build, 128 MiB in float32.
-PART_ELEMENTS = 2**25
+# Elements of the largest temporary a hook may build, 16 MiB in float32: near a core's cache, unfolding depthwise
+# convolutions takes half the time it takes at 128 MiB.
+PART_ELEMENTS = 2**22
 
 
 def _input_parts(layer: Layer, x: Tensor, examples: int, extra: int = 0) -> Iterator[tuple[slice, Tensor]]:
@@ -393,7 +415,7 @@ class CalibrationSettings:
         seed: of the label draws.
         gradient_examples: the first so many examples of the set give the gradient statistics, which cost backward
             passes; None = all of them. Input statistics always come from all.
-        likelihood: of the outputs, see `fisher_directions`.
+        likelihood, draws: see `fisher_directions`.
         rank: k of gradient_directions.
     """
 
@@ -402,6 +424,7 @@ class CalibrationSettings:
     seed: int
     gradient_examples: int | None = None
     likelihood: str = "categorical"
+    draws: str = "signs"
     rank: int = 16
 
     def __post_init__(self) -> None:
@@ -460,6 +483,7 @@ class Calibration:
             "seed": settings.seed,
             "gradient_examples": self.gradient_examples,
             "likelihood": settings.likelihood,
+            "draws": settings.draws,
         }
         self._keys = {kind: _key({**content, "kind": kind}) for kind in (*INPUT_STATISTICS, "input_basis")}
         self._keys |= {kind: _key({**fisher, "kind": kind}) for kind in (*GRADIENT_STATISTICS, "gradient_basis")}
@@ -485,13 +509,18 @@ class Calibration:
         if unknown := chosen - STATISTICS.keys():
             raise ValueError(f"no statistic named {', '.join(sorted(unknown))}: choose from {', '.join(STATISTICS)}")
         chosen.update(*(REQUIRES.get(kind, ()) for kind in chosen))
-        for family in FAMILIES:
+        families = list(FAMILIES)
+        if self.gradient_examples == len(self.examples):
+            families[:2] = [families[0] + families[1]]
+        for family in families:
             wanted = [kind for kind in family if kind in chosen]
-            if wanted:
-                with lock(self.path(family[0])):
-                    missing = [kind for kind in wanted if not self._check(kind)]
-                    if missing:
-                        self._compute(missing)
+            with ExitStack() as locks:
+                # always in the order of FAMILIES, so that two processes never wait for each other
+                for path in dict.fromkeys(self.path(own[0]) for own in FAMILIES if set(own) & set(wanted)):
+                    locks.enter_context(lock(path))
+                missing = [kind for kind in wanted if not self._check(kind)]
+                if missing:
+                    self._compute(missing)
 
     def statistic(self, name: str, kind: str) -> Tensor:
         """One layer's statistic, read from disk."""
@@ -520,6 +549,7 @@ class Calibration:
         tensors: dict[str, dict[str, Tensor]] = {kind: {} for kind in kinds}
         unseen: list[str] = []
         examples = len(self.examples)
+        backward_s = 0.0
         if kinds[0] in BASIS_STATISTICS:
             for kind in kinds:
                 moment = REQUIRES[kind][0]
@@ -528,13 +558,22 @@ class Calibration:
             for watched in self._passes(kinds):
                 collector = self._collect(watched, kinds)
                 examples = collector.examples
+                backward_s += collector.backward_s
                 for kind in kinds:
                     found, idle = collector.statistics(kind)
                     tensors[kind] |= found
                 unseen += idle
-        seconds = (time.perf_counter() - start) / len(kinds)
-        metadata = {"seconds": f"{seconds:.3f}", "unseen": json.dumps(unseen), "examples": str(examples)}
+        inputs = [kind for kind in kinds if kind in INPUT_STATISTICS]
+        seconds = dict.fromkeys(kinds, (time.perf_counter() - start) / len(kinds))
+        if 0 < len(inputs) < len(kinds):  # of a pass for both, the gradients are charged with what only they needed
+            total = len(kinds) * seconds[kinds[0]]
+            for kind in kinds:
+                share = (
+                    (total - backward_s) / len(inputs) if kind in inputs else backward_s / (len(kinds) - len(inputs))
+                )
+                seconds[kind] = share
         for kind in kinds:
+            metadata = {"seconds": f"{seconds[kind]:.3f}", "unseen": json.dumps(unseen), "examples": str(examples)}
             write_tensors(self.path(kind), tensors[kind], metadata)
             self._note(kind, metadata, reused=False)
 
@@ -567,9 +606,10 @@ class Calibration:
             kinds,
             self.settings.samples,
             generator,
-            self.settings.likelihood,
-            self.settings.rank,
-            bases,
+            likelihood=self.settings.likelihood,
+            draws=self.settings.draws,
+            rank=self.settings.rank,
+            bases=bases,
         )
         batches = self.examples.batches(self.settings.batch_size, self.device)
         total = -(-len(self.examples) // self.settings.batch_size)

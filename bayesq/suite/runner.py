@@ -101,6 +101,7 @@ class SharedPosterior:
     def __init__(self, posterior: Posterior) -> None:
         self.posterior = posterior
         self.statistics, self.samples, self.examples = posterior.statistics, posterior.samples, posterior.examples
+        self.likelihood, self.draws = posterior.likelihood, posterior.draws
         self.rank = getattr(posterior, "rank", 16)
         self.seconds = 0.0
         self._kept: dict[str, LayerPosterior] = {}
@@ -296,6 +297,8 @@ def quantize(cfg: DictConfig, plan: Plan, work: Workload, cache_dir: Path) -> Qu
         samples,
         int(cfg.seed),
         gradient_examples=posterior.examples if posterior else None,
+        likelihood=posterior.likelihood if posterior else "categorical",
+        draws=posterior.draws if posterior else "signs",
         rank=posterior.rank if posterior else 16,
     )
     calibration = Calibration(module, work.network.checksum, layers, examples, settings, cache_dir, device)

@@ -503,6 +503,8 @@ def test_more_directions_than_calibration_kept_are_refused():
         ({"samples": 0}, "posterior.samples"),
         ({"examples": 0}, "posterior.examples"),
         ({"prior_scope": "network"}, "posterior.prior_scope"),
+        ({"likelihood": "poisson"}, "posterior.likelihood"),
+        ({"draws": "dice"}, "posterior.draws"),
         ({"shrinkage": 1.5}, "posterior.shrinkage"),
         ({"shrinkage": -0.1}, "posterior.shrinkage"),
     ],

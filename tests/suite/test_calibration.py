@@ -13,6 +13,7 @@ import torch
 from naive_fisher import Dense, TinyConvNet, TinyEncoder, dense_statistics, seeded
 from torch import Tensor, nn
 
+from bayesq.posterior import DRAWS
 from bayesq.quant.layers import quantizable_layers, weight_to_matrix
 from bayesq.quant.method import STATISTICS
 from bayesq.suite import calibration
@@ -210,15 +211,26 @@ def test_directions_are_exact_for_few_classes(classes):
     torch.testing.assert_close(outer(directions).double(), label_covariance(logits), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", DRAWS)
 @pytest.mark.parametrize("classes", [2, 5, EXACT_CLASSES + 1])
-def test_sampled_directions_are_unbiased(classes):
+def test_drawn_directions_are_unbiased(classes, kind):
     logits = torch.randn(3, classes, generator=torch.Generator().manual_seed(5))
-    draws = 20_000
-    directions = fisher_directions(logits, draws, torch.Generator().manual_seed(6))
-    assert len(directions) == draws
-    single = torch.stack([draws * v[:, :, None] * v[:, None, :] for v in directions]).double()
-    error = single.std(0) / draws**0.5
+    count = 20_000
+    directions = fisher_directions(logits, count, torch.Generator().manual_seed(6), draws=kind)
+    assert len(directions) == count
+    single = torch.stack([count * v[:, :, None] * v[:, None, :] for v in directions]).double()
+    error = single.std(0) / count**0.5
     assert bool(((single.mean(0) - label_covariance(logits)).abs() <= 5 * error + 1e-6).all())
+
+
+def test_signs_vary_less_than_labels_where_the_network_is_sure():
+    logits = torch.zeros(1, 10)
+    logits[0, 3] = 6.0
+    spread = {}
+    for kind in DRAWS:
+        directions = fisher_directions(logits, 5_000, torch.Generator().manual_seed(6), draws=kind)
+        spread[kind] = float(torch.stack([v.square().sum() for v in directions]).std())
+    assert 10 * spread["signs"] < spread["labels"]
 
 
 def test_many_classes_are_sampled():
@@ -270,9 +282,11 @@ def test_statistics_of_a_regression_head_are_the_dense_ones(name, outputs):
         assert not collect(module, images())["fisher_diagonal"][name].any()
 
 
-def test_an_unknown_likelihood_is_refused():
+def test_an_unknown_likelihood_or_draw_is_refused():
     with pytest.raises(ValueError, match="likelihood 'poisson'"):
         fisher_directions(torch.zeros(1, 2), None, torch.Generator(), "poisson")
+    with pytest.raises(ValueError, match="draws 'dice'"):
+        fisher_directions(torch.zeros(1, 2), None, torch.Generator(), draws="dice")
     with pytest.raises(ValueError, match="likelihood 'poisson'"):
         dataclasses.replace(SETTINGS, likelihood="poisson")
 
@@ -493,10 +507,10 @@ def open_calibration(module: nn.Module, folder: Path, examples=None, **changes) 
 def test_files_are_computed_once_and_read_afterwards(module, tmp_path):
     first = open_calibration(module, tmp_path)
     first.prepare(KINDS)
-    assert module.passes == 6 and first.reused == dict.fromkeys(KINDS, False)  # 3 batches for each family
+    assert module.passes == 3 and first.reused == dict.fromkeys(KINDS, False)  # 3 batches, inputs and gradients at once
     second = open_calibration(module, tmp_path)
     second.prepare(iter(KINDS))
-    assert module.passes == 6 and second.reused == dict.fromkeys(KINDS, True)
+    assert module.passes == 3 and second.reused == dict.fromkeys(KINDS, True)
     assert second.seconds == pytest.approx(first.seconds, abs=1e-3) and second.seconds.keys() == KINDS
     expected = collect(module, images())
     for kind in KINDS:
@@ -509,8 +523,34 @@ def test_only_what_is_missing_is_computed(module, tmp_path):
     assert module.passes == 3
     later = open_calibration(module, tmp_path)
     later.prepare(["gradient_moment", "fisher_diagonal", "input_magnitude"])
-    assert module.passes == 9
+    assert module.passes == 6
     assert later.reused == {"gradient_moment": True, "fisher_diagonal": False, "input_magnitude": False}
+
+
+def test_fewer_gradient_examples_take_a_pass_of_their_own(module, tmp_path):
+    few = open_calibration(module, tmp_path, gradient_examples=2)
+    few.prepare(["input_moment", "gradient_moment"])
+    assert module.passes == 4  # 3 batches of inputs, then the one batch with the first two examples
+
+
+def test_one_pass_gives_the_bits_of_two(module, tmp_path):
+    both = open_calibration(module, tmp_path / "both")
+    both.prepare(KINDS)
+    apart = open_calibration(module, tmp_path / "apart")
+    for kind in sorted(KINDS):
+        apart.prepare([kind])
+    for kind in KINDS:
+        for name in quantizable_layers(module):
+            assert torch.equal(both.statistic(name, kind), apart.statistic(name, kind))
+
+
+def test_gradients_are_charged_with_the_backward_passes_only(module, tmp_path, monkeypatch):
+    clock = iter(range(1000))
+    monkeypatch.setattr(calibration.time, "perf_counter", lambda: float(next(clock)))
+    found = open_calibration(module, tmp_path)
+    found.prepare(["input_moment", "gradient_moment"])
+    # two readings about the pass, two about the gradients of each of the 3 batches: 7 ticks, 3 of them backward
+    assert found.seconds == {"input_moment": 4.0, "gradient_moment": 3.0}
 
 
 @pytest.mark.parametrize("damage", ["truncate", "flip", "empty", "foreign"])
@@ -534,10 +574,10 @@ def test_damaged_files_are_noticed_and_computed_again(damage, kind, module, tmp_
     with caplog.at_level(logging.WARNING):
         second.prepare(KINDS)
     assert len(caplog.records) == 1 and str(path) in caplog.text and "computing it again" in caplog.text
-    assert second.reused == {k: k != kind for k in KINDS} and module.passes == 9
+    assert second.reused == {k: k != kind for k in KINDS} and module.passes == 6
     again = open_calibration(module, tmp_path)
     again.prepare(KINDS)
-    assert module.passes == 9
+    assert module.passes == 6
     assert all(torch.equal(again.statistic(n, kind), collect(module, images())[kind][n]) for n in again.layers)
 
 
@@ -556,7 +596,13 @@ def test_what_changes_a_number_changes_the_file(module, tmp_path):
     for what, changed in everything.items():
         for kind in STATISTICS:
             assert changed.path(kind) != base.path(kind), (what, kind)
-    for changes in ({"seed": 1}, {"samples": 2}, {"gradient_examples": 3}, {"likelihood": "gaussian"}):
+    for changes in (
+        {"seed": 1},
+        {"samples": 2},
+        {"gradient_examples": 3},
+        {"likelihood": "gaussian"},
+        {"draws": "labels"},
+    ):
         gradients_only = open_calibration(module, tmp_path, **changes)
         for kind in STATISTICS:
             assert (gradients_only.path(kind) == base.path(kind)) == kind.startswith("input"), kind
