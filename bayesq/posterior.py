@@ -595,11 +595,12 @@ def eigenvalues(moments: Tensor) -> Tensor:
     gives up on some matrices of low rank, which float64 then solves.
     """
     size = moments.abs().amax().clamp(min=torch.finfo(torch.float64).tiny)
+    values: Tensor
     try:
-        values = torch.linalg.eigvalsh((moments / size).to(torch.float32))
-    except torch.linalg.LinAlgError:
+        values = torch.linalg.eigvalsh((moments / size).to(torch.float32)).to(torch.float64)
+    except RuntimeError:  # torch.linalg.LinAlgError, which torch does not export to type checkers
         values = torch.linalg.eigvalsh(moments / size)
-    return values.to(torch.float64) * size
+    return values * size
 
 
 def shrink(moment: Tensor, amount: float) -> Tensor:

@@ -205,7 +205,7 @@ class TrellisGrid:
 DESIGN_SAMPLES, DESIGN_COLUMNS, DESIGN_STEPS = 4096, 8, 25
 # A round that gains less ends the design.
 DESIGN_TOLERANCE = 5e-4
-# Ranges of uniform levels, as parts of the widest that can pay; first every COARSE-th is tried, then those about the best.
+# Ranges of uniform levels, as parts of the widest that can pay; every COARSE-th is tried, then those about the best.
 STEP_FACTORS, COARSE = 60, 5
 
 

@@ -563,15 +563,12 @@ class Calibration:
                     found, idle = collector.statistics(kind)
                     tensors[kind] |= found
                 unseen += idle
-        inputs = [kind for kind in kinds if kind in INPUT_STATISTICS]
-        seconds = dict.fromkeys(kinds, (time.perf_counter() - start) / len(kinds))
-        if 0 < len(inputs) < len(kinds):  # of a pass for both, the gradients are charged with what only they needed
-            total = len(kinds) * seconds[kinds[0]]
-            for kind in kinds:
-                share = (
-                    (total - backward_s) / len(inputs) if kind in inputs else backward_s / (len(kinds) - len(inputs))
-                )
-                seconds[kind] = share
+        # Of a pass for inputs and gradients, the latter are charged with what only they needed.
+        inputs = [kind for kind in kinds if kind in INPUT_STATISTICS] or list(kinds)
+        gradients = [kind for kind in kinds if kind not in inputs]
+        total = time.perf_counter() - start
+        seconds = dict.fromkeys(gradients, backward_s / max(len(gradients), 1))
+        seconds |= dict.fromkeys(inputs, (total - sum(seconds.values())) / len(inputs))
         for kind in kinds:
             metadata = {"seconds": f"{seconds[kind]:.3f}", "unseen": json.dumps(unseen), "examples": str(examples)}
             write_tensors(self.path(kind), tensors[kind], metadata)
