@@ -9,8 +9,12 @@ biases and the affine parameters of the norms, to minimise E_x[KL(p(.|x) || soft
 the calibration set decides which step is kept. Every candidate is judged in the precision it will be stored in, and
 one that does not clearly beat the network as it came is no candidate, so the held-out divergence never rises. Shapes
 and types stay, and so do the stored bits.
+
+The first candidate costs no gradient: biases and norms that match the activation moments of the full-precision network
+on the training part (`bayesq.quant.correction`). Where it is kept, training goes on from there.
 """
 
+import copy
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -72,9 +76,10 @@ class Distilled:
 
     Attributes:
         tensors: by layer, codes and shapes as they came.
-        parameters: changed biases and norm parameters by state_dict name; empty if best_step is 0.
+        parameters: changed biases and norm parameters by state_dict name; empty if nothing was kept.
         steps: steps taken; fewer than asked for where the loss ceased to be finite.
-        best_step: the step that was kept; 0 = none was clearly better than the network as it came.
+        best_step: the step that was kept; 0 = none was clearly better than what it started from.
+        started: whether training started from the parameters that `start` gave.
         heldout_kl_before, heldout_kl_after: mean KL(teacher || student) on the held-out examples, in nats.
     """
 
@@ -82,6 +87,7 @@ class Distilled:
     parameters: dict[str, Tensor]
     steps: int
     best_step: int
+    started: bool
     heldout_kl_before: float
     heldout_kl_after: float
 
@@ -143,6 +149,7 @@ def distill(
     teacher: Tensor,
     settings: DistillationSettings,
     generator: torch.Generator,
+    start: Callable[[Tensor], Mapping[str, Tensor]] | None = None,
 ) -> Distilled:
     """Train scales, codebook levels, biases and norm parameters; keep what is best on held-out examples.
 
@@ -157,6 +164,8 @@ def distill(
         teacher: probabilities [n, classes].
         settings: the budget.
         generator: CPU generator of the split.
+        start: gives parameters by state_dict name to start from, if the held-out part agrees; it is told which of the
+            n examples train (bool [n]).
 
     Raises:
         ValueError: training mode, too few examples to hold any out, indices that do not match the teacher, or two
@@ -175,11 +184,20 @@ def distill(
     training = [part for batch in batches if (part := _select(batch, ~held_out, teacher)) is not None]
     judging = [part for batch in batches if (part := _select(batch, held_out, teacher)) is not None]
 
-    student = Student(quantized, tensors)
     best_tensors, best_parameters = dict(tensors), dict[str, Tensor]()
     untouched = _held_out_kl(quantized, best_tensors, best_parameters, judging)
     best = untouched
     taken = best_step = 0
+    begun = dict(start(~held_out)) if start is not None else {}
+    kl = _held_out_kl(quantized, best_tensors, begun, judging) if begun else untouched
+    started = _beats(kl, untouched)
+    if started:
+        best, best_parameters = kl, begun
+        quantized = copy.deepcopy(quantized)
+        quantized.load_state_dict(begun, strict=False)
+    else:
+        begun = {}
+    student = Student(quantized, tensors)
     moves = student.moves()
     examples = n - count
 
@@ -214,8 +232,9 @@ def distill(
         candidate, parameters = student.stored()
         kl = _held_out_kl(quantized, candidate, parameters, judging)
         if _beats(kl, untouched) and kl.mean() < best.mean():
-            best, best_step, best_tensors, best_parameters = kl, step, candidate, parameters
-    return Distilled(best_tensors, best_parameters, taken, best_step, float(untouched.mean()), float(best.mean()))
+            best, best_step, best_tensors, best_parameters = kl, step, candidate, begun | parameters
+    means = float(untouched.mean()), float(best.mean())
+    return Distilled(best_tensors, best_parameters, taken, best_step, started, *means)
 
 
 class Student:

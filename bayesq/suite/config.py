@@ -332,6 +332,8 @@ def _check_stages(config: Mapping[str, Any]) -> None:
         _whole(f"distillation.{key}", options[key], 0)
     for key in ("batch_size", "evaluations"):
         _whole(f"distillation.{key}", options[key], 1)
+    if not isinstance(options["moments"], bool):
+        _refuse("distillation.moments", options["moments"], "needs true or false")
     if not _is_number(options["held_out"]) or not 0 < options["held_out"] < 1:
         _refuse("distillation.held_out", options["held_out"], "needs a share between 0 and 1")
     if config["distill"] and not 2 <= round(options["held_out"] * examples) < examples:

@@ -450,7 +450,7 @@ def distill_student(cfg: DictConfig, plan: Plan, work: Workload, quantized: Quan
         UserError: the settings or the calibration set do not allow it.
     """
     start = time.perf_counter()
-    options = {key: value for key, value in cfg.distillation.items() if key not in ("samples", "batch_size")}
+    options = {key: cfg.distillation[key] for key in ("steps", "evaluations", "held_out")}
     # Methods without a posterior learn from the full-precision network itself: the teacher at its mean.
     samples = int(cfg.distillation.samples) if plan.posterior else 0
     batches = list(work.calibration.batches(int(cfg.distillation.batch_size), work.device))
@@ -466,16 +466,31 @@ def distill_student(cfg: DictConfig, plan: Plan, work: Workload, quantized: Quan
             generator,
         )
         student = quantized_copy(work, quantized)
-        found = distill(student, quantized.tensors, batches, teacher, settings, generator)
+        # moments that correction=moments has matched already have no second start to offer
+        moments = moment_start(work, quantized) if cfg.distillation.moments and cfg.correction == "none" else None
+        found = distill(student, quantized.tensors, batches, teacher, settings, generator, moments)
     except ValueError as error:
         raise UserError(str(error)) from error
     quantized.tensors, quantized.distilled = found.tensors, found
     quantized.parameters |= found.parameters
     quantized.distill_s = time.perf_counter() - start
     log.info(
-        f"distillation: step {found.best_step} of {found.steps} kept, "
+        f"distillation: {'moments matched, ' if found.started else ''}step {found.best_step} of {found.steps} kept, "
         f"held-out KL {found.heldout_kl_before:.4f} -> {found.heldout_kl_after:.4f}"
     )
+
+
+def moment_start(work: Workload, quantized: Quantized) -> Callable[[Tensor], Mapping[str, Tensor]]:
+    """Biases and norm parameters that match activation moments on some calibration examples, told by bool [n]."""
+
+    def start(chosen: Tensor) -> Mapping[str, Tensor]:
+        batch = next(work.calibration.batches(len(work.calibration), work.device))
+        rows = chosen[batch.index].to(work.device)
+        inputs = {name: x[rows] for name, x in batch.inputs.items()}
+        student = quantized_copy(work, quantized)
+        return correct_moments(work.network.module, student, quantized.tensors, inputs).tensors
+
+    return start
 
 
 def posterior_draw(plan: Plan, problems: Mapping[str, LayerProblem]) -> Callable[[str, torch.Generator], Tensor]:
@@ -494,6 +509,7 @@ def distillation_metrics(distilled: Distilled | None) -> dict[str, Any]:
         return {}
     return {
         "distill/best_step": distilled.best_step,
+        "distill/moments": distilled.started,
         "distill/heldout_kl_before": distilled.heldout_kl_before,
         "distill/heldout_kl_after": distilled.heldout_kl_after,
     }

@@ -265,6 +265,38 @@ def test_it_starts_from_corrected_parameters(digits):
     assert result.best_step == result.steps == 0 and result.heldout_kl_after == result.heldout_kl_before
 
 
+@pytest.mark.parametrize(("shift", "kept"), [(0.0, True), (2.0, False)])
+@pytest.mark.parametrize("steps", [0, 2])
+def test_it_goes_on_from_a_start_that_the_held_out_part_accepts(digits, steps, shift, kept):
+    """The network came with a wrong bias; the start repairs it, or makes it worse."""
+    network, images = digits
+    tensors = quantize(network, dict.fromkeys(LAYERS, 4))
+    student = loaded(network, tensors, {})
+    student.norm1.bias += 0.5
+    asked = []
+
+    def start(training: Tensor) -> dict[str, Tensor]:
+        asked.append(training)
+        return {"norm1.bias": network.norm1.bias.detach() - shift}
+
+    teacher = teacher_of(network, images[:100])
+    generator, settings = torch.Generator().manual_seed(0), replace(FAST, steps=steps)
+    result = distill(student, tensors, batches_of(images[:100]), teacher, settings, generator, start)
+    held_out = torch.randperm(100, generator=torch.Generator().manual_seed(0))[:20]
+    (training,) = asked
+    assert not training[held_out].any() and int(training.sum()) == 80
+    assert result.started == kept
+    stored = loaded(student, result.tensors, result.parameters)
+    assert divergence(teacher[held_out], stored, images[held_out]) == pytest.approx(result.heldout_kl_after, rel=1e-4)
+    if steps == 0:
+        assert ("norm1.bias" in result.parameters) == kept
+    if kept:
+        assert result.heldout_kl_after < 0.5 * result.heldout_kl_before
+        assert bool((result.parameters["norm1.bias"] - network.norm1.bias).abs().max() < 0.1)
+    untrained = student.norm1.bias.detach()
+    assert torch.equal(untrained, network.norm1.bias + 0.5)  # the network given stays as it came
+
+
 def test_it_is_deterministic(digits):
     network, images = digits
     tensors = quantize(network, dict.fromkeys(LAYERS, 3))

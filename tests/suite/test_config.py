@@ -231,6 +231,7 @@ BAD_VALUES = [
     ("distill", None),
     ("distillation.samples", -1),
     ("distillation.samples", True),
+    ("distillation.moments", "yes"),
     ("distillation.steps", 2.5),
     ("distillation.evaluations", "4"),
     ("distillation.held_out", 0),
