@@ -180,13 +180,13 @@ class BayesQ:
         """Add what the rows of each width met, in level units, weighted by what an error there costs [R, C]."""
         scale, zero = (part[:, None] for part in grid)
         units, gain = rounded.met / scale + zero, gain * scale.square()
-        widths = rounded.width
+        widths, index = rounded.width, rounded.index()
         for w in _used(widths):
             rows = widths == w
             if self.levels == "trellis":
                 if not self._has_table(layer, w):
                     continue
-                new: LevelSums | Atoms = LevelSums.of(rounded.index[rows], units[rows], gain[rows], 2 ** (w + 1))
+                new: LevelSums | Atoms = LevelSums.of(index[rows], units[rows], gain[rows], 2 ** (w + 1))
             else:
                 variance = torch.zeros_like(gain[rows])
                 if self.posterior_noise:

@@ -23,18 +23,24 @@ class Rounded:
         scale: [R] fp16-exact.
         zero: [R] in level units, storable.
         width: [R] bits.
-        index: [R, C] int64, which level of its row's width each weight has.
         values: [R, C] what the codes stand for.
         met: [R, C] what each entry was when it was rounded: the weight plus the feedback of earlier columns.
+        trellis: states of the trellis the codes run along; None for scalar codes.
+        groups: convolution groups g.
     """
 
     codes: Tensor
     scale: Tensor
     zero: Tensor
     width: Tensor
-    index: Tensor
     values: Tensor
     met: Tensor
+    trellis: int | None
+    groups: int
+
+    def index(self) -> Tensor:
+        """[R, C] int64, which level of its row's width each weight has."""
+        return self.codes.long() if self.trellis is None else level_indices(self.codes, self.trellis, self.groups)
 
 
 def round_layer(
@@ -61,7 +67,7 @@ def round_layer(
     if geometry.factors is not None and len(weight) > 1 and trellis is None and geometry.row_factors is None:
         grid = CodebookGrid(scale, zero, width, codebooks)
         codes, values, met = feedback_round_groups(weight, geometry.factors, grid)
-        return Rounded(codes, scale, zero, width, codes.long(), values, met)
+        return Rounded(codes, scale, zero, width, values, met, None, len(weight))
     parts = []
     for g in range(len(weight)):
         own = slice(g * rows, (g + 1) * rows)
@@ -79,8 +85,7 @@ def round_layer(
         else:
             parts.append(feedback_round(w, geometry.factors[g], grid))
     codes, values, met = (torch.cat(part) for part in zip(*parts, strict=True))
-    index = codes.long() if trellis is None else level_indices(codes, trellis, len(weight))
-    return Rounded(codes, scale, zero, width, index, values, met)
+    return Rounded(codes, scale, zero, width, values, met, trellis, len(weight))
 
 
 def predicted_risk(weight: Tensor, geometry: Whitening, distortions: Sequence[float]) -> Tensor:

@@ -141,6 +141,17 @@ def _search_columns(units: Any, weight: Any, width: Any, levels: Any, subset: An
         _search(units[c], weight[c], width, levels, subset, code[c], index[c])
 
 
+@numba.njit(cache=True, nogil=True)
+def _round_column(
+    x: Any, scale: Any, zero: Any, weight: Any, width: Any, levels: Any, subset: Any, code: Any, value: Any
+) -> None:
+    """`_search` for entries x [n] in the weights' own units; value [n] receives what the codes stand for."""
+    index = np.empty(len(x), np.int64)
+    _search(x / scale + zero, weight, width, levels, subset, code, index)
+    for i in range(len(x)):
+        value[i] = scale[i] * (levels[width[i], index[i]] - zero[i])
+
+
 @dataclass
 class TrellisGrid:
     """Levels shared by all rows of a width, scale and zero per row, codes along each column on a trellis.
@@ -161,8 +172,11 @@ class TrellisGrid:
     row_gain: Tensor
     states: int
     _tables: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray] = field(init=False)
+    _rows: tuple[np.ndarray, np.ndarray] = field(init=False)
 
     def __post_init__(self) -> None:
+        scale, zero = (part.to(torch.float64).contiguous().numpy() for part in (self.scale, self.zero))
+        self._rows = scale, zero
         levels = np.zeros((MAX_WIDTH + 1, 2 ** (MAX_WIDTH + 1)))
         for w in self.width.unique().tolist():
             book = self.codebooks[w] if w in self.codebooks else uniform_levels(w)
@@ -175,11 +189,9 @@ class TrellisGrid:
 
     def round(self, x: Tensor, column: int) -> tuple[Tensor, Tensor]:
         """Codes and values of the best path down the entries x [R] of one column."""
-        weight, width, levels, subset = self._tables
-        units = torch.addcdiv(self.zero, x, self.scale).numpy()
-        code, index = np.empty(len(units), np.int64), np.empty(len(units), np.int64)
-        _search(units, weight, width, levels, subset, code, index)
-        return torch.from_numpy(code), self.scale * (torch.from_numpy(levels[width, index]) - self.zero)
+        code, value = np.empty(len(x), np.int64), np.empty(len(x))
+        _round_column(x.numpy(), *self._rows, *self._tables, code, value)
+        return torch.from_numpy(code), torch.from_numpy(value)
 
     def round_matrix(self, x: Tensor, gain: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Codes and values of a whole matrix [R, C] without feedback.

@@ -220,7 +220,7 @@ def test_trellis_levels_are_the_centroids_of_what_the_first_rounding_met(cheap_t
         for one, rounded in zip(layers, roundings, strict=False):
             units, cost, _, _ = met_in_level_units(method, one, rounded)
             for row in (rounded.width == w).nonzero()[:, 0].tolist():
-                for k, unit, p in zip(*(x[row].tolist() for x in (rounded.index, units, cost)), strict=True):
+                for k, unit, p in zip(*(x[row].tolist() for x in (rounded.index(), units, cost)), strict=True):
                     moment[k] += p * unit
                     mass[k] += p
         start = np.arange(2 ** (w + 1)) / 2 - 0.25

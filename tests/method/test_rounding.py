@@ -142,15 +142,16 @@ def factors(groups: int = 3, rows: int = 7, columns: int = 15) -> KroneckerPoste
 def test_trellis_codes_stand_for_the_values(feedback):
     weight, scale, zero, widths, books = trellis_problem()
     rounded = round_layer(weight, whitening(factors(), feedback, DAMPING), scale, zero, widths, books, 16)
-    assert np.array_equal(rounded.index.numpy(), trellis_indices(rounded.codes.numpy(), 16, 3))
+    assert np.array_equal(rounded.index().numpy(), trellis_indices(rounded.codes.numpy(), 16, 3))
     assert torch.equal(rounded.width, widths) and rounded.codes.dtype == torch.uint8
     assert torch.equal(rounded.zero, zero_value(zero_code(zero, widths), widths, torch.float64))
     for row, width in enumerate(widths.tolist()):
         levels = books[width].tolist() if width in books else half_steps(width)
         reals = [float(rounded.scale[row]) * (level - float(rounded.zero[row])) for level in levels]
-        assert rounded.values[row].tolist() == pytest.approx([reals[i] for i in rounded.index[row].tolist()], rel=1e-12)
+        expected = [reals[i] for i in rounded.index()[row].tolist()]
+        assert rounded.values[row].tolist() == pytest.approx(expected, rel=1e-12)
     scalar = round_layer(weight, whitening(factors(), feedback, DAMPING), scale, zero, widths, {})
-    assert torch.equal(scalar.index, scalar.codes.long())
+    assert torch.equal(scalar.index(), scalar.codes.long())
 
 
 @pytest.mark.parametrize("posterior", ["kfac", "diag"])
@@ -258,7 +259,7 @@ def test_rows_without_a_usable_fit_keep_their_grid():
     scale, zero = torch.full((3,), 0.5).double(), torch.ones(3).double()
     met = torch.tensor([[0.1, 0.9, 0.3], [1.0, 0.0, -1.0], [-0.6, 0.1, 0.5]]).double()
     widths = torch.full((3,), 2, dtype=torch.uint8)
-    rounded = Rounded(level.to(torch.uint8), scale, zero, widths, level.long(), 0.5 * (level - 1), met)
+    rounded = Rounded(level.to(torch.uint8), scale, zero, widths, 0.5 * (level - 1), met, None, 1)
     new_scale, new_zero = refit_rows(rounded, torch.ones(3, 3).double())
     # one code everywhere; a slope below zero; a proper fit
     assert new_scale.tolist()[:2] == [0.5, 0.5] and new_zero.tolist()[:2] == [1.0, 1.0]
