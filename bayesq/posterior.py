@@ -84,7 +84,7 @@ class LayerPosterior(ABC):
 
     num_data: int
     prior_precision: float
-    effective_parameters: float
+    effective_parameters: float | None
 
     @abstractmethod
     def diagonal(self) -> Tensor:
@@ -127,7 +127,7 @@ class DiagonalPosterior(LayerPosterior):
     precision: Tensor
     num_data: int
     prior_precision: float
-    effective_parameters: float
+    effective_parameters: float | None
 
     def diagonal(self) -> Tensor:
         """[g, r, c] P itself."""
@@ -163,7 +163,7 @@ class KroneckerPosterior(LayerPosterior):
     gradient_factor: Tensor
     num_data: int
     prior_precision: float
-    effective_parameters: float
+    effective_parameters: float | None
 
     def diagonal(self) -> Tensor:
         """[g, r, c] G_rr A_cc."""
@@ -212,7 +212,7 @@ class EkfacPosterior(LayerPosterior):
     eigenvalues: Tensor
     num_data: int
     prior_precision: float
-    effective_parameters: float
+    effective_parameters: float | None
 
     def rotate(self, delta: Tensor) -> Tensor:
         """Q_GT delta Q_A [g, r, c], coordinates in which P is diagonal."""
@@ -266,7 +266,7 @@ class LowRankPosterior(LayerPosterior):
     directions: Tensor
     num_data: int
     prior_precision: float
-    effective_parameters: float
+    effective_parameters: float | None
 
     @cached_property
     def _inner(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -412,20 +412,22 @@ class Laplace(ABC):
         for layer, spectrum in zip(layers, spectra, strict=True):
             self._note(layer, spectrum, tau)
 
-    def _prior(self, layer: LayerProblem) -> tuple[float, float]:
-        """tau and gamma; the eigenvalues are only computed on the first fit of a layer, which notes both.
+    def _prior(self, layer: LayerProblem) -> tuple[float, float | None]:
+        """tau, and gamma where the evidence chose it: a tau that is given needs no eigenvalues.
+
+        The first fit of a layer computes both and notes them.
 
         Raises:
             RuntimeError: prior_scope=global and `prepare` has not seen the layer.
         """
+        if self.prior_precision is not None:
+            layer.notes["prior_precision"] = self.prior_precision
+            return self.prior_precision, None
         if "prior_precision" not in layer.notes:
-            if self.prior_precision is None and self.prior_scope == "global":
+            if self.prior_scope == "global":
                 raise RuntimeError(f"posterior.prior_scope=global: prepare() has not seen layer {layer.name}")
             f = self.spectrum(layer)
-            tau = self.prior_precision
-            if tau is None:
-                tau, _ = prior_precision_by_evidence(f, _squared_norm(layer), self.num_data)
-            self._note(layer, f, tau)
+            self._note(layer, f, prior_precision_by_evidence(f, _squared_norm(layer), self.num_data)[0])
         return layer.notes["prior_precision"], layer.notes["effective_parameters"]
 
     def _note(self, layer: LayerProblem, spectrum: Tensor, tau: float) -> None:
