@@ -28,8 +28,8 @@ ROUNDINGS = ("feedback", "two_sided", "nearest")
 # A trellis runs down the rows of a group; with fewer rows it has no choice to make that a scalar code lacks.
 LEAST_TRELLIS_ROWS = 4
 LARGEST_TRELLIS = max(POLYNOMIALS)
-# Roundings that are only refitted need no more than this: a short trellis meets the same values as a long one, and a
-# coarse search of the first range is refitted anyway (README: no difference in KL, half the time).
+# Roundings that are only refitted get a short trellis, which meets much the same values as a long one at an eighth of
+# the search, and first ranges from a coarse scan.
 REFIT_STATES = 8
 FIRST_GRID_STEPS = 20
 

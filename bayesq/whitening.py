@@ -10,6 +10,7 @@ squared rounding error of a weight, once all feedback has been given.
 
     nearest          gain_rc = P_rc,rc            (kfac: G_rr A_cc); always for diag and lowrank
     kfac, feedback   gain_rc = G_rr / U_cc^2,     UT U = A^-1, U upper, columns visited in decreasing diag(A)
+    kfac, two-sided  gain_rc = 1 / (V_rr^2 U_cc^2),  VT V = G^-1, rows visited in decreasing diag(G)
     ekfac, feedback  gain_rc = g_r / U_cc^2,      g_r = sum_c P_rc,rc / tr A
 
 Each row of an ekfac posterior has a metric of its own, but rows that share one factor are rounded together: feedback
@@ -84,6 +85,7 @@ def _whitening(posterior: LayerPosterior, feedback: bool, damping: float, row_da
         geometry = _feedback(row_gain, posterior.input_factor, damping)
         if row_damping is not None:
             geometry.row_factors = feedback_factors(posterior.gradient_factor, row_damping)
+            geometry.row_gain = torch.stack([factor.column_gain for factor in geometry.row_factors])
         return geometry
     if isinstance(posterior, EkfacPosterior):
         if not feedback:

@@ -26,6 +26,8 @@ DIGITS = ("model=resnet", "dataset=digits")
 METHODS = "rtn,gptq,awq,bayesq"
 # Everything in a result that may differ between two runs of one configuration.
 VOLATILE = ("time/", "memory/", "git", "host", "config")
+# With its defaults (a fixed prior, N = 1e9) neither prior nor posterior spread has an effect.
+SPREAD = "method=bayesq posterior.prior_precision=null posterior.num_data=1000"
 # What a run and its reference share -> the switches shown to matter against that reference, one at a time.
 SWITCHES = {
     "method=bayesq": [
@@ -60,19 +62,18 @@ SWITCHES = {
     "method=bayesq allocation.block=group": ["allocation.group_rows=4"],
     "method=bayesq proxy=mc": ["monte_carlo.samples=1", "monte_carlo.examples=16"],
     "method=bayesq posterior=lowrank": ["posterior.rank=4"],
-    # with its default of 1e9 the prior and the posterior's own spread have no effect
-    "method=bayesq posterior.num_data=1000": [
+    SPREAD: [
         "posterior.prior_scope=global",
         "posterior.prior_share=gradient",
         "posterior.prior_precision=10",
         "method.levels=lloyd",
         "method.levels=uniform",
     ],
-    "method=bayesq posterior.num_data=1000 method.levels=lloyd": [
+    f"{SPREAD} method.levels=lloyd": [
         "method.posterior_noise=true",
         "method.rounding=two_sided",
     ],
-    "method=bayesq posterior.num_data=1000 method.levels=lloyd method.rounding=two_sided": ["method.row_damping=1"],
+    f"{SPREAD} method.levels=lloyd method.rounding=two_sided": ["method.row_damping=1"],
     "method=gptq": [
         "method.sequential=false",
         "method.group_size=32",
