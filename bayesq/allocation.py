@@ -26,6 +26,9 @@ from bayesq.quant.method import Distortion, LayerProblem, stack_groups
 from bayesq.rounding import predicted_risk, round_layer
 from bayesq.whitening import whitening
 
+# Damping of the input moment where the method that will round has none of its own.
+DAMPING = 0.01
+
 
 def lower_hull(risk: np.ndarray, bits: np.ndarray) -> list[list[int]]:
     """Choices on the lower convex hull of each block's (bits, risk) points, beginning with the cheapest.
@@ -238,7 +241,7 @@ class Knapsack:
         posterior: Posterior,
         block: str,
         widths: Sequence[int],
-        damping: float = 0.01,
+        damping: float = DAMPING,
         *,
         group_rows: int = 8,
         row_multiple: int = 1,
@@ -386,8 +389,12 @@ def make_allocator(
     min_width: int | None = None,
     pinned: Mapping[str, int] | None = None,
     allowed: Mapping[str, Sequence[int]] | None = None,
+    damping: float = DAMPING,
 ) -> Allocator:
     """The allocator a config names: the key allocator, and the keys under allocation as they are called there.
+
+    Args:
+        damping: of the method that will round, see `Knapsack`.
 
     Raises:
         ValueError: allocator=knapsack without a posterior, or see `Knapsack`.
@@ -400,6 +407,7 @@ def make_allocator(
         posterior,
         block,
         widths,
+        damping,
         group_rows=group_rows,
         row_multiple=row_multiple,
         min_width=min_width,

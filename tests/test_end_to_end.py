@@ -15,10 +15,12 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from scipy.stats import spearmanr
 
+from bayesq.allocation import Knapsack
 from bayesq.quant.accounting import affine_overhead_bits, buffer_bytes
 from bayesq.quant.packing import pack_model, unpack_model
 from bayesq.suite import config, evaluation, runner
 from bayesq.suite.cache import read_tensors
+from bayesq.suite.errors import UserError
 from bayesq.suite.results import load_results
 
 ROOT = Path(__file__).parents[1]
@@ -293,6 +295,21 @@ def test_distillation_never_raises_the_held_out_divergence(sweep: Path, method: 
     assert parameters
     counted = {name: buffer for name, buffer in buffers.items() if name not in parameters}
     assert buffer_bytes(counted) == result["bytes/packed"]
+
+
+def test_a_pattern_without_a_layer_is_refused_before_the_calibration(
+    sweep: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "Calibration", lambda *_: pytest.fail("statistics were asked for"))
+    with pytest.raises(UserError, match=r"allocation\.pinned: pattern 'nothing\*' matches no layer"):
+        run_here(sweep, "refused", "method=bayesq +allocation.pinned={nothing*:8}")
+
+
+def test_the_allocator_predicts_with_the_damping_of_the_method() -> None:
+    overrides = ("method=bayesq", "method.damping=0.25")
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        allocator = runner.make_plan(compose("config", list(overrides))).allocator
+    assert isinstance(allocator, Knapsack) and allocator.damping == 0.25
 
 
 def test_a_method_that_cannot_run_fails_alone_and_in_one_line(sweep: Path) -> None:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from bayesq.allocation import Allocator, Budget, Knapsack, make_allocator
+from bayesq.allocation import DAMPING, Allocator, Budget, Knapsack, make_allocator
 from bayesq.distillation import DistillationSettings, Distilled, distill, posterior_predictive
 from bayesq.posterior import LayerPosterior, Posterior
 from bayesq.proxy import measure_kappa
@@ -182,6 +182,11 @@ def execute(
     cache_dir = resolve_cache_dir(cfg.cache_dir)
     plan = make_plan(cfg)  # first: a value that no constructor accepts must not cost a model's loading
     work = load(cfg, cache_dir)
+    if isinstance(plan.allocator, Knapsack):  # a pattern that matches nothing must not cost the calibration
+        try:
+            plan.allocator.choices(list(work.layers))
+        except ValueError as error:
+            raise UserError(str(error)) from error
     batch_size = int(cfg.evaluation.batch_size)
     full = evaluation.cached_logits(
         work.network.module, work.network.checksum, work.evaluation, batch_size, work.device, cache_dir
@@ -277,7 +282,8 @@ def make_plan(cfg: DictConfig) -> Plan:
     posterior = SharedPosterior(build(cfg.posterior)) if reads_posterior(cfg) else None
     method = build(cfg.method, **({"posterior": posterior} if cfg.method.get("uses_posterior") else {}))
     try:
-        allocator = make_allocator(cfg.allocator, posterior, **resolved(cfg)["allocation"])
+        damping = cfg.method.get("damping", DAMPING)
+        allocator = make_allocator(cfg.allocator, posterior, **resolved(cfg)["allocation"], damping=damping)
     except ValueError as error:
         raise UserError(str(error)) from error
     return Plan(method, posterior, allocator, Budget(float(cfg.bits), cfg.budget.count))
