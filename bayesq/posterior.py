@@ -36,6 +36,7 @@ PRIOR_SCOPES = ("layer", "global")
 PRIOR_SHARES = ("factored", "gradient")
 LIKELIHOODS = ("categorical", "gaussian")
 DRAWS = ("signs", "labels")
+EVIDENCES = ("eigenvalues", "diagonal")
 
 
 def prior_precision_by_evidence(eigenvalues: Tensor, squared_norm: float, num_data: int) -> tuple[float, float]:
@@ -464,6 +465,8 @@ class Kfac(Laplace):
         shrinkage: weight in [0, 1] of mean(diag G) I in G.
         prior_share: where tau / N goes: "factored" splits it over both factors (SPEC section 1), whose cross terms
             damp A as well; "gradient" gives it to G alone, see `gradient_damping`.
+        evidence: whose evidence chooses tau: that of A (x) G by its "eigenvalues", or that of its "diagonal" alone,
+            which costs next to nothing where the eigenvalues cost as much as a rounding.
 
     The others as in `Laplace`.
     """
@@ -481,8 +484,12 @@ class Kfac(Laplace):
         prior_share: str = "factored",
         likelihood: str = "categorical",
         draws: str = "signs",
+        evidence: str = "eigenvalues",
     ) -> None:
         super().__init__(prior_precision, num_data, samples, examples, prior_scope, likelihood, draws)
+        if evidence not in EVIDENCES:
+            raise ValueError(f"posterior.evidence={evidence}: choose from {', '.join(EVIDENCES)}")
+        self.evidence = evidence
         if prior_share not in PRIOR_SHARES:
             raise ValueError(f"posterior.prior_share={prior_share}: choose from {', '.join(PRIOR_SHARES)}")
         self.prior_share = prior_share
@@ -495,8 +502,9 @@ class Kfac(Laplace):
         return a, shrink(layer.statistic("gradient_moment").to(torch.float64), self.shrinkage)
 
     def spectrum(self, layer: LayerProblem) -> Tensor:
-        """[g, r, c] products of the factors' eigenvalues."""
-        values_a, values_g = map(eigenvalues, self._factors(layer))
+        """[g, r, c] products of the factors' eigenvalues, or of their diagonals."""
+        of = eigenvalues if self.evidence == "eigenvalues" else lambda moments: moments.diagonal(dim1=-2, dim2=-1)
+        values_a, values_g = map(of, self._factors(layer))
         products: Tensor = values_g[:, :, None] * values_a[:, None, :]
         return products
 

@@ -28,8 +28,8 @@ DIGITS = ("model=resnet", "dataset=digits")
 METHODS = "rtn,gptq,awq,bayesq"
 # Everything in a result that may differ between two runs of one configuration.
 VOLATILE = ("time/", "memory/", "git", "host", "config")
-# With its defaults (a fixed prior, N = 1e9) neither prior nor posterior spread has an effect.
-SPREAD = "method=bayesq posterior.prior_precision=null posterior.num_data=1000"
+# With N = 1e9, the default, the posterior hardly spreads.
+SPREAD = "method=bayesq posterior.num_data=1000"
 # What a run and its reference share -> the switches shown to matter against that reference, one at a time.
 SWITCHES = {
     "method=bayesq": [
@@ -67,6 +67,7 @@ SWITCHES = {
     SPREAD: [
         "posterior.prior_scope=global",
         "posterior.prior_share=gradient",
+        "posterior.evidence=eigenvalues",
         "posterior.prior_precision=10",
         "method.levels=lloyd",
         "method.levels=uniform",

@@ -426,6 +426,21 @@ def test_a_given_prior_precision_overrides_the_evidence(kind):
     assert problem().notes == {}
 
 
+def test_the_diagonals_evidence_is_that_of_a_diagonal_posterior():
+    """K-FAC's own diagonal, taken for the Fisher of a diagonal Laplace, asks for the same tau."""
+    layer = problem()
+    kronecker = Kfac(None, N, None, 0.5, evidence="diagonal")
+    a, g = kronecker._factors(layer)
+    diagonal = torch.einsum("grr,gcc->grc", g, a)
+    tau, gamma = prior_precision_by_evidence(diagonal, float(layer.weight.double().square().sum()), N)
+    posterior = kronecker.fit(layer)
+    assert posterior.prior_precision == pytest.approx(tau, rel=1e-5)
+    assert posterior.effective_parameters == pytest.approx(gamma, rel=1e-5)
+    assert posterior.prior_precision != Kfac(None, N, None, 0.5).fit(problem()).prior_precision
+    with pytest.raises(ValueError, match=r"posterior\.evidence=guess"):
+        Kfac(None, N, None, 0.5, evidence="guess")
+
+
 def test_a_second_fit_is_the_first_without_its_eigenvalues(monkeypatch):
     layer = problem()
     first = Kfac(None, N, None, 0.5).fit(layer)
