@@ -321,8 +321,7 @@ def truncate(rows: Tensor, rank: int) -> Tensor:
     return top
 
 
-# Elements of the largest temporary a hook may build, 16 MiB in float32: near a core's cache, unfolding depthwise
-# convolutions takes half the time it takes at 128 MiB.
+# Elements of the largest temporary a hook may build: 16 MiB in float32, near the size of a core's cache.
 PART_ELEMENTS = 2**22
 
 
