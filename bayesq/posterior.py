@@ -36,7 +36,7 @@ PRIOR_SCOPES = ("layer", "global")
 PRIOR_SHARES = ("factored", "gradient")
 LIKELIHOODS = ("categorical", "gaussian")
 DRAWS = ("signs", "labels")
-EVIDENCES = ("eigenvalues", "diagonal")
+EVIDENCES = ("diagonal", "eigenvalues")
 
 
 def prior_precision_by_evidence(eigenvalues: Tensor, squared_norm: float, num_data: int) -> tuple[float, float]:
@@ -465,8 +465,8 @@ class Kfac(Laplace):
         shrinkage: weight in [0, 1] of mean(diag G) I in G.
         prior_share: where tau / N goes: "factored" splits it over both factors (SPEC section 1), whose cross terms
             damp A as well; "gradient" gives it to G alone, see `gradient_damping`.
-        evidence: whose evidence chooses tau: that of A (x) G by its "eigenvalues", or that of its "diagonal" alone,
-            which costs next to nothing where the eigenvalues cost as much as a rounding.
+        evidence: whose evidence chooses tau: that of the "diagonal" of A (x) G, or that of all of it by its
+            "eigenvalues", which take as long as a rounding.
 
     The others as in `Laplace`.
     """
@@ -484,7 +484,7 @@ class Kfac(Laplace):
         prior_share: str = "factored",
         likelihood: str = "categorical",
         draws: str = "signs",
-        evidence: str = "eigenvalues",
+        evidence: str = "diagonal",
     ) -> None:
         super().__init__(prior_precision, num_data, samples, examples, prior_scope, likelihood, draws)
         if evidence not in EVIDENCES:
@@ -608,7 +608,7 @@ def eigenvalues(moments: Tensor) -> Tensor:
     values: Tensor
     try:
         values = torch.linalg.eigvalsh((moments / size).to(torch.float32)).to(torch.float64)
-    except RuntimeError:  # torch.linalg.LinAlgError, which torch does not export to type checkers
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         values = torch.linalg.eigvalsh(moments / size)
     return values * size
 

@@ -67,7 +67,7 @@ SWITCHES = {
     SPREAD: [
         "posterior.prior_scope=global",
         "posterior.prior_share=gradient",
-        "posterior.evidence=diagonal",
+        "posterior.evidence=eigenvalues",
         "posterior.prior_precision=10",
         "method.levels=lloyd",
         "method.levels=uniform",

@@ -274,7 +274,7 @@ def posterior_of(kind: str, prior_precision: float | None = None, **more):
     if kind == "diag":
         return Diagonal(prior_precision, N, None, **more)
     if kind == "kfac":
-        return Kfac(prior_precision, N, None, shrinkage=0.3, **more)
+        return Kfac(prior_precision, N, None, shrinkage=0.3, evidence="eigenvalues", **more)
     if kind == "ekfac":
         return Ekfac(prior_precision, N, None, **more)
     return LowRank(prior_precision, N, None, rank=3, **more)
@@ -436,7 +436,8 @@ def test_the_diagonals_evidence_is_that_of_a_diagonal_posterior():
     posterior = kronecker.fit(layer)
     assert posterior.prior_precision == pytest.approx(tau, rel=1e-5)
     assert posterior.effective_parameters == pytest.approx(gamma, rel=1e-5)
-    assert posterior.prior_precision != Kfac(None, N, None, 0.5).fit(problem()).prior_precision
+    whole = Kfac(None, N, None, 0.5, evidence="eigenvalues").fit(problem())
+    assert posterior.prior_precision != whole.prior_precision
     with pytest.raises(ValueError, match=r"posterior\.evidence=guess"):
         Kfac(None, N, None, 0.5, evidence="guess")
 
