@@ -1,6 +1,7 @@
 """Read what runs left behind into data frames and tables."""
 
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -29,20 +30,54 @@ def main_table(runs: pd.DataFrame) -> pd.DataFrame:
     runs which differ in nothing but the seed are averaged; the columns are the budgets. A cell reads
     `79.12 / 0.0123 (n=3)` and is empty where there is no run.
     """
-    records = [{str(key): value for key, value in row.items()} for row in runs.to_dict("records")]
+    records = _records(runs)
+    names, labels = _settings(records)
+    table = labels.assign(score=[run[f"q/{run['primary_metric']}"] for run in records], kl=list(runs["q/kl_to_fp"]))
+    means = table.groupby([*names, "bits"]).agg(score=("score", "mean"), kl=("kl", "mean"), n=("score", "size"))
+    cells = [f"{100 * score:.2f} / {kl:.4f} (n={n})" for score, kl, n in means.itertuples(index=False, name=None)]
+    return pd.Series(cells, index=means.index).unstack("bits").fillna("")
+
+
+# A run of these is what the others' cost is a multiple of.
+BASELINE = "gptq"
+STAGES = ("calibrate", "posterior", "quantize", "distill")
+
+
+def cost_table(runs: pd.DataFrame) -> pd.DataFrame:
+    """Seconds from the loaded model to its codes, medians over n seeds, and as multiples of GPTQ's.
+
+    Statistics count what they cost when they were computed, so runs that are to be compared need caches of their own.
+    The columns are the stages, `quantize x` (all but distillation) and `total x`: multiples of the fastest undistilled
+    GPTQ at the same model, dataset and budget, empty where there is none. The index is that of `main_table` and the
+    budget.
+    """
+    names, labels = _settings(_records(runs))
+    index = [*names, "bits"]
+    seconds = pd.DataFrame({stage: list(runs[f"time/{stage}_s"]) for stage in STAGES})
+    seconds["without"] = seconds[list(STAGES[:-1])].sum(axis=1)
+    seconds["total"] = seconds["without"] + seconds["distill"]
+    grouped = pd.concat([labels, seconds], axis=1).groupby(index)
+    table = grouped.median().assign(n=grouped.size()).reset_index()
+    plain = table[(table["method"] == BASELINE) & (table["distill"] == 0)]
+    baseline = plain.groupby(["model", "dataset", "bits"])["total"].min().rename("baseline")
+    table = table.join(baseline, on=["model", "dataset", "bits"])
+    table["quantize x"], table["total x"] = table["without"] / table["baseline"], table["total"] / table["baseline"]
+    return table.set_index(index)[[*STAGES, "quantize x", "total x", "n"]]
+
+
+def _records(runs: pd.DataFrame) -> list[dict[str, Any]]:
+    return [{str(key): value for key, value in row.items()} for row in runs.to_dict("records")]
+
+
+def _settings(records: list[dict[str, Any]]) -> tuple[list[str], pd.DataFrame]:
+    """Names of what separates runs besides budget and seed, and one row of it per run, the budget in `bits`."""
     differing = differing_settings(records)
     settings = [settings_of(record) for record in records]
     table = pd.DataFrame(
         {
-            **{key: runs[key] for key in ("model", "dataset", "method")},
+            **{key: [record[key] for record in records] for key in ("model", "dataset", "method")},
             **{key: ["-" if key not in own else str(own[key]) for own in settings] for key in differing},
-            "bits": runs["bits/target"],
-            "score": [record[f"q/{record['primary_metric']}"] for record in records],
-            "kl": runs["q/kl_to_fp"],
+            "bits": [record["bits/target"] for record in records],
         }
     )
-    means = table.groupby(["model", "dataset", "method", *differing, "bits"]).agg(
-        score=("score", "mean"), kl=("kl", "mean"), n=("score", "size")
-    )
-    cells = [f"{100 * score:.2f} / {kl:.4f} (n={n})" for score, kl, n in means.itertuples(index=False, name=None)]
-    return pd.Series(cells, index=means.index).unstack("bits").fillna("")
+    return ["model", "dataset", "method", *differing], table

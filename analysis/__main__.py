@@ -1,22 +1,28 @@
-"""`python -m analysis RESULTS`: the main table of a results folder as Markdown."""
+"""`python -m analysis RESULTS [--cost]`: the main table of a results folder, or what its runs cost, as Markdown."""
 
 import argparse
 import sys
 
-from analysis import load_runs, main_table
+from analysis import cost_table, load_runs, main_table
 
 
 def main() -> None:
     """Print the table, or one line on stderr and exit code 1 where there is nothing to show."""
     parser = argparse.ArgumentParser(prog="python -m analysis", description=__doc__)
     parser.add_argument("results", help="a results folder, such as results/")
-    source = parser.parse_args().results
+    parser.add_argument("--cost", action="store_true", help="seconds of the stages, and multiples of GPTQ's")
+    arguments = parser.parse_args()
+    source = arguments.results
     try:
         runs = load_runs(source)
     except FileNotFoundError as error:
         sys.exit(f"error: {error}")
     if runs.empty:
         sys.exit(f"error: no finished run in {source}")
+    if arguments.cost:
+        print("Seconds, medians over n seeds; x: multiples of GPTQ's, statistics included.\n")
+        print(cost_table(runs).reset_index().to_markdown(index=False, floatfmt=".2f"))
+        return
     table = main_table(runs).rename(columns=lambda bits: f"{bits:g} bit")
     print("Primary metric in percent / KL to full precision in nats, mean over n seeds.\n")
     print(table.reset_index().to_markdown(index=False, disable_numparse=True))

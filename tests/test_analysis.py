@@ -1,5 +1,6 @@
 """Reading a results folder back as a data frame and as the main table."""
 
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -7,13 +8,25 @@ from typing import Any
 
 import pytest
 
-from analysis import load_runs, main_table
+from analysis import cost_table, load_runs, main_table
 from bayesq.suite.results import write_json
 
 ROOT = Path(__file__).parents[1]
 
 
-def add(folder: Path, run_id: str, method: str, bits: float, seed: int, accuracy: float, **method_options: Any) -> None:
+STAGES = ("calibrate", "posterior", "quantize", "distill")
+
+
+def add(
+    folder: Path,
+    run_id: str,
+    method: str,
+    bits: float,
+    seed: int,
+    accuracy: float,
+    times: tuple[float, float, float, float] = (1.0, 0.0, 1.0, 0.0),
+    **method_options: Any,
+) -> None:
     config = {
         "model": {"name": "resnet"},
         "dataset": {"name": "digits"},
@@ -34,6 +47,7 @@ def add(folder: Path, run_id: str, method: str, bits: float, seed: int, accuracy
         "q/accuracy": accuracy,
         "q/kl_to_fp": accuracy / 10,
         "config": config,
+        **{f"time/{stage}_s": seconds for stage, seconds in zip(STAGES, times, strict=True)},
     }
     write_json(folder / run_id / "result.json", result)
 
@@ -70,6 +84,24 @@ def test_runs_that_differ_in_more_than_the_seed_have_rows_of_their_own(folder: P
     assert table.index.names == ["model", "dataset", "method", "method.clip"]
     assert table.loc[("resnet", "digits", "awq", "mse"), 3] == "50.00 / 0.0500 (n=1)"
     assert table.loc[("resnet", "digits", "awq", "minmax"), 3] == "25.00 / 0.0250 (n=1)"
+
+
+def test_costs_are_medians_and_multiples_of_the_fastest_plain_gptq(tmp_path: Path) -> None:
+    for seed, calibrate in enumerate((1.0, 2.0, 9.0)):
+        add(tmp_path, f"g{seed}", "gptq", 3, seed, 0.5, (calibrate, 0.0, 2.0, 0.0), sequential=False)
+        add(tmp_path, f"s{seed}", "gptq", 3, seed, 0.5, (0.0, 0.0, 50.0, 0.0), sequential=True)
+        add(tmp_path, f"b{seed}", "bayesq", 3, seed, 0.5, (calibrate + 1, 1.0, 2.0, 4.0 * seed))
+    add(tmp_path, "d", "gptq", 4, 0, 0.5, (0.0, 0.0, 1.0, 1.0), sequential=False)  # distilled: no baseline
+    add(tmp_path, "o", "bayesq", 4, 0, 0.5)
+    table = cost_table(load_runs(tmp_path)).reset_index()
+    bayesq = table[table["method"] == "bayesq"].set_index("bits")
+    assert bayesq.loc[3, ["calibrate", "posterior", "quantize", "distill", "n"]].tolist() == [3.0, 1.0, 2.0, 4.0, 3]
+    assert bayesq["quantize x"].tolist() == [pytest.approx(6 / 4), pytest.approx(math.nan, nan_ok=True)]
+    assert bayesq["total x"].tolist() == [pytest.approx(10 / 4), pytest.approx(math.nan, nan_ok=True)]
+    assert table[table["method.sequential"] == "True"]["total x"].tolist() == [pytest.approx(50 / 4)]
+    done = module(str(tmp_path), "--cost")
+    assert done.returncode == 0, done.stderr
+    assert "quantize x" in done.stdout and " 2.50 " in done.stdout
 
 
 def module(*arguments: str) -> subprocess.CompletedProcess[str]:
