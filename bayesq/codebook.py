@@ -216,16 +216,17 @@ def table_levels(width: int, states: int | None) -> int:
 
 def table_widths(weights: int, states: int | None) -> tuple[int, ...]:
     """Widths that get a table of levels in a model of so many quantized weights; the others have uniform levels."""
-    return tuple(
-        width
-        for width in range(2, TABLE_MAX_WIDTH + 1)
-        if 2 * math.log(2) * 16 * table_levels(width, states) / weights <= TABLE_COST
-    )
+    return tuple(width for width in range(2, TABLE_MAX_WIDTH + 1) if table_price(width, states, weights) <= TABLE_COST)
 
 
 def table_bits(widths: Iterable[int], states: int | None) -> int:
     """Bits on disk of the tables of these widths."""
     return sum(16 * table_levels(width, states) for width in widths)
+
+
+def table_price(width: int, states: int | None, weights: int) -> float:
+    """Share of the risk that the table of a width costs: its bits, spent on the codes of so many weights instead."""
+    return 2 * math.log(2) * table_bits((width,), states) / weights
 
 
 def level_kind(width: int) -> str:
@@ -272,6 +273,10 @@ class LevelSums:
         """
         moved = torch.where(self.mass > LEAST_MASS, self.moment / self.mass.clamp(min=LEAST_MASS), levels)
         return moved.cummax(0).values
+
+    def excess(self, levels: Tensor) -> float:
+        """Risk 1/2 sum_k mass_k (c_k - centroid_k)^2 that these weights would save with centroids of their own."""
+        return 0.5 * float((self.mass * (levels - self.centroids(levels)).square()).sum())
 
 
 # Cells of the compressed distribution that codebooks are designed on.

@@ -1,5 +1,6 @@
 """BayesQ from calibration statistics to codes, in the order of the paper."""
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -13,6 +14,7 @@ from bayesq.codebook import (
     expected_uniform,
     normal_distortion,
     table_bits,
+    table_price,
     table_widths,
 )
 from bayesq.posterior import Posterior
@@ -22,6 +24,8 @@ from bayesq.quant.tensor import Codebook, QuantizedTensor
 from bayesq.quant.trellis import POLYNOMIALS, normal_trellis, uniform_levels
 from bayesq.rounding import Rounded, refit_rows, round_layer, rounding_gain
 from bayesq.whitening import Whitening, whitening
+
+log = logging.getLogger(__name__)
 
 LEVELS = ("trellis", "lloyd", "uniform")
 ROUNDINGS = ("feedback", "two_sided", "nearest")
@@ -108,15 +112,22 @@ class BayesQ:
         levels: dict[int, Tensor] = {}
         for refit in range(self.refits):
             met: dict[int, LevelSums | Atoms] = {}
+            own: list[tuple[int, LevelSums]] = []
             for layer in tqdm(layers, desc=f"round {refit + 1} of {self.refits + 1}", disable=None, leave=False):
                 rounded, geometry, _ = self._round(layer, grids[layer.name], widths[layer.name], levels, REFIT_STATES)
                 # Codebooks, on the values that rounding met
                 gain = rounding_gain(geometry, layer.weight.shape[1])
                 grids[layer.name] = refit_rows(rounded, gain)
-                self._collect(met, layer, rounded, grids[layer.name], gain * stack_groups(geometry.row_gain)[:, None])
+                cost = gain * stack_groups(geometry.row_gain)[:, None]
+                for w, new in self._collect(layer, rounded, grids[layer.name], cost).items():
+                    met[w] = met[w].add(new) if w in met else new  # type: ignore[arg-type]
+                    if isinstance(new, LevelSums):
+                        own.append((w, new))
             levels = {w: self._design(w, weights, levels.get(w)) for w, weights in met.items()}
             for layer in layers:
                 grids[layer.name] = self._fold_steps(*grids[layer.name], widths[layer.name], levels)
+            if refit + 1 == self.refits:
+                self._report_tables(layers, own, levels)
         for layer in layers:
             rounded, geometry, tables = self._round(layer, grids.pop(layer.name), widths[layer.name], levels)
             layer.count("damping_retries", geometry.retries)
@@ -170,14 +181,10 @@ class BayesQ:
         return round_layer(layer.weight, geometry, *grid, width, books, states), geometry, tables
 
     def _collect(
-        self,
-        met: dict[int, "LevelSums | Atoms"],
-        layer: LayerProblem,
-        rounded: Rounded,
-        grid: tuple[Tensor, Tensor],
-        gain: Tensor,
-    ) -> None:
-        """Add what the rows of each width met, in level units, weighted by what an error there costs [R, C]."""
+        self, layer: LayerProblem, rounded: Rounded, grid: tuple[Tensor, Tensor], gain: Tensor
+    ) -> dict[int, LevelSums | Atoms]:
+        """What the rows of each width met, in level units, weighted by what an error there costs [R, C]."""
+        met: dict[int, LevelSums | Atoms] = {}
         scale, zero = (part[:, None] for part in grid)
         units, gain = rounded.met / scale + zero, gain * scale.square()
         widths, index = rounded.width, rounded.index()
@@ -186,13 +193,28 @@ class BayesQ:
             if self.levels == "trellis":
                 if not self._has_table(layer, w):
                     continue
-                new: LevelSums | Atoms = LevelSums.of(index[rows], units[rows], gain[rows], 2 ** (w + 1))
+                met[w] = LevelSums.of(index[rows], units[rows], gain[rows], 2 ** (w + 1))
             else:
                 variance = torch.zeros_like(gain[rows])
                 if self.posterior_noise:
                     variance = stack_groups(self.posterior.fit(layer).variance())[rows] / scale[rows].square()
-                new = Atoms.of(units[rows], variance, gain[rows], w)
-            met[w] = met[w].add(new) if w in met else new  # type: ignore[arg-type]
+                met[w] = Atoms.of(units[rows], variance, gain[rows], w)
+        return met
+
+    def _report_tables(
+        self, layers: Sequence[LayerProblem], own: Sequence[tuple[int, LevelSums]], levels: Mapping[int, Tensor]
+    ) -> None:
+        """Log what a table for each layer and width would save beyond the shared ones, at equal stored bits."""
+        risk = sum(layer.notes.get("predicted_risk", 0.0) for layer in layers)
+        if not own or risk == 0:
+            return
+        weights = sum(layer.weight.numel() for layer in layers)
+        gains = [sums.excess(levels[w]) / risk - table_price(w, self.states, weights) for w, sums in own]
+        paying = [gain for gain in gains if gain > 0]
+        log.info(
+            f"one table of levels per width; a layer's own would pay in {len(paying)} of {len(gains)} cases and save "
+            f"{100 * sum(paying):.2g} % of the predicted risk"
+        )
 
     def _design(self, width: int, weights: "LevelSums | Atoms", start: Tensor | None) -> Tensor:
         """Levels with least posterior-expected distortion for what rounding met, in level units."""

@@ -412,6 +412,17 @@ def test_a_level_no_weight_has_stays_and_order_is_kept():
     assert crossed.tolist() == [3.0, 3.0, 3.0, 4.0]
 
 
+def test_the_excess_is_what_own_centroids_save():
+    index, mean, precision = levels_met(seed=4)
+    sums = LevelSums.of(index, mean, precision, 16)
+    shared = torch.arange(16, dtype=torch.float64) / 2 - 0.2
+    risks = [
+        0.5 * float((precision * (mean - levels[index]).square()).sum()) for levels in (shared, sums.centroids(shared))
+    ]
+    assert sums.excess(shared) == pytest.approx(risks[0] - risks[1], rel=1e-9)
+    assert sums.excess(sums.centroids(shared)) == 0
+
+
 def test_pooled_sums_are_the_sums_of_the_pool():
     one, other = levels_met(seed=2), levels_met(seed=3)
     pooled = LevelSums.of(*one, 16).add(LevelSums.of(*other, 16))
