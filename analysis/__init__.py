@@ -48,8 +48,7 @@ def cost_table(runs: pd.DataFrame) -> pd.DataFrame:
 
     Statistics count what they cost when they were computed, so runs that are to be compared need caches of their own.
     The columns are the stages, `quantize x` (all but distillation) and `total x`: multiples of the fastest undistilled
-    GPTQ at the same model, dataset and budget, empty where there is none. The index is that of `main_table` and the
-    budget.
+    GPTQ on the same workload and budget, empty where there is none. The index is that of `main_table` and the budget.
     """
     names, labels = _settings(_records(runs))
     index = [*names, "bits"]
@@ -58,9 +57,9 @@ def cost_table(runs: pd.DataFrame) -> pd.DataFrame:
     seconds["total"] = seconds["without"] + seconds["distill"]
     grouped = pd.concat([labels, seconds], axis=1).groupby(index)
     table = grouped.median().assign(n=grouped.size()).reset_index()
+    workload = [name for name in index if name == "bits" or name.split(".")[0] in ("model", "dataset", "calibration")]
     plain = table[(table["method"] == BASELINE) & (table["distill"] == 0)]
-    baseline = plain.groupby(["model", "dataset", "bits"])["total"].min().rename("baseline")
-    table = table.join(baseline, on=["model", "dataset", "bits"])
+    table = table.join(plain.groupby(workload)["total"].min().rename("baseline"), on=workload)
     table["quantize x"], table["total x"] = table["without"] / table["baseline"], table["total"] / table["baseline"]
     return table.set_index(index)[[*STAGES, "quantize x", "total x", "n"]]
 

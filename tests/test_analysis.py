@@ -25,11 +25,12 @@ def add(
     seed: int,
     accuracy: float,
     times: tuple[float, float, float, float] = (1.0, 0.0, 1.0, 0.0),
+    task: str = "digits",
     **method_options: Any,
 ) -> None:
     config = {
         "model": {"name": "resnet"},
-        "dataset": {"name": "digits"},
+        "dataset": {"name": "digits", "task": task},
         "method": {"name": method, **method_options},
         "allocator": "uniform",
         "bits": bits,
@@ -93,6 +94,7 @@ def test_costs_are_medians_and_multiples_of_the_fastest_plain_gptq(tmp_path: Pat
         add(tmp_path, f"b{seed}", "bayesq", 3, seed, 0.5, (calibrate + 1, 1.0, 2.0, 4.0 * seed))
     add(tmp_path, "d", "gptq", 4, 0, 0.5, (0.0, 0.0, 1.0, 1.0), sequential=False)  # distilled: no baseline
     add(tmp_path, "o", "bayesq", 4, 0, 0.5)
+    add(tmp_path, "w", "gptq", 3, 0, 0.5, (0.0, 0.0, 0.5, 0.0), task="other")  # another workload's
     table = cost_table(load_runs(tmp_path)).reset_index()
     bayesq = table[table["method"] == "bayesq"].set_index("bits")
     assert bayesq.loc[3, ["calibrate", "posterior", "quantize", "distill", "n"]].tolist() == [3.0, 1.0, 2.0, 4.0, 3]
