@@ -25,7 +25,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from bayesq.quant.feedback import output_error
+from bayesq.quant.feedback import DAMPING_RETRIES, LEAST_DAMPING, output_error
 from bayesq.quant.method import LayerProblem
 
 EVIDENCE_STEPS = 100
@@ -173,8 +173,8 @@ class KroneckerPosterior(LayerPosterior):
 
     def variance(self) -> Tensor:
         """[g, r, c] posterior variance of each weight: the inverse of a Kronecker product is that of its factors."""
-        a = torch.cholesky_inverse(torch.linalg.cholesky(self.input_factor)).diagonal(dim1=-2, dim2=-1)
-        g = torch.cholesky_inverse(torch.linalg.cholesky(self.gradient_factor)).diagonal(dim1=-2, dim2=-1)
+        factors = (self.input_factor, self.gradient_factor)
+        a, g = (torch.cholesky_inverse(proper_root(x)).diagonal(dim1=-2, dim2=-1) for x in factors)
         return g[:, :, None] * a[:, None, :] / self.num_data
 
     def risk(self, delta: Tensor) -> Tensor:
@@ -188,7 +188,7 @@ class KroneckerPosterior(LayerPosterior):
 
     def sample(self, generator: torch.Generator) -> Tensor:
         """[g, r, c] one draw L_G^-T E L_A^-1 / sqrt(N) of w - mu, E standard normal."""
-        l_a, l_g = torch.linalg.cholesky(self.input_factor), torch.linalg.cholesky(self.gradient_factor)
+        l_a, l_g = proper_root(self.input_factor), proper_root(self.gradient_factor)
         groups, rows, columns = len(l_a), l_g.shape[-1], l_a.shape[-1]
         draw: Tensor = _normal((groups, rows, columns), generator)
         draw = torch.linalg.solve_triangular(l_g.transpose(-1, -2), draw, upper=True)
@@ -611,6 +611,28 @@ def eigenvalues(moments: Tensor) -> Tensor:
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         values = torch.linalg.eigvalsh(moments / size)
     return values * size
+
+
+def proper_root(moments: Tensor) -> Tensor:
+    """Lower Cholesky factors of moments [g, n, n], damped where singular.
+
+    Inputs that no example reached leave A singular where the prior does not reach it (prior_share=gradient), and the
+    posterior without bounds. Damping by LEAST_DAMPING of the mean diagonal, tenfold more until it suffices, bounds it.
+
+    Raises:
+        ValueError: no retry made a moment positive definite.
+    """
+    mean = moments.diagonal(dim1=-2, dim2=-1).mean(-1)
+    mean = torch.where(mean > 0, mean, torch.ones_like(mean))
+    damping = torch.zeros_like(mean)
+    for retry in range(DAMPING_RETRIES):
+        damped = moments + damping[:, None, None] * torch.eye(moments.shape[-1], dtype=moments.dtype)
+        root, failed = torch.linalg.cholesky_ex(damped)
+        if not bool(failed.any()):
+            factors: Tensor = root
+            return factors
+        damping = torch.where(failed > 0, LEAST_DAMPING * 10**retry * mean, damping)
+    raise ValueError("the posterior's factors are not positive definite, whatever is added to their diagonals")
 
 
 def shrink(moment: Tensor, amount: float) -> Tensor:

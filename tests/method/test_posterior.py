@@ -25,6 +25,7 @@ from bayesq.posterior import (
     LowRankPosterior,
     factored_damping,
     prior_precision_by_evidence,
+    proper_root,
     shrink,
 )
 from bayesq.quant.layers import quantizable_layers, weight_to_matrix
@@ -415,6 +416,23 @@ def test_fit_chooses_the_prior_by_the_evidence_of_its_own_fisher(kind):
     assert layer.notes["prior_precision"] == posterior.prior_precision
     assert layer.notes["effective_parameters"] == posterior.effective_parameters
     assert 0 < posterior.effective_parameters < layer.weight.numel()
+
+
+def test_the_posterior_stays_proper_where_inputs_never_came():
+    """One group never saw its last input, the other any; where A is regular nothing changes."""
+    posterior, _ = fitted("kfac")
+    plain = posterior.variance()
+    posterior.input_factor = posterior.input_factor.clone()
+    posterior.input_factor[0, -1] = posterior.input_factor[0, :, -1] = 0
+    variance = posterior.variance()
+    assert torch.isfinite(variance).all() and (variance > 0).all()
+    assert torch.equal(variance[1], plain[1])
+    assert float(variance[0, :, -1].min()) > 1e4 * float(variance[0, :, :-1].max())
+    assert torch.isfinite(posterior.sample(torch.Generator().manual_seed(0))).all()
+    posterior.input_factor[1] = 0
+    assert torch.isfinite(posterior.variance()).all()
+    with pytest.raises(ValueError, match="positive definite"):
+        proper_root(-torch.eye(3, dtype=torch.float64)[None])
 
 
 @pytest.mark.parametrize("kind", KINDS)
