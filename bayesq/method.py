@@ -49,7 +49,7 @@ class BayesQ:
         states: of the trellis; read by levels=trellis.
         posterior_noise: design scalar levels for weights drawn from the posterior rather than for its mean. The risk
             of deploying w_hat is 1/2 (mu - w_hat)T P (mu - w_hat) + const, so codes chosen for the mean already
-            minimise the posterior-expected distortion; blurring the cells as well measured no better (README). On a
+            minimise the posterior-expected distortion; blurring the cells as well measured worse (README). On a
             trellis the codes decide which level a weight has, so its noise moves no level.
         rounding: "feedback", "two_sided" (errors also go to later rows, through G; scalar levels only) or "nearest".
         refits: how often grids are refitted to the values rounding met, and the layers rounded again; 0 keeps each
