@@ -466,7 +466,7 @@ class Kfac(Laplace):
         prior_share: where tau / N goes: "factored" splits it over both factors (SPEC section 1), whose cross terms
             damp A as well; "gradient" gives it to G alone, see `gradient_damping`.
         evidence: whose evidence chooses tau: that of the "diagonal" of A (x) G, or that of all of it by its
-            "eigenvalues", which take as long as a rounding.
+            "eigenvalues", which take more time.
 
     The others as in `Laplace`.
     """
