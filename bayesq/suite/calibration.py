@@ -38,11 +38,9 @@ log = logging.getLogger(__name__)
 INPUT_STATISTICS = ("input_moment", "input_magnitude")
 GRADIENT_STATISTICS = ("gradient_moment", "fisher_diagonal", "gradient_directions", "fisher_eigenvalues")
 BASIS_STATISTICS = ("input_basis", "gradient_basis")
-# Computed together, in this order; each family may need files of those before it. The first two share their forward
-# pass where both are missing and the same examples give both.
+# Computed together, in this order; each family may need files of those before it.
 FAMILIES = (
-    INPUT_STATISTICS,
-    ("gradient_moment", "fisher_diagonal"),
+    (*INPUT_STATISTICS, "gradient_moment", "fisher_diagonal"),
     ("gradient_directions",),
     BASIS_STATISTICS,
     ("fisher_eigenvalues",),
@@ -164,6 +162,7 @@ class Collector:
         self.module = module
         self.layers = layers
         self.kinds = frozenset(kinds)
+        self.needs_inputs = bool(self.kinds & set(INPUT_STATISTICS))
         self.needs_gradients = bool(self.kinds & set(GRADIENT_STATISTICS))
         self.samples = samples
         self.generator = generator
@@ -171,20 +170,23 @@ class Collector:
         self.rank = rank
         self.bases = bases or {}
         self.sums = {name: _Sums({}) for name in layers}
-        self.examples = 0
+        self.gradient_examples = 0
         self.backward_s = 0.0
         self._batch: Batch | None = None
         self._stop_after: str | None = None
+        self._backward = False
 
-    def add(self, batch: Batch, stop_after: str | None = None) -> None:
+    def add(self, batch: Batch, gradients: bool = True, stop_after: str | None = None) -> None:
         """One forward pass, and the backward passes if a gradient statistic is asked for.
 
         Args:
-            stop_after: without gradients, end the forward pass when this layer has run.
+            gradients: False leaves this batch out of the gradient statistics.
+            stop_after: without backward passes, end the forward pass when this layer has run.
         """
         self._batch, self._stop_after = batch, stop_after
+        self._backward = gradients and self.needs_gradients
         with self._hooks():
-            if not self.needs_gradients:
+            if not self._backward:
                 with torch.no_grad(), suppress(_Reached):
                     self.module(**batch.inputs)
             else:
@@ -196,7 +198,7 @@ class Collector:
                         # The sum over the batch gives each example its own gradient: rows of logits are independent.
                         (logits * direction.to(logits.dtype)).sum().backward(retain_graph=k + 1 < len(directions))
                     self.backward_s += time.perf_counter() - start
-        self.examples += len(batch.labels)
+                self.gradient_examples += len(batch.labels)
 
     def statistics(self, kind: str) -> tuple[dict[str, Tensor], list[str]]:
         """Finished statistic of every layer, float32 on the CPU, and the names of layers no example reached.
@@ -215,12 +217,12 @@ class Collector:
                 finished[name] = torch.zeros_like(_neutral(layer, kind, self.rank))
                 continue
             if kind == "gradient_directions":
-                top = truncate(state.sums[kind], self.rank) / self.examples**0.5
+                top = truncate(state.sums[kind], self.rank) / self.gradient_examples**0.5
                 directions = torch.zeros_like(_neutral(layer, kind, self.rank))
                 directions[: len(top)] = top.reshape(-1, *directions.shape[1:])
                 finished[name] = directions
                 continue
-            total = state.samples if kind in INPUT_STATISTICS else self.examples
+            total = state.samples if kind in INPUT_STATISTICS else self.gradient_examples
             finished[name] = (state.sums[kind] / total).cpu()
         return finished, unseen
 
@@ -245,9 +247,9 @@ class Collector:
             state = self.sums[name]
             state.called += 1
             x = inputs[0].detach()
-            if self.kinds & set(INPUT_STATISTICS):
+            if self.needs_inputs:
                 self._inputs(state, layer, x, examples, mask)
-            if not self.needs_gradients:
+            if not self._backward:
                 if name == self._stop_after:
                     raise _Reached
                 return None
@@ -340,18 +342,12 @@ def _input_parts(layer: Layer, x: Tensor, examples: int, extra: int = 0) -> Iter
         yield part, rows.to(torch.float32)
 
 
-def first_examples(batch: Batch, limit: int) -> Batch | None:
-    """The examples of a batch that are among the first `limit` of their split; None where there are none.
+def spread(count: int, total: int) -> list[bool]:
+    """Which of `total` places hold one of `count` marks that lie as evenly as they can; the last place has one.
 
-    Batches come in an order of their own (by falling length, say), so position in the split decides.
+    Batches may come ordered (by falling length, say), so the batches that stand for all are taken from everywhere.
     """
-    keep = batch.index < limit
-    if bool(keep.all()):
-        return batch
-    if not bool(keep.any()):
-        return None
-    rows = keep.to(batch.labels.device)
-    return Batch({name: value[rows] for name, value in batch.inputs.items()}, batch.labels[rows], batch.index[keep])
+    return [(i + 1) * count // total > i * count // total for i in range(total)]
 
 
 def _accumulate(state: _Sums, kind: str, value: Tensor) -> None:
@@ -412,8 +408,8 @@ class CalibrationSettings:
         batch_size: examples per forward pass (changes float32 sums in the last digits, hence part of the key).
         samples: see `fisher_directions`.
         seed: of the label draws.
-        gradient_examples: the first so many examples of the set give the gradient statistics, which cost backward
-            passes; None = all of them. Input statistics always come from all.
+        gradient_examples: so many examples, rounded up to whole batches spread over the set, give the gradient
+            statistics, which cost backward passes; None = all of them. Input statistics always come from all.
         likelihood, draws: see `fisher_directions`.
         rank: k of gradient_directions.
     """
@@ -475,12 +471,14 @@ class Calibration:
             "layers": [(name, list(layer.weight.shape), groups_of(layer)) for name, layer in layers.items()],
             "batch_size": settings.batch_size,
         }
-        self.gradient_examples = min(settings.gradient_examples or len(examples), len(examples))
+        self.batches = -(-len(examples) // settings.batch_size)
+        wanted = min(settings.gradient_examples or len(examples), len(examples))
+        self.gradient_batches = -(-wanted // settings.batch_size)
         fisher = {
             **content,
             "samples": settings.samples,
             "seed": settings.seed,
-            "gradient_examples": self.gradient_examples,
+            "gradient_batches": self.gradient_batches,
             "likelihood": settings.likelihood,
             "draws": settings.draws,
         }
@@ -508,14 +506,11 @@ class Calibration:
         if unknown := chosen - STATISTICS.keys():
             raise ValueError(f"no statistic named {', '.join(sorted(unknown))}: choose from {', '.join(STATISTICS)}")
         chosen.update(*(REQUIRES.get(kind, ()) for kind in chosen))
-        families = list(FAMILIES)
-        if self.gradient_examples == len(self.examples):
-            families[:2] = [families[0] + families[1]]
-        for family in families:
+        for family in FAMILIES:
             wanted = [kind for kind in family if kind in chosen]
             with ExitStack() as locks:
-                # always in the order of FAMILIES, so that two processes never wait for each other
-                for path in dict.fromkeys(self.path(own[0]) for own in FAMILIES if set(own) & set(wanted)):
+                # always in the order of `family`, so that two processes never wait for each other
+                for path in dict.fromkeys(self.path(kind) for kind in family if kind in wanted):
                     locks.enter_context(lock(path))
                 missing = [kind for kind in wanted if not self._check(kind)]
                 if missing:
@@ -547,7 +542,7 @@ class Calibration:
         start = time.perf_counter()
         tensors: dict[str, dict[str, Tensor]] = {kind: {} for kind in kinds}
         unseen: list[str] = []
-        examples = len(self.examples)
+        examples = dict.fromkeys(kinds, len(self.examples))
         backward_s = 0.0
         if kinds[0] in BASIS_STATISTICS:
             for kind in kinds:
@@ -556,9 +551,10 @@ class Calibration:
         else:
             for watched in self._passes(kinds):
                 collector = self._collect(watched, kinds)
-                examples = collector.examples
                 backward_s += collector.backward_s
                 for kind in kinds:
+                    if kind not in INPUT_STATISTICS:
+                        examples[kind] = collector.gradient_examples
                     found, idle = collector.statistics(kind)
                     tensors[kind] |= found
                 unseen += idle
@@ -569,7 +565,11 @@ class Calibration:
         seconds = dict.fromkeys(gradients, backward_s / max(len(gradients), 1))
         seconds |= dict.fromkeys(inputs, (total - sum(seconds.values())) / len(inputs))
         for kind in kinds:
-            metadata = {"seconds": f"{seconds[kind]:.3f}", "unseen": json.dumps(unseen), "examples": str(examples)}
+            metadata = {
+                "seconds": f"{seconds[kind]:.3f}",
+                "unseen": json.dumps(unseen),
+                "examples": str(examples[kind]),
+            }
             write_tensors(self.path(kind), tensors[kind], metadata)
             self._note(kind, metadata, reused=False)
 
@@ -608,12 +608,12 @@ class Calibration:
             bases=bases,
         )
         batches = self.examples.batches(self.settings.batch_size, self.device)
-        total = -(-len(self.examples) // self.settings.batch_size)
-        limit = self.gradient_examples if collector.needs_gradients else len(self.examples)
-        for batch in tqdm(batches, total=total, desc=f"calibrate {'+'.join(kinds)}", disable=None, leave=False):
-            chosen = first_examples(batch, limit)
-            if chosen is not None:
-                collector.add(chosen)
+        with_gradients = spread(self.gradient_batches, self.batches) if collector.needs_gradients else None
+        title = f"calibrate {'+'.join(kinds)}"
+        for i, batch in enumerate(tqdm(batches, total=self.batches, desc=title, disable=None, leave=False)):
+            backward = with_gradients is not None and with_gradients[i]
+            if backward or collector.needs_inputs:
+                collector.add(batch, gradients=backward)
         return collector
 
 

@@ -1,6 +1,7 @@
 """Calibration statistics against dense references, and their cache on disk."""
 
 import dataclasses
+import itertools
 import logging
 import subprocess
 import sys
@@ -10,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from naive_fisher import Dense, TinyConvNet, TinyEncoder, dense_statistics, seeded
 from torch import Tensor, nn
 
@@ -30,6 +33,7 @@ from bayesq.suite.calibration import (
     fisher_directions,
     forward_order,
     sketch_rows,
+    spread,
     truncate,
 )
 from bayesq.suite.models.base import Batch, TensorExamples, state_checksum
@@ -369,16 +373,21 @@ def test_eigenvalues_are_the_dense_fishers_diagonal_in_the_factors_eigenbasis(
             np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5 * expected.max())
 
 
-# ------------------------------------------------------------------------------------------- the first so many examples
+# -------------------------------------------------------------------------------------- gradients from fewer examples
 
 
 @pytest.mark.parametrize("kinds", FAMILIES)
-def test_gradients_come_from_the_first_examples_of_the_split_and_inputs_from_all(kinds, tmp_path):
+def test_gradients_come_from_batches_spread_over_the_set_and_inputs_from_all(kinds, tmp_path):
+    """Three of six sentences in batches of one: of the order by falling length, the second, the fourth, the sixth."""
     module, examples = seeded(TinyEncoder(3)), sentences()
-    first = TensorExamples({k: v[:3] for k, v in examples.inputs.items()}, examples.labels[:3], LENGTHS[:3])
-    limited = open_calibration(module, tmp_path / "limited", examples, gradient_examples=3)
+    order = [int(batch.index) for batch in examples.batches(1, CPU)]
+    chosen = torch.tensor(order[1::2])
+    assert LENGTHS[order].tolist() == sorted(LENGTHS.tolist(), reverse=True)
+    some = TensorExamples({k: v[chosen] for k, v in examples.inputs.items()}, examples.labels[chosen], LENGTHS[chosen])
+    limited = open_calibration(module, tmp_path / "limited", examples, gradient_examples=3, batch_size=1)
     alone, whole = (
-        open_calibration(module, tmp_path / folder, some) for folder, some in (("alone", first), ("whole", examples))
+        open_calibration(module, tmp_path / folder, given, batch_size=1)
+        for folder, given in (("alone", some), ("whole", examples))
     )
     for opened in (limited, alone, whole):
         opened.prepare(kinds)
@@ -398,10 +407,22 @@ def test_gradients_come_from_the_first_examples_of_the_split_and_inputs_from_all
                 assert not torch.allclose(found, whole.statistic(name, kind), rtol=1e-2)
 
 
-def test_batches_without_any_of_the_first_examples_are_skipped(module, tmp_path):
+@given(total=st.integers(1, 60), data=st.data())
+def test_batches_are_spread_evenly(total, data):
+    count = data.draw(st.integers(1, total))
+    marks = spread(count, total)
+    assert len(marks) == total and sum(marks) == count and marks[-1]
+    ends = [i for i, mark in enumerate(marks) if mark]
+    gaps = [b - a for a, b in itertools.pairwise([-1, *ends])]
+    assert max(gaps) - min(gaps) <= 1
+
+
+def test_batches_that_give_no_gradient_run_only_for_the_inputs(module, tmp_path):
     opened = open_calibration(module, tmp_path, images(9), gradient_examples=3)
     opened.prepare(["gradient_moment"])
     assert module.passes == 2  # of 5 batches
+    opened.prepare(["gradient_moment", "input_moment"])
+    assert module.passes == 7
 
 
 def test_more_examples_than_there_are_mean_all(module, tmp_path):
@@ -527,18 +548,15 @@ def test_only_what_is_missing_is_computed(module, tmp_path):
     assert later.reused == {"gradient_moment": True, "fisher_diagonal": False, "input_magnitude": False}
 
 
-def test_fewer_gradient_examples_take_a_pass_of_their_own(module, tmp_path):
-    few = open_calibration(module, tmp_path, gradient_examples=2)
-    few.prepare(["input_moment", "gradient_moment"])
-    assert module.passes == 4  # 3 batches of inputs, then the one batch with the first two examples
-
-
-def test_one_pass_gives_the_bits_of_two(module, tmp_path):
-    both = open_calibration(module, tmp_path / "both")
+@pytest.mark.parametrize("gradient_examples", [None, 2])
+def test_one_pass_gives_the_bits_of_two(gradient_examples, module, tmp_path):
+    both = open_calibration(module, tmp_path / "both", gradient_examples=gradient_examples)
     both.prepare(KINDS)
-    apart = open_calibration(module, tmp_path / "apart")
+    assert module.passes == 3
+    apart = open_calibration(module, tmp_path / "apart", gradient_examples=gradient_examples)
     for kind in sorted(KINDS):
         apart.prepare([kind])
+    assert module.passes == 3 + 3 + (3 if gradient_examples is None else 1)
     for kind in KINDS:
         for name in quantizable_layers(module):
             assert torch.equal(both.statistic(name, kind), apart.statistic(name, kind))
