@@ -202,18 +202,23 @@ def distill(
     examples = n - count
 
     def closure() -> Tensor:
-        total = torch.zeros((), dtype=torch.float64)
-        sums = [torch.zeros_like(x) for x in moves]
+        # Decoded once for all batches: gradients are summed over weights and go through the decoder together.
+        decoded = student.overrides()
+        weights = {name: x.detach().requires_grad_(True) for name, x in decoded.items()}
+        leaves = list(weights.values())
+        sums = [torch.zeros_like(x) for x in leaves]
+        losses = []
         for inputs, p in training:
-            loss = _divergence(p, functional_call(quantized, student.overrides(), kwargs=inputs)).sum() / examples
+            loss = _divergence(p, functional_call(quantized, weights, kwargs=inputs)).sum() / examples
             # Not backward(): the network's own parameters are no part of this and must not collect gradients.
-            for x, gradient in zip(sums, torch.autograd.grad(loss, moves, allow_unused=True), strict=True):
+            for x, gradient in zip(sums, torch.autograd.grad(loss, leaves, allow_unused=True), strict=True):
                 if gradient is not None:
                     x += gradient
-            total += float(loss.detach())
-        for x, gradient in zip(moves, sums, strict=True):
-            x.grad = gradient
-        return total
+            losses.append(loss.detach())  # stays on the device: reading each would wait for it
+        gradients = torch.autograd.grad(list(decoded.values()), moves, sums, allow_unused=True)
+        for x, gradient in zip(moves, gradients, strict=True):
+            x.grad = torch.zeros_like(x) if gradient is None else gradient
+        return torch.tensor(sum(torch.stack(losses).tolist()), dtype=torch.float64)
 
     optimizer = torch.optim.LBFGS(
         moves,

@@ -329,7 +329,7 @@ class Posterior(Protocol):
     Attributes:
         statistics: names of the calibration statistics it reads.
         samples: draws per example for the Fisher; None = exact where classes are few.
-        examples: the first so many calibration examples give the Fisher; None = all.
+        examples: so many calibration examples, spread over the set, give the Fisher; None = all.
         likelihood: of the outputs, one of LIKELIHOODS.
         draws: one of DRAWS.
     """
@@ -356,7 +356,7 @@ class Laplace(ABC):
         prior_precision: tau; None = by evidence.
         num_data: N.
         samples: draws per example for the Fisher; None = the exact expectation where classes are few.
-        examples: the first so many calibration examples give the Fisher; None = all.
+        examples: so many calibration examples, spread over the set, give the Fisher; None = all.
         prior_scope: "layer" maximises the evidence of each layer on its own, "global" that of all layers together.
         likelihood: of the outputs: "categorical" for classifiers, "gaussian" of unit variance for regression heads.
         draws: what stands for the model's predictive where it is not summed exactly: "signs" or "labels"; see

@@ -219,7 +219,7 @@ def test_the_evaluated_weights_are_the_stored_ones(sweep: Path, monkeypatch: pyt
         before = modules[name].weight.detach().clone()
         modules[name].weight.data = tensor.dequantize().reshape(before.shape)
         assert not torch.equal(modules[name].weight, before)
-    logits = evaluation.logits(work.network.module, work.evaluation, 64, torch.device("cpu"), "")
+    logits, _ = evaluation.logits(work.network.module, work.evaluation, 64, torch.device("cpu"), "")
     accuracy = float((logits.argmax(1) == work.evaluation.labels).double().mean())
     with (sweep / "results" / result["run_id"] / "predictions.csv").open() as file:
         predictions = [int(row["q_prediction"]) for row in csv.DictReader(file)]
@@ -300,6 +300,37 @@ def test_distillation_never_raises_the_held_out_divergence(sweep: Path, method: 
     assert parameters
     counted = {name: buffer for name, buffer in buffers.items() if name not in parameters}
     assert buffer_bytes(counted) == result["bytes/packed"]
+
+
+def test_autocast_is_reported_with_its_own_effect(run: Callable[[str], dict]) -> None:
+    plain, lower = run("method=bayesq"), run("method=bayesq evaluation.autocast=bfloat16")
+    assert 0 < lower["autocast/kl_to_float32"] < lower["q/kl_to_fp"]
+    assert lower["q/kl_to_fp"] == pytest.approx(plain["q/kl_to_fp"], rel=0.2)
+    assert lower["fp/nll"] != plain["fp/nll"] and "autocast/kl_to_float32" not in plain
+
+
+def test_a_run_that_runs_out_of_memory_goes_on_in_smaller_batches(
+    sweep: Path, run: Callable[[str], dict], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every stage: full precision, calibration, correction of 64 images, distillation, evaluation."""
+    load = runner.load
+
+    def narrow(*arguments: object) -> runner.Workload:
+        def refuse(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            if len(inputs[0]) > 12:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+
+        work = load(*arguments)
+        work.network.module.conv1.register_forward_pre_hook(refuse)  # what runs is this module or a copy of it
+        return work
+
+    switches = "method=bayesq distill=true correction=moments calibration.examples=64"
+    enough = run(f"{switches} evaluation.batch_size=32 calibration.batch_size=8 distillation.batch_size=8")
+    monkeypatch.setattr(runner, "load", narrow)
+    result = run_here(sweep / "narrow", "here", f"{switches} evaluation.batch_size=32")
+    # 32 -> 8 twice, 16 -> 8 twice, and the one batch of the correction 64 -> 8
+    assert result["fallback/oom_retries"] == 2 + 2 + 1 + 1 + 3 and enough["fallback/oom_retries"] == 0
+    assert result["q/kl_to_fp"] == pytest.approx(enough["q/kl_to_fp"], rel=0.5)
 
 
 def test_a_pattern_without_a_layer_is_refused_before_the_calibration(

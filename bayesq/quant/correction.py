@@ -27,6 +27,8 @@ Norm = nn.BatchNorm1d | nn.BatchNorm2d
 VARIANCE_RATIO = (0.25, 4.0)
 # A variance below this share of the squared mean is what float32 activations leave of a constant channel.
 CONSTANT_CHANNEL = 1e-12
+# Examples that go through the networks as one batch; more would cost memory and hardly change a mean.
+MAX_EXAMPLES = 256
 # Elements converted to float64 at a time: 16 MiB.
 PART_ELEMENTS = 2**21
 
@@ -62,7 +64,7 @@ def correct_moments(
     quantized: nn.Module,
     layers: Collection[str],
     inputs: Mapping[str, Tensor],
-    max_examples: int = 256,
+    max_examples: int = MAX_EXAMPLES,
 ) -> Correction:
     """Match the moments of `quantized` to those of `full`, in place, norm by norm and layer by layer.
 
@@ -217,12 +219,13 @@ def _moments(x: Tensor, channel_dim: int, examples: int, mask: Tensor | None) ->
         by_example, over = x.reshape(len(x), channels, -1), [0, 2]
     else:
         by_example, over = x.movedim(channel_dim, -1).reshape(examples, 1, -1, channels), [0, 1, 2]
-    total = torch.zeros(channels, dtype=torch.float64, device=x.device)
+    wide = widest(x.device)
+    total = torch.zeros(channels, dtype=wide, device=x.device)
     squares, count = torch.zeros_like(total), 0
     step = max(1, PART_ELEMENTS // max(by_example[0].numel(), 1))
     for start in range(0, len(by_example), step):
         part = slice(start, start + step)
-        samples, n = by_example[part].to(torch.float64), by_example[part].numel() // channels
+        samples, n = by_example[part].to(wide), by_example[part].numel() // channels
         if mask is not None:
             samples, n = mask_samples(samples, mask[part])
         total += samples.sum(over)
@@ -230,6 +233,11 @@ def _moments(x: Tensor, channel_dim: int, examples: int, mask: Tensor | None) ->
         count += n
     mean = total / count
     return mean, (squares / count - mean.square()).clamp_(min=0)
+
+
+def widest(device: torch.device) -> torch.dtype:
+    """float64, or float32 on devices that have no wider numbers."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def _fold(norm: Norm, mean: Tensor, variance: Tensor, now_mean: Tensor, now_variance: Tensor) -> None:
@@ -249,9 +257,10 @@ def _fold(norm: Norm, mean: Tensor, variance: Tensor, now_mean: Tensor, now_vari
     varies = now_variance > CONSTANT_CHANNEL * now_mean.square()
     ratio = torch.where(varies, variance / now_variance, torch.ones_like(variance)).clamp(*VARIANCE_RATIO)
     factor = ratio.sqrt()
-    center, spread = norm.running_mean.to(torch.float64), norm.running_var.to(torch.float64) + norm.eps
+    wide = widest(norm.running_mean.device)
+    center, spread = norm.running_mean.to(wide), norm.running_var.to(wide) + norm.eps
     if norm.affine:
-        weight = norm.weight.to(torch.float64)
+        weight = norm.weight.to(wide)
         shift = weight * (mean - center - factor * (now_mean - center)) / spread.sqrt()
         norm.weight.copy_(factor * weight)
         norm.bias.add_(shift.to(norm.bias))

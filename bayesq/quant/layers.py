@@ -19,16 +19,20 @@ def quantizable_layers(module: nn.Module, exclude: Sequence[str] = ()) -> dict[s
     """Linear and Conv2d layers of `module` in definition order, by name, without those that match a pattern.
 
     Args:
-        exclude: fnmatch patterns on module names (config key layers.exclude).
+        exclude: fnmatch patterns on module names (config key layers.exclude); one that matches an embedding only is
+            no mistake.
 
     Raises:
-        ValueError: a pattern matches no layer, no layer is left, or a layer is of a kind that cannot be quantized.
+        ValueError: a pattern matches nothing, no layer is left, or a layer is of a kind that cannot be quantized.
     """
     layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)}
+    if not layers:
+        raise ValueError("the network has no Linear or Conv2d layer to quantize: choose another model")
+    names = [*layers, *(name for name, child in module.named_modules() if isinstance(child, nn.Embedding))]
     for pattern in exclude:
-        if not any(fnmatchcase(name, pattern) for name in layers):
-            raise ValueError(f"layers.exclude: pattern {pattern!r} matches no Linear or Conv2d layer")
-    kept = {name: layer for name, layer in layers.items() if not any(fnmatchcase(name, pattern) for pattern in exclude)}
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ValueError(f"layers.exclude: pattern {pattern!r} matches no Linear, Conv2d or Embedding layer")
+    kept = {name: layer for name, layer in layers.items() if not _matches(name, exclude)}
     if not kept:
         raise ValueError("layers.exclude leaves no Linear or Conv2d layer to quantize")
     for name, layer in kept.items():
@@ -42,18 +46,34 @@ def quantizable_layers(module: nn.Module, exclude: Sequence[str] = ()) -> dict[s
     return kept
 
 
-def groups_of(layer: Layer) -> int:
-    """Number of convolution groups g; 1 for Linear."""
+def embedding_tables(module: nn.Module, exclude: Sequence[str] = ()) -> dict[str, nn.Embedding]:
+    """Embeddings of `module` in definition order, by name, without those that match a pattern of `exclude`."""
+    return {
+        name: child
+        for name, child in module.named_modules()
+        if isinstance(child, nn.Embedding) and not _matches(name, exclude)
+    }
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def groups_of(layer: Layer | nn.Embedding) -> int:
+    """Number of convolution groups g; 1 for all others."""
     return layer.groups if isinstance(layer, nn.Conv2d) else 1
 
 
-def weight_to_matrix(layer: Layer) -> Tensor:
-    """The layer's weight as a stack of matrices [g, r, c] (a view where the memory layout allows it)."""
+def weight_to_matrix(layer: Layer | nn.Embedding) -> Tensor:
+    """The layer's weight as a stack of matrices [g, r, c] (a view where the memory layout allows it).
+
+    Of an embedding, r is the entry that a token selects.
+    """
     weight = layer.weight.detach()
     return weight.reshape(groups_of(layer), weight.shape[0] // groups_of(layer), -1)
 
 
-def matrix_to_weight(layer: Layer, matrix: Tensor) -> Tensor:
+def matrix_to_weight(layer: Layer | nn.Embedding, matrix: Tensor) -> Tensor:
     """Inverse of `weight_to_matrix`: [g, r, c] -> the layer's own weight shape."""
     return matrix.reshape(layer.weight.shape)
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from bayesq.quant.layers import (
 )
 from bayesq.quant.method import STATISTICS
 from bayesq.suite.cache import CorruptCache, lock, verify, write_tensors
+from bayesq.suite.memory import halving
 from bayesq.suite.models.base import Batch, EncodedExamples
 
 log = logging.getLogger(__name__)
@@ -51,7 +53,7 @@ REQUIRES = {
     "fisher_eigenvalues": ("input_basis", "gradient_basis", "input_moment", "gradient_moment"),
 }
 # Raise when the numbers of a statistic change, so that caches of older versions are not read.
-FORMAT = "3"
+FORMAT = "4"
 # Up to this many classes the expectation over labels is exact (one backward pass a class, one in all for two classes);
 # beyond it the expectation is drawn.
 EXACT_CLASSES = 4
@@ -162,6 +164,7 @@ class Collector:
         self.module = module
         self.layers = layers
         self.kinds = frozenset(kinds)
+        self._left = set(self.kinds)
         self.needs_inputs = bool(self.kinds & set(INPUT_STATISTICS))
         self.needs_gradients = bool(self.kinds & set(GRADIENT_STATISTICS))
         self.samples = samples
@@ -203,8 +206,15 @@ class Collector:
     def statistics(self, kind: str) -> tuple[dict[str, Tensor], list[str]]:
         """Finished statistic of every layer, float32 on the CPU, and the names of layers no example reached.
 
-        A layer that was never called gets the identity (or ones, and no directions): its columns are then all alike.
+        The running sums turn into the statistic, so that no second copy needs memory: each kind can be had once. A
+        layer that was never called gets the identity (or ones, and no directions): its columns are then all alike.
+
+        Raises:
+            ValueError: the kind was not collected, or was had before.
         """
+        if kind not in self._left:
+            raise ValueError(f"{kind} was not collected, or its sums were handed over already")
+        self._left.remove(kind)
         finished: dict[str, Tensor] = {}
         unseen = []
         for name, layer in self.layers.items():
@@ -216,14 +226,14 @@ class Collector:
             if kind not in state.sums:  # it runs, but the logits do not depend on it: no gradient ever arrives
                 finished[name] = torch.zeros_like(_neutral(layer, kind, self.rank))
                 continue
+            total = state.sums.pop(kind)
             if kind == "gradient_directions":
-                top = truncate(state.sums[kind], self.rank) / self.gradient_examples**0.5
+                top = truncate(total, self.rank) / self.gradient_examples**0.5
                 directions = torch.zeros_like(_neutral(layer, kind, self.rank))
                 directions[: len(top)] = top.reshape(-1, *directions.shape[1:])
                 finished[name] = directions
                 continue
-            total = state.samples if kind in INPUT_STATISTICS else self.gradient_examples
-            finished[name] = (state.sums[kind] / total).cpu()
+            finished[name] = total.div_(state.samples if kind in INPUT_STATISTICS else self.gradient_examples).cpu()
         return finished, unseen
 
     @contextmanager
@@ -318,8 +328,8 @@ def truncate(rows: Tensor, rank: int) -> Tensor:
 
     Q holds the leading eigenvectors of S ST, hence TT T = ST Q QT S is at most ST S.
     """
-    _, vectors = torch.linalg.eigh((rows @ rows.T).to(torch.float64))  # ascending
-    top: Tensor = vectors.flip(1)[:, :rank].T.to(rows.dtype) @ rows
+    _, vectors = torch.linalg.eigh((rows @ rows.T).cpu().to(torch.float64))  # ascending
+    top: Tensor = vectors.flip(1)[:, :rank].T.to(rows) @ rows
     return top
 
 
@@ -471,14 +481,12 @@ class Calibration:
             "layers": [(name, list(layer.weight.shape), groups_of(layer)) for name, layer in layers.items()],
             "batch_size": settings.batch_size,
         }
-        self.batches = -(-len(examples) // settings.batch_size)
-        wanted = min(settings.gradient_examples or len(examples), len(examples))
-        self.gradient_batches = -(-wanted // settings.batch_size)
+        self.gradient_examples = min(settings.gradient_examples or len(examples), len(examples))
         fisher = {
             **content,
             "samples": settings.samples,
             "seed": settings.seed,
-            "gradient_batches": self.gradient_batches,
+            "gradient_batches": -(-self.gradient_examples // settings.batch_size),
             "likelihood": settings.likelihood,
             "draws": settings.draws,
         }
@@ -489,6 +497,7 @@ class Calibration:
         self.seconds: dict[str, float] = {}
         self.unseen: set[str] = set()
         self.reused: dict[str, bool] = {}
+        self.oom_retries: dict[str, int] = {}
 
     def path(self, kind: str) -> Path:
         """File of one kind of statistic."""
@@ -537,20 +546,24 @@ class Calibration:
         self.seconds[kind] = float(metadata["seconds"])
         self.unseen |= set(json.loads(metadata["unseen"]))
         self.reused[kind] = reused
+        self.oom_retries[kind] = int(metadata["oom_retries"])
 
     def _compute(self, kinds: Sequence[str]) -> None:
         start = time.perf_counter()
         tensors: dict[str, dict[str, Tensor]] = {kind: {} for kind in kinds}
         unseen: list[str] = []
         examples = dict.fromkeys(kinds, len(self.examples))
-        backward_s = 0.0
+        backward_s, retries = 0.0, 0
         if kinds[0] in BASIS_STATISTICS:
             for kind in kinds:
                 moment = REQUIRES[kind][0]
                 tensors[kind] = {name: eigenbasis(self.statistic(name, moment)) for name in self.layers}
         else:
             for watched in self._passes(kinds):
-                collector = self._collect(watched, kinds)
+                collector, failed = halving(
+                    self.settings.batch_size, partial(self._collect, watched, kinds), "calibration"
+                )
+                retries += failed
                 backward_s += collector.backward_s
                 for kind in kinds:
                     if kind not in INPUT_STATISTICS:
@@ -569,6 +582,7 @@ class Calibration:
                 "seconds": f"{seconds[kind]:.3f}",
                 "unseen": json.dumps(unseen),
                 "examples": str(examples[kind]),
+                "oom_retries": str(retries if kind == kinds[0] else 0),  # of the pass, once
             }
             write_tensors(self.path(kind), tensors[kind], metadata)
             self._note(kind, metadata, reused=False)
@@ -588,7 +602,7 @@ class Calibration:
             room -= size
         return passes
 
-    def _collect(self, layers: Mapping[str, Layer], kinds: Sequence[str]) -> Collector:
+    def _collect(self, layers: Mapping[str, Layer], kinds: Sequence[str], batch_size: int) -> Collector:
         """Run the examples; every call draws the same labels."""
         bases = None
         if "fisher_eigenvalues" in kinds:
@@ -607,13 +621,14 @@ class Calibration:
             rank=self.settings.rank,
             bases=bases,
         )
-        batches = self.examples.batches(self.settings.batch_size, self.device)
-        with_gradients = spread(self.gradient_batches, self.batches) if collector.needs_gradients else None
+        batches = self.examples.batches(batch_size, self.device)
+        count = -(-len(self.examples) // batch_size)
+        with_gradients = spread(-(-self.gradient_examples // batch_size), count)
         title = f"calibrate {'+'.join(kinds)}"
-        for i, batch in enumerate(tqdm(batches, total=self.batches, desc=title, disable=None, leave=False)):
-            backward = with_gradients is not None and with_gradients[i]
-            if backward or collector.needs_inputs:
-                collector.add(batch, gradients=backward)
+        for i, batch in enumerate(tqdm(batches, total=count, desc=title, disable=None, leave=False)):
+            gradients = collector.needs_gradients and with_gradients[i]
+            if gradients or collector.needs_inputs:
+                collector.add(batch, gradients=gradients)
         return collector
 
 
@@ -648,6 +663,7 @@ class SequentialInputs:
         self.module, self.layers, self.groups = module, layers, groups
         self.examples, self.batch_size, self.device = examples, batch_size, device
         self.seconds = 0.0
+        self.oom_retries = 0
         self._held: dict[str, dict[str, Tensor]] = {}
 
     def statistic(self, name: str, kind: str) -> Tensor:
@@ -655,16 +671,19 @@ class SequentialInputs:
         if name not in self._held:
             start = time.perf_counter()
             group = next(group for group in self.groups if name in group)
-            self._held = self._collect(group)
+            self._held, retries = halving(self.batch_size, partial(self._collect, group), "calibration")
+            self.oom_retries += retries
+            self.batch_size >>= retries  # what did not fit once will not fit the next time
             self.seconds += time.perf_counter() - start
         return self._held[name][kind]
 
-    def _collect(self, group: Sequence[str]) -> dict[str, dict[str, Tensor]]:
+    def _collect(self, group: Sequence[str], batch_size: int) -> dict[str, dict[str, Tensor]]:
         watched = {name: self.layers[name] for name in group}
         collector = Collector(self.module, watched, INPUT_STATISTICS, None, torch.Generator())
-        for batch in self.examples.batches(self.batch_size, self.device):
+        for batch in self.examples.batches(batch_size, self.device):
             collector.add(batch, stop_after=group[-1])
-        return {name: {kind: collector.statistics(kind)[0][name] for kind in INPUT_STATISTICS} for name in group}
+        found = {kind: collector.statistics(kind)[0] for kind in INPUT_STATISTICS}
+        return {name: {kind: found[kind][name] for kind in INPUT_STATISTICS} for name in group}
 
 
 class _Reached(Exception):

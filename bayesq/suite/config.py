@@ -23,6 +23,8 @@ from bayesq.suite.errors import UserError
 MIN_BITS, MAX_BITS = 2, 8
 # scikit-learn, which splits the data sets, takes seeds of 32 bits
 MAX_SEED = 2**32 - 1
+# torch dtypes of evaluation.autocast
+AUTOCAST = ("bfloat16", "float16")
 # where a run happens, how it is logged and whether it is repeated changes nothing about its numbers
 WITHOUT_EFFECT = ("results_dir", "cache_dir", "force", "device", "wandb", "hydra")
 
@@ -314,6 +316,8 @@ def _check_sizes(config: Mapping[str, Any]) -> None:
     _whole("calibration.examples", calibration["examples"], 1, pool, why)
     _whole("calibration.batch_size", calibration["batch_size"], 1)
     _whole("evaluation.batch_size", config["evaluation"]["batch_size"], 1)
+    if config["evaluation"]["autocast"] is not None:
+        _one_of("evaluation.autocast", config["evaluation"]["autocast"], AUTOCAST)
     limit, available = dataset.get("limit"), dataset.get("evaluation")
     if limit is not None:
         _whole("dataset.limit", limit, 1, available, ", or null for all evaluation examples")

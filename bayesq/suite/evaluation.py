@@ -3,6 +3,8 @@
 import hashlib
 import json
 import logging
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from bayesq.suite.cache import CorruptCache, lock, read_tensors, write_tensors
+from bayesq.suite.memory import halving
 from bayesq.suite.models.base import EncodedExamples
 
 log = logging.getLogger(__name__)
@@ -18,26 +21,47 @@ log = logging.getLogger(__name__)
 ECE_BINS = 15
 BOOTSTRAP_RESAMPLES = 10_000
 # Raise when `logits` changes numerically, so that cached full-precision logits of older versions are not read.
-FORMAT = "1"
+FORMAT = "2"
 
 
 @torch.no_grad()
-def logits(module: nn.Module, examples: EncodedExamples, batch_size: int, device: torch.device, label: str) -> Tensor:
-    """Logits [n, classes] float32 on the CPU, in the order of the examples.
+def logits(
+    module: nn.Module,
+    examples: EncodedExamples,
+    batch_size: int,
+    device: torch.device,
+    label: str,
+    autocast: str | None = None,
+) -> tuple[Tensor, int]:
+    """Logits [n, classes] float32 on the CPU, in the order of the examples, and how often memory ran out before.
 
     Args:
         label: what the progress bar says.
+        autocast: name of the torch dtype of matrix products, see config.AUTOCAST; None = float32 throughout.
     """
+    return halving(batch_size, partial(_logits, module, examples, device, label, autocast), label)
+
+
+def _logits(
+    module: nn.Module,
+    examples: EncodedExamples,
+    device: torch.device,
+    label: str,
+    autocast: str | None,
+    batch_size: int,
+) -> Tensor:
     total = -(-len(examples) // batch_size)
     collected: Tensor | None = None
+    lower = nullcontext() if autocast is None else torch.autocast(device.type, getattr(torch, autocast))
     for batch in tqdm(examples.batches(batch_size, device), total=total, desc=label, disable=None, leave=False):
-        out = module(**batch.inputs).float().cpu()
+        with lower:
+            out = module(**batch.inputs).float()
         if collected is None:
             collected = out.new_empty(len(examples), out.shape[1])
-        collected[batch.index] = out
+        collected[batch.index.to(device)] = out  # stays on the device: fetching each batch would wait for it
     if collected is None:
         raise ValueError("there is no example to evaluate")
-    return collected
+    return collected.cpu()
 
 
 def cached_logits(
@@ -47,7 +71,8 @@ def cached_logits(
     batch_size: int,
     device: torch.device,
     cache_dir: Path,
-) -> Tensor:
+    autocast: str | None = None,
+) -> tuple[Tensor, int]:
     """`logits` of the full-precision network, computed once for all runs on the same evaluation set."""
     content = {
         "format": FORMAT,
@@ -57,19 +82,21 @@ def cached_logits(
         "architecture": repr(module),
         "examples": examples.checksum(),
         "batch_size": batch_size,
+        "autocast": autocast,
     }
     key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:24]
     path = cache_dir / "full_precision" / f"{key}.safetensors"
     with lock(path):
         try:
-            return read_tensors(path)[0]["logits"]
+            tensors, metadata = read_tensors(path)
+            return tensors["logits"], int(metadata["oom_retries"])
         except FileNotFoundError:
             pass
         except CorruptCache as error:
             log.warning("full-precision cache: %s; computing it again", error)
-        computed = logits(module, examples, batch_size, device, "evaluate full precision")
-        write_tensors(path, {"logits": computed})
-        return computed
+        computed, retries = logits(module, examples, batch_size, device, "evaluate full precision", autocast)
+        write_tensors(path, {"logits": computed}, {"oom_retries": str(retries)})
+        return computed, retries
 
 
 def kl_divergence(reference: Tensor, other: Tensor) -> Tensor:
@@ -104,6 +131,18 @@ def bootstrap_interval(differences: np.ndarray, seed: int) -> tuple[float, float
     )
     low, high = np.percentile(drawn @ values / len(differences), [2.5, 97.5])
     return float(low), float(high)
+
+
+def autocast_effect(full: Tensor, lower: Tensor) -> dict[str, object]:
+    """What evaluation.autocast alone does to the full-precision network, under keys of its own.
+
+    Args:
+        full, lower: logits [n, classes] of the same network in float32 and under autocast.
+    """
+    return {
+        "autocast/kl_to_float32": float(kl_divergence(full, lower).mean()),
+        "autocast/agreement": float((full.argmax(1) == lower.argmax(1)).double().mean()),
+    }
 
 
 def compare(

@@ -10,7 +10,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -26,13 +26,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from bayesq.allocation import DAMPING, Allocator, Budget, Knapsack, make_allocator
+from baselines.rtn import RTN
+from bayesq.allocation import DAMPING, Allocator, Budget, Knapsack, Uniform, make_allocator
 from bayesq.distillation import DistillationSettings, Distilled, distill, posterior_predictive
 from bayesq.posterior import LayerPosterior, Posterior
 from bayesq.proxy import measure_kappa
 from bayesq.quant.accounting import buffer_bytes, code_bits, stored_bytes
-from bayesq.quant.correction import correct_moments
-from bayesq.quant.layers import Layer, matrix_to_weight, quantizable_layers, weight_to_matrix
+from bayesq.quant.correction import MAX_EXAMPLES, Correction, correct_moments
+from bayesq.quant.layers import Layer, embedding_tables, matrix_to_weight, quantizable_layers, weight_to_matrix
 from bayesq.quant.method import Distortion, LayerProblem, Method
 from bayesq.quant.packing import pack_model, unpack_model
 from bayesq.quant.tensor import QuantizedTensor
@@ -42,6 +43,7 @@ from bayesq.suite.calibration import Calibration, CalibrationSettings, Sequentia
 from bayesq.suite.config import resolved, run_dir, run_id
 from bayesq.suite.datasets.base import DataSplits
 from bayesq.suite.errors import UserError
+from bayesq.suite.memory import halving
 from bayesq.suite.models.base import EncodedExamples, Network
 from bayesq.suite.provenance import git_state, host, versions
 from bayesq.suite.results import RESULT_FILE, write_csv, write_json
@@ -61,10 +63,13 @@ FALLBACKS = (
     "uncorrected_layers",
     "kappa_undefined",
     "kappa_clamped",
+    "oom_retries",
 )
 # Fits of small layers are kept in memory, those beyond the limit are made again each time; a fit grows by its Cholesky
 # factor and that one's inverse.
 KEPT_FIT_BYTES, FACTOR_COPIES = 2**30, 3
+# A distillation matches moments in one batch, of at most so many of its own: where those are halved, so is this.
+START_BATCHES = 16
 # Prefix of the file's buffers that hold changed biases and norm parameters.
 PARAMETER_PREFIX = "parameter/"
 
@@ -139,11 +144,12 @@ class Plan:
 
 @dataclass
 class Workload:
-    """Network and data of a run, encoded."""
+    """Network and data of a run, encoded; of the network, what is quantized: layers, and embeddings if asked for."""
 
     network: Network
     data: DataSplits
     layers: dict[str, Layer]
+    embeddings: dict[str, nn.Embedding]
     calibration: EncodedExamples
     evaluation: EncodedExamples
     device: torch.device
@@ -161,6 +167,7 @@ class Quantized:
         calibrate_s, posterior_s, quantize_s, distill_s: cost of the stages; reused statistics count what they once
             took, and the correction belongs to quantize_s.
         distilled: what the distillation found, if there was one.
+        oom_retries: how often a stage began again with smaller batches because memory ran out.
     """
 
     tensors: dict[str, QuantizedTensor] = field(default_factory=dict)
@@ -172,6 +179,11 @@ class Quantized:
     quantize_s: float = 0.0
     distill_s: float = 0.0
     distilled: Distilled | None = None
+    oom_retries: int = 0
+
+    def layers(self, work: Workload) -> dict[str, QuantizedTensor]:
+        """The tensors of Linear and Conv2d layers: embeddings are rounded once and stay."""
+        return {name: tensor for name, tensor in self.tensors.items() if name in work.layers}
 
 
 def execute(
@@ -187,12 +199,20 @@ def execute(
             plan.allocator.choices(list(work.layers))
         except ValueError as error:
             raise UserError(str(error)) from error
-    batch_size = int(cfg.evaluation.batch_size)
-    full = evaluation.cached_logits(
-        work.network.module, work.network.checksum, work.evaluation, batch_size, work.device, cache_dir
+    batch_size, autocast = int(cfg.evaluation.batch_size), cfg.evaluation.autocast
+    reference = partial(
+        evaluation.cached_logits,
+        work.network.module,
+        work.network.checksum,
+        work.evaluation,
+        batch_size,
+        work.device,
+        cache_dir,
     )
+    full, retries = reference(autocast)
 
     quantized = quantize(cfg, plan, work, cache_dir)
+    quantized.oom_retries += retries
     if cfg.correction == "moments":
         correct(work, quantized)
     if cfg.distill:
@@ -209,13 +229,16 @@ def execute(
     load_quantized(module, unpack_model(buffers, header), stored_parameters(buffers))
     evaluate_start = time.perf_counter()
     label = f"evaluate {cfg.method.name} {cfg.bits:g} bits"
-    logits = evaluation.logits(module, work.evaluation, batch_size, work.device, label)
+    logits, retries = evaluation.logits(module, work.evaluation, batch_size, work.device, label, autocast)
+    quantized.oom_retries += retries
     evaluate_s = time.perf_counter() - evaluate_start
     metrics, predictions = evaluation.compare(full, logits, work.evaluation.labels, int(cfg.seed))
     for row, example in zip(predictions, work.data.evaluation.ids, strict=True):
         row["id"] = example
+    if autocast is not None:
+        metrics |= evaluation.autocast_effect(reference(None)[0], full)
 
-    weights = sum(layer.weight.numel() for layer in work.layers.values())
+    weights = sum(layer.weight.numel() for layer in (*work.layers.values(), *work.embeddings.values()))
     layers = layer_rows(quantized)
     result = {
         "run_id": name,
@@ -243,9 +266,10 @@ def execute(
         "time/evaluate_s": evaluate_s,
         "time/total_s": time.perf_counter() - start,
         "memory/peak_rss_bytes": peak_rss_bytes(),
+        "memory/peak_device_bytes": torch.cuda.max_memory_allocated(work.device) if work.device.type == "cuda" else 0,
         "calibration/examples": len(work.calibration),
         "evaluation/examples": len(work.evaluation),
-        **{f"fallback/{kind}": fallbacks(quantized.problems.values()).get(kind, 0) for kind in FALLBACKS},
+        **{f"fallback/{kind}": times for kind, times in fallbacks(quantized).items()},
         "config": resolved(cfg),
         "versions": versions(),
         "host": host(work.device),
@@ -259,7 +283,8 @@ def load(cfg: DictConfig, cache_dir: Path) -> Workload:
     """Data, network and the encoded calibration and evaluation examples.
 
     Raises:
-        UserError: the calibration set cannot be drawn, or no layer is left to quantize.
+        UserError: the calibration set cannot be drawn, no layer is left to quantize, or there are no embeddings to
+            include.
     """
     device = select_device(cfg.device)
     data = build(cfg.dataset).load(cache_dir)
@@ -270,7 +295,11 @@ def load(cfg: DictConfig, cache_dir: Path) -> Workload:
         layers = quantizable_layers(network.module, list(cfg.layers.exclude))
     except ValueError as error:
         raise UserError(str(error)) from error
-    return Workload(network, data, layers, network.encode(examples), network.encode(data.evaluation), device)
+    embeddings = embedding_tables(network.module, list(cfg.layers.exclude)) if cfg.layers.include_embeddings else {}
+    if cfg.layers.include_embeddings and not embeddings:
+        raise UserError(f"layers.include_embeddings=true: model={cfg.model.name} has no embedding left to quantize")
+    encoded = network.encode(examples), network.encode(data.evaluation)
+    return Workload(network, data, layers, embeddings, *encoded, device)
 
 
 def make_plan(cfg: DictConfig) -> Plan:
@@ -311,7 +340,7 @@ def quantize(cfg: DictConfig, plan: Plan, work: Workload, cache_dir: Path) -> Qu
     kinds = allocator.statistics | (posterior.statistics if posterior else frozenset())
     calibration.prepare(kinds if method.sequential and not posterior else kinds | method.statistics)
 
-    groups = forward_order(module, layers, next(examples.batches(settings.batch_size, device)))
+    groups = forward_order(module, layers, next(examples.batches(1, device)))
     problems = [
         LayerProblem(
             name=name,
@@ -324,17 +353,18 @@ def quantize(cfg: DictConfig, plan: Plan, work: Workload, cache_dir: Path) -> Qu
         for group in groups
         for name in group
     ]
+    result = Quantized(problems={problem.name: problem for problem in problems})
+    round_embeddings(work, plan.budget, result)
     given: list[LayerProblem] = problems
     prefix: SequentialInputs | None = None
     if method.sequential:
         # A copy whose layers are replaced one by one. Only the method sees its inputs: bits are allocated before
         # anything is rounded.
-        working = copy.deepcopy(module)
+        working = quantized_copy(work, result)
         own = {name: layer for name, layer in quantizable_layers(working).items() if name in layers}
         prefix = SequentialInputs(working, own, groups, examples, settings.batch_size, device)
         given = [replace(problem, prefix_statistic=partial(prefix.statistic, problem.name)) for problem in problems]
 
-    result = Quantized(problems={problem.name: problem for problem in problems})
     if posterior:
         posterior.prepare(problems)
     if cfg.proxy == "mc":
@@ -360,15 +390,40 @@ def quantize(cfg: DictConfig, plan: Plan, work: Workload, cache_dir: Path) -> Qu
                 bar.update()
         except ValueError as error:
             raise UserError(str(error)) from error
+    result.oom_retries += sum(calibration.oom_retries.values()) + (prefix.oom_retries if prefix else 0)
     result.posterior_s += posterior.seconds if posterior else 0.0
     result.calibrate_s = sum(calibration.seconds.values()) + (prefix.seconds if prefix else 0.0)
-    result.quantize_s = last - start - (posterior.seconds if posterior else 0.0) - (prefix.seconds if prefix else 0.0)
+    result.quantize_s += last - start - (posterior.seconds if posterior else 0.0) - (prefix.seconds if prefix else 0.0)
     if posterior:
         for problem in problems:
             delta = result.tensors[problem.name].dequantize() - problem.weight
             problem.notes["achieved_risk"] = float(posterior.fit(problem).risk(delta).sum())
     _report(cfg, result)
     return result
+
+
+def round_embeddings(work: Workload, budget: Budget, result: Quantized) -> None:
+    """Round the embeddings the run includes to nearest, each row on its own grid, for every method alike.
+
+    A row is read by itself and multiplies nothing, so there are no input correlations to exploit; a fractional budget
+    gives some rows the next width, those whose error falls most.
+    """
+    problems = [
+        LayerProblem(name, type(table).__name__, weight_to_matrix(table).float().cpu(), statistic=_no_statistic)
+        for name, table in work.embeddings.items()
+    ]
+    if not problems:
+        return
+    start = time.perf_counter()
+    for problem, tensor in RTN("mse").quantize(problems, lambda layers, *_: Uniform().allocate(layers, budget)):
+        result.problems[problem.name], result.tensors[problem.name] = problem, tensor
+        result.seconds[problem.name] = time.perf_counter() - start
+        result.quantize_s += result.seconds[problem.name]
+        start = time.perf_counter()
+
+
+def _no_statistic(kind: str) -> Tensor:
+    raise ValueError(f"embeddings have no statistic {kind}")
 
 
 def _report(cfg: DictConfig, result: Quantized) -> None:
@@ -415,7 +470,7 @@ def load_quantized(
     layers = dict(module.named_modules())
     for name, tensor in tensors.items():
         layer = layers[name]
-        assert isinstance(layer, nn.Linear | nn.Conv2d)
+        assert isinstance(layer, nn.Linear | nn.Conv2d | nn.Embedding)
         with torch.no_grad():
             layer.weight.copy_(matrix_to_weight(layer, tensor.dequantize()))
     if parameters:
@@ -442,7 +497,13 @@ def correct(work: Workload, quantized: Quantized) -> None:
     """Match activation moments to the full-precision network's (SPEC section 5), whatever the method."""
     start = time.perf_counter()
     batch = next(work.calibration.batches(len(work.calibration), work.device))
-    found = correct_moments(work.network.module, quantized_copy(work, quantized), quantized.tensors, batch.inputs)
+
+    def attempt(examples: int) -> Correction:
+        student = quantized_copy(work, quantized)
+        return correct_moments(work.network.module, student, list(work.layers), batch.inputs, examples)
+
+    found, retries = halving(min(MAX_EXAMPLES, len(work.calibration)), attempt, "correction")
+    quantized.oom_retries += retries
     quantized.parameters |= found.tensors
     for name in found.uncorrected:
         quantized.problems[name].count("uncorrected_layers")
@@ -459,25 +520,27 @@ def distill_student(cfg: DictConfig, plan: Plan, work: Workload, quantized: Quan
     options = {key: cfg.distillation[key] for key in ("steps", "evaluations", "held_out")}
     # Methods without a posterior learn from the full-precision network itself: the teacher at its mean.
     samples = int(cfg.distillation.samples) if plan.posterior else 0
-    batches = list(work.calibration.batches(int(cfg.distillation.batch_size), work.device))
-    generator = torch.Generator().manual_seed(int(cfg.seed))
+    tensors = quantized.layers(work)
+
+    def attempt(batch_size: int) -> Distilled:
+        batches = list(work.calibration.batches(batch_size, work.device))
+        generator = torch.Generator().manual_seed(int(cfg.seed))
+        draw = posterior_draw(plan, quantized.problems)
+        teacher = posterior_predictive(work.network.module, tensors, draw, batches, samples, generator)
+        moments = None
+        # moments that correction=moments has matched already have no second start to offer
+        if cfg.distillation.moments and cfg.correction == "none":
+            moments = moment_start(work, quantized, START_BATCHES * batch_size)
+        return distill(quantized_copy(work, quantized), tensors, batches, teacher, settings, generator, moments)
+
     try:
         settings = DistillationSettings(**options)
-        teacher = posterior_predictive(
-            work.network.module,
-            quantized.tensors,
-            posterior_draw(plan, quantized.problems),
-            batches,
-            samples,
-            generator,
-        )
-        student = quantized_copy(work, quantized)
-        # moments that correction=moments has matched already have no second start to offer
-        moments = moment_start(work, quantized) if cfg.distillation.moments and cfg.correction == "none" else None
-        found = distill(student, quantized.tensors, batches, teacher, settings, generator, moments)
+        found, retries = halving(int(cfg.distillation.batch_size), attempt, "distillation")
     except ValueError as error:
         raise UserError(str(error)) from error
-    quantized.tensors, quantized.distilled = found.tensors, found
+    quantized.oom_retries += retries
+    quantized.tensors |= found.tensors
+    quantized.distilled = found
     quantized.parameters |= found.parameters
     quantized.distill_s = time.perf_counter() - start
     log.info(
@@ -486,15 +549,20 @@ def distill_student(cfg: DictConfig, plan: Plan, work: Workload, quantized: Quan
     )
 
 
-def moment_start(work: Workload, quantized: Quantized) -> Callable[[Tensor], Mapping[str, Tensor]]:
-    """Biases and norm parameters that match activation moments on some calibration examples, told by bool [n]."""
+def moment_start(work: Workload, quantized: Quantized, examples: int) -> Callable[[Tensor], Mapping[str, Tensor]]:
+    """Biases and norm parameters that match activation moments on some calibration examples, told by bool [n].
+
+    Args:
+        examples: so many of them at most.
+    """
 
     def start(chosen: Tensor) -> Mapping[str, Tensor]:
         batch = next(work.calibration.batches(len(work.calibration), work.device))
         rows = chosen[batch.index].to(work.device)
         inputs = {name: x[rows] for name, x in batch.inputs.items()}
         student = quantized_copy(work, quantized)
-        return correct_moments(work.network.module, student, quantized.tensors, inputs).tensors
+        layers = list(work.layers)
+        return correct_moments(work.network.module, student, layers, inputs, min(examples, MAX_EXAMPLES)).tensors
 
     return start
 
@@ -599,12 +667,12 @@ def kernel_positions(layer: Layer) -> int:
     return layer.kernel_size[0] * layer.kernel_size[1] if isinstance(layer, nn.Conv2d) else 1
 
 
-def fallbacks(problems: Iterable[LayerProblem]) -> dict[str, int]:
-    """Fallback counters summed over layers."""
-    total: dict[str, int] = {}
-    for problem in problems:
+def fallbacks(quantized: Quantized) -> dict[str, int]:
+    """How often something else than asked was done, of each kind in FALLBACKS."""
+    total = dict.fromkeys(FALLBACKS, 0) | {"oom_retries": quantized.oom_retries}
+    for problem in quantized.problems.values():
         for kind, times in problem.fallbacks.items():
-            total[kind] = total.get(kind, 0) + times
+            total[kind] += times
     return total
 
 

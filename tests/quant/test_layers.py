@@ -6,6 +6,7 @@ from timm.layers import Conv2dSame
 from torch import Tensor, nn
 
 from bayesq.quant.layers import (
+    embedding_tables,
     groups_of,
     input_samples,
     mask_samples,
@@ -190,6 +191,25 @@ def test_layers_are_linear_and_conv2d_in_definition_order() -> None:
         quantizable_layers(module, ["norm"])
     with pytest.raises(ValueError, match=r"layers\.exclude leaves no"):
         quantizable_layers(module, ["*"])
+
+
+def test_embeddings_are_found_apart_and_share_the_patterns() -> None:
+    module = nn.Sequential()
+    module.add_module("words", nn.Embedding(5, 4))
+    module.add_module("places", nn.Embedding(3, 4))
+    module.add_module("head", nn.Linear(4, 2))
+    module.add_module("second", nn.Linear(2, 2))
+    assert list(embedding_tables(module)) == ["words", "places"]
+    assert list(embedding_tables(module, ["p*"])) == ["words"]
+    assert list(quantizable_layers(module, ["words", "head"])) == ["second"]
+    matrix = weight_to_matrix(module.words)
+    assert matrix.shape == (1, 5, 4) and torch.equal(matrix[0, 3], module.words(torch.tensor(3)))
+    assert torch.equal(matrix_to_weight(module.words, matrix), module.words.weight)
+
+
+def test_a_network_without_layers_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"no Linear or Conv2d layer to quantize: choose another model"):
+        quantizable_layers(nn.Sequential(nn.Embedding(5, 4), nn.LayerNorm(4)))
 
 
 def test_masked_positions_are_zero_and_not_counted() -> None:

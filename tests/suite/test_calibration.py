@@ -599,6 +599,31 @@ def test_damaged_files_are_noticed_and_computed_again(damage, kind, module, tmp_
     assert all(torch.equal(again.statistic(n, kind), collect(module, images())[kind][n]) for n in again.layers)
 
 
+class Narrow(Counting):
+    """Runs out of memory with more than two images at a time, once its first layer has run."""
+
+    def forward(self, image: Tensor) -> Tensor:
+        self.stem(image)
+        if len(image) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return super().forward(image)
+
+
+def test_running_out_of_memory_halves_the_batch_begins_again_and_is_remembered(tmp_path):
+    narrow = seeded(Narrow())
+    found = open_calibration(narrow, tmp_path, batch_size=5, gradient_examples=3)
+    found.prepare(KINDS)
+    assert sum(found.oom_retries.values()) == 1
+    again = open_calibration(narrow, tmp_path, batch_size=5, gradient_examples=3)
+    again.prepare(KINDS)
+    assert narrow.passes == 3 and again.oom_retries == found.oom_retries
+    twos = open_calibration(seeded(Counting()), tmp_path / "twos", batch_size=2, gradient_examples=3)
+    twos.prepare(KINDS)
+    for kind in KINDS:
+        for name in ("grouped", "head"):
+            assert torch.equal(found.statistic(name, kind), twos.statistic(name, kind))
+
+
 def test_what_changes_a_number_changes_the_file(module, tmp_path):
     base = open_calibration(module, tmp_path)
     other_weights = seeded(Counting(), seed=1)
@@ -632,6 +657,14 @@ def test_what_changes_a_number_changes_the_file(module, tmp_path):
     assert len({base.path(kind) for kind in STATISTICS}) == len(STATISTICS)
     same = open_calibration(seeded(Counting()), tmp_path)
     assert all(same.path(kind) == base.path(kind) for kind in STATISTICS)
+
+
+def test_sums_are_handed_over_once():
+    collector = Collector(seeded(TinyConvNet()), {}, ["input_moment"], None, torch.Generator())
+    assert collector.statistics("input_moment") == ({}, [])
+    for kind in ("input_moment", "gradient_moment"):
+        with pytest.raises(ValueError, match=f"{kind} was not collected, or"):
+            collector.statistics(kind)
 
 
 def test_seeds_draw_different_labels(module, tmp_path):

@@ -155,15 +155,16 @@ def examples(count: int = 10) -> TensorExamples:
 def test_logits_come_in_the_order_of_the_examples():
     given = examples()
     assert [b.index.tolist() for b in given.batches(4, CPU)] != [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
-    found = evaluation.logits(Model(), given, 4, CPU, "test")
+    found, retries = evaluation.logits(Model(), given, 4, CPU, "test")
+    assert retries == 0
     torch.testing.assert_close(found, Model()(**given.inputs))
     assert found.dtype == torch.float32 and not found.requires_grad
 
 
 def test_full_precision_logits_are_computed_once(tmp_path):
     model, given = Model(), examples()
-    first = cached_logits(model, "checksum", given, 4, CPU, tmp_path)
-    second = cached_logits(model, "checksum", given, 4, CPU, tmp_path)
+    first, _ = cached_logits(model, "checksum", given, 4, CPU, tmp_path)
+    second, _ = cached_logits(model, "checksum", given, 4, CPU, tmp_path)
     assert model.passes == 3 and torch.equal(first, second)
     torch.testing.assert_close(first, Model()(**given.inputs))
     for checksum, these, batch_size in (("other", given, 4), ("checksum", examples(8), 4), ("checksum", given, 5)):
@@ -175,14 +176,48 @@ def test_full_precision_logits_are_computed_once(tmp_path):
 @pytest.mark.parametrize("damage", ["truncate", "flip"])
 def test_a_damaged_file_is_noticed_and_computed_again(damage, tmp_path, caplog):
     model, given = Model(), examples()
-    first = cached_logits(model, "checksum", given, 4, CPU, tmp_path)
+    first, _ = cached_logits(model, "checksum", given, 4, CPU, tmp_path)
     (path,) = tmp_path.rglob("*.safetensors")
     content = bytearray(path.read_bytes())
     content[-2] ^= 1
     path.write_bytes(bytes(content if damage == "flip" else content[:-20]))
     with caplog.at_level(logging.WARNING):
-        second = cached_logits(model, "checksum", given, 4, CPU, tmp_path)
+        second, _ = cached_logits(model, "checksum", given, 4, CPU, tmp_path)
     assert model.passes == 6 and torch.equal(first, second)
     assert len(caplog.records) == 1 and str(path) in caplog.text
     cached_logits(model, "checksum", given, 4, CPU, tmp_path)
     assert model.passes == 6
+
+
+class Narrow(Model):
+    """Runs out of memory with more than three examples at a time."""
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        if len(x) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return super().forward(x, mask)
+
+
+def test_running_out_of_memory_halves_the_batch_and_is_remembered(tmp_path):
+    model, given = Narrow(), examples()
+    first, retries = cached_logits(model, "checksum", given, 8, CPU, tmp_path)
+    assert retries == 2 and model.passes == 5
+    torch.testing.assert_close(first, Model()(**given.inputs))
+    second, retries = cached_logits(model, "checksum", given, 8, CPU, tmp_path)
+    assert retries == 2 and model.passes == 5 and torch.equal(first, second)
+
+
+def test_autocast_computes_products_in_the_lower_precision_and_has_a_file_of_its_own(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    model = nn.Linear(16, 3)
+    model.weight.data = torch.randn(3, 16, generator=generator)
+    inputs = {"input": torch.randn(10, 16, generator=generator)}
+    given = TensorExamples(inputs, torch.zeros(10).long())
+    exact, _ = cached_logits(model, "checksum", given, 4, CPU, tmp_path)
+    lower, _ = cached_logits(model, "checksum", given, 4, CPU, tmp_path, autocast="bfloat16")
+    expected = model.to(torch.bfloat16)(inputs["input"].to(torch.bfloat16)).float()
+    assert lower.dtype == torch.float32 and not torch.equal(lower, exact)
+    torch.testing.assert_close(lower, expected, rtol=1e-2, atol=1e-2)
+    effect = evaluation.autocast_effect(exact, lower)
+    assert effect["autocast/kl_to_float32"] == pytest.approx(float(evaluation.kl_divergence(exact, lower).mean()))
+    assert 0 < effect["autocast/kl_to_float32"] < 1e-2 and effect["autocast/agreement"] >= 0.9

@@ -1,0 +1,67 @@
+"""Out of memory: the same work in smaller batches, from the beginning, and counted."""
+
+import logging
+
+import pytest
+import torch
+
+from bayesq.suite.memory import halving, out_of_memory
+
+
+def refusing(limit: int, error: Exception, seen: list[int]):
+    def attempt(size: int) -> str:
+        seen.append(size)
+        if size > limit:
+            raise error
+        return f"done with {size}"
+
+    return attempt
+
+
+def cpu_error() -> RuntimeError:
+    """What the CPU's allocator itself says when asked for an exabyte."""
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**60, dtype=torch.uint8)
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        MemoryError(),
+        cpu_error(),
+        RuntimeError("MPS backend out of memory (MPS allocated: 9 GiB)"),
+    ],
+)
+def test_the_size_is_halved_until_it_fits(error, caplog):
+    seen: list[int] = []
+    with caplog.at_level(logging.WARNING):
+        assert halving(64, refusing(20, error, seen), "evaluate") == ("done with 16", 2)
+    assert seen == [64, 32, 16]
+    assert [record.getMessage() for record in caplog.records] == [
+        "evaluate: out of memory with 64 examples at a time; again with 32",
+        "evaluate: out of memory with 32 examples at a time; again with 16",
+    ]
+
+
+def test_what_fits_is_done_once():
+    seen: list[int] = []
+    assert halving(7, refusing(7, MemoryError(), seen), "x") == ("done with 7", 0)
+    assert seen == [7]
+
+
+def test_single_examples_that_do_not_fit_are_an_error():
+    seen: list[int] = []
+    with pytest.raises(MemoryError):
+        halving(4, refusing(0, MemoryError(), seen), "x")
+    assert seen == [4, 2, 1]
+
+
+@pytest.mark.parametrize("error", [ValueError("out of memory"), RuntimeError("shapes do not match")])
+def test_other_errors_pass(error):
+    seen: list[int] = []
+    assert not out_of_memory(error)
+    with pytest.raises(type(error)):
+        halving(4, refusing(0, error, seen), "x")
+    assert seen == [4]
