@@ -100,8 +100,13 @@ def _percent(value: float | None) -> float | None:
 
 
 def settings_of(result: Mapping[str, Any]) -> dict[str, Any]:
-    """What tells two runs apart, save the seed, as flat keys: means are taken over results that agree in all of it."""
+    """What tells two runs apart, save the seed, as flat keys: means are taken over results that agree in all of it.
+
+    A data set that the run's seed is passed on to (imagenet) is no other data set for it.
+    """
     settings = flatten(settings_that_matter(result["config"]))
+    if settings.get("dataset.seed") == settings["seed"]:
+        settings["dataset.seed"] = "${seed}"
     return {key.removesuffix(".name"): value for key, value in settings.items() if key != "seed"}
 
 

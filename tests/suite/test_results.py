@@ -134,6 +134,15 @@ def test_runs_that_differ_in_more_than_the_seed_are_not_averaged() -> None:
     assert [row[:3] for row in table[3:]] == [["gptq", "3", "minmax"], ["gptq", "3", "mse"], ["rtn", "3", "auto"]]
 
 
+def test_a_seed_that_the_data_set_is_told_separates_nothing_but_another_one_does() -> None:
+    runs = [result(seed=seed) for seed in (0, 1)]
+    for run in runs:
+        run["config"]["dataset"]["seed"] = run["seed"]
+    assert results.differing_settings(runs) == []
+    runs[1]["config"]["dataset"]["seed"] = 5
+    assert results.differing_settings(runs) == ["dataset.seed"]
+
+
 def test_only_the_name_of_a_posterior_is_shown_when_posteriors_differ() -> None:
     kfac, diag = result(allocator="knapsack"), result(allocator="knapsack", posterior="diag")
     diag["config"]["posterior"]["shrinkage"] = 0
