@@ -102,7 +102,7 @@ class MiniLM:
             UserError: the encoder's package is missing or altered, the data set is not text, or the checkpoint is
                 missing or does not fit.
         """
-        folder = _package_folder()
+        folder = package_folder()
         if self.checkpoint is not None:
             return self._fine_tuned(self.checkpoint, folder, data.num_classes)
         module = SentenceClassifier(_load_encoder(folder), nn.utils.skip_init(nn.Linear, 384, data.num_classes)).eval()
@@ -183,7 +183,7 @@ class _Tokenizer:
         return TensorExamples(inputs, examples.labels, lengths)
 
 
-def _package_folder() -> Path:
+def package_folder() -> Path:
     """Folder of the installed encoder, its files verified.
 
     Raises:
