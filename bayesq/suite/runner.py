@@ -28,7 +28,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from bayesq.allocation import DAMPING, Allocator, Budget, Knapsack, make_allocator
 from bayesq.distillation import DistillationSettings, Distilled, distill, posterior_predictive
-from bayesq.posterior import LayerPosterior, Posterior
+from bayesq.posterior import AUTO, LayerPosterior, Posterior
 from bayesq.proxy import measure_kappa
 from bayesq.quant.accounting import buffer_bytes, code_bits, stored_bytes
 from bayesq.quant.correction import correct_moments
@@ -44,7 +44,7 @@ from bayesq.suite.datasets.base import DataSplits
 from bayesq.suite.errors import UserError
 from bayesq.suite.models.base import EncodedExamples, Network
 from bayesq.suite.provenance import git_state, host, versions
-from bayesq.suite.results import RESULT_FILE, write_csv, write_json
+from bayesq.suite.results import RESULT_FILE, unit, write_csv, write_json
 from bayesq.suite.tracking import track
 
 log = logging.getLogger(__name__)
@@ -86,7 +86,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     metric = result["primary_metric"]
     log.info(
         f"{name} {result['method']} {result['bits/target']:g} bits, seed {result['seed']}: "
-        f"{metric} {100 * result[f'q/{metric}']:.2f} % ({100 * result[f'delta/{metric}']:+.2f}), "
+        f"{metric} {100 * result[f'q/{metric}']:.2f} {unit(metric)} ({100 * result[f'delta/{metric}']:+.2f}), "
         f"KL {result['q/kl_to_fp']:.4f}, {result['bits/stored']:.3f} bits stored, {result['time/total_s']:.1f} s"
     )
     return result
@@ -211,7 +211,9 @@ def execute(
     label = f"evaluate {cfg.method.name} {cfg.bits:g} bits"
     logits = evaluation.logits(module, work.evaluation, batch_size, work.device, label)
     evaluate_s = time.perf_counter() - evaluate_start
-    metrics, predictions = evaluation.compare(full, logits, work.evaluation.labels, int(cfg.seed))
+    metrics, predictions = evaluation.compare(
+        full, logits, work.evaluation.labels, int(cfg.seed), work.data.metrics, work.data.likelihood
+    )
     for row, example in zip(predictions, work.data.evaluation.ids, strict=True):
         row["id"] = example
 
@@ -303,7 +305,7 @@ def quantize(cfg: DictConfig, plan: Plan, work: Workload, cache_dir: Path) -> Qu
         samples,
         int(cfg.seed),
         gradient_examples=posterior.examples if posterior else None,
-        likelihood=posterior.likelihood if posterior else "categorical",
+        likelihood=likelihood_of_fisher(posterior, work.data.likelihood),
         draws=posterior.draws if posterior else "signs",
         rank=posterior.rank if posterior else 16,
     )
@@ -470,11 +472,14 @@ def distill_student(cfg: DictConfig, plan: Plan, work: Workload, quantized: Quan
             batches,
             samples,
             generator,
+            work.data.likelihood,
         )
         student = quantized_copy(work, quantized)
         # moments that correction=moments has matched already have no second start to offer
         moments = moment_start(work, quantized) if cfg.distillation.moments and cfg.correction == "none" else None
-        found = distill(student, quantized.tensors, batches, teacher, settings, generator, moments)
+        found = distill(
+            student, quantized.tensors, batches, teacher, settings, generator, moments, work.data.likelihood
+        )
     except ValueError as error:
         raise UserError(str(error)) from error
     quantized.tensors, quantized.distilled = found.tensors, found
@@ -544,6 +549,7 @@ def weigh_by_proxy(cfg: DictConfig, plan: Plan, work: Workload, problems: Sequen
         batch.inputs,
         int(options.samples),
         torch.Generator().manual_seed(int(cfg.seed)),
+        work.data.likelihood,
     )
     for name, kappa in found.factors.items():
         by_name[name].notes["kappa"] = kappa
@@ -583,6 +589,19 @@ def build(node: DictConfig, **more: Any) -> Any:
 def reads_posterior(cfg: DictConfig) -> bool:
     """Whether the run computes a posterior: its method asks for one, or the knapsack needs predicted risks."""
     return cfg.allocator == "knapsack" or cfg.method.get("uses_posterior") is True
+
+
+def likelihood_of_fisher(posterior: SharedPosterior | None, of_data: str) -> str:
+    """The likelihood that the Fisher is of: the data set's, unless posterior.likelihood names one.
+
+    Raises:
+        UserError: a categorical likelihood of a single output has no Fisher.
+    """
+    if posterior is None or posterior.likelihood == AUTO:
+        return of_data
+    if of_data == "gaussian" and posterior.likelihood == "categorical":
+        raise UserError("posterior.likelihood=categorical: a regression has a gaussian likelihood; leave it at auto")
+    return posterior.likelihood
 
 
 def select_device(name: str) -> torch.device:
