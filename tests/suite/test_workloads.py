@@ -635,7 +635,7 @@ class TestGlue:
                 r"SST-2/train\.tsv, line 3: expected sentence, label, got \['b'",
             ),
             ({"text": "sentence\tlabel\na\n"}, r"SST-2/train\.tsv, line 2: expected sentence, label"),
-            ({"text": "sentence\tlabel\na\tpositive\n"}, r"SST-2/train\.tsv, line 2: expected sentence, label"),
+            ({"text": "sentence\tlabel\na\tmaybe\n"}, r"SST-2/train\.tsv, line 2: expected sentence, label"),
             ({"text": "sentence\tlabel\n"}, r"SST-2/train\.tsv has no rows"),
             ({"text": "\n"}, r"SST-2/train\.tsv has no column 'sentence'"),
             ({"calibration_pool": 0}, r"dataset\.calibration_pool=0 is not possible: choose at least 1"),
