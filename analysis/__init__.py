@@ -64,13 +64,63 @@ def cost_table(runs: pd.DataFrame) -> pd.DataFrame:
     return table.set_index(index)[[*STAGES, "quantize x", "total x", "n"]]
 
 
+# What GLUE is, in the order of its leaderboard's columns.
+GLUE_TASKS = ("cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli")
+# Settings that differ from task to task by nature: which checkpoint, and where from.
+PER_TASK = ("dataset.task", "model.checkpoint", "model.label_order", "model.revision")
+
+
+def glue_table(runs: pd.DataFrame) -> pd.DataFrame:
+    """GLUE scores: means over the tasks, of each task the mean of its metrics, times 100.
+
+    Every cell is a mean over seeds, each task's own. The index is that of `main_table` without what differs from task
+    to task, and the budget. The columns are the tasks that were run, `GLUE` (the mean of those), `FP` (the same of the
+    full-precision models), `delta`, `n` (seeds; of the task with the fewest) and `missing` (tasks without a run: such
+    a score is no GLUE score yet).
+
+    Raises:
+        ValueError: no run is of a GLUE task.
+    """
+    records = [run for run in _records(runs) if run["config"]["dataset"].get("task") in GLUE_TASKS]
+    if not records:
+        raise ValueError("no run of a GLUE task")
+    names, labels = _settings(records, PER_TASK)
+    scores = labels.assign(
+        task=[run["config"]["dataset"]["task"] for run in records],
+        q=[_task_score(run, "q") for run in records],
+        fp=[_task_score(run, "fp") for run in records],
+    )
+    index = [*names, "bits"]
+    tasks = scores.groupby([*index, "task"]).agg(q=("q", "mean"), fp=("fp", "mean"), n=("q", "size")).reset_index()
+    ran = [task for task in GLUE_TASKS if task in set(tasks["task"])]
+    table = tasks.pivot(index=index, columns="task", values="q")[ran]
+    whole = tasks.groupby(index)
+    table = table.assign(GLUE=whole["q"].mean(), FP=whole["fp"].mean())
+    table["delta"], table["n"] = table["GLUE"] - table["FP"], whole["n"].min()
+    present = whole["task"].agg(set)
+    missing = [", ".join(task for task in GLUE_TASKS if task not in present[key]) for key in table.index]
+    return table.assign(missing=missing).rename_axis(columns=None)
+
+
+def _task_score(run: dict[str, Any], side: str) -> float:
+    """Mean of the run's metrics on its task, times 100; `side` is fp or q."""
+    metrics = [key.split("/")[1] for key in run if key.startswith("delta/") and key.count("/") == 1]
+    # a frame has the metrics of all its runs in every row
+    values = [run[f"{side}/{metric}"] for metric in metrics if not pd.isna(run[f"delta/{metric}"])]
+    return 100 * sum(values) / len(values)
+
+
 def _records(runs: pd.DataFrame) -> list[dict[str, Any]]:
     return [{str(key): value for key, value in row.items()} for row in runs.to_dict("records")]
 
 
-def _settings(records: list[dict[str, Any]]) -> tuple[list[str], pd.DataFrame]:
-    """Names of what separates runs besides budget and seed, and one row of it per run, the budget in `bits`."""
-    differing = differing_settings(records)
+def _settings(records: list[dict[str, Any]], without: tuple[str, ...] = ()) -> tuple[list[str], pd.DataFrame]:
+    """Names of what separates runs besides budget and seed, and one row of it per run, the budget in `bits`.
+
+    Args:
+        without: settings that separate nothing.
+    """
+    differing = [key for key in differing_settings(records) if key not in without]
     settings = [settings_of(record) for record in records]
     table = pd.DataFrame(
         {

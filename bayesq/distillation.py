@@ -4,6 +4,8 @@ The teacher averages the predictions of S networks drawn from the posterior, on 
 
     p(y | x) = 1/S sum_s softmax(f(x; w_s))_y,   w_s ~ q
 
+(of a regression head the mean outputs; KL is then half the squared difference, see `bayesq.likelihood`).
+
 The student is the quantized network. Its codes are frozen; what turns codes into weights is trained, and with it the
 biases and the affine parameters of the norms, to minimise E_x[KL(p(.|x) || softmax f(x; student))]. A held-out part of
 the calibration set decides which step is kept. Every candidate is judged in the precision it will be stored in, and
@@ -18,6 +20,7 @@ import copy
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -25,6 +28,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from tqdm import tqdm
 
+from bayesq.likelihood import divergence_from_mean, mean_output
 from bayesq.quant.grids import FP16_MAX, MAX_WIDTH, stored_scale, zero_value
 from bayesq.quant.layers import Layer, matrix_to_weight
 from bayesq.quant.tensor import Codebook, QuantizedTensor
@@ -100,8 +104,9 @@ def posterior_predictive(
     batches: Sequence[Batch],
     samples: int,
     generator: torch.Generator,
+    likelihood: str = "categorical",
 ) -> Tensor:
-    """Teacher probabilities [n, classes] float64 on the CPU, in the order of `Batch.index`.
+    """Teacher probabilities [n, classes] float64 on the CPU, in the order of `Batch.index`; means of a regression head.
 
     Args:
         full: full-precision network, in eval mode.
@@ -109,6 +114,7 @@ def posterior_predictive(
         sample: draws a layer's weight perturbation [g, r, c], w_s - mu.
         batches: all n examples, each once.
         samples: S; 0 = the full-precision network itself.
+        likelihood: of the outputs.
     """
     if full.training:
         raise ValueError("the teacher must be in eval mode")
@@ -117,7 +123,8 @@ def posterior_predictive(
         for _ in range(max(samples, 1)):
             weights = perturbed_weights(full, layers, sample, generator) if samples else {}
             for batch in batches:
-                p = _probabilities(functional_call(full, weights, kwargs=dict(batch.inputs)))
+                logits: Tensor = functional_call(full, weights, kwargs=dict(batch.inputs))
+                p = mean_output(logits.detach().float(), likelihood).cpu().to(torch.float64)
                 if total is None:
                     total = torch.zeros(_count(batches), p.shape[1], dtype=torch.float64)
                 total[batch.index] += p
@@ -150,6 +157,7 @@ def distill(
     settings: DistillationSettings,
     generator: torch.Generator,
     start: Callable[[Tensor], Mapping[str, Tensor]] | None = None,
+    likelihood: str = "categorical",
 ) -> Distilled:
     """Train scales, codebook levels, biases and norm parameters; keep what is best on held-out examples.
 
@@ -161,11 +169,12 @@ def distill(
         quantized: the network with its biases and norms as they are before distillation, in eval mode; unchanged.
         tensors: the quantized layers by name.
         batches: all n calibration examples, each once; gradients are summed over them.
-        teacher: probabilities [n, classes].
+        teacher: probabilities [n, classes], or means of a regression head.
         settings: the budget.
         generator: CPU generator of the split.
         start: gives parameters by state_dict name to start from, if the held-out part agrees; it is told which of the
             n examples train (bool [n]).
+        likelihood: of the outputs.
 
     Raises:
         ValueError: training mode, too few examples to hold any out, indices that do not match the teacher, or two
@@ -185,11 +194,12 @@ def distill(
     judging = [part for batch in batches if (part := _select(batch, held_out, teacher)) is not None]
 
     best_tensors, best_parameters = dict(tensors), dict[str, Tensor]()
-    untouched = _held_out_kl(quantized, best_tensors, best_parameters, judging)
+    held_out_kl = partial(_held_out_kl, judging=judging, likelihood=likelihood)
+    untouched = held_out_kl(quantized, best_tensors, best_parameters)
     best = untouched
     taken = best_step = 0
     begun = dict(start(~held_out)) if start is not None else {}
-    kl = _held_out_kl(quantized, best_tensors, begun, judging) if begun else untouched
+    kl = held_out_kl(quantized, best_tensors, begun) if begun else untouched
     started = _beats(kl, untouched)
     if started:
         best, best_parameters = kl, begun
@@ -209,7 +219,8 @@ def distill(
         sums = [torch.zeros_like(x) for x in leaves]
         losses = []
         for inputs, p in training:
-            loss = _divergence(p, functional_call(quantized, weights, kwargs=inputs)).sum() / examples
+            logits = functional_call(quantized, weights, kwargs=inputs)
+            loss = _divergence(p, logits, likelihood).sum() / examples
             # Not backward(): the network's own parameters are no part of this and must not collect gradients.
             for x, gradient in zip(sums, torch.autograd.grad(loss, leaves, allow_unused=True), strict=True):
                 if gradient is not None:
@@ -235,7 +246,7 @@ def distill(
             break
         taken = step
         candidate, parameters = student.stored()
-        kl = _held_out_kl(quantized, candidate, parameters, judging)
+        kl = held_out_kl(quantized, candidate, parameters)
         if _beats(kl, untouched) and kl.mean() < best.mean():
             best, best_step, best_tensors, best_parameters = kl, step, candidate, begun | parameters
     means = float(untouched.mean()), float(best.mean())
@@ -431,14 +442,9 @@ def _select(batch: Batch, chosen: Tensor, teacher: Tensor) -> tuple[dict[str, Te
     return inputs, teacher[batch.index[rows]]
 
 
-def _probabilities(logits: Tensor) -> Tensor:
-    return torch.softmax(logits.detach().float(), dim=1).cpu().to(torch.float64)
-
-
-def _divergence(p: Tensor, logits: Tensor) -> Tensor:
-    """KL(p || softmax(logits)) of each example [b] in nats, float32 on the device of the logits."""
-    p = p.to(logits.device, torch.float32)
-    return (torch.xlogy(p, p) - p * torch.log_softmax(logits.float(), dim=1)).sum(1)
+def _divergence(p: Tensor, logits: Tensor, likelihood: str) -> Tensor:
+    """KL(teacher || student) of each example [b] in nats, float32 on the device of the logits."""
+    return divergence_from_mean(p.to(logits.device, torch.float32), logits.float(), likelihood)
 
 
 @torch.no_grad()
@@ -447,6 +453,7 @@ def _held_out_kl(
     tensors: Mapping[str, QuantizedTensor],
     parameters: Mapping[str, Tensor],
     judging: Sequence[tuple[dict[str, Tensor], Tensor]],
+    likelihood: str,
 ) -> Tensor:
     """KL(teacher || student) of each held-out example, float64, with the very weights that `dequantize` gives."""
     weights = {}
@@ -454,7 +461,8 @@ def _held_out_kl(
         layer = named_layer(module, name)
         weights[f"{name}.weight"] = matrix_to_weight(layer, tensor.dequantize()).to(layer.weight)
     divergences = [
-        _divergence(p, functional_call(module, {**weights, **parameters}, kwargs=inputs)) for inputs, p in judging
+        _divergence(p, functional_call(module, {**weights, **parameters}, kwargs=inputs), likelihood)
+        for inputs, p in judging
     ]
     return torch.cat(divergences).cpu().to(torch.float64)
 

@@ -25,6 +25,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from bayesq.likelihood import LIKELIHOODS as LIKELIHOODS
 from bayesq.quant.feedback import DAMPING_RETRIES, LEAST_DAMPING, output_error
 from bayesq.quant.method import LayerProblem
 
@@ -34,8 +35,9 @@ EVIDENCE_TOLERANCE = 1e-6
 LARGEST_PRIOR_PRECISION = 1e12
 PRIOR_SCOPES = ("layer", "global")
 PRIOR_SHARES = ("factored", "gradient")
-LIKELIHOODS = ("categorical", "gaussian")
 DRAWS = ("signs", "labels")
+# The likelihood is the data set's.
+AUTO = "auto"
 EVIDENCES = ("diagonal", "eigenvalues")
 
 
@@ -330,7 +332,7 @@ class Posterior(Protocol):
         statistics: names of the calibration statistics it reads.
         samples: draws per example for the Fisher; None = exact where classes are few.
         examples: so many calibration examples, spread over the set, give the Fisher; None = all.
-        likelihood: of the outputs, one of LIKELIHOODS.
+        likelihood: of the outputs, one of LIKELIHOODS, or AUTO.
         draws: one of DRAWS.
     """
 
@@ -358,7 +360,8 @@ class Laplace(ABC):
         samples: draws per example for the Fisher; None = the exact expectation where classes are few.
         examples: so many calibration examples, spread over the set, give the Fisher; None = all.
         prior_scope: "layer" maximises the evidence of each layer on its own, "global" that of all layers together.
-        likelihood: of the outputs: "categorical" for classifiers, "gaussian" of unit variance for regression heads.
+        likelihood: of the outputs: "categorical" for classifiers, "gaussian" of unit variance for regression heads,
+            "auto" for what the data set says.
         draws: what stands for the model's predictive where it is not summed exactly: "signs" or "labels"; see
             `bayesq.suite.calibration.fisher_directions`.
 
@@ -378,8 +381,8 @@ class Laplace(ABC):
         likelihood: str = "categorical",
         draws: str = "signs",
     ) -> None:
-        if likelihood not in LIKELIHOODS:
-            raise ValueError(f"posterior.likelihood={likelihood}: choose from {', '.join(LIKELIHOODS)}")
+        if likelihood not in (AUTO, *LIKELIHOODS):
+            raise ValueError(f"posterior.likelihood={likelihood}: choose from {', '.join((AUTO, *LIKELIHOODS))}")
         if draws not in DRAWS:
             raise ValueError(f"posterior.draws={draws}: choose from {', '.join(DRAWS)}")
         if samples is not None and samples < 1:

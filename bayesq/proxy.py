@@ -7,7 +7,7 @@ The predicted risk is quadratic and sees each layer through its own Fisher block
 
 measured at one reference width with S posterior draws and multiplied into the layer's whole risk curve before bits are
 allocated. All layers share the S draws (common random numbers), so their factors differ by their layers and not by
-their luck.
+their luck. Of a regression head KL is half the squared difference of the outputs (`bayesq.likelihood`).
 """
 
 import math
@@ -20,6 +20,7 @@ from torch.func import functional_call
 from tqdm import tqdm
 
 from bayesq.distillation import named_layer, perturbed_weights
+from bayesq.likelihood import kl_divergence
 from bayesq.quant.layers import matrix_to_weight
 
 # A factor outside says that a few draws or examples are no basis for one, not that a layer matters that much more.
@@ -52,6 +53,7 @@ def measure_kappa(
     inputs: Mapping[str, Tensor],
     samples: int,
     generator: torch.Generator,
+    likelihood: str = "categorical",
 ) -> Kappa:
     """The factor kappa of every layer.
 
@@ -70,6 +72,7 @@ def measure_kappa(
         predicted: predicted risk of each layer at the reference width, in nats per example.
         inputs: module arguments [n, ...] of a few calibration examples.
         samples: S.
+        likelihood: of the outputs.
 
     Raises:
         ValueError: training mode, or a layer has no prediction.
@@ -84,13 +87,13 @@ def measure_kappa(
     with tqdm(total=draws * len(layers), desc="proxy", disable=None, leave=False) as bar:
         for _ in range(draws):
             weights = perturbed_weights(full, layers, sample, generator) if samples else {}
-            log_p = _log_probabilities(full, weights, inputs)
+            reference = _logits(full, weights, inputs)
             for name in layers:
                 if name not in candidates:
                     layer = named_layer(full, name)
                     candidates[name] = matrix_to_weight(layer, rounded(name)).to(layer.weight)
-                log_q = _log_probabilities(full, {**weights, f"{name}.weight": candidates[name]}, inputs)
-                measured[name] += float((log_p.exp() * (log_p - log_q)).sum(1).mean()) / draws
+                other = _logits(full, {**weights, f"{name}.weight": candidates[name]}, inputs)
+                measured[name] += float(kl_divergence(reference, other, likelihood).mean()) / draws
                 bar.update()
     factors, fallbacks = {}, {"kappa_undefined": 0, "kappa_clamped": 0}
     for name, divergence in measured.items():
@@ -109,7 +112,7 @@ def _factor(measured: float, predicted: float) -> tuple[float, str | None]:
     return min(max(kappa, low), high), None if low <= kappa <= high else "kappa_clamped"
 
 
-def _log_probabilities(module: nn.Module, weights: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> Tensor:
-    """[n, classes] float64 on the CPU."""
+def _logits(module: nn.Module, weights: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> Tensor:
+    """[n, classes] float32 on the CPU."""
     logits: Tensor = functional_call(module, dict(weights), kwargs=dict(inputs))
-    return torch.log_softmax(logits.float().cpu().to(torch.float64), dim=1)
+    return logits.float().cpu()

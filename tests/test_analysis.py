@@ -1,5 +1,6 @@
 """Reading a results folder back as a data frame and as the main table."""
 
+import json
 import math
 import subprocess
 import sys
@@ -8,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from analysis import cost_table, load_runs, main_table
+from analysis import cost_table, glue_table, load_runs, main_table
 from bayesq.suite.results import write_json
 
 ROOT = Path(__file__).parents[1]
@@ -104,6 +105,48 @@ def test_costs_are_medians_and_multiples_of_the_fastest_plain_gptq(tmp_path: Pat
     done = module(str(tmp_path), "--cost")
     assert done.returncode == 0, done.stderr
     assert "quantize x" in done.stdout and " 2.50 " in done.stdout
+
+
+def add_task(
+    folder: Path, run_id: str, task: str, seed: int, q: dict[str, float], fp: float, method: str = "gptq"
+) -> None:
+    """A run of a task of GLUE whose full-precision model scores `fp` on every metric."""
+    add(folder, run_id, method, 3, seed, 0.0, task=task)
+    path = folder / run_id / "result.json"
+    result = json.loads(path.read_text())
+    result = {key: value for key, value in result.items() if key != "q/accuracy"}
+    result |= {"model": "bert", "dataset": "glue", "primary_metric": next(iter(q))}
+    result["config"]["model"] = {"name": "bert", "checkpoint": f"models/{task}"}
+    for metric, value in q.items():
+        result |= {f"q/{metric}": value, f"fp/{metric}": fp, f"delta/{metric}": value - fp}
+        result[f"delta/{metric}/ci95"] = [-1, 1]
+    write_json(path, result)
+
+
+def test_glue_scores_are_means_over_tasks_of_means_over_metrics(tmp_path: Path) -> None:
+    for seed, cola in ((0, 0.5), (1, 0.6)):
+        add_task(tmp_path, f"c{seed}", "cola", seed, {"matthews": cola}, 0.7)
+        add_task(tmp_path, f"m{seed}", "mnli", seed, {"accuracy": 0.8, "accuracy_mismatched": 0.9}, 0.95)
+    add_task(tmp_path, "s", "stsb", 0, {"pearson": 0.3, "spearman": 0.5}, 0.6)
+    add_task(tmp_path, "r", "rte", 0, {"accuracy": 0.25}, 0.5, method="rtn")
+    add(tmp_path, "x", "gptq", 3, 0, 0.5)  # digits are no task of GLUE
+    table = glue_table(load_runs(tmp_path))
+    assert table.index.names == ["model", "dataset", "method", "bits"]
+    gptq = table.loc[("bert", "glue", "gptq", 3)]
+    assert [gptq[task] for task in ("cola", "mnli", "stsb")] == pytest.approx([55, 85, 40])
+    assert gptq["GLUE"] == pytest.approx((55 + 85 + 40) / 3)
+    assert gptq["FP"] == pytest.approx((70 + 95 + 60) / 3) and gptq["delta"] == pytest.approx(-15)
+    assert gptq["n"] == 1 and gptq["missing"] == "sst2, mrpc, qqp, qnli, rte, wnli"
+    rtn = table.loc[("bert", "glue", "rtn", 3)]
+    assert rtn["GLUE"] == 25 and math.isnan(rtn["cola"]) and "cola" in rtn["missing"]
+    done = module(str(tmp_path), "--glue")
+    assert done.returncode == 0, done.stderr
+    assert "GLUE" in done.stdout and "60.00" in done.stdout and "nan" not in done.stdout
+
+
+def test_no_glue_is_one_line(folder: Path) -> None:
+    done = module(str(folder), "--glue")
+    assert done.returncode == 1 and done.stderr.startswith("error: no run of a GLUE task")
 
 
 def module(*arguments: str) -> subprocess.CompletedProcess[str]:

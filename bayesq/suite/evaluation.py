@@ -3,23 +3,26 @@
 import hashlib
 import json
 import logging
+import math
+from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from bayesq.likelihood import kl_divergence
 from bayesq.suite.cache import CorruptCache, lock, read_tensors, write_tensors
 from bayesq.suite.memory import halving
+from bayesq.suite.metrics import Metric, difference_interval, measure
 from bayesq.suite.models.base import EncodedExamples
 
 log = logging.getLogger(__name__)
 
 ECE_BINS = 15
-BOOTSTRAP_RESAMPLES = 10_000
+ACCURACY = (Metric("accuracy", "accuracy"),)
 # Raise when `logits` changes numerically, so that cached full-precision logits of older versions are not read.
 FORMAT = "2"
 
@@ -99,14 +102,11 @@ def cached_logits(
         return computed, retries
 
 
-def kl_divergence(reference: Tensor, other: Tensor) -> Tensor:
-    """KL(p_reference || p_other) of each example in nats, [n] float64, from logits [n, classes]."""
-    p, q = (torch.log_softmax(x.to(torch.float64), dim=1) for x in (reference, other))
-    return (p.exp() * (p - q)).sum(1)
-
-
-def negative_log_likelihood(logit: Tensor, labels: Tensor) -> float:
-    """Mean -log p(label) in nats."""
+def negative_log_likelihood(logit: Tensor, labels: Tensor, likelihood: str = "categorical") -> float:
+    """Mean -log p(label) in nats, for the Gaussian the density of unit variance."""
+    if likelihood == "gaussian":
+        squared = (logit[:, 0].to(torch.float64) - labels.to(torch.float64)).square()
+        return float(squared.mean() + math.log(2 * math.pi)) / 2
     return float(torch.nn.functional.cross_entropy(logit.to(torch.float64), labels))
 
 
@@ -119,73 +119,72 @@ def expected_calibration_error(logit: Tensor, labels: Tensor) -> float:
     return float(gap.abs().sum() / len(labels))
 
 
-def bootstrap_interval(differences: np.ndarray, seed: int) -> tuple[float, float]:
-    """95 % percentile interval of the mean of paired differences [n], by resampling examples with replacement.
-
-    Differences of accuracies take the three values -1, 0 and 1, so a resample is a multinomial draw over the distinct
-    values: the same distribution as drawing n indices, without an n x resamples table.
-    """
-    values, counts = np.unique(differences, return_counts=True)
-    drawn = np.random.default_rng(seed).multinomial(
-        len(differences), counts / len(differences), size=BOOTSTRAP_RESAMPLES
-    )
-    low, high = np.percentile(drawn @ values / len(differences), [2.5, 97.5])
-    return float(low), float(high)
-
-
-def autocast_effect(full: Tensor, lower: Tensor) -> dict[str, object]:
-    """What evaluation.autocast alone does to the full-precision network, under keys of its own.
+def autocast_effect(full: Tensor, lower: Tensor, likelihood: str = "categorical") -> dict[str, object]:
+    """What evaluation.autocast alone does to the full-precision network, under a key of its own.
 
     Args:
         full, lower: logits [n, classes] of the same network in float32 and under autocast.
+        likelihood: of the outputs.
     """
-    return {
-        "autocast/kl_to_float32": float(kl_divergence(full, lower).mean()),
-        "autocast/agreement": float((full.argmax(1) == lower.argmax(1)).double().mean()),
-    }
+    return {"autocast/kl_to_float32": float(kl_divergence(full, lower, likelihood).mean())}
 
 
 def compare(
-    full: Tensor, quantized: Tensor, labels: Tensor, seed: int
+    full: Tensor,
+    quantized: Tensor,
+    labels: Tensor,
+    seed: int,
+    metrics: Sequence[Metric] = ACCURACY,
+    likelihood: str = "categorical",
 ) -> tuple[dict[str, object], list[dict[str, object]]]:
-    """All metrics of a quantized classifier against its full-precision original.
+    """All metrics of a quantized network against its full-precision original.
+
+    What a regression head has no meaning for is null: q/agreement, q/ece and fp/ece.
 
     Args:
-        full, quantized: logits [n, classes].
+        full, quantized: logits [n, classes], or [n, 1] of a regression head.
         labels: [n].
         seed: of the bootstrap.
+        metrics: of the task.
+        likelihood: of the outputs, "categorical" or "gaussian".
 
     Returns:
         flat metrics under the result keys of the contract, and one row per example for predictions.csv.
     """
-    predicted_full, predicted = full.argmax(1), quantized.argmax(1)
-    correct_full, correct = predicted_full == labels, predicted == labels
-    kl = kl_divergence(full, quantized)
-    fp, q = float(correct_full.double().mean()), float(correct.double().mean())
-    interval = bootstrap_interval((correct.int() - correct_full.int()).numpy(), seed)
-    metrics: dict[str, object] = {
-        "fp/accuracy": fp,
-        "q/accuracy": q,
-        "delta/accuracy": q - fp,
-        "delta/accuracy/ci95": list(interval),
-        "q/kl_to_fp": float(kl.mean()),
-        "q/agreement": float((predicted_full == predicted).double().mean()),
-        "q/nll": negative_log_likelihood(quantized, labels),
-        "q/ece": expected_calibration_error(quantized, labels),
-        "fp/nll": negative_log_likelihood(full, labels),
-        "fp/ece": expected_calibration_error(full, labels),
-    }
-    rows: list[dict[str, object]] = [
-        {
-            "label": label,
-            "fp_prediction": before,
-            "q_prediction": after,
-            "fp_correct": int(before == label),
-            "q_correct": int(after == label),
-            "kl": divergence,
+    regression = likelihood == "gaussian"
+    before, after = (x[:, 0] if regression else x.argmax(1) for x in (full, quantized))
+    kl = kl_divergence(full, quantized, likelihood)
+    first, second, truth = (x.to(torch.float64).numpy() for x in (before, after, labels))
+    found: dict[str, object] = {}
+    for metric in metrics:
+        fp, q = measure(metric, first, truth), measure(metric, second, truth)
+        interval = difference_interval(metric, first, second, truth, seed)
+        found |= {
+            f"fp/{metric.name}": fp,
+            f"q/{metric.name}": q,
+            f"delta/{metric.name}": q - fp,
+            f"delta/{metric.name}/ci95": None if interval is None else list(interval),
         }
-        for label, before, after, divergence in zip(
-            labels.tolist(), predicted_full.tolist(), predicted.tolist(), kl.tolist(), strict=True
-        )
+    found |= {
+        "q/kl_to_fp": float(kl.mean()),
+        "q/agreement": None if regression else float((before == after).double().mean()),
+        "q/nll": negative_log_likelihood(quantized, labels, likelihood),
+        "q/ece": None if regression else expected_calibration_error(quantized, labels),
+        "fp/nll": negative_log_likelihood(full, labels, likelihood),
+        "fp/ece": None if regression else expected_calibration_error(full, labels),
+    }
+    score = _squared_errors if regression else _correctness
+    shown = [round(label, 6) for label in labels.tolist()] if regression else labels.tolist()
+    rows: list[dict[str, object]] = [
+        {"label": label, "fp_prediction": x, "q_prediction": y, **score(label, x, y), "kl": divergence}
+        for label, x, y, divergence in zip(shown, before.tolist(), after.tolist(), kl.tolist(), strict=True)
     ]
-    return metrics, rows
+    return found, rows
+
+
+def _correctness(label: int, before: int, after: int) -> dict[str, object]:
+    return {"fp_correct": int(before == label), "q_correct": int(after == label)}
+
+
+def _squared_errors(label: float, before: float, after: float) -> dict[str, object]:
+    return {"fp_squared_error": (before - label) ** 2, "q_squared_error": (after - label) ** 2}

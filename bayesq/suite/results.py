@@ -15,6 +15,7 @@ from bayesq.suite.files import atomic_path
 
 RESULT_FILE = "result.json"
 FAILURE_FILE = "status.json"
+CORRELATIONS = ("matthews", "pearson", "spearman")
 
 
 def plain(value: Any) -> Any:
@@ -99,6 +100,11 @@ def _percent(value: float | None) -> float | None:
     return None if value is None else 100 * value
 
 
+def unit(metric: str) -> str:
+    """What 100 times a metric is counted in: per cent of shares, points (x100) of correlations."""
+    return "x100" if metric in CORRELATIONS else "%"
+
+
 def settings_of(result: Mapping[str, Any]) -> dict[str, Any]:
     """What tells two runs apart, save the seed, as flat keys: means are taken over results that agree in all of it.
 
@@ -131,16 +137,18 @@ def _show(value: Any) -> str:
 
 
 def results_table(results: Sequence[Mapping[str, Any]]) -> str:
-    """Text table: one line per method and bit budget, averaged over seeds, one section per model and dataset.
+    """Text table: one line per method and bit budget, averaged over seeds, one section per model, data set and task.
 
     Runs of one method and budget that differ in further settings get lines of their own and a column for each
     setting that differs. Entries whose status is not "finished" need only model, dataset, method, bits/target, seed
-    and config; they are shown as failed. Accuracies are percent, deltas percentage points against the
+    and config; they are shown as failed. Accuracies are percent, correlations times 100, deltas points against the
     full-precision model, KL nats, bits per quantized weight.
     """
     sections: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for result in results:
-        sections.setdefault((result["model"], result["dataset"]), []).append(result)
+        task = result["config"]["dataset"].get("task")
+        data = f"{result['dataset']} {task}" if task else result["dataset"]
+        sections.setdefault((result["model"], data), []).append(result)
     return "\n\n".join(_section(*names, members) for names, members in sections.items())
 
 
@@ -163,7 +171,7 @@ def _section(model: str, dataset: str, results: Sequence[Mapping[str, Any]]) -> 
     finished = [result for result in results if result.get("status") == "finished"]
     metric = finished[0]["primary_metric"] if finished else "accuracy"
     several = any(len(members) > 1 for members in groups.values())
-    header = ["method", "bits", *differing, *(["n"] if several else []), f"{metric} %", "delta", "KL"]
+    header = ["method", "bits", *differing, *(["n"] if several else []), f"{metric} {unit(metric)}", "delta", "KL"]
     header += ["bits/code", "bits/stored", "seconds"]
 
     rows = []
@@ -186,6 +194,6 @@ def _section(model: str, dataset: str, results: Sequence[Mapping[str, Any]]) -> 
     if finished:
         reference = _cell(_percent(_mean(finished, f"fp/{metric}")), ".2f")
         examples = _cell(_mean(finished, "evaluation/examples"), ",.0f")
-        head += f": full precision {reference} % {metric} on {examples} examples"
+        head += f": full precision {reference} {unit(metric)} {metric} on {examples} examples"
     body = tabulate(rows, headers=header, disable_numparse=True, stralign="right", colalign=("left",))
     return f"{head}\n{body}"

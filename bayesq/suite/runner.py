@@ -29,7 +29,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from baselines.rtn import RTN
 from bayesq.allocation import DAMPING, Allocator, Budget, Knapsack, Uniform, make_allocator
 from bayesq.distillation import DistillationSettings, Distilled, distill, posterior_predictive
-from bayesq.posterior import LayerPosterior, Posterior
+from bayesq.posterior import AUTO, LayerPosterior, Posterior
 from bayesq.proxy import measure_kappa
 from bayesq.quant.accounting import buffer_bytes, code_bits, stored_bytes
 from bayesq.quant.correction import MAX_EXAMPLES, Correction, correct_moments
@@ -46,7 +46,7 @@ from bayesq.suite.errors import UserError
 from bayesq.suite.memory import halving
 from bayesq.suite.models.base import EncodedExamples, Network
 from bayesq.suite.provenance import git_state, host, versions
-from bayesq.suite.results import RESULT_FILE, write_csv, write_json
+from bayesq.suite.results import RESULT_FILE, unit, write_csv, write_json
 from bayesq.suite.tracking import track
 
 log = logging.getLogger(__name__)
@@ -91,7 +91,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     metric = result["primary_metric"]
     log.info(
         f"{name} {result['method']} {result['bits/target']:g} bits, seed {result['seed']}: "
-        f"{metric} {100 * result[f'q/{metric}']:.2f} % ({100 * result[f'delta/{metric}']:+.2f}), "
+        f"{metric} {100 * result[f'q/{metric}']:.2f} {unit(metric)} ({100 * result[f'delta/{metric}']:+.2f}), "
         f"KL {result['q/kl_to_fp']:.4f}, {result['bits/stored']:.3f} bits stored, {result['time/total_s']:.1f} s"
     )
     return result
@@ -232,11 +232,13 @@ def execute(
     logits, retries = evaluation.logits(module, work.evaluation, batch_size, work.device, label, autocast)
     quantized.oom_retries += retries
     evaluate_s = time.perf_counter() - evaluate_start
-    metrics, predictions = evaluation.compare(full, logits, work.evaluation.labels, int(cfg.seed))
+    metrics, predictions = evaluation.compare(
+        full, logits, work.evaluation.labels, int(cfg.seed), work.data.metrics, work.data.likelihood
+    )
     for row, example in zip(predictions, work.data.evaluation.ids, strict=True):
         row["id"] = example
     if autocast is not None:
-        metrics |= evaluation.autocast_effect(reference(None)[0], full)
+        metrics |= evaluation.autocast_effect(reference(None)[0], full, work.data.likelihood)
 
     weights = sum(layer.weight.numel() for layer in (*work.layers.values(), *work.embeddings.values()))
     layers = layer_rows(quantized)
@@ -332,7 +334,7 @@ def quantize(cfg: DictConfig, plan: Plan, work: Workload, cache_dir: Path) -> Qu
         samples,
         int(cfg.seed),
         gradient_examples=posterior.examples if posterior else None,
-        likelihood=posterior.likelihood if posterior else "categorical",
+        likelihood=likelihood_of_fisher(posterior, work.data.likelihood),
         draws=posterior.draws if posterior else "signs",
         rank=posterior.rank if posterior else 16,
     )
@@ -520,18 +522,19 @@ def distill_student(cfg: DictConfig, plan: Plan, work: Workload, quantized: Quan
     options = {key: cfg.distillation[key] for key in ("steps", "evaluations", "held_out")}
     # Methods without a posterior learn from the full-precision network itself: the teacher at its mean.
     samples = int(cfg.distillation.samples) if plan.posterior else 0
-    tensors = quantized.layers(work)
+    tensors, likelihood = quantized.layers(work), work.data.likelihood
 
     def attempt(batch_size: int) -> Distilled:
         batches = list(work.calibration.batches(batch_size, work.device))
         generator = torch.Generator().manual_seed(int(cfg.seed))
         draw = posterior_draw(plan, quantized.problems)
-        teacher = posterior_predictive(work.network.module, tensors, draw, batches, samples, generator)
+        teacher = posterior_predictive(work.network.module, tensors, draw, batches, samples, generator, likelihood)
         moments = None
         # moments that correction=moments has matched already have no second start to offer
         if cfg.distillation.moments and cfg.correction == "none":
             moments = moment_start(work, quantized, START_BATCHES * batch_size)
-        return distill(quantized_copy(work, quantized), tensors, batches, teacher, settings, generator, moments)
+        student = quantized_copy(work, quantized)
+        return distill(student, tensors, batches, teacher, settings, generator, moments, likelihood)
 
     try:
         settings = DistillationSettings(**options)
@@ -612,6 +615,7 @@ def weigh_by_proxy(cfg: DictConfig, plan: Plan, work: Workload, problems: Sequen
         batch.inputs,
         int(options.samples),
         torch.Generator().manual_seed(int(cfg.seed)),
+        work.data.likelihood,
     )
     for name, kappa in found.factors.items():
         by_name[name].notes["kappa"] = kappa
@@ -651,6 +655,19 @@ def build(node: DictConfig, **more: Any) -> Any:
 def reads_posterior(cfg: DictConfig) -> bool:
     """Whether the run computes a posterior: its method asks for one, or the knapsack needs predicted risks."""
     return cfg.allocator == "knapsack" or cfg.method.get("uses_posterior") is True
+
+
+def likelihood_of_fisher(posterior: SharedPosterior | None, of_data: str) -> str:
+    """The likelihood that the Fisher is of: the data set's, unless posterior.likelihood names one.
+
+    Raises:
+        UserError: a categorical likelihood of a single output has no Fisher.
+    """
+    if posterior is None or posterior.likelihood == AUTO:
+        return of_data
+    if of_data == "gaussian" and posterior.likelihood == "categorical":
+        raise UserError("posterior.likelihood=categorical: a regression has a gaussian likelihood; leave it at auto")
+    return posterior.likelihood
 
 
 def select_device(name: str) -> torch.device:

@@ -238,7 +238,7 @@ def test_a_gain_has_to_stand_out_from_its_noise(examples, beats, digits, monkeyp
     """Gains of +0.5 and -0.3 in turn: mean 0.1, standard deviation 0.4."""
     gain = torch.tensor([0.5, -0.3], dtype=torch.float64).repeat(examples // 2)
 
-    def held_out_kl(network: nn.Module, tensors: object, parameters: dict[str, Tensor], judging: object) -> Tensor:
+    def held_out_kl(network: nn.Module, tensors: object, parameters: dict[str, Tensor], **_: object) -> Tensor:
         return 1 - gain if parameters else torch.ones_like(gain)
 
     monkeypatch.setattr("bayesq.distillation._held_out_kl", held_out_kl)

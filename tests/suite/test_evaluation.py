@@ -10,14 +10,15 @@ from torch import Tensor, nn
 
 from bayesq.suite import evaluation
 from bayesq.suite.evaluation import (
-    bootstrap_interval,
     cached_logits,
     compare,
     expected_calibration_error,
     kl_divergence,
     negative_log_likelihood,
 )
+from bayesq.suite.metrics import Metric, bootstrap_interval
 from bayesq.suite.models.base import TensorExamples
+from bayesq.suite.results import plain
 
 CPU = torch.device("cpu")
 
@@ -131,6 +132,32 @@ def test_compare_reports_the_contracts_metrics():
     assert same["q/kl_to_fp"] == 0 and same["q/agreement"] == 1 and same["delta/accuracy/ci95"] == [0.0, 0.0]
 
 
+def test_compare_of_a_regression():
+    generator = torch.Generator().manual_seed(0)
+    truth, full = torch.rand(50, generator=generator) * 5, torch.randn(50, 1, generator=generator)
+    quantized = full + 0.1 * torch.randn(50, 1, generator=generator)
+    names = ("pearson", "spearman")
+    metrics, rows = compare(full, quantized, truth, 0, [Metric(name, name) for name in names], "gaussian")
+    assert metrics["fp/pearson"] == pytest.approx(np.corrcoef(full[:, 0], truth)[0, 1], rel=1e-5)
+    differences = ((full - quantized).double()[:, 0] ** 2 / 2).tolist()
+    assert [row["kl"] for row in rows] == pytest.approx(differences)
+    assert metrics["q/kl_to_fp"] == pytest.approx(np.mean(differences))
+    assert [metrics[key] for key in ("q/agreement", "q/ece", "fp/ece")] == [None] * 3
+    density = [-torch.distributions.Normal(f, 1.0).log_prob(y) for f, y in zip(quantized[:, 0], truth, strict=True)]
+    assert metrics["q/nll"] == pytest.approx(float(sum(density)) / 50, rel=1e-5) != metrics["fp/nll"]
+    for row, f, g, y in zip(rows, full[:, 0].tolist(), quantized[:, 0].tolist(), truth.tolist(), strict=True):
+        assert (row["fp_prediction"], row["q_prediction"], row["label"]) == (f, g, pytest.approx(y, abs=1e-6))
+        assert row["q_squared_error"] == pytest.approx((g - y) ** 2, rel=1e-4)
+        assert row["fp_squared_error"] == pytest.approx((f - y) ** 2, rel=1e-4)
+
+
+def test_a_metric_without_examples_is_null():
+    full = random_logits(4)
+    metrics, _ = compare(full, full, labels(), 0, [Metric("accuracy", "accuracy"), Metric("other", "accuracy", 200)])
+    assert metrics["delta/other/ci95"] is None and math.isnan(metrics["q/other"])
+    assert plain(metrics)["q/other"] is None
+
+
 # ------------------------------------------------------------------------------------------------------------ logits
 
 
@@ -220,4 +247,4 @@ def test_autocast_computes_products_in_the_lower_precision_and_has_a_file_of_its
     torch.testing.assert_close(lower, expected, rtol=1e-2, atol=1e-2)
     effect = evaluation.autocast_effect(exact, lower)
     assert effect["autocast/kl_to_float32"] == pytest.approx(float(evaluation.kl_divergence(exact, lower).mean()))
-    assert 0 < effect["autocast/kl_to_float32"] < 1e-2 and effect["autocast/agreement"] >= 0.9
+    assert 0 < effect["autocast/kl_to_float32"] < 1e-2

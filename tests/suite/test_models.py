@@ -298,7 +298,7 @@ class TestMiniLM:
     def test_tokens_are_those_of_the_reference_tokenizer(self, network):
         from transformers import BertTokenizer
 
-        reference = BertTokenizer.from_pretrained(minilm._package_folder(), local_files_only=True)
+        reference = BertTokenizer.from_pretrained(minilm.package_folder(), local_files_only=True)
         texts = ["The cliché-ridden plot — unbelievable!", "", "a" * 300, "word " * 200]
         batches = network.encode(Examples(texts, torch.zeros(4, dtype=torch.int64), list("0123"))).batches(1, "cpu")
         for batch in batches:
@@ -310,7 +310,7 @@ class TestMiniLM:
     def test_pairs_carry_segment_ids(self, network):
         from transformers import BertTokenizer
 
-        reference = BertTokenizer.from_pretrained(minilm._package_folder(), local_files_only=True)
+        reference = BertTokenizer.from_pretrained(minilm.package_folder(), local_files_only=True)
         pairs = [("it rains", "the sun shines today"), ("no " * 100, "yes " * 90)]
         encoded = network.encode(Examples(pairs, torch.tensor([0, 1]), ["0", "1"]))
         for batch in encoded.batches(1, "cpu"):
@@ -325,7 +325,7 @@ class TestMiniLM:
     def test_weights_are_the_checkpoints(self, network):
         from safetensors.torch import load_file
 
-        file = load_file(minilm._package_folder() / "model.safetensors")
+        file = load_file(minilm.package_folder() / "model.safetensors")
         state = network.module.encoder.state_dict()
         assert set(file) - set(state) == minilm.UNUSED_WEIGHTS and set(state) < set(file)
         assert all(torch.equal(state[name], file[name]) for name in state)

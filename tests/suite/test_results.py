@@ -164,5 +164,17 @@ def test_each_model_and_dataset_has_its_own_section() -> None:
     assert [section.split(":")[0] for section in sections] == ["minilm on movie_snippets", "resnet on digits"]
 
 
+def test_each_task_has_its_own_section_and_correlations_are_points() -> None:
+    runs = []
+    for task, metric in (("cola", "matthews"), ("rte", "accuracy")):
+        run = result(**{f"{side}/{metric}": 0.5 for side in ("fp", "q")}, **{f"delta/{metric}": 0.0})
+        run |= {"primary_metric": metric}
+        run["config"]["dataset"]["task"] = task
+        runs.append(run)
+    first, second = results.results_table(runs).split("\n\n")
+    assert first.startswith("minilm on movie_snippets cola: full precision 50.00 x100 matthews on")
+    assert "matthews x100" in first and "accuracy %" in second and "dataset.task" not in first
+
+
 def test_a_missing_figure_is_a_dash() -> None:
     assert lines(results.results_table([result(**{"q/kl_to_fp": None})]))[3][4] == "-"

@@ -624,7 +624,7 @@ class TestGlue:
         assert glue(tmp_path).load(unused).calibration_pool.checksum() == data.calibration_pool.checksum()
 
     def test_limit(self, tmp_path, unused):
-        assert glue(tmp_path, limit=2).load(unused).evaluation.ids == ["dev/0", "dev/1"]
+        assert glue(tmp_path, limit=2).load(unused).evaluation.labels.tolist() == [0, 1]  # one of each class
 
     @pytest.mark.parametrize(
         ("changes", "message"),
@@ -635,10 +635,11 @@ class TestGlue:
                 r"SST-2/train\.tsv, line 3: expected sentence, label, got \['b'",
             ),
             ({"text": "sentence\tlabel\na\n"}, r"SST-2/train\.tsv, line 2: expected sentence, label"),
-            ({"text": "sentence\tlabel\na\tpositive\n"}, r"SST-2/train\.tsv, line 2: expected sentence, label"),
+            ({"text": "sentence\tlabel\na\tmaybe\n"}, r"SST-2/train\.tsv, line 2: expected sentence, label"),
             ({"text": "sentence\tlabel\n"}, r"SST-2/train\.tsv has no rows"),
             ({"text": "\n"}, r"SST-2/train\.tsv has no column 'sentence'"),
-            ({"calibration_pool": 6}, r"dataset\.calibration_pool=6 is not possible: choose 1 to 5"),
+            ({"calibration_pool": 0}, r"dataset\.calibration_pool=0 is not possible: choose at least 1"),
+            ({"text": "sentence\tlabel\na\t1\n"}, r"of at least 2 training examples \(SST-2 has 1\)"),
             ({"limit": 7}, r"dataset\.limit=7 is not possible: choose 1 to 6"),
         ],
     )
@@ -652,8 +653,8 @@ class TestGlue:
             Glue(str(tmp_path), "mrpc", split_seed=0, calibration_pool=2).load(unused)
 
     def test_unknown_task(self):
-        with pytest.raises(UserError, match=r"dataset\.task=cola: choose one of sst2, mrpc"):
-            Glue("x", "cola", split_seed=0, calibration_pool=2)
+        with pytest.raises(UserError, match=r"dataset\.task=copa: choose one of cola, sst2, mrpc, qqp, stsb, mnli"):
+            Glue("x", "copa", split_seed=0, calibration_pool=2)
 
 
 @needs_shared
@@ -664,13 +665,13 @@ class TestFineTunedMiniLM:
     def test_embeddings_are_the_packages_and_the_rest_the_checkpoints(self, unused):
         from safetensors.torch import load_file
 
-        from bayesq.suite.models.minilm import _package_folder
+        from bayesq.suite.models.minilm import package_folder
 
         before = torch.get_rng_state()
         network = MiniLM(128, str(self.source)).build(blank(list(self.pairs), 2), unused)
         assert torch.equal(torch.get_rng_state(), before) and not network.module.training
         state = network.module.model.state_dict()
-        package = load_file(_package_folder() / "model.safetensors")
+        package = load_file(package_folder() / "model.safetensors")
         theirs = load_file(self.source / "model.safetensors")
         expected = theirs | {f"bert.{name}": value for name, value in package.items() if name.startswith("embeddings")}
         assert all(torch.equal(value, expected[name]) for name, value in state.items())
@@ -720,9 +721,9 @@ def test_unreadable_fine_tuned_checkpoints(tmp_path, unused, files, message):
 
 
 def test_photos_are_no_text(unused):
-    from bayesq.suite.models.minilm import _package_folder, _Tokenizer
+    from bayesq.suite.models.minilm import _Tokenizer, package_folder
 
-    tokenize = _Tokenizer(_package_folder() / "tokenizer.json", 128)
+    tokenize = _Tokenizer(package_folder() / "tokenizer.json", 128)
     with pytest.raises(UserError, match="model=minilm reads text"):
         tokenize(blank([Path("a.jpg")], 2).evaluation)
 

