@@ -144,6 +144,10 @@ class Preflight:
                 if value not in options:
                     hint = settings.suggestion(str(value), options)
                     return UserError(f"{group}={settings.show(value)}: choose one of {', '.join(options)}{hint}")
+            if not self._is_axis(group) and not (override.is_add() or override.is_force_add()):
+                return UserError(
+                    f"{override.input_line}: '{group}' is added to the other choices; write +{group}={name}"
+                )
             choices[group] = str(values[0])
         known = settings.flatten(self.reference(choices))
         for override in parsed:
