@@ -101,7 +101,7 @@ def _explained(repository: str, revision: str | None, needs: str, instead: str, 
     except errors.LocalEntryNotFoundError as error:
         raise UserError(f"{needs}: {where} is not in the hub's cache and cannot be fetched: {instead}") from error
     except errors.EntryNotFoundError as error:
-        raise UserError(f"{needs}: {where} does not hold that file: {instead}") from error
+        raise UserError(f"{needs}: {where} does not hold that: {instead}") from error
     except UserError:
         raise
     except Exception as error:  # the transport's own errors depend on the HTTP library of the client's version

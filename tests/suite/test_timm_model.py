@@ -58,6 +58,7 @@ def network(architecture: str, classes: int, seed: int = 1, **options: object) -
         for norm in module.modules():
             if isinstance(norm, nn.BatchNorm2d):
                 norm.running_mean.uniform_(-0.1, 0.1)  # type: ignore[union-attr, operator]
+                nn.init.uniform_(norm.weight, 0.5, 1.5)  # timm's begin at zero where a block ends
     return module
 
 

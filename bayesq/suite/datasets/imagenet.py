@@ -134,8 +134,8 @@ class ImageNet:
             return train, PhotoTree(self.root, "val"), origin
         for folder in (self.root / "data", self.root):
             if files := sorted(folder.glob("*.parquet")):
-                train, val = _by_split(files)
-                return _opened(train, where), _validation(val, where), origin
+                train_files, val_files = _by_split(files)
+                return _opened(train_files, where), _validation(val_files, where), origin
         raise UserError(
             f"{where}: there is no folder {self.root / 'val'} of val/<wnid>/<photo>, and there are no parquet files "
             "such as validation.parquet or data/validation-*.parquet"

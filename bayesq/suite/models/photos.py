@@ -114,7 +114,7 @@ def prefetched(photos: Sequence[Photo], decode: Callable[[Photo], Tensor], ahead
         while waiting:
             yield waiting.popleft().result()
     finally:  # also when whoever iterates stops early
-        threads.shutdown(wait=False, cancel_futures=True)
+        threads.shutdown(cancel_futures=True)
 
 
 def normalised(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:

@@ -69,7 +69,7 @@ class TimmModel:
         for part in module.modules():
             # Plain matrix products: the fused kernels' backward passes are not deterministic on every device.
             if hasattr(part, "fused_attn"):
-                part.fused_attn = False
+                setattr(part, "fused_attn", False)  # noqa: B010  # typed as one of torch's own attributes otherwise
         encode = _Encoder(self.architecture, module, self.image_size)
         encode.check(data.evaluation)
         return Network(
