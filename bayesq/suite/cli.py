@@ -127,6 +127,15 @@ class Preflight:
         """The files of a config group; empty when `group` is no group."""
         return list(self.loader.get_group_options(group))
 
+    def _chosen(self, typed: Mapping[str, str]) -> Mapping[str, Any]:
+        """The choice on every axis, also where an experiment among the `typed` choices makes it."""
+        overrides = [f"{'' if self._is_axis(group) else '+'}{group}={name}" for group, name in typed.items()]
+        try:
+            choices: Mapping[str, Any] = self._compose(overrides).hydra.runtime.choices
+        except COMPOSITION_ERRORS:  # the experiment itself is wrong; the error to explain says how
+            return typed
+        return choices
+
     def explain(self, parsed: Sequence[Override], error: Exception) -> UserError:
         """The one line for an error of Hydra's, from what was typed where that says it better."""
         choices: dict[str, str] = {}
@@ -144,8 +153,12 @@ class Preflight:
                 if value not in options:
                     hint = settings.suggestion(str(value), options)
                     return UserError(f"{group}={settings.show(value)}: choose one of {', '.join(options)}{hint}")
+            if not self._is_axis(group) and not (override.is_add() or override.is_force_add()):
+                return UserError(
+                    f"{override.input_line}: '{group}' is added to the other choices; write +{group}={name}"
+                )
             choices[group] = str(values[0])
-        known = settings.flatten(self.reference(choices))
+        known = settings.flatten(self.reference(self._chosen(choices)))
         for override in parsed:
             key = override.key_or_group
             if override.is_hydra_override() or self._options(key):

@@ -323,6 +323,14 @@ def _check_sizes(config: Mapping[str, Any]) -> None:
         _whole("dataset.limit", limit, 1, available, ", or null for all evaluation examples")
 
 
+def _check_source(config: Mapping[str, Any]) -> None:
+    """A data set that has the hub to choose reads either from there or from a folder."""
+    dataset = config["dataset"]
+    if "hub" in dataset and (dataset["root"] is None) == (dataset["hub"] is None):
+        both = "not both" if dataset["hub"] else "one of them is needed"
+        raise UserError(f"dataset={dataset['name']}: give dataset.root=DIR or dataset.hub=REPOSITORY, {both}")
+
+
 def _check_stages(config: Mapping[str, Any]) -> None:
     """Proxy, correction and distillation."""
     _one_of("proxy", config["proxy"], ("none", "mc"))
@@ -400,6 +408,7 @@ def validate(cfg: DictConfig) -> None:
         _refuse("device", config["device"], "choose auto, cpu, cuda, cuda:N (such as cuda:0) or mps")
     _check_allocation(config)
     _check_sizes(config)
+    _check_source(config)
     _check_stages(config)
     _check_pairing(config)
     exclude = config["layers"]["exclude"]

@@ -99,14 +99,25 @@ class TestFullPrecision:
         assert abs(found - expected * count) <= 2
 
     def test_resnet20(self):
-        data, network = loaded("model=cifar_resnet20", *CIFAR, RESNET20, "dataset.limit=2000")
+        data, network = loaded("model=cifar_resnet20", *CIFAR, RESNET20, "dataset.limit=2000", "dataset.subset=first")
         assert (len(data.train), len(data.calibration_pool), len(data.evaluation)) == (0, 2560, 2000)
         self.near(hits(network, data.evaluation), 0.8195, 2000)
 
     @pytest.mark.slow
     def test_resnet56(self):
-        data, network = loaded("model=cifar_resnet56", *CIFAR, RESNET56, "dataset.limit=2000")
+        data, network = loaded("model=cifar_resnet56", *CIFAR, RESNET56, "dataset.limit=2000", "dataset.subset=first")
         self.near(hits(network, data.evaluation), 0.8375, 2000)
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize(
+        ("model", "checkpoint", "expected"),
+        [("cifar_resnet56", RESNET56, 0.8320), ("cifar_resnet20", RESNET20, 0.8103)],
+        ids=["resnet56", "resnet20"],
+    )
+    def test_cifar_resnets_on_all_test_images(self, model, checkpoint, expected):
+        data, network = loaded(f"model={model}", *CIFAR, checkpoint)
+        assert len(data.evaluation) == 10_000
+        assert abs(hits(network, data.evaluation) - expected * 10_000) <= 10
 
     @pytest.mark.parametrize(
         ("task", "expected"), [pytest.param("sst2", 0.8865, marks=pytest.mark.slow), ("mrpc", 0.8260)]
@@ -200,11 +211,26 @@ class TestCifar10:
             assert examples.ids == [f"{split}/{row}" for row in range(len(expected))]
         assert len(data.train) == 0 and data.num_classes == 10 and data.primary_metric == "accuracy"
 
-    def test_limit_keeps_the_first_rows_and_the_pool(self, tmp_path, unused):
+    def test_first_keeps_the_first_rows_and_the_pool(self, tmp_path, unused):
         parquet(tmp_path)
-        whole, part = Cifar10(str(tmp_path)).load(unused), Cifar10(str(tmp_path), limit=3).load(unused)
+        whole, part = Cifar10(str(tmp_path)).load(unused), Cifar10(str(tmp_path), limit=3, subset="first").load(unused)
         assert part.evaluation.checksum() == whole.evaluation.select(torch.arange(3)).checksum()
         assert part.calibration_pool.checksum() == whole.calibration_pool.checksum()
+
+    def test_stratified_keeps_the_share_of_every_class(self, tmp_path, unused):
+        parquet(tmp_path, test=40)
+        whole = Cifar10(str(tmp_path)).load(unused).evaluation
+        first, again, other = (
+            Cifar10(str(tmp_path), limit=20, split_seed=s).load(unused).evaluation for s in (0, 0, 1)
+        )
+        assert first.labels.bincount().tolist() == [2] * 10
+        assert first.ids == again.ids != other.ids
+        rows = torch.tensor([whole.ids.index(name) for name in first.ids])
+        assert first.checksum() == whole.select(rows).checksum() and rows.tolist() == sorted(rows.tolist())
+
+    def test_unknown_subset(self, tmp_path):
+        with pytest.raises(UserError, match=r"^dataset\.subset=last: choose one of stratified, first$"):
+            Cifar10(str(tmp_path), subset="last")
 
     @pytest.mark.parametrize("limit", [0, 5])
     def test_impossible_limit(self, tmp_path, unused, limit):
@@ -319,11 +345,11 @@ class TestCifarResNet:
         ("content", "message"),
         [
             (None, r"cannot be read \(No such file"),
-            (b"", "not a PyTorch checkpoint"),
-            (b"text", "not a PyTorch checkpoint"),
-            ({"weights": {}}, "not a PyTorch checkpoint"),
-            ({"state_dict": 3}, "not a PyTorch checkpoint"),
-            ({"state_dict": {"a": builtins.print}}, "not a PyTorch checkpoint"),  # pickled code is not run
+            (b"", "not a checkpoint that holds tensors"),
+            (b"text", "not a checkpoint that holds tensors"),
+            ({"weights": {}}, "not a checkpoint that holds tensors"),
+            ({"state_dict": 3}, "not a checkpoint that holds tensors"),
+            ({"state_dict": {"a": builtins.print}}, "not a checkpoint that holds tensors"),  # pickled code is not run
         ],
         ids=["missing", "empty", "text", "key", "number", "code"],
     )
@@ -411,8 +437,8 @@ class TestImageNet:
         common = set(orders[0]) & set(orders[1])
         assert [i for i in orders[0] if i in common] == [i for i in orders[1] if i in common]
         assert imagenet(root, split_seed=1).load(unused).evaluation.ids != orders[0]
-        assert imagenet(root, limit=3).load(unused).evaluation.ids == orders[0][:3]
-        assert orders[0] != sorted(orders[0])  # by class, a limit would keep a few classes only
+        part = imagenet(root, limit=3).load(unused).evaluation.ids
+        assert part == [i for i in orders[0] if i in part] and len(part) == 3
 
     def test_train_folder_leaves_val_whole(self, tmp_path, unused):
         tree(tmp_path, "val", [1, 7], per_class=2)
@@ -439,7 +465,7 @@ class TestImageNet:
             imagenet(root, **changes).load(unused)
 
     def test_no_val_folder(self, tmp_path, unused):
-        with pytest.raises(UserError, match=r"dataset\.root=.*no folder .*val; it must hold val/<wnid>/<photo>"):
+        with pytest.raises(UserError, match=r"dataset\.root=.*no folder .*val of val/<wnid>/<photo>"):
             imagenet(tmp_path).load(unused)
 
     def test_no_photo(self, tmp_path, unused):

@@ -5,7 +5,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -14,10 +14,28 @@ from bayesq.suite.cache import digest
 from bayesq.suite.errors import UserError
 from bayesq.suite.metrics import Metric
 
-# Raw inputs, before any model-specific encoding: sentences, sentence pairs, files of photos of any size, or images
-# [n, channels, height, width] as floats in [0, 1]. Only `select`, `checksum` and the model's `encode` look inside, so
-# another kind of input concerns nobody else.
-Inputs = Sequence[str] | Sequence[tuple[str, str]] | Sequence[Path] | Tensor
+
+@runtime_checkable
+class StoredPhoto(Protocol):
+    """A photo kept inside a larger file, in the encoding it was stored with; `str` says where it is."""
+
+    def read(self) -> bytes:
+        """The encoded photo.
+
+        Raises:
+            OSError, ValueError: it cannot be read.
+        """
+        ...
+
+    def __lt__(self, other: Any, /) -> bool:
+        """Whether it is stored before `other`."""
+        ...
+
+
+# Raw inputs, before any model-specific encoding: sentences, sentence pairs, photos of any size (files of their own or
+# inside larger ones), or images [n, channels, height, width] as floats in [0, 1]. Only `select`, `checksum` and the
+# model's `encode` look inside, so another kind of input concerns nobody else.
+Inputs = Sequence[str] | Sequence[tuple[str, str]] | Sequence[Path] | Sequence[StoredPhoto] | Tensor
 
 
 @dataclass(frozen=True)
@@ -51,14 +69,17 @@ class Examples:
         return Examples(inputs, self.labels[indices], [self.ids[i] for i in positions])
 
     def checksum(self) -> str:
-        """sha256 hex over inputs (of files their content), labels and ids, order included."""
+        """sha256 hex over inputs (of photos their files' content), labels and ids, order included."""
         ids = json.dumps(self.ids)
         if isinstance(self.inputs, Tensor):
             return digest({"inputs": self.inputs, "labels": self.labels}, {"ids": ids})
-        inputs = [
-            hashlib.sha256(item.read_bytes()).hexdigest() if isinstance(item, Path) else item for item in self.inputs
-        ]
+        inputs = [photo_sha256(item) if isinstance(item, Path | StoredPhoto) else item for item in self.inputs]
         return digest({"labels": self.labels}, {"ids": ids, "inputs": json.dumps(inputs)})
+
+
+def photo_sha256(photo: Path | StoredPhoto) -> str:
+    """sha256 hex of a photo's encoded bytes."""
+    return hashlib.sha256(photo.read_bytes() if isinstance(photo, Path) else photo.read()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -130,6 +151,36 @@ def limited(available: int, limit: int | None) -> int:
     if not 1 <= limit <= available:
         raise UserError(f"dataset.limit={limit} is not possible: choose 1 to {available}, or null for all")
     return limit
+
+
+def stratified(labels: Tensor, size: int, seed: int) -> Tensor:
+    """Positions [size] int64, in increasing order, of a seeded subset in which every class keeps its share.
+
+    A class of n_c among n examples gets floor(size n_c / n) places; those left over go to the largest remainders, equal
+    ones in an order that the seed draws: otherwise a subset smaller than the number of classes would hold the first
+    classes only. Labels that are no integers (regression) have no classes: then it is a plain draw.
+
+    Args:
+        labels: [n].
+        size: from 1 to n (see `limited`).
+        seed: of the draw.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(labels), generator=generator)
+    if labels.is_floating_point():
+        return order[:size].sort().values
+    classes, number, counts = labels.unique(return_inverse=True, return_counts=True)
+    places, remainder = size * counts // len(labels), size * counts % len(labels)
+    tie = torch.randperm(len(classes), generator=generator)
+    first = tie[remainder[tie].argsort(descending=True, stable=True)]
+    places[first[: size - int(places.sum())]] += 1
+    # the rank of each drawn example within its class, in the drawn order
+    drawn = number[order]
+    by_class = drawn.argsort(stable=True)
+    start = counts.cumsum(0) - counts
+    rank = torch.empty_like(order)
+    rank[by_class] = torch.arange(len(labels)) - start[drawn[by_class]]
+    return order[rank < places[drawn]].sort().values
 
 
 def seeded_splits(

@@ -5,13 +5,16 @@ import io
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from PIL import Image, UnidentifiedImageError
+from torch import Tensor
 
-from bayesq.suite.datasets.base import DataSplits, Examples, limited
+from bayesq.suite.datasets.base import DataSplits, Examples, limited, stratified
 from bayesq.suite.errors import UserError
 
 CLASSES = 10
+SUBSETS = ("stratified", "first")
 SIZE = 32
 
 
@@ -24,12 +27,18 @@ class Cifar10:
     Args:
         root: folder with train.parquet and test.parquet (columns `image`, a struct with the encoded image under
             `bytes`, and `label`).
-        limit: keep only the first `limit` evaluation images.
+        limit: evaluate only so many images.
+        subset: which: `stratified`, every class keeping its share, or the `first` rows of the file.
+        split_seed: draws the stratified subset.
     """
 
-    def __init__(self, root: str, limit: int | None = None) -> None:
+    def __init__(self, root: str, limit: int | None = None, subset: str = "stratified", split_seed: int = 0) -> None:
+        if subset not in SUBSETS:
+            raise UserError(f"dataset.subset={subset}: choose one of {', '.join(SUBSETS)}")
         self.root = Path(root)
         self.limit = limit
+        self.subset = subset
+        self.split_seed = split_seed
 
     def load(self, cache_dir: Path) -> DataSplits:
         """Splits with inputs [n, 3, 32, 32] in [0, 1]; `cache_dir` stays untouched.
@@ -47,13 +56,13 @@ class Cifar10:
             source={
                 "origin": f"CIFAR-10 as parquet in {self.root}",
                 "sha256": ", ".join(_sha256(self.root / f"{split}.parquet") for split in ("train", "test")),
+                "subset": "all" if self.limit is None else self.subset,
+                "split_seed": str(self.split_seed),
             },
         )
 
     def _read(self, split: str, limit: int | None) -> Examples:
-        """The first `limit` rows of a file, only those being decoded."""
-        import pandas as pd
-
+        """`limit` rows of a file in its order, only those being decoded."""
         file = self.root / f"{split}.parquet"
         where = f"dataset.root={self.root}"
         try:
@@ -65,18 +74,28 @@ class Cifar10:
             raise UserError(f"{where}: {file.name} cannot be read ({error.strerror or error})") from error
         except (ValueError, KeyError) as error:  # pyarrow's own errors are ValueErrors
             raise UserError(f"{where}: {file.name} is not parquet with the columns image and label") from error
-        table = table.iloc[: limited(len(table), limit)]
-        images = torch.empty(len(table), 3, SIZE, SIZE)
-        for row, image in enumerate(table["image"]):
+        labels = self._labels(table["label"], file)
+        size = limited(len(labels), limit)
+        rows = stratified(labels, size, self.split_seed) if self.subset == "stratified" else torch.arange(size)
+        images = torch.empty(len(rows), 3, SIZE, SIZE)
+        for place, row in enumerate(rows.tolist()):
             try:
-                pixels = np.asarray(Image.open(io.BytesIO(image["bytes"])).convert("RGB"))
-                images[row] = torch.tensor(pixels).permute(2, 0, 1) / 255
+                pixels = np.asarray(Image.open(io.BytesIO(table["image"].iloc[row]["bytes"])).convert("RGB"))
+                images[place] = torch.tensor(pixels).permute(2, 0, 1) / 255
             except (UnidentifiedImageError, OSError, TypeError, LookupError, RuntimeError) as error:
                 raise UserError(f"{where}: row {row} of {file.name} is not a {SIZE}x{SIZE} image") from error
-        labels = torch.tensor(table["label"].to_numpy(dtype=np.int64))
-        if not len(labels) or labels.min() < 0 or labels.max() >= CLASSES:
-            raise UserError(f"{where}: {file.name} must hold labels from 0 to {CLASSES - 1}")
-        return Examples(images, labels, [f"{split}/{row}" for row in range(len(table))])
+        return Examples(images, labels[rows], [f"{split}/{row}" for row in rows.tolist()])
+
+    def _labels(self, column: pd.Series, file: Path) -> Tensor:
+        """Labels [rows] int64.
+
+        Raises:
+            UserError: there are none, one is missing, or one is no class.
+        """
+        whole = pd.to_numeric(column, errors="coerce")
+        if not len(whole) or not whole.isin(range(CLASSES)).all():
+            raise UserError(f"dataset.root={self.root}: {file.name} must hold labels from 0 to {CLASSES - 1}")
+        return torch.tensor(whole.to_numpy(dtype=np.int64))
 
 
 def _sha256(file: Path) -> str:

@@ -4,8 +4,6 @@ Layer names and shortcuts are those of the published checkpoints of akamaster/py
 a shortcut without weights, so that every weight lies in a 3x3 convolution or in the head).
 """
 
-import pickle
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -15,6 +13,7 @@ from torch.nn import functional
 from bayesq.suite.datasets.base import DataSplits, Examples
 from bayesq.suite.errors import UserError
 from bayesq.suite.models.base import EncodedExamples, Network, TensorExamples, parameter_count, state_checksum
+from bayesq.suite.models.checkpoint import load_weights, read_checkpoint
 
 CLASSES = 10
 WIDTHS = (16, 32, 64)
@@ -22,8 +21,6 @@ WIDTHS = (16, 32, 64)
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 IMAGE_SIZE = 32
-# The published checkpoints come out of DataParallel.
-PREFIX = "module."
 
 
 class BasicBlock(nn.Module):
@@ -79,7 +76,7 @@ class CifarResNet:
 
     Args:
         depth: layers with weights, 6 n + 2 (20 and 56 are the published checkpoints at hand).
-        checkpoint: path of a file of torch.save with the weights under the key `state_dict`.
+        checkpoint: path of a file that `read_checkpoint` can read.
     """
 
     def __init__(self, depth: int, checkpoint: str) -> None:
@@ -101,13 +98,7 @@ class CifarResNet:
         # The initialisation, overwritten below, draws from the global generator.
         with torch.random.fork_rng(devices=[]):
             module = ResNet((self.depth - 2) // 6).eval()
-        try:
-            module.load_state_dict(state)
-        except RuntimeError as error:
-            raise UserError(
-                f"model.checkpoint={self.checkpoint}: these are not the weights of model=cifar_resnet{self.depth} "
-                f"({_first_difference(module.state_dict(), state)})"
-            ) from error
+        load_weights(module, state, self.checkpoint, f"model=cifar_resnet{self.depth}")
         return Network(
             module=module,
             encode=encode,
@@ -149,37 +140,3 @@ class _Normalise:
     def __call__(self, examples: Examples) -> EncodedExamples:
         mean, std = torch.tensor(MEAN).view(1, 3, 1, 1), torch.tensor(STD).view(1, 3, 1, 1)
         return TensorExamples({"x": (self.check(examples) - mean) / std}, examples.labels)
-
-
-def read_checkpoint(path: Path) -> dict[str, Tensor]:
-    """The tensors under `state_dict`, without the prefix that DataParallel puts before their names.
-
-    Only tensors and plain containers are unpickled: a checkpoint cannot run code.
-
-    Raises:
-        UserError: there is no such file, or it is not such a checkpoint.
-    """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        state = content["state_dict"]
-        return {name.removeprefix(PREFIX): tensor for name, tensor in state.items()}
-    except OSError as error:
-        raise UserError(f"model.checkpoint={path}: cannot be read ({error.strerror or error})") from error
-    except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"model.checkpoint={path}: not a PyTorch checkpoint with its weights under 'state_dict'"
-        ) from error
-
-
-def _first_difference(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:
-    """The first name, in order, that one state lacks or that has another shape."""
-    for name in {**expected, **found}:
-        if name.endswith("num_batches_tracked"):  # older than the counter, the checkpoints may do without
-            continue
-        if name not in found:
-            return f"{name} is missing"
-        if name not in expected:
-            return f"{name} is not part of it"
-        if expected[name].shape != found[name].shape:
-            return f"{name} has shape {tuple(found[name].shape)} instead of {tuple(expected[name].shape)}"
-    return "no difference in names and shapes"

@@ -1,0 +1,239 @@
+"""Any image classifier of timm by name, with pinned published weights or a checkpoint of the user's."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from bayesq.suite.cache import digest
+from bayesq.suite.datasets.base import DataSplits, Examples
+from bayesq.suite.errors import UserError
+from bayesq.suite.hub import hub_file
+from bayesq.suite.models.base import Batch, EncodedExamples, Network, parameter_count, state_checksum
+from bayesq.suite.models.checkpoint import load_weights, read_checkpoint
+from bayesq.suite.models.photos import PhotoEncoder
+
+WEIGHTS_FILE = "model.safetensors"
+# Image tensors are resized by torch, which has no more filters than these; the others become the finer one.
+FILTERS = ("bilinear", "bicubic")
+
+
+class TimmModel:
+    """An architecture of timm; nothing is trained here.
+
+    Without a checkpoint the weights are the published ones of the name's tag, from the hub or its cache.
+
+    Args:
+        architecture: name in timm, best with a tag: `resnet50.tv_in1k` pins the weights and their preprocessing.
+        checkpoint: path of a file that `read_checkpoint` can read; None = published weights.
+        revision: commit, tag or branch of the weights' hub repository; None = its main branch.
+        image_size: pixels a side of the network's input; None = its own.
+    """
+
+    def __init__(
+        self,
+        architecture: str,
+        checkpoint: str | None = None,
+        revision: str | None = None,
+        image_size: int | None = None,
+    ) -> None:
+        if image_size is not None and (not isinstance(image_size, int) or image_size < 1):
+            raise UserError(
+                f"model.image_size={image_size}: needs a whole number of pixels, or null for the model's own"
+            )
+        self.architecture = str(architecture)
+        self.checkpoint = None if checkpoint is None else Path(checkpoint)
+        self.revision = revision
+        self.image_size = image_size
+
+    def build(self, data: DataSplits, cache_dir: Path) -> Network:
+        """The network with its weights; `cache_dir` stays untouched (the hub has a cache of its own).
+
+        Raises:
+            UserError: timm has no such network, the weights cannot be had, or they have other classes than the data.
+        """
+        published = self._published()
+        if self.checkpoint is None:
+            module, origin = self._pretrained(published, data.num_classes)
+        else:
+            weights = read_checkpoint(self.checkpoint)
+            module = self._create(published, num_classes=data.num_classes)
+            network = f"model={self.architecture} with {data.num_classes} classes"
+            load_weights(module, weights, self.checkpoint, network)
+            origin = {"fp_source": str(self.checkpoint)}
+        for part in module.modules():
+            # Plain matrix products: the fused kernels' backward passes are not deterministic on every device.
+            if hasattr(part, "fused_attn"):
+                setattr(part, "fused_attn", False)  # noqa: B010  # typed as one of torch's own attributes otherwise
+        encode = _Encoder(self.architecture, module, self.image_size)
+        encode.check(data.evaluation)
+        return Network(
+            module=module,
+            encode=encode,
+            checksum=state_checksum(module),
+            description={
+                "architecture": f"timm {_full_name(published)}",
+                **origin,
+                **encode.description(data.evaluation),
+                "parameters": parameter_count(module),
+            },
+        )
+
+    def _published(self) -> Any:
+        """What timm records about the name: a PretrainedCfg.
+
+        Raises:
+            UserError: there is no such name or tag.
+        """
+        import timm
+        from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg
+
+        base, _, tag = self.architecture.partition(".")
+        if not timm.is_model(base):
+            close = get_close_matches(base, timm.list_models(), n=1)
+            hint = f"; did you mean '{close[0]}'?" if close else ""
+            raise UserError(f"model.name={self.architecture}: timm has no such network{hint}")
+        tags = [name for name in get_arch_pretrained_cfgs(base) if name.startswith(f"{base}.")]
+        if tag and self.architecture not in tags:
+            raise UserError(f"model.name={self.architecture}: timm has {', '.join(tags) or 'no weights'} for {base}")
+        return get_pretrained_cfg(self.architecture)
+
+    def _create(self, published: Any, **options: Any) -> nn.Module:
+        """The network in evaluation mode.
+
+        Raises:
+            UserError: it cannot be built for that image size.
+        """
+        import timm
+
+        if published.fixed_input_size:  # position embeddings or windows depend on it; the others take any size
+            options["img_size"] = self.image_size
+        try:
+            # The initialisation, which the weights overwrite, draws from the global generator.
+            with torch.random.fork_rng(devices=[]):
+                return timm.create_model(self.architecture, **options).eval()
+        except (AssertionError, ValueError, TypeError) as error:
+            if self.image_size is None:
+                raise
+            raise UserError(
+                f"model.image_size={self.image_size} does not suit model={self.architecture} ({error})"
+            ) from error
+
+    def _pretrained(self, published: Any, num_classes: int) -> tuple[nn.Module, dict[str, object]]:
+        """The network with published weights, and where those come from.
+
+        Raises:
+            UserError: there are none, they have other classes, or the hub does not give them.
+        """
+        name, instead = _full_name(published), "give the weights with model.checkpoint=FILE"
+        if not published.hf_hub_id:
+            raise UserError(f"model={name} has no published weights on the hub: {instead}")
+        if published.num_classes != num_classes:
+            raise UserError(
+                f"model={name}: its published weights have {published.num_classes} classes, and this data set has "
+                f"{num_classes}: {instead}"
+            )
+        repository, _, _ = published.hf_hub_id.partition("@")
+        file = published.hf_hub_filename or WEIGHTS_FILE
+        found = hub_file(repository, file, self.revision, f"model={name} needs the weights {repository}", instead)
+        # by its commit, which timm then finds in the cache without asking the hub again
+        module = self._create(
+            published, pretrained=True, pretrained_cfg_overlay={"hf_hub_id": f"{repository}@{found.commit}"}
+        )
+        return module, {"fp_source": repository, "revision": found.commit}
+
+
+def _full_name(published: Any) -> str:
+    """Architecture and tag, also where the tag was left to timm."""
+    return f"{published.architecture}.{published.tag}" if published.tag else str(published.architecture)
+
+
+class _Encoder:
+    """Photos as PhotoEncoder reads them, or image tensors scaled to the network's input."""
+
+    def __init__(self, model: str, module: nn.Module, image_size: int | None) -> None:
+        self.model = model
+        self.photos = PhotoEncoder(model, module, image_size)
+
+    def check(self, examples: Examples) -> None:
+        """Refuse what is neither photos nor colour images.
+
+        Raises:
+            UserError: naming what the data set gives.
+        """
+        images = examples.inputs
+        if isinstance(images, Tensor) and (images.ndim != 4 or images.shape[1] != 3):
+            raise UserError(
+                f"model={self.model} reads colour images, but this data set gives "
+                f"{'x'.join(map(str, images.shape[1:]))}: choose dataset=imagenet or cifar10"
+            )
+
+    @property
+    def interpolation(self) -> str:
+        """The filter that scales image tensors."""
+        own: str = self.photos.config["interpolation"]
+        return own if own in FILTERS else FILTERS[-1]
+
+    def description(self, examples: Examples) -> dict[str, object]:
+        """The preprocessing of examples such as these, as JSON values for the result file."""
+        if not isinstance(examples.inputs, Tensor):
+            return self.photos.description
+        return self.photos.description | {"crop_pct": 1.0, "crop_mode": "none", "interpolation": self.interpolation}
+
+    def __call__(self, examples: Examples) -> EncodedExamples:
+        self.check(examples)
+        if not isinstance(examples.inputs, Tensor):
+            return self.photos(examples)
+        config = self.photos.config
+        return ScaledImages(
+            examples.inputs,
+            examples.labels,
+            size=(config["input_size"][1], config["input_size"][2]),
+            interpolation=self.interpolation,
+            mean=tuple(config["mean"]),
+            std=tuple(config["std"]),
+        )
+
+
+@dataclass(frozen=True)
+class ScaledImages:
+    """Image tensors that are scaled, as a whole, and normalised batch by batch: at 224 pixels CIFAR-10 takes 6 GB.
+
+    Attributes:
+        images: [n, 3, height, width] in [0, 1].
+        labels: [n].
+        size: height and width of the network's input.
+        interpolation: one of FILTERS.
+        mean, std: of the network's training pixels in [0, 1], per channel.
+    """
+
+    images: Tensor
+    labels: Tensor
+    size: tuple[int, int]
+    interpolation: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def checksum(self) -> str:
+        """sha256 hex over images, labels and what is done to them."""
+        what = {key: str(getattr(self, key)) for key in ("size", "interpolation", "mean", "std")}
+        return digest({"images": self.images, "labels": self.labels}, what)
+
+    def batches(self, batch_size: int, device: torch.device | str) -> Iterator[Batch]:
+        """Every image once, in order; the last batch may be smaller."""
+        shape = (1, -1, 1, 1)
+        mean, std = (torch.tensor(values, device=device).view(shape) for values in (self.mean, self.std))
+        for index in torch.arange(len(self)).split(batch_size):
+            images = functional.interpolate(
+                self.images[index].to(device), self.size, mode=self.interpolation, antialias=True, align_corners=False
+            )
+            images = images.clamp_(0, 1).sub_(mean).div_(std)  # cubic filters overshoot
+            yield Batch({"x": images}, self.labels[index].to(device), index)
