@@ -324,11 +324,10 @@ def _check_sizes(config: Mapping[str, Any]) -> None:
 
 
 def _check_source(config: Mapping[str, Any]) -> None:
-    """A data set that has the hub to choose reads either from there or from a folder."""
+    """A data set that may come from the hub or from a folder has to come from one of them."""
     dataset = config["dataset"]
-    if "hub" in dataset and (dataset["root"] is None) == (dataset["hub"] is None):
-        both = "not both" if dataset["hub"] else "one of them is needed"
-        raise UserError(f"dataset={dataset['name']}: give dataset.root=DIR or dataset.hub=REPOSITORY, {both}")
+    if "hub" in dataset and dataset["root"] is None and dataset["hub"] is None:
+        raise UserError(f"dataset={dataset['name']}: give dataset.root=DIR or dataset.hub=REPOSITORY")
 
 
 def _check_stages(config: Mapping[str, Any]) -> None:

@@ -15,10 +15,14 @@ import torch
 from glue_files import write_tsv
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from safetensors.torch import load_file
 from tiny_bert import tiny_bert, tiny_tokenizer
 
+from bayesq.quant.grids import mse_grid, round_affine
 from bayesq.quant.layers import quantizable_layers
+from bayesq.quant.packing import unpack_model
 from bayesq.suite import config, runner
+from bayesq.suite.cache import read_tensors
 from bayesq.suite.datasets.base import DataSplits, Examples
 from bayesq.suite.datasets.glue import TASKS
 from bayesq.suite.errors import UserError
@@ -406,6 +410,36 @@ def test_the_likelihood_is_the_data_sets(workplace):
     more = ("method=bayesq", "dataset.task=rte")
     auto, categorical = (run_here(workplace, *more, f"posterior.likelihood={name}") for name in ("auto", "categorical"))
     assert auto["q/kl_to_fp"] == categorical["q/kl_to_fp"] > 0
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq", "bayesq distill=true correction=moments"])
+def test_embeddings_are_rounded_row_by_row_and_counted(workplace, method):
+    switches = ("dataset.task=sst2", f"method={method.split()[0]}", *method.split()[1:], "bits=3.5")
+    plain, result = (
+        run_here(workplace, *switches, f"layers.include_embeddings={flag}", "layers.exclude=[*token_type*]")
+        for flag in ("false", "true")
+    )
+    tables = {"word_embeddings": (64, 16), "position_embeddings": (64, 16)}
+    rows = {row["name"].rpartition(".")[2]: row for row in table(workplace, result, "layers.csv")}
+    assert {name for name, row in rows.items() if row["kind"] == "Embedding"} == {*tables}
+    assert result["bytes/fp32"] - plain["bytes/fp32"] == 4 * sum(r * c for r, c in tables.values())
+    assert result["bits/code"] <= 3.5 and sum(float(rows[name]["bits/code"]) for name in tables) / 2 == 3.5
+    buffers, header = read_tensors(workplace / "results" / result["run_id"] / "quantized.safetensors")
+    stored = unpack_model(buffers, header)
+    (name,) = (name for name in stored if name.endswith("word_embeddings"))
+    weight = load_file(workplace / "models" / "sst2" / "model.safetensors")[f"{name.removeprefix('model.')}.weight"]
+    tensor, weight = stored[name], weight.double()
+    scale, zero = mse_grid(weight, tensor.width)
+    assert torch.equal(tensor.codes, round_affine(weight, scale, zero, tensor.width)[0].to(torch.uint8))
+    assert result["q/kl_to_fp"] != plain["q/kl_to_fp"]
+
+
+def test_a_network_without_embeddings_cannot_include_them(workplace):
+    excluded = ("layers.include_embeddings=true", "layers.exclude=[*_embeddings]")
+    refused(
+        "layers.include_embeddings=true: model=.* has no embedding left to quantize",
+        lambda: run_here(workplace, "dataset.task=sst2", "method=rtn", *excluded),
+    )
 
 
 @pytest.mark.slow

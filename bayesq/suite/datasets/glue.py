@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from bayesq.suite.datasets.base import DataSplits, Examples, limited
+from bayesq.suite.datasets.base import DataSplits, Examples, limited, stratified
 from bayesq.suite.errors import UserError
 from bayesq.suite.hub import from_hub, reachable
 from bayesq.suite.metrics import Metric
@@ -193,7 +192,7 @@ class Glue:
         strata = part * (len(self.task.classes) or 1)
         if self.task.classes:
             strata += whole.labels
-        kept = _stratified(strata, count, self.split_seed) if count < len(whole) else torch.arange(count)
+        kept = stratified(strata, count, self.split_seed)
         ends = [0, *torch.bincount(part[kept], minlength=len(dev)).cumsum(0).tolist()]
         metrics = []
         for i, ending in enumerate(self.task.dev):
@@ -356,24 +355,3 @@ def _joined(parts: Sequence[Examples]) -> Examples:
         return parts[0]
     inputs: list[Any] = [item for part in parts for item in part.inputs]
     return Examples(inputs, torch.cat([part.labels for part in parts]), [name for part in parts for name in part.ids])
-
-
-def _stratified(strata: Tensor, count: int, seed: int) -> Tensor:
-    """Sorted positions [count] of a draw without replacement, every stratum in proportion (largest remainders).
-
-    Args:
-        strata: [n] int64.
-        count: below n.
-        seed: of the draw.
-    """
-    sizes = torch.bincount(strata)
-    shares = sizes.to(torch.float64) * count / len(strata)
-    quota = shares.floor().long()
-    quota[torch.argsort(quota - shares, stable=True)[: count - int(quota.sum())]] += 1
-    generator = torch.Generator().manual_seed(seed)
-    drawn = [
-        members[torch.randperm(len(members), generator=generator)[: int(quota[stratum])]]
-        for stratum in range(len(sizes))
-        for members in [(strata == stratum).nonzero()[:, 0]]
-    ]
-    return torch.cat(drawn).sort().values
