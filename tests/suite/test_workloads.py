@@ -76,7 +76,7 @@ def loaded(*overrides: str) -> tuple[DataSplits, Network]:
 
 def ranks(network: Network, examples: Examples) -> torch.Tensor:
     """Number of classes [n] that each example's logits put before its label: 0 is a top-1 hit, below 5 a top-5 hit."""
-    out = logits(network.module, network.encode(examples), 64, torch.device("cpu"), "test")
+    out, _ = logits(network.module, network.encode(examples), 64, torch.device("cpu"), "test")
     return (out > out.gather(1, examples.labels[:, None])).sum(1)
 
 
