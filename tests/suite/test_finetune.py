@@ -50,7 +50,7 @@ def test_a_checkpoint_that_the_suite_reads(tmp_path, capsys):
     data = Glue(str(tmp_path), "sst2", split_seed=0, calibration_pool=4).load(tmp_path)
     network = TransformersClassifier(32, checkpoint=str(tmp_path / "one")).build(data, tmp_path)
     assert network.description["label_order"] == "names in the checkpoint"
-    out = logits(network.module, network.encode(data.evaluation), 8, torch.device("cpu"), "test")
+    out, _ = logits(network.module, network.encode(data.evaluation), 8, torch.device("cpu"), "test")
     assert torch.equal(out.argmax(1), data.evaluation.labels)
 
 
