@@ -27,7 +27,7 @@ Norm = nn.BatchNorm1d | nn.BatchNorm2d
 VARIANCE_RATIO = (0.25, 4.0)
 # A variance below this share of the squared mean is what float32 activations leave of a constant channel.
 CONSTANT_CHANNEL = 1e-12
-# Examples that go through the networks as one batch; more would cost memory and hardly change a mean.
+# Examples that go through the networks as one batch, which bounds the memory.
 MAX_EXAMPLES = 256
 # Elements converted to float64 at a time: 16 MiB.
 PART_ELEMENTS = 2**21

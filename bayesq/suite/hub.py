@@ -134,8 +134,6 @@ def _explained(repository: str, revision: str | None, needs: str, instead: str, 
         raise UserError(f"{needs}: {where} is not in the hub's cache and cannot be fetched: {instead}") from error
     except errors.EntryNotFoundError as error:
         raise UserError(f"{needs}: {where} does not hold that: {instead}") from error
-    except UserError:
-        raise
     except Exception as error:  # the transport's own errors depend on the HTTP library of the client's version
         raise UserError(f"{needs}: {where} cannot be fetched ({_reason(error)}): {instead}") from error
 

@@ -409,6 +409,9 @@ def round_embeddings(work: Workload, budget: Budget, result: Quantized) -> None:
 
     A row is read by itself and multiplies nothing, so there are no input correlations to exploit; a fractional budget
     gives some rows the next width, those whose error falls most.
+
+    Raises:
+        UserError: a table has NaN or infinite entries, or the budget does not allow the smallest width.
     """
     problems = [
         LayerProblem(name, type(table).__name__, weight_to_matrix(table).float().cpu(), statistic=_no_statistic)
@@ -417,11 +420,14 @@ def round_embeddings(work: Workload, budget: Budget, result: Quantized) -> None:
     if not problems:
         return
     start = time.perf_counter()
-    for problem, tensor in RTN("mse").quantize(problems, lambda layers, *_: Uniform().allocate(layers, budget)):
-        result.problems[problem.name], result.tensors[problem.name] = problem, tensor
-        result.seconds[problem.name] = time.perf_counter() - start
-        result.quantize_s += result.seconds[problem.name]
-        start = time.perf_counter()
+    try:
+        for problem, tensor in RTN("mse").quantize(problems, lambda layers, *_: Uniform().allocate(layers, budget)):
+            result.problems[problem.name], result.tensors[problem.name] = problem, tensor
+            result.seconds[problem.name] = time.perf_counter() - start
+            result.quantize_s += result.seconds[problem.name]
+            start = time.perf_counter()
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def _no_statistic(kind: str) -> Tensor:
