@@ -24,7 +24,7 @@ from bayesq.quant.accounting import LAYER_BITS, affine_overhead_bits, mixed_over
 from bayesq.quant.grids import MAX_WIDTH, MIN_WIDTH, mse_grid, round_affine
 from bayesq.quant.method import Distortion, LayerProblem, stack_groups
 from bayesq.rounding import predicted_risk, round_layer
-from bayesq.whitening import whitening
+from bayesq.whitening import layer_whitening
 
 # Damping of the input moment where the method that will round has none of its own.
 DAMPING = 0.01
@@ -362,13 +362,13 @@ class Knapsack:
         Args:
             distortion: T_b of the method's codes; None = of scalar ones, non-uniform up to 4 bits.
         """
-        geometry = whitening(self.posterior.fit(layer), feedback=True, damping=self.damping)
+        geometry = layer_whitening(self.posterior, layer, feedback=True, damping=self.damping)
         expected = scalar_distortion if distortion is None else distortion
         return predicted_risk(layer.weight, geometry, [expected(layer, width) for width in self.widths])
 
     def rounded(self, layer: LayerProblem, width: int) -> Tensor:
         """A layer's weights [g, r, c] rounded once at one width, on each row's affine grid."""
-        geometry = whitening(self.posterior.fit(layer), feedback=True, damping=self.damping)
+        geometry = layer_whitening(self.posterior, layer, feedback=True, damping=self.damping)
         rows = torch.full((layer.rows,), width, dtype=torch.uint8)
         grid = mse_grid(stack_groups(layer.weight).to(torch.float64), rows)
         return round_layer(layer.weight, geometry, *grid, rows, {}).values.reshape(layer.weight.shape)

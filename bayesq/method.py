@@ -23,7 +23,7 @@ from bayesq.quant.method import Allocate, LayerProblem, check_finite, stack_grou
 from bayesq.quant.tensor import Codebook, QuantizedTensor
 from bayesq.quant.trellis import POLYNOMIALS, normal_trellis, uniform_levels
 from bayesq.rounding import Rounded, refit_rows, round_layer, rounding_gain
-from bayesq.whitening import Whitening, whitening
+from bayesq.whitening import Whitening, layer_whitening
 
 log = logging.getLogger(__name__)
 
@@ -123,6 +123,7 @@ class BayesQ:
                     met[w] = met[w].add(new) if w in met else new  # type: ignore[arg-type]
                     if isinstance(new, LevelSums):
                         own.append((w, new))
+                del rounded, geometry  # where layers are wide, there is no room for two of them
             levels = {w: self._design(w, weights, levels.get(w)) for w, weights in met.items()}
             for layer in layers:
                 grids[layer.name] = self._fold_steps(*grids[layer.name], widths[layer.name], levels)
@@ -163,8 +164,9 @@ class BayesQ:
         most_states: int = LARGEST_TRELLIS,
     ) -> tuple[Rounded, Whitening, dict[int, Codebook]]:
         """One rounding of a layer, the geometry it took place in, and the tables it used."""
-        geometry = whitening(
-            self.posterior.fit(layer),
+        geometry = layer_whitening(
+            self.posterior,
+            layer,
             self.rounding != "nearest",
             self.damping,
             self.row_damping if self.rounding == "two_sided" else None,

@@ -17,7 +17,7 @@ the risk every later stage speaks of. Structures of P, all with weights flattene
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
@@ -92,11 +92,6 @@ class LayerPosterior(ABC):
     @abstractmethod
     def diagonal(self) -> Tensor:
         """[g, r, c] diagonal of P: twice the risk of a unit error in one weight alone."""
-
-    @cached_property
-    def whitenings(self) -> dict[tuple[object, ...], Any]:
-        """Geometries that `bayesq.whitening` has made of this posterior, by their settings."""
-        return {}
 
     @abstractmethod
     def variance(self) -> Tensor:
@@ -334,6 +329,7 @@ class Posterior(Protocol):
         examples: so many calibration examples, spread over the set, give the Fisher; None = all.
         likelihood: of the outputs, one of LIKELIHOODS, or AUTO.
         draws: one of DRAWS.
+        whitenings: where `bayesq.whitening.layer_whitening` keeps what it has made; None = nowhere.
     """
 
     statistics: frozenset[str]
@@ -341,6 +337,7 @@ class Posterior(Protocol):
     examples: int | None
     likelihood: str
     draws: str
+    whitenings: MutableMapping[tuple[object, ...], Any] | None
 
     def prepare(self, layers: Sequence[LayerProblem]) -> None:
         """What needs all layers at once; to be called before the first `fit`."""
@@ -370,6 +367,7 @@ class Laplace(ABC):
     """
 
     statistics: frozenset[str]
+    whitenings: MutableMapping[tuple[object, ...], Any] | None = None
 
     def __init__(
         self,
@@ -657,7 +655,7 @@ def gradient_damping(a: Tensor, g: Tensor, damping: float) -> tuple[Tensor, Tens
     mean_a = a.diagonal(dim1=-2, dim2=-1).mean(-1)
     # A group that no input reached has no scale of its own.
     share = torch.where(mean_a > 0, damping / mean_a.clamp(min=torch.finfo(a.dtype).tiny), 0.0)
-    return a, g + share[:, None, None] * torch.eye(g.shape[-1], dtype=g.dtype)
+    return a, _plus_diagonal(g, share)
 
 
 def factored_damping(a: Tensor, g: Tensor, damping: float) -> tuple[Tensor, Tensor]:
@@ -672,5 +670,11 @@ def factored_damping(a: Tensor, g: Tensor, damping: float) -> tuple[Tensor, Tens
     # A group without inputs or without gradients has no ratio to keep.
     pi = torch.where((mean_a > 0) & (mean_g > 0), mean_a / mean_g, 1.0).sqrt()
     root = damping**0.5
-    eye_a, eye_g = torch.eye(a.shape[-1], dtype=a.dtype), torch.eye(g.shape[-1], dtype=g.dtype)
-    return a + (pi * root)[:, None, None] * eye_a, g + (root / pi)[:, None, None] * eye_g
+    return _plus_diagonal(a, pi * root), _plus_diagonal(g, root / pi)
+
+
+def _plus_diagonal(moments: Tensor, amount: Tensor) -> Tensor:
+    """[g, n, n] plus amount [g] times the identity."""
+    moments = moments.clone()
+    moments.diagonal(dim1=-2, dim2=-1).add_(amount[:, None])
+    return moments

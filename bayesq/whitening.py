@@ -24,8 +24,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bayesq.posterior import DiagonalPosterior, EkfacPosterior, KroneckerPosterior, LayerPosterior, LowRankPosterior
+from bayesq.posterior import (
+    DiagonalPosterior,
+    EkfacPosterior,
+    KroneckerPosterior,
+    LayerPosterior,
+    LowRankPosterior,
+    Posterior,
+)
 from bayesq.quant.feedback import FeedbackFactor, feedback_factors
+from bayesq.quant.method import LayerProblem
 
 
 @dataclass
@@ -49,9 +57,51 @@ class Whitening:
         """How often a factorization needed more damping than asked for."""
         return sum(factor.retries for factor in (self.factors or []) + (self.row_factors or []))
 
+    @property
+    def nbytes(self) -> int:
+        """Memory its tensors take."""
+        factors = (self.factors or []) + (self.row_factors or [])
+        gains = self.row_gain.nbytes + self.column_gain.nbytes
+        return gains + sum(factor.upper.nbytes + factor.column_gain.nbytes for factor in factors)
+
+
+class Shelf(dict[tuple[object, ...], Whitening]):
+    """Geometries by layer and settings, as many as fit: what comes when it is full is not kept.
+
+    Args:
+        limit: in bytes.
+    """
+
+    def __init__(self, limit: int) -> None:
+        super().__init__()
+        self.room = limit
+
+    def __setitem__(self, key: tuple[object, ...], geometry: Whitening) -> None:
+        """Keep a geometry if there is room."""
+        if geometry.nbytes <= self.room:
+            self.room -= geometry.nbytes
+            super().__setitem__(key, geometry)
+
+
+def layer_whitening(
+    posterior: Posterior, layer: LayerProblem, feedback: bool, damping: float, row_damping: float | None = None
+) -> Whitening:
+    """`whitening` of a layer's posterior; a posterior with a shelf has each geometry made once for all who ask.
+
+    Allocation and every round of rounding need the same geometry, whose factorization is the dear part of a fit.
+    """
+    shelf, key = posterior.whitenings, (layer.name, feedback, damping, row_damping)
+    if shelf is not None and key in shelf:
+        kept: Whitening = shelf[key]
+        return kept
+    geometry = whitening(posterior.fit(layer), feedback, damping, row_damping)
+    if shelf is not None:
+        shelf[key] = geometry
+    return geometry
+
 
 def whitening(posterior: LayerPosterior, feedback: bool, damping: float, row_damping: float | None = None) -> Whitening:
-    """Geometry in which a layer is rounded; computed once for each posterior, which allocation and rounding share.
+    """Geometry in which a layer is rounded.
 
     Args:
         posterior: of the layer.
@@ -66,22 +116,15 @@ def whitening(posterior: LayerPosterior, feedback: bool, damping: float, row_dam
     Raises:
         ValueError: row feedback for another posterior.
     """
-    key = (feedback, damping, row_damping)
-    if key not in posterior.whitenings:
-        posterior.whitenings[key] = _whitening(posterior, feedback, damping, row_damping)
-    found: Whitening = posterior.whitenings[key]
-    return found
-
-
-def _whitening(posterior: LayerPosterior, feedback: bool, damping: float, row_damping: float | None) -> Whitening:
     if row_damping is not None and not isinstance(posterior, KroneckerPosterior):
         raise ValueError("method.rounding=two_sided needs a Kronecker-factored posterior: choose posterior=kfac")
     if isinstance(posterior, DiagonalPosterior | LowRankPosterior):
         return _nearest(posterior)
     if isinstance(posterior, KroneckerPosterior):
-        row_gain = posterior.gradient_factor.diagonal(dim1=-2, dim2=-1)
+        # a copy: a view would keep all of G
+        row_gain = posterior.gradient_factor.diagonal(dim1=-2, dim2=-1).clone()
         if not feedback:
-            return Whitening(row_gain, posterior.input_factor.diagonal(dim1=-2, dim2=-1)[:, None, :], None)
+            return Whitening(row_gain, posterior.input_factor.diagonal(dim1=-2, dim2=-1)[:, None, :].clone(), None)
         geometry = _feedback(row_gain, posterior.input_factor, damping)
         if row_damping is not None:
             geometry.row_factors = feedback_factors(posterior.gradient_factor, row_damping)

@@ -8,7 +8,6 @@ sum_j e_j^2 (Frantar et al., GPTQ, arXiv 2210.17323, section 3).
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -45,28 +44,18 @@ class FeedbackFactor:
 
     Attributes:
         order: [c] visiting order of the columns.
-        root: [c, c] float64 upper triangular M with M MT = A[order][:, order] + damping: a Cholesky factor from the
-            last column backwards, so that U = M^-1 needs no inverse of A.
+        upper: [c, c] float64 upper triangular U with UT U = (A[order][:, order] + damping)^-1.
+        column_gain: [c] 1 / U_jj^2, original order: increase of the layer's error per squared rounding error of
+            column j.
         dead: [c] columns (original order) that no calibration input reached.
         retries: how often the damping had to grow before the factorization succeeded.
     """
 
     order: Tensor
-    root: Tensor
+    upper: Tensor
+    column_gain: Tensor
     dead: Tensor
     retries: int
-
-    @cached_property
-    def upper(self) -> Tensor:
-        """[c, c] float64 upper triangular U with UT U = (A[order][:, order] + damping)^-1."""
-        identity = torch.eye(len(self.root), dtype=self.root.dtype)
-        upper: Tensor = torch.linalg.solve_triangular(self.root, identity, upper=True)
-        return upper
-
-    @property
-    def column_gain(self) -> Tensor:
-        """[c] 1 / U_jj^2, original order: increase of the layer's error per squared rounding error of column j."""
-        return self.root.diagonal().square()[torch.argsort(self.order)]
 
 
 def feedback_factor(moment: Tensor, damping: float, act_order: bool = True) -> FeedbackFactor:
@@ -80,24 +69,42 @@ def feedback_factor(moment: Tensor, damping: float, act_order: bool = True) -> F
     Raises:
         ValueError: the moment is not finite, or no retry made it positive definite.
     """
-    a = moment.to(torch.float64).clone()
-    if not torch.isfinite(a).all():
-        raise ValueError("the input moment has NaN or infinite entries")
-    diagonal = a.diagonal()
+    a = moment.to(torch.float64)
+    _check_finite(a)
+    diagonal = a.diagonal().clone()
     dead = diagonal == 0
     # A dead column touches no other, so its pivot only has to keep the mean, and with it the damping, what it was.
     diagonal[dead] = 1.0 if bool(dead.all()) else diagonal[~dead].mean()
     order = torch.argsort(diagonal, descending=True, stable=True) if act_order else torch.arange(len(a))
-    a = a[order][:, order]
-    mean = float(a.diagonal().mean())
+    mean = float(diagonal[order].mean())
+    last_first = order.flip(0)
     for retry in range(DAMPING_RETRIES):
         fraction = damping if retry == 0 else max(damping, LEAST_DAMPING) * 10**retry
-        damped = a.clone()
-        damped.diagonal().add_(fraction * mean)
-        root, info = torch.linalg.cholesky_ex(damped.flip(0, 1))
-        if int(info) == 0:
-            return FeedbackFactor(order, root.flip(0, 1), dead, retry)
+        # Factors of wide layers take hundreds of megabytes. LAPACK works in place on matrices stored by columns, so
+        # that there are never more than two of them besides A.
+        root = a.T[last_first[:, None], last_first].T
+        root.diagonal().copy_(diagonal[last_first] + fraction * mean)
+        failed = torch.empty((), dtype=torch.int32)
+        torch.linalg.cholesky_ex(root, out=(root, failed))
+        if int(failed) == 0:
+            # M = root.flip is upper triangular with M MT = A[order][:, order] + damping: a Cholesky factor from the
+            # last column backwards, so that U = M^-1 needs no inverse of A.
+            root = root.flip(0, 1)
+            gain = root.diagonal().square()[torch.argsort(order)]
+            upper = torch.eye(len(a), dtype=torch.float64).T
+            torch.linalg.solve_triangular(root, upper, upper=True, out=upper)
+            return FeedbackFactor(order, upper, gain, dead, retry)
     raise ValueError(f"the input moment is not positive definite even with damping {fraction:g}")
+
+
+def _check_finite(moment: Tensor) -> None:
+    """Refuse NaN and infinities, without a mask of the moment's size.
+
+    Raises:
+        ValueError: there are some.
+    """
+    if not all(bool(torch.isfinite(bound)) for bound in torch.aminmax(moment)):
+        raise ValueError("the input moment has NaN or infinite entries")
 
 
 def feedback_factors(moments: Tensor, damping: float, act_order: bool = True) -> list[FeedbackFactor]:
@@ -105,8 +112,7 @@ def feedback_factors(moments: Tensor, damping: float, act_order: bool = True) ->
     if len(moments) == 1:
         return [feedback_factor(moments[0], damping, act_order)]
     a = moments.to(torch.float64)
-    if not torch.isfinite(a).all():
-        raise ValueError("the input moment has NaN or infinite entries")
+    _check_finite(a)
     diagonal = a.diagonal(dim1=-2, dim2=-1)
     dead = diagonal == 0
     live = (~dead).sum(1, keepdim=True)
@@ -120,10 +126,15 @@ def feedback_factors(moments: Tensor, damping: float, act_order: bool = True) ->
     damped.diagonal(dim1=-2, dim2=-1).copy_(sorted_diagonal + damping * sorted_diagonal.mean(1, keepdim=True))
     root, info = torch.linalg.cholesky_ex(damped.flip(1, 2))
     root = root.flip(1, 2)
-    return [
-        FeedbackFactor(order[g], root[g], dead[g], 0) if ok else feedback_factor(moments[g], damping, act_order)
-        for g, ok in enumerate((info == 0).tolist())
-    ]
+    gain = root.diagonal(dim1=-2, dim2=-1).square().gather(1, torch.argsort(order, dim=1))
+    upper = torch.linalg.solve_triangular(root, torch.eye(a.shape[-1], dtype=root.dtype).expand_as(root), upper=True)
+    factors = []
+    for g, failed in enumerate(info.tolist()):
+        if failed:
+            factors.append(feedback_factor(moments[g], damping, act_order))
+        else:
+            factors.append(FeedbackFactor(order[g], upper[g], gain[g], dead[g], 0))
+    return factors
 
 
 def feedback_round_groups(
@@ -141,8 +152,7 @@ def feedback_round_groups(
     """
     groups, rows, columns = weight.shape
     order = torch.stack([factor.order for factor in factors])
-    root = torch.stack([factor.root for factor in factors])
-    u = torch.linalg.solve_triangular(root, torch.eye(columns, dtype=root.dtype).expand_as(root), upper=True)
+    u = torch.stack([factor.upper for factor in factors])
     by_column = order[:, None, :].expand(groups, rows, columns)
     x = weight.to(torch.float64).gather(2, by_column).permute(2, 0, 1).contiguous()  # [C, g, r]
     codes = torch.empty(x.shape, dtype=torch.uint8)

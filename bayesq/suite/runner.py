@@ -10,7 +10,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -48,6 +48,7 @@ from bayesq.suite.models.base import EncodedExamples, Network
 from bayesq.suite.provenance import git_state, host, versions
 from bayesq.suite.results import RESULT_FILE, unit, write_csv, write_json
 from bayesq.suite.tracking import track
+from bayesq.whitening import Shelf
 
 log = logging.getLogger(__name__)
 
@@ -65,9 +66,9 @@ FALLBACKS = (
     "kappa_clamped",
     "oom_retries",
 )
-# Fits of small layers are kept in memory, those beyond the limit are made again each time; a fit grows by its Cholesky
-# factor and that one's inverse.
-KEPT_FIT_BYTES, FACTOR_COPIES = 2**30, 3
+# Geometries of layers are kept in memory up to here, those beyond are made again for every round of rounding. All of
+# MiniLM's fit; where layers are wide, memory is needed for work on one of them.
+KEPT_WHITENING_BYTES = 160 * 2**20
 # A distillation matches moments in one batch, of at most so many of its own: where those are halved, so is this.
 START_BATCHES = 16
 # Prefix of the file's buffers that hold changed biases and norm parameters.
@@ -98,19 +99,15 @@ def run(cfg: DictConfig) -> dict[str, Any]:
 
 
 class SharedPosterior:
-    """A posterior that knows how long its fits took and keeps them, up to a limit, for all who ask.
-
-    Allocation, every round of rounding and the achieved risk need the same fit and its Cholesky factors.
-    """
+    """A posterior that knows how long its fits took, and keeps the layers' geometries up to a limit."""
 
     def __init__(self, posterior: Posterior) -> None:
         self.posterior = posterior
         self.statistics, self.samples, self.examples = posterior.statistics, posterior.samples, posterior.examples
         self.likelihood, self.draws = posterior.likelihood, posterior.draws
         self.rank = getattr(posterior, "rank", 16)
+        self.whitenings: MutableMapping[tuple[object, ...], Any] | None = Shelf(KEPT_WHITENING_BYTES)
         self.seconds = 0.0
-        self._kept: dict[str, LayerPosterior] = {}
-        self._bytes = 0
 
     def prepare(self, layers: Sequence[LayerProblem]) -> None:
         """What needs all layers at once."""
@@ -120,14 +117,8 @@ class SharedPosterior:
 
     def fit(self, layer: LayerProblem) -> LayerPosterior:
         """Posterior of one layer."""
-        if layer.name in self._kept:
-            return self._kept[layer.name]
         start = time.perf_counter()
         fitted = self.posterior.fit(layer)
-        size = FACTOR_COPIES * sum(x.nbytes for x in vars(fitted).values() if isinstance(x, Tensor))
-        if self._bytes + size <= KEPT_FIT_BYTES:
-            self._kept[layer.name] = fitted
-            self._bytes += size
         self.seconds += time.perf_counter() - start
         return fitted
 

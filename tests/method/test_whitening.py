@@ -9,9 +9,9 @@ from torch import Tensor
 
 from bayesq.posterior import DiagonalPosterior, EkfacPosterior, KroneckerPosterior, LowRankPosterior
 from bayesq.quant.grids import minmax_grid
-from bayesq.quant.method import stack_groups
+from bayesq.quant.method import LayerProblem, stack_groups
 from bayesq.rounding import round_layer, rounding_gain
-from bayesq.whitening import whiten, whitening
+from bayesq.whitening import Shelf, layer_whitening, whiten, whitening
 
 GROUPS, ROWS, COLUMNS = 2, 5, 24
 DAMPING = 0.01
@@ -200,18 +200,48 @@ def test_row_feedback_needs_a_kronecker_product(kind):
         whitening(POSTERIORS[kind], True, DAMPING, 0.1)
 
 
-def test_a_posterior_is_whitened_once_for_each_setting():
-    posterior = kronecker()
-    first = whitening(posterior, True, DAMPING)
-    assert whitening(posterior, True, DAMPING) is first
+def counted_posterior(limit: int | None) -> SimpleNamespace:
+    """A posterior whose fits are counted, with a shelf of `limit` bytes or none."""
+    posterior = SimpleNamespace(fits=0, whitenings=None if limit is None else Shelf(limit))
+
+    def fit(_layer):
+        posterior.fits += 1
+        return kronecker()
+
+    posterior.fit = fit
+    return posterior
+
+
+def layer(name: str) -> LayerProblem:
+    return LayerProblem(name, "Linear", weight(), statistic=lambda _: None)
+
+
+def test_a_shelf_has_a_layer_whitened_once_for_each_setting():
+    posterior = counted_posterior(2**20)
+    first = layer_whitening(posterior, layer("a"), True, DAMPING)
+    assert layer_whitening(posterior, layer("a"), True, DAMPING) is first and posterior.fits == 1
+    assert layer_whitening(posterior, layer("b"), True, DAMPING) is not first
     others = [(False, DAMPING, None), (True, 2 * DAMPING, None), (True, DAMPING, 0.1), (True, DAMPING, 0.0)]
-    geometries = [whitening(posterior, *setting) for setting in others]
+    geometries = [layer_whitening(posterior, layer("a"), *setting) for setting in others]
     assert len({id(geometry) for geometry in [first, *geometries]}) == 5
-    assert whitening(kronecker(), True, DAMPING) is not first
+    assert posterior.fits == 6
+
+
+def test_a_full_shelf_and_no_shelf_keep_nothing_more():
+    size = whitening(kronecker(), True, DAMPING).nbytes
+    # U and two gains, float64: factors dominate
+    assert size >= kronecker().input_factor.nbytes
+    for limit, fits in ((2 * size - 1, 3), (2 * size, 2), (None, 4)):
+        posterior = counted_posterior(limit)
+        for _ in range(2):
+            for name in "ab":
+                found = layer_whitening(posterior, layer(name), True, DAMPING)
+                assert torch.equal(found.column_gain, whitening(kronecker(), True, DAMPING).column_gain)
+        assert posterior.fits == fits
 
 
 def test_an_unknown_posterior_is_refused():
     with pytest.raises(TypeError, match="no whitening for SimpleNamespace"):
-        whitening(SimpleNamespace(whitenings={}), True, 0.01)
+        whitening(SimpleNamespace(), True, 0.01)
     with pytest.raises(TypeError, match="no whitening for str"):
         whiten("posterior", weight())

@@ -1,5 +1,8 @@
 """Feedback rounding against optimal brain quantization with an explicitly downdated inverse."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -120,7 +123,7 @@ def test_groups_at_once_are_rounded_like_groups_one_by_one(columns: int, act_ord
         own = slice(3 * g, 3 * g + 3)
         alone = feedback_factor(moments[g], DAMPING, act_order)
         assert torch.equal(factor.order, alone.order) and torch.equal(factor.dead, alone.dead) and factor.retries == 0
-        torch.testing.assert_close(factor.root, alone.root, rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(factor.upper, alone.upper, rtol=1e-9, atol=1e-12)
         part = AffineGrid(grid.scale[own], grid.zero[own], grid.width[own])
         codes, values, met = feedback_round(weight[g], alone, part)
         assert torch.equal(found[0][own], codes)
@@ -128,12 +131,38 @@ def test_groups_at_once_are_rounded_like_groups_one_by_one(columns: int, act_ord
         torch.testing.assert_close(found[2][own], met, rtol=1e-9, atol=1e-9)
 
 
+MEMORY_PROGRAM = """
+import sys, torch
+from pathlib import Path
+from bayesq.quant.feedback import feedback_factor
+
+def peak():  # bytes since the last reset
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+    return 1024 * int(line.split()[1])
+
+n = int(sys.argv[1])
+moment = torch.eye(n, dtype=torch.float64).add_(0.5)
+feedback_factor(moment[:64, :64], 0.01)  # whatever the first call loads
+Path("/proc/self/clear_refs").write_text("5")
+before = peak()
+feedback_factor(moment, 0.01)
+print((peak() - before) / moment.nbytes)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_factoring_takes_two_matrices_besides_the_moment() -> None:
+    program = [sys.executable, "-c", MEMORY_PROGRAM, "2048"]
+    done = subprocess.run(program, capture_output=True, text=True, check=True, timeout=120)
+    assert 1.5 < float(done.stdout) < 2.5
+
+
 def test_a_group_that_needs_more_damping_gets_it_alone() -> None:
     _, moment = random_problem(6)
     singular = torch.ones(6, 6, dtype=torch.float64)
     one, other = feedback_factors(torch.stack([moment, singular]), 0.0)
     assert one.retries == 0 and other.retries == feedback_factor(singular, 0.0).retries > 0
-    assert torch.equal(other.root, feedback_factor(singular, 0.0).root)
+    assert torch.equal(other.upper, feedback_factor(singular, 0.0).upper)
     with pytest.raises(ValueError, match="NaN or infinite"):
         feedback_factors(torch.stack([moment, torch.full((6, 6), torch.nan)]), 0.0)
 
