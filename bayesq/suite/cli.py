@@ -7,15 +7,16 @@ skipping of finished runs, and the summary.
 import argparse
 import logging
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
-from filelock import FileLock
 from hydra import version
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.hydra import Hydra
@@ -36,12 +37,15 @@ import bayesq
 from bayesq.suite import config as settings
 from bayesq.suite import results
 from bayesq.suite.errors import UserError
+from bayesq.suite.files import lock, remove_leftovers
 
 log = logging.getLogger(__name__)
 
 VERSION_BASE = "1.3"
 CONFIG_NAME = "config"
 TRACEBACK_FILE = "traceback.txt"
+# of a run that was killed, for instance because memory ran out
+NO_REASON = "it ended before it could say why"
 BASIC_SWEEPER = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, ConfigLoadError, YAMLError, ValueError)
 # launchers whose jobs run on the machine of the command, so that its accelerators are theirs
@@ -296,43 +300,63 @@ def job(cfg: DictConfig) -> None:
     by what the folder holds. A sweeper other than Hydra's own has to know, so there they are.
     """
     folder = settings.run_dir(cfg)
-    config = settings.resolved(cfg)
-    # two processes that share results_dir must not write one run's files at the same time
-    with FileLock(folder / ".lock"):
-        if results.is_finished(folder) and not cfg.force:
-            log.info("skipped (finished): %s %s", folder.name, _label(config))
-            return
-        # what an earlier attempt left must not pass for the outcome of this one
-        for name in (results.RESULT_FILE, results.FAILURE_FILE, TRACEBACK_FILE):
-            (folder / name).unlink(missing_ok=True)
+    with ExitStack() as held:
         try:
-            # the preflight has seen neither what a foreign sweeper made up nor the machine a remote job runs on
-            settings.validate(cfg)
-            settings.check_device(cfg)
-            from bayesq.suite.runner import run
-
-            run(cfg)
+            # two processes that share results_dir must not write one run's files at the same time, the report included
+            held.enter_context(lock(folder / results.RESULT_FILE))
+            run_unless_finished(cfg, folder)
         except Exception as error:
-            report_failure(folder, config, error)
-            if HydraConfig.get().sweeper._target_ != BASIC_SWEEPER:
+            hydra_cfg = HydraConfig.get()
+            report_failure(folder, hydra_cfg.overrides.task, error)
+            if hydra_cfg.sweeper._target_ != BASIC_SWEEPER:
                 raise
 
 
-def report_failure(folder: Path, config: Mapping[str, Any], error: Exception) -> None:
-    """Say in one line why a run failed; status.json and, for a defect, traceback.txt keep it in the run's folder."""
+def run_unless_finished(cfg: DictConfig, folder: Path) -> None:
+    """Run one configuration in `folder`, which no other process works in, unless its result is there already."""
+    if results.is_finished(folder) and not cfg.force:
+        log.info("skipped (finished): %s %s", folder.name, _label(settings.resolved(cfg)))
+        return
+    # what an earlier attempt left must not pass for the outcome of this one
+    for name in (results.RESULT_FILE, results.FAILURE_FILE, TRACEBACK_FILE):
+        (folder / name).unlink(missing_ok=True)
+    remove_leftovers(folder)
+    # the preflight has seen neither what a foreign sweeper made up nor the machine a remote job runs on
+    settings.validate(cfg)
+    settings.check_device(cfg)
+    from bayesq.suite import provenance, runner
+
+    provenance.git_state()  # while the files are still those this process has loaded; the result asks again
+    runner.run(cfg)
+
+
+def report_failure(folder: Path, overrides: Sequence[str], error: Exception) -> None:
+    """Say in one line why a run failed; status.json and, for a defect, traceback.txt keep it in the run's folder.
+
+    Args:
+        folder: of the run.
+        overrides: that the run was composed from, without Hydra's own.
+        error: what was raised.
+    """
     explained = user_error_in(error)
-    where = f"{folder.name} ({_label(config)})"
-    if explained is not None:
-        message = settings.one_line(str(explained))
-        line = f"error: {message} [{where}]"
-    else:
-        message = settings.one_line(f"{type(error).__name__}: {error}")
-        (folder / TRACEBACK_FILE).write_text("".join(traceback.format_exception(error)), encoding="utf-8")
-        line = f"error: {message} [{where}; {folder / TRACEBACK_FILE}]"
-    results.write_json(folder / results.FAILURE_FILE, {"status": "failed", "error": message})
-    print(line, file=sys.stderr, flush=True)
+    status = {
+        "status": "failed",
+        "error": settings.one_line(str(explained) if explained else f"{type(error).__name__}: {error}"),
+        "overrides": list(overrides),
+        "traceback": None if explained else TRACEBACK_FILE,
+    }
+    where = f"{folder.name}: {shlex.join(overrides) or 'no overrides'}"
+    if status["traceback"]:
+        where += f"; {folder / TRACEBACK_FILE}"
+    print(f"error: {status['error']} [{where}]", file=sys.stderr, flush=True)
     if wants_traceback():
         traceback.print_exception(error)
+    try:
+        if status["traceback"]:
+            (folder / TRACEBACK_FILE).write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+        results.write_json(folder / results.FAILURE_FILE, status)
+    except OSError as unwritable:  # the disk that is full may be what the run failed of
+        print(f"error: {folder}: the reason cannot be kept there ({unwritable.strerror})", file=sys.stderr, flush=True)
 
 
 # ------------------------------------------------------------------------------------------------------- afterwards
@@ -365,7 +389,7 @@ def summarise(jobs: Sequence[Job]) -> bool:
             continue
         complete = False
         status = results.read_result(job.run_dir / results.FAILURE_FILE) or {}
-        reason = status.get("error", "it ended before it could say why")
+        reason = status.get("error", NO_REASON)
         print(f"{outcome['status']}: {job.run_id} {_label(job.config)}: {reason}", flush=True)
     return complete
 

@@ -12,8 +12,8 @@ import platformdirs
 import pytest
 import torch
 
-from bayesq.suite.cache import CorruptCache, digest, lock, read_tensors, resolve_cache_dir, verify, write_tensors
-from bayesq.suite.files import atomic_path
+from bayesq.suite.cache import CorruptCache, digest, read_tensors, resolve_cache_dir, verify, write_tensors
+from bayesq.suite.files import atomic_path, is_locked, lock, remove_leftovers
 
 TENSORS = {
     "float": torch.arange(6.0).reshape(2, 3),
@@ -137,7 +137,7 @@ def test_a_killed_holder_leaves_no_lock_behind(tmp_path):
     path = tmp_path / "entry"
     code = f"""import os
 from pathlib import Path
-from bayesq.suite.cache import lock
+from bayesq.suite.files import lock
 with lock(Path({str(path)!r})):
     os._exit(9)
 """
