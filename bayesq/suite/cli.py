@@ -12,12 +12,14 @@ import sys
 import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
 from hydra import version
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_automatic_config_search_path, get_args_parser
@@ -99,10 +101,29 @@ class Preflight:
         self.loader = self.hydra.config_loader
         self.parser = OverridesParser.create(config_loader=self.loader)
         self._references: dict[tuple[str, ...], dict[str, Any]] = {}
+        self._groups: dict[str, list[str]] = {}
+        self._bases: dict[tuple[str, ...], DictConfig] = {}
         self.axes = tuple(self._compose([]).hydra.runtime.choices)
 
     def _compose(self, overrides: Sequence[str], mode: RunMode = RunMode.RUN) -> DictConfig:
         return self.loader.load_configuration(self.config_name, list(overrides), run_mode=mode)
+
+    def _compose_job(self, parsed: Sequence[Override]) -> DictConfig:
+        """`_compose` for one of many jobs: those that differ in plain values only are read from the YAML files once.
+
+        What files are read depends on choices and on Hydra's own keys alone, and plain values (key=value) are the last
+        that Hydra applies; where others are applied with them (+key, ~key), their order counts and nothing is reused.
+        """
+        values = [o for o in parsed if not o.is_hydra_override() and not self._options(o.key_or_group)]
+        given = [o.input_line or "" for o in parsed]
+        if any(o.is_add() or o.is_force_add() or o.is_delete() or o.is_sweep_override() for o in values):
+            return self._compose(given)
+        rest = tuple(line for line, override in zip(given, parsed, strict=True) if override not in values)
+        if rest not in self._bases:
+            self._bases[rest] = self._compose(rest)
+        cfg = deepcopy(self._bases[rest])
+        ConfigLoaderImpl._apply_overrides_to_config(values, cfg)
+        return cfg
 
     def parse(self, overrides: Sequence[str]) -> list[Override]:
         """Hydra's reading of the arguments.
@@ -129,7 +150,9 @@ class Preflight:
 
     def _options(self, group: str) -> list[str]:
         """The files of a config group; empty when `group` is no group."""
-        return list(self.loader.get_group_options(group))
+        if group not in self._groups:
+            self._groups[group] = list(self.loader.get_group_options(group))
+        return self._groups[group]
 
     def _chosen(self, typed: Mapping[str, str]) -> Mapping[str, Any]:
         """The choice on every axis, also where an experiment among the `typed` choices makes it."""
@@ -212,7 +235,7 @@ class Preflight:
         """
         parsed = self.parse(overrides)
         try:
-            cfg = self._compose(overrides)
+            cfg = self._compose_job(parsed)
             reference = self.reference(cfg.hydra.runtime.choices)
         except COMPOSITION_ERRORS as error:
             raise self.explain(parsed, error) from error
@@ -223,13 +246,15 @@ class Preflight:
                 )
         settings.check_keys(_unresolved(cfg), reference)
         settings.validate(cfg)
-        settings.check_types(settings.resolved(cfg), reference)
+        config = settings.resolved(cfg)
+        settings.check_types(config, reference)
         launcher = str(cfg.hydra.launcher._target_)
         if launcher.endswith(LOCAL_LAUNCHERS):
             settings.check_device(cfg)
         settings.check_wandb_login(cfg)
         task = tuple(o.input_line or "" for o in parsed if not o.is_hydra_override())
-        return Job(settings.run_id(cfg), settings.run_dir(cfg), settings.resolved(cfg), task)
+        folder = settings.run_dir(cfg)
+        return Job(folder.name, folder, config, task)
 
 
 def _unresolved(cfg: DictConfig) -> dict[str, Any]:

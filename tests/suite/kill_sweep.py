@@ -23,8 +23,8 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 WORKLOAD = ("model=resnet", "dataset=digits")
 SIXTY_RUNS = ("ablation=full,codebook_lloyd,gptq,gptq_knapsack,rounding_nearest", "bits=2,3,3.5,4", "seed=0,1,2")
-# a process needs this long before its first run begins; a kill before that tests nothing
-START_UP_S = 4.0
+# what Hydra says when the first run is about to begin; a kill before that tests nothing
+LAUNCHING = b"Launching "
 COMMAND_TIMEOUT_S = 3600
 
 
@@ -33,8 +33,8 @@ class Outcome:
     """What happened to the killed sweep.
 
     Attributes:
-        undisturbed_s: duration of the sweep that was left alone.
-        disturbed_s: of all attempts of the other one together.
+        undisturbed_s: duration of the sweep that was left alone, from its first run on.
+        disturbed_s: of all attempts of the other one together, from their start on.
         finished_at_kill: how many runs had a result after each kill.
         runs: results in the end.
         complaints: all that is not as it should be.
@@ -48,12 +48,15 @@ class Outcome:
 
 
 def start(sweep: Sequence[str], folder: Path, log: Path) -> subprocess.Popen[bytes]:
-    """The sweep as a process of its own, with results and caches below `folder`."""
+    """The sweep as a process of its own, about to begin its first run, with results and caches below `folder`."""
     command = [sys.executable, str(ROOT / "run.py"), "-m", *WORKLOAD, *sweep]
     command += [f"results_dir={folder / 'results'}", f"cache_dir={folder / 'cache'}"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-    with log.open("ab") as output:
-        return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=folder)
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=folder)
+    while process.poll() is None and LAUNCHING not in log.read_bytes():
+        time.sleep(0.02)
+    return process
 
 
 def identities(folder: Path) -> dict[str, tuple[int, int]]:
@@ -81,20 +84,20 @@ def compare(sweep: Sequence[str], kills: int, seed: int, folder: Path) -> Outcom
     alone, killed = folder / "alone", folder / "killed"
     for place in (alone, killed):
         place.mkdir(parents=True)
+    process = start(sweep, alone, folder / "alone.log")
     begin = time.monotonic()
-    if start(sweep, alone, folder / "alone.log").wait(COMMAND_TIMEOUT_S):
+    if process.wait(COMMAND_TIMEOUT_S):
         outcome.complaints.append("the undisturbed sweep failed")
     outcome.undisturbed_s = time.monotonic() - begin
 
-    begin, log = time.monotonic(), folder / "killed.log"
+    begin = time.monotonic()
     seen: dict[str, tuple[int, int]] = {}
-    working = max(outcome.undisturbed_s - START_UP_S, 1.0)
-    while len(outcome.finished_at_kill) < kills:
-        process = start(sweep, killed, log)
+    while (kill := len(outcome.finished_at_kill)) < kills:
+        process = start(sweep, killed, folder / f"killed{kill}.log")
         try:
-            # on average ten kills take a little less than the whole sweep, of which each of them destroys a part
-            code = process.wait(START_UP_S + moments.uniform(0, 1.8) * working / (kills + 1))
-            outcome.complaints.append(f"ended with {code} before kill {len(outcome.finished_at_kill) + 1}")
+            # together the attempts take the time of the whole sweep, on average, of which each kill destroys a part
+            code = process.wait(moments.uniform(0, 2) * outcome.undisturbed_s / (kills + 1))
+            outcome.complaints.append(f"ended with {code} before kill {kill + 1}")
             break
         except subprocess.TimeoutExpired:
             process.kill()
@@ -103,7 +106,7 @@ def compare(sweep: Sequence[str], kills: int, seed: int, folder: Path) -> Outcom
         outcome.complaints += [f"written again: {name}" for name in seen if now.get(name) != seen[name]]
         seen = now
         outcome.finished_at_kill.append(sum(name.endswith("result.json") for name in now))
-    if start(sweep, killed, log).wait(COMMAND_TIMEOUT_S):
+    if start(sweep, killed, folder / "last.log").wait(COMMAND_TIMEOUT_S):
         outcome.complaints.append("the killed sweep failed in its last attempt")
     outcome.disturbed_s = time.monotonic() - begin
 
