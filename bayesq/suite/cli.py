@@ -98,6 +98,7 @@ class Preflight:
             search_path.prepend(provider="command-line", path=folder, anchor=SearchPathQuery(provider="schema"))
         self.config_name = config_name
         self.hydra = Hydra.create_main_hydra2(task_name="bayesq", config_search_path=search_path)
+        GlobalHydra.instance().clear()  # it belongs to Hydra's own run, which comes later in this process
         self.loader = self.hydra.config_loader
         self.parser = OverridesParser.create(config_loader=self.loader)
         self._references: dict[tuple[str, ...], dict[str, Any]] = {}
@@ -115,12 +116,14 @@ class Preflight:
         that Hydra applies; where others are applied with them (+key, ~key), their order counts and nothing is reused.
         """
         values = [o for o in parsed if not o.is_hydra_override() and not self._options(o.key_or_group)]
-        given = [o.input_line or "" for o in parsed]
         if any(o.is_add() or o.is_force_add() or o.is_delete() or o.is_sweep_override() for o in values):
-            return self._compose(given)
-        rest = tuple(line for line, override in zip(given, parsed, strict=True) if override not in values)
+            return self._compose([o.input_line or "" for o in parsed])
+        others = [o for o in parsed if o not in values]
+        rest = tuple(o.input_line or "" for o in others)
         if rest not in self._bases:
-            self._bases[rest] = self._compose(rest)
+            base = self._bases[rest] = self._compose(rest)
+            if all(self._is_axis(o.key_or_group) for o in others):  # then this is what the files give for these choices
+                self._references[self._axis_overrides(base.hydra.runtime.choices)] = _unresolved(base)
         cfg = deepcopy(self._bases[rest])
         ConfigLoaderImpl._apply_overrides_to_config(values, cfg)
         return cfg
@@ -139,11 +142,13 @@ class Preflight:
 
     def reference(self, choices: Mapping[str, Any]) -> dict[str, Any]:
         """The plain config that the YAML files give for a choice on every axis, without any other override."""
-        overrides = tuple(f"{axis}={name}" for axis, name in sorted(choices.items()) if name and self._is_axis(axis))
+        overrides = self._axis_overrides(choices)
         if overrides not in self._references:
-            composed = self._compose(overrides)
-            self._references[overrides] = _unresolved(composed)
+            self._references[overrides] = _unresolved(self._compose(overrides))
         return self._references[overrides]
+
+    def _axis_overrides(self, choices: Mapping[str, Any]) -> tuple[str, ...]:
+        return tuple(f"{axis}={name}" for axis, name in sorted(choices.items()) if name and self._is_axis(axis))
 
     def _is_axis(self, group: str) -> bool:
         return group in self.axes and not group.startswith("hydra/")
@@ -297,8 +302,6 @@ def preflight(argv: Sequence[str]) -> list[Job] | None:
         jobs = flight.jobs(arguments.overrides, arguments.multirun)
     except COMPOSITION_ERRORS as error:
         raise UserError(settings.explanation(error)) from error
-    finally:
-        GlobalHydra.instance().clear()
     return list({job.run_dir: job for job in jobs}.values())
 
 
