@@ -9,6 +9,7 @@ twice, and no half-written file is left.
 import argparse
 import csv
 import json
+import math
 import os
 import random
 import subprocess
@@ -79,7 +80,10 @@ def content(run: Path) -> dict[str, Any]:
 
 
 def compare(sweep: Sequence[str], kills: int, seed: int, folder: Path) -> Outcome:
-    """Run the sweep undisturbed, then once more with `kills` SIGKILLs at moments that `seed` draws."""
+    """Run the sweep undisturbed, then once more with `kills` SIGKILLs at moments that `seed` draws.
+
+    A moment is a number of finished runs and a time after that, up to the mean duration of a run.
+    """
     outcome, moments = Outcome(), random.Random(seed)
     alone, killed = folder / "alone", folder / "killed"
     for place in (alone, killed):
@@ -92,11 +96,14 @@ def compare(sweep: Sequence[str], kills: int, seed: int, folder: Path) -> Outcom
 
     begin = time.monotonic()
     seen: dict[str, tuple[int, int]] = {}
-    while (kill := len(outcome.finished_at_kill)) < kills:
+    runs = len(list(alone.glob("results/*/result.json")))
+    targets = sorted(moments.randrange(math.ceil(0.9 * runs)) for _ in range(kills))
+    for kill, target in enumerate(targets):
         process = start(sweep, killed, folder / f"killed{kill}.log")
+        while process.poll() is None and len(list(killed.glob("results/*/result.json"))) < target:
+            time.sleep(0.05)
         try:
-            # together the attempts take the time of the whole sweep, on average, of which each kill destroys a part
-            code = process.wait(moments.uniform(0, 2) * outcome.undisturbed_s / (kills + 1))
+            code = process.wait(moments.uniform(0, outcome.undisturbed_s / runs))
             outcome.complaints.append(f"ended with {code} before kill {kill + 1}")
             break
         except subprocess.TimeoutExpired:
