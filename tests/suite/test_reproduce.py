@@ -107,7 +107,7 @@ def test_tables_are_compared_cell_by_cell(tmp_path: Path, recorded: Path) -> Non
             {**CODES, "a/codes": torch.tensor([1, 2, 4], dtype=torch.uint8)},
             ("a/codes", "3 elements", "1 of them differ"),
         ),
-        ({**CODES, "b/codes": CODES["a/codes"]}, ("b/codes", "absent", "torch.uint8 [3]")),
+        ({**CODES, "b/codes": CODES["a/codes"].clone()}, ("b/codes", "absent", "torch.uint8 [3]")),
         ({**CODES, "a/scales": torch.zeros(3)}, ("a/scales", "torch.float32 [2]", "torch.float32 [3]")),
     ],
 )
