@@ -21,6 +21,7 @@ from bayesq.suite.cli import NO_REASON, TRACEBACK_FILE, preflight
 from bayesq.suite.errors import UserError
 from bayesq.suite.files import is_locked
 
+RUN_FILE = "run.py"
 OVERRIDES_FILE = ".hydra/overrides.yaml"
 STATES = ("done", "failed", "running", "missing")
 MULTIRUN = ("-m", "--multirun")
@@ -118,10 +119,11 @@ def _in_folder(results_dir: Path) -> str:
 
 
 def command(results_dir: Path, overrides: Iterable[str], *options: str) -> str:
-    """A line for the shell that starts runs with these overrides in `results_dir`."""
+    """A line for the shell that starts runs with these overrides in `results_dir`, from the folder one is in."""
+    program = ["python", RUN_FILE] if Path(RUN_FILE).is_file() else ["bayesq-run"]
     own = [override for override in overrides if _key(override) != "results_dir"]
     folder = [] if results_dir == Path("results") else [_in_folder(results_dir)]
-    return shlex.join(["python", "run.py", *options, *own, *folder])
+    return shlex.join([*program, *options, *own, *folder])
 
 
 def report(runs: Sequence[Run], results_dir: Path) -> str:

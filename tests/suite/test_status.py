@@ -74,9 +74,9 @@ def test_every_state_of_a_sweep_is_told_from_the_others() -> None:
         f"failed  {failed.run_id} method=gptq bits=3.5: ValueError: no [{failed.run_dir}/traceback.txt]",
         f"running {running.run_id} method=rtn bits=3",
         f"missing {killed.run_id} method=rtn bits=3.5: it ended before it could say why",
-        "        python run.py method=rtn bits=3.5",
+        "        bayesq-run method=rtn bits=3.5",
         "4 runs: 1 done, 1 failed, 1 running, 1 missing",
-        "All that is not done: python run.py -m method=gptq,rtn bits=3,3.5",
+        "All that is not done: bayesq-run -m method=gptq,rtn bits=3,3.5",
     ]
 
 
@@ -101,7 +101,7 @@ def test_without_a_sweep_every_run_that_was_started_is_listed() -> None:
     assert answer.returncode == 1
     assert answer.stdout.splitlines()[-1] == "3 runs: 1 done, 1 failed, 0 running, 1 missing"
     assert f"missing {killed.run_id} method=rtn bits=3" in answer.stdout
-    assert "        python run.py method=rtn bits=3\n" in answer.stdout
+    assert "        bayesq-run method=rtn bits=3\n" in answer.stdout
 
 
 @pytest.mark.parametrize("folder", ["out", "my results/it's (1)"])
@@ -110,14 +110,14 @@ def test_the_commands_of_missing_runs_start_exactly_them(folder: str) -> None:
     settled = ["device=cpu", "wandb.mode=disabled", "force=true"]
     answer = asked(folder, *sweep, *settled)
     lines = answer.stdout.splitlines()
-    commands = [shlex.split(line) for line in lines if line.startswith("        python run.py")]
+    commands = [shlex.split(line) for line in lines if line.startswith("        bayesq-run ")]
     ids = [line.split()[1] for line in lines if line.startswith("missing")]
     assert len(commands) == len(ids) == 2
     for command, run_id in zip(commands, ids, strict=True):
-        (job,) = preflight(command[2:]) or ()
+        (job,) = preflight(command[1:]) or ()
         assert (job.run_id, job.run_dir.parent) == (run_id, Path(folder).absolute())
         assert (job.config["device"], job.config["wandb"]["mode"], job.config["force"]) == ("cpu", "disabled", True)
-    whole = preflight(shlex.split(lines[-1].partition(": ")[2])[2:])
+    whole = preflight(shlex.split(lines[-1].partition(": ")[2])[1:])
     assert whole is not None
     assert [job.run_dir for job in whole] == [Path(folder).absolute() / run_id for run_id in ids]
 
@@ -144,6 +144,12 @@ def test_bad_questions_are_one_line(arguments: list[str], named: str) -> None:
     assert (answer.returncode, answer.stdout) == (1, "")
     assert answer.stderr.startswith("error: ") and answer.stderr.count("\n") == 1
     assert named in answer.stderr
+
+
+def test_in_a_checkout_the_commands_start_its_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert status.command(Path("results"), ["bits=3"]) == "bayesq-run bits=3"
+    monkeypatch.chdir(ROOT)
+    assert status.command(Path("out"), ["bits=3"], "-m") == "python run.py -m bits=3 results_dir=out"
 
 
 def test_an_empty_folder_is_not_done(tmp_path: Path) -> None:
