@@ -251,15 +251,13 @@ class Preflight:
                 )
         settings.check_keys(_unresolved(cfg), reference)
         settings.validate(cfg)
-        config = settings.resolved(cfg)
-        settings.check_types(config, reference)
+        settings.check_types(settings.resolved(cfg), reference)
         launcher = str(cfg.hydra.launcher._target_)
         if launcher.endswith(LOCAL_LAUNCHERS):
             settings.check_device(cfg)
         settings.check_wandb_login(cfg)
         task = tuple(o.input_line or "" for o in parsed if not o.is_hydra_override())
-        folder = settings.run_dir(cfg)
-        return Job(folder.name, folder, config, task)
+        return Job(settings.run_id(cfg), settings.run_dir(cfg), settings.resolved(cfg), task)
 
 
 def _unresolved(cfg: DictConfig) -> dict[str, Any]:

@@ -24,8 +24,8 @@ from bayesq.suite.errors import UserError
 
 # config is what is run, the others are compared beforehand and only warned about
 RECORDS = ("config", "versions", "host", "git")
-# what depends on the machine and its load, not on the run
-OF_THE_MACHINE = ("time/", "memory/", "fallback/oom_retries")
+# what depends on the machine, its load and its connections, not on the run
+OF_THE_MACHINE = ("time/", "memory/", "fallback/oom_retries", "wandb/")
 TABLES = ("layers.csv", "predictions.csv")
 SECONDS = "seconds"
 CODES = "quantized.safetensors"

@@ -67,9 +67,9 @@ def identities(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 def content(run: Path) -> dict[str, Any]:
-    """All that a run found out; nothing about when, where and how fast."""
+    """All that a run found out; nothing about when, where and how fast, nor about W&B."""
     result = json.loads((run / "result.json").read_text())
-    kept = {key: value for key, value in result.items() if not key.startswith(("time/", "memory/"))}
+    kept = {key: value for key, value in result.items() if not key.startswith(("time/", "memory/", "wandb/"))}
     kept["config"] = {k: v for k, v in result["config"].items() if k not in ("results_dir", "cache_dir")}
     kept["host"] = {k: v for k, v in result["host"].items() if k != "directory"}
     with (run / "layers.csv").open(newline="") as file:

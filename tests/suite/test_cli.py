@@ -224,9 +224,9 @@ def test_a_job_is_composed_from_what_others_read_as_it_would_be_alone(overrides:
         flight.check(others)
     alone = cli.Preflight(cli.CONFIG_NAME, str(cli.conf_dir()), None)._compose(overrides)
     for _ in range(2):
-        assert flight.check(overrides) == cli.Job(
-            config.run_id(alone), config.run_dir(alone), config.resolved(alone), flight.check(overrides).overrides
-        )
+        job = flight.check(overrides)
+        assert job.config == config.resolved(alone)
+        assert (job.run_id, job.run_dir) == (config.run_id(alone), config.run_dir(alone))
 
 
 def test_what_files_give_is_known_from_a_job_with_choices_only() -> None:
