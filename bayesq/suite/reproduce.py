@@ -31,6 +31,8 @@ SECONDS = "seconds"
 CODES = "quantized.safetensors"
 # subfolders of the cache with what --fresh makes again; what was downloaded is not fetched again
 COMPUTED = ("full_precision", "models", "statistics")
+# of the keys without effect on the result: those that a machine needs to get it
+KEPT = ("device", "cache_dir")
 AXES = ("model", "dataset", "method", "posterior")
 
 Difference = tuple[str, str, str]  # what, as recorded, as found here
@@ -135,22 +137,25 @@ def warnings(result: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
 
 
 def recorded_config(result: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration of a result, if this version of the suite has the same keys.
+    """The configuration of a result; of what changes nothing about it, only the device and the cache are kept.
 
     Raises:
-        UserError: it has others.
+        UserError: this version of the suite has other keys that determine a result.
     """
     config: dict[str, Any] = result["config"]
     reference = Preflight(CONFIG_NAME, str(conf_dir()), None).reference({})
+    own = (*AXES, *settings.WITHOUT_EFFECT)
     try:
-        settings.check_keys(*({k: v for k, v in keys.items() if k not in AXES} for keys in (config, reference)))
+        settings.check_keys(*({k: v for k, v in keys.items() if k not in own} for keys in (config, reference)))
     except UserError as error:
         version, commit = result.get("versions", {}).get("bayesq"), result.get("git", {}).get("commit")
         raise UserError(
             f"the record is of another version, bayesq {version} at commit {commit}, which has to be installed to "
             f"reproduce it ({error})"
         ) from error
-    return config
+    defaults = {key: reference[key] for key in settings.WITHOUT_EFFECT if key in reference}
+    kept = {key: value for key, value in config.items() if key not in defaults or key in KEPT}
+    return {**defaults, **kept}
 
 
 def fresh_cache(cache_dir: Path, folder: Path) -> Path:

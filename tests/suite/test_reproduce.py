@@ -152,6 +152,10 @@ def test_a_record_of_other_keys_says_which_version_it_needs() -> None:
     (job,) = preflight(["method=rtn"]) or ()
     result = {"config": job.config, "versions": {"bayesq": "0.1"}, "git": {"commit": "abc"}}
     assert reproduce.recorded_config(result) == job.config
+    settled = {**job.config, "device": "cpu", "cache_dir": "/cache", "results_dir": "elsewhere", "force": True}
+    del settled["wandb"]
+    found = reproduce.recorded_config({**result, "config": settled})
+    assert found == {**job.config, "device": "cpu", "cache_dir": "/cache"}
     without = {key: value for key, value in job.config.items() if key != "evaluation"}
     for config in (without, {**job.config, "extra": 1}):
         with pytest.raises(UserError, match=r"bayesq 0\.1 at commit abc"):
