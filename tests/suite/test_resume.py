@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
@@ -166,3 +167,16 @@ def test_a_sweep_killed_at_random_moments_ends_as_one_left_alone(tmp_path: Path)
     outcome = compare(["ablation=full,gptq,rounding_nearest", "bits=2,3.5", "seed=0,1"], 4, 1, tmp_path)
     assert outcome.complaints == []
     assert (outcome.runs, len(outcome.finished_at_kill)) == (12, 4)
+
+
+@pytest.mark.slow
+def test_the_runner_adds_less_than_half_a_second_to_a_run(folder: Path, launch: Launcher) -> None:
+    seeds = "seed=0,1,2,3,4,5,6,7"
+    command = ["-m", "model=resnet", "dataset=digits", "method=rtn", seeds, "results_dir=many", "cache_dir=alone-cache"]
+    assert launch((command, None, "many.txt")) == [0]
+    files = sorted((path for path in folder.glob("many/*/result.json")), key=lambda path: path.stat().st_mtime_ns)
+    ends = [path.stat().st_mtime for path in files]
+    totals = [json.loads(path.read_text())["time/total_s"] for path in files]
+    beside = [end - before - total for before, end, total in zip(ends, ends[1:], totals[1:], strict=False)]
+    assert len(beside) == 7
+    assert median(beside) < 0.5
