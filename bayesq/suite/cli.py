@@ -110,13 +110,13 @@ class Preflight:
         return self.loader.load_configuration(self.config_name, list(overrides), run_mode=mode)
 
     def _compose_job(self, parsed: Sequence[Override]) -> DictConfig:
-        """`_compose` for one of many jobs: those that differ in plain values only are read from the YAML files once.
+        """`_compose` for one of many jobs: those that differ in single keys only are read from the YAML files once.
 
-        What files are read depends on choices and on Hydra's own keys alone, and plain values (key=value) are the last
-        that Hydra applies; where others are applied with them (+key, ~key), their order counts and nothing is reused.
+        Which files are read depends on choices and on Hydra's own keys alone; what is typed for single keys Hydra
+        applies afterwards, in its order, as is done here.
         """
         values = [o for o in parsed if not o.is_hydra_override() and not self._options(o.key_or_group)]
-        if any(o.is_add() or o.is_force_add() or o.is_delete() or o.is_sweep_override() for o in values):
+        if any(o.is_sweep_override() for o in parsed):  # Hydra says why one job cannot have several values
             return self._compose([o.input_line or "" for o in parsed])
         others = [o for o in parsed if o not in values]
         rest = tuple(o.input_line or "" for o in others)
