@@ -52,7 +52,9 @@ def start(sweep: Sequence[str], folder: Path, log: Path) -> subprocess.Popen[byt
     """The sweep as a process of its own, about to begin its first run, with results and caches below `folder`."""
     command = [sys.executable, str(ROOT / "run.py"), "-m", *WORKLOAD, *sweep]
     command += [f"results_dir={folder / 'results'}", f"cache_dir={folder / 'cache'}"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    # every attempt has a W&B service of its own, as when typed in a shell
+    environment = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
+    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=folder)
     while process.poll() is None and LAUNCHING not in log.read_bytes():

@@ -72,13 +72,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def launch(folder: Path) -> Iterator[Launcher]:
     """A function that runs attempts side by side in `folder` and returns their exit codes."""
+    # a W&B service of the tests' own process would be shared by all attempts, dead or alive
+    environment = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
     process = subprocess.Popen(
         [sys.executable, "-c", ATTEMPTS],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env={**environment, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
     )
     assert process.stdin is not None and process.stdout is not None
     given, answers = process.stdin, process.stdout
