@@ -1,15 +1,13 @@
-"""On-disk tensors that are whole or absent: atomic writes, a digest checked on every load, a lock per file."""
+"""On-disk tensors that are whole or absent: atomic writes, and a digest checked on every load."""
 
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import platformdirs
 import torch
-from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -81,14 +79,3 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     metadata = verify(path)
     with safe_open(path, framework="pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
-
-
-@contextmanager
-def lock(path: Path) -> Iterator[None]:
-    """Hold the inter-process lock of `path`: two processes never compute the same cache entry at once.
-
-    The operating system drops the lock when its holder dies, so a killed run leaves nothing stale behind.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{path}.lock"):
-        yield

@@ -31,7 +31,8 @@ from bayesq.quant.layers import (
     weight_to_matrix,
 )
 from bayesq.quant.method import STATISTICS
-from bayesq.suite.cache import CorruptCache, lock, verify, write_tensors
+from bayesq.suite.cache import CorruptCache, verify, write_tensors
+from bayesq.suite.files import lock
 from bayesq.suite.memory import halving
 from bayesq.suite.models.base import Batch, EncodedExamples
 

@@ -7,16 +7,19 @@ skipping of finished runs, and the summary.
 import argparse
 import logging
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
-from filelock import FileLock
 from hydra import version
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_automatic_config_search_path, get_args_parser
@@ -36,12 +39,15 @@ import bayesq
 from bayesq.suite import config as settings
 from bayesq.suite import results
 from bayesq.suite.errors import UserError
+from bayesq.suite.files import lock, remove_leftovers
 
 log = logging.getLogger(__name__)
 
 VERSION_BASE = "1.3"
 CONFIG_NAME = "config"
 TRACEBACK_FILE = "traceback.txt"
+# of a run that was killed, for instance because memory ran out
+NO_REASON = "it ended before it could say why"
 BASIC_SWEEPER = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, ConfigLoadError, YAMLError, ValueError)
 # launchers whose jobs run on the machine of the command, so that its accelerators are theirs
@@ -92,13 +98,35 @@ class Preflight:
             search_path.prepend(provider="command-line", path=folder, anchor=SearchPathQuery(provider="schema"))
         self.config_name = config_name
         self.hydra = Hydra.create_main_hydra2(task_name="bayesq", config_search_path=search_path)
+        GlobalHydra.instance().clear()  # it belongs to Hydra's own run, which comes later in this process
         self.loader = self.hydra.config_loader
         self.parser = OverridesParser.create(config_loader=self.loader)
         self._references: dict[tuple[str, ...], dict[str, Any]] = {}
+        self._groups: dict[str, list[str]] = {}
+        self._bases: dict[tuple[str, ...], DictConfig] = {}
         self.axes = tuple(self._compose([]).hydra.runtime.choices)
 
     def _compose(self, overrides: Sequence[str], mode: RunMode = RunMode.RUN) -> DictConfig:
         return self.loader.load_configuration(self.config_name, list(overrides), run_mode=mode)
+
+    def _compose_job(self, parsed: Sequence[Override]) -> DictConfig:
+        """`_compose` for one of many jobs: those that differ in single keys only are read from the YAML files once.
+
+        Which files are read depends on choices and on Hydra's own keys alone; what is typed for single keys Hydra
+        applies afterwards, in its order, as is done here.
+        """
+        values = [o for o in parsed if not o.is_hydra_override() and not self._options(o.key_or_group)]
+        if any(o.is_sweep_override() for o in parsed):  # Hydra says why one job cannot have several values
+            return self._compose([o.input_line or "" for o in parsed])
+        others = [o for o in parsed if o not in values]
+        rest = tuple(o.input_line or "" for o in others)
+        if rest not in self._bases:
+            base = self._bases[rest] = self._compose(rest)
+            if all(self._is_axis(o.key_or_group) for o in others):  # then this is what the files give for these choices
+                self._references[self._axis_overrides(base.hydra.runtime.choices)] = _unresolved(base)
+        cfg = deepcopy(self._bases[rest])
+        ConfigLoaderImpl._apply_overrides_to_config(values, cfg)
+        return cfg
 
     def parse(self, overrides: Sequence[str]) -> list[Override]:
         """Hydra's reading of the arguments.
@@ -114,18 +142,22 @@ class Preflight:
 
     def reference(self, choices: Mapping[str, Any]) -> dict[str, Any]:
         """The plain config that the YAML files give for a choice on every axis, without any other override."""
-        overrides = tuple(f"{axis}={name}" for axis, name in sorted(choices.items()) if name and self._is_axis(axis))
+        overrides = self._axis_overrides(choices)
         if overrides not in self._references:
-            composed = self._compose(overrides)
-            self._references[overrides] = _unresolved(composed)
+            self._references[overrides] = _unresolved(self._compose(overrides))
         return self._references[overrides]
+
+    def _axis_overrides(self, choices: Mapping[str, Any]) -> tuple[str, ...]:
+        return tuple(f"{axis}={name}" for axis, name in sorted(choices.items()) if name and self._is_axis(axis))
 
     def _is_axis(self, group: str) -> bool:
         return group in self.axes and not group.startswith("hydra/")
 
     def _options(self, group: str) -> list[str]:
         """The files of a config group; empty when `group` is no group."""
-        return list(self.loader.get_group_options(group))
+        if group not in self._groups:
+            self._groups[group] = list(self.loader.get_group_options(group))
+        return self._groups[group]
 
     def _chosen(self, typed: Mapping[str, str]) -> Mapping[str, Any]:
         """The choice on every axis, also where an experiment among the `typed` choices makes it."""
@@ -208,7 +240,7 @@ class Preflight:
         """
         parsed = self.parse(overrides)
         try:
-            cfg = self._compose(overrides)
+            cfg = self._compose_job(parsed)
             reference = self.reference(cfg.hydra.runtime.choices)
         except COMPOSITION_ERRORS as error:
             raise self.explain(parsed, error) from error
@@ -268,8 +300,6 @@ def preflight(argv: Sequence[str]) -> list[Job] | None:
         jobs = flight.jobs(arguments.overrides, arguments.multirun)
     except COMPOSITION_ERRORS as error:
         raise UserError(settings.explanation(error)) from error
-    finally:
-        GlobalHydra.instance().clear()
     return list({job.run_dir: job for job in jobs}.values())
 
 
@@ -296,43 +326,63 @@ def job(cfg: DictConfig) -> None:
     by what the folder holds. A sweeper other than Hydra's own has to know, so there they are.
     """
     folder = settings.run_dir(cfg)
-    config = settings.resolved(cfg)
-    # two processes that share results_dir must not write one run's files at the same time
-    with FileLock(folder / ".lock"):
-        if results.is_finished(folder) and not cfg.force:
-            log.info("skipped (finished): %s %s", folder.name, _label(config))
-            return
-        # what an earlier attempt left must not pass for the outcome of this one
-        for name in (results.RESULT_FILE, results.FAILURE_FILE, TRACEBACK_FILE):
-            (folder / name).unlink(missing_ok=True)
+    with ExitStack() as held:
         try:
-            # the preflight has seen neither what a foreign sweeper made up nor the machine a remote job runs on
-            settings.validate(cfg)
-            settings.check_device(cfg)
-            from bayesq.suite.runner import run
-
-            run(cfg)
+            # two processes that share results_dir must not write one run's files at the same time, the report included
+            held.enter_context(lock(folder / results.RESULT_FILE))
+            run_unless_finished(cfg, folder)
         except Exception as error:
-            report_failure(folder, config, error)
-            if HydraConfig.get().sweeper._target_ != BASIC_SWEEPER:
+            hydra_cfg = HydraConfig.get()
+            report_failure(folder, hydra_cfg.overrides.task, error)
+            if hydra_cfg.sweeper._target_ != BASIC_SWEEPER:
                 raise
 
 
-def report_failure(folder: Path, config: Mapping[str, Any], error: Exception) -> None:
-    """Say in one line why a run failed; status.json and, for a defect, traceback.txt keep it in the run's folder."""
+def run_unless_finished(cfg: DictConfig, folder: Path) -> None:
+    """Run one configuration in `folder`, which no other process works in, unless its result is there already."""
+    if results.is_finished(folder) and not cfg.force:
+        log.info("skipped (finished): %s %s", folder.name, _label(settings.resolved(cfg)))
+        return
+    # what an earlier attempt left must not pass for the outcome of this one
+    for name in (results.RESULT_FILE, results.FAILURE_FILE, TRACEBACK_FILE):
+        (folder / name).unlink(missing_ok=True)
+    remove_leftovers(folder)
+    # the preflight has seen neither what a foreign sweeper made up nor the machine a remote job runs on
+    settings.validate(cfg)
+    settings.check_device(cfg)
+    from bayesq.suite import provenance, runner
+
+    provenance.git_state()  # while the files are still those this process has loaded; the result asks again
+    runner.run(cfg)
+
+
+def report_failure(folder: Path, overrides: Sequence[str], error: Exception) -> None:
+    """Say in one line why a run failed; status.json and, for a defect, traceback.txt keep it in the run's folder.
+
+    Args:
+        folder: of the run.
+        overrides: that the run was composed from, without Hydra's own.
+        error: what was raised.
+    """
     explained = user_error_in(error)
-    where = f"{folder.name} ({_label(config)})"
-    if explained is not None:
-        message = settings.one_line(str(explained))
-        line = f"error: {message} [{where}]"
-    else:
-        message = settings.one_line(f"{type(error).__name__}: {error}")
-        (folder / TRACEBACK_FILE).write_text("".join(traceback.format_exception(error)), encoding="utf-8")
-        line = f"error: {message} [{where}; {folder / TRACEBACK_FILE}]"
-    results.write_json(folder / results.FAILURE_FILE, {"status": "failed", "error": message})
-    print(line, file=sys.stderr, flush=True)
+    status = {
+        "status": "failed",
+        "error": settings.one_line(str(explained) if explained else f"{type(error).__name__}: {error}"),
+        "overrides": list(overrides),
+        "traceback": None if explained else TRACEBACK_FILE,
+    }
+    where = f"{folder.name}: {shlex.join(overrides) or 'no overrides'}"
+    if status["traceback"]:
+        where += f"; {folder / TRACEBACK_FILE}"
+    print(f"error: {status['error']} [{where}]", file=sys.stderr, flush=True)
     if wants_traceback():
         traceback.print_exception(error)
+    try:
+        if status["traceback"]:
+            (folder / TRACEBACK_FILE).write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+        results.write_json(folder / results.FAILURE_FILE, status)
+    except OSError as unwritable:  # the disk that is full may be what the run failed of
+        print(f"error: {folder}: the reason cannot be kept there ({unwritable.strerror})", file=sys.stderr, flush=True)
 
 
 # ------------------------------------------------------------------------------------------------------- afterwards
@@ -365,7 +415,7 @@ def summarise(jobs: Sequence[Job]) -> bool:
             continue
         complete = False
         status = results.read_result(job.run_dir / results.FAILURE_FILE) or {}
-        reason = status.get("error", "it ended before it could say why")
+        reason = status.get("error", NO_REASON)
         print(f"{outcome['status']}: {job.run_id} {_label(job.config)}: {reason}", flush=True)
     return complete
 

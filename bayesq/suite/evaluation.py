@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from bayesq.likelihood import kl_divergence
-from bayesq.suite.cache import CorruptCache, lock, read_tensors, write_tensors
+from bayesq.suite.cache import CorruptCache, read_tensors, write_tensors
+from bayesq.suite.files import lock
 from bayesq.suite.memory import halving
 from bayesq.suite.metrics import Metric, difference_interval, measure
 from bayesq.suite.models.base import EncodedExamples

@@ -4,12 +4,15 @@ import os
 import platform
 import subprocess
 import sys
+from functools import cache
 from importlib import metadata
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 import bayesq
+
+if TYPE_CHECKING:
+    import torch
 
 PACKAGES = (
     "torch",
@@ -17,7 +20,11 @@ PACKAGES = (
     "timm",
     "transformers",
     "tokenizers",
+    "datasets",
+    "numba",
     "numpy",
+    "pandas",
+    "pillow",
     "scikit-learn",
     "safetensors",
     "hydra-core",
@@ -26,6 +33,7 @@ PACKAGES = (
 )
 
 
+@cache
 def versions() -> dict[str, str]:
     """Version of bayesq, of Python and of every package that can change a number; "absent" if not installed."""
     found = {"bayesq": bayesq.__version__, "python": platform.python_version()}
@@ -37,8 +45,10 @@ def versions() -> dict[str, str]:
     return found
 
 
-def host(device: torch.device) -> dict[str, str | int]:
-    """Hardware a run was measured on."""
+def host(device: "torch.device") -> dict[str, str | int]:
+    """Hardware a run was measured on, and the folder it was started in: relative paths in its config begin there."""
+    import torch
+
     accelerator = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return {
         "platform": platform.platform(),
@@ -46,6 +56,7 @@ def host(device: torch.device) -> dict[str, str | int]:
         "cores": os.cpu_count() or 0,
         "threads": torch.get_num_threads(),
         "device": accelerator,
+        "directory": str(Path.cwd()),
     }
 
 
@@ -57,8 +68,12 @@ def _processor() -> str:
     return platform.processor() or "unknown"
 
 
+@cache
 def git_state() -> dict[str, str | bool | None]:
-    """Commit of the checkout the code runs from, and whether files differ from it; None outside a checkout."""
+    """Commit of the checkout the code runs from, and whether files differ from it; None outside a checkout.
+
+    Found once a process: what is edited or committed later is not what runs.
+    """
     root = Path(bayesq.__file__).parents[1]
     if not (root / ".git").exists():
         return {"commit": None, "dirty": None}

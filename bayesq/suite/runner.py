@@ -267,7 +267,13 @@ def execute(
         "versions": versions(),
         "host": host(work.device),
         "git": git_state(),
-        "source": {"dataset": work.data.source, "model": work.network.description, "weights": work.network.checksum},
+        "source": {
+            "dataset": work.data.source,
+            "model": work.network.description,
+            "weights": work.network.checksum,
+            "calibration": work.calibration.checksum(),
+            "evaluation": work.evaluation.checksum(),
+        },
     }
     return result, layers, predictions
 

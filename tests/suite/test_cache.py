@@ -2,18 +2,21 @@
 
 import logging
 import os
+import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import platformdirs
 import pytest
 import torch
 
-from bayesq.suite.cache import CorruptCache, digest, lock, read_tensors, resolve_cache_dir, verify, write_tensors
-from bayesq.suite.files import atomic_path
+from bayesq.suite.cache import CorruptCache, digest, read_tensors, resolve_cache_dir, verify, write_tensors
+from bayesq.suite.files import atomic_path, is_locked, lock, remove_leftovers
 
 TENSORS = {
     "float": torch.arange(6.0).reshape(2, 3),
@@ -133,23 +136,95 @@ def test_the_lock_admits_one_at_a_time(tmp_path):
     assert most == [1, 1, 1, 1]
 
 
-def test_a_killed_holder_leaves_no_lock_behind(tmp_path):
-    path = tmp_path / "entry"
-    code = f"""import os
+HOLDER = """
+import sys, time
 from pathlib import Path
-from bayesq.suite.cache import lock
-with lock(Path({str(path)!r})):
-    os._exit(9)
+from bayesq.suite.files import atomic_path, lock
+path = Path(sys.argv[1])
+with lock(path), atomic_path(path) as temporary:
+    temporary.write_text("half")
+    print("held", flush=True)
+    time.sleep(600)
 """
-    root = str(Path(__file__).parents[2])
-    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": root}, timeout=100)
-    assert done.returncode == 9
-    logging.getLogger("filelock").setLevel(logging.ERROR)
-    taken = threading.Event()
+
+
+@pytest.fixture
+def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """Another process that holds the lock of tmp_path/entry and is in the middle of writing it."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, "-c", HOLDER, str(tmp_path / "entry")]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.wait()
+    process.stdout.close()
+
+
+def test_a_sigkilled_holder_leaves_neither_a_lock_nor_half_a_file_behind(
+    tmp_path: Path, holder: subprocess.Popen[str]
+) -> None:
+    path = tmp_path / "entry"
+    assert is_locked(path)
+    assert len(list(tmp_path.glob(".entry.*.tmp"))) == 1
+    holder.send_signal(signal.SIGKILL)
+    assert holder.wait() == -signal.SIGKILL
+    assert not is_locked(path)
+    assert len(list(tmp_path.glob(".entry.*.tmp"))) == 1
+    begin = time.monotonic()
+    with lock(path):
+        assert time.monotonic() - begin < 1
+        assert [file.name for file in tmp_path.iterdir()] == ["entry.lock"]
+
+
+def test_who_waits_says_once_what_for(
+    tmp_path: Path, holder: subprocess.Popen[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    path, taken = tmp_path / "entry", threading.Event()
+    caplog.set_level(logging.INFO, logger="bayesq")
 
     def take() -> None:
         with lock(path):
             taken.set()
 
-    threading.Thread(target=take, daemon=True).start()
+    waiting = threading.Thread(target=take, daemon=True)
+    waiting.start()
+    assert not taken.wait(1)
+    assert len(list(tmp_path.glob(".entry.*.tmp"))) == 1, "what its holder writes is left alone"
+    holder.kill()
     assert taken.wait(5)
+    waiting.join()
+    assert [record.getMessage() for record in caplog.records if record.name.startswith("bayesq")] == [
+        f"waiting for another process, which holds {path}.lock"
+    ]
+    caplog.clear()
+    with lock(path):
+        assert caplog.records == []
+
+
+def test_leftovers_of_other_machines_go_when_a_day_old(tmp_path: Path) -> None:
+    own, fresh, old = (tmp_path / f".entry.{host}.0123.tmp" for host in (socket.gethostname(), "elsewhere", "far"))
+    other = tmp_path / f".another.{socket.gethostname()}.0123.tmp"
+    for file in (own, fresh, old, other):
+        file.write_text("half")
+    os.utime(old, (time.time() - 25 * 3600,) * 2)
+    remove_leftovers(tmp_path, "entry")
+    assert set(tmp_path.iterdir()) == {fresh, other}
+    remove_leftovers(tmp_path)
+    assert set(tmp_path.iterdir()) == {fresh}
+
+
+def test_a_folder_that_takes_no_lock_file_shows_no_lock(tmp_path: Path) -> None:
+    path = tmp_path / "entry"
+    assert not is_locked(path)
+    assert list(tmp_path.iterdir()) == [], "asking leaves nothing"
+
+
+def test_tensors_are_as_readable_as_other_files(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        write_tensors(tmp_path / "file.safetensors", TENSORS)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "file.safetensors").stat().st_mode & 0o777 == 0o640

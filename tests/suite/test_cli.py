@@ -6,21 +6,26 @@ Real runs belong to the end-to-end tests; here a small stand-in takes the runner
 import itertools
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import yaml
 
-from bayesq.suite import cli, results
+from bayesq.suite import cli, config, results
 from bayesq.suite.errors import UserError
+from bayesq.suite.files import lock
 
 ROOT = Path(__file__).parents[2]
 
-# seed 13 is the user's mistake, seed 14 a defect; REPAIRED in the environment lets both succeed
+# seed 13 is the user's mistake, seed 14 a defect (REPAIRED in the environment lets both succeed), 15 is killed, and
+# what 16 fails of keeps its reason from being written
 STAND_IN = """
-import os, sys, types
+import os, shutil, signal, sys, types
 from bayesq.suite import config, results
 from bayesq.suite.errors import UserError
 
@@ -32,6 +37,12 @@ def run(cfg):
             raise RuntimeError("Error in call to target 'x'") from error
     if cfg.seed == 14 and "REPAIRED" not in os.environ:
         raise ZeroDivisionError("second\\nline")
+    if cfg.seed == 15:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if cfg.seed == 16:  # a file in place of the run's folder takes no file, as a full disk
+        shutil.rmtree(config.run_dir(cfg))
+        config.run_dir(cfg).touch()
+        raise OSError(28, "No space left on device")
     axes = {axis: cfg[axis].name for axis in ("model", "dataset", "method")}
     with open("ran.txt", "a") as file:
         file.write(f"{cfg.method.name} {cfg.bits} {cfg.seed}\\n")
@@ -52,17 +63,31 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def command(*arguments: str, stand_in: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run the program in the current folder as a process of its own."""
+def start(*arguments: str, stand_in: bool = True, **environment: str) -> subprocess.Popen[str]:
+    """Start the program in the current folder as a process of its own."""
     program = ["-c", STAND_IN] if stand_in else [str(ROOT / "run.py")]
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return subprocess.run(
+    return subprocess.Popen(
         [sys.executable, *program, *arguments],
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=120,
         env={**os.environ, "PYTHONPATH": path, **environment},
     )
+
+
+def command(*arguments: str, stand_in: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the program in the current folder and wait for it."""
+    process = start(*arguments, stand_in=stand_in, **environment)
+    out, err = process.communicate(timeout=120)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def finished(job: cli.Job) -> dict[str, object]:
+    """What a result needs for the table."""
+    axes = {axis: job.config[axis]["name"] for axis in ("model", "dataset", "method")}
+    numbers = {"q/accuracy": 0.5, "delta/accuracy": -0.25, "fp/accuracy": 0.75, "bits/target": job.config["bits"]}
+    return {**axes, **numbers, "seed": job.config["seed"], "primary_metric": "accuracy", "config": job.config}
 
 
 def runs() -> list[str]:
@@ -179,6 +204,39 @@ def test_a_sweep_expands_as_hydra_does() -> None:
     assert jobs[0].overrides == ("method=bayesq", "bits=3")
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["bits=3", "seed=1"],
+        ["bits=3", "seed=2", "bits=5"],
+        ["ablation=gptq", "bits=3"],
+        ["ablation=examples_64", "calibration.examples=32", "calibration={batch_size: 8}"],
+        ["model=resnet", "dataset=digits", "method=gptq", "allocation.widths=[2,4]", "layers.exclude=['*fc']"],
+        ["+experiment=glue", "dataset.task=rte", "model.checkpoint=x"],
+        ["+allocation.pinned={a:8}", "bits=3", "++bits=4"],
+        ["results_dir=here", "hydra.sweep.dir=there", "bits=4"],
+    ],
+    ids=" ".join,
+)
+def test_a_job_is_composed_from_what_others_read_as_it_would_be_alone(overrides: list[str]) -> None:
+    flight = cli.Preflight(cli.CONFIG_NAME, str(cli.conf_dir()), None)
+    for others in (["bits=7"], ["seed=9", "ablation=gptq"], ["model=resnet", "dataset=digits", "method=gptq"]):
+        flight.check(others)
+    alone = cli.Preflight(cli.CONFIG_NAME, str(cli.conf_dir()), None)._compose(overrides)
+    for _ in range(2):
+        job = flight.check(overrides)
+        assert job.config == config.resolved(alone)
+        assert (job.run_id, job.run_dir) == (config.run_id(alone), config.run_dir(alone))
+
+
+def test_what_files_give_is_known_from_a_job_with_choices_only() -> None:
+    flight = cli.Preflight(cli.CONFIG_NAME, str(cli.conf_dir()), None)
+    flight.check(["ablation=gptq_correction", "posterior=diag"])
+    (found,) = flight._references.values()
+    choices = flight._compose(["ablation=gptq_correction", "posterior=diag"]).hydra.runtime.choices
+    assert found == cli.Preflight(cli.CONFIG_NAME, str(cli.conf_dir()), None).reference(choices)
+
+
 def test_jobs_with_the_same_result_count_once() -> None:
     jobs = cli.preflight(["-m", "method=gptq", "bits=3,3.0", "posterior=diag,kfac"])
     assert jobs is not None
@@ -268,13 +326,28 @@ def test_one_failing_job_stops_no_other_and_is_reported_once() -> None:
     assert done.returncode == 1
     mistake, defect = done.stderr.splitlines()
     assert mistake.startswith("error: model.checkpoint=x: there is no such file [")
-    assert "traceback.txt" not in mistake
+    assert mistake.endswith(": method=gptq bits=3 seed=13]")
     assert defect.startswith("error: ZeroDivisionError: second line [")
-    assert "traceback.txt]" in defect
+    assert re.search(r": method=gptq bits=3 seed=14; \S+/traceback\.txt\]$", defect)
     assert runs() == ["gptq 3 0"]
     assert "failed: " in done.stdout
+    (row,) = (line for line in done.stdout.splitlines() if line.startswith("gptq"))
+    assert row.split()[2:4] == ["1", "50.00"], "the mean is of the one run that finished"
     statuses = {path.parent.name: json.loads(path.read_text()) for path in Path("results").glob("*/status.json")}
-    assert {status["status"] for status in statuses.values()} == {"failed"}
+    assert sorted(statuses.values(), key=lambda status: status["overrides"]) == [
+        {
+            "status": "failed",
+            "error": "model.checkpoint=x: there is no such file",
+            "overrides": ["method=gptq", "bits=3", "seed=13"],
+            "traceback": None,
+        },
+        {
+            "status": "failed",
+            "error": "ZeroDivisionError: second line",
+            "overrides": ["method=gptq", "bits=3", "seed=14"],
+            "traceback": "traceback.txt",
+        },
+    ]
     (traceback,) = Path("results").glob("*/traceback.txt")
     assert "ZeroDivisionError" in traceback.read_text()
 
@@ -283,6 +356,63 @@ def test_one_failing_job_stops_no_other_and_is_reported_once() -> None:
     assert runs() == ["gptq 3 0", "gptq 3 13", "gptq 3 14"]
     assert not list(Path("results").glob("*/status.json"))
     assert not list(Path("results").glob("*/traceback.txt"))
+
+
+def test_one_failing_job_of_a_parallel_launcher_is_reported_as_one_of_the_basic_one() -> None:
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    done = command("-m", "hydra/launcher=joblib", "hydra.launcher.n_jobs=1", "method=rtn", "seed=14,0")
+    assert done.returncode == 1
+    assert [line for line in done.stderr.splitlines() if line.startswith("error: ")] == [done.stderr.splitlines()[-1]]
+    assert "failed: " in done.stdout
+
+
+def test_a_failure_that_cannot_be_written_down_is_still_reported_and_stops_no_other_job() -> None:
+    done = command("-m", "method=rtn", "seed=16,0")
+    assert done.returncode == 1
+    assert "error: OSError: [Errno 28] No space left on device [" in done.stderr
+    assert "the reason cannot be kept there" in done.stderr
+    assert runs() == ["rtn 4 0"]
+    assert "missing: " in done.stdout
+
+
+def test_a_killed_run_is_missing_and_only_what_is_missing_runs_again() -> None:
+    done = command("-m", "method=rtn", "seed=0,15,1")
+    assert done.returncode == -signal.SIGKILL
+    assert runs() == ["rtn 4 0"]
+    again = command("-m", "method=rtn", "seed=0,1")
+    assert again.returncode == 0
+    assert runs() == ["rtn 4 0", "rtn 4 1"]
+    jobs = cli.preflight(["-m", "method=rtn", "seed=0,15"])
+    assert jobs is not None
+    assert not cli.summarise(jobs)
+
+
+def test_what_a_killed_run_left_half_written_goes_with_the_next_attempt() -> None:
+    (job,) = cli.preflight(["method=rtn"]) or ()
+    with pytest.raises(RuntimeError), results.atomic_path(job.run_dir / "layers.csv") as temporary:
+        temporary.write_text("half")
+        os.link(temporary, temporary.with_name(temporary.name.replace("layers", "predictions")))
+        raise RuntimeError
+    assert len(list(job.run_dir.iterdir())) == 1
+    assert command("method=rtn").returncode == 0
+    assert not list(job.run_dir.glob(".*.tmp"))
+
+
+def test_a_run_that_another_process_works_on_is_waited_for_and_then_skipped() -> None:
+    (job,) = cli.preflight(["method=rtn"]) or ()
+    with lock(job.run_dir / "result.json"):
+        waiting = start("method=rtn")
+        assert waiting.stdout is not None
+        line = waiting.stdout.readline()
+        assert line == f"waiting for another process, which holds {job.run_dir / 'result.json'}.lock\n"
+        time.sleep(1)
+        assert waiting.poll() is None
+        results.write_json(job.run_dir / "result.json", {"status": "finished", **finished(job)})
+    out, _ = waiting.communicate(timeout=60)
+    assert waiting.returncode == 0
+    assert "waiting" not in out, "said once"
+    assert out.startswith(f"skipped (finished): {job.run_id}")
+    assert runs() == []
 
 
 def test_a_forced_run_that_fails_leaves_no_result_that_looks_new() -> None:
@@ -327,33 +457,3 @@ def test_the_config_can_be_shown() -> None:
     done = command("--cfg", "job", "--resolve", "method=gptq", stand_in=False)
     assert done.returncode == 0
     assert yaml.safe_load(done.stdout)["allocator"] == "uniform"
-
-
-# ----------------------------------------------------------------------------------------------------------- sweeps
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "sweeps").glob("*.yaml")), ids=lambda path: path.stem)
-def test_a_sweep_file_and_its_command_in_the_comment_are_the_same_runs(path: Path) -> None:
-    utils = pytest.importorskip("wandb.sdk.launch.sweeps.utils")
-    sweep = utils.load_sweep_config(str(path))
-    assert sweep["method"] == "grid"
-    assert (ROOT / sweep["program"]).is_file()
-    values = {key: entry.get("values", [entry.get("value")]) for key, entry in sweep["parameters"].items()}
-    by_agent: dict[str, cli.Job] = {}
-    for combination in itertools.product(*values.values()):
-        arguments = {key: {"value": value} for key, value in zip(values, combination, strict=True)}
-        macros = utils.create_sweep_command_args({"args": arguments})
-        line = [
-            part
-            for chunk in utils.create_sweep_command(list(sweep["command"]))
-            for part in (macros["args_no_hyphens"] if chunk == "${args_no_hyphens}" else [chunk])
-        ]
-        assert line[:4] == ["${env}", "${interpreter}", "${program}", "wandb.mode=online"]
-        jobs = cli.preflight(["wandb.mode=offline", *line[4:]])
-        assert jobs is not None
-        by_agent |= {job.run_id: job for job in jobs}
-    (typed,) = (line for line in path.read_text().splitlines() if line.startswith("#   python run.py -m "))
-    by_hydra = cli.preflight(typed.split()[3:])
-    assert by_hydra is not None
-    assert set(by_agent) == {job.run_id for job in by_hydra}
-    assert len(by_agent) == len(list(itertools.product(*values.values())))

@@ -125,6 +125,8 @@ def test_the_imagenet_experiment_runs_on_a_small_tree(train: bool) -> None:
     assert source["dataset"]["calibration_from"] == ("train" if train else "val")
     assert source["model"]["image_size"] == [32, 32] and source["model"]["crop_pct"] == 0.95
     assert source["model"]["architecture"] == "timm test_resnet.r160_in1k"
+    assert {len(source[part]) for part in ("weights", "calibration", "evaluation")} == {64}
+    assert len({source[part] for part in ("weights", "calibration", "evaluation")}) == 3
 
 
 @pytest.mark.slow

@@ -291,6 +291,14 @@ class TestStreaming:
         assert [int(x) for x in prefetched(range(100), decode, 8)] == list(range(100))  # type: ignore[arg-type]
         assert threading.active_count() == before
 
+    def test_checksum_reads_the_photos_once(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(photos, "DECODED_BYTES", 0)
+        streamed = encoder()(pictures(tmp_path, 3))
+        first = streamed.checksum()
+        for file in tmp_path.rglob("*.png"):
+            file.unlink()
+        assert streamed.checksum() == first
+
     def test_checksum_decodes_nothing_and_sees_content_labels_and_preprocessing(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -1,15 +1,78 @@
-"""The ablation group: complete in its sweep, and each file changes what it says and nothing else."""
+"""Sweep files and the ablation group: what a file expands to is what it says, and nothing else."""
 
+import itertools
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
-from bayesq.suite.cli import Job, preflight
-from bayesq.suite.config import flatten
+from bayesq.suite.cli import CONFIG_NAME, Job, Preflight, conf_dir, preflight
+from bayesq.suite.config import MAX_BITS, MIN_BITS, flatten
 
 ROOT = Path(__file__).parents[2]
 ABLATIONS = sorted(path.stem for path in (ROOT / "conf" / "ablation").glob("*.yaml"))
+
+
+SWEEPS = sorted((ROOT / "sweeps").glob("*.yaml"))
+HYDRA_LINE = "#   python run.py -m "
+# number of different runs, so that a value that was lost from a file and its comment alike is noticed
+RUNS = {
+    "ablation": 36 * 3,
+    "bit_curve": 4 * 9 * 3,
+    "calibration_size": 2 * 7 * 3,
+    "main_table": 4 * 3 * 3,
+    "main_table_glue": 9 * 4 * 3 * 3,
+    "main_table_imagenet": 4 * 3 * 3,
+    "seeds": 2 * 2 * 10,
+}
+
+
+def combinations(sweep: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The parameters of every run of a grid."""
+    values = {key: entry.get("values", [entry.get("value")]) for key, entry in sweep["parameters"].items()}
+    return [dict(zip(values, chosen, strict=True)) for chosen in itertools.product(*values.values())]
+
+
+def agent_commands(sweep: Mapping[str, Any]) -> Iterator[list[str]]:
+    """The commands of every run of a grid, put together by the code that W&B's agent uses."""
+    utils = pytest.importorskip("wandb.sdk.launch.sweeps.utils")
+    for parameters in combinations(sweep):
+        macros = utils.create_sweep_command_args({"args": {key: {"value": v} for key, v in parameters.items()}})
+        yield [
+            part
+            for chunk in utils.create_sweep_command(list(sweep["command"]))
+            for part in (macros["args_no_hyphens"] if chunk == "${args_no_hyphens}" else [chunk])
+        ]
+
+
+def test_there_is_a_sweep_for_every_part_of_the_paper() -> None:
+    assert [path.stem for path in SWEEPS] == sorted(RUNS)
+    assert all(f"`{path.name}`" in (ROOT / "sweeps" / "README.md").read_text() for path in SWEEPS)
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
+def test_a_sweep_file_and_its_command_in_the_comment_are_the_same_runs(path: Path) -> None:
+    utils = pytest.importorskip("wandb.sdk.launch.sweeps.utils")
+    sweep = utils.load_sweep_config(str(path))
+    assert sweep["method"] == "grid"
+    assert (ROOT / sweep["program"]).is_file()
+    (typed,) = (line for line in path.read_text().splitlines() if line.startswith(HYDRA_LINE))
+    by_hydra = preflight(typed.removeprefix("#   python run.py ").split())
+    assert by_hydra is not None
+    by_agent: list[str] = []
+    flight = Preflight(CONFIG_NAME, str(conf_dir()), None)
+    for line in agent_commands(sweep):
+        assert line[:4] == ["${env}", "${interpreter}", "${program}", "wandb.mode=online"]
+        by_agent.append(flight.check(line[4:]).run_id)
+    assert by_agent == [job.run_id for job in by_hydra]
+    assert len(set(by_agent)) == len(by_agent) == RUNS[path.stem]
+
+
+def test_the_bit_curve_goes_from_the_lowest_to_the_highest_budget() -> None:
+    bits = yaml.safe_load((ROOT / "sweeps" / "bit_curve.yaml").read_text())["parameters"]["bits"]["values"]
+    assert (min(bits), max(bits)) == (MIN_BITS, MAX_BITS)
 
 
 def jobs(arguments: list[str], folder: Path) -> list[Job]:

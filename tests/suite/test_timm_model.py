@@ -1,6 +1,7 @@
 """timm networks by name: published weights and the hub they come from, checkpoints, inputs, attention."""
 
 import builtins
+import hashlib
 import json
 import os
 import re
@@ -181,6 +182,7 @@ class TestCheckpoint:
         assert torch.equal(torch.get_rng_state(), before)
         assert built.checksum == state_checksum(network(RESNET, 10)) and not built.module.training
         assert built.description["architecture"] == f"timm {RESNET}" and built.description["fp_source"] == file
+        assert built.description["checkpoint_sha256"] == hashlib.sha256(Path(file).read_bytes()).hexdigest()
         json.dumps(built.description)
         (batch,) = built.encode(images().evaluation).batches(10, "cpu")
         assert built.module(**batch.inputs).shape == (6, 10)

@@ -26,6 +26,7 @@ from bayesq.suite.cache import read_tensors
 from bayesq.suite.datasets.base import DataSplits, Examples
 from bayesq.suite.datasets.glue import TASKS
 from bayesq.suite.errors import UserError
+from bayesq.suite.models.checkpoint import checkpoint_sha256
 from bayesq.suite.models.text import label_order
 from bayesq.suite.models.transformers_model import TransformersClassifier
 from bayesq.suite.runner import build
@@ -104,6 +105,7 @@ class TestNetwork:
         assert all(value.dtype == torch.float32 for value in network.module.parameters())
         assert len(quantizable_layers(network.module)) == 2 * 6 + 2
         assert network.description["fp_source"] == str(folder) and "revision" not in network.description
+        assert network.description["checkpoint_sha256"] == checkpoint_sha256(Path(folder))
         assert json.dumps(network.description)
 
     def test_half_precision_checkpoints_become_float32(self, folder, tmp_path):

@@ -19,10 +19,9 @@ from pathlib import Path
 
 import torch
 
-from bayesq.suite.cache import lock
 from bayesq.suite.datasets.base import DataSplits, Examples, seeded_splits
 from bayesq.suite.errors import UserError
-from bayesq.suite.files import atomic_path
+from bayesq.suite.files import atomic_path, lock
 
 logger = logging.getLogger(__name__)
 

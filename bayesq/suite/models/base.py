@@ -11,8 +11,9 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from bayesq.suite.cache import CorruptCache, digest, lock, read_tensors, write_tensors
+from bayesq.suite.cache import CorruptCache, digest, read_tensors, write_tensors
 from bayesq.suite.datasets.base import DataSplits, Examples
+from bayesq.suite.files import lock
 
 logger = logging.getLogger(__name__)
 

@@ -1,5 +1,6 @@
 """Weights from a user's file: safetensors, or a PyTorch file of which nothing but tensors is unpickled."""
 
+import hashlib
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -42,6 +43,16 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     if not isinstance(content, Mapping) or not content or not all(map(_is_weight, content.items())):
         raise refused
     return {name.removeprefix(PREFIX): tensor for name, tensor in content.items()}
+
+
+def checkpoint_sha256(path: Path) -> str:
+    """sha256 hex of a checkpoint's file; of a folder those of its safetensors files, in the order of their names."""
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    found = []
+    for file in files:
+        with file.open("rb") as stream:
+            found.append(hashlib.file_digest(stream, "sha256").hexdigest())
+    return ", ".join(found)
 
 
 def _is_weight(item: tuple[object, object]) -> bool:

@@ -13,7 +13,7 @@ from torch.nn import functional
 from bayesq.suite.datasets.base import DataSplits, Examples
 from bayesq.suite.errors import UserError
 from bayesq.suite.models.base import EncodedExamples, Network, TensorExamples, parameter_count, state_checksum
-from bayesq.suite.models.checkpoint import load_weights, read_checkpoint
+from bayesq.suite.models.checkpoint import checkpoint_sha256, load_weights, read_checkpoint
 
 CLASSES = 10
 WIDTHS = (16, 32, 64)
@@ -106,6 +106,7 @@ class CifarResNet:
             description={
                 "architecture": f"CIFAR ResNet-{self.depth}, option-A shortcuts",
                 "fp_source": str(self.checkpoint),
+                "checkpoint_sha256": checkpoint_sha256(self.checkpoint),
                 "mean": list(MEAN),
                 "std": list(STD),
                 "image_size": IMAGE_SIZE,

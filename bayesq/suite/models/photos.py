@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from pathlib import Path
 
@@ -47,7 +48,11 @@ class EncodedPhotos:
         return len(self.labels)
 
     def checksum(self) -> str:
-        """sha256 hex over pixels, labels and normalisation."""
+        """sha256 hex over pixels, labels and normalisation; computed once."""
+        return self._checksum
+
+    @cached_property
+    def _checksum(self) -> str:
         return digest({"pixels": self.pixels, "labels": self.labels}, {"mean": str(self.mean), "std": str(self.std)})
 
     def batches(self, batch_size: int, device: torch.device | str) -> Iterator[Batch]:
@@ -79,7 +84,11 @@ class StreamedPhotos:
         return len(self.labels)
 
     def checksum(self) -> str:
-        """sha256 hex over the photos' encoded bytes, labels and preprocessing; nothing is decoded."""
+        """sha256 hex over the photos' encoded bytes, labels and preprocessing; nothing is decoded; computed once."""
+        return self._checksum
+
+    @cached_property
+    def _checksum(self) -> str:
         with (
             ThreadPoolExecutor(os.cpu_count()) as threads,
             tqdm(total=len(self), desc="read photos", unit="", disable=None, leave=False) as bar,

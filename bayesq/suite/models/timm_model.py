@@ -15,7 +15,7 @@ from bayesq.suite.datasets.base import DataSplits, Examples
 from bayesq.suite.errors import UserError
 from bayesq.suite.hub import hub_file
 from bayesq.suite.models.base import Batch, EncodedExamples, Network, parameter_count, state_checksum
-from bayesq.suite.models.checkpoint import load_weights, read_checkpoint
+from bayesq.suite.models.checkpoint import checkpoint_sha256, load_weights, read_checkpoint
 from bayesq.suite.models.photos import PhotoEncoder
 
 WEIGHTS_FILE = "model.safetensors"
@@ -65,7 +65,10 @@ class TimmModel:
             module = self._create(published, num_classes=data.num_classes)
             network = f"model={self.architecture} with {data.num_classes} classes"
             load_weights(module, weights, self.checkpoint, network)
-            origin = {"fp_source": str(self.checkpoint)}
+            origin = {
+                "fp_source": str(self.checkpoint),
+                "checkpoint_sha256": checkpoint_sha256(self.checkpoint),
+            }
         for part in module.modules():
             # Plain matrix products: the fused kernels' backward passes are not deterministic on every device.
             if hasattr(part, "fused_attn"):

@@ -18,6 +18,7 @@ from bayesq.suite.datasets.base import DataSplits, Examples
 from bayesq.suite.errors import UserError
 from bayesq.suite.hub import from_hub, reachable
 from bayesq.suite.models.base import EncodedExamples, Network, parameter_count, state_checksum
+from bayesq.suite.models.checkpoint import checkpoint_sha256
 from bayesq.suite.models.text import SequenceClassifier, label_order, texts_of, token_examples
 
 UNNAMED = "transformers"  # the YAML's name of a model that nobody has named
@@ -136,7 +137,9 @@ class TransformersClassifier:
             "max_length": self.max_length,
             "parameters": parameter_count(module),
         }
-        if not origin.local:
+        if origin.local:
+            description["checkpoint_sha256"] = checkpoint_sha256(Path(origin.place))
+        else:
             description["revision"] = getattr(config, "_commit_hash", None) or options["revision"]
         return Network(module=module, encode=encode, checksum=state_checksum(module), description=description)
 

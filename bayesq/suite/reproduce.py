@@ -1,0 +1,270 @@
+"""Run a recorded result again, in a temporary folder, and compare every number and every code with the record.
+
+python -m bayesq.suite.reproduce results/<run_id>              with cached statistics, where there are any
+python -m bayesq.suite.reproduce results/<run_id> --fresh      with everything that is fitted or computed made again
+"""
+
+import argparse
+import csv
+import logging
+import os
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from tabulate import tabulate
+
+from bayesq.suite import config as settings
+from bayesq.suite import results
+from bayesq.suite.cli import CONFIG_NAME, Preflight, conf_dir, user_error_in
+from bayesq.suite.errors import UserError
+
+# config is what is run, the others are compared beforehand and only warned about
+RECORDS = ("config", "versions", "host", "git")
+# what depends on the machine, its load and its connections, not on the run
+OF_THE_MACHINE = ("time/", "memory/", "fallback/oom_retries", "wandb/")
+TABLES = ("layers.csv", "predictions.csv")
+SECONDS = "seconds"
+CODES = "quantized.safetensors"
+# subfolders of the cache with what --fresh makes again; what was downloaded is not fetched again
+COMPUTED = ("full_precision", "models", "statistics")
+# of the keys without effect on the result: those that a machine needs to get it
+KEPT = ("device", "cache_dir")
+AXES = ("model", "dataset", "method", "posterior")
+
+Difference = tuple[str, str, str]  # what, as recorded, as found here
+
+
+# ------------------------------------------------------------------------------------------------------- comparison
+
+
+def _flat_numbers(result: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {k: v for k, v in result.items() if k not in RECORDS and not k.startswith(OF_THE_MACHINE)}
+    return settings.flatten(kept)
+
+
+def differing(recorded: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[Difference]:
+    """The keys whose values are not equal, those that one side lacks included."""
+    for key in dict.fromkeys([*recorded, *here]):
+        one, other = recorded.get(key, "absent"), here.get(key, "absent")
+        if one != other:
+            yield key, str(one), str(other)
+
+
+def compare_results(recorded: Mapping[str, Any], here: Mapping[str, Any]) -> list[Difference]:
+    """Differences between two results, in all but what depends on the machine."""
+    return list(differing(_flat_numbers(recorded), _flat_numbers(here)))
+
+
+def compare_tables(recorded: Path, here: Path) -> list[Difference]:
+    """Differences between two CSV files, cell by cell, in all columns but the seconds."""
+    if not recorded.is_file():
+        return [(recorded.name, "no file", "written")]
+    first, second = (_rows(path) for path in (recorded, here))
+    if len(first) != len(second):
+        return [(recorded.name, f"{len(first)} rows", f"{len(second)} rows")]
+    found = []
+    for number, (row, other) in enumerate(zip(first, second, strict=True), start=1):
+        cells = differing(row, other)
+        found += [(f"{recorded.name}, row {number}: {key}", cell, now) for key, cell, now in cells]
+    return found
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return [{key: cell for key, cell in row.items() if key != SECONDS} for row in csv.DictReader(file)]
+
+
+def compare_codes(recorded: Path, here: Path) -> list[Difference]:
+    """Differences between two files of packed codes, tensor by tensor."""
+    import torch
+
+    from bayesq.suite.cache import CorruptCache, read_tensors
+
+    if not recorded.is_file():
+        return [(recorded.name, "no file", "written")]
+    if recorded.read_bytes() == here.read_bytes():
+        return []
+    try:
+        first, header = read_tensors(recorded)
+    except CorruptCache as error:
+        return [(recorded.name, f"damaged ({settings.one_line(str(error))})", "whole")]
+    second, other_header = read_tensors(here)
+    found = [(f"{recorded.name}, header: {key}", then, now) for key, then, now in differing(header, other_header)]
+    for name in dict.fromkeys([*first, *second]):
+        one, other = first.get(name), second.get(name)
+        if one is None or other is None or one.dtype != other.dtype or one.shape != other.shape:
+            then, now = ("absent" if x is None else f"{x.dtype} {list(x.shape)}" for x in (one, other))
+            found.append((f"{recorded.name}: {name}", then, now))
+        elif not torch.equal(one.view(-1).view(torch.uint8), other.view(-1).view(torch.uint8)):
+            unequal = int((one != other).sum())
+            found.append((f"{recorded.name}: {name}", f"{one.numel()} elements", f"{unequal} of them differ"))
+    return found or [(recorded.name, "other bytes", "the same tensors")]
+
+
+def compare_runs(recorded: Path, here: Path) -> list[Difference]:
+    """Differences between the files of two finished runs."""
+    first, second = (results.finished_result(folder) for folder in (recorded, here))
+    assert first is not None and second is not None
+    found = compare_results(first, second)
+    for name in TABLES:
+        found += compare_tables(recorded / name, here / name)
+    return found + compare_codes(recorded / CODES, here / CODES)
+
+
+# ------------------------------------------------------------------------------------------------------ surroundings
+
+
+def warnings(result: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """One line for everything about code, packages and hardware that is not as recorded.
+
+    Args:
+        result: the record.
+        here: `git`, `versions` and `host` of this process.
+    """
+    lines = []
+    for record in ("git", "versions", "host"):
+        now = {key: value for key, value in here[record].items() if key != "directory"}
+        then = {key: value for key, value in result.get(record, {}).items() if key != "directory"}
+        lines += [f"{record}.{key}: recorded {one}, here {other}" for key, one, other in differing(then, now)]
+    for where, state in (("the record was", result.get("git", {})), ("this checkout is", here["git"])):
+        if state.get("dirty"):
+            lines.append(f"git.dirty: {where} of files that differ from their commit")
+    return lines
+
+
+def recorded_config(result: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration of a result; of what changes nothing about it, only the device and the cache are kept.
+
+    Raises:
+        UserError: this version of the suite has other keys that determine a result.
+    """
+    config: dict[str, Any] = result["config"]
+    reference = Preflight(CONFIG_NAME, str(conf_dir()), None).reference({})
+    own = (*AXES, *settings.WITHOUT_EFFECT)
+    try:
+        settings.check_keys(*({k: v for k, v in keys.items() if k not in own} for keys in (config, reference)))
+    except UserError as error:
+        version, commit = result.get("versions", {}).get("bayesq"), result.get("git", {}).get("commit")
+        raise UserError(
+            f"the record is of another version, bayesq {version} at commit {commit}, which has to be installed to "
+            f"reproduce it ({error})"
+        ) from error
+    defaults = {key: reference[key] for key in settings.WITHOUT_EFFECT if key in reference}
+    kept = {key: value for key, value in config.items() if key not in defaults or key in KEPT}
+    return {**defaults, **kept}
+
+
+def fresh_cache(cache_dir: Path, folder: Path) -> Path:
+    """A cache in `folder` with the downloads of `cache_dir` and nothing that was computed."""
+    folder.mkdir()
+    for entry in cache_dir.iterdir() if cache_dir.is_dir() else ():
+        if entry.name not in COMPUTED:
+            (folder / entry.name).symlink_to(entry)
+    return folder
+
+
+# ---------------------------------------------------------------------------------------------------------- running
+
+
+def run_again(result: Mapping[str, Any], folder: Path, fresh: bool) -> Path:
+    """Run the configuration of `result` below `folder` and return the run's own folder.
+
+    The process moves to the folder the run was started in, because relative paths begin there, and computes with as
+    many threads, because the order of summation depends on them.
+
+    Args:
+        result: the record.
+        folder: a temporary folder.
+        fresh: reuse no cached statistics, logits or fitted weights.
+
+    Raises:
+        UserError: the configuration cannot be run here.
+    """
+    import torch
+
+    from bayesq.suite import provenance, runner
+    from bayesq.suite.cache import resolve_cache_dir
+
+    config = recorded_config(result)
+    directory = Path(result["host"].get("directory", "."))
+    if directory.is_dir():
+        os.chdir(directory)
+    else:
+        print(f"warning: host.directory: there is no {directory}; relative paths begin here", file=sys.stderr)
+    torch.set_num_threads(int(result["host"]["threads"]))
+    cfg: DictConfig = OmegaConf.create(config)
+    cache_dir = resolve_cache_dir(cfg.cache_dir)
+    cfg.cache_dir = str(fresh_cache(cache_dir, folder / "cache") if fresh else cache_dir)
+    cfg.results_dir = str(folder / "results")
+    cfg.wandb.mode = "disabled"
+    settings.validate(cfg)
+    settings.check_device(cfg)
+    here = {
+        "git": provenance.git_state(),
+        "versions": provenance.versions(),
+        "host": provenance.host(runner.select_device(cfg.device)),
+    }
+    for line in warnings(result, here):
+        print(f"warning: {line}", file=sys.stderr, flush=True)
+    runner.run(cfg)
+    return settings.run_dir(cfg)
+
+
+def reproduce(recorded: Path, fresh: bool) -> list[Difference]:
+    """Run the result in `recorded` again and return what differs; empty when nothing does.
+
+    Raises:
+        UserError: `recorded` holds no finished run, or its configuration cannot be run here.
+    """
+    recorded = recorded.absolute()
+    result = results.finished_result(recorded)
+    if result is None:
+        raise UserError(f"{recorded}: there is no result of a finished run: give a folder results/<run_id>")
+    with tempfile.TemporaryDirectory(prefix="bayesq-reproduce-") as temporary:
+        return compare_runs(recorded, run_again(result, Path(temporary), fresh))
+
+
+def _short(text: str, length: int = 48) -> str:
+    return text if len(text) <= length else f"{text[: length - 3]}..."
+
+
+def show(differences: Sequence[Difference], limit: int = 40) -> str:
+    """Text table of the first `limit` differences, and how many more there are."""
+    rows = [[what, _short(one), _short(other)] for what, one, other in differences[:limit]]
+    table = tabulate(rows, headers=["differs", "recorded", "here"], disable_numparse=True)
+    more = len(differences) - limit
+    return f"{table}\n... and {more} more" if more > 0 else table
+
+
+def main() -> None:
+    """Print what differs; exit code 0 only when nothing does."""
+    summary, usage = (__doc__ or "").split("\n\n")
+    parser = argparse.ArgumentParser(
+        prog="python -m bayesq.suite.reproduce",
+        description=summary,
+        epilog=usage,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("run", type=Path, help="the folder of a finished run: results/<run_id>")
+    parser.add_argument("--fresh", action="store_true", help="reuse no cached statistics, logits or fitted weights")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        differences = reproduce(arguments.run, arguments.fresh)
+    except Exception as error:
+        explained = user_error_in(error)
+        if explained is None:
+            raise
+        sys.exit(f"error: {settings.one_line(str(explained))}")
+    if differences:
+        print(show(differences))
+        sys.exit(1)
+    print(f"identical: every number of {results.RESULT_FILE}, {', '.join(TABLES)} and {CODES}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""What a result says about where it comes from."""
+
+import hashlib
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import torch
+
+import bayesq
+from bayesq.suite import provenance
+from bayesq.suite.models.checkpoint import checkpoint_sha256
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_versions_are_those_that_are_installed() -> None:
+    found = provenance.versions()
+    assert found["bayesq"] == bayesq.__version__ and found["python"] == platform.python_version()
+    assert {name: found[name] for name in ("torch", "numba", "pillow")} == {
+        name: metadata.version(name) for name in ("torch", "numba", "pillow")
+    }
+
+
+def test_the_host_says_what_sums_depend_on_and_where_paths_begin(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = provenance.host(torch.device("cpu"))
+    assert (found["device"], found["directory"]) == ("cpu", str(tmp_path))
+    assert found["threads"] == torch.get_num_threads()
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a checkout")
+def test_the_commit_is_that_of_the_checkout() -> None:
+    command = ["git", "rev-parse", "HEAD"]
+    head = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    assert provenance.git_state()["commit"] == head
+
+
+def test_a_folder_outside_a_checkout_has_no_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bayesq, "__file__", str(tmp_path / "bayesq" / "__init__.py"))
+    provenance.git_state.cache_clear()
+    try:
+        assert provenance.git_state() == {"commit": None, "dirty": None}
+    finally:
+        provenance.git_state.cache_clear()
+
+
+def test_checkpoints_are_known_by_their_files(tmp_path: Path) -> None:
+    contents = {"b.safetensors": b"2", "a.safetensors": b"1", "config.json": b"{}"}
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    one, two = (hashlib.sha256(content).hexdigest() for content in (b"1", b"2"))
+    assert checkpoint_sha256(tmp_path / "b.safetensors") == two
+    assert checkpoint_sha256(tmp_path) == f"{one}, {two}"
