@@ -71,6 +71,7 @@ class Tracker:
         import wandb
 
         try:
+            self._run.summary.update(plain({key: value for key, value in result.items() if key != ERROR_KEY}))
             logged: dict[str, Any] = {}
             if layers:
                 rows = [[row.get(column) for column in layers[0]] for row in layers]
@@ -82,7 +83,6 @@ class Tracker:
             with _data_dir(Path(self._run.settings.wandb_dir) / DATA_FOLDER / self._run.id):
                 if logged:
                     self._run.log(logged)
-                self._run.summary.update(plain({key: value for key, value in result.items() if key != ERROR_KEY}))
                 if self._log_artifact and checkpoint is not None:
                     self._run.log_artifact(_artifact(self._run.id, result, checkpoint))
         except Exception as error:
@@ -91,7 +91,7 @@ class Tracker:
     def _fail(self, error: Exception, remedy: str = "") -> None:
         self._failed = True
         self.error = one_line(f"{type(error).__name__}: {error}") + remedy
-        log.warning("W&B could not log this run (its result is saved): %s", self.error)
+        log.warning("W&B could not log this run (which does not touch its files): %s", self.error)
 
     def __enter__(self) -> Self:
         return self

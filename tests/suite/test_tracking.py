@@ -18,9 +18,9 @@ import pytest
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from bayesq.suite import evaluation, plots, runner, tracking
+from bayesq.suite import evaluation, plots, relog, runner, tracking
 from bayesq.suite.errors import UserError
-from bayesq.suite.results import read_result
+from bayesq.suite.results import read_result, write_json
 
 sys.path.append(str(Path(__file__).parent))
 from wandb_server import API_KEY, WandbServer, serving
@@ -29,7 +29,11 @@ LAYERS = [
     {"name": "stem", "shape": (16, 3, 3, 3), "bits/code": 4, "bits/stored": 4.5, "kappa": None},
     {"name": "head", "shape": (10, 64), "bits/code": 3.5, "bits/stored": 3.75, "kappa": 1.25},
 ]
-RISKS = [{**layer, "predicted_risk": 10.0**-i, "achieved_risk": 2 * 10.0**-i} for i, layer in enumerate(LAYERS, 2)]
+# as the runner makes them
+RISKS = [
+    {**layer, "shape": "16x27", "predicted_risk": 10.0**-i, "achieved_risk": 2 * 10.0**-i}
+    for i, layer in enumerate(LAYERS, 2)
+]
 TABLES = {tracking.LAYERS_KEY, *(chart.table_key for chart in plots.CHARTS)}
 WANDB = shutil.which("wandb", path=str(Path(sys.executable).parent)) or "wandb"
 
@@ -417,7 +421,7 @@ def test_a_server_that_fails_in_the_middle_costs_neither_the_result_nor_the_next
     assert found["status"] == "finished"
     assert found["wandb/error"].startswith("TimeoutError: ")
     assert read_result(tmp_path / "one" / "result.json") == found
-    assert "W&B could not log this run (its result is saved)" in caplog.text
+    assert "W&B could not log this run" in caplog.text
     server.breaks = lambda name: False
     assert run_with(monkeypatch, cfg, tmp_path / "two")["wandb/error"] is None
     assert server.runs["two"].exit_code == 0
@@ -557,3 +561,73 @@ def test_one_run_on_two_machines_is_one_run(tmp_path: Path, server: WandbServer)
     assert list(server.runs) == ["one"]
     assert without_tables(server.runs["one"].summary) == {"q/accuracy": 0.25}
     assert len(server.runs["one"].history) == 1
+
+
+# ------------------------------------------------------------------------------------------------------- logged again
+
+
+def unlogged_run(monkeypatch: pytest.MonkeyPatch, cfg: DictConfig, folder: Path, error: str) -> dict[str, Any]:
+    """A finished run without a W&B record; its result names `error`."""
+    found = run_with(monkeypatch, OmegaConf.merge(cfg, {"wandb": {"mode": "disabled"}}), folder)
+    found |= {"config": OmegaConf.to_container(cfg), "wandb/error": error}
+    write_json(folder / "result.json", found)
+    (folder / "quantized.safetensors").write_bytes(b"packed")
+    return found
+
+
+def test_runs_that_wandb_lacks_are_logged_from_their_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cfg = config(tmp_path)
+    found = unlogged_run(monkeypatch, cfg, tmp_path / "one", tracking.UNFINISHED)
+    run_with(monkeypatch, cfg, tmp_path / "two")
+    before = (tmp_path / "two" / "result.json").read_bytes()
+    with pytest.raises(SystemExit) as left:
+        relog.main([str(tmp_path)])
+    assert left.value.code == 0
+    assert capsys.readouterr().out == "logged: one\n"
+    assert read_result(tmp_path / "one" / "result.json") == found | {"wandb/error": None}
+    assert (tmp_path / "two" / "result.json").read_bytes() == before
+
+    # the record is the same as one that was made at once
+    tables = logged_tables(wandb_folder(tmp_path, "one"))
+    assert tables == logged_tables(wandb_folder(tmp_path, "two"))
+    assert set(tables) == TABLES
+    read = json.loads(inspect(tmp_path, "one", "--summary"))
+    assert (read["exit_code"], read["name"]) == (0, "gptq-3-s7")
+    assert without_tables({key: value for key, value in read["summary"].items() if not key.startswith("_")}) == (
+        as_logged(found | {"wandb/error": None})
+    )
+
+    with pytest.raises(SystemExit) as left:
+        relog.main([str(tmp_path)])
+    assert (left.value.code, capsys.readouterr().out) == (0, "W&B has every finished run\n")
+
+
+def test_what_the_server_lacked_arrives_when_it_is_logged_again(
+    tmp_path: Path, server: WandbServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = unlogged_run(monkeypatch, config(tmp_path, log_artifact=True), tmp_path / "one", "TimeoutError: gone")
+    server.breaks = lambda name: name.endswith("/file_stream")
+    with pytest.raises(SystemExit) as left:
+        relog.main([str(tmp_path), "--mode", "online"])
+    assert left.value.code == 1
+    assert capsys.readouterr().out.startswith("failed: one: TimeoutError: ")
+    assert (read_result(tmp_path / "one" / "result.json") or {})["wandb/error"].startswith("TimeoutError: ")
+
+    server.breaks = lambda name: False
+    with pytest.raises(SystemExit) as left:
+        relog.main([str(tmp_path), "--mode", "online"])
+    assert left.value.code == 0
+    assert without_tables(server.runs["one"].summary) == as_logged(found | {"wandb/error": None})
+    assert server.runs["one"].exit_code == 0
+    assert any(artifact.files == {"quantized.safetensors": b"packed"} for artifact in server.artifacts)
+
+
+def test_logging_again_without_a_key_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = unlogged_run(monkeypatch, config(tmp_path), tmp_path / "one", tracking.UNFINISHED)
+    with pytest.raises(SystemExit, match=r"^error: wandb.mode=online: no W&B API key"):
+        relog.main([str(tmp_path), "--mode", "online"])
+    assert read_result(tmp_path / "one" / "result.json") == found
+    with pytest.raises(SystemExit, match=r"^error: .*: no such folder$"):
+        relog.main([str(tmp_path / "missing")])
