@@ -234,6 +234,11 @@ def test_a_failure_of_wandb_is_a_warning_and_marks_the_run(
     if what == "Table":
         assert json.loads(inspect(tmp_path, "one", "--summary"))["exit_code"] == 1
     elif run is not None:
+        # the run is still open, and must not receive what the next one logs
+        monkeypatch.setattr(wandb.Run, "finish", whole)
+        with tracking.track(config(tmp_path), "two", tmp_path / "two") as tracker:
+            tracker.log_result(result("two"), LAYERS)
+        assert json.loads(inspect(tmp_path, "two", "--summary"))["summary"]["run_id"] == "two"
         whole(run)
 
 
@@ -354,9 +359,10 @@ def without_tables(summary: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_an_online_run_arrives_whole(tmp_path: Path, server: WandbServer) -> None:
-    rows = predictions()
+    checkpoint = tmp_path / "quantized.safetensors"
+    checkpoint.write_bytes(b"packed")
     with tracking.track(config(tmp_path, mode="online"), "one", tmp_path / "one") as tracker:
-        tracker.log_result(result("one"), RISKS, rows)
+        tracker.log_result(result("one"), RISKS, predictions(), checkpoint)
     assert tracker.error is None
     assert list(server.runs) == ["one"]
     run = server.runs["one"]
@@ -582,6 +588,9 @@ def test_runs_that_wandb_lacks_are_logged_from_their_files(
     found = unlogged_run(monkeypatch, cfg, tmp_path / "one", tracking.UNFINISHED)
     run_with(monkeypatch, cfg, tmp_path / "two")
     before = (tmp_path / "two" / "result.json").read_bytes()
+    record = wandb_folder(tmp_path, "two")
+    assert relog.relog(tmp_path / "two") is None
+    assert wandb_folder(tmp_path, "two") == record
     with pytest.raises(SystemExit) as left:
         relog.main([str(tmp_path)])
     assert left.value.code == 0
