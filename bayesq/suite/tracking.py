@@ -90,7 +90,7 @@ class Tracker:
 
     def _fail(self, error: Exception, remedy: str = "") -> None:
         self._failed = True
-        self.error = one_line(f"{type(error).__name__}: {error}") + remedy
+        self.error = one_line(f"{type(error).__name__}: {error}").rstrip(".") + remedy
         log.warning("W&B could not log this run (which does not touch its files): %s", self.error)
 
     def __enter__(self) -> Self:

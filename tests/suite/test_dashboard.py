@@ -11,12 +11,10 @@ from typing import Any
 
 import pytest
 import yaml
+from wandb_server import API_KEY, ENTITY, serving
 
 from bayesq.suite import dashboard, plots, tracking
 from bayesq.suite.results import load_results
-
-sys.path.append(str(Path(__file__).parent))
-from wandb_server import API_KEY, ENTITY, serving
 
 ROOT = Path(__file__).parents[2]
 

@@ -17,13 +17,11 @@ import psutil
 import pytest
 import torch
 from omegaconf import DictConfig, OmegaConf
+from wandb_server import API_KEY, WandbServer, serving
 
 from bayesq.suite import evaluation, plots, relog, runner, tracking
 from bayesq.suite.errors import UserError
-from bayesq.suite.results import read_result, write_json
-
-sys.path.append(str(Path(__file__).parent))
-from wandb_server import API_KEY, WandbServer, serving
+from bayesq.suite.results import load_results, read_result, write_json
 
 LAYERS = [
     {"name": "stem", "shape": (16, 3, 3, 3), "bits/code": 4, "bits/stored": 4.5, "kappa": None},
@@ -35,6 +33,7 @@ RISKS = [
     for i, layer in enumerate(LAYERS, 2)
 ]
 TABLES = {tracking.LAYERS_KEY, *(chart.table_key for chart in plots.CHARTS)}
+ROOT = Path(__file__).parents[2]
 WANDB = shutil.which("wandb", path=str(Path(sys.executable).parent)) or "wandb"
 
 
@@ -567,6 +566,31 @@ def test_one_run_on_two_machines_is_one_run(tmp_path: Path, server: WandbServer)
     assert list(server.runs) == ["one"]
     assert without_tables(server.runs["one"].summary) == {"q/accuracy": 0.25}
     assert len(server.runs["one"].history) == 1
+
+
+@pytest.mark.slow
+def test_a_real_sweep_arrives_as_its_files_say(tmp_path: Path, server: WandbServer) -> None:
+    results_dir = tmp_path / "results"
+    small = ("model.epochs=1", "calibration.examples=16", "dataset.limit=60", f"cache_dir={tmp_path / 'cache'}")
+    sweep = ("-m", "model=resnet", "dataset=digits", "method=rtn,bayesq", "bits=3", f"results_dir={results_dir}")
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "run.py"), *sweep, *small, "wandb.mode=online", "wandb.log_artifact=true"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 0, done.stderr
+    found = {content["run_id"]: content for content in load_results(results_dir)}
+    assert set(server.runs) == set(found)
+    packed = {artifact.run_id: artifact.files for artifact in server.artifacts if artifact.type == "quantized-model"}
+    for run_id, content in found.items():
+        run = server.runs[run_id]
+        assert (run.exit_code, content["wandb/error"]) == (0, None)
+        assert without_tables(run.summary) == as_logged(content)
+        assert (run.attributes["jobType"], run.config["bits"]) == (content["method"], 3)
+        assert packed[run_id] == {runner.QUANTIZED_FILE: (results_dir / run_id / runner.QUANTIZED_FILE).read_bytes()}
+    assert server.unknown == []
 
 
 # ------------------------------------------------------------------------------------------------------- logged again
