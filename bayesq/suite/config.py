@@ -419,6 +419,8 @@ def validate(cfg: DictConfig) -> None:
         _refuse("wandb.project", wandb["project"], "needs the name of a W&B project")
     if not isinstance(wandb["entity"], str | None):
         _refuse("wandb.entity", wandb["entity"], "needs a W&B user or team, or null for the default")
+    if not isinstance(wandb["log_artifact"], bool):
+        _refuse("wandb.log_artifact", wandb["log_artifact"], "needs true or false")
     _check_writable("results_dir", config["results_dir"])
     cache_dir = config["cache_dir"]
     if cache_dir is None:

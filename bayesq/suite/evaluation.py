@@ -17,12 +17,11 @@ from bayesq.likelihood import kl_divergence
 from bayesq.suite.cache import CorruptCache, read_tensors, write_tensors
 from bayesq.suite.files import lock
 from bayesq.suite.memory import halving
-from bayesq.suite.metrics import Metric, difference_interval, measure
+from bayesq.suite.metrics import ECE_BINS, Metric, difference_interval, measure
 from bayesq.suite.models.base import EncodedExamples
 
 log = logging.getLogger(__name__)
 
-ECE_BINS = 15
 ACCURACY = (Metric("accuracy", "accuracy"),)
 # Raise when `logits` changes numerically, so that cached full-precision logits of older versions are not read.
 FORMAT = "2"
@@ -120,6 +119,11 @@ def expected_calibration_error(logit: Tensor, labels: Tensor) -> float:
     return float(gap.abs().sum() / len(labels))
 
 
+def confidence(logit: Tensor) -> Tensor:
+    """Probability [n] in float64 of the predicted class, from logits [n, classes]."""
+    return torch.softmax(logit.to(torch.float64), dim=1).amax(1)
+
+
 def autocast_effect(full: Tensor, lower: Tensor, likelihood: str = "categorical") -> dict[str, object]:
     """What evaluation.autocast alone does to the full-precision network, under a key of its own.
 
@@ -150,7 +154,8 @@ def compare(
         likelihood: of the outputs, "categorical" or "gaussian".
 
     Returns:
-        flat metrics under the result keys of the contract, and one row per example for predictions.csv.
+        flat metrics under the result keys of the contract, and one row per example for predictions.csv; confidences
+        are the probabilities of the predicted classes.
     """
     regression = likelihood == "gaussian"
     before, after = (x[:, 0] if regression else x.argmax(1) for x in (full, quantized))
@@ -180,6 +185,10 @@ def compare(
         {"label": label, "fp_prediction": x, "q_prediction": y, **score(label, x, y), "kl": divergence}
         for label, x, y, divergence in zip(shown, before.tolist(), after.tolist(), kl.tolist(), strict=True)
     ]
+    if not regression:
+        confidences = confidence(full).tolist(), confidence(quantized).tolist()
+        for row, fp, q in zip(rows, *confidences, strict=True):
+            row |= {"fp_confidence": fp, "q_confidence": q}
     return found, rows
 
 

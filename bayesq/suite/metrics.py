@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 
+ECE_BINS = 15
 BOOTSTRAP_RESAMPLES = 10_000
 # Elements of the weights of one part of the resamples: 32 MiB in float64.
 PART_ELEMENTS = 2**22

@@ -47,7 +47,7 @@ from bayesq.suite.memory import halving
 from bayesq.suite.models.base import EncodedExamples, Network
 from bayesq.suite.provenance import git_state, host, versions
 from bayesq.suite.results import RESULT_FILE, unit, write_csv, write_json
-from bayesq.suite.tracking import track
+from bayesq.suite.tracking import ERROR_KEY, track
 from bayesq.whitening import Shelf
 
 log = logging.getLogger(__name__)
@@ -87,8 +87,12 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         result, layers, predictions = execute(cfg, name, folder)
         write_csv(folder / LAYERS_FILE, layers)
         write_csv(folder / PREDICTIONS_FILE, predictions)
+        result[ERROR_KEY] = tracker.error
         write_json(folder / RESULT_FILE, result)  # last: a run that has it is finished
-        tracker.log_result(result, layers)
+        tracker.log_result(result, layers, predictions, folder / QUANTIZED_FILE)
+    if tracker.error != result[ERROR_KEY]:
+        result[ERROR_KEY] = tracker.error
+        write_json(folder / RESULT_FILE, result)
     metric = result["primary_metric"]
     log.info(
         f"{name} {result['method']} {result['bits/target']:g} bits, seed {result['seed']}: "

@@ -1,8 +1,11 @@
 """Weights & Biases beside the result files: one W&B run per run, which may fail without costing a result."""
 
 import logging
+import os
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -11,6 +14,7 @@ from omegaconf import DictConfig
 
 from bayesq.suite.config import flatten, one_line, resolved
 from bayesq.suite.errors import UserError
+from bayesq.suite.plots import CHARTS
 from bayesq.suite.results import plain
 
 if TYPE_CHECKING:
@@ -21,42 +25,73 @@ log = logging.getLogger(__name__)
 # seconds until wandb.mode=online gives up on reaching the server: the client's own 90 at the start make a wrong
 # address look like a hang, and at the end it would retry an upload for ever while the sweep stands still
 INIT_TIMEOUT_S = 20.0
-FINISH_TIMEOUT_S = 120.0
+FINISH_TIMEOUT_S = 60.0
+# what the table of layers is logged under
+LAYERS_KEY = "layers"
+# folder beside the client's own for what offline runs upload later, by run id
+DATA_FOLDER = "data"
+# flat key of result.json: null once W&B has the result, else why it does not
+ERROR_KEY = "wandb/error"
+# what ERROR_KEY says until W&B has the result: a process that is killed in between cannot say it any more
+UNFINISHED = "the process ended before W&B had the result"
 
 
 class Tracker:
-    """Where a run reports to: `with track(...) as tracker: ...; tracker.log_result(result, layers)`.
+    """Where a run reports to: `with track(...) as tracker: ...; tracker.log_result(result, layers, predictions)`.
 
-    `error` is None, or one line about what W&B could not do. Leaving the block by an exception marks the W&B run as
-    failed.
+    `error` is one line about why W&B does not have the result, and None once it has it or where tracking is disabled.
+    Leaving the block by an exception marks the W&B run as failed.
     """
 
-    def __init__(self, run: "wandb.Run | None") -> None:
+    def __init__(self, run: "wandb.Run | None", log_artifact: bool = False) -> None:
         self._run = run
-        self.error: str | None = None
+        self._log_artifact = log_artifact
+        self._failed = False
+        self.error: str | None = None if run is None else UNFINISHED
 
-    def log_result(self, result: Mapping[str, Any], layers: Sequence[Mapping[str, Any]]) -> None:
-        """Log the flat result under its own keys as the run's summary, and one table row per layer.
+    def log_result(
+        self,
+        result: Mapping[str, Any],
+        layers: Sequence[Mapping[str, Any]],
+        predictions: Sequence[Mapping[str, Any]] = (),
+        checkpoint: Path | None = None,
+    ) -> None:
+        """Log the flat result under its own keys as the run's summary, one table row per layer, and the plots.
 
         Call it after result.json is written: a failure here becomes a warning and `error`, never an exception.
+
+        Args:
+            result: the flat result.
+            layers: rows of layers.csv.
+            predictions: rows of predictions.csv.
+            checkpoint: the packed file, logged as an artifact where wandb.log_artifact=true.
         """
         if self._run is None:
             return
+        import wandb
+
         try:
-            import wandb
-
+            self._run.summary.update(plain({key: value for key, value in result.items() if key != ERROR_KEY}))
+            logged: dict[str, Any] = {}
             if layers:
-                table = wandb.Table(columns=[*layers[0]], allow_mixed_types=True)
-                for row in layers:
-                    table.add_data(*(_cell(row.get(column)) for column in layers[0]))
-                self._run.log({"layers": table})
-            self._run.summary.update(plain(result))
+                rows = [[row.get(column) for column in layers[0]] for row in layers]
+                logged[LAYERS_KEY] = _table([*layers[0]], rows)
+            for chart in CHARTS:
+                if rows := chart.rows(layers, predictions):
+                    table = _table([*chart.columns], rows)
+                    logged[chart.key] = wandb.plot_table(chart.preset, table, dict(chart.fields), chart.texts)
+            with _data_dir(Path(self._run.settings.wandb_dir) / DATA_FOLDER / self._run.id):
+                if logged:
+                    self._run.log(logged)
+                if self._log_artifact and checkpoint is not None:
+                    self._run.log_artifact(_artifact(self._run.id, result, checkpoint))
         except Exception as error:
-            self._failed(error)
+            self._fail(error)
 
-    def _failed(self, error: Exception) -> None:
-        self.error = one_line(f"{type(error).__name__}: {error}")
-        log.warning("W&B could not log this run (its result is saved): %s", self.error)
+    def _fail(self, error: Exception, remedy: str = "") -> None:
+        self._failed = True
+        self.error = one_line(f"{type(error).__name__}: {error}").rstrip(".") + remedy
+        log.warning("W&B could not log this run (which does not touch its files): %s", self.error)
 
     def __enter__(self) -> Self:
         return self
@@ -68,9 +103,49 @@ class Tracker:
         if self._run is None:
             return
         try:
-            self._run.finish(exit_code=0 if error is None and self.error is None else 1)
+            self._run.finish(exit_code=0 if error is None and not self._failed else 1)
         except Exception as failure:
-            self._failed(failure)
+            complete = error is None and not self._failed and not self._run.offline
+            folder = Path(self._run.settings.sync_dir)
+            remedy = f"; to upload it: wandb sync --include-online {folder.parent.name}/{folder.name}"
+            self._fail(failure, remedy if complete else "")
+        if not self._failed and error is None:
+            self.error = None
+
+
+def _table(columns: list[str | int], rows: Sequence[Sequence[Any]]) -> "wandb.Table":
+    """A W&B table of `rows`, whose columns may mix types."""
+    import wandb
+
+    return wandb.Table(columns=columns, data=[[_cell(x) for x in row] for row in rows], allow_mixed_types=True)
+
+
+@contextmanager
+def _data_dir(folder: Path) -> Iterator[None]:
+    """Keep what offline runs upload later beside them, unless WANDB_DATA_DIR says where.
+
+    The client would put tables into the home folder, where they pile up, and `wandb sync` would find none of them on
+    another machine that shares the results.
+    """
+    name = "WANDB_DATA_DIR"
+    chosen = os.environ.get(name)
+    os.environ[name] = chosen or str(folder)
+    try:
+        yield
+    finally:
+        if chosen is None:
+            del os.environ[name]
+
+
+def _artifact(run_id: str, result: Mapping[str, Any], checkpoint: Path) -> "wandb.Artifact":
+    """The packed file as an artifact of its own, described by the scalars of the result."""
+    import wandb
+
+    scalars = {key: value for key, value in plain(result).items() if not isinstance(value, dict | list)}
+    artifact = wandb.Artifact(f"quantized-{run_id}", type="quantized-model", metadata=scalars)
+    # the file stays where it is: copies of offline runs that are never synced would fill the home folder
+    artifact.add_file(str(checkpoint), policy="immutable")
+    return artifact
 
 
 def _cell(value: Any) -> Any:
@@ -106,7 +181,8 @@ def track(cfg: DictConfig, run_id: str, run_dir: Path) -> Iterator[Tracker]:
     """One W&B run around one run of the suite, as wandb.mode says; `disabled` does not even import wandb.
 
     All offline runs of a results folder share its wandb/ folder, where `wandb leet` and `wandb sync` find them. The
-    W&B id is the run id: whatever was synced of an attempt that was killed is replaced, never duplicated.
+    W&B id is the run id: whatever was synced of an attempt that was killed is replaced, never duplicated, and its
+    local record is removed, because `wandb sync` uploads nothing at all when one record is cut short.
 
     Args:
         cfg: the composed configuration.
@@ -116,7 +192,7 @@ def track(cfg: DictConfig, run_id: str, run_dir: Path) -> Iterator[Tracker]:
     Raises:
         UserError: W&B could not start, for instance because its server cannot be reached.
     """
-    with Tracker(_start(cfg, run_id, run_dir)) as tracker:
+    with Tracker(_start(cfg, run_id, run_dir), bool(cfg.wandb.log_artifact)) as tracker:
         yield tracker
 
 
@@ -127,25 +203,39 @@ def _start(cfg: DictConfig, run_id: str, run_dir: Path) -> "wandb.Run | None":
         return None
     import wandb
 
+    arguments = identity(cfg)
     results_dir = run_dir.absolute().parent
     results_dir.mkdir(parents=True, exist_ok=True)
+    _remove_attempts(results_dir / "wandb", run_id)
+    # every result records commit and versions; the console belongs to the results, not to the client
+    settings = wandb.Settings(
+        silent=True,
+        console="off",
+        disable_git=True,
+        init_timeout=INIT_TIMEOUT_S,
+        finish_timeout=FINISH_TIMEOUT_S,
+        finish_timeout_raises=True,
+        # a run that could not be finished must not receive what the next one logs
+        reinit="create_new",
+    )
+    start = partial(wandb.init, **arguments, id=run_id, mode=mode, dir=results_dir, settings=settings)
     try:
-        return wandb.init(
-            **identity(cfg),
-            id=run_id,
-            mode=mode,
-            dir=results_dir,
-            # every result records commit and versions; the console belongs to the results, not to the client
-            settings=wandb.Settings(
-                silent=True,
-                console="off",
-                disable_git=True,
-                init_timeout=INIT_TIMEOUT_S,
-                finish_timeout=FINISH_TIMEOUT_S,
-                finish_timeout_raises=True,
-            ),
-        )
+        try:
+            return start()
+        except wandb.Error:
+            raise
+        except Exception:
+            # the client's background process has died, as in an earlier run of this sweep; the next gets another
+            with suppress(Exception):
+                wandb.teardown()
+            return start()
     except Exception as error:
         reason = one_line(f"{type(error).__name__}: {error}")
         remedy = "use wandb.mode=offline or wandb.mode=disabled"
         raise UserError(f"wandb.mode={mode}: W&B did not start ({reason}); {remedy}") from error
+
+
+def _remove_attempts(folder: Path, run_id: str) -> None:
+    """Remove what earlier attempts at a run, offline or online, left in the client's folder."""
+    for attempt in (*folder.glob(f"*run-*-{run_id}"), folder / DATA_FOLDER / run_id):
+        shutil.rmtree(attempt, ignore_errors=True)

@@ -258,6 +258,7 @@ BAD_VALUES = [
     ("wandb.project", ""),
     ("wandb.project", None),
     ("wandb.entity", 5),
+    ("wandb.log_artifact", "always"),
     ("results_dir", None),
     ("results_dir", ""),
     ("results_dir", 2026),

@@ -1,23 +1,40 @@
-"""Tracking with the real W&B client, offline, read back with the client's own inspector."""
+"""Tracking with the real W&B client: offline, read back with its own inspector; online and synced, to a stub server."""
 
 import json
+import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import textwrap
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
+import torch
 from omegaconf import DictConfig, OmegaConf
+from wandb_server import API_KEY, WandbServer, serving
 
-from bayesq.suite import tracking
+from bayesq.suite import evaluation, plots, relog, runner, tracking
 from bayesq.suite.errors import UserError
+from bayesq.suite.results import load_results, read_result, write_json
 
 LAYERS = [
-    {"name": "stem", "shape": (16, 3, 3, 3), "bits/code": 4, "kappa": None},
-    {"name": "head", "shape": (10, 64), "bits/code": 3.5, "kappa": 1.25},
+    {"name": "stem", "shape": (16, 3, 3, 3), "bits/code": 4, "bits/stored": 4.5, "kappa": None},
+    {"name": "head", "shape": (10, 64), "bits/code": 3.5, "bits/stored": 3.75, "kappa": 1.25},
 ]
+# as the runner makes them
+RISKS = [
+    {**layer, "shape": "16x27", "predicted_risk": 10.0**-i, "achieved_risk": 2 * 10.0**-i}
+    for i, layer in enumerate(LAYERS, 2)
+]
+TABLES = {tracking.LAYERS_KEY, *(chart.table_key for chart in plots.CHARTS)}
+ROOT = Path(__file__).parents[2]
+WANDB = shutil.which("wandb", path=str(Path(sys.executable).parent)) or "wandb"
 
 
 def config(tmp_path: Path, **wandb: Any) -> DictConfig:
@@ -32,7 +49,7 @@ def config(tmp_path: Path, **wandb: Any) -> DictConfig:
             "seed": 7,
             "calibration": {"examples": 64},
             "results_dir": str(tmp_path),
-            "wandb": {"mode": "offline", "project": "bayesq-test", "entity": None, **wandb},
+            "wandb": {"mode": "offline", "project": "bayesq-test", "entity": None, "log_artifact": False, **wandb},
         }
     )
 
@@ -52,18 +69,43 @@ def result(run_id: str) -> dict[str, Any]:
     }
 
 
+def predictions(likelihood: str = "categorical") -> list[dict[str, object]]:
+    """Rows of predictions.csv as the evaluation makes them."""
+    generator = torch.Generator().manual_seed(0)
+    full = torch.randn(20, 1 if likelihood == "gaussian" else 3, generator=generator)
+    labels = full[:, 0] if likelihood == "gaussian" else full.argmax(1)
+    return evaluation.compare(full, full + 0.3 * full.flip(0), labels, 0, [], likelihood)[1]
+
+
+def wandb_folder(results_dir: Path, run_id: str, prefix: str = "offline-run") -> Path:
+    """Where the client put the one attempt at a run."""
+    (folder,) = (results_dir / "wandb").glob(f"{prefix}-*-{run_id}")
+    return folder
+
+
 def inspect(results_dir: Path, run_id: str, *options: str) -> str:
     """What the client itself says about an offline run."""
-    (folder,) = (results_dir / "wandb").glob(f"offline-run-*-{run_id}")
-    program = shutil.which("wandb", path=str(Path(sys.executable).parent)) or "wandb"
     done = subprocess.run(
-        [program, "leet", "inspect", *options, "--json", str(folder)],
+        [WANDB, "leet", "inspect", *options, "--json", str(wandb_folder(results_dir, run_id))],
         capture_output=True,
         text=True,
         check=True,
         timeout=60,
     )
     return done.stdout
+
+
+def logged_tables(folder: Path) -> dict[str, dict[str, Any]]:
+    """The tables in the client's folder of a run, by key."""
+    media = folder / "files" / "media" / "table"
+    return {
+        str(path.relative_to(media)).rsplit("_", 2)[0]: json.loads(path.read_text()) for path in media.rglob("*.json")
+    }
+
+
+def as_logged(content: dict[str, Any]) -> dict[str, Any]:
+    """A result as W&B holds it: a null is how a figure that does not exist is written, and W&B leaves it out."""
+    return {key: value for key, value in tracking.plain(content).items() if value is not None}
 
 
 def test_an_offline_run_holds_the_result_under_its_own_keys(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -74,15 +116,63 @@ def test_an_offline_run_holds_the_result_under_its_own_keys(tmp_path: Path, capf
     read = json.loads(inspect(tmp_path, "one", "--summary"))
     assert (read["state"], read["exit_code"], read["project"], read["run_id"]) == ("finished", 0, "bayesq-test", "one")
     summary = {key: value for key, value in read["summary"].items() if not key.startswith("_")}
-    table = summary.pop("layers")
-    # null is how a figure that does not exist is written, and W&B leaves such a key out
-    assert summary == {key: value for key, value in result("one").items() if key != "q/nll"}
-    assert (table["_type"], table["nrows"], table["ncols"]) == ("table-file", 2, 4)
-    (file,) = (tmp_path / "wandb").glob("*-one/files/media/table/*.json")
-    assert json.loads(file.read_text()) == {
-        "columns": ["name", "shape", "bits/code", "kappa"],
-        "data": [["stem", "[16, 3, 3, 3]", 4, None], ["head", "[10, 64]", 3.5, 1.25]],
+    tables = {key: summary.pop(key) for key in TABLES if key in summary}
+    assert summary == as_logged(result("one"))
+    assert set(tables) == {"layers", "plots/bits_per_layer_table"}
+    assert (tables["layers"]["_type"], tables["layers"]["nrows"], tables["layers"]["ncols"]) == ("table-file", 2, 5)
+    assert logged_tables(wandb_folder(tmp_path, "one"))["layers"] == {
+        "columns": ["name", "shape", "bits/code", "bits/stored", "kappa"],
+        "data": [["stem", "[16, 3, 3, 3]", 4, 4.5, None], ["head", "[10, 64]", 3.5, 3.75, 1.25]],
     }
+
+
+def test_an_offline_run_holds_the_plots(tmp_path: Path) -> None:
+    rows = predictions()
+    with tracking.track(config(tmp_path), "one", tmp_path / "one") as tracker:
+        tracker.log_result(result("one"), RISKS, rows)
+    assert tracker.error is None
+    found = logged_tables(wandb_folder(tmp_path, "one"))
+    assert set(found) == TABLES
+    for chart in plots.CHARTS:
+        assert found[chart.table_key] == {"columns": [*chart.columns], "data": chart.rows(RISKS, rows)}
+    records = [json.loads(line) for line in inspect(tmp_path, "one").splitlines()]
+    shown = {
+        key.removeprefix("_wandb.visualize."): value
+        for record in records
+        for key, value in record.get("config", {}).get("update", {}).items()
+        if key.startswith("_wandb.visualize.")
+    }
+    for chart in plots.CHARTS:
+        panel = shown[chart.key]["panel_config"]
+        assert (panel["panelDefId"], panel["fieldSettings"]) == (chart.preset, dict(chart.fields))
+        assert panel["stringSettings"] == chart.texts
+
+
+def test_a_regression_is_logged_with_the_plots_that_it_has(tmp_path: Path) -> None:
+    content = {**result("one"), "q/ece": None, "fp/ece": None, "q/agreement": None}
+    with tracking.track(config(tmp_path), "one", tmp_path / "one") as tracker:
+        tracker.log_result(content, RISKS, predictions("gaussian"))
+    assert tracker.error is None
+    assert set(logged_tables(wandb_folder(tmp_path, "one"))) == TABLES - {"plots/reliability_table"}
+    read = json.loads(inspect(tmp_path, "one", "--summary"))
+    assert read["exit_code"] == 0
+    assert {key: read["summary"][key] for key in as_logged(content)} == as_logged(content)
+
+
+def test_what_offline_runs_upload_later_lies_beside_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = Path(os.environ["WANDB_DATA_DIR"])
+    monkeypatch.delenv("WANDB_DATA_DIR")
+    with tracking.track(config(tmp_path), "one", tmp_path / "one") as tracker:
+        tracker.log_result(result("one"), LAYERS)
+    assert "WANDB_DATA_DIR" not in os.environ
+    data = tmp_path / "wandb" / tracking.DATA_FOLDER
+    assert [folder.name for folder in data.iterdir()] == ["one"]
+    assert any("stem" in path.read_text() for path in data.rglob("*") if path.is_file())
+    monkeypatch.setenv("WANDB_DATA_DIR", str(home))
+    with tracking.track(config(tmp_path), "two", tmp_path / "two") as tracker:
+        tracker.log_result(result("two"), LAYERS)
+    assert os.environ["WANDB_DATA_DIR"] == str(home)
+    assert [folder.name for folder in data.iterdir()] == ["one"]
 
 
 def test_runs_group_by_method_and_bits_without_clicks(tmp_path: Path) -> None:
@@ -131,8 +221,9 @@ def test_a_failure_of_wandb_is_a_warning_and_marks_the_run(
     def broken(*arguments: object, **keywords: object) -> None:
         raise ConnectionError("the server\nis gone")
 
+    whole, run = wandb.Run.finish, None
     with tracking.track(config(tmp_path), "one", tmp_path / "one") as tracker:
-        whole = wandb.Run.finish
+        run = tracker._run
         monkeypatch.setattr(*((wandb, "Table", broken) if what == "Table" else (wandb.Run, "finish", broken)))
         tracker.log_result(result("one"), LAYERS)
     assert tracker.error == "ConnectionError: the server is gone"
@@ -141,8 +232,67 @@ def test_a_failure_of_wandb_is_a_warning_and_marks_the_run(
     assert "\n" not in record.getMessage()
     if what == "Table":
         assert json.loads(inspect(tmp_path, "one", "--summary"))["exit_code"] == 1
-    elif wandb.run is not None:
-        whole(wandb.run)
+    elif run is not None:
+        # the run is still open, and must not receive what the next one logs
+        monkeypatch.setattr(wandb.Run, "finish", whole)
+        with tracking.track(config(tmp_path), "two", tmp_path / "two") as tracker:
+            tracker.log_result(result("two"), LAYERS)
+        assert json.loads(inspect(tmp_path, "two", "--summary"))["summary"]["run_id"] == "two"
+        whole(run)
+
+
+def run_with(monkeypatch: pytest.MonkeyPatch, cfg: DictConfig, folder: Path) -> dict[str, Any]:
+    """The runner's `run` around stages that cost nothing; returns its result."""
+    content = result("one") | {
+        "primary_metric": "accuracy",
+        "seed": 0,
+        "q/kl_to_fp": 0.0,
+        "delta/accuracy": 0.0,
+        "bits/stored": 3.0,
+        "time/total_s": 1.0,
+        "q/nll": None,
+    }
+    monkeypatch.setattr(runner, "run_dir", lambda cfg: folder)
+    monkeypatch.setattr(runner, "run_id", lambda cfg: folder.name)
+    monkeypatch.setattr(runner, "execute", lambda *arguments: (dict(content), RISKS, predictions()))
+    return runner.run(cfg)
+
+
+def test_the_file_says_at_any_time_whether_wandb_has_the_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def look(tracker: tracking.Tracker, *arguments: Any) -> None:
+        seen.append(read_result(tmp_path / "one" / "result.json"))
+        whole(tracker, *arguments)
+
+    whole = tracking.Tracker.log_result
+    monkeypatch.setattr(tracking.Tracker, "log_result", look)
+    found = run_with(monkeypatch, config(tmp_path), tmp_path / "one")
+    assert [content and content["wandb/error"] for content in seen] == [tracking.UNFINISHED]
+    assert found["wandb/error"] is None
+    assert read_result(tmp_path / "one" / "result.json") == found
+    summary = json.loads(inspect(tmp_path, "one", "--summary"))["summary"]
+    assert {key: value for key, value in summary.items() if not key.startswith("_") and key not in TABLES} == as_logged(
+        found
+    )
+
+
+def test_a_lost_connection_is_named_in_the_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*arguments: object, **keywords: object) -> None:
+        raise ConnectionError("the server is gone")
+
+    monkeypatch.setattr("wandb.plot_table", broken)
+    found = run_with(monkeypatch, config(tmp_path), tmp_path / "one")
+    assert (found["status"], found["wandb/error"]) == ("finished", "ConnectionError: the server is gone")
+    assert read_result(tmp_path / "one" / "result.json") == found
+
+
+def test_disabled_tracking_leaves_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = run_with(monkeypatch, config(tmp_path, mode="disabled"), tmp_path / "one")
+    assert found["wandb/error"] is None
+    assert not (tmp_path / "wandb").exists()
 
 
 def test_disabled_tracking_does_not_even_import_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,3 +323,344 @@ def test_a_server_that_cannot_be_reached_is_one_line_with_the_remedy(
     finally:
         wandb.teardown()
     assert "\n" not in str(caught.value)
+
+
+# ------------------------------------------------------------------------------------------------ a server on loopback
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbServer]:
+    """A stub server that the client in this process and its commands talk to."""
+    wandb = pytest.importorskip("wandb")
+    with serving() as running:
+        monkeypatch.setenv("WANDB_BASE_URL", running.url)
+        monkeypatch.setenv("WANDB_API_KEY", API_KEY)
+        monkeypatch.setattr(tracking, "FINISH_TIMEOUT_S", 2.0)
+        wandb.teardown()  # the client reads its settings once
+        yield running
+        running.broken, running.breaks = False, lambda name: False
+        try:
+            wandb.teardown()
+        except ConnectionError:  # its background process is what the test has killed
+            wandb.teardown()
+
+
+def sync(*arguments: str | Path) -> str:
+    """`wandb sync`; returns what it says."""
+    done = subprocess.run(
+        [WANDB, "sync", "--yes", *map(str, arguments)], capture_output=True, text=True, check=True, timeout=60
+    )
+    return done.stdout + done.stderr
+
+
+def without_tables(summary: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in summary.items() if key not in TABLES}
+
+
+def test_an_online_run_arrives_whole(tmp_path: Path, server: WandbServer) -> None:
+    checkpoint = tmp_path / "quantized.safetensors"
+    checkpoint.write_bytes(b"packed")
+    with tracking.track(config(tmp_path, mode="online"), "one", tmp_path / "one") as tracker:
+        tracker.log_result(result("one"), RISKS, predictions(), checkpoint)
+    assert tracker.error is None
+    assert list(server.runs) == ["one"]
+    run = server.runs["one"]
+    assert run.exit_code == 0
+    assert without_tables(run.summary) == as_logged(result("one"))
+    assert set(run.summary) & TABLES == TABLES
+    assert (run.attributes["project"], run.attributes["groupName"]) == ("bayesq-test", "resnet-digits")
+    assert (run.attributes["jobType"], run.attributes["displayName"]) == ("gptq", "gptq-3-s7")
+    assert set(run.attributes["tags"]) == {"3-bit", "digits", "gptq", "resnet"}
+    assert {key: run.config[key] for key in ("method", "bits", "seed")} == {"method": "gptq", "bits": 3, "seed": 7}
+    uploaded = {place for place in server.uploads if place.startswith("/storage/run/one/media/table/")}
+    assert len(uploaded) == len(TABLES)
+    assert all(artifact.committed for artifact in server.artifacts)
+    assert not any(artifact.type == "quantized-model" for artifact in server.artifacts)
+    assert server.unknown == []
+
+
+def test_runs_of_one_process_arrive_separately(tmp_path: Path, server: WandbServer) -> None:
+    for run_id, accuracy in (("one", 0.25), ("two", 0.5)):
+        with tracking.track(config(tmp_path, mode="online"), run_id, tmp_path / run_id) as tracker:
+            tracker.log_result({"q/accuracy": accuracy}, [])
+    assert {run_id: run.summary for run_id, run in server.runs.items()} == {
+        "one": {"q/accuracy": 0.25},
+        "two": {"q/accuracy": 0.5},
+    }
+
+
+def test_the_checkpoint_is_an_artifact_where_asked_for(tmp_path: Path, server: WandbServer) -> None:
+    checkpoint = tmp_path / "quantized.safetensors"
+    checkpoint.write_bytes(b"packed")
+    cfg = config(tmp_path, mode="online", log_artifact=True)
+    with tracking.track(cfg, "one", tmp_path / "one") as tracker:
+        tracker.log_result(result("one"), [], [], checkpoint)
+    assert tracker.error is None
+    (artifact,) = server.artifacts
+    assert (artifact.name, artifact.type, artifact.run_id) == ("quantized-one", "quantized-model", "one")
+    assert (artifact.committed, artifact.files) == (True, {"quantized.safetensors": b"packed"})
+    assert (artifact.metadata["method"], artifact.metadata["q/accuracy"]) == ("gptq", 0.75)
+
+
+def test_a_crash_arrives_as_failed(tmp_path: Path, server: WandbServer) -> None:
+    cfg = config(tmp_path, mode="online")
+    with pytest.raises(ZeroDivisionError), tracking.track(cfg, "one", tmp_path / "one"):
+        raise ZeroDivisionError
+    assert server.runs["one"].exit_code == 1
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        "file_stream",
+        pytest.param("CreateArtifact", marks=pytest.mark.slow),
+        pytest.param("/storage/", marks=pytest.mark.slow),
+    ],
+)
+def test_a_server_that_fails_in_the_middle_costs_neither_the_result_nor_the_next_run(
+    tmp_path: Path, server: WandbServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, what: str
+) -> None:
+    cfg = config(tmp_path, mode="online")
+    server.breaks = lambda name: (what in name and "one" in name) or what == name
+    found = run_with(monkeypatch, cfg, tmp_path / "one")
+    assert found["status"] == "finished"
+    assert found["wandb/error"].startswith("TimeoutError: ")
+    assert read_result(tmp_path / "one" / "result.json") == found
+    assert "W&B could not log this run" in caplog.text
+    server.breaks = lambda name: False
+    assert run_with(monkeypatch, cfg, tmp_path / "two")["wandb/error"] is None
+    assert server.runs["two"].exit_code == 0
+
+    folder = wandb_folder(tmp_path, "one", "run")
+    remedy = f"wandb sync --include-online wandb/{folder.name}"
+    assert found["wandb/error"].endswith(remedy)
+    sync("--include-online", folder)
+    assert list(server.runs) == ["one", "two"]
+    assert without_tables(server.runs["one"].summary) == as_logged(found | {"wandb/error": None})
+    assert server.runs["one"].exit_code == 0
+
+
+@pytest.mark.parametrize("mode", ["offline", "online"])
+def test_the_client_that_dies_costs_neither_the_result_nor_the_next_run(
+    tmp_path: Path, server: WandbServer, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    cfg = config(tmp_path, mode=mode)
+
+    def kill(tracker: tracking.Tracker, *arguments: Any) -> None:
+        children = psutil.Process().children(recursive=True)
+        services = [child for child in children if child.name().startswith("wandb-core")]
+        assert services
+        for child in services:
+            child.kill()
+        psutil.wait_procs(services, timeout=10)
+        whole(tracker, *arguments)
+
+    whole = tracking.Tracker.log_result
+    monkeypatch.setattr(tracking.Tracker, "log_result", kill)
+    found = run_with(monkeypatch, cfg, tmp_path / "one")
+    assert found["status"] == "finished"
+    assert found["wandb/error"]
+    monkeypatch.setattr(tracking.Tracker, "log_result", whole)
+    assert run_with(monkeypatch, cfg, tmp_path / "two")["wandb/error"] is None
+
+
+PROGRAM = """
+import os, signal, sys
+from omegaconf import OmegaConf
+from pathlib import Path
+from bayesq.suite import tracking
+
+tracking.FINISH_TIMEOUT_S = 2.0
+cfg, place, how = OmegaConf.create(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+with tracking.track(cfg, "one", place / "one") as tracker:
+    if how == "wait":
+        print("started", flush=True)
+        sys.stdin.readline()
+    tracker.log_result({"q/accuracy": 0.25}, [{"name": "fc", "bits/code": 2.0, "bits/stored": 2.5}])
+    if how == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+print(tracker.error)
+"""
+
+
+def start(cfg: DictConfig, place: Path, how: str, **environment: str) -> "subprocess.Popen[str]":
+    """PROGRAM in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(PROGRAM), OmegaConf.to_yaml(cfg), str(place), how],
+        env=os.environ | environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.slow
+def test_a_server_that_dies_in_the_middle_does_not_hold_up_the_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serving() as server:
+        environment = {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": API_KEY, "WANDB_HTTP_TIMEOUT": "1"}
+        process = start(config(tmp_path, mode="online"), tmp_path, "wait", **environment)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "started\n"
+    begin = time.monotonic()
+    out, err = process.communicate("go\n", timeout=60)
+    assert process.returncode == 0, err
+    assert out.startswith("TimeoutError: ")
+    assert time.monotonic() - begin < 30
+
+
+def test_an_offline_run_is_synced_once(tmp_path: Path, server: WandbServer) -> None:
+    checkpoint = tmp_path / "quantized.safetensors"
+    checkpoint.write_bytes(b"packed")
+    with tracking.track(config(tmp_path, log_artifact=True), "one", tmp_path / "one") as tracker:
+        tracker.log_result(result("one"), RISKS, predictions(), checkpoint)
+    assert server.runs == {}
+    folder = wandb_folder(tmp_path, "one")
+    sync(folder)
+    run = server.runs["one"]
+    assert without_tables(run.summary) == as_logged(result("one"))
+    assert (run.exit_code, run.attributes["groupName"], run.attributes["jobType"]) == (0, "resnet-digits", "gptq")
+    assert run.config["method"] == "gptq"
+    assert len(run.history) == 1
+    assert all(artifact.committed for artifact in server.artifacts)
+    (packed,) = (artifact for artifact in server.artifacts if artifact.type == "quantized-model")
+    assert packed.files == {"quantized.safetensors": b"packed"}
+
+    requests = server.requests["UpsertBucket"]
+    assert "Skipped 1 synced run" in sync(folder)
+    assert server.requests["UpsertBucket"] == requests
+
+    names = {artifact.name for artifact in server.artifacts}
+    sync("--include-synced", folder)
+    assert server.requests["UpsertBucket"] > requests
+    assert list(server.runs) == ["one"]
+    assert without_tables(server.runs["one"].summary) == as_logged(result("one"))
+    assert len(server.runs["one"].history) == 1
+    assert {artifact.name for artifact in server.artifacts} == names
+    assert server.unknown == []
+
+
+def test_a_repeated_run_replaces_the_attempt_that_was_killed(tmp_path: Path, server: WandbServer) -> None:
+    process = start(config(tmp_path), tmp_path, "kill")
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL, err
+    first = wandb_folder(tmp_path, "one")
+    for run_id in ("one", "two"):
+        with tracking.track(config(tmp_path), run_id, tmp_path / run_id) as tracker:
+            tracker.log_result(result(run_id), RISKS, predictions())
+    assert wandb_folder(tmp_path, "one") != first
+    done = subprocess.run([WANDB, "sync", "--yes"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert set(server.runs) == {"one", "two"}, done.stderr
+    for run_id, run in server.runs.items():
+        assert without_tables(run.summary) == as_logged(result(run_id))
+        assert (run.exit_code, len(run.history)) == (0, 1)
+
+
+def test_one_run_on_two_machines_is_one_run(tmp_path: Path, server: WandbServer) -> None:
+    for machine, accuracy in (("here", 0.5), ("there", 0.25)):
+        with tracking.track(config(tmp_path), "one", tmp_path / machine / "one") as tracker:
+            tracker.log_result({"q/accuracy": accuracy}, RISKS, predictions())
+        sync(wandb_folder(tmp_path / machine, "one"))
+    assert list(server.runs) == ["one"]
+    assert without_tables(server.runs["one"].summary) == {"q/accuracy": 0.25}
+    assert len(server.runs["one"].history) == 1
+
+
+@pytest.mark.slow
+def test_a_real_sweep_arrives_as_its_files_say(tmp_path: Path, server: WandbServer) -> None:
+    results_dir = tmp_path / "results"
+    small = ("model.epochs=1", "calibration.examples=16", "dataset.limit=60", f"cache_dir={tmp_path / 'cache'}")
+    sweep = ("-m", "model=resnet", "dataset=digits", "method=rtn,bayesq", "bits=3", f"results_dir={results_dir}")
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "run.py"), *sweep, *small, "wandb.mode=online", "wandb.log_artifact=true"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 0, done.stderr
+    found = {content["run_id"]: content for content in load_results(results_dir)}
+    assert set(server.runs) == set(found)
+    packed = {artifact.run_id: artifact.files for artifact in server.artifacts if artifact.type == "quantized-model"}
+    for run_id, content in found.items():
+        run = server.runs[run_id]
+        assert (run.exit_code, content["wandb/error"]) == (0, None)
+        assert without_tables(run.summary) == as_logged(content)
+        assert (run.attributes["jobType"], run.config["bits"]) == (content["method"], 3)
+        assert packed[run_id] == {runner.QUANTIZED_FILE: (results_dir / run_id / runner.QUANTIZED_FILE).read_bytes()}
+    assert server.unknown == []
+
+
+# ------------------------------------------------------------------------------------------------------- logged again
+
+
+def unlogged_run(monkeypatch: pytest.MonkeyPatch, cfg: DictConfig, folder: Path, error: str) -> dict[str, Any]:
+    """A finished run without a W&B record; its result names `error`."""
+    found = run_with(monkeypatch, OmegaConf.merge(cfg, {"wandb": {"mode": "disabled"}}), folder)
+    found |= {"config": OmegaConf.to_container(cfg), "wandb/error": error}
+    write_json(folder / "result.json", found)
+    (folder / "quantized.safetensors").write_bytes(b"packed")
+    return found
+
+
+def test_runs_that_wandb_lacks_are_logged_from_their_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cfg = config(tmp_path)
+    found = unlogged_run(monkeypatch, cfg, tmp_path / "one", tracking.UNFINISHED)
+    run_with(monkeypatch, cfg, tmp_path / "two")
+    before = (tmp_path / "two" / "result.json").read_bytes()
+    record = wandb_folder(tmp_path, "two")
+    assert relog.relog(tmp_path / "two") is None
+    assert wandb_folder(tmp_path, "two") == record
+    with pytest.raises(SystemExit) as left:
+        relog.main([str(tmp_path)])
+    assert left.value.code == 0
+    assert capsys.readouterr().out == "logged: one\n"
+    assert read_result(tmp_path / "one" / "result.json") == found | {"wandb/error": None}
+    assert (tmp_path / "two" / "result.json").read_bytes() == before
+
+    # the record is the same as one that was made at once
+    tables = logged_tables(wandb_folder(tmp_path, "one"))
+    assert tables == logged_tables(wandb_folder(tmp_path, "two"))
+    assert set(tables) == TABLES
+    read = json.loads(inspect(tmp_path, "one", "--summary"))
+    assert (read["exit_code"], read["name"]) == (0, "gptq-3-s7")
+    assert without_tables({key: value for key, value in read["summary"].items() if not key.startswith("_")}) == (
+        as_logged(found | {"wandb/error": None})
+    )
+
+    with pytest.raises(SystemExit) as left:
+        relog.main([str(tmp_path)])
+    assert (left.value.code, capsys.readouterr().out) == (0, "W&B has every finished run\n")
+
+
+def test_what_the_server_lacked_arrives_when_it_is_logged_again(
+    tmp_path: Path, server: WandbServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = unlogged_run(monkeypatch, config(tmp_path, log_artifact=True), tmp_path / "one", "TimeoutError: gone")
+    server.breaks = lambda name: name.endswith("/file_stream")
+    with pytest.raises(SystemExit) as left:
+        relog.main([str(tmp_path), "--mode", "online"])
+    assert left.value.code == 1
+    assert capsys.readouterr().out.startswith("failed: one: TimeoutError: ")
+    assert (read_result(tmp_path / "one" / "result.json") or {})["wandb/error"].startswith("TimeoutError: ")
+
+    server.breaks = lambda name: False
+    with pytest.raises(SystemExit) as left:
+        relog.main([str(tmp_path), "--mode", "online"])
+    assert left.value.code == 0
+    assert without_tables(server.runs["one"].summary) == as_logged(found | {"wandb/error": None})
+    assert server.runs["one"].exit_code == 0
+    assert any(artifact.files == {"quantized.safetensors": b"packed"} for artifact in server.artifacts)
+
+
+def test_logging_again_without_a_key_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = unlogged_run(monkeypatch, config(tmp_path), tmp_path / "one", tracking.UNFINISHED)
+    with pytest.raises(SystemExit, match=r"^error: wandb.mode=online: no W&B API key"):
+        relog.main([str(tmp_path), "--mode", "online"])
+    assert read_result(tmp_path / "one" / "result.json") == found
+    with pytest.raises(SystemExit, match=r"^error: .*: no such folder$"):
+        relog.main([str(tmp_path / "missing")])

@@ -1,0 +1,209 @@
+"""The saved W&B workspace of the suite as code: `python -m bayesq.suite.dashboard --project P --entity E`.
+
+Accuracy, divergence and stored bits against the budget, by method; what preparing a run costs; tables and plots of
+layers and calibration. Every key that a panel names is one that `bayesq.suite.tracking` logs.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bayesq.suite.config import one_line
+from bayesq.suite.errors import UserError
+from bayesq.suite.plots import CHARTS, Chart
+from bayesq.suite.tracking import LAYERS_KEY
+
+if TYPE_CHECKING:
+    from wandb_workspaces.reports.v2 import CustomChart
+    from wandb_workspaces.workspaces import Workspace
+
+NAME = "BayesQ suite"
+# as in conf/config.yaml
+PROJECT = "bayesq"
+METRIC = "accuracy"
+# what a run costs before it is evaluated
+PREPARATION = ("time/calibrate_s", "time/posterior_s", "time/quantize_s", "time/distill_s")
+# counted where something else than asked was done
+FALLBACKS = ("fallback/damping_retries", "fallback/dead_columns", "fallback/unseen_layers", "fallback/oom_retries")
+
+
+def workspace(project: str, entity: str, metric: str = METRIC, group: str | None = None) -> "Workspace":
+    """The workspace, not saved yet; building it needs neither a login nor the network.
+
+    Runs are grouped by method and budget, so that panels show means over seeds.
+
+    Args:
+        project, entity: where it belongs.
+        metric: of the task, as in q/<metric>.
+        group: the runs it shows, as `<model>-<dataset>`; None shows all of the project.
+
+    Raises:
+        UserError: the package wandb-workspaces is missing.
+    """
+    if find_spec("wandb_workspaces") is None:
+        raise UserError("the dashboard needs the package wandb-workspaces: pip install 'bayesq[dashboard]'")
+    import wandb_workspaces.reports.v2 as panels
+    import wandb_workspaces.workspaces as ws
+
+    quality, divergence = f"q/{metric}", "q/kl_to_fp"
+    bits, method = panels.Config("bits"), panels.Config("method")
+
+    def summary(key: str) -> panels.SummaryMetric:
+        return panels.SummaryMetric(key)
+
+    def by_method(title: str, key: str) -> "CustomChart":
+        """A line for each method over the budget."""
+        return panels.CustomChart(
+            query={"summary": {"keys": ["bits/target", key, "method"]}},
+            chart_name="wandb/line/v0",
+            chart_fields={"x": "bits/target", "y": key, "stroke": "method"},
+            chart_strings={"title": title},
+        )
+
+    def own(chart: Chart) -> "CustomChart":
+        """The chart that every run logs, for all runs that are shown."""
+        return panels.CustomChart(
+            query={"summaryTable": {"tableKey": chart.table_key}},
+            chart_name=chart.preset,
+            chart_fields=dict(chart.fields),
+            chart_strings=chart.texts,
+        )
+
+    sections = [
+        ws.Section(
+            name="Quality against bits",
+            is_open=True,
+            panels=[
+                by_method(f"{metric} against bits by method", quality),
+                by_method("KL to full precision (nats) against bits by method", divergence),
+                panels.ScatterPlot(title=f"{metric} against bits", x=bits, y=summary(quality)),
+                panels.ScatterPlot(title="KL (nats) against bits", x=bits, y=summary(divergence), log_y=True),
+                panels.ScatterPlot(title=f"Stored bits against {metric}", x=summary("bits/stored"), y=summary(quality)),
+                panels.BarPlot(
+                    title=f"Change of {metric}", metrics=[f"delta/{metric}"], groupby=method, groupby_aggfunc="mean"
+                ),
+            ],
+        ),
+        ws.Section(
+            name="Cost",
+            is_open=True,
+            panels=[
+                panels.BarPlot(
+                    title="Preprocessing time (s)", metrics=[*PREPARATION], groupby=method, groupby_aggfunc="mean"
+                ),
+                panels.ScatterPlot(title="Total time (s) against bits", x=bits, y=summary("time/total_s")),
+                panels.BarPlot(
+                    title="Peak memory (bytes)",
+                    metrics=["memory/peak_rss_bytes", "memory/peak_device_bytes"],
+                    groupby=method,
+                    groupby_aggfunc="max",
+                ),
+                panels.BarPlot(title="Fallbacks", metrics=[*FALLBACKS], groupby=method, groupby_aggfunc="sum"),
+            ],
+        ),
+        ws.Section(
+            name="Layers and calibration",
+            is_open=True,
+            layout_settings=ws.SectionLayoutSettings(columns=2, rows=2),
+            panels=[*(own(chart) for chart in CHARTS), panels.WeavePanelSummaryTable(table_name=LAYERS_KEY)],
+        ),
+    ]
+    shown = [quality, f"delta/{metric}", divergence, "bits/code", "bits/stored", "time/total_s"]
+    return ws.Workspace(
+        entity=entity,
+        project=project,
+        name=NAME if group is None else f"{NAME}: {group}",
+        sections=sections,
+        settings=ws.WorkspaceSettings(max_runs=100),
+        runset_settings=ws.RunsetSettings(
+            filters="" if group is None else ws.And(ws.Metric("Group") == group),
+            groupby=[ws.Config("method"), ws.Config("bits")],
+            pinned_columns=[*(f"summary:{key}" for key in shown), "config:seed"],
+        ),
+    )
+
+
+def definition(built: "Workspace") -> dict[str, Any]:
+    """The workspace as W&B stores it."""
+    content: dict[str, Any] = json.loads(built._to_model().spec.model_dump_json(by_alias=True, exclude_none=True))
+    return content
+
+
+def check_login() -> None:
+    """Check, without a prompt and without the network, that there is an API key.
+
+    Raises:
+        UserError: there is none, or it is malformed.
+    """
+    import wandb
+
+    remedy = "run 'wandb login' or set WANDB_API_KEY (--dry-run prints the dashboard without an account)"
+    try:
+        wandb.setup(settings=wandb.Settings(silent=True))
+        found = wandb.login(prompt=False, verify=False)
+    except wandb.Error as error:
+        raise UserError(f"W&B: {one_line(str(error))}; {remedy}") from error
+    if not found:
+        raise UserError(f"no W&B API key found; {remedy}")
+
+
+def save(project: str, entity: str | None, metric: str, group: str | None) -> str:
+    """Build the workspace and save it as a new view of the project; returns its address.
+
+    Args:
+        entity: user or team; None takes the account's default.
+
+    Raises:
+        UserError: there is no login, or W&B did not take it.
+    """
+    built = workspace(project, entity or "", metric, group)
+    check_login()
+    import wandb
+
+    try:
+        if not entity:
+            built.entity = wandb.Api().default_entity or ""
+            if not built.entity:
+                raise UserError("this account has no default entity: add --entity NAME")
+        built.save()
+        return str(built.url)
+    except UserError:
+        raise
+    except Exception as error:  # the client raises many kinds
+        raise UserError(f"W&B did not save the dashboard ({type(error).__name__}: {error})") from error
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line; exits with 1 and one line where something is wrong."""
+    parser = argparse.ArgumentParser(prog="python -m bayesq.suite.dashboard", description=__doc__)
+    parser.add_argument("--project", default=PROJECT, help="W&B project, as wandb.project (%(default)s)")
+    parser.add_argument("--entity", help="W&B user or team, as wandb.entity; the account's default without it")
+    parser.add_argument("--metric", default=METRIC, help="metric of the task, as in q/<metric> (%(default)s)")
+    parser.add_argument("--group", help="show only the runs of one workload: MODEL-DATASET, such as resnet-digits")
+    unsaved = parser.add_mutually_exclusive_group()
+    unsaved.add_argument("--dry-run", action="store_true", help="print the definition as JSON and save nothing")
+    unsaved.add_argument("--output", type=Path, help="write the definition to this JSON file and save nothing")
+    given = parser.parse_args(arguments)
+    try:
+        if not given.dry_run and given.output is None:
+            print(f"saved: {save(given.project, given.entity, given.metric, given.group)}")
+            return
+        built = workspace(given.project, given.entity or "", given.metric, given.group)
+        text = json.dumps(definition(built), indent=2) + "\n"
+        if given.output is None:
+            sys.stdout.write(text)
+        else:
+            given.output.write_text(text, encoding="utf-8")
+    except UserError as error:
+        sys.exit(f"error: {one_line(str(error))}")
+    except OSError as error:
+        sys.exit(f"error: --output={given.output}: {os.strerror(error.errno or 0)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""Log finished runs that W&B does not have, from their files: `python -m bayesq.suite.relog results/`.
+
+A run lacks its W&B record where W&B failed or the process was killed just before it had the result; `wandb/error` of
+result.json says so. Nothing is computed again.
+"""
+
+import argparse
+import csv
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+from omegaconf import OmegaConf
+
+from bayesq.suite.config import check_wandb_login, one_line
+from bayesq.suite.errors import UserError
+from bayesq.suite.results import RESULT_FILE, finished_result, write_json
+from bayesq.suite.tracking import ERROR_KEY, track
+
+# columns of layers.csv and predictions.csv that are no numbers, also where they look like one
+TEXT = ("name", "kind", "shape", "id")
+
+
+def unlogged(results_dir: Path) -> list[Path]:
+    """Folders of the finished runs that W&B does not have, in the order of their run ids."""
+    folders = [path.parent for path in sorted(results_dir.glob(f"*/{RESULT_FILE}"))]
+    return [folder for folder in folders if (finished_result(folder) or {}).get(ERROR_KEY) is not None]
+
+
+def relog(folder: Path, mode: str | None = None) -> str | None:
+    """Log the run of a folder and note the outcome in its result.json; returns what went wrong, or None.
+
+    Args:
+        folder: of a finished run; one that W&B has by now stays as it is.
+        mode: of W&B; None takes that of the run.
+
+    Raises:
+        UserError: W&B could not start.
+    """
+    from bayesq.suite.runner import LAYERS_FILE, PREDICTIONS_FILE, QUANTIZED_FILE
+
+    # the process that made the result may still be logging it
+    with FileLock(folder / ".lock"):
+        result = finished_result(folder)
+        if result is None or result.get(ERROR_KEY) is None:
+            return None
+        cfg = OmegaConf.create(result["config"])
+        cfg.wandb.mode = mode or cfg.wandb.mode
+        check_wandb_login(cfg)
+        checkpoint = folder / QUANTIZED_FILE
+        with track(cfg, result["run_id"], folder) as tracker:
+            tracker.log_result(
+                result,
+                _rows(folder / LAYERS_FILE),
+                _rows(folder / PREDICTIONS_FILE),
+                checkpoint if checkpoint.exists() else None,
+            )
+        write_json(folder / RESULT_FILE, result | {ERROR_KEY: tracker.error})
+        return tracker.error
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a CSV file as they were written, empty cells as None; none where there is no file."""
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return [
+            {key: text if key in TEXT else _number(text) for key, text in row.items()} for row in csv.DictReader(file)
+        ]
+
+
+def _number(text: str) -> int | float | None:
+    """The number that a cell spells; None for an empty one."""
+    if not text:
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        return float(text)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line; exits with 1 where W&B still lacks a run."""
+    parser = argparse.ArgumentParser(prog="python -m bayesq.suite.relog", description=__doc__)
+    parser.add_argument("results_dir", type=Path)
+    parser.add_argument("--mode", choices=("online", "offline"), help="W&B mode; without it that of each run")
+    given = parser.parse_args(arguments)
+    if not given.results_dir.is_dir():
+        sys.exit(f"error: {given.results_dir}: no such folder")
+    folders = unlogged(given.results_dir)
+    if not folders:
+        print("W&B has every finished run")
+    failed = False
+    for folder in folders:
+        try:
+            error = relog(folder, given.mode)
+        except UserError as reason:  # the next run would meet the same
+            sys.exit(f"error: {one_line(str(reason))}")
+        failed |= error is not None
+        print(f"logged: {folder.name}" if error is None else f"failed: {folder.name}: {error}", flush=True)
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,240 @@
+"""A W&B server on loopback: as much of its GraphQL, file stream and storage as the client needs for whole runs.
+
+It keeps what a client sends, so that tests can read it, and fails on command. Names of operations and fields are those
+of the client's requests.
+"""
+
+import json
+import re
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+ENTITY = "team"
+API_KEY = "0" * 40
+JSON_LINES = ("wandb-history.jsonl", "wandb-summary.json")
+
+
+@dataclass
+class RemoteRun:
+    """What the server knows of a run."""
+
+    attributes: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    lines: dict[str, dict[int, str]] = field(default_factory=dict)
+    exit_code: int | None = None
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """The run's summary without the client's own keys."""
+        lines = self.lines.get("wandb-summary.json", {})
+        content = json.loads(lines[max(lines)]) if lines else {}
+        return {key: value for key, value in content.items() if not key.startswith("_")}
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """The run's history, a row a step."""
+        return [json.loads(line) for _, line in sorted(self.lines.get("wandb-history.jsonl", {}).items())]
+
+
+@dataclass
+class Artifact:
+    """An artifact version: who logged it, and the contents of its files once it is committed."""
+
+    run_id: str
+    name: str
+    type: str
+    metadata: dict[str, Any]
+    files: dict[str, bytes] = field(default_factory=dict)
+    committed: bool = False
+
+
+class WandbServer(ThreadingHTTPServer):
+    """The server; `url` is its address, `runs` and `artifacts` are what it has received.
+
+    `broken` makes it answer every request with an internal error; `breaks` decides that by the operation or path.
+    """
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        self.runs: dict[str, RemoteRun] = {}
+        self.artifacts: list[Artifact] = []
+        self.views: dict[str, dict[str, Any]] = {}
+        self.uploads: dict[str, bytes] = {}
+        self.requests: Counter[str] = Counter()
+        self.unknown: list[str] = []
+        self.broken = False
+        self.breaks: Callable[[str], bool] = lambda name: False
+        self.lock = threading.Lock()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that leaves in the middle of a request is no error here."""
+
+    def stream(self, run_id: str, content: dict[str, Any]) -> None:
+        """One request of a run's file stream: lines of its files from an offset on, and how it ended."""
+        run = self.runs[run_id]
+        for name, part in content.get("files", {}).items():
+            lines = run.lines.setdefault(name, {})
+            lines.update(enumerate(part["content"], part["offset"]))
+        if content.get("complete"):
+            run.exit_code = content["exitcode"]
+
+    def answer(self, operation: str, variables: dict[str, Any]) -> dict[str, Any]:
+        """The data of a GraphQL response."""
+        found = getattr(self, f"answer_{operation}", None)
+        if found is None:
+            self.unknown.append(operation)
+            return {}
+        return found(variables)
+
+    def answer_ServerFeaturesQuery(self, variables: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
+        return {"serverInfo": {"features": []}}
+
+    def answer_GetDefaultEntity(self, variables: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
+        return {"viewer": {"id": "viewer", "entity": ENTITY}}
+
+    def answer_Viewer(self, variables: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
+        return {"viewer": {"id": "viewer", "entity": ENTITY, "username": "someone", "flags": "{}", "teams": None}}
+
+    def answer_ArtifactType(self, variables: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
+        return {"project": None}
+
+    def answer_OrganizationCoreWeaveOrganizationID(self, variables: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
+        return {"entity": None}
+
+    def answer_UpsertBucket(self, variables: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
+        name = variables["name"]
+        inserted = name not in self.runs
+        run = self.runs.setdefault(name, RemoteRun())
+        given = {key: value for key, value in variables.items() if value is not None}
+        if "config" in given:
+            run.config = {key: value["value"] for key, value in json.loads(given.pop("config")).items()}
+        run.attributes |= given
+        entity = {"id": "entity", "name": variables["entity"] or ENTITY}
+        bucket = {
+            "id": f"bucket-{name}",
+            "name": name,
+            "displayName": run.attributes.get("displayName"),
+            "sweepName": None,
+            "historyLineCount": 0,
+            "project": {"id": "project", "name": variables["project"], "entity": entity},
+        }
+        return {"upsertBucket": {"bucket": bucket, "inserted": inserted}}
+
+    def answer_CreateRunFiles(self, variables: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
+        run_id = variables["run"]
+        files = [{"name": name, "uploadUrl": f"{self.url}/storage/run/{run_id}/{name}"} for name in variables["files"]]
+        return {"createRunFiles": {"runID": f"bucket-{run_id}", "uploadHeaders": [], "files": files}}
+
+    def answer_CreateArtifact(self, variables: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
+        given = variables["input"]
+        metadata = json.loads(given.get("metadata") or "{}")
+        artifact = Artifact(given["runName"], given["artifactCollectionName"], given["artifactTypeName"], metadata)
+        self.artifacts.append(artifact)
+        identifier = str(len(self.artifacts) - 1)
+        shown = {"id": identifier, "state": "PENDING", "artifactSequence": {"id": "sequence", "latestArtifact": None}}
+        return {"createArtifact": {"artifact": shown}}
+
+    def answer_CreateArtifactManifest(self, variables: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
+        given = variables.get("input", variables)
+        place = f"/storage/manifest/{given['artifactID']}"
+        file = {"id": "file", "name": "manifest", "displayName": "manifest", "uploadUrl": f"{self.url}{place}"}
+        return {"createArtifactManifest": {"artifactManifest": {"id": "m", "file": file | {"uploadHeaders": []}}}}
+
+    def answer_CreateArtifactFiles(self, variables: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
+        given = variables.get("input", variables)
+        edges = []
+        for spec in given["artifactFiles"]:
+            place = f"/storage/artifact/{spec['artifactID']}/{spec['name']}"
+            node = {
+                "id": place,
+                "name": spec["name"],
+                "displayName": spec["name"],
+                "uploadUrl": f"{self.url}{place}",
+                "uploadHeaders": [],
+                "storagePath": place,
+                "artifact": {"id": spec["artifactID"]},
+                "uploadMultipartUrls": None,
+            }
+            edges.append({"node": node})
+        return {"createArtifactFiles": {"files": {"edges": edges}}}
+
+    def answer_CommitArtifact(self, variables: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
+        identifier = variables.get("input", variables)["artifactID"]
+        artifact = self.artifacts[int(identifier)]
+        prefix = f"/storage/artifact/{identifier}/"
+        artifact.files = {
+            place.removeprefix(prefix): content for place, content in self.uploads.items() if place.startswith(prefix)
+        }
+        artifact.committed = True
+        return {"commitArtifact": {"artifact": {"id": identifier, "digest": ""}}}
+
+    def answer_UpsertView2(self, variables: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
+        self.views[variables["name"]] = variables | {"spec": json.loads(variables["spec"])}
+        return {"upsertView": {"view": {"id": "view", "name": variables["name"]}, "inserted": True}}
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: WandbServer
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *arguments: Any) -> None:
+        """Requests are counted, not printed."""
+
+    def _read(self) -> bytes:
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        parts = []
+        while size := int(self.rfile.readline(), 16):
+            parts.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(parts)
+
+    def _reply(self, content: Any, code: int = 200) -> None:
+        body = json.dumps(content).encode()
+        self.send_response(code)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def _serve(self) -> None:
+        body, server = self._read(), self.server
+        request = json.loads(body) if self.path == "/graphql" else {}
+        operation = re.search(r"\b(?:query|mutation)\s+(\w+)", request.get("query", ""))
+        name = operation[1] if operation else self.path
+        with server.lock:
+            server.requests[name] += 1
+            if server.broken or server.breaks(name):
+                self._reply({"error": "broken on command"}, 500)
+            elif operation:
+                self._reply({"data": server.answer(name, request.get("variables") or {})})
+            elif self.path.endswith("/file_stream"):
+                server.stream(self.path.split("/")[-2], json.loads(body))
+                self._reply({})
+            else:
+                server.uploads[self.path] = body
+                self._reply({})
+
+    do_GET = do_POST = do_PUT = _serve  # noqa: N815
+
+
+@contextmanager
+def serving() -> Iterator[WandbServer]:
+    """A server that answers inside the block and is gone afterwards."""
+    with WandbServer() as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+        thread.start()
+        try:
+            yield server
+        finally:
+            server.shutdown()
+            thread.join()
