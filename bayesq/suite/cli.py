@@ -34,7 +34,7 @@ from yaml import YAMLError
 
 import bayesq
 from bayesq.suite import config as settings
-from bayesq.suite import results
+from bayesq.suite import launchers, results
 from bayesq.suite.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -44,18 +44,17 @@ CONFIG_NAME = "config"
 TRACEBACK_FILE = "traceback.txt"
 BASIC_SWEEPER = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, ConfigLoadError, YAMLError, ValueError)
-# launchers whose jobs run on the machine of the command, so that its accelerators are theirs
-LOCAL_LAUNCHERS = ("BasicLauncher", "JoblibLauncher", "LocalLauncher")
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run of a command: its resolved configuration, its folder, and the overrides it was composed from."""
+    """One run of a command: its resolved configuration, its folder, its overrides, and what starts it."""
 
     run_id: str
     run_dir: Path
     config: dict[str, Any]
     overrides: tuple[str, ...]
+    launcher: launchers.Launcher | None
 
 
 def conf_dir() -> Path:
@@ -185,7 +184,10 @@ class Preflight:
         if not multirun and self.hydra.get_mode(self.config_name, list(arguments)) != RunMode.MULTIRUN:
             if sweeps:
                 raise UserError(f"{sweeps[0].input_line} lists several values: add -m to run every combination")
-            return [self.check(arguments)]
+            job = self.check(arguments)
+            if job.launcher is not None:
+                raise UserError(f"hydra/launcher={job.launcher.name} starts the runs of a sweep: add -m")
+            return [job]
         try:
             master = self._compose(arguments, RunMode.MULTIRUN)
         except COMPOSITION_ERRORS as error:
@@ -220,12 +222,13 @@ class Preflight:
         settings.check_keys(_unresolved(cfg), reference)
         settings.validate(cfg)
         settings.check_types(settings.resolved(cfg), reference)
-        launcher = str(cfg.hydra.launcher._target_)
-        if launcher.endswith(LOCAL_LAUNCHERS):
+        launcher = launchers.chosen(cfg.hydra)
+        launchers.check(cfg)
+        if launcher is None or launcher.local:
             settings.check_device(cfg)
         settings.check_wandb_login(cfg)
         task = tuple(o.input_line or "" for o in parsed if not o.is_hydra_override())
-        return Job(settings.run_id(cfg), settings.run_dir(cfg), settings.resolved(cfg), task)
+        return Job(settings.run_id(cfg), settings.run_dir(cfg), settings.resolved(cfg), task, launcher)
 
 
 def _unresolved(cfg: DictConfig) -> dict[str, Any]:
@@ -308,6 +311,7 @@ def job(cfg: DictConfig) -> None:
         try:
             # the preflight has seen neither what a foreign sweeper made up nor the machine a remote job runs on
             settings.validate(cfg)
+            launchers.occupy(HydraConfig.get(), cfg.resources)
             settings.check_device(cfg)
             from bayesq.suite.runner import run
 

@@ -1,0 +1,200 @@
+"""What the runs of a sweep may use of a machine, whichever launcher starts them: threads, GPUs and their turn.
+
+Hydra's launchers start the runs (conf/hydra/launcher/*.yaml). They differ in what a run gets of the machine, so each
+run takes what `resources` grants before torch is imported. Nothing here imports torch.
+"""
+
+import importlib.util
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from omegaconf import DictConfig, OmegaConf
+
+from bayesq.suite.errors import UserError
+
+log = logging.getLogger(__name__)
+
+# read by the numerical libraries when they are imported
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
+# tells the runs of a launcher on one machine which GPUs the command may use: submitit overwrites CUDA_VISIBLE_DEVICES
+GPUS_VARIABLE = "BAYESQ_GPUS"
+POLL_S = 1.0
+
+# conf/hydra/launcher has the plugins' own names for what replaces their defaults; their types still check it
+warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/\w+' is validated against ConfigStore schema")
+
+
+@dataclass(frozen=True)
+class Launcher:
+    """One of the presets in conf/hydra/launcher.
+
+    Attributes:
+        name: as it is chosen.
+        package: the distribution that brings it.
+        module: what has to be importable for it.
+        install: what pip is told to install.
+        local: its runs are on the machine of the command.
+        asynchronous: its runs write logs of their own, and outlive the command.
+    """
+
+    name: str
+    package: str
+    module: str
+    install: str
+    local: bool
+    asynchronous: bool
+
+
+SUBMITIT = ("hydra-submitit-launcher", "hydra_plugins.hydra_submitit_launcher", "-c constraints.txt -e '.[slurm]'")
+# by the class that the preset names
+LAUNCHERS = {
+    "JoblibLauncher": Launcher(
+        "joblib",
+        "hydra-joblib-launcher",
+        "hydra_plugins.hydra_joblib_launcher",
+        "-c constraints.txt -e .",
+        local=True,
+        asynchronous=False,
+    ),
+    "LocalLauncher": Launcher("submitit_local", *SUBMITIT, local=True, asynchronous=True),
+    "SlurmLauncher": Launcher("submitit_slurm", *SUBMITIT, local=False, asynchronous=True),
+    "RayLauncher": Launcher(
+        "ray",
+        "hydra-ray-launcher",
+        "hydra_plugins.hydra_ray_launcher",
+        "-c constraints.txt -e '.[ray]'",
+        local=False,
+        asynchronous=False,
+    ),
+}
+
+
+def chosen(hydra: DictConfig) -> Launcher | None:
+    """The launcher that Hydra's node names; None for Hydra's own, one run after the other in this process."""
+    return LAUNCHERS.get(str(hydra.launcher._target_).rpartition(".")[2])
+
+
+# --------------------------------------------------------------------------------------------- before anything runs
+
+
+def check(cfg: DictConfig) -> None:
+    """Check that the chosen launcher can start anything, and that the machine has what each run is to get.
+
+    Args:
+        cfg: the composed configuration with Hydra's node, after `config.validate`.
+
+    Raises:
+        UserError: its package or Slurm's commands are missing, or resources do not fit the device or the machine.
+    """
+    launcher = chosen(cfg.hydra)
+    if launcher is None:
+        return
+    choice = f"hydra/launcher={launcher.name}"
+    if not _importable(launcher.module):
+        raise UserError(f"{choice}: {launcher.package} is not installed; pip install {launcher.install}")
+    if launcher.name == "submitit_slurm" and not (shutil.which("sbatch") and shutil.which("srun")):
+        raise UserError(f"{choice}: there is no sbatch here; start it on a machine of the cluster that can submit jobs")
+    gpus = int(cfg.resources.gpus)
+    if gpus == 0:
+        if str(cfg.device) not in ("auto", "cpu"):
+            raise UserError(f"device={cfg.device}: {choice} gives a run no GPU; add resources.gpus=1")
+    elif launcher.local:
+        names = visible_gpus()
+        if gpus > len(names):
+            raise UserError(f"resources.gpus={gpus}: this machine has {len(names)} CUDA devices to give to runs")
+        os.environ[GPUS_VARIABLE] = ",".join(names)  # the runs inherit it
+
+
+def _importable(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # its parent is missing
+        return False
+
+
+def visible_gpus() -> list[str]:
+    """CUDA's names of the GPUs that a command may give to its runs, in order."""
+    for variable in (GPUS_VARIABLE, "CUDA_VISIBLE_DEVICES"):
+        if variable in os.environ:
+            return [name for name in os.environ[variable].split(",") if name]
+    # torch would tell too, but then CUDA could not be told any more which of them to use
+    if not shutil.which("nvidia-smi"):
+        return []
+    listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=False)
+    lines = listed.stdout.splitlines() if listed.returncode == 0 else []
+    return [str(k) for k in range(sum(line.startswith("GPU ") for line in lines))]
+
+
+def jobs_at_once(cpus: int, gpus: int) -> int:
+    """How many runs the cores and GPUs of this machine allow at the same time, at least one."""
+    import joblib  # counts what cgroups and CPU affinity leave, not what the machine has
+
+    most: int = joblib.cpu_count() // cpus
+    return max(1, most if gpus == 0 else min(most, len(visible_gpus()) // gpus))
+
+
+# the launchers' presets ask for it
+OmegaConf.register_new_resolver("jobs_at_once", lambda cpus, gpus: jobs_at_once(int(cpus), int(gpus)), replace=True)
+
+
+# ------------------------------------------------------------------------------------------------------ in a run
+
+# a process keeps its place until it ends: CUDA cannot change devices once it has begun
+_place: FileLock | None = None
+
+
+def occupy(hydra: DictConfig, resources: DictConfig) -> None:
+    """Take what a run may use of its machine: threads, and with a launcher on one machine its place and its GPUs.
+
+    Called before the numerical libraries are imported. Runs of submitit_local wait here until a place is free.
+    """
+    launcher = chosen(hydra)
+    if launcher is None:
+        return
+    cpus, gpus = int(resources.cpus), int(resources.gpus)
+    for variable in THREAD_VARIABLES:
+        os.environ[variable] = str(cpus)
+    if "torch" in sys.modules:  # a process that has run before
+        sys.modules["torch"].set_num_threads(cpus)
+    if gpus == 0:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    global _place
+    if launcher.local and _place is None:
+        # joblib counts its processes itself
+        place, _place = _take_place(launcher.name, jobs_at_once(cpus, gpus) if launcher.asynchronous else None)
+        if gpus:
+            names = visible_gpus()
+            own = [names[(place * gpus + k) % len(names)] for k in range(gpus)]
+            os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(own)
+
+
+def _take_place(name: str, places: int | None) -> tuple[int, FileLock]:
+    """The first free one of so many places on this machine, numbered from 0; None: there is always one more.
+
+    The operating system frees a place when the process that holds it dies.
+    """
+    folder = Path(tempfile.gettempdir()) / f"bayesq-{os.getuid()}"
+    folder.mkdir(exist_ok=True)
+    while True:
+        for place in count() if places is None else range(places):
+            lock = FileLock(folder / f"{name}-{place}.lock")
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                continue
+            return place, lock
+        time.sleep(POLL_S)
