@@ -385,8 +385,10 @@ def main() -> None:
         print(f"error: {settings.one_line(str(error))}", file=sys.stderr)
         sys.exit(1)
     code: Any = 0
+    runs = {job.run_dir: _label(job.config) for job in jobs or ()}
     try:
-        run()
+        with launchers.attend(jobs[0].launcher if jobs else None, runs):
+            run()
     except SystemExit as left:
         code = left.code
     except KeyboardInterrupt:

@@ -14,7 +14,7 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
@@ -22,9 +22,12 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from hydra.conf import HydraConf
+from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import DictConfig, OmegaConf
 
 from bayesq.suite.errors import UserError
+from bayesq.suite.results import FAILURE_FILE, read_result
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +35,7 @@ log = logging.getLogger(__name__)
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
 # tells the runs of a launcher on one machine which GPUs the command may use: submitit overwrites CUDA_VISIBLE_DEVICES
 GPUS_VARIABLE = "BAYESQ_GPUS"
-POLL_S = 1.0
+POLL_S, QUEUE_POLL_S = 1.0, 10.0
 
 # conf/hydra/launcher has the plugins' own names for what replaces their defaults; their types still check it
 warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/\w+' is validated against ConfigStore schema")
@@ -83,7 +86,7 @@ LAUNCHERS = {
 }
 
 
-def chosen(hydra: DictConfig) -> Launcher | None:
+def chosen(hydra: DictConfig | HydraConf) -> Launcher | None:
     """The launcher that Hydra's node names; None for Hydra's own, one run after the other in this process."""
     return LAUNCHERS.get(str(hydra.launcher._target_).rpartition(".")[2])
 
@@ -157,7 +160,7 @@ OmegaConf.register_new_resolver("jobs_at_once", lambda cpus, gpus: jobs_at_once(
 _place: FileLock | None = None
 
 
-def occupy(hydra: DictConfig, resources: DictConfig) -> None:
+def occupy(hydra: DictConfig | HydraConf, resources: DictConfig) -> None:
     """Take what a run may use of its machine: threads, and with a launcher on one machine its place and its GPUs.
 
     Called before the numerical libraries are imported. Runs of submitit_local wait here until a place is free.
@@ -198,3 +201,91 @@ def _take_place(name: str, places: int | None) -> tuple[int, FileLock]:
                 continue
             return place, lock
         time.sleep(POLL_S)
+
+
+# -------------------------------------------------------------------------------- while a launcher waits for its runs
+
+
+@contextmanager
+def attend(launcher: Launcher | None, runs: Mapping[Path, str]) -> Iterator[None]:
+    """Wait for every run of submitit, whatever happens to one, and say at once which failed.
+
+    Left to itself, submitit's launcher gives up at the first run that was killed, with others still in the queue; on a
+    cluster without accounting it never finds out. What runs print is in their logs.
+
+    Args:
+        launcher: what starts the runs.
+        runs: the runs' folders, and how to name each.
+    """
+    if launcher is None or not launcher.asynchronous:
+        yield
+        return
+    import submitit
+
+    # the launcher is Hydra's plugin and names submitit's own class, so there is no place to hand over a subclass
+    jobs: Any = submitit.Job
+    waiting, results = jobs.wait, jobs.results
+    over = threading.Event()
+    relay = threading.Thread(target=_relay, args=(runs, time.time(), over), daemon=True)
+    relay.start()
+    try:
+        jobs.wait = _wait
+        jobs.results = lambda job: _results(job, results)
+        yield
+    finally:
+        jobs.wait, jobs.results = waiting, results
+        over.set()
+        relay.join()
+
+
+def _wait(job: Any) -> None:
+    """Wait until a submitit job left its result, or has ended without one."""
+    asked = time.monotonic()
+    while not job.done():
+        time.sleep(POLL_S)
+        if time.monotonic() - asked > QUEUE_POLL_S:
+            if _has_left_queue(job):
+                return
+            asked = time.monotonic()
+
+
+def _has_left_queue(job: Any) -> bool:
+    """Whether Slurm's queue does not hold the job any more; no answer does not count as one."""
+    import submitit
+
+    if not isinstance(job, submitit.SlurmJob):
+        return False
+    command = ["squeue", "--noheader", "--jobs", job.job_id]
+    answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    return not answer.stdout.strip() if answer.returncode == 0 else "Invalid job id" in answer.stderr
+
+
+def _results(job: Any, results: Callable[[Any], Any]) -> Any:
+    """What a submitit job returned; of one that was killed, a line about it and an empty return.
+
+    The run's folder tells that it has no result.
+    """
+    from submitit.core.utils import FailedJobError, UncompletedJobError
+
+    try:
+        return results(job)
+    except (FailedJobError, UncompletedJobError):
+        overrides = " ".join(job.submission().args[0])
+        place = f"{overrides}; job {job.job_id} {job.state}; {job.paths.stdout}"
+        print(f"error: a run ended before it could say why [{place}]", file=sys.stderr, flush=True)
+        return [JobReturn(_return_value=None, status=JobStatus.COMPLETED)]
+
+
+def _relay(runs: Mapping[Path, str], start: float, over: threading.Event) -> None:
+    """Report each run that failed since `start`, once, until `over` and what came before it."""
+    left = dict(runs)
+    while left:
+        last = over.wait(POLL_S)
+        for folder, name in list(left.items()):
+            file = folder / FAILURE_FILE
+            if file.exists() and file.stat().st_mtime >= start:
+                reason = (read_result(file) or {}).get("error")
+                print(f"error: {reason} [{folder.name} ({name}); {folder}]", file=sys.stderr, flush=True)
+                del left[folder]
+        if last:
+            return
