@@ -15,8 +15,9 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from hydra.conf import HydraConf
 from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import DictConfig, OmegaConf
 
+from bayesq.suite.config import one_line
 from bayesq.suite.errors import UserError
 from bayesq.suite.results import FAILURE_FILE, read_result
 
@@ -208,34 +210,44 @@ def _take_place(name: str, places: int | None) -> tuple[int, FileLock]:
 
 @contextmanager
 def attend(launcher: Launcher | None, runs: Mapping[Path, str]) -> Iterator[None]:
-    """Wait for every run of submitit, whatever happens to one, and say at once which failed.
+    """Wait for every run of submitit and Ray, whatever happens to one, and say at once which of submitit's failed.
 
-    Left to itself, submitit's launcher gives up at the first run that was killed, with others still in the queue; on a
-    cluster without accounting it never finds out. What runs print is in their logs.
+    Left to themselves, their launchers give up at the first run that was killed, with others still in the queue; and
+    on a Slurm cluster without accounting submitit never finds out. What its runs print is in their logs.
 
     Args:
         launcher: what starts the runs.
         runs: the runs' folders, and how to name each.
     """
-    if launcher is None or not launcher.asynchronous:
-        yield
-        return
-    import submitit
+    # the launchers are Hydra's plugins and name these functions themselves: there is no place to hand over our own
+    with ExitStack() as replaced:
+        if launcher is not None and launcher.asynchronous:
+            import submitit
 
-    # the launcher is Hydra's plugin and names submitit's own class, so there is no place to hand over a subclass
-    jobs: Any = submitit.Job
-    waiting, results = jobs.wait, jobs.results
-    over = threading.Event()
-    relay = threading.Thread(target=_relay, args=(runs, time.time(), over), daemon=True)
-    relay.start()
+            results = submitit.Job.results
+            replaced.enter_context(_replaced(submitit.Job, "wait", _wait))
+            replaced.enter_context(_replaced(submitit.Job, "results", lambda job: _results(job, results)))
+            over = threading.Event()
+            relay = threading.Thread(target=_relay, args=(runs, time.time(), over), daemon=True)
+            relay.start()
+            replaced.callback(relay.join)
+            replaced.callback(over.set)
+        elif launcher is not None and launcher.name == "ray":
+            import ray
+
+            get = ray.get
+            replaced.enter_context(_replaced(ray, "get", partial(_result, get)))
+        yield
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    original = getattr(owner, name)
+    setattr(owner, name, value)
     try:
-        jobs.wait = _wait
-        jobs.results = lambda job: _results(job, results)
         yield
     finally:
-        jobs.wait, jobs.results = waiting, results
-        over.set()
-        relay.join()
+        setattr(owner, name, original)
 
 
 def _wait(job: Any) -> None:
@@ -271,9 +283,22 @@ def _results(job: Any, results: Callable[[Any], Any]) -> Any:
         return results(job)
     except (FailedJobError, UncompletedJobError):
         overrides = " ".join(job.submission().args[0])
-        place = f"{overrides}; job {job.job_id} {job.state}; {job.paths.stdout}"
-        print(f"error: a run ended before it could say why [{place}]", file=sys.stderr, flush=True)
-        return [JobReturn(_return_value=None, status=JobStatus.COMPLETED)]
+        return [_ended(f"{overrides}; job {job.job_id} {job.state}; {job.paths.stdout}")]
+
+
+def _result(get: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """As `_results`, for what Ray returns."""
+    import ray
+
+    try:
+        return get(*arguments, **options)
+    except ray.exceptions.RayError as error:
+        return _ended(one_line(f"{type(error).__name__}: {error}"))
+
+
+def _ended(place: str) -> JobReturn:
+    print(f"error: a run ended before it could say why [{place}]", file=sys.stderr, flush=True)
+    return JobReturn(_return_value=None, status=JobStatus.COMPLETED)
 
 
 def _relay(runs: Mapping[Path, str], start: float, over: threading.Event) -> None:

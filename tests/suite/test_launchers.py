@@ -220,6 +220,17 @@ def test_a_run_of_submitit_that_is_killed_is_reported_and_the_others_are_awaited
     assert "missing: " in done.stdout
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not HAS_RAY, reason="ray is not installed: pip install '.[ray]'")
+def test_a_run_of_ray_that_is_killed_is_reported_and_the_others_are_awaited(stand_in: str) -> None:
+    done = command("hydra/launcher=ray", "seed=15,14,1,2", path=stand_in)
+    assert done.returncode == 1
+    assert sorted(run["seed"] for run in load_results(Path("results"))) == [1, 2]
+    assert "error: a run ended before it could say why [WorkerCrashedError" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "failed: " in done.stdout and "missing: " in done.stdout
+
+
 # --------------------------------------------------------------------------------------------- the numbers are equal
 
 
