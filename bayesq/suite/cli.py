@@ -222,13 +222,14 @@ class Preflight:
         settings.check_keys(_unresolved(cfg), reference)
         settings.validate(cfg)
         settings.check_types(settings.resolved(cfg), reference)
-        launcher = launchers.chosen(cfg.hydra)
         launchers.check(cfg)
-        if launcher is None or launcher.local:
+        if launchers.is_local(cfg.hydra):
             settings.check_device(cfg)
         settings.check_wandb_login(cfg)
         task = tuple(o.input_line or "" for o in parsed if not o.is_hydra_override())
-        return Job(settings.run_id(cfg), settings.run_dir(cfg), settings.resolved(cfg), task, launcher)
+        return Job(
+            settings.run_id(cfg), settings.run_dir(cfg), settings.resolved(cfg), task, launchers.chosen(cfg.hydra)
+        )
 
 
 def _unresolved(cfg: DictConfig) -> dict[str, Any]:

@@ -89,8 +89,14 @@ LAUNCHERS = {
 
 
 def chosen(hydra: DictConfig | HydraConf) -> Launcher | None:
-    """The launcher that Hydra's node names; None for Hydra's own, one run after the other in this process."""
+    """The preset in Hydra's node; None for Hydra's own launcher, one run after the other, and for unknown ones."""
     return LAUNCHERS.get(str(hydra.launcher._target_).rpartition(".")[2])
+
+
+def is_local(hydra: DictConfig | HydraConf) -> bool:
+    """Whether the runs are on the machine of the command, so that its accelerators are theirs."""
+    launcher = chosen(hydra)
+    return str(hydra.launcher._target_).endswith(".BasicLauncher") if launcher is None else launcher.local
 
 
 # --------------------------------------------------------------------------------------------- before anything runs

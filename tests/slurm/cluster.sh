@@ -12,7 +12,14 @@ fail() { printf 'tests/slurm/cluster.sh: %s\n' "$*" >&2; exit 1; }
 dir=${2:-}
 
 stop() { # each daemon by the process id it left, and by force if it stays for ten seconds
-    [ ! -e "$dir/slurmctld.pid" ] || SLURM_CONF=$dir/slurm.conf timeout 10 scancel --user="$(id -un)" || true
+    if [ -e "$dir/slurmctld.pid" ] && [ -e "$dir/slurmd.pid" ]; then
+        export SLURM_CONF=$dir/slurm.conf
+        timeout 10 scancel --user="$(id -un)" || true
+        for _ in $(seq 30); do # what watches over a job would outlive its daemon
+            [ -n "$(timeout 5 squeue --noheader || true)" ] || break
+            sleep 0.5
+        done
+    fi
     for daemon in slurmd slurmctld munged; do
         [ -s "$dir/$daemon.pid" ] || continue
         pid=$(cat "$dir/$daemon.pid")
