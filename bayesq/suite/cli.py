@@ -37,9 +37,10 @@ from yaml import YAMLError
 
 import bayesq
 from bayesq.suite import config as settings
-from bayesq.suite import results
+from bayesq.suite import launchers, results
 from bayesq.suite.errors import UserError
 from bayesq.suite.files import lock, remove_leftovers
+from bayesq.suite.tracking import ERROR_KEY
 
 log = logging.getLogger(__name__)
 
@@ -50,18 +51,17 @@ TRACEBACK_FILE = "traceback.txt"
 NO_REASON = "it ended before it could say why"
 BASIC_SWEEPER = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, ConfigLoadError, YAMLError, ValueError)
-# launchers whose jobs run on the machine of the command, so that its accelerators are theirs
-LOCAL_LAUNCHERS = ("BasicLauncher", "JoblibLauncher", "LocalLauncher")
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run of a command: its resolved configuration, its folder, and the overrides it was composed from."""
+    """One run of a command: its resolved configuration, its folder, its overrides, and what starts it."""
 
     run_id: str
     run_dir: Path
     config: dict[str, Any]
     overrides: tuple[str, ...]
+    launcher: launchers.Launcher | None
 
 
 def conf_dir() -> Path:
@@ -217,7 +217,10 @@ class Preflight:
         if not multirun and self.hydra.get_mode(self.config_name, list(arguments)) != RunMode.MULTIRUN:
             if sweeps:
                 raise UserError(f"{sweeps[0].input_line} lists several values: add -m to run every combination")
-            return [self.check(arguments)]
+            job = self.check(arguments)
+            if job.launcher is not None:
+                raise UserError(f"hydra/launcher={job.launcher.name} starts the runs of a sweep: add -m")
+            return [job]
         try:
             master = self._compose(arguments, RunMode.MULTIRUN)
         except COMPOSITION_ERRORS as error:
@@ -252,12 +255,14 @@ class Preflight:
         settings.check_keys(_unresolved(cfg), reference)
         settings.validate(cfg)
         settings.check_types(settings.resolved(cfg), reference)
-        launcher = str(cfg.hydra.launcher._target_)
-        if launcher.endswith(LOCAL_LAUNCHERS):
+        launchers.check(cfg)
+        if launchers.is_local(cfg.hydra):
             settings.check_device(cfg)
         settings.check_wandb_login(cfg)
         task = tuple(o.input_line or "" for o in parsed if not o.is_hydra_override())
-        return Job(settings.run_id(cfg), settings.run_dir(cfg), settings.resolved(cfg), task)
+        return Job(
+            settings.run_id(cfg), settings.run_dir(cfg), settings.resolved(cfg), task, launchers.chosen(cfg.hydra)
+        )
 
 
 def _unresolved(cfg: DictConfig) -> dict[str, Any]:
@@ -340,8 +345,11 @@ def job(cfg: DictConfig) -> None:
 
 def run_unless_finished(cfg: DictConfig, folder: Path) -> None:
     """Run one configuration in `folder`, which no other process works in, unless its result is there already."""
-    if results.is_finished(folder) and not cfg.force:
+    finished = results.finished_result(folder)
+    if finished is not None and not cfg.force:
         log.info("skipped (finished): %s %s", folder.name, _label(settings.resolved(cfg)))
+        if finished.get(ERROR_KEY) is not None and cfg.wandb.mode != "disabled":
+            log_what_wandb_lacks(folder, cfg.wandb.mode)
         return
     # what an earlier attempt left must not pass for the outcome of this one
     for name in (results.RESULT_FILE, results.FAILURE_FILE, TRACEBACK_FILE):
@@ -349,11 +357,23 @@ def run_unless_finished(cfg: DictConfig, folder: Path) -> None:
     remove_leftovers(folder)
     # the preflight has seen neither what a foreign sweeper made up nor the machine a remote job runs on
     settings.validate(cfg)
+    launchers.occupy(HydraConfig.get(), cfg.resources)
     settings.check_device(cfg)
     from bayesq.suite import provenance, runner
 
     provenance.git_state()  # while the files are still those this process has loaded; the result asks again
     runner.run(cfg)
+
+
+def log_what_wandb_lacks(folder: Path, mode: str) -> None:
+    """Give W&B a finished run that it failed to log; whatever it says, the run stays finished."""
+    from bayesq.suite.relog import relog_locked
+
+    try:
+        error = relog_locked(folder, mode)
+    except UserError as reason:
+        error = str(reason)
+    log.info("W&B lacked %s: %s", folder.name, "logged from its files" if error is None else settings.one_line(error))
 
 
 def report_failure(folder: Path, overrides: Sequence[str], error: Exception) -> None:
@@ -431,8 +451,10 @@ def main() -> None:
         print(f"error: {settings.one_line(str(error))}", file=sys.stderr)
         sys.exit(1)
     code: Any = 0
+    runs = {job.run_dir: _label(job.config) for job in jobs or ()}
     try:
-        run()
+        with launchers.attend(jobs[0].launcher if jobs else None, runs):
+            run()
     except SystemExit as left:
         code = left.code
     except KeyboardInterrupt:

@@ -26,7 +26,7 @@ MAX_SEED = 2**32 - 1
 # torch dtypes of evaluation.autocast
 AUTOCAST = ("bfloat16", "float16")
 # where a run happens, how it is logged and whether it is repeated changes nothing about its numbers
-WITHOUT_EFFECT = ("results_dir", "cache_dir", "force", "device", "wandb", "hydra")
+WITHOUT_EFFECT = ("results_dir", "cache_dir", "force", "device", "resources", "wandb", "hydra")
 
 
 def resolved(cfg: DictConfig) -> dict[str, Any]:
@@ -405,6 +405,8 @@ def validate(cfg: DictConfig) -> None:
         _refuse("force", config["force"], "needs true or false")
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps", str(config["device"])):
         _refuse("device", config["device"], "choose auto, cpu, cuda, cuda:N (such as cuda:0) or mps")
+    for key, low in (("cpus", 1), ("gpus", 0)):
+        _whole(f"resources.{key}", config["resources"][key], low)
     _check_allocation(config)
     _check_sizes(config)
     _check_source(config)

@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
 from omegaconf import OmegaConf
 
 from bayesq.suite.config import check_wandb_login, one_line
 from bayesq.suite.errors import UserError
+from bayesq.suite.files import lock
 from bayesq.suite.results import RESULT_FILE, finished_result, write_json
 from bayesq.suite.tracking import ERROR_KEY, track
 
@@ -30,7 +30,15 @@ def unlogged(results_dir: Path) -> list[Path]:
 
 
 def relog(folder: Path, mode: str | None = None) -> str | None:
+    """`relog_locked` when no process works on the run: the one that made its result may still be logging it."""
+    with lock(folder / RESULT_FILE):
+        return relog_locked(folder, mode)
+
+
+def relog_locked(folder: Path, mode: str | None = None) -> str | None:
     """Log the run of a folder and note the outcome in its result.json; returns what went wrong, or None.
+
+    The caller holds the lock of the run's result.
 
     Args:
         folder: of a finished run; one that W&B has by now stays as it is.
@@ -41,24 +49,22 @@ def relog(folder: Path, mode: str | None = None) -> str | None:
     """
     from bayesq.suite.runner import LAYERS_FILE, PREDICTIONS_FILE, QUANTIZED_FILE
 
-    # the process that made the result may still be logging it
-    with FileLock(folder / ".lock"):
-        result = finished_result(folder)
-        if result is None or result.get(ERROR_KEY) is None:
-            return None
-        cfg = OmegaConf.create(result["config"])
-        cfg.wandb.mode = mode or cfg.wandb.mode
-        check_wandb_login(cfg)
-        checkpoint = folder / QUANTIZED_FILE
-        with track(cfg, result["run_id"], folder) as tracker:
-            tracker.log_result(
-                result,
-                _rows(folder / LAYERS_FILE),
-                _rows(folder / PREDICTIONS_FILE),
-                checkpoint if checkpoint.exists() else None,
-            )
-        write_json(folder / RESULT_FILE, result | {ERROR_KEY: tracker.error})
-        return tracker.error
+    result = finished_result(folder)
+    if result is None or result.get(ERROR_KEY) is None:
+        return None
+    cfg = OmegaConf.create(result["config"])
+    cfg.wandb.mode = mode or cfg.wandb.mode
+    check_wandb_login(cfg)
+    checkpoint = folder / QUANTIZED_FILE
+    with track(cfg, result["run_id"], folder) as tracker:
+        tracker.log_result(
+            result,
+            _rows(folder / LAYERS_FILE),
+            _rows(folder / PREDICTIONS_FILE),
+            checkpoint if checkpoint.exists() else None,
+        )
+    write_json(folder / RESULT_FILE, result | {ERROR_KEY: tracker.error})
+    return tracker.error
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
