@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -243,6 +244,21 @@ def test_a_repeated_command_skips_and_changes_nothing(sweep: Path) -> None:
     assert done.returncode == 0
     assert done.stdout.count("skipped (finished)") == 8
     assert before == {path: path.stat().st_mtime_ns for path in (sweep / "results").glob("*/result.json")}
+
+
+def test_a_repeated_command_gives_wandb_the_run_that_it_lacks(sweep: Path, tmp_path: Path) -> None:
+    """As after a kill between the result and W&B's record of it."""
+    result = next(r for r in load_results(sweep / "results") if r["method"] == "rtn" and r["bits/target"] == 3)
+    folder = tmp_path / "results" / result["run_id"]
+    folder.mkdir(parents=True)
+    for file in (sweep / "results" / result["run_id"]).iterdir():
+        shutil.copy(file, folder)
+    (folder / "result.json").write_text(json.dumps(result | {"wandb/error": "killed"}))
+    done = command(tmp_path, *DIGITS, "method=rtn", "bits=3")
+    assert done.returncode == 0, done.stderr
+    assert f"W&B lacked {result['run_id']}: logged from its files" in done.stdout
+    assert json.loads((folder / "result.json").read_text()) == result | {"wandb/error": None}
+    assert len(list((tmp_path / "results" / "wandb").glob(f"offline-run-*-{result['run_id']}"))) == 1
 
 
 def test_force_reproduces_metrics_and_codes_byte_for_byte(sweep: Path) -> None:

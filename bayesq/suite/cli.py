@@ -10,7 +10,7 @@ import os
 import shlex
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import dataclass
@@ -253,6 +253,7 @@ class Preflight:
                     f"{override.input_line}: every run needs '{override.key_or_group}', it cannot be removed"
                 )
         settings.check_keys(_unresolved(cfg), reference)
+        _check_ablation_holds(cfg, {override.key_or_group for override in parsed})
         settings.validate(cfg)
         settings.check_types(settings.resolved(cfg), reference)
         launchers.check(cfg)
@@ -263,6 +264,31 @@ class Preflight:
         return Job(
             settings.run_id(cfg), settings.run_dir(cfg), settings.resolved(cfg), task, launchers.chosen(cfg.hydra)
         )
+
+
+def _check_ablation_holds(cfg: DictConfig, typed: Collection[str]) -> None:
+    """Refuse an ablation that an experiment undoes: Hydra reads what is added with `+` after everything else.
+
+    Args:
+        cfg: a composed configuration.
+        typed: keys given on the command line, which may replace whatever they like.
+
+    Raises:
+        UserError: the experiment sets a key that the ablation switches.
+    """
+    choices = cfg.hydra.runtime.choices
+    experiment, ablation = choices.get("experiment"), choices.get("ablation")
+    file = conf_dir() / "ablation" / f"{ablation}.yaml"
+    if experiment is None or not file.is_file():
+        return
+    content = OmegaConf.to_container(OmegaConf.load(file))
+    assert isinstance(content, dict)
+    for key, value in settings.flatten({str(k): v for k, v in content.items() if k != "defaults"}).items():
+        if key not in typed and OmegaConf.select(cfg, key) != value:
+            raise UserError(
+                f"ablation={ablation} sets {key}={settings.show(value)}, but experiment={experiment} sets it to "
+                f"{settings.show(OmegaConf.select(cfg, key))}: add {key}={settings.show(value)}"
+            )
 
 
 def _unresolved(cfg: DictConfig) -> dict[str, Any]:

@@ -47,6 +47,18 @@ def test_resnet50_calibrates_on_1024_photos_of_imagenet() -> None:
     assert job.config["calibration"]["examples"] == dataset["calibration_pool"] == 1024
 
 
+def test_an_experiment_does_not_silently_undo_an_ablation() -> None:
+    files = ["model.checkpoint=resnet56.th", "dataset.root=cifar"]
+    typed = ["+experiment=cifar_resnet56", "ablation=examples_64", *files]
+    message = r"^ablation=examples_64 sets calibration\.examples=64, but experiment=.*512: add calibration"
+    with pytest.raises(UserError, match=message):
+        cli.preflight(typed)
+    (job,) = cli.preflight([*typed, "calibration.examples=64"]) or []
+    assert job.config["calibration"]["examples"] == 64
+    (job,) = cli.preflight(["+experiment=cifar_resnet56", "ablation=refits_0", *files]) or []
+    assert job.config["method"]["refits"] == 0 and job.config["calibration"]["examples"] == 512
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
