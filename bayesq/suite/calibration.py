@@ -585,7 +585,7 @@ class Calibration:
                 "examples": str(examples[kind]),
                 "oom_retries": str(retries if kind == kinds[0] else 0),  # of the pass, once
             }
-            write_tensors(self.path(kind), tensors[kind], metadata)
+            write_tensors(self.path(kind), tensors.pop(kind), metadata)
             self._note(kind, metadata, reused=False)
 
     def _passes(self, kinds: Sequence[str]) -> list[dict[str, Layer]]:

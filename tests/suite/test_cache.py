@@ -14,6 +14,8 @@ from pathlib import Path
 import platformdirs
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from bayesq.suite.cache import CorruptCache, digest, read_tensors, resolve_cache_dir, verify, write_tensors
 from bayesq.suite.files import atomic_path, is_locked, lock, remove_leftovers
@@ -39,6 +41,43 @@ def test_what_is_written_is_read(tmp_path):
     for name, tensor in transposed.items():
         assert tensors[name].dtype == tensor.dtype and torch.equal(tensors[name], tensor)
     assert [p.name for p in path.parent.iterdir()] == ["file.safetensors"]
+
+
+def test_the_file_is_what_the_safetensors_package_reads_and_no_larger_than_its_own(tmp_path):
+    tensors = {**TENSORS, "brain": torch.tensor([0.5, 3.0]).bfloat16(), "double": torch.ones(3, 1, dtype=torch.float64)}
+    write_tensors(tmp_path / "ours", tensors, METADATA)
+    with safe_open(tmp_path / "ours", framework="pt") as file:
+        header = file.metadata()
+    save_file(tensors, tmp_path / "theirs", metadata=header)
+    read = load_file(tmp_path / "ours")
+    assert read.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert read[name].dtype == tensor.dtype and torch.equal(read[name], tensor)
+    assert (tmp_path / "ours").stat().st_size == (tmp_path / "theirs").stat().st_size
+
+
+MEMORY_PROGRAM = """
+import sys, torch
+from pathlib import Path
+from bayesq.suite.cache import write_tensors
+
+def peak():  # bytes since the last reset
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+    return 1024 * int(line.split()[1])
+
+tensors = {str(i): torch.full((2**20,), float(i)) for i in range(24)}
+Path("/proc/self/clear_refs").write_text("5")
+before = peak()
+write_tensors(Path(sys.argv[1]), tensors)
+print((peak() - before) / sum(tensor.nbytes for tensor in tensors.values()))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_writing_takes_no_second_copy_in_memory(tmp_path):
+    program = [sys.executable, "-c", MEMORY_PROGRAM, str(tmp_path / "file")]
+    done = subprocess.run(program, capture_output=True, text=True, check=True, timeout=120)
+    assert float(done.stdout) < 0.2
 
 
 def test_absent_is_not_corrupt(tmp_path):
