@@ -132,7 +132,9 @@ class BayesQ:
         for layer in layers:
             rounded, geometry, tables = self._round(layer, grids.pop(layer.name), widths[layer.name], levels)
             layer.count("damping_retries", geometry.retries)
-            yield layer, self._tensor(layer, rounded, widths[layer.name], tables)
+            tensor = self._tensor(layer, rounded, widths[layer.name], tables)
+            del rounded, geometry
+            yield layer, tensor
         # Moment correction and distillation act on what was yielded, for every method alike: `bayesq.suite.runner`.
 
     def distortion(self, layer: LayerProblem, width: int) -> float:

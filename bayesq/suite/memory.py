@@ -1,5 +1,6 @@
-"""What to do when memory runs out: the same work in smaller batches."""
+"""What to do when memory runs out: the same work in smaller batches. And giving back what is not needed."""
 
+import ctypes
 import gc
 import logging
 from collections.abc import Callable
@@ -49,3 +50,15 @@ def halving(size: int, attempt: Callable[[int], T], what: str) -> tuple[T, int]:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def give_back_freed() -> None:
+    """Have the C library return freed memory to the system, where it knows how (glibc).
+
+    Of blocks below 32 MiB it keeps what lies between others. After the statistics and some rounds of rounding that was
+    up to 300 MiB with ResNet-50.
+    """
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError, TypeError):  # another C library, another system
+        return

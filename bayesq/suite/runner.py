@@ -43,7 +43,7 @@ from bayesq.suite.calibration import Calibration, CalibrationSettings, Sequentia
 from bayesq.suite.config import resolved, run_dir, run_id
 from bayesq.suite.datasets.base import DataSplits
 from bayesq.suite.errors import UserError
-from bayesq.suite.memory import halving
+from bayesq.suite.memory import give_back_freed, halving
 from bayesq.suite.models.base import EncodedExamples, Network
 from bayesq.suite.provenance import git_state, host, versions
 from bayesq.suite.results import RESULT_FILE, unit, write_csv, write_json
@@ -122,6 +122,7 @@ class SharedPosterior:
     def fit(self, layer: LayerProblem) -> LayerPosterior:
         """Posterior of one layer."""
         start = time.perf_counter()
+        give_back_freed()  # the factors of a wide layer are the largest tensors of a run
         fitted = self.posterior.fit(layer)
         self.seconds += time.perf_counter() - start
         return fitted

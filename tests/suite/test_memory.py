@@ -1,6 +1,8 @@
 """Out of memory: the same work in smaller batches, from the beginning, and counted."""
 
 import logging
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -65,3 +67,27 @@ def test_other_errors_pass(error):
     with pytest.raises(type(error)):
         halving(4, refusing(0, error, seen), "x")
     assert seen == [4]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_freed_memory_is_given_back() -> None:
+    """Small blocks between others stay with the process until it is asked to return them."""
+    program = """
+from pathlib import Path
+from bayesq.suite.memory import give_back_freed
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+import torch
+blocks = [torch.ones(10_000) for _ in range(3000)]  # 40 KB each, on the heap
+kept = blocks[::100]
+full = resident()
+del blocks
+freed = resident()
+give_back_freed()
+print((full - freed) // 2**20, (full - resident()) // 2**20)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
+    before, after = map(int, done.stdout.split())
+    assert after >= 80, (before, after)  # of 114 MiB
