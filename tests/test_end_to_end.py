@@ -250,9 +250,7 @@ def test_a_repeated_command_gives_wandb_the_run_that_it_lacks(sweep: Path, tmp_p
     """As after a kill between the result and W&B's record of it."""
     result = next(r for r in load_results(sweep / "results") if r["method"] == "rtn" and r["bits/target"] == 3)
     folder = tmp_path / "results" / result["run_id"]
-    folder.mkdir(parents=True)
-    for file in (sweep / "results" / result["run_id"]).iterdir():
-        shutil.copy(file, folder)
+    shutil.copytree(sweep / "results" / result["run_id"], folder)
     (folder / "result.json").write_text(json.dumps(result | {"wandb/error": "killed"}))
     done = command(tmp_path, *DIGITS, "method=rtn", "bits=3")
     assert done.returncode == 0, done.stderr
