@@ -63,9 +63,14 @@ def start(sweep: Sequence[str], folder: Path, log: Path) -> subprocess.Popen[byt
 
 
 def identities(folder: Path) -> dict[str, tuple[int, int]]:
-    """Inode and time of every file that must be written once: results and cached tensors."""
-    files = [*folder.glob("results/*/result.json"), *folder.glob("cache/**/*.safetensors")]
-    return {str(file.relative_to(folder)): (file.stat().st_ino, file.stat().st_mtime_ns) for file in files}
+    """Inode and time of all that must be made once: cached tensors, and the codes of each run that has a result.
+
+    The result itself is written again when W&B has it.
+    """
+    files = {file: file for file in folder.glob("cache/**/*.safetensors")}
+    files |= {result: result.with_name("quantized.safetensors") for result in folder.glob("results/*/result.json")}
+    found = {str(name.relative_to(folder)): file.stat() for name, file in files.items()}
+    return {name: (state.st_ino, state.st_mtime_ns) for name, state in found.items()}
 
 
 def content(run: Path) -> dict[str, Any]:
@@ -112,7 +117,7 @@ def compare(sweep: Sequence[str], kills: int, seed: int, folder: Path) -> Outcom
             process.kill()
             process.wait()
         now = identities(killed)
-        outcome.complaints += [f"written again: {name}" for name in seen if now.get(name) != seen[name]]
+        outcome.complaints += [f"made again: {name}" for name in seen if now.get(name) != seen[name]]
         seen = now
         outcome.finished_at_kill.append(sum(name.endswith("result.json") for name in now))
     if start(sweep, killed, folder / "last.log").wait(COMMAND_TIMEOUT_S):
@@ -120,13 +125,16 @@ def compare(sweep: Sequence[str], kills: int, seed: int, folder: Path) -> Outcom
     outcome.disturbed_s = time.monotonic() - begin
 
     now = identities(killed)
-    outcome.complaints += [f"written again: {name}" for name in seen if now.get(name) != seen[name]]
+    outcome.complaints += [f"made again: {name}" for name in seen if now.get(name) != seen[name]]
     outcome.complaints += [f"left behind: {file}" for file in killed.rglob("*.tmp")]
     expected, found = ({run.parent.name for run in place.glob("results/*/result.json")} for place in (alone, killed))
     outcome.runs = len(found)
     outcome.complaints += [f"lost: {name}" for name in expected - found] + [
         f"extra: {name}" for name in found - expected
     ]
+    for name in sorted(found):
+        if (error := json.loads((killed / "results" / name / "result.json").read_text())["wandb/error"]) is not None:
+            outcome.complaints.append(f"W&B lacks {name}: {error}")
     for name in sorted(expected & found):
         one, other = content(alone / "results" / name), content(killed / "results" / name)
         differing = [key for key in one.keys() | other.keys() if one.get(key) != other.get(key)]
