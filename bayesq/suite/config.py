@@ -475,12 +475,24 @@ def check_wandb_login(cfg: DictConfig) -> None:
             "online",
             f"the environment has WANDB_MODE={os.environ['WANDB_MODE']}; unset it, {remedy}",
         )
+    try:
+        found = has_wandb_key()
+    except UserError as error:
+        raise UserError(f"wandb.mode=online: {error}; mend it, {remedy}") from error
+    if not found:
+        _refuse("wandb.mode", "online", f"no W&B API key found; run 'wandb login', set WANDB_API_KEY, {remedy}")
+
+
+def has_wandb_key() -> bool:
+    """Whether there is an API key for W&B, found without a prompt and without the network.
+
+    Raises:
+        UserError: it is malformed.
+    """
     import wandb
 
     try:
         wandb.setup(settings=wandb.Settings(silent=True))
-        found = wandb.login(prompt=False, verify=False)
+        return bool(wandb.login(prompt=False, verify=False))
     except wandb.Error as error:
-        raise UserError(f"wandb.mode=online: {one_line(str(error))}; mend it, {remedy}") from error
-    if not found:
-        _refuse("wandb.mode", "online", f"no W&B API key found; run 'wandb login', set WANDB_API_KEY, {remedy}")
+        raise UserError(one_line(str(error))) from error

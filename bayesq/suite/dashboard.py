@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bayesq.suite.config import one_line
+from bayesq.suite.config import has_wandb_key, one_line
 from bayesq.suite.errors import UserError
 from bayesq.suite.plots import CHARTS, Chart
 from bayesq.suite.tracking import LAYERS_KEY
@@ -140,14 +140,11 @@ def check_login() -> None:
     Raises:
         UserError: there is none, or it is malformed.
     """
-    import wandb
-
     remedy = "run 'wandb login' or set WANDB_API_KEY (--dry-run prints the dashboard without an account)"
     try:
-        wandb.setup(settings=wandb.Settings(silent=True))
-        found = wandb.login(prompt=False, verify=False)
-    except wandb.Error as error:
-        raise UserError(f"W&B: {one_line(str(error))}; {remedy}") from error
+        found = has_wandb_key()
+    except UserError as error:
+        raise UserError(f"W&B: {error}; {remedy}") from error
     if not found:
         raise UserError(f"no W&B API key found; {remedy}")
 
