@@ -20,7 +20,7 @@ from scipy.stats import spearmanr
 
 from bayesq.allocation import Knapsack
 from bayesq.quant.accounting import affine_overhead_bits, buffer_bytes
-from bayesq.quant.packing import pack_model, unpack_model
+from bayesq.quant.packing import PARAMETER_PREFIX, pack_model, unpack_model
 from bayesq.suite import config, evaluation, runner
 from bayesq.suite.cache import read_tensors
 from bayesq.suite.errors import UserError
@@ -310,7 +310,7 @@ def test_distillation_never_raises_the_held_out_divergence(sweep: Path, method: 
     assert result["distill/heldout_kl_after"] <= result["distill/heldout_kl_before"]
     assert result["time/distill_s"] > 0
     buffers, _ = read_tensors(sweep / "distilled" / result["run_id"] / "quantized.safetensors")
-    parameters = {name for name in buffers if name.startswith(runner.PARAMETER_PREFIX)}
+    parameters = {name for name in buffers if name.startswith(PARAMETER_PREFIX)}
     assert parameters
     counted = {name: buffer for name, buffer in buffers.items() if name not in parameters}
     assert buffer_bytes(counted) == result["bytes/packed"]

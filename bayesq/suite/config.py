@@ -25,6 +25,8 @@ MIN_BITS, MAX_BITS = 2, 8
 MAX_SEED = 2**32 - 1
 # torch dtypes of evaluation.autocast
 AUTOCAST = ("bfloat16", "float16")
+# keys of a group that describe a choice and are not arguments of its constructor
+DESCRIPTIVE = ("name", "modality", "allocator", "uses_posterior")
 # where a run happens, how it is logged and whether it is repeated changes nothing about its numbers
 WITHOUT_EFFECT = ("results_dir", "cache_dir", "force", "device", "resources", "wandb", "hydra")
 
@@ -135,8 +137,12 @@ def determines_result(cfg: DictConfig) -> dict[str, Any]:
 
 def run_id(cfg: DictConfig) -> str:
     """Twelve hexadecimal digits (48 bits of sha256) of what determines the result, the version of bayesq included."""
-    content = {"bayesq": bayesq.__version__, "config": determines_result(cfg)}
-    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return id_of(determines_result(cfg), bayesq.__version__)
+
+
+def id_of(settings: Mapping[str, Any], version: str) -> str:
+    """`run_id` of the settings that determine a result, under a version of bayesq."""
+    text = json.dumps({"bayesq": version, "config": settings}, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 

@@ -31,20 +31,20 @@ from bayesq.allocation import DAMPING, Allocator, Budget, Knapsack, Uniform, mak
 from bayesq.distillation import DistillationSettings, Distilled, distill, posterior_predictive
 from bayesq.posterior import AUTO, LayerPosterior, Posterior
 from bayesq.proxy import measure_kappa
-from bayesq.quant.accounting import buffer_bytes, code_bits, stored_bytes
+from bayesq.quant.accounting import code_bits, stored_bytes
 from bayesq.quant.correction import MAX_EXAMPLES, Correction, correct_moments
-from bayesq.quant.layers import Layer, embedding_tables, matrix_to_weight, quantizable_layers, weight_to_matrix
+from bayesq.quant.layers import Layer, embedding_tables, quantizable_layers, weight_to_matrix
 from bayesq.quant.method import Distortion, LayerProblem, Method
-from bayesq.quant.packing import pack_model, unpack_model
 from bayesq.quant.tensor import QuantizedTensor
 from bayesq.suite import evaluation
-from bayesq.suite.cache import read_tensors, resolve_cache_dir, write_tensors
+from bayesq.suite.cache import resolve_cache_dir
 from bayesq.suite.calibration import Calibration, CalibrationSettings, SequentialInputs, forward_order
-from bayesq.suite.config import resolved, run_dir, run_id
+from bayesq.suite.config import DESCRIPTIVE, resolved, run_dir, run_id
 from bayesq.suite.datasets.base import DataSplits
 from bayesq.suite.errors import UserError
 from bayesq.suite.memory import give_back_freed, halving
 from bayesq.suite.models.base import EncodedExamples, Network
+from bayesq.suite.packed import Packed, fill, read_packed, run_record, write_packed
 from bayesq.suite.provenance import git_state, host, versions
 from bayesq.suite.results import RESULT_FILE, unit, write_csv, write_json
 from bayesq.suite.tracking import ERROR_KEY, track
@@ -55,8 +55,6 @@ log = logging.getLogger(__name__)
 QUANTIZED_FILE = "quantized.safetensors"
 LAYERS_FILE = "layers.csv"
 PREDICTIONS_FILE = "predictions.csv"
-# Keys of a group that describe a choice and are not arguments of its constructor.
-DESCRIPTIVE = ("name", "modality", "allocator", "uses_posterior")
 FALLBACKS = (
     "dead_columns",
     "damping_retries",
@@ -71,8 +69,6 @@ FALLBACKS = (
 KEPT_WHITENING_BYTES = 160 * 2**20
 # A distillation matches moments in one batch, of at most so many of its own: where those are halved, so is this.
 START_BATCHES = 16
-# Prefix of the file's buffers that hold changed biases and norm parameters.
-PARAMETER_PREFIX = "parameter/"
 
 
 def run(cfg: DictConfig) -> dict[str, Any]:
@@ -213,16 +209,13 @@ def execute(
         correct(work, quantized)
     if cfg.distill:
         distill_student(cfg, plan, work, quantized)
-    buffers, header = pack_model(quantized.tensors)
-    packed_bytes = buffer_bytes(buffers)
-    # Every method ships biases and norms in full precision, so changed ones take no bits of the quantized weights.
-    parameters = {f"{PARAMETER_PREFIX}{name}": value for name, value in quantized.parameters.items()}
-    write_tensors(folder / QUANTIZED_FILE, buffers | parameters, header)
+    packed = Packed(quantized.tensors, quantized.parameters, run=run_record(cfg, work.network))
+    sizes = write_packed(folder / QUANTIZED_FILE, packed)
 
     # Everything reported comes from the file: what could not be stored is not evaluated.
-    buffers, header = read_tensors(folder / QUANTIZED_FILE)
+    stored = read_packed(folder / QUANTIZED_FILE)
     module = copy.deepcopy(work.network.module)
-    load_quantized(module, unpack_model(buffers, header), stored_parameters(buffers))
+    fill(module, stored.tensors, stored.parameters)
     evaluate_start = time.perf_counter()
     label = f"evaluate {cfg.method.name} {cfg.bits:g} bits"
     logits, retries = evaluation.logits(module, work.evaluation, batch_size, work.device, label, autocast)
@@ -251,8 +244,9 @@ def execute(
         "primary_metric": work.data.primary_metric,
         "bits/target": float(cfg.bits),
         "bits/code": sum(code_bits(tensor) for tensor in quantized.tensors.values()) / weights,
-        "bits/stored": 8 * packed_bytes / weights,
-        "bytes/packed": packed_bytes,
+        "bits/stored": 8 * sizes.packed / weights,
+        "bytes/packed": sizes.packed,
+        "bytes/parameters": sizes.parameters,
         "bytes/fp32": 4 * weights,
         **metrics,
         **distillation_metrics(quantized.distilled),
@@ -388,7 +382,7 @@ def quantize(cfg: DictConfig, plan: Plan, work: Workload, cache_dir: Path) -> Qu
             for problem, tensor in method.quantize(given, allocate):
                 result.tensors[problem.name] = tensor
                 if prefix:
-                    load_quantized(prefix.module, {problem.name: tensor})
+                    fill(prefix.module, {problem.name: tensor})
                 now = time.perf_counter()
                 result.seconds[problem.name], last = now - last, now
                 bar.update()
@@ -473,33 +467,10 @@ def layer_rows(quantized: Quantized) -> list[dict[str, Any]]:
     return rows
 
 
-def load_quantized(
-    module: nn.Module, tensors: Mapping[str, QuantizedTensor], parameters: Mapping[str, Tensor] | None = None
-) -> None:
-    """Replace layers' weights by what their QuantizedTensors stand for, and `parameters` by state_dict name."""
-    layers = dict(module.named_modules())
-    for name, tensor in tensors.items():
-        layer = layers[name]
-        assert isinstance(layer, nn.Linear | nn.Conv2d | nn.Embedding)
-        with torch.no_grad():
-            layer.weight.copy_(matrix_to_weight(layer, tensor.dequantize()))
-    if parameters:
-        module.load_state_dict(dict(parameters), strict=False)
-
-
-def stored_parameters(buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Changed biases and norm parameters in a quantized file, by state_dict name."""
-    return {
-        name.removeprefix(PARAMETER_PREFIX): value
-        for name, value in buffers.items()
-        if name.startswith(PARAMETER_PREFIX)
-    }
-
-
 def quantized_copy(work: Workload, quantized: Quantized) -> nn.Module:
     """The network with what has been quantized and corrected so far."""
     module = copy.deepcopy(work.network.module)
-    load_quantized(module, quantized.tensors, quantized.parameters)
+    fill(module, quantized.tensors, quantized.parameters)
     return module
 
 

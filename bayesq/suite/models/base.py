@@ -4,9 +4,9 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -100,12 +100,14 @@ class Network:
         encode: preprocessing from raw examples to batches.
         checksum: sha256 hex over the module's state (see `state_checksum`).
         description: preprocessing, size and origin for the result file; JSON values only.
+        blueprint: what `ModelSource.bare` needs beside the settings; JSON values only.
     """
 
     module: nn.Module
     encode: Callable[[Examples], EncodedExamples]
     checksum: str
     description: dict[str, object]
+    blueprint: dict[str, Any] = field(default_factory=dict)
 
 
 class ModelSource(Protocol):
@@ -113,6 +115,16 @@ class ModelSource(Protocol):
 
     def build(self, data: DataSplits, cache_dir: Path) -> Network:
         """The network for `data`; whatever has to be fitted is fitted on `data.train` once and cached."""
+        ...
+
+    def bare(self, blueprint: Mapping[str, Any]) -> nn.Module:
+        """The architecture of a network that `build` made, in evaluation mode, with weights that mean nothing.
+
+        Reads neither data nor checkpoints. A source without it can be run, but not exported as a self-contained file.
+
+        Args:
+            blueprint: that network's.
+        """
         ...
 
 

@@ -4,7 +4,9 @@ Layer names and shortcuts are those of the published checkpoints of akamaster/py
 a shortcut without weights, so that every weight lies in a 3x3 convolution or in the head).
 """
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -95,9 +97,7 @@ class CifarResNet:
         encode = _Normalise(f"cifar_resnet{self.depth}", data.num_classes)
         encode.check(data.evaluation)
         state = read_checkpoint(self.checkpoint)
-        # The initialisation, overwritten below, draws from the global generator.
-        with torch.random.fork_rng(devices=[]):
-            module = ResNet((self.depth - 2) // 6).eval()
+        module = self.bare({})
         load_weights(module, state, self.checkpoint, f"model=cifar_resnet{self.depth}")
         return Network(
             module=module,
@@ -113,6 +113,12 @@ class CifarResNet:
                 "parameters": parameter_count(module),
             },
         )
+
+    def bare(self, blueprint: Mapping[str, Any]) -> nn.Module:
+        """The network at a random initialisation, in evaluation mode; its depth is all there is to know."""
+        # The initialisation, which weights overwrite, draws from the global generator.
+        with torch.random.fork_rng(devices=[]):
+            return ResNet((self.depth - 2) // 6).eval()
 
 
 class _Normalise:

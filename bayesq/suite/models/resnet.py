@@ -1,8 +1,9 @@
 """A small ResNet (He et al., 2016) from timm for small images, trained on the train split at first use."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -101,7 +102,12 @@ class SmallResNet:
                 "interpolation": "bilinear",
                 "parameters": parameter_count(module),
             },
+            blueprint={"in_channels": train.shape[1], "num_classes": data.num_classes},
         )
+
+    def bare(self, blueprint: Mapping[str, Any]) -> nn.Module:
+        """The network at its seeded initialisation, in evaluation mode."""
+        return self._untrained(blueprint["in_channels"], blueprint["num_classes"]).eval()
 
     def _untrained(self, in_channels: int, num_classes: int) -> nn.Module:
         """The network at its seeded initialisation; the caller's global generator is left as it was."""

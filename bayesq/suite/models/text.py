@@ -1,10 +1,11 @@
 """What models of text share: raw texts, padded tokens, and classifiers of the transformers library."""
 
+import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,9 @@ from bayesq.suite.errors import UserError
 from bayesq.suite.models.base import TensorExamples
 
 log = logging.getLogger(__name__)
+
+# Keys of a transformers configuration that say nothing about the network.
+NOTES = ("transformers_version", "architectures", "attn_implementation", "auto_map")
 
 Texts = list[str] | list[tuple[str, str]]
 
@@ -29,7 +33,10 @@ class SequenceClassifier(nn.Module):
     def __init__(self, model: nn.Module, order: Sequence[int] | None = None) -> None:
         super().__init__()
         self.model = model
-        self.order = None if order is None else list(order)
+        self.order = None if order is None else [int(k) for k in order]
+        classes = cast(Any, model).config.num_labels
+        if self.order is not None and not all(0 <= k < classes for k in self.order):
+            raise ValueError(f"order={self.order}: the model has logits 0 to {classes - 1}")
 
     def forward(self, **inputs: Tensor) -> Tensor:
         """Logits [b, classes]."""
@@ -39,6 +46,15 @@ class SequenceClassifier(nn.Module):
     def extra_repr(self) -> str:
         """The order, which no parameter shows."""
         return "" if self.order is None else f"order={self.order}"
+
+
+def config_of(model: nn.Module) -> dict[str, Any]:
+    """The configuration of a transformers model as JSON values, without the place it was read from.
+
+    What is asked of the library in every build (attention) and what it notes for itself is left out.
+    """
+    content: dict[str, Any] = json.loads(cast(Any, model).config.to_json_string(use_diff=False))
+    return {key: value for key, value in content.items() if not key.startswith("_") and key not in NOTES}
 
 
 def texts_of(examples: Examples, model: str) -> Texts:

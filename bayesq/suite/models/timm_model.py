@@ -1,6 +1,6 @@
 """Any image classifier of timm by name, with pinned published weights or a checkpoint of the user's."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -69,10 +69,7 @@ class TimmModel:
                 "fp_source": str(self.checkpoint),
                 "checkpoint_sha256": checkpoint_sha256(self.checkpoint),
             }
-        for part in module.modules():
-            # Plain matrix products: the fused kernels' backward passes are not deterministic on every device.
-            if hasattr(part, "fused_attn"):
-                setattr(part, "fused_attn", False)  # noqa: B010  # typed as one of torch's own attributes otherwise
+        _unfuse(module)
         encode = _Encoder(self.architecture, module, self.image_size)
         encode.check(data.evaluation)
         return Network(
@@ -85,7 +82,14 @@ class TimmModel:
                 **encode.description(data.evaluation),
                 "parameters": parameter_count(module),
             },
+            blueprint={"num_classes": data.num_classes},
         )
+
+    def bare(self, blueprint: Mapping[str, Any]) -> nn.Module:
+        """The network at a random initialisation, in evaluation mode."""
+        module = self._create(self._published(), num_classes=blueprint["num_classes"])
+        _unfuse(module)
+        return module
 
     def _published(self) -> Any:
         """What timm records about the name: a PretrainedCfg.
@@ -149,6 +153,13 @@ class TimmModel:
             published, pretrained=True, pretrained_cfg_overlay={"hf_hub_id": f"{repository}@{found.commit}"}
         )
         return module, {"fp_source": repository, "revision": found.commit}
+
+
+def _unfuse(module: nn.Module) -> None:
+    """Plain matrix products: the fused kernels' backward passes are not deterministic on every device."""
+    for part in module.modules():
+        if hasattr(part, "fused_attn"):
+            setattr(part, "fused_attn", False)  # noqa: B010  # typed as one of torch's own attributes otherwise
 
 
 def _full_name(published: Any) -> str:

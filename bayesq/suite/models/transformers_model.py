@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from bayesq.suite.config import one_line
 from bayesq.suite.datasets.base import DataSplits, Examples
@@ -19,7 +20,7 @@ from bayesq.suite.errors import UserError
 from bayesq.suite.hub import from_hub, reachable
 from bayesq.suite.models.base import EncodedExamples, Network, parameter_count, state_checksum
 from bayesq.suite.models.checkpoint import checkpoint_sha256
-from bayesq.suite.models.text import SequenceClassifier, label_order, texts_of, token_examples
+from bayesq.suite.models.text import SequenceClassifier, config_of, label_order, texts_of, token_examples
 
 UNNAMED = "transformers"  # the YAML's name of a model that nobody has named
 SHORTEST = 8  # tokens: the special ones and a few words
@@ -141,7 +142,27 @@ class TransformersClassifier:
             description["checkpoint_sha256"] = checkpoint_sha256(Path(origin.place))
         else:
             description["revision"] = getattr(config, "_commit_hash", None) or options["revision"]
-        return Network(module=module, encode=encode, checksum=state_checksum(module), description=description)
+        return Network(
+            module=module,
+            encode=encode,
+            checksum=state_checksum(module),
+            description=description,
+            blueprint={"classifier": config_of(model), "order": module.order},
+        )
+
+    def bare(self, blueprint: Mapping[str, Any]) -> nn.Module:
+        """The network at a random initialisation, in evaluation mode."""
+        from transformers import AutoConfig, AutoModelForSequenceClassification
+
+        # The initialisation, which weights overwrite, draws from the global generator.
+        with torch.random.fork_rng(devices=[]), quiet_transformers():
+            model = AutoModelForSequenceClassification.from_config(
+                AutoConfig.for_model(**blueprint["classifier"]),
+                attn_implementation="eager",
+                dtype=torch.float32,
+                trust_remote_code=False,
+            )
+        return SequenceClassifier(model, blueprint["order"]).eval()
 
     def _origin(self, task: str) -> Origin:
         """What the configuration and the data set's task say about the place.

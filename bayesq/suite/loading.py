@@ -1,0 +1,202 @@
+"""Quantized networks from their packed files.
+
+The file of a run, results/<run_id>/quantized.safetensors, holds what was quantized. The rest comes from where the run
+had it: data set and model of its settings are loaded again, and the checksum of the weights is compared. A
+self-contained file (`python -m bayesq.suite.export ... --to packed`) needs nothing else.
+
+A file may come from anyone, so it chooses only among the classes of the suite and of packages that the caller trusts,
+and its settings are plain values: Hydra would follow interpolations and names inside them.
+"""
+
+import importlib
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from bayesq.suite.cache import CorruptCache, resolve_cache_dir
+from bayesq.suite.config import DESCRIPTIVE, flatten, one_line, suggestion
+from bayesq.suite.errors import UserError
+from bayesq.suite.models.base import Network
+from bayesq.suite.packed import Packed, fill, read_packed
+
+# Modules whose classes a file may name; what else lies in the suite is no model and no data set.
+OWN = ("bayesq.suite.models.", "bayesq.suite.datasets.")
+
+
+def load_quantized(
+    path: str | Path,
+    settings: Mapping[str, Any] | None = None,
+    cache_dir: str | None = None,
+    trusted: Sequence[str] = (),
+) -> nn.Module:
+    """The network that a run evaluated: its outputs are the run's, bit for bit, on the same machine.
+
+    Args:
+        path: `quantized.safetensors` of a run, or a self-contained file.
+        settings: what is elsewhere now, such as {"model.checkpoint": "/new/place"}; relative paths of the run are
+            taken from the current folder. Whatever is given, the weights have to be the run's.
+        cache_dir: as the config key; what the run fitted or fetched is looked for there.
+        trusted: further packages, such as "mypackage", of which the file may name a model or data set.
+
+    Returns:
+        The module in evaluation mode, float32, on the CPU.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CorruptCache: it is damaged, contradicts itself, or was written without its settings.
+        UserError: the network that was quantized is not there any more, or has other weights.
+    """
+    path = Path(path)
+    packed = read_packed(path)
+    if packed.state:
+        return self_contained(packed, path, trusted)
+    network = base_network(packed, path, settings or {}, cache_dir, trusted)
+    fill_checked(network.module, packed, path)
+    return network.module
+
+
+def base_network(
+    packed: Packed, path: Path, settings: Mapping[str, Any], cache_dir: str | None, trusted: Sequence[str] = ()
+) -> Network:
+    """The full-precision network that was quantized, loaded as the run did.
+
+    Args:
+        packed: what `path` holds.
+        settings, cache_dir, trusted: as of `load_quantized`.
+
+    Raises:
+        CorruptCache: the file has no settings, or they describe no network.
+        UserError: data or weights are not there, or the weights are not the run's.
+    """
+    config = changed(_config(packed, path), settings)
+    cache = resolve_cache_dir(cache_dir)
+    where = f"{path}: the network that was quantized cannot be loaded"
+    try:
+        data = source(config, "dataset", trusted).load(cache)
+        network: Network = source(config, "model", trusted).build(data, cache)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+    except Exception as error:  # a file can hold any arguments, and constructors fail in many ways
+        raise CorruptCache(f"{where}: {type(error).__name__}, {one_line(str(error))[:200]}") from error
+    expected = packed.run["network"]["weights"]
+    if network.checksum != expected:
+        raise UserError(
+            f"{where}: its weights have changed (sha256 {network.checksum[:12]}..., the run had {expected[:12]:.12}...)"
+        )
+    return network
+
+
+def self_contained(packed: Packed, path: Path, trusted: Sequence[str] = ()) -> nn.Module:
+    """The network of a file that holds all of it.
+
+    Raises:
+        CorruptCache: the file's tensors are not those of the network that it describes.
+        UserError: its kind of model cannot be built without data.
+    """
+    config, blueprint = _config(packed, path), packed.run["network"].get("blueprint")
+    where = f"{path}: its network cannot be built"
+    try:
+        model = source(config, "model", trusted)
+        if not hasattr(model, "bare"):
+            raise UserError(f"model={config['model'].get('name')} has no method `bare`")
+        with torch.device("meta"):  # the sizes are known before any memory is asked for
+            _check_state(model.bare(blueprint), packed)
+        module: nn.Module = model.bare(blueprint)
+        module.load_state_dict(packed.state, strict=False)
+        fill(module, packed.tensors)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+    except Exception as error:  # as above
+        raise CorruptCache(f"{where}: {type(error).__name__}, {one_line(str(error))[:200]}") from error
+    return module.eval()
+
+
+def fill_checked(module: nn.Module, packed: Packed, path: Path) -> None:
+    """`fill` for a file from anywhere.
+
+    Raises:
+        CorruptCache: its layers or parameters are not the module's.
+    """
+    try:
+        fill(module, packed.tensors, packed.parameters)
+    except ValueError as error:
+        raise CorruptCache(f"{path} does not fit its network: {error}") from error
+
+
+def _check_state(module: nn.Module, packed: Packed) -> None:
+    """Check that the file has every tensor of the network once, and no other.
+
+    Raises:
+        ValueError: naming the first that is not so.
+    """
+    if packed.parameters:
+        raise ValueError("changed parameters belong to files that are not self-contained")
+    weights = {f"{name}.weight" for name in packed.tensors}
+    expected = module.state_dict()
+    for name in [*expected, *packed.state, *weights]:
+        if (name in packed.state) + (name in weights) != 1 or name not in expected:
+            raise ValueError(f"{name:.100} is missing, given twice, or not part of the network")
+        given = packed.state.get(name)
+        if given is not None and (given.shape != expected[name].shape or given.dtype != expected[name].dtype):
+            raise ValueError(f"{name} has another shape or dtype in the network")
+
+
+def _config(packed: Packed, path: Path) -> dict[str, Any]:
+    """The settings of the run.
+
+    Raises:
+        CorruptCache: the file keeps none.
+    """
+    if not packed.run:
+        raise CorruptCache(f"{path} keeps no settings, as files of earlier versions: make the run again (force=true)")
+    config: dict[str, Any] = packed.run["config"]
+    return config
+
+
+def changed(config: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of `config` with other values under some dotted keys.
+
+    Raises:
+        UserError: there is no such key.
+    """
+    copied = deepcopy(dict(config))
+    known = flatten(copied)
+    for key, value in settings.items():
+        if key not in known:
+            raise UserError(f"unknown key '{key}'{suggestion(key, known)}")
+        node = copied
+        *parents, last = key.split(".")
+        for parent in parents:
+            node = node[parent]
+        node[last] = value
+    return copied
+
+
+def source(config: Mapping[str, Any], group: str, trusted: Sequence[str]) -> Any:
+    """The model or data set of a file's settings.
+
+    Raises:
+        UserError: the class is not one that a file may name, or there is none of that name.
+        TypeError, ValueError: it does not take these arguments.
+    """
+    node = config.get(group)
+    target = node.get("_target_") if isinstance(node, dict) else None
+    if not isinstance(node, dict) or not isinstance(target, str):
+        raise ValueError(f"the settings have no {group} with a _target_")
+    module, _, name = target.rpartition(".")
+    if not f"{module}.".startswith((*OWN, *(f"{package}." for package in trusted))):
+        raise UserError(f"{group}._target_={target:.100} is no class of the suite; name its package in `trusted`")
+    arguments = {key: value for key, value in node.items() if key not in (*DESCRIPTIVE, "_target_")}
+    if any(part.startswith("_") for key in flatten(arguments) for part in key.split(".")):
+        raise UserError(f"{group}: keys that begin with an underscore have no place in a file")
+    try:
+        found = getattr(importlib.import_module(module), name, None)
+    except ImportError as error:
+        raise UserError(f"{group}._target_={target:.100}: there is no such module") from error
+    if not isinstance(found, type) or found.__module__ != module:
+        raise UserError(f"{group}._target_={target:.100} is no class of that module")
+    return found(**arguments)
