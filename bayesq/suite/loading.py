@@ -189,7 +189,9 @@ def source(config: Mapping[str, Any], group: str, trusted: Sequence[str]) -> Any
         raise ValueError(f"the settings have no {group} with a _target_")
     module, _, name = target.rpartition(".")
     if not f"{module}.".startswith((*OWN, *(f"{package}." for package in trusted))):
-        raise UserError(f"{group}._target_={target:.100} is no class of the suite; name its package in `trusted`")
+        raise UserError(
+            f"{group}._target_={target:.100} is no class of the suite: name its package in `trusted` (export: --trust)"
+        )
     arguments = {key: value for key, value in node.items() if key not in (*DESCRIPTIVE, "_target_")}
     if any(part.startswith("_") for key in flatten(arguments) for part in key.split(".")):
         raise UserError(f"{group}: keys that begin with an underscore have no place in a file")

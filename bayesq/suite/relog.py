@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from bayesq.suite.config import check_wandb_login, one_line
 from bayesq.suite.errors import UserError
 from bayesq.suite.files import lock
-from bayesq.suite.results import RESULT_FILE, finished_result, write_json
+from bayesq.suite.results import QUANTIZED_FILE, RESULT_FILE, finished_result, write_json
 from bayesq.suite.tracking import ERROR_KEY, track
 
 # columns of layers.csv and predictions.csv that are no numbers, also where they look like one
@@ -47,7 +47,7 @@ def relog_locked(folder: Path, mode: str | None = None) -> str | None:
     Raises:
         UserError: W&B could not start.
     """
-    from bayesq.suite.runner import LAYERS_FILE, PREDICTIONS_FILE, QUANTIZED_FILE
+    from bayesq.suite.runner import LAYERS_FILE, PREDICTIONS_FILE
 
     result = finished_result(folder)
     if result is None or result.get(ERROR_KEY) is None:

@@ -28,7 +28,7 @@ RECORDS = ("config", "versions", "host", "git")
 OF_THE_MACHINE = ("time/", "memory/", "fallback/oom_retries", "wandb/")
 TABLES = ("layers.csv", "predictions.csv")
 SECONDS = "seconds"
-CODES = "quantized.safetensors"
+CODES = results.QUANTIZED_FILE
 # subfolders of the cache with what --fresh makes again; what was downloaded is not fetched again
 COMPUTED = ("full_precision", "models", "statistics")
 # of the keys without effect on the result: those that a machine needs to get it
@@ -93,7 +93,8 @@ def compare_codes(recorded: Path, here: Path) -> list[Difference]:
     except CorruptCache as error:
         return [(recorded.name, f"damaged ({settings.one_line(str(error))})", "whole")]
     second, other_header = read_tensors(here)
-    found = [(f"{recorded.name}, header: {key}", then, now) for key, then, now in differing(header, other_header)]
+    known = {key: text for key, text in other_header.items() if key in header}  # earlier versions kept no settings
+    found = [(f"{recorded.name}, header: {key}", then, now) for key, then, now in differing(header, known)]
     for name in dict.fromkeys([*first, *second]):
         one, other = first.get(name), second.get(name)
         if one is None or other is None or one.dtype != other.dtype or one.shape != other.shape:

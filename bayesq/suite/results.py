@@ -15,6 +15,7 @@ from bayesq.suite.files import atomic_path
 
 RESULT_FILE = "result.json"
 FAILURE_FILE = "status.json"
+QUANTIZED_FILE = "quantized.safetensors"
 CORRELATIONS = ("matthews", "pearson", "spearman")
 
 

@@ -46,13 +46,12 @@ from bayesq.suite.memory import give_back_freed, halving
 from bayesq.suite.models.base import EncodedExamples, Network
 from bayesq.suite.packed import Packed, fill, read_packed, run_record, write_packed
 from bayesq.suite.provenance import git_state, host, versions
-from bayesq.suite.results import RESULT_FILE, unit, write_csv, write_json
+from bayesq.suite.results import QUANTIZED_FILE, RESULT_FILE, unit, write_csv, write_json
 from bayesq.suite.tracking import ERROR_KEY, track
 from bayesq.whitening import Shelf
 
 log = logging.getLogger(__name__)
 
-QUANTIZED_FILE = "quantized.safetensors"
 LAYERS_FILE = "layers.csv"
 PREDICTIONS_FILE = "predictions.csv"
 FALLBACKS = (

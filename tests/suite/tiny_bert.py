@@ -28,8 +28,10 @@ def tiny_tokenizer(folder: Path, pad: str | None = "[PAD]", **options: Any) -> N
     ).save_pretrained(folder)
 
 
-def tiny_bert(folder: Path, outputs: int, classes: Sequence[str] = (), seed: int = 0, kind: str = "bert") -> Path:
-    """Save a random classifier of `outputs` logits, named after `classes` if there are any, with its tokenizer."""
+def tiny_bert(
+    folder: Path, outputs: int, classes: Sequence[str] = (), seed: int = 0, kind: str = "bert", **changed: int
+) -> Path:
+    """Save a random classifier of `outputs` logits, named after `classes` if there are any, with its tokenizer; some sizes may be others."""
     import transformers
 
     config_class, model_class = {
@@ -37,7 +39,7 @@ def tiny_bert(folder: Path, outputs: int, classes: Sequence[str] = (), seed: int
         "encoder": (transformers.BertConfig, transformers.BertModel),
         "distilbert": (transformers.DistilBertConfig, transformers.DistilBertForSequenceClassification),
     }[kind]
-    sizes = dict(SIZES)
+    sizes = SIZES | changed
     if kind == "distilbert":
         sizes = {"dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 32}
     names = {"id2label": dict(enumerate(classes))} if classes else {"num_labels": outputs}

@@ -1,0 +1,86 @@
+"""The checkpoint layout of GPTQ tools for one linear layer of R outputs and C inputs, b bits, S column groups.
+
+    qweight  int32 [C b / 32, R]   codes
+    qzeros   int32 [S, R b / 32]   zero points, less one in checkpoint_format "gptq", as they are in "gptq_v2"
+    scales   fp16  [S, R]
+    g_idx    int32 [C]             column group of each input
+    weight[r, c] = scales[g_idx[c], r] (code[c, r] - zero[g_idx[c], r])
+
+Codes are packed along the inputs, zero points along the outputs, both as one stream of bits, least significant first:
+code i takes the bits i b to i b + b - 1 of the stream, bit k of it is bit k mod 32 of word k // 32. For 3 bits a code
+may lie across two words. Readers work on blocks of 32 codes, so C and R are multiples of 32.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bayesq.quant.grids import ZERO_BITS
+from bayesq.quant.tensor import QuantizedTensor
+
+WIDTHS = (2, 3, 4, 8)
+BLOCK = 32
+# Checkpoint formats and what they take off the zero points.
+FORMATS = {"gptq": 1, "gptq_v2": 0}
+
+
+def words(values: np.ndarray, width: int) -> Tensor:
+    """Unsigned integers [n, m] below 2**width as int32 words [n * width / 32, m]; n is a multiple of 32."""
+    bits = (values[:, None, :] >> np.arange(width, dtype=np.uint8)[:, None]) & 1
+    packed = np.packbits(bits.reshape(-1, values.shape[1]), axis=0, bitorder="little")
+    parts = packed.reshape(-1, 4, values.shape[1]).astype(np.uint32)
+    joined = parts[:, 0] | parts[:, 1] << 8 | parts[:, 2] << 16 | parts[:, 3] << 24
+    return torch.from_numpy(joined.view(np.int32).copy())
+
+
+def obstacle(tensor: QuantizedTensor) -> str | None:
+    """Why a linear layer's grid has no place in the layout, and which settings give one that has; None if it has.
+
+    A zero point of 0 is no obstacle in itself, see `gptq_buffers`.
+    """
+    widths = tensor.width.unique().tolist()
+    if len(widths) > 1:
+        return f"its rows have different widths ({', '.join(map(str, widths))} bits): allocator=uniform gives one"
+    if widths[0] not in WIDTHS:
+        return f"it has {widths[0]} bits: choose bits={', '.join(map(str, WIDTHS))}"
+    if tensor.trellis is not None or tensor.codebooks:
+        return "its levels are not uniform: choose method=gptq or method=rtn"
+    if tensor.column_scale is not None:
+        return "it has scales for its inputs: choose method=gptq or method=rtn"
+    if bool((tensor.zero % 2 ** (ZERO_BITS - widths[0]) != 0).any()):
+        return "its zero points lie between levels: choose method=gptq or method=rtn with distill=false"
+    return None
+
+
+def fits_blocks(tensor: QuantizedTensor) -> bool:
+    """Whether inputs and outputs come in whole blocks."""
+    rows, columns = tensor.codes.shape
+    return rows % BLOCK == 0 and columns % BLOCK == 0
+
+
+def gptq_buffers(tensor: QuantizedTensor, checkpoint_format: str) -> dict[str, Tensor]:
+    """The layout of one layer's codes, exactly; columns have the layer's own order, so that g_idx does not decrease.
+
+    Args:
+        checkpoint_format: a key of FORMATS.
+
+    Raises:
+        ValueError: there is an `obstacle`, inputs or outputs do not come in whole blocks, or a zero point is 0, which
+            the format "gptq" cannot tell from 2**width: what it makes of -1 depends on the reader.
+    """
+    if reason := obstacle(tensor):
+        raise ValueError(reason)
+    rows, columns = tensor.codes.shape
+    if not fits_blocks(tensor):
+        raise ValueError(f"it has {columns} inputs and {rows} outputs, which are not both multiples of {BLOCK}")
+    width = int(tensor.width[0])
+    zero = tensor.zero.numpy() >> (ZERO_BITS - width)
+    if FORMATS[checkpoint_format] and not zero.all():
+        raise ValueError("it has a zero point of 0, which the format gptq cannot hold: use --format gptq_v2")
+    group = torch.arange(columns, dtype=torch.int32) // (tensor.group_size or columns)
+    return {
+        "qweight": words(tensor.codes.numpy().T, width),
+        "qzeros": words(zero - np.uint8(FORMATS[checkpoint_format]), width).T.contiguous(),
+        "scales": tensor.scale.T.contiguous(),
+        "g_idx": group,
+    }

@@ -1,0 +1,447 @@
+"""Write the network of a finished run for other programs.
+
+python -m bayesq.suite.export results/<run_id> --to dequantized   plain fp16 weights, for timm and transformers
+python -m bayesq.suite.export results/<run_id> --to packed        the whole network in one file, for load_quantized
+python -m bayesq.suite.export results/<run_id> --to gptq          uniform 2, 3, 4 and 8 bit layers, for GPTQ tools
+"""
+
+import argparse
+import json
+import math
+import os
+import re
+import shutil
+import sys
+import uuid
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import chdir, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+import bayesq
+from bayesq.suite.cli import user_error_in
+from bayesq.suite.config import one_line
+from bayesq.suite.errors import UserError
+from bayesq.suite.files import atomic_path
+from bayesq.suite.results import QUANTIZED_FILE, finished_result, write_json
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from bayesq.suite.models.base import Network
+    from bayesq.suite.packed import Packed
+
+# What is written, and its name in the run's folder where no other place is given.
+TARGETS = {"dequantized": "dequantized", "packed": "packed.safetensors", "gptq": "gptq"}
+WEIGHTS_FILE, HEAD_FILE = "model.safetensors", "head.safetensors"
+DTYPES = ("float16", "float32")
+# Layers named one by one in a message; of more only the number is told.
+SHOWN = 4
+
+
+@dataclass
+class Conversion:
+    """Tensors in the dtype they are written in, and what that changed.
+
+    Attributes:
+        dtype: of every floating-point tensor.
+        largest: largest change of an entry.
+        squares, changes: sums of squares of the entries and of their changes.
+    """
+
+    dtype: str
+    largest: float = 0.0
+    squares: float = 0.0
+    changes: float = 0.0
+
+    def __call__(self, tensors: Mapping[str, "Tensor"]) -> dict[str, "Tensor"]:
+        """The tensors by name; whole numbers stay.
+
+        Raises:
+            UserError: an entry is beyond the dtype's range.
+        """
+        import torch
+
+        found = {}
+        for name, tensor in tensors.items():
+            tensor = tensor.detach().cpu().contiguous()
+            found[name] = tensor.to(getattr(torch, self.dtype)) if tensor.is_floating_point() else tensor
+            if not tensor.is_floating_point() or not tensor.numel():
+                continue
+            if bool((torch.isinf(found[name]) & torch.isfinite(tensor)).any()):
+                raise UserError(f"{name} has entries beyond the range of {self.dtype}: use --dtype float32")
+            change = found[name].double() - tensor.double()
+            self.largest = max(self.largest, float(change.abs().max()))
+            self.squares += float(tensor.double().square().sum())
+            self.changes += float(change.square().sum())
+        return found
+
+    def __str__(self) -> str:
+        relative = math.sqrt(self.changes / self.squares) if self.squares else 0.0
+        return f"{self.dtype} changes the weights by at most {self.largest:.2g}, by {relative:.2g} of their norm"
+
+
+@dataclass
+class Part:
+    """The tensors that one file holds, and what is written beside it.
+
+    Attributes:
+        prefix: of the part's names in the network's state_dict, left out in the file.
+        module: the part.
+        config: content of config.json, for transformers; else empty.
+        rest: tensors of the network outside the part, under their own names.
+    """
+
+    prefix: str
+    module: "nn.Module"
+    config: dict[str, Any] = field(default_factory=dict)
+    rest: dict[str, "Tensor"] = field(default_factory=dict)
+
+
+# ------------------------------------------------------------------------------------------------------------ reading
+
+
+def load_run(folder: Path, settings: Mapping[str, Any], trusted: Sequence[str]) -> "tuple[Packed, Network]":
+    """What a run packed, and its network with the quantized weights in it.
+
+    Relative paths of the run's settings begin in the folder it was started in.
+
+    Raises:
+        UserError: it holds no finished run, its packed file is damaged, or its full-precision weights are gone or have
+            changed.
+    """
+    result = finished_result(folder)
+    if result is None:
+        raise UserError(f"{folder}: there is no result of a finished run: give a folder results/<run_id>")
+    from bayesq.suite.cache import CorruptCache
+    from bayesq.suite.loading import base_network, fill_checked
+    from bayesq.suite.packed import read_packed
+
+    file = folder.absolute() / QUANTIZED_FILE
+    directory = Path(result.get("host", {}).get("directory", "."))
+    try:
+        packed = read_packed(file)
+        if packed.run and packed.run["run_id"] != result.get("run_id"):
+            raise UserError(f"{file} is of run {packed.run['run_id']}, not of {result.get('run_id')}")
+        with chdir(directory) if directory.is_dir() else nullcontext():
+            network = base_network(packed, file, settings, result["config"].get("cache_dir"), trusted)
+        fill_checked(network.module, packed, file)
+    except FileNotFoundError as error:
+        raise UserError(f"{error.filename or file}: there is no such file") from error
+    except CorruptCache as error:
+        raise UserError(str(error)) from error
+    return packed, network
+
+
+def transformers_part(module: "nn.Module") -> Part:
+    """The part of a network that another library knows, which is all of it where no transformers model is inside."""
+    for name, child in module.named_children():
+        if hasattr(child, "save_pretrained"):
+            prefix = f"{name}."
+            config = json.loads(child.config.to_json_string())  # type: ignore[operator, union-attr]
+            config["architectures"] = [type(child).__name__]
+            rest = {key: value for key, value in module.state_dict().items() if not key.startswith(prefix)}
+            return Part(prefix, child, config, rest)
+    return Part("", module)
+
+
+# ------------------------------------------------------------------------------------------------------------ writing
+
+
+def write_dequantized(packed: "Packed", network: "Network", folder: Path, dtype: str) -> list[str]:
+    """Plain weights: model.safetensors, for transformers config.json and the tokenizer, and a head of our own apart."""
+    part, convert = transformers_part(network.module), Conversion(dtype)
+    weights = convert(part.module.state_dict())
+    _save(weights, folder / WEIGHTS_FILE)
+    lines = [f"{WEIGHTS_FILE}: {len(weights)} tensors of {_architecture(part, network)}"]
+    lines += _write_beside(part, network, folder, convert, {"dtype": dtype})
+    return [*lines, str(convert)]
+
+
+def write_gptq(packed: "Packed", network: "Network", folder: Path, dtype: str, checkpoint_format: str) -> list[str]:
+    """Linear layers in the layout of GPTQ tools, all else as plain weights.
+
+    Convolutions, embeddings and layers that do not come in whole blocks stay plain; quantize_config.json says so.
+
+    Raises:
+        UserError: a layer's grid has no place in the layout, or none is left for it.
+    """
+    from torch import nn
+
+    from bayesq.quant.gptq_layout import BLOCK, fits_blocks, gptq_buffers
+
+    part, convert = transformers_part(network.module), Conversion(dtype)
+    layers = {name: layer for name, layer in part.module.named_modules() if isinstance(layer, nn.Linear)}
+    plain, buffers, widths = dict(part.module.state_dict()), {}, {}
+    kinds = Counter(type(network.module.get_submodule(name)).__name__ for name in packed.tensors)
+    for name in layers:
+        tensor = packed.tensors.get(part.prefix + name)
+        if tensor is None or not fits_blocks(tensor):
+            continue
+        try:
+            own = gptq_buffers(tensor, checkpoint_format)
+        except ValueError as error:
+            raise UserError(f"--to gptq cannot hold layer {part.prefix}{name}: {error}") from error
+        del plain[f"{name}.weight"]
+        buffers.update({f"{name}.{key}": value for key, value in own.items()})
+        widths[name] = int(tensor.width[0])
+    if not widths:
+        raise UserError(
+            f"--to gptq holds Linear layers whose inputs and outputs are multiples of {BLOCK}, and this network has "
+            "none that is quantized: use --to dequantized"
+        )
+    group_sizes = {packed.tensors[part.prefix + name].group_size for name in widths}
+    quantization = quantize_config(widths, list(layers), group_sizes.pop(), checkpoint_format)
+    weights = convert(plain)
+    _save(weights | buffers, folder / WEIGHTS_FILE)
+    write_json(folder / "quantize_config.json", quantization)
+    kept = kinds - Counter(Linear=len(widths))
+    bits = ", ".join(f"{count} of {width} bits" for width, count in sorted(Counter(widths.values()).items()))
+    lines = [f"{WEIGHTS_FILE}: {len(widths)} layers as GPTQ ({bits}) of {_architecture(part, network)}"]
+    if kept:
+        small = [name for name in layers if name not in widths]
+        named = f" (of them Linear: {', '.join(small[:SHOWN])}{', ...' if len(small) > SHOWN else ''})" if small else ""
+        counted = ", ".join(f"{count} {kind}" for kind, count in kept.items())
+        lines.append(f"left as {dtype} weights, because the layout has no place for them: {counted}{named}")
+    lines += _write_beside(part, network, folder, convert, {"dtype": dtype, "quantization_config": quantization})
+    return [*lines, str(convert)]
+
+
+def quantize_config(
+    widths: Mapping[str, int], layers: Sequence[str], group_size: int | None, checkpoint_format: str
+) -> dict[str, Any]:
+    """Content of quantize_config.json.
+
+    Args:
+        widths: of the layers in the layout, by name.
+        layers: names of all Linear layers.
+        group_size: inputs that share a scale; None = all of a layer.
+        checkpoint_format: a key of gptq_layout.FORMATS.
+    """
+    (bits, _), *others = sorted(Counter(widths.values()).items(), key=lambda item: (-item[1], item[0]))
+    dynamic: dict[str, Any] = {f"-:^{re.escape(name)}$": {} for name in layers if name not in widths}
+    if others:
+        dynamic |= {f"+:^{re.escape(name)}$": {"bits": width} for name, width in widths.items() if width != bits}
+    return {
+        "quant_method": "gptq",
+        "checkpoint_format": checkpoint_format,
+        "bits": bits,
+        "group_size": -1 if group_size is None else group_size,
+        "desc_act": False,  # columns are stored in their own order, whatever order they were rounded in
+        "sym": False,
+        "lm_head": False,
+        "true_sequential": False,
+        "pack_dtype": "int32",
+        "dynamic": dynamic,
+        "meta": {"quantizer": [f"bayesq:{bayesq.__version__}"]},
+    }
+
+
+def write_self_contained(packed: "Packed", network: "Network", file: Path) -> list[str]:
+    """The whole network in our own format; the file is loaded again before it gets its name.
+
+    Raises:
+        UserError: the kind of model cannot be built from a file alone.
+    """
+    import torch
+
+    from bayesq.suite.loading import self_contained
+    from bayesq.suite.packed import Packed, read_packed, write_packed
+
+    expected = network.module.state_dict()
+    state = {name: value for name, value in expected.items() if name.removesuffix(".weight") not in packed.tensors}
+    record = {**packed.run, "network": {**packed.run["network"], "blueprint": network.blueprint}}
+    with atomic_path(file) as temporary:
+        sizes = write_packed(temporary, Packed(packed.tensors, state=state, run=record))
+        found = self_contained(read_packed(temporary), temporary, trusted=[_package(record)]).state_dict()
+        if any(not torch.equal(value, found[name]) for name, value in expected.items()):
+            raise UserError(f"{file}: what was written is not the run's network, which is a defect of the exporter")
+    total = file.stat().st_size
+    return [f"{file.name}: {total:,} bytes, of them {sizes.packed:,} for {len(packed.tensors)} quantized layers"]
+
+
+def _package(record: Mapping[str, Any]) -> str:
+    """The package of a run's model: whoever exports a run has trusted it already."""
+    return str(record["config"]["model"]["_target_"]).partition(".")[0]
+
+
+def _write_beside(
+    part: Part, network: "Network", folder: Path, convert: Conversion, config: dict[str, Any]
+) -> list[str]:
+    """config.json, the tokenizer and what of the network lies outside its part; what was written, line by line."""
+    lines = []
+    if part.config:
+        write_json(folder / "config.json", part.config | config)
+        if _save_tokenizer(getattr(network.encode, "tokenizer", None), folder):
+            lines.append("config.json and the tokenizer are beside it")
+    if part.rest:
+        _save(convert(part.rest), folder / HEAD_FILE)
+        lines.append(f"{HEAD_FILE}: {', '.join(part.rest)}, which the library's architecture has no place for")
+    return lines
+
+
+def _save_tokenizer(tokenizer: Any, folder: Path) -> bool:
+    """Save a tokenizer of the transformers or the tokenizers library; whether there is one."""
+    if tokenizer is None:
+        return False
+    if not hasattr(tokenizer, "save_pretrained"):
+        from transformers import PreTrainedTokenizerFast
+
+        special = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
+        known = {key: token for key, token in special.items() if tokenizer.token_to_id(token) is not None}
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **known)
+    tokenizer.save_pretrained(folder)
+    return True
+
+
+def _save(tensors: Mapping[str, "Tensor"], file: Path) -> None:
+    from safetensors.torch import save_file
+
+    # tied weights share memory, which the format does not know
+    save_file({name: tensor.clone() for name, tensor in tensors.items()}, file, {"format": "pt"})
+
+
+def _architecture(part: Part, network: "Network") -> str:
+    return str((part.config.get("architectures") or [network.description.get("architecture")])[0])
+
+
+@contextmanager
+def new_folder(output: Path) -> Iterator[Path]:
+    """Yield an empty folder beside `output` that becomes it, or whose files replace those in it, on success."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = output.with_name(f".{output.name}.{uuid.uuid4().hex}.tmp")
+    temporary.mkdir()
+    try:
+        yield temporary
+        output.mkdir(exist_ok=True)
+        for file in temporary.iterdir():
+            os.replace(file, output / file.name)
+    finally:
+        shutil.rmtree(temporary)
+
+
+# ------------------------------------------------------------------------------------------------------- command line
+
+
+def export(
+    run: Path,
+    target: str,
+    output: Path | None = None,
+    *,
+    dtype: str | None = None,
+    checkpoint_format: str | None = None,
+    force: bool = False,
+    settings: Mapping[str, Any] | None = None,
+    trusted: Sequence[str] = (),
+) -> tuple[Path, list[str]]:
+    """Write the network of a finished run; returns where, and what there is to know, line by line.
+
+    Args:
+        run: results/<run_id>.
+        target: a key of TARGETS.
+        output: a file for packed, else a folder; None: in the run's folder.
+        dtype: of plain weights; None: float16.
+        checkpoint_format: of gptq: "gptq" (None), or "gptq_v2", which fewer tools read and which holds every zero point.
+        force: replace what is there.
+        settings, trusted: as of `load_quantized`.
+
+    Raises:
+        UserError: the request or the run does not allow it; nothing is written then.
+    """
+    output = _checked(run, target, output, dtype, checkpoint_format, force).absolute()
+    packed, network = load_run(run, settings or {}, trusted)
+    if target == "packed":
+        return output, write_self_contained(packed, network, output)
+    with new_folder(output) as folder:
+        if target == "gptq":
+            return output, write_gptq(packed, network, folder, dtype or "float16", checkpoint_format or "gptq")
+        return output, write_dequantized(packed, network, folder, dtype or "float16")
+
+
+def _checked(
+    run: Path, target: str, output: Path | None, dtype: str | None, checkpoint_format: str | None, force: bool
+) -> Path:
+    """Where to write.
+
+    Raises:
+        UserError: an argument is not one of its values, does not belong to the target, or the place is taken.
+    """
+    from bayesq.quant.gptq_layout import FORMATS
+
+    if target not in TARGETS:
+        raise UserError(f"--to {target}: choose {', '.join(TARGETS)}")
+    for option, value, values, targets in (
+        ("--dtype", dtype, DTYPES, ("dequantized", "gptq")),
+        ("--format", checkpoint_format, tuple(FORMATS), ("gptq",)),
+    ):
+        if value is not None and target not in targets:
+            raise UserError(f"{option} {value}: belongs to --to {' or '.join(targets)}")
+        if value is not None and value not in values:
+            raise UserError(f"{option} {value}: choose {', '.join(values)}")
+    if finished_result(run) is None:
+        raise UserError(f"{run}: there is no result of a finished run: give a folder results/<run_id>")
+    output = run / TARGETS[target] if output is None else output
+    if output.exists() and output.is_dir() == (target == "packed"):
+        raise UserError(f"--output {output}: {'a folder' if output.is_dir() else 'a file'} is in the way")
+    if output.exists() and not force and (target == "packed" or any(output.iterdir())):
+        raise UserError(f"--output {output}: is there already; --force replaces it")
+    return output
+
+
+def _settings(texts: Sequence[str]) -> dict[str, Any]:
+    """Keys and values of `key=value`.
+
+    Raises:
+        UserError: one is not of this form.
+    """
+    found = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        try:
+            found[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise UserError(f"--set {text}: {one_line(str(error))}") from error
+        if not equals:
+            raise UserError(f"--set {text}: needs KEY=VALUE, such as model.checkpoint=/new/place")
+    return found
+
+
+def main() -> None:
+    """Write, and say what was written; exit code 1 and one line where that is not possible."""
+    summary, usage = (__doc__ or "").split("\n\n")
+    parser = argparse.ArgumentParser(
+        prog="python -m bayesq.suite.export",
+        description=summary,
+        epilog=usage,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("run", type=Path, help="the folder of a finished run: results/<run_id>")
+    parser.add_argument("--to", required=True, help=", ".join(TARGETS))
+    parser.add_argument("--output", type=Path, help="file (packed) or folder; default: in the run's folder")
+    parser.add_argument("--dtype", help="of plain weights: float16 (default) or float32, which changes nothing")
+    parser.add_argument("--format", help="of gptq: gptq (default), or gptq_v2, which holds zero points of 0 as well")
+    parser.add_argument("--force", action="store_true", help="replace what is there")
+    parser.add_argument(
+        "--set", action="append", default=[], help="KEY=VALUE: what the run read and lies elsewhere now"
+    )
+    parser.add_argument("--trust", action="append", default=[], help="package of a model or data set of your own")
+    given = parser.parse_args()
+    options = {"dtype": given.dtype, "checkpoint_format": given.format, "force": given.force, "trusted": given.trust}
+    try:
+        output, lines = export(given.run, given.to, given.output, settings=_settings(given.set), **options)
+    except OSError as error:
+        sys.exit(f"error: {error.filename or given.output}: {error.strerror or error}")
+    except Exception as error:
+        explained = user_error_in(error)
+        if explained is None:
+            raise
+        sys.exit(f"error: {one_line(str(explained))}")
+    print("\n".join([f"{output}", *(f"  {line}" for line in lines)]))
+
+
+if __name__ == "__main__":
+    main()
