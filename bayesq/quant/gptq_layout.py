@@ -40,7 +40,8 @@ def obstacle(tensor: QuantizedTensor) -> str | None:
     """
     widths = tensor.width.unique().tolist()
     if len(widths) > 1:
-        return f"its rows have different widths ({', '.join(map(str, widths))} bits): allocator=uniform gives one"
+        different = f"its rows have different widths ({', '.join(map(str, widths))} bits)"
+        return f"{different}: choose allocator=uniform with a whole number of bits"
     if widths[0] not in WIDTHS:
         return f"it has {widths[0]} bits: choose bits={', '.join(map(str, WIDTHS))}"
     if tensor.trellis is not None or tensor.codebooks:

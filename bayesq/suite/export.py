@@ -345,7 +345,7 @@ def export(
         target: a key of TARGETS.
         output: a file for packed, else a folder; None: in the run's folder.
         dtype: of plain weights; None: float16.
-        checkpoint_format: of gptq: "gptq" (None), or "gptq_v2", which fewer tools read and which holds every zero point.
+        checkpoint_format: of gptq: "gptq" (None), or "gptq_v2": fewer tools read it, but it holds every zero point.
         force: replace what is there.
         settings, trusted: as of `load_quantized`.
 

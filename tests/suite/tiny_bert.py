@@ -31,7 +31,10 @@ def tiny_tokenizer(folder: Path, pad: str | None = "[PAD]", **options: Any) -> N
 def tiny_bert(
     folder: Path, outputs: int, classes: Sequence[str] = (), seed: int = 0, kind: str = "bert", **changed: int
 ) -> Path:
-    """Save a random classifier of `outputs` logits, named after `classes` if there are any, with its tokenizer; some sizes may be others."""
+    """Save a random classifier of `outputs` logits, named after `classes` if there are any, with its tokenizer.
+
+    Sizes may be `changed`.
+    """
     import transformers
 
     config_class, model_class = {
