@@ -34,7 +34,7 @@ from bayesq.proxy import measure_kappa
 from bayesq.quant.accounting import buffer_bytes, code_bits, stored_bytes
 from bayesq.quant.correction import MAX_EXAMPLES, Correction, correct_moments
 from bayesq.quant.layers import Layer, embedding_tables, matrix_to_weight, quantizable_layers, weight_to_matrix
-from bayesq.quant.method import Distortion, LayerProblem, Method
+from bayesq.quant.method import Distortion, LayerProblem, Method, naming
 from bayesq.quant.packing import pack_model, unpack_model
 from bayesq.quant.tensor import QuantizedTensor
 from bayesq.suite import evaluation
@@ -123,7 +123,8 @@ class SharedPosterior:
         """Posterior of one layer."""
         start = time.perf_counter()
         give_back_freed()  # the factors of a wide layer are the largest tensors of a run
-        fitted = self.posterior.fit(layer)
+        with naming(layer):
+            fitted = self.posterior.fit(layer)
         self.seconds += time.perf_counter() - start
         return fitted
 
@@ -583,7 +584,8 @@ def posterior_draw(plan: Plan, problems: Mapping[str, LayerProblem]) -> Callable
 
     def draw(name: str, generator: torch.Generator) -> Tensor:
         assert plan.posterior is not None
-        return plan.posterior.fit(problems[name]).sample(generator)
+        with naming(problems[name]):
+            return plan.posterior.fit(problems[name]).sample(generator)
 
     return draw
 
