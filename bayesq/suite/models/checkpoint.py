@@ -120,6 +120,24 @@ def load_weights(module: nn.Module, weights: Mapping[str, Tensor], checkpoint: P
         ) from error
 
 
+# Tables of numbers 0, 1, 2, ... and counters, which are no weights.
+INTEGERS = ("position_ids", "token_type_ids", "num_batches_tracked")
+
+
+def check_kinds(weights: Mapping[str, Tensor], where: str) -> None:
+    """Refuse whole numbers in place of weights: codes without what they stand for, that loading would convert.
+
+    Args:
+        where: key and value that led to the file, the beginning of the message.
+
+    Raises:
+        UserError: naming the first such weight.
+    """
+    for name, tensor in weights.items():
+        if not tensor.is_floating_point() and name.rpartition(".")[2] not in INTEGERS:
+            raise UserError(f"{where}: {name} holds {tensor.dtype}, not floating-point weights")
+
+
 def _first_difference(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:
     """The first name, in order, that one state lacks or that has another shape."""
     for name in {**expected, **found}:
