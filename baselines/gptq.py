@@ -18,7 +18,7 @@ from bayesq.quant.feedback import (
     output_error,
 )
 from bayesq.quant.grids import CLIP_RULES, AffineGrid, zero_code
-from bayesq.quant.method import Allocate, LayerProblem, check_finite, stack_groups
+from bayesq.quant.method import Allocate, LayerProblem, check_finite, naming, stack_groups
 from bayesq.quant.tensor import QuantizedTensor
 
 
@@ -67,10 +67,9 @@ class GPTQ:
         for layer in layers:
             check_finite(layer)
             moments = layer.input_statistic("input_moment")
-            factors = feedback_factors(moments, self.damping, self.act_order)
-            for factor in factors:
-                layer.count("dead_columns", int(factor.dead.sum()))
-                layer.count("damping_retries", factor.retries)
+            with naming(layer):
+                factors = feedback_factors(moments, self.damping, self.act_order)
+            layer.count("damping_retries", sum(factor.retries for factor in factors))
             codes, scale, zero, _ = self.round_layer(layer.weight, moments, factors, widths[layer.name])
             yield (
                 layer,

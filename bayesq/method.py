@@ -18,7 +18,7 @@ from bayesq.codebook import (
     table_widths,
 )
 from bayesq.posterior import Posterior
-from bayesq.quant.grids import CLIP_STEPS, mse_grid, zero_code
+from bayesq.quant.grids import CLIP_STEPS, FP16_TINY, mse_grid, zero_code
 from bayesq.quant.method import Allocate, LayerProblem, check_finite, stack_groups
 from bayesq.quant.tensor import Codebook, QuantizedTensor
 from bayesq.quant.trellis import POLYNOMIALS, normal_trellis, uniform_levels
@@ -101,14 +101,8 @@ class BayesQ:
         self.tables = self._table_widths(layers)
         widths = allocate(layers, table_bits(self.tables, self.states), self.distortion)
 
-        grids = {
-            layer.name: mse_grid(
-                stack_groups(layer.weight).to(torch.float64),
-                widths[layer.name],
-                steps=FIRST_GRID_STEPS if self.refits else CLIP_STEPS,
-            )
-            for layer in layers
-        }
+        steps = FIRST_GRID_STEPS if self.refits else CLIP_STEPS
+        grids = {layer.name: _first_grid(layer, widths[layer.name], steps) for layer in layers}
         levels: dict[int, Tensor] = {}
         for refit in range(self.refits):
             met: dict[int, LevelSums | Atoms] = {}
@@ -225,6 +219,8 @@ class BayesQ:
         if isinstance(weights, LevelSums):
             return weights.centroids(uniform_levels(width) if start is None else start)
         mean, std, precision = weights.gaussians()
+        if not len(mean):  # errors in these rows cost nothing, and any levels are as good
+            return torch.arange(2**width, dtype=torch.float64) if start is None else start
         if width in self.tables:
             start = torch.arange(2**width, dtype=torch.float64) if start is None else start
             return expected_lloyd(mean, std, precision, start)
@@ -256,6 +252,17 @@ class BayesQ:
             codebooks=tables,
             trellis=self._trellis(layer),
         )
+
+
+def _first_grid(layer: LayerProblem, width: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+    """Scale and zero [R] of each row's affine grid, the range searched in `steps` steps.
+
+    Not every level of a trellis or of a table is within reach, and zero may be none of them: rows that are all zero get
+    the smallest step there is, and stay zero to within it.
+    """
+    weight = stack_groups(layer.weight).to(torch.float64)
+    scale, zero = mse_grid(weight, width, steps=steps)
+    return scale.masked_fill((weight == 0).all(1), FP16_TINY), zero
 
 
 def _used(width: Tensor) -> list[int]:

@@ -33,7 +33,7 @@ from bayesq.posterior import (
     Posterior,
 )
 from bayesq.quant.feedback import FeedbackFactor, feedback_factors
-from bayesq.quant.method import LayerProblem
+from bayesq.quant.method import LayerProblem, naming
 
 
 @dataclass
@@ -94,7 +94,8 @@ def layer_whitening(
     if shelf is not None and key in shelf:
         kept: Whitening = shelf[key]
         return kept
-    geometry = whitening(posterior.fit(layer), feedback, damping, row_damping)
+    with naming(layer):
+        geometry = whitening(posterior.fit(layer), feedback, damping, row_damping)
     if shelf is not None:
         shelf[key] = geometry
     return geometry

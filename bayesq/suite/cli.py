@@ -8,10 +8,11 @@ import argparse
 import logging
 import os
 import shlex
+import signal
 import sys
 import traceback
-from collections.abc import Collection, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any, NoReturn
 
 import hydra
 from hydra import version
+from hydra._internal import utils as hydra_utils
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.hydra import Hydra
@@ -49,6 +51,8 @@ CONFIG_NAME = "config"
 TRACEBACK_FILE = "traceback.txt"
 # of a run that was killed, for instance because memory ran out
 NO_REASON = "it ended before it could say why"
+# exit codes of shells for programs that a signal ended
+INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
 BASIC_SWEEPER = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, ConfigLoadError, YAMLError, ValueError)
 
@@ -357,6 +361,8 @@ def job(cfg: DictConfig) -> None:
     by what the folder holds. A sweeper other than Hydra's own has to know, so there they are.
     """
     folder = settings.run_dir(cfg)
+    # run.log on a full disk: the run says itself what is wrong, once, and not for every line it would have logged
+    logging.raiseExceptions = False
     with ExitStack() as held:
         try:
             # two processes that share results_dir must not write one run's files at the same time, the report included
@@ -364,7 +370,9 @@ def job(cfg: DictConfig) -> None:
             run_unless_finished(cfg, folder)
         except Exception as error:
             hydra_cfg = HydraConfig.get()
-            report_failure(folder, hydra_cfg.overrides.task, error)
+            report_failure(
+                folder, hydra_cfg.overrides.task, settings.disk_error(error, settings.resolved(cfg)) or error
+            )
             if hydra_cfg.sweeper._target_ != BASIC_SWEEPER:
                 raise
 
@@ -466,26 +474,88 @@ def summarise(jobs: Sequence[Job]) -> bool:
     return complete
 
 
-def main() -> None:
-    """Entry point of `python run.py` and `bayesq-run`: exits with 1 when anything was wrong or failed."""
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, as what a user's Ctrl-C raises: whatever is open is closed on the way out, W&B's run among it."""
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Raise `Terminated` where SIGTERM finds the main thread."""
+
+    def terminate(number: int, frame: object) -> NoReturn:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # who cannot wait for the clean end asks a second time
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, terminate)
     try:
-        jobs = preflight(sys.argv[1:])
-        run = hydra.main(config_path=str(conf_dir()), config_name=CONFIG_NAME, version_base=VERSION_BASE)(job)
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def main() -> None:
+    """Entry point of `python run.py` and `bayesq-run`.
+
+    Exits with 1 when anything was wrong or failed, with 130 after Ctrl-C and with 143 after SIGTERM.
+    """
+    jobs: list[Job] | None = None
+    code: Any = 0
+    try:
+        with _terminable():
+            jobs = preflight(sys.argv[1:])
+            code = _run(jobs)
     except UserError as error:
         if wants_traceback():
             traceback.print_exc()
         print(f"error: {settings.one_line(str(error))}", file=sys.stderr)
         sys.exit(1)
-    code: Any = 0
+    except KeyboardInterrupt as error:
+        word, code = ("terminated", TERMINATED) if isinstance(error, Terminated) else ("interrupted", INTERRUPTED)
+        print(f"{word}: the same command continues with what is not finished", file=sys.stderr, flush=True)
+    else:
+        if jobs and not summarise(jobs):
+            code = code or 1
+    sys.exit(code)
+
+
+def _run(jobs: Sequence[Job] | None) -> Any:
+    """Let Hydra run the command; returns its exit code."""
+    run = hydra.main(config_path=str(conf_dir()), config_name=CONFIG_NAME, version_base=VERSION_BASE)(job)
     runs = {job.run_dir: _label(job.config) for job in jobs or ()}
     try:
-        with launchers.attend(jobs[0].launcher if jobs else None, runs):
+        with (
+            launchers.attend(jobs[0].launcher if jobs else None, runs),
+            _explained_disk(jobs[0].config if jobs else None),
+        ):
             run()
     except SystemExit as left:
-        code = left.code
-    except KeyboardInterrupt:
-        print("interrupted: the same command continues with what is not finished", file=sys.stderr)
-        code = 130
-    if jobs and not summarise(jobs):
-        code = code or 1
-    sys.exit(code)
+        return left.code
+    return 0
+
+
+@contextmanager
+def _explained_disk(config: Mapping[str, Any] | None) -> Iterator[None]:
+    """Have Hydra leave with one line where its own files cannot be written, and with its traceback for all else.
+
+    Args:
+        config: of a job of the command; None changes nothing.
+    """
+    report = hydra_utils.run_and_report
+
+    def explained(run: Callable[[], Any]) -> Any:
+        def attempt() -> Any:
+            try:
+                return run()
+            except OSError as error:
+                if config is None or (reason := settings.disk_error(error, config)) is None:
+                    raise
+                print(f"error: {settings.one_line(str(reason))}", file=sys.stderr, flush=True)
+                sys.exit(1)
+
+        return report(attempt)
+
+    hydra_utils.run_and_report = explained
+    try:
+        yield
+    finally:
+        hydra_utils.run_and_report = report

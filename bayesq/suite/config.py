@@ -4,6 +4,7 @@ Nothing here imports torch, so that a mistyped key costs a second and a sweep of
 """
 
 import difflib
+import errno
 import hashlib
 import json
 import os
@@ -430,11 +431,43 @@ def validate(cfg: DictConfig) -> None:
     if not isinstance(wandb["log_artifact"], bool):
         _refuse("wandb.log_artifact", wandb["log_artifact"], "needs true or false")
     _check_writable("results_dir", config["results_dir"])
-    cache_dir = config["cache_dir"]
-    if cache_dir is None:
-        fallback = os.environ.get("BAYESQ_CACHE_DIR") or platformdirs.user_cache_dir("bayesq")
-        cache_dir = os.path.expanduser(fallback)
-    _check_writable("cache_dir", cache_dir)
+    _check_writable("cache_dir", cache_folder(config))
+
+
+def cache_folder(config: Mapping[str, Any]) -> Any:
+    """The key cache_dir, or what stands for it where it is null."""
+    if config["cache_dir"] is not None:
+        return config["cache_dir"]
+    return os.path.expanduser(os.environ.get("BAYESQ_CACHE_DIR") or platformdirs.user_cache_dir("bayesq"))
+
+
+# What a disk says that takes no more, or takes nothing at all.
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+def disk_error(error: BaseException, config: Mapping[str, Any]) -> UserError | None:
+    """The one line for a write that failed below results_dir or cache_dir; None for any other error.
+
+    Args:
+        error: what was raised; what it was raised from counts as well.
+        config: plain and resolved.
+    """
+    chain: BaseException | None = error
+    while chain is not None and not (isinstance(chain, OSError) and chain.errno in UNWRITABLE):
+        chain = chain.__cause__ or chain.__context__
+    if not isinstance(chain, OSError):
+        return None
+    cause, folder = chain, Path(config["results_dir"])
+    named = cause.filename2 or cause.filename
+    # only Hydra's files and logs are written without their names being known here, and they go to results_dir
+    file = Path(named).absolute() if isinstance(named, str) else folder.expanduser().absolute() / "run.log"
+    for key, folder in (("results_dir", config["results_dir"]), ("cache_dir", cache_folder(config))):
+        if file.is_relative_to(Path(folder).expanduser().absolute()):
+            return UserError(
+                f"{key}={folder}: {file.name} cannot be written ({cause.strerror}): make room there, or choose another "
+                f"{key}; the same command then continues"
+            )
+    return None
 
 
 def check_device(cfg: DictConfig) -> None:

@@ -30,12 +30,28 @@ def atomic_path(path: Path) -> Iterator[Path]:
     try:
         temporary.touch()
         permissions = temporary.stat().st_mode
-        yield temporary
+        with _naming(path):
+            yield temporary
         if temporary.stat().st_mode != permissions:  # safetensors writes files that only their owner can read
             temporary.chmod(permissions)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Put the file's name into errors of writing, which know none: which of two disks is full depends on it.
+
+    Raises:
+        OSError: what the block raised.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def remove_leftovers(folder: Path, name: str = "*") -> None:

@@ -33,8 +33,9 @@ from bayesq.posterior import AUTO, LayerPosterior, Posterior
 from bayesq.proxy import measure_kappa
 from bayesq.quant.accounting import code_bits, stored_bytes
 from bayesq.quant.correction import MAX_EXAMPLES, Correction, correct_moments
+from bayesq.quant.grids import FP16_MAX, FP16_TINY
 from bayesq.quant.layers import Layer, embedding_tables, quantizable_layers, weight_to_matrix
-from bayesq.quant.method import Distortion, LayerProblem, Method
+from bayesq.quant.method import Distortion, LayerProblem, Method, naming, stack_groups
 from bayesq.quant.tensor import QuantizedTensor
 from bayesq.suite import evaluation
 from bayesq.suite.cache import resolve_cache_dir
@@ -58,6 +59,7 @@ FALLBACKS = (
     "dead_columns",
     "damping_retries",
     "unseen_layers",
+    "clamped_scales",
     "uncorrected_layers",
     "kappa_undefined",
     "kappa_clamped",
@@ -87,7 +89,12 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         tracker.log_result(result, layers, predictions, folder / QUANTIZED_FILE)
     if tracker.error != result[ERROR_KEY]:
         result[ERROR_KEY] = tracker.error
-        write_json(folder / RESULT_FILE, result)
+        try:
+            write_json(folder / RESULT_FILE, result)
+        except (
+            OSError
+        ) as error:  # a disk that is full by now: the run is finished, W&B is told again by the next command
+            log.warning("%s: what W&B has of it cannot be noted (%s)", folder / RESULT_FILE, error.strerror)
     metric = result["primary_metric"]
     log.info(
         f"{name} {result['method']} {result['bits/target']:g} bits, seed {result['seed']}: "
@@ -118,7 +125,8 @@ class SharedPosterior:
         """Posterior of one layer."""
         start = time.perf_counter()
         give_back_freed()  # the factors of a wide layer are the largest tensors of a run
-        fitted = self.posterior.fit(layer)
+        with naming(layer):
+            fitted = self.posterior.fit(layer)
         self.seconds += time.perf_counter() - start
         return fitted
 
@@ -201,6 +209,7 @@ def execute(
         cache_dir,
     )
     full, retries = reference(autocast)
+    check_logits(full, f"model={cfg.model.name} overflows before anything is rounded; choose other weights or data")
 
     quantized = quantize(cfg, plan, work, cache_dir)
     quantized.oom_retries += retries
@@ -219,6 +228,7 @@ def execute(
     label = f"evaluate {cfg.method.name} {cfg.bits:g} bits"
     logits, retries = evaluation.logits(module, work.evaluation, batch_size, work.device, label, autocast)
     quantized.oom_retries += retries
+    check_logits(logits, f"bits={cfg.bits:g} leaves no working network; choose more bits or another method")
     evaluate_s = time.perf_counter() - evaluate_start
     metrics, predictions = evaluation.compare(
         full, logits, work.evaluation.labels, int(cfg.seed), work.data.metrics, work.data.likelihood
@@ -280,12 +290,13 @@ def load(cfg: DictConfig, cache_dir: Path) -> Workload:
     """Data, network and the encoded calibration and evaluation examples.
 
     Raises:
-        UserError: the calibration set cannot be drawn, no layer is left to quantize, or there are no embeddings to
-            include.
+        UserError: the calibration set cannot be drawn, no layer is left to quantize, there are no embeddings to
+            include, or the network has weights that are no numbers.
     """
     device = select_device(cfg.device)
     data = build(cfg.dataset).load(cache_dir)
     network = build(cfg.model).build(data, cache_dir)
+    check_network(network.module, cfg.model.name)
     network.module.to(device)
     try:
         examples = data.calibration(cfg.calibration.examples, cfg.seed)
@@ -297,6 +308,39 @@ def load(cfg: DictConfig, cache_dir: Path) -> Workload:
         raise UserError(f"layers.include_embeddings=true: model={cfg.model.name} has no embedding left to quantize")
     encoded = network.encode(examples), network.encode(data.evaluation)
     return Workload(network, data, layers, embeddings, *encoded, device)
+
+
+def check_network(module: nn.Module, name: str) -> None:
+    """Refuse parameters and statistics of norms that are no numbers: whatever is measured with them would be none.
+
+    Args:
+        name: of the model, for the message.
+
+    Raises:
+        UserError: NaN or infinite entries, or a variance below zero; the message names the first.
+    """
+    running = ("running_mean", "running_var")
+    buffers = ((key, buffer) for key, buffer in module.named_buffers() if key.rpartition(".")[2] in running)
+    for key, tensor in (*module.named_parameters(), *buffers):
+        if tensor.numel() and not all(bool(torch.isfinite(bound)) for bound in torch.aminmax(tensor.detach())):
+            raise UserError(f"model={name}: {key} has NaN or infinite entries: choose other weights")
+        if key.endswith("running_var") and bool((tensor < 0).any()):
+            raise UserError(f"model={name}: {key} has variances below zero: choose other weights")
+
+
+def check_logits(logits: Tensor, remedy: str) -> None:
+    """Refuse predictions that are no numbers, before metrics of them pass for results.
+
+    Args:
+        logits: [n, classes].
+        remedy: what the message ends with.
+
+    Raises:
+        UserError: some are NaN or infinite.
+    """
+    wrong = int((~torch.isfinite(logits)).any(1).sum())
+    if wrong:
+        raise UserError(f"logits are NaN or infinite for {wrong} of {len(logits)} evaluation examples: {remedy}")
 
 
 def make_plan(cfg: DictConfig) -> Plan:
@@ -362,12 +406,15 @@ def quantize(cfg: DictConfig, plan: Plan, work: Workload, cache_dir: Path) -> Qu
         prefix = SequentialInputs(working, own, groups, examples, settings.batch_size, device)
         given = [replace(problem, prefix_statistic=partial(prefix.statistic, problem.name)) for problem in problems]
 
-    if posterior:
-        posterior.prepare(problems)
-    if cfg.proxy == "mc":
-        proxy_start = time.perf_counter()
-        weigh_by_proxy(cfg, plan, work, problems)
-        result.posterior_s += time.perf_counter() - proxy_start
+    try:
+        if posterior:
+            posterior.prepare(problems)
+        if cfg.proxy == "mc":
+            proxy_start = time.perf_counter()
+            weigh_by_proxy(cfg, plan, work, problems)
+            result.posterior_s += time.perf_counter() - proxy_start
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
     def allocate(
         layers: Sequence[LayerProblem], codebook_bits: int = 0, distortion: Distortion | None = None
@@ -380,6 +427,7 @@ def quantize(cfg: DictConfig, plan: Plan, work: Workload, cache_dir: Path) -> Qu
         try:
             for problem, tensor in method.quantize(given, allocate):
                 result.tensors[problem.name] = tensor
+                problem.count("clamped_scales", clamped_scales(problem.weight, tensor))
                 if prefix:
                     fill(prefix.module, {problem.name: tensor})
                 now = time.perf_counter()
@@ -397,6 +445,17 @@ def quantize(cfg: DictConfig, plan: Plan, work: Workload, cache_dir: Path) -> Qu
             problem.notes["achieved_risk"] = float(posterior.fit(problem).risk(delta).sum())
     _report(cfg, result)
     return result
+
+
+def clamped_scales(weight: Tensor, tensor: QuantizedTensor) -> int:
+    """Rows whose weights need a larger or a smaller step than fp16 has, and got the last one there is.
+
+    Args:
+        weight: [g, r, c] that `tensor` stands for; rows that are all zero need no step.
+    """
+    scale = tensor.scale.to(torch.float32)
+    clamped = ((scale >= FP16_MAX) | (scale <= FP16_TINY)).any(1)
+    return int((clamped & (stack_groups(weight) != 0).any(1)).sum())
 
 
 def round_embeddings(work: Workload, budget: Budget, result: Quantized) -> None:
@@ -418,6 +477,7 @@ def round_embeddings(work: Workload, budget: Budget, result: Quantized) -> None:
     try:
         for problem, tensor in RTN("mse").quantize(problems, lambda layers, *_: Uniform().allocate(layers, budget)):
             result.problems[problem.name], result.tensors[problem.name] = problem, tensor
+            problem.count("clamped_scales", clamped_scales(problem.weight, tensor))
             result.seconds[problem.name] = time.perf_counter() - start
             result.quantize_s += result.seconds[problem.name]
             start = time.perf_counter()
@@ -553,7 +613,8 @@ def posterior_draw(plan: Plan, problems: Mapping[str, LayerProblem]) -> Callable
 
     def draw(name: str, generator: torch.Generator) -> Tensor:
         assert plan.posterior is not None
-        return plan.posterior.fit(problems[name]).sample(generator)
+        with naming(problems[name]):
+            return plan.posterior.fit(problems[name]).sample(generator)
 
     return draw
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from bayesq.suite.config import one_line
 from bayesq.suite.datasets.base import DataSplits, Examples, limited, stratified
 from bayesq.suite.errors import UserError
 from bayesq.suite.hub import from_hub, reachable
@@ -232,6 +233,8 @@ class Glue:
             raise UserError(f"{where} cannot be read ({error.strerror or error})") from error
         except UnicodeDecodeError as error:
             raise UserError(f"{where} is not UTF-8 text") from error
+        if b"\0" in content:
+            raise UserError(f"{where} is not text: it holds NUL bytes")
         # Neither splitlines() nor the csv module: texts hold rarer line separators and unpaired quotation marks.
         rows = [line.rstrip("\r").split("\t") for line in lines if line.strip()]
         header, first = rows[0] if rows else [], 2
@@ -248,8 +251,8 @@ class Glue:
             frame = pd.concat([pd.read_parquet(file) for file in files], ignore_index=True)
         except ImportError as error:
             raise UserError(f"{where} needs pyarrow: run `python -m pip install pyarrow`") from error
-        except (OSError, ValueError) as error:
-            raise UserError(f"{where} cannot be read ({str(error).splitlines()[0]})") from error
+        except Exception as error:  # of a damaged file pandas and pyarrow raise more than they document
+            raise UserError(f"{where} cannot be read ({one_line(str(error))[:200]})") from error
         checksums = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
         return _Table(where, list(frame.columns), _numbered(frame[name].tolist() for name in frame), checksums)
 

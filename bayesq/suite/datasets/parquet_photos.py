@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bayesq.suite.config import one_line
 from bayesq.suite.datasets.base import Examples
 from bayesq.suite.errors import UserError
 
@@ -121,8 +122,8 @@ def _labels_and_groups(file: Path, where: str, num_classes: int) -> tuple[Tensor
             labels = table.read(columns=["label"])["label"] if "label" in fields else None
     except OSError as error:
         raise UserError(f"{where}: {file} cannot be read ({error.strerror or error})") from error
-    except ValueError as error:  # pyarrow's own errors are ValueErrors
-        raise UserError(f"{where}: {file} is not parquet ({str(error).splitlines()[0]})") from error
+    except Exception as error:  # of a damaged file pyarrow raises more than it documents
+        raise UserError(f"{where}: {file} is not parquet ({one_line(str(error))[:200]})") from error
     image = fields.get("image")
     if image is None or not pa.types.is_struct(image) or image.get_field_index("bytes") < 0:
         raise UserError(f"{where}: {file} has no column image with the encoded photo under bytes")

@@ -1,13 +1,20 @@
-"""Weights from a user's file: safetensors, or a PyTorch file of which nothing but tensors is unpickled."""
+"""Weights from a user's file: safetensors, or a PyTorch file of which nothing but tensors is unpickled.
+
+What a damaged file gives. PyTorch's zip files have a checksum for every record, which is compared: a flipped bit is
+noticed. Safetensors and PyTorch's older files have none: truncation, a broken header, other names, shapes and kinds of
+numbers are noticed, a flipped bit inside a weight is not, unless it makes the weight NaN or infinite. The result holds
+the file's sha256, to be compared with where it came from.
+"""
 
 import hashlib
-import pickle
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from bayesq.suite.config import one_line
 from bayesq.suite.errors import UserError
 
 SAFETENSORS, PYTORCH = (".safetensors",), (".pt", ".pth", ".th", ".bin")
@@ -36,7 +43,7 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     except OSError as error:
         raise UserError(f"{where}: cannot be read ({error.strerror or error})") from error
     except ValueError as error:
-        raise refused from error
+        raise UserError(f"{refused} ({one_line(str(error))[:200]})") from error
     for key in WRAPPERS:
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
@@ -65,15 +72,30 @@ def _load(path: Path) -> object:
     Raises:
         ValueError: it is damaged, or it holds more than tensors and plain containers.
     """
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
         if path.suffix.lower() in SAFETENSORS:
             return load_file(path)
+        _check_records(path)
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, LookupError, AttributeError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # a damaged pickle makes the unpickler raise nearly anything
         raise ValueError(str(error)) from error
+
+
+def _check_records(path: Path) -> None:
+    """Compare the checksums of a zip file's records, which PyTorch writes and does not read.
+
+    Raises:
+        ValueError: one is wrong, as all are in files saved after torch.serialization.set_crc32_options(False).
+    """
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as file:
+        if (damaged := file.testzip()) is not None:
+            raise ValueError(f"the checksum of {damaged} is wrong")
 
 
 def load_weights(module: nn.Module, weights: Mapping[str, Tensor], checkpoint: Path, network: str) -> None:
@@ -84,8 +106,11 @@ def load_weights(module: nn.Module, weights: Mapping[str, Tensor], checkpoint: P
         network: what they should be the weights of, for the message.
 
     Raises:
-        UserError: names or shapes differ; the message has the first difference.
+        UserError: names, shapes or kinds of numbers differ; the message has the first difference.
     """
+    for name, tensor in module.state_dict().items():
+        if name in weights and tensor.is_floating_point() != weights[name].is_floating_point():
+            raise UserError(f"model.checkpoint={checkpoint}: {name} holds {weights[name].dtype}, not {tensor.dtype}")
     try:
         module.load_state_dict(dict(weights))
     except RuntimeError as error:
@@ -93,6 +118,24 @@ def load_weights(module: nn.Module, weights: Mapping[str, Tensor], checkpoint: P
             f"model.checkpoint={checkpoint}: these are not the weights of {network} "
             f"({_first_difference(module.state_dict(), weights)})"
         ) from error
+
+
+# Tables of numbers 0, 1, 2, ... and counters, which are no weights.
+INTEGERS = ("position_ids", "token_type_ids", "num_batches_tracked")
+
+
+def check_kinds(weights: Mapping[str, Tensor], where: str) -> None:
+    """Refuse whole numbers in place of weights: codes without what they stand for, that loading would convert.
+
+    Args:
+        where: key and value that led to the file, the beginning of the message.
+
+    Raises:
+        UserError: naming the first such weight.
+    """
+    for name, tensor in weights.items():
+        if not tensor.is_floating_point() and name.rpartition(".")[2] not in INTEGERS:
+            raise UserError(f"{where}: {name} holds {tensor.dtype}, not floating-point weights")
 
 
 def _first_difference(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:

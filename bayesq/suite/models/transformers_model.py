@@ -4,6 +4,7 @@ Weights are read from safetensors only, and no code that comes with a checkpoint
 """
 
 import inspect
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,8 +20,10 @@ from bayesq.suite.datasets.base import DataSplits, Examples
 from bayesq.suite.errors import UserError
 from bayesq.suite.hub import from_hub, reachable
 from bayesq.suite.models.base import EncodedExamples, Network, parameter_count, state_checksum
-from bayesq.suite.models.checkpoint import checkpoint_sha256
+from bayesq.suite.models.checkpoint import INTEGERS, checkpoint_sha256
 from bayesq.suite.models.text import SequenceClassifier, config_of, label_order, texts_of, token_examples
+
+log = logging.getLogger(__name__)
 
 UNNAMED = "transformers"  # the YAML's name of a model that nobody has named
 SHORTEST = 8  # tokens: the special ones and a few words
@@ -89,6 +92,7 @@ class TransformersClassifier:
         origin = self._origin(data.task)
         if origin.local:
             check_folder(origin)
+            check_files(origin)
         online = not origin.local and reachable()
         options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": not online}
         if not origin.local:
@@ -129,12 +133,21 @@ class TransformersClassifier:
                 f"{origin.key}: is no fine-tuned sequence classifier, it has no weights for "
                 f"{', '.join(sorted(report['missing_keys']))}; `python -m bayesq.suite.finetune` makes one"
             )
+        if unused := sorted(report["unexpected_keys"]):
+            log.warning(
+                "%s: %d weights are not part of a %s and stay unused, %s the first",
+                origin.key,
+                len(unused),
+                type(model).__name__,
+                unused[0],
+            )
         encode.fit_to(model)
         module = SequenceClassifier(model, order).eval()
         description: dict[str, object] = {
             "architecture": type(model).__name__,
             "fp_source": origin.place,
             "label_order": known_by,
+            "unused_weights": unused,
             "max_length": self.max_length,
             "parameters": parameter_count(module),
         }
@@ -205,6 +218,25 @@ def check_folder(origin: Origin) -> None:
         raise UserError(f"{origin.key}: has no model.safetensors{other}")
     if not any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES):
         raise UserError(f"{origin.key}: has no tokenizer (tokenizer.json or vocab.txt): save one there")
+
+
+def check_files(origin: Origin) -> None:
+    """Check the headers of a folder's weights, which the library would convert whatever they hold.
+
+    Raises:
+        UserError: a file cannot be read, or holds whole numbers in place of weights.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    for file in sorted(Path(origin.place).glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt") as content:
+                kinds = {name: content.get_slice(name).get_dtype() for name in content.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError, ValueError, LookupError) as error:
+            raise UserError(f"{origin.key}: {file.name} cannot be read ({one_line(str(error))[:200]})") from error
+        for name, kind in kinds.items():
+            if not kind.startswith(("F", "BF")) and name.rpartition(".")[2] not in INTEGERS:
+                raise UserError(f"{origin.key}: {file.name}: {name} holds {kind}, not floating-point weights")
 
 
 class Tokens:
