@@ -87,8 +87,9 @@ class _Watch:
         call.nbytes = sum(leaf.nbytes for leaf in leaves if isinstance(leaf, Tensor))
         roles = [self._roles(leaf) for leaf in leaves]
         for before in dict.fromkeys(role[0] for known in roles for role in known if role[1] == OUTPUT):
-            sources = tuple(map(partial(_source, before), leaves, roles))
-            if None not in sources:
+            found = [_source(before, leaf, known) for leaf, known in zip(leaves, roles, strict=True)]
+            sources = tuple(source for source in found if source is not None)
+            if len(sources) == len(leaves):
                 call.links[before] = sources
 
     def _exit(self, name: str, _: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
