@@ -9,9 +9,9 @@ so that |z - z_hat|^2 = 2 R. Rounding never forms Z. What it needs is the gain: 
 squared rounding error of a weight, once all feedback has been given.
 
     nearest          gain_rc = P_rc,rc            (kfac: G_rr A_cc); always for diag and lowrank
-    kfac, feedback   gain_rc = G_rr / U_cc^2,     UT U = A^-1, U upper, columns visited in decreasing diag(A)
-    kfac, two-sided  gain_rc = 1 / (V_rr^2 U_cc^2),  VT V = G^-1, rows visited in decreasing diag(G)
-    ekfac, feedback  gain_rc = g_r / U_cc^2,      g_r = sum_c P_rc,rc / tr A
+    kfac, feedback   gain_rc = G_rr D_c,      U D UT = A, U unit upper, columns visited in decreasing diag(A)
+    kfac, two-sided  gain_rc = E_r D_c,       V E VT = G, V unit upper, rows visited in decreasing diag(G)
+    ekfac, feedback  gain_rc = g_r D_c,       g_r = sum_c P_rc,rc / tr A
 
 Each row of an ekfac posterior has a metric of its own, but rows that share one factor are rounded together: feedback
 takes A for the metric of all of them, each times the g_r that leaves the row its trace. Exact where P = A (x) G.

@@ -1,21 +1,24 @@
 """Successive rounding with error feedback: the routine GPTQ and BayesQ share.
 
 The layer's quadratic error sum_r (w_r - q_r)T A (w_r - q_r) is minimised greedily, column by column: round one column,
-then move its error onto the columns not yet rounded so that the optimum over them is kept. With U upper triangular and
-UT U = A^-1, column j's error e_j = (x_j - q_j) / U_jj goes to column k > j as x_k -= e_j U_jk, and the total error is
-sum_j e_j^2 (Frantar et al., GPTQ, arXiv 2210.17323, section 3).
+then move the columns not yet rounded to where the optimum lies, given those that are. With U unit upper triangular, D
+diagonal and U D UT = A, column k has moved by sum_{j<k} (w_j - q_j) U_jk when its turn comes, and the total error is
+sum_k D_k (x_k - q_k)^2, x_k being what column k had become. These are the codes of Frantar et al. (GPTQ, arXiv
+2210.17323, section 3), who feed (x_j - q_j) / V_jj through the rows of V, VT V = A^-1; but no inverse is needed, which
+is three quarters of the work of a wide layer's factorization.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 # Columns updated lazily together; the published code's value, and the outer of two levels here.
 BLOCK = 128
-# Columns inside a block whose mutual updates are done one by one; the rest of the block gets one matrix product.
+# Columns inside a block that are rounded in one compiled step; the rest of the block gets one matrix product.
 SUB_BLOCK = 16
 DAMPING_RETRIES = 8
 # Retries start from here when the configured damping is smaller (0, say): well above float64 round-off.
@@ -27,6 +30,17 @@ class Grid(Protocol):
 
     def round(self, x: Tensor, column: int) -> tuple[Tensor, Tensor]:
         """Codes and values [R] for entries x [R] of `column`."""
+        ...
+
+
+@runtime_checkable
+class BlockGrid(Grid, Protocol):
+    """A grid that rounds some columns in one compiled step, with feedback from each to the next."""
+
+    def round_block(
+        self, x: Tensor, delta: Tensor, upper: Tensor, columns: Sequence[int], codes: Tensor, values: Tensor
+    ) -> None:
+        """What `_round_block` does."""
         ...
 
 
@@ -44,9 +58,8 @@ class FeedbackFactor:
 
     Attributes:
         order: [c] visiting order of the columns.
-        upper: [c, c] float64 upper triangular U with UT U = (A[order][:, order] + damping)^-1.
-        column_gain: [c] 1 / U_jj^2, original order: increase of the layer's error per squared rounding error of
-            column j.
+        upper: [c, c] float64 unit upper triangular U with U D UT = A[order][:, order] + damping.
+        column_gain: [c] D, original order: increase of the layer's error per squared rounding error of a column.
         dead: [c] columns (original order) that no calibration input reached.
         retries: how often the damping had to grow before the factorization succeeded.
     """
@@ -88,12 +101,10 @@ def feedback_factor(moment: Tensor, damping: float, act_order: bool = True) -> F
         torch.linalg.cholesky_ex(root, out=(root, failed))
         if int(failed) == 0:
             # M = root.flip is upper triangular with M MT = A[order][:, order] + damping: a Cholesky factor from the
-            # last column backwards, so that U = M^-1 needs no inverse of A.
-            root = root.flip(0, 1)
-            gain = root.diagonal().square()[torch.argsort(order)]
-            upper = torch.eye(len(a), dtype=torch.float64).T
-            torch.linalg.solve_triangular(root, upper, upper=True, out=upper)
-            return FeedbackFactor(order, upper, gain, dead, retry)
+            # last column backwards.
+            upper = root.flip(0, 1)
+            gain, pivots = upper.diagonal().square()[torch.argsort(order)], upper.diagonal().clone()
+            return FeedbackFactor(order, upper.div_(pivots), gain, dead, retry)
     raise ValueError(f"the input moment is not positive definite even with damping {fraction:g}")
 
 
@@ -126,8 +137,9 @@ def feedback_factors(moments: Tensor, damping: float, act_order: bool = True) ->
     damped.diagonal(dim1=-2, dim2=-1).copy_(sorted_diagonal + damping * sorted_diagonal.mean(1, keepdim=True))
     root, info = torch.linalg.cholesky_ex(damped.flip(1, 2))
     root = root.flip(1, 2)
-    gain = root.diagonal(dim1=-2, dim2=-1).square().gather(1, torch.argsort(order, dim=1))
-    upper = torch.linalg.solve_triangular(root, torch.eye(a.shape[-1], dtype=root.dtype).expand_as(root), upper=True)
+    pivots = root.diagonal(dim1=-2, dim2=-1)
+    gain = pivots.square().gather(1, torch.argsort(order, dim=1))
+    upper = root / pivots[:, None, :]
     factors = []
     for g, failed in enumerate(info.tolist()):
         if failed:
@@ -154,14 +166,14 @@ def feedback_round_groups(
     order = torch.stack([factor.order for factor in factors])
     u = torch.stack([factor.upper for factor in factors])
     by_column = order[:, None, :].expand(groups, rows, columns)
-    x = weight.to(torch.float64).gather(2, by_column).permute(2, 0, 1).contiguous()  # [C, g, r]
+    w = weight.to(torch.float64).gather(2, by_column).permute(2, 0, 1).contiguous()  # [C, g, r]
+    x = w.clone()
     codes = torch.empty(x.shape, dtype=torch.uint8)
     values = torch.empty_like(x)
     for j in range(columns):
         code, value = grid.round(x[j].reshape(-1), j)
         codes[j], values[j] = code.reshape(groups, rows), value.reshape(groups, rows)
-        error = (x[j] - values[j]) / u[:, j, j, None]
-        x[j + 1 :] -= u[:, j, j + 1 :].T[:, :, None] * error
+        x[j + 1 :] += u[:, j, j + 1 :].T[:, :, None] * (w[j] - values[j])
     back = torch.argsort(order, dim=1)[:, None, :].expand(groups, rows, columns)
     restored = (part.permute(1, 2, 0).gather(2, back).flatten(0, 1) for part in (codes, values, x))
     codes, values, met = restored
@@ -185,30 +197,58 @@ def feedback_round(
     """
     columns, rows = weight.shape[1], weight.shape[0]
     u = factor.upper
-    x = weight.to(torch.float64).T[factor.order].contiguous()  # [C, R]: a column is contiguous
+    x = weight.T.contiguous()[factor.order].to(torch.float64)  # [C, R]: a column is contiguous
+    delta = x.clone()  # weight - value, once a column is rounded
     codes = torch.empty(columns, rows, dtype=torch.uint8)
     values = torch.empty_like(x)
-    error = torch.empty_like(x)
     original = factor.order.tolist()
-    pivots = u.diagonal().tolist()
     for start in range(0, columns, BLOCK):
         stop = min(start + BLOCK, columns)
         if on_block is not None:
-            on_block(x, start, stop)
+            on_block(_optimum(x, delta, u, start), start, stop)
         for sub in range(start, stop, SUB_BLOCK):
-            sub_stop = min(sub + SUB_BLOCK, stop)
-            for j in range(sub, sub_stop):
-                code, value = grid.round(x[j], original[j])
-                codes[j], values[j] = code, value
-                torch.sub(x[j], value, out=error[j]).div_(pivots[j])
-                if j + 1 < sub_stop:
-                    x[j + 1 : sub_stop].addr_(u[j, j + 1 : sub_stop], error[j], alpha=-1)
-            if sub_stop < stop:
-                x[sub_stop:stop].addmm_(u[sub:sub_stop, sub_stop:stop].T, error[sub:sub_stop], alpha=-1)
+            end = min(sub + SUB_BLOCK, stop)
+            own = slice(sub, end)
+            step = grid.round_block if isinstance(grid, BlockGrid) else partial(_round_block, grid)
+            step(x[own], delta[own], u[own, own].contiguous(), original[own], codes[own], values[own])
+            if end < stop:
+                x[end:stop].addmm_(u[own, end:stop].T, delta[own])
         if stop < columns:
-            x[stop:].addmm_(u[start:stop, stop:].T, error[start:stop], alpha=-1)
+            x[stop:].addmm_(u[start:stop, stop:].T, delta[start:stop])
     back = torch.argsort(factor.order)
     return codes[back].T.contiguous(), values[back].T.contiguous(), x[back].T.contiguous()
+
+
+def _round_block(
+    grid: Grid, x: Tensor, delta: Tensor, upper: Tensor, columns: Sequence[int], codes: Tensor, values: Tensor
+) -> None:
+    """Round the columns x [B, R], feeding each one's error to those after it.
+
+    Args:
+        x: becomes what was met.
+        delta: [B, R] the weights; becomes weights - values.
+        upper: [B, B] U of these columns among each other.
+        columns: their original indices.
+        codes, values: [B, R] written.
+    """
+    for j, column in enumerate(columns):
+        code, value = grid.round(x[j], column)
+        codes[j], values[j] = code, value
+        delta[j] -= value
+        x[j + 1 :].addr_(upper[j, j + 1 :], delta[j])
+
+
+def _optimum(x: Tensor, weight: Tensor, upper: Tensor, start: int) -> Tensor:
+    """Where the columns [C, R] from `start` on would best be, given those before.
+
+    x has only what earlier columns add to each, x = weight + V; what a column does to the rest when it moves along
+    comes on top: the optimum is weight + U^-T V.
+    """
+    best = x.clone()
+    rest = upper[start:, start:].T
+    moved = torch.linalg.solve_triangular(rest, x[start:] - weight[start:], upper=False, unitriangular=True)
+    best[start:] = weight[start:] + moved
+    return best
 
 
 def output_error(delta: Tensor, moment: Tensor) -> Tensor:

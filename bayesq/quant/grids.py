@@ -8,9 +8,12 @@ Scales are kept in fp16 precision from the start, because that is how they are s
 very values that will be deployed.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numba
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -56,6 +59,38 @@ def round_affine(weight: Tensor, scale: Tensor, zero: Tensor, width: Tensor) -> 
     return code, scale[:, None] * (code - zero[:, None])
 
 
+# Entries of a column worked on together: with their block's other columns they stay in a core's nearest cache.
+TILE = 256
+
+
+@numba.njit(cache=True, nogil=True, error_model="numpy")
+def feed_back(x: Any, delta: Any, upper: Any, j: Any, low: Any, high: Any) -> None:
+    """Move the columns after j, entries low to high, to where the error of column j puts them (`_round_block`)."""
+    for k in range(j + 1, x.shape[0]):
+        share, error, later = upper[j, k], delta[j, low:high], x[k, low:high]
+        for r in range(high - low):
+            later[r] += error[r] * share
+
+
+@numba.njit(cache=True, nogil=True, error_model="numpy")
+def _affine_block(
+    x: Any, delta: Any, upper: Any, scale: Any, zero: Any, which: Any, top: Any, codes: Any, values: Any
+) -> None:
+    """`AffineGrid.round_block`; scale and zero [S, R], `which` of them each column has."""
+    for low in range(0, x.shape[1], TILE):
+        high = min(low + TILE, x.shape[1])
+        for j in range(x.shape[0]):
+            entry, own, kept, written = x[j, low:high], delta[j, low:high], codes[j, low:high], values[j, low:high]
+            step, offset, most = scale[which[j], low:high], zero[which[j], low:high], top[low:high]
+            for r in range(high - low):
+                code = min(max(np.rint(entry[r] / step[r]) + offset[r], 0.0), most[r])
+                value = step[r] * (code - offset[r])
+                kept[r] = np.uint8(code)
+                written[r] = value
+                own[r] -= value
+            feed_back(x, delta, upper, j, low, high)
+
+
 @dataclass
 class AffineGrid:
     """Asymmetric uniform grid, one per row and column group.
@@ -79,8 +114,33 @@ class AffineGrid:
         code = (x / scale).round_().add_(zero).clamp_(min=0).clamp_(max=self._top)
         return code, scale * (code - zero)
 
+    def round_block(
+        self, x: Tensor, delta: Tensor, upper: Tensor, columns: Sequence[int], codes: Tensor, values: Tensor
+    ) -> None:
+        """Round some columns with feedback among them, see `bayesq.quant.feedback`."""
+        which = np.array([0 if self.group_size is None else column // self.group_size for column in columns])
+        parts = (self.scale.T, self.zero.T, self._top)
+        scale, zero, top = (part.to(torch.float64).contiguous().numpy() for part in parts)
+        _affine_block(x.numpy(), delta.numpy(), upper.numpy(), scale, zero, which, top, codes.numpy(), values.numpy())
+
     def __post_init__(self) -> None:
         self._top = top_code(self.width, self.scale.dtype)
+
+
+@numba.njit(cache=True, nogil=True, error_model="numpy")
+def _codebook_block(
+    x: Any, delta: Any, upper: Any, scale: Any, zero: Any, levels: Any, bounds: Any, codes: Any, values: Any
+) -> None:
+    """`CodebookGrid.round_block`; levels [R, K] and bounds [R, K - 1], padded with infinity."""
+    rows = x.shape[1]
+    for j in range(x.shape[0]):
+        for r in range(rows):
+            code = np.searchsorted(bounds[r], x[j, r] / scale[r] + zero[r])
+            value = scale[r] * (levels[r, code] - zero[r])
+            codes[j, r] = np.uint8(code)
+            values[j, r] = value
+            delta[j, r] -= value
+        feed_back(x, delta, upper, j, 0, rows)
 
 
 @dataclass
@@ -121,6 +181,15 @@ class CodebookGrid:
         """Nearest code and its value for the entries x[R] of one column."""
         code, value = self.round_matrix(x[:, None])
         return code[:, 0], value[:, 0]
+
+    def round_block(
+        self, x: Tensor, delta: Tensor, upper: Tensor, columns: Sequence[int], codes: Tensor, values: Tensor
+    ) -> None:
+        """Round some columns with feedback among them, see `bayesq.quant.feedback`."""
+        parts = (self.scale, self.zero, self._levels, self._bounds)
+        scale, zero, levels, bounds = (part.to(torch.float64).contiguous().numpy() for part in parts)
+        block = (x.numpy(), delta.numpy(), upper.numpy())
+        _codebook_block(*block, scale, zero, levels, bounds, codes.numpy(), values.numpy())
 
     def round_matrix(self, x: Tensor, gain: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Nearest codes and values of a whole matrix [R, C], whatever its errors cost (`gain`, as `TrellisGrid`)."""

@@ -12,7 +12,7 @@ The path with the least distortion comes from the Viterbi algorithm over 2**m st
 rows above the first of a convolution group count as zeros. Nothing else is stored.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bayesq.quant.grids import MAX_WIDTH
+from bayesq.quant.grids import MAX_WIDTH, feed_back
 
 # Parity-check polynomials (h0, h1) of Ungerboeck's one-dimensional codes, by number of states.
 POLYNOMIALS = {
@@ -152,6 +152,31 @@ def _round_column(
         value[i] = scale[i] * (levels[width[i], index[i]] - zero[i])
 
 
+@numba.njit(cache=True, nogil=True)
+def _trellis_block(
+    x: Any,
+    delta: Any,
+    upper: Any,
+    scale: Any,
+    zero: Any,
+    weight: Any,
+    width: Any,
+    levels: Any,
+    subset: Any,
+    codes: Any,
+    values: Any,
+) -> None:
+    """`TrellisGrid.round_block`."""
+    code, value = np.empty(x.shape[1], np.int64), np.empty(x.shape[1])
+    for j in range(x.shape[0]):
+        _round_column(x[j], scale, zero, weight, width, levels, subset, code, value)
+        for r in range(x.shape[1]):
+            codes[j, r] = np.uint8(code[r])
+            values[j, r] = value[r]
+            delta[j, r] -= value[r]
+        feed_back(x, delta, upper, j, 0, x.shape[1])
+
+
 @dataclass
 class TrellisGrid:
     """Levels shared by all rows of a width, scale and zero per row, codes along each column on a trellis.
@@ -192,6 +217,13 @@ class TrellisGrid:
         code, value = np.empty(len(x), np.int64), np.empty(len(x))
         _round_column(x.numpy(), *self._rows, *self._tables, code, value)
         return torch.from_numpy(code), torch.from_numpy(value)
+
+    def round_block(
+        self, x: Tensor, delta: Tensor, upper: Tensor, columns: Sequence[int], codes: Tensor, values: Tensor
+    ) -> None:
+        """Round some columns with feedback among them, see `bayesq.quant.feedback`."""
+        block = (x.numpy(), delta.numpy(), upper.numpy())
+        _trellis_block(*block, *self._rows, *self._tables, codes.numpy(), values.numpy())
 
     def round_matrix(self, x: Tensor, gain: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Codes and values of a whole matrix [R, C] without feedback.

@@ -2,9 +2,9 @@
 
 For P = A (x) G the errors of a column also interact through G. Ordered by columns first, the Cholesky factor of P^-1 is
 the Kronecker product of those of A^-1 and G^-1, so `feedback.feedback_round` stays as it is, and only the rounding of a
-column x changes: with V upper triangular, VT V = G^-1, the error of row r goes to row s > r as
+column x changes: with V unit upper triangular, V E VT = G, row s has moved when its turn comes by
 
-    x_s -= (x_r - q_r) V_rs / V_rr.
+    sum_{r before s} (x_r - q_r) V_rs.
 """
 
 from collections.abc import Mapping
@@ -22,16 +22,16 @@ from bayesq.quant.grids import CodebookGrid
 
 @numba.njit(cache=True, nogil=True)
 def _round_column(x: Any, upper: Any, order: Any, scale: Any, zero: Any, levels: Any, bounds: Any, code: Any) -> None:
-    """Codes [R] of a column x [R], which is overwritten; levels and bounds [R, K] of each row, padded with infinity."""
+    """Codes [R] of a column x [R]; levels and bounds [R, K] of each row, padded with infinity."""
     rows = order.shape[0]
+    met = x.copy()
     for i in range(rows):
         r = order[i]
-        unit = x[r] / scale[r] + zero[r]
-        k = np.searchsorted(bounds[r], unit)
+        k = np.searchsorted(bounds[r], met[r] / scale[r] + zero[r])
         code[r] = k
-        error = (x[r] - scale[r] * (levels[r, k] - zero[r])) / upper[i, i]
+        error = x[r] - scale[r] * (levels[r, k] - zero[r])
         for later in range(i + 1, rows):
-            x[order[later]] -= error * upper[i, later]
+            met[order[later]] += error * upper[i, later]
 
 
 @dataclass
@@ -59,6 +59,6 @@ class TwoSidedGrid:
         """Codes and values [R] for the entries x [R] of one column."""
         upper, order, scale, zero, levels, bounds = self._tables
         code = np.empty(len(x), np.int64)
-        _round_column(x.numpy().copy(), upper, order, scale, zero, levels, bounds, code)
+        _round_column(x.numpy(), upper, order, scale, zero, levels, bounds, code)
         value = levels[np.arange(len(code)), code]
         return torch.from_numpy(code), self.scale * (torch.from_numpy(value) - self.zero)

@@ -35,6 +35,7 @@ from bayesq.suite.cache import CorruptCache, verify, write_tensors
 from bayesq.suite.files import lock
 from bayesq.suite.memory import halving
 from bayesq.suite.models.base import Batch, EncodedExamples
+from bayesq.suite.replay import Replay
 
 log = logging.getLogger(__name__)
 
@@ -647,7 +648,8 @@ class SequentialInputs:
     """Input statistics of a layer in a model whose earlier layers are already quantized.
 
     The runner loads each QuantizedTensor into `module` as it comes; when a layer's statistic is asked for, the
-    calibration set runs through the model up to that layer. Layers that read the same tensor share one pass.
+    calibration set runs up to that layer, from the last module before it whose inputs cannot change any more (see
+    bayesq.suite.replay). Layers that read the same tensor share one pass.
 
     Args: as Calibration; `module` is a working copy whose weights change, `groups` come from `forward_order`.
     """
@@ -666,6 +668,7 @@ class SequentialInputs:
         self.seconds = 0.0
         self.oom_retries = 0
         self._held: dict[str, dict[str, Tensor]] = {}
+        self._replay: tuple[int, Replay] | None = None
 
     def statistic(self, name: str, kind: str) -> Tensor:
         """One layer's input statistic; only the group last asked for is kept in memory."""
@@ -679,9 +682,13 @@ class SequentialInputs:
         return self._held[name][kind]
 
     def _collect(self, group: Sequence[str], batch_size: int) -> dict[str, dict[str, Tensor]]:
+        if self._replay is None or self._replay[0] != batch_size:
+            batches = partial(self.examples.batches, batch_size, self.device)
+            self._replay = batch_size, Replay(self.module, list(self.layers), batches)
+        replay = self._replay[1]
         watched = {name: self.layers[name] for name in group}
-        collector = Collector(self.module, watched, INPUT_STATISTICS, None, torch.Generator())
-        for batch in self.examples.batches(batch_size, self.device):
+        collector = Collector(replay, watched, INPUT_STATISTICS, None, torch.Generator())
+        for batch in replay.batches(group):
             collector.add(batch, stop_after=group[-1])
         found = {kind: collector.statistics(kind)[0] for kind in INPUT_STATISTICS}
         return {name: {kind: found[kind][name] for kind in INPUT_STATISTICS} for name in group}

@@ -177,7 +177,7 @@ def test_retries_are_counted():
 
 
 @pytest.mark.parametrize("row_damping", [0.0, 0.1, 1.0])
-def test_row_factors_are_roots_of_the_damped_inverse_of_g(row_damping):
+def test_row_factors_are_triangular_decompositions_of_the_damped_g(row_damping):
     posterior = kronecker()
     geometry = whitening(posterior, True, DAMPING, row_damping)
     plain = whitening(posterior, True, DAMPING)
@@ -188,10 +188,12 @@ def test_row_factors_are_roots_of_the_damped_inverse_of_g(row_damping):
         order = sorted(range(ROWS), key=lambda r: (-own[r, r], r))
         assert factor.order.tolist() == order
         whole = own + row_damping * np.trace(own) / ROWS * np.eye(ROWS)
-        upper = factor.upper.numpy()
-        np.testing.assert_allclose(upper.T @ upper, np.linalg.inv(whole[np.ix_(order, order)]), rtol=1e-8)
+        upper, gain = factor.upper.numpy(), geometry.row_gain[g, order].numpy()
+        assert np.array_equal(upper, np.triu(upper)) and (upper.diagonal() == 1).all()
+        np.testing.assert_allclose(upper * gain @ upper.T, whole[np.ix_(order, order)], rtol=1e-8)
         # what an error in a row costs once later rows have made up for it
-        np.testing.assert_allclose(geometry.row_gain[g, order].numpy(), upper.diagonal() ** -2.0, rtol=1e-8)
+        schur = np.linalg.inv(np.linalg.inv(whole[np.ix_(order, order)])[:1, :1])
+        np.testing.assert_allclose(gain[0], schur[0, 0], rtol=1e-8)
 
 
 @pytest.mark.parametrize("kind", ["diag", "ekfac", "lowrank"])

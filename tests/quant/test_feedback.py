@@ -37,15 +37,15 @@ def affine(weight: Tensor, widths: list[int]) -> AffineGrid:
 
 @pytest.mark.parametrize("act_order", [False, True])
 @pytest.mark.parametrize("columns", [1, 17, 130])
-def test_the_factor_is_a_triangular_root_of_the_damped_inverse(columns: int, act_order: bool) -> None:
+def test_the_factor_is_a_triangular_decomposition_of_the_damped_moment(columns: int, act_order: bool) -> None:
     _, moment = random_problem(columns)
     factor = feedback_factor(moment, DAMPING, act_order)
     order = visiting_order(moment.numpy(), act_order)
     assert factor.order.tolist() == order
-    inverse = np.linalg.inv(damped(moment.numpy(), DAMPING)[np.ix_(order, order)])
-    upper = factor.upper.numpy()
-    assert np.array_equal(upper, np.triu(upper)) and (np.diag(upper) > 0).all()
-    assert np.abs(upper.T @ upper - inverse).max() < 1e-11 * np.abs(inverse).max()
+    a = damped(moment.numpy(), DAMPING)[np.ix_(order, order)]
+    upper, gain = factor.upper.numpy(), factor.column_gain.numpy()[order]
+    assert np.array_equal(upper, np.triu(upper)) and (np.diag(upper) == 1).all() and (gain > 0).all()
+    assert np.abs(upper @ np.diag(gain) @ upper.T - a).max() < 1e-13 * np.abs(a).max()
     assert factor.retries == 0 and not factor.dead.any()
 
 
@@ -79,7 +79,7 @@ def test_rounding_equals_explicit_elimination(columns: int, act_order: bool) -> 
     ours, theirs = (row_errors(v - weight.numpy(), moment.numpy()) for v in (values.numpy(), naive.values))
     np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-15)
 
-    # sum_j e_j^2 / U_jj^2 with e_j the error made at column j is the whole damped error
+    # sum_j D_j e_j^2 with e_j the error made at column j is the whole damped error
     by_column = ((met - values).square() * factor.column_gain).sum(1).numpy()
     whole = row_errors(values.numpy() - weight.numpy(), damped(moment.numpy(), DAMPING))
     np.testing.assert_allclose(by_column, whole, rtol=1e-8, atol=1e-15)
