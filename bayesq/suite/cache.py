@@ -107,7 +107,7 @@ class TensorWriter:
         Raises:
             ValueError: the file has no such tensor, or it was written before.
         """
-        dtype, shape, start, _ = self._places[name] if name in self._places else (None, None, 0, 0)
+        dtype, shape, start, _ = self._places.get(name, (None, None, 0, 0))
         if name not in self._missing or (tensor.dtype, tuple(tensor.shape)) != (dtype, shape):
             raise ValueError(f"{name} {tensor.dtype} {tuple(tensor.shape)} has no place in this file")
         self._missing.remove(name)

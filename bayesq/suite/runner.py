@@ -39,7 +39,14 @@ from bayesq.quant.packing import pack_model, unpack_model
 from bayesq.quant.tensor import QuantizedTensor
 from bayesq.suite import evaluation
 from bayesq.suite.cache import read_tensors, resolve_cache_dir, write_tensors
-from bayesq.suite.calibration import Calibration, CalibrationSettings, SequentialInputs, forward_order
+from bayesq.suite.calibration import (
+    OFFLOADED_SUM_BYTES,
+    SUM_BYTES,
+    Calibration,
+    CalibrationSettings,
+    SequentialInputs,
+    forward_order,
+)
 from bayesq.suite.config import resolved, run_dir, run_id
 from bayesq.suite.datasets.base import DataSplits
 from bayesq.suite.errors import UserError
@@ -47,6 +54,7 @@ from bayesq.suite.memory import give_back_freed, halving
 from bayesq.suite.models.base import EncodedExamples, Network
 from bayesq.suite.provenance import git_state, host, versions
 from bayesq.suite.results import RESULT_FILE, unit, write_csv, write_json
+from bayesq.suite.scratch import DiskShelf
 from bayesq.suite.tracking import ERROR_KEY, track
 from bayesq.whitening import Shelf
 
@@ -103,7 +111,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
 
 
 class SharedPosterior:
-    """A posterior that knows how long its fits took, and keeps the layers' geometries up to a limit."""
+    """A posterior that knows how long its fits took, and keeps the layers' geometries up to a limit, or on disk."""
 
     def __init__(self, posterior: Posterior) -> None:
         self.posterior = posterior
@@ -112,6 +120,16 @@ class SharedPosterior:
         self.rank = getattr(posterior, "rank", 16)
         self.whitenings: MutableMapping[tuple[object, ...], Any] | None = Shelf(KEPT_WHITENING_BYTES)
         self.seconds = 0.0
+
+    def offload(self, folder: Path) -> None:
+        """Keep the geometries of all layers in a file of `folder`."""
+        self.whitenings = DiskShelf(folder)
+
+    def release(self) -> None:
+        """Give back what the geometries take: everything is rounded."""
+        if isinstance(self.whitenings, DiskShelf):
+            self.whitenings.close()
+        self.whitenings = None
 
     def prepare(self, layers: Sequence[LayerProblem]) -> None:
         """What needs all layers at once."""
@@ -189,6 +207,8 @@ def execute(
     start = time.perf_counter()
     cache_dir = resolve_cache_dir(cfg.cache_dir)
     plan = make_plan(cfg)  # first: a value that no constructor accepts must not cost a model's loading
+    if plan.posterior and cfg.calibration.offload == "disk":
+        plan.posterior.offload(folder)
     work = load(cfg, cache_dir)
     if isinstance(plan.allocator, Knapsack):  # a pattern that matches nothing must not cost the calibration
         try:
@@ -208,6 +228,8 @@ def execute(
     full, retries = reference(autocast)
 
     quantized = quantize(cfg, plan, work, cache_dir)
+    if plan.posterior:
+        plan.posterior.release()
     quantized.oom_retries += retries
     if cfg.correction == "moments":
         correct(work, quantized)
@@ -340,7 +362,8 @@ def quantize(cfg: DictConfig, plan: Plan, work: Workload, cache_dir: Path) -> Qu
         draws=posterior.draws if posterior else "signs",
         rank=posterior.rank if posterior else 16,
     )
-    calibration = Calibration(module, work.network.checksum, layers, examples, settings, cache_dir, device)
+    room = OFFLOADED_SUM_BYTES if cfg.calibration.offload == "disk" else SUM_BYTES
+    calibration = Calibration(module, work.network.checksum, layers, examples, settings, cache_dir, device, room)
     kinds = allocator.statistics | (posterior.statistics if posterior else frozenset())
     calibration.prepare(kinds if method.sequential and not posterior else kinds | method.statistics)
 
