@@ -26,9 +26,11 @@ from bayesq.posterior import DRAWS, LIKELIHOODS
 from bayesq.quant.layers import (
     Layer,
     groups_of,
+    input_blocks,
     input_samples,
     mask_samples,
     output_samples,
+    sample_shape,
     weight_to_matrix,
 )
 from bayesq.quant.method import STATISTICS
@@ -139,7 +141,7 @@ class _Sums:
     """Running sums of one layer; shapes as in STATISTICS."""
 
     sums: dict[str, Tensor]
-    samples: int = 0
+    samples: int | Tensor = 0
     called: int = 0
 
 
@@ -253,7 +255,7 @@ class Collector:
             directions = torch.zeros_like(neutral())
             directions[: len(top)] = top.reshape(-1, *directions.shape[1:])
             return directions
-        return total.div_(state.samples if kind in INPUT_STATISTICS else self.gradient_examples).cpu()
+        return total.div_(int(state.samples) if kind in INPUT_STATISTICS else self.gradient_examples).cpu()
 
     @contextmanager
     def _hooks(self) -> Iterator[None]:
@@ -293,14 +295,15 @@ class Collector:
         return _leaf(output)[1] if self._backward else None
 
     def _inputs(self, state: _Sums, layer: Layer, x: Tensor, examples: int, mask: Tensor | None) -> None:
-        for part, rows in _input_parts(layer, x, examples):
-            rows, count = mask_samples(rows, None if mask is None else mask[part])
-            state.samples += count
-            rows = rows.transpose(0, 1).flatten(1, 2)  # [g, n, c]
-            if "input_moment" in self.kinds:
-                _accumulate(state, "input_moment", rows.transpose(1, 2) @ rows)
-            if "input_magnitude" in self.kinds:
-                _accumulate(state, "input_magnitude", rows.abs().sum(1))
+        for part, blocks in _input_parts(layer, x, examples, whole=mask is not None):
+            for _, block in blocks:
+                rows, count = mask_samples(block, None if mask is None else mask[part])
+                state.samples = state.samples + count
+                rows = rows.transpose(0, 1).flatten(1, 2)  # [g, n, c]
+                if "input_moment" in self.kinds:
+                    _accumulate(state, "input_moment", rows.transpose(1, 2) @ rows)
+                if "input_magnitude" in self.kinds:
+                    _accumulate(state, "input_magnitude", rows.abs().sum(1))
 
     def _gradient(
         self, name: str, layer: Layer, x: Tensor, gradient: Tensor, examples: int, mask: Tensor | None
@@ -311,8 +314,9 @@ class Collector:
             rows = d.transpose(0, 1).flatten(1, 2)
             _accumulate(state, "gradient_moment", rows.transpose(1, 2) @ rows)
         if self.kinds & {"fisher_diagonal", "gradient_directions"}:
-            for part, rows in _input_parts(layer, x, examples, extra=layer.weight.numel()):
-                whole = d[part].transpose(2, 3) @ rows  # [e, g, r, c], the weight gradient of each example
+            for part, blocks in _input_parts(layer, x, examples, extra=layer.weight.numel()):
+                # [e, g, r, c], the weight gradient of each example
+                whole = _add(d[part][:, :, positions].transpose(2, 3) @ rows for positions, rows in blocks)
                 if "gradient_directions" in self.kinds:
                     self._sketch(state, whole.flatten(1))
                 if "fisher_diagonal" in self.kinds:
@@ -322,11 +326,12 @@ class Collector:
             r, c = q_g.shape[-1], q_a.shape[-1]
             # The cheaper of two ways: turn the samples, or the gradients summed over them.
             turn_samples = d.shape[2] * (r * r + c * c) < r * c * (r + c)
-            for part, rows in _input_parts(layer, x, examples, extra=layer.weight.numel()):
+            for part, blocks in _input_parts(layer, x, examples, extra=layer.weight.numel()):
+                own = ((d[part][:, :, positions], rows) for positions, rows in blocks)
                 if turn_samples:
-                    turned = (d[part] @ q_g).transpose(2, 3) @ (rows @ q_a)
+                    turned = _add((own_d @ q_g).transpose(2, 3) @ (rows @ q_a) for own_d, rows in own)
                 else:
-                    turned = q_g.transpose(1, 2) @ (d[part].transpose(2, 3) @ rows) @ q_a
+                    turned = q_g.transpose(1, 2) @ _add(own_d.transpose(2, 3) @ rows for own_d, rows in own) @ q_a
                 _accumulate(state, "fisher_eigenvalues", turned.square_().sum(0))
 
     def _sketch(self, state: _Sums, gradients: Tensor) -> None:
@@ -367,19 +372,38 @@ def truncate(rows: Tensor, rank: int) -> Tensor:
 PART_ELEMENTS = 2**22
 
 
-def _input_parts(layer: Layer, x: Tensor, examples: int, extra: int = 0) -> Iterator[tuple[slice, Tensor]]:
-    """Samples [e, g, l, c] float32 of a few examples at a time, so that unfolding a convolution stays bounded.
+def _input_parts(
+    layer: Layer, x: Tensor, examples: int, extra: int = 0, whole: bool = False
+) -> Iterator[tuple[slice, Iterator[tuple[slice, Tensor]]]]:
+    """Samples float32 of a few examples at a time, so that unfolding a convolution stays bounded.
 
     Args:
         extra: further elements needed for each example of a part.
+        whole: keep an example's positions together, however many there are.
+
+    Yields:
+        the examples e of a part, and its samples in blocks: the positions, and [e, g, l, c]. There is one block,
+        unless a part is one example that is larger than a part should be.
     """
     by_example = x.reshape(examples, -1, *x.shape[1:])
-    first = input_samples(layer, by_example[0], 1).to(torch.float32)
-    step = max(1, PART_ELEMENTS // max(first.numel(), extra))
+    size = math.prod(sample_shape(layer, by_example[0], 1))
+    step = max(1, PART_ELEMENTS // max(size, extra))
     for start in range(0, examples, step):
         part = slice(start, min(start + step, examples))
-        rows = input_samples(layer, by_example[part].flatten(0, 1), part.stop - start)
-        yield part, rows.to(torch.float32)
+        inputs, count = by_example[part].flatten(0, 1), part.stop - start
+        if size > PART_ELEMENTS and not whole:
+            blocks = input_blocks(layer, inputs, PART_ELEMENTS)
+        else:
+            blocks = iter([(slice(None), input_samples(layer, inputs, count))])
+        yield part, ((positions, rows.to(torch.float32)) for positions, rows in blocks)
+
+
+def _add(terms: Iterator[Tensor]) -> Tensor:
+    """Sum of tensors, the first of which becomes the sum."""
+    total = next(terms)
+    for term in terms:
+        total += term
+    return total
 
 
 def spread(count: int, total: int) -> list[bool]:

@@ -228,9 +228,7 @@ def check(needs: Needs, folders: Mapping[str, Path], limit: float | None, offloa
         if stage in ("calibration", "rounding") and not offload:
             remedies.insert(0, "set calibration.offload=disk")
         where = f"resources.memory={limit:g} leaves" if limit is not None else "the machine has"
-        remedies.append(
-            "raise resources.memory" if limit is not None else "set resources.memory=GIB to try it"
-        )
+        remedies.append("raise resources.memory" if limit is not None else "set resources.memory=GIB to try it")
         raise UserError(
             f"not enough memory: {stage} needs about {_size(extra)} more than the {_size(needs.held)} held now, "
             f"{where} {_size(max(left, 0))}: {', or '.join(remedies)}"

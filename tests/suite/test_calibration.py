@@ -164,11 +164,17 @@ def test_padding_excluded_from_a_layer_fed_flattened_tokens():
 @pytest.mark.parametrize("limit", [1, 300])
 def test_parts_of_a_batch_add_up_to_the_batch(limit, monkeypatch):
     for module, examples in ((seeded(TinyConvNet()), images()), (seeded(TinyEncoder()), sentences())):
-        whole = collect(module, examples, batch_size=5)
+        kinds = (*COLLECTED, "fisher_eigenvalues")
+        bases = {
+            name: tuple(torch.linalg.qr(torch.randn(g, n, n))[0] for n in (c, r))
+            for name, layer in quantizable_layers(module).items()
+            for g, r, c in [weight_to_matrix(layer).shape]
+        }
+        whole = collect(module, examples, batch_size=5, kinds=kinds, bases=bases)
         with monkeypatch.context() as patch:
             patch.setattr(calibration, "PART_ELEMENTS", limit)
-            parts = collect(module, examples, batch_size=5)
-        for kind in COLLECTED:
+            parts = collect(module, examples, batch_size=5, kinds=kinds, bases=bases)
+        for kind in kinds:
             for name in whole[kind]:
                 torch.testing.assert_close(parts[kind][name], whole[kind][name], rtol=1e-5, atol=1e-6)
 

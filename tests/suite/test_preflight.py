@@ -119,9 +119,7 @@ def test_what_does_not_fit_in_memory_is_refused_with_a_remedy(stage, offload, re
     folders = {"cache_dir": tmp_path, "results_dir": tmp_path}
     monkeypatch.setattr(preflight, "available_memory", lambda: 2 * GIB)
     check(want(stage, 2 * GIB), folders, None, offload)
-    with pytest.raises(
-        UserError, match=f"{stage} needs about 2.00 GiB more .* has 2.00 GiB: {remedy}, or set"
-    ):
+    with pytest.raises(UserError, match=f"{stage} needs about 2.00 GiB more .* has 2.00 GiB: {remedy}, or set"):
         check(want(stage, 2 * GIB + 1), folders, None, offload)
     check(want(stage, 2 * GIB + 1), folders, 3.5, offload)
     with pytest.raises(UserError, match=rf"resources\.memory=2\.5 leaves 1\.50 GiB: {remedy}, or raise resources\.mem"):
@@ -141,9 +139,7 @@ def test_what_does_not_fit_on_disk_is_refused_with_the_key(tmp_path, monkeypatch
         folder.mkdir()
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=3 * GIB))
     check(want("rounding", 1, cache_dir=2 * GIB, results_dir=GIB), folders, None, False)
-    with pytest.raises(
-        UserError, match=r"^cache_dir=.*/cache: the run writes about 3.50 GiB and 3.00 GiB are"
-    ):
+    with pytest.raises(UserError, match=r"^cache_dir=.*/cache: the run writes about 3.50 GiB and 3.00 GiB are"):
         check(want("rounding", 1, cache_dir=2 * GIB, results_dir=3 * GIB // 2), folders, None, False)
     with pytest.raises(UserError, match=r"^results_dir=.*more space or set calibration.offload=memory"):
         check(want("rounding", 1, results_dir=4 * GIB), folders, None, True)
