@@ -221,16 +221,18 @@ def _moments(x: Tensor, channel_dim: int, examples: int, mask: Tensor | None) ->
         by_example, over = x.movedim(channel_dim, -1).reshape(examples, 1, -1, channels), [0, 1, 2]
     wide = widest(x.device)
     total = torch.zeros(channels, dtype=wide, device=x.device)
-    squares, count = torch.zeros_like(total), 0
+    squares = torch.zeros_like(total)
+    count: int | Tensor = 0
     step = max(1, PART_ELEMENTS // max(by_example[0].numel(), 1))
     for start in range(0, len(by_example), step):
         part = slice(start, start + step)
-        samples, n = by_example[part].to(wide), by_example[part].numel() // channels
+        samples = by_example[part].to(wide)
+        n: int | Tensor = by_example[part].numel() // channels
         if mask is not None:
             samples, n = mask_samples(samples, mask[part])
         total += samples.sum(over)
         squares += samples.square().sum(over)
-        count += n
+        count = count + n
     mean = total / count
     return mean, (squares / count - mean.square()).clamp_(min=0)
 

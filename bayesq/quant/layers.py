@@ -5,7 +5,8 @@ within the group and c the input column (in_features, or in_channels/groups * kh
 (example, position) pair, out[n, g, r] = sum_c W[g, r, c] x[n, g, c].
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 
 import torch
@@ -91,13 +92,61 @@ def input_samples(layer: Layer, x: Tensor, examples: int) -> Tensor:
     """
     if isinstance(layer, nn.Linear):
         return x.reshape(examples, 1, -1, x.shape[-1])
-    padded = _pad(layer, x)
-    columns = F.unfold(padded, layer.kernel_size, dilation=layer.dilation, stride=layer.stride)
-    b, _, length = columns.shape
-    columns = columns.reshape(b, layer.groups, -1, length).transpose(2, 3)
+    columns = _unfold(layer, _pad(layer, x))
+    b, _, length, _ = columns.shape
     if b == examples:
         return columns
     return columns.reshape(examples, b // examples, layer.groups, length, -1).transpose(1, 2).flatten(2, 3)
+
+
+def sample_shape(layer: Layer, x: Tensor, examples: int) -> tuple[int, int, int, int]:
+    """Shape [b, g, l, c] of `input_samples` without computing them."""
+    if isinstance(layer, nn.Linear):
+        return examples, 1, x.numel() // (examples * x.shape[-1]), x.shape[-1]
+    height, width = _output_size(layer, _pad(layer, torch.empty(x.shape, device="meta")))
+    columns = x.shape[1] // layer.groups * layer.kernel_size[0] * layer.kernel_size[1]
+    return examples, layer.groups, x.shape[0] // examples * height * width, columns
+
+
+def input_blocks(layer: Layer, x: Tensor, elements: int) -> Iterator[tuple[slice, Tensor]]:
+    """`input_samples` of one example, some of its positions at a time.
+
+    A convolution's are whole rows of output pixels, as many as give at most `elements` elements, at least one; the
+    samples of other inputs, and of a convolution whose batch is larger than one, come at once.
+
+    Args:
+        x: input as the layer receives it, of one example.
+        elements: of a block.
+
+    Yields:
+        the positions, and their samples [1, g, l, c].
+    """
+    shape = sample_shape(layer, x, 1)
+    if isinstance(layer, nn.Linear) or x.shape[0] > 1 or math.prod(shape) <= elements:
+        yield slice(0, shape[2]), input_samples(layer, x, 1)
+        return
+    padded = _pad(layer, x)
+    height, width = _output_size(layer, padded)
+    step = max(1, elements * height // math.prod(shape))
+    stride, reach = layer.stride[0], layer.dilation[0] * (layer.kernel_size[0] - 1) + 1
+    for start in range(0, height, step):
+        stop = min(start + step, height)
+        part = padded[:, :, start * stride : (stop - 1) * stride + reach]
+        yield slice(start * width, stop * width), _unfold(layer, part)
+
+
+def _unfold(layer: nn.Conv2d, padded: Tensor) -> Tensor:
+    """[b, g, l, c]"""
+    columns = F.unfold(padded, layer.kernel_size, dilation=layer.dilation, stride=layer.stride)
+    return columns.reshape(len(columns), layer.groups, -1, columns.shape[-1]).transpose(2, 3)
+
+
+def _output_size(layer: nn.Conv2d, padded: Tensor) -> tuple[int, int]:
+    height, width = (
+        (padded.shape[2 + axis] - layer.dilation[axis] * (layer.kernel_size[axis] - 1) - 1) // layer.stride[axis] + 1
+        for axis in range(2)
+    )
+    return height, width
 
 
 def output_samples(layer: Layer, gradient: Tensor, examples: int) -> Tensor:
@@ -137,7 +186,7 @@ def _same_padding(size: int, layer: nn.Conv2d, axis: int) -> tuple[int, int]:
     return total // 2, total - total // 2
 
 
-def mask_samples(samples: Tensor, mask: Tensor | None) -> tuple[Tensor, int]:
+def mask_samples(samples: Tensor, mask: Tensor | None) -> tuple[Tensor, int | Tensor]:
     """Zero the samples at masked positions and count those that remain.
 
     Args:
@@ -146,10 +195,11 @@ def mask_samples(samples: Tensor, mask: Tensor | None) -> tuple[Tensor, int]:
             (a pooled input, for instance, has one position an example).
 
     Returns:
-        samples with padding set to zero, and the number of (example, position) pairs that count.
+        samples with padding set to zero, and the number of (example, position) pairs that count; where a mask decides
+        it, a tensor on its device, because reading it would wait for the device.
     """
     b, _, length, _ = samples.shape
     if mask is None or mask.shape != (b, length) or length == 1:
         return samples, b * length
     keep = mask.to(device=samples.device, dtype=torch.bool)
-    return samples * keep[:, None, :, None].to(samples.dtype), int(keep.sum())
+    return samples * keep[:, None, :, None].to(samples.dtype), keep.sum()

@@ -8,10 +8,11 @@ setting that changes a number. Padding never enters a statistic.
 import hashlib
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,15 +26,17 @@ from bayesq.posterior import DRAWS, LIKELIHOODS
 from bayesq.quant.layers import (
     Layer,
     groups_of,
+    input_blocks,
     input_samples,
     mask_samples,
     output_samples,
+    sample_shape,
     weight_to_matrix,
 )
 from bayesq.quant.method import STATISTICS
-from bayesq.suite.cache import CorruptCache, verify, write_tensors
+from bayesq.suite.cache import CorruptCache, TensorWriter, tensor_writer, verify
 from bayesq.suite.files import lock
-from bayesq.suite.memory import halving
+from bayesq.suite.memory import give_back_freed, halving
 from bayesq.suite.models.base import Batch, EncodedExamples
 from bayesq.suite.replay import Replay
 
@@ -60,11 +63,18 @@ FORMAT = "4"
 # beyond it the expectation is drawn.
 EXACT_CLASSES = 4
 DEFAULT_SAMPLES = 1
+# Room in a file's header for what it tells besides the layers no example reached.
+METADATA_BYTES = 1024
 # Rows a sketch carries for each direction it keeps. A flat spectrum suffers most from truncating while streaming: where
 # 16 directions held 67 % of a tiny convolution's Fisher, ratios of 1, 2, 3 found 93.9, 99.2, 99.9 % of the best.
 OVERSAMPLING = 2
-# Elements of all sketches of one pass, 2 GiB in float32; more layers than fit take further passes.
-SKETCH_ELEMENTS = 2**29
+# Bytes of all running sums of one pass; more layers than fit take further passes over the examples, which cost time
+# and change no number. Those of MiniLM (142 MiB) and ResNet-50 fit, those of BERT-base (1139 MiB) take two passes.
+SUM_BYTES = 640 * 2**20
+# The same for passes with sketches, which are many times as large as any other sum.
+SKETCH_BYTES = 2 * 2**30
+# The same for calibration.offload=disk, or what the largest layer takes.
+OFFLOADED_SUM_BYTES = 64 * 2**20
 
 
 def fisher_directions(
@@ -132,7 +142,7 @@ class _Sums:
     """Running sums of one layer; shapes as in STATISTICS."""
 
     sums: dict[str, Tensor]
-    samples: int = 0
+    samples: int | Tensor = 0
     called: int = 0
 
 
@@ -146,6 +156,8 @@ class Collector:
         samples, generator, likelihood, draws: see `fisher_directions`.
         rank: k of gradient_directions.
         bases: Q_A and Q_G by layer, for fisher_eigenvalues.
+        others: further layers that gradients go through, though nothing of them is collected: what is collected has
+            the same bits whether they are watched or not.
 
     A layer that is called several times in one forward pass adds up its calls: exact for the moments; for statistics
     of whole weight gradients the cross terms between calls are left out.
@@ -162,9 +174,11 @@ class Collector:
         draws: str = "signs",
         rank: int = 16,
         bases: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+        others: Iterable[Layer] = (),
     ) -> None:
         self.module = module
         self.layers = layers
+        self.others = list(others)
         self.kinds = frozenset(kinds)
         self._left = set(self.kinds)
         self.needs_inputs = bool(self.kinds & set(INPUT_STATISTICS))
@@ -205,11 +219,21 @@ class Collector:
                     self.backward_s += time.perf_counter() - start
                 self.gradient_examples += len(batch.labels)
 
-    def statistics(self, kind: str) -> tuple[dict[str, Tensor], list[str]]:
-        """Finished statistic of every layer, float32 on the CPU, and the names of layers no example reached.
+    @property
+    def unseen(self) -> list[str]:
+        """Layers that no example reached."""
+        return [name for name in self.layers if not self.sums[name].called]
 
-        The running sums turn into the statistic, so that no second copy needs memory: each kind can be had once. A
-        layer that was never called gets the identity (or ones, and no directions): its columns are then all alike.
+    def statistics(self, kind: str) -> tuple[dict[str, Tensor], list[str]]:
+        """Finished statistic of every layer, and the layers no example reached; see `finish`."""
+        return dict(self.finish(kind)), self.unseen
+
+    def finish(self, kind: str) -> Iterator[tuple[str, Tensor]]:
+        """Each layer with its finished statistic, float32 on the CPU.
+
+        The running sums turn into the statistic one by one, so that no second copy needs memory: each kind can be had
+        once. A layer that was never called gets the identity (or ones, and no directions): its columns are then all
+        alike.
 
         Raises:
             ValueError: the kind was not collected, or was had before.
@@ -217,30 +241,27 @@ class Collector:
         if kind not in self._left:
             raise ValueError(f"{kind} was not collected, or its sums were handed over already")
         self._left.remove(kind)
-        finished: dict[str, Tensor] = {}
-        unseen = []
-        for name, layer in self.layers.items():
-            state = self.sums[name]
-            if not state.called:
-                finished[name] = _neutral(layer, kind, self.rank)
-                unseen.append(name)
-                continue
-            if kind not in state.sums:  # it runs, but the logits do not depend on it: no gradient ever arrives
-                finished[name] = torch.zeros_like(_neutral(layer, kind, self.rank))
-                continue
-            total = state.sums.pop(kind)
-            if kind == "gradient_directions":
-                top = truncate(total, self.rank) / self.gradient_examples**0.5
-                directions = torch.zeros_like(_neutral(layer, kind, self.rank))
-                directions[: len(top)] = top.reshape(-1, *directions.shape[1:])
-                finished[name] = directions
-                continue
-            finished[name] = total.div_(state.samples if kind in INPUT_STATISTICS else self.gradient_examples).cpu()
-        return finished, unseen
+        return ((name, self._finished(name, layer, kind)) for name, layer in self.layers.items())
+
+    def _finished(self, name: str, layer: Layer, kind: str) -> Tensor:
+        state = self.sums[name]
+        neutral = partial(_neutral, layer, kind, self.rank)
+        if not state.called:
+            return neutral()
+        if kind not in state.sums:  # it runs, but the logits do not depend on it: no gradient ever arrives
+            return torch.zeros_like(neutral())
+        total = state.sums.pop(kind)
+        if kind == "gradient_directions":
+            top = truncate(total, self.rank) / self.gradient_examples**0.5
+            directions = torch.zeros_like(neutral())
+            directions[: len(top)] = top.reshape(-1, *directions.shape[1:])
+            return directions
+        return total.div_(int(state.samples) if kind in INPUT_STATISTICS else self.gradient_examples).cpu()
 
     @contextmanager
     def _hooks(self) -> Iterator[None]:
         handles = [layer.register_forward_hook(self._forward_hook(name)) for name, layer in self.layers.items()]
+        handles += [layer.register_forward_hook(self._begin_graph) for layer in self.others]
         frozen = [p for p in self.module.parameters() if p.requires_grad]
         try:
             for p in frozen:  # only the layers' outputs need gradients
@@ -265,26 +286,25 @@ class Collector:
                 if name == self._stop_after:
                     raise _Reached
                 return None
-            replaced = None
-            if not output.requires_grad:
-                # Nothing before this layer needs gradients: begin the graph here. The clone keeps later in-place
-                # activations off the leaf.
-                output = output.detach().requires_grad_(True)
-                replaced = output.clone()
-            output.register_hook(lambda gradient: self._gradient(name, layer, x, gradient.detach(), examples, mask))
+            leaf, replaced = _leaf(output)
+            leaf.register_hook(lambda gradient: self._gradient(name, layer, x, gradient.detach(), examples, mask))
             return replaced
 
         return hook
 
+    def _begin_graph(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        return _leaf(output)[1] if self._backward else None
+
     def _inputs(self, state: _Sums, layer: Layer, x: Tensor, examples: int, mask: Tensor | None) -> None:
-        for part, rows in _input_parts(layer, x, examples):
-            rows, count = mask_samples(rows, None if mask is None else mask[part])
-            state.samples += count
-            rows = rows.transpose(0, 1).flatten(1, 2)  # [g, n, c]
-            if "input_moment" in self.kinds:
-                _accumulate(state, "input_moment", rows.transpose(1, 2) @ rows)
-            if "input_magnitude" in self.kinds:
-                _accumulate(state, "input_magnitude", rows.abs().sum(1))
+        for part, blocks in _input_parts(layer, x, examples, whole=mask is not None):
+            for _, block in blocks:
+                rows, count = mask_samples(block, None if mask is None else mask[part])
+                state.samples = state.samples + count
+                rows = rows.transpose(0, 1).flatten(1, 2)  # [g, n, c]
+                if "input_moment" in self.kinds:
+                    _accumulate(state, "input_moment", rows.transpose(1, 2) @ rows)
+                if "input_magnitude" in self.kinds:
+                    _accumulate(state, "input_magnitude", rows.abs().sum(1))
 
     def _gradient(
         self, name: str, layer: Layer, x: Tensor, gradient: Tensor, examples: int, mask: Tensor | None
@@ -295,8 +315,9 @@ class Collector:
             rows = d.transpose(0, 1).flatten(1, 2)
             _accumulate(state, "gradient_moment", rows.transpose(1, 2) @ rows)
         if self.kinds & {"fisher_diagonal", "gradient_directions"}:
-            for part, rows in _input_parts(layer, x, examples, extra=layer.weight.numel()):
-                whole = d[part].transpose(2, 3) @ rows  # [e, g, r, c], the weight gradient of each example
+            for part, blocks in _input_parts(layer, x, examples, extra=layer.weight.numel()):
+                # [e, g, r, c], the weight gradient of each example
+                whole = _add(d[part][:, :, positions].transpose(2, 3) @ rows for positions, rows in blocks)
                 if "gradient_directions" in self.kinds:
                     self._sketch(state, whole.flatten(1))
                 if "fisher_diagonal" in self.kinds:
@@ -306,11 +327,12 @@ class Collector:
             r, c = q_g.shape[-1], q_a.shape[-1]
             # The cheaper of two ways: turn the samples, or the gradients summed over them.
             turn_samples = d.shape[2] * (r * r + c * c) < r * c * (r + c)
-            for part, rows in _input_parts(layer, x, examples, extra=layer.weight.numel()):
+            for part, blocks in _input_parts(layer, x, examples, extra=layer.weight.numel()):
+                own = ((d[part][:, :, positions], rows) for positions, rows in blocks)
                 if turn_samples:
-                    turned = (d[part] @ q_g).transpose(2, 3) @ (rows @ q_a)
+                    turned = _add((own_d @ q_g).transpose(2, 3) @ (rows @ q_a) for own_d, rows in own)
                 else:
-                    turned = q_g.transpose(1, 2) @ (d[part].transpose(2, 3) @ rows) @ q_a
+                    turned = q_g.transpose(1, 2) @ _add(own_d.transpose(2, 3) @ rows for own_d, rows in own) @ q_a
                 _accumulate(state, "fisher_eigenvalues", turned.square_().sum(0))
 
     def _sketch(self, state: _Sums, gradients: Tensor) -> None:
@@ -318,6 +340,18 @@ class Collector:
         kept = state.sums.get("gradient_directions")
         stacked = gradients if kept is None else torch.cat([kept, gradients])
         state.sums["gradient_directions"] = truncate(stacked, sketch_rows(self.rank))
+
+
+def _leaf(output: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Where the gradient of a layer's output arrives, and what takes the output's place, if anything has to.
+
+    Where nothing before the layer needs gradients, the graph begins there. The clone keeps later in-place activations
+    off the leaf.
+    """
+    if output.requires_grad:
+        return output, None
+    leaf = output.detach().requires_grad_(True)
+    return leaf, leaf.clone()
 
 
 def sketch_rows(rank: int) -> int:
@@ -339,19 +373,38 @@ def truncate(rows: Tensor, rank: int) -> Tensor:
 PART_ELEMENTS = 2**22
 
 
-def _input_parts(layer: Layer, x: Tensor, examples: int, extra: int = 0) -> Iterator[tuple[slice, Tensor]]:
-    """Samples [e, g, l, c] float32 of a few examples at a time, so that unfolding a convolution stays bounded.
+def _input_parts(
+    layer: Layer, x: Tensor, examples: int, extra: int = 0, whole: bool = False
+) -> Iterator[tuple[slice, Iterator[tuple[slice, Tensor]]]]:
+    """Samples float32 of a few examples at a time, so that unfolding a convolution stays bounded.
 
     Args:
         extra: further elements needed for each example of a part.
+        whole: keep an example's positions together, however many there are.
+
+    Yields:
+        the examples e of a part, and its samples in blocks: the positions, and [e, g, l, c]. There is one block,
+        unless a part is one example that is larger than a part should be.
     """
     by_example = x.reshape(examples, -1, *x.shape[1:])
-    first = input_samples(layer, by_example[0], 1).to(torch.float32)
-    step = max(1, PART_ELEMENTS // max(first.numel(), extra))
+    size = math.prod(sample_shape(layer, by_example[0], 1))
+    step = max(1, PART_ELEMENTS // max(size, extra))
     for start in range(0, examples, step):
         part = slice(start, min(start + step, examples))
-        rows = input_samples(layer, by_example[part].flatten(0, 1), part.stop - start)
-        yield part, rows.to(torch.float32)
+        inputs, count = by_example[part].flatten(0, 1), part.stop - start
+        if size > PART_ELEMENTS and not whole:
+            blocks = input_blocks(layer, inputs, PART_ELEMENTS)
+        else:
+            blocks = iter([(slice(None), input_samples(layer, inputs, count))])
+        yield part, ((positions, rows.to(torch.float32)) for positions, rows in blocks)
+
+
+def _add(terms: Iterator[Tensor]) -> Tensor:
+    """Sum of tensors, the first of which becomes the sum."""
+    total = next(terms)
+    for term in terms:
+        total += term
+    return total
 
 
 def spread(count: int, total: int) -> list[bool]:
@@ -369,15 +422,37 @@ def _accumulate(state: _Sums, kind: str, value: Tensor) -> None:
         state.sums[kind] = value
 
 
-def _neutral(layer: Layer, kind: str, rank: int) -> Tensor:
+def statistic_shape(layer: Layer, kind: str, rank: int) -> tuple[int, ...]:
+    """Shape of a layer's statistic, see `STATISTICS`; `rank` is the k of gradient_directions."""
     groups, rows, columns = weight_to_matrix(layer).shape
+    shapes: dict[str, tuple[int, ...]] = {
+        "input_magnitude": (groups, columns),
+        "input_moment": (groups, columns, columns),
+        "input_basis": (groups, columns, columns),
+        "gradient_moment": (groups, rows, rows),
+        "gradient_basis": (groups, rows, rows),
+        "gradient_directions": (rank, groups, rows, columns),
+    }
+    return shapes.get(kind, (groups, rows, columns))
+
+
+def sum_bytes(layer: Layer, kinds: Sequence[str], rank: int) -> int:
+    """Memory that the running sums of a layer's statistics take, and the bases they are taken in."""
+    kinds = [*kinds, *(BASIS_STATISTICS if "fisher_eigenvalues" in kinds else ())]
+    total = 0
+    for kind in kinds:
+        rows = sketch_rows(rank) if kind == "gradient_directions" else rank
+        total += 4 * math.prod(statistic_shape(layer, kind, rows))
+    return total
+
+
+def _neutral(layer: Layer, kind: str, rank: int) -> Tensor:
+    shape = statistic_shape(layer, kind, rank)
     if kind == "gradient_directions":
-        return torch.zeros(rank, groups, rows, columns)
-    if kind == "input_moment":
-        return torch.eye(columns).expand(groups, -1, -1).contiguous()
-    if kind == "gradient_moment":
-        return torch.eye(rows).expand(groups, -1, -1).contiguous()
-    return torch.ones(groups, columns) if kind == "input_magnitude" else torch.ones(groups, rows, columns)
+        return torch.zeros(shape)
+    if kind in ("input_moment", "gradient_moment"):
+        return torch.eye(shape[-1]).expand(shape).contiguous()
+    return torch.ones(shape)
 
 
 def forward_order(module: nn.Module, layers: Mapping[str, Layer], batch: Batch) -> list[list[str]]:
@@ -448,6 +523,15 @@ class CalibrationSettings:
             raise ValueError(f"posterior.examples={self.gradient_examples}: must be at least 1, or null for all")
 
 
+@dataclass
+class _Found:
+    """What passes over the examples tell besides the statistics."""
+
+    unseen: list[str] = field(default_factory=list)
+    examples: dict[str, int] = field(default_factory=dict)
+    backward_s: float = 0.0
+
+
 class Calibration:
     """Statistics of a network on its calibration examples, on disk, computed when first asked for.
 
@@ -459,6 +543,8 @@ class Calibration:
         settings: see CalibrationSettings.
         cache_dir: root of the caches.
         device: where batches go.
+        room: bytes of running sums that may be held at once, save that each layer's own have to be; which layers
+            share a pass over the examples changes no number.
     """
 
     def __init__(
@@ -470,7 +556,9 @@ class Calibration:
         settings: CalibrationSettings,
         cache_dir: Path,
         device: torch.device,
+        room: int = SUM_BYTES,
     ) -> None:
+        self.room = room
         self.module, self.layers, self.examples = module, layers, examples
         self.settings, self.device = settings, device
         content = {
@@ -527,6 +615,11 @@ class Calibration:
                 if missing:
                     self._compute(missing)
 
+    def missing(self, kinds: Iterable[str]) -> list[str]:
+        """Statistics of `kinds`, and those they need, that have no file yet."""
+        needed = set(kinds).union(*(REQUIRES.get(kind, ()) for kind in kinds))
+        return [kind for family in FAMILIES for kind in family if kind in needed and not self.path(kind).exists()]
+
     def statistic(self, name: str, kind: str) -> Tensor:
         """One layer's statistic, read from disk."""
         with safe_open(self.path(kind), framework="pt") as file:
@@ -552,54 +645,64 @@ class Calibration:
 
     def _compute(self, kinds: Sequence[str]) -> None:
         start = time.perf_counter()
-        tensors: dict[str, dict[str, Tensor]] = {kind: {} for kind in kinds}
-        unseen: list[str] = []
-        examples = dict.fromkeys(kinds, len(self.examples))
-        backward_s, retries = 0.0, 0
-        if kinds[0] in BASIS_STATISTICS:
-            for kind in kinds:
-                moment = REQUIRES[kind][0]
-                tensors[kind] = {name: eigenbasis(self.statistic(name, moment)) for name in self.layers}
-        else:
-            for watched in self._passes(kinds):
-                collector, failed = halving(
-                    self.settings.batch_size, partial(self._collect, watched, kinds), "calibration"
-                )
-                retries += failed
-                backward_s += collector.backward_s
-                for kind in kinds:
-                    if kind not in INPUT_STATISTICS:
-                        examples[kind] = collector.gradient_examples
-                    found, idle = collector.statistics(kind)
-                    tensors[kind] |= found
-                unseen += idle
-        # Of a pass for inputs and gradients, the latter are charged with what only they needed.
-        inputs = [kind for kind in kinds if kind in INPUT_STATISTICS] or list(kinds)
-        gradients = [kind for kind in kinds if kind not in inputs]
-        total = time.perf_counter() - start
-        seconds = dict.fromkeys(gradients, backward_s / max(len(gradients), 1))
-        seconds |= dict.fromkeys(inputs, (total - sum(seconds.values())) / len(inputs))
-        for kind in kinds:
-            metadata = {
-                "seconds": f"{seconds[kind]:.3f}",
-                "unseen": json.dumps(unseen),
-                "examples": str(examples[kind]),
-                "oom_retries": str(retries if kind == kinds[0] else 0),  # of the pass, once
+        with ExitStack() as files:
+            room = len(json.dumps(json.dumps(list(self.layers)))) + METADATA_BYTES
+            writers = {
+                kind: files.enter_context(tensor_writer(self.path(kind), self._shapes(kind), room)) for kind in kinds
             }
-            write_tensors(self.path(kind), tensors.pop(kind), metadata)
-            self._note(kind, metadata, reused=False)
+            if kinds[0] in BASIS_STATISTICS:
+                for kind in kinds:
+                    for name in self.layers:
+                        writers[kind].write(name, eigenbasis(self.statistic(name, REQUIRES[kind][0])))
+                found, retries = _Found(), 0
+            else:
+                # All passes begin again with smaller batches: the draws of a batch are those of its size.
+                found, retries = halving(self.settings.batch_size, partial(self._stream, kinds, writers), "calibration")
+            # Of a pass for inputs and gradients, the latter are charged with what only they needed.
+            inputs = [kind for kind in kinds if kind in INPUT_STATISTICS] or list(kinds)
+            gradients = [kind for kind in kinds if kind not in inputs]
+            total = time.perf_counter() - start
+            seconds = dict.fromkeys(gradients, found.backward_s / max(len(gradients), 1))
+            seconds |= dict.fromkeys(inputs, (total - sum(seconds.values())) / len(inputs))
+            examples = dict.fromkeys(kinds, len(self.examples)) | found.examples
+            for kind, writer in writers.items():
+                metadata = {
+                    "seconds": f"{seconds[kind]:.3f}",
+                    "unseen": json.dumps(found.unseen),
+                    "examples": str(examples[kind]),
+                    "oom_retries": str(retries if kind == kinds[0] else 0),  # of the pass, once
+                }
+                writer.finish(metadata)
+                self._note(kind, metadata, reused=False)
 
-    def _passes(self, kinds: Sequence[str]) -> list[dict[str, Layer]]:
-        """The layers of each pass over the examples: all in one, unless sketches of all would not fit in memory."""
-        if "gradient_directions" not in kinds:
-            return [dict(self.layers)]
+    def _shapes(self, kind: str) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        rank = self.settings.rank
+        return {name: (torch.float32, statistic_shape(layer, kind, rank)) for name, layer in self.layers.items()}
+
+    def _stream(self, kinds: Sequence[str], writers: Mapping[str, TensorWriter], batch_size: int) -> "_Found":
+        """All passes over the examples; each one's statistics go to the files before the next begins."""
+        found = _Found()
+        for watched in self.passes(kinds):
+            collector = self._collect(watched, kinds, batch_size)
+            found.backward_s += collector.backward_s
+            found.unseen += collector.unseen
+            found.examples = {kind: collector.gradient_examples for kind in kinds if kind not in INPUT_STATISTICS}
+            for kind in kinds:
+                for name, statistic in collector.finish(kind):
+                    writers[kind].write(name, statistic)
+            give_back_freed()  # the sums of the next pass have other sizes
+        return found
+
+    def passes(self, kinds: Sequence[str]) -> list[dict[str, Layer]]:
+        """The layers of each pass over the examples: all in one, unless their sums would not fit in the room."""
         passes: list[dict[str, Layer]] = [{}]
-        room = SKETCH_ELEMENTS
+        most = max(self.room, SKETCH_BYTES) if "gradient_directions" in kinds and self.room >= SUM_BYTES else self.room
+        room = most
         for name, layer in self.layers.items():
-            size = layer.weight.numel() * sketch_rows(self.settings.rank)
+            size = sum_bytes(layer, kinds, self.settings.rank)
             if size > room and passes[-1]:
                 passes.append({})
-                room = SKETCH_ELEMENTS
+                room = most
             passes[-1][name] = layer
             room -= size
         return passes
@@ -622,6 +725,7 @@ class Calibration:
             draws=self.settings.draws,
             rank=self.settings.rank,
             bases=bases,
+            others=[layer for name, layer in self.layers.items() if name not in layers],
         )
         batches = self.examples.batches(batch_size, self.device)
         count = -(-len(self.examples) // batch_size)

@@ -24,6 +24,7 @@ from bayesq.suite.errors import UserError
 MIN_BITS, MAX_BITS = 2, 8
 # scikit-learn, which splits the data sets, takes seeds of 32 bits
 MAX_SEED = 2**32 - 1
+OFFLOADS = ("memory", "disk")
 # torch dtypes of evaluation.autocast
 AUTOCAST = ("bfloat16", "float16")
 # keys of a group that describe a choice and are not arguments of its constructor
@@ -96,6 +97,7 @@ def settings_that_matter(config: Mapping[str, Any]) -> dict[str, Any]:
       * allocation, when allocator=uniform does not read it;
       * posterior, when neither the method (`uses_posterior: true` in its YAML) nor allocator=knapsack reads it;
       * distillation and monte_carlo, when distill=false and proxy=none do not read them;
+      * calibration.offload: where tensors wait;
       * the method's metadata: its default allocator (the effective one is the key `allocator`), `uses_posterior`.
     Order and repetition do not count in allocation.widths and layers.exclude, and 3.0 equals 3. Of the patterns in
     allocation.pinned and allocation.allowed the order does count, so those mappings become lists of pairs.
@@ -112,6 +114,7 @@ def settings_that_matter(config: Mapping[str, Any]) -> dict[str, Any]:
         matter.pop("distillation", None)
     if config.get("proxy") != "mc":
         matter.pop("monte_carlo", None)
+    matter["calibration"] = {k: v for k, v in matter["calibration"].items() if k != "offload"}
     matter["method"] = {k: v for k, v in config["method"].items() if k not in ("allocator", "uses_posterior")}
     if "exclude" in matter.get("layers", {}):
         matter["layers"] = {**matter["layers"], "exclude": sorted(set(matter["layers"]["exclude"]))}
@@ -322,6 +325,7 @@ def _check_sizes(config: Mapping[str, Any]) -> None:
     why = "" if pool is None else f" (dataset.calibration_pool of {dataset['name']} holds {pool})"
     _whole("calibration.examples", calibration["examples"], 1, pool, why)
     _whole("calibration.batch_size", calibration["batch_size"], 1)
+    _one_of("calibration.offload", calibration["offload"], OFFLOADS)
     _whole("evaluation.batch_size", config["evaluation"]["batch_size"], 1)
     if config["evaluation"]["autocast"] is not None:
         _one_of("evaluation.autocast", config["evaluation"]["autocast"], AUTOCAST)
@@ -414,6 +418,9 @@ def validate(cfg: DictConfig) -> None:
         _refuse("device", config["device"], "choose auto, cpu, cuda, cuda:N (such as cuda:0) or mps")
     for key, low in (("cpus", 1), ("gpus", 0)):
         _whole(f"resources.{key}", config["resources"][key], low)
+    memory = config["resources"]["memory"]
+    if memory is not None and (not _is_number(memory) or not memory > 0):
+        _refuse("resources.memory", memory, "needs a number of GiB above 0, or null for what the machine has free")
     _check_allocation(config)
     _check_sizes(config)
     _check_source(config)

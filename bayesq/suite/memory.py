@@ -1,9 +1,13 @@
-"""What to do when memory runs out: the same work in smaller batches. And giving back what is not needed."""
+"""How much memory there is, and what to do when it runs out: the same work in smaller batches."""
 
 import ctypes
 import gc
 import logging
-from collections.abc import Callable
+import os
+import resource
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -62,3 +66,80 @@ def give_back_freed() -> None:
         ctypes.CDLL(None).malloc_trim(0)
     except (AttributeError, OSError, TypeError):  # another C library, another system
         return
+
+
+def available_memory(root: Path = Path("/")) -> int | None:
+    """Bytes this process can still take without swapping or being killed; None where the system does not say.
+
+    The least of what the kernel calls available and of what each control group (v1 and v2) above this process leaves.
+
+    Args:
+        root: of the file system with /proc and /sys.
+    """
+    found = [_meminfo(root / "proc/meminfo"), *_control_groups(root)]
+    known = [size for size in found if size is not None]
+    if known:
+        return max(min(known), 0)
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError, AttributeError):
+        return None
+
+
+def _meminfo(path: Path) -> int | None:
+    """MemAvailable in bytes."""
+    try:
+        lines = path.read_text().splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        key, _, value = line.partition(":")
+        if key == "MemAvailable":
+            return int(value.split()[0]) * 1024
+    return None
+
+
+def _control_groups(root: Path) -> Iterator[int | None]:
+    """What each control group above this process leaves: its limit less what it uses, files it may drop not counted."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, name = line.split(":", 2)
+        if controllers == "":
+            base, limit, usage, cache = root / "sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"
+        elif "memory" in controllers.split(","):
+            base = root / "sys/fs/cgroup/memory"
+            limit, usage, cache = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
+        else:
+            continue
+        group = Path(name.lstrip("/"))
+        for folder in (base / group, *(base / parent for parent in group.parents)):  # inside a container: only the last
+            yield _left(folder, limit, usage, cache)
+
+
+def _left(folder: Path, limit: str, usage: str, cache: str) -> int | None:
+    try:
+        most = (folder / limit).read_text().strip()
+        if most == "max":
+            return None
+        used = int((folder / usage).read_text())
+        statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        return int(most) - used + int(statistics.get(cache, 0))
+    except (OSError, ValueError):
+        return None
+
+
+def resident_bytes() -> int:
+    """Memory this process holds now; what it held at most where the system does not tell."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, IndexError):
+        return peak_bytes()
+
+
+def peak_bytes() -> int:
+    """Largest resident size of the process so far (a multirun in one process reports the largest run)."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB

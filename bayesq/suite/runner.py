@@ -7,8 +7,6 @@ config -> dataset and model -> calibration statistics -> method (posterior, allo
 import copy
 import logging
 import math
-import resource
-import sys
 import time
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -39,15 +37,24 @@ from bayesq.quant.method import Distortion, LayerProblem, Method, naming, stack_
 from bayesq.quant.tensor import QuantizedTensor
 from bayesq.suite import evaluation
 from bayesq.suite.cache import resolve_cache_dir
-from bayesq.suite.calibration import Calibration, CalibrationSettings, SequentialInputs, forward_order
+from bayesq.suite.calibration import (
+    OFFLOADED_SUM_BYTES,
+    SUM_BYTES,
+    Calibration,
+    CalibrationSettings,
+    SequentialInputs,
+    forward_order,
+)
 from bayesq.suite.config import DESCRIPTIVE, resolved, run_dir, run_id
 from bayesq.suite.datasets.base import DataSplits
 from bayesq.suite.errors import UserError
-from bayesq.suite.memory import give_back_freed, halving
+from bayesq.suite.memory import give_back_freed, halving, peak_bytes, resident_bytes
 from bayesq.suite.models.base import EncodedExamples, Network
 from bayesq.suite.packed import Packed, fill, read_packed, run_record, write_packed
+from bayesq.suite.preflight import Choices, activations, check, estimate
 from bayesq.suite.provenance import git_state, host, versions
 from bayesq.suite.results import QUANTIZED_FILE, RESULT_FILE, unit, write_csv, write_json
+from bayesq.suite.scratch import DiskShelf
 from bayesq.suite.tracking import ERROR_KEY, track
 from bayesq.whitening import Shelf
 
@@ -105,7 +112,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
 
 
 class SharedPosterior:
-    """A posterior that knows how long its fits took, and keeps the layers' geometries up to a limit."""
+    """A posterior that knows how long its fits took, and keeps the layers' geometries up to a limit, or on disk."""
 
     def __init__(self, posterior: Posterior) -> None:
         self.posterior = posterior
@@ -114,6 +121,16 @@ class SharedPosterior:
         self.rank = getattr(posterior, "rank", 16)
         self.whitenings: MutableMapping[tuple[object, ...], Any] | None = Shelf(KEPT_WHITENING_BYTES)
         self.seconds = 0.0
+
+    def offload(self, folder: Path) -> None:
+        """Keep the geometries of all layers in a file of `folder`."""
+        self.whitenings = DiskShelf(folder)
+
+    def release(self) -> None:
+        """Give back what the geometries take: everything is rounded."""
+        if isinstance(self.whitenings, DiskShelf):
+            self.whitenings.close()
+        self.whitenings = None
 
     def prepare(self, layers: Sequence[LayerProblem]) -> None:
         """What needs all layers at once."""
@@ -192,12 +209,16 @@ def execute(
     start = time.perf_counter()
     cache_dir = resolve_cache_dir(cfg.cache_dir)
     plan = make_plan(cfg)  # first: a value that no constructor accepts must not cost a model's loading
+    if plan.posterior and cfg.calibration.offload == "disk":
+        plan.posterior.offload(folder)
     work = load(cfg, cache_dir)
     if isinstance(plan.allocator, Knapsack):  # a pattern that matches nothing must not cost the calibration
         try:
             plan.allocator.choices(list(work.layers))
         except ValueError as error:
             raise UserError(str(error)) from error
+    calibration = open_calibration(cfg, plan, work, cache_dir)
+    expected = preflight(cfg, plan, work, calibration, {"cache_dir": cache_dir, "results_dir": folder})
     batch_size, autocast = int(cfg.evaluation.batch_size), cfg.evaluation.autocast
     reference = partial(
         evaluation.cached_logits,
@@ -211,7 +232,9 @@ def execute(
     full, retries = reference(autocast)
     check_logits(full, f"model={cfg.model.name} overflows before anything is rounded; choose other weights or data")
 
-    quantized = quantize(cfg, plan, work, cache_dir)
+    quantized = quantize(cfg, plan, work, calibration)
+    if plan.posterior:
+        plan.posterior.release()
     quantized.oom_retries += retries
     if cfg.correction == "moments":
         correct(work, quantized)
@@ -266,7 +289,8 @@ def execute(
         "time/distill_s": quantized.distill_s,
         "time/evaluate_s": evaluate_s,
         "time/total_s": time.perf_counter() - start,
-        "memory/peak_rss_bytes": peak_rss_bytes(),
+        "memory/peak_rss_bytes": peak_bytes(),
+        "memory/estimate_bytes": expected,
         "memory/peak_device_bytes": torch.cuda.max_memory_allocated(work.device) if work.device.type == "cuda" else 0,
         "calibration/examples": len(work.calibration),
         "evaluation/examples": len(work.evaluation),
@@ -359,7 +383,73 @@ def make_plan(cfg: DictConfig) -> Plan:
     return Plan(method, posterior, allocator, Budget(float(cfg.bits), cfg.budget.count))
 
 
-def quantize(cfg: DictConfig, plan: Plan, work: Workload, cache_dir: Path) -> Quantized:
+def statistics_of(plan: Plan) -> frozenset[str]:
+    """Names of the statistics that a run reads from disk."""
+    method, posterior = plan.method, plan.posterior
+    kinds = plan.allocator.statistics | (posterior.statistics if posterior else frozenset())
+    return kinds if method.sequential and not posterior else kinds | method.statistics
+
+
+def open_calibration(cfg: DictConfig, plan: Plan, work: Workload, cache_dir: Path) -> Calibration:
+    """The statistics of a run, computed when asked for."""
+    posterior = plan.posterior
+    settings = CalibrationSettings(
+        int(cfg.calibration.batch_size),
+        posterior.samples if posterior else None,
+        int(cfg.seed),
+        gradient_examples=posterior.examples if posterior else None,
+        likelihood=likelihood_of_fisher(posterior, work.data.likelihood),
+        draws=posterior.draws if posterior else "signs",
+        rank=posterior.rank if posterior else 16,
+    )
+    room = OFFLOADED_SUM_BYTES if cfg.calibration.offload == "disk" else SUM_BYTES
+    network = work.network
+    return Calibration(
+        network.module, network.checksum, work.layers, work.calibration, settings, cache_dir, work.device, room
+    )
+
+
+def preflight(
+    cfg: DictConfig, plan: Plan, work: Workload, calibration: Calibration, folders: Mapping[str, Path]
+) -> int:
+    """Say what memory and disk the run will need; returns the peak of memory in bytes.
+
+    Raises:
+        UserError: it cannot fit.
+    """
+    first = [next(examples.batches(1, work.device)).inputs for examples in (work.calibration, work.evaluation)]
+    small, large = (activations(work.network.module, inputs) for inputs in first)
+    offload = cfg.calibration.offload == "disk"
+    kinds = statistics_of(plan)
+    choices = Choices(
+        kinds=sorted(kinds),
+        posterior=cfg.posterior.name if plan.posterior else None,
+        rank=calibration.settings.rank,
+        bits=float(cfg.bits),
+        calibration_batch=calibration.settings.batch_size,
+        evaluation_batch=int(cfg.evaluation.batch_size),
+        distillation_batch=int(cfg.distillation.batch_size) if cfg.distill else None,
+        corrected=min(MAX_EXAMPLES, len(work.calibration)) if cfg.correction == "moments" else 0,
+        sequential=plan.method.sequential,
+        offload=offload,
+        room=calibration.room,
+        kept=KEPT_WHITENING_BYTES,
+    )
+    needs = estimate(
+        resident_bytes(),
+        work.network.module,
+        work.layers,
+        choices,
+        small,
+        large,
+        calibration.missing(kinds),
+        work.device.type != "cpu",
+    )
+    check(needs, folders, cfg.resources.memory, offload)
+    return needs.memory
+
+
+def quantize(cfg: DictConfig, plan: Plan, work: Workload, calibration: Calibration) -> Quantized:
     """Statistics, then the method over all layers.
 
     Raises:
@@ -367,19 +457,7 @@ def quantize(cfg: DictConfig, plan: Plan, work: Workload, cache_dir: Path) -> Qu
     """
     method, posterior, allocator = plan.method, plan.posterior, plan.allocator
     module, layers, examples, device = work.network.module, work.layers, work.calibration, work.device
-    samples = posterior.samples if posterior else None
-    settings = CalibrationSettings(
-        int(cfg.calibration.batch_size),
-        samples,
-        int(cfg.seed),
-        gradient_examples=posterior.examples if posterior else None,
-        likelihood=likelihood_of_fisher(posterior, work.data.likelihood),
-        draws=posterior.draws if posterior else "signs",
-        rank=posterior.rank if posterior else 16,
-    )
-    calibration = Calibration(module, work.network.checksum, layers, examples, settings, cache_dir, device)
-    kinds = allocator.statistics | (posterior.statistics if posterior else frozenset())
-    calibration.prepare(kinds if method.sequential and not posterior else kinds | method.statistics)
+    calibration.prepare(statistics_of(plan))
 
     groups = forward_order(module, layers, next(examples.batches(1, device)))
     problems = [
@@ -403,7 +481,7 @@ def quantize(cfg: DictConfig, plan: Plan, work: Workload, cache_dir: Path) -> Qu
         # anything is rounded.
         working = quantized_copy(work, result)
         own = {name: layer for name, layer in quantizable_layers(working).items() if name in layers}
-        prefix = SequentialInputs(working, own, groups, examples, settings.batch_size, device)
+        prefix = SequentialInputs(working, own, groups, examples, calibration.settings.batch_size, device)
         given = [replace(problem, prefix_statistic=partial(prefix.statistic, problem.name)) for problem in problems]
 
     try:
@@ -730,9 +808,3 @@ def fallbacks(quantized: Quantized) -> dict[str, int]:
         for kind, times in problem.fallbacks.items():
             total[kind] += times
     return total
-
-
-def peak_rss_bytes() -> int:
-    """Largest resident size of the process so far, in bytes (a multirun in one process reports the largest run)."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB

@@ -8,11 +8,13 @@ from torch import Tensor, nn
 from bayesq.quant.layers import (
     embedding_tables,
     groups_of,
+    input_blocks,
     input_samples,
     mask_samples,
     matrix_to_weight,
     output_samples,
     quantizable_layers,
+    sample_shape,
     weight_to_matrix,
 )
 
@@ -120,6 +122,40 @@ def check_view(layer: nn.Module, x: Tensor, examples: int) -> None:
 def test_a_convolution_is_its_matrix_times_its_samples(name: str) -> None:
     layer, x = convolution(name)
     check_view(layer, x, len(x))
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+@pytest.mark.parametrize("rows", [0.5, 1, 2.5, 100])
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_blocks_of_positions_are_the_samples_in_their_order(name: str, rows: float) -> None:
+    layer, x = convolution(name)
+    check_blocks(layer, x[:1], rows)
+
+
+@pytest.mark.parametrize(("size", "settings"), SAME)
+def test_blocks_follow_timms_padding_too(size: tuple[int, int], settings: dict) -> None:
+    torch.manual_seed(3)
+    check_blocks(Conv2dSame(4, 8, **settings).double(), torch.randn(1, 4, *size, dtype=torch.float64), 1)
+
+
+def check_blocks(layer: nn.Conv2d, x: Tensor, rows: float) -> None:
+    """Blocks of so many rows of output pixels put together are all samples; none has more, save that of one row."""
+    expected = input_samples(layer, x, 1)
+    assert sample_shape(layer, x, 1) == expected.shape
+    row = expected.numel() // layer(x).shape[2]
+    blocks = list(input_blocks(layer, x, int(rows * row)))
+    assert torch.equal(torch.cat([samples for _, samples in blocks], 2), expected)
+    positions = torch.arange(expected.shape[2])
+    assert torch.equal(torch.cat([positions[where] for where, _ in blocks]), positions)
+    assert all(samples.numel() <= max(rows, 1) * row for _, samples in blocks)
+    assert len(blocks) == -(-layer(x).shape[2] // max(int(rows), 1))
+
+
+def test_samples_that_are_no_convolution_of_one_image_come_at_once() -> None:
+    for layer, x in ((nn.Linear(4, 2), torch.randn(1, 6, 4)), (nn.Conv2d(4, 2, 1), torch.randn(3, 4, 5, 5))):
+        ((where, samples),) = input_blocks(layer, x, 1)
+        assert torch.equal(samples, input_samples(layer, x, 1))
+        assert where == slice(0, samples.shape[2]) and samples.shape == sample_shape(layer, x, 1)
 
 
 @pytest.mark.parametrize(("size", "settings"), SAME)

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import logging
+import math
 import subprocess
 import sys
 import textwrap
@@ -34,6 +35,7 @@ from bayesq.suite.calibration import (
     forward_order,
     sketch_rows,
     spread,
+    statistic_shape,
     truncate,
 )
 from bayesq.suite.models.base import Batch, TensorExamples, state_checksum
@@ -162,11 +164,17 @@ def test_padding_excluded_from_a_layer_fed_flattened_tokens():
 @pytest.mark.parametrize("limit", [1, 300])
 def test_parts_of_a_batch_add_up_to_the_batch(limit, monkeypatch):
     for module, examples in ((seeded(TinyConvNet()), images()), (seeded(TinyEncoder()), sentences())):
-        whole = collect(module, examples, batch_size=5)
+        kinds = (*COLLECTED, "fisher_eigenvalues")
+        bases = {
+            name: tuple(torch.linalg.qr(torch.randn(g, n, n))[0] for n in (c, r))
+            for name, layer in quantizable_layers(module).items()
+            for g, r, c in [weight_to_matrix(layer).shape]
+        }
+        whole = collect(module, examples, batch_size=5, kinds=kinds, bases=bases)
         with monkeypatch.context() as patch:
             patch.setattr(calibration, "PART_ELEMENTS", limit)
-            parts = collect(module, examples, batch_size=5)
-        for kind in COLLECTED:
+            parts = collect(module, examples, batch_size=5, kinds=kinds, bases=bases)
+        for kind in kinds:
             for name in whole[kind]:
                 torch.testing.assert_close(parts[kind][name], whole[kind][name], rtol=1e-5, atol=1e-6)
 
@@ -332,20 +340,45 @@ def test_truncation_keeps_the_largest_part():
     assert truncate(rows, 20).shape == (7, 12)
 
 
-def test_layers_whose_sketches_do_not_fit_take_further_passes(tmp_path, monkeypatch):
-    module = seeded(Counting())
-    kinds = ["gradient_directions"]
-    whole = open_calibration(module, tmp_path / "whole", samples=2)
+@pytest.mark.parametrize(
+    ("kinds", "cycles"),
+    [
+        (["gradient_directions"], 1),
+        (["input_moment", "input_magnitude", "gradient_moment", "fisher_diagonal"], 1),
+        (["fisher_eigenvalues"], 2),
+    ],
+)
+@pytest.mark.parametrize(("network", "examples"), [(TinyConvNet, images()), (TinyEncoder, sentences(9))])
+def test_layers_whose_sums_do_not_fit_take_further_passes_and_keep_their_bits(
+    kinds, cycles, network, examples, tmp_path
+):
+    module = seeded(network(5))
+    passes = []
+    module.register_forward_pre_hook(lambda *_: passes.append(1))
+    whole = open_calibration(module, tmp_path / "whole", examples, samples=2)
     whole.prepare(kinds)
-    assert module.passes == 3
-    monkeypatch.setattr(calibration, "SKETCH_ELEMENTS", 1)
-    parts = open_calibration(module, tmp_path / "parts", samples=2)
+    assert len(passes) == 3 * cycles
+    parts = open_calibration(module, tmp_path / "parts", examples, room=1, samples=2)
     parts.prepare(kinds)
-    assert module.passes == 3 + 3 * len(parts.layers)
-    for name in parts.layers:  # the same labels were drawn in every pass
-        torch.testing.assert_close(
-            parts.statistic(name, "gradient_directions"), whole.statistic(name, "gradient_directions")
-        )
+    assert len(passes) == 3 * cycles * (1 + len(parts.layers))
+    for kind in kinds:
+        for name in parts.layers:  # the same signs were drawn in every pass
+            assert torch.equal(parts.statistic(name, kind), whole.statistic(name, kind)), (kind, name)
+
+
+def test_passes_hold_as_many_layers_as_fit(module, tmp_path):
+    kinds = ["input_moment", "gradient_moment"]
+    sizes = {
+        name: 4 * sum(math.prod(statistic_shape(layer, kind, 1)) for kind in kinds)
+        for name, layer in quantizable_layers(module).items()
+    }
+    room = sizes["grouped"] + sizes["head"]
+    passes = open_calibration(module, tmp_path, room=room).passes(kinds)
+    assert [name for layers in passes for name in layers] == list(sizes)
+    sums = [sum(sizes[name] for name in layers) for layers in passes]
+    assert 1 < len(passes) < len(sizes) and max(sums) <= room
+    for layers, total in zip(passes[1:], sums, strict=False):  # the next layer had no room in the pass before
+        assert total + sizes[next(iter(layers))] > room
 
 
 @pytest.mark.parametrize("limit", [1, 2**25])
@@ -513,7 +546,7 @@ def module() -> Counting:
     return seeded(Counting())
 
 
-def open_calibration(module: nn.Module, folder: Path, examples=None, **changes) -> Calibration:
+def open_calibration(module: nn.Module, folder: Path, examples=None, room: int = 2**29, **changes) -> Calibration:
     return Calibration(
         module,
         state_checksum(module),
@@ -522,6 +555,7 @@ def open_calibration(module: nn.Module, folder: Path, examples=None, **changes) 
         dataclasses.replace(SETTINGS, **changes),
         folder,
         CPU,
+        room,
     )
 
 

@@ -3,11 +3,12 @@
 import logging
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from bayesq.suite.memory import halving, out_of_memory
+from bayesq.suite.memory import available_memory, halving, out_of_memory, peak_bytes, resident_bytes
 
 
 def refusing(limit: int, error: Exception, seen: list[int]):
@@ -91,3 +92,58 @@ print((full - freed) // 2**20, (full - resident()) // 2**20)
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
     before, after = map(int, done.stdout.split())
     assert after >= 80, (before, after)  # of 114 MiB
+
+
+def tree(root: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return root
+
+
+MEMINFO = {"proc/meminfo": "MemTotal: 9000 kB\nMemFree: 10 kB\nMemAvailable:    8000 kB\n"}
+
+
+def test_available_is_what_the_kernel_says(tmp_path):
+    assert available_memory(tree(tmp_path, MEMINFO)) == 8000 * 1024
+
+
+@pytest.mark.parametrize("inside", ["", "job/step"])
+def test_a_control_group_limits_it_files_that_it_may_drop_left_aside(inside, tmp_path):
+    group = {
+        "proc/self/cgroup": "0::/job/step\n",
+        "sys/fs/cgroup/memory.max": "max\n",
+        f"sys/fs/cgroup/{inside}/memory.max": "5000000\n",
+        f"sys/fs/cgroup/{inside}/memory.current": "4000000\n",
+        f"sys/fs/cgroup/{inside}/memory.stat": "anon 3\ninactive_file 100000\n",
+    }
+    assert available_memory(tree(tmp_path, MEMINFO | group)) == 1100000
+
+
+def test_the_tightest_of_nested_groups_counts_and_never_below_zero(tmp_path):
+    group = {
+        "proc/self/cgroup": "3:cpu:/x\n4:memory:/job\n0::/\n",
+        "sys/fs/cgroup/memory/memory.limit_in_bytes": "3000000",
+        "sys/fs/cgroup/memory/memory.usage_in_bytes": "2000000",
+        "sys/fs/cgroup/memory/memory.stat": "total_inactive_file 0\n",
+        "sys/fs/cgroup/memory/job/memory.limit_in_bytes": "1000000",
+        "sys/fs/cgroup/memory/job/memory.usage_in_bytes": "1500000",
+        "sys/fs/cgroup/memory/job/memory.stat": "total_inactive_file 600000\n",
+    }
+    root = tree(tmp_path, MEMINFO | group)
+    assert available_memory(root) == 100000
+    tree(tmp_path, {"sys/fs/cgroup/memory/job/memory.usage_in_bytes": "9900000"})
+    assert available_memory(root) == 0
+
+
+def test_a_system_that_tells_nothing_has_at_most_its_memory(tmp_path):
+    found = available_memory(tmp_path)
+    assert found is None or found > 2**28
+
+
+def test_this_process_holds_what_it_allocates():
+    before = resident_bytes()
+    held = torch.ones(2**24)
+    assert resident_bytes() - before > 2**25 and peak_bytes() >= resident_bytes() - 2**24
+    assert held[0] == 1

@@ -1,0 +1,253 @@
+"""What a run will need of memory and disk, said before it begins, and refused where it cannot fit.
+
+Memory is what the process holds once model and data are loaded, plus the most that one stage adds. What a stage adds
+follows from the shapes of the layers and from the activations of one example; factors in front of them were fitted to
+measured peaks (README).
+"""
+
+import logging
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from bayesq.quant.layers import Layer, weight_to_matrix
+from bayesq.suite.calibration import statistic_shape, sum_bytes
+from bayesq.suite.errors import UserError
+from bayesq.suite.memory import available_memory
+
+log = logging.getLogger(__name__)
+
+MIB, GIB = 2**20, 2**30
+# What libraries load and allocate when they first compute, and what an allocator holds between large tensors.
+RUNTIME_BYTES = 128 * MIB
+# Stored bytes per code byte: scales, zero points, tables of levels, width maps.
+OVERHEAD = 1.1
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes of the modules' outputs for one example: all of them, which a backward pass keeps, and the largest."""
+
+    total: int
+    largest: int
+
+
+@dataclass
+class Needs:
+    """What a run will need, in bytes.
+
+    Attributes:
+        held: memory the process has before the first stage.
+        stages: memory that each stage adds to it.
+        disk: what is written, by the key of the folder.
+    """
+
+    held: int
+    stages: dict[str, int] = field(default_factory=dict)
+    disk: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def largest(self) -> str:
+        """The stage that adds most."""
+        return max(self.stages, key=self.stages.__getitem__)
+
+    @property
+    def memory(self) -> int:
+        """Peak of the process."""
+        return self.held + self.stages[self.largest]
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What of a configuration decides how much is needed.
+
+    Attributes:
+        kinds: statistics to read.
+        posterior: name, None without one.
+        rank: of a low-rank posterior.
+        bits: average width.
+        calibration_batch, evaluation_batch, distillation_batch: examples per forward pass; distillation_batch None
+            without distillation.
+        corrected: examples that match moments in one batch; 0 without correction.
+        sequential: whether inputs come from behind the quantized prefix.
+        offload: whether geometries wait on disk.
+        room: bytes of running sums in one pass.
+        kept: bytes of geometries kept in memory.
+    """
+
+    kinds: Sequence[str]
+    posterior: str | None
+    rank: int
+    bits: float
+    calibration_batch: int
+    evaluation_batch: int
+    distillation_batch: int | None
+    corrected: int
+    sequential: bool
+    offload: bool
+    room: int
+    kept: int
+
+
+@torch.no_grad()
+def activations(module: nn.Module, inputs: Mapping[str, Tensor]) -> Activations:
+    """Measure the outputs of modules without children in a forward pass of one example.
+
+    Args:
+        inputs: module arguments [1, ...].
+    """
+    sizes: list[int] = []
+
+    def hook(_: nn.Module, __: tuple[Tensor, ...], output: object) -> None:
+        if isinstance(output, Tensor):
+            sizes.append(output.nbytes)
+
+    handles = [child.register_forward_hook(hook) for child in module.modules() if not any(child.children())]
+    try:
+        module(**inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return Activations(sum(sizes), max(sizes, default=0))
+
+
+def estimate(
+    held: int,
+    module: nn.Module,
+    layers: Mapping[str, Layer],
+    choices: Choices,
+    calibration: Activations,
+    evaluation: Activations,
+    missing: Iterable[str] = (),
+    accelerated: bool = False,
+) -> Needs:
+    """Memory and disk of a run from the shapes of its layers.
+
+    Args:
+        held: bytes the process holds with model and data.
+        module: the network.
+        layers: what is quantized.
+        calibration, evaluation: activations of one example of each set.
+        missing: statistics that are not on disk yet.
+        accelerated: activations and running sums are in the memory of an accelerator.
+    """
+    shapes = [tuple(weight_to_matrix(layer).shape) for layer in layers.values()]
+    weights = sum(g * r * c for g, r, c in shapes)
+    network = sum(x.nbytes for x in (*module.parameters(), *module.buffers()))
+    codes, packed = weights, int(OVERHEAD * weights * choices.bits / 8)
+    missing = list(missing)
+    activated = 0 if accelerated else 1
+
+    sums = [sum_bytes(layer, missing, choices.rank) for layer in layers.values()]
+    collected = max(min(sum(sums), choices.room), max(sums, default=0)) if missing else 0
+    needs = Needs(held)
+    stages = {
+        "calibration": activated * (collected + 2 * choices.calibration_batch * calibration.total)
+        + max(sums, default=0),
+        "evaluation": network + 2 * codes + 2 * packed + 3 * activated * choices.evaluation_batch * evaluation.largest,
+        "rounding": codes + max(_work(shape, choices) for shape in shapes),
+    }
+    geometries = sum(_geometry(shape, choices) for shape in shapes)
+    if choices.posterior is not None and not choices.offload:
+        stages["rounding"] += min(geometries, choices.kept)
+    if choices.sequential:
+        stages["rounding"] += network + 2 * activated * choices.calibration_batch * calibration.largest
+    if choices.corrected:
+        moved = 3 * activated * choices.corrected * calibration.largest
+        stages["correction"] = codes + 3 * network + moved
+    if choices.distillation_batch is not None:
+        # the student's copy, decoded weights, their gradients and sums, the teacher's draw; int16 indices
+        backward = 2 * activated * choices.distillation_batch * calibration.total
+        stages["distillation"] = 2 * codes + network + 16 * weights + 2 * weights + backward
+    needs.stages = {stage: size + RUNTIME_BYTES for stage, size in stages.items()}
+
+    needs.disk["cache_dir"] = sum(
+        4 * torch.Size(statistic_shape(layer, kind, choices.rank)).numel()
+        for kind in missing
+        for layer in layers.values()
+    )
+    needs.disk["results_dir"] = packed + (geometries if choices.offload and choices.posterior else 0)
+    return needs
+
+
+def _geometry(shape: tuple[int, ...], choices: Choices) -> int:
+    """Bytes of one layer's whitening: a factor [c, c] of each group, or a gain for each weight."""
+    g, r, c = shape
+    return 8 * g * (c * c + r + 3 * c) if choices.posterior in ("kfac", "ekfac") else 8 * g * (r * c + r)
+
+
+def _work(shape: tuple[int, ...], choices: Choices) -> int:
+    """Bytes of fitting and rounding one layer in float64."""
+    g, r, c = shape
+    inputs, outputs, weights = g * c * c, g * r * r, g * r * c
+    fit = {
+        None: inputs + 2 * c * c if choices.kinds else 0,
+        "diag": 3 * weights,
+        "lowrank": (2 * choices.rank + 3) * weights,
+        "kfac": 4 * inputs + 2 * outputs,
+        "ekfac": 5 * inputs + 2 * outputs + 3 * weights,
+    }.get(choices.posterior, 5 * inputs + 2 * outputs)
+    rounding = 10 * weights + (2 * inputs if choices.kinds else 0)
+    return 8 * max(fit, rounding)
+
+
+REMEDIES = {
+    "calibration": "lower calibration.batch_size",
+    "rounding": "choose posterior=diag",
+    "evaluation": "lower evaluation.batch_size",
+    "correction": "choose correction=none",
+    "distillation": "lower distillation.batch_size or choose distill=false",
+}
+
+
+def check(needs: Needs, folders: Mapping[str, Path], limit: float | None, offload: bool) -> None:
+    """Log what is needed, and refuse what cannot fit.
+
+    Args:
+        folders: by key, where the disk of `needs.disk` is; they exist.
+        limit: GiB the process may take (resources.memory); None = what the machine has free.
+        offload: calibration.offload=disk is chosen already.
+
+    Raises:
+        UserError: naming the key and what to change.
+    """
+    stage, extra = needs.largest, needs.stages[needs.largest]
+    left = available_memory() if limit is None else int(limit * GIB) - needs.held
+    free = {key: shutil.disk_usage(folder).free for key, folder in folders.items()}
+    log.info(
+        f"memory: about {_size(needs.memory)} at most ({_size(needs.held)} now; {stage} adds most), "
+        f"{'unknown' if left is None else _size(max(left, 0))} left; disk: "
+        + ", ".join(f"{_size(needs.disk[key])} of {_size(free[key])} free in {key}" for key in folders)
+    )
+    if left is not None and extra > left:
+        remedies = [REMEDIES[stage]]
+        if stage in ("calibration", "rounding") and not offload:
+            remedies.insert(0, "set calibration.offload=disk")
+        where = f"resources.memory={limit:g} leaves" if limit is not None else "the machine has"
+        remedies.append("raise resources.memory" if limit is not None else "set resources.memory=GIB to try it")
+        raise UserError(
+            f"not enough memory: {stage} needs about {_size(extra)} more than the {_size(needs.held)} held now, "
+            f"{where} {_size(max(left, 0))}: {', or '.join(remedies)}"
+        )
+    # folders of one file system share what is free there
+    devices: dict[int, list[str]] = {}
+    for key, folder in folders.items():
+        devices.setdefault(folder.stat().st_dev, []).append(key)
+    for keys in devices.values():
+        wanted = sum(needs.disk[key] for key in keys)
+        if wanted > free[keys[0]]:
+            most = max(keys, key=lambda key: needs.disk[key])
+            remedy = " or set calibration.offload=memory" if offload and most == "results_dir" else ""
+            raise UserError(
+                f"{most}={folders[most]}: the run writes about {_size(wanted)} and {_size(free[keys[0]])} are free: "
+                f"choose {most} with more space{remedy}"
+            )
+
+
+def _size(count: int) -> str:
+    """Bytes as a short text."""
+    return f"{count / GIB:.2f} GiB" if count >= GIB / 10 else f"{count / MIB:.1f} MiB"

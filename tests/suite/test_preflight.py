@@ -1,0 +1,145 @@
+"""The estimate before a run: sizes against sums over shapes, and refusals that name the key."""
+
+import dataclasses
+import logging
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+from naive_fisher import TinyConvNet, TinyEncoder
+from torch import nn
+
+from bayesq.quant.layers import quantizable_layers
+from bayesq.suite import preflight
+from bayesq.suite.errors import UserError
+from bayesq.suite.preflight import GIB, RUNTIME_BYTES, Activations, Choices, Needs, activations, check, estimate
+
+CHOICES = Choices(
+    kinds=["gradient_moment", "input_moment"],
+    posterior="kfac",
+    rank=16,
+    bits=4,
+    calibration_batch=4,
+    evaluation_batch=8,
+    distillation_batch=None,
+    corrected=0,
+    sequential=False,
+    offload=False,
+    room=10**9,
+    kept=10**9,
+)
+SMALL, LARGE = Activations(total=1000, largest=100), Activations(total=3000, largest=700)
+
+
+def network() -> nn.Module:
+    return nn.Sequential(nn.Linear(30, 20), nn.ReLU(), nn.Linear(20, 5))
+
+
+def needs(accelerated: bool = False, missing=("input_moment", "gradient_moment"), **changes) -> Needs:
+    module = network()
+    choices = dataclasses.replace(CHOICES, **changes)
+    return estimate(10**6, module, quantizable_layers(module), choices, SMALL, LARGE, missing, accelerated)
+
+
+def test_activations_are_the_outputs_of_the_leaves():
+    found = activations(network(), {"input": torch.zeros(1, 30)})
+    assert found == Activations(total=4 * (20 + 20 + 5), largest=4 * 20)
+    ids = {"input_ids": torch.zeros(1, 5, dtype=torch.long), "attention_mask": torch.ones(1, 5)}
+    inner = activations(TinyEncoder(), ids)
+    assert inner.largest == 4 * 5 * 8 and inner.total == 4 * (5 * (6 + 6 * 5 + 8) + 2)
+
+
+def test_hooks_are_gone_after_an_error():
+    module = network()
+    with pytest.raises(RuntimeError):
+        activations(module, {"input": torch.zeros(1, 3)})
+    assert not any(child._forward_hooks for child in module.modules())
+
+
+def test_statistics_take_their_sums_and_their_files():
+    sums = 4 * (30**2 + 20**2 + 20**2 + 5**2)
+    widest = 4 * (30**2 + 20**2)
+    found = needs()
+    assert found.stages["calibration"] == RUNTIME_BYTES + sums + widest + 2 * 4 * SMALL.total
+    assert found.disk["cache_dir"] == sums
+    assert needs(room=1).stages["calibration"] == RUNTIME_BYTES + 2 * widest + 2 * 4 * SMALL.total
+    assert needs(missing=()).disk["cache_dir"] == 0
+    assert needs(missing=()).stages["calibration"] == RUNTIME_BYTES + 2 * 4 * SMALL.total
+    assert needs(accelerated=True).stages["calibration"] == RUNTIME_BYTES + widest
+
+
+def test_factors_wait_in_memory_or_on_disk():
+    factors = 8 * (30 * 30 + 20 + 90 + 20 * 20 + 5 + 60)
+    kept, offloaded, none = needs(), needs(offload=True), needs(kept=0)
+    assert kept.stages["rounding"] - none.stages["rounding"] == factors
+    assert offloaded.stages["rounding"] == none.stages["rounding"]
+    assert offloaded.disk["results_dir"] - kept.disk["results_dir"] == factors
+
+
+def test_every_stage_that_is_chosen_counts():
+    parameters = 4 * (31 * 20 + 21 * 5)
+    assert set(needs().stages) == {"calibration", "evaluation", "rounding"}
+    more = needs(corrected=16, distillation_batch=2, sequential=True)
+    assert set(more.stages) - set(needs().stages) == {"correction", "distillation"}
+    assert more.stages["rounding"] - needs().stages["rounding"] == parameters + 2 * 4 * SMALL.largest
+    assert needs(evaluation_batch=9).stages["evaluation"] - needs().stages["evaluation"] == 3 * LARGE.largest
+    assert more.memory == 10**6 + max(more.stages.values())
+
+
+@pytest.mark.parametrize("kind", ["diag", "lowrank", "kfac", "ekfac", None])
+def test_wider_layers_never_need_less(kind):
+    module = TinyConvNet()
+    layers = quantizable_layers(module)
+    wide = nn.ModuleDict({"a": nn.Conv2d(8, 16, 3), "b": nn.Linear(100, 50)})
+    small, large = (
+        estimate(0, m, x, dataclasses.replace(CHOICES, posterior=kind), SMALL, LARGE)
+        for m, x in ((module, layers), (wide, quantizable_layers(wide)))
+    )
+    assert all(small.stages[stage] <= large.stages[stage] for stage in small.stages)
+
+
+def want(stage: str, size: int, **disk: int) -> Needs:
+    stages = dict.fromkeys(("calibration", "rounding", "evaluation"), 1)
+    return Needs(GIB, stages | {stage: size}, {"cache_dir": 0, "results_dir": 0} | disk)
+
+
+@pytest.mark.parametrize(
+    ("stage", "offload", "remedy"),
+    [
+        ("calibration", False, "set calibration.offload=disk, or lower calibration.batch_size"),
+        ("calibration", True, "lower calibration.batch_size"),
+        ("rounding", False, "set calibration.offload=disk, or choose posterior=diag"),
+        ("evaluation", False, "lower evaluation.batch_size"),
+        ("correction", False, "choose correction=none"),
+        ("distillation", False, "lower distillation.batch_size or choose distill=false"),
+    ],
+)
+def test_what_does_not_fit_in_memory_is_refused_with_a_remedy(stage, offload, remedy, tmp_path, monkeypatch):
+    folders = {"cache_dir": tmp_path, "results_dir": tmp_path}
+    monkeypatch.setattr(preflight, "available_memory", lambda: 2 * GIB)
+    check(want(stage, 2 * GIB), folders, None, offload)
+    with pytest.raises(UserError, match=f"{stage} needs about 2.00 GiB more .* has 2.00 GiB: {remedy}, or set"):
+        check(want(stage, 2 * GIB + 1), folders, None, offload)
+    check(want(stage, 2 * GIB + 1), folders, 3.5, offload)
+    with pytest.raises(UserError, match=rf"resources\.memory=2\.5 leaves 1\.50 GiB: {remedy}, or raise resources\.mem"):
+        check(want(stage, 2 * GIB), folders, 2.5, offload)
+
+
+def test_memory_that_the_system_does_not_tell_is_no_reason_to_refuse(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(preflight, "available_memory", lambda: None)
+    with caplog.at_level(logging.INFO, "bayesq"):
+        check(want("rounding", 10**18), {"cache_dir": tmp_path, "results_dir": tmp_path}, None, False)
+    assert "unknown left" in caplog.text
+
+
+def test_what_does_not_fit_on_disk_is_refused_with_the_key(tmp_path, monkeypatch):
+    folders = {"cache_dir": tmp_path / "cache", "results_dir": tmp_path / "results"}
+    for folder in folders.values():
+        folder.mkdir()
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=3 * GIB))
+    check(want("rounding", 1, cache_dir=2 * GIB, results_dir=GIB), folders, None, False)
+    with pytest.raises(UserError, match=r"^cache_dir=.*/cache: the run writes about 3.50 GiB and 3.00 GiB are"):
+        check(want("rounding", 1, cache_dir=2 * GIB, results_dir=3 * GIB // 2), folders, None, False)
+    with pytest.raises(UserError, match=r"^results_dir=.*more space or set calibration.offload=memory"):
+        check(want("rounding", 1, results_dir=4 * GIB), folders, None, True)

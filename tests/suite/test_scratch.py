@@ -1,0 +1,115 @@
+"""The shelf on disk: same bits and strides, little memory, and no file that outlives its process."""
+
+import os
+import subprocess
+import sys
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from bayesq.suite.scratch import DiskShelf
+
+linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+
+
+@dataclass
+class Inner:
+    upper: Tensor
+    order: Tensor
+    retries: int
+
+
+@dataclass
+class Outer:
+    gain: Tensor
+    factors: list[Inner] | None
+    scale: Tensor
+
+
+def value(seed: int) -> Outer:
+    draw = torch.Generator().manual_seed(seed)
+    upper = torch.randn(7, 5, generator=draw, dtype=torch.float64).T
+    cube = torch.randn(2, 3, 4, generator=draw).permute(2, 0, 1)
+    factors = [Inner(upper, torch.randperm(5, generator=draw), seed), Inner(upper[1:3], torch.empty(0, 3), 0)]
+    return Outer(cube, factors, torch.tensor(0.5))
+
+
+def tensors(outer: Outer) -> list[Tensor]:
+    return [outer.gain, outer.scale, *(x for inner in outer.factors for x in (inner.upper, inner.order))]
+
+
+def test_values_come_back_with_their_bits_and_strides(tmp_path):
+    shelf = DiskShelf(tmp_path)
+    for seed in range(3):
+        shelf["layer", seed] = value(seed)
+    assert list(shelf) == [("layer", seed) for seed in range(3)] and ("layer", 3) not in shelf
+    for seed in range(3):
+        found, expected = shelf["layer", seed], value(seed)
+        assert [inner.retries for inner in found.factors] == [seed, 0]
+        for got, wanted in zip(tensors(found), tensors(expected), strict=True):
+            assert got.dtype == wanted.dtype and torch.equal(got, wanted)
+            assert got.is_contiguous() == wanted.is_contiguous()
+            assert got.data_ptr() % 64 == 0
+    first, expected = shelf["layer", 0], value(0)
+    assert first.gain.stride() == expected.gain.stride()
+    assert first.factors[0].upper.stride() == expected.factors[0].upper.stride()
+
+
+def test_what_a_reader_changes_stays_his(tmp_path):
+    shelf = DiskShelf(tmp_path)
+    shelf[("a",)] = value(0)
+    shelf[("a",)].gain.zero_()
+    assert torch.equal(shelf[("a",)].gain, value(0).gain)
+
+
+def test_a_value_without_factors_and_one_that_is_gone(tmp_path):
+    shelf = DiskShelf(tmp_path)
+    shelf[("a",)] = Outer(torch.ones(2), None, torch.zeros(1))
+    assert shelf[("a",)].factors is None
+    del shelf[("a",)]
+    with pytest.raises(KeyError):
+        shelf[("a",)]
+
+
+def test_the_folder_stays_empty_and_what_was_read_outlives_the_shelf(tmp_path):
+    shelf = DiskShelf(tmp_path)
+    shelf[("a",)] = value(0)
+    assert os.listdir(tmp_path) == [] and shelf.nbytes > 0
+    kept = shelf[("a",)]
+    shelf.close()
+    assert torch.equal(kept.gain, value(0).gain)
+
+
+def test_a_folder_that_cannot_be_written_is_an_os_error(tmp_path):
+    with pytest.raises(OSError):
+        DiskShelf(tmp_path / "absent")
+
+
+@linux
+def test_a_killed_process_leaves_no_file_and_what_waits_takes_no_memory(tmp_path):
+    code = """
+        import os, signal, sys, torch
+        from pathlib import Path
+        from bayesq.suite.scratch import DiskShelf
+
+        def resident():
+            return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+        shelf = DiskShelf(Path(sys.argv[1]))
+        before = resident()
+        for i in range(8):
+            shelf[(i,)] = torch.full((2**22,), float(i))
+        for i in range(8):
+            assert float(shelf[(i,)].sum()) == i * 2**22
+        print(shelf.nbytes, resident() - before, flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+    """
+    script = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path)]
+    done = subprocess.run(script, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    size, grown = map(int, done.stdout.split())
+    assert done.returncode == -9 and size == 8 * 2**24 and grown < 2**26
+    assert list(Path(tmp_path).iterdir()) == []
