@@ -14,6 +14,8 @@ from bayesq.suite.status import recorded_overrides
 SWEPT = ("bits", "seed")
 # What names a workload where no overrides were recorded (runs read from W&B).
 NAMED = ("model.checkpoint", "dataset.task", "dataset.root", "dataset.hub", "calibration.examples")
+# Groups of keys that make a workload.
+WORKLOAD = ("experiment", "model", "dataset", "layers", "calibration", "evaluation")
 
 
 def finished(runs: pd.DataFrame) -> pd.DataFrame:
@@ -57,9 +59,8 @@ def command(run: Mapping[str, Any], budgets: Sequence[float], seeds: Sequence[in
         run: a row of `load_runs`.
     """
     swept = [f"bits={_listed(budgets, ',')}", f"seed={_listed(seeds, ',')}"]
-    folder = [] if str(source) == "results" or ":" in str(source) else [f"results_dir={source}"]
     many = ["-m"] if len(budgets) * len(seeds) > 1 else []
-    return shlex.join(["python", "run.py", *many, *own_overrides(run), *swept, *folder])
+    return shlex.join(["python", "run.py", *many, *own_overrides(run), *swept, *_folder(source)])
 
 
 def own_overrides(run: Mapping[str, Any]) -> list[str]:
@@ -79,6 +80,23 @@ def own_overrides(run: Mapping[str, Any]) -> list[str]:
         if value is not None:
             named.append(f"{key}={show(value)}")
     return named
+
+
+def workload_command(run: Mapping[str, Any], overrides: Sequence[str], source: str | Path) -> str:
+    """The line for the shell that makes other runs of this one's workload.
+
+    Args:
+        run: a row of `load_runs`.
+        overrides: what the runs are; several values in one of them make a sweep.
+    """
+    given = {_key(override) for override in overrides}
+    kept = [o for o in own_overrides(run) if _key(o).partition(".")[0] in WORKLOAD and _key(o) not in given]
+    many = ["-m"] if any("," in override for override in overrides) else []
+    return shlex.join(["python", "run.py", *many, *kept, *overrides, *_folder(source)])
+
+
+def _folder(source: str | Path) -> list[str]:
+    return [] if str(source) == "results" or ":" in str(source) else [f"results_dir={source}"]
 
 
 def _key(override: str) -> str:

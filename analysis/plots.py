@@ -16,9 +16,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
-from analysis.figures import DOUBLE, GREY, SINGLE, Look, legend, look, panels, style
+from analysis.figures import DOUBLE, GREY, SINGLE, Look, counted, label, legend, look, panels, style
 from analysis.gaps import finished
 from bayesq.suite.plots import confidence_bins
 from bayesq.suite.results import unit
@@ -78,7 +78,7 @@ def _with_score(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def _complete(table: pd.DataFrame, axis: str) -> pd.DataFrame:
-    """One row for each variant and each value of `axis` that any variant of its workload has; NaN where none was run."""
+    """A row for each variant and each value of `axis` that any variant of its workload has; NaN where none was run."""
     parts = []
     for _, members in table.groupby("workload", sort=True):
         variants = members[["workload", "method", "variant"]].drop_duplicates()
@@ -86,6 +86,27 @@ def _complete(table: pd.DataFrame, axis: str) -> pd.DataFrame:
         parts.append(full.merge(members, how="left", on=["workload", "method", "variant", axis]))
     whole = pd.concat(parts, ignore_index=True)
     return whole.assign(n=whole["n"].fillna(0).astype(int))
+
+
+def population(data: pd.DataFrame, runs: pd.DataFrame, axis: str = "bits") -> str:
+    """`n = 3 seeds, 872 test examples`, with the points that have another n.
+
+    Args:
+        data: with a column n.
+        runs: those the data are of, for the number of test examples.
+        axis: column that names a point of a variant.
+    """
+    usual = int(data["n"].mode().iloc[-1])
+    own = runs[runs["workload"].isin(data["workload"].unique())]
+    examples = finished(own)["evaluation/examples"].astype(int)
+    several = data["workload"].nunique() > 1
+    others = []
+    for (workload, variant, n), points in data[data["n"] != usual].groupby(["workload", "variant", "n"], sort=True):
+        where = f"{title(workload)}, ".replace("\n", " ") if several else ""
+        values = ", ".join(f"{value:g}" for value in points[axis])
+        others.append(f"{where}{label(variant)} at {values} {axis}: {n or 'none'}")
+    exceptions = f" ({'; '.join(others)})" if others else ""
+    return f"n = {usual} seed{'s' if usual != 1 else ''}{exceptions}, {counted(examples)} test examples"
 
 
 def _errorbar(axes: Axes, x: Any, y: Any, spread: Any, own: Look) -> None:
@@ -306,8 +327,9 @@ def cost(data: pd.DataFrame, looks: Mapping[str, Look]) -> Figure:
                     continue
                 plot.plot([values.min(), values.max()], [place - shift] * 2, color=own.colour, linewidth=0.8)
                 plot.plot(values.median(), place - shift, **(own.of_line() | {"linestyle": "none"}))
-        plot.set_xscale("log")
-        _plain_log_ticks(plot)
+        if key == "time x":
+            plot.set_xscale("log")
+            _plain_log_ticks(plot)
         plot.set_xlabel(x_label)
         plot.set_ylim(-0.6, len(workloads) - 0.4)
         plot.grid(axis="y", visible=False)
@@ -319,8 +341,7 @@ def cost(data: pd.DataFrame, looks: Mapping[str, Look]) -> Figure:
 def _plain_log_ticks(axes: Axes) -> None:
     """Ticks 0.1, 0.2, 0.5, 1, 2, 5 ... within the data, written out."""
     low, high = axes.get_xlim()
-    digits = (1, 2, 5) if high / low > 4 else (1, 1.2, 1.5, 2, 3, 5, 8)
-    ticks = [digit * 10.0**power for power in range(-4, 5) for digit in digits]
+    ticks = [digit * 10.0**power for power in range(-4, 5) for digit in (1, 2, 5)]
     axes.xaxis.set_major_locator(FixedLocator([tick for tick in ticks if low <= tick <= high]))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -481,6 +502,7 @@ def allocation(data: pd.DataFrame, widths: pd.DataFrame, own: Look) -> Figure:
         risk.set_ylabel("achieved risk (nats)")
         for plot in (by_layer, by_row):
             plot.set_xlim(0.3, data["position"].max() + 1.7)
+            plot.xaxis.set_major_locator(MaxNLocator(5, integer=True))
             plot.set_xlabel("layer, in forward order" if row == len(budgets) - 1 else "")
         risk.set_xlabel("predicted risk (nats)" if row == len(budgets) - 1 else "")
     present = set(widths["width"])
@@ -553,7 +575,7 @@ def ablation(data: pd.DataFrame) -> Figure:
     return figure
 
 
-# ---------------------------------------------------------------------------------------------------- rate and distortion
+# -------------------------------------------------------------------------------------------------- rate and distortion
 
 BOUNDS_FILE = "bounds.csv"
 
@@ -610,7 +632,10 @@ def rate_distortion(data: pd.DataFrame, layers: pd.DataFrame, looks: Mapping[str
     figure, axes = panels(1, 3, DOUBLE, 2.1, width_ratios=(1, 1, 1.3))
     for plot, (key, name) in zip(
         axes[0],
-        (("above", "bits above the network's bound"), ("coding", "bits above the layers' bounds")),
+        (
+            ("above", "bits per weight above\nthe network's bound"),
+            ("coding", "bits per weight above\nthe layers' bounds"),
+        ),
         strict=False,
     ):
         for variant, own in _bottom_up(data, looks):
@@ -628,7 +653,8 @@ def rate_distortion(data: pd.DataFrame, layers: pd.DataFrame, looks: Mapping[str
         axes[0][2].plot(line["position"] + 1, line["coding"], **(own.of_line() | {"linewidth": 0.6, "markersize": 2.2}))
     axes[0][2].axhline(0, color=GREY, linewidth=0.8, zorder=1)
     axes[0][2].set_title(f"{bits:g}-bit budget")
-    axes[0][2].set_ylabel("bits above the layer's bound")
+    axes[0][2].set_ylabel("bits per weight above\nthe layer's bound")
     axes[0][2].set_xlabel("layer, in forward order")
+    axes[0][2].xaxis.set_major_locator(MaxNLocator(5, integer=True))
     legend(figure, _present(data, looks))
     return figure

@@ -1,4 +1,4 @@
-"""How many bits above the Gaussian rate-distortion bound finished runs are, layer by layer; see `bayesq.rate_distortion`.
+"""How many bits above the Gaussian rate-distortion bound finished runs are, layer by layer (`bayesq.rate_distortion`).
 
 python -m bayesq.suite.bounds results      writes results/<run_id>/bounds.csv wherever there is none
 
