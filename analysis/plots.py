@@ -19,10 +19,9 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from analysis.figures import DOUBLE, GREY, SINGLE, Look, counted, label, legend, look, panels, style
-from analysis.gaps import finished
+from analysis.loading import command_overrides, finished
 from bayesq.suite.plots import confidence_bins
 from bayesq.suite.results import unit
-from bayesq.suite.status import recorded_overrides
 
 KL = "KL to full precision (nats)"
 CODE_BITS, STORED_BITS = "code bits per weight", "stored bits per weight"
@@ -56,6 +55,26 @@ def title(workload: str) -> str:
     model, _, data = workload.partition(" / ")
     words = data.removeprefix("glue ").split()
     return "\n".join([TITLES.get(model, model), " ".join(TITLES.get(word, word) for word in words)]).strip()
+
+
+def main_runs(runs: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
+    """Runs of the variants that a figure of all methods shows, and a line for each method that has more.
+
+    A method of a workload with more than MOST_VARIANTS of them is shown by its plain variant alone, or by the one with
+    the most runs where there is no plain one: an ablation has a page of its own.
+    """
+    kept, lines = [], []
+    for (workload, method), members in runs.groupby(["workload", "method"], sort=True):
+        variants = members["variant"].value_counts(sort=False)
+        if len(variants) > MOST_VARIANTS:
+            first = min(variants.index, key=lambda variant: (variant != method, -variants[variant], variant))
+            lines.append(f"{workload}: of {len(variants)} variants of {method}, only {first} is shown.")
+            members = members[members["variant"] == first]
+        kept.append(members)
+    return (pd.concat(kept).sort_index() if kept else runs), lines
+
+
+MOST_VARIANTS = 3
 
 
 def mean_and_std(frame: pd.DataFrame, by: Sequence[str], values: Sequence[str]) -> pd.DataFrame:
@@ -258,6 +277,11 @@ def calibration_size_data(runs: pd.DataFrame) -> pd.DataFrame:
     return table.assign(primary_metric=table.groupby("workload")["primary_metric"].transform("first"))
 
 
+def method_of(frame: pd.DataFrame) -> pd.Series:
+    """The method of each row's variant."""
+    return frame["variant"].str.partition(" ")[0]
+
+
 def without(variant: str, *keys: str) -> str:
     """A variant's name without some of its settings."""
     return " ".join(word for word in variant.split(" ") if word.partition("=")[0] not in keys)
@@ -360,7 +384,7 @@ def reliability_data(examples: pd.DataFrame) -> pd.DataFrame:
     rows: list[tuple[Any, ...]] = []
     if not {"q_confidence", "fp_confidence"} <= set(examples.columns):
         return pd.DataFrame(rows, columns=columns)
-    known = examples.dropna(subset=["q_confidence", "fp_confidence"])
+    known = examples.assign(method=method_of(examples)).dropna(subset=["q_confidence", "fp_confidence"])
     for (workload, bits), members in known.groupby(["workload", "bits"], sort=True):
         first = members[members["run_id"] == members["run_id"].iloc[0]]
         series = [("", FULL_PRECISION, "fp", first)]
@@ -435,7 +459,7 @@ def allocation_data(layers: pd.DataFrame) -> pd.DataFrame:
     values = ["bits/code", "bits/stored", "predicted_risk", "achieved_risk"]
     if layers.empty or "predicted_risk" not in layers:
         return pd.DataFrame(columns=["workload", "method", "variant", "bits", "position", "name", *values, "n"])
-    placed = layers.assign(position=layers.groupby("run_id", sort=False).cumcount())
+    placed = layers.assign(method=method_of(layers), position=layers.groupby("run_id", sort=False).cumcount())
     placed = placed.dropna(subset=["predicted_risk"])
     placed[values] = placed[values].astype(float)
     table = mean_and_std(placed, ["workload", "method", "variant", "bits", "position", "name"], values)
@@ -550,9 +574,7 @@ FULL = "full"
 
 def ablation_of(run: Mapping[str, Any]) -> str | None:
     """The file of conf/ablation a run was started with; None where there was none, or no record of it."""
-    path = run.get("path")
-    overrides = recorded_overrides(Path(path)) if isinstance(path, str | Path) else []
-    return next((o.partition("=")[2] for o in overrides if o.startswith("ablation=")), None)
+    return next((o.partition("=")[2] for o in command_overrides(run) if o.startswith("ablation=")), None)
 
 
 @style()

@@ -24,6 +24,8 @@ from matplotlib.figure import Figure
 
 import analysis
 from analysis import figures, gaps, plots
+from analysis.loading import finished
+from bayesq.suite.errors import UserError
 
 FOLDER = Path(__file__).parent
 # in the order of a paper
@@ -74,7 +76,7 @@ class Page:
         self._forget()
         try:
             self.results = read(self.source)
-        except (FileNotFoundError, ValueError) as error:
+        except (FileNotFoundError, UserError) as error:
             sys.exit(f"error: {error}")
 
     @property
@@ -85,7 +87,15 @@ class Page:
     @property
     def finished(self) -> pd.DataFrame:
         """The runs that have a result."""
-        return gaps.finished(self.runs)
+        return finished(self.runs)
+
+    @cached_property
+    def main_runs(self) -> pd.DataFrame:
+        """Runs that figures of all methods show; what they leave out is said."""
+        kept, left_out = plots.main_runs(self.runs)
+        for line in left_out:
+            self.say(line)
+        return kept
 
     @property
     def layers(self) -> pd.DataFrame:

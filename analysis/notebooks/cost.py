@@ -18,7 +18,7 @@ from analysis.notebooks import Page
 page = Page("cost")
 
 # %%
-data = plots.cost_data(page.runs)
+data = plots.cost_data(page.main_runs)
 compared = data.dropna(subset=["time x"])
 if len(compared):
     caption = "Preprocessing time and peak memory as multiples of GPTQ's, median, smallest and largest over budgets and"

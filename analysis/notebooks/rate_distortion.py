@@ -27,7 +27,7 @@ from analysis.notebooks import Page
 page = Page("rate_distortion")
 
 # %%
-bounds = plots.bounds_frame(page.runs)
+bounds = plots.bounds_frame(page.main_runs)
 for workload, members in bounds.groupby("workload"):
     own, layers = plots.rate_distortion_data(members), plots.layer_gaps(members)
     caption = f"{workload}: code bits per weight above the Gaussian rate-distortion bound at the achieved risk, of the"
@@ -37,6 +37,6 @@ for workload, members in bounds.groupby("workload"):
     page.figure(drawn, f"rate_distortion_{plots.slug(workload)}", caption, own)
 
 # %%
-without = page.finished[~page.finished["run_id"].isin(bounds["run_id"])]
+without = page.finished[~page.finished["run_id"].isin(plots.bounds_frame(page.finished)["run_id"])]
 if len(without):
     page.say(f"{len(without)} runs have no bounds.csv; `python -m bayesq.suite.bounds {page.source}`")

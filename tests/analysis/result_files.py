@@ -46,7 +46,9 @@ def add_run(
         failed: the error of a run that has no result.
         options: overrides of the method, such as `sequential=false`.
     """
-    name = run_id or f"{model[:4]}{(task or dataset)[:4]}{method}{bits:g}s{seed}{ablation or ''}{examples}{len(options)}"
+    name = (
+        run_id or f"{model[:4]}{(task or dataset)[:4]}{method}{bits:g}s{seed}{ablation or ''}{examples}{len(options)}"
+    )
     path = folder / name
     overrides = [f"model={model}", f"dataset={dataset}", *([f"dataset.task={task}"] if task else [])]
     overrides += [f"ablation={ablation}"] if ablation else []
