@@ -132,7 +132,7 @@ def _bootstrap(
         return Interval(value, math.nan, math.nan, math.nan)
     low, high = np.percentile(drawn, [2.5, 97.5])
     tail = min(np.count_nonzero(drawn <= null), np.count_nonzero(drawn >= null))
-    return Interval(value, float(low), float(high), min(2 * (tail + 1) / (resamples + 1), 1.0))
+    return Interval(value, float(low), float(high), float(min(2 * (tail + 1) / (resamples + 1), 1.0)))
 
 
 def _draw(generator: np.random.Generator, counts: NDArray[np.int64], size: int) -> NDArray[np.int64]:
