@@ -322,6 +322,43 @@ def make_plan(cfg: DictConfig) -> Plan:
     return Plan(method, posterior, allocator, Budget(float(cfg.bits), cfg.budget.count))
 
 
+def calibrate(cfg: DictConfig, posterior: SharedPosterior | None, work: Workload, cache_dir: Path) -> Calibration:
+    """The calibration statistics that a run with this posterior reads; nothing is computed yet."""
+    settings = CalibrationSettings(
+        int(cfg.calibration.batch_size),
+        posterior.samples if posterior else None,
+        int(cfg.seed),
+        gradient_examples=posterior.examples if posterior else None,
+        likelihood=likelihood_of_fisher(posterior, work.data.likelihood),
+        draws=posterior.draws if posterior else "signs",
+        rank=posterior.rank if posterior else 16,
+    )
+    network = work.network
+    return Calibration(
+        network.module, network.checksum, work.layers, work.calibration, settings, cache_dir, work.device
+    )
+
+
+def layer_problems(work: Workload, calibration: Calibration, groups: Sequence[Sequence[str]]) -> list[LayerProblem]:
+    """The layers as methods see them, in forward order.
+
+    Args:
+        groups: names of the layers, of `forward_order`.
+    """
+    return [
+        LayerProblem(
+            name=name,
+            kind=type(work.layers[name]).__name__,
+            weight=weight_to_matrix(work.layers[name]).float().cpu(),
+            statistic=partial(calibration.statistic, name),
+            positions_per_channel=kernel_positions(work.layers[name]),
+            fallbacks={"unseen_layers": 1} if name in calibration.unseen else {},
+        )
+        for group in groups
+        for name in group
+    ]
+
+
 def quantize(cfg: DictConfig, plan: Plan, work: Workload, cache_dir: Path) -> Quantized:
     """Statistics, then the method over all layers.
 
@@ -330,33 +367,13 @@ def quantize(cfg: DictConfig, plan: Plan, work: Workload, cache_dir: Path) -> Qu
     """
     method, posterior, allocator = plan.method, plan.posterior, plan.allocator
     module, layers, examples, device = work.network.module, work.layers, work.calibration, work.device
-    samples = posterior.samples if posterior else None
-    settings = CalibrationSettings(
-        int(cfg.calibration.batch_size),
-        samples,
-        int(cfg.seed),
-        gradient_examples=posterior.examples if posterior else None,
-        likelihood=likelihood_of_fisher(posterior, work.data.likelihood),
-        draws=posterior.draws if posterior else "signs",
-        rank=posterior.rank if posterior else 16,
-    )
-    calibration = Calibration(module, work.network.checksum, layers, examples, settings, cache_dir, device)
     kinds = allocator.statistics | (posterior.statistics if posterior else frozenset())
-    calibration.prepare(kinds if method.sequential and not posterior else kinds | method.statistics)
+    kinds = kinds if method.sequential and not posterior else kinds | method.statistics
+    calibration = calibrate(cfg, posterior, work, cache_dir)
+    calibration.prepare(kinds)
 
     groups = forward_order(module, layers, next(examples.batches(1, device)))
-    problems = [
-        LayerProblem(
-            name=name,
-            kind=type(layers[name]).__name__,
-            weight=weight_to_matrix(layers[name]).float().cpu(),
-            statistic=partial(calibration.statistic, name),
-            positions_per_channel=kernel_positions(layers[name]),
-            fallbacks={"unseen_layers": 1} if name in calibration.unseen else {},
-        )
-        for group in groups
-        for name in group
-    ]
+    problems = layer_problems(work, calibration, groups)
     result = Quantized(problems={problem.name: problem for problem in problems})
     round_embeddings(work, plan.budget, result)
     given: list[LayerProblem] = problems
@@ -366,7 +383,7 @@ def quantize(cfg: DictConfig, plan: Plan, work: Workload, cache_dir: Path) -> Qu
         # anything is rounded.
         working = quantized_copy(work, result)
         own = {name: layer for name, layer in quantizable_layers(working).items() if name in layers}
-        prefix = SequentialInputs(working, own, groups, examples, settings.batch_size, device)
+        prefix = SequentialInputs(working, own, groups, examples, int(cfg.calibration.batch_size), device)
         given = [replace(problem, prefix_statistic=partial(prefix.statistic, problem.name)) for problem in problems]
 
     if posterior:
