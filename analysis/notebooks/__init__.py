@@ -23,7 +23,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 import analysis
-from analysis import figures, gaps, plots
+from analysis import figures, gaps, plots, tables
 from analysis.loading import finished
 from bayesq.suite.errors import UserError
 
@@ -131,10 +131,11 @@ class Page:
         self._say(f"![{name}](../{path.name})")
         self.say(caption)
 
-    def table(self, table: pd.DataFrame) -> None:
-        """Show a frame of few rows."""
-        text = table.to_markdown(index=False, floatfmt=".4g")
-        self.say(text)
+    def table(self, table: tables.Table, name: str) -> None:
+        """Write a table as .md, .csv and .tex, and show it."""
+        written = tables.write_table(table, self.output, name)
+        markdown = next(path for path in written if path.suffix == ".md")
+        self.say(markdown.read_text(encoding="utf-8").strip())
 
     def say(self, text: str) -> None:
         """Show a paragraph, in Markdown."""

@@ -12,7 +12,7 @@
 # so memory compares only runs that had a process each (a parallel launcher, or one command a run).
 
 # %%
-from analysis import plots
+from analysis import plots, tables
 from analysis.notebooks import Page
 
 page = Page("cost")
@@ -24,6 +24,10 @@ if len(compared):
     caption = "Preprocessing time and peak memory as multiples of GPTQ's, median, smallest and largest over budgets and"
     caption += f" seeds; n = {plots.counted(compared.groupby(['workload', 'variant']).size())} runs a point."
     page.figure(plots.cost(compared, page.looks), "cost_multiples", caption, data)
+
+# %%
+if len(page.finished):
+    page.table(tables.cost_table(page.main_runs), "cost")
 
 # %%
 for workload in sorted(set(page.runs["workload"]) - set(compared["workload"])):

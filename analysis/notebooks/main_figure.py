@@ -20,7 +20,8 @@ data = plots.bit_curve_data(page.main_runs)
 if data.empty:
     page.nothing("no finished run", "python run.py -m method=rtn,gptq,awq,bayesq bits=3,3.5,4 seed=0,1,2")
 else:
-    caption = f"KL to full precision against code bits, mean and standard deviation; {plots.population(data, page.main_runs)}."
+    population = plots.population(data, page.main_runs)
+    caption = f"KL to full precision against code bits, mean and standard deviation; {population}."
     page.figure(plots.main_figure(data, page.looks), "main_figure", caption, data, dpi=200)
 
 # %%

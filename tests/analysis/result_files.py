@@ -56,7 +56,8 @@ def add_run(
     overrides += [f"calibration.examples={examples}"] if examples != 256 else []
     (path / ".hydra").mkdir(parents=True)
     (path / ".hydra/overrides.yaml").write_text(yaml.safe_dump(overrides))
-    settings = dict(option.split("=") for option in options)
+    settings = {"sequential": True} if method == "gptq" else {}
+    settings |= {key: yaml.safe_load(value) for key, _, value in (option.partition("=") for option in options)}
     config = {
         "model": {"name": model},
         "dataset": {"name": dataset, "task": task},

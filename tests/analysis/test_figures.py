@@ -4,13 +4,14 @@ import re
 import statistics
 from itertools import combinations
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import pytest
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from result_files import add_run, paper
 
 from analysis import figures, gaps, load_runs, plots
@@ -214,9 +215,10 @@ def test_a_figure_that_is_not_drawn_again_is_removed(digits: Path, tmp_path: Pat
 # -------------------------------------------------------------------------------------------------------------- layout
 
 
-def drawings(source: Path) -> dict[str, Figure]:
-    """One of every figure of a source."""
-    results = Results(str(source))
+@pytest.fixture(scope="module")
+def drawn(full: Path) -> dict[str, Figure]:
+    """One of every figure of the source."""
+    results = Results(str(full))
     looks = figures.looks(results.runs)
     curve = plots.bit_curve_data(results.runs)
     workload = curve["workload"].iloc[0]
@@ -225,57 +227,49 @@ def drawings(source: Path) -> dict[str, Figure]:
         return data[data["workload"] == workload]
 
     bounds = own(plots.bounds_frame(results.runs))
-    allocated = own(plots.allocation_data(results.layers))
     widths = pd.DataFrame({"bits": 3.0, "seed": 0, "position": [0, 0, 1], "width": [2, 8, 3], "share": [0.5, 0.5, 1.0]})
     return {
         "main_figure": plots.main_figure(curve, looks),
         "bit_curve": plots.bit_curve(own(curve), looks),
-        "allocation": plots.allocation(allocated, widths, looks["bayesq"]),
+        "allocation": plots.allocation(own(plots.allocation_data(results.layers)), widths, looks["bayesq"]),
         "cost": plots.cost(plots.cost_data(results.runs), looks),
         "reliability": plots.reliability(own(plots.reliability_data(results.examples)), looks),
         "rate_distortion": plots.rate_distortion(plots.rate_distortion_data(bounds), plots.layer_gaps(bounds), looks),
     }
 
 
-def boxes(drawn: Figure) -> tuple[list[Any], list[Any], list[Any]]:
-    """Boxes of axes, of legends, and of every visible text, in pixels."""
-    with figures.style():
-        canvas = FigureCanvasAgg(drawn)
-        canvas.draw()
-        renderer = canvas.get_renderer()
-        axes = [axes.get_tightbbox(renderer) for axes in drawn.axes if axes.get_visible()]
-        legends = [legend.get_window_extent(renderer) for legend in drawn.legends]
-        texts = [
-            text.get_window_extent(renderer)
-            for axes in drawn.axes
-            if axes.get_visible()
-            for text in (
-                axes.title,
-                axes.xaxis.label,
-                axes.yaxis.label,
-                *axes.get_xticklabels(),
-                *axes.get_yticklabels(),
-            )
-            if text.get_text() and text.get_visible()
-        ]
-    return axes, legends, texts
+def texts_of(axes: Axes) -> list[Text]:
+    """Title, labels and the tick labels within the view."""
+    (left, right), (bottom, top) = sorted(axes.get_xlim()), sorted(axes.get_ylim())
+    ticks = [text for text in axes.get_xticklabels() if left <= text.get_position()[0] <= right]
+    ticks += [text for text in axes.get_yticklabels() if bottom <= text.get_position()[1] <= top]
+    return [text for text in (axes.title, axes.xaxis.label, axes.yaxis.label, *ticks) if text.get_text()]
 
 
-def test_nothing_is_cut_or_covered(full: Path) -> None:
-    for name, drawn in drawings(full).items():
-        axes, legends, texts = boxes(drawn)
-        assert drawn.get_figwidth() in (figures.SINGLE, figures.DOUBLE), name
-        page = drawn.bbox
+def test_nothing_is_cut_or_covered(drawn: dict[str, Figure]) -> None:
+    for name, figure in drawn.items():
+        assert figure.get_figwidth() in (figures.SINGLE, figures.DOUBLE), name
+        with figures.style():
+            canvas = FigureCanvasAgg(figure)
+            canvas.draw()
+            renderer = canvas.get_renderer()
+            shown = [axes for axes in figure.axes if axes.get_visible()]
+            covered = [axes.get_tightbbox(renderer) for axes in shown]
+            legends = [legend.get_window_extent(renderer) for legend in figure.legends]
+            texts = [text.get_window_extent(renderer) for axes in shown for text in texts_of(axes)]
+        assert len(texts) > 4 * len(shown) - 2, name
+        page = figure.bbox
         for box in [*legends, *texts]:
-            inside = page.x0 - 1 <= box.x0 and box.x1 <= page.x1 + 1 and page.y0 - 1 <= box.y0 and box.y1 <= page.y1 + 1
-            assert inside, (name, box)
-        assert not [legend for legend in legends for box in axes if legend.overlaps(box)], name
-        for axes_ in drawn.axes:
-            assert not axes_.get_visible() or axes_.get_legend() is None
+            across = page.x0 - 1 <= box.x0 and box.x1 <= page.x1 + 1
+            assert across and page.y0 - 1 <= box.y0 and box.y1 <= page.y1 + 1, (name, box)
+        assert legends, name
+        assert not [legend for legend in legends for box in covered if legend.overlaps(box)], name
+        assert not [axes for axes in shown if axes.get_legend() is not None]
 
 
-def test_axes_name_their_units(full: Path) -> None:
-    for name, drawn in drawings(full).items():
-        labels = [axes.get_ylabel() for axes in drawn.axes] + [axes.get_xlabel() for axes in drawn.axes]
-        known = ("nats", "%", "bits", "multiples", "share", "layer", "ECE", "confidence", "accuracy", "")
-        assert all(any(unit in label for unit in known if unit or not label) for label in labels), (name, labels)
+def test_axes_name_their_units(drawn: dict[str, Figure]) -> None:
+    units = ("nats", "%", "bits", "multiples", "share", "layer", "ECE", "confidence", "accuracy")
+    for name, figure in drawn.items():
+        labels = [label for axes in figure.axes for label in (axes.get_xlabel(), axes.get_ylabel()) if label]
+        assert labels
+        assert all(any(unit in label for unit in units) for label in labels), (name, labels)
