@@ -107,6 +107,12 @@ def _complete(table: pd.DataFrame, axis: str) -> pd.DataFrame:
     return whole.assign(n=whole["n"].fillna(0).astype(int))
 
 
+def seeds(numbers: pd.Series) -> str:
+    """`n = 3 seeds`, `n = 2 to 3 seeds`, `n = 1 seed`; points without a run do not count."""
+    had = [int(n) for n in numbers if n > 0]
+    return f"n = {counted(had)} seed{'' if set(had) == {1} else 's'}"
+
+
 def population(data: pd.DataFrame, runs: pd.DataFrame, axis: str = "bits") -> str:
     """`n = 3 seeds, 872 test examples`, with the points that have another n.
 
@@ -115,7 +121,7 @@ def population(data: pd.DataFrame, runs: pd.DataFrame, axis: str = "bits") -> st
         runs: those the data are of, for the number of test examples.
         axis: column that names a point of a variant.
     """
-    usual = int(data["n"].mode().iloc[-1])
+    usual = int(data[data["n"] > 0]["n"].mode().iloc[-1])
     own = runs[runs["workload"].isin(data["workload"].unique())]
     examples = finished(own)["evaluation/examples"].astype(int)
     several = data["workload"].nunique() > 1
@@ -156,6 +162,17 @@ def _present(data: pd.DataFrame, looks: Mapping[str, Look]) -> dict[str, Look]:
 def _bottom_up(data: pd.DataFrame, looks: Mapping[str, Look]) -> list[tuple[str, Look]]:
     """`_present` in the order of drawing: the first method lies on top."""
     return list(reversed(_present(data, looks).items()))
+
+
+def _few_bits(budgets: pd.Series) -> list[float]:
+    """Where an axis of bits has its ticks: at the budgets, or at whole numbers where those are many."""
+    had = sorted(float(bits) for bits in budgets.unique())
+    return had if len(had) < 6 else [float(bits) for bits in range(2, 9)]
+
+
+def _spans(values: pd.Series, factor: float) -> bool:
+    """Whether the largest is more than `factor` times the smallest, and both positive."""
+    return bool(values.min() > 0 and values.max() > factor * values.min())
 
 
 def _few_log_ticks(axes: Axes) -> None:
@@ -209,12 +226,12 @@ def bit_curve(data: pd.DataFrame, looks: Mapping[str, Look]) -> Figure:
                 _errorbar(plot, line[x].fillna(line["bits"]), _positive(line[y], y), line[f"{y} std"], own)
             if reference is not None and data[reference].notna().any():
                 plot.axhline(data[reference].mean(), color=GREY, linewidth=0.8, zorder=1)
-            if y != "score":
+            if y == "q/kl_to_fp" or (y != "score" and _spans(data[y], 8)):
                 plot.set_yscale("log")
                 _few_log_ticks(plot)
             plot.set_xlabel(x_label)
             plot.set_ylabel(y_label)
-            _bit_ticks(plot, range(2, 9))
+            _bit_ticks(plot, _few_bits(data["bits"]))
     legend(figure, _present(data, looks), further=[Line2D([], [], color=GREY, linewidth=0.8, label="full precision")])
     return figure
 
@@ -666,8 +683,7 @@ def rate_distortion(data: pd.DataFrame, layers: pd.DataFrame, looks: Mapping[str
         plot.set_ylabel(name)
         plot.set_xlabel(CODE_BITS)
         plot.set_ylim(bottom=min(0.0, float(data[["above", "coding"]].min().min())))
-        budgets = sorted(data["bits"].unique())
-        _bit_ticks(plot, budgets if len(budgets) < 6 else range(2, 9))
+        _bit_ticks(plot, _few_bits(data["bits"]))
     bits = shown_budgets(layers)[0]
     members = layers[layers["bits"] == bits]
     for variant, own in _bottom_up(members, looks):

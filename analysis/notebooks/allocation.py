@@ -29,7 +29,7 @@ for workload, members in data.groupby("workload"):
     caption = (
         f"{workload}, {variant}: bits per layer, widths of rows, and risk; rank correlation of predicted and achieved"
     )
-    caption += f" risk over {own['name'].nunique()} layers {rank}; n = {plots.counted(own['n'])} seeds."
+    caption += f" risk over {own['name'].nunique()} layers {rank}; {plots.seeds(own['n'])}."
     page.figure(plots.allocation(own, widths, page.looks[variant]), f"allocation_{plots.slug(workload)}", caption, own)
 
 # %%

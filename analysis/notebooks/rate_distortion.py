@@ -32,7 +32,7 @@ for workload, members in bounds.groupby("workload"):
     own, layers = plots.rate_distortion_data(members), plots.layer_gaps(members)
     caption = f"{workload}: code bits per weight above the Gaussian rate-distortion bound at the achieved risk, of the"
     caption += f" network, of its {layers['name'].nunique()} layers, and layer by layer;"
-    caption += f" n = {plots.counted(own['n'])} seeds."
+    caption += f" {plots.seeds(own['n'])}."
     drawn = plots.rate_distortion(own, layers, page.looks)
     page.figure(drawn, f"rate_distortion_{plots.slug(workload)}", caption, own)
 
