@@ -27,8 +27,3 @@ if page.finished.empty:
     page.nothing("no finished run", "python run.py -m ablation=full,gptq,allocator_uniform bits=3 seed=0,1,2")
 else:
     page.table(tables.ablation_table(page.runs), "ablation")
-
-# %%
-for workload in sorted(set(page.finished["workload"]) - set(data["workload"])):
-    command = page.command(workload, "ablation=full,gptq,allocator_uniform,codebook_lloyd", "bits=3", "seed=0,1,2")
-    page.say(f"{workload}: no run with `ablation=`; `{command}` (all of them: sweeps/ablation.yaml)")

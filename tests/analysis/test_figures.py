@@ -15,14 +15,14 @@ from matplotlib.text import Text
 from result_files import add_run, paper
 
 from analysis import figures, gaps, load_runs, plots
-from analysis.notebooks import Results, render_all
+from analysis.notebooks import NOTEBOOKS, Results, render_all
 
 
 @pytest.fixture(scope="module")
 def full(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Five workloads, four methods, three budgets, two seeds."""
+    """Five workloads, four methods, three budgets."""
     folder = tmp_path_factory.mktemp("full")
-    paper(folder)
+    paper(folder, seeds=(0,))
     return folder
 
 
@@ -38,8 +38,8 @@ def digits(tmp_path: Path) -> Path:
     return folder
 
 
-def rendered(source: Path, output: Path) -> dict[str, bytes]:
-    render_all(source, output)
+def rendered(source: Path, output: Path, *names: str) -> dict[str, bytes]:
+    render_all(source, output, names or NOTEBOOKS)
     return {str(path.relative_to(output)): path.read_bytes() for path in output.rglob("*") if path.is_file()}
 
 
@@ -167,17 +167,19 @@ def test_bits_above_the_bound_are_weighted_by_weights(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------------------------------------------- files
 
 
-def test_rendering_twice_gives_the_same_bytes(digits: Path, tmp_path: Path) -> None:
-    first, second = rendered(digits, tmp_path / "one"), rendered(digits, tmp_path / "two")
+def test_rendering_twice_gives_the_same_bytes(tmp_path: Path) -> None:
+    for method, bits in (("gptq", 3), ("bayesq", 3), ("bayesq", 4)):
+        add_run(tmp_path / "results", method=method, bits=bits)
+    first, second = (rendered(tmp_path / "results", tmp_path / name) for name in ("one", "two"))
     assert first.keys() == second.keys()
     assert {name.rpartition(".")[2] for name in first} >= {"pdf", "png", "txt", "csv", "md"}
     assert [name for name in first if first[name] != second[name]] == []
 
 
 def test_a_changed_result_changes_the_figure_and_its_data(digits: Path, tmp_path: Path) -> None:
-    before = rendered(digits, tmp_path / "paper")
+    before = rendered(digits, tmp_path / "paper", "main_figure")
     add_run(digits, method="gptq", bits=4, seed=3, kl=0.5)
-    after = rendered(digits, tmp_path / "paper")
+    after = rendered(digits, tmp_path / "paper", "main_figure")
     for name in ("main_figure.csv", "main_figure.png", "main_figure.pdf", "main_figure.txt"):
         assert after[name] != before[name], name
 
@@ -207,9 +209,10 @@ def test_a_single_run_and_only_failed_runs_render(tmp_path: Path) -> None:
 
 
 def test_a_figure_that_is_not_drawn_again_is_removed(digits: Path, tmp_path: Path) -> None:
-    assert "main_figure.png" in rendered(digits, tmp_path / "paper")
+    assert "main_figure.png" in rendered(digits, tmp_path / "paper", "main_figure")
     add_run(tmp_path / "failed", method="rtn", failed="out of memory")
-    assert not [name for name in rendered(tmp_path / "failed", tmp_path / "paper") if name.endswith((".png", ".pdf"))]
+    left = rendered(tmp_path / "failed", tmp_path / "paper", "main_figure")
+    assert list(left) == ["pages/main_figure.md"]
 
 
 # -------------------------------------------------------------------------------------------------------------- layout
