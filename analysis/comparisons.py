@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.loading import PREDICTIONS_FILE, finished, read_table
+from analysis.loading import PREDICTIONS_FILE, finished, read_table, records
 from analysis.statistics import Floats, Interval, mcnemar, paired_bootstrap, paired_metric_bootstrap
 from bayesq.suite.metrics import FUNCTIONS, Metric, measure
 from bayesq.suite.results import settings_of
@@ -27,6 +27,8 @@ ALIKE = (
     "layers.include_embeddings",
 )
 KL = "q/kl_to_fp"
+# The same of a baseline for times, which distillation and correction are part of.
+ALIKE_IN_COST = tuple(key for key in ALIKE if key not in ("correction", "distill"))
 # KL is different for every example, so its resamples cost what the examples are; intervals need fewer than p values.
 KL_RESAMPLES = 2_000
 # How far a metric of predictions.csv may be from that of result.json, which has seen more digits of the labels.
@@ -75,12 +77,12 @@ def summarise(runs: pd.DataFrame, by: Sequence[str] = BY) -> pd.DataFrame:
 
 def with_scores(runs: pd.DataFrame) -> pd.DataFrame:
     """`runs` with `bits`, `examples` (of the calibration set), `score`, `fp/score` and `metric`, the primary one."""
-    rows = runs.to_dict("records")
+    rows = records(runs)
     metrics = [row.get("primary_metric") for row in rows]
     return runs.assign(
         bits=runs["bits/target"],
         examples=runs.get("calibration/examples", math.nan),
-        metric=metrics,
+        metric=pd.Series(metrics, index=runs.index, dtype="object"),
         score=[row.get(f"q/{metric}", math.nan) for row, metric in zip(rows, metrics, strict=True)],
         **{"fp/score": [row.get(f"fp/{metric}", math.nan) for row, metric in zip(rows, metrics, strict=True)]},
     )
@@ -91,10 +93,10 @@ def _is_number(column: pd.Series) -> bool:
     return len(present) > 0 and all(isinstance(value, int | float | np.number) for value in present)
 
 
-def alike(run: Mapping[str, Any]) -> tuple[str, ...]:
+def alike(run: Mapping[str, Any], keys: Sequence[str] = ALIKE) -> tuple[str, ...]:
     """What a baseline must share with a run, as text."""
     own = settings_of({"config": run["config"], "seed": run["seed"]})
-    return tuple(str(own.get(key)) for key in ALIKE)
+    return tuple(str(own.get(key)) for key in keys)
 
 
 def strongest_baseline(runs: pd.DataFrame, workload: str, bits: float, conditions: tuple[str, ...]) -> str | None:
@@ -105,11 +107,11 @@ def strongest_baseline(runs: pd.DataFrame, workload: str, bits: float, condition
         conditions: `alike` of the runs that it is compared with.
     """
     found = runs[(runs["workload"] == workload) & (runs["bits/target"] == bits) & (runs["method"] == BASELINE)]
-    found = found[[alike(run) == conditions for run in found.to_dict("records")]]  # type: ignore[arg-type]
+    found = found[[alike(run) == conditions for run in records(found)]]
     if found.empty:
         return None
-    means = found.groupby("variant")[KL].mean()
-    return min(means.index, key=lambda variant: (means[variant], variant))
+    means = {str(variant): float(own[KL].mean()) for variant, own in found.groupby("variant")}
+    return min(means, key=lambda variant: (means[variant], variant))
 
 
 class Examples:
@@ -169,7 +171,7 @@ class Examples:
         return Comparison(delta, ratio, p, count, len(names))
 
     def _by_seed(self, runs: pd.DataFrame) -> dict[int, pd.DataFrame]:
-        tables = {int(run["seed"]): self.of(run) for run in runs.to_dict("records")}  # type: ignore[arg-type]
+        tables = {int(run["seed"]): self.of(run) for run in records(runs)}
         return {seed: table for seed, table in tables.items() if table is not None}
 
 

@@ -56,12 +56,12 @@ def load_runs(source: str | Path) -> pd.DataFrame:
         FileNotFoundError: there is no such folder.
         UserError: the W&B project cannot be read.
     """
-    records = _from_wandb(str(source)) if str(source).startswith(WANDB) else _from_folder(Path(source))
-    records = _without_duplicates(records, ("run_id",))
-    _name(records)
-    records = _without_duplicates(records, ("workload", "variant", "bits/target", "seed"))
-    columns = [*FIRST, *dict.fromkeys(key for record in records for key in record if key not in (*FIRST, *LAST)), *LAST]
-    return pd.DataFrame(records, columns=columns)
+    found = _from_wandb(str(source)) if str(source).startswith(WANDB) else _from_folder(Path(source))
+    found = _without_duplicates(found, ("run_id",))
+    _name(found)
+    found = _without_duplicates(found, ("workload", "variant", "bits/target", "seed"))
+    own = dict.fromkeys(key for run in found for key in run if key not in (*FIRST, *LAST, "time"))
+    return pd.DataFrame(found, columns=[*FIRST, *own, *LAST])
 
 
 def layer_frame(runs: pd.DataFrame) -> pd.DataFrame:
@@ -80,6 +80,11 @@ def example_frame(runs: pd.DataFrame) -> pd.DataFrame:
 def finished(runs: pd.DataFrame) -> pd.DataFrame:
     """The rows of runs that have a result."""
     return runs[runs["status"] == FINISHED]
+
+
+def records(runs: pd.DataFrame) -> list[dict[str, Any]]:
+    """The rows of a frame of runs as mappings."""
+    return [{str(key): value for key, value in row.items()} for row in runs.to_dict("records")]
 
 
 def read_table(run: Mapping[str, Any], file: str) -> pd.DataFrame | None:
@@ -130,14 +135,15 @@ def _run_folders(source: Path, deeper: bool = True) -> Iterator[Path]:
 
 def _read_run(folder: Path) -> dict[str, Any]:
     """What the files of a run's folder say; a run without a result gets its names from the recorded config."""
-    place = {"path": str(folder), "overrides": recorded_overrides(folder), "time": _modified(folder)}
+    overrides = recorded_overrides(folder)
+    place = {"path": str(folder), "overrides": overrides, "time": _modified(folder)}
     result = read_result(folder / RESULT_FILE)
     for file, content in ((RESULT_FILE, result), (FAILURE_FILE, read_result(folder / FAILURE_FILE))):
         if content is None and (folder / file).exists():
             log.warning("%s: not readable as JSON", folder / file)
     if result is not None and result.get("status") == FINISHED:
         return {"run_id": folder.name, **result, "error": None, **place}
-    run = state_of(folder, place["overrides"])
+    run = state_of(folder, overrides)
     config = _recorded_config(folder) or (result or {}).get("config")
     return {"run_id": run.run_id, "status": run.state, **_names(config), "error": run.reason or None, **place}
 
@@ -320,8 +326,8 @@ def _long(runs: pd.DataFrame, file: str) -> pd.DataFrame:
     done = finished(runs)
     if file == PREDICTIONS_FILE and done["path"].astype(str).str.startswith(WANDB).any():
         log.warning("W&B has no predictions per example: intervals and tests need the results folder")
-    for run in done.to_dict("records"):
-        table = read_table(run, file)  # type: ignore[arg-type]
+    for run in records(done):
+        table = read_table(run, file)
         if table is None:
             continue
         beside = {name: run[column] for column, name in BESIDE.items()}

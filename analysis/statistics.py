@@ -60,7 +60,7 @@ def paired_bootstrap(
         of_first, of_second = ((part * chosen).sum(1) for part in (means[:, :seeds], means[:, seeds:]))
         if not ratio:
             return np.asarray(of_second - of_first)
-        return np.divide(of_second, of_first, out=np.full_like(of_first, np.nan), where=of_first != 0)
+        return np.asarray(np.divide(of_second, of_first, out=np.full_like(of_first, np.nan), where=of_first != 0))
 
     return _bootstrap(np.concatenate([first, second]), seeds, statistic, float(ratio), seed, resamples)
 

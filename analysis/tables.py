@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 
 from analysis.comparisons import (
+    ALIKE_IN_COST,
     BASELINE,
     KL,
     Comparison,
@@ -22,7 +23,7 @@ from analysis.comparisons import (
     with_scores,
 )
 from analysis.gaps import command, workload_command
-from analysis.loading import FINISHED, UNKNOWN, WANDB, finished
+from analysis.loading import FINISHED, UNKNOWN, WANDB, finished, records
 from analysis.paper import BUDGETS, CLAIMED_DELTAS, CLAIMED_FOR, METHODS
 from analysis.statistics import holm, mean_std
 from bayesq.suite.cli import conf_dir
@@ -35,7 +36,9 @@ __all__ = [
     "calibration_size",
     "cost_table",
     "glue_table",
+    "has_glue",
     "main_table",
+    "overview_table",
     "summarise",
     "write_table",
 ]
@@ -155,6 +158,28 @@ def write_table(table: Table, folder: str | Path, name: str) -> list[Path]:
 # ------------------------------------------------------------------------------------------------------- the contents
 
 
+def overview_table(runs: pd.DataFrame) -> Table:
+    """Variants x budgets on every workload: the primary metric and the KL to full precision, means over n seeds."""
+    runs = _known(runs)
+    frame = summarise(runs)
+    budgets = sorted(set(runs["bits/target"]))
+    rows, notes = [], []
+    for (workload, variant), own in runs.groupby(["workload", "variant"], sort=True):
+        row = {"workload": workload, "method": variant}
+        for bits in budgets:
+            found = frame[(frame["workload"] == workload) & (frame["variant"] == variant) & (frame["bits"] == bits)]
+            row[f"{bits:g} bit"] = GAP if found.empty else _overview(found.iloc[0])
+        rows.append(row)
+        notes += _failed(own)
+    cells = pd.DataFrame(rows, columns=["workload", "method", *(f"{bits:g} bit" for bits in budgets)])
+    caption = f"Primary metric ({_metrics(runs)}) / KL to full precision in nats, mean over n seeds."
+    return _table(cells, frame, {}, caption, [*notes, *_remarks(runs)])
+
+
+def _overview(row: pd.Series) -> str:
+    return f"{100 * row['score']:.2f} / {row[KL]:.4f} (n={row['n']})"
+
+
 def main_table(runs: pd.DataFrame) -> Table:
     """Methods at 3, 3.5 and 4 bits on every workload, each against the strongest GPTQ that was run in its place.
 
@@ -174,7 +199,7 @@ def main_table(runs: pd.DataFrame) -> Table:
                 own = _pick(done, workload, variant, bits)
                 row = {"workload": workload, "bits": bits, "variant": variant, **_measured(means, own)}
                 if not own.empty:
-                    reference = strongest_baseline(done, workload, bits, alike(own.iloc[0].to_dict()))
+                    reference = strongest_baseline(done, str(workload), bits, alike(records(own)[0]))
                     row["reference"] = reference
                     if reference is not None and reference != variant:
                         row |= _against(examples.compare(_pick(done, workload, reference, bits), own))
@@ -224,7 +249,7 @@ def ablation_table(runs: pd.DataFrame) -> Table:
         own_variants = members[(members["method"] == full) & (members["variant"] != full)]
         if own_variants.empty:
             sweep = [f"ablation={','.join(_ablations(members))}", "bits=3", "seed=0,1,2"]
-            makes = workload_command(members.iloc[0].to_dict(), sweep, _source(runs))
+            makes = workload_command(records(members)[0], sweep, _source(runs))
             notes.append(f"{workload}: no variant of BayesQ was run: `{makes}`")
         for bits in sorted(set(own_variants["bits/target"])):
             here = members[(members["bits/target"] == bits) & members["method"].isin([full, BASELINE])]
@@ -254,8 +279,9 @@ def ablation_table(runs: pd.DataFrame) -> Table:
     caption = (
         f"Ablation: {_population(table)}. Every row switches the named settings of the full method (bayesq). Score: "
         f"primary metric ({_metrics(runs)}); score and KL to full precision (nats) are mean ± sample standard "
-        "deviation over calibration seeds. Δ and the ratio of KL are against the full method, with 95 % intervals (paired "
-        "bootstrap over examples and seeds). p: McNemar's exact test, where the metric is no accuracy the bootstrap's, "
+        "deviation over calibration seeds. Δ and the ratio of KL are against the full method, with 95 % intervals "
+        "(paired bootstrap over examples and seeds). p: McNemar's exact test, where the metric is no accuracy the "
+        "bootstrap's, "
         f"Holm-corrected over {int(table['p'].notna().sum())} tests. Bold: different from the full method at 5 %."
     )
     significant = {"Δ full": table["p_holm"] < LEVEL}
@@ -277,7 +303,8 @@ def cost_table(runs: pd.DataFrame) -> Table:
     """Seconds from the loaded model to its codes and peak memory, medians over seeds, and as multiples of GPTQ's.
 
     Statistics count what they cost when they were computed, so runs that are to be compared need caches of their own.
-    `quantize x` is all but distillation; multiples are of the fastest undistilled GPTQ on the same workload and budget.
+    `quantize x` is all but distillation; multiples are of the fastest undistilled GPTQ on the same workload, budget and
+    calibration size.
     """
     runs = _known(runs)
     done = with_scores(finished(runs))
@@ -288,13 +315,15 @@ def cost_table(runs: pd.DataFrame) -> Table:
         total=seconds.sum(axis=1),
         memory=pd.to_numeric(done.get("memory/peak_rss_bytes", math.nan)),
     )
-    names = ["workload", "bits", "variant"]
+    frame["size"] = ["/".join(alike(run, ALIKE_IN_COST)) for run in records(done)]
+    names = ["workload", "bits", "variant", "size"]
     grouped = frame.groupby([*names, "method"])
     table = grouped.median().assign(n=grouped.size()).reset_index()
     plain = table[(table["method"] == BASELINE) & (table["distill"] == 0)]
-    fastest = plain.sort_values(["total", "variant"]).drop_duplicates(["workload", "bits"])
+    fastest = plain.sort_values(["total", "variant"]).drop_duplicates(["workload", "bits", "size"])
     fastest = fastest.rename(columns={"total": "base", "memory": "base memory", "variant": "reference"})
-    table = table.merge(fastest[["workload", "bits", "base", "base memory", "reference"]], "left", ["workload", "bits"])
+    same = ["workload", "bits", "size"]
+    table = table.merge(fastest[[*same, "base", "base memory", "reference"]], "left", same)
     table["quantize x"], table["total x"] = table["without"] / table["base"], table["total"] / table["base"]
     table["memory x"] = table["memory"] / table["base memory"]
     cells = pd.DataFrame(
@@ -317,20 +346,25 @@ def cost_table(runs: pd.DataFrame) -> Table:
             if fastest[(fastest["workload"] == workload) & (fastest["bits"] == bits)].empty:
                 seeds = ",".join(str(seed) for seed in _seeds(members))
                 what = ["method=gptq", f"bits={bits:g}", f"seed={seeds}"]
-                makes = workload_command(members.iloc[0].to_dict(), what, _source(runs))
+                makes = workload_command(records(members)[0], what, _source(runs))
                 notes.append(f"{workload} at {bits:g} bits: no GPTQ to compare with: `{makes}`")
     caption = (
         f"Cost: medians over n = {counted(table['n'])} seeds. Seconds of the stages from the loaded model to its "
         "codes, statistics counted at what they took when they were computed; × are multiples of the fastest "
-        "undistilled GPTQ on the same workload and budget, quantize × without distillation. Peak memory is the process's, which grows "
-        "over the runs of a sweep in one process."
+        "undistilled GPTQ on the same workload, budget and calibration size, quantize × "
+        "without distillation. Peak memory is the process's, which grows over the runs of a sweep in one process."
     )
     columns = ["method", *STAGES, "quantize x", "total x", "memory", "memory x", "n", "reference"]
-    return _table(cells, table[[*names, *columns]], {}, caption, [*notes, *_failed(runs), *_remarks(runs)])
+    return _table(cells, table[[*names[:-1], *columns]], {}, caption, [*notes, *_failed(runs), *_remarks(runs)])
 
 
 # GLUE's tasks in the order of its leaderboard's columns.
 GLUE_TASKS = ("cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli")
+
+
+def has_glue(runs: pd.DataFrame) -> bool:
+    """Whether a run of a GLUE task is finished."""
+    return any(_task(run) in GLUE_TASKS for run in records(finished(_known(runs))))
 
 
 def glue_table(runs: pd.DataFrame) -> Table:
@@ -343,18 +377,18 @@ def glue_table(runs: pd.DataFrame) -> Table:
         ValueError: no run is of a GLUE task.
     """
     runs = _known(runs)
-    of_glue = runs[[_task(run) in GLUE_TASKS for run in runs.to_dict("records")]]  # type: ignore[arg-type]
+    of_glue = runs[[_task(run) in GLUE_TASKS for run in records(runs)]]
     done = finished(of_glue)
-    if done.empty:
+    if not has_glue(runs):
         raise ValueError("no run of a GLUE task")
-    records = done.to_dict("records")
+    of_tasks = records(done)
     scores = pd.DataFrame(
         {
             **{key: list(done[key]) for key in ("model", "variant", "seed")},
             "bits": list(done["bits/target"]),
-            "task": [_task(run) for run in records],  # type: ignore[arg-type]
-            "q": [_task_score(run, "q") for run in records],  # type: ignore[arg-type]
-            "fp": [_task_score(run, "fp") for run in records],  # type: ignore[arg-type]
+            "task": [_task(run) for run in of_tasks],
+            "q": [_task_score(run, "q") for run in of_tasks],
+            "fp": [_task_score(run, "fp") for run in of_tasks],
         }
     )
     index = ["model", "bits", "variant"]
@@ -427,10 +461,9 @@ def bit_curve(runs: pd.DataFrame) -> pd.DataFrame:
 
 def _known(runs: pd.DataFrame) -> pd.DataFrame:
     """Runs whose workload is known; what the others are is a footnote."""
-    known = runs[runs["workload"] != UNKNOWN].copy()
+    known: pd.DataFrame = runs[runs["workload"] != UNKNOWN].copy()
     known.attrs["unknown"] = [
-        f"{run['path']}: {run['status']}, {run['error']}"
-        for run in runs[runs["workload"] == UNKNOWN].to_dict("records")
+        f"{run['path']}: {run['status']}, {run['error']}" for run in records(runs[runs["workload"] == UNKNOWN])
     ]
     return known
 
@@ -593,9 +626,8 @@ def _source(runs: pd.DataFrame) -> str:
 
 def _seeds(members: pd.DataFrame) -> list[int]:
     """The seeds that a workload's cells are expected to have: those that at least half of its cells have."""
-    cells = members.groupby(["variant", "bits/target"])["seed"].agg(lambda seeds: {int(seed) for seed in seeds})
-    every = {int(seed) for seed in members["seed"]}
-    return sorted(seed for seed in every if 2 * sum(seed in own for own in cells) >= len(cells))
+    cells = [{int(seed) for seed in own["seed"]} for _, own in members.groupby(["variant", "bits/target"])]
+    return sorted(seed for seed in set().union(*cells) if 2 * sum(seed in own for own in cells) >= len(cells))
 
 
 def _gap(members: pd.DataFrame, workload: str, variant: str, bits: float) -> list[str]:
@@ -610,26 +642,30 @@ def _gap(members: pd.DataFrame, workload: str, variant: str, bits: float) -> lis
     siblings = members[members["variant"] == variant]
     if siblings.empty:
         what = [f"method={variant}", f"bits={bits:g}", f"seed={','.join(map(str, lacking))}"]
-        makes = workload_command(members.iloc[0].to_dict(), what, source)
+        makes = workload_command(records(members)[0], what, source)
     else:
-        makes = command(siblings.iloc[0].to_dict(), [bits], lacking, source)
+        makes = command(records(siblings)[0], [bits], lacking, source)
     seeds = ", ".join(map(str, lacking))
     return [f"{workload}, {variant} at {bits:g} bits: no result with seed {seeds}{_reasons(cell)}: `{makes}`"]
 
 
 def _reasons(cell: pd.DataFrame) -> str:
     rest = cell[cell["status"] != FINISHED]
-    reasons = [f"seed {run['seed']} {run['status']}: {run['error']}" for run in rest.to_dict("records")]
+    reasons = [f"seed {run['seed']} {_why(run)}" for run in records(rest)]
     return f" ({'; '.join(reasons)})" if reasons else ""
+
+
+def _why(run: Mapping[str, Any]) -> str:
+    return str(run["status"]) if pd.isna(run["error"]) else f"{run['status']}: {run['error']}"
 
 
 def _failed(runs: pd.DataFrame) -> list[str]:
     """One line per run without a result, with its command."""
     lines = []
-    for run in runs[runs["status"] != FINISHED].to_dict("records"):
-        makes = command(run, [run["bits/target"]], [int(run["seed"])], _source(runs))  # type: ignore[arg-type]
+    for run in records(runs[runs["status"] != FINISHED]):
+        makes = command(run, [run["bits/target"]], [int(run["seed"])], _source(runs))
         what = f"{run['workload']}, {run['variant']} at {run['bits/target']:g} bits, seed {run['seed']}"
-        lines.append(f"{what}: {run['status']}, {run['error']}: `{makes}`")
+        lines.append(f"{what}, {_why(run)}: `{makes}`")
     return lines
 
 
@@ -686,5 +722,5 @@ def _glue_gap(runs: pd.DataFrame, row: Mapping[str, Any]) -> list[str]:
     members = runs[same]
     what = [f"dataset.task={row['missing'].replace(' ', '')}", f"method={members.iloc[0]['method']}"]
     what += [f"bits={row['bits']:g}", f"seed={','.join(map(str, sorted(set(members['seed']))))}"]
-    makes = workload_command(members.iloc[0].to_dict(), what, _source(runs))
+    makes = workload_command(records(members)[0], what, _source(runs))
     return [f"{row['model']}, {row['variant']} at {row['bits']:g} bits: no {row['missing']}: `{makes}`"]
