@@ -1,45 +1,48 @@
-"""`python -m analysis RESULTS [--cost | --glue]`: the main table of a results folder, costs or GLUE scores."""
+"""`python -m analysis RESULTS [--cost | --glue | --main | --ablation]`: a table of runs on the terminal.
+
+With `--output DIR` every table and figure goes there instead. RESULTS is a results folder or `wandb:ENTITY/PROJECT`.
+"""
 
 import argparse
 import sys
 
-from analysis import cost_table, glue_table, load_runs, main_table
+from analysis.loading import finished, load_runs
+from analysis.tables import ablation_table, cost_table, glue_table, has_glue, main_table, overview_table
+from bayesq.suite.errors import UserError
+
+TABLES = {
+    "main": (main_table, "every method against GPTQ, with intervals and tests"),
+    "ablation": (ablation_table, "every variant of BayesQ against the full method"),
+    "cost": (cost_table, "seconds of the stages, and multiples of GPTQ's"),
+    "glue": (glue_table, "means over the tasks of GLUE, and which are missing"),
+}
 
 
 def main() -> None:
-    """Print the table, or one line on stderr and exit code 1 where there is nothing to show."""
+    """Print the table or write all files; one line on stderr and exit code 1 where there is nothing to show."""
     parser = argparse.ArgumentParser(prog="python -m analysis", description=__doc__)
-    parser.add_argument("results", help="a results folder, such as results/")
+    parser.add_argument("results", help="a results folder, such as results/, or wandb:ENTITY/PROJECT")
     kind = parser.add_mutually_exclusive_group()
-    kind.add_argument("--cost", action="store_true", help="seconds of the stages, and multiples of GPTQ's")
-    kind.add_argument("--glue", action="store_true", help="means over the tasks of GLUE, and which are missing")
+    for name, (_, text) in TABLES.items():
+        kind.add_argument(f"--{name}", action="store_const", dest="table", const=name, help=text)
+    kind.add_argument("--output", metavar="DIR", help="write all tables and figures there")
     arguments = parser.parse_args()
     source = arguments.results
     try:
+        if arguments.output is not None:
+            from analysis.notebooks import render_all
+
+            render_all(source, arguments.output)
+            return
         runs = load_runs(source)
-    except FileNotFoundError as error:
+        if finished(runs).empty:
+            sys.exit(f"error: no finished run in {source}")
+        if arguments.table == "glue" and not has_glue(runs):
+            sys.exit(f"error: no run of a GLUE task in {source}")
+        table = TABLES[arguments.table][0] if arguments.table else overview_table
+        print(table(runs).markdown(), end="")
+    except (FileNotFoundError, UserError) as error:
         sys.exit(f"error: {error}")
-    if runs.empty:
-        sys.exit(f"error: no finished run in {source}")
-    if arguments.cost:
-        print("Seconds, medians over n seeds; x: multiples of GPTQ's, statistics included.\n")
-        print(cost_table(runs).reset_index().to_markdown(index=False, floatfmt=".2f"))
-        return
-    if arguments.glue:
-        try:
-            scores = glue_table(runs)
-        except ValueError as error:
-            sys.exit(f"error: {error} in {source}")
-        print(
-            "Scores times 100, means over n seeds; a task's score is the mean of its metrics, GLUE that of the tasks.\n"
-        )
-        numbers = scores.select_dtypes("float").columns
-        scores[numbers] = scores[numbers].map(lambda score: "" if score != score else f"{score:.2f}")
-        print(scores.reset_index().to_markdown(index=False, disable_numparse=True))
-        return
-    table = main_table(runs).rename(columns=lambda bits: f"{bits:g} bit")
-    print("Primary metric in percent / KL to full precision in nats, mean over n seeds.\n")
-    print(table.reset_index().to_markdown(index=False, disable_numparse=True))
 
 
 if __name__ == "__main__":

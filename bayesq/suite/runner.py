@@ -217,7 +217,7 @@ def execute(
             plan.allocator.choices(list(work.layers))
         except ValueError as error:
             raise UserError(str(error)) from error
-    calibration = open_calibration(cfg, plan, work, cache_dir)
+    calibration = open_calibration(cfg, plan.posterior, work, cache_dir)
     expected = preflight(cfg, plan, work, calibration, {"cache_dir": cache_dir, "results_dir": folder})
     batch_size, autocast = int(cfg.evaluation.batch_size), cfg.evaluation.autocast
     reference = partial(
@@ -390,9 +390,10 @@ def statistics_of(plan: Plan) -> frozenset[str]:
     return kinds if method.sequential and not posterior else kinds | method.statistics
 
 
-def open_calibration(cfg: DictConfig, plan: Plan, work: Workload, cache_dir: Path) -> Calibration:
-    """The statistics of a run, computed when asked for."""
-    posterior = plan.posterior
+def open_calibration(
+    cfg: DictConfig, posterior: SharedPosterior | None, work: Workload, cache_dir: Path
+) -> Calibration:
+    """The calibration statistics that a run with this posterior reads; nothing is computed yet."""
     settings = CalibrationSettings(
         int(cfg.calibration.batch_size),
         posterior.samples if posterior else None,
@@ -449,6 +450,26 @@ def preflight(
     return needs.memory
 
 
+def layer_problems(work: Workload, calibration: Calibration, groups: Sequence[Sequence[str]]) -> list[LayerProblem]:
+    """The layers as methods see them, in forward order.
+
+    Args:
+        groups: names of the layers, of `forward_order`.
+    """
+    return [
+        LayerProblem(
+            name=name,
+            kind=type(work.layers[name]).__name__,
+            weight=weight_to_matrix(work.layers[name]).float().cpu(),
+            statistic=partial(calibration.statistic, name),
+            positions_per_channel=kernel_positions(work.layers[name]),
+            fallbacks={"unseen_layers": 1} if name in calibration.unseen else {},
+        )
+        for group in groups
+        for name in group
+    ]
+
+
 def quantize(cfg: DictConfig, plan: Plan, work: Workload, calibration: Calibration) -> Quantized:
     """Statistics, then the method over all layers.
 
@@ -460,18 +481,7 @@ def quantize(cfg: DictConfig, plan: Plan, work: Workload, calibration: Calibrati
     calibration.prepare(statistics_of(plan))
 
     groups = forward_order(module, layers, next(examples.batches(1, device)))
-    problems = [
-        LayerProblem(
-            name=name,
-            kind=type(layers[name]).__name__,
-            weight=weight_to_matrix(layers[name]).float().cpu(),
-            statistic=partial(calibration.statistic, name),
-            positions_per_channel=kernel_positions(layers[name]),
-            fallbacks={"unseen_layers": 1} if name in calibration.unseen else {},
-        )
-        for group in groups
-        for name in group
-    ]
+    problems = layer_problems(work, calibration, groups)
     result = Quantized(problems={problem.name: problem for problem in problems})
     round_embeddings(work, plan.budget, result)
     given: list[LayerProblem] = problems

@@ -1,0 +1,192 @@
+"""Means over seeds, and one variant against another on the examples and seeds that both have."""
+
+import logging
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from analysis.loading import PREDICTIONS_FILE, finished, read_table, records
+from analysis.statistics import Floats, Interval, mcnemar, paired_bootstrap, paired_metric_bootstrap
+from bayesq.suite.metrics import FUNCTIONS, Metric, measure
+from bayesq.suite.results import settings_of
+
+log = logging.getLogger(__name__)
+
+BASELINE = "gptq"
+# What a baseline must have in common with the runs that are compared with it.
+ALIKE = (
+    "correction",
+    "distill",
+    "calibration.examples",
+    "budget.count",
+    "layers.exclude",
+    "layers.include_embeddings",
+)
+KL = "q/kl_to_fp"
+# The same of a baseline for times, which distillation and correction are part of.
+ALIKE_IN_COST = tuple(key for key in ALIKE if key not in ("correction", "distill"))
+# KL is different for every example, so its resamples cost what the examples are; intervals need fewer than p values.
+KL_RESAMPLES = 2_000
+# How far a metric of predictions.csv may be from that of result.json, which has seen more digits of the labels.
+TOLERANCE = 1e-5
+BY = ("workload", "variant", "method", "bits")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A variant against another one.
+
+    Attributes:
+        delta: primary metric, second minus first, as a fraction.
+        kl_ratio: KL to full precision, second over first.
+        p: two-sided; McNemar's exact test where the metric is an accuracy, else that of the bootstrap.
+        seeds, examples: how many both have.
+    """
+
+    delta: Interval
+    kl_ratio: Interval
+    p: float
+    seeds: int
+    examples: int
+
+
+def summarise(runs: pd.DataFrame, by: Sequence[str] = BY) -> pd.DataFrame:
+    """Means and sample standard deviations over the finished runs of each group, in order of `by`.
+
+    Args:
+        runs: rows of `load_runs`.
+        by: columns of `runs`; `bits` is the budget, `examples` the size of the calibration set.
+
+    Returns:
+        one row per group: `by`, `n` (runs with a result), and for each numeric key of result.json KEY (mean) and
+        KEY/std (NaN for one run). `score` is the primary metric and `fp/score` the full-precision model's, as
+        fractions.
+    """
+    done = with_scores(finished(runs))
+    numbers = [key for key in done if key not in (*by, "seed", "duplicates") and _is_number(done[key])]
+    frame = pd.concat([done[list(by)], done[numbers].apply(pd.to_numeric).astype("float64")], axis=1)
+    grouped = frame.groupby(list(by), sort=True, dropna=False)
+    means, spread = grouped[numbers].mean(), grouped[numbers].std(ddof=1)
+    columns = {name: values for key in numbers for name, values in ((key, means[key]), (f"{key}/std", spread[key]))}
+    return pd.DataFrame({"n": grouped.size(), **columns}, index=means.index).reset_index()
+
+
+def with_scores(runs: pd.DataFrame) -> pd.DataFrame:
+    """`runs` with `bits`, `examples` (of the calibration set), `score`, `fp/score` and `metric`, the primary one."""
+    rows = records(runs)
+    metrics = [row.get("primary_metric") for row in rows]
+    return runs.assign(
+        bits=runs["bits/target"],
+        examples=runs.get("calibration/examples", math.nan),
+        metric=pd.Series(metrics, index=runs.index, dtype="object"),
+        score=[row.get(f"q/{metric}", math.nan) for row, metric in zip(rows, metrics, strict=True)],
+        **{"fp/score": [row.get(f"fp/{metric}", math.nan) for row, metric in zip(rows, metrics, strict=True)]},
+    )
+
+
+def _is_number(column: pd.Series) -> bool:
+    present = column.dropna()
+    return len(present) > 0 and all(isinstance(value, int | float | np.number) for value in present)
+
+
+def alike(run: Mapping[str, Any], keys: Sequence[str] = ALIKE) -> tuple[str, ...]:
+    """What a baseline must share with a run, as text."""
+    own = settings_of({"config": run["config"], "seed": run["seed"]})
+    return tuple(str(own.get(key)) for key in keys)
+
+
+def strongest_baseline(runs: pd.DataFrame, workload: str, bits: float, conditions: tuple[str, ...]) -> str | None:
+    """The GPTQ variant of lowest mean KL on a workload at a budget, or None.
+
+    Args:
+        runs: finished ones.
+        conditions: `alike` of the runs that it is compared with.
+    """
+    found = runs[(runs["workload"] == workload) & (runs["bits/target"] == bits) & (runs["method"] == BASELINE)]
+    found = found[[alike(run) == conditions for run in records(found)]]
+    if found.empty:
+        return None
+    means = {str(variant): float(own[KL].mean()) for variant, own in found.groupby("variant")}
+    return min(means, key=lambda variant: (means[variant], variant))
+
+
+class Examples:
+    """Per-example predictions of runs, each file read once."""
+
+    def __init__(self) -> None:
+        self._read: dict[str, pd.DataFrame | None] = {}
+
+    def of(self, run: Mapping[str, Any]) -> pd.DataFrame | None:
+        """Rows of a run that its primary metric is measured on, by name of the example; None where they are missing."""
+        path = str(run["path"])
+        if path not in self._read:
+            self._read[path] = self._checked(run)
+        return self._read[path]
+
+    def _checked(self, run: Mapping[str, Any]) -> pd.DataFrame | None:
+        table = read_table(run, PREDICTIONS_FILE)
+        if table is None:
+            return None
+        if run["config"]["dataset"].get("task") == "mnli":  # the mismatched examples have a metric of their own
+            first = table["id"].str.split("/").str[0]
+            table = table[first == first.iloc[0]]
+        metric = str(run["primary_metric"])
+        names = table["id"] if "id" in table else pd.Series(range(len(table)), index=table.index).astype(str)
+        table = table.set_index(names)[["label", "q_prediction", "kl"]].astype("float64")
+        found = measure(Metric(metric, metric), *(table[key].to_numpy() for key in ("q_prediction", "label")))
+        if not abs(found - run[f"q/{metric}"]) <= TOLERANCE or table.index.has_duplicates:
+            log.warning(
+                "%s: %s does not give the %s of its result; not compared", run["path"], PREDICTIONS_FILE, metric
+            )
+            return None
+        return table
+
+    def compare(self, first: pd.DataFrame, second: pd.DataFrame) -> Comparison | None:
+        """The runs of `second` against those of `first`, seed by seed; None where no seed has examples in common.
+
+        Args:
+            first, second: finished runs, one per seed each, of one workload.
+        """
+        before, after = self._by_seed(first), self._by_seed(second)
+        seeds = sorted(set(before) & set(after))
+        if not seeds:
+            return None
+        tables = [side[seed] for side in (before, after) for seed in seeds]
+        names = tables[0].index
+        for table in tables[1:]:
+            names = names.intersection(table.index, sort=False)
+        if not len(names):
+            return None
+        tables = [table.loc[names] for table in tables]
+        labels = tables[0]["label"].to_numpy()
+        count = len(seeds)
+        predictions, kl = (np.stack([table[key].to_numpy() for table in tables]) for key in ("q_prediction", "kl"))
+        function = str(first.iloc[0]["primary_metric"])
+        delta, p = _difference(function, predictions[:count], predictions[count:], labels)
+        ratio = paired_bootstrap(kl[:count], kl[count:], resamples=KL_RESAMPLES, ratio=True)
+        return Comparison(delta, ratio, p, count, len(names))
+
+    def _by_seed(self, runs: pd.DataFrame) -> dict[int, pd.DataFrame]:
+        tables = {int(run["seed"]): self.of(run) for run in records(runs)}
+        return {seed: table for seed, table in tables.items() if table is not None}
+
+
+def _difference(function: str, first: Floats, second: Floats, labels: Floats) -> tuple[Interval, float]:
+    if function == "accuracy":
+        correct = (first == labels).astype(np.float64), (second == labels).astype(np.float64)
+        return paired_bootstrap(*correct), mcnemar(*correct)
+    assert function in FUNCTIONS
+    delta = paired_metric_bootstrap(function, first, second, labels)
+    return delta, delta.p
+
+
+def counted(values: Iterable[float]) -> str:
+    """`3`, or `2 to 3` where they differ."""
+    found = sorted({int(value) for value in values if not math.isnan(value)})
+    if not found:
+        return "0"
+    return f"{found[0]:,}" if len(found) == 1 else f"{found[0]:,} to {found[-1]:,}"

@@ -1,0 +1,169 @@
+"""How every figure looks and how it is saved: style, widths, one colour and marker per method, files without a date."""
+
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import pandas as pd
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+STYLE_FILE = Path(__file__).with_name("bayesq.mplstyle")
+# inches: one column and both columns of a page
+SINGLE, DOUBLE = 3.3, 6.9
+# What matplotlib would write of its own accord changes from day to day and from version to version.
+PDF_METADATA = {"CreationDate": None, "Producer": None, "Creator": None}
+PNG_METADATA = {"Software": None}
+SUFFIXES = (".pdf", ".png", ".txt", ".csv")
+GREY = "#6e6e6e"
+
+
+# points; a square or a diamond of a circle's width looks larger than it
+MARKER_SIZES = {"s": 3.6, "D": 3.2, "^": 4.2, "v": 4.2}
+
+
+@dataclass(frozen=True)
+class Look:
+    """Colour, marker and line of a method; variants of a method share colour and marker."""
+
+    colour: str
+    marker: str
+    line: Any
+    filled: bool = True
+
+    @property
+    def face(self) -> str:
+        """Colour inside the marker."""
+        return self.colour if self.filled else "white"
+
+    def of_line(self) -> dict[str, Any]:
+        """Keyword arguments of `Axes.plot` and `Axes.errorbar`."""
+        return {
+            "color": self.colour,
+            "marker": self.marker,
+            "linestyle": self.line,
+            "markersize": MARKER_SIZES.get(self.marker, 4.0),
+            "markerfacecolor": self.face,
+            "markeredgecolor": self.colour,
+        }
+
+
+# Colours of Okabe and Ito, which differ for colour-blind readers; markers and lines tell methods apart in grey.
+LOOKS = {
+    "bayesq": Look("#0072B2", "o", "-"),
+    "gptq": Look("#D55E00", "s", (0, (5, 1.5))),
+    "awq": Look("#009E73", "^", (0, (4, 1.2, 1, 1.2))),
+    "rtn": Look("#CC79A7", "D", (0, (1, 1.2))),
+}
+# of methods that have none of their own, by their names
+FURTHER_LOOKS = (
+    Look("#E69F00", "v", (0, (7, 1.5, 1, 1.5, 1, 1.5))),
+    Look("#56B4E9", "P", (0, (2, 1))),
+    Look("#000000", "X", (0, (8, 2))),
+)
+# of a method's second, third ... variant
+VARIANT_LINES: tuple[Any, ...] = ((0, (3, 2)), (0, (1, 2)), (0, (6, 2, 1, 2)))
+NAMES = {"bayesq": "BayesQ", "gptq": "GPTQ", "awq": "AWQ", "rtn": "RTN"}
+
+
+def look(method: str, variant: int = 0) -> Look:
+    """How a method is drawn; its variants from the first on keep colour and marker, hollow and with other lines."""
+    own = LOOKS.get(method) or FURTHER_LOOKS[zlib.crc32(method.encode()) % len(FURTHER_LOOKS)]
+    if variant == 0:
+        return own
+    return Look(own.colour, own.marker, VARIANT_LINES[(variant - 1) % len(VARIANT_LINES)], filled=False)
+
+
+def looks(runs: pd.DataFrame) -> dict[str, Look]:
+    """The look of every variant in a frame of runs, methods in the order of LOOKS; plain variants come first.
+
+    Args:
+        runs: all runs of a source, so that a variant looks the same in each of its figures.
+    """
+    pairs = runs[["method", "variant"]].drop_duplicates().itertuples(index=False, name=None)
+    order = list(LOOKS)
+    ranked = sorted(pairs, key=lambda pair: (order.index(pair[0]) if pair[0] in order else len(order), *pair))
+    found: dict[str, Look] = {}
+    seen: dict[str, int] = {}
+    for method, variant in sorted(ranked, key=lambda pair: pair[1] != pair[0]):
+        found[variant] = look(method, seen.get(method, 0))
+        seen[method] = seen.get(method, 0) + 1
+    return {variant: found[variant] for _, variant in ranked}
+
+
+def label(variant: str) -> str:
+    """A variant as a legend spells it: `gptq sequential=false` is `GPTQ sequential=false`."""
+    method, *settings = variant.split(" ")
+    return " ".join([NAMES.get(method, method), *settings])
+
+
+@contextmanager
+def style() -> Iterator[None]:
+    """The shipped style, and nothing of the user's own matplotlibrc."""
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.style.use(STYLE_FILE)
+        yield
+
+
+def panels(rows: int, columns: int, width: float, height: float, **options: Any) -> tuple[Figure, list[list[Axes]]]:
+    """A figure of rows x columns axes; `width` is of the figure, `height` of a row, both in inches."""
+    figure = Figure(figsize=(width, rows * height))
+    axes = figure.subplots(rows, columns, squeeze=False, **options)
+    return figure, [list(row) for row in axes]
+
+
+def legend(
+    figure: Figure, found: Mapping[str, Look], further: Sequence[Artist] = (), columns: int = 5, lines: bool = True
+) -> None:
+    """One legend below all axes, where no data is.
+
+    Args:
+        found: look by variant, those that are drawn.
+        further: handles of what is no variant.
+        columns: most entries of one line.
+        lines: False where the markers stand alone.
+    """
+    bare = {} if lines else {"linestyle": "none"}
+    handles = [Line2D([], [], label=label(variant), **(own.of_line() | bare)) for variant, own in found.items()]
+    handles = [*handles, *further]
+    if handles:
+        figure.legend(handles=handles, loc="outside lower center", ncols=min(columns, len(handles)))
+
+
+def save(
+    figure: Figure, folder: Path, name: str, caption: str, data: pd.DataFrame | None = None, dpi: int = 300
+) -> Path:
+    """Write NAME.pdf, NAME.png, the caption as NAME.txt and what is drawn as NAME.csv; the same input, the same bytes.
+
+    Returns:
+        the path of the PNG file.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with style():
+        figure.savefig(folder / f"{name}.pdf", metadata=PDF_METADATA)
+        figure.savefig(folder / f"{name}.png", metadata=PNG_METADATA, dpi=dpi)
+    (folder / f"{name}.txt").write_text(caption.strip() + "\n", encoding="utf-8")
+    if data is not None:
+        data.to_csv(folder / f"{name}.csv", index=False, lineterminator="\n", float_format="%.10g")
+    return folder / f"{name}.png"
+
+
+def remove(folder: Path, name: str) -> None:
+    """Remove the files of a figure that there is nothing to draw for: an old one would be taken for the new."""
+    for suffix in SUFFIXES:
+        (folder / f"{name}{suffix}").unlink(missing_ok=True)
+
+
+def counted(numbers: Iterable[int]) -> str:
+    """`3`, or `2 to 3` where the numbers differ."""
+    distinct = sorted(set(numbers))
+    if not distinct:
+        return "0"
+    return str(distinct[0]) if len(distinct) == 1 else f"{distinct[0]} to {distinct[-1]}"

@@ -1,0 +1,337 @@
+"""Results as data frames: one row per run, per layer or per example, from a folder or from a W&B project."""
+
+import json
+import logging
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig, OmegaConf
+
+from bayesq.suite.cli import COMPOSITION_ERRORS, CONFIG_NAME, conf_dir
+from bayesq.suite.config import resolved, show
+from bayesq.suite.errors import UserError
+from bayesq.suite.results import FAILURE_FILE, RESULT_FILE, differing_settings, read_result, settings_of
+from bayesq.suite.status import recorded_overrides, state_of, was_started
+from bayesq.suite.tracking import LAYERS_KEY
+
+log = logging.getLogger(__name__)
+
+WANDB = "wandb:"
+LAYERS_FILE, PREDICTIONS_FILE = "layers.csv", "predictions.csv"
+CONFIG_FILE = ".hydra/config.yaml"
+AXES = ("model", "dataset", "method")
+# What a run's network and data are; other settings make variants of a method.
+WORKLOAD_AXES = ("model", "dataset", "evaluation")
+# Where files lie says nothing about what is in them, and the task stands in the workload's name anyway.
+NOT_NAMED = ("dataset.root", "dataset.hub", "dataset.task")
+UNKNOWN = "unknown"
+FINISHED = "finished"
+# Columns that every frame of runs has, in front.
+FIRST = ("run_id", "status", "workload", "variant", "model", "dataset", "method", "bits/target", "seed")
+LAST = ("error", "duplicates", "path", "overrides")
+# Columns of `runs` that stand beside every row of the long frames.
+BESIDE = {"run_id": "run_id", "workload": "workload", "variant": "variant", "bits/target": "bits", "seed": "seed"}
+
+
+def load_runs(source: str | Path) -> pd.DataFrame:
+    """One row per run that was ever started in `source`, one column per key of result.json.
+
+    Accuracies are fractions, KL is in nats, sizes are bits per quantized weight; `config`, `versions`, `host` and
+    `git` hold mappings. Added are `workload` (model, data set and task), `variant` (the method and those of its
+    settings that differ among this workload's runs and are not the default), `status` (finished, failed, running or
+    missing: begun, but without a result), `error` (why there is no result), `path` (folder, or that of the W&B run),
+    `overrides` (what the run was started with, where that was recorded) and `duplicates` (further runs of the same
+    run id, or with the same settings and seed, that were dropped: the newest finished one counts).
+
+    Args:
+        source: a results folder, a folder of results folders, or `wandb:ENTITY/PROJECT`.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        UserError: the W&B project cannot be read.
+    """
+    found = _from_wandb(str(source)) if str(source).startswith(WANDB) else _from_folder(Path(source))
+    found = _without_duplicates(found, ("run_id",))
+    _name(found)
+    found = _without_duplicates(found, ("workload", "variant", "bits/target", "seed"))
+    own = dict.fromkeys(key for run in found for key in run if key not in (*FIRST, *LAST, "time"))
+    return pd.DataFrame(found, columns=[*FIRST, *own, *LAST])
+
+
+def layer_frame(runs: pd.DataFrame) -> pd.DataFrame:
+    """The rows of layers.csv of the finished runs, with run_id, workload, variant, bits and seed beside them."""
+    return _long(runs, LAYERS_FILE)
+
+
+def example_frame(runs: pd.DataFrame) -> pd.DataFrame:
+    """The rows of predictions.csv of the finished runs, with run_id, workload, variant, bits, seed and row beside them.
+
+    `row` is the place of the example in the evaluation set, `id` its name.
+    """
+    return _long(runs, PREDICTIONS_FILE)
+
+
+def finished(runs: pd.DataFrame) -> pd.DataFrame:
+    """The rows of runs that have a result."""
+    return runs[runs["status"] == FINISHED]
+
+
+def records(runs: pd.DataFrame) -> list[dict[str, Any]]:
+    """The rows of a frame of runs as mappings."""
+    return [{str(key): value for key, value in row.items()} for row in runs.to_dict("records")]
+
+
+def read_table(run: Mapping[str, Any], file: str) -> pd.DataFrame | None:
+    """A run's layers.csv or predictions.csv, or None, with a line in the log, where it cannot be read."""
+    if str(run["path"]).startswith(WANDB):
+        return _wandb_table(run, file)
+    path = Path(run["path"]) / file
+    try:
+        return pd.read_csv(path, dtype={"id": str, "name": str})
+    except (OSError, ValueError) as error:
+        log.warning("%s: not readable (%s)", path, str(error).splitlines()[0])
+        return None
+
+
+def command_overrides(run: Mapping[str, Any]) -> list[str]:
+    """Overrides that start a run again: the recorded ones, else those that separate its config from the defaults."""
+    if run.get("overrides"):
+        return list(run["overrides"])
+    config = run.get("config")
+    if not isinstance(config, Mapping):
+        return []
+    own = settings_of({"config": config, "seed": run["seed"]})
+    axes = {axis: str(own[axis]) for axis in (*AXES, "posterior") if axis in own}
+    defaults = _defaults(tuple(axes.items()))
+    task = ["dataset.task"] if "dataset.task" in own else []
+    keys = [*AXES, *task, *(key for key in own if key in defaults and defaults[key] != own[key] and key not in AXES)]
+    chosen = {key: own[key] for key in dict.fromkeys([*keys, "bits"])}
+    return [*(f"{key}={show(value)}" for key, value in chosen.items() if value is not None), f"seed={run['seed']}"]
+
+
+# ------------------------------------------------------------------------------------------------------- a folder
+
+
+def _from_folder(source: Path) -> list[dict[str, Any]]:
+    """Every run below a results folder, or below the folders in it, by path."""
+    if not source.is_dir():
+        raise FileNotFoundError(f"no results folder {source}")
+    return [_read_run(folder) for folder in _run_folders(source)]
+
+
+def _run_folders(source: Path, deeper: bool = True) -> Iterator[Path]:
+    for folder in sorted(path for path in source.iterdir() if path.is_dir() and path.name != "wandb"):
+        if was_started(folder):
+            yield folder
+        elif deeper:
+            yield from _run_folders(folder, deeper=False)
+
+
+def _read_run(folder: Path) -> dict[str, Any]:
+    """What the files of a run's folder say; a run without a result gets its names from the recorded config."""
+    overrides = recorded_overrides(folder)
+    place = {"path": str(folder), "overrides": overrides, "time": _modified(folder)}
+    result = read_result(folder / RESULT_FILE)
+    for file, content in ((RESULT_FILE, result), (FAILURE_FILE, read_result(folder / FAILURE_FILE))):
+        if content is None and (folder / file).exists():
+            log.warning("%s: not readable as JSON", folder / file)
+    if result is not None and result.get("status") == FINISHED:
+        return {"run_id": folder.name, **result, "error": None, **place}
+    run = state_of(folder, overrides)
+    config = _recorded_config(folder) or (result or {}).get("config")
+    return {"run_id": run.run_id, "status": run.state, **_names(config), "error": run.reason or None, **place}
+
+
+def _modified(folder: Path) -> float:
+    files = [folder / name for name in (RESULT_FILE, FAILURE_FILE)]
+    return max((file.stat().st_mtime for file in files if file.exists()), default=0.0)
+
+
+def _recorded_config(folder: Path) -> dict[str, Any] | None:
+    """The configuration that Hydra wrote when the run was started, or None."""
+    try:
+        cfg = OmegaConf.load(folder / CONFIG_FILE)
+        return resolved(cfg) if isinstance(cfg, DictConfig) else None
+    except FileNotFoundError:
+        return None
+    except (OSError, UserError, *COMPOSITION_ERRORS):
+        log.warning("%s: not readable as a configuration", folder / CONFIG_FILE)
+        return None
+
+
+def _names(config: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The keys of result.json that a configuration alone determines; none where a part of it is missing."""
+    try:
+        assert config is not None
+        names = {axis: config[axis]["name"] for axis in AXES}
+        return {**names, "bits/target": float(config["bits"]), "seed": config["seed"], "config": dict(config)}
+    except (AssertionError, KeyError, TypeError, ValueError):
+        return {}
+
+
+# ------------------------------------------------------------------------------------------------------------ W&B
+
+WANDB_STATES = {"running": "running", "pending": "running", "failed": "failed"}
+
+
+def _from_wandb(source: str) -> list[dict[str, Any]]:
+    """Every run of a project: its summary has the keys of result.json, its config those of the configuration."""
+    import wandb
+
+    project = source.removeprefix(WANDB)
+    if project.count("/") != 1:
+        raise UserError(f"{source}: needs {WANDB}ENTITY/PROJECT")
+    try:
+        return [_wandb_record(run, project) for run in wandb.Api().runs(project, per_page=200, lazy=False)]
+    except (wandb.Error, ValueError) as error:
+        raise UserError(f"{source}: {' '.join(str(error).split())}") from error
+
+
+def _wandb_record(run: Any, project: str) -> dict[str, Any]:
+    summary = {key: value for key, value in dict(run.summary_metrics).items() if not key.startswith("_")}
+    place = {"path": f"{WANDB}{project}/{run.id}", "overrides": [], "time": run.created_at}
+    if summary.get("status") == FINISHED:
+        # tables and plots are files, not values
+        files = {key for key, value in summary.items() if isinstance(value, Mapping) and "_type" in value}
+        result = {key: value for key, value in summary.items() if key not in files}
+        return {**result, "wandb/error": None, "error": None, **place, LAYERS_KEY: summary.get(LAYERS_KEY)}
+    state = WANDB_STATES.get(run.state, "missing")
+    error = f"W&B calls it {run.state}; the reason is in the run's own folder"
+    return {"run_id": run.id, "status": state, **_names(_nested(run.config)), "error": error, **place}
+
+
+def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration whose keys W&B has joined by slashes, with the name of an axis under its own key."""
+    config: dict[str, Any] = {}
+    for key, value in flat.items():
+        *parents, last = key.split("/")
+        inner = config
+        for parent in parents:
+            inner = inner.setdefault(parent, {})
+        if last in (*AXES, "posterior") and not parents:
+            config.setdefault(last, {})["name"] = value
+        else:
+            inner[last] = value
+    return config
+
+
+def _wandb_table(run: Mapping[str, Any], file: str) -> pd.DataFrame | None:
+    if file != LAYERS_FILE:
+        return None
+    import wandb
+
+    reference = run.get(LAYERS_KEY)
+    if not isinstance(reference, Mapping) or "path" not in reference:
+        log.warning("%s: no table of layers was logged", run["path"])
+        return None
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            remote = wandb.Api().run(str(run["path"]).removeprefix(WANDB))
+            with remote.file(reference["path"]).download(folder, replace=True) as table:
+                content = json.load(table)
+    except (wandb.Error, OSError, ValueError) as error:
+        log.warning("%s: its table of layers is not readable (%s)", run["path"], " ".join(str(error).split()))
+        return None
+    return pd.DataFrame(content["data"], columns=content["columns"])
+
+
+# -------------------------------------------------------------------------------------------------- names and order
+
+
+def _without_duplicates(records: Iterable[dict[str, Any]], keys: Sequence[str]) -> list[dict[str, Any]]:
+    """One record for each value of `keys`, in order of the run ids: the newest finished one, else the newest.
+
+    Records that lack a key have no duplicate.
+    """
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for place, record in enumerate(records):
+        key = tuple(record.get(name, f"none {place}") for name in keys)
+        groups.setdefault(key, []).append(record)
+    kept = []
+    for alike in groups.values():
+        best = max(alike, key=lambda record: (record["status"] == FINISHED, record["time"], record["path"]))
+        dropped = len(alike) - 1 + sum(record.get("duplicates", 0) for record in alike)
+        kept.append({**best, "duplicates": dropped})
+    return sorted(kept, key=lambda record: record["run_id"])
+
+
+def _name(records: Sequence[dict[str, Any]]) -> None:
+    """Set `workload` and `variant` of every record."""
+    named: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for record in records:
+        record["workload"] = record["variant"] = UNKNOWN
+        if isinstance(record.get("config"), Mapping):
+            task = record["config"]["dataset"].get("task")
+            named.setdefault((record["model"], record["dataset"], task), []).append(record)
+    for (model, dataset, task), members in named.items():
+        base = f"{model} / {dataset}" + (f" {task}" if task else "")
+        settings = [settings_of(record) for record in members]
+        keys = [key for key in _separating(members, method=None) if key.split(".")[0] in WORKLOAD_AXES]
+        for record, own in zip(members, settings, strict=True):
+            shown = [f"{key}={show(own[key])}" for key in keys if own.get(key) is not None]
+            record["workload"] = " ".join([base, *shown])
+        by_place: dict[tuple[str, str], list[int]] = {}
+        for place, record in enumerate(members):
+            by_place.setdefault((record["workload"], record["method"]), []).append(place)
+        for (_, method), places in by_place.items():
+            keys = [key for key in _separating([members[i] for i in places]) if key.split(".")[0] not in WORKLOAD_AXES]
+            for i in places:
+                members[i]["variant"] = " ".join([method, *_deviations(settings[i], keys)])
+
+
+def _separating(records: Sequence[Mapping[str, Any]], **same: Any) -> list[str]:
+    """`differing_settings` whatever the budget, and whatever `same` names."""
+    alike = [{**record, "bits/target": None, **same} for record in records]
+    return [key for key in differing_settings(alike) if key != "bits" and key not in AXES and key not in NOT_NAMED]
+
+
+def _deviations(own: Mapping[str, Any], keys: Sequence[str]) -> list[str]:
+    """Those of `keys` that are not at the suite's default, as name=value; keys of the method without its prefix."""
+    axes = tuple((axis, str(own[axis])) for axis in ("method", "posterior") if axis in own)
+    defaults = _defaults(axes) if keys else {}
+    return [
+        f"{key.removeprefix('method.')}={show(own[key])}"
+        for key in keys
+        if key in own and not (key in defaults and defaults[key] == own[key])
+    ]
+
+
+@cache
+def _defaults(axes: tuple[tuple[str, str], ...]) -> dict[str, Any]:
+    """What `settings_of` gives for the suite's YAML files with these choices; of unknown ones without them.
+
+    The posterior's choice is compared with the suite's own, its settings with that posterior's.
+    """
+    choices = [f"{axis}={name}" for axis, name in axes if (conf_dir() / axis / f"{name}.yaml").is_file()]
+    choices.append("++dataset.task=null")  # it has no default
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        config = resolved(compose(CONFIG_NAME, overrides=choices))
+        standard = resolved(compose(CONFIG_NAME))
+    own = settings_of({"config": config, "seed": config["seed"]})
+    return {**own, "posterior": standard["posterior"]["name"]}
+
+
+# ------------------------------------------------------------------------------------------------------ long frames
+
+
+def _long(runs: pd.DataFrame, file: str) -> pd.DataFrame:
+    parts = []
+    done = finished(runs)
+    if file == PREDICTIONS_FILE and done["path"].astype(str).str.startswith(WANDB).any():
+        log.warning("W&B has no predictions per example: intervals and tests need the results folder")
+    for run in records(done):
+        table = read_table(run, file)
+        if table is None:
+            continue
+        beside = {name: run[column] for column, name in BESIDE.items()}
+        if file == PREDICTIONS_FILE:
+            beside["row"] = range(len(table))
+        parts.append(pd.DataFrame({**beside, **{str(key): table[key] for key in table}}, index=table.index))
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=[*BESIDE.values()])

@@ -1,0 +1,221 @@
+"""The paper's pages: each notebook is a percent script that also runs as a plain one.
+
+python analysis/notebooks/bit_curve.py results --output paper     one page as a script
+python -m analysis.notebooks results --output paper               all pages as executed .ipynb files
+
+In a kernel the arguments come from the environment: BAYESQ_RESULTS and BAYESQ_OUTPUT.
+"""
+
+import argparse
+import builtins
+import functools
+import os
+import re
+import runpy
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+import analysis
+from analysis import figures, gaps, plots, tables
+from analysis.loading import finished
+from bayesq.suite.errors import UserError
+
+FOLDER = Path(__file__).parent
+# in the order of a paper
+NOTEBOOKS = (
+    "main_figure",
+    "main_table",
+    "glue_table",
+    "ablation",
+    "bit_curve",
+    "allocation",
+    "calibration_size",
+    "cost",
+    "reliability",
+    "rate_distortion",
+)
+RESULTS_VARIABLE, OUTPUT_VARIABLE = "BAYESQ_RESULTS", "BAYESQ_OUTPUT"
+PAGES = "pages"
+
+
+def arguments() -> tuple[str, Path]:
+    """Where results come from and where figures and tables go: from the command line, in a kernel from environment."""
+    parser = argparse.ArgumentParser(description="Figures and tables of a results folder or a W&B project.")
+    parser.add_argument("results", nargs="?", default=os.environ.get(RESULTS_VARIABLE, "results"))
+    parser.add_argument("--output", type=Path, default=Path(os.environ.get(OUTPUT_VARIABLE, "paper")))
+    given = parser.parse_args([] if in_kernel() else sys.argv[1:])
+    return given.results, given.output
+
+
+def in_kernel() -> bool:
+    """Whether the code runs in a notebook, where the command line is the kernel's own."""
+    return hasattr(builtins, "__IPYTHON__")
+
+
+class Page:
+    """What one notebook reads and writes.
+
+    Everything shown also goes to OUTPUT/pages/NAME.md: figures with their captions, tables, and what is missing.
+
+    Attributes:
+        source: a results folder or `wandb:entity/project`.
+        output: folder of figures and tables.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.source, self.output = arguments()
+        self.parts: list[str] = []
+        self._forget()
+        try:
+            self.results = read(self.source)
+        except (FileNotFoundError, UserError) as error:
+            sys.exit(f"error: {error}")
+
+    @property
+    def runs(self) -> pd.DataFrame:
+        """All runs, failed ones included."""
+        return self.results.runs
+
+    @property
+    def finished(self) -> pd.DataFrame:
+        """The runs that have a result."""
+        return finished(self.runs)
+
+    @cached_property
+    def main_runs(self) -> pd.DataFrame:
+        """Runs that figures of all methods show; what they leave out is said."""
+        kept, left_out = plots.main_runs(self.runs)
+        for line in left_out:
+            self.say(line)
+        return kept
+
+    @property
+    def layers(self) -> pd.DataFrame:
+        """The rows of all layers.csv."""
+        return self.results.layers
+
+    @property
+    def examples(self) -> pd.DataFrame:
+        """The rows of all predictions.csv."""
+        return self.results.examples
+
+    @property
+    def looks(self) -> dict[str, figures.Look]:
+        """Look of every variant."""
+        return figures.looks(self.runs)
+
+    def looks_without(self, setting: str) -> dict[str, figures.Look]:
+        """Looks of variants whose names leave out a setting that is an axis of the figure."""
+        names = [plots.without(variant, setting) for variant in self.runs["variant"]]
+        return figures.looks(self.runs.assign(variant=names))
+
+    def command(self, workload: str, *overrides: str) -> str:
+        """The line for the shell that makes runs of a workload."""
+        return gaps.workload_command(self.runs[self.runs["workload"] == workload].iloc[0], overrides, self.source)
+
+    def figure(self, drawn: Figure, name: str, caption: str, data: pd.DataFrame | None = None, **options: Any) -> None:
+        """Save a figure with its caption and its data, and show it."""
+        path = figures.save(drawn, self.output, name, caption, data, **options)
+        if in_kernel():
+            from IPython.display import Image, display
+
+            display(Image(path.read_bytes(), width=round(96 * drawn.get_figwidth() * 1.4)))
+        self._say(f"![{name}](../{path.name})")
+        self.say(caption)
+
+    def table(self, table: tables.Table, name: str) -> None:
+        """Write a table as .md, .csv and .tex, and show it."""
+        written = tables.write_table(table, self.output, name)
+        markdown = next(path for path in written if path.suffix == ".md")
+        self.say(markdown.read_text(encoding="utf-8").strip())
+
+    def say(self, text: str) -> None:
+        """Show a paragraph, in Markdown."""
+        if in_kernel():
+            from IPython.display import Markdown, display
+
+            display(Markdown(text))
+        else:
+            print(text, end="\n\n")
+        self._say(text)
+
+    def nothing(self, why: str, command: str) -> None:
+        """Say that there is nothing to show, and what makes it."""
+        self.say(f"Nothing to show: {why}; `{command}`")
+
+    def missing(self, lines: Sequence[str]) -> None:
+        """Say what is not there and how to get it."""
+        if lines:
+            self.say("Missing:\n\n" + "\n".join(f"* {line}" for line in lines))
+
+    @property
+    def path(self) -> Path:
+        """The page in Markdown."""
+        return self.output / PAGES / f"{self.name}.md"
+
+    def _forget(self) -> None:
+        """Remove the figures of an earlier page: one that is not drawn again would be taken for this one's."""
+        if self.path.is_file():
+            for name in re.findall(r"^!\[(.+?)\]\(", self.path.read_text(encoding="utf-8"), re.MULTILINE):
+                figures.remove(self.output, name)
+            self.path.unlink()
+
+    def _say(self, text: str) -> None:
+        self.parts.append(text)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text("\n\n".join([f"# {self.name}", *self.parts]) + "\n", encoding="utf-8")
+
+
+class Results:
+    """The frames of a source, each read when it is asked for."""
+
+    def __init__(self, source: str) -> None:
+        self.runs = analysis.load_runs(source)
+
+    @cached_property
+    def layers(self) -> pd.DataFrame:
+        """Long frame of layers.csv."""
+        return analysis.layer_frame(self.runs)
+
+    @cached_property
+    def examples(self) -> pd.DataFrame:
+        """Long frame of predictions.csv."""
+        return analysis.example_frame(self.runs)
+
+
+@functools.lru_cache(maxsize=1)
+def read(source: str) -> Results:
+    """The results of a source, read once for all pages that one process renders."""
+    return Results(source)
+
+
+@contextmanager
+def _given(source: str | Path, output: Path) -> Iterator[None]:
+    """Arguments as a script finds them."""
+    before = sys.argv
+    sys.argv = [before[0], str(source), "--output", str(output)]
+    try:
+        yield
+    finally:
+        sys.argv = before
+
+
+def render_all(source: str | Path, output: str | Path, names: Sequence[str] = NOTEBOOKS) -> None:
+    """Run notebooks as scripts, in this process: every figure and table of a source.
+
+    Args:
+        source: a results folder or `wandb:entity/project`.
+        output: folder of figures and tables.
+    """
+    read.cache_clear()  # the folder may have grown
+    with _given(source, Path(output)):
+        for name in names:
+            runpy.run_path(str(FOLDER / f"{name}.py"), run_name="__main__")

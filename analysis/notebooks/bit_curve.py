@@ -1,0 +1,31 @@
+# ---
+# jupyter:
+#   kernelspec: {name: python3, display_name: Python 3, language: python}
+# ---
+# %% [markdown]
+# # Accuracy and calibration from 2 to 8 bits
+#
+# The primary metric, the KL divergence to full precision, the negative log-likelihood of the labels and the
+# expected calibration error (15 bins), against the bits of the codes alone (upper row) and of everything on disk
+# (lower row). Means and sample standard deviations over calibration seeds; the grey line is the full-precision network.
+
+# %%
+from analysis import gaps, plots
+from analysis.notebooks import Page
+
+BUDGETS = (2, 2.5, 3, 3.5, 4, 5, 6, 7, 8)  # of sweeps/bit_curve.yaml
+page = Page("bit_curve")
+
+# %%
+data = plots.bit_curve_data(page.main_runs)
+for workload, own in data.groupby("workload"):
+    caption = (
+        f"{workload}: score, KL, NLL and ECE against code and stored bits; {plots.population(own, page.main_runs)}."
+    )
+    page.figure(plots.bit_curve(own, page.looks), f"bit_curve_{plots.slug(workload)}", caption, own)
+
+# %% [markdown]
+# What the whole curve from 2 to 8 bits lacks:
+
+# %%
+page.missing(gaps.gaps(page.main_runs, BUDGETS, page.source))

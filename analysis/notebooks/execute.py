@@ -1,0 +1,51 @@
+"""From a percent script to an executed notebook."""
+
+import os
+from pathlib import Path
+
+import jupytext
+import nbformat
+from nbclient import NotebookClient
+
+from analysis.notebooks import FOLDER, OUTPUT_VARIABLE, RESULTS_VARIABLE
+
+ROOT = Path(__file__).parents[2]
+# of one cell; reading a large W&B project takes a while
+CELL_SECONDS = 1800
+
+
+def convert(name: str) -> nbformat.NotebookNode:
+    """The notebook of a script, not executed; the same script gives the same file."""
+    notebook = jupytext.read(FOLDER / f"{name}.py", fmt="py:percent")
+    for number, cell in enumerate(notebook.cells):
+        cell["id"] = f"{name}-{number}"  # jupytext draws them at random
+    return notebook
+
+
+def execute(name: str, source: str | Path, output: Path) -> Path:
+    """Execute a page in a kernel of its own and write OUTPUT/NAME.ipynb, in the folder one is in.
+
+    Args:
+        source: a results folder or `wandb:entity/project`.
+
+    Returns:
+        the path of the notebook.
+
+    Raises:
+        nbclient.exceptions.CellExecutionError: a cell failed.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    given = {RESULTS_VARIABLE: str(source), OUTPUT_VARIABLE: str(output), "PYTHONPATH": os.pathsep.join(path)}
+    notebook = convert(name)
+    client = NotebookClient(
+        notebook,
+        timeout=CELL_SECONDS,
+        kernel_name="python3",
+        record_timing=False,
+        resources={"metadata": {"path": str(Path.cwd())}},
+    )
+    client.execute(env={**os.environ, **given})
+    written = output / f"{name}.ipynb"
+    nbformat.write(notebook, written)
+    return written

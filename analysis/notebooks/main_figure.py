@@ -1,0 +1,28 @@
+# ---
+# jupyter:
+#   kernelspec: {name: python3, display_name: Python 3, language: python}
+# ---
+# %% [markdown]
+# # KL to full precision against bits
+#
+# How far the quantized network's predictions are from the full-precision network's, for every method and budget: the KL
+# divergence in nats, averaged over the test examples, on a logarithmic axis. Points are means over calibration seeds,
+# bars one sample standard deviation. A line breaks where a budget that other methods have was not run.
+
+# %%
+from analysis import gaps, plots
+from analysis.notebooks import Page
+
+page = Page("main_figure")
+
+# %%
+data = plots.bit_curve_data(page.main_runs)
+if data.empty:
+    page.nothing("no finished run", "python run.py -m method=rtn,gptq,awq,bayesq bits=3,3.5,4 seed=0,1,2")
+else:
+    population = plots.population(data, page.main_runs)
+    caption = f"KL to full precision against code bits, mean and standard deviation; {population}."
+    page.figure(plots.main_figure(data, page.looks), "main_figure", caption, data, dpi=200)
+
+# %%
+page.missing(gaps.gaps(page.main_runs, source=page.source))

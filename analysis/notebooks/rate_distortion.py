@@ -1,0 +1,42 @@
+# ---
+# jupyter:
+#   kernelspec: {name: python3, display_name: Python 3, language: python}
+# ---
+# %% [markdown]
+# # Bits above the Gaussian rate-distortion bound
+#
+# How many bits per weight a code takes beyond the least that any code could at the same risk. Each row of a layer
+# counts as a normal source of that row's variance $s_r^2$, the distortion is the risk $\frac12\delta^\top P\delta$ of
+# the posterior with $P = A \otimes G$. It separates into independent components of variances
+# $v_{ij} = \frac12\,\mathrm{eig}_i(S^{1/2} G S^{1/2})\,\mathrm{eig}_j(A)$, $S = \mathrm{diag}(s_r^2)$, and reverse
+# water-filling gives
+#
+# $$D = \sum_{ij}\min(\theta, v_{ij}), \qquad
+# R(D) = \sum_{ij} \max\left(0, \tfrac12\log_2\frac{v_{ij}}{\theta}\right).$$
+#
+# Left: code bits minus the network's bound, one water level $\theta$ for all layers at the sum of their risks.
+# Middle: minus the bounds of the layers, each at its own risk; what the left panel has more is lost by the allocation
+# of bits to layers. Right: layer by layer. All methods are judged by the same risk, taken on the full-precision
+# network's inputs: a GPTQ that rounds behind the quantized prefix minimises another one.
+# `python -m bayesq.suite.bounds` computes the bounds of finished runs.
+
+# %%
+from analysis import plots
+from analysis.notebooks import Page
+
+page = Page("rate_distortion")
+
+# %%
+bounds = plots.bounds_frame(page.main_runs)
+for workload, members in bounds.groupby("workload"):
+    own, layers = plots.rate_distortion_data(members), plots.layer_gaps(members)
+    caption = f"{workload}: code bits per weight above the Gaussian rate-distortion bound at the achieved risk, of the"
+    caption += f" network, of its {layers['name'].nunique()} layers, and layer by layer;"
+    caption += f" {plots.seeds(own['n'])}."
+    drawn = plots.rate_distortion(own, layers, page.looks)
+    page.figure(drawn, f"rate_distortion_{plots.slug(workload)}", caption, own)
+
+# %%
+without = page.finished[~page.finished["run_id"].isin(plots.bounds_frame(page.finished)["run_id"])]
+if len(without):
+    page.say(f"{len(without)} runs have no bounds.csv; `python -m bayesq.suite.bounds {page.source}`")

@@ -1,0 +1,32 @@
+# ---
+# jupyter:
+#   kernelspec: {name: python3, display_name: Python 3, language: python}
+# ---
+# %% [markdown]
+# # Is the network as sure as it is right?
+#
+# Reliability diagrams: test examples are sorted into the 15 bins of the expected calibration error by the probability
+# of the predicted class; each point is a bin's mean probability against its accuracy, with an area that grows with the
+# bin's share. Examples of all seeds are pooled. On the dotted line a network is calibrated.
+
+# %%
+from analysis import plots
+from analysis.notebooks import Page
+
+page = Page("reliability")
+
+# %%
+examples = page.examples
+data = plots.reliability_data(examples[examples["run_id"].isin(page.main_runs["run_id"])])
+for workload, own in data.groupby("workload"):
+    shown = own[own["bits"].isin(plots.shown_budgets(own))]
+    pooled = plots.counted(shown[shown["method"] != ""].groupby(["bits", "variant"])["n"].sum())
+    caption = f"{workload}: accuracy against confidence; n = {pooled} predictions a line, seeds pooled;"
+    caption += f" bins of fewer than {plots.LEAST_IN_BIN} are not drawn."
+    page.figure(plots.reliability(shown, page.looks), f"reliability_{plots.slug(workload)}", caption, shown)
+
+# %%
+for workload in sorted(set(page.runs["workload"]) - set(data["workload"])):
+    page.say(
+        f"{workload}: no recorded confidences; a regression has none, `python run.py ... force=true` records others"
+    )

@@ -1,0 +1,58 @@
+"""What only a run's packed file tells: the width of every row."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from analysis.loading import finished
+
+
+def row_widths(path: Path) -> dict[str, np.ndarray]:
+    """Bits per code of each row [R], by layer in forward order, from a run's quantized.safetensors.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    # torch takes seconds to import, and one page of ten needs it
+    from safetensors import safe_open
+
+    from bayesq.quant.packing import MIN_WIDTH, WIDTH_MAP_BITS, from_bits
+    from bayesq.suite.cache import HEADER_KEY
+
+    if not path.is_file():
+        raise FileNotFoundError(path)
+    with safe_open(path, framework="numpy") as file:
+        header = json.loads(file.metadata()[HEADER_KEY])
+        facts = json.loads(header["metadata"]["layers"])
+        widths = {}
+        for name, fact in facts.items():
+            stored, rows = file.get_tensor(f"{name}/width"), int(fact["shape"][0])
+            if fact["mixed"]:
+                bits = np.unpackbits(stored, count=WIDTH_MAP_BITS * rows)
+                widths[name] = from_bits(bits, WIDTH_MAP_BITS) + MIN_WIDTH
+            else:
+                widths[name] = np.repeat(stored, rows)
+    return widths
+
+
+def width_frame(runs: pd.DataFrame) -> pd.DataFrame:
+    """Share of each layer's rows at each width: workload, variant, bits, seed, position (forward order), width, share.
+
+    Runs whose packed file is not at hand (read from W&B, or deleted) give no rows.
+    """
+    columns = ["workload", "variant", "bits", "seed", "position", "width", "share"]
+    rows = []
+    for _, run in finished(runs).iterrows():
+        if not isinstance(run.get("path"), str | Path):
+            continue
+        try:
+            found = row_widths(Path(run["path"]) / "quantized.safetensors")
+        except FileNotFoundError:
+            continue
+        for position, widths in enumerate(found.values()):
+            for width, count in zip(*np.unique(widths, return_counts=True), strict=True):
+                own = (run["workload"], run["variant"], run["bits/target"], run["seed"])
+                rows.append((*own, position, int(width), count / len(widths)))
+    return pd.DataFrame(rows, columns=columns)

@@ -1,0 +1,188 @@
+"""Paired comparisons of two methods on the same examples and seeds, and what many of them at once do to p values.
+
+Values and predictions are arrays [seeds, examples]: every seed, a draw of the calibration set, is measured on the same
+examples. Both are resampled, crossed: an example that is drawn twice counts twice under every seed (Owen, 2007, the
+pigeonhole bootstrap). Drawing examples anew for each seed would take them for independent, and intervals for too short.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bayesq.suite.metrics import FUNCTIONS
+
+Floats = NDArray[np.float64]
+
+RESAMPLES = 10_000
+# Elements of the weights of one part of the resamples: 32 MiB in float64.
+PART_ELEMENTS = 2**22
+# Drawing an example costs about as much as drawing the counts of a tenth of a distinct one.
+COUNTED = 10
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate with its 95 % percentile interval and the two-sided p value of no difference."""
+
+    value: float
+    low: float
+    high: float
+    p: float
+
+
+def mean_std(values: Sequence[float]) -> tuple[float, float, int]:
+    """Mean, sample standard deviation (n - 1; NaN for a single value) and n of those values that are numbers."""
+    kept = np.asarray([value for value in values if value is not None], dtype=np.float64)
+    kept = kept[~np.isnan(kept)]
+    if not len(kept):
+        return math.nan, math.nan, 0
+    return float(kept.mean()), float(kept.std(ddof=1)) if len(kept) > 1 else math.nan, len(kept)
+
+
+def paired_bootstrap(
+    first: Floats, second: Floats, seed: int = 0, resamples: int = RESAMPLES, ratio: bool = False
+) -> Interval:
+    """mean(second) - mean(first) of values [seeds, examples], or mean(second) / mean(first).
+
+    A ratio is compared with 1 by its logarithm's sign; where a mean of the first is 0 it is NaN.
+
+    Raises:
+        ValueError: the arrays differ in shape or are empty.
+    """
+    first, second = _paired(first, second)
+    seeds = len(first)
+
+    def statistic(columns: Floats, examples: Floats, chosen: Floats) -> Floats:
+        means = examples @ columns.T
+        of_first, of_second = ((part * chosen).sum(1) for part in (means[:, :seeds], means[:, seeds:]))
+        if not ratio:
+            return np.asarray(of_second - of_first)
+        return np.asarray(np.divide(of_second, of_first, out=np.full_like(of_first, np.nan), where=of_first != 0))
+
+    return _bootstrap(np.concatenate([first, second]), seeds, statistic, float(ratio), seed, resamples)
+
+
+def paired_metric_bootstrap(
+    function: str, first: Floats, second: Floats, labels: Floats, seed: int = 0, resamples: int = RESAMPLES
+) -> Interval:
+    """metric(second) - metric(first), a mean over seeds, measured anew on every resample.
+
+    Args:
+        function: of bayesq.suite.metrics: accuracy, f1, matthews, pearson or spearman.
+        first, second: predictions [seeds, examples], classes or numbers.
+        labels: [examples].
+
+    Raises:
+        ValueError: the arrays differ in shape or are empty.
+    """
+    first, second = _paired(first, second)
+    labels = np.asarray(labels, dtype=np.float64)
+    if labels.shape != first.shape[1:]:
+        raise ValueError(f"labels of shape {labels.shape} do not go with predictions of shape {first.shape}")
+    seeds, measure = len(first), FUNCTIONS[function]
+
+    def statistic(columns: Floats, examples: Floats, chosen: Floats) -> Floats:
+        truth, before, after = columns[0], columns[1 : seeds + 1], columns[seeds + 1 :]
+        gained = [measure(b, truth, examples) - measure(a, truth, examples) for a, b in zip(before, after, strict=True)]
+        return np.asarray((np.stack(gained, axis=1) * chosen).sum(1))
+
+    return _bootstrap(np.concatenate([labels[None], first, second]), seeds, statistic, 0.0, seed, resamples)
+
+
+def _paired(first: Floats, second: Floats) -> tuple[Floats, Floats]:
+    first, second = (np.atleast_2d(np.asarray(values, dtype=np.float64)) for values in (first, second))
+    if first.shape != second.shape or not first.size:
+        raise ValueError(f"values of shapes {first.shape} and {second.shape} are not paired")
+    return first, second
+
+
+def _bootstrap(
+    columns: Floats,
+    seeds: int,
+    statistic: Callable[[Floats, Floats, Floats], Floats],
+    null: float,
+    seed: int,
+    resamples: int,
+) -> Interval:
+    """Interval of a statistic over resampled examples and seeds.
+
+    Args:
+        columns: [k, examples], all that the statistic needs to know of an example. Examples that are alike in it are
+            drawn together: their counts are multinomial.
+        seeds: how many of them.
+        statistic: of distinct columns [k, m], weights [resamples, m] and weights [resamples, seeds], which sum to 1.
+        null: the value of no difference.
+        seed: of the resampling.
+    """
+    distinct, counts = np.unique(columns, axis=1, return_counts=True)
+    examples, generator = columns.shape[1], np.random.default_rng(seed)
+    value = float(statistic(distinct, counts[None] / examples, np.full((1, seeds), 1 / seeds))[0])
+    step = max(PART_ELEMENTS // len(counts), 1)
+    found = []
+    for start in range(0, resamples, step):
+        size = min(step, resamples - start)
+        weights = _draw(generator, counts, size) / examples
+        chosen = generator.multinomial(seeds, np.full(seeds, 1 / seeds), size=size) / seeds
+        found.append(statistic(distinct, weights, chosen))
+    drawn = np.concatenate(found)
+    if np.isnan(value) or np.isnan(drawn).any():
+        return Interval(value, math.nan, math.nan, math.nan)
+    low, high = np.percentile(drawn, [2.5, 97.5])
+    tail = min(np.count_nonzero(drawn <= null), np.count_nonzero(drawn >= null))
+    return Interval(value, float(low), float(high), float(min(2 * (tail + 1) / (resamples + 1), 1.0)))
+
+
+def _draw(generator: np.random.Generator, counts: NDArray[np.int64], size: int) -> NDArray[np.int64]:
+    """How often each distinct example occurs [size, m] among as many draws as there are examples."""
+    examples, distinct = int(counts.sum()), len(counts)
+    if COUNTED * distinct < examples:
+        return generator.multinomial(examples, counts / examples, size=size)
+    drawn = np.repeat(np.arange(distinct), counts)[generator.integers(examples, size=(size, examples))]
+    drawn += distinct * np.arange(size)[:, None]
+    return np.bincount(drawn.ravel(), minlength=size * distinct).reshape(size, distinct)
+
+
+def mcnemar(first: NDArray[np.generic], second: NDArray[np.generic]) -> float:
+    """Exact two-sided p value of equal accuracy, of correctness (0 or 1) [seeds, examples] or [examples].
+
+    For one seed it is McNemar's: of the examples that only one of the two gets right, each is as likely to be the
+    first's as the second's. Over seeds the examples stay the units, because they are the same: each contributes the sum
+    of its differences, whose sign is as likely to be either, and the sum over the examples is compared with its exact
+    distribution under all such signs.
+
+    Raises:
+        ValueError: the arrays differ in shape or are empty.
+    """
+    before, after = _paired(np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64))
+    net = np.rint((after - before).sum(0)).astype(np.int64)
+    distribution = np.ones(1)
+    for size, times in zip(*np.unique(np.abs(net[net != 0]), return_counts=True), strict=True):
+        # of `times` differences of one size, k are positive: the sum is size * (2 k - times)
+        sums = np.zeros(2 * size * times + 1)
+        sums[:: 2 * size] = _binomial_half(int(times))
+        distribution = np.convolve(distribution, sums)
+    reach = len(distribution) // 2
+    tail = distribution[reach + abs(int(net.sum())) :].sum()
+    return float(min(2 * tail, 1.0))
+
+
+def _binomial_half(n: int) -> Floats:
+    """Probabilities [n + 1] of 0 to n heads in n throws of a fair coin."""
+    logs = [math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) for k in range(n + 1)]
+    return np.exp(np.asarray(logs) - n * math.log(2))
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """Holm's step-down adjusted p values in the order given; NaN stays NaN and is no test.
+
+    The i-th smallest of m, from 0, is multiplied by m - i, and none is smaller than those before it.
+    """
+    order = sorted((value, place) for place, value in enumerate(p) if not math.isnan(value))
+    adjusted, largest = [math.nan] * len(p), 0.0
+    for rank, (value, place) in enumerate(order):
+        largest = max(largest, min((len(order) - rank) * value, 1.0))
+        adjusted[place] = largest
+    return adjusted

@@ -1,0 +1,726 @@
+"""Tables of a paper: what they hold, and how they are written as Markdown, CSV and LaTeX."""
+
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from analysis.comparisons import (
+    ALIKE_IN_COST,
+    BASELINE,
+    KL,
+    Comparison,
+    Examples,
+    alike,
+    counted,
+    strongest_baseline,
+    summarise,
+    with_scores,
+)
+from analysis.gaps import command, workload_command
+from analysis.loading import FINISHED, UNKNOWN, WANDB, finished, records
+from analysis.paper import BUDGETS, CLAIMED_DELTAS, CLAIMED_FOR, METHODS
+from analysis.statistics import holm, mean_std
+from bayesq.suite.cli import conf_dir
+from bayesq.suite.results import unit
+
+__all__ = [
+    "Table",
+    "ablation_table",
+    "bit_curve",
+    "calibration_size",
+    "cost_table",
+    "glue_table",
+    "has_glue",
+    "main_table",
+    "overview_table",
+    "summarise",
+    "write_table",
+]
+
+GAP = "-"
+LEVEL = 0.05
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table as it is shown and as numbers.
+
+    Attributes:
+        cells: what is shown, text only; column names are the heads.
+        numbers: the same rows unrounded: the columns that name a row, then one column per number.
+        bold: of the shape of `cells`, True where a cell is set in bold.
+        caption: what is shown, with n.
+        footnotes: a line each; those about missing cells name the command that fills them, in backquotes.
+    """
+
+    cells: pd.DataFrame
+    numbers: pd.DataFrame
+    bold: pd.DataFrame
+    caption: str
+    footnotes: list[str] = field(default_factory=list)
+
+    def markdown(self) -> str:
+        """The table with caption and footnotes, in Markdown."""
+        escaped = self.cells.map(lambda cell: cell.replace("|", "\\|"))
+        shown = escaped.where(~self.bold, "**" + escaped + "**")
+        table = shown.to_markdown(index=False, disable_numparse=True)
+        notes = ["\n".join(f"* {line}" for line in self.footnotes)] if self.footnotes else []
+        return "\n\n".join([self.caption, table, *notes]) + "\n"
+
+    def latex(self, label: str) -> str:
+        r"""A `table*` for booktabs: caption, label `tab:LABEL`, the rows, and the footnotes below them."""
+        heads = " & ".join(_tex(str(name)) for name in self.cells)
+        rows = [
+            " & ".join(
+                f"\\textbf{{{_tex(cell)}}}" if bold else _tex(cell) for cell, bold in zip(cells, marks, strict=True)
+            )
+            for cells, marks in zip(self.cells.to_numpy(), self.bold.to_numpy(), strict=True)
+        ]
+        notes = [f"{_tex(line)}\\\\" for line in self.footnotes]
+        below = ["\\begin{flushleft}\\footnotesize", *notes, "\\end{flushleft}"] if notes else []
+        lines = [
+            "% needs \\usepackage{booktabs}",
+            "\\begin{table*}",
+            "\\centering",
+            f"\\caption{{{_tex(self.caption)}}}",
+            f"\\label{{tab:{label}}}",
+            f"\\begin{{tabular}}{{{'l' * self._names()}{'r' * (self.cells.shape[1] - self._names())}}}",
+            "\\toprule",
+            f"{heads} \\\\",
+            "\\midrule",
+            *(f"{row} \\\\" for row in rows),
+            "\\bottomrule",
+            "\\end{tabular}",
+            *below,
+            "\\end{table*}",
+        ]
+        return "\n".join(lines) + "\n"
+
+    def _names(self) -> int:
+        """How many columns in front name the row."""
+        named = [name in ("workload", "method", "bits", "variant", "model") for name in self.cells]
+        return named.index(False) if False in named else len(named)
+
+
+TEX = {
+    "\\": "\\textbackslash{}",
+    **{character: f"\\{character}" for character in "&%$#_{}"},
+    "~": "\\textasciitilde{}",
+    "^": "\\textasciicircum{}",
+    "±": "$\\pm$",
+    "Δ": "$\\Delta$",
+    "×": "$\\times$",
+    "<": "$<$",
+    ">": "$>$",
+    "|": "\\textbar{}",
+    "[": "{[}",  # after a line's end it would be an argument
+    "'": "\\textquotesingle{}",
+    '"': "\\textquotedbl{}",
+}
+
+
+def _tex(text: str) -> str:
+    """`text` for LaTeX: characters with a meaning escaped, code in backquotes as \\texttt, a leading minus as one."""
+    parts = []
+    for place, part in enumerate(text.split("`")):
+        escaped = "".join(TEX.get(character, character) for character in part)
+        if place % 2:
+            escaped = escaped.replace("--", "-{}-").replace(",", ",\\allowbreak ")
+            escaped = f"\\texttt{{{escaped}}}"
+        else:
+            escaped = re.sub(r"(?<![\w.])-(?=\d)", "$-$", escaped)
+        parts.append("--" if escaped == GAP else escaped)
+    return "".join(parts)
+
+
+def write_table(table: Table, folder: str | Path, name: str) -> list[Path]:
+    """Write NAME.md, NAME.csv (every number unrounded) and NAME.tex into `folder`; returns their paths."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    contents = {
+        ".md": table.markdown(),
+        ".csv": table.numbers.to_csv(index=False, lineterminator="\n"),
+        ".tex": table.latex(name),
+    }
+    paths = []
+    for ending, content in contents.items():
+        paths.append(folder / f"{name}{ending}")
+        paths[-1].write_text(content, encoding="utf-8")
+    return paths
+
+
+# ------------------------------------------------------------------------------------------------------- the contents
+
+
+def overview_table(runs: pd.DataFrame) -> Table:
+    """Variants x budgets on every workload: the primary metric and the KL to full precision, means over n seeds."""
+    runs = _known(runs)
+    frame = summarise(runs)
+    budgets = sorted(set(runs["bits/target"]))
+    rows, notes = [], []
+    for (workload, variant), own in runs.groupby(["workload", "variant"], sort=True):
+        row = {"workload": workload, "method": variant}
+        for bits in budgets:
+            found = frame[(frame["workload"] == workload) & (frame["variant"] == variant) & (frame["bits"] == bits)]
+            row[f"{bits:g} bit"] = GAP if found.empty else _overview(found.iloc[0])
+        rows.append(row)
+        notes += _failed(own)
+    cells = pd.DataFrame(rows, columns=["workload", "method", *(f"{bits:g} bit" for bits in budgets)])
+    caption = f"Primary metric ({_metrics(runs)}) / KL to full precision in nats, mean over n seeds."
+    return _table(cells, frame, {}, caption, [*notes, *_remarks(runs)])
+
+
+def _overview(row: pd.Series) -> str:
+    return f"{100 * row['score']:.2f} / {row[KL]:.4f} (n={row['n']})"
+
+
+def main_table(runs: pd.DataFrame) -> Table:
+    """Methods at 3, 3.5 and 4 bits on every workload, each against the strongest GPTQ that was run in its place.
+
+    A variant has rows if it ran at more than one of the budgets, or is the plain method; a method that has no run on a
+    workload is a gap. p values are Holm-corrected over all rows; bold is what is better than GPTQ at 5 %.
+    """
+    runs = _known(runs)
+    done = finished(runs)
+    means = summarise(runs[runs["bits/target"].isin(BUDGETS)])
+    examples, rows, notes = Examples(), [], []
+    for workload, members in runs.groupby("workload", sort=True):
+        shown, left_out = _main_variants(members)
+        if left_out:
+            notes.append(f"{workload}: not shown, as it ran at one of these budgets only: {', '.join(left_out)}.")
+        for bits in BUDGETS:
+            for variant in shown:
+                own = _pick(done, workload, variant, bits)
+                row = {"workload": workload, "bits": bits, "variant": variant, **_measured(means, own)}
+                if not own.empty:
+                    reference = strongest_baseline(done, str(workload), bits, alike(records(own)[0]))
+                    row["reference"] = reference
+                    if reference is not None and reference != variant:
+                        row |= _against(examples.compare(_pick(done, workload, reference, bits), own))
+                    if own.iloc[0]["method"] == "bayesq":
+                        row |= _claim(own.iloc[0], bits)
+                rows.append(row)
+                notes += _gap(members, str(workload), variant, bits)
+    table = _compared(rows, "GPTQ")
+    cells = pd.DataFrame(
+        {
+            "workload": table["workload"],
+            "bits": table["bits"].map("{:g}".format),
+            "method": table["variant"],
+            "n": table["n"].map("{:.0f}".format).replace("0", GAP),
+            "score": _cells(table, "score", "std", form=_score),
+            "Δ GPTQ": _cells(table, "delta", "delta_low", "delta_high", form=_delta),
+            "p": table["p_holm"].map(_p),
+            "KL": _cells(table, "kl", "kl_std", form=_kl),
+            "KL / GPTQ's": _cells(table, "kl_ratio", "kl_ratio_low", "kl_ratio_high", form=_ratio),
+            "bits stored": table["bits_stored"].map(lambda value: _number(value, ".3f")),
+            "paper's Δ": table["paper_delta"].map(lambda value: _number(value, "+.1f")),
+            "GPTQ": [
+                GAP if not isinstance(name, str) else "this row" if name == own else name
+                for name, own in zip(table["reference"], table["variant"], strict=True)
+            ],
+        }
+    )
+    caption = (
+        f"Methods at 3, 3.5 and 4 bits: {_population(table)}. Score: primary metric ({_metrics(runs)}); score and KL "
+        "to full precision (nats) are mean ± sample standard deviation over calibration seeds. Δ GPTQ: points over the "
+        "strongest GPTQ (lowest mean KL at this budget with the same correction, distillation and calibration size; "
+        "named in the last column), with 95 % interval (paired bootstrap over examples and seeds). p: McNemar's exact "
+        f"test, where the metric is no accuracy the bootstrap's, Holm-corrected over {int(table['p'].notna().sum())} "
+        "tests. Bold: better than GPTQ at 5 %. Paper's Δ: claimed for "
+        f"{' and '.join(CLAIMED_FOR.values())}, shown beside BayesQ on images and text."
+    )
+    return _table(cells, table, {"Δ GPTQ": table["better"]}, caption, [*notes, *_remarks(runs)])
+
+
+def ablation_table(runs: pd.DataFrame) -> Table:
+    """Every variant of BayesQ and GPTQ against the full method, at the budgets where a variant of BayesQ ran."""
+    runs = _known(runs)
+    done = finished(runs)
+    means, examples, rows, notes = summarise(runs), Examples(), [], []
+    full = "bayesq"
+    for workload, members in runs.groupby("workload", sort=True):
+        own_variants = members[(members["method"] == full) & (members["variant"] != full)]
+        if own_variants.empty:
+            sweep = [f"ablation={','.join(_ablations(members))}", "bits=3", "seed=0,1,2"]
+            makes = workload_command(records(members)[0], sweep, _source(runs))
+            notes.append(f"{workload}: no variant of BayesQ was run: `{makes}`")
+        for bits in sorted(set(own_variants["bits/target"])):
+            here = members[(members["bits/target"] == bits) & members["method"].isin([full, BASELINE])]
+            for variant in sorted({full, *here["variant"]}, key=lambda name: (name != full, name)):
+                own = _pick(done, workload, variant, bits)
+                row = {"workload": workload, "bits": bits, "variant": variant, **_measured(means, own)}
+                if variant != full and not own.empty:
+                    row["reference"] = full
+                    row |= _against(examples.compare(_pick(done, workload, full, bits), own))
+                rows.append(row)
+                notes += _gap(members, str(workload), variant, bits)
+    table = _compared(rows, "full")
+    cells = pd.DataFrame(
+        {
+            "workload": table["workload"],
+            "bits": table["bits"].map("{:g}".format),
+            "variant": table["variant"],
+            "n": table["n"].map("{:.0f}".format).replace("0", GAP),
+            "score": _cells(table, "score", "std", form=_score),
+            "Δ full": _cells(table, "delta", "delta_low", "delta_high", form=_delta),
+            "p": table["p_holm"].map(_p),
+            "KL": _cells(table, "kl", "kl_std", form=_kl),
+            "KL / full's": _cells(table, "kl_ratio", "kl_ratio_low", "kl_ratio_high", form=_ratio),
+            "bits stored": table["bits_stored"].map(lambda value: _number(value, ".3f")),
+        }
+    )
+    caption = (
+        f"Ablation: {_population(table)}. Every row switches the named settings of the full method (bayesq). Score: "
+        f"primary metric ({_metrics(runs)}); score and KL to full precision (nats) are mean ± sample standard "
+        "deviation over calibration seeds. Δ and the ratio of KL are against the full method, with 95 % intervals "
+        "(paired bootstrap over examples and seeds). p: McNemar's exact test, where the metric is no accuracy the "
+        "bootstrap's, "
+        f"Holm-corrected over {int(table['p'].notna().sum())} tests. Bold: different from the full method at 5 %."
+    )
+    significant = {"Δ full": table["p_holm"] < LEVEL}
+    return _table(cells, table, significant, caption, [*notes, *_remarks(runs)])
+
+
+def _ablations(members: pd.DataFrame) -> list[str]:
+    """Names of the suite's ablations, without calibration sets larger than the pool of a workload."""
+    pool = members.iloc[0]["config"]["dataset"].get("calibration_pool") or math.inf
+    names = sorted(path.stem for path in (conf_dir() / "ablation").glob("*.yaml"))
+    kept = [name for name in names if not (name.startswith("examples_") and int(name.partition("_")[2]) > pool)]
+    return sorted(kept, key=lambda name: name != "full")
+
+
+STAGES = ("calibrate", "posterior", "quantize", "distill")
+
+
+def cost_table(runs: pd.DataFrame) -> Table:
+    """Seconds from the loaded model to its codes and peak memory, medians over seeds, and as multiples of GPTQ's.
+
+    Statistics count what they cost when they were computed, so runs that are to be compared need caches of their own.
+    `quantize x` is all but distillation; multiples are of the fastest undistilled GPTQ on the same workload, budget and
+    calibration size.
+    """
+    runs = _known(runs)
+    done = with_scores(finished(runs))
+    seconds = pd.DataFrame({stage: done.get(f"time/{stage}_s", 0.0) for stage in STAGES}).astype("float64").fillna(0.0)
+    frame = done[["workload", "bits", "variant", "method"]].assign(
+        **seconds,
+        without=seconds[list(STAGES[:-1])].sum(axis=1),
+        total=seconds.sum(axis=1),
+        memory=pd.to_numeric(done.get("memory/peak_rss_bytes", math.nan)),
+    )
+    frame["size"] = ["/".join(alike(run, ALIKE_IN_COST)) for run in records(done)]
+    names = ["workload", "bits", "variant", "size"]
+    grouped = frame.groupby([*names, "method"])
+    table = grouped.median().assign(n=grouped.size()).reset_index()
+    plain = table[(table["method"] == BASELINE) & (table["distill"] == 0)]
+    fastest = plain.sort_values(["total", "variant"]).drop_duplicates(["workload", "bits", "size"])
+    fastest = fastest.rename(columns={"total": "base", "memory": "base memory", "variant": "reference"})
+    same = ["workload", "bits", "size"]
+    table = table.merge(fastest[[*same, "base", "base memory", "reference"]], "left", same)
+    table["quantize x"], table["total x"] = table["without"] / table["base"], table["total"] / table["base"]
+    table["memory x"] = table["memory"] / table["base memory"]
+    cells = pd.DataFrame(
+        {
+            "workload": table["workload"],
+            "bits": table["bits"].map("{:g}".format),
+            "method": table["variant"],
+            **{f"{stage} s": table[stage].map(lambda value: _number(value, ".2f")) for stage in STAGES},
+            **{
+                f"{name} ×": table[f"{name} x"].map(lambda value: _number(value, ".2f"))
+                for name in ("quantize", "total", "memory")
+            },
+            "peak MiB": (table["memory"] / 2**20).map(lambda value: _number(value, ".0f")),
+            "n": table["n"].map(str),
+        }
+    )
+    notes = []
+    for workload, members in runs.groupby("workload", sort=True):
+        for bits in sorted(set(members["bits/target"])):
+            if fastest[(fastest["workload"] == workload) & (fastest["bits"] == bits)].empty:
+                seeds = ",".join(str(seed) for seed in _seeds(members))
+                what = ["method=gptq", f"bits={bits:g}", f"seed={seeds}"]
+                makes = workload_command(records(members)[0], what, _source(runs))
+                notes.append(f"{workload} at {bits:g} bits: no GPTQ to compare with: `{makes}`")
+    caption = (
+        f"Cost: medians over n = {counted(table['n'])} seeds. Seconds of the stages from the loaded model to its "
+        "codes, statistics counted at what they took when they were computed; × are multiples of the fastest "
+        "undistilled GPTQ on the same workload, budget and calibration size, quantize × "
+        "without distillation. Peak memory is the process's, which grows over the runs of a sweep in one process."
+    )
+    columns = ["method", *STAGES, "quantize x", "total x", "memory", "memory x", "n", "reference"]
+    return _table(cells, table[[*names[:-1], *columns]], {}, caption, [*notes, *_failed(runs), *_remarks(runs)])
+
+
+# GLUE's tasks in the order of its leaderboard's columns.
+GLUE_TASKS = ("cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli")
+
+
+def has_glue(runs: pd.DataFrame) -> bool:
+    """Whether a run of a GLUE task is finished."""
+    return any(_task(run) in GLUE_TASKS for run in records(finished(_known(runs))))
+
+
+def glue_table(runs: pd.DataFrame) -> Table:
+    """GLUE scores times 100: of each task the mean of its metrics, GLUE the mean over the tasks that were run.
+
+    Every cell is a mean over seeds, each task's own. `delta` is to full precision on the same tasks, `Δ GPTQ` to the
+    plain GPTQ variant of highest score on the tasks that both have.
+
+    Raises:
+        ValueError: no run is of a GLUE task.
+    """
+    runs = _known(runs)
+    of_glue = runs[[_task(run) in GLUE_TASKS for run in records(runs)]]
+    done = finished(of_glue)
+    if not has_glue(runs):
+        raise ValueError("no run of a GLUE task")
+    of_tasks = records(done)
+    scores = pd.DataFrame(
+        {
+            **{key: list(done[key]) for key in ("model", "variant", "seed")},
+            "bits": list(done["bits/target"]),
+            "task": [_task(run) for run in of_tasks],
+            "q": [_task_score(run, "q") for run in of_tasks],
+            "fp": [_task_score(run, "fp") for run in of_tasks],
+        }
+    )
+    index = ["model", "bits", "variant"]
+    tasks = scores.groupby([*index, "task"]).agg(q=("q", "mean"), std=("q", "std"), fp=("fp", "mean"), n=("q", "size"))
+    tasks = tasks.reset_index()
+    ran = [task for task in GLUE_TASKS if task in set(tasks["task"])]
+    rows, notes = [], []
+    for key, own in tasks.groupby(index, sort=True):
+        by_task = own.set_index("task")
+        row: dict[str, Any] = dict(zip(index, key, strict=True))
+        for task in ran:
+            row[task] = by_task["q"].get(task, math.nan)
+            row[f"{task}_std"] = by_task["std"].get(task, math.nan)
+        row |= {"GLUE": by_task["q"].mean(), "FP": by_task["fp"].mean(), "n": int(by_task["n"].min())}
+        row["delta"] = row["GLUE"] - row["FP"]
+        row |= _glue_against(tasks, row, by_task["q"])
+        row["paper_delta"] = CLAIMED_DELTAS["text"].get(row["bits"]) if row["variant"].startswith("bayesq") else None
+        row["missing"] = ", ".join(task for task in GLUE_TASKS if task not in by_task.index)
+        rows.append(row)
+        notes += _glue_gap(of_glue, row)
+    table = pd.DataFrame(rows)
+    table["paper_delta"] = pd.to_numeric(table["paper_delta"])
+    cells = pd.DataFrame(
+        {
+            "model": table["model"],
+            "bits": table["bits"].map("{:g}".format),
+            "method": table["variant"],
+            **{task: [_spread(*pair) for pair in zip(table[task], table[f"{task}_std"], strict=True)] for task in ran},
+            **{name: table[name].map(lambda value: _number(value, ".2f")) for name in ("GLUE", "FP")},
+            "Δ FP": table["delta"].map(lambda value: _number(value, "+.2f")),
+            "Δ GPTQ": table["delta_gptq"].map(lambda value: _number(value, "+.2f")),
+            "paper's Δ": table["paper_delta"].map(lambda value: _number(value, "+.1f")),
+            "n": table["n"].map(str),
+            "missing": table["missing"].replace("", GAP),
+        }
+    )
+    caption = (
+        f"GLUE (dev sets): scores times 100, a task's score is the mean of its metrics; means ± sample standard "
+        f"deviation over n = {counted(tasks['n'])} seeds. GLUE is the mean over the {len(ran)} of 9 tasks that were "
+        "run (a row that misses a task is no GLUE score), FP the same of the full-precision models. Δ GPTQ: points "
+        "over the GPTQ of highest score on the tasks that both have; p values stand in the main table, task by task."
+    )
+    return _table(cells, table, {}, caption, [*notes, *_failed(of_glue), *_remarks(of_glue)])
+
+
+def calibration_size(runs: pd.DataFrame) -> pd.DataFrame:
+    """`summarise` by workload, method, bits and `examples` of runs that differ in nothing else from the plain method.
+
+    Only workloads, methods and budgets with more than one size are in it.
+    """
+    known = with_scores(_known(runs))
+    setting = re.compile(r" calibration\.examples=\d+")
+    plain = [
+        setting.sub("", variant) == method for variant, method in zip(known["variant"], known["method"], strict=True)
+    ]
+    frame = summarise(known[plain], ("workload", "method", "bits", "examples"))
+    several = frame.groupby(["workload", "method", "bits"])["examples"].transform("nunique") > 1
+    return frame[several].reset_index(drop=True)
+
+
+def bit_curve(runs: pd.DataFrame) -> pd.DataFrame:
+    """`summarise` of the variants that ran at several budgets, one row per workload, variant and budget."""
+    frame = summarise(_known(runs))
+    several = frame.groupby(["workload", "variant"])["bits"].transform("nunique") > 1
+    return frame[several].reset_index(drop=True)
+
+
+# ------------------------------------------------------------------------------------------------------ rows and cells
+
+
+def _known(runs: pd.DataFrame) -> pd.DataFrame:
+    """Runs whose workload is known; what the others are is a footnote."""
+    known: pd.DataFrame = runs[runs["workload"] != UNKNOWN].copy()
+    known.attrs["unknown"] = [
+        f"{run['path']}: {run['status']}, {run['error']}" for run in records(runs[runs["workload"] == UNKNOWN])
+    ]
+    return known
+
+
+def _main_variants(members: pd.DataFrame) -> tuple[list[str], list[str]]:
+    """Variants with rows in the main table, in the order of METHODS, and those that are left to the ablation."""
+    here = members[members["bits/target"].isin(BUDGETS)]
+    budgets = here.groupby("variant")["bits/target"].nunique()
+    shown = {variant for variant in budgets.index if budgets[variant] > 1 or variant in METHODS}
+    methods = dict(zip(here["variant"], here["method"], strict=True))
+    shown |= {method for method in METHODS if method not in {methods[variant] for variant in shown}}
+    order = {method: place for place, method in enumerate(METHODS)}
+    place = {variant: order.get(methods.get(variant, variant), len(order)) for variant in shown}
+    return sorted(shown, key=lambda name: (place[name], name)), sorted(set(budgets.index) - shown)
+
+
+def _pick(runs: pd.DataFrame, workload: Any, variant: str, bits: float) -> pd.DataFrame:
+    return runs[(runs["workload"] == workload) & (runs["variant"] == variant) & (runs["bits/target"] == bits)]
+
+
+def _measured(means: pd.DataFrame, own: pd.DataFrame) -> dict[str, Any]:
+    """Means of a row's runs; n is 0 where there are none."""
+    if own.empty:
+        return {"n": 0}
+    first = own.iloc[0]
+    same = (means["workload"] == first["workload"]) & (means["variant"] == first["variant"])
+    found = means[same & (means["bits"] == first["bits/target"])].iloc[0]
+    values = {"score": "score", "std": "score/std", "fp": "fp/score", "kl": KL, "kl_std": f"{KL}/std"}
+    values |= {"bits_code": "bits/code", "bits_stored": "bits/stored"}
+    return {
+        "method": first["method"],
+        "metric": first["primary_metric"],
+        "n": int(found["n"]),
+        "examples": first.get("evaluation/examples"),
+        **{name: found.get(key, math.nan) for name, key in values.items()},
+    }
+
+
+def _against(comparison: Comparison | None) -> dict[str, Any]:
+    if comparison is None:
+        return {}
+    delta, ratio = comparison.delta, comparison.kl_ratio
+    return {
+        "delta": delta.value,
+        "delta_low": delta.low,
+        "delta_high": delta.high,
+        "p": comparison.p,
+        "kl_ratio": ratio.value,
+        "kl_ratio_low": ratio.low,
+        "kl_ratio_high": ratio.high,
+        "paired_seeds": comparison.seeds,
+        "paired_examples": comparison.examples,
+    }
+
+
+def _claim(run: Mapping[str, Any] | pd.Series, bits: float) -> dict[str, Any]:
+    modality = run["config"]["dataset"].get("modality")
+    return {"paper_delta": CLAIMED_DELTAS.get(modality, {}).get(bits), "paper_workload": CLAIMED_FOR.get(modality)}
+
+
+COLUMNS = {
+    **dict.fromkeys(("workload", "bits", "variant", "method", "metric"), "object"),
+    **dict.fromkeys(("n", "examples", "score", "std", "fp", "kl", "kl_std", "bits_code", "bits_stored"), "float64"),
+    "reference": "object",
+    **dict.fromkeys(("delta", "delta_low", "delta_high", "p", "p_holm"), "float64"),
+    **dict.fromkeys(("kl_ratio", "kl_ratio_low", "kl_ratio_high", "paired_seeds", "paired_examples"), "float64"),
+    "paper_delta": "float64",
+    "paper_workload": "object",
+}
+
+
+def _compared(rows: Sequence[Mapping[str, Any]], name: str) -> pd.DataFrame:
+    """The rows as a frame with all COLUMNS, corrected p values, and whether a row is `better` than its reference."""
+    table = pd.DataFrame([dict(row) for row in rows], columns=list(COLUMNS)).astype(COLUMNS)
+    table["p_holm"] = holm(table["p"].tolist())
+    return table.assign(better=(table["p_holm"] < LEVEL) & (table["delta"] > 0))
+
+
+def _table(
+    cells: pd.DataFrame,
+    numbers: pd.DataFrame,
+    bold: Mapping[str, pd.Series],
+    caption: str,
+    footnotes: Iterable[str],
+) -> Table:
+    marks = pd.DataFrame(False, index=cells.index, columns=cells.columns)
+    for column, where in bold.items():
+        marks[column] = where.astype(bool)
+    notes = list(dict.fromkeys(footnotes))
+    return Table(cells.astype("object"), numbers.drop(columns="better", errors="ignore"), marks, caption, notes)
+
+
+def _cells(table: pd.DataFrame, *columns: str, form: Any) -> list[str]:
+    return [form(*values) for values in zip(*(table[column] for column in columns), strict=True)]
+
+
+def _number(value: Any, form: str) -> str:
+    return GAP if value is None or math.isnan(value) else format(value, form)
+
+
+def _points(fraction: float) -> str:
+    """A difference in points with its sign; what rounds to 0 has none of its own."""
+    return f"{round(100 * fraction, 2) + 0.0:+.2f}"
+
+
+def _spread(mean: float, std: float, form: str = ".2f") -> str:
+    if math.isnan(mean):
+        return GAP
+    return format(mean, form) if math.isnan(std) else f"{mean:{form}} ± {std:{form}}"
+
+
+def _score(mean: float, std: float) -> str:
+    return _spread(100 * mean, 100 * std)
+
+
+def _kl(mean: float, std: float) -> str:
+    """Four decimals, more where these would leave fewer than two digits."""
+    digits = 1 - math.floor(math.log10(mean)) if mean > 0 else 4
+    return _spread(mean, std, f".{max(digits, 4)}f")
+
+
+def _delta(value: float, low: float, high: float) -> str:
+    return GAP if math.isnan(value) else f"{_points(value)} [{_points(low)}, {_points(high)}]"
+
+
+def _ratio(value: float, low: float, high: float) -> str:
+    return GAP if math.isnan(value) else f"{value:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def _p(value: float) -> str:
+    if math.isnan(value):
+        return GAP
+    return "<0.001" if value < 0.001 else f"{value:.3f}"
+
+
+# ----------------------------------------------------------------------------------------------- captions and footnotes
+
+
+def _population(table: pd.DataFrame) -> str:
+    """n of a table's rows: seeds, and examples by workload."""
+    there = table[table["n"] > 0]
+    if there.empty:
+        return "no finished run (n = 0)"
+    sizes = [f"{workload} {counted(own['examples'])}" for workload, own in there.groupby("workload", sort=True)]
+    return f"n = {counted(there['n'])} calibration seeds; evaluation examples: {'; '.join(sizes)}"
+
+
+def _metrics(runs: pd.DataFrame) -> str:
+    found = sorted({str(metric) for metric in finished(runs)["primary_metric"].dropna()}) if len(finished(runs)) else []
+    return ", ".join(f"{metric}, {'%' if unit(metric) == '%' else 'times 100'}" for metric in found) or "none"
+
+
+def _source(runs: pd.DataFrame) -> str:
+    """Where the runs were read from, for commands."""
+    paths = [str(path) for path in runs["path"]]
+    if not paths or paths[0].startswith(WANDB):
+        return "results"
+    return os.path.commonpath([str(Path(path).parent) for path in paths])
+
+
+def _seeds(members: pd.DataFrame) -> list[int]:
+    """The seeds that a workload's cells are expected to have: those that at least half of its cells have."""
+    cells = [{int(seed) for seed in own["seed"]} for _, own in members.groupby(["variant", "bits/target"])]
+    return sorted(seed for seed in set().union(*cells) if 2 * sum(seed in own for own in cells) >= len(cells))
+
+
+def _gap(members: pd.DataFrame, workload: str, variant: str, bits: float) -> list[str]:
+    """The line about what a cell lacks, if it lacks anything: why, and the command that fills it."""
+    cell = members[(members["variant"] == variant) & (members["bits/target"] == bits)]
+    had = {int(seed) for seed in finished(cell)["seed"]}
+    expected = sorted({*_seeds(members), *(int(seed) for seed in cell["seed"])})
+    lacking = [seed for seed in expected if seed not in had]
+    if not lacking:
+        return []
+    source = _source(members)
+    siblings = members[members["variant"] == variant]
+    if siblings.empty:
+        what = [f"method={variant}", f"bits={bits:g}", f"seed={','.join(map(str, lacking))}"]
+        makes = workload_command(records(members)[0], what, source)
+    else:
+        makes = command(records(siblings)[0], [bits], lacking, source)
+    seeds = ", ".join(map(str, lacking))
+    return [f"{workload}, {variant} at {bits:g} bits: no result with seed {seeds}{_reasons(cell)}: `{makes}`"]
+
+
+def _reasons(cell: pd.DataFrame) -> str:
+    rest = cell[cell["status"] != FINISHED]
+    reasons = [f"seed {run['seed']} {_why(run)}" for run in records(rest)]
+    return f" ({'; '.join(reasons)})" if reasons else ""
+
+
+def _why(run: Mapping[str, Any]) -> str:
+    return str(run["status"]) if pd.isna(run["error"]) else f"{run['status']}: {run['error']}"
+
+
+def _failed(runs: pd.DataFrame) -> list[str]:
+    """One line per run without a result, with its command."""
+    lines = []
+    for run in records(runs[runs["status"] != FINISHED]):
+        makes = command(run, [run["bits/target"]], [int(run["seed"])], _source(runs))
+        what = f"{run['workload']}, {run['variant']} at {run['bits/target']:g} bits, seed {run['seed']}"
+        lines.append(f"{what}, {_why(run)}: `{makes}`")
+    return lines
+
+
+def _remarks(runs: pd.DataFrame) -> list[str]:
+    """What is wrong with the runs as a whole: unreadable ones, duplicates, no predictions."""
+    lines = list(runs.attrs.get("unknown", []))
+    dropped = int(runs["duplicates"].sum())
+    if dropped:
+        lines.append(f"{dropped} duplicate {'run was' if dropped == 1 else 'runs were'} dropped; the newest count.")
+    if runs["path"].astype(str).str.startswith(WANDB).any():
+        lines.append("W&B has no predictions per example: intervals and p values need the results folder.")
+    return lines
+
+
+# ---------------------------------------------------------------------------------------------------------------- GLUE
+
+
+def _task(run: Mapping[str, Any]) -> str | None:
+    task: str | None = run["config"]["dataset"].get("task")
+    return task
+
+
+def _task_score(run: Mapping[str, Any], side: str) -> float:
+    """Mean of the run's metrics on its task, times 100; `side` is fp or q."""
+    metrics = [key.split("/")[1] for key in run if key.startswith("delta/") and key.count("/") == 1]
+    # a frame has the metrics of all its runs in every row
+    values = [run[f"{side}/{metric}"] for metric in metrics if not pd.isna(run[f"delta/{metric}"])]
+    return 100 * mean_std(values)[0]
+
+
+def _glue_against(tasks: pd.DataFrame, row: Mapping[str, Any], own: pd.Series) -> dict[str, Any]:
+    """The gain over the best GPTQ on the tasks that both have, and which it is."""
+    same = tasks[(tasks["model"] == row["model"]) & (tasks["bits"] == row["bits"])]
+    baselines = {
+        variant: of.set_index("task")["q"]
+        for variant, of in same.groupby("variant", sort=True)
+        if str(variant).split()[0] == BASELINE and set(own.index) & set(of["task"])
+    }
+    if not baselines or row["variant"] in baselines:
+        return {"delta_gptq": math.nan, "reference": None}
+    best = max(
+        baselines,
+        key=lambda variant: (len(baselines[variant].index.intersection(own.index)), baselines[variant].mean()),
+    )
+    shared = own.index.intersection(baselines[best].index)
+    return {"delta_gptq": float((own[shared] - baselines[best][shared]).mean()), "reference": best}
+
+
+def _glue_gap(runs: pd.DataFrame, row: Mapping[str, Any]) -> list[str]:
+    """The command that makes the tasks that a row lacks."""
+    if not row["missing"]:
+        return []
+    same = (runs["model"] == row["model"]) & (runs["variant"] == row["variant"]) & (runs["bits/target"] == row["bits"])
+    members = runs[same]
+    what = [f"dataset.task={row['missing'].replace(' ', '')}", f"method={members.iloc[0]['method']}"]
+    what += [f"bits={row['bits']:g}", f"seed={','.join(map(str, sorted(set(members['seed']))))}"]
+    makes = workload_command(records(members)[0], what, _source(runs))
+    return [f"{row['model']}, {row['variant']} at {row['bits']:g} bits: no {row['missing']}: `{makes}`"]

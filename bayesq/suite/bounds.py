@@ -1,0 +1,178 @@
+"""How many bits above the Gaussian rate-distortion bound finished runs are, layer by layer (`bayesq.rate_distortion`).
+
+python -m bayesq.suite.bounds results      writes results/<run_id>/bounds.csv wherever there is none
+
+All methods are judged by the same risk, that of the posterior in their configuration (K-FAC unless it says otherwise),
+also those that use none. The codes come from the packed file, the statistics from the cache, or are computed again.
+"""
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+
+from bayesq.posterior import LayerPosterior
+from bayesq.quant.accounting import code_bits
+from bayesq.quant.method import LayerProblem
+from bayesq.rate_distortion import layer_rates, risk_components
+from bayesq.suite import runner
+from bayesq.suite.cache import CorruptCache, resolve_cache_dir
+from bayesq.suite.calibration import forward_order
+from bayesq.suite.config import one_line
+from bayesq.suite.errors import UserError
+from bayesq.suite.packed import read_packed
+from bayesq.suite.reproduce import recorded_config
+from bayesq.suite.results import QUANTIZED_FILE, RESULT_FILE, finished_result, write_csv
+
+BOUNDS_FILE = "bounds.csv"
+# Parts of a configuration that decide about network, calibration examples and posterior.
+SHARED = ("model", "dataset", "posterior", "calibration", "layers", "seed", "device", "cache_dir")
+
+
+@dataclass
+class Judge:
+    """What runs of one network, calibration set and posterior have in common.
+
+    Attributes:
+        problems: the layers, in forward order.
+        posterior: fits q(w) of a layer.
+        components: variances of each layer's risk components.
+    """
+
+    problems: list[LayerProblem]
+    posterior: runner.SharedPosterior
+    components: list[Tensor]
+
+    @classmethod
+    def of(cls, cfg: DictConfig) -> "Judge":
+        """Load network and statistics.
+
+        Raises:
+            UserError: they cannot be loaded, or the posterior has no closed bound.
+        """
+        cache_dir = resolve_cache_dir(cfg.cache_dir)
+        posterior = runner.SharedPosterior(runner.build(cfg.posterior))
+        work = runner.load(cfg, cache_dir)
+        calibration = runner.open_calibration(cfg, posterior, work, cache_dir)
+        calibration.prepare(posterior.statistics)
+        batch = next(work.calibration.batches(1, work.device))
+        problems = runner.layer_problems(work, calibration, forward_order(work.network.module, work.layers, batch))
+        posterior.prepare(problems)
+        try:
+            components = [risk_components(posterior.fit(problem), problem.weight) for problem in problems]
+        except TypeError as error:
+            raise UserError(f"posterior={cfg.posterior.name}: {error}; use kfac or diag") from error
+        return cls(problems, posterior, components)
+
+    def rows(self, folder: Path) -> list[dict[str, Any]]:
+        """The rows of bounds.csv for one run; risk in nats, all bits per weight of the layer.
+
+        `bound_bits` is the least for the layer at its own risk; `shared_bound_bits` what the layer gets where one water
+        level serves the whole network at the sum of the risks.
+
+        Raises:
+            CorruptCache, OSError: the packed file cannot be read.
+        """
+        tensors = read_packed(folder / QUANTIZED_FILE).tensors
+        fitted: list[LayerPosterior] = [self.posterior.fit(problem) for problem in self.problems]
+        risks = [
+            float(posterior.risk(tensors[problem.name].dequantize() - problem.weight).sum())
+            for problem, posterior in zip(self.problems, fitted, strict=True)
+        ]
+        own, shared = layer_rates(self.components, risks)
+        rows = []
+        for problem, risk, bound, common in zip(self.problems, risks, own, shared, strict=True):
+            weights = problem.weight.numel()
+            rows.append(
+                {
+                    "name": problem.name,
+                    "weights": weights,
+                    "bits/code": code_bits(tensors[problem.name]) / weights,
+                    "risk": risk,
+                    "bound_bits": bound / weights,
+                    "shared_bound_bits": common / weights,
+                }
+            )
+        return rows
+
+
+def write_bounds(results_dir: Path, force: bool = False) -> list[str]:
+    """Write bounds.csv for every finished run below `results_dir` that has none; returns a line for each left out.
+
+    Network and statistics are loaded once for all runs that share them.
+
+    Args:
+        force: also where there is one.
+    """
+    start = Path.cwd()
+    groups: dict[str, list[tuple[Path, Mapping[str, Any]]]] = {}
+    for path in sorted(results_dir.absolute().glob(f"*/{RESULT_FILE}")):
+        result = finished_result(path.parent)
+        if result is None or ((path.parent / BOUNDS_FILE).is_file() and not force):
+            continue
+        groups.setdefault(_group(result), []).append((path.parent, result))
+    left: list[str] = []
+    for members in groups.values():
+        try:
+            left += _judge(members, start)
+        except UserError as error:
+            left += [f"{folder.name}: {one_line(str(error))}" for folder, _ in members]
+        finally:
+            os.chdir(start)
+    return left
+
+
+def _group(result: Mapping[str, Any]) -> str:
+    shared = {key: result["config"].get(key) for key in SHARED}
+    return json.dumps([shared, result["host"].get("directory"), result["source"]["weights"]], sort_keys=True)
+
+
+def _judge(members: Sequence[tuple[Path, Mapping[str, Any]]], start: Path) -> list[str]:
+    """Bounds of runs that share a judge; relative paths of their configuration begin where they were started."""
+    _, result = members[0]
+    config = recorded_config(result)
+    directory = Path(result["host"].get("directory", start))
+    if directory.is_dir():
+        os.chdir(directory)
+    judge = Judge.of(OmegaConf.create(config))
+    left = []
+    for folder, _ in members:
+        try:
+            write_csv(folder / BOUNDS_FILE, judge.rows(folder))
+        except (CorruptCache, OSError) as error:
+            left.append(f"{folder.name}: {one_line(str(error))}")
+    return left
+
+
+def main() -> None:
+    """Write what is missing; exit code 1 where a run was left out."""
+    summary, usage = (__doc__ or "").split("\n\n", 1)
+    parser = argparse.ArgumentParser(
+        prog="python -m bayesq.suite.bounds",
+        description=summary,
+        epilog=usage,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("results_dir", type=Path, help="a results folder, such as results")
+    parser.add_argument("--force", action="store_true", help="also where there is a bounds.csv")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    if not arguments.results_dir.is_dir():
+        sys.exit(f"error: {arguments.results_dir}: there is no such folder")
+    left = write_bounds(arguments.results_dir, arguments.force)
+    print("\n".join(left), end="\n" if left else "")
+    written = len(list(arguments.results_dir.glob(f"*/{BOUNDS_FILE}")))
+    print(f"{written} runs have a {BOUNDS_FILE}, {len(left)} were left out")
+    sys.exit(1 if left else 0)
+
+
+if __name__ == "__main__":
+    main()
