@@ -414,7 +414,7 @@ def test_layers_of_other_widths_are_told_apart(run: Callable[[str], Recorded], t
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (FULL, r"layer model\..*: its rows have different widths \(.*\): allocator=uniform with a whole"),
+        (FULL, r"layer model\..*: its rows have different widths \(.*\): choose allocator=uniform with a whole"),
         (AWQ, "it has scales for its inputs: choose method=gptq"),
         (DIGITS_RTN, "and this network has none that is quantized: use --to dequantized"),
     ],
