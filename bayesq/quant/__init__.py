@@ -6,5 +6,6 @@ feedback  successive rounding with error feedback (the routine GPTQ and BayesQ s
 tensor    QuantizedTensor, the one representation every method returns
 packing   QuantizedTensor <-> bytes
 accounting  bits counted on those bytes
+gptq_layout  the same codes in the checkpoint layout of GPTQ tools
 method    the protocol a method fulfils
 """

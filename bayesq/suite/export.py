@@ -257,7 +257,7 @@ def write_self_contained(packed: "Packed", network: "Network", file: Path) -> li
     record = {**packed.run, "network": {**packed.run["network"], "blueprint": network.blueprint}}
     with atomic_path(file) as temporary:
         sizes = write_packed(temporary, Packed(packed.tensors, state=state, run=record))
-        found = self_contained(read_packed(temporary), temporary, trusted=[_package(record)]).state_dict()
+        found = self_contained(read_packed(temporary), file, trusted=[_package(record)]).state_dict()
         if any(not torch.equal(value, found[name]) for name, value in expected.items()):
             raise UserError(f"{file}: what was written is not the run's network, which is a defect of the exporter")
     total = file.stat().st_size

@@ -20,11 +20,13 @@ from tiny_bert import tiny_bert
 from torch import Tensor, nn
 
 import bayesq
-from bayesq.suite import config, evaluation, export, runner
+from bayesq.suite import config, evaluation, export, loading, runner
 from bayesq.suite.cache import CorruptCache, read_tensors, write_tensors
+from bayesq.suite.datasets.base import DataSplits, Examples
 from bayesq.suite.datasets.glue import TASKS
 from bayesq.suite.errors import UserError
 from bayesq.suite.models.base import EncodedExamples
+from bayesq.suite.models.timm_model import TimmModel
 from bayesq.suite.packed import read_packed
 
 ROOT = Path(__file__).parents[2]
@@ -201,6 +203,16 @@ def test_settings_of_a_file_run_no_code(
     assert "\n" not in str(caught.value) and not (tmp_path / "ran").exists()
 
 
+def test_classes_of_other_packages_have_to_be_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_models.py").write_text("class Model:\n    def __init__(self, size):\n        self.size = size\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    said = {"model": {"_target_": "own_models.Model", "name": "own", "size": 3}}
+    assert loading.source(said, "model", ["own_models"]).size == 3
+    for trusted in ([], ["own"]):
+        with pytest.raises(UserError, match=r"own_models\.Model is no class of the suite: name its package"):
+            loading.source(said, "model", trusted)
+
+
 @pytest.mark.parametrize("what", ["rows", "groups", "layer", "parameter", "dtype", "weight"])
 def test_a_file_of_another_network_is_refused(
     run: Callable[[str], Recorded], place: Path, tmp_path: Path, what: str
@@ -281,6 +293,25 @@ def test_a_self_contained_file_that_is_not_its_network_is_refused(
     with pytest.raises(CorruptCache, match="its network cannot be built") as caught:
         bayesq.load_quantized(file)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit"])
+def test_a_bare_timm_network_is_the_one_that_was_built(name: str, tmp_path: Path) -> None:
+    import timm
+
+    save_file(timm.create_model(name, num_classes=5).state_dict(), tmp_path / "weights.safetensors")
+    images = Examples(torch.rand(2, 3, 32, 32), torch.zeros(2, dtype=torch.int64), ["a", "b"])
+    source = TimmModel(name, checkpoint=str(tmp_path / "weights.safetensors"))
+    network = source.build(DataSplits(images, images, images, 5, "accuracy", {}), tmp_path)
+    bare = source.bare(json.loads(json.dumps(network.blueprint)))
+    assert not bare.training and repr(bare) == repr(network.module)
+    bare.load_state_dict(network.module.state_dict())
+    x = torch.rand(2, 3, 160, 160)
+    with torch.no_grad():
+        assert torch.equal(bare(x), network.module(x))
+    assert [part.fused_attn for part in bare.modules() if hasattr(part, "fused_attn")] == [False] * (
+        sum(hasattr(part, "fused_attn") for part in network.module.modules())
+    )
 
 
 # --------------------------------------------------------------------------------------------------------- dequantized
@@ -414,7 +445,7 @@ def test_layers_of_other_widths_are_told_apart(run: Callable[[str], Recorded], t
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (FULL, r"layer model\..*: its rows have different widths \(.*\): allocator=uniform with a whole"),
+        (FULL, r"layer model\..*: its rows have different widths \(.*\): choose allocator=uniform with a whole"),
         (AWQ, "it has scales for its inputs: choose method=gptq"),
         (DIGITS_RTN, "and this network has none that is quantized: use --to dequantized"),
     ],

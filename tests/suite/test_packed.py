@@ -167,7 +167,7 @@ def test_damage_is_found(original: Packed, tmp_path: Path) -> None:
     file, random = tmp_path / "file.safetensors", np.random.default_rng(0)
     write_packed(file, original)
     raw, expected, outcomes = file.read_bytes(), weights_of(original), Counter[str]()
-    for _ in range(2300):
+    for _ in range(2400):
         file.write_bytes(damaged(raw, random))
         try:
             found = read_packed(file)
@@ -178,7 +178,6 @@ def test_damage_is_found(original: Packed, tmp_path: Path) -> None:
         outcomes["accepted"] += 1
         assert same(weights_of(found), expected) and same(found.parameters, original.parameters)
         assert found.run == original.run
-    print(outcomes)
     assert outcomes["accepted"] < 25, "nearly all of these change something"
 
 
@@ -260,9 +259,9 @@ def overwrite(file: Path, buffers: Mapping[str, Tensor], header: Mapping[str, An
 def test_contradictions_are_found_though_the_digest_is_right(original: Packed, tmp_path: Path) -> None:
     """What is accepted has one meaning: packed again it is the same file, and a naive reader finds the same weights."""
     file, random = tmp_path / "file.safetensors", np.random.default_rng(1)
-    write_packed(file, original)
-    whole, known, outcomes = read_tensors(file), weights_of(original), Counter[str]()
-    for _ in range(2200):
+    write_packed(tmp_path / "whole.safetensors", original)  # tensors that are read may lie in the file's own pages
+    whole, known, outcomes = read_tensors(tmp_path / "whole.safetensors"), weights_of(original), Counter[str]()
+    for _ in range(1800):
         buffers, header = edited(*whole, random)
         overwrite(file, buffers, header)
         try:
@@ -279,7 +278,6 @@ def test_contradictions_are_found_though_the_digest_is_right(original: Packed, t
         for name, weight in weights_of(found).items():
             if name not in known or not torch.equal(weight, known[name]):
                 check_naively(weight, buffers, facts, name)
-    print(outcomes)
     assert 25 < outcomes["accepted"] < 1000, "other scales make another file, but most edits make none"
 
 
