@@ -29,11 +29,10 @@ from baselines.rtn import RTN
 from bayesq.allocation import Budget, Knapsack, Uniform
 from bayesq.method import BayesQ
 from bayesq.posterior import Diagonal, Ekfac, Kfac, LowRank, Posterior
-from bayesq.quant.grids import FP16_MAX, FP16_TINY
+from bayesq.quant.grids import FP16_TINY
 from bayesq.quant.method import LayerProblem
 from bayesq.quant.packing import pack_model, unpack_model
 from bayesq.suite.calibration import eigenbasis
-from bayesq.suite.runner import clamped_scales
 
 WIDTHS = (2, 3, 4, 5, 6, 8)
 SHAPES = [(1, 1, 1), (1, 1, 7), (1, 7, 1), (1, 5, 6), (1, 9, 20), (3, 1, 9), (2, 4, 9), (1, 2, 33)]
@@ -127,9 +126,7 @@ def problem(
 
 POSTERIORS: dict[str, Callable[[], Posterior]] = {
     "kfac": lambda: Kfac(None, N, None, 0.5),
-    "kfac, eigenvalues, prior in G": lambda: Kfac(
-        None, N, None, 0.5, evidence="eigenvalues", prior_share="gradient"
-    ),
+    "kfac, eigenvalues, prior in G": lambda: Kfac(None, N, None, 0.5, evidence="eigenvalues", prior_share="gradient"),
     "kfac without prior": lambda: Kfac(0.0, N, None, 0.0, prior_share="gradient"),
     "kfac of one example": lambda: Kfac(None, 1, None, 0.5),
     "diag": lambda: Diagonal(None, N, None),
