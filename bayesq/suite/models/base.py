@@ -144,19 +144,22 @@ def fit_once(
     """Fitted tensors from the cache, or from `fit` on first use.
 
     `recipe` (JSON values) holds all that determines the outcome. Its hash is part of the file name: a changed
-    recipe never meets old weights. A damaged file costs a warning and another fit. Processes that want the
-    same entry wait for the first one.
+    recipe never meets old weights. A damaged file, or one of another recipe under this name, costs a warning and
+    another fit. Processes that want the same entry wait for the first one.
     """
-    key = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
+    text = json.dumps(recipe, sort_keys=True)
+    key = hashlib.sha256(text.encode()).hexdigest()
     path = cache_dir / "models" / f"{name}-{key[:16]}.safetensors"
     with lock(path):
         try:
-            tensors, _ = read_tensors(path)
-            return tensors
+            tensors, metadata = read_tensors(path)
+            if metadata.get("recipe") == text:
+                return tensors
+            logger.warning("%s is of another recipe; fitting again", path)
         except FileNotFoundError:
             pass
         except CorruptCache as error:
             logger.warning("%s; fitting again", error)
         tensors = fit()
-        write_tensors(path, tensors, {"recipe": json.dumps(recipe, sort_keys=True)})
+        write_tensors(path, tensors, {"recipe": text})
         return tensors
