@@ -19,7 +19,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from analysis.figures import DOUBLE, GREY, SINGLE, Look, counted, label, legend, look, panels, style
-from analysis.loading import command_overrides, finished
+from analysis.loading import UNKNOWN, command_overrides, finished
 from bayesq.suite.plots import confidence_bins
 from bayesq.suite.results import unit
 
@@ -63,15 +63,17 @@ def main_runs(runs: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     A method of a workload with more than MOST_VARIANTS of them is shown by its plain variant alone, or by the one with
     the most runs where there is no plain one: an ablation has a page of its own.
     """
-    kept, lines = [], []
+    kept, lines = [runs[runs["workload"] == UNKNOWN]], []
     for (workload, method), members in runs.groupby(["workload", "method"], sort=True):
+        if workload == UNKNOWN:
+            continue
         variants = members["variant"].value_counts(sort=False)
         if len(variants) > MOST_VARIANTS:
             first = min(variants.index, key=lambda variant: (variant != method, -variants[variant], variant))
             lines.append(f"{workload}: of {len(variants)} variants of {method}, only {first} is shown.")
             members = members[members["variant"] == first]
         kept.append(members)
-    return (pd.concat(kept).sort_index() if kept else runs), lines
+    return pd.concat(kept).sort_index(), lines
 
 
 MOST_VARIANTS = 3
@@ -196,7 +198,10 @@ def bit_curve_data(runs: pd.DataFrame) -> pd.DataFrame:
 
     `bits` is the budget; `bits/code` and `bits/stored` what was used, `fp ...` the full-precision network's values.
     """
-    done = _with_score(finished(runs)).rename(columns={"bits/target": "bits"})
+    done = finished(runs)
+    if done.empty:
+        return pd.DataFrame(columns=["workload", "method", "variant", "bits", "n"])
+    done = _with_score(done).rename(columns={"bits/target": "bits"})
     values = [*CURVES, "bits/code", "bits/stored", "fp score", "fp/nll", "fp/ece"]
     done = done.assign(**{key: np.nan for key in values if key not in done})
     done[values] = done[values].astype(float)
@@ -280,7 +285,10 @@ def calibration_size_data(runs: pd.DataFrame) -> pd.DataFrame:
 
     Only budgets of a workload that were run with several sizes count.
     """
-    done = _with_score(finished(runs)).rename(columns={"bits/target": "bits", "calibration/examples": "examples"})
+    done = finished(runs)
+    if done.empty:
+        return pd.DataFrame(columns=["workload", "method", "variant", "bits", "examples", "n"])
+    done = _with_score(done).rename(columns={"bits/target": "bits", "calibration/examples": "examples"})
     done["variant"] = [without(variant, "calibration.examples", "examples") for variant in done["variant"]]
     sizes = done.groupby(["workload", "bits"])["examples"].transform("nunique")
     done = done[sizes > 1]
@@ -335,6 +343,8 @@ def cost_data(runs: pd.DataFrame) -> pd.DataFrame:
     without distillation on the same workload, budget by budget; a workload without GPTQ has no multiples.
     """
     done = finished(runs).rename(columns={"bits/target": "bits"})
+    if done.empty:
+        return pd.DataFrame(columns=["workload", "method", "variant", "bits", "seed", "time x", "memory x"])
     stages = [f"time/{stage}_s" for stage in ("calibrate", "posterior", "quantize", "distill")]
     data = done[["workload", "method", "variant", "bits", "seed"]].assign(
         seconds=done[stages].astype(float).sum(axis=1), gib=done["memory/peak_rss_bytes"].astype(float) / 2**30
