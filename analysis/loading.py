@@ -177,6 +177,8 @@ def _names(config: Mapping[str, Any] | None) -> dict[str, Any]:
 
 # ------------------------------------------------------------------------------------------------------------ W&B
 
+# Keys of a result that may be null, which W&B leaves out.
+NULLABLE = ("risk/rank_correlation", "q/agreement", "q/ece", "fp/ece")
 WANDB_STATES = {"running": "running", "pending": "running", "failed": "failed"}
 
 
@@ -198,9 +200,9 @@ def _wandb_record(run: Any, project: str) -> dict[str, Any]:
     place = {"path": f"{WANDB}{project}/{run.id}", "overrides": [], "time": run.created_at}
     if summary.get("status") == FINISHED:
         # tables and plots are files, not values
-        files = {key for key, value in summary.items() if isinstance(value, Mapping) and "_type" in value}
-        result = {key: value for key, value in summary.items() if key not in files}
-        return {**result, "wandb/error": None, "error": None, **place, LAYERS_KEY: summary.get(LAYERS_KEY)}
+        values = {key: value for key, value in summary.items() if not (isinstance(value, Mapping) and "_type" in value)}
+        values["bits/target"] = float(values["bits/target"])
+        return {**dict.fromkeys(NULLABLE), **values, "wandb/error": None, "error": None, **place}
     state = WANDB_STATES.get(run.state, "missing")
     error = f"W&B calls it {run.state}; the reason is in the run's own folder"
     return {"run_id": run.id, "status": state, **_names(_nested(run.config)), "error": error, **place}
@@ -221,20 +223,20 @@ def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
     return config
 
 
-def _wandb_table(run: Mapping[str, Any], file: str) -> pd.DataFrame | None:
-    if file != LAYERS_FILE:
+def _wandb_table(run: Mapping[str, Any], name: str) -> pd.DataFrame | None:
+    if name != LAYERS_FILE:
         return None
     import wandb
 
-    reference = run.get(LAYERS_KEY)
-    if not isinstance(reference, Mapping) or "path" not in reference:
-        log.warning("%s: no table of layers was logged", run["path"])
-        return None
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            remote = wandb.Api().run(str(run["path"]).removeprefix(WANDB))
-            with remote.file(reference["path"]).download(folder, replace=True) as table:
-                content = json.load(table)
+        remote = wandb.Api().run(str(run["path"]).removeprefix(WANDB))
+        reference = remote.summary_metrics.get(LAYERS_KEY)
+        if not isinstance(reference, Mapping) or "path" not in reference:
+            log.warning("%s: no table of layers was logged", run["path"])
+            return None
+        file = remote.file(reference["path"])
+        with tempfile.TemporaryDirectory() as folder, file.download(folder, replace=True) as table:
+            content = json.load(table)
     except (wandb.Error, OSError, ValueError) as error:
         log.warning("%s: its table of layers is not readable (%s)", run["path"], " ".join(str(error).split()))
         return None
@@ -313,9 +315,8 @@ def _defaults(axes: tuple[tuple[str, str], ...]) -> dict[str, Any]:
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         config = resolved(compose(CONFIG_NAME, overrides=choices))
-        standard = resolved(compose(CONFIG_NAME))
     own = settings_of({"config": config, "seed": config["seed"]})
-    return {**own, "posterior": standard["posterior"]["name"]}
+    return {**own, "posterior": _defaults(())["posterior"]} if axes else own
 
 
 # ------------------------------------------------------------------------------------------------------ long frames

@@ -481,7 +481,8 @@ def _main_variants(members: pd.DataFrame) -> tuple[list[str], list[str]]:
 
 
 def _pick(runs: pd.DataFrame, workload: Any, variant: str, bits: float) -> pd.DataFrame:
-    return runs[(runs["workload"] == workload) & (runs["variant"] == variant) & (runs["bits/target"] == bits)]
+    chosen = (runs["workload"] == workload) & (runs["variant"] == variant) & (runs["bits/target"] == bits)
+    return runs.loc[chosen]
 
 
 def _measured(means: pd.DataFrame, own: pd.DataFrame) -> dict[str, Any]:

@@ -176,6 +176,55 @@ class WandbServer(ThreadingHTTPServer):
         artifact.committed = True
         return {"commitArtifact": {"artifact": {"id": identifier, "digest": ""}}}
 
+    def answer_Runs(self, variables: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
+        edges = [{"node": self.described(name), "cursor": name} for name in self.runs]
+        page = {"edges": edges, "pageInfo": {"endCursor": None, "hasNextPage": False}}
+        return {"project": {"internalId": "1", "runCount": len(edges), "readOnly": False, "runs": page}}
+
+    def answer_Run(self, variables: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
+        return {"project": {"run": self.described(variables["name"])}}
+
+    def answer_RunFiles(self, variables: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
+        place = f"/storage/run/{variables['name']}/"
+        wanted = variables.get("fileNames") or [path.removeprefix(place) for path in self.uploads]
+        nodes = [
+            {"id": name, "name": name, "url": self.url + place + name, "directUrl": self.url + place + name}
+            | {"sizeBytes": len(self.uploads[place + name]), "mimetype": "", "updatedAt": None, "md5": ""}
+            for name in wanted
+            if place + name in self.uploads
+        ]
+        edges = [{"node": node, "cursor": node["id"]} for node in nodes]
+        files = {"edges": edges, "pageInfo": {"endCursor": None, "hasNextPage": False}}
+        return {"project": {"internalId": "1", "run": {"fileCount": len(nodes), "files": files}}}
+
+    def described(self, name: str) -> dict[str, Any]:
+        """A run as queries see it."""
+        run = self.runs[name]
+        state = {None: "running", 0: "finished"}.get(run.exit_code, "failed")
+        return {
+            "id": f"bucket-{name}",
+            "projectId": "1",
+            "name": name,
+            "displayName": run.attributes.get("displayName"),
+            "tags": run.attributes.get("tags", []),
+            "sweepName": None,
+            "state": state,
+            "config": json.dumps({key: {"value": value} for key, value in run.config.items()}),
+            "summaryMetrics": json.dumps(run.summary),
+            "systemMetrics": "{}",
+            "createdAt": "2026-01-01T00:00:00",
+            "heartbeatAt": "2026-01-01T00:00:00",
+            "historyLineCount": len(run.history),
+            "user": {"name": "someone", "username": "someone"},
+            "group": run.attributes.get("groupName"),
+            "jobType": run.attributes.get("jobType"),
+            "commit": None,
+            "readOnly": False,
+            "description": None,
+            "notes": None,
+            "historyKeys": None,
+        }
+
     def answer_UpsertView2(self, variables: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
         self.views[variables["name"]] = variables | {"spec": json.loads(variables["spec"])}
         return {"upsertView": {"view": {"id": "view", "name": variables["name"]}, "inserted": True}}
@@ -199,7 +248,9 @@ class _Handler(BaseHTTPRequestHandler):
         return b"".join(parts)
 
     def _reply(self, content: Any, code: int = 200) -> None:
-        body = json.dumps(content).encode()
+        self._reply_bytes(json.dumps(content).encode(), code)
+
+    def _reply_bytes(self, body: bytes, code: int = 200) -> None:
         self.send_response(code)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
@@ -220,6 +271,8 @@ class _Handler(BaseHTTPRequestHandler):
             elif self.path.endswith("/file_stream"):
                 server.stream(self.path.split("/")[-2], json.loads(body))
                 self._reply({})
+            elif self.command == "GET" and self.path in server.uploads:
+                self._reply_bytes(server.uploads[self.path])
             else:
                 server.uploads[self.path] = body
                 self._reply({})

@@ -1,0 +1,126 @@
+"""Results frozen in code: run folders whose numbers never change, small enough to check by hand."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from bayesq.suite.results import write_csv, write_json
+
+STAGES = ("calibrate", "posterior", "quantize", "distill")
+EXAMPLES = 40
+# of EXAMPLES, how many each method gets right at 3, 3.5 and 4 bits; every seed loses one more
+CORRECT = {"rtn": (20, 24, 30), "gptq": (26, 30, 33), "awq": (25, 29, 33), "bayesq": (38, 36, 34)}
+KL = {"rtn": 0.4, "gptq": 0.2, "awq": 0.3, "bayesq": 0.05}
+BUDGETS = (3.0, 3.5, 4.0)
+
+
+def config(method: str, bits: float, seed: int, model: str, dataset: str, **changes: Any) -> dict[str, Any]:
+    """As much of a configuration as tells runs apart; `changes` with dots in their names written as `__`."""
+    content: dict[str, Any] = {
+        "model": {"name": model, "modality": "image"},
+        "dataset": {"name": dataset, "modality": "image"},
+        "method": {"name": method, **({"uses_posterior": True} if method == "bayesq" else {})},
+        "posterior": {"name": "kfac"},
+        "allocator": "knapsack" if method == "bayesq" else "uniform",
+        "bits": bits,
+        "seed": seed,
+        "calibration": {"examples": 256},
+        "correction": "none",
+        "distill": False,
+    }
+    for name, value in changes.items():
+        *parents, last = name.split("__")
+        inner = content
+        for parent in parents:
+            inner = inner[parent]
+        inner[last] = value
+    return content
+
+
+def started(folder: Path, overrides: list[str], content: dict[str, Any]) -> None:
+    (folder / ".hydra").mkdir(parents=True)
+    (folder / ".hydra/overrides.yaml").write_text(yaml.safe_dump(overrides))
+    (folder / ".hydra/config.yaml").write_text(yaml.safe_dump(content))
+
+
+def add(
+    results: Path,
+    method: str,
+    bits: float,
+    seed: int,
+    correct: int | None = None,
+    kl: float | None = None,
+    seconds: tuple[float, float, float, float] = (1.0, 0.0, 1.0, 0.0),
+    name: str | None = None,
+    model: str = "resnet",
+    dataset: str = "digits",
+    error: str | None = None,
+    memory: float = 2**30,
+    metrics: dict[str, tuple[float, float]] | None = None,
+    **changes: Any,
+) -> Path:
+    """One run; returns its folder.
+
+    Args:
+        correct: so many of EXAMPLES, the first ones of them.
+        error: of a run that has failed.
+        metrics: full-precision and quantized value of each metric of the task, in place of the accuracy; such a run
+            has no predictions.
+        changes: of the configuration.
+    """
+    correct = CORRECT[method][BUDGETS.index(bits)] - seed if correct is None else correct
+    kl = KL[method] * 4 ** (3 - bits) * (1 + seed / 10) if kl is None else kl
+    content = config(method, bits, seed, model, dataset, **changes)
+    marks = "".join(f"-{value}" for value in changes.values())
+    folder = results / (name or f"{model}-{dataset}-{method}-{bits:g}-{seed}{marks}")
+    overrides = [f"model={model}", f"dataset={dataset}", f"method={method}"]
+    overrides += [f"{key.replace('__', '.')}={value}" for key, value in changes.items()]
+    started(folder, [*overrides, f"bits={bits:g}", f"seed={seed}"], content)
+    if error is not None:
+        write_json(folder / "status.json", {"status": "failed", "error": error, "overrides": overrides})
+        return folder
+    rows = []
+    for i in range(EXAMPLES):
+        label = i % 2
+        own = kl * 2 * (i + 1) / (EXAMPLES + 1)  # whose mean is kl
+        rows.append({"label": label, "fp_prediction": label, "q_prediction": label if i < correct else 1 - label})
+        rows[-1] |= {"fp_correct": 1, "q_correct": int(i < correct), "kl": own, "id": f"e{i}"}
+    measured = metrics or {"accuracy": (1.0, correct / EXAMPLES)}
+    scores: dict[str, Any] = {}
+    for metric, (fp, q) in measured.items():
+        scores |= {f"fp/{metric}": fp, f"q/{metric}": q, f"delta/{metric}": q - fp, f"delta/{metric}/ci95": [-1, 1]}
+    result = {
+        "run_id": folder.name,
+        "status": "finished",
+        "model": model,
+        "dataset": dataset,
+        "method": method,
+        "seed": seed,
+        "primary_metric": next(iter(measured)),
+        "bits/target": bits,
+        "bits/code": bits,
+        "bits/stored": bits + 0.125,
+        **scores,
+        "q/kl_to_fp": float(np.mean([row["kl"] for row in rows])),
+        "calibration/examples": content["calibration"]["examples"],
+        "evaluation/examples": EXAMPLES,
+        "memory/peak_rss_bytes": memory,
+        **{f"time/{stage}_s": value for stage, value in zip(STAGES, seconds, strict=True)},
+        "config": content,
+        "wandb/error": None,
+    }
+    write_csv(folder / "layers.csv", [{"name": "stem", "bits/code": bits, "achieved_risk": None}])
+    if not metrics:
+        write_csv(folder / "predictions.csv", rows)
+    write_json(folder / "result.json", result)
+    return folder
+
+
+def add_main(results: Path, **options: Any) -> None:
+    """Four methods, three budgets, two seeds."""
+    for method in CORRECT:
+        for bits in BUDGETS:
+            for seed in (0, 1):
+                add(results, method, bits, seed, **options)
