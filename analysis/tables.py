@@ -202,7 +202,9 @@ def main_table(runs: pd.DataFrame) -> Table:
                     reference = strongest_baseline(done, str(workload), bits, alike(records(own)[0]))
                     row["reference"] = reference
                     if reference is not None and reference != variant:
-                        row |= _against(examples.compare(_pick(done, workload, reference, bits), own))
+                        comparison = examples.compare(_pick(done, workload, reference, bits), own)
+                        row |= _against(comparison)
+                        notes += _not_compared(comparison, workload, variant, reference, bits)
                     if own.iloc[0]["method"] == "bayesq":
                         row |= _claim(own.iloc[0], bits)
                 rows.append(row)
@@ -258,7 +260,9 @@ def ablation_table(runs: pd.DataFrame) -> Table:
                 row = {"workload": workload, "bits": bits, "variant": variant, **_measured(means, own)}
                 if variant != full and not own.empty:
                     row["reference"] = full
-                    row |= _against(examples.compare(_pick(done, workload, full, bits), own))
+                    comparison = examples.compare(_pick(done, workload, full, bits), own)
+                    row |= _against(comparison)
+                    notes += _not_compared(comparison, workload, variant, full, bits)
                 rows.append(row)
                 notes += _gap(members, str(workload), variant, bits)
     table = _compared(rows, "full")
@@ -462,6 +466,7 @@ def bit_curve(runs: pd.DataFrame) -> pd.DataFrame:
 def _known(runs: pd.DataFrame) -> pd.DataFrame:
     """Runs whose workload is known; what the others are is a footnote."""
     known: pd.DataFrame = runs[runs["workload"] != UNKNOWN].copy()
+    known["seed"] = known["seed"].astype(int)  # where a workload is unknown so is the seed, and NaN made all floats
     known.attrs["unknown"] = [
         f"{run['path']}: {run['status']}, {run['error']}" for run in records(runs[runs["workload"] == UNKNOWN])
     ]
@@ -518,6 +523,14 @@ def _against(comparison: Comparison | None) -> dict[str, Any]:
         "paired_seeds": comparison.seeds,
         "paired_examples": comparison.examples,
     }
+
+
+def _not_compared(comparison: Comparison | None, workload: Any, variant: str, reference: str, bits: float) -> list[str]:
+    """The line about a comparison that could not be made."""
+    if comparison is not None:
+        return []
+    why = "no seed for which both have a result with its predictions.csv"
+    return [f"{workload}, {variant} at {bits:g} bits: not compared with {reference}, {why}."]
 
 
 def _claim(run: Mapping[str, Any] | pd.Series, bits: float) -> dict[str, Any]:
@@ -614,7 +627,7 @@ def _population(table: pd.DataFrame) -> str:
 
 def _metrics(runs: pd.DataFrame) -> str:
     found = sorted({str(metric) for metric in finished(runs)["primary_metric"].dropna()}) if len(finished(runs)) else []
-    return ", ".join(f"{metric}, {'%' if unit(metric) == '%' else 'times 100'}" for metric in found) or "none"
+    return ", ".join(f"{metric} {'in %' if unit(metric) == '%' else 'times 100'}" for metric in found) or "none"
 
 
 def _source(runs: pd.DataFrame) -> str:

@@ -73,7 +73,7 @@ def add(
     correct = CORRECT[method][BUDGETS.index(bits)] - seed if correct is None else correct
     kl = KL[method] * 4 ** (3 - bits) * (1 + seed / 10) if kl is None else kl
     content = config(method, bits, seed, model, dataset, **changes)
-    marks = "".join(f"-{value}" for value in changes.values())
+    marks = "".join(f"-{key}-{value}" for key, value in changes.items())
     folder = results / (name or f"{model}-{dataset}-{method}-{bits:g}-{seed}{marks}")
     overrides = [f"model={model}", f"dataset={dataset}", f"method={method}"]
     overrides += [f"{key.replace('__', '.')}={value}" for key, value in changes.items()]
@@ -84,7 +84,8 @@ def add(
     rows = []
     for i in range(EXAMPLES):
         label = i % 2
-        own = kl * 2 * (i + 1) / (EXAMPLES + 1)  # whose mean is kl
+        place = EXAMPLES - i if method == "bayesq" else i + 1
+        own = kl * 2 * place / (EXAMPLES + 1)  # whose mean is kl
         rows.append({"label": label, "fp_prediction": label, "q_prediction": label if i < correct else 1 - label})
         rows[-1] |= {"fp_correct": 1, "q_correct": int(i < correct), "kl": own, "id": f"e{i}"}
     measured = metrics or {"accuracy": (1.0, correct / EXAMPLES)}
@@ -124,3 +125,25 @@ def add_main(results: Path, **options: Any) -> None:
         for bits in BUDGETS:
             for seed in (0, 1):
                 add(results, method, bits, seed, **options)
+
+
+def add_glue(results: Path) -> None:
+    """Two tasks by two methods; RTN has only one of them."""
+    tasks = {"mrpc": ("accuracy", "f1"), "cola": ("matthews",)}
+    scores = {"gptq": 0.5, "bayesq": 0.75, "rtn": 0.25}
+    for method, score in scores.items():
+        for task, names in tasks.items():
+            if (method, task) == ("rtn", "cola"):
+                continue
+            for seed in (0, 1):
+                own = {name: (0.9, score + place / 10 + seed / 100) for place, name in enumerate(names)}
+                options = {"dataset__task": task, "dataset__modality": "text"}
+                add(results, method, 3.0, seed, model="bert", dataset="glue", metrics=own, **options)
+
+
+def add_ablation(results: Path) -> None:
+    """What is switched from the full method at 3 bits."""
+    for seed in (0, 1):
+        add(results, "bayesq", 3.0, seed, 38 - 4, 0.08, (1.0, 1.0, 2.0, 0.0), allocator="uniform")
+        add(results, "bayesq", 3.0, seed, 38 - seed, 0.04, (1.0, 1.0, 2.0, 8.0), distill=True)
+        add(results, "bayesq", 3.0, seed, 20, 0.5, calibration__examples=16)

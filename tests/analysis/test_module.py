@@ -1,0 +1,81 @@
+"""`python -m analysis` on the terminal."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from frozen import add, add_glue
+
+from analysis.__main__ import main
+
+ROOT = Path(__file__).parents[2]
+
+
+def module(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "analysis", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+
+
+def refusal(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> object:
+    """What the module leaves with: a line for stderr, and exit code 1."""
+    monkeypatch.setattr(sys, "argv", ["analysis", *arguments])
+    with pytest.raises(SystemExit) as left:
+        main()
+    return left.value.code
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    add(tmp_path, "gptq", 3.0, 0, 20, 0.05)
+    add(tmp_path, "gptq", 3.0, 1, 30, 0.075)
+    add(tmp_path, "gptq", 3.5, 0, 35, 0.0875)
+    add(tmp_path, "rtn", 3.0, 0, 10, 0.5)
+    add(tmp_path, "rtn", 3.5, 0, error="memory ran out")
+    return tmp_path
+
+
+def test_the_module_prints_an_overview_in_markdown(folder):
+    done = module(str(folder))
+    assert done.returncode == 0, done.stderr
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in done.stdout.splitlines()[2:]]
+    assert rows[0] == ["workload", "method", "3 bit", "3.5 bit"]
+    assert rows[2] == ["resnet / digits", "gptq", "62.50 / 0.0625 (n=2)", "87.50 / 0.0875 (n=1)"]
+    assert rows[3] == ["resnet / digits", "rtn", "25.00 / 0.5000 (n=1)", "-"]
+    assert "memory ran out" in done.stdout and "method=rtn bits=3.5 seed=0" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("option", "expected"),
+    [
+        ("--main", "Δ GPTQ"),
+        ("--ablation", "no variant of BayesQ was run"),
+        ("--cost", "quantize ×"),
+        ("--glue", "30.50"),
+    ],
+)
+@pytest.mark.slow
+def test_every_table_can_be_asked_for(folder, option, expected):
+    add_glue(folder)
+    done = module(str(folder), option)
+    assert done.returncode == 0, done.stderr
+    assert expected in done.stdout and "nan" not in done.stdout
+
+
+def test_nothing_to_show_is_one_line(tmp_path, monkeypatch):
+    empty, failed = tmp_path / "empty", tmp_path / "failed"
+    empty.mkdir()
+    add(failed, "rtn", 3.5, 0, error="memory ran out")
+    cases = {
+        str(empty): f"no finished run in {empty}",
+        str(failed): f"no finished run in {failed}",
+        str(tmp_path / "missing"): f"no results folder {tmp_path / 'missing'}",
+        "wandb:project": "wandb:project: needs wandb:ENTITY/PROJECT",
+    }
+    for source, message in cases.items():
+        assert refusal(monkeypatch, source) == f"error: {message}"
+
+
+def test_no_glue_is_one_line(folder, monkeypatch):
+    assert refusal(monkeypatch, str(folder), "--glue") == f"error: no run of a GLUE task in {folder}"
