@@ -19,6 +19,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from analysis.figures import DOUBLE, GREY, SINGLE, Look, counted, label, legend, look, panels, style
+from analysis.gaps import WORKLOAD, own_overrides
 from analysis.loading import UNKNOWN, command_overrides, finished
 from bayesq.suite.plots import confidence_bins
 from bayesq.suite.results import unit
@@ -134,6 +135,21 @@ def population(data: pd.DataFrame, runs: pd.DataFrame, axis: str = "bits") -> st
         others.append(f"{where}{label(variant)} at {values} {axis}: {n or 'none'}")
     exceptions = f" ({'; '.join(others)})" if others else ""
     return f"n = {usual} seed{'s' if usual != 1 else ''}{exceptions}, {counted(examples)} test examples"
+
+
+def further_settings(runs: pd.DataFrame) -> str:
+    """What variants were started with beyond their names, ` GPTQ: method.sequential=false.`; nothing where that is all.
+
+    A setting that all runs of a method share is in no variant's name, even if it is not the default.
+    """
+    found: dict[str, None] = {}
+    for variant, own in finished(runs).groupby("variant", sort=False):
+        for _, run in own.drop_duplicates("workload").iterrows():
+            for override in own_overrides(run):
+                key = override.partition("=")[0].lstrip("+")
+                if key.partition(".")[0] not in WORKLOAD and key not in ("method", "ablation"):
+                    found[f" {label(str(variant))}: {override}."] = None
+    return "".join(sorted(found))
 
 
 def _errorbar(axes: Axes, x: Any, y: Any, spread: Any, own: Look) -> None:
@@ -257,7 +273,7 @@ def main_figure(data: pd.DataFrame, looks: Mapping[str, Look]) -> Figure:
     columns = min(len(workloads), 5)
     rows = -(-len(workloads) // columns)
     width = DOUBLE if columns > 2 else SINGLE
-    figure, axes = panels(rows, columns, width, 1.75, sharey=True)
+    figure, axes = panels(rows, columns, width, 2.0, sharey=True)
     for place, plot in enumerate(plot for row in axes for plot in row):
         if place >= len(workloads):
             plot.set_visible(False)
@@ -267,7 +283,8 @@ def main_figure(data: pd.DataFrame, looks: Mapping[str, Look]) -> Figure:
             line = own_data[own_data["variant"] == variant]
             _errorbar(plot, line["bits"], _positive(line["q/kl_to_fp"], "q/kl_to_fp"), line["q/kl_to_fp std"], own)
         plot.set_yscale("log")
-        plot.set_title(title(workloads[place]) if columns > 1 else title(workloads[place]).replace("\n", ", "))
+        name = title(workloads[place])
+        plot.set_title(name if columns > 1 else name.replace("\n", ", "), linespacing=0.9)
         plot.set_xlabel("code bits" if columns > 2 else CODE_BITS)
         _bit_ticks(plot, sorted(own_data["bits"].unique()))
         plot.margins(x=0.12)

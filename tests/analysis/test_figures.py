@@ -125,6 +125,13 @@ def test_overrides_of_a_variant_are_in_the_command_of_its_gap(tmp_path: Path) ->
     assert [line for line in lines if line.endswith("dataset=digits method=gptq bits=4 seed=0`")]
 
 
+def test_settings_that_all_runs_of_a_method_share_are_in_the_caption(tmp_path: Path) -> None:
+    add_run(tmp_path, method="gptq", bits=3, options=["sequential=false"])
+    add_run(tmp_path, method="gptq", bits=4, options=["sequential=false"])
+    add_run(tmp_path, method="bayesq", bits=3)
+    assert plots.further_settings(load_runs(tmp_path)) == " GPTQ: method.sequential=false."
+
+
 def test_points_with_another_n_are_named(digits: Path) -> None:
     runs = load_runs(digits)
     caption = plots.population(plots.bit_curve_data(runs), runs)
