@@ -44,6 +44,9 @@ def gaps(runs: pd.DataFrame, budgets: Iterable[float] = (), source: str | Path =
                 of = [bits for bits, found in lacking.items() if found == missing]
                 what = f"{workload}, {variant}: no run at {_listed(of)} bits with seed {_listed(missing)}"
                 lines.append(f"{what}{_failures(own, of)}; `{command(own.iloc[0], of, missing, source)}`")
+        copies = int(members["duplicates"].sum())
+        if copies:
+            lines.append(f"{workload}: {copies} further copies of runs were dropped, the newest finished ones count")
     return lines
 
 

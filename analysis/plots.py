@@ -19,7 +19,8 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from analysis.figures import DOUBLE, GREY, SINGLE, Look, counted, label, legend, look, panels, style
-from analysis.loading import command_overrides, finished
+from analysis.gaps import WORKLOAD, own_overrides
+from analysis.loading import UNKNOWN, command_overrides, finished
 from bayesq.suite.plots import confidence_bins
 from bayesq.suite.results import unit
 
@@ -63,15 +64,17 @@ def main_runs(runs: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     A method of a workload with more than MOST_VARIANTS of them is shown by its plain variant alone, or by the one with
     the most runs where there is no plain one: an ablation has a page of its own.
     """
-    kept, lines = [], []
+    kept, lines = [runs[runs["workload"] == UNKNOWN]], []
     for (workload, method), members in runs.groupby(["workload", "method"], sort=True):
+        if workload == UNKNOWN:
+            continue
         variants = members["variant"].value_counts(sort=False)
         if len(variants) > MOST_VARIANTS:
             first = min(variants.index, key=lambda variant: (variant != method, -variants[variant], variant))
             lines.append(f"{workload}: of {len(variants)} variants of {method}, only {first} is shown.")
             members = members[members["variant"] == first]
         kept.append(members)
-    return (pd.concat(kept).sort_index() if kept else runs), lines
+    return pd.concat(kept).sort_index(), lines
 
 
 MOST_VARIANTS = 3
@@ -132,6 +135,21 @@ def population(data: pd.DataFrame, runs: pd.DataFrame, axis: str = "bits") -> st
         others.append(f"{where}{label(variant)} at {values} {axis}: {n or 'none'}")
     exceptions = f" ({'; '.join(others)})" if others else ""
     return f"n = {usual} seed{'s' if usual != 1 else ''}{exceptions}, {counted(examples)} test examples"
+
+
+def further_settings(runs: pd.DataFrame) -> str:
+    """What variants were started with beyond their names, ` GPTQ: method.sequential=false.`; nothing where that is all.
+
+    A setting that all runs of a method share is in no variant's name, even if it is not the default.
+    """
+    found: dict[str, None] = {}
+    for variant, own in finished(runs).groupby("variant", sort=False):
+        for _, run in own.drop_duplicates("workload").iterrows():
+            for override in own_overrides(run):
+                key = override.partition("=")[0].lstrip("+")
+                if key.partition(".")[0] not in WORKLOAD and key not in ("method", "ablation"):
+                    found[f" {label(str(variant))}: {override}."] = None
+    return "".join(sorted(found))
 
 
 def _errorbar(axes: Axes, x: Any, y: Any, spread: Any, own: Look) -> None:
@@ -196,7 +214,10 @@ def bit_curve_data(runs: pd.DataFrame) -> pd.DataFrame:
 
     `bits` is the budget; `bits/code` and `bits/stored` what was used, `fp ...` the full-precision network's values.
     """
-    done = _with_score(finished(runs)).rename(columns={"bits/target": "bits"})
+    done = finished(runs)
+    if done.empty:
+        return pd.DataFrame(columns=["workload", "method", "variant", "bits", "n"])
+    done = _with_score(done).rename(columns={"bits/target": "bits"})
     values = [*CURVES, "bits/code", "bits/stored", "fp score", "fp/nll", "fp/ece"]
     done = done.assign(**{key: np.nan for key in values if key not in done})
     done[values] = done[values].astype(float)
@@ -252,7 +273,7 @@ def main_figure(data: pd.DataFrame, looks: Mapping[str, Look]) -> Figure:
     columns = min(len(workloads), 5)
     rows = -(-len(workloads) // columns)
     width = DOUBLE if columns > 2 else SINGLE
-    figure, axes = panels(rows, columns, width, 1.75, sharey=True)
+    figure, axes = panels(rows, columns, width, 2.0, sharey=True)
     for place, plot in enumerate(plot for row in axes for plot in row):
         if place >= len(workloads):
             plot.set_visible(False)
@@ -262,7 +283,8 @@ def main_figure(data: pd.DataFrame, looks: Mapping[str, Look]) -> Figure:
             line = own_data[own_data["variant"] == variant]
             _errorbar(plot, line["bits"], _positive(line["q/kl_to_fp"], "q/kl_to_fp"), line["q/kl_to_fp std"], own)
         plot.set_yscale("log")
-        plot.set_title(title(workloads[place]) if columns > 1 else title(workloads[place]).replace("\n", ", "))
+        name = title(workloads[place])
+        plot.set_title(name if columns > 1 else name.replace("\n", ", "), linespacing=0.9)
         plot.set_xlabel("code bits" if columns > 2 else CODE_BITS)
         _bit_ticks(plot, sorted(own_data["bits"].unique()))
         plot.margins(x=0.12)
@@ -280,7 +302,10 @@ def calibration_size_data(runs: pd.DataFrame) -> pd.DataFrame:
 
     Only budgets of a workload that were run with several sizes count.
     """
-    done = _with_score(finished(runs)).rename(columns={"bits/target": "bits", "calibration/examples": "examples"})
+    done = finished(runs)
+    if done.empty:
+        return pd.DataFrame(columns=["workload", "method", "variant", "bits", "examples", "n"])
+    done = _with_score(done).rename(columns={"bits/target": "bits", "calibration/examples": "examples"})
     done["variant"] = [without(variant, "calibration.examples", "examples") for variant in done["variant"]]
     sizes = done.groupby(["workload", "bits"])["examples"].transform("nunique")
     done = done[sizes > 1]
@@ -335,6 +360,8 @@ def cost_data(runs: pd.DataFrame) -> pd.DataFrame:
     without distillation on the same workload, budget by budget; a workload without GPTQ has no multiples.
     """
     done = finished(runs).rename(columns={"bits/target": "bits"})
+    if done.empty:
+        return pd.DataFrame(columns=["workload", "method", "variant", "bits", "seed", "time x", "memory x"])
     stages = [f"time/{stage}_s" for stage in ("calibrate", "posterior", "quantize", "distill")]
     data = done[["workload", "method", "variant", "bits", "seed"]].assign(
         seconds=done[stages].astype(float).sum(axis=1), gib=done["memory/peak_rss_bytes"].astype(float) / 2**30

@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 
 import analysis
 from analysis import figures, gaps, plots, tables
-from analysis.loading import finished
+from analysis.loading import UNKNOWN, finished
 from bayesq.suite.errors import UserError
 
 FOLDER = Path(__file__).parent
@@ -83,6 +83,11 @@ class Page:
     def runs(self) -> pd.DataFrame:
         """All runs, failed ones included."""
         return self.results.runs
+
+    @property
+    def workloads(self) -> list[str]:
+        """The workloads of all runs that say what they are."""
+        return sorted(set(self.runs["workload"]) - {UNKNOWN})
 
     @property
     def finished(self) -> pd.DataFrame:

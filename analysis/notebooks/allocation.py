@@ -33,5 +33,5 @@ for workload, members in data.groupby("workload"):
     page.figure(plots.allocation(own, widths, page.looks[variant]), f"allocation_{plots.slug(workload)}", caption, own)
 
 # %%
-for workload in sorted(set(page.runs["workload"]) - set(data["workload"])):
+for workload in sorted(set(page.workloads) - set(data["workload"])):
     page.say(f"{workload}: no run with allocator=knapsack; `{page.command(workload, 'method=bayesq', 'bits=3,3.5,4')}`")

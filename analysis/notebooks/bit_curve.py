@@ -22,6 +22,7 @@ for workload, own in data.groupby("workload"):
     caption = (
         f"{workload}: score, KL, NLL and ECE against code and stored bits; {plots.population(own, page.main_runs)}."
     )
+    caption += plots.further_settings(page.main_runs[page.main_runs["workload"] == workload])
     page.figure(plots.bit_curve(own, page.looks), f"bit_curve_{plots.slug(workload)}", caption, own)
 
 # %% [markdown]

@@ -30,7 +30,7 @@ if len(page.finished):
     page.table(tables.cost_table(page.main_runs), "cost")
 
 # %%
-for workload in sorted(set(page.runs["workload"]) - set(compared["workload"])):
+for workload in sorted(set(page.workloads) - set(compared["workload"])):
     page.say(
         f"{workload}: no GPTQ to compare with; `{page.command(workload, 'method=gptq', 'bits=3,3.5,4', 'seed=0,1,2')}`"
     )

@@ -15,8 +15,7 @@ from analysis.notebooks import Page
 page = Page("glue_table")
 
 # %%
-glue = page.finished[page.finished["dataset"] == "glue"]
-if glue.empty:
+if not tables.has_glue(page.runs):
     page.nothing("no finished run of a GLUE task", "python run.py -m +experiment=glue bits=3,3.5,4 seed=0,1,2")
 else:
     page.table(tables.glue_table(page.runs), "glue_table")

@@ -22,6 +22,7 @@ if data.empty:
 else:
     population = plots.population(data, page.main_runs)
     caption = f"KL to full precision against code bits, mean and standard deviation; {population}."
+    caption += plots.further_settings(page.main_runs)
     page.figure(plots.main_figure(data, page.looks), "main_figure", caption, data, dpi=200)
 
 # %%

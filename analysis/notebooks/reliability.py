@@ -26,7 +26,7 @@ for workload, own in data.groupby("workload"):
     page.figure(plots.reliability(shown, page.looks), f"reliability_{plots.slug(workload)}", caption, shown)
 
 # %%
-for workload in sorted(set(page.runs["workload"]) - set(data["workload"])):
+for workload in sorted(set(page.workloads) - set(data["workload"])):
     page.say(
         f"{workload}: no recorded confidences; a regression has none, `python run.py ... force=true` records others"
     )

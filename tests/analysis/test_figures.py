@@ -1,6 +1,7 @@
 """Figures from a results folder: the same bytes twice, the same look everywhere, gaps where runs are missing."""
 
 import re
+import shutil
 import statistics
 from itertools import combinations
 from pathlib import Path
@@ -124,6 +125,13 @@ def test_overrides_of_a_variant_are_in_the_command_of_its_gap(tmp_path: Path) ->
     assert [line for line in lines if line.endswith("dataset=digits method=gptq bits=4 seed=0`")]
 
 
+def test_settings_that_all_runs_of_a_method_share_are_in_the_caption(tmp_path: Path) -> None:
+    add_run(tmp_path, method="gptq", bits=3, options=["sequential=false"])
+    add_run(tmp_path, method="gptq", bits=4, options=["sequential=false"])
+    add_run(tmp_path, method="bayesq", bits=3)
+    assert plots.further_settings(load_runs(tmp_path)) == " GPTQ: method.sequential=false."
+
+
 def test_points_with_another_n_are_named(digits: Path) -> None:
     runs = load_runs(digits)
     caption = plots.population(plots.bit_curve_data(runs), runs)
@@ -162,6 +170,20 @@ def test_bits_above_the_bound_are_weighted_by_weights(tmp_path: Path) -> None:
     data = plots.rate_distortion_data(plots.bounds_frame(load_runs(tmp_path)))
     assert data["coding"].item() == pytest.approx((300 * 1 + 100 * 4) / 400)
     assert data["above"].item() == pytest.approx((300 * 2 + 100 * 3) / 400)
+
+
+def test_copies_and_runs_without_any_record_are_named(tmp_path: Path) -> None:
+    run = add_run(tmp_path / "one", method="gptq", bits=3)
+    shutil.copytree(run, tmp_path / "two" / run.name)
+    (tmp_path / "two/lost").mkdir()
+    (tmp_path / "two/lost/status.json").write_text('{"status": "failed", "error": "no record"}')
+    runs = load_runs(tmp_path)
+    lines = gaps.gaps(plots.main_runs(runs)[0], source=tmp_path)
+    assert len(lines) == 2
+    assert lines[0].startswith(str(tmp_path / "two/lost"))
+    assert "no record" in lines[0]
+    assert "1 further copies of runs" in lines[1]
+    assert list(figures.looks(runs)) == ["gptq"]
 
 
 # --------------------------------------------------------------------------------------------------------------- files
