@@ -14,6 +14,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from analysis.loading import UNKNOWN
+
 STYLE_FILE = Path(__file__).with_name("bayesq.mplstyle")
 # inches: one column and both columns of a page
 SINGLE, DOUBLE = 3.3, 6.9
@@ -86,7 +88,8 @@ def looks(runs: pd.DataFrame) -> dict[str, Look]:
     Args:
         runs: all runs of a source, so that a variant looks the same in each of its figures.
     """
-    pairs = runs[["method", "variant"]].drop_duplicates().itertuples(index=False, name=None)
+    known = runs[runs["variant"] != UNKNOWN]
+    pairs = known[["method", "variant"]].drop_duplicates().itertuples(index=False, name=None)
     order = list(LOOKS)
     ranked = sorted(pairs, key=lambda pair: (order.index(pair[0]) if pair[0] in order else len(order), *pair))
     found: dict[str, Look] = {}

@@ -7,20 +7,13 @@ from typing import Any
 
 import pandas as pd
 
-from bayesq.suite.config import WITHOUT_EFFECT, show
-from bayesq.suite.status import recorded_overrides
+from analysis.loading import UNKNOWN, command_overrides, finished
+from bayesq.suite.config import WITHOUT_EFFECT
 
 # Keys that a line for several runs gives values of its own.
 SWEPT = ("bits", "seed")
-# What names a workload where no overrides were recorded (runs read from W&B).
-NAMED = ("model.checkpoint", "dataset.task", "dataset.root", "dataset.hub", "calibration.examples")
 # Groups of keys that make a workload.
 WORKLOAD = ("experiment", "model", "dataset", "layers", "calibration", "evaluation")
-
-
-def finished(runs: pd.DataFrame) -> pd.DataFrame:
-    """The runs that have a result."""
-    return runs[runs["status"] == "finished"]
 
 
 def gaps(runs: pd.DataFrame, budgets: Iterable[float] = (), source: str | Path = "results") -> list[str]:
@@ -34,8 +27,10 @@ def gaps(runs: pd.DataFrame, budgets: Iterable[float] = (), source: str | Path =
         budgets: code bits a weight that are expected besides.
         source: where the runs were read from; the commands write there if it is a folder.
     """
-    lines = []
-    for workload, members in runs.groupby("workload", sort=True):
+    lines = [
+        f"{run['path']}: {run['status']}, {run['error']}" for _, run in runs[runs["workload"] == UNKNOWN].iterrows()
+    ]
+    for workload, members in runs[runs["workload"] != UNKNOWN].groupby("workload", sort=True):
         done = finished(members)
         expected = sorted({*map(float, members["bits/target"]), *map(float, budgets)})
         seeds = sorted(set(members["seed"].astype(int)))
@@ -49,6 +44,9 @@ def gaps(runs: pd.DataFrame, budgets: Iterable[float] = (), source: str | Path =
                 of = [bits for bits, found in lacking.items() if found == missing]
                 what = f"{workload}, {variant}: no run at {_listed(of)} bits with seed {_listed(missing)}"
                 lines.append(f"{what}{_failures(own, of)}; `{command(own.iloc[0], of, missing, source)}`")
+        copies = int(members["duplicates"].sum())
+        if copies:
+            lines.append(f"{workload}: {copies} further copies of runs were dropped, the newest finished ones count")
     return lines
 
 
@@ -64,22 +62,8 @@ def command(run: Mapping[str, Any], budgets: Sequence[float], seeds: Sequence[in
 
 
 def own_overrides(run: Mapping[str, Any]) -> list[str]:
-    """What a run was started with, without budget, seed and what does not determine the result.
-
-    Where Hydra's record of it is not at hand, its workload and method by name.
-    """
-    path = run.get("path")
-    recorded = recorded_overrides(Path(path)) if isinstance(path, str | Path) else []
-    if recorded:
-        return [o for o in recorded if _key(o).partition(".")[0] not in (*SWEPT, *WITHOUT_EFFECT)]
-    named = [f"{axis}={run[axis]}" for axis in ("model", "dataset", "method")]
-    config = run.get("config")
-    for key in NAMED if isinstance(config, Mapping) else ():
-        group, _, name = key.partition(".")
-        value = (config.get(group) or {}).get(name) if isinstance(config, Mapping) else None
-        if value is not None:
-            named.append(f"{key}={show(value)}")
-    return named
+    """What a run was started with, without budget, seed and what does not determine the result."""
+    return [o for o in command_overrides(run) if _key(o).partition(".")[0] not in (*SWEPT, *WITHOUT_EFFECT)]
 
 
 def workload_command(run: Mapping[str, Any], overrides: Sequence[str], source: str | Path) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from analysis.gaps import finished
+from analysis.loading import finished
 
 
 def row_widths(path: Path) -> dict[str, np.ndarray]:

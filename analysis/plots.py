@@ -19,10 +19,10 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from analysis.figures import DOUBLE, GREY, SINGLE, Look, counted, label, legend, look, panels, style
-from analysis.gaps import finished
+from analysis.gaps import WORKLOAD, own_overrides
+from analysis.loading import UNKNOWN, command_overrides, finished
 from bayesq.suite.plots import confidence_bins
 from bayesq.suite.results import unit
-from bayesq.suite.status import recorded_overrides
 
 KL = "KL to full precision (nats)"
 CODE_BITS, STORED_BITS = "code bits per weight", "stored bits per weight"
@@ -58,6 +58,28 @@ def title(workload: str) -> str:
     return "\n".join([TITLES.get(model, model), " ".join(TITLES.get(word, word) for word in words)]).strip()
 
 
+def main_runs(runs: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
+    """Runs of the variants that a figure of all methods shows, and a line for each method that has more.
+
+    A method of a workload with more than MOST_VARIANTS of them is shown by its plain variant alone, or by the one with
+    the most runs where there is no plain one: an ablation has a page of its own.
+    """
+    kept, lines = [runs[runs["workload"] == UNKNOWN]], []
+    for (workload, method), members in runs.groupby(["workload", "method"], sort=True):
+        if workload == UNKNOWN:
+            continue
+        variants = members["variant"].value_counts(sort=False)
+        if len(variants) > MOST_VARIANTS:
+            first = min(variants.index, key=lambda variant: (variant != method, -variants[variant], variant))
+            lines.append(f"{workload}: of {len(variants)} variants of {method}, only {first} is shown.")
+            members = members[members["variant"] == first]
+        kept.append(members)
+    return pd.concat(kept).sort_index(), lines
+
+
+MOST_VARIANTS = 3
+
+
 def mean_and_std(frame: pd.DataFrame, by: Sequence[str], values: Sequence[str]) -> pd.DataFrame:
     """Means over seeds, `VALUE std` (sample standard deviation, NaN of a single seed) and `n`, one row per group."""
     groups = frame.groupby(list(by), sort=True)
@@ -88,6 +110,12 @@ def _complete(table: pd.DataFrame, axis: str) -> pd.DataFrame:
     return whole.assign(n=whole["n"].fillna(0).astype(int))
 
 
+def seeds(numbers: pd.Series) -> str:
+    """`n = 3 seeds`, `n = 2 to 3 seeds`, `n = 1 seed`; points without a run do not count."""
+    had = [int(n) for n in numbers if n > 0]
+    return f"n = {counted(had)} seed{'' if set(had) == {1} else 's'}"
+
+
 def population(data: pd.DataFrame, runs: pd.DataFrame, axis: str = "bits") -> str:
     """`n = 3 seeds, 872 test examples`, with the points that have another n.
 
@@ -96,7 +124,7 @@ def population(data: pd.DataFrame, runs: pd.DataFrame, axis: str = "bits") -> st
         runs: those the data are of, for the number of test examples.
         axis: column that names a point of a variant.
     """
-    usual = int(data["n"].mode().iloc[-1])
+    usual = int(data[data["n"] > 0]["n"].mode().iloc[-1])
     own = runs[runs["workload"].isin(data["workload"].unique())]
     examples = finished(own)["evaluation/examples"].astype(int)
     several = data["workload"].nunique() > 1
@@ -107,6 +135,21 @@ def population(data: pd.DataFrame, runs: pd.DataFrame, axis: str = "bits") -> st
         others.append(f"{where}{label(variant)} at {values} {axis}: {n or 'none'}")
     exceptions = f" ({'; '.join(others)})" if others else ""
     return f"n = {usual} seed{'s' if usual != 1 else ''}{exceptions}, {counted(examples)} test examples"
+
+
+def further_settings(runs: pd.DataFrame) -> str:
+    """What variants were started with beyond their names, ` GPTQ: method.sequential=false.`; nothing where that is all.
+
+    A setting that all runs of a method share is in no variant's name, even if it is not the default.
+    """
+    found: dict[str, None] = {}
+    for variant, own in finished(runs).groupby("variant", sort=False):
+        for _, run in own.drop_duplicates("workload").iterrows():
+            for override in own_overrides(run):
+                key = override.partition("=")[0].lstrip("+")
+                if key.partition(".")[0] not in WORKLOAD and key not in ("method", "ablation"):
+                    found[f" {label(str(variant))}: {override}."] = None
+    return "".join(sorted(found))
 
 
 def _errorbar(axes: Axes, x: Any, y: Any, spread: Any, own: Look) -> None:
@@ -139,6 +182,17 @@ def _bottom_up(data: pd.DataFrame, looks: Mapping[str, Look]) -> list[tuple[str,
     return list(reversed(_present(data, looks).items()))
 
 
+def _few_bits(budgets: pd.Series) -> list[float]:
+    """Where an axis of bits has its ticks: at the budgets, or at whole numbers where those are many."""
+    had = sorted(float(bits) for bits in budgets.unique())
+    return had if len(had) < 6 else [float(bits) for bits in range(2, 9)]
+
+
+def _spans(values: pd.Series, factor: float) -> bool:
+    """Whether the largest is more than `factor` times the smallest, and both positive."""
+    return bool(values.min() > 0 and values.max() > factor * values.min())
+
+
 def _few_log_ticks(axes: Axes) -> None:
     """An axis of less than two decades gets its labels at 1, 2 and 5, plainly written."""
     low, high = axes.get_ylim()
@@ -160,7 +214,10 @@ def bit_curve_data(runs: pd.DataFrame) -> pd.DataFrame:
 
     `bits` is the budget; `bits/code` and `bits/stored` what was used, `fp ...` the full-precision network's values.
     """
-    done = _with_score(finished(runs)).rename(columns={"bits/target": "bits"})
+    done = finished(runs)
+    if done.empty:
+        return pd.DataFrame(columns=["workload", "method", "variant", "bits", "n"])
+    done = _with_score(done).rename(columns={"bits/target": "bits"})
     values = [*CURVES, "bits/code", "bits/stored", "fp score", "fp/nll", "fp/ece"]
     done = done.assign(**{key: np.nan for key in values if key not in done})
     done[values] = done[values].astype(float)
@@ -190,12 +247,12 @@ def bit_curve(data: pd.DataFrame, looks: Mapping[str, Look]) -> Figure:
                 _errorbar(plot, line[x].fillna(line["bits"]), _positive(line[y], y), line[f"{y} std"], own)
             if reference is not None and data[reference].notna().any():
                 plot.axhline(data[reference].mean(), color=GREY, linewidth=0.8, zorder=1)
-            if y != "score":
+            if y == "q/kl_to_fp" or (y != "score" and _spans(data[y], 8)):
                 plot.set_yscale("log")
                 _few_log_ticks(plot)
             plot.set_xlabel(x_label)
             plot.set_ylabel(y_label)
-            _bit_ticks(plot, range(2, 9))
+            _bit_ticks(plot, _few_bits(data["bits"]))
     legend(figure, _present(data, looks), further=[Line2D([], [], color=GREY, linewidth=0.8, label="full precision")])
     return figure
 
@@ -216,7 +273,7 @@ def main_figure(data: pd.DataFrame, looks: Mapping[str, Look]) -> Figure:
     columns = min(len(workloads), 5)
     rows = -(-len(workloads) // columns)
     width = DOUBLE if columns > 2 else SINGLE
-    figure, axes = panels(rows, columns, width, 1.75, sharey=True)
+    figure, axes = panels(rows, columns, width, 2.0, sharey=True)
     for place, plot in enumerate(plot for row in axes for plot in row):
         if place >= len(workloads):
             plot.set_visible(False)
@@ -226,7 +283,8 @@ def main_figure(data: pd.DataFrame, looks: Mapping[str, Look]) -> Figure:
             line = own_data[own_data["variant"] == variant]
             _errorbar(plot, line["bits"], _positive(line["q/kl_to_fp"], "q/kl_to_fp"), line["q/kl_to_fp std"], own)
         plot.set_yscale("log")
-        plot.set_title(title(workloads[place]) if columns > 1 else title(workloads[place]).replace("\n", ", "))
+        name = title(workloads[place])
+        plot.set_title(name if columns > 1 else name.replace("\n", ", "), linespacing=0.9)
         plot.set_xlabel("code bits" if columns > 2 else CODE_BITS)
         _bit_ticks(plot, sorted(own_data["bits"].unique()))
         plot.margins(x=0.12)
@@ -244,7 +302,10 @@ def calibration_size_data(runs: pd.DataFrame) -> pd.DataFrame:
 
     Only budgets of a workload that were run with several sizes count.
     """
-    done = _with_score(finished(runs)).rename(columns={"bits/target": "bits", "calibration/examples": "examples"})
+    done = finished(runs)
+    if done.empty:
+        return pd.DataFrame(columns=["workload", "method", "variant", "bits", "examples", "n"])
+    done = _with_score(done).rename(columns={"bits/target": "bits", "calibration/examples": "examples"})
     done["variant"] = [without(variant, "calibration.examples", "examples") for variant in done["variant"]]
     sizes = done.groupby(["workload", "bits"])["examples"].transform("nunique")
     done = done[sizes > 1]
@@ -256,6 +317,11 @@ def calibration_size_data(runs: pd.DataFrame) -> pd.DataFrame:
     parts = [_complete(part, "examples").assign(bits=bits) for bits, part in table.groupby("bits")]
     table = pd.concat(parts, ignore_index=True)
     return table.assign(primary_metric=table.groupby("workload")["primary_metric"].transform("first"))
+
+
+def method_of(frame: pd.DataFrame) -> pd.Series:
+    """The method of each row's variant."""
+    return frame["variant"].str.partition(" ")[0]
 
 
 def without(variant: str, *keys: str) -> str:
@@ -294,6 +360,8 @@ def cost_data(runs: pd.DataFrame) -> pd.DataFrame:
     without distillation on the same workload, budget by budget; a workload without GPTQ has no multiples.
     """
     done = finished(runs).rename(columns={"bits/target": "bits"})
+    if done.empty:
+        return pd.DataFrame(columns=["workload", "method", "variant", "bits", "seed", "time x", "memory x"])
     stages = [f"time/{stage}_s" for stage in ("calibrate", "posterior", "quantize", "distill")]
     data = done[["workload", "method", "variant", "bits", "seed"]].assign(
         seconds=done[stages].astype(float).sum(axis=1), gib=done["memory/peak_rss_bytes"].astype(float) / 2**30
@@ -360,7 +428,7 @@ def reliability_data(examples: pd.DataFrame) -> pd.DataFrame:
     rows: list[tuple[Any, ...]] = []
     if not {"q_confidence", "fp_confidence"} <= set(examples.columns):
         return pd.DataFrame(rows, columns=columns)
-    known = examples.dropna(subset=["q_confidence", "fp_confidence"])
+    known = examples.assign(method=method_of(examples)).dropna(subset=["q_confidence", "fp_confidence"])
     for (workload, bits), members in known.groupby(["workload", "bits"], sort=True):
         first = members[members["run_id"] == members["run_id"].iloc[0]]
         series = [("", FULL_PRECISION, "fp", first)]
@@ -435,7 +503,7 @@ def allocation_data(layers: pd.DataFrame) -> pd.DataFrame:
     values = ["bits/code", "bits/stored", "predicted_risk", "achieved_risk"]
     if layers.empty or "predicted_risk" not in layers:
         return pd.DataFrame(columns=["workload", "method", "variant", "bits", "position", "name", *values, "n"])
-    placed = layers.assign(position=layers.groupby("run_id", sort=False).cumcount())
+    placed = layers.assign(method=method_of(layers), position=layers.groupby("run_id", sort=False).cumcount())
     placed = placed.dropna(subset=["predicted_risk"])
     placed[values] = placed[values].astype(float)
     table = mean_and_std(placed, ["workload", "method", "variant", "bits", "position", "name"], values)
@@ -550,9 +618,7 @@ FULL = "full"
 
 def ablation_of(run: Mapping[str, Any]) -> str | None:
     """The file of conf/ablation a run was started with; None where there was none, or no record of it."""
-    path = run.get("path")
-    overrides = recorded_overrides(Path(path)) if isinstance(path, str | Path) else []
-    return next((o.partition("=")[2] for o in overrides if o.startswith("ablation=")), None)
+    return next((o.partition("=")[2] for o in command_overrides(run) if o.startswith("ablation=")), None)
 
 
 @style()
@@ -644,8 +710,7 @@ def rate_distortion(data: pd.DataFrame, layers: pd.DataFrame, looks: Mapping[str
         plot.set_ylabel(name)
         plot.set_xlabel(CODE_BITS)
         plot.set_ylim(bottom=min(0.0, float(data[["above", "coding"]].min().min())))
-        budgets = sorted(data["bits"].unique())
-        _bit_ticks(plot, budgets if len(budgets) < 6 else range(2, 9))
+        _bit_ticks(plot, _few_bits(data["bits"]))
     bits = shown_budgets(layers)[0]
     members = layers[layers["bits"] == bits]
     for variant, own in _bottom_up(members, looks):

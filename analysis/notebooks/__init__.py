@@ -23,7 +23,9 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 import analysis
-from analysis import figures, gaps, plots
+from analysis import figures, gaps, plots, tables
+from analysis.loading import UNKNOWN, finished
+from bayesq.suite.errors import UserError
 
 FOLDER = Path(__file__).parent
 # in the order of a paper
@@ -74,7 +76,7 @@ class Page:
         self._forget()
         try:
             self.results = read(self.source)
-        except (FileNotFoundError, ValueError) as error:
+        except (FileNotFoundError, UserError) as error:
             sys.exit(f"error: {error}")
 
     @property
@@ -83,9 +85,22 @@ class Page:
         return self.results.runs
 
     @property
+    def workloads(self) -> list[str]:
+        """The workloads of all runs that say what they are."""
+        return sorted(set(self.runs["workload"]) - {UNKNOWN})
+
+    @property
     def finished(self) -> pd.DataFrame:
         """The runs that have a result."""
-        return gaps.finished(self.runs)
+        return finished(self.runs)
+
+    @cached_property
+    def main_runs(self) -> pd.DataFrame:
+        """Runs that figures of all methods show; what they leave out is said."""
+        kept, left_out = plots.main_runs(self.runs)
+        for line in left_out:
+            self.say(line)
+        return kept
 
     @property
     def layers(self) -> pd.DataFrame:
@@ -121,10 +136,11 @@ class Page:
         self._say(f"![{name}](../{path.name})")
         self.say(caption)
 
-    def table(self, table: pd.DataFrame) -> None:
-        """Show a frame of few rows."""
-        text = table.to_markdown(index=False, floatfmt=".4g")
-        self.say(text)
+    def table(self, table: tables.Table, name: str) -> None:
+        """Write a table as .md, .csv and .tex, and show it."""
+        written = tables.write_table(table, self.output, name)
+        markdown = next(path for path in written if path.suffix == ".md")
+        self.say(markdown.read_text(encoding="utf-8").strip())
 
     def say(self, text: str) -> None:
         """Show a paragraph, in Markdown."""

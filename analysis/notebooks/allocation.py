@@ -29,9 +29,9 @@ for workload, members in data.groupby("workload"):
     caption = (
         f"{workload}, {variant}: bits per layer, widths of rows, and risk; rank correlation of predicted and achieved"
     )
-    caption += f" risk over {own['name'].nunique()} layers {rank}; n = {plots.counted(own['n'])} seeds."
+    caption += f" risk over {own['name'].nunique()} layers {rank}; {plots.seeds(own['n'])}."
     page.figure(plots.allocation(own, widths, page.looks[variant]), f"allocation_{plots.slug(workload)}", caption, own)
 
 # %%
-for workload in sorted(set(page.runs["workload"]) - set(data["workload"])):
+for workload in sorted(set(page.workloads) - set(data["workload"])):
     page.say(f"{workload}: no run with allocator=knapsack; `{page.command(workload, 'method=bayesq', 'bits=3,3.5,4')}`")

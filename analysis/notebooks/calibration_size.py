@@ -24,6 +24,6 @@ for (workload, bits), own in data.groupby(["workload", "bits"]):
     page.figure(drawn, f"calibration_size_{plots.slug(workload)}_{bits:g}", caption, own)
 
 # %%
-for workload in sorted(set(page.runs["workload"]) - set(data["workload"])):
+for workload in sorted(set(page.workloads) - set(data["workload"])):
     command = page.command(workload, "method=gptq,bayesq", "bits=3", "seed=0,1,2", SIZES)
     page.say(f"{workload}: no budget was run with several calibration sizes; `{command}`")

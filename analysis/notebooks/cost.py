@@ -12,13 +12,13 @@
 # so memory compares only runs that had a process each (a parallel launcher, or one command a run).
 
 # %%
-from analysis import plots
+from analysis import plots, tables
 from analysis.notebooks import Page
 
 page = Page("cost")
 
 # %%
-data = plots.cost_data(page.runs)
+data = plots.cost_data(page.main_runs)
 compared = data.dropna(subset=["time x"])
 if len(compared):
     caption = "Preprocessing time and peak memory as multiples of GPTQ's, median, smallest and largest over budgets and"
@@ -26,7 +26,11 @@ if len(compared):
     page.figure(plots.cost(compared, page.looks), "cost_multiples", caption, data)
 
 # %%
-for workload in sorted(set(page.runs["workload"]) - set(compared["workload"])):
+if len(page.finished):
+    page.table(tables.cost_table(page.main_runs), "cost")
+
+# %%
+for workload in sorted(set(page.workloads) - set(compared["workload"])):
     page.say(
         f"{workload}: no GPTQ to compare with; `{page.command(workload, 'method=gptq', 'bits=3,3.5,4', 'seed=0,1,2')}`"
     )

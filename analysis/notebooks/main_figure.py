@@ -16,14 +16,14 @@ from analysis.notebooks import Page
 page = Page("main_figure")
 
 # %%
-data = plots.bit_curve_data(page.runs)
+data = plots.bit_curve_data(page.main_runs)
 if data.empty:
     page.nothing("no finished run", "python run.py -m method=rtn,gptq,awq,bayesq bits=3,3.5,4 seed=0,1,2")
 else:
-    caption = (
-        f"KL to full precision against code bits, mean and standard deviation; {plots.population(data, page.runs)}."
-    )
+    population = plots.population(data, page.main_runs)
+    caption = f"KL to full precision against code bits, mean and standard deviation; {population}."
+    caption += plots.further_settings(page.main_runs)
     page.figure(plots.main_figure(data, page.looks), "main_figure", caption, data, dpi=200)
 
 # %%
-page.missing(gaps.gaps(page.runs, source=page.source))
+page.missing(gaps.gaps(page.main_runs, source=page.source))

@@ -27,16 +27,16 @@ from analysis.notebooks import Page
 page = Page("rate_distortion")
 
 # %%
-bounds = plots.bounds_frame(page.runs)
+bounds = plots.bounds_frame(page.main_runs)
 for workload, members in bounds.groupby("workload"):
     own, layers = plots.rate_distortion_data(members), plots.layer_gaps(members)
     caption = f"{workload}: code bits per weight above the Gaussian rate-distortion bound at the achieved risk, of the"
     caption += f" network, of its {layers['name'].nunique()} layers, and layer by layer;"
-    caption += f" n = {plots.counted(own['n'])} seeds."
+    caption += f" {plots.seeds(own['n'])}."
     drawn = plots.rate_distortion(own, layers, page.looks)
     page.figure(drawn, f"rate_distortion_{plots.slug(workload)}", caption, own)
 
 # %%
-without = page.finished[~page.finished["run_id"].isin(bounds["run_id"])]
+without = page.finished[~page.finished["run_id"].isin(plots.bounds_frame(page.finished)["run_id"])]
 if len(without):
     page.say(f"{len(without)} runs have no bounds.csv; `python -m bayesq.suite.bounds {page.source}`")

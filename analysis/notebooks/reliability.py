@@ -16,16 +16,17 @@ from analysis.notebooks import Page
 page = Page("reliability")
 
 # %%
-data = plots.reliability_data(page.examples)
+examples = page.examples
+data = plots.reliability_data(examples[examples["run_id"].isin(page.main_runs["run_id"])])
 for workload, own in data.groupby("workload"):
     shown = own[own["bits"].isin(plots.shown_budgets(own))]
-    pooled = plots.counted(shown.groupby(["bits", "variant"])["n"].sum())
+    pooled = plots.counted(shown[shown["method"] != ""].groupby(["bits", "variant"])["n"].sum())
     caption = f"{workload}: accuracy against confidence; n = {pooled} predictions a line, seeds pooled;"
     caption += f" bins of fewer than {plots.LEAST_IN_BIN} are not drawn."
     page.figure(plots.reliability(shown, page.looks), f"reliability_{plots.slug(workload)}", caption, shown)
 
 # %%
-for workload in sorted(set(page.runs["workload"]) - set(data["workload"])):
+for workload in sorted(set(page.workloads) - set(data["workload"])):
     page.say(
         f"{workload}: no recorded confidences; a regression has none, `python run.py ... force=true` records others"
     )

@@ -46,7 +46,9 @@ def add_run(
         failed: the error of a run that has no result.
         options: overrides of the method, such as `sequential=false`.
     """
-    name = run_id or f"{model[:4]}{(task or dataset)[:4]}{method}{bits:g}s{seed}{ablation or ''}{examples}{len(options)}"
+    name = (
+        run_id or f"{model[:4]}{(task or dataset)[:4]}{method}{bits:g}s{seed}{ablation or ''}{examples}{len(options)}"
+    )
     path = folder / name
     overrides = [f"model={model}", f"dataset={dataset}", *([f"dataset.task={task}"] if task else [])]
     overrides += [f"ablation={ablation}"] if ablation else []
@@ -54,7 +56,8 @@ def add_run(
     overrides += [f"calibration.examples={examples}"] if examples != 256 else []
     (path / ".hydra").mkdir(parents=True)
     (path / ".hydra/overrides.yaml").write_text(yaml.safe_dump(overrides))
-    settings = dict(option.split("=") for option in options)
+    settings = {"sequential": True} if method == "gptq" else {}
+    settings |= {key: yaml.safe_load(value) for key, _, value in (option.partition("=") for option in options)}
     config = {
         "model": {"name": model},
         "dataset": {"name": dataset, "task": task},

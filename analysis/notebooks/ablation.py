@@ -1,0 +1,29 @@
+# ---
+# jupyter:
+#   kernelspec: {name: python3, display_name: Python 3, language: python}
+# ---
+# %% [markdown]
+# # What the parts are worth
+#
+# One component switched at a time from the full method (`conf/ablation`). KL to full precision in nats, mean and sample
+# standard deviation over calibration seeds, smallest first; the line is the full method's. Hollow markers are BayesQ
+# with a component switched, squares are GPTQ.
+
+# %%
+from analysis import plots, tables
+from analysis.notebooks import Page
+
+page = Page("ablation")
+
+# %%
+data = plots.ablation_data(page.runs)
+for (workload, bits), own in data.groupby(["workload", "bits"]):
+    population = plots.population(own.assign(variant=own["ablation"]), page.runs)
+    caption = f"{workload} at {bits:g} bits: KL to full precision of ablations; {population}."
+    page.figure(plots.ablation(own), f"ablation_{plots.slug(workload)}_{bits:g}", caption, own)
+
+# %%
+if page.finished.empty:
+    page.nothing("no finished run", "python run.py -m ablation=full,gptq,allocator_uniform bits=3 seed=0,1,2")
+else:
+    page.table(tables.ablation_table(page.runs), "ablation")

@@ -1,0 +1,21 @@
+# ---
+# jupyter:
+#   kernelspec: {name: python3, display_name: Python 3, language: python}
+# ---
+# %% [markdown]
+# # GLUE
+#
+# Scores of every task, the mean of its metrics times 100, and their average, which is a GLUE score only where no task
+# is missing. Means and sample standard deviations over calibration seeds.
+
+# %%
+from analysis import tables
+from analysis.notebooks import Page
+
+page = Page("glue_table")
+
+# %%
+if not tables.has_glue(page.runs):
+    page.nothing("no finished run of a GLUE task", "python run.py -m +experiment=glue bits=3,3.5,4 seed=0,1,2")
+else:
+    page.table(tables.glue_table(page.runs), "glue_table")

@@ -1,0 +1,23 @@
+# ---
+# jupyter:
+#   kernelspec: {name: python3, display_name: Python 3, language: python}
+# ---
+# %% [markdown]
+# # The main table
+#
+# The primary metric of every method at 3, 3.5 and 4 bits, mean and sample standard deviation over calibration seeds,
+# and the difference to the strongest GPTQ with its 95 % interval from a paired bootstrap over test examples and seeds.
+# P values are Holm-corrected across the table; what is bold is significantly better than that GPTQ. The paper's own
+# differences stand in a column of their own: they are against another GPTQ, on other networks.
+
+# %%
+from analysis import tables
+from analysis.notebooks import Page
+
+page = Page("main_table")
+
+# %%
+if page.finished.empty:
+    page.nothing("no finished run", "python run.py -m method=rtn,gptq,awq,bayesq bits=3,3.5,4 seed=0,1,2")
+else:
+    page.table(tables.main_table(page.runs), "main_table")

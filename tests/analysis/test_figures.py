@@ -1,0 +1,300 @@
+"""Figures from a results folder: the same bytes twice, the same look everywhere, gaps where runs are missing."""
+
+import re
+import shutil
+import statistics
+from itertools import combinations
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+from result_files import add_run, paper
+
+from analysis import figures, gaps, load_runs, plots
+from analysis.notebooks import NOTEBOOKS, Results, render_all
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five workloads, four methods, three budgets."""
+    folder = tmp_path_factory.mktemp("full")
+    paper(folder, seeds=(0,))
+    return folder
+
+
+@pytest.fixture
+def digits(tmp_path: Path) -> Path:
+    """GPTQ and BayesQ at three budgets, GPTQ without the middle one."""
+    folder = tmp_path / "results"
+    for method in ("gptq", "bayesq"):
+        for bits in (3.0, 3.5, 4.0):
+            for seed in (0, 1, 2):
+                if (method, bits) != ("gptq", 3.5):
+                    add_run(folder, method=method, bits=bits, seed=seed)
+    return folder
+
+
+def rendered(source: Path, output: Path, *names: str) -> dict[str, bytes]:
+    render_all(source, output, names or NOTEBOOKS)
+    return {str(path.relative_to(output)): path.read_bytes() for path in output.rglob("*") if path.is_file()}
+
+
+# -------------------------------------------------------------------------------------------------------------- looks
+
+
+def test_methods_differ_in_colour_marker_line_and_grey() -> None:
+    for one, other in combinations(figures.LOOKS.values(), 2):
+        assert one.colour != other.colour
+        assert one.marker != other.marker
+        assert one.line != other.line
+
+
+def test_a_method_looks_the_same_whatever_else_a_source_has(full: Path, digits: Path) -> None:
+    many, few = figures.looks(load_runs(full)), figures.looks(load_runs(digits))
+    assert set(few) <= set(many)
+    assert all(few[variant] == many[variant] for variant in few)
+    assert list(many) == list(figures.LOOKS)
+
+
+def test_variants_keep_colour_and_marker_but_not_filling_and_line() -> None:
+    runs = pd.DataFrame({"method": ["gptq"] * 3, "variant": ["gptq clip=mse", "gptq", "gptq act_order=false"]})
+    found = figures.looks(runs)
+    assert found["gptq"] == figures.LOOKS["gptq"]
+    for variant in ("gptq clip=mse", "gptq act_order=false"):
+        assert (found[variant].colour, found[variant].marker) == (found["gptq"].colour, found["gptq"].marker)
+        assert not found[variant].filled
+        assert found[variant].line != found["gptq"].line
+    assert found["gptq clip=mse"].line != found["gptq act_order=false"].line
+
+
+def test_a_method_of_a_users_own_gets_a_look_of_no_other() -> None:
+    own = figures.look("mine")
+    assert own == figures.look("mine")
+    assert own.colour not in {look.colour for look in figures.LOOKS.values()}
+    assert to_rgb(own.colour)
+
+
+# ---------------------------------------------------------------------------------------------------------------- data
+
+
+def test_means_and_deviations_are_those_of_the_seeds(digits: Path) -> None:
+    runs = load_runs(digits)
+    data = plots.bit_curve_data(runs).set_index(["variant", "bits"])
+    losses = [
+        run["q/kl_to_fp"] for run in runs.to_dict("records") if (run["method"], run["bits/target"]) == ("bayesq", 3)
+    ]
+    assert data.loc[("bayesq", 3.0), "q/kl_to_fp"] == pytest.approx(statistics.fmean(losses))
+    assert data.loc[("bayesq", 3.0), "q/kl_to_fp std"] == pytest.approx(statistics.stdev(losses))
+    assert data.loc[("bayesq", 3.0), "n"] == 3
+
+
+def test_a_missing_budget_breaks_the_line_and_is_named(digits: Path) -> None:
+    runs = load_runs(digits)
+    data = plots.bit_curve_data(runs)
+    drawn = plots.main_figure(data, figures.looks(runs))
+    lines = {
+        tuple(line.get_xdata()): list(line.get_ydata())
+        for line in drawn.axes[0].lines
+        if line.get_color() == figures.LOOKS["gptq"].colour and len(line.get_xdata()) == 3
+    }
+    (values,) = lines.values()
+    assert [value == value for value in values] == [True, False, True]
+    (line,) = gaps.gaps(runs, source=digits)
+    assert "gptq: no run at 3.5 bits with seed 0, 1, 2" in line
+    assert f"python run.py -m model=resnet dataset=digits method=gptq bits=3.5 seed=0,1,2 results_dir={digits}" in line
+
+
+def test_a_failed_run_is_named_with_its_reason(digits: Path) -> None:
+    add_run(digits, method="gptq", bits=3.5, seed=0, failed="dataset.root=x: there is no such folder")
+    (line,) = gaps.gaps(load_runs(digits), source=digits)
+    assert "1 failed: dataset.root=x: there is no such folder" in line
+
+
+def test_overrides_of_a_variant_are_in_the_command_of_its_gap(tmp_path: Path) -> None:
+    for bits in (3, 4):
+        add_run(tmp_path, method="bayesq", bits=bits)
+    add_run(tmp_path, method="gptq", bits=3, options=["sequential=false"])
+    add_run(tmp_path, method="gptq", bits=3, seed=0)
+    lines = gaps.gaps(load_runs(tmp_path), source="results")
+    assert [line for line in lines if line.endswith("method=gptq method.sequential=false bits=4 seed=0`")]
+    assert [line for line in lines if line.endswith("dataset=digits method=gptq bits=4 seed=0`")]
+
+
+def test_settings_that_all_runs_of_a_method_share_are_in_the_caption(tmp_path: Path) -> None:
+    add_run(tmp_path, method="gptq", bits=3, options=["sequential=false"])
+    add_run(tmp_path, method="gptq", bits=4, options=["sequential=false"])
+    add_run(tmp_path, method="bayesq", bits=3)
+    assert plots.further_settings(load_runs(tmp_path)) == " GPTQ: method.sequential=false."
+
+
+def test_points_with_another_n_are_named(digits: Path) -> None:
+    runs = load_runs(digits)
+    caption = plots.population(plots.bit_curve_data(runs), runs)
+    assert caption == "n = 3 seeds (GPTQ at 3.5 bits: none), 60 test examples"
+
+
+def test_reliability_bins_have_the_share_and_accuracy_of_their_examples(digits: Path) -> None:
+    examples = Results(str(digits)).examples
+    data = plots.reliability_data(examples)
+    own = examples[(examples["variant"] == "bayesq") & (examples["bits"] == 4)]
+    found = data[(data["variant"] == "bayesq") & (data["bits"] == 4)]
+    assert found["share"].sum() == pytest.approx(1)
+    assert (found["share"] * found["accuracy"]).sum() == pytest.approx(own["q_correct"].mean())
+    assert (found["share"] * found["confidence"]).sum() == pytest.approx(own["q_confidence"].mean())
+    # accuracies against a count by hand in one bin
+    low, high = 9 / 15, 10 / 15
+    inside = own[(own["q_confidence"] > low) & (own["q_confidence"] <= high)]
+    row = found[(found["confidence"] > low) & (found["confidence"] <= high)]
+    assert row["accuracy"].item() == pytest.approx(inside["q_correct"].mean())
+
+
+def test_cost_is_a_multiple_of_the_median_gptq(tmp_path: Path) -> None:
+    for seed in (0, 1, 2):
+        add_run(tmp_path, method="gptq", seed=seed)
+    add_run(tmp_path, method="bayesq")
+    data = plots.cost_data(load_runs(tmp_path)).set_index("method")
+    assert data.loc["bayesq", "memory x"] == pytest.approx(2)
+    assert data.loc["bayesq", "time x"] == pytest.approx(1)
+
+
+def test_bits_above_the_bound_are_weighted_by_weights(tmp_path: Path) -> None:
+    folder = add_run(tmp_path, method="bayesq", bits=4)
+    (folder / "bounds.csv").write_text(
+        "name,weights,bits/code,risk,bound_bits,shared_bound_bits\na,300,4,1,3,2\nb,100,8,1,4,5\n"
+    )
+    data = plots.rate_distortion_data(plots.bounds_frame(load_runs(tmp_path)))
+    assert data["coding"].item() == pytest.approx((300 * 1 + 100 * 4) / 400)
+    assert data["above"].item() == pytest.approx((300 * 2 + 100 * 3) / 400)
+
+
+def test_copies_and_runs_without_any_record_are_named(tmp_path: Path) -> None:
+    run = add_run(tmp_path / "one", method="gptq", bits=3)
+    shutil.copytree(run, tmp_path / "two" / run.name)
+    (tmp_path / "two/lost").mkdir()
+    (tmp_path / "two/lost/status.json").write_text('{"status": "failed", "error": "no record"}')
+    runs = load_runs(tmp_path)
+    lines = gaps.gaps(plots.main_runs(runs)[0], source=tmp_path)
+    assert len(lines) == 2
+    assert lines[0].startswith(str(tmp_path / "two/lost"))
+    assert "no record" in lines[0]
+    assert "1 further copies of runs" in lines[1]
+    assert list(figures.looks(runs)) == ["gptq"]
+
+
+# --------------------------------------------------------------------------------------------------------------- files
+
+
+def test_rendering_twice_gives_the_same_bytes(tmp_path: Path) -> None:
+    for method, bits in (("gptq", 3), ("bayesq", 3), ("bayesq", 4)):
+        add_run(tmp_path / "results", method=method, bits=bits)
+    first, second = (rendered(tmp_path / "results", tmp_path / name) for name in ("one", "two"))
+    assert first.keys() == second.keys()
+    assert {name.rpartition(".")[2] for name in first} >= {"pdf", "png", "txt", "csv", "md"}
+    assert [name for name in first if first[name] != second[name]] == []
+
+
+def test_a_changed_result_changes_the_figure_and_its_data(digits: Path, tmp_path: Path) -> None:
+    before = rendered(digits, tmp_path / "paper", "main_figure")
+    add_run(digits, method="gptq", bits=4, seed=3, kl=0.5)
+    after = rendered(digits, tmp_path / "paper", "main_figure")
+    for name in ("main_figure.csv", "main_figure.png", "main_figure.pdf", "main_figure.txt"):
+        assert after[name] != before[name], name
+
+
+def test_the_readmes_figure_is_small_and_has_a_panel_for_each_workload(full: Path, tmp_path: Path) -> None:
+    runs = load_runs(full)
+    data = plots.bit_curve_data(runs)
+    drawn = plots.main_figure(data, figures.looks(runs))
+    assert len(drawn.axes) == 5
+    assert {axes.get_yscale() for axes in drawn.axes} == {"log"}
+    path = figures.save(drawn, tmp_path, "main_figure", "caption", data, dpi=200)
+    assert path.stat().st_size < 200 * 1024
+    assert re.search(rb"/Subtype\s*/Type3", (tmp_path / "main_figure.pdf").read_bytes()) is None
+    assert b"CreationDate" not in (tmp_path / "main_figure.pdf").read_bytes()
+
+
+def test_a_single_run_and_only_failed_runs_render(tmp_path: Path) -> None:
+    add_run(tmp_path / "single", method="rtn")
+    files = rendered(tmp_path / "single", tmp_path / "one")
+    assert "main_figure.png" in files
+    assert b"no run with allocator=knapsack" in files["pages/allocation.md"]
+    add_run(tmp_path / "failed", method="rtn", failed="out of memory")
+    files = rendered(tmp_path / "failed", tmp_path / "none")
+    assert "main_figure.png" not in files
+    assert b"Nothing to show" in files["pages/main_figure.md"]
+    assert b"out of memory" in files["pages/main_figure.md"]
+
+
+def test_a_figure_that_is_not_drawn_again_is_removed(digits: Path, tmp_path: Path) -> None:
+    assert "main_figure.png" in rendered(digits, tmp_path / "paper", "main_figure")
+    add_run(tmp_path / "failed", method="rtn", failed="out of memory")
+    left = rendered(tmp_path / "failed", tmp_path / "paper", "main_figure")
+    assert list(left) == ["pages/main_figure.md"]
+
+
+# -------------------------------------------------------------------------------------------------------------- layout
+
+
+@pytest.fixture(scope="module")
+def drawn(full: Path) -> dict[str, Figure]:
+    """One of every figure of the source."""
+    results = Results(str(full))
+    looks = figures.looks(results.runs)
+    curve = plots.bit_curve_data(results.runs)
+    workload = curve["workload"].iloc[0]
+
+    def own(data: pd.DataFrame) -> pd.DataFrame:
+        return data[data["workload"] == workload]
+
+    bounds = own(plots.bounds_frame(results.runs))
+    widths = pd.DataFrame({"bits": 3.0, "seed": 0, "position": [0, 0, 1], "width": [2, 8, 3], "share": [0.5, 0.5, 1.0]})
+    return {
+        "main_figure": plots.main_figure(curve, looks),
+        "bit_curve": plots.bit_curve(own(curve), looks),
+        "allocation": plots.allocation(own(plots.allocation_data(results.layers)), widths, looks["bayesq"]),
+        "cost": plots.cost(plots.cost_data(results.runs), looks),
+        "reliability": plots.reliability(own(plots.reliability_data(results.examples)), looks),
+        "rate_distortion": plots.rate_distortion(plots.rate_distortion_data(bounds), plots.layer_gaps(bounds), looks),
+    }
+
+
+def texts_of(axes: Axes) -> list[Text]:
+    """Title, labels and the tick labels within the view."""
+    (left, right), (bottom, top) = sorted(axes.get_xlim()), sorted(axes.get_ylim())
+    ticks = [text for text in axes.get_xticklabels() if left <= text.get_position()[0] <= right]
+    ticks += [text for text in axes.get_yticklabels() if bottom <= text.get_position()[1] <= top]
+    return [text for text in (axes.title, axes.xaxis.label, axes.yaxis.label, *ticks) if text.get_text()]
+
+
+def test_nothing_is_cut_or_covered(drawn: dict[str, Figure]) -> None:
+    for name, figure in drawn.items():
+        assert figure.get_figwidth() in (figures.SINGLE, figures.DOUBLE), name
+        with figures.style():
+            canvas = FigureCanvasAgg(figure)
+            canvas.draw()
+            renderer = canvas.get_renderer()
+            shown = [axes for axes in figure.axes if axes.get_visible()]
+            covered = [axes.get_tightbbox(renderer) for axes in shown]
+            legends = [legend.get_window_extent(renderer) for legend in figure.legends]
+            texts = [text.get_window_extent(renderer) for axes in shown for text in texts_of(axes)]
+        assert len(texts) > 4 * len(shown) - 2, name
+        page = figure.bbox
+        for box in [*legends, *texts]:
+            across = page.x0 - 1 <= box.x0 and box.x1 <= page.x1 + 1
+            assert across and page.y0 - 1 <= box.y0 and box.y1 <= page.y1 + 1, (name, box)
+        assert legends, name
+        assert not [legend for legend in legends for box in covered if legend.overlaps(box)], name
+        assert not [axes for axes in shown if axes.get_legend() is not None]
+
+
+def test_axes_name_their_units(drawn: dict[str, Figure]) -> None:
+    units = ("nats", "%", "bits", "multiples", "share", "layer", "ECE", "confidence", "accuracy")
+    for name, figure in drawn.items():
+        labels = [label for axes in figure.axes for label in (axes.get_xlabel(), axes.get_ylabel()) if label]
+        assert labels
+        assert all(any(unit in label for unit in units) for label in labels), (name, labels)
