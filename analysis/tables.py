@@ -489,7 +489,8 @@ def _main_variants(members: pd.DataFrame) -> tuple[list[str], list[str]]:
 
 def _pick(runs: pd.DataFrame, workload: Any, variant: str, bits: float) -> pd.DataFrame:
     chosen = (runs["workload"] == workload) & (runs["variant"] == variant) & (runs["bits/target"] == bits)
-    return runs.loc[chosen]
+    picked: pd.DataFrame = runs.loc[chosen]
+    return picked
 
 
 def _measured(means: pd.DataFrame, own: pd.DataFrame) -> dict[str, Any]:
