@@ -99,6 +99,13 @@ def alike(run: Mapping[str, Any], keys: Sequence[str] = ALIKE) -> tuple[str, ...
     return tuple(str(own.get(key)) for key in keys)
 
 
+def is_seedless(run: Mapping[str, Any]) -> bool:
+    """Whether a run reads no calibration data, so that it is the same under every seed: plain rounding to nearest."""
+    config = run["config"]
+    untouched = config.get("correction") == "none" and not config.get("distill")
+    return bool(run["method"] == "rtn" and config["allocator"] == "uniform" and untouched)
+
+
 def strongest_baseline(runs: pd.DataFrame, workload: str, bits: float, conditions: tuple[str, ...]) -> str | None:
     """The GPTQ variant of lowest mean KL on a workload at a budget, or None.
 
@@ -148,10 +155,16 @@ class Examples:
     def compare(self, first: pd.DataFrame, second: pd.DataFrame) -> Comparison | None:
         """The runs of `second` against those of `first`, seed by seed; None where no seed has examples in common.
 
+        A run that is the same under every seed stands for those seeds of the other side that its own side lacks.
+
         Args:
             first, second: finished runs, one per seed each, of one workload.
         """
         before, after = self._by_seed(first), self._by_seed(second)
+        if before and is_seedless(records(first)[0]):
+            before = dict.fromkeys(after, before[min(before)]) | before
+        if after and is_seedless(records(second)[0]):
+            after = dict.fromkeys(before, after[min(after)]) | after
         seeds = sorted(set(before) & set(after))
         if not seeds:
             return None

@@ -224,6 +224,17 @@ def test_the_strongest_gptq_of_the_same_settings_is_what_counts(tmp_path):
     assert numbers.loc[("bayesq distill=true", 3.0), "reference"] == "gptq distill=true"
 
 
+def test_rounding_to_nearest_is_the_same_under_every_seed(tmp_path):
+    add(tmp_path, "rtn", 3.0, 0)
+    for seed in (0, 1, 2):
+        add(tmp_path, "gptq", 3.0, seed)
+    table = main_table(load_runs(tmp_path))
+    row = table.numbers.set_index(["variant", "bits"]).loc[("rtn", 3.0)]
+    assert (row["n"], row["paired_seeds"]) == (1, 3)
+    assert row["delta"] == pytest.approx((20 - (26 + 25 + 24) / 3) / EXAMPLES)
+    assert not [note for note in table.footnotes if "rtn at 3 bits" in note]
+
+
 def test_failed_missing_and_duplicate_runs_are_told_and_nothing_is_made_up(tmp_path):
     add_main(tmp_path / "a")
     for method, bits, seed in (("gptq", 3.0, 1), ("awq", 4.0, 0), ("awq", 4.0, 1)):
