@@ -88,6 +88,7 @@ def test_means_and_deviations_are_those_of_the_seeds(digits: Path) -> None:
     losses = [
         run["q/kl_to_fp"] for run in runs.to_dict("records") if (run["method"], run["bits/target"]) == ("bayesq", 3)
     ]
+    assert len(set(losses)) == 3
     assert data.loc[("bayesq", 3.0), "q/kl_to_fp"] == pytest.approx(statistics.fmean(losses))
     assert data.loc[("bayesq", 3.0), "q/kl_to_fp std"] == pytest.approx(statistics.stdev(losses))
     assert data.loc[("bayesq", 3.0), "n"] == 3
