@@ -545,10 +545,10 @@ def _explained_disk(config: Mapping[str, Any] | None) -> Iterator[None]:
     """
     report = hydra_utils.run_and_report
 
-    def explained(run: Callable[[], Any]) -> Any:
+    def explained(func: Any) -> Any:
         def attempt() -> Any:
             try:
-                return run()
+                return func()
             except OSError as error:
                 if config is None or (reason := settings.disk_error(error, config)) is None:
                     raise
