@@ -11,7 +11,7 @@ import shlex
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
@@ -419,9 +419,10 @@ def report_failure(folder: Path, overrides: Sequence[str], error: Exception) -> 
         error: what was raised.
     """
     explained = user_error_in(error)
+    reason = settings.one_line(str(explained) if explained else f"{type(error).__name__}: {error}")
     status = {
         "status": "failed",
-        "error": settings.one_line(str(explained) if explained else f"{type(error).__name__}: {error}"),
+        "error": reason,
         "overrides": list(overrides),
         "traceback": None if explained else TRACEBACK_FILE,
     }
@@ -435,7 +436,9 @@ def report_failure(folder: Path, overrides: Sequence[str], error: Exception) -> 
         if status["traceback"]:
             (folder / TRACEBACK_FILE).write_text("".join(traceback.format_exception(error)), encoding="utf-8")
         results.write_json(folder / results.FAILURE_FILE, status)
-    except OSError as unwritable:  # the disk that is full may be what the run failed of
+    except OSError as unwritable:  # the disk that is full may be what the run failed of, and has been named then
+        if f"({unwritable.strerror})" in reason:
+            return
         print(f"error: {folder}: the reason cannot be kept there ({unwritable.strerror})", file=sys.stderr, flush=True)
 
 
@@ -542,10 +545,10 @@ def _explained_disk(config: Mapping[str, Any] | None) -> Iterator[None]:
     """
     report = hydra_utils.run_and_report
 
-    def explained(run: Callable[[], Any]) -> Any:
+    def explained(func: Any) -> Any:
         def attempt() -> Any:
             try:
-                return run()
+                return func()
             except OSError as error:
                 if config is None or (reason := settings.disk_error(error, config)) is None:
                     raise
