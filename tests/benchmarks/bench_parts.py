@@ -1,0 +1,101 @@
+"""Statistics, codebook design and packing. `pytest -s tests/benchmarks/bench_parts.py`."""
+
+import pytest
+import torch
+from references import TIMER, compare, layer
+from torch import nn
+
+from bayesq.codebook import Atoms, LevelSums, expected_lloyd, normal_levels
+from bayesq.quant.feedback import feedback_factor, feedback_round
+from bayesq.quant.grids import AffineGrid, minmax_grid, zero_code
+from bayesq.quant.layers import quantizable_layers
+from bayesq.quant.packing import pack_model, unpack_model
+from bayesq.quant.tensor import QuantizedTensor
+from bayesq.quant.trellis import normal_trellis, uniform_levels
+from bayesq.suite.calibration import Collector
+from bayesq.suite.models.base import Batch
+
+pytestmark = pytest.mark.benchmark(timer=TIMER)
+STATISTICS = {
+    "inputs": ("input_moment",),
+    "kfac": ("input_moment", "gradient_moment"),
+    "diag": ("fisher_diagonal",),
+    "lowrank": ("gradient_directions",),
+}
+
+
+def network(kind: str) -> tuple[nn.Module, torch.Tensor]:
+    """A few layers of a ResNet's or a BERT's shape, and a batch of inputs."""
+    if kind == "convolutions":
+        body = nn.Sequential(nn.Conv2d(64, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 128, 3, stride=2), nn.ReLU())
+        return nn.Sequential(body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 10)), torch.randn(
+            16, 64, 28, 28
+        )
+    body = nn.Sequential(nn.Linear(768, 3072), nn.GELU(), nn.Linear(3072, 768))
+    return nn.Sequential(body, nn.Flatten(), nn.Linear(32 * 768, 2)), torch.randn(16, 32, 768)
+
+
+@pytest.mark.parametrize("kind", ["convolutions", "linear"])
+@pytest.mark.parametrize("kinds", STATISTICS.values(), ids=STATISTICS)
+def test_statistics(benchmark, kinds, kind):
+    """One batch, against the forward pass, and forward and backward pass, of the network alone."""
+    module, inputs = network(kind)
+    batch = Batch({"input": inputs}, torch.zeros(len(inputs)).long(), torch.arange(len(inputs)))
+    collector = Collector(module, quantizable_layers(module), kinds, None, torch.Generator())
+
+    def forward() -> None:
+        with torch.no_grad():
+            module(inputs)
+
+    references = {"forward": forward, "forward and backward": lambda: module(inputs).sum().backward()}
+    compare(benchmark, lambda: collector.add(batch), references)
+
+
+def test_codebook_of_a_trellis(benchmark):
+    """Centroids of 3-bit trellis levels, weighted, against the GPTQ rounding of the same layer."""
+    weight, moment = layer(768, 768)
+    levels = uniform_levels(3)
+    index = torch.randint(len(levels), weight.shape)
+    factor, width = feedback_factor(moment, 0.01), torch.full((768,), 3)
+    scale, zero = minmax_grid(weight.double(), width)
+    grid = AffineGrid(scale[:, None], zero[:, None], width)
+    references = {"gptq rounding": lambda: feedback_round(weight, factor, grid)}
+    units, gain = weight.double(), torch.ones(768, 768, dtype=torch.float64)
+    compare(benchmark, lambda: LevelSums.of(index, units, gain, len(levels)).centroids(levels), references)
+
+
+def test_codebook_of_scalar_codes(benchmark):
+    """Lloyd on compressed weights, against Lloyd on every weight."""
+    weight = 2 * layer(64, 256)[0].double() + 3.5
+    one, little = torch.ones_like(weight), torch.full_like(weight, 1e-4)
+    start = 2 * normal_levels("lloyd", 3) + 3.5
+
+    def direct() -> None:
+        expected_lloyd(weight.flatten(), little.flatten().sqrt(), one.flatten(), start)
+
+    compare(
+        benchmark,
+        lambda: expected_lloyd(*Atoms.of(weight, little, one, 3).gaussians(), start),
+        {"all weights": direct},
+        rounds=3,
+    )
+
+
+@pytest.mark.parametrize("designed", [True, False])
+def test_levels_of_a_normal_source(benchmark, designed):
+    """Made once per width and process, from draws; against the closed form of scalar codes."""
+    references = {"scalar": lambda: normal_levels.__wrapped__("lloyd" if designed else "uniform", 4)}
+    compare(benchmark, lambda: normal_trellis.__wrapped__(4, 64, designed), references, rounds=3)
+
+
+@pytest.mark.parametrize("width", [3, 4])
+def test_packing(benchmark, width):
+    """There and back, against copying the codes."""
+    rows, columns = 3072, 768
+    widths = torch.full((rows,), width, dtype=torch.uint8)
+    codes = torch.randint(2**width, (rows, columns), dtype=torch.uint8)
+    zero = zero_code(torch.ones(rows, 1), widths[:, None])
+    tensor = QuantizedTensor(codes=codes, width=widths, scale=torch.ones(rows, 1).half(), zero=zero, groups=1)
+    packed = pack_model({"layer": tensor})
+    references = {"unpack": lambda: unpack_model(*packed), "copy": lambda: codes.clone()}
+    compare(benchmark, lambda: pack_model({"layer": tensor}), references)
