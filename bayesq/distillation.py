@@ -112,7 +112,7 @@ def posterior_predictive(
         full: full-precision network, in eval mode.
         layers: layers whose weights are drawn.
         sample: draws a layer's weight perturbation [g, r, c], w_s - mu.
-        batches: all n examples, each once.
+        batches: all n examples, each once, on any device.
         samples: S; 0 = the full-precision network itself.
         likelihood: of the outputs.
     """
@@ -123,7 +123,7 @@ def posterior_predictive(
         for _ in range(max(samples, 1)):
             weights = perturbed_weights(full, layers, sample, generator) if samples else {}
             for batch in batches:
-                logits: Tensor = functional_call(full, weights, kwargs=dict(batch.inputs))
+                logits: Tensor = functional_call(full, weights, kwargs=beside(full, batch.inputs))
                 p = mean_output(logits.detach().float(), likelihood).cpu().to(torch.float64)
                 if total is None:
                     total = torch.zeros(_count(batches), p.shape[1], dtype=torch.float64)
@@ -219,7 +219,7 @@ def distill(
         sums = [torch.zeros_like(x) for x in leaves]
         losses = []
         for inputs, p in training:
-            logits = functional_call(quantized, weights, kwargs=inputs)
+            logits = functional_call(quantized, weights, kwargs=beside(quantized, inputs))
             loss = _divergence(p, logits, likelihood).sum() / examples
             # Not backward(): the network's own parameters are no part of this and must not collect gradients.
             for x, gradient in zip(sums, torch.autograd.grad(loss, leaves, allow_unused=True), strict=True):
@@ -433,6 +433,12 @@ def _count(batches: Sequence[Batch]) -> int:
     return len(index)
 
 
+def beside(module: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Module arguments on the device of the module's parameters: batches wait elsewhere until it is their turn."""
+    device = next(module.parameters()).device
+    return {name: x.to(device) for name, x in inputs.items()}
+
+
 def _select(batch: Batch, chosen: Tensor, teacher: Tensor) -> tuple[dict[str, Tensor], Tensor] | None:
     """Inputs and teacher rows of the batch's examples that are in `chosen` [n]; None if there are none."""
     rows = chosen[batch.index].nonzero()[:, 0]
@@ -461,7 +467,7 @@ def _held_out_kl(
         layer = named_layer(module, name)
         weights[f"{name}.weight"] = matrix_to_weight(layer, tensor.dequantize()).to(layer.weight)
     divergences = [
-        _divergence(p, functional_call(module, {**weights, **parameters}, kwargs=inputs), likelihood)
+        _divergence(p, functional_call(module, {**weights, **parameters}, kwargs=beside(module, inputs)), likelihood)
         for inputs, p in judging
     ]
     return torch.cat(divergences).cpu().to(torch.float64)

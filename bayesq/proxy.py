@@ -54,6 +54,7 @@ def measure_kappa(
     samples: int,
     generator: torch.Generator,
     likelihood: str = "categorical",
+    batch_size: int | None = None,
 ) -> Kappa:
     """The factor kappa of every layer.
 
@@ -73,6 +74,7 @@ def measure_kappa(
         inputs: module arguments [n, ...] of a few calibration examples.
         samples: S.
         likelihood: of the outputs.
+        batch_size: examples per forward pass; None = all at once.
 
     Raises:
         ValueError: training mode, or a layer has no prediction.
@@ -87,12 +89,12 @@ def measure_kappa(
     with tqdm(total=draws * len(layers), desc="proxy", disable=None, leave=False) as bar:
         for _ in range(draws):
             weights = perturbed_weights(full, layers, sample, generator) if samples else {}
-            reference = _logits(full, weights, inputs)
+            reference = _logits(full, weights, inputs, batch_size)
             for name in layers:
                 if name not in candidates:
                     layer = named_layer(full, name)
                     candidates[name] = matrix_to_weight(layer, rounded(name)).to(layer.weight)
-                other = _logits(full, {**weights, f"{name}.weight": candidates[name]}, inputs)
+                other = _logits(full, {**weights, f"{name}.weight": candidates[name]}, inputs, batch_size)
                 measured[name] += float(kl_divergence(reference, other, likelihood).mean()) / draws
                 bar.update()
     factors, fallbacks = {}, {"kappa_undefined": 0, "kappa_clamped": 0}
@@ -112,7 +114,15 @@ def _factor(measured: float, predicted: float) -> tuple[float, str | None]:
     return min(max(kappa, low), high), None if low <= kappa <= high else "kappa_clamped"
 
 
-def _logits(module: nn.Module, weights: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> Tensor:
+def _logits(
+    module: nn.Module, weights: Mapping[str, Tensor], inputs: Mapping[str, Tensor], batch_size: int | None
+) -> Tensor:
     """[n, classes] float32 on the CPU."""
-    logits: Tensor = functional_call(module, dict(weights), kwargs=dict(inputs))
-    return logits.float().cpu()
+    count = len(next(iter(inputs.values())))
+    step = batch_size or count
+    found = []
+    for start in range(0, count, step):
+        part = {name: x[start : start + step] for name, x in inputs.items()}
+        logits: Tensor = functional_call(module, dict(weights), kwargs=part)
+        found.append(logits.float().cpu())
+    return torch.cat(found)

@@ -326,7 +326,7 @@ def test_autocast_is_reported_with_its_own_effect(run: Callable[[str], dict]) ->
 def test_a_run_that_runs_out_of_memory_goes_on_in_smaller_batches(
     sweep: Path, run: Callable[[str], dict], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every stage: full precision, calibration, correction of 64 images, distillation, evaluation."""
+    """Every stage: full precision, calibration, proxy and correction of 64 images, distillation, evaluation."""
     load = runner.load
 
     def narrow(*arguments: object) -> runner.Workload:
@@ -338,12 +338,12 @@ def test_a_run_that_runs_out_of_memory_goes_on_in_smaller_batches(
         work.network.module.conv1.register_forward_pre_hook(refuse)  # what runs is this module or a copy of it
         return work
 
-    switches = "method=bayesq distill=true correction=moments calibration.examples=64"
+    switches = "method=bayesq distill=true correction=moments proxy=mc monte_carlo.samples=1 calibration.examples=64"
     enough = run(f"{switches} evaluation.batch_size=32 calibration.batch_size=8 distillation.batch_size=8")
     monkeypatch.setattr(runner, "load", narrow)
     result = run_here(sweep / "narrow", "here", f"{switches} evaluation.batch_size=32")
-    # 32 -> 8 twice, 16 -> 8 twice, and the one batch of the correction 64 -> 8
-    assert result["fallback/oom_retries"] == 2 + 2 + 1 + 1 + 3 and enough["fallback/oom_retries"] == 0
+    # 32 -> 8 twice, 16 -> 8 twice, and the one batch of the correction and of the proxy 64 -> 8
+    assert result["fallback/oom_retries"] == 2 + 2 + 1 + 1 + 3 + 3 and enough["fallback/oom_retries"] == 0
     assert result["q/kl_to_fp"] == pytest.approx(enough["q/kl_to_fp"], rel=0.5)
 
 

@@ -70,8 +70,9 @@ def correct_moments(
 
     All examples go through each network as one batch: then every hook sees the moments over all of them, corrects, and
     lets the same pass continue, so each norm meets an already corrected prefix. The caller passes one batch that holds
-    them all; `max_examples` evenly spaced ones are used and bound the memory. Padding (inputs["attention_mask"]) does
-    not count. LayerNorm standardises each position by itself; layers before it are corrected through their bias.
+    them all; `max_examples` evenly spaced ones are used, go to the network's device and bound the memory. Padding
+    (inputs["attention_mask"]) does not count. LayerNorm standardises each position by itself; layers before it are
+    corrected through their bias.
 
     Args:
         full: full-precision network, in eval mode.
@@ -87,7 +88,8 @@ def correct_moments(
     modules = dict(full.named_modules())
     if unknown := [name for name in layers if not isinstance(modules.get(name), nn.Linear | nn.Conv2d)]:
         raise ValueError(f"{', '.join(unknown)}: not a Linear or Conv2d layer of the network")
-    inputs = _thin_out(inputs, max_examples)
+    device = next(full.parameters()).device
+    inputs = {name: x.to(device) for name, x in _thin_out(inputs, max_examples).items()}
     mask = inputs.get("attention_mask")
     examples = len(next(iter(inputs.values())))
     reference = _record(full, layers, inputs, examples, mask)

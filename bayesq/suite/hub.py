@@ -4,20 +4,26 @@ Nothing of a repository is executed, only files are read. HF_HUB_OFFLINE, HF_END
 they mean everywhere.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import logging
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 from bayesq.suite.config import one_line
 from bayesq.suite.errors import UserError
 
+log = logging.getLogger(__name__)
+
 T = TypeVar("T")
 
 # The hub's own client repeats a failed request for most of a minute, and does so for each file it looks for.
 PROBE_TIMEOUT_S = 5.0
 MAIN = "main"
+NOT_CACHED = "and the files are not in its cache here"
+COMMIT = re.compile("[0-9a-f]{40}")
 
 
 @dataclass(frozen=True)
@@ -33,15 +39,15 @@ class HubFiles:
     commit: str
 
 
-def hub_file(repository: str, file: str, revision: str | None, needs: str, instead: str) -> HubFiles:
+def hub_file(repository: str, file: str, revision: str | None, key: str, instead: str) -> HubFiles:
     """One file of a model repository; a cached one costs no connection.
 
     Args:
         repository: as in `organisation/name`.
         file: its name there.
         revision: commit, tag or branch; None = the main branch, or of it what the cache holds.
-        needs: what needs it, the beginning of the error line.
-        instead: what can be done without the hub, the end of the error line.
+        key: the key and value that were asked for, as typed.
+        instead: what can be done without the hub.
 
     Raises:
         UserError: it is not cached, and the hub cannot be reached, refuses or does not have it.
@@ -50,20 +56,21 @@ def hub_file(repository: str, file: str, revision: str | None, needs: str, inste
 
     path = try_to_load_from_cache(repository, file, revision=revision or MAIN)
     if not isinstance(path, str):
-        with _explained(repository, revision, needs, instead):
-            path = hf_hub_download(repository, file, revision=revision)
+        if absence := _absence():
+            raise _refusal(key, f"{absence}, {NOT_CACHED}", instead)
+        path = from_hub(key, instead, partial(hf_hub_download, repository, file, revision=revision))
     folder = Path(path)
     for _ in Path(file).parts:
         folder = folder.parent
     return HubFiles(folder, folder.name)
 
 
-def hub_files(repository: str, patterns: list[str], revision: str, needs: str, instead: str) -> HubFiles:
+def hub_files(repository: str, patterns: list[str], revision: str, key: str, instead: str) -> HubFiles:
     """The files of a data set repository that match `patterns`; offline, those of them that are cached.
 
     Args:
         patterns: as of fnmatch, on names in the repository.
-        repository, revision, needs, instead: see `hub_file`.
+        repository, revision, key, instead: see `hub_file`.
 
     Raises:
         UserError: the hub cannot be reached, refuses, or has no such repository or revision.
@@ -73,28 +80,31 @@ def hub_files(repository: str, patterns: list[str], revision: str, needs: str, i
     offline = constants.HF_HUB_OFFLINE
     if not offline:
         instead = f"{instead}, or set HF_HUB_OFFLINE=1 to use what is cached"
-    with _explained(repository, revision, needs, instead, probe=not offline):
-        folder = Path(
-            snapshot_download(
-                repository, repo_type="dataset", revision=revision, allow_patterns=patterns, local_files_only=offline
-            )
-        )
+    load = partial(
+        snapshot_download,
+        repository,
+        repo_type="dataset",
+        revision=revision,
+        allow_patterns=patterns,
+        local_files_only=offline,
+    )
+    if not offline and (absence := _absence()):
+        raise _refusal(key, absence, instead)
+    folder = Path(from_hub(key, instead, load, online=not offline))
     return HubFiles(folder, folder.name)
 
 
 def reachable() -> bool:
     """Whether the hub answers. HF_HUB_OFFLINE=1 means no without asking."""
-    from huggingface_hub import constants
-
-    return not constants.HF_HUB_OFFLINE and _silence() is None
+    return _absence() is None
 
 
-def from_hub(key: str, remedy: str, load: Callable[[], T], online: bool) -> T:
+def from_hub(key: str, instead: str, load: Callable[[], T], online: bool = True) -> T:
     """`load()`; whatever keeps it from finding its files becomes one line.
 
     Args:
         key: the key and value that were asked for, as typed.
-        remedy: what to do without the hub.
+        instead: what to do without the hub.
         load: reads the hub, or only the libraries' cache where the hub is out of reach.
         online: whether the hub is `reachable`.
 
@@ -104,48 +114,35 @@ def from_hub(key: str, remedy: str, load: Callable[[], T], online: bool) -> T:
     try:
         return load()
     except Exception as error:  # the libraries raise errors of half a dozen packages
-        reason = _reason(error)
-        if not online:
-            reason = "it cannot be reached, or HF_HUB_OFFLINE is set, and the files are not in its cache here"
-        raise UserError(f"{key} could not be read from the hub ({reason}): {remedy}") from error
+        reason = _reason(error) if online else f"it cannot be reached, or HF_HUB_OFFLINE is set, {NOT_CACHED}"
+        raise _refusal(key, reason, instead) from error
 
 
-@contextmanager
-def _explained(repository: str, revision: str | None, needs: str, instead: str, probe: bool = True) -> Iterator[None]:
-    """Run a transfer and say in one line why it failed."""
-    from huggingface_hub import constants, errors
+def tell_commit(key: str, asked: str | None, commit: str, pin: str) -> None:
+    """Say which commit a branch or tag stood for, and how to stay with it.
 
-    where = f"{repository} at {revision}" if revision else repository
-    if constants.HF_HUB_OFFLINE and probe:
-        raise UserError(f"{needs}: {where} is not in the hub's cache, and HF_HUB_OFFLINE is set: {instead}")
-    if probe:
-        _probe(needs, instead)
-    try:
-        yield
-    except errors.GatedRepoError as error:
-        raise UserError(
-            f"{needs}: {repository} is gated: accept its terms on the hub and log in (hf auth login), or {instead}"
-        ) from error
-    except errors.RepositoryNotFoundError as error:
-        raise UserError(f"{needs}: the hub has no {repository} that you may read: {instead}") from error
-    except errors.RevisionNotFoundError as error:
-        raise UserError(f"{needs}: {repository} has no revision {revision}: {instead}") from error
-    except errors.LocalEntryNotFoundError as error:
-        raise UserError(f"{needs}: {where} is not in the hub's cache and cannot be fetched: {instead}") from error
-    except errors.EntryNotFoundError as error:
-        raise UserError(f"{needs}: {where} does not hold that: {instead}") from error
-    except Exception as error:  # the transport's own errors depend on the HTTP library of the client's version
-        raise UserError(f"{needs}: {where} cannot be fetched ({_reason(error)}): {instead}") from error
-
-
-def _probe(needs: str, instead: str) -> None:
-    """Make sure that the hub answers.
-
-    Raises:
-        UserError: it does not.
+    Args:
+        key: what was loaded, as typed.
+        asked: the revision that was asked for; nothing is said where it is the commit.
+        commit: the commit that was loaded.
+        pin: the key that takes it.
     """
-    if error := _silence():
-        raise UserError(f"{needs}, and the hub cannot be reached ({_reason(error)}): {instead}") from error
+    if asked != commit and COMMIT.fullmatch(commit):
+        log.info(f"{key} is at commit {commit} of {asked or MAIN}; {pin}={commit} stays with it")
+
+
+def _refusal(key: str, reason: str, instead: str) -> UserError:
+    return UserError(f"{key} could not be read from the hub ({reason}): {instead}")
+
+
+def _absence() -> str | None:
+    """Why the hub is out of reach, if it is."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
+    silence = _silence()
+    return None if silence is None else f"it cannot be reached: {_said(silence)}"
 
 
 def _silence() -> Exception | None:
@@ -154,11 +151,30 @@ def _silence() -> Exception | None:
 
     try:
         get_session().head(constants.ENDPOINT, timeout=PROBE_TIMEOUT_S)
-    except Exception as error:  # as above
+    except Exception as error:  # the transport's own errors depend on the HTTP library of the client's version
         return error
     return None
 
 
 def _reason(error: Exception) -> str:
+    """What keeps a file from being had, looked for among the causes of an error as well: libraries wrap the hub's."""
+    from huggingface_hub import errors
+
+    cause: BaseException | None = error
+    while cause is not None:
+        # subclasses first
+        if isinstance(cause, errors.GatedRepoError):
+            return "it is gated: accept its terms on the hub and log in with `hf auth login`"
+        if isinstance(cause, errors.RepositoryNotFoundError):
+            return "there is no such repository, or none that you may read"
+        if isinstance(cause, errors.RevisionNotFoundError):
+            return "it has no such revision"
+        if isinstance(cause, errors.EntryNotFoundError) and not isinstance(cause, errors.LocalEntryNotFoundError):
+            return "it does not hold that file"
+        cause = cause.__cause__ or cause.__context__
+    return _said(error)
+
+
+def _said(error: Exception) -> str:
     """What an error says, on one line that is not too long, or its kind."""
     return one_line(str(error))[:200] or type(error).__name__

@@ -28,7 +28,7 @@ from baselines.rtn import RTN
 from bayesq.allocation import DAMPING, Allocator, Budget, Knapsack, Uniform, make_allocator
 from bayesq.distillation import DistillationSettings, Distilled, distill, posterior_predictive
 from bayesq.posterior import AUTO, LayerPosterior, Posterior
-from bayesq.proxy import measure_kappa
+from bayesq.proxy import Kappa, measure_kappa
 from bayesq.quant.accounting import code_bits, stored_bytes
 from bayesq.quant.correction import MAX_EXAMPLES, Correction, correct_moments
 from bayesq.quant.grids import FP16_MAX, FP16_TINY
@@ -60,6 +60,7 @@ from bayesq.whitening import Shelf
 
 log = logging.getLogger(__name__)
 
+CPU = torch.device("cpu")
 LAYERS_FILE = "layers.csv"
 PREDICTIONS_FILE = "predictions.csv"
 FALLBACKS = (
@@ -499,7 +500,7 @@ def quantize(cfg: DictConfig, plan: Plan, work: Workload, calibration: Calibrati
             posterior.prepare(problems)
         if cfg.proxy == "mc":
             proxy_start = time.perf_counter()
-            weigh_by_proxy(cfg, plan, work, problems)
+            result.oom_retries += weigh_by_proxy(cfg, plan, work, problems)
             result.posterior_s += time.perf_counter() - proxy_start
     except ValueError as error:
         raise UserError(str(error)) from error
@@ -624,7 +625,7 @@ def quantized_copy(work: Workload, quantized: Quantized) -> nn.Module:
 def correct(work: Workload, quantized: Quantized) -> None:
     """Match activation moments to the full-precision network's (SPEC section 5), whatever the method."""
     start = time.perf_counter()
-    batch = next(work.calibration.batches(len(work.calibration), work.device))
+    batch = next(work.calibration.batches(len(work.calibration), CPU))
 
     def attempt(examples: int) -> Correction:
         student = quantized_copy(work, quantized)
@@ -651,7 +652,7 @@ def distill_student(cfg: DictConfig, plan: Plan, work: Workload, quantized: Quan
     tensors, likelihood = quantized.layers(work), work.data.likelihood
 
     def attempt(batch_size: int) -> Distilled:
-        batches = list(work.calibration.batches(batch_size, work.device))
+        batches = list(work.calibration.batches(batch_size, CPU))  # each goes to the device in turn
         generator = torch.Generator().manual_seed(int(cfg.seed))
         draw = posterior_draw(plan, quantized.problems)
         teacher = posterior_predictive(work.network.module, tensors, draw, batches, samples, generator, likelihood)
@@ -686,8 +687,8 @@ def moment_start(work: Workload, quantized: Quantized, examples: int) -> Callabl
     """
 
     def start(chosen: Tensor) -> Mapping[str, Tensor]:
-        batch = next(work.calibration.batches(len(work.calibration), work.device))
-        rows = chosen[batch.index].to(work.device)
+        batch = next(work.calibration.batches(len(work.calibration), CPU))
+        rows = chosen[batch.index]
         inputs = {name: x[rows] for name, x in batch.inputs.items()}
         student = quantized_copy(work, quantized)
         layers = list(work.layers)
@@ -719,8 +720,11 @@ def distillation_metrics(distilled: Distilled | None) -> dict[str, Any]:
     }
 
 
-def weigh_by_proxy(cfg: DictConfig, plan: Plan, work: Workload, problems: Sequence[LayerProblem]) -> None:
+def weigh_by_proxy(cfg: DictConfig, plan: Plan, work: Workload, problems: Sequence[LayerProblem]) -> int:
     """Note kappa in each layer: measured divergence over predicted risk at one width (SPEC section 5).
+
+    Returns:
+        how often it began again with smaller batches because memory ran out.
 
     Raises:
         UserError: the run allocates nothing by risk.
@@ -733,21 +737,27 @@ def weigh_by_proxy(cfg: DictConfig, plan: Plan, work: Workload, problems: Sequen
     predicted = {p.name: float(knapsack.predict(p)[:, widths.index(width)].sum()) for p in problems}
     by_name = {problem.name: problem for problem in problems}
     batch = next(work.calibration.batches(int(options.examples), work.device))
-    found = measure_kappa(
-        work.network.module,
-        list(by_name),
-        lambda name: knapsack.rounded(by_name[name], width),
-        posterior_draw(plan, by_name),
-        predicted,
-        batch.inputs,
-        int(options.samples),
-        torch.Generator().manual_seed(int(cfg.seed)),
-        work.data.likelihood,
-    )
+
+    def attempt(batch_size: int) -> Kappa:
+        return measure_kappa(
+            work.network.module,
+            list(by_name),
+            lambda name: knapsack.rounded(by_name[name], width),
+            posterior_draw(plan, by_name),
+            predicted,
+            batch.inputs,
+            int(options.samples),
+            torch.Generator().manual_seed(int(cfg.seed)),
+            work.data.likelihood,
+            batch_size,
+        )
+
+    found, retries = halving(len(batch.labels), attempt, "proxy")
     for name, kappa in found.factors.items():
         by_name[name].notes["kappa"] = kappa
     for kind, times in found.fallbacks.items():
         problems[0].count(kind, times)
+    return retries
 
 
 def risk_rank_correlation(rows: Sequence[Mapping[str, Any]]) -> float | None:

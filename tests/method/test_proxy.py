@@ -136,3 +136,25 @@ def test_it_refuses_what_it_cannot_measure():
         measure_kappa(network, ["a", "b"], no_noise, no_noise, {"a": 1.0}, inputs, 0, torch.Generator())
     with pytest.raises(ValueError, match="eval mode"):
         measure_kappa(network.train(), ["a"], no_noise, no_noise, {"a": 1.0}, inputs, 0, torch.Generator())
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 16])
+def test_batches_give_the_same_divergence(batch_size):
+    network, x = Ensemble().eval(), normal(16, 5, seed=9)
+    sizes = []
+    network.register_forward_pre_hook(lambda _, __, inputs: sizes.append(len(inputs["x"])), with_kwargs=True)
+
+    def measured(size: int | None) -> dict[str, float]:
+        def rounded(name: str) -> Tensor:
+            return weight_to_matrix(network.get_submodule(name)) + 0.1 * normal(4, 5, seed=3)
+
+        noise = torch.Generator().manual_seed(0)
+        arguments = ({"a": 1.0, "b": 1.0}, {"x": x}, 2, noise, "categorical", size)
+        return measure_kappa(
+            network, ["a", "b"], rounded, lambda _, g: 0.1 * torch.randn(1, 4, 5, generator=g), *arguments
+        ).measured
+
+    whole = measured(None)
+    sizes.clear()
+    assert measured(batch_size) == pytest.approx(whole, rel=1e-5)
+    assert max(sizes) == batch_size and sum(sizes) == 16 * 2 * 3

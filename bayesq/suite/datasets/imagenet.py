@@ -14,7 +14,7 @@ from torch import Tensor
 from bayesq.suite.datasets.base import DataSplits, Examples, limited, stratified
 from bayesq.suite.datasets.parquet_photos import ParquetPhotos
 from bayesq.suite.errors import UserError
-from bayesq.suite.hub import hub_files
+from bayesq.suite.hub import hub_files, tell_commit
 
 SUFFIXES = {".jpg", ".jpeg", ".png"}
 
@@ -147,7 +147,8 @@ class ImageNet:
         where = f"dataset.hub={self.hub}"
         instead = "take files of your own with dataset.root=DIR dataset.hub=null"
         patterns = [self.val_files, *([self.train_files] if self.train_files else [])]
-        found = hub_files(self.hub, patterns, self.revision, f"{where}: photos are needed", instead)
+        found = hub_files(self.hub, patterns, self.revision, where, instead)
+        tell_commit(where, self.revision, found.commit, "dataset.revision")
         val = sorted(found.folder.glob(self.val_files))
         train = sorted(found.folder.glob(self.train_files)) if self.train_files else []
         for key, pattern, files in (("val_files", self.val_files, val), ("train_files", self.train_files, train)):

@@ -13,7 +13,7 @@ from torch.nn import functional
 from bayesq.suite.cache import digest
 from bayesq.suite.datasets.base import DataSplits, Examples
 from bayesq.suite.errors import UserError
-from bayesq.suite.hub import hub_file
+from bayesq.suite.hub import hub_file, tell_commit
 from bayesq.suite.models.base import Batch, EncodedExamples, Network, parameter_count, state_checksum
 from bayesq.suite.models.checkpoint import checkpoint_sha256, load_weights, read_checkpoint
 from bayesq.suite.models.photos import PhotoEncoder
@@ -147,7 +147,8 @@ class TimmModel:
             )
         repository, _, _ = published.hf_hub_id.partition("@")
         file = published.hf_hub_filename or WEIGHTS_FILE
-        found = hub_file(repository, file, self.revision, f"model={name} needs the weights {repository}", instead)
+        found = hub_file(repository, file, self.revision, f"model={name}: {repository}", instead)
+        tell_commit(f"model={name}: {repository}", self.revision, found.commit, "model.revision")
         # by its commit, which timm then finds in the cache without asking the hub again
         module = self._create(
             published, pretrained=True, pretrained_cfg_overlay={"hf_hub_id": f"{repository}@{found.commit}"}

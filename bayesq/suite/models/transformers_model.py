@@ -18,7 +18,7 @@ from torch import nn
 from bayesq.suite.config import one_line
 from bayesq.suite.datasets.base import DataSplits, Examples
 from bayesq.suite.errors import UserError
-from bayesq.suite.hub import from_hub, reachable
+from bayesq.suite.hub import from_hub, reachable, tell_commit
 from bayesq.suite.models.base import EncodedExamples, Network, parameter_count, state_checksum
 from bayesq.suite.models.checkpoint import INTEGERS, checkpoint_sha256
 from bayesq.suite.models.text import SequenceClassifier, config_of, label_order, texts_of, token_examples
@@ -154,7 +154,9 @@ class TransformersClassifier:
         if origin.local:
             description["checkpoint_sha256"] = checkpoint_sha256(Path(origin.place))
         else:
-            description["revision"] = getattr(config, "_commit_hash", None) or options["revision"]
+            commit = getattr(config, "_commit_hash", None) or options["revision"]
+            tell_commit(origin.key, self.revision, commit, "model.revision")
+            description["revision"] = commit
         return Network(
             module=module,
             encode=encode,

@@ -1,0 +1,23 @@
+"""Embeddings that cannot be rounded stop a run by name."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from bayesq.allocation import Budget
+from bayesq.suite.errors import UserError
+from bayesq.suite.runner import Quantized, round_embeddings
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_table_that_is_not_finite_is_named(value):
+    tables = {"words": nn.Embedding(6, 4), "places": nn.Embedding(5, 4)}
+    result = Quantized()
+    round_embeddings(SimpleNamespace(embeddings=tables), Budget(4.0), result)
+    assert set(result.tensors) == {"words", "places"}
+    with torch.no_grad():
+        tables["places"].weight[2, 1] = value
+    with pytest.raises(UserError, match=r"^layer places: the weights have NaN or infinite entries"):
+        round_embeddings(SimpleNamespace(embeddings=tables), Budget(4.0), Quantized())
