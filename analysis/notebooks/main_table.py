@@ -20,4 +20,6 @@ page = Page("main_table")
 if page.finished.empty:
     page.nothing("no finished run", "python run.py -m method=rtn,gptq,awq,bayesq bits=3,3.5,4 seed=0,1,2")
 else:
-    page.table(tables.main_table(page.runs), "main_table")
+    main = tables.main_table(page.runs)
+    page.table(main, "main_table")
+    page.table(tables.compact_table(main), "compact_table")

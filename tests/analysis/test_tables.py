@@ -14,6 +14,7 @@ from analysis.tables import (
     ablation_table,
     bit_curve,
     calibration_size,
+    compact_table,
     cost_table,
     glue_table,
     main_table,
@@ -121,6 +122,31 @@ def test_bold_is_only_what_is_better_and_significant(runs):
     ]
     assert marked == [("3", "bayesq")]  # at 3.5 bits the difference is significant until it is corrected
     assert table.bold.columns[table.bold.any()].tolist() == ["Δ GPTQ"]
+
+
+def test_the_compact_table_is_the_main_one_in_short(runs):
+    table = compact_table(main_table(runs))
+    assert shown(table, bits="3") == {
+        "workload": "resnet / digits",
+        "bits": "3",
+        "KL rtn": "0.4200 ± 0.0283",
+        "KL gptq": "0.2100 ± 0.0141",
+        "KL awq": "0.3150 ± 0.0212",
+        "KL bayesq": "0.0525 ± 0.0035",
+        "KL / GPTQ's": "0.25 [0.18, 0.36]",
+        "score FP": "100.00",
+        "score GPTQ": "63.75",
+        "score BayesQ": "93.75",
+        "Δ GPTQ": "+30.00 [+16.25, +45.00]",
+    }
+    assert table.bold["KL / GPTQ's"].all()
+    assert list(table.bold["Δ GPTQ"]) == [True, False, False]
+
+
+def test_a_compact_table_without_bayesq_has_gaps(tmp_path):
+    add(tmp_path, "gptq", 3.0, 0)
+    row = shown(compact_table(main_table(load_runs(tmp_path))), bits="3")
+    assert (row["KL bayesq"], row["KL / GPTQ's"], row["Δ GPTQ"]) == ("-", "-", "-")
 
 
 def test_the_numbers_of_the_ablation_table(runs):
