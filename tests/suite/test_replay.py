@@ -161,7 +161,7 @@ def test_chains_follow_tensors_not_containers():
         inputs.statistic(group[0], "input_moment")
     chains = inputs._replay[1]._chains
     assert sorted(chains) == [["first.0", "first.1", "first.2"], ["second.0", "second.1", "second.2", "pool"]]
-    module, examples, groups, inputs = setting("careless")
+    _, _, groups, inputs = setting("careless")
     for group in groups[:3]:
         inputs.statistic(group[0], "input_moment")
     assert not any("first.0" in chain for chain in inputs._replay[1]._chains)
