@@ -156,7 +156,7 @@ def test_blocks_run_a_few_times_not_once_for_every_layer():
 
 
 def test_chains_follow_tensors_not_containers():
-    module, examples, groups, inputs = setting("deep")
+    _, _, groups, inputs = setting("deep")
     for group in groups[:3]:
         inputs.statistic(group[0], "input_moment")
     chains = inputs._replay[1]._chains
