@@ -541,7 +541,7 @@ def test_the_command_line_exports_the_demo_network(place: Path, tmp_path: Path) 
         capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr
-    assert ended.stdout.startswith(f"{tmp_path / 'out'}\n  model.safetensors: 102 tensors of BertModel")
+    assert ended.stdout.startswith(f"{tmp_path / 'out'}\n  model.safetensors: 101 tensors of BertModel")
     encoder = AutoModel.from_pretrained(
         tmp_path / "out", add_pooling_layer=False, dtype=torch.float32, attn_implementation="eager"
     ).eval()
