@@ -114,7 +114,8 @@ def settings_that_matter(config: Mapping[str, Any]) -> dict[str, Any]:
         matter.pop("distillation", None)
     if config.get("proxy") != "mc":
         matter.pop("monte_carlo", None)
-    matter["calibration"] = {k: v for k, v in matter["calibration"].items() if k != "offload"}
+    if "calibration" in matter:
+        matter["calibration"] = {k: v for k, v in matter["calibration"].items() if k != "offload"}
     matter["method"] = {k: v for k, v in config["method"].items() if k not in ("allocator", "uses_posterior")}
     if "exclude" in matter.get("layers", {}):
         matter["layers"] = {**matter["layers"], "exclude": sorted(set(matter["layers"]["exclude"]))}

@@ -219,7 +219,7 @@ def execute(
         except ValueError as error:
             raise UserError(str(error)) from error
     calibration = open_calibration(cfg, plan.posterior, work, cache_dir)
-    expected = preflight(cfg, plan, work, calibration, {"cache_dir": cache_dir, "results_dir": folder})
+    expected = preflight(cfg, plan, work, calibration, {"cache_dir": cache_dir, "results_dir": folder.parent})
     batch_size, autocast = int(cfg.evaluation.batch_size), cfg.evaluation.autocast
     reference = partial(
         evaluation.cached_logits,

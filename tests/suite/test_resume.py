@@ -120,7 +120,7 @@ def written(folder: Path, name: str) -> list[str]:
     return [line for line in (folder / "written.txt").read_text().splitlines() if line.startswith(name)]
 
 
-STAGES = ("/models/", "/input_moment.", "/gradient_moment.", "/quantized.safetensors", "/result.json")
+STAGES = ("/models/", "/gradient_moment.", "/input_moment.", "/quantized.safetensors", "/result.json")
 
 
 def test_a_sweep_killed_in_every_stage_ends_as_one_left_alone(

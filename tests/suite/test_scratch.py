@@ -97,7 +97,8 @@ def test_a_killed_process_leaves_no_file_and_what_waits_takes_no_memory(tmp_path
         from bayesq.suite.scratch import DiskShelf
 
         def resident():
-            return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+            lines = Path("/proc/self/status").read_text().splitlines()
+            return 1024 * int(next(line for line in lines if line.startswith("RssAnon")).split()[1])
 
         shelf = DiskShelf(Path(sys.argv[1]))
         before = resident()

@@ -220,7 +220,7 @@ def test_code_in_a_checkpoint_is_not_run(folder, tmp_path):
 def test_damaged_files(folder, tmp_path, name):
     target = without(folder, tmp_path / "damaged")
     (target / name).write_text("{")
-    refused(r"^model\.checkpoint=.*: cannot be read \(", lambda: built(target, blank(SENTENCES)))
+    refused(r"^model\.checkpoint=.*cannot be read \(", lambda: built(target, blank(SENTENCES)))
 
 
 def test_another_number_of_outputs(folder):
