@@ -245,7 +245,9 @@ def execute(
 
     # Everything reported comes from the file: what could not be stored is not evaluated.
     buffers, header = read_tensors(folder / QUANTIZED_FILE)
-    module = copy.deepcopy(work.network.module)
+    # The full-precision weights have served: a copy of the network would take as much memory again.
+    unlowered = reference(None)[0] if autocast is not None else full
+    module = work.network.module
     load_quantized(module, unpack_model(buffers, header), stored_parameters(buffers))
     evaluate_start = time.perf_counter()
     label = f"evaluate {cfg.method.name} {cfg.bits:g} bits"
@@ -258,7 +260,7 @@ def execute(
     for row, example in zip(predictions, work.data.evaluation.ids, strict=True):
         row["id"] = example
     if autocast is not None:
-        metrics |= evaluation.autocast_effect(reference(None)[0], full, work.data.likelihood)
+        metrics |= evaluation.autocast_effect(unlowered, full, work.data.likelihood)
 
     weights = sum(layer.weight.numel() for layer in (*work.layers.values(), *work.embeddings.values()))
     layers = layer_rows(quantized)

@@ -15,9 +15,9 @@ from bayesq.suite.runner import Quantized, round_embeddings
 def test_a_table_that_is_not_finite_is_named(value):
     tables = {"words": nn.Embedding(6, 4), "places": nn.Embedding(5, 4)}
     result = Quantized()
-    round_embeddings(SimpleNamespace(embeddings=tables), Budget(4.0), result)
+    round_embeddings(SimpleNamespace(embeddings=tables), Budget(4.0, "code"), result)
     assert set(result.tensors) == {"words", "places"}
     with torch.no_grad():
         tables["places"].weight[2, 1] = value
     with pytest.raises(UserError, match=r"^layer places: the weights have NaN or infinite entries"):
-        round_embeddings(SimpleNamespace(embeddings=tables), Budget(4.0), Quantized())
+        round_embeddings(SimpleNamespace(embeddings=tables), Budget(4.0, "code"), Quantized())
