@@ -146,9 +146,8 @@ def estimate(
     collected = max(min(sum(sums), choices.room), max(sums, default=0)) if missing else 0
     needs = Needs(held)
     stages = {
-        "calibration": activated * (collected + 2 * choices.calibration_batch * calibration.total)
-        + max(sums, default=0),
-        "evaluation": network + 2 * codes + 2 * packed + 3 * activated * choices.evaluation_batch * evaluation.largest,
+        "calibration": activated * (collected + choices.calibration_batch * calibration.total) + max(sums, default=0),
+        "evaluation": 2 * codes + 2 * packed + 3 * activated * choices.evaluation_batch * evaluation.largest,
         "rounding": codes + max(_work(shape, choices) for shape in shapes),
     }
     geometries = sum(_geometry(shape, choices) for shape in shapes)

@@ -246,7 +246,9 @@ def execute(
 
     # Everything reported comes from the file: what could not be stored is not evaluated.
     stored = read_packed(folder / QUANTIZED_FILE)
-    module = copy.deepcopy(work.network.module)
+    # The full-precision weights have served: a copy of the network would take as much memory again.
+    unlowered = reference(None)[0] if autocast is not None else full
+    module = work.network.module
     fill(module, stored.tensors, stored.parameters)
     evaluate_start = time.perf_counter()
     label = f"evaluate {cfg.method.name} {cfg.bits:g} bits"
@@ -260,7 +262,7 @@ def execute(
     for row, example in zip(predictions, work.data.evaluation.ids, strict=True):
         row["id"] = example
     if autocast is not None:
-        metrics |= evaluation.autocast_effect(reference(None)[0], full, work.data.likelihood)
+        metrics |= evaluation.autocast_effect(unlowered, full, work.data.likelihood)
 
     weights = sum(layer.weight.numel() for layer in (*work.layers.values(), *work.embeddings.values()))
     layers = layer_rows(quantized)

@@ -61,11 +61,11 @@ def test_statistics_take_their_sums_and_their_files():
     sums = 4 * (30**2 + 20**2 + 20**2 + 5**2)
     widest = 4 * (30**2 + 20**2)
     found = needs()
-    assert found.stages["calibration"] == RUNTIME_BYTES + sums + widest + 2 * 4 * SMALL.total
+    assert found.stages["calibration"] == RUNTIME_BYTES + sums + widest + 4 * SMALL.total
     assert found.disk["cache_dir"] == sums
-    assert needs(room=1).stages["calibration"] == RUNTIME_BYTES + 2 * widest + 2 * 4 * SMALL.total
+    assert needs(room=1).stages["calibration"] == RUNTIME_BYTES + 2 * widest + 4 * SMALL.total
     assert needs(missing=()).disk["cache_dir"] == 0
-    assert needs(missing=()).stages["calibration"] == RUNTIME_BYTES + 2 * 4 * SMALL.total
+    assert needs(missing=()).stages["calibration"] == RUNTIME_BYTES + 4 * SMALL.total
     assert needs(accelerated=True).stages["calibration"] == RUNTIME_BYTES + widest
 
 
