@@ -22,7 +22,7 @@ from bayesq.codebook import level_kind, normal_distortion
 from bayesq.posterior import Posterior
 from bayesq.quant.accounting import LAYER_BITS, affine_overhead_bits, mixed_overhead_bits
 from bayesq.quant.grids import MAX_WIDTH, MIN_WIDTH, mse_grid, round_affine
-from bayesq.quant.method import Distortion, LayerProblem, stack_groups
+from bayesq.quant.method import Distortion, LayerProblem, check_finite, stack_groups
 from bayesq.rounding import predicted_risk, round_layer
 from bayesq.whitening import layer_whitening
 
@@ -162,7 +162,7 @@ class Uniform:
         """Row widths of every layer. An integer budget of codes is met exactly, whatever codebooks the method stores.
 
         Raises:
-            ValueError: the budget does not allow the smallest width.
+            ValueError: the budget does not allow the smallest width, or weights that decide about widths are not finite.
         """
         sizes = [layer.weight.numel() for layer in layers]
         padding = sum(LAYER_BITS for size in sizes if size % 8)  # codes need not fill whole bytes
@@ -176,6 +176,8 @@ class Uniform:
         if low == MAX_WIDTH or left <= 0:
             return widths
 
+        for layer in layers:
+            check_finite(layer)
         drops = [_row_errors(layer, low) - _row_errors(layer, low + 1) for layer in layers]
         gain, size = torch.stack([drop.sum() for drop in drops]), torch.tensor(sizes, dtype=torch.float64)
         zero = torch.zeros_like(gain)
