@@ -162,7 +162,7 @@ class Uniform:
         """Row widths of every layer. An integer budget of codes is met exactly, whatever codebooks the method stores.
 
         Raises:
-            ValueError: the budget does not allow the smallest width, or weights that decide about widths are not finite.
+            ValueError: the budget does not allow the smallest width, or weights that choose widths are not finite.
         """
         sizes = [layer.weight.numel() for layer in layers]
         padding = sum(LAYER_BITS for size in sizes if size % 8)  # codes need not fill whole bytes
