@@ -33,8 +33,6 @@ from bayesq.suite.results import unit
 __all__ = [
     "Table",
     "ablation_table",
-    "bit_curve",
-    "calibration_size",
     "compact_table",
     "cost_table",
     "glue_table",
@@ -217,13 +215,7 @@ def main_table(runs: pd.DataFrame) -> Table:
             "workload": table["workload"],
             "bits": table["bits"].map("{:g}".format),
             "method": table["variant"],
-            "n": table["n"].map("{:.0f}".format).replace("0", GAP),
-            "score": _cells(table, "score", "std", form=_score),
-            "Δ GPTQ": _cells(table, "delta", "delta_low", "delta_high", form=_delta),
-            "p": table["p_holm"].map(_p),
-            "KL": _cells(table, "kl", "kl_std", form=_kl),
-            "KL / GPTQ's": _cells(table, "kl_ratio", "kl_ratio_low", "kl_ratio_high", form=_ratio),
-            "bits stored": table["bits_stored"].map(lambda value: _number(value, ".3f")),
+            **_measured_cells(table, "GPTQ"),
             "paper's Δ": table["paper_delta"].map(lambda value: _number(value, "+.1f")),
             "GPTQ": [
                 GAP if not isinstance(name, str) else "this row" if name == own else name
@@ -314,13 +306,7 @@ def ablation_table(runs: pd.DataFrame) -> Table:
             "workload": table["workload"],
             "bits": table["bits"].map("{:g}".format),
             "variant": table["variant"],
-            "n": table["n"].map("{:.0f}".format).replace("0", GAP),
-            "score": _cells(table, "score", "std", form=_score),
-            "Δ full": _cells(table, "delta", "delta_low", "delta_high", form=_delta),
-            "p": table["p_holm"].map(_p),
-            "KL": _cells(table, "kl", "kl_std", form=_kl),
-            "KL / full's": _cells(table, "kl_ratio", "kl_ratio_low", "kl_ratio_high", form=_ratio),
-            "bits stored": table["bits_stored"].map(lambda value: _number(value, ".3f")),
+            **_measured_cells(table, "full"),
         }
     )
     caption = (
@@ -481,28 +467,6 @@ def glue_table(runs: pd.DataFrame) -> Table:
     return _table(cells, table, {}, caption, [*notes, *_failed(of_glue), *_remarks(of_glue)])
 
 
-def calibration_size(runs: pd.DataFrame) -> pd.DataFrame:
-    """`summarise` by workload, method, bits and `examples` of runs that differ in nothing else from the plain method.
-
-    Only workloads, methods and budgets with more than one size are in it.
-    """
-    known = with_scores(_known(runs))
-    setting = re.compile(r" calibration\.examples=\d+")
-    plain = [
-        setting.sub("", variant) == method for variant, method in zip(known["variant"], known["method"], strict=True)
-    ]
-    frame = summarise(known[plain], ("workload", "method", "bits", "examples"))
-    several = frame.groupby(["workload", "method", "bits"])["examples"].transform("nunique") > 1
-    return frame[several].reset_index(drop=True)
-
-
-def bit_curve(runs: pd.DataFrame) -> pd.DataFrame:
-    """`summarise` of the variants that ran at several budgets, one row per workload, variant and budget."""
-    frame = summarise(_known(runs))
-    several = frame.groupby(["workload", "variant"])["bits"].transform("nunique") > 1
-    return frame[several].reset_index(drop=True)
-
-
 # ------------------------------------------------------------------------------------------------------ rows and cells
 
 
@@ -616,6 +580,19 @@ def _table(
 
 def _cells(table: pd.DataFrame, *columns: str, form: Any) -> list[str]:
     return [form(*values) for values in zip(*(table[column] for column in columns), strict=True)]
+
+
+def _measured_cells(table: pd.DataFrame, reference: str) -> dict[str, Any]:
+    """The columns of what a row measured and how it stands to its reference."""
+    return {
+        "n": table["n"].map("{:.0f}".format).replace("0", GAP),
+        "score": _cells(table, "score", "std", form=_score),
+        f"Δ {reference}": _cells(table, "delta", "delta_low", "delta_high", form=_delta),
+        "p": table["p_holm"].map(_p),
+        "KL": _cells(table, "kl", "kl_std", form=_kl),
+        f"KL / {reference}'s": _cells(table, "kl_ratio", "kl_ratio_low", "kl_ratio_high", form=_ratio),
+        "bits stored": table["bits_stored"].map(lambda value: _number(value, ".3f")),
+    }
 
 
 def _number(value: Any, form: str) -> str:

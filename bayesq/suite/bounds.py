@@ -6,7 +6,6 @@ All methods are judged by the same risk, that of the posterior in their configur
 also those that use none. The codes come from the packed file, the statistics from the cache, or are computed again.
 """
 
-import argparse
 import json
 import logging
 import os
@@ -24,6 +23,7 @@ from bayesq.quant.accounting import code_bits
 from bayesq.quant.method import LayerProblem
 from bayesq.rate_distortion import layer_rates, risk_components
 from bayesq.suite import runner
+from bayesq.suite.arguments import module_parser
 from bayesq.suite.cache import CorruptCache, resolve_cache_dir
 from bayesq.suite.calibration import forward_order
 from bayesq.suite.config import one_line
@@ -154,13 +154,7 @@ def _judge(members: Sequence[tuple[Path, Mapping[str, Any]]], start: Path) -> li
 
 def main() -> None:
     """Write what is missing; exit code 1 where a run was left out."""
-    summary, usage = (__doc__ or "").split("\n\n", 1)
-    parser = argparse.ArgumentParser(
-        prog="python -m bayesq.suite.bounds",
-        description=summary,
-        epilog=usage,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = module_parser("bounds", __doc__)
     parser.add_argument("results_dir", type=Path, help="a results folder, such as results")
     parser.add_argument("--force", action="store_true", help="also where there is a bounds.csv")
     arguments = parser.parse_args()

@@ -5,7 +5,6 @@ python -m bayesq.suite.export results/<run_id> --to packed        the whole netw
 python -m bayesq.suite.export results/<run_id> --to gptq          uniform 2, 3, 4 and 8 bit layers, for GPTQ tools
 """
 
-import argparse
 import json
 import math
 import os
@@ -23,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 import bayesq
+from bayesq.suite.arguments import module_parser
 from bayesq.suite.cli import user_error_in
 from bayesq.suite.config import one_line
 from bayesq.suite.errors import UserError
@@ -412,13 +412,7 @@ def _settings(texts: Sequence[str]) -> dict[str, Any]:
 
 def main() -> None:
     """Write, and say what was written; exit code 1 and one line where that is not possible."""
-    summary, usage = (__doc__ or "").split("\n\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m bayesq.suite.export",
-        description=summary,
-        epilog=usage,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = module_parser("export", __doc__)
     parser.add_argument("run", type=Path, help="the folder of a finished run: results/<run_id>")
     parser.add_argument("--to", required=True, help=", ".join(TARGETS))
     parser.add_argument("--output", type=Path, help="file (packed) or folder; default: in the run's folder")

@@ -1,8 +1,7 @@
 """What a run will need of memory and disk, said before it begins, and refused where it cannot fit.
 
 Memory is what the process holds once model and data are loaded, plus the most that one stage adds. What a stage adds
-follows from the shapes of the layers and from the activations of one example. The factors in front of them are rough:
-on ResNet-50 and BERT-base the estimate was 0.98 to 1.2 times the measured peak.
+follows from the shapes of the layers and from the activations of one example. The factors in front of them are rough.
 """
 
 import logging
@@ -18,6 +17,7 @@ from bayesq.quant.layers import Layer, weight_to_matrix
 from bayesq.suite.calibration import statistic_shape, sum_bytes
 from bayesq.suite.errors import UserError
 from bayesq.suite.memory import available_memory
+from bayesq.suite.replay import KEPT_BYTES
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +73,8 @@ class Choices:
         calibration_batch, evaluation_batch, distillation_batch: examples per forward pass; distillation_batch None
             without distillation.
         corrected: examples that match moments in one batch; 0 without correction.
-        sequential: whether inputs come from behind the quantized prefix.
+        sequential: whether inputs come from behind the quantized prefix; a module's are kept for all examples then.
+        examples: of the calibration set.
         offload: whether geometries wait on disk.
         room: bytes of running sums in one pass.
         kept: bytes of geometries kept in memory.
@@ -88,6 +89,7 @@ class Choices:
     distillation_batch: int | None
     corrected: int
     sequential: bool
+    examples: int
     offload: bool
     room: int
     kept: int
@@ -154,7 +156,8 @@ def estimate(
     if choices.posterior is not None and not choices.offload:
         stages["rounding"] += min(geometries, choices.kept)
     if choices.sequential:
-        stages["rounding"] += network + 2 * activated * choices.calibration_batch * calibration.largest
+        inputs = min(KEPT_BYTES, choices.examples * calibration.largest)
+        stages["rounding"] += network + activated * (2 * choices.calibration_batch * calibration.largest + inputs)
     if choices.corrected:
         moved = 3 * activated * choices.corrected * calibration.largest
         stages["correction"] = codes + 3 * network + moved

@@ -4,7 +4,6 @@ python -m bayesq.suite.reproduce results/<run_id>              with cached stati
 python -m bayesq.suite.reproduce results/<run_id> --fresh      with everything that is fitted or computed made again
 """
 
-import argparse
 import csv
 import logging
 import os
@@ -19,6 +18,7 @@ from tabulate import tabulate
 
 from bayesq.suite import config as settings
 from bayesq.suite import results
+from bayesq.suite.arguments import module_parser
 from bayesq.suite.cli import CONFIG_NAME, Preflight, conf_dir, user_error_in
 from bayesq.suite.errors import UserError
 
@@ -243,13 +243,7 @@ def show(differences: Sequence[Difference], limit: int = 40) -> str:
 
 def main() -> None:
     """Print what differs; exit code 0 only when nothing does."""
-    summary, usage = (__doc__ or "").split("\n\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m bayesq.suite.reproduce",
-        description=summary,
-        epilog=usage,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = module_parser("reproduce", __doc__)
     parser.add_argument("run", type=Path, help="the folder of a finished run: results/<run_id>")
     parser.add_argument("--fresh", action="store_true", help="reuse no cached statistics, logits or fitted weights")
     arguments = parser.parse_args()

@@ -435,6 +435,7 @@ def preflight(
         distillation_batch=int(cfg.distillation.batch_size) if cfg.distill else None,
         corrected=min(MAX_EXAMPLES, len(work.calibration)) if cfg.correction == "moments" else 0,
         sequential=plan.method.sequential,
+        examples=len(work.calibration),
         offload=offload,
         room=calibration.room,
         kept=KEPT_WHITENING_BYTES,

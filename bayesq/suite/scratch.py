@@ -5,7 +5,7 @@ it ends. What is read back has the bits, shapes and strides of what was put in.
 """
 
 import tempfile
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -46,12 +46,12 @@ class DiskShelf(MutableMapping[tuple[object, ...], Any]):
 
     def __setitem__(self, key: tuple[object, ...], value: Any) -> None:
         """Append the value's tensors to the file."""
-        self._values[key] = self._stored(value)
+        self._values[key] = _replaced(value, Tensor, lambda tensor: self._write(tensor.detach()))
         self._file.flush()
 
     def __getitem__(self, key: tuple[object, ...]) -> Any:
         """The value, its tensors mapped from the file; writing to them changes no other reader's."""
-        return self._loaded(self._values[key])
+        return _replaced(self._values[key], _Place, self._read)
 
     def __delitem__(self, key: tuple[object, ...]) -> None:
         """Forget a value; its space in the file is not used again."""
@@ -79,24 +79,6 @@ class DiskShelf(MutableMapping[tuple[object, ...], Any]):
         self._values.clear()
         self._file.close()
 
-    def _stored(self, value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return self._write(value.detach())
-        if isinstance(value, list):
-            return [self._stored(item) for item in value]
-        if is_dataclass(value) and not isinstance(value, type):
-            return type(value)(**{f.name: self._stored(getattr(value, f.name)) for f in fields(value)})
-        return value
-
-    def _loaded(self, value: Any) -> Any:
-        if isinstance(value, _Place):
-            return self._read(value)
-        if isinstance(value, list):
-            return [self._loaded(item) for item in value]
-        if is_dataclass(value) and not isinstance(value, type):
-            return type(value)(**{f.name: self._loaded(getattr(value, f.name)) for f in fields(value)})
-        return value
-
     def _write(self, tensor: Tensor) -> _Place:
         # Matrix products of a transposed and of a contiguous matrix may differ in their last bits: strides are kept.
         strides = tensor.stride()
@@ -116,3 +98,14 @@ class DiskShelf(MutableMapping[tuple[object, ...], Any]):
         mapped = np.memmap(self._file, np.uint8, "c", place.offset, (size,))
         tensor = torch.from_numpy(mapped).view(place.dtype).reshape(shape)
         return tensor.permute([place.order.index(axis) for axis in range(len(shape))])
+
+
+def _replaced(value: Any, kind: type, replace: Callable[[Any], Any]) -> Any:
+    """`value` with everything of one kind replaced, in lists and dataclasses as deep as they go."""
+    if isinstance(value, kind):
+        return replace(value)
+    if isinstance(value, list):
+        return [_replaced(item, kind, replace) for item in value]
+    if is_dataclass(value) and not isinstance(value, type):
+        return type(value)(**{f.name: _replaced(getattr(value, f.name), kind, replace) for f in fields(value)})
+    return value

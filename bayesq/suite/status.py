@@ -17,6 +17,7 @@ import yaml
 
 from bayesq.suite import config as settings
 from bayesq.suite import results
+from bayesq.suite.arguments import module_parser
 from bayesq.suite.cli import NO_REASON, TRACEBACK_FILE, preflight
 from bayesq.suite.errors import UserError
 from bayesq.suite.files import is_locked
@@ -143,13 +144,7 @@ def report(runs: Sequence[Run], results_dir: Path) -> str:
 
 def main() -> None:
     """Print the report; exit code 0 only if there are runs and all of them are done."""
-    summary, usage = (__doc__ or "").split("\n\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m bayesq.suite.status",
-        description=summary,
-        epilog=usage,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = module_parser("status", __doc__)
     parser.add_argument("results_dir", type=Path, help="a results folder, such as results")
     parser.add_argument("sweep", nargs=argparse.REMAINDER, help="the arguments of run.py -m, to list its runs only")
     arguments = parser.parse_args()

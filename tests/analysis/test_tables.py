@@ -12,8 +12,6 @@ from analysis import load_runs
 from analysis.tables import (
     Table,
     ablation_table,
-    bit_curve,
-    calibration_size,
     compact_table,
     cost_table,
     glue_table,
@@ -210,12 +208,6 @@ def test_a_summary_has_means_and_spreads(runs):
     gptq = frame.loc[("gptq", 3.5)]
     assert (gptq["n"], gptq["score"], gptq["score/std"]) == (2, 0.7375, pytest.approx(0.025 / math.sqrt(2)))
     assert gptq["q/kl_to_fp"] == pytest.approx(0.1 * 1.05)
-    assert len(bit_curve(runs)) == 12 and set(bit_curve(runs)["variant"]) == {"rtn", "gptq", "awq", "bayesq"}
-    sizes = calibration_size(runs)
-    assert sizes[["method", "bits", "examples", "n"]].to_numpy().tolist() == [
-        ["bayesq", 3, 16, 2],
-        ["bayesq", 3, 256, 2],
-    ]
 
 
 # ----------------------------------------------------------------------------------------------- changes show, gaps too

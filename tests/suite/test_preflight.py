@@ -25,6 +25,7 @@ CHOICES = Choices(
     distillation_batch=None,
     corrected=0,
     sequential=False,
+    examples=16,
     offload=False,
     room=10**9,
     kept=10**9,
@@ -82,7 +83,7 @@ def test_every_stage_that_is_chosen_counts():
     assert set(needs().stages) == {"calibration", "evaluation", "rounding"}
     more = needs(corrected=16, distillation_batch=2, sequential=True)
     assert set(more.stages) - set(needs().stages) == {"correction", "distillation"}
-    assert more.stages["rounding"] - needs().stages["rounding"] == parameters + 2 * 4 * SMALL.largest
+    assert more.stages["rounding"] - needs().stages["rounding"] == parameters + (2 * 4 + 16) * SMALL.largest
     assert needs(evaluation_batch=9).stages["evaluation"] - needs().stages["evaluation"] == 3 * LARGE.largest
     assert more.memory == 10**6 + max(more.stages.values())
 
