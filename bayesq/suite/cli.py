@@ -42,6 +42,7 @@ from bayesq.suite import config as settings
 from bayesq.suite import launchers, results
 from bayesq.suite.errors import UserError
 from bayesq.suite.files import lock, remove_leftovers
+from bayesq.suite.stopping import Terminated, stop_if_asked, stoppable
 from bayesq.suite.tracking import ERROR_KEY
 
 log = logging.getLogger(__name__)
@@ -367,8 +368,10 @@ def job(cfg: DictConfig) -> None:
         try:
             # two processes that share results_dir must not write one run's files at the same time, the report included
             held.enter_context(lock(folder / results.RESULT_FILE))
+            stop_if_asked()
             run_unless_finished(cfg, folder)
         except Exception as error:
+            stop_if_asked()  # the error may be what a library made of the signal
             hydra_cfg = HydraConfig.get()
             report_failure(
                 folder, hydra_cfg.overrides.task, settings.disk_error(error, settings.resolved(cfg)) or error
@@ -477,25 +480,6 @@ def summarise(jobs: Sequence[Job]) -> bool:
     return complete
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, as what a user's Ctrl-C raises: whatever is open is closed on the way out, W&B's run among it."""
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """Raise `Terminated` where SIGTERM finds the main thread."""
-
-    def terminate(number: int, frame: object) -> NoReturn:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # who cannot wait for the clean end asks a second time
-        raise Terminated
-
-    before = signal.signal(signal.SIGTERM, terminate)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 def main() -> None:
     """Entry point of `python run.py` and `bayesq-run`.
 
@@ -504,7 +488,7 @@ def main() -> None:
     jobs: list[Job] | None = None
     code: Any = 0
     try:
-        with _terminable():
+        with stoppable():
             jobs = preflight(sys.argv[1:])
             code = _run(jobs)
     except UserError as error:

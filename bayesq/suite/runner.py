@@ -55,6 +55,7 @@ from bayesq.suite.preflight import Choices, activations, check, estimate
 from bayesq.suite.provenance import git_state, host, versions
 from bayesq.suite.results import QUANTIZED_FILE, RESULT_FILE, unit, write_csv, write_json
 from bayesq.suite.scratch import DiskShelf
+from bayesq.suite.stopping import stop_if_asked
 from bayesq.suite.tracking import ERROR_KEY, track
 from bayesq.whitening import Shelf
 
@@ -518,6 +519,7 @@ def quantize(cfg: DictConfig, plan: Plan, work: Workload, calibration: Calibrati
     with bar:
         try:
             for problem, tensor in method.quantize(given, allocate):
+                stop_if_asked()
                 result.tensors[problem.name] = tensor
                 problem.count("clamped_scales", clamped_scales(problem.weight, tensor))
                 if prefix:

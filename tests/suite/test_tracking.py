@@ -547,6 +547,7 @@ def test_a_repeated_run_replaces_the_attempt_that_was_killed(tmp_path: Path, ser
     _, err = process.communicate(timeout=60)
     assert process.returncode == -signal.SIGKILL, err
     first = wandb_folder(tmp_path, "one")
+    time.sleep(1.1)  # W&B names folders by the second
     for run_id in ("one", "two"):
         with tracking.track(config(tmp_path), run_id, tmp_path / run_id) as tracker:
             tracker.log_result(result(run_id), RISKS, predictions())

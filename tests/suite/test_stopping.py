@@ -1,0 +1,78 @@
+"""Signals that a library makes another error of, or drops."""
+
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from bayesq.suite import cache, packed
+from bayesq.suite.stopping import Terminated, stop_if_asked, stoppable
+
+KINDS = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Terminated}
+
+
+class Interrupting:
+    """A sequence whose length torch asks for, and in the middle of the answer comes a signal."""
+
+    def __init__(self, number: signal.Signals) -> None:
+        self.number = number
+
+    def __len__(self) -> int:
+        signal.raise_signal(self.number)
+        return 1
+
+    def __getitem__(self, index: int) -> float:
+        return 0.0
+
+
+@pytest.mark.parametrize("number", list(KINDS))
+def test_a_signal_that_became_another_error_is_not_lost(number: signal.Signals) -> None:
+    with pytest.raises(KeyboardInterrupt) as caught, stoppable():
+        try:
+            torch.tensor(Interrupting(number))
+        except ValueError as error:  # what the CI of another day met
+            assert "could not determine the shape" in str(error)
+            stop_if_asked()
+    assert caught.type is KINDS[number]
+
+
+def test_nothing_is_raised_unless_asked_for() -> None:
+    with stoppable():
+        stop_if_asked()
+    with pytest.raises(KeyboardInterrupt), stoppable():
+        signal.raise_signal(signal.SIGINT)
+    with stoppable():
+        stop_if_asked()  # what an earlier command was asked for is over
+
+
+def test_handlers_are_put_back_and_a_second_signal_has_its_usual_effect() -> None:
+    before = {number: signal.getsignal(number) for number in KINDS}
+    with stoppable():
+        for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
+            with pytest.raises(KINDS[number]):
+                signal.raise_signal(number)
+            assert signal.getsignal(number) is usual
+    assert {number: signal.getsignal(number) for number in KINDS} == before
+
+
+def test_an_ignored_interrupt_stays_ignored() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with stoppable():
+            signal.raise_signal(signal.SIGINT)
+            stop_if_asked()
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("reader", [cache.read_tensors, packed.read_packed])
+def test_a_good_file_is_not_called_corrupt_for_a_signal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reader: object
+) -> None:
+    file = tmp_path / "tensors.safetensors"
+    cache.write_tensors(file, {"a": torch.ones(3)}, {})
+    monkeypatch.setattr(cache, "_digest", lambda *_: torch.tensor(Interrupting(signal.SIGTERM)))
+    with pytest.raises(Terminated), stoppable():
+        assert callable(reader)
+        reader(file)
