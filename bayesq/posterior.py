@@ -639,7 +639,9 @@ def proper_root(moments: Tensor) -> Tensor:
 def shrink(moment: Tensor, amount: float) -> Tensor:
     """(1 - amount) G + amount mean(diag G) I for [g, r, r]; the mean is over all groups."""
     mean = moment.diagonal(dim1=-2, dim2=-1).mean()
-    return (1 - amount) * moment + amount * mean * torch.eye(moment.shape[-1], dtype=moment.dtype)
+    shrunk = (1 - amount) * moment
+    shrunk.diagonal(dim1=-2, dim2=-1).add_(amount * mean)
+    return shrunk
 
 
 def gradient_damping(a: Tensor, g: Tensor, damping: float) -> tuple[Tensor, Tensor]:

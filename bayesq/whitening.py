@@ -19,6 +19,7 @@ takes A for the metric of all of them, each times the g_r that leaves the row it
 With e the rounding errors at the moment of rounding, row r's risk is 1/2 sum_c gain_rc e_rc^2.
 """
 
+from collections.abc import MutableMapping
 from dataclasses import dataclass
 
 import torch
@@ -66,21 +67,37 @@ class Whitening:
 
 
 class Shelf(dict[tuple[object, ...], Whitening]):
-    """Geometries by layer and settings, as many as fit: what comes when it is full is not kept.
+    """Geometries by layer and settings, as many as fit; what comes when it is full goes elsewhere or is not kept.
 
     Args:
         limit: in bytes.
+        beyond: takes what does not fit, until it raises OSError; None: nothing is kept beyond the limit.
     """
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, beyond: MutableMapping[tuple[object, ...], Whitening] | None = None) -> None:
         super().__init__()
-        self.room = limit
+        self.room, self.beyond, self._accepts = limit, beyond, True
 
     def __setitem__(self, key: tuple[object, ...], geometry: Whitening) -> None:
-        """Keep a geometry if there is room."""
+        """Keep a geometry where there is room."""
         if geometry.nbytes <= self.room:
             self.room -= geometry.nbytes
             super().__setitem__(key, geometry)
+        elif self.beyond is not None and self._accepts:
+            try:
+                self.beyond[key] = geometry
+            except OSError:  # the disk is full: what is made again costs time only
+                self._accepts = False
+
+    def __contains__(self, key: object) -> bool:
+        """Whether it is kept, here or beyond."""
+        return super().__contains__(key) or (self.beyond is not None and key in self.beyond)
+
+    def __missing__(self, key: tuple[object, ...]) -> Whitening:
+        """What was put beyond; KeyError if nothing was."""
+        if self.beyond is None:
+            raise KeyError(key)
+        return self.beyond[key]
 
 
 def layer_whitening(

@@ -18,6 +18,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 from scipy.stats import spearmanr
 
+import bayesq.whitening
 from bayesq.allocation import Knapsack
 from bayesq.quant.accounting import affine_overhead_bits, buffer_bytes
 from bayesq.quant.packing import PARAMETER_PREFIX, pack_model, unpack_model
@@ -345,6 +346,25 @@ def test_a_run_that_runs_out_of_memory_goes_on_in_smaller_batches(
     # 32 -> 8 twice, 16 -> 8 twice, and the one batch of the correction and of the proxy 64 -> 8
     assert result["fallback/oom_retries"] == 2 + 2 + 1 + 1 + 3 + 3 and enough["fallback/oom_retries"] == 0
     assert result["q/kl_to_fp"] == pytest.approx(enough["q/kl_to_fp"], rel=0.5)
+
+
+@pytest.mark.parametrize(("switch", "fewer"), [("", True), (" calibration.offload=disk", True), ("", False)])
+def test_where_geometries_wait_changes_nothing(
+    sweep: Path, run: Callable[[str], dict], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, switch: str, fewer: bool
+) -> None:
+    """In memory, in a file for want of memory or because asked for, or nowhere for want of disk: the same codes."""
+    plain = sweep / "here" / run("method=bayesq")["run_id"] / "quantized.safetensors"
+    made: list[str] = []
+    whitening = bayesq.whitening.whitening
+    monkeypatch.setattr(bayesq.whitening, "whitening", lambda *given: made.append("") or whitening(*given))
+    monkeypatch.setattr(runner, "KEPT_WHITENING_BYTES", 0)
+    if not fewer:
+        monkeypatch.setattr(runner, "SPARE_DISK", 1e12)
+    result = run_here(tmp_path, "here", f"method=bayesq cache_dir={sweep / 'cache'}{switch}")
+    found = tmp_path / "here" / result["run_id"]
+    assert (found / "quantized.safetensors").read_bytes() == plain.read_bytes()
+    layers = len((found / "layers.csv").read_text().splitlines()) - 1
+    assert len(made) == (layers if fewer else 4 * layers)  # allocation and three rounds
 
 
 def test_a_pattern_without_a_layer_is_refused_before_the_calibration(

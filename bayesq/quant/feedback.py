@@ -94,8 +94,9 @@ def feedback_factor(moment: Tensor, damping: float, act_order: bool = True) -> F
     for retry in range(DAMPING_RETRIES):
         fraction = damping if retry == 0 else max(damping, LEAST_DAMPING) * 10**retry
         # Factors of wide layers take hundreds of megabytes. LAPACK works in place on matrices stored by columns, so
-        # that there are never more than two of them besides A.
-        root = a.T[last_first[:, None], last_first].T
+        # that there are never more than two of them besides A. Rows first, then columns: one gather of both takes
+        # three times as long. A is symmetric, so that the transpose of its rows will do.
+        root = a.index_select(0, last_first).index_select(1, last_first).T
         root.diagonal().copy_(diagonal[last_first] + fraction * mean)
         failed = torch.empty((), dtype=torch.int32)
         torch.linalg.cholesky_ex(root, out=(root, failed))

@@ -44,11 +44,13 @@ class Needs:
         held: memory the process has before the first stage.
         stages: memory that each stage adds to it.
         disk: what is written, by the key of the folder.
+        scratch: what is written besides while layers are rounded, where the disk has room to spare.
     """
 
     held: int
     stages: dict[str, int] = field(default_factory=dict)
     disk: dict[str, int] = field(default_factory=dict)
+    scratch: int = 0
 
     @property
     def largest(self) -> str:
@@ -155,6 +157,7 @@ def estimate(
     geometries = sum(_geometry(shape, choices) for shape in shapes)
     if choices.posterior is not None and not choices.offload:
         stages["rounding"] += min(geometries, choices.kept)
+        needs.scratch = max(geometries - choices.kept, 0)
     if choices.sequential:
         inputs = min(KEPT_BYTES, choices.examples * calibration.largest)
         stages["rounding"] += network + activated * (2 * choices.calibration_batch * calibration.largest + inputs)

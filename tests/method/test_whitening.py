@@ -242,6 +242,34 @@ def test_a_full_shelf_and_no_shelf_keep_nothing_more():
         assert posterior.fits == fits
 
 
+class Disk(dict):
+    """Has room for so many."""
+
+    room = 1
+
+    def __setitem__(self, key, value):
+        if len(self) == self.room:
+            raise OSError("no space left")
+        super().__setitem__(key, value)
+
+
+def test_what_a_full_shelf_cannot_keep_goes_beyond_until_that_is_full():
+    posterior, disk = counted_posterior(whitening(kronecker(), True, DAMPING).nbytes), Disk()
+    posterior.whitenings.beyond = disk
+    first = [layer_whitening(posterior, layer(name), True, DAMPING) for name in "abc"]
+    again = [layer_whitening(posterior, layer(name), True, DAMPING) for name in "abc"]
+    assert [one is other for one, other in zip(first, again, strict=True)] == [True, True, False]
+    assert [key[0] for key in disk] == ["b"] and [key[0] for key in posterior.whitenings] == ["a"]
+    assert posterior.fits == 4
+    disk.room = 5  # somebody made room: nothing is tried again after a refusal
+    layer_whitening(posterior, layer("d"), True, DAMPING)
+    assert len(disk) == 1
+    with pytest.raises(KeyError):
+        posterior.whitenings["absent"]
+    with pytest.raises(KeyError):
+        Shelf(0)["absent"]
+
+
 def test_an_unknown_posterior_is_refused():
     with pytest.raises(TypeError, match="no whitening for SimpleNamespace"):
         whitening(SimpleNamespace(), True, 0.01)

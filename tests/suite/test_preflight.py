@@ -76,6 +76,9 @@ def test_factors_wait_in_memory_or_on_disk():
     assert kept.stages["rounding"] - none.stages["rounding"] == factors
     assert offloaded.stages["rounding"] == none.stages["rounding"]
     assert offloaded.disk["results_dir"] - kept.disk["results_dir"] == factors
+    assert (kept.scratch, offloaded.scratch) == (0, 0)
+    assert (none.scratch, needs(kept=factors - 1).scratch) == (factors, 1)
+    assert needs(kept=0, posterior=None).scratch == 0
 
 
 def test_every_stage_that_is_chosen_counts():
