@@ -118,7 +118,7 @@ class AWQ:
         low, high = scaled.amin(1).clamp(max=0), scaled.amax(1).clamp(min=0)
         scale, zero = grid_from_range(shrink * low, shrink * high, width)
         value = round_affine(scaled, scale, zero, width)[1].reshape(weight.shape) / spread
-        return output_error(value - weight, moment).flatten(), scale, zero
+        return output_error(value - weight, moment, torch.float32).flatten(), scale, zero
 
 
 def _spread(column_scale: Tensor, positions_per_channel: int) -> Tensor:

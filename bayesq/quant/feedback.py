@@ -252,15 +252,16 @@ def _optimum(x: Tensor, weight: Tensor, upper: Tensor, start: int) -> Tensor:
     return best
 
 
-def output_error(delta: Tensor, moment: Tensor) -> Tensor:
-    """Calibrated output error of each row, delta_r A delta_rT, in float64.
+def output_error(delta: Tensor, moment: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Calibrated output error of each row, delta_r A delta_rT.
 
     Args:
         delta: [..., r, c] weight error.
         moment: [..., c, c] input second moment A.
+        dtype: precision of the products; float32 takes half the time and ranks candidates as well.
 
     Returns:
         [..., r].
     """
-    d = delta.to(torch.float64)
-    return torch.einsum("...rc,...rc->...r", d @ moment.to(torch.float64), d)
+    d = delta.to(dtype)
+    return torch.einsum("...rc,...rc->...r", d @ moment.to(dtype), d)

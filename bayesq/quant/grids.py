@@ -227,12 +227,17 @@ def mse_grid(
 
 def _mse_rows(weight: Tensor, width: Tensor, scale_dtype: torch.dtype, steps: int) -> tuple[Tensor, Tensor]:
     low, high = _range(weight)
-    scale, zero = grid_from_range(low, high, width, scale_dtype)
+    shrink = torch.tensor([1 - step / steps for step in range(round(steps * (1 - CLIP_LOWEST)))], dtype=low.dtype)
+    # the grids of all steps at once, [steps, R]: for a few rows each call costs more than its arithmetic
+    grids = grid_from_range(shrink[:, None] * low, shrink[:, None] * high, width, scale_dtype)
+    scale, zero = (part[0] for part in grids)
     best = torch.full_like(scale, torch.inf)
-    for step in range(round(steps * (1 - CLIP_LOWEST))):
-        shrink = 1 - step / steps
-        s, z = grid_from_range(shrink * low, shrink * high, width, scale_dtype)
-        error = (round_affine(weight, s, z, width)[1] - weight).abs_().pow_(CLIP_NORM).sum(1)
+    top = top_code(width, weight.dtype)[:, None]
+    code = torch.empty_like(weight)
+    for s, z in zip(*grids, strict=True):
+        torch.div(weight, s[:, None], out=code)
+        code.round_().add_(z[:, None]).clamp_(min=0).clamp_(max=top).sub_(z[:, None]).mul_(s[:, None])
+        error = code.sub_(weight).abs_().pow_(CLIP_NORM).sum(1)
         better = error < best
         best = torch.where(better, error, best)
         scale, zero = torch.where(better, s, scale), torch.where(better, z, zero)
