@@ -489,8 +489,13 @@ def main() -> None:
     code: Any = 0
     try:
         with stoppable():
-            jobs = preflight(sys.argv[1:])
-            code = _run(jobs)
+            try:
+                jobs = preflight(sys.argv[1:])
+                code = _run(jobs)
+            except Exception:
+                stop_if_asked()
+                raise
+            stop_if_asked()
     except UserError as error:
         if wants_traceback():
             traceback.print_exc()
@@ -533,8 +538,12 @@ def _explained_disk(config: Mapping[str, Any] | None) -> Iterator[None]:
         def attempt() -> Any:
             try:
                 return func()
-            except OSError as error:
-                if config is None or (reason := settings.disk_error(error, config)) is None:
+            except Exception as error:
+                stop_if_asked()
+                if not isinstance(error, OSError) or config is None:
+                    raise
+                reason = settings.disk_error(error, config)
+                if reason is None:
                     raise
                 print(f"error: {settings.one_line(str(reason))}", file=sys.stderr, flush=True)
                 sys.exit(1)

@@ -2,11 +2,14 @@
 
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -117,3 +120,25 @@ def test_a_signal_ends_the_whole_sweep_and_keeps_what_is_finished(program: Progr
     code, output = program.run([*arguments, f"results_dir={name}", f"cache_dir={name}-cache"], "sweep-again.txt")
     assert code == 0 and output.count("skipped (finished)") == 1
     assert len(list(results.glob("*/result.json"))) == 3
+
+
+@pytest.mark.slow
+def test_signals_at_any_moment_end_cleanly(program: Program) -> None:
+    """Libraries call back into Python at many places, and what they make of an interruption there differs."""
+    moments, met = random.Random(0), Counter[int]()
+    for k in range(30):
+        name = f"any-{k}"
+        shutil.copytree(program.folder / "cache" / "models", program.folder / f"{name}-cache" / "models")
+        many = ["-m"] if k % 3 == 0 else []
+        bits = "bits=3,4" if many else "bits=3"
+        arguments = [*many, *COMMAND, bits, "calibration.examples=32", "dataset.limit=64", "wandb.mode=disabled"]
+        process = program.begin([*arguments, f"results_dir={name}", f"cache_dir={name}-cache"], f"{name}.txt")
+        time.sleep(moments.uniform(0.2, 2.5))
+        word = moments.choice(list(CODES))
+        with suppress(ProcessLookupError):  # it may have ended by itself
+            os.killpg(process, CODES[word][0])
+        code, output = program.wait(process), (program.folder / f"{name}.txt").read_text()
+        assert code in (0, CODES[word][1]), output
+        assert "error" not in output and "failed" not in output, output
+        met[code] += 1
+    assert met[130] and met[143], met

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bayesq.suite import cache, packed
+from bayesq.suite import cache, cli, packed
 from bayesq.suite.stopping import Terminated, stop_if_asked, stoppable
 
 KINDS = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Terminated}
@@ -76,3 +76,23 @@ def test_a_good_file_is_not_called_corrupt_for_a_signal(
     with pytest.raises(Terminated), stoppable():
         assert callable(reader)
         reader(file)
+
+
+@pytest.mark.parametrize("step", ["preflight", "_run"])
+@pytest.mark.parametrize("error", [ValueError("what a library made of it"), None])
+def test_a_command_ends_as_stopped_whatever_became_of_the_signal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], step: str, error: Exception | None
+) -> None:
+    def interrupted(_: object) -> None:
+        with pytest.raises(Terminated):
+            signal.raise_signal(signal.SIGTERM)
+        if error is not None:
+            raise error
+
+    monkeypatch.setattr(cli, "preflight", lambda _: None)
+    monkeypatch.setattr(cli, "_run", lambda _: 0)
+    monkeypatch.setattr(cli, step, interrupted)
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    assert left.value.code == cli.TERMINATED
+    assert capsys.readouterr().err == "terminated: the same command continues with what is not finished\n"
