@@ -75,9 +75,9 @@ FALLBACKS = (
     "kappa_clamped",
     "oom_retries",
 )
-# Geometries of layers are kept in memory up to here, those beyond in a file if the disk has room: reading one of a
-# wide layer takes a tenth of the time of making it. All of MiniLM's fit; where layers are wide, memory is needed for
-# work on one of them.
+# Geometries of layers are kept in memory where all of them take no more than this, and in a file otherwise, if the disk
+# has room: where layers are wide, memory is needed for work on one of them, and reading a geometry is much cheaper than
+# making it again. Without that room, as many as fit are kept. All of MiniLM's do.
 KEPT_WHITENING_BYTES = 160 * 2**20
 # The file is made where so many times its size are free.
 SPARE_DISK = 4
@@ -134,9 +134,9 @@ class SharedPosterior:
         self.whitenings = self._file = DiskShelf(folder)
 
     def spill(self, folder: Path) -> None:
-        """Keep those that memory has no room for in a file of `folder`."""
+        """Keep them in a file of `folder` for as long as the disk has room."""
         self._file = DiskShelf(folder)
-        self.whitenings = Shelf(KEPT_WHITENING_BYTES, self._file)
+        self.whitenings = Shelf(0, self._file)
 
     def release(self) -> None:
         """Give back what the geometries take: everything is rounded."""
