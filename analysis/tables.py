@@ -18,12 +18,11 @@ from analysis.comparisons import (
     Examples,
     alike,
     counted,
-    is_seedless,
     strongest_baseline,
     summarise,
     with_scores,
 )
-from analysis.gaps import command, workload_command
+from analysis.gaps import command, missing, remarks, usual_seeds, why, workload_command
 from analysis.loading import FINISHED, UNKNOWN, WANDB, finished, records
 from analysis.paper import BUDGETS, CLAIMED_DELTAS, CLAIMED_FOR, METHODS
 from analysis.statistics import holm, mean_std
@@ -208,7 +207,8 @@ def main_table(runs: pd.DataFrame) -> Table:
                     if own.iloc[0]["method"] == "bayesq":
                         row |= _claim(own.iloc[0], bits)
                 rows.append(row)
-                notes += _gap(members, str(workload), variant, bits)
+        for variant in shown:
+            notes += missing(members, variant, BUDGETS, _source(runs))
     table = _compared(rows, "GPTQ")
     cells = pd.DataFrame(
         {
@@ -299,7 +299,7 @@ def ablation_table(runs: pd.DataFrame) -> Table:
                     row |= _against(comparison)
                     notes += _not_compared(comparison, workload, variant, full, bits)
                 rows.append(row)
-                notes += _gap(members, str(workload), variant, bits)
+                notes += missing(members, variant, [bits], _source(runs))
     table = _compared(rows, "full")
     cells = pd.DataFrame(
         {
@@ -377,7 +377,7 @@ def cost_table(runs: pd.DataFrame) -> Table:
     for workload, members in runs.groupby("workload", sort=True):
         for bits in sorted(set(members["bits/target"])):
             if fastest[(fastest["workload"] == workload) & (fastest["bits"] == bits)].empty:
-                seeds = ",".join(str(seed) for seed in _seeds(members))
+                seeds = ",".join(str(seed) for seed in usual_seeds(members))
                 what = ["method=gptq", f"bits={bits:g}", f"seed={seeds}"]
                 makes = workload_command(records(members)[0], what, _source(runs))
                 notes.append(f"{workload} at {bits:g} bits: no GPTQ to compare with: `{makes}`")
@@ -474,9 +474,7 @@ def _known(runs: pd.DataFrame) -> pd.DataFrame:
     """Runs whose workload is known; what the others are is a footnote."""
     known: pd.DataFrame = runs[runs["workload"] != UNKNOWN].copy()
     known["seed"] = known["seed"].astype(int)  # where a workload is unknown so is the seed, and NaN made all floats
-    known.attrs["unknown"] = [
-        f"{run['path']}: {run['status']}, {run['error']}" for run in records(runs[runs["workload"] == UNKNOWN])
-    ]
+    known.attrs["remarks"] = remarks(runs)
     return known
 
 
@@ -659,60 +657,19 @@ def _source(runs: pd.DataFrame) -> str:
     return os.path.commonpath([str(Path(path).parent) for path in paths])
 
 
-def _seeds(members: pd.DataFrame) -> list[int]:
-    """The seeds that a workload's cells are expected to have: those that at least half of its cells have."""
-    cells = [{int(seed) for seed in own["seed"]} for _, own in members.groupby(["variant", "bits/target"])]
-    return sorted(seed for seed in set().union(*cells) if 2 * sum(seed in own for own in cells) >= len(cells))
-
-
-def _gap(members: pd.DataFrame, workload: str, variant: str, bits: float) -> list[str]:
-    """The line about what a cell lacks, if it lacks anything: why, and the command that fills it."""
-    cell = members[(members["variant"] == variant) & (members["bits/target"] == bits)]
-    done = finished(cell)
-    if not done.empty and is_seedless(records(done)[0]):
-        return []
-    had = {int(seed) for seed in done["seed"]}
-    expected = sorted({*_seeds(members), *(int(seed) for seed in cell["seed"])})
-    lacking = [seed for seed in expected if seed not in had]
-    if not lacking:
-        return []
-    source = _source(members)
-    siblings = members[members["variant"] == variant]
-    if siblings.empty:
-        what = [f"method={variant}", f"bits={bits:g}", f"seed={','.join(map(str, lacking))}"]
-        makes = workload_command(records(members)[0], what, source)
-    else:
-        makes = command(records(siblings)[0], [bits], lacking, source)
-    seeds = ", ".join(map(str, lacking))
-    return [f"{workload}, {variant} at {bits:g} bits: no result with seed {seeds}{_reasons(cell)}: `{makes}`"]
-
-
-def _reasons(cell: pd.DataFrame) -> str:
-    rest = cell[cell["status"] != FINISHED]
-    reasons = [f"seed {run['seed']} {_why(run)}" for run in records(rest)]
-    return f" ({'; '.join(reasons)})" if reasons else ""
-
-
-def _why(run: Mapping[str, Any]) -> str:
-    return str(run["status"]) if pd.isna(run["error"]) else f"{run['status']}: {run['error']}"
-
-
 def _failed(runs: pd.DataFrame) -> list[str]:
     """One line per run without a result, with its command."""
     lines = []
     for run in records(runs[runs["status"] != FINISHED]):
         makes = command(run, [run["bits/target"]], [int(run["seed"])], _source(runs))
         what = f"{run['workload']}, {run['variant']} at {run['bits/target']:g} bits, seed {run['seed']}"
-        lines.append(f"{what}, {_why(run)}: `{makes}`")
+        lines.append(f"{what}, {why(run)}: `{makes}`")
     return lines
 
 
 def _remarks(runs: pd.DataFrame) -> list[str]:
     """What is wrong with the runs as a whole: unreadable ones, duplicates, no predictions."""
-    lines = list(runs.attrs.get("unknown", []))
-    dropped = int(runs["duplicates"].sum())
-    if dropped:
-        lines.append(f"{dropped} duplicate {'run was' if dropped == 1 else 'runs were'} dropped; the newest count.")
+    lines = list(runs.attrs["remarks"])
     if runs["path"].astype(str).str.startswith(WANDB).any():
         lines.append("W&B has no predictions per example: intervals and p values need the results folder.")
     return lines

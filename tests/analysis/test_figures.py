@@ -106,14 +106,14 @@ def test_a_missing_budget_breaks_the_line_and_is_named(digits: Path) -> None:
     (values,) = lines.values()
     assert [value == value for value in values] == [True, False, True]
     (line,) = gaps.gaps(runs, source=digits)
-    assert "gptq: no run at 3.5 bits with seed 0, 1, 2" in line
+    assert "gptq at 3.5 bits: no result with seed 0, 1, 2" in line
     assert f"python run.py -m model=resnet dataset=digits method=gptq bits=3.5 seed=0,1,2 results_dir={digits}" in line
 
 
 def test_a_failed_run_is_named_with_its_reason(digits: Path) -> None:
     add_run(digits, method="gptq", bits=3.5, seed=0, failed="dataset.root=x: there is no such folder")
     (line,) = gaps.gaps(load_runs(digits), source=digits)
-    assert "1 failed: dataset.root=x: there is no such folder" in line
+    assert "(seed 0 failed: dataset.root=x: there is no such folder)" in line
 
 
 def test_overrides_of_a_variant_are_in_the_command_of_its_gap(tmp_path: Path) -> None:
@@ -183,7 +183,7 @@ def test_copies_and_runs_without_any_record_are_named(tmp_path: Path) -> None:
     assert len(lines) == 2
     assert lines[0].startswith(str(tmp_path / "two/lost"))
     assert "no record" in lines[0]
-    assert "1 further copies of runs" in lines[1]
+    assert "1 duplicate run was dropped" in lines[1]
     assert list(figures.looks(runs)) == ["gptq"]
 
 

@@ -9,6 +9,7 @@ import pytest
 from frozen import EXAMPLES, add, add_ablation, add_glue, add_main
 
 from analysis import load_runs
+from analysis.gaps import gaps
 from analysis.tables import (
     Table,
     ablation_table,
@@ -250,7 +251,12 @@ def test_rounding_to_nearest_is_the_same_under_every_seed(tmp_path):
     row = table.numbers.set_index(["variant", "bits"]).loc[("rtn", 3.0)]
     assert (row["n"], row["paired_seeds"]) == (1, 3)
     assert row["delta"] == pytest.approx((20 - (26 + 25 + 24) / 3) / EXAMPLES)
-    assert not [note for note in table.footnotes if "rtn at 3 bits" in note]
+    notes = [note for note in table.footnotes if ", rtn at" in note]
+    lines = [line for line in gaps(load_runs(tmp_path), (3.5, 4.0), tmp_path) if ", rtn at" in line]
+    assert notes == lines  # the figures' lines
+    (note,) = notes
+    assert "rtn at 3.5, 4 bits: no result with seed 0: `python run.py" in note
+    assert " method=rtn bits=3.5,4 seed=0 " in note
 
 
 def test_failed_missing_and_duplicate_runs_are_told_and_nothing_is_made_up(tmp_path):
@@ -282,7 +288,8 @@ def test_failed_missing_and_duplicate_runs_are_told_and_nothing_is_made_up(tmp_p
     assert "no result with seed 1 (seed 1 failed: memory ran | out)" in gptq and "method=gptq bits=3 seed=1 " in gptq
     assert shown(table, method="gptq", bits="3", workload="resnet / digits")["n"] == "1"
     photos = [note for note in notes if note.startswith("resnet / photos")]
-    assert sum("dataset=photos method=bayesq" in note for note in photos) == 3
+    (bayesq,) = (note for note in photos if "bayesq" in note)
+    assert "bayesq at 3, 3.5, 4 bits" in bayesq and "dataset=photos method=bayesq bits=3,3.5,4" in bayesq
     assert shown(table, workload="resnet / photos", method="gptq", bits="3")["score"] == "-"
     assert any(note.startswith(f"{tmp_path / 'b' / 'bare'}: missing") for note in notes)
     assert any("duplicate" in note and note.startswith("2 ") for note in notes)
