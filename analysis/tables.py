@@ -668,11 +668,8 @@ def _failed(runs: pd.DataFrame) -> list[str]:
 
 
 def _remarks(runs: pd.DataFrame) -> list[str]:
-    """What is wrong with the runs as a whole: unreadable ones, duplicates, no predictions."""
-    lines = list(runs.attrs["remarks"])
-    if runs["path"].astype(str).str.startswith(WANDB).any():
-        lines.append("W&B has no predictions per example: intervals and p values need the results folder.")
-    return lines
+    """What is wrong with the runs as a whole: unreadable ones and duplicates."""
+    return list(runs.attrs["remarks"])
 
 
 # ---------------------------------------------------------------------------------------------------------------- GLUE
