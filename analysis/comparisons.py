@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.loading import PREDICTIONS_FILE, finished, read_table, records
+from analysis.loading import finished, read_table, records
 from analysis.statistics import Floats, Interval, mcnemar, paired_bootstrap, paired_metric_bootstrap
 from bayesq.suite.metrics import FUNCTIONS, Metric, measure
-from bayesq.suite.results import settings_of
+from bayesq.suite.results import PREDICTIONS_FILE, settings_of
 
 log = logging.getLogger(__name__)
 

@@ -269,7 +269,7 @@ def compact_table(main: Table) -> Table:
         f"{_population(numbers)}. Bold: an interval below 1; better at 5 %, "
         "Holm-corrected."
     )
-    return _table(cells, numbers, {name: bold[name] for name in bold}, caption, main.footnotes)
+    return _table(cells, numbers, {str(name): bold[name] for name in bold}, caption, main.footnotes)
 
 
 def _kl_of(row: Mapping[str, Any]) -> str:
