@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from analysis.loading import UNKNOWN
+from analysis.paper import NAMES
 
 STYLE_FILE = Path(__file__).with_name("bayesq.mplstyle")
 # inches: one column and both columns of a page
@@ -72,7 +73,6 @@ FURTHER_LOOKS = (
 )
 # of a method's second, third ... variant
 VARIANT_LINES: tuple[Any, ...] = ((0, (3, 2)), (0, (1, 2)), (0, (6, 2, 1, 2)))
-NAMES = {"bayesq": "BayesQ", "gptq": "GPTQ", "awq": "AWQ", "rtn": "RTN"}
 
 
 def look(method: str, variant: int = 0) -> Look:

@@ -22,29 +22,12 @@ from analysis.comparisons import counted, is_seedless
 from analysis.figures import DOUBLE, GREY, SINGLE, Look, label, legend, look, panels, style
 from analysis.gaps import WORKLOAD, own_overrides
 from analysis.loading import UNKNOWN, command_overrides, finished, records
+from analysis.paper import TITLES
 from bayesq.suite.plots import confidence_bins
 from bayesq.suite.results import unit
 
 KL = "KL to full precision (nats)"
 CODE_BITS, STORED_BITS = "code bits per weight", "stored bits per weight"
-# Names of models, data sets and tasks as a panel's title spells them.
-TITLES = {
-    "cifar_resnet56": "ResNet-56",
-    "cifar_resnet20": "ResNet-20",
-    "efficientnet_lite0": "EfficientNet-Lite0",
-    "efficientnet_lite1": "EfficientNet-Lite1",
-    "efficientnet_lite2": "EfficientNet-Lite2",
-    "minilm": "MiniLM-L6",
-    "bert_base": "BERT-base",
-    "resnet50": "ResNet-50",
-    "resnet": "ResNet",
-    "cifar10": "CIFAR-10",
-    "imagenet": "ImageNet",
-    "movie_snippets": "film reviews",
-    "sst2": "SST-2",
-    "mrpc": "MRPC",
-    "digits": "digits",
-}
 
 
 def slug(text: object) -> str:
