@@ -1,13 +1,14 @@
 """How every figure looks and how it is saved: style, widths, one colour and marker per method, files without a date."""
 
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import matplotlib
+import matplotlib.style
 import pandas as pd
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
@@ -15,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from analysis.loading import UNKNOWN
+from analysis.paper import NAMES
 
 STYLE_FILE = Path(__file__).with_name("bayesq.mplstyle")
 # inches: one column and both columns of a page
@@ -71,7 +73,6 @@ FURTHER_LOOKS = (
 )
 # of a method's second, third ... variant
 VARIANT_LINES: tuple[Any, ...] = ((0, (3, 2)), (0, (1, 2)), (0, (6, 2, 1, 2)))
-NAMES = {"bayesq": "BayesQ", "gptq": "GPTQ", "awq": "AWQ", "rtn": "RTN"}
 
 
 def look(method: str, variant: int = 0) -> Look:
@@ -125,7 +126,7 @@ def panels(rows: int, columns: int, width: float, height: float, **options: Any)
 def legend(
     figure: Figure, found: Mapping[str, Look], further: Sequence[Artist] = (), columns: int = 5, lines: bool = True
 ) -> None:
-    """One legend below all axes, where no data is.
+    """One legend below all axes, where no data is; its lines are about equally long.
 
     Args:
         found: look by variant, those that are drawn.
@@ -134,10 +135,13 @@ def legend(
         lines: False where the markers stand alone.
     """
     bare = {} if lines else {"linestyle": "none"}
-    handles = [Line2D([], [], label=label(variant), **(own.of_line() | bare)) for variant, own in found.items()]
-    handles = [*handles, *further]
+    handles: list[Artist] = [
+        Line2D([], [], label=label(variant), **(own.of_line() | bare)) for variant, own in found.items()
+    ]
+    handles += further
     if handles:
-        figure.legend(handles=handles, loc="outside lower center", ncols=min(columns, len(handles)))
+        lines_of_text = -(-len(handles) // columns)
+        figure.legend(handles=handles, loc="outside lower center", ncols=-(-len(handles) // lines_of_text))
 
 
 def save(
@@ -162,11 +166,3 @@ def remove(folder: Path, name: str) -> None:
     """Remove the files of a figure that there is nothing to draw for: an old one would be taken for the new."""
     for suffix in SUFFIXES:
         (folder / f"{name}{suffix}").unlink(missing_ok=True)
-
-
-def counted(numbers: Iterable[int]) -> str:
-    """`3`, or `2 to 3` where the numbers differ."""
-    distinct = sorted(set(numbers))
-    if not distinct:
-        return "0"
-    return str(distinct[0]) if len(distinct) == 1 else f"{distinct[0]} to {distinct[-1]}"

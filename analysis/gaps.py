@@ -1,4 +1,4 @@
-"""What a figure lacks: runs that others of the same workload have, failed ones, and the commands that fill the gaps."""
+"""What a table or a figure lacks: runs that others of their workload have, failed ones, and commands that make them."""
 
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
@@ -7,7 +7,8 @@ from typing import Any
 
 import pandas as pd
 
-from analysis.loading import UNKNOWN, command_overrides, finished
+from analysis.comparisons import is_seedless
+from analysis.loading import FINISHED, UNKNOWN, command_overrides, finished, records
 from bayesq.suite.config import WITHOUT_EFFECT
 
 # Keys that a line for several runs gives values of its own.
@@ -17,37 +18,87 @@ WORKLOAD = ("experiment", "model", "dataset", "layers", "calibration", "evaluati
 
 
 def gaps(runs: pd.DataFrame, budgets: Iterable[float] = (), source: str | Path = "results") -> list[str]:
-    """One line for each variant of each workload that lacks runs, with the command that makes them.
+    """One line for each variant of each workload that lacks runs, with the command that makes them, and `remarks`.
 
-    What is expected of every variant are the budgets that any variant of its workload has, those given, and all the
-    seeds of its workload.
+    What is expected of every variant are the budgets that any variant of its workload has and those given, with the
+    seeds of `lacking_seeds`.
 
     Args:
         runs: finished and failed ones.
         budgets: code bits a weight that are expected besides.
         source: where the runs were read from; the commands write there if it is a folder.
     """
-    lines = [
-        f"{run['path']}: {run['status']}, {run['error']}" for _, run in runs[runs["workload"] == UNKNOWN].iterrows()
-    ]
-    for workload, members in runs[runs["workload"] != UNKNOWN].groupby("workload", sort=True):
-        done = finished(members)
+    lines = []
+    for _, members in runs[runs["workload"] != UNKNOWN].groupby("workload", sort=True):
         expected = sorted({*map(float, members["bits/target"]), *map(float, budgets)})
-        seeds = sorted(set(members["seed"].astype(int)))
-        for variant, own in members.groupby("variant", sort=False):
-            had = {
-                (float(bits), int(seed))
-                for bits, seed in done[done["variant"] == variant][["bits/target", "seed"]].itertuples(index=False)
-            }
-            lacking = {bits: tuple(s for s in seeds if (bits, s) not in had) for bits in expected}
-            for missing in dict.fromkeys(found for found in lacking.values() if found):
-                of = [bits for bits, found in lacking.items() if found == missing]
-                what = f"{workload}, {variant}: no run at {_listed(of)} bits with seed {_listed(missing)}"
-                lines.append(f"{what}{_failures(own, of)}; `{command(own.iloc[0], of, missing, source)}`")
-        copies = int(members["duplicates"].sum())
-        if copies:
-            lines.append(f"{workload}: {copies} further copies of runs were dropped, the newest finished ones count")
+        for variant in dict.fromkeys(members["variant"]):
+            lines += missing(members, str(variant), expected, source)
+    return [*lines, *remarks(runs)]
+
+
+def missing(members: pd.DataFrame, variant: str, budgets: Iterable[float], source: str | Path) -> list[str]:
+    """Lines about the runs that a variant lacks at some budgets: why, where that is known, and the command.
+
+    Budgets that lack the same seeds share a line.
+
+    Args:
+        members: all runs of one workload, failed ones included.
+        variant: one of theirs, or a method that none of them is of.
+    """
+    own = members[members["variant"] == variant]
+    lacking = {bits: lacking_seeds(members, variant, bits) for bits in budgets}
+    lines = []
+    for seeds in dict.fromkeys(found for found in lacking.values() if found):
+        of = [bits for bits, found in lacking.items() if found == seeds]
+        if own.empty:
+            what = [f"method={variant}", f"bits={_listed(of, ',')}", f"seed={_listed(seeds, ',')}"]
+            makes = workload_command(records(members)[0], what, source)
+        else:
+            makes = command(records(own)[0], of, seeds, source)
+        where = f"{members.iloc[0]['workload']}, {variant} at {_listed(of)} bits"
+        lines.append(f"{where}: no result with seed {_listed(seeds)}{_reasons(own, of)}: `{makes}`")
     return lines
+
+
+def lacking_seeds(members: pd.DataFrame, variant: str, bits: float) -> tuple[int, ...]:
+    """The seeds that a variant lacks at a budget: of its workload's `usual_seeds`, and of runs of its own that failed.
+
+    Of a variant that reads no calibration data one run, under any seed, is enough.
+    """
+    own = members[members["variant"] == variant]
+    cell = own[own["bits/target"] == bits]
+    had = {int(seed) for seed in finished(cell)["seed"]}
+    tried = [int(seed) for seed in cell["seed"]]
+    usual = usual_seeds(members)
+    if is_seedless(records(own)[0]) if len(own) else variant == "rtn":
+        return () if had else tuple((tried or usual)[:1])
+    return tuple(sorted({*usual, *tried} - had))
+
+
+def usual_seeds(members: pd.DataFrame) -> list[int]:
+    """The seeds that every variant of a workload is expected to have: those that at least half of its cells have.
+
+    A cell is a variant at a budget; those that read no calibration data do not count.
+    """
+    counting = members[[not is_seedless(run) for run in records(members)]]
+    grouped = (members if counting.empty else counting).groupby(["variant", "bits/target"])
+    cells = [{int(seed) for seed in own["seed"]} for _, own in grouped]
+    return sorted(seed for seed in set().union(*cells) if 2 * sum(seed in own for own in cells) >= len(cells))
+
+
+def remarks(runs: pd.DataFrame) -> list[str]:
+    """What is wrong with the runs as a whole: unreadable ones and duplicates."""
+    unknown = records(runs[runs["workload"] == UNKNOWN])
+    lines = [f"{run['path']}: {why(run)}" for run in unknown]
+    dropped = int(runs["duplicates"].sum())
+    if dropped:
+        lines.append(f"{dropped} duplicate {'run was' if dropped == 1 else 'runs were'} dropped; the newest count.")
+    return lines
+
+
+def why(run: Mapping[str, Any]) -> str:
+    """Why a run has no result."""
+    return str(run["status"]) if pd.isna(run["error"]) else f"{run['status']}: {run['error']}"
 
 
 def command(run: Mapping[str, Any], budgets: Sequence[float], seeds: Sequence[int], source: str | Path) -> str:
@@ -91,7 +142,7 @@ def _listed(values: Iterable[float], separator: str = ", ") -> str:
     return separator.join(f"{value:g}" for value in values)
 
 
-def _failures(members: pd.DataFrame, budgets: Sequence[float]) -> str:
-    failed = members[(members["status"] != "finished") & members["bits/target"].isin(list(budgets))]
-    reasons = list(dict.fromkeys(str(error) for error in failed["error"].dropna())) if "error" in failed else []
-    return f" ({len(failed)} failed: {'; '.join(reasons)})" if reasons else ""
+def _reasons(own: pd.DataFrame, budgets: Sequence[float]) -> str:
+    rest = own[(own["status"] != FINISHED) & own["bits/target"].isin(list(budgets))]
+    reasons = dict.fromkeys(f"seed {int(run['seed'])} {why(run)}" for run in records(rest))
+    return f" ({'; '.join(reasons)})" if reasons else ""

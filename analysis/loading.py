@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pandas as pd
 from hydra import compose, initialize_config_dir
@@ -16,14 +16,21 @@ from omegaconf import DictConfig, OmegaConf
 from bayesq.suite.cli import COMPOSITION_ERRORS, CONFIG_NAME, conf_dir
 from bayesq.suite.config import resolved, show
 from bayesq.suite.errors import UserError
-from bayesq.suite.results import FAILURE_FILE, RESULT_FILE, differing_settings, read_result, settings_of
+from bayesq.suite.results import (
+    FAILURE_FILE,
+    LAYERS_FILE,
+    PREDICTIONS_FILE,
+    RESULT_FILE,
+    differing_settings,
+    read_result,
+    settings_of,
+)
 from bayesq.suite.status import recorded_overrides, state_of, was_started
 from bayesq.suite.tracking import LAYERS_KEY
 
 log = logging.getLogger(__name__)
 
 WANDB = "wandb:"
-LAYERS_FILE, PREDICTIONS_FILE = "layers.csv", "predictions.csv"
 CONFIG_FILE = ".hydra/config.yaml"
 AXES = ("model", "dataset", "method")
 # What a run's network and data are; other settings make variants of a method.
@@ -93,10 +100,14 @@ def read_table(run: Mapping[str, Any], file: str) -> pd.DataFrame | None:
         return _wandb_table(run, file)
     path = Path(run["path"]) / file
     try:
-        return pd.read_csv(path, dtype={"id": str, "name": str})
+        return _read_csv(path)
     except (OSError, ValueError) as error:
         log.warning("%s: not readable (%s)", path, str(error).splitlines()[0])
         return None
+
+
+def _read_csv(file: Path | IO[str]) -> pd.DataFrame:
+    return pd.read_csv(file, dtype={"id": str, "name": str})
 
 
 def command_overrides(run: Mapping[str, Any]) -> list[str]:
@@ -224,23 +235,27 @@ def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _wandb_table(run: Mapping[str, Any], name: str) -> pd.DataFrame | None:
-    if name != LAYERS_FILE:
-        return None
+    """Layers from the table of the W&B run, predictions from its file; None, with a line in the log, without them."""
     import wandb
 
     try:
         remote = wandb.Api().run(str(run["path"]).removeprefix(WANDB))
-        reference = remote.summary_metrics.get(LAYERS_KEY)
-        if not isinstance(reference, Mapping) or "path" not in reference:
-            log.warning("%s: no table of layers was logged", run["path"])
+        path = name
+        if name == LAYERS_FILE:
+            reference = remote.summary_metrics.get(LAYERS_KEY)
+            path = reference.get("path", "") if isinstance(reference, Mapping) else ""
+        file = next(iter(remote.files([path])), None) if path else None
+        if file is None:
+            log.warning("%s: W&B has no %s of it", run["path"], name)
             return None
-        file = remote.file(reference["path"])
         with tempfile.TemporaryDirectory() as folder, file.download(folder, replace=True) as table:
-            content = json.load(table)
+            if name == LAYERS_FILE:
+                content = json.load(table)
+                return pd.DataFrame(content["data"], columns=content["columns"])
+            return _read_csv(table)
     except (wandb.Error, OSError, ValueError) as error:
-        log.warning("%s: its table of layers is not readable (%s)", run["path"], " ".join(str(error).split()))
+        log.warning("%s: its %s is not readable (%s)", run["path"], name, " ".join(str(error).split()))
         return None
-    return pd.DataFrame(content["data"], columns=content["columns"])
 
 
 # -------------------------------------------------------------------------------------------------- names and order
@@ -324,10 +339,7 @@ def _defaults(axes: tuple[tuple[str, str], ...]) -> dict[str, Any]:
 
 def _long(runs: pd.DataFrame, file: str) -> pd.DataFrame:
     parts = []
-    done = finished(runs)
-    if file == PREDICTIONS_FILE and done["path"].astype(str).str.startswith(WANDB).any():
-        log.warning("W&B has no predictions per example: intervals and tests need the results folder")
-    for run in records(done):
+    for run in records(finished(runs)):
         table = read_table(run, file)
         if table is None:
             continue

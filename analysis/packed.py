@@ -18,7 +18,8 @@ def row_widths(path: Path) -> dict[str, np.ndarray]:
     # torch takes seconds to import, and one page of ten needs it
     from safetensors import safe_open
 
-    from bayesq.quant.packing import MIN_WIDTH, WIDTH_MAP_BITS, from_bits
+    from bayesq.quant.grids import MIN_WIDTH
+    from bayesq.quant.packing import WIDTH_MAP_BITS, from_bits
     from bayesq.suite.cache import HEADER_KEY
 
     if not path.is_file():

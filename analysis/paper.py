@@ -1,4 +1,6 @@
-"""What the paper claims, to stand beside what was measured."""
+"""What the paper claims, to stand beside what was measured, and the names that tables and figures spell out."""
+
+from collections.abc import Iterable
 
 # Percentage points of BayesQ over the strongest baseline, by the modality of the workload and the budget: top-1 of
 # ResNet-50 on ImageNet, and the GLUE score of BERT-base.
@@ -9,3 +11,48 @@ CLAIMED_DELTAS = {
 CLAIMED_FOR = {"image": "ResNet-50 on ImageNet", "text": "BERT-base on GLUE"}
 BUDGETS = (3.0, 3.5, 4.0)
 METHODS = ("rtn", "gptq", "awq", "bayesq")
+NAMES = {"bayesq": "BayesQ", "gptq": "GPTQ", "awq": "AWQ", "rtn": "RTN"}
+# Names of models, data sets and tasks as titles spell them.
+TITLES = {
+    "cifar_resnet56": "ResNet-56",
+    "cifar_resnet20": "ResNet-20",
+    "efficientnet_lite0": "EfficientNet-Lite0",
+    "efficientnet_lite1": "EfficientNet-Lite1",
+    "efficientnet_lite2": "EfficientNet-Lite2",
+    "minilm": "MiniLM-L6",
+    "bert_base": "BERT-base",
+    "resnet50": "ResNet-50",
+    "resnet": "ResNet",
+    "cifar10": "CIFAR-10",
+    "imagenet": "ImageNet",
+    "movie_snippets": "film reviews",
+    "sst2": "SST-2",
+    "mrpc": "MRPC",
+    "digits": "digits",
+}
+# Data sets that a short name of a workload is taken from; of others it is the model.
+TEXTS = ("glue", "movie_snippets")
+
+
+def short_names(workloads: Iterable[str]) -> dict[str, str]:
+    """A short name for each workload: of texts the task, of images the model; both where two would be alike."""
+    short = {workload: _short(workload) for workload in workloads}
+    names = list(short.values())
+    return {workload: name if names.count(name) == 1 else _long(workload) for workload, name in short.items()}
+
+
+def _short(workload: str) -> str:
+    model, _, data = workload.partition(" / ")
+    dataset, _, rest = data.partition(" ")
+    if dataset in TEXTS:
+        return _titles(data)
+    return " ".join([_titles(model).removeprefix("EfficientNet-"), *rest.split()])
+
+
+def _long(workload: str) -> str:
+    model, _, data = workload.partition(" / ")
+    return f"{_titles(model)} {_titles(data)}"
+
+
+def _titles(words: str) -> str:
+    return " ".join(TITLES.get(word, word) for word in words.removeprefix("glue ").split())

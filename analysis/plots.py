@@ -18,37 +18,21 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
-from analysis.figures import DOUBLE, GREY, SINGLE, Look, counted, label, legend, look, panels, style
+from analysis.comparisons import counted, is_seedless
+from analysis.figures import DOUBLE, GREY, SINGLE, Look, label, legend, look, panels, style
 from analysis.gaps import WORKLOAD, own_overrides
-from analysis.loading import UNKNOWN, command_overrides, finished
+from analysis.loading import UNKNOWN, command_overrides, finished, records
+from analysis.paper import TITLES
 from bayesq.suite.plots import confidence_bins
 from bayesq.suite.results import unit
 
 KL = "KL to full precision (nats)"
 CODE_BITS, STORED_BITS = "code bits per weight", "stored bits per weight"
-# Names of models, data sets and tasks as a panel's title spells them.
-TITLES = {
-    "cifar_resnet56": "ResNet-56",
-    "cifar_resnet20": "ResNet-20",
-    "efficientnet_lite0": "EfficientNet-Lite0",
-    "efficientnet_lite1": "EfficientNet-Lite1",
-    "efficientnet_lite2": "EfficientNet-Lite2",
-    "minilm": "MiniLM-L6",
-    "bert_base": "BERT-base",
-    "resnet50": "ResNet-50",
-    "resnet": "ResNet",
-    "cifar10": "CIFAR-10",
-    "imagenet": "ImageNet",
-    "movie_snippets": "film reviews",
-    "sst2": "SST-2",
-    "mrpc": "MRPC",
-    "digits": "digits",
-}
 
 
-def slug(text: str) -> str:
+def slug(text: object) -> str:
     """`text` as part of a file name."""
-    return re.sub(r"[^A-Za-z0-9]+", "_", text).strip("_").lower()
+    return re.sub(r"[^A-Za-z0-9]+", "_", str(text)).strip("_").lower()
 
 
 def title(workload: str) -> str:
@@ -119,20 +103,34 @@ def seeds(numbers: pd.Series) -> str:
 def population(data: pd.DataFrame, runs: pd.DataFrame, axis: str = "bits") -> str:
     """`n = 3 seeds, 872 test examples`, with the points that have another n.
 
+    Variants that read no calibration data are named once: one run of them is all there is.
+
     Args:
         data: with a column n.
         runs: those the data are of, for the number of test examples.
         axis: column that names a point of a variant.
     """
-    usual = int(data[data["n"] > 0]["n"].mode().iloc[-1])
     own = runs[runs["workload"].isin(data["workload"].unique())]
-    examples = finished(own)["evaluation/examples"].astype(int)
+    done = finished(own)
+    examples = done["evaluation/examples"].astype(int)
+    seedless = {
+        str(run["variant"]) for run in records(done.drop_duplicates(["workload", "variant"])) if is_seedless(run)
+    }
+    measured = data[data["n"] > 0]
+    counting = measured[~measured["variant"].isin(seedless)]
+    usual = int((measured if counting.empty else counting)["n"].mode().iloc[-1])
     several = data["workload"].nunique() > 1
-    others = []
+    others: list[str] = []
+    single: dict[str, None] = {}
     for (workload, variant, n), points in data[data["n"] != usual].groupby(["workload", "variant", "n"], sort=True):
-        where = f"{title(workload)}, ".replace("\n", " ") if several else ""
+        if n == 1 and variant in seedless:
+            single[label(str(variant))] = None
+            continue
+        where = f"{title(str(workload))}, ".replace("\n", " ") if several else ""
         values = ", ".join(f"{value:g}" for value in points[axis])
-        others.append(f"{where}{label(variant)} at {values} {axis}: {n or 'none'}")
+        others.append(f"{where}{label(str(variant))} at {values} {axis}: {n or 'none'}")
+    if single:
+        others.append(f"{', '.join(single)}: 1, no calibration data read")
     exceptions = f" ({'; '.join(others)})" if others else ""
     return f"n = {usual} seed{'s' if usual != 1 else ''}{exceptions}, {counted(examples)} test examples"
 
@@ -144,9 +142,12 @@ def further_settings(runs: pd.DataFrame) -> str:
     """
     found: dict[str, None] = {}
     for variant, own in finished(runs).groupby("variant", sort=False):
-        for _, run in own.drop_duplicates("workload").iterrows():
+        named = [word.partition("=")[0] for word in str(variant).split(" ")]
+        for run in records(own.drop_duplicates("workload")):
             for override in own_overrides(run):
                 key = override.partition("=")[0].lstrip("+")
+                if key.removeprefix("method.") in named:
+                    continue
                 if key.partition(".")[0] not in WORKLOAD and key not in ("method", "ablation"):
                     found[f" {label(str(variant))}: {override}."] = None
     return "".join(sorted(found))
@@ -222,7 +223,7 @@ def bit_curve_data(runs: pd.DataFrame) -> pd.DataFrame:
     done = done.assign(**{key: np.nan for key in values if key not in done})
     done[values] = done[values].astype(float)
     table = mean_and_std(done, ["workload", "method", "variant", "primary_metric", "bits"], values)
-    kept = [column for column in table if not (column.startswith(("fp", "bits/")) and column.endswith("std"))]
+    kept = [name for name in map(str, table) if not (name.startswith(("fp", "bits/")) and name.endswith("std"))]
     table = _complete(table[kept], "bits")
     return table.assign(primary_metric=table.groupby("workload")["primary_metric"].transform("first"))
 
@@ -234,7 +235,7 @@ def bit_curve(data: pd.DataFrame, looks: Mapping[str, Look]) -> Figure:
     metric = data["primary_metric"].iloc[0]
     shown = {
         "score": (f"{metric} ({unit(metric)})", "fp score"),
-        "q/kl_to_fp": (KL, None),
+        "q/kl_to_fp": ("KL (nats)", None),
         "q/nll": ("NLL (nats)", "fp/nll"),
         "q/ece": ("ECE", "fp/ece"),
     }
@@ -406,10 +407,15 @@ def cost(data: pd.DataFrame, looks: Mapping[str, Look]) -> Figure:
     return figure
 
 
+# Largest over smallest value of an axis that has no room for three ticks a decade.
+WIDE = 200
+
+
 def _plain_log_ticks(axes: Axes) -> None:
-    """Ticks 0.1, 0.2, 0.5, 1, 2, 5 ... within the data, written out."""
+    """Ticks 0.1, 0.2, 0.5, 1, 2, 5 ... within the data, written out; of a wide range 0.1, 1, 10 ... alone."""
     low, high = axes.get_xlim()
-    ticks = [digit * 10.0**power for power in range(-4, 5) for digit in (1, 2, 5)]
+    digits = (1,) if high > WIDE * low else (1, 2, 5)
+    ticks = [digit * 10.0**power for power in range(-4, 5) for digit in digits]
     axes.xaxis.set_major_locator(FixedLocator([tick for tick in ticks if low <= tick <= high]))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -433,7 +439,7 @@ def reliability_data(examples: pd.DataFrame) -> pd.DataFrame:
         first = members[members["run_id"] == members["run_id"].iloc[0]]
         series = [("", FULL_PRECISION, "fp", first)]
         for (method, variant), own in members.groupby(["method", "variant"], sort=True):
-            series.append((method, variant, "q", own))
+            series.append((str(method), str(variant), "q", own))
         for method, variant, side, own in series:
             found = confidence_bins(
                 own[f"{side}_confidence"].to_numpy(dtype=float), own[f"{side}_correct"].to_numpy(dtype=float)
@@ -470,10 +476,10 @@ def reliability(data: pd.DataFrame, looks: Mapping[str, Look]) -> Figure:
             line = members[members["variant"] == variant]
             plot.plot(line["confidence"], line["accuracy"], color=own.colour, linestyle=own.line, linewidth=0.9)
             face = own.colour if own.marker == "x" else own.face
-            edge = {} if own.marker == "x" else {"edgecolors": own.colour}
+            edge = None if own.marker == "x" else own.colour
             plot.scatter(
                 line["confidence"], line["accuracy"], s=5 + 25 * line["share"], marker=own.marker, c=face,
-                linewidths=0.6, zorder=3, clip_on=False, **edge,
+                linewidths=0.6, zorder=3, clip_on=False, edgecolors=edge,
             )  # fmt: skip
         plot.set_title(f"{bits:g} bits")
         plot.set_xlim(low - 0.02, 1.02)
@@ -601,7 +607,7 @@ def ablation_data(runs: pd.DataFrame) -> pd.DataFrame:
     """
     columns = ["workload", "bits", "ablation", "method", "q/kl_to_fp", "q/kl_to_fp std", "n", "multiple"]
     done = finished(runs).rename(columns={"bits/target": "bits"})
-    done = done.assign(ablation=[ablation_of(run) for _, run in done.iterrows()])
+    done = done.assign(ablation=pd.Series([ablation_of(run) for run in records(done)], done.index, dtype="object"))
     done = done[done["ablation"].notna()]
     if done.empty:
         return pd.DataFrame(columns=columns)

@@ -18,14 +18,13 @@ from analysis.comparisons import (
     Examples,
     alike,
     counted,
-    is_seedless,
     strongest_baseline,
     summarise,
     with_scores,
 )
-from analysis.gaps import command, workload_command
+from analysis.gaps import command, missing, remarks, usual_seeds, why, workload_command
 from analysis.loading import FINISHED, UNKNOWN, WANDB, finished, records
-from analysis.paper import BUDGETS, CLAIMED_DELTAS, CLAIMED_FOR, METHODS
+from analysis.paper import BUDGETS, CLAIMED_DELTAS, CLAIMED_FOR, METHODS, NAMES, short_names
 from analysis.statistics import holm, mean_std
 from bayesq.suite.cli import conf_dir
 from bayesq.suite.results import unit
@@ -57,6 +56,7 @@ class Table:
         bold: of the shape of `cells`, True where a cell is set in bold.
         caption: what is shown, with n.
         footnotes: a line each; those about missing cells name the command that fills them, in backquotes.
+        padded: whether the columns of the Markdown are lined up.
     """
 
     cells: pd.DataFrame
@@ -64,12 +64,17 @@ class Table:
     bold: pd.DataFrame
     caption: str
     footnotes: list[str] = field(default_factory=list)
+    padded: bool = True
 
     def markdown(self) -> str:
         """The table with caption and footnotes, in Markdown."""
         escaped = self.cells.map(lambda cell: cell.replace("|", "\\|"))
         shown = escaped.where(~self.bold, "**" + escaped + "**")
-        table = shown.to_markdown(index=False, disable_numparse=True)
+        if self.padded:
+            table = shown.to_markdown(index=False, disable_numparse=True)
+        else:
+            lines = [list(shown), ["---"] * shown.shape[1], *shown.to_numpy().tolist()]
+            table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
         notes = ["\n".join(f"* {line}" for line in self.footnotes)] if self.footnotes else []
         return "\n\n".join([self.caption, table, *notes]) + "\n"
 
@@ -104,7 +109,7 @@ class Table:
 
     def _names(self) -> int:
         """How many columns in front name the row."""
-        named = [name in ("workload", "method", "bits", "variant", "model") for name in self.cells]
+        named = [name in ("", "workload", "method", "bits", "variant", "model") for name in self.cells]
         return named.index(False) if False in named else len(named)
 
 
@@ -116,6 +121,11 @@ TEX = {
     "±": "$\\pm$",
     "Δ": "$\\Delta$",
     "×": "$\\times$",
+    "−": "$-$",
+    "†": "$\\dagger$",
+    "‡": "$\\ddagger$",
+    "§": "\\S{}",
+    "¶": "\\P{}",
     "<": "$<$",
     ">": "$>$",
     "|": "\\textbar{}",
@@ -208,7 +218,8 @@ def main_table(runs: pd.DataFrame) -> Table:
                     if own.iloc[0]["method"] == "bayesq":
                         row |= _claim(own.iloc[0], bits)
                 rows.append(row)
-                notes += _gap(members, str(workload), variant, bits)
+        for variant in shown:
+            notes += missing(members, variant, BUDGETS, _source(runs))
     table = _compared(rows, "GPTQ")
     cells = pd.DataFrame(
         {
@@ -236,44 +247,84 @@ def main_table(runs: pd.DataFrame) -> Table:
     return _table(cells, table, {"Δ GPTQ": table["better"]}, caption, [*notes, *_remarks(runs)])
 
 
-def compact_table(main: Table) -> Table:
-    """One row per workload and budget of a `main_table`: KL of all variants, and BayesQ against the strongest GPTQ.
+# What names a variant beside a number, in order of appearance.
+MARKS = ("†", "‡", "§", "¶")
+NOT_RUN = "not run"
 
-    Of BayesQ the plain method counts. Bold: an interval of the KL ratio below 1, a significantly better score.
+
+def compact_table(main: Table) -> Table:
+    """One row per workload and budget of a `main_table`: KL of every method, and BayesQ against the strongest GPTQ.
+
+    A method is shown by its plain variant, where there is none by that of lowest KL, and GPTQ by the one that BayesQ is
+    compared with; a mark names a variant that is not the plain one. Of BayesQ the plain method counts. Bold: an
+    interval of the KL ratio below 1, a significantly better score.
     """
     numbers = main.numbers
-    variants = list(dict.fromkeys(numbers["variant"]))
-    known = dict(zip(numbers["variant"], numbers["method"], strict=True))
-    order = {method: place for place, method in enumerate(METHODS)}
-    variants.sort(key=lambda name: (order.get(str(known[name]), len(order)), name))
-    rows, marks = [], []
+    names = short_names(dict.fromkeys(numbers["workload"]))
+    marks: dict[str, str] = {}
+    rows, bold = [], []
     for (workload, bits), own in numbers.groupby(["workload", "bits"], sort=False):
-        by_variant = {row["variant"]: row for row in records(own)}
-        bayesq = by_variant.get("bayesq", {})
-        reference = by_variant.get(bayesq.get("reference"), {})
-        score = {name: 100 * row.get("score", math.nan) for name, row in (("GPTQ", reference), ("BayesQ", bayesq))}
-        row = {"workload": workload, "bits": f"{bits:g}"}
-        row |= {f"KL {name}": GAP if name not in by_variant else _kl_of(by_variant[name]) for name in variants}
-        ratio = [bayesq.get(key, math.nan) for key in ("kl_ratio", "kl_ratio_low", "kl_ratio_high")]
-        row["KL / GPTQ's"] = _ratio(*ratio)
-        row["score FP"] = _number(100 * bayesq.get("fp", math.nan), ".2f")
-        row |= {f"score {name}": _number(value, ".2f") for name, value in score.items()}
-        row["Δ GPTQ"] = _delta(*(bayesq.get(key, math.nan) for key in ("delta", "delta_low", "delta_high")))
-        rows.append(row)
-        better = bayesq.get("delta", math.nan) > 0 and bayesq.get("p_holm", math.nan) < LEVEL
-        marks.append({"KL / GPTQ's": ratio[-1] < 1, "Δ GPTQ": better})
-    cells, bold = pd.DataFrame(rows), pd.DataFrame(marks)
+        found = records(own[own["n"] > 0])
+        shown = {method: _shown(found, method) for method in METHODS}
+        bayesq = shown["bayesq"] = next((row for row in found if row["variant"] == "bayesq"), {})
+        against = [row for row in found if row["variant"] == bayesq.get("reference")]
+        gptq = shown[BASELINE] = against[0] if against else shown[BASELINE]
+        for row in shown.values():
+            if row and row["variant"] != row["method"]:
+                marks.setdefault(row["variant"], MARKS[len(marks) % len(MARKS)] * (1 + len(marks) // len(MARKS)))
+        ratio, delta = (
+            [bayesq.get(f"{name}{end}", math.nan) for end in ("", "_low", "_high")] for name in ("kl_ratio", "delta")
+        )
+        better = delta[0] > 0 and bayesq.get("p_holm", math.nan) < LEVEL
+        rows.append(
+            {
+                "": names[str(workload)],
+                "bits": f"{bits:g}",
+                **{f"KL, {NAMES[method]}": _compact_kl(row, marks) for method, row in shown.items()},
+                "BayesQ / GPTQ": _ratio(*ratio),
+                f"{_one_metric(numbers)}: FP": _number(100 * (bayesq or gptq).get("fp", math.nan), ".2f"),
+                "GPTQ": _number(100 * gptq.get("score", math.nan), ".2f"),
+                "BayesQ": _number(100 * bayesq.get("score", math.nan), ".2f"),
+                "BayesQ − GPTQ": _delta(*delta),
+            }
+        )
+        bold.append({"BayesQ / GPTQ": ratio[-1] < 1, "BayesQ − GPTQ": better})
+    named = "".join(f" {mark}: {variant}." for variant, mark in marks.items())
+    left_out = sorted({row["variant"] for row in records(numbers)} - {*METHODS, *marks})
+    rest = f" Not shown: {', '.join(left_out)}." if left_out else ""
     caption = (
-        "KL to full precision (nats, mean ± sample standard deviation over calibration seeds) of every method; BayesQ "
-        "against the strongest GPTQ: ratio of KL and points of the primary metric, with 95 % intervals; "
-        f"{_population(numbers)}. Bold: an interval below 1; better at 5 %, "
-        "Holm-corrected."
+        "KL to full precision (nats, mean ± sample standard deviation over calibration seeds) of every method, and "
+        "BayesQ against the strongest GPTQ: ratio of KL and points of the primary metric (%), with 95 % intervals "
+        f"(paired bootstrap over examples and seeds); {_population(numbers, names)}. RTN reads no calibration data: "
+        "one run stands for every seed. The strongest GPTQ has the lowest mean KL at this budget over the "
+        f"seeds that the other methods have.{named}{rest} Bold: an interval below 1; better at 5 % "
+        "(Holm-corrected over the main table)."
     )
-    return _table(cells, numbers, {name: bold[name] for name in bold}, caption, main.footnotes)
+    marked = pd.DataFrame(bold)
+    return _table(
+        pd.DataFrame(rows), numbers, {str(name): marked[name] for name in marked}, caption, main.footnotes, False
+    )
 
 
-def _kl_of(row: Mapping[str, Any]) -> str:
-    return _kl(row["kl"], row["kl_std"])
+def _shown(rows: Sequence[Mapping[str, Any]], method: str) -> Mapping[str, Any]:
+    """The row of a method's plain variant, else that of lowest KL, else nothing."""
+    own = [row for row in rows if row["method"] == method]
+    return min(own, key=lambda row: (row["variant"] != method, row["kl"], row["variant"]), default={})
+
+
+def _compact_kl(row: Mapping[str, Any], marks: Mapping[str, str]) -> str:
+    """KL without the zeros before the point, nor a spread of runs that are all the same; with its variant's mark."""
+    if not row:
+        return NOT_RUN
+    spread = row["kl_std"] if row["kl_std"] > 0 else math.nan
+    shown = re.sub(r"(?<!\d)0\.", ".", _kl(row["kl"], spread))
+    return " ".join([shown, marks[row["variant"]]]) if row["variant"] in marks else shown
+
+
+def _one_metric(numbers: pd.DataFrame) -> str:
+    """The metric of all rows, `score` where they differ."""
+    metrics = set(numbers["metric"].dropna())
+    return str(*metrics) if len(metrics) == 1 else "score"
 
 
 def ablation_table(runs: pd.DataFrame) -> Table:
@@ -299,7 +350,7 @@ def ablation_table(runs: pd.DataFrame) -> Table:
                     row |= _against(comparison)
                     notes += _not_compared(comparison, workload, variant, full, bits)
                 rows.append(row)
-                notes += _gap(members, str(workload), variant, bits)
+                notes += missing(members, variant, [bits], _source(runs))
     table = _compared(rows, "full")
     cells = pd.DataFrame(
         {
@@ -377,7 +428,7 @@ def cost_table(runs: pd.DataFrame) -> Table:
     for workload, members in runs.groupby("workload", sort=True):
         for bits in sorted(set(members["bits/target"])):
             if fastest[(fastest["workload"] == workload) & (fastest["bits"] == bits)].empty:
-                seeds = ",".join(str(seed) for seed in _seeds(members))
+                seeds = ",".join(str(seed) for seed in usual_seeds(members))
                 what = ["method=gptq", f"bits={bits:g}", f"seed={seeds}"]
                 makes = workload_command(records(members)[0], what, _source(runs))
                 notes.append(f"{workload} at {bits:g} bits: no GPTQ to compare with: `{makes}`")
@@ -474,9 +525,7 @@ def _known(runs: pd.DataFrame) -> pd.DataFrame:
     """Runs whose workload is known; what the others are is a footnote."""
     known: pd.DataFrame = runs[runs["workload"] != UNKNOWN].copy()
     known["seed"] = known["seed"].astype(int)  # where a workload is unknown so is the seed, and NaN made all floats
-    known.attrs["unknown"] = [
-        f"{run['path']}: {run['status']}, {run['error']}" for run in records(runs[runs["workload"] == UNKNOWN])
-    ]
+    known.attrs["remarks"] = remarks(runs)
     return known
 
 
@@ -570,12 +619,14 @@ def _table(
     bold: Mapping[str, pd.Series],
     caption: str,
     footnotes: Iterable[str],
+    padded: bool = True,
 ) -> Table:
     marks = pd.DataFrame(False, index=cells.index, columns=cells.columns)
     for column, where in bold.items():
         marks[column] = where.astype(bool)
     notes = list(dict.fromkeys(footnotes))
-    return Table(cells.astype("object"), numbers.drop(columns="better", errors="ignore"), marks, caption, notes)
+    numbers = numbers.drop(columns="better", errors="ignore")
+    return Table(cells.astype("object"), numbers, marks, caption, notes, padded)
 
 
 def _cells(table: pd.DataFrame, *columns: str, form: Any) -> list[str]:
@@ -637,12 +688,15 @@ def _p(value: float) -> str:
 # ----------------------------------------------------------------------------------------------- captions and footnotes
 
 
-def _population(table: pd.DataFrame) -> str:
-    """n of a table's rows: seeds, and examples by workload."""
+def _population(table: pd.DataFrame, names: Mapping[str, str] | None = None) -> str:
+    """n of a table's rows: seeds, and examples by workload, under other names where some are given."""
     there = table[table["n"] > 0]
     if there.empty:
         return "no finished run (n = 0)"
-    sizes = [f"{workload} {counted(own['examples'])}" for workload, own in there.groupby("workload", sort=True)]
+    sizes = [
+        f"{(names or {}).get(str(workload), workload)} {counted(own['examples'])}"
+        for workload, own in there.groupby("workload", sort=True)
+    ]
     return f"n = {counted(there['n'])} calibration seeds; evaluation examples: {'; '.join(sizes)}"
 
 
@@ -659,63 +713,19 @@ def _source(runs: pd.DataFrame) -> str:
     return os.path.commonpath([str(Path(path).parent) for path in paths])
 
 
-def _seeds(members: pd.DataFrame) -> list[int]:
-    """The seeds that a workload's cells are expected to have: those that at least half of its cells have."""
-    cells = [{int(seed) for seed in own["seed"]} for _, own in members.groupby(["variant", "bits/target"])]
-    return sorted(seed for seed in set().union(*cells) if 2 * sum(seed in own for own in cells) >= len(cells))
-
-
-def _gap(members: pd.DataFrame, workload: str, variant: str, bits: float) -> list[str]:
-    """The line about what a cell lacks, if it lacks anything: why, and the command that fills it."""
-    cell = members[(members["variant"] == variant) & (members["bits/target"] == bits)]
-    done = finished(cell)
-    if not done.empty and is_seedless(records(done)[0]):
-        return []
-    had = {int(seed) for seed in done["seed"]}
-    expected = sorted({*_seeds(members), *(int(seed) for seed in cell["seed"])})
-    lacking = [seed for seed in expected if seed not in had]
-    if not lacking:
-        return []
-    source = _source(members)
-    siblings = members[members["variant"] == variant]
-    if siblings.empty:
-        what = [f"method={variant}", f"bits={bits:g}", f"seed={','.join(map(str, lacking))}"]
-        makes = workload_command(records(members)[0], what, source)
-    else:
-        makes = command(records(siblings)[0], [bits], lacking, source)
-    seeds = ", ".join(map(str, lacking))
-    return [f"{workload}, {variant} at {bits:g} bits: no result with seed {seeds}{_reasons(cell)}: `{makes}`"]
-
-
-def _reasons(cell: pd.DataFrame) -> str:
-    rest = cell[cell["status"] != FINISHED]
-    reasons = [f"seed {run['seed']} {_why(run)}" for run in records(rest)]
-    return f" ({'; '.join(reasons)})" if reasons else ""
-
-
-def _why(run: Mapping[str, Any]) -> str:
-    return str(run["status"]) if pd.isna(run["error"]) else f"{run['status']}: {run['error']}"
-
-
 def _failed(runs: pd.DataFrame) -> list[str]:
     """One line per run without a result, with its command."""
     lines = []
     for run in records(runs[runs["status"] != FINISHED]):
         makes = command(run, [run["bits/target"]], [int(run["seed"])], _source(runs))
         what = f"{run['workload']}, {run['variant']} at {run['bits/target']:g} bits, seed {run['seed']}"
-        lines.append(f"{what}, {_why(run)}: `{makes}`")
+        lines.append(f"{what}, {why(run)}: `{makes}`")
     return lines
 
 
 def _remarks(runs: pd.DataFrame) -> list[str]:
-    """What is wrong with the runs as a whole: unreadable ones, duplicates, no predictions."""
-    lines = list(runs.attrs.get("unknown", []))
-    dropped = int(runs["duplicates"].sum())
-    if dropped:
-        lines.append(f"{dropped} duplicate {'run was' if dropped == 1 else 'runs were'} dropped; the newest count.")
-    if runs["path"].astype(str).str.startswith(WANDB).any():
-        lines.append("W&B has no predictions per example: intervals and p values need the results folder.")
-    return lines
+    """What is wrong with the runs as a whole: unreadable ones and duplicates."""
+    return list(runs.attrs["remarks"])
 
 
 # ---------------------------------------------------------------------------------------------------------------- GLUE

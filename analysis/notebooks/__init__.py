@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 
 import analysis
 from analysis import figures, gaps, plots, tables
-from analysis.loading import UNKNOWN, finished
+from analysis.loading import UNKNOWN, finished, records
 from bayesq.suite.errors import UserError
 
 FOLDER = Path(__file__).parent
@@ -124,7 +124,8 @@ class Page:
 
     def command(self, workload: str, *overrides: str) -> str:
         """The line for the shell that makes runs of a workload."""
-        return gaps.workload_command(self.runs[self.runs["workload"] == workload].iloc[0], overrides, self.source)
+        run = records(self.runs[self.runs["workload"] == workload])[0]
+        return gaps.workload_command(run, overrides, self.source)
 
     def figure(self, drawn: Figure, name: str, caption: str, data: pd.DataFrame | None = None, **options: Any) -> None:
         """Save a figure with its caption and its data, and show it."""

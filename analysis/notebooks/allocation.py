@@ -19,7 +19,7 @@ page = Page("allocation")
 # %%
 data = plots.allocation_data(page.layers)
 for workload, members in data.groupby("workload"):
-    variant = plots.main_variant(members, page.looks)
+    variant = str(plots.main_variant(members, page.looks))
     own = members[members["variant"] == variant]
     runs = page.runs[(page.runs["workload"] == workload) & (page.runs["variant"] == variant)]
     widths = packed.width_frame(runs)
@@ -29,7 +29,9 @@ for workload, members in data.groupby("workload"):
     caption = (
         f"{workload}, {variant}: bits per layer, widths of rows, and risk; rank correlation of predicted and achieved"
     )
-    caption += f" risk over {own['name'].nunique()} layers {rank}; {plots.seeds(own['n'])}."
+    caption += (
+        f" risk over {own['name'].nunique()} layers {rank}; {plots.seeds(own['n'])}. Grey: the budget; equal risks."
+    )
     page.figure(plots.allocation(own, widths, page.looks[variant]), f"allocation_{plots.slug(workload)}", caption, own)
 
 # %%

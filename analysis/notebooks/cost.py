@@ -13,6 +13,7 @@
 
 # %%
 from analysis import plots, tables
+from analysis.comparisons import counted
 from analysis.notebooks import Page
 
 page = Page("cost")
@@ -21,8 +22,8 @@ page = Page("cost")
 data = plots.cost_data(page.main_runs)
 compared = data.dropna(subset=["time x"])
 if len(compared):
-    caption = "Preprocessing time and peak memory as multiples of GPTQ's, median, smallest and largest over budgets and"
-    caption += f" seeds; n = {plots.counted(compared.groupby(['workload', 'variant']).size())} runs a point."
+    caption = "Preprocessing time and peak memory as multiples of the fastest GPTQ's, median, smallest and largest over"
+    caption += f" budgets and seeds; n = {counted(compared.groupby(['workload', 'variant']).size())} runs a point."
     page.figure(plots.cost(compared, page.looks), "cost_multiples", caption, data)
 
 # %%

@@ -6,6 +6,7 @@ from pathlib import Path
 import jupytext
 import nbformat
 from nbclient import NotebookClient
+from nbformat import NotebookNode
 
 from analysis.notebooks import FOLDER, OUTPUT_VARIABLE, RESULTS_VARIABLE
 
@@ -14,9 +15,9 @@ ROOT = Path(__file__).parents[2]
 CELL_SECONDS = 1800
 
 
-def convert(name: str) -> nbformat.NotebookNode:
+def convert(name: str) -> NotebookNode:
     """The notebook of a script, not executed; the same script gives the same file."""
-    notebook = jupytext.read(FOLDER / f"{name}.py", fmt="py:percent")
+    notebook: NotebookNode = jupytext.read(FOLDER / f"{name}.py", fmt="py:percent")
     for number, cell in enumerate(notebook.cells):
         cell["id"] = f"{name}-{number}"  # jupytext draws them at random
     return notebook

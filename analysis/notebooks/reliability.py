@@ -11,6 +11,7 @@
 
 # %%
 from analysis import plots
+from analysis.comparisons import counted
 from analysis.notebooks import Page
 
 page = Page("reliability")
@@ -20,9 +21,9 @@ examples = page.examples
 data = plots.reliability_data(examples[examples["run_id"].isin(page.main_runs["run_id"])])
 for workload, own in data.groupby("workload"):
     shown = own[own["bits"].isin(plots.shown_budgets(own))]
-    pooled = plots.counted(shown[shown["method"] != ""].groupby(["bits", "variant"])["n"].sum())
+    pooled = counted(shown[shown["method"] != ""].groupby(["bits", "variant"])["n"].sum())
     caption = f"{workload}: accuracy against confidence; n = {pooled} predictions a line, seeds pooled;"
-    caption += f" bins of fewer than {plots.LEAST_IN_BIN} are not drawn."
+    caption += f" bins of fewer than {plots.LEAST_IN_BIN} are not drawn, a marker's area is the share of its bin."
     page.figure(plots.reliability(shown, page.looks), f"reliability_{plots.slug(workload)}", caption, shown)
 
 # %%

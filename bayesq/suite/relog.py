@@ -16,7 +16,14 @@ from omegaconf import OmegaConf
 from bayesq.suite.config import check_wandb_login, one_line
 from bayesq.suite.errors import UserError
 from bayesq.suite.files import lock
-from bayesq.suite.results import QUANTIZED_FILE, RESULT_FILE, finished_result, write_json
+from bayesq.suite.results import (
+    LAYERS_FILE,
+    PREDICTIONS_FILE,
+    QUANTIZED_FILE,
+    RESULT_FILE,
+    finished_result,
+    write_json,
+)
 from bayesq.suite.tracking import ERROR_KEY, track
 
 # columns of layers.csv and predictions.csv that are no numbers, also where they look like one
@@ -47,8 +54,6 @@ def relog_locked(folder: Path, mode: str | None = None) -> str | None:
     Raises:
         UserError: W&B could not start.
     """
-    from bayesq.suite.runner import LAYERS_FILE, PREDICTIONS_FILE
-
     result = finished_result(folder)
     if result is None or result.get(ERROR_KEY) is None:
         return None
@@ -59,15 +64,15 @@ def relog_locked(folder: Path, mode: str | None = None) -> str | None:
     with track(cfg, result["run_id"], folder) as tracker:
         tracker.log_result(
             result,
-            _rows(folder / LAYERS_FILE),
-            _rows(folder / PREDICTIONS_FILE),
+            read_rows(folder / LAYERS_FILE),
+            read_rows(folder / PREDICTIONS_FILE),
             checkpoint if checkpoint.exists() else None,
         )
     write_json(folder / RESULT_FILE, result | {ERROR_KEY: tracker.error})
     return tracker.error
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
+def read_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a CSV file as they were written, empty cells as None; none where there is no file."""
     if not path.exists():
         return []

@@ -16,6 +16,8 @@ from bayesq.suite.files import atomic_path
 RESULT_FILE = "result.json"
 FAILURE_FILE = "status.json"
 QUANTIZED_FILE = "quantized.safetensors"
+LAYERS_FILE = "layers.csv"
+PREDICTIONS_FILE = "predictions.csv"
 CORRELATIONS = ("matthews", "pearson", "spearman")
 
 

@@ -54,7 +54,15 @@ from bayesq.suite.models.base import EncodedExamples, Network
 from bayesq.suite.packed import Packed, fill, read_packed, run_record, write_packed
 from bayesq.suite.preflight import Choices, Needs, activations, check, estimate
 from bayesq.suite.provenance import git_state, host, versions
-from bayesq.suite.results import QUANTIZED_FILE, RESULT_FILE, unit, write_csv, write_json
+from bayesq.suite.results import (
+    LAYERS_FILE,
+    PREDICTIONS_FILE,
+    QUANTIZED_FILE,
+    RESULT_FILE,
+    unit,
+    write_csv,
+    write_json,
+)
 from bayesq.suite.scratch import DiskShelf
 from bayesq.suite.stopping import stop_if_asked
 from bayesq.suite.tracking import ERROR_KEY, track
@@ -63,8 +71,6 @@ from bayesq.whitening import Shelf
 log = logging.getLogger(__name__)
 
 CPU = torch.device("cpu")
-LAYERS_FILE = "layers.csv"
-PREDICTIONS_FILE = "predictions.csv"
 FALLBACKS = (
     "dead_columns",
     "damping_retries",

@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 from bayesq.suite.config import flatten, one_line, resolved
 from bayesq.suite.errors import UserError
 from bayesq.suite.plots import CHARTS
-from bayesq.suite.results import plain
+from bayesq.suite.results import PREDICTIONS_FILE, plain, write_csv
 
 if TYPE_CHECKING:
     import wandb
@@ -56,7 +56,9 @@ class Tracker:
         predictions: Sequence[Mapping[str, Any]] = (),
         checkpoint: Path | None = None,
     ) -> None:
-        """Log the flat result under its own keys as the run's summary, one table row per layer, and the plots.
+        """Log the flat result under its own keys as the run's summary, one table row per layer, plots and predictions.
+
+        Predictions are a file of the run, as W&B tables end after 10,000 rows.
 
         Call it after result.json is written: a failure here becomes a warning and `error`, never an exception.
 
@@ -83,10 +85,19 @@ class Tracker:
             with _data_dir(Path(self._run.settings.wandb_dir) / DATA_FOLDER / self._run.id):
                 if logged:
                     self._run.log(logged)
+                if predictions:
+                    self._save(PREDICTIONS_FILE, predictions)
                 if self._log_artifact and checkpoint is not None:
                     self._run.log_artifact(_artifact(self._run.id, result, checkpoint))
         except Exception as error:
             self._fail(error)
+
+    def _save(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Upload rows as a CSV file of the W&B run; a copy lies in the client's folder, for `wandb sync`."""
+        assert self._run is not None
+        folder = Path(self._run.settings.files_dir)
+        write_csv(folder / name, rows)
+        self._run.save(folder / name, base_path=folder, policy="now")
 
     def _fail(self, error: Exception, remedy: str = "") -> None:
         self._failed = True

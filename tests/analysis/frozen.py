@@ -112,7 +112,8 @@ def add(
         "config": content,
         "wandb/error": None,
     }
-    write_csv(folder / "layers.csv", [{"name": "stem", "bits/code": bits, "achieved_risk": None}])
+    layer = {"name": "stem", "bits/code": bits, "bits/stored": bits + 0.125, "achieved_risk": None}
+    write_csv(folder / "layers.csv", [layer])
     if not metrics:
         write_csv(folder / "predictions.csv", rows)
     write_json(folder / "result.json", result)

@@ -66,6 +66,7 @@ def add_run(
         "posterior": {"name": "kfac"},
         "ablated": ablation or "full",
         "allocator": "knapsack" if method == "bayesq" else "uniform",
+        "correction": "none",
         "bits": bits,
         "seed": seed,
         "calibration": {"examples": examples},

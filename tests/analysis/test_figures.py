@@ -106,14 +106,14 @@ def test_a_missing_budget_breaks_the_line_and_is_named(digits: Path) -> None:
     (values,) = lines.values()
     assert [value == value for value in values] == [True, False, True]
     (line,) = gaps.gaps(runs, source=digits)
-    assert "gptq: no run at 3.5 bits with seed 0, 1, 2" in line
+    assert "gptq at 3.5 bits: no result with seed 0, 1, 2" in line
     assert f"python run.py -m model=resnet dataset=digits method=gptq bits=3.5 seed=0,1,2 results_dir={digits}" in line
 
 
 def test_a_failed_run_is_named_with_its_reason(digits: Path) -> None:
     add_run(digits, method="gptq", bits=3.5, seed=0, failed="dataset.root=x: there is no such folder")
     (line,) = gaps.gaps(load_runs(digits), source=digits)
-    assert "1 failed: dataset.root=x: there is no such folder" in line
+    assert "(seed 0 failed: dataset.root=x: there is no such folder)" in line
 
 
 def test_overrides_of_a_variant_are_in_the_command_of_its_gap(tmp_path: Path) -> None:
@@ -137,6 +137,26 @@ def test_points_with_another_n_are_named(digits: Path) -> None:
     runs = load_runs(digits)
     caption = plots.population(plots.bit_curve_data(runs), runs)
     assert caption == "n = 3 seeds (GPTQ at 3.5 bits: none), 60 test examples"
+
+
+def test_methods_that_read_no_calibration_data_are_named_once(tmp_path: Path) -> None:
+    for bits in (3, 4):
+        add_run(tmp_path, method="rtn", bits=bits)
+        for seed in (0, 1):
+            add_run(tmp_path, method="gptq", bits=bits, seed=seed)
+    add_run(tmp_path, method="bayesq", bits=3)
+    runs = load_runs(tmp_path)
+    caption = plots.population(plots.bit_curve_data(runs), runs)
+    once = "BayesQ at 4 bits: none; BayesQ at 3 bits: 1; RTN: 1, no calibration data read"
+    assert caption == f"n = 2 seeds ({once}), 60 test examples"
+
+
+def test_a_setting_in_the_name_is_not_told_again(tmp_path: Path) -> None:
+    for options in ([], ["sequential=false"]):
+        add_run(tmp_path, method="gptq", bits=3, options=options)
+    runs = load_runs(tmp_path)
+    assert set(runs["variant"]) == {"gptq", "gptq sequential=false"}
+    assert plots.further_settings(runs) == ""
 
 
 def test_reliability_bins_have_the_share_and_accuracy_of_their_examples(digits: Path) -> None:
@@ -183,7 +203,7 @@ def test_copies_and_runs_without_any_record_are_named(tmp_path: Path) -> None:
     assert len(lines) == 2
     assert lines[0].startswith(str(tmp_path / "two/lost"))
     assert "no record" in lines[0]
-    assert "1 further copies of runs" in lines[1]
+    assert "1 duplicate run was dropped" in lines[1]
     assert list(figures.looks(runs)) == ["gptq"]
 
 
@@ -262,6 +282,29 @@ def drawn(full: Path) -> dict[str, Figure]:
         "reliability": plots.reliability(own(plots.reliability_data(results.examples)), looks),
         "rate_distortion": plots.rate_distortion(plots.rate_distortion_data(bounds), plots.layer_gaps(bounds), looks),
     }
+
+
+@pytest.mark.parametrize(("entries", "lengths"), [(3, [3]), (5, [5]), (6, [3, 3]), (7, [4, 3]), (11, [4, 4, 3])])
+def test_lines_of_a_legend_are_about_equally_long(entries: int, lengths: list[int]) -> None:
+    figure, _ = figures.panels(1, 1, figures.DOUBLE, 2.0)
+    figures.legend(figure, {f"m{i}": figures.look("gptq") for i in range(entries)})
+    (found,) = figure.legends
+    with figures.style():
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        heights = [round(text.get_window_extent(canvas.get_renderer()).y0) for text in found.get_texts()]
+    assert sorted(map(heights.count, set(heights)), reverse=True) == lengths
+
+
+@pytest.mark.parametrize(("fastest", "ticks"), [(0.5, [0.5, 1, 2, 5]), (0.001, [0.001, 0.01, 0.1, 1])])
+def test_ticks_of_multiples_have_room(fastest: float, ticks: list[float]) -> None:
+    rows = [("gptq", 1.0), ("bayesq", 5.0), ("rtn", fastest)]
+    data = pd.DataFrame(rows, columns=["variant", "time x"]).assign(**{"memory x": 1.0, "workload": "a / b"})
+    data["method"] = data["variant"]
+    drawn = plots.cost(data, figures.looks(data))
+    axes = drawn.axes[0]
+    low, high = axes.get_xlim()
+    assert [tick for tick in axes.get_xticks() if low <= tick <= high] == pytest.approx(ticks)
 
 
 def texts_of(axes: Axes) -> list[Text]:

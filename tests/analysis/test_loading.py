@@ -6,6 +6,8 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import pandas as pd
@@ -15,12 +17,14 @@ from omegaconf import OmegaConf
 
 from analysis import example_frame, layer_frame, load_runs
 from analysis.loading import command_overrides, records
+from analysis.tables import main_table
 from bayesq.suite.errors import UserError
 from bayesq.suite.files import lock
-from bayesq.suite.results import read_result, write_csv
+from bayesq.suite.relog import read_rows
+from bayesq.suite.results import read_result
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "suite"))
-from wandb_server import API_KEY, ENTITY, serving
+from wandb_server import API_KEY, ENTITY, WandbServer, serving
 
 COLUMNS = {"run_id", "status", "workload", "variant", "error", "duplicates", "path", "overrides"}
 
@@ -199,21 +203,19 @@ def test_a_project_is_named_with_its_entity(source):
         load_runs(source)
 
 
-@pytest.mark.slow
-def test_a_wandb_project_gives_the_frame_of_its_folder(tmp_path, monkeypatch, caplog):
+@contextmanager
+def wandb_project(folders: Sequence[Path], place: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbServer]:
+    """A server that the client talks to, with the project `paper` of what these run folders hold."""
+    import wandb
     from bayesq.suite import tracking
 
-    results = tmp_path / "results"
-    done = add(results, "gptq", 3.0, 0)
-    failed = add(results, "rtn", 3.5, 1, error="memory ran out")
-    layers = [{"name": "stem", "bits/code": 3.0, "bits/stored": 3.5, "achieved_risk": None}]
-    write_csv(done / "layers.csv", layers)
     with serving() as server:
         for name, value in (("BASE_URL", server.url), ("API_KEY", API_KEY), ("SILENT", "true")):
             monkeypatch.setenv(f"WANDB_{name}", value)
-        monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+        monkeypatch.setenv("WANDB_DIR", str(place))
+        wandb.teardown()  # the client reads its settings once
         settings = {"mode": "online", "project": "paper", "entity": ENTITY, "log_artifact": False}
-        for folder in (done, failed):
+        for folder in folders:
             cfg = OmegaConf.load(folder / ".hydra/config.yaml")
             cfg.wandb = settings
             result = read_result(folder / "result.json")
@@ -221,14 +223,25 @@ def test_a_wandb_project_gives_the_frame_of_its_folder(tmp_path, monkeypatch, ca
                 with tracking.track(cfg, folder.name, folder) as tracker:
                     if result is None:
                         raise RuntimeError("memory ran out")
-                    tracker.log_result(result, layers)
+                    tracker.log_result(
+                        result, *(read_rows(folder / name) for name in ("layers.csv", "predictions.csv"))
+                    )
                     assert tracker.error == tracking.UNFINISHED
             except RuntimeError:
                 pass
-        remote, local = load_runs(f"wandb:{ENTITY}/paper"), load_runs(results)
-        tables = layer_frame(remote)
-        examples = example_frame(remote)
+        yield server
         assert not server.unknown
+        wandb.teardown()
+
+
+@pytest.mark.slow
+def test_a_wandb_project_gives_the_frame_of_its_folder(tmp_path, monkeypatch):
+    results = tmp_path / "results"
+    done = add(results, "gptq", 3.0, 0)
+    failed = add(results, "rtn", 3.5, 1, error="memory ran out")
+    with wandb_project([done, failed], tmp_path, monkeypatch):
+        remote, local = load_runs(f"wandb:{ENTITY}/paper"), load_runs(results)
+        tables, examples = layer_frame(remote), example_frame(remote)
     nullable = {"risk/rank_correlation", "q/agreement", "q/ece", "fp/ece"}  # the frozen result has none of them
     assert set(remote) - nullable == set(local)
     assert len(remote) == len(local) == 2
@@ -243,4 +256,20 @@ def test_a_wandb_project_gives_the_frame_of_its_folder(tmp_path, monkeypatch, ca
         else:
             assert "its own" not in mine["error"] and "reason is in the run's own folder" in theirs["error"]
     assert tables.drop(columns="achieved_risk").equals(layer_frame(local).drop(columns="achieved_risk"))
-    assert examples.empty and "W&B has no predictions per example" in caplog.text
+    pd.testing.assert_frame_equal(examples, example_frame(local))
+    assert len(examples) == EXAMPLES
+
+
+@pytest.mark.slow
+def test_a_wandb_project_gives_the_intervals_of_its_folder(tmp_path, monkeypatch, caplog):
+    results = tmp_path / "results"
+    folders = [add(results, method, 3.0, seed) for method in ("gptq", "bayesq") for seed in (0, 1)]
+    without = add(results, "awq", 3.0, 0)
+    (without / "predictions.csv").unlink()
+    with wandb_project([*folders, without], tmp_path, monkeypatch):
+        remote, local = (main_table(load_runs(source)) for source in (f"wandb:{ENTITY}/paper", results))
+    pd.testing.assert_frame_equal(remote.numbers, local.numbers)
+    row = remote.numbers.set_index(["variant", "bits"]).loc[("bayesq", 3.0)]
+    assert row["delta_low"] < row["delta"] < row["delta_high"] and row["p"] < 0.01
+    assert f"wandb:{ENTITY}/paper/{without.name}: W&B has no predictions.csv of it" in caplog.text
+    assert any(note.startswith("resnet / digits, awq at 3 bits: not compared") for note in remote.footnotes)

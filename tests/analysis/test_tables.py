@@ -9,6 +9,8 @@ import pytest
 from frozen import EXAMPLES, add, add_ablation, add_glue, add_main
 
 from analysis import load_runs
+from analysis.gaps import gaps
+from analysis.paper import short_names
 from analysis.tables import (
     Table,
     ablation_table,
@@ -125,26 +127,56 @@ def test_bold_is_only_what_is_better_and_significant(runs):
 def test_the_compact_table_is_the_main_one_in_short(runs):
     table = compact_table(main_table(runs))
     assert shown(table, bits="3") == {
-        "workload": "resnet / digits",
+        "": "ResNet",
         "bits": "3",
-        "KL rtn": "0.4200 ± 0.0283",
-        "KL gptq": "0.2100 ± 0.0141",
-        "KL awq": "0.3150 ± 0.0212",
-        "KL bayesq": "0.0525 ± 0.0035",
-        "KL / GPTQ's": "0.25 [0.18, 0.36]",
-        "score FP": "100.00",
-        "score GPTQ": "63.75",
-        "score BayesQ": "93.75",
-        "Δ GPTQ": "+30.00 [+16.25, +45.00]",
+        "KL, RTN": ".4200 ± .0283",
+        "KL, GPTQ": ".2100 ± .0141",
+        "KL, AWQ": ".3150 ± .0212",
+        "KL, BayesQ": ".0525 ± .0035",
+        "BayesQ / GPTQ": "0.25 [0.18, 0.36]",
+        "accuracy: FP": "100.00",
+        "GPTQ": "63.75",
+        "BayesQ": "93.75",
+        "BayesQ − GPTQ": "+30.00 [+16.25, +45.00]",
     }
-    assert table.bold["KL / GPTQ's"].all()
-    assert list(table.bold["Δ GPTQ"]) == [True, False, False]
+    assert table.bold["BayesQ / GPTQ"].all()
+    assert list(table.bold["BayesQ − GPTQ"]) == [True, False, False]
+
+
+def test_readme_has_the_head_of_the_compact_table(runs):
+    """README's table is pasted from compact_table.md."""
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8").splitlines()
+    table = compact_table(main_table(runs)).markdown().splitlines()
+    head = next(line for line in table if line.startswith("|  | bits |"))
+    assert readme[readme.index(head) + 1] == table[table.index(head) + 1]
+
+
+def test_the_compact_table_marks_the_gptq_that_is_compared(tmp_path):
+    for bits, plain, other in ((3.0, 0.2, 0.3), (4.0, 0.2, 0.1)):
+        for seed in (0, 1):
+            add(tmp_path, "gptq", bits, seed, 20, plain, method__sequential=True)
+            add(tmp_path, "gptq", bits, seed, 30, other, method__sequential=False)
+            add(tmp_path, "bayesq", bits, seed)
+        add(tmp_path, "rtn", bits, 0)
+    table = compact_table(main_table(load_runs(tmp_path)))
+    assert list(table.cells["KL, GPTQ"]) == [".2000", "not run", ".1000 †"]  # no spread: the seeds are alike
+    assert list(table.cells["GPTQ"]) == ["50.00", "-", "75.00"]
+    assert list(table.cells["KL, AWQ"]) == ["not run"] * 3
+    assert "†: gptq sequential=false." in table.caption
+
+
+def test_workloads_have_short_names_that_tell_them_apart():
+    names = ["cifar_resnet56 / cifar10", "efficientnet_lite0 / imagenet", "minilm / movie_snippets"]
+    pairs = ["minilm / glue sst2", "bert_base / glue sst2", "minilm / glue mrpc"]
+    assert list(short_names(names).values()) == ["ResNet-56", "Lite0", "film reviews"]
+    assert list(short_names(pairs).values()) == ["MiniLM-L6 SST-2", "BERT-base SST-2", "MRPC"]
 
 
 def test_a_compact_table_without_bayesq_has_gaps(tmp_path):
     add(tmp_path, "gptq", 3.0, 0)
     row = shown(compact_table(main_table(load_runs(tmp_path))), bits="3")
-    assert (row["KL bayesq"], row["KL / GPTQ's"], row["Δ GPTQ"]) == ("-", "-", "-")
+    assert (row["KL, BayesQ"], row["BayesQ / GPTQ"], row["BayesQ − GPTQ"]) == ("not run", "-", "-")
+    assert (row["KL, GPTQ"], row["GPTQ"], row["accuracy: FP"]) == (".2000", "65.00", "100.00")
 
 
 def test_the_numbers_of_the_ablation_table(runs):
@@ -242,6 +274,19 @@ def test_the_strongest_gptq_of_the_same_settings_is_what_counts(tmp_path):
     assert numbers.loc[("bayesq distill=true", 3.0), "reference"] == "gptq distill=true"
 
 
+def test_no_gptq_is_the_strongest_by_lacking_a_bad_seed(tmp_path):
+    for seed, kl in ((0, 0.1), (1, 0.5), (2, 0.001)):
+        if seed < 2:
+            add(tmp_path, "bayesq", 3.0, seed)
+        add(tmp_path, "gptq", 3.0, seed, 20, kl, method__sequential=False)
+    add(tmp_path, "gptq", 3.0, 0, 20, 0.11, method__sequential=True)
+    for other, seeds in (("gptq sequential=false", ()), ("gptq", (1,))):
+        for seed in seeds:  # with both seeds it has the lower mean, whatever the other's third seed
+            add(tmp_path, "gptq", 3.0, seed, 20, 0.48, method__sequential=True)
+        numbers = main_table(load_runs(tmp_path)).numbers.set_index(["variant", "bits"])
+        assert numbers.loc[("bayesq", 3.0), "reference"] == other
+
+
 def test_rounding_to_nearest_is_the_same_under_every_seed(tmp_path):
     add(tmp_path, "rtn", 3.0, 0)
     for seed in (0, 1, 2):
@@ -250,7 +295,12 @@ def test_rounding_to_nearest_is_the_same_under_every_seed(tmp_path):
     row = table.numbers.set_index(["variant", "bits"]).loc[("rtn", 3.0)]
     assert (row["n"], row["paired_seeds"]) == (1, 3)
     assert row["delta"] == pytest.approx((20 - (26 + 25 + 24) / 3) / EXAMPLES)
-    assert not [note for note in table.footnotes if "rtn at 3 bits" in note]
+    notes = [note for note in table.footnotes if ", rtn at" in note]
+    lines = [line for line in gaps(load_runs(tmp_path), (3.5, 4.0), tmp_path) if ", rtn at" in line]
+    assert notes == lines  # the figures' lines
+    (note,) = notes
+    assert "rtn at 3.5, 4 bits: no result with seed 0: `python run.py" in note
+    assert " method=rtn bits=3.5,4 seed=0 " in note
 
 
 def test_failed_missing_and_duplicate_runs_are_told_and_nothing_is_made_up(tmp_path):
@@ -282,7 +332,8 @@ def test_failed_missing_and_duplicate_runs_are_told_and_nothing_is_made_up(tmp_p
     assert "no result with seed 1 (seed 1 failed: memory ran | out)" in gptq and "method=gptq bits=3 seed=1 " in gptq
     assert shown(table, method="gptq", bits="3", workload="resnet / digits")["n"] == "1"
     photos = [note for note in notes if note.startswith("resnet / photos")]
-    assert sum("dataset=photos method=bayesq" in note for note in photos) == 3
+    (bayesq,) = (note for note in photos if "bayesq" in note)
+    assert "bayesq at 3, 3.5, 4 bits" in bayesq and "dataset=photos method=bayesq bits=3,3.5,4" in bayesq
     assert shown(table, workload="resnet / photos", method="gptq", bits="3")["score"] == "-"
     assert any(note.startswith(f"{tmp_path / 'b' / 'bare'}: missing") for note in notes)
     assert any("duplicate" in note and note.startswith("2 ") for note in notes)

@@ -21,7 +21,7 @@ from wandb_server import API_KEY, WandbServer, serving
 
 from bayesq.suite import evaluation, plots, relog, runner, tracking
 from bayesq.suite.errors import UserError
-from bayesq.suite.results import load_results, read_result, write_json
+from bayesq.suite.results import PREDICTIONS_FILE, load_results, read_result, write_csv, write_json
 
 LAYERS = [
     {"name": "stem", "shape": (16, 3, 3, 3), "bits/code": 4, "bits/stored": 4.5, "kappa": None},
@@ -101,6 +101,12 @@ def logged_tables(folder: Path) -> dict[str, dict[str, Any]]:
     return {
         str(path.relative_to(media)).rsplit("_", 2)[0]: json.loads(path.read_text()) for path in media.rglob("*.json")
     }
+
+
+def written(rows: list[dict[str, object]], folder: Path) -> bytes:
+    """The bytes of a predictions.csv with these rows."""
+    write_csv(folder / "expected.csv", rows)
+    return (folder / "expected.csv").read_bytes()
 
 
 def as_logged(content: dict[str, Any]) -> dict[str, Any]:
@@ -374,6 +380,7 @@ def test_an_online_run_arrives_whole(tmp_path: Path, server: WandbServer) -> Non
     assert {key: run.config[key] for key in ("method", "bits", "seed")} == {"method": "gptq", "bits": 3, "seed": 7}
     uploaded = {place for place in server.uploads if place.startswith("/storage/run/one/media/table/")}
     assert len(uploaded) == len(TABLES)
+    assert server.uploads[f"/storage/run/one/{PREDICTIONS_FILE}"] == written(predictions(), tmp_path)
     assert all(artifact.committed for artifact in server.artifacts)
     assert not any(artifact.type == "quantized-model" for artifact in server.artifacts)
     assert server.unknown == []
@@ -524,6 +531,7 @@ def test_an_offline_run_is_synced_once(tmp_path: Path, server: WandbServer) -> N
     assert (run.exit_code, run.attributes["groupName"], run.attributes["jobType"]) == (0, "resnet-digits", "gptq")
     assert run.config["method"] == "gptq"
     assert len(run.history) == 1
+    assert server.uploads[f"/storage/run/one/{PREDICTIONS_FILE}"] == written(predictions(), tmp_path)
     assert all(artifact.committed for artifact in server.artifacts)
     (packed,) = (artifact for artifact in server.artifacts if artifact.type == "quantized-model")
     assert packed.files == {"quantized.safetensors": b"packed"}
@@ -626,6 +634,10 @@ def test_runs_that_wandb_lacks_are_logged_from_their_files(
     # the record is the same as one that was made at once
     tables = logged_tables(wandb_folder(tmp_path, "one"))
     assert tables == logged_tables(wandb_folder(tmp_path, "two"))
+    first, second = (
+        (wandb_folder(tmp_path, name) / "files" / PREDICTIONS_FILE).read_bytes() for name in ("one", "two")
+    )
+    assert first == second == (tmp_path / "one" / PREDICTIONS_FILE).read_bytes()
     assert set(tables) == TABLES
     read = json.loads(inspect(tmp_path, "one", "--summary"))
     assert (read["exit_code"], read["name"]) == (0, "gptq-3-s7")
