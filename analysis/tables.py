@@ -23,6 +23,7 @@ from analysis.comparisons import (
     with_scores,
 )
 from analysis.gaps import command, missing, remarks, usual_seeds, why, workload_command
+from analysis.latex import floats
 from analysis.loading import FINISHED, UNKNOWN, WANDB, finished, records
 from analysis.paper import BUDGETS, CLAIMED_DELTAS, CLAIMED_FOR, METHODS, NAMES, short_names
 from analysis.statistics import holm, mean_std
@@ -73,80 +74,14 @@ class Table:
         if self.padded:
             table = shown.to_markdown(index=False, disable_numparse=True)
         else:
-            lines = [list(shown), ["---"] * shown.shape[1], *shown.to_numpy().tolist()]
+            lines = [[str(name) for name in shown], ["---"] * shown.shape[1], *shown.to_numpy().tolist()]
             table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
         notes = ["\n".join(f"* {line}" for line in self.footnotes)] if self.footnotes else []
         return "\n\n".join([self.caption, table, *notes]) + "\n"
 
     def latex(self, label: str) -> str:
-        r"""A `table*` for booktabs: caption, label `tab:LABEL`, the rows, and the footnotes below them."""
-        heads = " & ".join(_tex(str(name)) for name in self.cells)
-        rows = [
-            " & ".join(
-                f"\\textbf{{{_tex(cell)}}}" if bold else _tex(cell) for cell, bold in zip(cells, marks, strict=True)
-            )
-            for cells, marks in zip(self.cells.to_numpy(), self.bold.to_numpy(), strict=True)
-        ]
-        notes = [f"{_tex(line)}\\\\" for line in self.footnotes]
-        below = ["\\begin{flushleft}\\footnotesize", *notes, "\\end{flushleft}"] if notes else []
-        lines = [
-            "% needs \\usepackage{booktabs}",
-            "\\begin{table*}",
-            "\\centering",
-            f"\\caption{{{_tex(self.caption)}}}",
-            f"\\label{{tab:{label}}}",
-            f"\\begin{{tabular}}{{{'l' * self._names()}{'r' * (self.cells.shape[1] - self._names())}}}",
-            "\\toprule",
-            f"{heads} \\\\",
-            "\\midrule",
-            *(f"{row} \\\\" for row in rows),
-            "\\bottomrule",
-            "\\end{tabular}",
-            *below,
-            "\\end{table*}",
-        ]
-        return "\n".join(lines) + "\n"
-
-    def _names(self) -> int:
-        """How many columns in front name the row."""
-        named = [name in ("", "workload", "method", "bits", "variant", "model") for name in self.cells]
-        return named.index(False) if False in named else len(named)
-
-
-TEX = {
-    "\\": "\\textbackslash{}",
-    **{character: f"\\{character}" for character in "&%$#_{}"},
-    "~": "\\textasciitilde{}",
-    "^": "\\textasciicircum{}",
-    "±": "$\\pm$",
-    "Δ": "$\\Delta$",
-    "×": "$\\times$",
-    "−": "$-$",
-    "†": "$\\dagger$",
-    "‡": "$\\ddagger$",
-    "§": "\\S{}",
-    "¶": "\\P{}",
-    "<": "$<$",
-    ">": "$>$",
-    "|": "\\textbar{}",
-    "[": "{[}",  # after a line's end it would be an argument
-    "'": "\\textquotesingle{}",
-    '"': "\\textquotedbl{}",
-}
-
-
-def _tex(text: str) -> str:
-    """`text` for LaTeX: characters with a meaning escaped, code in backquotes as \\texttt, a leading minus as one."""
-    parts = []
-    for place, part in enumerate(text.split("`")):
-        escaped = "".join(TEX.get(character, character) for character in part)
-        if place % 2:
-            escaped = escaped.replace("--", "-{}-").replace(",", ",\\allowbreak ")
-            escaped = f"\\texttt{{{escaped}}}"
-        else:
-            escaped = re.sub(r"(?<![\w.])-(?=\d)", "$-$", escaped)
-        parts.append("--" if escaped == GAP else escaped)
-    return "".join(parts)
+        """The table for booktabs and graphicx, see `floats`."""
+        return floats(self.cells, self.bold, self.caption, self.footnotes, label)
 
 
 def write_table(table: Table, folder: str | Path, name: str) -> list[Path]:

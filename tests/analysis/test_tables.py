@@ -374,18 +374,6 @@ def test_numbers_are_written_unrounded(runs, tmp_path):
     assert numbers.loc["bayesq distill=true", "std"] == pytest.approx(0.025 / math.sqrt(2), rel=1e-15)
 
 
-def test_latex_has_its_rows_rules_and_escapes():
-    cells = pd.DataFrame({"method": ["a_b 50% & {x}", "-"], "score": ["±1", "-1.50 [-2.00, -1.00]"]})
-    bold = pd.DataFrame({"method": [False, False], "score": [False, True]})
-    text = Table(cells, cells, bold, "n = 3 & more", ["run `x_y=1,2`"]).latex("t")
-    assert "a\\_b 50\\% \\& \\{x\\} & $\\pm$1 \\\\\n" in text
-    assert "-- & \\textbf{$-$1.50 {[}$-$2.00, $-$1.00]} \\\\\n" in text
-    assert "\\caption{n = 3 \\& more}" in text and "\\texttt{x\\_y=1,\\allowbreak 2}" in text
-    for rule in ("toprule", "midrule", "bottomrule"):
-        assert text.count(f"\\{rule}") == 1
-    assert text.count("{") - text.count("\\{") == text.count("}") - text.count("\\}")
-
-
 def test_markdown_escapes_what_would_split_a_cell():
     cells = pd.DataFrame({"method": ["a|b"], "score": ["1"]})
     text = Table(cells, cells, cells == "1", "n = 1", ["why"]).markdown()
