@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bayesq.suite.memory import give_back_freed
+
 # Offsets in the file are multiples of this, so that mapped tensors are aligned as allocated ones are: libraries choose
 # their summation order by alignment.
 ALIGNMENT = 4096
@@ -51,6 +53,7 @@ class DiskShelf(MutableMapping[tuple[object, ...], Any]):
 
     def __getitem__(self, key: tuple[object, ...]) -> Any:
         """The value, its tensors mapped from the file; writing to them changes no other reader's."""
+        give_back_freed()  # what waits here is large, and so is what will be computed with it
         return _replaced(self._values[key], _Place, self._read)
 
     def __delitem__(self, key: tuple[object, ...]) -> None:
