@@ -10,7 +10,15 @@ import numpy as np
 import pandas as pd
 
 from analysis.loading import finished, read_table, records
-from analysis.statistics import Floats, Interval, mcnemar, paired_bootstrap, paired_metric_bootstrap
+from analysis.statistics import (
+    Floats,
+    Interval,
+    Task,
+    mcnemar,
+    paired_average_bootstrap,
+    paired_bootstrap,
+    paired_metric_bootstrap,
+)
 from bayesq.suite.metrics import FUNCTIONS, Metric, measure
 from bayesq.suite.results import PREDICTIONS_FILE, settings_of
 
@@ -33,6 +41,8 @@ ALIKE_IN_COST = tuple(key for key in ALIKE if key not in ("correction", "distill
 KL_RESAMPLES = 2_000
 # How far a metric of predictions.csv may be from that of result.json, which has seen more digits of the labels.
 TOLERANCE = 1e-5
+# Ending of the metrics of MNLI's second dev set.
+MISMATCHED = "_mismatched"
 BY = ("workload", "variant", "method", "bits")
 
 
@@ -128,6 +138,12 @@ def strongest_baseline(runs: pd.DataFrame, workload: str, bits: float, condition
     return str(min(means.index, key=lambda variant: (-counts[variant], means[variant], variant)))
 
 
+def metrics_of(run: Mapping[str, Any]) -> list[str]:
+    """Names of the metrics in a run's result; a frame of runs has those of all of them in every row."""
+    names = [key.split("/")[1] for key in run if key.startswith("delta/") and key.count("/") == 1]
+    return [name for name in names if not pd.isna(run[f"delta/{name}"])]
+
+
 class Examples:
     """Per-example predictions of runs, each file read once."""
 
@@ -135,7 +151,10 @@ class Examples:
         self._read: dict[str, pd.DataFrame | None] = {}
 
     def of(self, run: Mapping[str, Any]) -> pd.DataFrame | None:
-        """Rows of a run that its primary metric is measured on, by name of the example; None where they are missing."""
+        """A run's `part`, label, q_prediction and kl by name of the example; None where they are missing.
+
+        The part is 0, of MNLI's mismatched examples, which have a metric of their own, 1.
+        """
         path = str(run["path"])
         if path not in self._read:
             self._read[path] = self._checked(run)
@@ -145,18 +164,20 @@ class Examples:
         table = read_table(run, PREDICTIONS_FILE)
         if table is None:
             return None
-        if run["config"]["dataset"].get("task") == "mnli":  # the mismatched examples have a metric of their own
+        table["part"] = 0
+        if run["config"]["dataset"].get("task") == "mnli":
             first = table["id"].str.split("/").str[0]
-            table = table[first == first.iloc[0]]
-        metric = str(run["primary_metric"])
+            table["part"] = (first != first.iloc[0]).astype(int)
         names = table["id"] if "id" in table else pd.Series(range(len(table)), index=table.index).astype(str)
-        table = table.set_index(names)[["label", "q_prediction", "kl"]].astype("float64")
-        found = measure(Metric(metric, metric), *(table[key].to_numpy() for key in ("q_prediction", "label")))
-        if not abs(found - run[f"q/{metric}"]) <= TOLERANCE or table.index.has_duplicates:
-            log.warning(
-                "%s: %s does not give the %s of its result; not compared", run["path"], PREDICTIONS_FILE, metric
-            )
-            return None
+        table = table.set_index(names)[["part", "label", "q_prediction", "kl"]].astype("float64")
+        for metric in metrics_of(run):
+            function, part = _measured_on(metric)
+            own = table[table["part"] == part]
+            found = measure(Metric(metric, function), *(own[key].to_numpy() for key in ("q_prediction", "label")))
+            if not abs(found - run[f"q/{metric}"]) <= TOLERANCE or table.index.has_duplicates:
+                line = "%s: %s does not give the %s of its result; not compared"
+                log.warning(line, run["path"], PREDICTIONS_FILE, metric)
+                return None
         return table
 
     def compare(self, first: pd.DataFrame, second: pd.DataFrame) -> Comparison | None:
@@ -167,6 +188,38 @@ class Examples:
         Args:
             first, second: finished runs, one per seed each, of one workload.
         """
+        tables = self._paired(first, second)
+        if not tables:
+            return None
+        tables = [table[table["part"] == 0] for table in tables]
+        labels = tables[0]["label"].to_numpy()
+        count = len(tables) // 2
+        predictions, kl = (np.stack([table[key].to_numpy() for table in tables]) for key in ("q_prediction", "kl"))
+        function = str(first.iloc[0]["primary_metric"])
+        delta, p = _difference(function, predictions[:count], predictions[count:], labels)
+        ratio = paired_bootstrap(kl[:count], kl[count:], resamples=KL_RESAMPLES, ratio=True)
+        return Comparison(delta, ratio, p, count, len(labels))
+
+    def compare_average(self, pairs: Sequence[tuple[pd.DataFrame, pd.DataFrame]]) -> Interval | None:
+        """The gain in the average of several tasks, each with the mean of its metrics; None where one has no examples.
+
+        Args:
+            pairs: for each task, runs as for `compare`.
+        """
+        tasks = []
+        for first, second in pairs:
+            tables = self._paired(first, second)
+            if not tables:
+                return None
+            predictions = np.stack([table["q_prediction"].to_numpy() for table in tables])
+            labels, parts = (tables[0][key].to_numpy() for key in ("label", "part"))
+            metrics = tuple(_measured_on(metric) for metric in metrics_of(records(first)[0]))
+            half = len(tables) // 2
+            tasks.append(Task(predictions[:half], predictions[half:], labels, parts, metrics))
+        return paired_average_bootstrap(tasks)
+
+    def _paired(self, first: pd.DataFrame, second: pd.DataFrame) -> list[pd.DataFrame]:
+        """Tables of the examples that all have, of `first` by seed and then of `second`; empty where there are none."""
         before, after = self._by_seed(first), self._by_seed(second)
         if before and is_seedless(records(first)[0]):
             before = dict.fromkeys(after, before[min(before)]) | before
@@ -174,25 +227,22 @@ class Examples:
             after = dict.fromkeys(before, after[min(after)]) | after
         seeds = sorted(set(before) & set(after))
         if not seeds:
-            return None
+            return []
         tables = [side[seed] for side in (before, after) for seed in seeds]
         names = tables[0].index
         for table in tables[1:]:
             names = names.intersection(table.index, sort=False)
-        if not len(names):
-            return None
-        tables = [table.loc[names] for table in tables]
-        labels = tables[0]["label"].to_numpy()
-        count = len(seeds)
-        predictions, kl = (np.stack([table[key].to_numpy() for table in tables]) for key in ("q_prediction", "kl"))
-        function = str(first.iloc[0]["primary_metric"])
-        delta, p = _difference(function, predictions[:count], predictions[count:], labels)
-        ratio = paired_bootstrap(kl[:count], kl[count:], resamples=KL_RESAMPLES, ratio=True)
-        return Comparison(delta, ratio, p, count, len(names))
+        return [table.loc[names] for table in tables] if len(names) else []
 
     def _by_seed(self, runs: pd.DataFrame) -> dict[int, pd.DataFrame]:
         tables = {int(run["seed"]): self.of(run) for run in records(runs)}
         return {seed: table for seed, table in tables.items() if table is not None}
+
+
+def _measured_on(metric: str) -> tuple[str, int]:
+    """The function of a result's metric, and the part of the examples that it is measured on."""
+    function = metric.removesuffix(MISMATCHED)
+    return function, int(function != metric)
 
 
 def _difference(function: str, first: Floats, second: Floats, labels: Floats) -> tuple[Interval, float]:

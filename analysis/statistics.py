@@ -92,6 +92,59 @@ def paired_metric_bootstrap(
     return _bootstrap(np.concatenate([labels[None], first, second]), seeds, statistic, 0.0, seed, resamples)
 
 
+@dataclass(frozen=True)
+class Task:
+    """Predictions on one of several tasks whose average counts.
+
+    Attributes:
+        first, second: predictions [seeds, examples].
+        labels: [examples].
+        parts: [examples], which metrics an example counts for.
+        metrics: functions of bayesq.suite.metrics, each with its part; the task's score is their mean.
+    """
+
+    first: Floats
+    second: Floats
+    labels: Floats
+    parts: Floats
+    metrics: Sequence[tuple[str, int]]
+
+
+def paired_average_bootstrap(tasks: Sequence[Task], seed: int = 0, resamples: int = RESAMPLES) -> Interval:
+    """Average over tasks of score(second) - score(first), a mean over seeds.
+
+    Examples and seeds are resampled within each task: the seeds of two tasks draw different calibration sets.
+
+    Raises:
+        ValueError: there is no task, or predictions of one differ in shape or are empty.
+    """
+    if not tasks:
+        raise ValueError("no task to average over")
+    values, drawn = zip(*(_task_gain(task, [seed, place], resamples) for place, task in enumerate(tasks)), strict=True)
+    return _interval(float(np.mean(values)), np.mean(drawn, axis=0), 0.0)
+
+
+def _task_gain(task: Task, seed: Sequence[int], resamples: int) -> tuple[float, Floats]:
+    """score(second) - score(first) of one task, and the same of its resamples."""
+    first, second = _paired(task.first, task.second)
+    seeds = len(first)
+
+    def statistic(columns: Floats, examples: Floats, chosen: Floats) -> Floats:
+        truth, parts, before, after = columns[0], columns[1], columns[2 : seeds + 2], columns[seeds + 2 :]
+        gained = np.zeros((len(examples), seeds))
+        for function, part in task.metrics:
+            inside, measure = parts == part, FUNCTIONS[function]
+            for place in range(seeds):
+                of_second, of_first = (
+                    measure(side[place, inside], truth[inside], examples[:, inside]) for side in (after, before)
+                )
+                gained[:, place] += (of_second - of_first) / len(task.metrics)
+        return np.asarray((gained * chosen).sum(1))
+
+    columns = np.concatenate([np.stack([task.labels, task.parts]), first, second])
+    return _resampled(columns, seeds, statistic, seed, resamples)
+
+
 def _paired(first: Floats, second: Floats) -> tuple[Floats, Floats]:
     first, second = (np.atleast_2d(np.asarray(values, dtype=np.float64)) for values in (first, second))
     if first.shape != second.shape or not first.size:
@@ -107,14 +160,24 @@ def _bootstrap(
     seed: int,
     resamples: int,
 ) -> Interval:
-    """Interval of a statistic over resampled examples and seeds.
+    """Interval of a statistic over resampled examples and seeds; `null` is the value of no difference."""
+    return _interval(*_resampled(columns, seeds, statistic, seed, resamples), null)
+
+
+def _resampled(
+    columns: Floats,
+    seeds: int,
+    statistic: Callable[[Floats, Floats, Floats], Floats],
+    seed: int | Sequence[int],
+    resamples: int,
+) -> tuple[float, Floats]:
+    """A statistic, and the same over resampled examples and seeds [resamples].
 
     Args:
         columns: [k, examples], all that the statistic needs to know of an example. Examples that are alike in it are
             drawn together: their counts are multinomial.
         seeds: how many of them.
         statistic: of distinct columns [k, m], weights [resamples, m] and weights [resamples, seeds], which sum to 1.
-        null: the value of no difference.
         seed: of the resampling.
     """
     distinct, counts = np.unique(columns, axis=1, return_counts=True)
@@ -127,12 +190,16 @@ def _bootstrap(
         weights = _draw(generator, counts, size) / examples
         chosen = generator.multinomial(seeds, np.full(seeds, 1 / seeds), size=size) / seeds
         found.append(statistic(distinct, weights, chosen))
-    drawn = np.concatenate(found)
+    return value, np.concatenate(found)
+
+
+def _interval(value: float, drawn: Floats, null: float) -> Interval:
+    """The percentile interval of resamples, and twice the share of them on the other side of `null`."""
     if np.isnan(value) or np.isnan(drawn).any():
         return Interval(value, math.nan, math.nan, math.nan)
     low, high = np.percentile(drawn, [2.5, 97.5])
     tail = min(np.count_nonzero(drawn <= null), np.count_nonzero(drawn >= null))
-    return Interval(value, float(low), float(high), float(min(2 * (tail + 1) / (resamples + 1), 1.0)))
+    return Interval(value, float(low), float(high), float(min(2 * (tail + 1) / (len(drawn) + 1), 1.0)))
 
 
 def _draw(generator: np.random.Generator, counts: NDArray[np.int64], size: int) -> NDArray[np.int64]:

@@ -18,11 +18,12 @@ from analysis.comparisons import (
     Examples,
     alike,
     counted,
+    metrics_of,
     strongest_baseline,
     summarise,
     with_scores,
 )
-from analysis.gaps import command, missing, remarks, usual_seeds, why, workload_command
+from analysis.gaps import command, missing, own_overrides, remarks, usual_seeds, why, workload_command
 from analysis.latex import floats
 from analysis.loading import FINISHED, UNKNOWN, WANDB, finished, records
 from analysis.paper import BUDGETS, CLAIMED_DELTAS, CLAIMED_FOR, METHODS, NAMES, short_names
@@ -390,7 +391,7 @@ def glue_table(runs: pd.DataFrame) -> Table:
     """GLUE scores times 100: of each task the mean of its metrics, GLUE the mean over the tasks that were run.
 
     Every cell is a mean over seeds, each task's own. `delta` is to full precision on the same tasks, `Δ GPTQ` to the
-    plain GPTQ variant of highest score on the tasks that both have.
+    GPTQ of highest score on the tasks that both have, with the same correction, distillation and calibration size.
 
     Raises:
         ValueError: no run is of a GLUE task.
@@ -414,7 +415,7 @@ def glue_table(runs: pd.DataFrame) -> Table:
     tasks = scores.groupby([*index, "task"]).agg(q=("q", "mean"), std=("q", "std"), fp=("fp", "mean"), n=("q", "size"))
     tasks = tasks.reset_index()
     ran = [task for task in GLUE_TASKS if task in set(tasks["task"])]
-    rows, notes = [], []
+    examples, rows, notes, lacking = Examples(), [], [], []
     for key, own in tasks.groupby(index, sort=True):
         by_task = own.set_index("task")
         row: dict[str, Any] = dict(zip(index, key, strict=True))
@@ -423,13 +424,16 @@ def glue_table(runs: pd.DataFrame) -> Table:
             row[f"{task}_std"] = by_task["std"].get(task, math.nan)
         row |= {"GLUE": by_task["q"].mean(), "FP": by_task["fp"].mean(), "n": int(by_task["n"].min())}
         row["delta"] = row["GLUE"] - row["FP"]
-        row |= _glue_against(tasks, row, by_task["q"])
+        row |= _glue_against(done, tasks, row, by_task["q"], examples)
         row["paper_delta"] = CLAIMED_DELTAS["text"].get(row["bits"]) if row["variant"].startswith("bayesq") else None
         row["missing"] = ", ".join(task for task in GLUE_TASKS if task not in by_task.index)
         rows.append(row)
-        notes += _glue_gap(of_glue, row)
+        lacking.append([task for task in ran if task not in by_task.index])
+        notes += _glue_gap(of_glue, row, lacking[-1])
     table = pd.DataFrame(rows)
     table["paper_delta"] = pd.to_numeric(table["paper_delta"])
+    table["p_holm"] = holm(table["p"].tolist())
+    gain = _cells(table, "delta_gptq", "delta_gptq_low", "delta_gptq_high", form=_glue_delta)
     cells = pd.DataFrame(
         {
             "model": table["model"],
@@ -438,19 +442,29 @@ def glue_table(runs: pd.DataFrame) -> Table:
             **{task: [_spread(*pair) for pair in zip(table[task], table[f"{task}_std"], strict=True)] for task in ran},
             **{name: table[name].map(lambda value: _number(value, ".2f")) for name in ("GLUE", "FP")},
             "Δ FP": table["delta"].map(lambda value: _number(value, "+.2f")),
-            "Δ GPTQ": table["delta_gptq"].map(lambda value: _number(value, "+.2f")),
+            "Δ GPTQ": gain,
+            "p": table["p_holm"].map(_p),
             "paper's Δ": table["paper_delta"].map(lambda value: _number(value, "+.1f")),
             "n": table["n"].map(str),
-            "missing": table["missing"].replace("", GAP),
+            "missing": [
+                ", ".join(task for task in ran if task in names.split(", ")) or GAP for names in table["missing"]
+            ],
         }
     )
     caption = (
         f"GLUE (dev sets): scores times 100, a task's score is the mean of its metrics; means ± sample standard "
         f"deviation over n = {counted(tasks['n'])} seeds. GLUE is the mean over the {len(ran)} of 9 tasks that were "
-        "run (a row that misses a task is no GLUE score), FP the same of the full-precision models. Δ GPTQ: points "
-        "over the GPTQ of highest score on the tasks that both have; p values stand in the main table, task by task."
+        "run (a row that misses one of them has the mean of the others), FP the same of the full-precision models. "
+        "Δ GPTQ: points over the GPTQ of highest score on the tasks that both have, with the same correction, "
+        "distillation and calibration size; 95 % interval and p from a paired bootstrap over examples and seeds within "
+        "each task (McNemar's test knows no average of metrics; it stands in the main table, task by task), p "
+        "Holm-corrected "
+        f"over {int(table['p'].notna().sum())} tests; an interval is left out where a task has no predictions for a "
+        "seed of both. Bold: better than GPTQ at 5 %."
     )
-    return _table(cells, table, {}, caption, [*notes, *_failed(of_glue), *_remarks(of_glue)])
+    better = (table["p_holm"] < LEVEL) & (table["delta_gptq"] > 0)
+    notes += _no_task(of_glue, ran)
+    return _table(cells, table, {"Δ GPTQ": better}, caption, [*notes, *_failed(of_glue), *_remarks(of_glue)])
 
 
 # ------------------------------------------------------------------------------------------------------ rows and cells
@@ -673,37 +687,81 @@ def _task(run: Mapping[str, Any]) -> str | None:
 
 def _task_score(run: Mapping[str, Any], side: str) -> float:
     """Mean of the run's metrics on its task, times 100; `side` is fp or q."""
-    metrics = [key.split("/")[1] for key in run if key.startswith("delta/") and key.count("/") == 1]
-    # a frame has the metrics of all its runs in every row
-    values = [run[f"{side}/{metric}"] for metric in metrics if not pd.isna(run[f"delta/{metric}"])]
-    return 100 * mean_std(values)[0]
+    return 100 * mean_std([run[f"{side}/{metric}"] for metric in metrics_of(run)])[0]
 
 
-def _glue_against(tasks: pd.DataFrame, row: Mapping[str, Any], own: pd.Series) -> dict[str, Any]:
-    """The gain over the best GPTQ on the tasks that both have, and which it is."""
+def _glue_against(
+    done: pd.DataFrame, tasks: pd.DataFrame, row: Mapping[str, Any], own: pd.Series, examples: Examples
+) -> dict[str, Any]:
+    """The gain over the best GPTQ on the tasks that both have, with its interval, and which GPTQ it is."""
+    nothing = dict.fromkeys(("delta_gptq", "delta_gptq_low", "delta_gptq_high", "p"), math.nan)
+    here = done[(done["model"] == row["model"]) & (done["bits/target"] == row["bits"])]
+    mine = here[here["variant"] == row["variant"]]
+    gptq = here[here["method"] == BASELINE]
+    like = set(gptq.loc[[alike(run) == alike(records(mine)[0]) for run in records(gptq)], "variant"])
     same = tasks[(tasks["model"] == row["model"]) & (tasks["bits"] == row["bits"])]
     baselines = {
-        variant: of.set_index("task")["q"]
+        str(variant): of.set_index("task")["q"]
         for variant, of in same.groupby("variant", sort=True)
-        if str(variant).split()[0] == BASELINE and set(own.index) & set(of["task"])
+        if variant in like and set(own.index) & set(of["task"])
     }
-    if not baselines or row["variant"] in baselines:
-        return {"delta_gptq": math.nan, "reference": None}
-    best = max(
-        baselines,
-        key=lambda variant: (len(baselines[variant].index.intersection(own.index)), baselines[variant].mean()),
-    )
-    shared = own.index.intersection(baselines[best].index)
-    return {"delta_gptq": float((own[shared] - baselines[best][shared]).mean()), "reference": best}
+    if not baselines:
+        return {**nothing, "reference": None}
+
+    def shared(variant: str) -> list[str]:
+        return [task for task in own.index if task in baselines[variant].index]
+
+    best = max(baselines, key=lambda variant: (len(shared(variant)), baselines[variant][shared(variant)].mean()))
+    if best == row["variant"]:
+        return {**nothing, "reference": best}
+    gain = float((own[shared(best)] - baselines[best][shared(best)]).mean())
+    theirs = here[here["variant"] == best]
+    pairs = [tuple(of[[_task(run) == task for run in records(of)]] for of in (theirs, mine)) for task in shared(best)]
+    found = examples.compare_average(pairs)
+    if found is None:
+        return {**nothing, "delta_gptq": gain, "reference": best}
+    low, high = 100 * found.low, 100 * found.high
+    return {
+        "delta_gptq": 100 * found.value,
+        "delta_gptq_low": low,
+        "delta_gptq_high": high,
+        "p": found.p,
+        "reference": best,
+    }
 
 
-def _glue_gap(runs: pd.DataFrame, row: Mapping[str, Any]) -> list[str]:
-    """The command that makes the tasks that a row lacks."""
-    if not row["missing"]:
+def _glue_delta(value: float, low: float, high: float) -> str:
+    return _number(value, "+.2f") if math.isnan(low) else _delta(value / 100, low / 100, high / 100)
+
+
+def _glue_gap(runs: pd.DataFrame, row: Mapping[str, Any], lacking: Sequence[str]) -> list[str]:
+    """The command that makes tasks that a row lacks."""
+    if not lacking:
         return []
     same = (runs["model"] == row["model"]) & (runs["variant"] == row["variant"]) & (runs["bits/target"] == row["bits"])
     members = runs[same]
-    what = [f"dataset.task={row['missing'].replace(' ', '')}", f"method={members.iloc[0]['method']}"]
-    what += [f"bits={row['bits']:g}", f"seed={','.join(map(str, sorted(set(members['seed']))))}"]
-    makes = workload_command(records(members)[0], what, _source(runs))
-    return [f"{row['model']}, {row['variant']} at {row['bits']:g} bits: no {row['missing']}: `{makes}`"]
+    seeds = ",".join(map(str, sorted(set(members["seed"]))))
+    own = [o for o in own_overrides(records(members)[0]) if o.startswith("method.")]
+    what = [f"method={members.iloc[0]['method']}", *own, f"bits={row['bits']:g}", f"seed={seeds}"]
+    makes = _glue_command(members, lacking, what, _source(runs))
+    return [f"{row['model']}, {row['variant']} at {row['bits']:g} bits: no {', '.join(lacking)}: `{makes}`"]
+
+
+def _no_task(runs: pd.DataFrame, ran: Sequence[str]) -> list[str]:
+    """One line per model about the tasks that no run of GLUE is of."""
+    lines, lacking = [], [task for task in GLUE_TASKS if task not in ran]
+    for model, members in runs.groupby("model", sort=True):
+        what = [f"method={','.join(method for method in METHODS if method in set(members['method']))}"]
+        what += [f"bits={','.join(f'{bits:g}' for bits in sorted(set(members['bits/target'])))}"]
+        what += [f"seed={','.join(map(str, usual_seeds(members)))}"]
+        makes = _glue_command(members, lacking, what, _source(runs))
+        lines.append(f"{model}: no run of {', '.join(lacking)}: `{makes}`")
+    return lines if lacking else []
+
+
+def _glue_command(members: pd.DataFrame, tasks: Sequence[str], what: Sequence[str], source: str) -> str:
+    """The line for the shell that makes tasks; a checkpoint in a folder named after its task is that of each task."""
+    run = records(members)[0]
+    kept = [o for o in own_overrides(run) if o.startswith("model.checkpoint=") and Path(o).name == _task(run)]
+    checkpoints = [f"{Path(o).parent}/${{dataset.task}}" for o in kept]
+    return workload_command(run, [f"dataset.task={','.join(tasks)}", *checkpoints, *what], source)

@@ -8,7 +8,15 @@ import pytest
 from scipy import stats
 
 from analysis import statistics
-from analysis.statistics import holm, mcnemar, mean_std, paired_bootstrap, paired_metric_bootstrap
+from analysis.statistics import (
+    Task,
+    holm,
+    mcnemar,
+    mean_std,
+    paired_average_bootstrap,
+    paired_bootstrap,
+    paired_metric_bootstrap,
+)
 from bayesq.suite.metrics import FUNCTIONS
 
 
@@ -72,6 +80,44 @@ def test_metrics_are_measured_anew_on_every_resample(function):
     found = paired_metric_bootstrap(function, first, second, labels, resamples=3000)
     assert found.value == pytest.approx(measure(first, second, np.arange(60)))
     assert close(found, naive_bootstrap(first, second, measure, 800), 0.2)
+
+
+def test_an_average_of_tasks_resamples_each_task_on_its_own():
+    """One task has two metrics, the other one for each of two parts, as MNLI has."""
+    generator = np.random.default_rng(4)
+    tasks, sizes = [], (50, 120)
+    for size, metrics in zip(sizes, ((("accuracy", 0), ("f1", 0)), (("accuracy", 0), ("accuracy", 1))), strict=True):
+        labels = generator.integers(2, size=size).astype(float)
+        first, second = (np.where(generator.random((2, size)) < share, labels, 1 - labels) for share in (0.7, 0.8))
+        parts = np.zeros(size) if metrics[1][0] == "f1" else (np.arange(size) % 3 == 0).astype(float)
+        tasks.append(Task(first, second, labels, parts, metrics))
+
+    def f1(predicted, truth):
+        hits = ((predicted == 1) & (truth == 1)).sum()
+        return 2 * hits / ((predicted == 1).sum() + (truth == 1).sum())
+
+    def score(place, predicted, columns):
+        right = predicted == tasks[place].labels[columns]
+        if place == 0:
+            return (right.mean() + f1(predicted, tasks[place].labels[columns])) / 2
+        return (right[columns % 3 == 0].mean() + right[columns % 3 != 0].mean()) / 2
+
+    def gain(draw):
+        gained = []
+        for place, task in enumerate(tasks):
+            rows, columns = draw(2), draw(sizes[place])
+            pairs = [(task.first[row, columns], task.second[row, columns]) for row in rows]
+            gained.append(np.mean([score(place, b, columns) - score(place, a, columns) for a, b in pairs]))
+        return np.mean(gained)
+
+    found = paired_average_bootstrap(tasks, resamples=4000)
+    assert found.value == pytest.approx(gain(np.arange))
+    naive = np.percentile([gain(lambda n: generator.integers(n, size=n)) for _ in range(2000)], [2.5, 97.5])
+    assert close(found, naive)
+    twice, once = (paired_average_bootstrap([tasks[1]] * count) for count in (2, 1))  # alike, but independent
+    assert (twice.high - twice.low) / (once.high - once.low) == pytest.approx(0.5**0.5, rel=0.05)
+    with pytest.raises(ValueError, match="no task"):
+        paired_average_bootstrap([])
 
 
 def test_one_seed_resamples_examples_only():

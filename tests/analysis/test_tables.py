@@ -218,9 +218,40 @@ def test_the_numbers_of_the_glue_table(tmp_path):
     assert numbers.loc["rtn", columns[1:]].tolist() == pytest.approx([30.5, 30.5, 90, -59.5, 2])
     assert numbers.loc["bayesq", "delta_gptq"] == pytest.approx(25)
     assert numbers.loc["rtn", "delta_gptq"] == pytest.approx(-25)  # on the task that both have
-    assert shown(table, method="rtn")["cola"] == "-" and shown(table, method="rtn")["missing"].startswith("cola, sst2")
-    assert "dataset.task=cola,sst2,stsb,qqp,mnli,qnli,rte,wnli method=rtn" in "".join(table.footnotes)
+    assert shown(table, method="rtn")["cola"] == "-" and shown(table, method="rtn")["missing"] == "cola"
+    assert numbers.loc["rtn", "missing"] == "cola, sst2, stsb, qqp, mnli, qnli, rte, wnli"
+    of_rtn, of_all = table.footnotes
+    assert "bert, rtn at 3 bits: no cola:" in of_rtn and "dataset.task=cola method=rtn bits=3 seed=0,1 " in of_rtn
+    assert "dataset.task=sst2,stsb,qqp,mnli,qnli,rte,wnli method=rtn,gptq,bayesq bits=3 seed=0,1 " in of_all
     assert shown(table, method="bayesq")["paper's Δ"] == "+1.1"
+
+
+def test_the_average_of_glue_has_an_interval_and_a_corrected_p_value(tmp_path):
+    """Of 40 examples BayesQ has 12 more right than GPTQ in one task and 4 in the other, AWQ as many as GPTQ."""
+    options = {"model": "bert", "dataset": "glue", "dataset__modality": "text"}
+    for task, more in (("sst2", 12), ("qnli", 4)):
+        own = {**options, "dataset__task": task, "model__checkpoint": f"models/{task}"}
+        for method, correct in (("gptq", 26), ("bayesq", 26 + more), ("awq", 26)):
+            for seed in (0, 1):
+                add(tmp_path, method, 3.0, seed, correct, 0.1, name=f"{task}-{method}-{seed}", **own)
+        add(tmp_path, "gptq", 3.0, 0, 39, 0.1, **own, calibration__examples=512)  # no baseline of the others
+    table = glue_table(load_runs(tmp_path))
+    numbers = table.numbers.set_index("variant")
+    row = numbers.loc["bayesq"]
+    assert row["delta_gptq"] == pytest.approx(100 * (12 + 4) / 2 / EXAMPLES)
+    step = 100 / 2 / EXAMPLES  # one example of one task
+    # the standard error of a share of examples that only one of the two has right
+    error = 100 * sum(p * (1 - p) / EXAMPLES for p in (12 / EXAMPLES, 4 / EXAMPLES)) ** 0.5 / 2
+    assert row["delta_gptq_low"] == pytest.approx(20 - 1.96 * error, abs=step)
+    assert row["delta_gptq_high"] == pytest.approx(20 + 1.96 * error, abs=step)
+    assert row["p_holm"] == pytest.approx(2 * row["p"]) and row["p"] < 0.001 and numbers.loc["awq", "p_holm"] == 1
+    assert table.cells["method"][table.bold["Δ GPTQ"]].tolist() == ["bayesq"]
+    assert "'model.checkpoint=models/${dataset.task}'" in table.footnotes[-1]
+    (tmp_path / "sst2-awq-0/predictions.csv").unlink()
+    assert glue_table(load_runs(tmp_path)).numbers.set_index("variant").loc["awq", "p"] == 1  # seed 1 is left
+    (tmp_path / "sst2-awq-1/predictions.csv").unlink()
+    row = shown(glue_table(load_runs(tmp_path)), method="awq")
+    assert (row["Δ GPTQ"], row["p"]) == ("+0.00", "-")
 
 
 def test_no_glue_is_an_error(runs):
