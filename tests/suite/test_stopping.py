@@ -1,6 +1,7 @@
 """Signals that a library makes another error of, or drops."""
 
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,14 @@ from bayesq.suite import cache, cli, packed
 from bayesq.suite.stopping import Terminated, stop_if_asked, stoppable
 
 KINDS = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Terminated}
+
+
+@pytest.fixture(autouse=True)
+def heeded() -> Iterator[None]:
+    """SIGINT as a terminal's programs have it: what runs in a shell's background is started to ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 class Interrupting:
