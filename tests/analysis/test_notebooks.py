@@ -136,5 +136,5 @@ def test_pages_as_scripts_and_as_notebooks_write_the_same_files(
     for name, content in written.items():
         assert (tmp_path / "notebooks" / name).read_bytes() == content, name
     page = (tmp_path / "scripts/pages/main_figure.md").read_text()
-    assert "rtn: no run at 4 bits" in page
+    assert "rtn at 4 bits: no result with seed 0" in page
     assert "the disk was full" in page
