@@ -20,7 +20,7 @@ _asked: type[KeyboardInterrupt] | None = None
 
 
 def stop_if_asked() -> None:
-    """Raise what a signal asked for since `stoppable` began.
+    """Raise what a signal asked for since `stoppable` began; outside of it nothing.
 
     Raises:
         KeyboardInterrupt: SIGINT came.
@@ -46,12 +46,12 @@ def stoppable() -> Iterator[None]:
         raise _asked
 
     before = {number: signal.getsignal(number) for number in _EXCEPTIONS}
-    _asked = None
     for number, handler in before.items():
         if handler is not signal.SIG_IGN or number == signal.SIGTERM:
             signal.signal(number, stop)
     try:
         yield
     finally:
+        _asked = None
         for number, handler in before.items():
             signal.signal(number, handler)

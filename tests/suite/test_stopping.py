@@ -47,8 +47,7 @@ def test_nothing_is_raised_unless_asked_for() -> None:
         stop_if_asked()
     with pytest.raises(KeyboardInterrupt), stoppable():
         signal.raise_signal(signal.SIGINT)
-    with stoppable():
-        stop_if_asked()  # what an earlier command was asked for is over
+    stop_if_asked()  # what an earlier command was asked for is over
 
 
 def test_handlers_are_put_back_and_a_second_signal_has_its_usual_effect() -> None:
