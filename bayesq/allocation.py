@@ -10,9 +10,9 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from itertools import pairwise
-from typing import Protocol
+from typing import Any, Protocol
 
+import numba
 import numpy as np
 import torch
 from torch import Tensor
@@ -30,27 +30,37 @@ from bayesq.whitening import layer_whitening
 DAMPING = 0.01
 
 
-def lower_hull(risk: np.ndarray, bits: np.ndarray) -> list[list[int]]:
+@numba.njit(cache=True, nogil=True)
+def _lower_hulls(risk: Any, bits: Any, hull: Any, length: Any) -> None:
+    """`lower_hull` of every block: hull [B, W] its choices in front, length [B] how many."""
+    for block in range(risk.shape[0]):
+        r, b, own, n = risk[block], bits[block], hull[block], 0
+        for k in range(len(r)):
+            if not math.isfinite(r[k]) or (n > 0 and r[k] >= r[own[n - 1]]):
+                continue
+            while n > 1:
+                i, j = own[n - 2], own[n - 1]
+                if (r[i] - r[j]) * (b[k] - b[j]) > (r[j] - r[k]) * (b[j] - b[i]):
+                    break
+                n -= 1
+            own[n] = k
+            n += 1
+        length[block] = n
+
+
+def lower_hull(risk: np.ndarray, bits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Choices on the lower convex hull of each block's (bits, risk) points, beginning with the cheapest.
 
     Args:
         risk: [B, W] finite, or inf for a choice that a block does not have; each has one.
         bits: [B, W] strictly increasing along W.
+
+    Returns:
+        hull [B, W] int64, the choices in front; how many they are [B] int64.
     """
-    hulls = []
-    for r, b in zip(risk.tolist(), bits.tolist(), strict=True):
-        hull = [next(k for k, value in enumerate(r) if math.isfinite(value))]
-        for k in range(hull[0] + 1, len(r)):
-            if r[k] >= r[hull[-1]]:
-                continue
-            while len(hull) > 1:
-                i, j = hull[-2], hull[-1]
-                if (r[i] - r[j]) * (b[k] - b[j]) > (r[j] - r[k]) * (b[j] - b[i]):
-                    break
-                hull.pop()
-            hull.append(k)
-        hulls.append(hull)
-    return hulls
+    hull, length = np.zeros(risk.shape, np.int64), np.zeros(len(risk), np.int64)
+    _lower_hulls(risk, bits, hull, length)
+    return hull, length
 
 
 def greedy_knapsack(risk: Tensor, bits: Tensor, capacity: float) -> Tensor:
@@ -75,26 +85,26 @@ def greedy_knapsack(risk: Tensor, bits: Tensor, capacity: float) -> Tensor:
     if bool(torch.isnan(risk).any()) or not bool(torch.isfinite(risk).any(1).all()):
         raise ValueError("a predicted risk is NaN, or infinite at every width of a block")
     r, b = risk.to(torch.float64).numpy(), bits.to(torch.float64).numpy()
-    hulls = lower_hull(r, b)
-    choice = np.array([hull[0] for hull in hulls], dtype=np.int64)
+    hull, length = lower_hull(r, b)
+    choice = hull[:, 0].copy()
     least = float(b[np.arange(len(b)), choice].sum())
     left = capacity - least
     if left < 0:
         raise ValueError(f"the smallest widths need {least:.0f} bits, the budget has {capacity:.0f}")
-    steps = [  # (gain per bit, block, from, to)
-        ((r[block, i] - r[block, j]) / (b[block, j] - b[block, i]), block, i, j)
-        for block, hull in enumerate(hulls)
-        for i, j in pairwise(hull)
-    ]
-    # Along a hull gains per bit fall, so sorting keeps a block's steps in order; `from` breaks exact ties.
-    steps.sort(key=lambda step: (-step[0], step[1], step[2]))
+    # every step from one choice of a hull to the next
+    block, place = np.nonzero(np.arange(1, hull.shape[1]) < length[:, None])
+    before, after = hull[block, place], hull[block, place + 1]
+    costs = b[block, after] - b[block, before]
+    gain = (r[block, before] - r[block, after]) / costs
+    # Along a hull gains per bit fall, so sorting keeps a block's steps in order; `before` breaks exact ties.
+    order = np.lexsort((before, block, -gain))
     cheapest = float((b[:, 1:] - b[:, :-1]).min()) if b.shape[1] > 1 else np.inf
-    for _, block, i, j in steps:
+    steps = (part[order].tolist() for part in (block, before, after, costs))
+    for k, i, j, cost in zip(*steps, strict=True):
         if left < cheapest:
             break
-        cost = b[block, j] - b[block, i]
-        if choice[block] == i and cost <= left:
-            choice[block] = j
+        if choice[k] == i and cost <= left:
+            choice[k] = j
             left -= cost
     return torch.from_numpy(choice)
 

@@ -7,6 +7,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+from hypothesis import settings
+
+# the first example of a test may be the one that numba compiles for
+settings.register_profile("bayesq", deadline=None)
+settings.load_profile("bayesq")
 
 SWITCHES = ("HYDRA_FULL_ERROR", "WANDB_API_KEY", "WANDB_BASE_URL", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_MODE")
 

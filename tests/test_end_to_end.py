@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -320,7 +321,9 @@ def test_distillation_never_raises_the_held_out_divergence(sweep: Path, method: 
 def test_autocast_is_reported_with_its_own_effect(run: Callable[[str], dict]) -> None:
     plain, lower = run("method=bayesq"), run("method=bayesq evaluation.autocast=bfloat16")
     assert 0 < lower["autocast/kl_to_float32"] < lower["q/kl_to_fp"]
-    assert lower["q/kl_to_fp"] == pytest.approx(plain["q/kl_to_fp"], rel=0.2)
+    # the root of a small divergence is a distance, and the format moves both networks that are compared
+    shift = abs(math.sqrt(lower["q/kl_to_fp"]) - math.sqrt(plain["q/kl_to_fp"]))
+    assert shift <= 2 * math.sqrt(lower["autocast/kl_to_float32"])
     assert lower["fp/nll"] != plain["fp/nll"] and "autocast/kl_to_float32" not in plain
 
 

@@ -37,6 +37,8 @@ POLYNOMIALS = {
 SUBSETS = 4
 # Path costs are compared in float32; they start again from zero after so many rows, before digits run out.
 RENORMALIZE = 64
+# So many levels are compared one by one: faster than halving them, whose branches nobody can predict.
+FEW = 7
 
 
 @cache
@@ -66,13 +68,22 @@ def level_indices(codes: Tensor, states: int, groups: int) -> Tensor:
         states: 2**m.
         groups: convolution groups; each group's rows begin a path of their own.
     """
-    code = codes.to(torch.int64).reshape(groups, -1, codes.shape[1])
-    bit = code & 1
-    window = bit.clone()
-    for i in range(1, min(states.bit_length(), code.shape[1])):
-        window[:, i:] += bit[:, : code.shape[1] - i] << i
-    subset = torch.from_numpy(subset_table(states))[window]
-    return (subset + SUBSETS * (code >> 1)).reshape(codes.shape)
+    code = codes.reshape(groups, -1, codes.shape[1]).contiguous()
+    index = torch.empty(code.shape, dtype=torch.int64)
+    subset = subset_table(states)
+    for own, found in zip(code.numpy(), index.numpy(), strict=True):
+        _decode(own, subset, found)
+    return index.reshape(codes.shape)
+
+
+@numba.njit(cache=True, nogil=True)
+def _decode(code: Any, subset: Any, index: Any) -> None:
+    """`level_indices` of one group: code [n, C] uint8, subset [2 * states], index [n, C] int64 written."""
+    window = np.zeros(code.shape[1], np.int64)
+    for r in range(code.shape[0]):
+        for c in range(code.shape[1]):
+            window[c] = (window[c] << 1 | code[r, c] & 1) & (len(subset) - 1)
+            index[r, c] = subset[window[c]] + SUBSETS * (code[r, c] >> 1)
 
 
 @numba.njit(cache=True, nogil=True)
@@ -87,47 +98,59 @@ def _search(units: Any, weight: Any, width: Any, levels: Any, subset: Any, code:
         weight: [n] float64 cost of a squared error of one level unit.
         width: [n] int64.
         levels: [9, 512] float64, levels of each width.
-        subset: [states / 2] subset of window 2 p.
+        subset: [states / 2] uint8, subset of window 2 p.
         code, index: [n] int64, written: codes, and level indices.
     """
     n, half = units.shape[0], subset.shape[0]
-    cost = np.full(2 * half, np.float32(1e30))
-    cost[0] = 0
-    new = np.empty(2 * half, np.float32)
-    from_upper = np.empty((n, 2 * half), np.uint8)
+    # Whole arrays, no slices, and selections in place of table look-ups: so the loops over states become vector code.
+    lower, upper = np.full(half, np.float32(1e30)), np.full(half, np.float32(1e30))
+    lower[0] = 0
+    even, odd = np.empty(half, np.float32), np.empty(half, np.float32)
+    source = np.empty((n, half), np.uint8)  # bit 0: state 2 p came from p + half; bit 1: 2 p + 1 did
     nearest = np.empty((n, SUBSETS), np.int64)
     d = np.empty(SUBSETS, np.float32)
     for i in range(n):
-        x, book = units[i], levels[width[i]]
-        top = (1 << (width[i] - 1)) - 1
+        x, w = units[i], width[i]
         for s in range(SUBSETS):
-            low, high = 0, top
-            while low < high:
+            low, high = 0, (1 << (w - 1)) - 1
+            while high - low > FEW:
                 middle = (low + high) // 2
-                if x > (book[s + 4 * middle] + book[s + 4 * middle + 4]) * 0.5:
+                if x > (levels[w, s + SUBSETS * middle] + levels[w, s + SUBSETS * middle + SUBSETS]) * 0.5:
                     low = middle + 1
                 else:
                     high = middle
-            nearest[i, s] = s + SUBSETS * low
-            error = x - book[s + SUBSETS * low]
+            k = low
+            for q in range(low, high):
+                k += x > (levels[w, s + SUBSETS * q] + levels[w, s + SUBSETS * q + SUBSETS]) * 0.5
+            nearest[i, s] = s + SUBSETS * k
+            error = x - levels[w, s + SUBSETS * k]
             d[s] = error * error * weight[i]
+        d0, d1, d2, d3 = d[0], d[1], d[2], d[3]
         for p in range(half):
-            a, b = d[subset[p]], d[subset[p] ^ 2]
-            lower, upper = cost[p], cost[p + half]
-            zero_lower, zero_upper = lower + a, upper + b
-            one_lower, one_upper = lower + b, upper + a
-            new[2 * p] = min(zero_lower, zero_upper)
-            new[2 * p + 1] = min(one_lower, one_upper)
-            from_upper[i, 2 * p] = zero_upper < zero_lower
-            from_upper[i, 2 * p + 1] = one_upper < one_lower
-        cost, new = new, cost
+            s = subset[p]
+            a = d0 if s == 0 else d1 if s == 1 else d2 if s == 2 else d3
+            b = d2 if s == 0 else d3 if s == 1 else d0 if s == 2 else d1
+            zero_lower, zero_upper = lower[p] + a, upper[p] + b
+            one_lower, one_upper = lower[p] + b, upper[p] + a
+            source[i, p] = np.uint8(zero_upper < zero_lower) | np.uint8(one_upper < one_lower) << 1
+            even[p] = zero_upper if zero_upper < zero_lower else zero_lower
+            odd[p] = one_upper if one_upper < one_lower else one_lower
+        for p in range(half // 2):
+            q = p + half // 2
+            lower[2 * p], lower[2 * p + 1] = even[p], odd[p]
+            upper[2 * p], upper[2 * p + 1] = even[q], odd[q]
         if i % RENORMALIZE == RENORMALIZE - 1:
-            cost -= cost.min()
-    state = int(cost.argmin())
+            least = min(lower.min(), upper.min())
+            for p in range(half):
+                lower[p] -= least
+                upper[p] -= least
+    state = int(lower.argmin())
+    if upper.min() < lower[state]:
+        state = half + int(upper.argmin())
     for i in range(n - 1, -1, -1):
-        bit, oldest = state & 1, from_upper[i, state]
-        p = state >> 1
-        chosen = subset[p] if bit == oldest else subset[p] ^ 2
+        bit, p = state & 1, state >> 1
+        oldest = (int(source[i, p]) >> bit) & 1
+        chosen = subset[p] ^ (2 * (bit ^ oldest))
         index[i] = nearest[i, chosen]
         code[i] = 2 * (nearest[i, chosen] // SUBSETS) + bit
         state = p + half * oldest
@@ -209,7 +232,7 @@ class TrellisGrid:
         weight = self.row_gain.to(torch.float64) * self.scale.to(torch.float64).square()
         # Only ratios matter; around 1 float32 path costs neither overflow nor vanish.
         weight = weight / weight.mean().clamp(min=torch.finfo(torch.float64).tiny)
-        subset = subset_table(self.states)[: self.states : 2].copy()
+        subset = subset_table(self.states)[: self.states : 2].astype(np.uint8)
         self._tables = (weight.numpy(), self.width.to(torch.int64).numpy(), levels, subset)
 
     def round(self, x: Tensor, column: int) -> tuple[Tensor, Tensor]:

@@ -207,6 +207,7 @@ def test_a_project_is_named_with_its_entity(source):
 def wandb_project(folders: Sequence[Path], place: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbServer]:
     """A server that the client talks to, with the project `paper` of what these run folders hold."""
     import wandb
+
     from bayesq.suite import tracking
 
     with serving() as server:

@@ -279,6 +279,9 @@ class TestNames:
                 ]
         names = {"resnet18", "resnet34", "resnet50", "resnet101", "mobilenetv2", "vit_small", "convnext_tiny"}
         assert set(found) == names
+        pins = {name: OmegaConf.load(ROOT / "conf" / "model" / f"{name}.yaml").get("revision") for name in names}
+        assert {name for name, pin in pins.items() if pin is None} == {"resnet101"}
+        assert all(hub.COMMIT.fullmatch(pin) for pin in pins.values() if pin is not None)
         for published in found.values():
             assert published.num_classes == 1000 and published.hf_hub_id.startswith("timm/")
 
@@ -349,7 +352,7 @@ class TestPublishedWeights:
     def test_a_pinned_revision_is_the_one_loaded(self, tmp_path: Path, cache: Path) -> None:
         put(cache, RESNET, network(RESNET, 1000))
         assert TimmModel(RESNET, revision=COMMIT).build(images(1000), tmp_path).description["revision"] == COMMIT
-        with pytest.raises(UserError, match="it cannot be reached"):
+        with pytest.raises(UserError, match=rf"timm/{RESNET} at model\.revision=9+ could not .*it cannot be reached"):
             TimmModel(RESNET, revision="9" * 40).build(images(1000), tmp_path)
 
     def test_other_classes_need_a_checkpoint(self, tmp_path: Path, cache: Path) -> None:

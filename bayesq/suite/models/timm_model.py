@@ -147,8 +147,10 @@ class TimmModel:
             )
         repository, _, _ = published.hf_hub_id.partition("@")
         file = published.hf_hub_filename or WEIGHTS_FILE
-        found = hub_file(repository, file, self.revision, f"model={name}: {repository}", instead)
-        tell_commit(f"model={name}: {repository}", self.revision, found.commit, "model.revision")
+        key = f"model={name}: {repository}"
+        asked = key if self.revision is None else f"{key} at model.revision={self.revision}"
+        found = hub_file(repository, file, self.revision, asked, instead)
+        tell_commit(key, self.revision, found.commit, "model.revision")
         # by its commit, which timm then finds in the cache without asking the hub again
         module = self._create(
             published, pretrained=True, pretrained_cfg_overlay={"hf_hub_id": f"{repository}@{found.commit}"}

@@ -18,7 +18,7 @@ from torch import nn
 from bayesq.suite.config import one_line
 from bayesq.suite.datasets.base import DataSplits, Examples
 from bayesq.suite.errors import UserError
-from bayesq.suite.hub import from_hub, reachable, tell_commit
+from bayesq.suite.hub import MAIN, from_hub, reachable, tell_commit
 from bayesq.suite.models.base import EncodedExamples, Network, parameter_count, state_checksum
 from bayesq.suite.models.checkpoint import INTEGERS, checkpoint_sha256
 from bayesq.suite.models.text import SequenceClassifier, config_of, label_order, texts_of, token_examples
@@ -39,6 +39,7 @@ class Origin:
         key: as typed, for messages.
         place: folder, or id on the hub.
         local: whether it is a folder.
+        revision: commit, tag or branch on the hub; None: its main branch.
         order: names of its logits in their order, if they have to be told.
         order_key: where those come from.
     """
@@ -46,6 +47,7 @@ class Origin:
     key: str
     place: str
     local: bool
+    revision: str | None
     order: Sequence[str] | None
     order_key: str
 
@@ -57,10 +59,10 @@ class TransformersClassifier:
         max_length: tokens a sentence (or pair) is truncated to, special ones included.
         source: id on the hub, or folder.
         checkpoint: folder with config.json, *.safetensors and the tokenizer's files; comes before `source` and `hub`.
-        revision: commit, tag or branch on the hub; None: its main branch.
+        revision: commit, tag or branch on the hub; None: the one that `hub` names, else its main branch.
         label_order: names of the data set's classes in the order of the checkpoint's logits; None: the names in the
             checkpoint's config if they are the data set's, else the data set's order.
-        hub: ids on the hub by task, for models with a checkpoint per task.
+        hub: ids on the hub by task, for models with a checkpoint per task; ID@REVISION pins one.
         hub_label_order: `label_order` of those, by task.
     """
 
@@ -96,7 +98,7 @@ class TransformersClassifier:
         online = not origin.local and reachable()
         options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": not online}
         if not origin.local:
-            options["revision"] = self.revision or "main"
+            options["revision"] = origin.revision or MAIN
 
         from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -155,7 +157,7 @@ class TransformersClassifier:
             description["checkpoint_sha256"] = checkpoint_sha256(Path(origin.place))
         else:
             commit = getattr(config, "_commit_hash", None) or options["revision"]
-            tell_commit(origin.key, self.revision, commit, "model.revision")
+            tell_commit(origin.key, origin.revision, commit, "model.revision")
             description["revision"] = commit
         return Network(
             module=module,
@@ -185,7 +187,7 @@ class TransformersClassifier:
         Raises:
             UserError: they say nothing.
         """
-        own = (self.label_order, "model.label_order")
+        own = (self.revision, self.label_order, "model.label_order")
         if self.checkpoint is not None:
             return Origin(f"model.checkpoint={self.checkpoint}", self.checkpoint, True, *own)
         if self.source == UNNAMED:
@@ -198,9 +200,12 @@ class TransformersClassifier:
                 "the model needs a checkpoint that was fine-tuned on this data set: add model.checkpoint=DIR (its YAML "
                 f"names some on the hub for dataset=glue dataset.task={', '.join(self.hub) or '(none)'})"
             )
-        if self.label_order is None and task in self.hub_label_order:
-            own = (self.hub_label_order[task], f"model.hub_label_order.{task}")
-        return Origin(f"model.hub.{task}={self.hub[task]}", self.hub[task], False, *own)
+        repository, _, pinned = self.hub[task].partition("@")
+        order, order_key = self.label_order, "model.label_order"
+        if order is None and task in self.hub_label_order:
+            order, order_key = self.hub_label_order[task], f"model.hub_label_order.{task}"
+        revision = self.revision or pinned or None
+        return Origin(f"model.hub.{task}={repository}", repository, False, revision, order, order_key)
 
 
 def check_folder(origin: Origin) -> None:
