@@ -21,7 +21,7 @@ from bayesq.posterior import Posterior
 from bayesq.quant.grids import CLIP_STEPS, FP16_TINY, mse_grid, zero_code
 from bayesq.quant.method import Allocate, LayerProblem, check_finite, stack_groups
 from bayesq.quant.tensor import Codebook, QuantizedTensor
-from bayesq.quant.trellis import POLYNOMIALS, normal_trellis, uniform_levels
+from bayesq.quant.trellis import POLYNOMIALS, trellis_distortion, uniform_levels
 from bayesq.rounding import Rounded, refit_rows, round_layer, rounding_gain
 from bayesq.whitening import Whitening, layer_whitening
 
@@ -133,8 +133,9 @@ class BayesQ:
 
     def distortion(self, layer: LayerProblem, width: int) -> float:
         """Expected squared error T_b of a code of `width` bits in this layer, for weights of unit variance."""
-        if self._trellis(layer) is not None:
-            return normal_trellis(width, self._trellis(layer), width in self.tables)[1]
+        states = self._trellis(layer)
+        if states is not None:
+            return trellis_distortion(width, states, width in self.tables)
         return normal_distortion("lloyd" if self._has_table(layer, width) else "uniform", width)
 
     def _table_widths(self, layers: Sequence[LayerProblem]) -> tuple[int, ...]:

@@ -15,7 +15,15 @@ from torch import Tensor
 from bayesq.codebook import normal_distortion
 from bayesq.quant.feedback import feedback_factor, feedback_round
 from bayesq.quant.grids import CodebookGrid
-from bayesq.quant.trellis import POLYNOMIALS, TrellisGrid, level_indices, normal_trellis, subset_table, uniform_levels
+from bayesq.quant.trellis import (
+    POLYNOMIALS,
+    TrellisGrid,
+    level_indices,
+    normal_trellis,
+    subset_table,
+    trellis_distortion,
+    uniform_levels,
+)
 
 STATES = sorted(UNGERBOECK)
 WIDTHS = [3, 2, 5, 2, 4, 3, 8, 2]
@@ -324,6 +332,9 @@ def test_designed_levels_beat_half_steps_and_both_beat_scalar_ones(width: int) -
         assert found.shape == (2 ** (width + 1),) and bool((found.diff() >= 0).all())
         torch.testing.assert_close(found, -found.flip(0))
     torch.testing.assert_close(steps.diff(), steps.diff()[:1].expand(len(steps) - 1))
+    # what is written down is what is found
+    assert trellis_distortion(width, 64, True) == pytest.approx(designed, rel=1e-5)
+    assert trellis_distortion(width, 64, False) == pytest.approx(plain, rel=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ from bayesq.suite.cache import read_tensors
 from bayesq.suite.datasets.base import DataSplits, Examples
 from bayesq.suite.datasets.glue import TASKS
 from bayesq.suite.errors import UserError
+from bayesq.suite.hub import COMMIT
 from bayesq.suite.models.checkpoint import checkpoint_sha256
 from bayesq.suite.models.text import label_order
 from bayesq.suite.models.transformers_model import TransformersClassifier
@@ -299,6 +300,10 @@ def test_the_hubs_checkpoint_of_the_task(monkeypatch):
     origin = model._origin("mnli")
     assert label_order(["LABEL_0", "LABEL_1", "LABEL_2"], MNLI, origin.order, origin.order_key)[0] == [1, 2, 0]
     assert set(cfg.model.hub) == set(TASKS) and model._origin("rte").order is None
+    cfg.model.revision = None
+    pinned = build(cfg.model)._origin("sst2")
+    assert (pinned.place, pinned.key) == ("textattack/bert-base-uncased-SST-2", f"model.hub.sst2={pinned.place}")
+    assert COMMIT.fullmatch(pinned.revision) and build(cfg.model)._origin("rte").revision is None
 
 
 def test_an_unreachable_hub_is_one_line_and_fast(tmp_path):
