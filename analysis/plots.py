@@ -608,6 +608,12 @@ def ablation_data(runs: pd.DataFrame) -> pd.DataFrame:
     columns = ["workload", "bits", "ablation", "method", "q/kl_to_fp", "q/kl_to_fp std", "n", "multiple"]
     done = finished(runs).rename(columns={"bits/target": "bits"})
     done = done.assign(ablation=pd.Series([ablation_of(run) for run in records(done)], done.index, dtype="object"))
+    # a finished run keeps the overrides of the last command that asked for it, which may not have said ablation=full
+    for _, own in done.groupby(["workload", "bits"]):
+        variants = set(own[own["ablation"] == FULL]["variant"]) or {"bayesq"}
+        if own["ablation"].notna().any():
+            same = own[own["ablation"].isna() & own["variant"].isin(variants)]
+            done.loc[same.index, "ablation"] = FULL
     done = done[done["ablation"].notna()]
     if done.empty:
         return pd.DataFrame(columns=columns)

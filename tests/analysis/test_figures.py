@@ -342,3 +342,15 @@ def test_axes_name_their_units(drawn: dict[str, Figure]) -> None:
         labels = [label for axes in figure.axes for label in (axes.get_xlabel(), axes.get_ylabel()) if label]
         assert labels
         assert all(any(unit in label for unit in units) for label in labels), (name, labels)
+
+
+def test_full_runs_asked_for_again_without_the_ablation_stay_the_full_method(tmp_path: Path) -> None:
+    """A finished run keeps the overrides of the last command that asked for it."""
+    add_run(tmp_path, seed=0, kl=0.02, ablation="full")
+    add_run(tmp_path, seed=1, kl=0.04)  # asked for again by another sweep
+    add_run(tmp_path, seed=0, kl=0.06, ablation="codebook_lloyd")
+    add_run(tmp_path, seed=0, kl=0.5, bits=4.0)  # a budget without ablations
+    data = plots.ablation_data(load_runs(tmp_path)).set_index("ablation")
+    assert set(data["bits"]) == {3.0} and set(data.index) == {"full", "codebook_lloyd"}
+    assert data.loc["full", "n"] == 2 and data.loc["full", "q/kl_to_fp"] == pytest.approx(0.03)
+    assert data.loc["codebook_lloyd", "multiple"] == pytest.approx(2.0)
