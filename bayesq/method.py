@@ -12,7 +12,9 @@ from bayesq.codebook import (
     LevelSums,
     expected_lloyd,
     expected_uniform,
+    level_unit,
     normal_distortion,
+    start_levels,
     table_bits,
     table_price,
     table_widths,
@@ -21,8 +23,8 @@ from bayesq.posterior import Posterior
 from bayesq.quant.grids import CLIP_STEPS, FP16_TINY, mse_grid, zero_code
 from bayesq.quant.method import Allocate, LayerProblem, check_finite, stack_groups
 from bayesq.quant.tensor import Codebook, QuantizedTensor
-from bayesq.quant.trellis import POLYNOMIALS, trellis_distortion, uniform_levels
-from bayesq.rounding import Rounded, refit_rows, round_layer, rounding_gain
+from bayesq.quant.trellis import POLYNOMIALS, trellis_distortion
+from bayesq.rounding import Rounded, first_rows, refit_rows, round_layer, rounding_gain
 from bayesq.whitening import Whitening, layer_whitening
 
 log = logging.getLogger(__name__)
@@ -33,7 +35,7 @@ ROUNDINGS = ("feedback", "two_sided", "nearest")
 LEAST_TRELLIS_ROWS = 4
 LARGEST_TRELLIS = max(POLYNOMIALS)
 # Roundings that are only refitted get a short trellis, which meets much the same values as a long one at an eighth of
-# the search, and first ranges from a coarse scan.
+# the search, and affine rows first ranges from a coarse scan.
 REFIT_STATES = 8
 FIRST_GRID_STEPS = 20
 
@@ -101,9 +103,8 @@ class BayesQ:
         self.tables = self._table_widths(layers)
         widths = allocate(layers, table_bits(self.tables, self.states), self.distortion)
 
-        steps = FIRST_GRID_STEPS if self.refits else CLIP_STEPS
-        grids = {layer.name: _first_grid(layer, widths[layer.name], steps) for layer in layers}
-        levels: dict[int, Tensor] = {}
+        levels = {w: (2**w - 1) / 2 + start_levels(w, self.states) / level_unit(w) for w in self.tables}
+        grids = {layer.name: self._first_grid(layer, widths[layer.name]) for layer in layers}
         for refit in range(self.refits):
             met: dict[int, LevelSums | Atoms] = {}
             own: list[tuple[int, LevelSums]] = []
@@ -118,7 +119,7 @@ class BayesQ:
                     if isinstance(new, LevelSums):
                         own.append((w, new))
                 del rounded, geometry  # where layers are wide, there is no room for two of them
-            levels = {w: self._design(w, weights, levels.get(w)) for w, weights in met.items()}
+            levels = {w: self._design(w, weights, levels.get(w, _codes(w))) for w, weights in met.items()}
             for layer in layers:
                 grids[layer.name] = self._fold_steps(*grids[layer.name], widths[layer.name], levels)
             if refit + 1 == self.refits:
@@ -152,6 +153,29 @@ class BayesQ:
         # Tables of a trellis have twice as many levels as a layer of scalar codes can name.
         return width in self.tables and (self.levels != "trellis" or self._trellis(layer) is not None)
 
+    def _geometry(self, layer: LayerProblem) -> Whitening:
+        row_damping = self.row_damping if self.rounding == "two_sided" else None
+        return layer_whitening(self.posterior, layer, self.rounding != "nearest", self.damping, row_damping)
+
+    def _first_grid(self, layer: LayerProblem, width: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and zero [R] of each row before the first rounding.
+
+        Not every level of a trellis or of a table is within reach, and zero may be none of them: rows that are all zero
+        get the smallest step there is, and stay zero to within it.
+        """
+        weight = stack_groups(layer.weight).to(torch.float64)
+        scale, zero = torch.empty_like(weight[:, 0]), torch.empty_like(weight[:, 0])
+        tables = [w for w in _used(width) if self._has_table(layer, w)]
+        affine = torch.isin(width, torch.tensor(tables, dtype=width.dtype), invert=True)
+        if bool(affine.any()):
+            steps = FIRST_GRID_STEPS if self.refits else CLIP_STEPS
+            scale[affine], zero[affine] = mse_grid(weight[affine], width[affine], steps=steps)
+            scale[affine] = scale[affine].masked_fill((weight[affine] == 0).all(1), FP16_TINY)
+        if tables:
+            gain = rounding_gain(self._geometry(layer), layer.weight.shape[1])
+            scale[~affine], zero[~affine] = first_rows(weight[~affine], gain[~affine], width[~affine])
+        return scale, zero
+
     def _round(
         self,
         layer: LayerProblem,
@@ -161,13 +185,7 @@ class BayesQ:
         most_states: int = LARGEST_TRELLIS,
     ) -> tuple[Rounded, Whitening, dict[int, Codebook]]:
         """One rounding of a layer, the geometry it took place in, and the tables it used."""
-        geometry = layer_whitening(
-            self.posterior,
-            layer,
-            self.rounding != "nearest",
-            self.damping,
-            self.row_damping if self.rounding == "two_sided" else None,
-        )
+        geometry = self._geometry(layer)
         kind = "trellis" if self.levels == "trellis" else "lloyd"
         tables = {
             w: Codebook(f"{kind}/{w}", levels[w].to(torch.float16))
@@ -215,15 +233,14 @@ class BayesQ:
             f"{100 * sum(paying):.2g} % of the predicted risk"
         )
 
-    def _design(self, width: int, weights: "LevelSums | Atoms", start: Tensor | None) -> Tensor:
+    def _design(self, width: int, weights: LevelSums | Atoms, start: Tensor) -> Tensor:
         """Levels with least posterior-expected distortion for what rounding met, in level units."""
         if isinstance(weights, LevelSums):
-            return weights.centroids(uniform_levels(width) if start is None else start)
+            return weights.centroids(start)
         mean, std, precision = weights.gaussians()
         if not len(mean):  # errors in these rows cost nothing, and any levels are as good
-            return torch.arange(2**width, dtype=torch.float64) if start is None else start
+            return start
         if width in self.tables:
-            start = torch.arange(2**width, dtype=torch.float64) if start is None else start
             return expected_lloyd(mean, std, precision, start)
         centre = (2**width - 1) / 2
         levels: Tensor = expected_uniform(mean - centre, std, precision, width) + centre
@@ -255,15 +272,9 @@ class BayesQ:
         )
 
 
-def _first_grid(layer: LayerProblem, width: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-    """Scale and zero [R] of each row's affine grid, the range searched in `steps` steps.
-
-    Not every level of a trellis or of a table is within reach, and zero may be none of them: rows that are all zero get
-    the smallest step there is, and stay zero to within it.
-    """
-    weight = stack_groups(layer.weight).to(torch.float64)
-    scale, zero = mse_grid(weight, width, steps=steps)
-    return scale.masked_fill((weight == 0).all(1), FP16_TINY), zero
+def _codes(width: int) -> Tensor:
+    """The levels of an affine code."""
+    return torch.arange(2**width, dtype=torch.float64)
 
 
 def _used(width: Tensor) -> list[int]:

@@ -1,13 +1,17 @@
-"""Rounding in the whitened space, what it will cost, and refitting grids to what it met (SPEC section 3)."""
+"""Rounding in the whitened space, what it will cost, and rows' grids before it and after it (SPEC section 3)."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numba
+import numpy as np
 import torch
 from torch import Tensor
 
+from bayesq.codebook import level_unit, normal_levels
 from bayesq.quant.feedback import feedback_round, feedback_round_groups
-from bayesq.quant.grids import CodebookGrid, stored_scale, zero_code, zero_value
+from bayesq.quant.grids import FP16_TINY, CodebookGrid, stored_scale, zero_code, zero_value
 from bayesq.quant.method import stack_groups
 from bayesq.quant.trellis import TrellisGrid, level_indices
 from bayesq.quant.two_sided import TwoSidedGrid
@@ -112,6 +116,74 @@ def rounding_gain(geometry: Whitening, rows: int) -> Tensor:
     """The column gains as [R, C] for `rows` rows per group; the rows' own factor left out."""
     groups, _, columns = geometry.column_gain.shape
     return stack_groups(geometry.column_gain.expand(groups, rows, columns))
+
+
+# Spreads tried for a row's first grid, from this many standard deviations up to where nothing is clipped.
+SPREADS, LEAST_SPREAD = 24, 0.5
+
+
+def first_rows(weight: Tensor, gain: Tensor, width: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale and zero of each row before anything is rounded, for levels of unit variance in units of `level_unit`.
+
+    The row's spread s is the one at which scalar Lloyd-Max levels would cost least without feedback:
+
+        min_s sum_c gain_c (w_c - m - s Q((w_c - m) / s))^2,   m = sum_c gain_c w_c / sum_c gain_c
+        scale = s level_unit,   zero = (2**width - 1) / 2 - m / scale
+
+    Refits only walk to the next local optimum, and slowly: what the first grid clips or wastes stays so for many.
+
+    Args:
+        weight: [R, C].
+        gain: [R, C] weights, at least 0.
+        width: [R] bits.
+
+    Returns:
+        scale [R], zero [R], float64; a row of zeros has the smallest scale there is.
+    """
+    w, gain = weight.to(torch.float64), gain.to(torch.float64)
+    total = gain.sum(1, keepdim=True)
+    gain = torch.where(total > 0, gain / total.clamp(min=torch.finfo(gain.dtype).tiny), 1 / gain.shape[1])
+    mean = (gain * w).sum(1)
+    distance = (w - mean[:, None]).abs()
+    deviation = (gain * distance.square()).sum(1).sqrt()
+    spread = torch.empty_like(mean)
+    for bits in width.unique().tolist():
+        rows = width == bits
+        levels, centre = normal_levels("lloyd", bits), (2**bits - 1) / 2
+        # Zero points lie within the codes: a narrower grid would lose a mean that is far from zero.
+        reach = mean[rows].abs() / (centre * level_unit(bits))
+        low = torch.maximum(LEAST_SPREAD * deviation[rows], reach)
+        high = torch.maximum(distance[rows].amax(1) / levels[-1], low)
+        ratio = high / low.clamp(min=torch.finfo(low.dtype).tiny)
+        tried = low[:, None] * ratio[:, None] ** torch.linspace(0, 1, SPREADS, dtype=torch.float64)
+        best = np.empty(len(low), np.int64)
+        upper = levels[len(levels) // 2 :]
+        _least_error(distance[rows].numpy(), gain[rows].numpy(), tried.numpy(), upper.numpy(), best)
+        spread[rows] = tried.gather(1, torch.from_numpy(best)[:, None])[:, 0]
+    unit = torch.tensor([level_unit(bits) for bits in width.tolist()], dtype=torch.float64)
+    scale = (spread * unit).clamp(min=FP16_TINY)
+    return scale, (2 ** width.to(torch.float64) - 1) / 2 - mean / scale
+
+
+@numba.njit(cache=True, nogil=True)
+def _least_error(distance: Any, gain: Any, tried: Any, levels: Any, best: Any) -> None:
+    """best [R]: the column of tried [R, S] whose multiple of the levels [K / 2], mirrored, costs least in its row."""
+    error = np.empty(distance.shape[1])
+    for r in range(distance.shape[0]):
+        x, g, least = distance[r], gain[r], np.inf
+        best[r] = 0
+        for s in range(tried.shape[1]):
+            error[:] = np.inf
+            for level in levels:
+                value = tried[r, s] * level
+                for c in range(len(error)):
+                    squared = (x[c] - value) * (x[c] - value)
+                    error[c] = squared if squared < error[c] else error[c]
+            total = 0.0
+            for c in range(len(error)):
+                total += g[c] * error[c]
+            if total < least:
+                best[r], least = s, total
 
 
 def refit_rows(rounded: Rounded, gain: Tensor) -> tuple[Tensor, Tensor]:
