@@ -19,14 +19,17 @@ from bayesq.codebook import (
     expected_distortion,
     expected_lloyd,
     expected_uniform,
+    level_unit,
     normal_distortion,
     normal_interval,
     normal_levels,
+    start_levels,
     table_bits,
     table_widths,
 )
 from bayesq.quant.packing import CODEBOOK_PREFIX, pack_model
 from bayesq.quant.tensor import Codebook, QuantizedTensor
+from bayesq.quant.trellis import TrellisGrid, trellis_distortion
 
 INF = math.inf
 
@@ -432,6 +435,23 @@ def test_pooled_sums_are_the_sums_of_the_pool():
 
 
 # ----------------------------------------------------------------------------------------------------------- tables
+
+
+@pytest.mark.parametrize("width", [2, 3, 4, 5, 6])
+def test_a_trellis_starts_about_as_good_as_a_design(width):
+    levels = start_levels(width, 64)
+    assert levels.shape == (2 ** (width + 1),) and bool((levels.diff() > 0).all())
+    torch.testing.assert_close(levels, -levels.flip(0))
+    x = torch.randn(2048, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    one = torch.ones(len(x), dtype=torch.float64)
+    grid = TrellisGrid(one, torch.zeros_like(one), torch.full((len(x),), width), {width: levels}, one, 64)
+    error = float((grid.round_matrix(x)[1] - x).square().mean())
+    assert 2.0 ** (-2 * width) < error < 1.06 * trellis_distortion(width, 64, True)
+
+
+def test_scalar_codes_start_from_lloyd_max():
+    assert torch.equal(start_levels(3, None), normal_levels("lloyd", 3))
+    assert level_unit(3) == pytest.approx(0.5860, abs=1e-4)  # Max (1960)
 
 
 @pytest.mark.parametrize("states", [None, 4, 64])

@@ -285,9 +285,16 @@ def test_the_allocator_is_told_the_distortion_of_each_layers_codes(cheap_tables)
 
 
 def test_the_distortion_it_tells_is_about_what_normal_weights_get(cheap_tables):
-    """E[(w - w_hat)^2] gain summed: risk over 1/2 sum gain var(w), for weights that are normal in every row."""
-    one = layer("body", "Linear", (1, 200, 96), 7)
-    one.statistic("gradient_moment")[0] = torch.diag(0.1 + torch.rand(200, generator=torch.Generator().manual_seed(8)))
+    """E[(w - w_hat)^2] gain summed: risk over 1/2 sum gain var(w), for weights that are normal in every row.
+
+    All rows and all columns cost much the same: where few columns cost most, a row's grid fits itself to those, and
+    where few rows do, the trellis' paths serve those first; both do better than told.
+    """
+    one, generator = layer("body", "Linear", (1, 200, 192), 7), torch.Generator().manual_seed(8)
+    one.statistic("gradient_moment")[0] = torch.diag(
+        (0.5 + torch.rand(200, generator=generator)) / one.weight[0].var(1)
+    )
+    one.statistic("input_moment")[0] = torch.diag(0.5 + torch.rand(192, generator=generator)) + 0.5
     for levels, width in (("trellis", 2), ("trellis", 3), ("lloyd", 3), ("uniform", 3)):
         allocator, method = Allocator((width,), ask=(width,)), bayesq_with(levels=levels, damping=0.0)
         ((_, tensor),) = method.quantize([one], allocator)
@@ -295,7 +302,7 @@ def test_the_distortion_it_tells_is_about_what_normal_weights_get(cheap_tables):
         gain = posterior.gradient_factor[0].diagonal()[:, None] * conditional(posterior.input_factor[0])
         scale = 0.5 * float((gain * one.weight[0].double().var(1, unbiased=False, keepdim=True)).sum())
         risk = float(posterior.risk(tensor.dequantize().double() - one.weight.double()).sum())
-        assert risk / scale == pytest.approx(allocator.distortions["body", width], rel=0.15)
+        assert risk / scale == pytest.approx(allocator.distortions["body", width], rel=0.1)
 
 
 def conditional(a: Tensor) -> Tensor:

@@ -9,12 +9,12 @@ from naive_quant import half_steps, shift_register, trellis_indices
 from torch import Tensor
 
 from baselines.gptq import GPTQ
-from bayesq.codebook import normal_distortion, normal_levels
+from bayesq.codebook import level_unit, normal_distortion, normal_levels
 from bayesq.posterior import DiagonalPosterior, Kfac, KroneckerPosterior
 from bayesq.quant.feedback import feedback_factor
-from bayesq.quant.grids import CLIP_RULES, minmax_grid, mse_grid, stored_scale, zero_code, zero_value
+from bayesq.quant.grids import CLIP_RULES, FP16_TINY, minmax_grid, mse_grid, stored_scale, zero_code, zero_value
 from bayesq.quant.method import LayerProblem, stack_groups
-from bayesq.rounding import Rounded, predicted_risk, refit_rows, round_layer, rounding_gain
+from bayesq.rounding import SPREADS, Rounded, first_rows, predicted_risk, refit_rows, round_layer, rounding_gain
 from bayesq.whitening import Whitening, whitening
 
 DAMPING = 0.01
@@ -216,6 +216,55 @@ def test_two_sided_rounds_each_group_with_its_own_factors():
         assert torch.equal(part.codes, whole.codes[own]) and torch.equal(part.values, whole.values[own])
     plain = round_layer(weight, whitening(factors(), True, DAMPING), scale, zero, widths, {})
     assert all(not torch.equal(whole.codes[7 * g : 7 * g + 7], plain.codes[7 * g : 7 * g + 7]) for g in range(3))
+
+
+# -------------------------------------------------------------------------------------------------------- first grids
+
+
+def lloyd_error(row: np.ndarray, gain: np.ndarray, mean: float, spread: float, bits: int) -> float:
+    """What scalar Lloyd-Max levels of this spread about the mean cost, each weight with its nearest level."""
+    levels = mean + spread * normal_levels("lloyd", bits).numpy()
+    return sum(g * min((w - level) ** 2 for level in levels) for w, g in zip(row, gain, strict=True))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_first_grids_have_the_spread_that_costs_least(bits):
+    weight = normal(6, 40, seed=bits).double() * torch.tensor([1e-6, 0.1, 1.0, 1.0, 30.0, 1.0])[:, None]
+    weight[3] += 1.2  # a mean far from zero
+    weight[5, :2] = torch.tensor([9.0, -14.0])  # outliers
+    gain = normal(6, 40, seed=9).double().square()
+    scale, zero = first_rows(weight, gain, torch.full((6,), bits, dtype=torch.uint8))
+    centre = (2**bits - 1) / 2
+    spread, mean = scale / level_unit(bits), scale * (centre - zero)
+    assert mean.tolist() == pytest.approx(np.average(weight, axis=1, weights=gain).tolist(), rel=1e-9)
+    for row, g, m, s in zip(weight.numpy(), gain.numpy(), mean.tolist(), spread.tolist(), strict=True):
+        deviation = np.sqrt(np.average((row - m) ** 2, weights=g))
+        reach = abs(m) / (centre * level_unit(bits))  # zero points end where codes do
+        low = max(deviation / 2, reach)
+        high = max(np.abs(row - m).max() / normal_levels("lloyd", bits).numpy()[-1], low)
+        tried = np.geomspace(low, high, SPREADS)
+        errors = [lloyd_error(row, g, m, t, bits) for t in tried]
+        assert s == pytest.approx(tried[int(np.argmin(errors))], rel=1e-9)
+
+
+def test_first_grids_of_odd_rows():
+    """Zeros, a constant, one weight, gains that are all zero or that leave one column: finite and storable."""
+    weight = torch.zeros(5, 8, dtype=torch.float64)
+    weight[1:4] = torch.tensor([2.5, -1e30, 1e-30], dtype=torch.float64)[:, None]
+    weight[4] = torch.arange(8)
+    gain = torch.ones_like(weight)
+    gain[4] = 0
+    widths = torch.tensor([2, 3, 4, 5, 3], dtype=torch.uint8)
+    scale, zero = first_rows(weight, gain, widths)
+    assert bool((torch.isfinite(scale) & torch.isfinite(zero) & (scale >= FP16_TINY)).all())
+    assert scale[0] == FP16_TINY
+    middle = scale * ((2 ** widths.double() - 1) / 2 - zero)
+    assert middle[:3].tolist() == pytest.approx([0.0, 2.5, -1e30], rel=1e-9)
+    assert bool(((zero >= -1e-9) & (zero <= 2 ** widths.double() - 1 + 1e-9))[[0, 1, 2, 4]].all())
+    even = first_rows(weight[4:], torch.ones(1, 8), widths[4:])  # no gain anywhere counts like the same gain everywhere
+    assert scale[4] == even[0] and zero[4] == even[1]
+    one_scale, one_zero = first_rows(torch.tensor([[3.0], [-0.5]]), torch.ones(2, 1), torch.tensor([3, 3]))
+    assert (one_scale * (3.5 - one_zero)).tolist() == pytest.approx([3.0, -0.5], rel=1e-9)
 
 
 # ------------------------------------------------------------------------------------------------------------- refits
