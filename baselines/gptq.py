@@ -17,7 +17,7 @@ from bayesq.quant.feedback import (
     feedback_round_groups,
     output_error,
 )
-from bayesq.quant.grids import CLIP_RULES, AffineGrid, zero_code
+from bayesq.quant.grids import CLIP_RULES, AffineGrid, gain_grid, zero_code
 from bayesq.quant.method import Allocate, LayerProblem, check_finite, naming, stack_groups
 from bayesq.quant.tensor import QuantizedTensor
 
@@ -26,7 +26,8 @@ class GPTQ:
     """The published algorithm.
 
     Args:
-        clip: "minmax", "mse", or "auto": both, and per row the one with the smaller calibrated output error.
+        clip: "minmax", "mse", or "auto": both, and per row the one with the smaller calibrated output error; or "gain",
+            not published: like mse, with each squared error weighed by what it costs once later columns have adapted.
         act_order: visit columns in decreasing input energy.
         damping: fraction of the mean diagonal added to the input moment.
         group_size: columns that share a scale and zero; None = one per row. With act-order the groups' grids are set
@@ -46,8 +47,8 @@ class GPTQ:
         sequential: bool,
         scale_dtype: torch.dtype = torch.float16,
     ) -> None:
-        if clip not in (*CLIP_RULES, "auto"):
-            raise ValueError(f"method.clip={clip}: choose from {', '.join(CLIP_RULES)}, auto")
+        if clip not in (*CLIP_RULES, "gain", "auto"):
+            raise ValueError(f"method.clip={clip}: choose from {', '.join(CLIP_RULES)}, gain, auto")
         if not damping >= 0:
             raise ValueError(f"method.damping={damping}: must be 0 or more")
         if group_size is not None and group_size < 1:
@@ -122,25 +123,33 @@ class GPTQ:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """`round_layer` under one clip rule."""
         if len(weight) > 1 and self.group_size is None:
-            grid = self._grid(stack_groups(weight), width, rule)
+            gain = torch.stack([factor.column_gain for factor in factors])[:, None].expand(weight.shape)
+            grid = self._grid(stack_groups(weight), width, rule, stack_groups(gain))
             codes, values, _ = feedback_round_groups(weight, factors, grid)
             return codes, grid.scale, grid.zero, values
         parts = []
         for matrix, factor, own in zip(weight, factors, width.chunk(len(weight)), strict=True):
-            grid = self._grid(matrix, own, rule)
-            follow = None if self.act_order or self.group_size is None else self._follower(grid, rule)
+            gain = factor.column_gain.expand(matrix.shape)
+            grid = self._grid(matrix, own, rule, gain)
+            follow = None if self.act_order or self.group_size is None else self._follower(grid, rule, gain)
             codes, values, _ = feedback_round(matrix, factor, grid, follow)
             parts.append((codes, grid.scale, grid.zero, values))
         codes, scale, zero, values = (torch.cat(part) for part in zip(*parts, strict=True))
         return codes, scale, zero, values
 
-    def _grid(self, weight: Tensor, width: Tensor, rule: str) -> AffineGrid:
+    def _clip(self, rule: str, weight: Tensor, width: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
+        if rule == "gain":
+            return gain_grid(weight, width, gain, self.scale_dtype)
+        return CLIP_RULES[rule](weight, width, self.scale_dtype)
+
+    def _grid(self, weight: Tensor, width: Tensor, rule: str, gain: Tensor) -> AffineGrid:
         size = self.group_size or weight.shape[1]
-        pairs = [CLIP_RULES[rule](part, width, self.scale_dtype) for part in weight.split(size, dim=1)]
+        parts = zip(weight.split(size, dim=1), gain.split(size, dim=1), strict=True)
+        pairs = [self._clip(rule, part, width, cost) for part, cost in parts]
         scale, zero = (torch.stack(column, 1) for column in zip(*pairs, strict=True))
         return AffineGrid(scale, zero, width, self.group_size)
 
-    def _follower(self, grid: AffineGrid, rule: str) -> BlockObserver:
+    def _follower(self, grid: AffineGrid, rule: str, gain: Tensor) -> BlockObserver:
         """Grids of column groups from the weights as updated by earlier blocks, as the published code sets them."""
         size = self.group_size
         assert size is not None
@@ -148,8 +157,7 @@ class GPTQ:
         def on_block(weight: Tensor, start: int, stop: int) -> None:
             for first in range(-(-start // size) * size, stop, size):
                 s = first // size
-                grid.scale[:, s], grid.zero[:, s] = CLIP_RULES[rule](
-                    weight[first : first + size].T, grid.width, self.scale_dtype
-                )
+                own = slice(first, first + size)
+                grid.scale[:, s], grid.zero[:, s] = self._clip(rule, weight[own].T, grid.width, gain[:, own])
 
         return on_block

@@ -240,7 +240,8 @@ def start_levels(width: int, states: int | None) -> Tensor:
     if states is None:
         return normal_levels("lloyd", width)
     count = table_levels(width, states)
-    return TRELLIS_SPREAD * torch.special.ndtri((torch.arange(count, dtype=torch.float64) + 0.5) / count)
+    quantiles: Tensor = torch.special.ndtri((torch.arange(count, dtype=torch.float64) + 0.5) / count)
+    return TRELLIS_SPREAD * quantiles
 
 
 def level_unit(width: int) -> float:

@@ -44,14 +44,19 @@ def minmax(row: np.ndarray, width: int, single: bool = False) -> tuple[float, fl
     return range_grid(min(0.0, float(row.min())), max(0.0, float(row.max())), width, single)
 
 
-def mse(row: np.ndarray, width: int, single: bool = False) -> tuple[float, float]:
-    """The range times 1.00, 0.99, .. 0.21 with the least sum |w - q(w)|**2.4; the widest of equals."""
+def mse(row: np.ndarray, width: int, single: bool = False, gain: np.ndarray | None = None) -> tuple[float, float]:
+    """The range times 1.00, 0.99, .. 0.21 with the least sum |w - q(w)|**2.4; the widest of equals.
+
+    With a gain [C]: the least sum gain (w - q(w))**2.
+    """
+    costs, power = (np.ones(len(row)), 2.4) if gain is None else (gain, 2.0)
     low, high = min(0.0, float(row.min())), max(0.0, float(row.max()))
     best, least = range_grid(low, high, width, single), math.inf
     for step in range(80):
         shrink = 1 - step / 100
         grid = range_grid(shrink * low, shrink * high, width, single)
-        error = sum(abs(affine_nearest(float(w), *grid, width)[1] - float(w)) ** 2.4 for w in row)
+        errors = (abs(affine_nearest(float(w), *grid, width)[1] - float(w)) ** power for w in row)
+        error = sum(cost * each for cost, each in zip(costs, errors, strict=True))
         if error < least:
             best, least = grid, error
     return best

@@ -220,12 +220,39 @@ def mse_grid(
         weight, width, scale_dtype: as in `minmax_grid`.
         steps: ranges tried lie 1 / steps of the whole range apart.
     """
-    parts = zip(weight.split(CLIP_ROWS), width.split(CLIP_ROWS), strict=True)
-    scales, zeros = zip(*(_mse_rows(w.to(torch.float32), bits, scale_dtype, steps) for w, bits in parts), strict=True)
+    return _search_ranges(weight, width, None, scale_dtype, steps)
+
+
+def gain_grid(
+    weight: Tensor, width: Tensor, gain: Tensor, scale_dtype: torch.dtype = torch.float16
+) -> tuple[Tensor, Tensor]:
+    """Scale and zero [R] with the range shrunk to minimise sum_c gain_c (w_c - q(w_c))^2.
+
+    Args:
+        weight, width, scale_dtype: as in `minmax_grid`.
+        gain: [R, C] what a squared error costs, at least 0, in any unit.
+    """
+    return _search_ranges(weight, width, gain, scale_dtype, CLIP_STEPS)
+
+
+def _search_ranges(
+    weight: Tensor, width: Tensor, gain: Tensor | None, scale_dtype: torch.dtype, steps: int
+) -> tuple[Tensor, Tensor]:
+    found = []
+    for rows in torch.arange(len(weight)).split(CLIP_ROWS):
+        own = slice(int(rows[0]), int(rows[-1]) + 1)
+        cost = None
+        if gain is not None:
+            most = gain[own].amax(1, keepdim=True).clamp(min=torch.finfo(gain.dtype).tiny)
+            cost = (gain[own] / most).to(torch.float32)
+        found.append(_search_rows(weight[own].to(torch.float32), width[own], cost, scale_dtype, steps))
+    scales, zeros = zip(*found, strict=True)
     return torch.cat(scales).to(weight.dtype), torch.cat(zeros).to(weight.dtype)
 
 
-def _mse_rows(weight: Tensor, width: Tensor, scale_dtype: torch.dtype, steps: int) -> tuple[Tensor, Tensor]:
+def _search_rows(
+    weight: Tensor, width: Tensor, gain: Tensor | None, scale_dtype: torch.dtype, steps: int
+) -> tuple[Tensor, Tensor]:
     low, high = _range(weight)
     shrink = torch.tensor([1 - step / steps for step in range(round(steps * (1 - CLIP_LOWEST)))], dtype=low.dtype)
     # the grids of all steps at once, [steps, R]: for a few rows each call costs more than its arithmetic
@@ -237,7 +264,8 @@ def _mse_rows(weight: Tensor, width: Tensor, scale_dtype: torch.dtype, steps: in
     for s, z in zip(*grids, strict=True):
         torch.div(weight, s[:, None], out=code)
         code.round_().add_(z[:, None]).clamp_(min=0).clamp_(max=top).sub_(z[:, None]).mul_(s[:, None])
-        error = code.sub_(weight).abs_().pow_(CLIP_NORM).sum(1)
+        code.sub_(weight)
+        error = (code.abs_().pow_(CLIP_NORM) if gain is None else code.square_().mul_(gain)).sum(1)
         better = error < best
         best = torch.where(better, error, best)
         scale, zero = torch.where(better, s, scale), torch.where(better, z, zero)

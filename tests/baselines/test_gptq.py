@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from naive_quant import RULES, FixedWidths, Naive, affine_nearest, moment_of, naive_gptq, problem, row_errors
+from naive_quant import RULES, FixedWidths, Naive, affine_nearest, moment_of, mse, naive_gptq, problem, row_errors
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -125,6 +125,36 @@ def test_auto_clip_is_the_better_rule_of_every_row(act_order: bool, group_size: 
     np.testing.assert_allclose(errors["auto"], np.minimum(errors["minmax"], errors["mse"]), rtol=1e-6)
     # neither rule is always the better one, or the choice would not be tested
     assert 0 < (errors["minmax"] < errors["mse"]).sum() < 48
+
+
+@pytest.mark.parametrize(
+    ("shape", "act_order", "group_size"),
+    [((1, 6, 40), True, None), ((3, 4, 9), True, None), ((1, 6, 40), True, 16), ((1, 6, 40), False, 16)],
+)
+def test_the_gain_rule_takes_the_gains_of_feedback(shape, act_order, group_size) -> None:
+    """Its grids are those with the least error weighed by the pivots of the moment's own factorization."""
+    generator = torch.Generator().manual_seed(4)
+    weight = torch.randn(shape, generator=generator) * torch.randn(shape, generator=generator).exp()
+    moments = torch.stack([moment_of(shape[2], 3 * shape[2], generator) for _ in range(shape[0])])
+    gptq = GPTQ("gain", act_order, DAMPING, group_size, False)
+    ((_, tensor),) = gptq.quantize([problem(weight, moments)], FixedWidths(layer=uint8([3] * shape[0] * shape[1])))
+    size = group_size or shape[2]
+    for g in range(shape[0]):
+        a = moments[g].double().numpy()
+        order = np.argsort(-a.diagonal(), kind="stable") if act_order else np.arange(shape[2])
+        damped = a + DAMPING * a.diagonal().mean() * np.eye(len(a))
+        # what is left of a column given all later ones: a Cholesky factor from the last column on
+        last_first = order[::-1]
+        gain = np.empty(len(a))
+        gain[last_first] = np.linalg.cholesky(damped[np.ix_(last_first, last_first)]).diagonal() ** 2
+        for r in range(shape[1]):
+            # without act-order, the grids of later column groups are set on what feedback has made of the weights
+            for s, first in enumerate(range(0, shape[2] if act_order else 1, size)):
+                own = slice(first, first + size)
+                expected = mse(weight[g, r, own].double().numpy(), 3, gain=gain[own])
+                row = g * shape[1] + r
+                found = float(tensor.scale[row, s]), float(tensor.zero[row, s]) * 2.0 ** (3 - 8)
+                assert found == expected
 
 
 def naive_column_groups(weight: np.ndarray, moment: np.ndarray, width: int, size: int, act_order: bool) -> Naive:
@@ -247,7 +277,7 @@ def test_layers_are_asked_for_statistics_one_at_a_time() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"clip": "best"}, r"method\.clip=best: choose from minmax, mse, auto"),
+        ({"clip": "best"}, r"method\.clip=best: choose from minmax, mse, gain, auto"),
         ({"damping": -0.1}, r"method\.damping=-0\.1"),
         ({"damping": float("nan")}, r"method\.damping=nan"),
         ({"group_size": 0}, r"method\.group_size=0"),

@@ -442,11 +442,11 @@ def test_a_trellis_starts_about_as_good_as_a_design(width):
     levels = start_levels(width, 64)
     assert levels.shape == (2 ** (width + 1),) and bool((levels.diff() > 0).all())
     torch.testing.assert_close(levels, -levels.flip(0))
-    x = torch.randn(2048, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    x = torch.randn(2048, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     one = torch.ones(len(x), dtype=torch.float64)
     grid = TrellisGrid(one, torch.zeros_like(one), torch.full((len(x),), width), {width: levels}, one, 64)
     error = float((grid.round_matrix(x)[1] - x).square().mean())
-    assert 2.0 ** (-2 * width) < error < 1.06 * trellis_distortion(width, 64, True)
+    assert 2.0 ** (-2 * width) < error < 1.12 * trellis_distortion(width, 64, True)
 
 
 def test_scalar_codes_start_from_lloyd_max():

@@ -5,13 +5,14 @@ import math
 import numpy as np
 import pytest
 import torch
-from naive_quant import RULES, affine_nearest
+from naive_quant import RULES, affine_nearest, mse
 from torch import Tensor
 
 from bayesq.quant.grids import (
     CLIP_RULES,
     AffineGrid,
     CodebookGrid,
+    gain_grid,
     minmax_grid,
     mse_grid,
     round_affine,
@@ -43,6 +44,17 @@ def test_clip_rules_equal_loops_over_rows_of_mixed_widths(rule: str, dtype: torc
         # mse_grid searches in float32
         assert (float(scale[r]), float(zero[r])) == pytest.approx(expected, rel=1e-6)
     assert torch.equal(scale.to(dtype).to(scale.dtype), scale)
+
+
+@pytest.mark.parametrize("unit", [1.0, 1e-30, 1e200])
+def test_the_gain_rule_weighs_every_column(unit: float) -> None:
+    weight = rows(seed=2)
+    gain = torch.rand(weight.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64) ** 4
+    gain[3] = 0  # a row whose errors cost nothing
+    scale, zero = gain_grid(weight, WIDTHS, gain * unit)
+    for r, width in enumerate(WIDTHS.tolist()):
+        assert (float(scale[r]), float(zero[r])) == mse(weight[r].numpy(), width, gain=gain[r].numpy())
+    assert not torch.equal(scale, gain_grid(weight, WIDTHS, torch.ones_like(gain))[0])
 
 
 def test_the_minmax_grid_reaches_both_ends_and_zero() -> None:
