@@ -16,7 +16,7 @@ from bayesq.quant.grids import mse_grid
 from bayesq.quant.method import LayerProblem, stack_groups
 from bayesq.quant.packing import CODEBOOK_PREFIX, pack_model, unpack_model
 from bayesq.quant.tensor import QuantizedTensor
-from bayesq.rounding import Rounded, refit_rows
+from bayesq.rounding import Rounded, first_rows, refit_rows
 
 SETTINGS = {
     "levels": "trellis",
@@ -296,7 +296,7 @@ def test_the_distortion_it_tells_is_about_what_normal_weights_get(cheap_tables):
     )
     one.statistic("input_moment")[0] = torch.diag(0.5 + torch.rand(192, generator=generator)) + 0.5
     for levels, width in (("trellis", 2), ("trellis", 3), ("lloyd", 3), ("uniform", 3)):
-        allocator, method = Allocator((width,), ask=(width,)), bayesq_with(levels=levels, damping=0.0)
+        allocator, method = Allocator((width,), ask=(width,)), bayesq_with(levels=levels, damping=0.0, refits=4)
         ((_, tensor),) = method.quantize([one], allocator)
         posterior = method.posterior.fit(one)
         gain = posterior.gradient_factor[0].diagonal()[:, None] * conditional(posterior.input_factor[0])
@@ -340,6 +340,26 @@ def test_refitting_pays(levels, rounding, cheap_tables):
 def test_two_sided_rounding_lowers_the_risk_of_coupled_rows(levels, cheap_tables):
     both, columns = ({"levels": levels, "rounding": rounding} for rounding in ("two_sided", "feedback"))
     assert median_ratio(both, columns, (3,)) < 0.97
+
+
+@pytest.mark.parametrize("levels", ["trellis", "lloyd"])
+def test_first_grids_fit_the_levels_that_tables_start_from(levels, cheap_tables, roundings):
+    """Rows of 3 bits and more by `first_rows`, weighed by the gain of feedback; others by their affine range."""
+    layers, method = network(), bayesq_with(levels=levels)
+    list(method.quantize(layers, Allocator()))
+    for one, first in zip(layers, roundings, strict=False):
+        weight, few = stack_groups(one.weight).double(), one.weight.shape[1] < 4
+        a = method.posterior.fit(one).input_factor
+        damped = a + 0.01 * torch.diag_embed(a.diagonal(dim1=1, dim2=2).mean(1, keepdim=True).expand(a.shape[:2]))
+        gain = torch.stack([conditional(x) for x in damped])[:, None].expand(one.weight.shape)
+        scale, zero = first_rows(weight, stack_groups(gain), first.width)
+        affine_scale, affine_zero = mse_grid(weight, first.width, steps=bayesq.method.FIRST_GRID_STEPS)
+        affine = (first.width == 2) | (levels == "trellis" and few)
+        expected = torch.where(affine, affine_scale, scale)
+        torch.testing.assert_close(first.scale, expected, rtol=2e-3, atol=0)  # a scale is stored in fp16
+        middle = (2 ** first.width.double() - 1) / 2
+        shift = (first.zero - torch.where(affine, affine_zero, zero)).abs()
+        assert bool((shift <= 2.0 ** (first.width.double() - 9) + 2e-3 * middle).all())
 
 
 def test_without_refits_scalar_rows_keep_their_first_grid():
