@@ -27,6 +27,13 @@ def test_the_lazy_blocks_compared_with_give_our_codes(monkeypatch: pytest.Monkey
     assert torch.equal(theirs[0], codes[:, factor.order].double()) and torch.equal(theirs[1], values[:, factor.order])
 
 
+def test_the_pass_still_runs_as_a_run_does() -> None:
+    small = [str(FOLDER / "bench_pass.py"), "-k", "test_pass and small", "-p", "no:xdist"]
+    command = [sys.executable, "-m", "pytest", "-q", "-s", *small]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=FOLDER.parents[1])
+    assert run.returncode == 0 and "test_pass[small]: ours" in run.stdout, run.stdout + run.stderr
+
+
 def test_benchmarks_run_when_asked_for_and_are_collected_only_then() -> None:
     small = [str(FOLDER / "bench_rounding.py"), "-k", "test_depthwise and 96x1x9", "-p", "no:xdist"]
     pytest_command = [sys.executable, "-m", "pytest", "-q"]

@@ -238,6 +238,7 @@ def gain_grid(
 def _search_ranges(
     weight: Tensor, width: Tensor, gain: Tensor | None, scale_dtype: torch.dtype, steps: int
 ) -> tuple[Tensor, Tensor]:
+    """The search of `mse_grid` (no gain) and `gain_grid`, CLIP_ROWS rows at a time."""
     found = []
     for rows in torch.arange(len(weight)).split(CLIP_ROWS):
         own = slice(int(rows[0]), int(rows[-1]) + 1)
