@@ -169,7 +169,7 @@ def test_posteriors_are_approximations_of_the_dense_fisher(network, name, likeli
     truncated = LowRank(tau, N, None, rank=1).fit(layer)
     np.testing.assert_allclose(np.diag(dense_precision(truncated)), np.diag(expected), **close)
     below = dense_precision(truncated) - np.diag(truncated.residual.flatten().numpy())
-    assert np.linalg.eigvalsh(fisher - below).min() > -1e-6 * np.abs(fisher).max()
+    assert np.linalg.eigvalsh(fisher - below).min() > -close["atol"]  # directions are summed in float32
     assert np.linalg.eigvalsh(below)[-1] > 0.9 * np.linalg.eigvalsh(fisher)[-1]
 
 
