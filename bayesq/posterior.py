@@ -175,9 +175,12 @@ class KroneckerPosterior(LayerPosterior):
         return g[:, :, None] * a[:, None, :] / self.num_data
 
     def risk(self, delta: Tensor) -> Tensor:
-        """[g, r] contributions of the rows to 1/2 tr(G delta A deltaT)."""
-        d = delta.to(torch.float64)
-        return 0.5 * ((self.gradient_factor @ d @ self.input_factor) * d).sum(-1)
+        """[g, r] contributions of the rows to 1/2 tr(G delta A deltaT).
+
+        The products are as precise as delta: of a wide layer they take a third of a second in float64.
+        """
+        g, a = self.gradient_factor.to(delta.dtype), self.input_factor.to(delta.dtype)
+        return 0.5 * ((g @ delta @ a) * delta).sum(-1, dtype=torch.float64)
 
     def row_risk(self, delta: Tensor) -> Tensor:
         """[g, r] 1/2 G_rr delta_r A delta_rT."""

@@ -45,6 +45,8 @@ log = logging.getLogger(__name__)
 
 INPUT_STATISTICS = ("input_moment", "input_magnitude")
 GRADIENT_STATISTICS = ("gradient_moment", "fisher_diagonal", "gradient_directions", "fisher_eigenvalues")
+# Of each example's weight gradient, which takes its inputs and output gradients together.
+PAIRED_STATISTICS = frozenset(GRADIENT_STATISTICS) - {"gradient_moment"}
 BASIS_STATISTICS = ("input_basis", "gradient_basis")
 # Computed together, in this order; each family may need files of those before it.
 FAMILIES = (
@@ -288,7 +290,8 @@ class Collector:
                     raise _Reached
                 return None
             leaf, replaced = _leaf(output)
-            leaf.register_hook(lambda gradient: self._gradient(name, layer, x, gradient.detach(), examples, mask))
+            kept = x if self.kinds & PAIRED_STATISTICS else None  # until the backward pass
+            leaf.register_hook(lambda gradient: self._gradient(name, layer, kept, gradient.detach(), examples, mask))
             return replaced
 
         return hook
@@ -308,13 +311,15 @@ class Collector:
                     _accumulate(state, "input_magnitude", rows.abs().sum(1))
 
     def _gradient(
-        self, name: str, layer: Layer, x: Tensor, gradient: Tensor, examples: int, mask: Tensor | None
+        self, name: str, layer: Layer, x: Tensor | None, gradient: Tensor, examples: int, mask: Tensor | None
     ) -> None:
         state = self.sums[name]
         d, _ = mask_samples(output_samples(layer, gradient, examples).to(torch.float32), mask)  # [b, g, l, r]
         if "gradient_moment" in self.kinds:
             rows = d.transpose(0, 1).flatten(1, 2)
             _accumulate(state, "gradient_moment", rows.transpose(1, 2) @ rows)
+        if x is None:
+            return
         if self.kinds & {"fisher_diagonal", "gradient_directions"}:
             for part, blocks in _input_parts(layer, x, examples, extra=layer.weight.numel()):
                 # [e, g, r, c], the weight gradient of each example
@@ -683,19 +688,39 @@ class Calibration:
     def _stream(self, kinds: Sequence[str], writers: Mapping[str, TensorWriter], batch_size: int) -> "_Found":
         """All passes over the examples; each one's statistics go to the files before the next begins."""
         found = _Found()
-        for watched in self.passes(kinds):
-            collector = self._collect(watched, kinds, batch_size)
-            found.backward_s += collector.backward_s
-            found.unseen += collector.unseen
-            found.examples = {kind: collector.gradient_examples for kind in kinds if kind not in INPUT_STATISTICS}
-            for kind in kinds:
+        reached: set[str] = set()
+        for watched, own in self.passes(kinds):
+            start = time.perf_counter()
+            collector = self._collect(watched, own, batch_size)
+            alone = not collector.needs_inputs and bool(reached)
+            found.backward_s += time.perf_counter() - start if alone else collector.backward_s
+            if collector.needs_gradients:
+                found.examples |= {kind: collector.gradient_examples for kind in own if kind not in INPUT_STATISTICS}
+            reached.update(watched.keys() - set(collector.unseen))
+            for name in reached & watched.keys():
+                collector.sums[name].called += 1  # if only by examples whose gradients are not asked for
+            for kind in own:
                 for name, statistic in collector.finish(kind):
                     writers[kind].write(name, statistic)
             give_back_freed()  # the sums of the next pass have other sizes
+        found.unseen = [name for name in self.layers if name not in reached]
         return found
 
-    def passes(self, kinds: Sequence[str]) -> list[dict[str, Layer]]:
-        """The layers of each pass over the examples: all in one, unless their sums would not fit in the room."""
+    def passes(self, kinds: Sequence[str]) -> list[tuple[dict[str, Layer], list[str]]]:
+        """The layers of each pass over the examples, and their statistics: all in one, unless the sums would not fit.
+
+        Then gradients take passes of their own, which run the network on fewer examples, and of both kinds of passes
+        each has as many layers as fit.
+        """
+        inputs = [kind for kind in kinds if kind in INPUT_STATISTICS]
+        gradients = [kind for kind in kinds if kind not in INPUT_STATISTICS]
+        together = self._passes(list(kinds))
+        if len(together) == 1 or not (inputs and gradients):
+            return together
+        return self._passes(inputs) + self._passes(gradients)
+
+    def _passes(self, kinds: list[str]) -> list[tuple[dict[str, Layer], list[str]]]:
+        """`passes` of statistics that are taken together."""
         passes: list[dict[str, Layer]] = [{}]
         most = max(self.room, SKETCH_BYTES) if "gradient_directions" in kinds and self.room >= SUM_BYTES else self.room
         room = most
@@ -706,7 +731,7 @@ class Calibration:
                 room = most
             passes[-1][name] = layer
             room -= size
-        return passes
+        return [(layers, kinds) for layers in passes]
 
     def _collect(self, layers: Mapping[str, Layer], kinds: Sequence[str], batch_size: int) -> Collector:
         """Run the examples; every call draws the same labels."""

@@ -36,6 +36,7 @@ from bayesq.suite.calibration import (
     sketch_rows,
     spread,
     statistic_shape,
+    sum_bytes,
     truncate,
 )
 from bayesq.suite.models.base import Batch, TensorExamples, state_checksum
@@ -341,44 +342,80 @@ def test_truncation_keeps_the_largest_part():
 
 
 @pytest.mark.parametrize(
-    ("kinds", "cycles"),
+    ("kinds", "inputs", "gradients"),
     [
-        (["gradient_directions"], 1),
-        (["input_moment", "input_magnitude", "gradient_moment", "fisher_diagonal"], 1),
-        (["fisher_eigenvalues"], 2),
+        (["gradient_directions"], 0, 1),
+        (["input_moment", "input_magnitude", "gradient_moment", "fisher_diagonal"], 1, 1),
+        (["fisher_eigenvalues"], 1, 2),
     ],
 )
+@pytest.mark.parametrize("gradient_examples", [None, 2])
 @pytest.mark.parametrize(("network", "examples"), [(TinyConvNet, images()), (TinyEncoder, sentences(9))])
 def test_layers_whose_sums_do_not_fit_take_further_passes_and_keep_their_bits(
-    kinds, cycles, network, examples, tmp_path
+    kinds, inputs, gradients, gradient_examples, network, examples, tmp_path
 ):
     module = seeded(network(5))
     passes = []
     module.register_forward_pre_hook(lambda *_: passes.append(1))
-    whole = open_calibration(module, tmp_path / "whole", examples, samples=2)
+    whole = open_calibration(module, tmp_path / "whole", examples, samples=2, gradient_examples=gradient_examples)
     whole.prepare(kinds)
-    assert len(passes) == 3 * cycles
-    parts = open_calibration(module, tmp_path / "parts", examples, room=1, samples=2)
+    passes.clear()
+    parts = open_calibration(
+        module, tmp_path / "parts", examples, room=1, samples=2, gradient_examples=gradient_examples
+    )
     parts.prepare(kinds)
-    assert len(passes) == 3 * cycles * (1 + len(parts.layers))
+    # 3 batches, of which gradients may need one only; a pass for each layer's inputs and one for its gradients
+    assert len(passes) == (3 * inputs + (3 if gradient_examples is None else 1) * gradients) * len(parts.layers)
     for kind in kinds:
         for name in parts.layers:  # the same signs were drawn in every pass
             assert torch.equal(parts.statistic(name, kind), whole.statistic(name, kind)), (kind, name)
 
 
-def test_passes_hold_as_many_layers_as_fit(module, tmp_path):
-    kinds = ["input_moment", "gradient_moment"]
+@pytest.mark.parametrize("own", [["input_moment", "input_magnitude"], ["gradient_moment", "fisher_diagonal"]])
+def test_passes_hold_as_many_layers_as_fit(own, module, tmp_path):
     sizes = {
-        name: 4 * sum(math.prod(statistic_shape(layer, kind, 1)) for kind in kinds)
+        name: 4 * sum(math.prod(statistic_shape(layer, kind, 1)) for kind in own)
         for name, layer in quantizable_layers(module).items()
     }
     room = sizes["grouped"] + sizes["head"]
-    passes = open_calibration(module, tmp_path, room=room).passes(kinds)
+    found = open_calibration(module, tmp_path, room=room).passes([*FAMILIES[0]])
+    passes = [layers for layers, kinds in found if kinds == own]
     assert [name for layers in passes for name in layers] == list(sizes)
     sums = [sum(sizes[name] for name in layers) for layers in passes]
     assert 1 < len(passes) < len(sizes) and max(sums) <= room
     for layers, total in zip(passes[1:], sums, strict=False):  # the next layer had no room in the pass before
         assert total + sizes[next(iter(layers))] > room
+
+
+def test_what_fits_takes_one_pass_with_inputs_and_gradients(module, tmp_path):
+    found = open_calibration(module, tmp_path)
+    ((layers, kinds),) = found.passes(["input_moment", "gradient_moment"])
+    assert list(layers) == list(found.layers) and kinds == ["input_moment", "gradient_moment"]
+
+
+class Sometimes(TinyConvNet):
+    """A layer of it runs for dark pictures only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dark = nn.Linear(6, 2)
+
+    def forward(self, image: Tensor) -> Tensor:
+        logits = super().forward(image)
+        return logits + self.dark(image.flatten(1)[:, :6]).sum() if bool((image < 0).all()) else logits
+
+
+def test_a_layer_that_only_examples_without_gradients_reach_keeps_its_bits_in_passes_of_its_own(tmp_path):
+    examples = images(4)
+    examples.inputs["image"][0].abs_().neg_()  # the gradients come from the last of the batches
+    found = [
+        open_calibration(seeded(Sometimes()), tmp_path / str(room), examples, room, batch_size=1, gradient_examples=1)
+        for room in (2**29, 1)
+    ]
+    for opened in found:
+        opened.prepare(["input_moment", "gradient_moment"])
+        assert not opened.unseen and not opened.statistic("dark", "gradient_moment").any()
+        assert torch.equal(opened.statistic("dark", "input_moment"), found[0].statistic("dark", "input_moment"))
 
 
 @pytest.mark.parametrize("limit", [1, 2**25])
@@ -601,8 +638,14 @@ def test_gradients_are_charged_with_the_backward_passes_only(module, tmp_path, m
     monkeypatch.setattr(calibration.time, "perf_counter", lambda: float(next(clock)))
     found = open_calibration(module, tmp_path)
     found.prepare(["input_moment", "gradient_moment"])
-    # two readings about the pass, two about the gradients of each of the 3 batches: 7 ticks, 3 of them backward
-    assert found.seconds == {"input_moment": 4.0, "gradient_moment": 3.0}
+    # three readings about the pass, two about the gradients of each of the 3 batches: 8 ticks, 3 of them backward
+    assert found.seconds == {"input_moment": 5.0, "gradient_moment": 3.0}
+    fits = max(sum(sum_bytes(layer, [kind], 1) for layer in found.layers.values()) for kind in KINDS)
+    apart = open_calibration(module, tmp_path / "apart", room=fits)
+    assert len(apart.passes(sorted(KINDS))) == 2
+    apart.prepare(["input_moment", "gradient_moment"])
+    # a pass of their own is theirs, from the reading before it to the one after it
+    assert apart.seconds == {"input_moment": 3.0, "gradient_moment": 7.0}
 
 
 @pytest.mark.parametrize("damage", ["truncate", "flip", "empty", "foreign"])
