@@ -37,8 +37,8 @@ POLYNOMIALS = {
 SUBSETS = 4
 # Path costs are compared in float32; they start again from zero after so many rows, before digits run out.
 RENORMALIZE = 64
-# So many levels are compared one by one: faster than halving them, whose branches nobody can predict.
-FEW = 7
+# Up to this width levels are compared one by one; beyond, they are halved.
+FEW_BITS = 5
 
 
 @cache
@@ -87,7 +87,43 @@ def _decode(code: Any, subset: Any, index: Any) -> None:
 
 
 @numba.njit(cache=True, nogil=True)
-def _search(units: Any, weight: Any, width: Any, levels: Any, subset: Any, code: Any, index: Any) -> None:
+def _nearest(units: Any, weight: Any, width: Any, levels: Any, middles: Any, nearest: Any, distance: Any) -> None:
+    """Of each subset, the level nearest to an entry, and its distortion.
+
+    The subsets stand side by side, and arrays are indexed whole: slices, loops over four and branches took twice as
+    long, and this was most of a search.
+
+    Args:
+        units, weight, width, levels, middles: as of `_search`.
+        nearest: [n, 4] int64, written: index into the levels.
+        distance: [n, 4] float32, written.
+    """
+    for i in range(units.shape[0]):
+        x, w, cost = units[i], width[i], weight[i]
+        k0 = k1 = k2 = k3 = 0
+        step = 1 << (w - 1)
+        if w <= FEW_BITS:
+            for q in range(step - 1):
+                k0 += x > middles[w, q, 0]
+                k1 += x > middles[w, q, 1]
+                k2 += x > middles[w, q, 2]
+                k3 += x > middles[w, q, 3]
+        else:
+            while step > 1:
+                step >>= 1
+                k0 += step * (x > middles[w, k0 + step - 1, 0])
+                k1 += step * (x > middles[w, k1 + step - 1, 1])
+                k2 += step * (x > middles[w, k2 + step - 1, 2])
+                k3 += step * (x > middles[w, k3 + step - 1, 3])
+        k0, k1, k2, k3 = SUBSETS * k0, SUBSETS * k1 + 1, SUBSETS * k2 + 2, SUBSETS * k3 + 3
+        nearest[i, 0], nearest[i, 1], nearest[i, 2], nearest[i, 3] = k0, k1, k2, k3
+        e0, e1, e2, e3 = x - levels[w, k0], x - levels[w, k1], x - levels[w, k2], x - levels[w, k3]
+        distance[i, 0], distance[i, 1] = e0 * e0 * cost, e1 * e1 * cost
+        distance[i, 2], distance[i, 3] = e2 * e2 * cost, e3 * e3 * cost
+
+
+@numba.njit(cache=True, nogil=True)
+def _search(units: Any, weight: Any, width: Any, levels: Any, middles: Any, subset: Any, code: Any, index: Any) -> None:
     """The path with the least distortion down one column, by the Viterbi algorithm.
 
     Old states p and p + half lead to new states 2 p and 2 p + 1; the newest and the oldest bit of a window each flip
@@ -98,34 +134,20 @@ def _search(units: Any, weight: Any, width: Any, levels: Any, subset: Any, code:
         weight: [n] float64 cost of a squared error of one level unit.
         width: [n] int64.
         levels: [9, 512] float64, levels of each width.
+        middles: [9, 127, 4] float64, half-way between neighbouring levels of each width's subsets.
         subset: [states / 2] uint8, subset of window 2 p.
         code, index: [n] int64, written: codes, and level indices.
     """
     n, half = units.shape[0], subset.shape[0]
+    nearest, distance = np.empty((n, SUBSETS), np.int64), np.empty((n, SUBSETS), np.float32)
+    _nearest(units, weight, width, levels, middles, nearest, distance)
     # Whole arrays, no slices, and selections in place of table look-ups: so the loops over states become vector code.
     lower, upper = np.full(half, np.float32(1e30)), np.full(half, np.float32(1e30))
     lower[0] = 0
     even, odd = np.empty(half, np.float32), np.empty(half, np.float32)
     source = np.empty((n, half), np.uint8)  # bit 0: state 2 p came from p + half; bit 1: 2 p + 1 did
-    nearest = np.empty((n, SUBSETS), np.int64)
-    d = np.empty(SUBSETS, np.float32)
     for i in range(n):
-        x, w = units[i], width[i]
-        for s in range(SUBSETS):
-            low, high = 0, (1 << (w - 1)) - 1
-            while high - low > FEW:
-                middle = (low + high) // 2
-                if x > (levels[w, s + SUBSETS * middle] + levels[w, s + SUBSETS * middle + SUBSETS]) * 0.5:
-                    low = middle + 1
-                else:
-                    high = middle
-            k = low
-            for q in range(low, high):
-                k += x > (levels[w, s + SUBSETS * q] + levels[w, s + SUBSETS * q + SUBSETS]) * 0.5
-            nearest[i, s] = s + SUBSETS * k
-            error = x - levels[w, s + SUBSETS * k]
-            d[s] = error * error * weight[i]
-        d0, d1, d2, d3 = d[0], d[1], d[2], d[3]
+        d0, d1, d2, d3 = distance[i, 0], distance[i, 1], distance[i, 2], distance[i, 3]
         for p in range(half):
             s = subset[p]
             a = d0 if s == 0 else d1 if s == 1 else d2 if s == 2 else d3
@@ -158,19 +180,30 @@ def _search(units: Any, weight: Any, width: Any, levels: Any, subset: Any, code:
 
 # Not numba's parallel loops: they share OpenMP's thread count with torch, and set it for the whole process.
 @numba.njit(cache=True, nogil=True)
-def _search_columns(units: Any, weight: Any, width: Any, levels: Any, subset: Any, code: Any, index: Any) -> None:
+def _search_columns(
+    units: Any, weight: Any, width: Any, levels: Any, middles: Any, subset: Any, code: Any, index: Any
+) -> None:
     """`_search` in every column of [C, n]."""
     for c in range(units.shape[0]):
-        _search(units[c], weight[c], width, levels, subset, code[c], index[c])
+        _search(units[c], weight[c], width, levels, middles, subset, code[c], index[c])
 
 
 @numba.njit(cache=True, nogil=True)
 def _round_column(
-    x: Any, scale: Any, zero: Any, weight: Any, width: Any, levels: Any, subset: Any, code: Any, value: Any
+    x: Any,
+    scale: Any,
+    zero: Any,
+    weight: Any,
+    width: Any,
+    levels: Any,
+    middles: Any,
+    subset: Any,
+    code: Any,
+    value: Any,
 ) -> None:
     """`_search` for entries x [n] in the weights' own units; value [n] receives what the codes stand for."""
     index = np.empty(len(x), np.int64)
-    _search(x / scale + zero, weight, width, levels, subset, code, index)
+    _search(x / scale + zero, weight, width, levels, middles, subset, code, index)
     for i in range(len(x)):
         value[i] = scale[i] * (levels[width[i], index[i]] - zero[i])
 
@@ -185,6 +218,7 @@ def _trellis_block(
     weight: Any,
     width: Any,
     levels: Any,
+    middles: Any,
     subset: Any,
     codes: Any,
     values: Any,
@@ -192,7 +226,7 @@ def _trellis_block(
     """`TrellisGrid.round_block`."""
     code, value = np.empty(x.shape[1], np.int64), np.empty(x.shape[1])
     for j in range(x.shape[0]):
-        _round_column(x[j], scale, zero, weight, width, levels, subset, code, value)
+        _round_column(x[j], scale, zero, weight, width, levels, middles, subset, code, value)
         for r in range(x.shape[1]):
             codes[j, r] = np.uint8(code[r])
             values[j, r] = value[r]
@@ -219,7 +253,7 @@ class TrellisGrid:
     codebooks: Mapping[int, Tensor]
     row_gain: Tensor
     states: int
-    _tables: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray] = field(init=False)
+    _tables: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray] = field(init=False)
     _rows: tuple[np.ndarray, np.ndarray] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -233,7 +267,9 @@ class TrellisGrid:
         # Only ratios matter; around 1 float32 path costs neither overflow nor vanish.
         weight = weight / weight.mean().clamp(min=torch.finfo(torch.float64).tiny)
         subset = subset_table(self.states)[: self.states : 2].astype(np.uint8)
-        self._tables = (weight.numpy(), self.width.to(torch.int64).numpy(), levels, subset)
+        by_subset = levels.reshape(len(levels), -1, SUBSETS)
+        middles = (by_subset[:, :-1] + by_subset[:, 1:]) * 0.5
+        self._tables = (weight.numpy(), self.width.to(torch.int64).numpy(), levels, middles, subset)
 
     def round(self, x: Tensor, column: int) -> tuple[Tensor, Tensor]:
         """Codes and values of the best path down the entries x [R] of one column."""
@@ -254,7 +290,7 @@ class TrellisGrid:
         Args:
             gain: [R, C] cost of a squared error of each entry; None = the row's own everywhere.
         """
-        weight, width, levels, subset = self._tables
+        weight, width, levels, middles, subset = self._tables
         units = torch.addcdiv(self.zero[:, None], x, self.scale[:, None]).T.contiguous().numpy()
         if gain is None:
             weights = np.ascontiguousarray(np.broadcast_to(weight, units.shape))
@@ -262,7 +298,7 @@ class TrellisGrid:
             cost = gain.to(torch.float64).T * self.scale.square()
             weights = (cost / cost.mean(1, keepdim=True).clamp(min=torch.finfo(cost.dtype).tiny)).contiguous().numpy()
         code, index = np.empty(units.shape, np.int64), np.empty(units.shape, np.int64)
-        _search_columns(units, weights, width, levels, subset, code, index)
+        _search_columns(units, weights, width, levels, middles, subset, code, index)
         value = torch.from_numpy(levels[width, index]).T
         return torch.from_numpy(code).T, self.scale[:, None] * (value - self.zero[:, None])
 
