@@ -79,7 +79,11 @@ def effective_parameters(scaled: Tensor, tau: float) -> float:
         scaled: N f_i >= 0, any shape.
         tau: prior precision; with 0, eigenvalues of 0 count nothing.
     """
-    return float((scaled / (scaled + tau)).nan_to_num(0.0).sum(dtype=torch.float64))
+    share = scaled + tau
+    torch.div(scaled, share, out=share)
+    if tau == 0:
+        share.nan_to_num_(0.0)
+    return float(share.sum(dtype=torch.float64))
 
 
 class LayerPosterior(ABC):
@@ -507,8 +511,14 @@ class Kfac(Laplace):
 
     def spectrum(self, layer: LayerProblem) -> Tensor:
         """[g, r, c] products of the factors' eigenvalues, or of their diagonals."""
-        of = eigenvalues if self.evidence == "eigenvalues" else lambda moments: moments.diagonal(dim1=-2, dim2=-1)
-        values_a, values_g = map(of, self._factors(layer))
+        if self.evidence == "eigenvalues":
+            values_a, values_g = map(eigenvalues, self._factors(layer))
+        else:  # taken first: a wide layer's factors take as long to convert as the rest of this
+            values_a, values_g = (
+                layer.statistic(kind).diagonal(dim1=-2, dim2=-1).to(torch.float64)
+                for kind in ("input_moment", "gradient_moment")
+            )
+            values_g = (1 - self.shrinkage) * values_g + self.shrinkage * values_g.mean()
         products: Tensor = values_g[:, :, None] * values_a[:, None, :]
         return products
 
