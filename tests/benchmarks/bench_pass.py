@@ -22,7 +22,7 @@ from bayesq.suite import cli, runner
 from bayesq.suite.models.base import Network, TensorExamples, state_checksum
 
 ROOT = Path(__file__).parents[2]
-EXAMPLES = 64
+EXAMPLES = 256  # as many as a run takes unless told otherwise
 pytestmark = pytest.mark.benchmark(timer=TIMER)
 # The demo on its own network is dearer by the hour; digits has the same stages.
 SWEEP = ["model=resnet", "dataset=digits"]
