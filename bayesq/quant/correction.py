@@ -107,7 +107,7 @@ def correct_moments(
     def on_layer(name: str, layer: Layer, output: Tensor) -> None:
         if reference.calls[name] != 1 or layer.bias is None or own_norm(name):
             return
-        shift = reference.layers[name] - _moments(output, _channel_dim(layer), examples, mask)[0]
+        shift = reference.layers[name] - _mean(output, _channel_dim(layer), examples, mask)
         layer.bias += shift.to(layer.bias)
         output += _along_channels(shift.to(output), output, _channel_dim(layer))
 
@@ -151,7 +151,7 @@ def _record(
         reference.calls[name] += 1
         outputs[name] = weakref.ref(output), output._version
         if layer.bias is not None:
-            reference.layers[name] = _moments(output, _channel_dim(layer), examples, mask)[0]
+            reference.layers[name] = _mean(output, _channel_dim(layer), examples, mask)
 
     with _watch(full, layers, on_norm, on_layer):
         full(**inputs)
@@ -206,8 +206,10 @@ def _along_channels(values: Tensor, like: Tensor, channel_dim: int) -> Tensor:
     return values.reshape(shape)
 
 
-def _moments(x: Tensor, channel_dim: int, examples: int, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Mean and variance [c] float64 over examples and positions, padding left out.
+def _samples(
+    x: Tensor, channel_dim: int, examples: int, mask: Tensor | None
+) -> Iterator[tuple[Tensor, list[int], int | Tensor]]:
+    """A few examples at a time in float64, padding zero; the dimensions that are not channels; how many samples.
 
     Args:
         x: [examples, ..] with channels in dimension 1 or -1; leading dimensions larger than the batch are positions.
@@ -221,20 +223,29 @@ def _moments(x: Tensor, channel_dim: int, examples: int, mask: Tensor | None) ->
         by_example, over = x.reshape(len(x), channels, -1), [0, 2]
     else:
         by_example, over = x.movedim(channel_dim, -1).reshape(examples, 1, -1, channels), [0, 1, 2]
-    wide = widest(x.device)
-    total = torch.zeros(channels, dtype=wide, device=x.device)
-    squares = torch.zeros_like(total)
-    count: int | Tensor = 0
     step = max(1, PART_ELEMENTS // max(by_example[0].numel(), 1))
     for start in range(0, len(by_example), step):
         part = slice(start, start + step)
-        samples = by_example[part].to(wide)
-        n: int | Tensor = by_example[part].numel() // channels
+        samples = by_example[part].to(widest(x.device))
+        count: int | Tensor = by_example[part].numel() // channels
         if mask is not None:
-            samples, n = mask_samples(samples, mask[part])
-        total += samples.sum(over)
-        squares += samples.square().sum(over)
-        count = count + n
+            samples, count = mask_samples(samples, mask[part])
+        yield samples, over, count
+
+
+def _mean(x: Tensor, channel_dim: int, examples: int, mask: Tensor | None) -> Tensor:
+    """Mean [c] float64 over examples and positions, padding left out; arguments as of `_samples`."""
+    total = count = torch.zeros((), dtype=widest(x.device), device=x.device)
+    for samples, over, n in _samples(x, channel_dim, examples, mask):
+        total, count = total + samples.sum(over), count + n
+    return total / count
+
+
+def _moments(x: Tensor, channel_dim: int, examples: int, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`_mean` and variance [c] float64."""
+    total = squares = count = torch.zeros((), dtype=widest(x.device), device=x.device)
+    for samples, over, n in _samples(x, channel_dim, examples, mask):
+        total, squares, count = total + samples.sum(over), squares + samples.square().sum(over), count + n
     mean = total / count
     return mean, (squares / count - mean.square()).clamp_(min=0)
 
