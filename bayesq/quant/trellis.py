@@ -90,8 +90,8 @@ def _decode(code: Any, subset: Any, index: Any) -> None:
 def _nearest(units: Any, weight: Any, width: Any, levels: Any, middles: Any, nearest: Any, distance: Any) -> None:
     """Of each subset, the level nearest to an entry, and its distortion.
 
-    The subsets stand side by side, and arrays are indexed whole: slices, loops over four and branches took twice as
-    long, and this was most of a search.
+    The subsets stand side by side, and arrays are indexed whole: with slices, loops over four and branches this was
+    most of a search.
 
     Args:
         units, weight, width, levels, middles: as of `_search`.
