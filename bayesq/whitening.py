@@ -19,6 +19,7 @@ takes A for the metric of all of them, each times the g_r that leaves the row it
 With e the rounding errors at the moment of rounding, row r's risk is 1/2 sum_c gain_rc e_rc^2.
 """
 
+import time
 from collections.abc import MutableMapping
 from dataclasses import dataclass
 
@@ -46,12 +47,14 @@ class Whitening:
         column_gain: [g, r, c], or [g, 1, c] where all rows share it.
         factors: feedback factor of each group; None where rounding is to nearest.
         row_factors: factor of each group's G for feedback from row to row; None without it.
+        seconds: what it took to make, the posterior's fit included.
     """
 
     row_gain: Tensor
     column_gain: Tensor
     factors: list[FeedbackFactor] | None
     row_factors: list[FeedbackFactor] | None = None
+    seconds: float = 0.0
 
     @property
     def retries(self) -> int:
@@ -111,8 +114,10 @@ def layer_whitening(
     if shelf is not None and key in shelf:
         kept: Whitening = shelf[key]
         return kept
+    start = time.perf_counter()
     with naming(layer):
         geometry = whitening(posterior.fit(layer), feedback, damping, row_damping)
+    geometry.seconds = time.perf_counter() - start
     if shelf is not None:
         shelf[key] = geometry
     return geometry

@@ -1,7 +1,8 @@
 """Checkpoints of the paper's sizes for machines without a hub: `python tests/checkpoints.py resnet50|bert_base --help`.
 
 resnet50   timm's ResNet-50 (25.6 M parameters for ImageNet, 23.5 M with ten classes), trained from scratch for a few
-           epochs on CIFAR-10 at low resolution: a real network with real, if modest, accuracy.
+           epochs on CIFAR-10 at low resolution: a real network with real, if modest, accuracy. Without --data: random
+           weights, as below.
 bert_base  a sequence classifier of BERT-base's sizes (110 M parameters) with random weights and MiniLM's vocabulary:
            what it predicts means nothing, what it costs to quantize is what BERT-base costs.
 """
@@ -69,6 +70,16 @@ def train_resnet50(data: Path, output: Path, epochs: int, image_size: int, seed:
     return float((predicted == splits.evaluation.labels).double().mean())
 
 
+def make_resnet50(output: Path, classes: int, seed: int) -> None:
+    """Write timm's ResNet-50 with random weights as the file `output` (safetensors)."""
+    import timm
+
+    torch.manual_seed(seed)
+    module = timm.create_model("resnet50", pretrained=False, num_classes=classes)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: x.contiguous() for name, x in module.state_dict().items()}, output)
+
+
 def make_bert_base(output: Path, classes: int, seed: int) -> None:
     """Write config.json, model.safetensors and the tokenizer's files into the folder `output`."""
     from transformers import BertConfig, BertForSequenceClassification
@@ -90,14 +101,15 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="resnet50: folder with CIFAR-10's train.parquet and test.parquet")
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--image-size", type=int, default=64)
-    parser.add_argument("--classes", type=int, default=2, help="bert_base: number of labels")
+    parser.add_argument("--classes", type=int, default=2, help="of a network with random weights")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     if given.network == "bert_base":
         make_bert_base(given.output, given.classes, given.seed)
         return
     if given.data is None:
-        parser.error("resnet50 needs --data")
+        make_resnet50(given.output, given.classes, given.seed)
+        return
     accuracy = train_resnet50(given.data, given.output, given.epochs, given.image_size, given.seed)
     print(f"accuracy on the first 2,000 test images: {accuracy:.4f}")
 

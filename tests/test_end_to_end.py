@@ -351,15 +351,46 @@ def test_a_run_that_runs_out_of_memory_goes_on_in_smaller_batches(
     assert result["q/kl_to_fp"] == pytest.approx(enough["q/kl_to_fp"], rel=0.5)
 
 
+def count_geometries(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Grows by one for each geometry that is made from now on; none that earlier runs have left is used."""
+    made: list[str] = []
+    whitening = bayesq.whitening.whitening
+    monkeypatch.setattr(bayesq.whitening, "whitening", lambda *given: made.append("") or whitening(*given))
+    monkeypatch.setattr(runner, "_shared", {})
+    return made
+
+
+def test_the_runs_of_a_sweep_share_their_geometries(
+    sweep: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    made = count_geometries(monkeypatch)
+    cache_dir = f"cache_dir={sweep / 'cache'}"
+    alone = load_results(sweep / "results")
+    for overrides, layers in (
+        ("method=bayesq", 1),
+        ("method=bayesq bits=3.5", 0),  # the next budget
+        ("method=gptq allocator=knapsack", 0),  # another method
+        ("method=bayesq bits=3.5 seed=1", 1),  # other statistics
+        ("method=bayesq posterior.shrinkage=0.25", 1),  # another posterior
+        ("method=bayesq", 1),  # only the last one's are kept
+    ):
+        before = len(made)
+        result = run_here(tmp_path, "here", f"{overrides} {cache_dir}")
+        rows = (tmp_path / "here" / result["run_id"] / "layers.csv").read_text().splitlines()
+        assert len(made) - before == layers * (len(rows) - 1), overrides
+        assert result["time/posterior_s"] > 0  # what reused geometries once took counts
+        for other in alone:
+            if other["run_id"] == result["run_id"]:
+                assert stable(other) == stable(result)
+
+
 @pytest.mark.parametrize(("switch", "fewer"), [("", True), (" calibration.offload=disk", True), ("", False)])
 def test_where_geometries_wait_changes_nothing(
     sweep: Path, run: Callable[[str], dict], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, switch: str, fewer: bool
 ) -> None:
     """In memory, in a file for want of memory or because asked for, or nowhere for want of disk: the same codes."""
     plain = sweep / "here" / run("method=bayesq")["run_id"] / "quantized.safetensors"
-    made: list[str] = []
-    whitening = bayesq.whitening.whitening
-    monkeypatch.setattr(bayesq.whitening, "whitening", lambda *given: made.append("") or whitening(*given))
+    made = count_geometries(monkeypatch)
     monkeypatch.setattr(runner, "KEPT_WHITENING_BYTES", 0)
     if not fewer:
         monkeypatch.setattr(runner, "SPARE_DISK", 1e12)

@@ -44,7 +44,7 @@ class Needs:
         held: memory the process has before the first stage.
         stages: memory that each stage adds to it.
         disk: what is written, by the key of the folder.
-        scratch: what is written besides while layers are rounded, where the disk has room to spare.
+        scratch: geometries that wait in a file of the run's folder while layers are rounded.
     """
 
     held: int
@@ -79,7 +79,9 @@ class Choices:
         examples: of the calibration set.
         offload: whether geometries wait on disk.
         room: bytes of running sums in one pass.
-        kept: bytes of geometries kept in memory.
+        kept: bytes of geometries kept in memory; where there are more, all go to a file if it may be so large.
+        scratch: bytes this file may have.
+        inherited: bytes of those that the run before has left there, and that are held already.
     """
 
     kinds: Sequence[str]
@@ -95,6 +97,8 @@ class Choices:
     offload: bool
     room: int
     kept: int
+    scratch: int
+    inherited: int
 
 
 @torch.no_grad()
@@ -154,10 +158,7 @@ def estimate(
         "evaluation": 2 * codes + 2 * packed + 3 * activated * choices.evaluation_batch * evaluation.largest,
         "rounding": codes + max(_work(shape, choices) for shape in shapes),
     }
-    geometries = sum(_geometry(shape, choices) for shape in shapes)
-    if choices.posterior is not None and not choices.offload:
-        stages["rounding"] += min(geometries, choices.kept)
-        needs.scratch = max(geometries - choices.kept, 0)
+    geometries = sum(_geometry(shape, choices) for shape in shapes) if choices.posterior is not None else 0
     if choices.sequential:
         inputs = min(KEPT_BYTES, choices.examples * calibration.largest)
         stages["rounding"] += network + activated * (2 * choices.calibration_batch * calibration.largest + inputs)
@@ -168,14 +169,22 @@ def estimate(
         # the student's copy, decoded weights, their gradients and sums, the teacher's draw; int16 indices
         backward = 2 * activated * choices.distillation_batch * calibration.total
         stages["distillation"] = 2 * codes + network + 16 * weights + 2 * weights + backward
-    needs.stages = {stage: size + RUNTIME_BYTES for stage, size in stages.items()}
+    stay = 0
+    if not choices.offload:
+        if choices.kept < geometries <= choices.scratch:
+            needs.scratch = geometries
+        else:  # from the rounding on, for the next run too
+            stay = max(min(geometries, choices.kept) - choices.inherited, 0)
+    needs.stages = {
+        stage: size + RUNTIME_BYTES + (stay if stage != "calibration" else 0) for stage, size in stages.items()
+    }
 
     needs.disk["cache_dir"] = sum(
         4 * torch.Size(statistic_shape(layer, kind, choices.rank)).numel()
         for kind in missing
         for layer in layers.values()
     )
-    needs.disk["results_dir"] = packed + (geometries if choices.offload and choices.posterior else 0)
+    needs.disk["results_dir"] = packed + (geometries if choices.offload else 0)
     return needs
 
 

@@ -5,6 +5,7 @@ config -> dataset and model -> calibration statistics -> method (posterior, allo
 """
 
 import copy
+import json
 import logging
 import math
 import shutil
@@ -85,6 +86,8 @@ FALLBACKS = (
 # has room: where layers are wide, memory is needed for work on one of them, and reading a geometry is much cheaper than
 # making it again. Without that room, as many as fit are kept. All of MiniLM's do.
 KEPT_WHITENING_BYTES = 160 * 2**20
+# Those of the last run, for the next one of a sweep if it has the same posterior: by what they depend on.
+_shared: dict[str, Shelf] = {}
 # The file is made where so many times its size are free.
 SPARE_DISK = 4
 # A distillation matches moments in one batch, of at most so many of its own: where those are halved, so is this.
@@ -124,7 +127,13 @@ def run(cfg: DictConfig) -> dict[str, Any]:
 
 
 class SharedPosterior:
-    """A posterior that knows how long its fits took, and keeps the layers' geometries in memory and on disk."""
+    """A posterior that knows how long its fits took, and keeps the layers' geometries in memory and on disk.
+
+    Attributes:
+        seconds: of the fits.
+        inherited: seconds that the geometries which the run before has left once took.
+        inherited_bytes: what they take.
+    """
 
     def __init__(self, posterior: Posterior) -> None:
         self.posterior = posterior
@@ -133,7 +142,20 @@ class SharedPosterior:
         self.rank = getattr(posterior, "rank", 16)
         self.whitenings: MutableMapping[tuple[object, ...], Any] | None = Shelf(KEPT_WHITENING_BYTES)
         self._file: DiskShelf | None = None
-        self.seconds = 0.0
+        self.seconds = self.inherited = 0.0
+        self.inherited_bytes = 0
+
+    def share(self, key: str) -> None:
+        """Go on with the geometries of the run before, if they depend on the same, and leave all for the next run.
+
+        Args:
+            key: of all that geometries depend on beside layer and damping.
+        """
+        shelf = _shared.get(key, Shelf(KEPT_WHITENING_BYTES))
+        _shared.clear()  # one set of them: a sweep over seeds must not fill the memory
+        _shared[key] = self.whitenings = shelf
+        self.inherited = sum(geometry.seconds for geometry in shelf.values())
+        self.inherited_bytes = sum(geometry.nbytes for geometry in shelf.values())
 
     def offload(self, folder: Path) -> None:
         """Keep the geometries of all layers in a file of `folder`."""
@@ -145,7 +167,7 @@ class SharedPosterior:
         self.whitenings = Shelf(0, self._file)
 
     def release(self) -> None:
-        """Give back what the geometries take: everything is rounded."""
+        """Give back what the geometries take: everything is rounded. Those that are shared wait for the next run."""
         self.whitenings = None
         if self._file is not None:
             self._file.close()
@@ -198,8 +220,8 @@ class Quantized:
         parameters: biases and norm parameters that correction and distillation changed, by state_dict name.
         problems: the layers as the method saw them, with its notes and fallbacks.
         seconds: wall time of each layer.
-        calibrate_s, posterior_s, quantize_s, distill_s: cost of the stages; reused statistics count what they once
-            took, and the correction belongs to quantize_s.
+        calibrate_s, posterior_s, quantize_s, distill_s: cost of the stages; reused statistics and geometries count
+            what they once took, and the correction belongs to quantize_s.
         distilled: what the distillation found, if there was one.
         oom_retries: how often a stage began again with smaller batches because memory ran out.
     """
@@ -236,8 +258,11 @@ def execute(
         except ValueError as error:
             raise UserError(str(error)) from error
     calibration = open_calibration(cfg, plan.posterior, work, cache_dir)
+    if plan.posterior and cfg.calibration.offload == "memory":
+        statistics = [str(calibration.path(kind)) for kind in sorted(plan.posterior.statistics)]
+        plan.posterior.share(json.dumps([resolved(cfg)["posterior"], statistics]))
     needs = preflight(cfg, plan, work, calibration, {"cache_dir": cache_dir, "results_dir": folder.parent})
-    if plan.posterior and 0 < SPARE_DISK * needs.scratch < shutil.disk_usage(folder).free:
+    if plan.posterior and needs.scratch:
         plan.posterior.spill(folder)
     batch_size, autocast = int(cfg.evaluation.batch_size), cfg.evaluation.autocast
     reference = partial(
@@ -458,6 +483,8 @@ def preflight(
         offload=offload,
         room=calibration.room,
         kept=KEPT_WHITENING_BYTES,
+        scratch=int(shutil.disk_usage(folders["results_dir"]).free // SPARE_DISK),
+        inherited=plan.posterior.inherited_bytes if plan.posterior else 0,
     )
     needs = estimate(
         resident_bytes(),
@@ -517,15 +544,16 @@ def quantize(cfg: DictConfig, plan: Plan, work: Workload, calibration: Calibrati
         prefix = SequentialInputs(working, own, groups, examples, calibration.settings.batch_size, device)
         given = [replace(problem, prefix_statistic=partial(prefix.statistic, problem.name)) for problem in problems]
 
+    start = time.perf_counter()
     try:
         if posterior:
             posterior.prepare(problems)
         if cfg.proxy == "mc":
-            proxy_start = time.perf_counter()
             result.oom_retries += weigh_by_proxy(cfg, plan, work, problems)
-            result.posterior_s += time.perf_counter() - proxy_start
     except ValueError as error:
         raise UserError(str(error)) from error
+    result.posterior_s = time.perf_counter() - start + (posterior.inherited if posterior else 0.0)
+    fitted = posterior.seconds if posterior else 0.0
 
     def allocate(
         layers: Sequence[LayerProblem], codebook_bits: int = 0, distortion: Distortion | None = None
@@ -548,9 +576,10 @@ def quantize(cfg: DictConfig, plan: Plan, work: Workload, calibration: Calibrati
         except ValueError as error:
             raise UserError(str(error)) from error
     result.oom_retries += sum(calibration.oom_retries.values()) + (prefix.oom_retries if prefix else 0)
-    result.posterior_s += posterior.seconds if posterior else 0.0
+    fits = posterior.seconds - fitted if posterior else 0.0
+    result.posterior_s += fits
     result.calibrate_s = sum(calibration.seconds.values()) + (prefix.seconds if prefix else 0.0)
-    result.quantize_s += last - start - (posterior.seconds if posterior else 0.0) - (prefix.seconds if prefix else 0.0)
+    result.quantize_s += last - start - fits - (prefix.seconds if prefix else 0.0)
     if posterior:
         for problem in problems:
             delta = result.tensors[problem.name].dequantize() - problem.weight

@@ -29,6 +29,8 @@ CHOICES = Choices(
     offload=False,
     room=10**9,
     kept=10**9,
+    scratch=10**9,
+    inherited=0,
 )
 SMALL, LARGE = Activations(total=1000, largest=100), Activations(total=3000, largest=700)
 
@@ -72,13 +74,20 @@ def test_statistics_take_their_sums_and_their_files():
 
 def test_factors_wait_in_memory_or_on_disk():
     factors = 8 * (30 * 30 + 20 + 90 + 20 * 20 + 5 + 60)
-    kept, offloaded, none = needs(), needs(offload=True), needs(kept=0)
-    assert kept.stages["rounding"] - none.stages["rounding"] == factors
-    assert offloaded.stages["rounding"] == none.stages["rounding"]
-    assert offloaded.disk["results_dir"] - kept.disk["results_dir"] == factors
-    assert (kept.scratch, offloaded.scratch) == (0, 0)
-    assert (none.scratch, needs(kept=factors - 1).scratch) == (factors, 1)
+    kept, offloaded, spilled = needs(), needs(offload=True), needs(kept=factors - 1)
+    assert (kept.scratch, offloaded.scratch, spilled.scratch) == (0, 0, factors)
     assert needs(kept=0, posterior=None).scratch == 0
+    assert offloaded.stages == spilled.stages
+    assert offloaded.disk["results_dir"] - kept.disk["results_dir"] == factors
+    crowded = needs(kept=100, scratch=factors - 1)  # no room for the file
+    assert crowded.scratch == 0
+    for stage in kept.stages:
+        stays = stage != "calibration"
+        assert kept.stages[stage] - spilled.stages[stage] == stays * factors
+        assert crowded.stages[stage] - spilled.stages[stage] == stays * 100
+    # what the run before has left is held already
+    assert needs(inherited=factors).stages == spilled.stages
+    assert kept.stages["rounding"] - needs(inherited=100).stages["rounding"] == 100
 
 
 def test_every_stage_that_is_chosen_counts():
