@@ -27,6 +27,8 @@ MAX_SEED = 2**32 - 1
 OFFLOADS = ("memory", "disk")
 # torch dtypes of evaluation.autocast
 AUTOCAST = ("bfloat16", "float16")
+# Keys that take null though their default is a number.
+OPTIONAL = ("posterior.examples",)
 # keys of a group that describe a choice and are not arguments of its constructor
 DESCRIPTIVE = ("name", "modality", "allocator", "uses_posterior")
 # where a run happens, how it is logged and whether it is repeated changes nothing about its numbers
@@ -250,8 +252,9 @@ def check_types(config: Mapping[str, Any], reference: Mapping[str, Any]) -> None
             if not isinstance(value, bool):
                 _refuse(key, value, "needs true or false")
         elif _is_number(default):
-            if not _is_number(value):
-                _refuse(key, value, f"needs a number (default {show(default)})")
+            if not _is_number(value) and not (value is None and key in OPTIONAL):
+                null = ", or null" if key in OPTIONAL else ""
+                _refuse(key, value, f"needs a number{null} (default {show(default)})")
         elif isinstance(default, list) and not isinstance(value, list):
             _refuse(key, value, f"needs a list, such as {key}={show(default)}")
 

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -466,6 +467,21 @@ def test_a_value_of_another_kind_than_its_default_is_named(key: str, value: Any)
     assert isinstance(given, dict)
     with pytest.raises(UserError, match=rf"^{key}="):
         config.check_types(given, REFERENCE)  # type: ignore[arg-type]
+
+
+def test_numbers_may_be_null_where_the_yaml_says_so() -> None:
+    documented = {
+        f"{file.parent.name}.{line.split(':')[0]}"
+        for file in cli.conf_dir().glob("*/*.yaml")
+        for line in file.read_text().splitlines()
+        if re.match(r"\w+: +[\d.e]+ .*# .*null:", line)
+    }
+    assert documented == set(config.OPTIONAL)
+    for key in documented:
+        group, name = key.split(".")
+        config.check_types({group: {name: None}}, {group: {name: 128}})
+        with pytest.raises(UserError, match=rf"^{key}=all: needs a number, or null"):
+            config.check_types({group: {name: "all"}}, {group: {name: 128}})
 
 
 def test_a_key_without_a_default_takes_anything() -> None:
