@@ -364,24 +364,26 @@ def test_the_runs_of_a_sweep_share_their_geometries(
     sweep: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     made = count_geometries(monkeypatch)
-    cache_dir = f"cache_dir={sweep / 'cache'}"
-    alone = load_results(sweep / "results")
-    for overrides, layers in (
-        ("method=bayesq", 1),
-        ("method=bayesq bits=3.5", 0),  # the next budget
-        ("method=gptq allocator=knapsack", 0),  # another method
-        ("method=bayesq bits=3.5 seed=1", 1),  # other statistics
-        ("method=bayesq posterior.shrinkage=0.25", 1),  # another posterior
-        ("method=bayesq", 1),  # only the last one's are kept
+    # There 3 bits came first and left its geometries to 3.5; here it is the other way round.
+    reversed_runs = {result["run_id"]: result for result in load_results(sweep / "results")}
+    for overrides, anew, known in (
+        ("method=bayesq bits=3.5", True, True),
+        ("method=bayesq bits=3", False, True),  # the next budget
+        ("method=gptq allocator=knapsack", False, False),  # another method
+        ("method=bayesq bits=3.5 seed=1", True, False),  # other statistics
+        ("method=bayesq posterior.shrinkage=0.25", True, False),  # another posterior
+        ("method=bayesq bits=3 force=true", True, True),  # only the last one's are kept
     ):
         before = len(made)
-        result = run_here(tmp_path, "here", f"{overrides} {cache_dir}")
+        result = run_here(tmp_path, "here", f"{overrides} cache_dir={sweep / 'cache'}")
         rows = (tmp_path / "here" / result["run_id"] / "layers.csv").read_text().splitlines()
-        assert len(made) - before == layers * (len(rows) - 1), overrides
-        assert result["time/posterior_s"] > 0  # what reused geometries once took counts
-        for other in alone:
-            if other["run_id"] == result["run_id"]:
-                assert stable(other) == stable(result)
+        assert len(made) - before == anew * (len(rows) - 1), overrides
+        if not anew:  # what they once took counts
+            (shelf,) = runner._shared.values()
+            assert result["time/posterior_s"] > sum(geometry.seconds for geometry in shelf.values()) > 0
+        assert (result["run_id"] in reversed_runs) == known
+        if known:
+            assert stable(result) == stable(reversed_runs[result["run_id"]])
 
 
 @pytest.mark.parametrize(("switch", "fewer"), [("", True), (" calibration.offload=disk", True), ("", False)])

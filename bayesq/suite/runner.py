@@ -86,10 +86,10 @@ FALLBACKS = (
 # has room: where layers are wide, memory is needed for work on one of them, and reading a geometry is much cheaper than
 # making it again. Without that room, as many as fit are kept. All of MiniLM's do.
 KEPT_WHITENING_BYTES = 160 * 2**20
-# Those of the last run, for the next one of a sweep if it has the same posterior: by what they depend on.
-_shared: dict[str, Shelf] = {}
 # The file is made where so many times its size are free.
 SPARE_DISK = 4
+# Geometries of the last run, for the next one of a sweep if it has the same posterior: by what they depend on.
+_shared: dict[str, Shelf] = {}
 # A distillation matches moments in one batch, of at most so many of its own: where those are halved, so is this.
 START_BATCHES = 16
 
