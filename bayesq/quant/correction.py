@@ -13,13 +13,13 @@ A related correction from batch normalisation statistics alone is in Nagel et al
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
+from bayesq.quant.in_step import InStep
 from bayesq.quant.layers import Layer, mask_samples
 
 Norm = nn.BatchNorm1d | nn.BatchNorm2d
@@ -27,8 +27,12 @@ Norm = nn.BatchNorm1d | nn.BatchNorm2d
 VARIANCE_RATIO = (0.25, 4.0)
 # A variance below this share of the squared mean is what float32 activations leave of a constant channel.
 CONSTANT_CHANNEL = 1e-12
-# Examples that go through the networks as one batch, which bounds the memory.
+# Examples that go through the networks together, which bounds the memory.
 MAX_EXAMPLES = 256
+# Sequences that go through together, without the padding of longer ones.
+SEQUENCES = 32
+# What tells real tokens from padding, [examples, positions].
+MASK = "attention_mask"
 # Elements converted to float64 at a time: 16 MiB.
 PART_ELEMENTS = 2**21
 
@@ -68,11 +72,11 @@ def correct_moments(
 ) -> Correction:
     """Match the moments of `quantized` to those of `full`, in place, norm by norm and layer by layer.
 
-    All examples go through each network as one batch: then every hook sees the moments over all of them, corrects, and
-    lets the same pass continue, so each norm meets an already corrected prefix. The caller passes one batch that holds
-    them all; `max_examples` evenly spaced ones are used, go to the network's device and bound the memory. Padding
-    (inputs["attention_mask"]) does not count. LayerNorm standardises each position by itself; layers before it are
-    corrected through their bias.
+    All examples go through each network in step, sequences in batches of like length, everything else as one batch:
+    so every hook sees the moments over all of them, corrects, and lets the same pass continue, and each norm meets an
+    already corrected prefix. `max_examples` evenly spaced ones are used, go to the network's device and bound the
+    memory. Padding (inputs["attention_mask"]) does not count. LayerNorm standardises each position by itself; layers
+    before it are corrected through their bias.
 
     Args:
         full: full-precision network, in eval mode.
@@ -81,7 +85,8 @@ def correct_moments(
         inputs: module arguments [n, ...]; `module(**inputs)` runs the network.
 
     Raises:
-        ValueError: a network is in training mode, a name is not a layer, or there is no example.
+        ValueError: a network is in training mode, a name is not a layer, there is no example, or sequences of
+            different lengths take different ways through the network.
     """
     if full.training or quantized.training:
         raise ValueError("moments can only be matched in eval mode")
@@ -90,29 +95,28 @@ def correct_moments(
         raise ValueError(f"{', '.join(unknown)}: not a Linear or Conv2d layer of the network")
     device = next(full.parameters()).device
     inputs = {name: x.to(device) for name, x in _thin_out(inputs, max_examples).items()}
-    mask = inputs.get("attention_mask")
-    examples = len(next(iter(inputs.values())))
-    reference = _record(full, layers, inputs, examples, mask)
+    parts = _parts(inputs)
+    reference = _record(full, layers, parts)
 
     def own_norm(layer: str) -> bool:
         return reference.calls[reference.read_by.get(layer, "")] == 1
 
     before = {name: tensor.clone() for name, tensor in quantized.state_dict().items()}
 
-    def on_norm(name: str, norm: Norm, x: Tensor) -> None:
+    def on_norm(name: str, norm: Norm, x: Sequence[Tensor]) -> None:
         # Two calls would need two corrections of one set of parameters.
         if reference.calls[name] == 1:
-            _fold(norm, *reference.norms[name], *_moments(x, 1, examples, mask))
+            _fold(norm, *reference.norms[name], *_moments(x, 1, parts))
 
-    def on_layer(name: str, layer: Layer, output: Tensor) -> None:
+    def on_layer(name: str, layer: Layer, output: Sequence[Tensor]) -> None:
         if reference.calls[name] != 1 or layer.bias is None or own_norm(name):
             return
-        shift = reference.layers[name] - _mean(output, _channel_dim(layer), examples, mask)
+        shift = reference.layers[name] - _mean(output, _channel_dim(layer), parts)
         layer.bias += shift.to(layer.bias)
-        output += _along_channels(shift.to(output), output, _channel_dim(layer))
+        for own in output:
+            own += _along_channels(shift.to(own), own, _channel_dim(layer))
 
-    with _watch(quantized, layers, on_norm, on_layer):
-        quantized(**inputs)
+    _pass(quantized, layers, parts, on_norm, on_layer)
     changed = {name: x for name, x in quantized.state_dict().items() if not torch.equal(x, before[name])}
     uncorrected = tuple(
         name
@@ -132,52 +136,66 @@ def _thin_out(inputs: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
     return {name: x[(torch.arange(count) * total // count).to(x.device)] for name, x in inputs.items()}
 
 
-def _record(
-    full: nn.Module, layers: Collection[str], inputs: Mapping[str, Tensor], examples: int, mask: Tensor | None
-) -> _Reference:
+def _parts(inputs: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    """Batches of like length, each trimmed to its longest sequence; everything else stays one batch."""
+    mask = inputs.get(MASK)
+    if mask is None or mask.dim() != 2:
+        return [inputs]
+    # One past the last real token: padding in front of it stays.
+    ends = (mask != 0).mul(torch.arange(1, mask.shape[1] + 1, device=mask.device)).amax(1)
+    parts = []
+    for index in ends.argsort(descending=True, stable=True).split(SEQUENCES):
+        longest = max(int(ends[index].max()), 1)
+        parts.append(
+            {name: x[index, :longest] if x.shape[:2] == mask.shape else x[index] for name, x in inputs.items()}
+        )
+    return parts
+
+
+def _record(full: nn.Module, layers: Collection[str], parts: Sequence[Mapping[str, Tensor]]) -> _Reference:
     reference = _Reference()
     # Weak references: identity can be checked while the tensor lives, and no activation is kept for it.
     outputs: dict[str, tuple[weakref.ref[Tensor], int]] = {}
 
-    def on_norm(name: str, norm: Norm, x: Tensor) -> None:
+    def on_norm(name: str, norm: Norm, x: Sequence[Tensor]) -> None:
         reference.calls[name] += 1
-        reference.norms[name] = _moments(x, 1, examples, mask)
+        reference.norms[name] = _moments(x, 1, parts)
         for layer, (output, version) in outputs.items():
             # An in-place activation keeps the tensor and raises its version: the norm then reads something else.
-            if output() is x and x._version == version:
+            if output() is x[0] and x[0]._version == version:
                 reference.read_by[layer] = name
 
-    def on_layer(name: str, layer: Layer, output: Tensor) -> None:
+    def on_layer(name: str, layer: Layer, output: Sequence[Tensor]) -> None:
         reference.calls[name] += 1
-        outputs[name] = weakref.ref(output), output._version
+        outputs[name] = weakref.ref(output[0]), output[0]._version
         if layer.bias is not None:
-            reference.layers[name] = _mean(output, _channel_dim(layer), examples, mask)
+            reference.layers[name] = _mean(output, _channel_dim(layer), parts)
 
-    with _watch(full, layers, on_norm, on_layer):
-        full(**inputs)
+    _pass(full, layers, parts, on_norm, on_layer)
     return reference
 
 
-@contextmanager
-def _watch(
+def _pass(
     module: nn.Module,
     layers: Collection[str],
-    on_norm: Callable[[str, Norm, Tensor], None],
-    on_layer: Callable[[str, Layer, Tensor], None],
-) -> Iterator[None]:
-    """Call `on_norm` with the input of every BatchNorm and `on_layer` with the output of every layer in `layers`."""
+    parts: Sequence[Mapping[str, Tensor]],
+    on_norm: Callable[[str, Norm, Sequence[Tensor]], None],
+    on_layer: Callable[[str, Layer, Sequence[Tensor]], None],
+) -> None:
+    """Call `on_norm` with the inputs of every BatchNorm and `on_layer` with the outputs of every layer in `layers`."""
+    step = InStep(parts)
 
     def norm_hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(norm: nn.Module, arguments: tuple[Tensor, ...]) -> None:
             assert isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d)
-            on_norm(name, norm, arguments[0])
+            step.meet(name, arguments[0], lambda x: on_norm(name, norm, x))
 
         return hook
 
     def layer_hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def hook(layer: nn.Module, _: tuple[Tensor, ...], output: Tensor) -> None:
             assert isinstance(layer, nn.Linear | nn.Conv2d)
-            on_layer(name, layer, output)
+            step.meet(name, output, lambda x: on_layer(name, layer, x))
 
         return hook
 
@@ -189,7 +207,7 @@ def _watch(
                 handles.append(child.register_forward_pre_hook(norm_hook(name)))
             elif name in layers:
                 handles.append(child.register_forward_hook(layer_hook(name)))
-        yield
+        step.run(module)
     finally:
         for handle in handles:
             handle.remove()
@@ -233,19 +251,34 @@ def _samples(
         yield samples, over, count
 
 
-def _mean(x: Tensor, channel_dim: int, examples: int, mask: Tensor | None) -> Tensor:
-    """Mean [c] float64 over examples and positions, padding left out; arguments as of `_samples`."""
-    total = count = torch.zeros((), dtype=widest(x.device), device=x.device)
-    for samples, over, n in _samples(x, channel_dim, examples, mask):
-        total, count = total + samples.sum(over), count + n
+def _examples(inputs: Mapping[str, Tensor]) -> int:
+    return len(next(iter(inputs.values())))
+
+
+def _mean(x: Sequence[Tensor], channel_dim: int, parts: Sequence[Mapping[str, Tensor]]) -> Tensor:
+    """Mean [c] float64 over examples and positions, padding left out.
+
+    Args:
+        x: every part's tensor, as `_samples` takes it.
+    """
+    total = count = torch.zeros((), dtype=widest(x[0].device), device=x[0].device)
+    for own, inputs in zip(x, parts, strict=True):
+        mask = inputs.get(MASK)
+        if channel_dim == -1 and mask is not None and own.shape[:-1] == mask.shape:
+            # Tokens of one sequence are added in their own precision, by a product that takes a hundredth of the time.
+            total, count = total + (mask.to(own)[:, None] @ own).to(total.dtype).sum((0, 1)), count + mask.sum()
+            continue
+        for samples, over, n in _samples(own, channel_dim, _examples(inputs), mask):
+            total, count = total + samples.sum(over), count + n
     return total / count
 
 
-def _moments(x: Tensor, channel_dim: int, examples: int, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """`_mean` and variance [c] float64."""
-    total = squares = count = torch.zeros((), dtype=widest(x.device), device=x.device)
-    for samples, over, n in _samples(x, channel_dim, examples, mask):
-        total, squares, count = total + samples.sum(over), squares + samples.square().sum(over), count + n
+def _moments(x: Sequence[Tensor], channel_dim: int, parts: Sequence[Mapping[str, Tensor]]) -> tuple[Tensor, Tensor]:
+    """`_mean` and variance [c], all in float64: the variance may be a small difference of large numbers."""
+    total = squares = count = torch.zeros((), dtype=widest(x[0].device), device=x[0].device)
+    for own, inputs in zip(x, parts, strict=True):
+        for samples, over, n in _samples(own, channel_dim, _examples(inputs), inputs.get(MASK)):
+            total, squares, count = total + samples.sum(over), squares + samples.square().sum(over), count + n
     mean = total / count
     return mean, (squares / count - mean.square()).clamp_(min=0)
 

@@ -193,7 +193,9 @@ def text_inputs(padding: int) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def test_text_is_corrected_through_biases_on_real_tokens_only():
+@pytest.mark.parametrize("together", [5, 32])
+def test_text_is_corrected_through_biases_on_real_tokens_only(together, monkeypatch):
+    monkeypatch.setattr("bayesq.quant.correction.SEQUENCES", together)
     torch.manual_seed(0)
     full = Text().eval()
     corrections = []
@@ -210,6 +212,26 @@ def test_text_is_corrected_through_biases_on_real_tokens_only():
         torch.testing.assert_close(*values)
     for name, tensor in corrections[0].tensors.items():
         torch.testing.assert_close(tensor, corrections[1].tensors[name], msg=f"{name} depends on the padding")
+
+
+def test_sequences_go_through_without_the_padding_of_longer_ones(monkeypatch):
+    monkeypatch.setattr("bayesq.quant.correction.SEQUENCES", 5)
+    torch.manual_seed(0)
+    full, inputs, shapes = Text().eval(), text_inputs(0), []
+    quantized = spoiled(full, TEXT_LAYERS)
+    for network in (full, quantized):
+        network.register_forward_pre_hook(
+            lambda module, _, given: shapes.append(given["input_ids"].shape), with_kwargs=True
+        )
+    correct_moments(full, quantized, TEXT_LAYERS, inputs)
+    lengths = sorted(inputs["attention_mask"].sum(1).tolist(), reverse=True)
+    expected = [(len(lengths[k : k + 5]), lengths[k]) for k in range(0, 24, 5)]
+    assert [tuple(shape) for shape in shapes] == expected * 2
+    # in front of the tokens padding stays, since nothing says that it could be left out
+    shapes.clear()
+    flipped = {name: x.flip(1) for name, x in inputs.items()}
+    correct_moments(full, copy.deepcopy(full), TEXT_LAYERS, flipped)
+    assert {shape[1] for shape in shapes} == {9}
 
 
 def test_memory_is_bounded_by_evenly_spaced_examples():
