@@ -11,15 +11,21 @@ is three quarters of the work of a wide layer's factorization.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
+import numba
 import torch
 from torch import Tensor
 
-# Columns updated lazily together; the published code's value, and the outer of two levels here.
-BLOCK = 128
+# Columns updated lazily together, the outer of two levels: wide layers take a tenth less time than with 128.
+BLOCK = 256
+# The same where an observer follows the updated weights: the published code's value.
+OBSERVED_BLOCK = 128
 # Columns inside a block that are rounded in one compiled step; the rest of the block gets one matrix product.
 SUB_BLOCK = 16
+# Columns that are put back into their order together: as many lines as fit the nearest cache, which rows of 512 or 1024
+# numbers all want to occupy the same part of.
+TILE = 8
 DAMPING_RETRIES = 8
 # Retries start from here when the configured damping is smaller (0, say): well above float64 round-off.
 LEAST_DAMPING = 1e-8
@@ -203,8 +209,9 @@ def feedback_round(
     codes = torch.empty(columns, rows, dtype=torch.uint8)
     values = torch.empty_like(x)
     original = factor.order.tolist()
-    for start in range(0, columns, BLOCK):
-        stop = min(start + BLOCK, columns)
+    block = BLOCK if on_block is None else OBSERVED_BLOCK
+    for start in range(0, columns, block):
+        stop = min(start + block, columns)
         if on_block is not None:
             on_block(_optimum(x, delta, u, start), start, stop)
         for sub in range(start, stop, SUB_BLOCK):
@@ -217,7 +224,24 @@ def feedback_round(
         if stop < columns:
             x[stop:].addmm_(u[start:stop, stop:].T, delta[start:stop])
     back = torch.argsort(factor.order)
-    return codes[back].T.contiguous(), values[back].T.contiguous(), x[back].T.contiguous()
+    return _in_order(codes, back), _in_order(values, back), _in_order(x, back)
+
+
+def _in_order(x: Tensor, place: Tensor) -> Tensor:
+    """x[place].T for x [C, R]."""
+    out = torch.empty(x.shape[1], x.shape[0], dtype=x.dtype)
+    _transpose(x.numpy(), place.numpy(), out.numpy())
+    return out
+
+
+@numba.njit(cache=True, nogil=True)
+def _transpose(x: Any, place: Any, out: Any) -> None:
+    columns, rows = x.shape
+    for first in range(0, columns, TILE):
+        last = min(first + TILE, columns)
+        for r in range(rows):
+            for c in range(first, last):
+                out[r, c] = x[place[c], r]
 
 
 def _round_block(
