@@ -33,8 +33,8 @@ MAX_EXAMPLES = 256
 SEQUENCES = 32
 # What tells real tokens from padding, [examples, positions].
 MASK = "attention_mask"
-# Elements converted to float64 at a time: 16 MiB.
-PART_ELEMENTS = 2**21
+# Elements converted to float64 at a time, or one example's: 1 MiB stays in a cache, which takes a fifth of the time.
+PART_ELEMENTS = 2**17
 
 
 @dataclass(frozen=True)
