@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from bayesq.quant.in_step import InStep
+from bayesq.quant.in_step import meet, run_in_step
 from bayesq.quant.layers import Layer, mask_samples
 
 Norm = nn.BatchNorm1d | nn.BatchNorm2d
@@ -29,8 +29,8 @@ VARIANCE_RATIO = (0.25, 4.0)
 CONSTANT_CHANNEL = 1e-12
 # Examples that go through the networks together, which bounds the memory.
 MAX_EXAMPLES = 256
-# Sequences that go through together, without the padding of longer ones.
-SEQUENCES = 32
+# Examples that go through a network as one batch; larger ones take longer, their activations leave the caches.
+PART_EXAMPLES = 16
 # What tells real tokens from padding, [examples, positions].
 MASK = "attention_mask"
 # Elements converted to float64 at a time, or one example's: 1 MiB stays in a cache, which takes a fifth of the time.
@@ -72,11 +72,10 @@ def correct_moments(
 ) -> Correction:
     """Match the moments of `quantized` to those of `full`, in place, norm by norm and layer by layer.
 
-    All examples go through each network in step, sequences in batches of like length, everything else as one batch:
-    so every hook sees the moments over all of them, corrects, and lets the same pass continue, and each norm meets an
-    already corrected prefix. `max_examples` evenly spaced ones are used, go to the network's device and bound the
-    memory. Padding (inputs["attention_mask"]) does not count. LayerNorm standardises each position by itself; layers
-    before it are corrected through their bias.
+    All examples go through each network in small batches that keep in step: so every hook sees the moments over all of
+    them, corrects, and lets the same pass continue, and each norm meets an already corrected prefix. `max_examples`
+    evenly spaced ones are used, go to the network's device and bound the memory. Padding (inputs["attention_mask"])
+    does not count. LayerNorm standardises each position by itself; layers before it are corrected through their bias.
 
     Args:
         full: full-precision network, in eval mode.
@@ -85,8 +84,8 @@ def correct_moments(
         inputs: module arguments [n, ...]; `module(**inputs)` runs the network.
 
     Raises:
-        ValueError: a network is in training mode, a name is not a layer, there is no example, or sequences of
-            different lengths take different ways through the network.
+        ValueError: a network is in training mode, a name is not a layer, there is no example, or
+            batches take different ways through the network.
     """
     if full.training or quantized.training:
         raise ValueError("moments can only be matched in eval mode")
@@ -137,14 +136,15 @@ def _thin_out(inputs: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
 
 
 def _parts(inputs: dict[str, Tensor]) -> list[dict[str, Tensor]]:
-    """Batches of like length, each trimmed to its longest sequence; everything else stays one batch."""
+    """Small batches; sequences are sorted by length, each batch trimmed to its longest."""
     mask = inputs.get(MASK)
     if mask is None or mask.dim() != 2:
-        return [inputs]
+        split = [x.split(PART_EXAMPLES) for x in inputs.values()]
+        return [dict(zip(inputs, part, strict=True)) for part in zip(*split, strict=True)]
     # One past the last real token: padding in front of it stays.
     ends = (mask != 0).mul(torch.arange(1, mask.shape[1] + 1, device=mask.device)).amax(1)
     parts = []
-    for index in ends.argsort(descending=True, stable=True).split(SEQUENCES):
+    for index in ends.argsort(descending=True, stable=True).split(PART_EXAMPLES):
         longest = max(int(ends[index].max()), 1)
         parts.append(
             {name: x[index, :longest] if x.shape[:2] == mask.shape else x[index] for name, x in inputs.items()}
@@ -183,19 +183,18 @@ def _pass(
     on_layer: Callable[[str, Layer, Sequence[Tensor]], None],
 ) -> None:
     """Call `on_norm` with the inputs of every BatchNorm and `on_layer` with the outputs of every layer in `layers`."""
-    step = InStep(parts)
 
     def norm_hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(norm: nn.Module, arguments: tuple[Tensor, ...]) -> None:
             assert isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d)
-            step.meet(name, arguments[0], lambda x: on_norm(name, norm, x))
+            meet(name, arguments[0], lambda x: on_norm(name, norm, x))
 
         return hook
 
     def layer_hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def hook(layer: nn.Module, _: tuple[Tensor, ...], output: Tensor) -> None:
             assert isinstance(layer, nn.Linear | nn.Conv2d)
-            step.meet(name, output, lambda x: on_layer(name, layer, x))
+            meet(name, output, lambda x: on_layer(name, layer, x))
 
         return hook
 
@@ -207,7 +206,7 @@ def _pass(
                 handles.append(child.register_forward_pre_hook(norm_hook(name)))
             elif name in layers:
                 handles.append(child.register_forward_hook(layer_hook(name)))
-        step.run(module)
+        run_in_step(module, parts)
     finally:
         for handle in handles:
             handle.remove()

@@ -74,7 +74,7 @@ class Choices:
         bits: average width.
         calibration_batch, evaluation_batch, distillation_batch: examples per forward pass; distillation_batch None
             without distillation.
-        corrected: examples that match moments in one batch; 0 without correction.
+        corrected: examples that match moments together; 0 without correction.
         sequential: whether inputs come from behind the quantized prefix; a module's are kept for all examples then.
         examples: of the calibration set.
         offload: whether geometries wait on disk.

@@ -195,7 +195,7 @@ def text_inputs(padding: int) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("together", [5, 32])
 def test_text_is_corrected_through_biases_on_real_tokens_only(together, monkeypatch):
-    monkeypatch.setattr("bayesq.quant.correction.SEQUENCES", together)
+    monkeypatch.setattr("bayesq.quant.correction.PART_EXAMPLES", together)
     torch.manual_seed(0)
     full = Text().eval()
     corrections = []
@@ -215,7 +215,7 @@ def test_text_is_corrected_through_biases_on_real_tokens_only(together, monkeypa
 
 
 def test_sequences_go_through_without_the_padding_of_longer_ones(monkeypatch):
-    monkeypatch.setattr("bayesq.quant.correction.SEQUENCES", 5)
+    monkeypatch.setattr("bayesq.quant.correction.PART_EXAMPLES", 5)
     torch.manual_seed(0)
     full, inputs, shapes = Text().eval(), text_inputs(0), []
     quantized = spoiled(full, TEXT_LAYERS)
@@ -247,11 +247,12 @@ def test_memory_is_bounded_by_evenly_spaced_examples():
 def test_parts_do_not_change_the_moments(monkeypatch):
     full, inputs = residual(), {"x": normal(10, 3, 6, 6, seed=1)}
     results = []
-    for elements in (2**23, 1):
+    for examples, elements in ((10, 2**23), (10, 1), (4, 2**23), (1, 1)):
+        monkeypatch.setattr("bayesq.quant.correction.PART_EXAMPLES", examples)
         monkeypatch.setattr("bayesq.quant.correction.PART_ELEMENTS", elements)
         results.append(correct_moments(full, spoiled(full, LAYERS), LAYERS, inputs).tensors)
-    for name, tensor in results[0].items():
-        torch.testing.assert_close(tensor, results[1][name])
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0])
 
 
 def test_it_refuses_what_it_cannot_correct():
