@@ -90,7 +90,7 @@ KEPT_WHITENING_BYTES = 160 * 2**20
 SPARE_DISK = 4
 # Geometries of the last run, for the next one of a sweep if it has the same posterior: by what they depend on.
 _shared: dict[str, Shelf] = {}
-# A distillation matches moments on the examples of at most so many of its batches: where those are halved, so are these.
+# A distillation matches moments on the examples of so many of its batches at most: where these are halved, so is that.
 START_BATCHES = 16
 
 
