@@ -492,6 +492,9 @@ def main() -> None:
             try:
                 jobs = preflight(sys.argv[1:])
                 code = _run(jobs)
+                stop_if_asked()
+                if jobs and not summarise(jobs):
+                    code = code or 1
             except Exception:
                 stop_if_asked()
                 raise
@@ -504,9 +507,6 @@ def main() -> None:
     except KeyboardInterrupt as error:
         word, code = ("terminated", TERMINATED) if isinstance(error, Terminated) else ("interrupted", INTERRUPTED)
         print(f"{word}: the same command continues with what is not finished", file=sys.stderr, flush=True)
-    else:
-        if jobs and not summarise(jobs):
-            code = code or 1
     sys.exit(code)
 
 

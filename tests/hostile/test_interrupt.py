@@ -138,7 +138,9 @@ def test_signals_at_any_moment_end_cleanly(program: Program) -> None:
         with suppress(ProcessLookupError):  # it may have ended by itself
             os.killpg(process, CODES[word][0])
         code, output = program.wait(process), (program.folder / f"{name}.txt").read_text()
-        assert code in (0, CODES[word][1]), output
+        # Once the table is printed there is nothing left to end cleanly, and a signal has its usual effect.
+        allowed = {0, CODES[word][1]} | ({-CODES[word][0]} if "full precision" in output else set())
+        assert code in allowed, output
         assert "error" not in output and "failed" not in output, output
         met[code] += 1
     assert met[130] and met[143], met
