@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from bayesq.quant.in_step import meet, run_in_step
-from bayesq.quant.layers import Layer, mask_samples
+from bayesq.quant.layers import MASK, Layer, mask_samples
 
 Norm = nn.BatchNorm1d | nn.BatchNorm2d
 # Bounds of v / v'. Beyond them a variance is an estimate from few active positions rather than an effect of rounding.
@@ -29,11 +29,9 @@ VARIANCE_RATIO = (0.25, 4.0)
 CONSTANT_CHANNEL = 1e-12
 # Examples that go through the networks together, which bounds the memory.
 MAX_EXAMPLES = 256
-# Examples that go through a network as one batch; larger ones take longer, their activations leave the caches.
+# Examples that go through a network as one batch; the activations of more would leave the caches.
 PART_EXAMPLES = 16
-# What tells real tokens from padding, [examples, positions].
-MASK = "attention_mask"
-# Elements converted to float64 at a time, or one example's: 1 MiB stays in a cache, which takes a fifth of the time.
+# Elements converted to float64 at a time, or one example's: 1 MiB, which stays in a cache.
 PART_ELEMENTS = 2**17
 
 
@@ -264,7 +262,7 @@ def _mean(x: Sequence[Tensor], channel_dim: int, parts: Sequence[Mapping[str, Te
     for own, inputs in zip(x, parts, strict=True):
         mask = inputs.get(MASK)
         if channel_dim == -1 and mask is not None and own.shape[:-1] == mask.shape:
-            # Tokens of one sequence are added in their own precision, by a product that takes a hundredth of the time.
+            # Tokens of one sequence are added in their own precision, by a product, without float64 copies.
             total, count = total + (mask.to(own)[:, None] @ own).to(total.dtype).sum((0, 1)), count + mask.sum()
             continue
         for samples, over, n in _samples(own, channel_dim, _examples(inputs), mask):

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Layer = nn.Linear | nn.Conv2d
+# The network's input that tells real tokens from padding, [examples, positions].
+MASK = "attention_mask"
 
 
 def quantizable_layers(module: nn.Module, exclude: Sequence[str] = ()) -> dict[str, Layer]:

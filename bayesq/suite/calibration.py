@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from bayesq.posterior import DRAWS, LIKELIHOODS
 from bayesq.quant.layers import (
+    MASK,
     Layer,
     groups_of,
     input_blocks,
@@ -279,7 +280,7 @@ class Collector:
     def _forward_hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]:
         def hook(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
             assert isinstance(layer, nn.Linear | nn.Conv2d) and self._batch is not None
-            examples, mask = len(self._batch.labels), self._batch.inputs.get("attention_mask")
+            examples, mask = len(self._batch.labels), self._batch.inputs.get(MASK)
             state = self.sums[name]
             state.called += 1
             x = inputs[0].detach()

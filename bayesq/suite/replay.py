@@ -21,12 +21,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
+from bayesq.quant.layers import MASK
 from bayesq.suite.models.base import Batch
 
 # Inputs of one module, for all batches together, kept in memory at most.
 KEPT_BYTES = 512 * 2**20
-# The one input of a network that statistics read besides the layers' own.
-MASK = "attention_mask"
 CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device)
 OUTPUT, INPUT, CONSTANT = "output", "input", "constant"
 
