@@ -219,8 +219,9 @@ def test_spoilt_files(task, change, message, tmp_path):
         lambda text: text.replace("\n", "\r\n"),
         lambda text: text.replace("\n", "\n\n") + " \n\t\n",
         lambda text: text.removesuffix("\n"),
+        lambda text: text.replace("\n", "\t\n"),
     ],
-    ids=["byte order mark", "CRLF", "blank lines", "no last end"],
+    ids=["byte order mark", "CRLF", "blank lines", "no last end", "tabs at the ends"],
 )
 def test_line_ends_and_marks_change_nothing(task, change, tmp_path):
     write_tsv(tmp_path / "plain", task)

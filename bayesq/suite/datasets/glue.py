@@ -323,7 +323,8 @@ class Glue:
                 left_out += 1
                 continue
             # one cell more or less, as of a text with a tab, and the columns would hold one another's content
-            if len(row) != len(table.header) and not self.task.incomplete:
+            ragged = len(row) < len(table.header) or any(row[len(table.header) :])
+            if ragged and not self.task.incomplete:
                 raise _bad_row(table.where, number, layout, row)
             *text, label = (row[place] for place in places)
             try:
