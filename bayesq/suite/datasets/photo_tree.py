@@ -68,7 +68,7 @@ class PhotoTree:
         return Examples(files, self.labels[indices], [self._id(wnid, name) for wnid, name in names])
 
     def _id(self, wnid: str, name: str) -> str:
-        return f"{wnid}/{_storable(name if wnid in self._with_suffix else Path(name).stem)}"
+        return f"{wnid}/{_storable(name if wnid in self._with_suffix else os.path.splitext(name)[0])}"
 
     def _list(self, known: dict[str, int], where: str) -> None:
         """Fill in the names and what is left out."""
@@ -84,7 +84,7 @@ class PhotoTree:
             if (other := folders.setdefault(real, below.name)) != below.name:
                 raise UserError(f"{where}: {split}/{below.name} and {split}/{other} are one folder, of two classes")
             if names := sorted(self._photos(below.path, where)):
-                stems = Counter(Path(name).stem for name in names)
+                stems = Counter(os.path.splitext(name)[0] for name in names)
                 if len(stems) < len(names):
                     self._with_suffix.add(below.name)
                     twice = next(stem for stem, count in stems.items() if count > 1)
@@ -101,7 +101,8 @@ class PhotoTree:
         wnid = os.path.basename(folder)
         for entry in _visible(folder):
             if entry.is_dir():
-                for path, _, files in os.walk(entry.path):
+                for path, folders, files in os.walk(entry.path):
+                    folders[:] = [name for name in folders if not _is_clutter(name)]
                     inside = os.path.relpath(path, self.folder)
                     for name in files:
                         if not _is_clutter(name):
@@ -115,14 +116,14 @@ class PhotoTree:
     def _leave_out(self, kind: str, example: str) -> None:
         """Count a file that is not read."""
         self._others[kind] += 1
-        self._example = self._example or example
+        self._example = min(self._example or example, example)  # folders list their files in any order
 
     def _remark(self) -> str:
         """The value of `left_out`."""
         parts = []
         if self._others:
             kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(self._others.items()))
-            parts.append(f"{kinds} (such as {_printable(self._example)})")
+            parts.append(_printable(f"{kinds} (such as {self._example})"))
         if self._empty:
             parts.append(f"{len(self._empty)} class folders without a photo (such as {self._empty[0]})")
         return "; ".join(parts)
@@ -152,8 +153,8 @@ def _refuse_dangling(entry: "os.DirEntry[str]", where: str) -> None:
 
 
 def _storable(name: str) -> str:
-    """`name` with bytes that are no UTF-8 as escapes: it can be written to a file."""
-    return name.encode("utf-8", "backslashreplace").decode()
+    """`name` with escapes for what a text file or a CSV reader could not keep: bytes that are no UTF-8, and returns."""
+    return name.encode("utf-8", "backslashreplace").decode().replace("\r", "\\r")
 
 
 def _printable(name: str) -> str:
