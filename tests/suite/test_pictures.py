@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bayesq.suite.datasets.pictures import decoded
+from bayesq.suite.datasets.pictures import as_rgb, decoded
 
 GREY = np.tile(np.arange(256, dtype=np.uint8), (16, 1))
 DEEP = GREY.astype(np.uint16) * 257  # the same in 16 bits
@@ -61,6 +61,13 @@ def test_16_bits_of_the_other_byte_order() -> None:
     file = encoded(DEEP.astype(">u2"), "TIFF")
     assert Image.open(file).mode == "I;16B"
     assert np.array_equal(pixels_of(file)[..., 1], GREY)
+
+
+def test_16_bits_as_older_pillow_gives_them() -> None:
+    for kind in ("PNG", "PPM"):
+        image = Image.fromarray(DEEP.astype(np.int32))
+        image.format = kind
+        assert image.mode == "I" and np.array_equal(np.asarray(as_rgb(image))[..., 2], GREY)
 
 
 def test_levels_between_those_of_8_bits_are_rounded_down() -> None:
