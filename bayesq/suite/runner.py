@@ -54,7 +54,9 @@ from bayesq.suite.memory import give_back_freed, halving, peak_bytes, resident_b
 from bayesq.suite.models.base import EncodedExamples, Network
 from bayesq.suite.packed import Packed, fill, read_packed, run_record, write_packed
 from bayesq.suite.preflight import Choices, Needs, activations, check, estimate
+from bayesq.suite.progress import elapsed
 from bayesq.suite.provenance import git_state, host, versions
+from bayesq.suite.rehearsal import rehearse, small_problems
 from bayesq.suite.results import (
     LAYERS_FILE,
     PREDICTIONS_FILE,
@@ -222,6 +224,7 @@ class Quantized:
         seconds: wall time of each layer.
         calibrate_s, posterior_s, quantize_s, distill_s: cost of the stages; reused statistics and geometries count
             what they once took, and the correction belongs to quantize_s.
+        reused_s: what reused statistics and geometries once took, less what reading them took.
         distilled: what the distillation found, if there was one.
         oom_retries: how often a stage began again with smaller batches because memory ran out.
     """
@@ -234,6 +237,7 @@ class Quantized:
     posterior_s: float = 0.0
     quantize_s: float = 0.0
     distill_s: float = 0.0
+    reused_s: float = 0.0
     distilled: Distilled | None = None
     oom_retries: int = 0
 
@@ -246,12 +250,13 @@ def execute(
     cfg: DictConfig, name: str, folder: Path
 ) -> tuple[dict[str, Any], list[dict[str, Any]], list[dict[str, Any]]]:
     """The stages of a run; returns the result, the rows of layers.csv and those of predictions.csv."""
-    start = time.perf_counter()
+    began = time.perf_counter()
     cache_dir = resolve_cache_dir(cfg.cache_dir)
     plan = make_plan(cfg)  # first: a value that no constructor accepts must not cost a model's loading
     if plan.posterior and cfg.calibration.offload == "disk":
         plan.posterior.offload(folder)
-    work = load(cfg, cache_dir)
+    with elapsed(f"load {cfg.model.name} and {cfg.dataset.name}"):
+        work = load(cfg, cache_dir)
     if isinstance(plan.allocator, Knapsack):  # a pattern that matches nothing must not cost the calibration
         try:
             plan.allocator.choices(list(work.layers))
@@ -276,7 +281,14 @@ def execute(
     )
     full, retries = reference(autocast)
     check_logits(full, f"model={cfg.model.name} overflows before anything is rounded; choose other weights or data")
+    unlowered = reference(None)[0] if autocast is not None else full
+    with elapsed("compile"):
+        fresh = make_plan(cfg)
+        problems = small_problems(work.layers, kernel_positions, calibration.settings.rank)
+        rehearse(fresh.method, fresh.allocator, problems, proxy=cfg.proxy == "mc")
 
+    # What is done by now no method is charged with: some or all of it is much faster in a second run.
+    start = time.perf_counter()
     quantized = quantize(cfg, plan, work, calibration)
     if plan.posterior:
         plan.posterior.release()
@@ -286,12 +298,11 @@ def execute(
     if cfg.distill:
         distill_student(cfg, plan, work, quantized)
     packed = Packed(quantized.tensors, quantized.parameters, run=run_record(cfg, work.network))
-    sizes = write_packed(folder / QUANTIZED_FILE, packed)
-
-    # Everything reported comes from the file: what could not be stored is not evaluated.
-    stored = read_packed(folder / QUANTIZED_FILE)
+    with elapsed("pack"):
+        sizes = write_packed(folder / QUANTIZED_FILE, packed)
+        # Everything reported comes from the file: what could not be stored is not evaluated.
+        stored = read_packed(folder / QUANTIZED_FILE)
     # The full-precision weights have served: a copy of the network would take as much memory again.
-    unlowered = reference(None)[0] if autocast is not None else full
     module = work.network.module
     fill(module, stored.tensors, stored.parameters)
     evaluate_start = time.perf_counter()
@@ -300,9 +311,10 @@ def execute(
     quantized.oom_retries += retries
     check_logits(logits, f"bits={cfg.bits:g} leaves no working network; choose more bits or another method")
     evaluate_s = time.perf_counter() - evaluate_start
-    metrics, predictions = evaluation.compare(
-        full, logits, work.evaluation.labels, int(cfg.seed), work.data.metrics, work.data.likelihood
-    )
+    with elapsed("compare"):
+        metrics, predictions = evaluation.compare(
+            full, logits, work.evaluation.labels, int(cfg.seed), work.data.metrics, work.data.likelihood
+        )
     for row, example in zip(predictions, work.data.evaluation.ids, strict=True):
         row["id"] = example
     if autocast is not None:
@@ -335,7 +347,8 @@ def execute(
         "time/quantize_s": quantized.quantize_s,
         "time/distill_s": quantized.distill_s,
         "time/evaluate_s": evaluate_s,
-        "time/total_s": time.perf_counter() - start,
+        "time/total_s": time.perf_counter() - start + quantized.reused_s,
+        "time/prepare_s": start - began,
         "memory/peak_rss_bytes": peak_bytes(),
         "memory/estimate_bytes": needs.memory,
         "memory/peak_device_bytes": torch.cuda.max_memory_allocated(work.device) if work.device.type == "cuda" else 0,
@@ -528,11 +541,15 @@ def quantize(cfg: DictConfig, plan: Plan, work: Workload, calibration: Calibrati
     """
     method, posterior, allocator = plan.method, plan.posterior, plan.allocator
     module, layers, examples, device = work.network.module, work.layers, work.calibration, work.device
-    calibration.prepare(statistics_of(plan))
+    asked = time.perf_counter()
+    with elapsed("statistics"):
+        calibration.prepare(statistics_of(plan))
+    prepared, inherited = time.perf_counter(), posterior.inherited if posterior else 0.0
 
     groups = forward_order(module, layers, next(examples.batches(1, device)))
     problems = layer_problems(work, calibration, groups)
     result = Quantized(problems={problem.name: problem for problem in problems})
+    result.reused_s = calibration.total_s + inherited - (prepared - asked)
     round_embeddings(work, plan.budget, result)
     given: list[LayerProblem] = problems
     prefix: SequentialInputs | None = None
@@ -547,12 +564,13 @@ def quantize(cfg: DictConfig, plan: Plan, work: Workload, calibration: Calibrati
     start = time.perf_counter()
     try:
         if posterior:
-            posterior.prepare(problems)
+            with elapsed("posterior"):
+                posterior.prepare(problems)
         if cfg.proxy == "mc":
             result.oom_retries += weigh_by_proxy(cfg, plan, work, problems)
     except ValueError as error:
         raise UserError(str(error)) from error
-    result.posterior_s = time.perf_counter() - start + (posterior.inherited if posterior else 0.0)
+    result.posterior_s = time.perf_counter() - start + inherited
     fitted = posterior.seconds if posterior else 0.0
 
     def allocate(
@@ -578,10 +596,10 @@ def quantize(cfg: DictConfig, plan: Plan, work: Workload, calibration: Calibrati
     result.oom_retries += sum(calibration.oom_retries.values()) + (prefix.oom_retries if prefix else 0)
     fits = posterior.seconds - fitted if posterior else 0.0
     result.posterior_s += fits
-    result.calibrate_s = sum(calibration.seconds.values()) + (prefix.seconds if prefix else 0.0)
+    result.calibrate_s = calibration.total_s + (prefix.seconds if prefix else 0.0)
     result.quantize_s += last - start - fits - (prefix.seconds if prefix else 0.0)
     if posterior:
-        for problem in problems:
+        for problem in tqdm(problems, desc="achieved risk", disable=None, leave=False):
             delta = result.tensors[problem.name].dequantize() - problem.weight
             problem.notes["achieved_risk"] = float(posterior.fit(problem).risk(delta).sum())
     _report(cfg, result)
@@ -683,7 +701,8 @@ def correct(work: Workload, quantized: Quantized) -> None:
         student = quantized_copy(work, quantized)
         return correct_moments(work.network.module, student, list(work.layers), batch.inputs, examples)
 
-    found, retries = halving(min(MAX_EXAMPLES, len(work.calibration)), attempt, "correction")
+    with elapsed("match moments"):
+        found, retries = halving(min(MAX_EXAMPLES, len(work.calibration)), attempt, "correction")
     quantized.oom_retries += retries
     quantized.parameters |= found.tensors
     for name in found.uncorrected:
