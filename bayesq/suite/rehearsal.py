@@ -8,6 +8,7 @@ with them. So each run first quantizes some layers of the kinds its network has,
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -31,14 +32,22 @@ FEW_ROWS = 4
 EXAMPLES = 320
 
 
-def rehearse(method: Method, allocator: Allocator, problems: Sequence[LayerProblem], proxy: bool) -> None:
+class Plan(Protocol):
+    """What a run does to a network."""
+
+    method: Method
+    allocator: Allocator
+
+
+def rehearse(plan: Plan, problems: Sequence[LayerProblem], proxy: bool) -> None:
     """Quantize layers and decode them; whatever goes wrong is left for the run itself to say.
 
     Args:
-        method, allocator: with the run's settings, but not the instances that it goes on with.
+        plan: of the run, but not the instance that it goes on with.
         problems: see `small_problems`.
         proxy: whether the run rounds single layers to measure their effect.
     """
+    method, allocator = plan.method, plan.allocator
 
     def allocate(
         layers: Sequence[LayerProblem], codebook_bits: int = 0, distortion: Distortion | None = None

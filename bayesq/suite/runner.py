@@ -249,7 +249,12 @@ class Quantized:
 def execute(
     cfg: DictConfig, name: str, folder: Path
 ) -> tuple[dict[str, Any], list[dict[str, Any]], list[dict[str, Any]]]:
-    """The stages of a run; returns the result, the rows of layers.csv and those of predictions.csv."""
+    """The stages of a run; returns the result, the rows of layers.csv and those of predictions.csv.
+
+    time/prepare_s is what comes before the statistics: libraries, data, network (trained or fetched at first use), its
+    full-precision predictions, compilation. time/total_s is all that follows, with statistics and geometries at what
+    they once took, so that neither the order of runs nor a cache that is empty changes it.
+    """
     began = time.perf_counter()
     cache_dir = resolve_cache_dir(cfg.cache_dir)
     plan = make_plan(cfg)  # first: a value that no constructor accepts must not cost a model's loading
@@ -283,9 +288,8 @@ def execute(
     check_logits(full, f"model={cfg.model.name} overflows before anything is rounded; choose other weights or data")
     unlowered = reference(None)[0] if autocast is not None else full
     with elapsed("compile"):
-        fresh = make_plan(cfg)
-        problems = small_problems(work.layers, kernel_positions, calibration.settings.rank)
-        rehearse(fresh.method, fresh.allocator, problems, proxy=cfg.proxy == "mc")
+        few = small_problems(work.layers, kernel_positions, calibration.settings.rank)
+        rehearse(make_plan(cfg), few, proxy=cfg.proxy == "mc")
 
     # What is done by now no method is charged with: some or all of it is much faster in a second run.
     start = time.perf_counter()

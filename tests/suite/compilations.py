@@ -58,12 +58,11 @@ def observe(command: str) -> tuple[list[str], list[str]]:
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         cfg = compose("config", overrides=["model=resnet", "dataset=digits", *command.split()])
     layers = quantizable_layers(network())
-    fresh, plan = runner.make_plan(cfg), runner.make_plan(cfg)
     small = small_problems(layers, runner.kernel_positions, RANK)
-    rehearse(fresh.method, fresh.allocator, small, proxy=cfg.proxy == "mc")
+    rehearse(runner.make_plan(cfg), small, proxy=cfg.proxy == "mc")
     before = signatures()
 
-    problems = []
+    plan, problems = runner.make_plan(cfg), []
     for name, layer in layers.items():
         weight = weight_to_matrix(layer).detach()
         statistic = RandomStatistics(weight.shape, RANK)
