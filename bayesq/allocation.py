@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Protocol
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
@@ -21,6 +20,7 @@ from tqdm import tqdm
 from bayesq.codebook import level_kind, normal_distortion
 from bayesq.posterior import Posterior
 from bayesq.quant.accounting import LAYER_BITS, affine_overhead_bits, mixed_overhead_bits
+from bayesq.quant.compiled import compiled
 from bayesq.quant.grids import MAX_WIDTH, MIN_WIDTH, mse_grid, round_affine
 from bayesq.quant.method import Distortion, LayerProblem, check_finite, stack_groups
 from bayesq.rounding import predicted_risk, round_layer
@@ -30,7 +30,7 @@ from bayesq.whitening import layer_whitening
 DAMPING = 0.01
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def _lower_hulls(risk: Any, bits: Any, hull: Any, length: Any) -> None:
     """`lower_hull` of every block: hull [B, W] its choices in front, length [B] how many."""
     for block in range(risk.shape[0]):

@@ -27,7 +27,8 @@ from bayesq.quant.trellis import POLYNOMIALS, trellis_distortion, uniform_levels
 from bayesq.rounding import Rounded, first_rows, refit_rows, round_layer, rounding_gain
 from bayesq.whitening import Whitening, layer_whitening
 
-log = logging.getLogger(__name__)
+# goes to the run's log file only, see hydra.job_logging in conf/config.yaml
+details = logging.getLogger("bayesq.details")
 
 LEVELS = ("trellis", "lloyd", "uniform")
 ROUNDINGS = ("feedback", "two_sided", "nearest")
@@ -107,7 +108,10 @@ class BayesQ:
         widths = allocate(layers, table_bits(self.tables, self.states), self.distortion)
 
         levels = {w: self._start(w) for w in self.tables}
-        grids = {layer.name: self._first_grid(layer, widths[layer.name]) for layer in layers}
+        grids = {
+            layer.name: self._first_grid(layer, widths[layer.name])
+            for layer in tqdm(layers, desc="first grids", disable=None, leave=False)
+        }
         for refit in range(self.refits):
             met: dict[int, LevelSums | Atoms] = {}
             own: list[tuple[int, LevelSums]] = []
@@ -239,7 +243,7 @@ class BayesQ:
         weights = sum(layer.weight.numel() for layer in layers)
         gains = [sums.excess(levels[w]) / risk - table_price(w, self.states, weights) for w, sums in own]
         paying = [gain for gain in gains if gain > 0]
-        log.info(
+        details.info(
             f"one table of levels per width; a layer's own would pay in {len(paying)} of {len(gains)} cases and save "
             f"{100 * sum(paying):.2g} % of the predicted risk"
         )

@@ -4,12 +4,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
 
 from bayesq.codebook import level_unit, normal_levels
+from bayesq.quant.compiled import compiled
 from bayesq.quant.feedback import feedback_round, feedback_round_groups
 from bayesq.quant.grids import FP16_TINY, CodebookGrid, stored_scale, zero_code, zero_value
 from bayesq.quant.method import stack_groups
@@ -165,7 +165,7 @@ def first_rows(weight: Tensor, gain: Tensor, width: Tensor) -> tuple[Tensor, Ten
     return scale, (2 ** width.to(torch.float64) - 1) / 2 - mean / scale
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def _least_error(distance: Any, gain: Any, tried: Any, levels: Any, best: Any) -> None:
     """best [R]: the column of tried [R, S] whose multiple of the levels [K / 2], mirrored, costs least in its row."""
     error = np.empty(distance.shape[1])

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from functools import cache, reduce
 from operator import getitem
@@ -357,7 +358,32 @@ def count_geometries(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     whitening = bayesq.whitening.whitening
     monkeypatch.setattr(bayesq.whitening, "whitening", lambda *given: made.append("") or whitening(*given))
     monkeypatch.setattr(runner, "_shared", {})
+    monkeypatch.setattr(runner, "rehearse", lambda *_, **__: None)  # its geometries are not the run's
     return made
+
+
+def test_what_is_slow_once_is_not_the_methods_time(
+    sweep: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Loading, full-precision predictions and rehearsal are prepared; having statistics counts what it once took."""
+    late = [0.0]
+    clock = time.perf_counter
+    monkeypatch.setattr(runner.time, "perf_counter", lambda: clock() + late[0])
+
+    def slow(function: Callable) -> Callable:
+        def slowed(*args, **options):
+            late[0] += 1000
+            return function(*args, **options)
+
+        return slowed
+
+    for place, name in ((runner, "load"), (runner, "rehearse"), (runner.evaluation, "cached_logits")):
+        monkeypatch.setattr(place, name, slow(getattr(place, name)))
+    monkeypatch.setattr(runner.Calibration, "prepare", slow(runner.Calibration.prepare))
+    result = run_here(tmp_path, "here", f"method=bayesq cache_dir={sweep / 'cache'}")
+    assert 3000 < result["time/prepare_s"] < 4000
+    stages = sum(result[f"time/{stage}_s"] for stage in ("calibrate", "posterior", "quantize", "distill", "evaluate"))
+    assert 0 < stages <= result["time/total_s"] < 1000
 
 
 def test_the_runs_of_a_sweep_share_their_geometries(

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
-import numba
 import torch
 from torch import Tensor
+
+from bayesq.quant.compiled import compiled
 
 # Columns updated lazily together, the outer of two levels: twice the published code's, because wide layers gain.
 BLOCK = 256
@@ -234,7 +235,7 @@ def _in_order(x: Tensor, place: Tensor) -> Tensor:
     return out
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def _transpose(x: Any, place: Any, out: Any) -> None:
     columns, rows = x.shape
     for first in range(0, columns, TILE):

@@ -12,10 +12,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
+
+from bayesq.quant.compiled import compiled
 
 MIN_WIDTH, MAX_WIDTH = 2, 8
 ZERO_BITS = 8
@@ -63,7 +64,7 @@ def round_affine(weight: Tensor, scale: Tensor, zero: Tensor, width: Tensor) -> 
 TILE = 256
 
 
-@numba.njit(cache=True, nogil=True, error_model="numpy")
+@compiled(error_model="numpy")
 def feed_back(x: Any, delta: Any, upper: Any, j: Any, low: Any, high: Any) -> None:
     """Move the columns after j, entries low to high, to where the error of column j puts them (`_round_block`)."""
     for k in range(j + 1, x.shape[0]):
@@ -72,7 +73,7 @@ def feed_back(x: Any, delta: Any, upper: Any, j: Any, low: Any, high: Any) -> No
             later[r] += error[r] * share
 
 
-@numba.njit(cache=True, nogil=True, error_model="numpy")
+@compiled(error_model="numpy")
 def _affine_block(
     x: Any, delta: Any, upper: Any, scale: Any, zero: Any, which: Any, top: Any, codes: Any, values: Any
 ) -> None:
@@ -127,7 +128,7 @@ class AffineGrid:
         self._top = top_code(self.width, self.scale.dtype)
 
 
-@numba.njit(cache=True, nogil=True, error_model="numpy")
+@compiled(error_model="numpy")
 def _codebook_block(
     x: Any, delta: Any, upper: Any, scale: Any, zero: Any, levels: Any, bounds: Any, codes: Any, values: Any
 ) -> None:

@@ -17,11 +17,11 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
 
+from bayesq.quant.compiled import compiled
 from bayesq.quant.grids import MAX_WIDTH, feed_back
 
 # Parity-check polynomials (h0, h1) of Ungerboeck's one-dimensional codes, by number of states.
@@ -76,7 +76,7 @@ def level_indices(codes: Tensor, states: int, groups: int) -> Tensor:
     return index.reshape(codes.shape)
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def _decode(code: Any, subset: Any, index: Any) -> None:
     """`level_indices` of one group: code [n, C] uint8, subset [2 * states], index [n, C] int64 written."""
     window = np.zeros(code.shape[1], np.int64)
@@ -86,7 +86,7 @@ def _decode(code: Any, subset: Any, index: Any) -> None:
             index[r, c] = subset[window[c]] + SUBSETS * (code[r, c] >> 1)
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def _nearest(units: Any, weight: Any, width: Any, levels: Any, middles: Any, nearest: Any, distance: Any) -> None:
     """Of each subset, the level nearest to an entry, and its distortion.
 
@@ -122,7 +122,7 @@ def _nearest(units: Any, weight: Any, width: Any, levels: Any, middles: Any, nea
         distance[i, 2], distance[i, 3] = e2 * e2 * cost, e3 * e3 * cost
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def _search(units: Any, weight: Any, width: Any, levels: Any, middles: Any, subset: Any, code: Any, index: Any) -> None:
     """The path with the least distortion down one column, by the Viterbi algorithm.
 
@@ -179,7 +179,7 @@ def _search(units: Any, weight: Any, width: Any, levels: Any, middles: Any, subs
 
 
 # Not numba's parallel loops: they share OpenMP's thread count with torch, and set it for the whole process.
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def _search_columns(
     units: Any, weight: Any, width: Any, levels: Any, middles: Any, subset: Any, code: Any, index: Any
 ) -> None:
@@ -188,7 +188,7 @@ def _search_columns(
         _search(units[c], weight[c], width, levels, middles, subset, code[c], index[c])
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def _round_column(
     x: Any,
     scale: Any,
@@ -208,7 +208,7 @@ def _round_column(
         value[i] = scale[i] * (levels[width[i], index[i]] - zero[i])
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def _trellis_block(
     x: Any,
     delta: Any,

@@ -11,16 +11,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
 
+from bayesq.quant.compiled import compiled
 from bayesq.quant.feedback import FeedbackFactor
 from bayesq.quant.grids import CodebookGrid
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def _round_column(x: Any, upper: Any, order: Any, scale: Any, zero: Any, levels: Any, bounds: Any, code: Any) -> None:
     """Codes [R] of a column x [R]; levels and bounds [R, K] of each row, padded with infinity."""
     rows = order.shape[0]

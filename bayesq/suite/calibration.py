@@ -664,6 +664,7 @@ class Calibration:
         self._keys["gradient_directions"] = _key({**fisher, "kind": "gradient_directions", "rank": settings.rank})
         self.folder = cache_dir / "statistics"
         self.seconds: dict[str, float] = {}
+        self.forward_s = 0.0
         self.unseen: set[str] = set()
         self.reused: dict[str, bool] = {}
         self.oom_retries: dict[str, int] = {}
@@ -699,6 +700,11 @@ class Calibration:
         needed = set(kinds).union(*(REQUIRES.get(kind, ()) for kind in kinds))
         return [kind for family in FAMILIES for kind in family if kind in needed and not self.path(kind).exists()]
 
+    @property
+    def total_s(self) -> float:
+        """What the prepared statistics take in a run that has none of them yet, wherever these came from."""
+        return self.forward_s + sum(self.seconds.values())
+
     def statistic(self, name: str, kind: str) -> Tensor:
         """One layer's statistic, read from disk."""
         with safe_open(self.path(kind), framework="pt") as file:
@@ -718,6 +724,7 @@ class Calibration:
 
     def _note(self, kind: str, metadata: Mapping[str, str], reused: bool) -> None:
         self.seconds[kind] = float(metadata["seconds"])
+        self.forward_s = max(self.forward_s, float(metadata["forward_s"]))
         self.unseen |= set(json.loads(metadata["unseen"]))
         self.reused[kind] = reused
         self.oom_retries[kind] = int(metadata["oom_retries"])
@@ -731,22 +738,22 @@ class Calibration:
             }
             if kinds[0] in BASIS_STATISTICS:
                 for kind in kinds:
-                    for name in self.layers:
+                    for name in tqdm(self.layers, desc=kind, disable=None, leave=False):
                         writers[kind].write(name, eigenbasis(self.statistic(name, REQUIRES[kind][0])))
                 found, retries = _Found(), 0
             else:
                 # All passes begin again with smaller batches: the draws of a batch are those of its size.
                 found, retries = halving(self.settings.batch_size, partial(self._stream, kinds, writers), "calibration")
-            # Of a pass for inputs and gradients, the latter are charged with what only they needed.
-            inputs = [kind for kind in kinds if kind in INPUT_STATISTICS] or list(kinds)
-            gradients = [kind for kind in kinds if kind not in inputs]
+            # One forward pass can serve the whole first family, whichever of it was asked for first: it counts once.
             total = time.perf_counter() - start
-            seconds = dict.fromkeys(gradients, found.backward_s / max(len(gradients), 1))
-            seconds |= dict.fromkeys(inputs, (total - sum(seconds.values())) / len(inputs))
+            forward = total - found.backward_s if kinds[0] in FAMILIES[0] else 0.0
+            own = [kind for kind in kinds if kind not in INPUT_STATISTICS]
+            seconds = dict.fromkeys(kinds, 0.0) | dict.fromkeys(own, (total - forward) / max(len(own), 1))
             examples = dict.fromkeys(kinds, len(self.examples)) | found.examples
             for kind, writer in writers.items():
                 metadata = {
                     "seconds": f"{seconds[kind]:.3f}",
+                    "forward_s": f"{forward:.3f}",
                     "unseen": json.dumps(found.unseen),
                     "examples": str(examples[kind]),
                     "oom_retries": str(retries if kind == kinds[0] else 0),  # of the pass, once

@@ -20,10 +20,14 @@ from bayesq.suite.memory import available_memory
 from bayesq.suite.replay import KEPT_BYTES
 
 log = logging.getLogger(__name__)
+# goes to the run's log file only, see hydra.job_logging in conf/config.yaml
+details = logging.getLogger("bayesq.details")
 
 MIB, GIB = 2**20, 2**30
 # What libraries load and allocate when they first compute, and what an allocator holds between large tensors.
 RUNTIME_BYTES = 128 * MIB
+# Memory and disk are mentioned on the terminal where a run needs more than this share of what is left of one of them.
+TIGHT = 0.5
 # Stored bytes per code byte: scales, zero points, tables of levels, width maps.
 OVERHEAD = 1.1
 
@@ -219,7 +223,7 @@ REMEDIES = {
 
 
 def check(needs: Needs, folders: Mapping[str, Path], limit: float | None, offload: bool) -> None:
-    """Log what is needed, and refuse what cannot fit.
+    """Log what is needed, on the terminal too where it is tight, and refuse what cannot fit.
 
     Args:
         folders: by key, where the disk of `needs.disk` is; they exist.
@@ -232,7 +236,9 @@ def check(needs: Needs, folders: Mapping[str, Path], limit: float | None, offloa
     stage, extra = needs.largest, needs.stages[needs.largest]
     left = available_memory() if limit is None else int(limit * GIB) - needs.held
     free = {key: shutil.disk_usage(folder).free for key, folder in folders.items()}
-    log.info(
+    tight = left is not None and extra > TIGHT * left
+    tight = tight or any(needs.disk[key] > TIGHT * free[key] for key in folders)
+    (log if tight else details).info(
         f"memory: about {_size(needs.memory)} at most ({_size(needs.held)} now; {stage} adds most), "
         f"{'unknown' if left is None else _size(max(left, 0))} left; disk: "
         + ", ".join(f"{_size(needs.disk[key])} of {_size(free[key])} free in {key}" for key in folders)

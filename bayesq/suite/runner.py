@@ -63,7 +63,9 @@ from bayesq.suite.memory import give_back_freed, halving, peak_bytes, resident_b
 from bayesq.suite.models.base import EncodedExamples, Network
 from bayesq.suite.packed import Packed, fill, read_packed, run_record, write_packed
 from bayesq.suite.preflight import Choices, Needs, activations, check, estimate
+from bayesq.suite.progress import elapsed
 from bayesq.suite.provenance import git_state, host, versions
+from bayesq.suite.rehearsal import rehearse, small_problems
 from bayesq.suite.results import (
     LAYERS_FILE,
     PREDICTIONS_FILE,
@@ -242,6 +244,7 @@ class Quantized:
         seconds: wall time of each layer.
         calibrate_s, posterior_s, quantize_s, distill_s: cost of the stages; reused statistics and geometries count
             what they once took, and the correction belongs to quantize_s.
+        reused_s: what reused statistics and geometries once took, less what reading them took.
         distilled: what the distillation found, if there was one.
         oom_retries: how often a stage began again with smaller batches because memory ran out.
     """
@@ -254,6 +257,7 @@ class Quantized:
     posterior_s: float = 0.0
     quantize_s: float = 0.0
     distill_s: float = 0.0
+    reused_s: float = 0.0
     distilled: Distilled | None = None
     oom_retries: int = 0
 
@@ -265,13 +269,19 @@ class Quantized:
 def execute(
     cfg: DictConfig, name: str, folder: Path
 ) -> tuple[dict[str, Any], list[dict[str, Any]], list[dict[str, Any]]]:
-    """The stages of a run; returns the result, the rows of layers.csv and those of predictions.csv."""
-    start = time.perf_counter()
+    """The stages of a run; returns the result, the rows of layers.csv and those of predictions.csv.
+
+    time/prepare_s is what comes before the statistics: libraries, data, network (trained or fetched at first use), its
+    full-precision predictions, compilation. time/total_s is all that follows, with statistics and geometries at what
+    they once took, so that neither the order of runs nor a cache that is empty changes it.
+    """
+    began = time.perf_counter()
     cache_dir = resolve_cache_dir(cfg.cache_dir)
     plan = make_plan(cfg)  # first: a value that no constructor accepts must not cost a model's loading
     if plan.posterior and cfg.calibration.offload == "disk":
         plan.posterior.offload(folder)
-    work = load(cfg, cache_dir)
+    with elapsed(f"load {cfg.model.name} and {cfg.dataset.name}"):
+        work = load(cfg, cache_dir)
     if isinstance(plan.allocator, Knapsack):  # a pattern that matches nothing must not cost the calibration
         try:
             plan.allocator.choices(list(work.layers))
@@ -296,7 +306,13 @@ def execute(
     )
     full, retries = reference(autocast)
     check_logits(full, f"model={cfg.model.name} overflows before anything is rounded; choose other weights or data")
+    unlowered = reference(None)[0] if autocast is not None else full
+    with elapsed("compile"):
+        few = small_problems(work.layers, kernel_positions, calibration.settings.rank)
+        rehearse(make_plan(cfg), few, proxy=cfg.proxy == "mc")
 
+    # What is done by now no method is charged with: some or all of it is much faster in a second run.
+    start = time.perf_counter()
     quantized = quantize(cfg, plan, work, calibration)
     if plan.posterior:
         plan.posterior.release()
@@ -306,12 +322,11 @@ def execute(
     if cfg.distill:
         distill_student(cfg, plan, work, quantized)
     packed = Packed(quantized.tensors, quantized.parameters, run=run_record(cfg, work.network))
-    sizes = write_packed(folder / QUANTIZED_FILE, packed)
-
-    # Everything reported comes from the file: what could not be stored is not evaluated.
-    stored = read_packed(folder / QUANTIZED_FILE)
+    with elapsed("pack"):
+        sizes = write_packed(folder / QUANTIZED_FILE, packed)
+        # Everything reported comes from the file: what could not be stored is not evaluated.
+        stored = read_packed(folder / QUANTIZED_FILE)
     # The full-precision weights have served: a copy of the network would take as much memory again.
-    unlowered = reference(None)[0] if autocast is not None else full
     module = work.network.module
     fill(module, stored.tensors, stored.parameters)
     evaluate_start = time.perf_counter()
@@ -320,9 +335,10 @@ def execute(
     quantized.oom_retries += retries
     check_logits(logits, f"bits={cfg.bits:g} leaves no working network; choose more bits or another method")
     evaluate_s = time.perf_counter() - evaluate_start
-    metrics, predictions = evaluation.compare(
-        full, logits, work.evaluation.labels, int(cfg.seed), work.data.metrics, work.data.likelihood
-    )
+    with elapsed("compare"):
+        metrics, predictions = evaluation.compare(
+            full, logits, work.evaluation.labels, int(cfg.seed), work.data.metrics, work.data.likelihood
+        )
     for row, example in zip(predictions, work.data.evaluation.ids, strict=True):
         row["id"] = example
     if autocast is not None:
@@ -357,7 +373,8 @@ def execute(
         "time/quantize_s": quantized.quantize_s,
         "time/distill_s": quantized.distill_s,
         "time/evaluate_s": evaluate_s,
-        "time/total_s": time.perf_counter() - start,
+        "time/total_s": time.perf_counter() - start + quantized.reused_s,
+        "time/prepare_s": start - began,
         "memory/peak_rss_bytes": peak_bytes(),
         "memory/estimate_bytes": needs.memory,
         "memory/peak_device_bytes": torch.cuda.max_memory_allocated(work.device) if work.device.type == "cuda" else 0,
@@ -557,7 +574,10 @@ def quantize(cfg: DictConfig, plan: Plan, work: Workload, calibration: Calibrati
     """
     method, posterior, allocator = plan.method, plan.posterior, plan.allocator
     module, layers, examples, device = work.network.module, work.layers, work.calibration, work.device
-    calibration.prepare(statistics_of(plan))
+    asked = time.perf_counter()
+    with elapsed("statistics"):
+        calibration.prepare(statistics_of(plan))
+    prepared, inherited = time.perf_counter(), posterior.inherited if posterior else 0.0
     if calibration.unseen:  # a statistic that nothing was measured for must not decide widths
         raise UserError(
             f"no calibration example reaches {', '.join(sorted(calibration.unseen))}: add them to layers.exclude, or "
@@ -567,6 +587,7 @@ def quantize(cfg: DictConfig, plan: Plan, work: Workload, calibration: Calibrati
     groups = forward_order(module, layers, next(examples.batches(1, device)))
     problems = layer_problems(work, calibration, groups)
     result = Quantized(problems={problem.name: problem for problem in problems})
+    result.reused_s = calibration.total_s + inherited - (prepared - asked)
     round_embeddings(work, plan.budget, result)
     given: list[LayerProblem] = problems
     prefix: SequentialInputs | None = None
@@ -582,12 +603,13 @@ def quantize(cfg: DictConfig, plan: Plan, work: Workload, calibration: Calibrati
     start = time.perf_counter()
     try:
         if posterior:
-            posterior.prepare(problems)
+            with elapsed("posterior"):
+                posterior.prepare(problems)
         if cfg.proxy == "mc":
             result.oom_retries += weigh_by_proxy(cfg, plan, work, problems)
     except ValueError as error:
         raise UserError(str(error)) from error
-    result.posterior_s = time.perf_counter() - start + (posterior.inherited if posterior else 0.0)
+    result.posterior_s = time.perf_counter() - start + inherited
     fitted = posterior.seconds if posterior else 0.0
 
     def allocate(
@@ -613,10 +635,10 @@ def quantize(cfg: DictConfig, plan: Plan, work: Workload, calibration: Calibrati
     result.oom_retries += sum(calibration.oom_retries.values()) + (prefix.oom_retries if prefix else 0)
     fits = posterior.seconds - fitted if posterior else 0.0
     result.posterior_s += fits
-    result.calibrate_s = sum(calibration.seconds.values()) + (prefix.seconds if prefix else 0.0)
+    result.calibrate_s = calibration.total_s + (prefix.seconds if prefix else 0.0)
     result.quantize_s += last - start - fits - (prefix.seconds if prefix else 0.0)
     if posterior:
-        for problem in problems:
+        for problem in tqdm(problems, desc="achieved risk", disable=None, leave=False):
             delta = result.tensors[problem.name].dequantize() - problem.weight
             problem.notes["achieved_risk"] = float(posterior.fit(problem).risk(delta).sum())
     _report(cfg, result)
@@ -720,7 +742,8 @@ def correct(work: Workload, quantized: Quantized) -> None:
             work.network.module, student, list(work.layers), batch.inputs, examples, bool(work.usage.alone)
         )
 
-    found, retries = halving(min(MAX_EXAMPLES, len(work.calibration)), attempt, "correction")
+    with elapsed("match moments"):
+        found, retries = halving(min(MAX_EXAMPLES, len(work.calibration)), attempt, "correction")
     quantized.oom_retries += retries
     quantized.parameters |= found.tensors
     for name in found.uncorrected:

@@ -633,19 +633,43 @@ def test_one_pass_gives_the_bits_of_two(gradient_examples, module, tmp_path):
             assert torch.equal(both.statistic(name, kind), apart.statistic(name, kind))
 
 
+def test_what_a_run_is_charged_with_does_not_depend_on_what_was_computed_before(module, tmp_path, monkeypatch):
+    """AWQ's two statistics and BayesQ's two share the forward pass, whichever of them comes first."""
+    now = [0.0]
+
+    def passing(seconds: float, function):
+        def timed(*args, **options):
+            now[0] += seconds
+            return function(*args, **options)
+
+        return timed
+
+    monkeypatch.setattr(calibration.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(calibration, "fisher_directions", passing(10.0, calibration.fisher_directions))
+    module.register_forward_pre_hook(passing(1.0, lambda *_: None))
+    wanted = (["input_moment", "input_magnitude"], ["input_moment", "gradient_moment"], ["fisher_diagonal"])
+    for order in itertools.permutations(range(3)):
+        for run in order:
+            found = open_calibration(module, tmp_path / "".join(map(str, order)))
+            found.prepare(wanted[run])
+            backward = 0.0 if run == 0 else 30.0
+            assert (found.forward_s, sum(found.seconds.values())) == (3.0, backward), (order, run)
+            assert found.total_s == 3.0 + backward
+
+
 def test_gradients_are_charged_with_the_backward_passes_only(module, tmp_path, monkeypatch):
     clock = iter(range(1000))
     monkeypatch.setattr(calibration.time, "perf_counter", lambda: float(next(clock)))
     found = open_calibration(module, tmp_path)
     found.prepare(["input_moment", "gradient_moment"])
     # three readings about the pass, two about the gradients of each of the 3 batches: 8 ticks, 3 of them backward
-    assert found.seconds == {"input_moment": 5.0, "gradient_moment": 3.0}
+    assert found.seconds == {"input_moment": 0.0, "gradient_moment": 3.0} and found.forward_s == 5.0
     fits = max(sum(sum_bytes(layer, [kind], 1) for layer in found.layers.values()) for kind in KINDS)
     apart = open_calibration(module, tmp_path / "apart", room=fits)
     assert len(apart.passes(sorted(KINDS))) == 2
     apart.prepare(["input_moment", "gradient_moment"])
     # a pass of their own is theirs, from the reading before it to the one after it
-    assert apart.seconds == {"input_moment": 3.0, "gradient_moment": 7.0}
+    assert apart.seconds == {"input_moment": 0.0, "gradient_moment": 7.0} and apart.forward_s == 3.0
 
 
 @pytest.mark.parametrize("damage", ["truncate", "flip", "empty", "foreign"])

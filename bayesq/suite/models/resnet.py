@@ -139,7 +139,10 @@ class SmallResNet:
         steps = self.epochs * -(-len(images) // BATCH_SIZE)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=PEAK_LEARNING_RATE, total_steps=steps)
         module.train()
-        with _single_thread(), tqdm(range(self.epochs), desc="training resnet", unit="epoch", disable=None) as epochs:
+        with (
+            _single_thread(),
+            tqdm(range(self.epochs), desc="training resnet", unit="epoch", disable=None, leave=False) as epochs,
+        ):
             for _ in epochs:
                 for index in torch.randperm(len(images), generator=generator).split(BATCH_SIZE):
                     logits = module(encode.scale(random_shift(images[index], MAX_SHIFT, generator)))

@@ -1,0 +1,136 @@
+"""A run's method on a few small random layers, before the clock starts.
+
+Some things take long only once in a process or an installation: numba compiles a function when it is first called,
+tables of normal codes are designed, libraries start their threads. Whatever comes first in a sweep would be charged
+with them. So each run first quantizes some layers of the kinds its network has, and throws them away.
+"""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from bayesq.allocation import Allocator, Budget, Knapsack
+from bayesq.quant.grids import MAX_WIDTH, MIN_WIDTH
+from bayesq.quant.layers import Layer, weight_to_matrix
+from bayesq.quant.method import Distortion, LayerProblem, Method
+from bayesq.suite.stopping import stop_if_asked
+
+log = logging.getLogger(__name__)
+
+# Rehearsed layers have no more groups, rows in all groups together, or columns, unless a kernel has more positions.
+GROUPS, ROWS, COLUMNS = 8, 256, 288
+# Weights of all of them, if the network has as many: from about 71,000 on BayesQ stores a table of levels for 3 bits,
+# and finds the first ranges of such rows in another way.
+WEIGHTS = 72_000
+# Layers with fewer rows in a group may be coded in another way, as BayesQ does.
+FEW_ROWS = 4
+# Random examples that the statistics are of.
+EXAMPLES = 320
+
+
+class Plan(Protocol):
+    """What a run does to a network."""
+
+    method: Method
+    allocator: Allocator
+
+
+def rehearse(plan: Plan, problems: Sequence[LayerProblem], proxy: bool) -> None:
+    """Quantize layers and decode them; whatever goes wrong is left for the run itself to say.
+
+    Args:
+        plan: of the run, but not the instance that it goes on with.
+        problems: see `small_problems`.
+        proxy: whether the run rounds single layers to measure their effect.
+    """
+    method, allocator = plan.method, plan.allocator
+
+    def allocate(
+        layers: Sequence[LayerProblem], codebook_bits: int = 0, distortion: Distortion | None = None
+    ) -> Mapping[str, Tensor]:
+        copies = [replace(layer, notes={}) for layer in layers]  # so that nothing is said of what they predict
+        allocator.allocate(copies, Budget(MAX_WIDTH, "code"), 0, distortion)
+        return {layer.name: all_widths(layer.rows) for layer in layers}
+
+    try:
+        if isinstance(allocator, Knapsack):
+            allocator.pinned, allocator.allowed = {}, {}  # patterns may match none of these layers
+            if proxy:
+                allocator.rounded(problems[0], MIN_WIDTH)
+        for _, tensor in method.quantize(problems, allocate):
+            stop_if_asked()
+            tensor.dequantize()
+    except Exception as error:
+        stop_if_asked()
+        log.debug("the rehearsal ended early: %s", error)
+
+
+def all_widths(rows: int) -> Tensor:
+    """Widths uint8 [rows], each as often as any other."""
+    return (MIN_WIDTH + torch.arange(rows) % (MAX_WIDTH - MIN_WIDTH + 1)).to(torch.uint8)
+
+
+def small_problems(layers: Mapping[str, Layer], positions: Callable[[Layer], int], rank: int) -> list[LayerProblem]:
+    """Random layers: one of each kind there is, and more until they have WEIGHTS weights or are as many.
+
+    Kinds differ in type, in having several groups, few rows in each, or several kernel positions.
+
+    Args:
+        layers: of the network, by name.
+        positions: kernel positions of a layer.
+        rank: of gradient_directions.
+    """
+    generator = torch.Generator().manual_seed(0)
+    shapes = {name: tuple(weight_to_matrix(layer).shape) for name, layer in layers.items()}
+    problems: list[LayerProblem] = []
+    kinds, weights = set(), 0
+    for name in sorted(layers, key=lambda name: -torch.Size(shapes[name]).numel()):
+        kernel = positions(layers[name])
+        g, r, c = shapes[name]
+        kind = (type(layers[name]), g > 1, min(r, FEW_ROWS), kernel > 1)
+        if kind in kinds and weights >= WEIGHTS:
+            continue
+        kinds.add(kind)
+        channels = min(c // kernel, max(COLUMNS // kernel, 1))
+        g = min(g, GROUPS)
+        weight = torch.randn(g, min(r, ROWS // g), kernel * channels, generator=generator)
+        weights += weight.numel()
+        statistic = RandomStatistics(weight.shape, rank)
+        problem = LayerProblem(name, type(layers[name]).__name__, weight, statistic, positions_per_channel=kernel)
+        problems.append(replace(problem, prefix_statistic=statistic))
+    return problems
+
+
+class RandomStatistics:
+    """Statistics of random inputs and gradients; the same for every call.
+
+    Args:
+        shape: g, r, c of the layer.
+        rank: of gradient_directions.
+    """
+
+    def __init__(self, shape: Sequence[int], rank: int) -> None:
+        self.shape, self.rank = tuple(shape), rank
+
+    def __call__(self, kind: str) -> Tensor:
+        """A statistic by its name, see bayesq.quant.method.STATISTICS."""
+        generator = torch.Generator().manual_seed(0)
+        g, r, c = self.shape
+        if kind in ("gradient_moment", "gradient_basis"):
+            c = r
+        x = torch.randn(g, EXAMPLES, c, generator=generator)
+        moment = x.mT @ x / EXAMPLES
+        if kind in ("input_moment", "gradient_moment"):
+            return moment
+        if kind in ("input_basis", "gradient_basis"):
+            basis: Tensor = torch.linalg.eigh(moment.to(torch.float64))[1]
+            return basis.to(torch.float32)
+        if kind == "input_magnitude":
+            return x.abs().mean(1)
+        if kind == "gradient_directions":
+            return torch.randn(self.rank, *self.shape, generator=generator)
+        return torch.rand(self.shape, generator=generator)

@@ -1,0 +1,146 @@
+"""What takes long once belongs to no method: after its rehearsal a method meets only machine code that is there."""
+
+import json
+import logging
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import numba
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from bayesq.allocation import Uniform
+from bayesq.quant.layers import quantizable_layers
+from bayesq.quant.method import STATISTICS
+from bayesq.quant.tensor import QuantizedTensor
+from bayesq.suite.rehearsal import WEIGHTS, RandomStatistics, all_widths, rehearse, small_problems
+from bayesq.suite.runner import kernel_positions
+
+ROOT = Path(__file__).resolve().parents[2]
+COMMANDS = {
+    "method=rtn": set(),
+    "method=awq allocator=knapsack": {"_lower_hulls"},
+    "method=gptq": {"_transpose", "_affine_block"},
+    "bits=4": {"_trellis_block", "_decode", "_least_error"},
+    "proxy=mc method.states=8 bits=2.5": {"_trellis_block", "_search_columns"},
+    "method.levels=lloyd": {"_codebook_block", "_least_error"},
+    "method.levels=lloyd method.rounding=two_sided": {"_round_column"},
+    "posterior=diag": {"_search_columns", "_decode"},
+}
+
+
+@pytest.fixture(scope="module")
+def compilations() -> dict[str, list[list[str]]]:
+    """Per command: functions with machine code after the rehearsal, and those that got more when the layers came."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tests/suite/compilations.py"), *COMMANDS],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stderr
+    found: dict[str, list[list[str]]] = json.loads(done.stdout)
+    return found
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_nothing_is_compiled_after_the_rehearsal(command, compilations):
+    rehearsed, later = compilations[command]
+    assert later == []
+    assert {name.rpartition(".")[2] for name in rehearsed} >= COMMANDS[command]
+
+
+def test_only_what_a_method_needs_is_compiled(compilations):
+    assert compilations["method=rtn"][0] == []
+    assert [name.rpartition(".")[2] for name in compilations["method=awq allocator=knapsack"][0]] == ["_lower_hulls"]
+    assert not any(
+        "trellis" in name for name in compilations["method=gptq"][0] + compilations["method.levels=lloyd"][0]
+    )
+
+
+class Foreign:
+    """A method of somebody else's, with a compiled function of its own."""
+
+    statistics = frozenset({"input_moment"})
+    sequential = False
+
+    def __init__(self) -> None:
+        self.round = numba.njit(lambda x: np.rint(x).clip(0.0, 3.0))
+
+    def quantize(self, layers, allocate) -> Iterator:
+        widths = allocate(layers)
+        for layer in layers:
+            assert layer.input_statistic("input_moment").shape == (layer.weight.shape[0], *2 * layer.weight.shape[2:])
+            codes = torch.from_numpy(self.round(layer.weight.flatten(0, 1).numpy())).to(torch.uint8)
+            rows = torch.ones(layer.rows, 1, dtype=torch.float16)
+            yield layer, QuantizedTensor(codes, widths[layer.name], rows, rows * 0, layer.weight.shape[0])
+
+
+def layers() -> dict[str, nn.Module]:
+    network = nn.ModuleDict(
+        {
+            "a": nn.Linear(700, 600),
+            "b": nn.Linear(600, 600),
+            "c": nn.Conv2d(40, 3, 3),
+            "d": nn.Conv2d(64, 64, 7, groups=64),
+            "e": nn.Conv2d(64, 128, 3, groups=4),
+            "f": nn.Linear(900, 2),
+        }
+    )
+    return quantizable_layers(network)
+
+
+def test_methods_of_others_are_rehearsed_too():
+    method = Foreign()
+    rehearse(
+        SimpleNamespace(method=method, allocator=Uniform()), small_problems(layers(), kernel_positions, 2), proxy=False
+    )
+    assert len(method.round.nopython_signatures) == 1
+
+
+class Failing(Foreign):
+    def quantize(self, layers, allocate):
+        allocate(layers)
+        raise RuntimeError("only real layers, please")
+        yield
+
+
+def test_what_a_rehearsal_cannot_do_is_left_to_the_run(caplog):
+    with caplog.at_level(logging.INFO):
+        plan = SimpleNamespace(method=Failing(), allocator=Uniform())
+        rehearse(plan, small_problems(layers(), kernel_positions, 2), proxy=False)
+    assert not caplog.records
+
+
+def test_small_layers_are_of_every_kind_and_enough_for_tables():
+    problems = {problem.name: problem for problem in small_problems(layers(), kernel_positions, 2)}
+    assert {name: tuple(problem.weight.shape) for name, problem in problems.items()} == {
+        "a": (1, 256, 288),
+        "c": (1, 3, 288),
+        "d": (8, 1, 49),
+        "e": (4, 32, 144),
+        "f": (1, 2, 288),
+    }
+    assert sum(problem.weight.numel() for problem in problems.values()) >= WEIGHTS
+    assert problems["d"].positions_per_channel == 49
+
+
+@pytest.mark.parametrize("shape", [(1, 5, 7), (3, 1, 4), (2, 4, 1)])
+def test_statistics_have_their_shapes(shape):
+    statistic = RandomStatistics(shape, 6)
+    sizes = dict(zip("grck", (*shape, 6), strict=True))
+    for kind, text in STATISTICS.items():
+        expected = [sizes[letter] for letter in text[1 : text.index("]")].split(", ")]
+        found = statistic(kind)
+        assert list(found.shape) == expected and found.dtype == torch.float32, kind
+        assert torch.equal(found, statistic(kind))
+
+
+def test_all_widths_are_met():
+    assert all_widths(16).tolist() == [2, 3, 4, 5, 6, 7, 8, 2, 3, 4, 5, 6, 7, 8, 2, 3]
