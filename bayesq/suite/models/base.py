@@ -67,7 +67,7 @@ class Layout:
     together: str = PADDED
 
     def __str__(self) -> str:
-        kinds = {PADDED: f"padded on the {self.side}", EQUAL: "of equal length, no padding", ALONE: "of one example"}
+        kinds = {PADDED: f"padded on the {self.side}", EQUAL: "of equal length", ALONE: "of one example"}
         return kinds[self.together]
 
 
@@ -135,15 +135,15 @@ def count_batches(examples: EncodedExamples, batch_size: int) -> int:
 
 
 def needs_no_padding(examples: EncodedExamples) -> bool:
-    """Whether the network may see no padding: what splits a batch of `whole` has to remove it."""
+    """Whether the network may see no padding: who takes a batch of `in_one_batch` apart has to remove it."""
     return isinstance(examples, TensorExamples) and examples.layout.together != PADDED
 
 
-def whole(examples: EncodedExamples, device: torch.device | str) -> Batch:
-    """All examples as one batch, in the order of `batches`, with padding whether the network may see it or not."""
+def in_one_batch(examples: EncodedExamples, count: int, device: torch.device | str) -> Batch:
+    """The first `count` examples of `batches` as one batch, with padding whether the network may see it or not."""
     if isinstance(examples, TensorExamples):
         examples = replace(examples, layout=replace(examples.layout, together=PADDED))
-    return next(iter(examples.batches(len(examples), device)))
+    return next(iter(examples.batches(count, device)))
 
 
 @dataclass

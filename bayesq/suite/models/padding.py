@@ -66,20 +66,21 @@ def find_layout(module: nn.Module, encode: Callable[[Layout], TensorExamples], s
 
 def _fault(module: nn.Module, examples: TensorExamples, alone: _Seen) -> str | None:
     """What speaks against batches of these examples; None if nothing does."""
+    side = examples.layout.side
     try:
         seen = _watch(module, examples)
     except Exception as error:  # as above
-        return f"it cannot run batches with padding ({type(error).__name__}: {one_line(str(error))[:200]})"
+        return f"batches padded on the {side} do not run ({type(error).__name__}: {one_line(str(error))[:200]})"
     largest = max(float(logits.abs().max()) for logits in alone.logits.values())
     difference = max(float((seen.logits[k] - logits).abs().max()) for k, logits in alone.logits.items())
     if not difference <= TOLERANCE * largest:  # also if it is no number
-        return f"its outputs depend on padding, by up to {difference:.2g}"
+        return f"padding on the {side} changes its outputs by up to {difference:.2g}"
     keys = seen.inputs.keys() | alone.inputs.keys()
     wrong = {name for name, k in keys if not _agree(seen.inputs.get((name, k), []), alone.inputs.get((name, k), []))}
     if wrong:
         names = [name for name in dict(module.named_modules()) if name in wrong]
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        return f"padding cannot be told from tokens in what layer {names[0]}{more} reads"
+        return f"padding on the {side} cannot be told from tokens in the input of layer {names[0]}{more}"
     return None
 
 

@@ -36,15 +36,16 @@ class SequenceClassifier(nn.Module):
         super().__init__()
         self.model = model
         self.order = None if order is None else [int(k) for k in order]
-        # Where batches hold no padding, a model needs no mask, and some (FNet) take none.
-        self.unread = {MASK} - inspect.signature(model.forward).parameters.keys()
+        self.masked = MASK in inspect.signature(model.forward).parameters  # FNet's takes none
         classes = cast(Any, model).config.num_labels
         if self.order is not None and not all(0 <= k < classes for k in self.order):
             raise ValueError(f"order={self.order}: the model has logits 0 to {classes - 1}")
 
     def forward(self, **inputs: Tensor) -> Tensor:
         """Logits [b, classes]."""
-        logits: Tensor = self.model(**{name: x for name, x in inputs.items() if name not in self.unread}).logits
+        if not self.masked:
+            inputs.pop(MASK, None)
+        logits: Tensor = self.model(**inputs).logits
         return logits if self.order is None else logits[:, self.order]
 
     def extra_repr(self) -> str:

@@ -4,6 +4,7 @@ Weights are read from safetensors only, and no code that comes with a checkpoint
 """
 
 import inspect
+import json
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +41,9 @@ PROBED = 64  # texts whose longest tells whether the network may see padding
 SHORTEST = 8  # tokens: the special ones and a few words
 # A folder has a tokenizer if it holds one of these; without any the library would make one up that knows no words.
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "*.bpe.model", "tokenizer.model")
+
+# Of characters or bytes: these need no such file.
+CHARACTER_TOKENIZERS = ("CanineTokenizer", "ByT5Tokenizer", "PerceiverTokenizer")
 
 
 @dataclass(frozen=True)
@@ -238,8 +242,17 @@ def check_folder(origin: Origin) -> None:
         pickled = next(iter(sorted([*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")])), None)
         other = f" ({pickled.name} is a pickle, which is never opened: save it as safetensors)" if pickled else ""
         raise UserError(f"{origin.key}: has no model.safetensors{other}")
-    if not any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES):
+    if not any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES) and not _reads_characters(folder):
         raise UserError(f"{origin.key}: has no tokenizer (tokenizer.json or vocab.txt): save one there")
+
+
+def _reads_characters(folder: Path) -> bool:
+    """Whether the folder's tokenizer has no vocabulary, so that its configuration is all there is of it."""
+    try:
+        content = json.loads((folder / "tokenizer_config.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and content.get("tokenizer_class") in CHARACTER_TOKENIZERS
 
 
 def check_files(origin: Origin) -> None:
@@ -296,8 +309,9 @@ class Tokens:
             self._check_length(positions)
         if len(self.tokenizer) > _known_tokens(model):
             raise UserError(f"{self.key}: its tokenizer knows more tokens than its embedding table has rows")
-        if getattr(model.config, "pad_token_id", None) is None:  # decoders look for the last token that is no padding
-            model.config.pad_token_id = self.tokenizer.pad_token_id
+        text = model.config.get_text_config()
+        if getattr(text, "pad_token_id", None) is None:  # decoders look for the last token that is no padding
+            text.pad_token_id = self.tokenizer.pad_token_id
         takes = inspect.signature(model.forward).parameters
         if "token_type_ids" in takes and "token_type_ids" in self.tokenizer.model_input_names:
             self.names = ("input_ids", "attention_mask", "token_type_ids")
@@ -305,18 +319,18 @@ class Tokens:
     def try_layouts(self, module: nn.Module, examples: Examples) -> None:
         """Batch texts in the way that changes nothing of what the network computes; see `find_layout`.
 
-        The longest of a few texts, the beginning of it, and its tokens in another order are what it is tried on.
+        It is tried on the longest of a few texts, on its beginning, and on its tokens in reverse order.
 
         Raises:
             UserError: the network cannot run them.
         """
         texts = texts_of(examples.select(torch.arange(min(len(examples), PROBED))), "transformers")
-        text = max(texts, key=lambda parts: sum(map(len, parts)))
-        short = [part[: len(part) // 4 + 1] for part in ((text,) if isinstance(text, str) else text)]
-        rows = self.rows([text, short[0] if isinstance(text, str) else (short[0], short[1])])
-        for name, ids in rows.items():
-            first, *middle, last = ids[0]
-            ids.append([first, *(reversed(middle) if name == "input_ids" else middle), last])
+        text = max(texts, key=_characters)
+        rows = self.rows(cast(Texts, [text, _each(text, self._beginning)]))
+        if len({len(tokens) for tokens in rows["input_ids"]}) == 1:  # of one word, say
+            rows = self.rows(cast(Texts, [_each(text, lambda part: f"{part} {part}"), text]))
+        for name, numbers in rows.items():
+            numbers.append(numbers[0][::-1] if name == "input_ids" else numbers[0])
 
         def encode(layout: Layout) -> TensorExamples:
             return self.padded(rows, torch.zeros(len(rows["input_ids"])), layout)
@@ -328,10 +342,11 @@ class Tokens:
             raise UserError(f"{self.key}: {error}") from error
         if fault is not None:
             level = logging.INFO if self.layout.together == PADDED else logging.WARNING
-            log.log(
-                level,
-                f"{self.key}: padded on the {side}, {fault}: calibration and evaluation use batches {self.layout}",
-            )
+            log.log(level, f"{self.key}: {fault}; calibration and evaluation use batches {self.layout}")
+
+    def _beginning(self, text: str) -> str:
+        """A quarter of what is read of the text, or less."""
+        return text[: min(len(text), self.max_length) // 4 + 1]
 
     def rows(self, texts: Texts) -> dict[str, list[list[int]]]:
         """Numbers of the tokens of each text, by name of the module's argument."""
@@ -355,6 +370,15 @@ class Tokens:
     def __call__(self, examples: Examples) -> EncodedExamples:
         """Token numbers, padded to the longest example."""
         return self.padded(self.rows(texts_of(examples, "transformers")), examples.labels, self.layout)
+
+
+def _characters(text: str | tuple[str, str]) -> int:
+    return len(text) if isinstance(text, str) else sum(map(len, text))
+
+
+def _each(text: str | tuple[str, str], change: Callable[[str], str]) -> str | tuple[str, str]:
+    """A text, or both of a pair, changed."""
+    return change(text) if isinstance(text, str) else (change(text[0]), change(text[1]))
 
 
 def _known_tokens(model: Any) -> float:
