@@ -91,7 +91,7 @@ def token_examples(
     layout = layout or Layout()
 
     def padded(name: str) -> Tensor:
-        tensors = [torch.tensor(row) for row in rows[name]]
+        tensors = [torch.tensor(row, dtype=torch.int64) for row in rows[name]]
         return nn.utils.rnn.pad_sequence(
             tensors, batch_first=True, padding_value=(padding or {}).get(name, 0), padding_side=layout.side
         )
