@@ -84,8 +84,8 @@ def correct_moments(
         layers: names of the quantized layers. Those that are not modules of their own stay uncorrected.
         inputs: module arguments [n, ...]; `module(**inputs)` runs the network.
         max_examples: examples that are used.
-        alone: each example is a batch of its own, without padding, for networks that compute something else in batches or
-            whose layers do not have the batch in front of their inputs.
+        alone: each example is a batch of its own, without padding, for networks that compute something else in batches
+            or whose layers do not have the batch in front of their inputs.
 
     Raises:
         ValueError: a network is in training mode, a name is no layer, there is no example, or

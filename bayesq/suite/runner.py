@@ -60,7 +60,7 @@ from bayesq.suite.coverage import Coverage, coverage, report
 from bayesq.suite.datasets.base import DataSplits
 from bayesq.suite.errors import UserError
 from bayesq.suite.memory import give_back_freed, halving, peak_bytes, resident_bytes
-from bayesq.suite.models.base import EncodedExamples, Network, in_one_batch, needs_no_padding
+from bayesq.suite.models.base import EncodedExamples, Network, in_one_batch, needs_no_padding, two_examples
 from bayesq.suite.packed import Packed, fill, read_packed, run_record, write_packed
 from bayesq.suite.preflight import Choices, Needs, activations, check, estimate
 from bayesq.suite.provenance import git_state, host, versions
@@ -406,7 +406,7 @@ def load(cfg: DictConfig, cache_dir: Path) -> Workload:
         raise UserError(f"layers.include_embeddings=true: model={cfg.model.name} has no embedding left to quantize")
     calibration, evaluation = network.encode(examples), network.encode(data.evaluation)
     try:
-        usage = usage_of(network.module, layers, next(calibration.batches(2, device)).inputs)
+        usage = usage_of(network.module, layers, two_examples(calibration, device).inputs)
     except ValueError as error:
         raise UserError(f"model={cfg.model.name}: {error}") from error
     if not usage.layers:

@@ -139,6 +139,13 @@ def needs_no_padding(examples: EncodedExamples) -> bool:
     return isinstance(examples, TensorExamples) and examples.layout.together != PADDED
 
 
+def two_examples(examples: EncodedExamples, device: torch.device | str) -> Batch:
+    """The first batch of two examples; of one where no two may share a batch."""
+    batches = examples.batches(2, device)
+    first = next(batches)
+    return first if len(first.index) == 2 else next((batch for batch in batches if len(batch.index) == 2), first)
+
+
 def in_one_batch(examples: EncodedExamples, count: int, device: torch.device | str) -> Batch:
     """The first `count` examples of `batches` as one batch, with padding whether the network may see it or not."""
     if isinstance(examples, TensorExamples):

@@ -8,11 +8,12 @@ computes would depend on the batch size, and padding would enter the statistics.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from bayesq.quant.layers import MASK, Layer, input_samples, mask_samples
+from bayesq.quant.layers import MASK, Layer, input_samples, is_layer, mask_samples
 from bayesq.suite.config import one_line
 from bayesq.suite.models.base import ALONE, EQUAL, Batch, Layout, TensorExamples
 
@@ -100,7 +101,7 @@ def _agree(seen: list[tuple[Tensor, Tensor]], alone: list[tuple[Tensor, Tensor]]
 def _watch(module: nn.Module, examples: TensorExamples) -> _Seen:
     """Run all examples in batches as large as their layout allows."""
     seen = _Seen()
-    layers = {name: child for name, child in module.named_modules() if isinstance(child, Layer)}
+    layers = {name: child for name, child in module.named_modules() if is_layer(child)}
     for batch in examples.batches(len(examples), "cpu"):
         handles = [layer.register_forward_pre_hook(_recorder(seen, name, batch)) for name, layer in layers.items()]
         try:
@@ -114,11 +115,10 @@ def _watch(module: nn.Module, examples: TensorExamples) -> _Seen:
 
 def _recorder(seen: _Seen, name: str, batch: Batch) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
     def record(layer: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        assert isinstance(layer, Layer)
-        x, examples = arguments[0], len(batch.index)
-        shared = input_samples(layer, x, 1).abs().double().sum((0, 2)).flatten()
+        own_layer, x, examples = cast(Layer, layer), arguments[0], len(batch.index)
+        shared = input_samples(own_layer, x, 1).abs().double().sum((0, 2)).flatten()
         try:
-            samples, _ = mask_samples(input_samples(layer, x, examples), batch.inputs.get(MASK))
+            samples, _ = mask_samples(input_samples(own_layer, x, examples), batch.inputs.get(MASK))
             own = list(samples.abs().double().sum(2).flatten(1))
         except RuntimeError:  # no multiple of the batch
             own = [torch.full_like(shared, torch.nan)] * examples
