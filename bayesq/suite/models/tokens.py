@@ -65,7 +65,8 @@ class Tokens:
     def try_layouts(self, module: nn.Module, examples: Examples) -> None:
         """Batch texts in the way that changes nothing of what the network computes; see `find_layout`.
 
-        It is tried on the longest of a few texts, on its beginning, and on its tokens in reverse order.
+        It is tried on the longest of a few texts, on its beginning, and on a text of the same length: its second token
+        in place of all in between.
 
         Raises:
             UserError: the network cannot run them.
@@ -76,7 +77,8 @@ class Tokens:
         if len({len(tokens) for tokens in rows["input_ids"]}) == 1:  # of one word, say
             rows = self.rows(cast(Texts, [_each(text, lambda part: f"{part} {part}"), text]))
         for name, numbers in rows.items():
-            numbers.append(numbers[0][::-1] if name == "input_ids" else numbers[0])
+            first, between, last = numbers[0][:1], numbers[0][1:-1], numbers[0][1:][-1:]
+            numbers.append([*first, *between[:1] * len(between), *last] if name == "input_ids" else numbers[0])
 
         def encode(layout: Layout) -> TensorExamples:
             return self.padded(rows, torch.zeros(len(rows["input_ids"])), layout)
