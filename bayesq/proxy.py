@@ -11,7 +11,7 @@ their luck. Of a regression head KL is half the squared difference of the output
 """
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -22,6 +22,7 @@ from tqdm import tqdm
 from bayesq.distillation import named_layer, perturbed_weights
 from bayesq.likelihood import kl_divergence
 from bayesq.quant.layers import matrix_to_weight, weight_key
+from bayesq.quant.one_by_one import one_by_one
 
 # A factor outside says that a few draws or examples are no basis for one, not that a layer matters that much more.
 KAPPA_RANGE = (0.05, 20.0)
@@ -55,6 +56,7 @@ def measure_kappa(
     generator: torch.Generator,
     likelihood: str = "categorical",
     batch_size: int | None = None,
+    alone: bool = False,
 ) -> Kappa:
     """The factor kappa of every layer.
 
@@ -75,6 +77,7 @@ def measure_kappa(
         samples: S.
         likelihood: of the outputs.
         batch_size: examples per forward pass; None = all at once.
+        alone: each example is a batch of its own, without padding.
 
     Raises:
         ValueError: training mode, or a layer has no prediction.
@@ -83,18 +86,19 @@ def measure_kappa(
         raise ValueError("the proxy needs the network in eval mode")
     if missing := [name for name in layers if name not in predicted]:
         raise ValueError(f"no predicted risk for {', '.join(missing)}")
+    parts = one_by_one(inputs) if alone else _parts(inputs, batch_size)
     candidates: dict[str, Tensor] = {}
     measured = dict.fromkeys(layers, 0.0)
     draws = max(samples, 1)
     with tqdm(total=draws * len(layers), desc="proxy", disable=None, leave=False) as bar:
         for _ in range(draws):
             weights = perturbed_weights(full, layers, sample, generator) if samples else {}
-            reference = _logits(full, weights, inputs, batch_size)
+            reference = _logits(full, weights, parts)
             for name in layers:
                 layer = named_layer(full, name)
                 if name not in candidates:
                     candidates[name] = matrix_to_weight(layer, rounded(name)).to(layer.weight)
-                other = _logits(full, {**weights, weight_key(name, layer): candidates[name]}, inputs, batch_size)
+                other = _logits(full, {**weights, weight_key(name, layer): candidates[name]}, parts)
                 measured[name] += float(kl_divergence(reference, other, likelihood).mean()) / draws
                 bar.update()
     factors, fallbacks = {}, {"kappa_undefined": 0, "kappa_clamped": 0}
@@ -114,15 +118,13 @@ def _factor(measured: float, predicted: float) -> tuple[float, str | None]:
     return min(max(kappa, low), high), None if low <= kappa <= high else "kappa_clamped"
 
 
-def _logits(
-    module: nn.Module, weights: Mapping[str, Tensor], inputs: Mapping[str, Tensor], batch_size: int | None
-) -> Tensor:
-    """[n, classes] float32 on the CPU."""
+def _parts(inputs: Mapping[str, Tensor], batch_size: int | None) -> list[dict[str, Tensor]]:
     count = len(next(iter(inputs.values())))
     step = batch_size or count
-    found = []
-    for start in range(0, count, step):
-        part = {name: x[start : start + step] for name, x in inputs.items()}
-        logits: Tensor = functional_call(module, dict(weights), kwargs=part)
-        found.append(logits.float().cpu())
+    return [{name: x[start : start + step] for name, x in inputs.items()} for start in range(0, count, step)]
+
+
+def _logits(module: nn.Module, weights: Mapping[str, Tensor], parts: Sequence[Mapping[str, Tensor]]) -> Tensor:
+    """[n, classes] float32 on the CPU."""
+    found: list[Tensor] = [functional_call(module, dict(weights), kwargs=dict(part)).float().cpu() for part in parts]
     return torch.cat(found)

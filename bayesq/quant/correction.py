@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from bayesq.quant.in_step import meet, run_in_step
 from bayesq.quant.layers import MASK, find_layer, is_layer, mask_samples
+from bayesq.quant.one_by_one import one_by_one
 
 Norm = nn.BatchNorm1d | nn.BatchNorm2d
 # Bounds of v / v'. Beyond them a variance is an estimate from few active positions rather than an effect of rounding.
@@ -83,7 +84,8 @@ def correct_moments(
         layers: names of the quantized layers. Those that are not modules of their own stay uncorrected.
         inputs: module arguments [n, ...]; `module(**inputs)` runs the network.
         max_examples: examples that are used.
-        alone: one example a batch, for networks whose layers do not have the batch in front of their inputs.
+        alone: each example is a batch of its own, without padding, for networks that compute something else in batches
+            or whose layers do not have the batch in front of their inputs.
 
     Raises:
         ValueError: a network is in training mode, a name is no layer, there is no example, or
@@ -96,7 +98,7 @@ def correct_moments(
         find_layer(full, name)
     device = next(full.parameters()).device
     inputs = {name: x.to(device) for name, x in _thin_out(inputs, max_examples).items()}
-    parts = _parts(inputs, 1 if alone else PART_EXAMPLES)
+    parts = one_by_one(inputs) if alone else _parts(inputs)
     reference = _record(full, layers, parts)
 
     def own_norm(layer: str) -> bool:
@@ -137,16 +139,16 @@ def _thin_out(inputs: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
     return {name: x[(torch.arange(count) * total // count).to(x.device)] for name, x in inputs.items()}
 
 
-def _parts(inputs: dict[str, Tensor], size: int) -> list[dict[str, Tensor]]:
-    """Batches of `size` examples; sequences are sorted by length, each batch trimmed to its longest."""
+def _parts(inputs: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    """Small batches; sequences are sorted by length, each batch trimmed to its longest."""
     mask = inputs.get(MASK)
     if mask is None or mask.dim() != 2:
-        split = [x.split(size) for x in inputs.values()]
+        split = [x.split(PART_EXAMPLES) for x in inputs.values()]
         return [dict(zip(inputs, part, strict=True)) for part in zip(*split, strict=True)]
     # One past the last real token: padding in front of it stays.
     ends = (mask != 0).mul(torch.arange(1, mask.shape[1] + 1, device=mask.device)).amax(1)
     parts = []
-    for index in ends.argsort(descending=True, stable=True).split(size):
+    for index in ends.argsort(descending=True, stable=True).split(PART_EXAMPLES):
         longest = max(int(ends[index].max()), 1)
         parts.append(
             {name: x[index, :longest] if x.shape[:2] == mask.shape else x[index] for name, x in inputs.items()}

@@ -41,7 +41,7 @@ from bayesq.quant.watch import watching
 from bayesq.suite.cache import CorruptCache, TensorWriter, tensor_writer, verify
 from bayesq.suite.files import lock
 from bayesq.suite.memory import give_back_freed, halving
-from bayesq.suite.models.base import Batch, EncodedExamples
+from bayesq.suite.models.base import Batch, EncodedExamples, count_batches
 from bayesq.suite.replay import Replay
 from bayesq.suite.stopping import stop_if_asked
 
@@ -834,8 +834,11 @@ class Calibration:
             others={name: layer for name, layer in self.layers.items() if name not in layers},
         )
         batches = self.examples.batches(batch_size, self.device)
-        count = -(-len(self.examples) // batch_size)
-        with_gradients = spread(-(-self.gradient_examples // batch_size), count)
+        total, count = len(self.examples), count_batches(self.examples, batch_size)
+        wanted = -(-self.gradient_examples // batch_size)
+        if count > -(-total // batch_size):  # sequences of other length are kept apart, in smaller batches
+            wanted = -(-self.gradient_examples * count // total)
+        with_gradients = spread(wanted, count)
         title = f"calibrate {'+'.join(kinds)}"
         for i, batch in enumerate(tqdm(batches, total=count, desc=title, disable=None, leave=False)):
             stop_if_asked()

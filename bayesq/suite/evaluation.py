@@ -18,7 +18,7 @@ from bayesq.suite.cache import CorruptCache, read_tensors, write_tensors
 from bayesq.suite.files import lock
 from bayesq.suite.memory import halving
 from bayesq.suite.metrics import ECE_BINS, Metric, difference_interval, measure
-from bayesq.suite.models.base import EncodedExamples
+from bayesq.suite.models.base import EncodedExamples, count_batches
 from bayesq.suite.stopping import stop_if_asked
 
 log = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ def _logits(
     autocast: str | None,
     batch_size: int,
 ) -> Tensor:
-    total = -(-len(examples) // batch_size)
+    total = count_batches(examples, batch_size)
     collected: Tensor | None = None
     lower = nullcontext() if autocast is None else torch.autocast(device.type, getattr(torch, autocast))
     for batch in tqdm(examples.batches(batch_size, device), total=total, desc=label, disable=None, leave=False):

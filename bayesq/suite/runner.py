@@ -60,7 +60,7 @@ from bayesq.suite.coverage import Coverage, coverage, report
 from bayesq.suite.datasets.base import DataSplits
 from bayesq.suite.errors import UserError
 from bayesq.suite.memory import give_back_freed, halving, peak_bytes, resident_bytes
-from bayesq.suite.models.base import EncodedExamples, Network
+from bayesq.suite.models.base import EncodedExamples, Network, in_one_batch, needs_no_padding, two_examples
 from bayesq.suite.packed import Packed, fill, read_packed, run_record, write_packed
 from bayesq.suite.preflight import Choices, Needs, activations, check, estimate
 from bayesq.suite.progress import elapsed
@@ -231,6 +231,11 @@ class Workload:
     def layers(self) -> dict[str, Layer]:
         """Layers to quantize, by name, in definition order."""
         return self.usage.layers
+
+    @property
+    def alone(self) -> bool:
+        """Whether a padded batch has to be taken apart into its examples before the network sees it."""
+        return bool(self.usage.alone) or needs_no_padding(self.calibration)
 
 
 @dataclass
@@ -418,7 +423,7 @@ def load(cfg: DictConfig, cache_dir: Path) -> Workload:
         raise UserError(f"layers.include_embeddings=true: model={cfg.model.name} has no embedding left to quantize")
     calibration, evaluation = network.encode(examples), network.encode(data.evaluation)
     try:
-        usage = usage_of(network.module, layers, next(calibration.batches(2, device)).inputs)
+        usage = usage_of(network.module, layers, two_examples(calibration, device).inputs)
     except ValueError as error:
         raise UserError(f"model={cfg.model.name}: {error}") from error
     if not usage.layers:
@@ -734,16 +739,17 @@ def quantized_copy(work: Workload, quantized: Quantized) -> nn.Module:
 def correct(work: Workload, quantized: Quantized) -> None:
     """Match activation moments to the full-precision network's (SPEC section 5), whatever the method."""
     start = time.perf_counter()
-    batch = next(work.calibration.batches(len(work.calibration), CPU))
+    batch = in_one_batch(work.calibration, len(work.calibration), CPU)
 
     def attempt(examples: int) -> Correction:
         student = quantized_copy(work, quantized)
-        return correct_moments(
-            work.network.module, student, list(work.layers), batch.inputs, examples, bool(work.usage.alone)
-        )
+        return correct_moments(work.network.module, student, list(work.layers), batch.inputs, examples, work.alone)
 
-    with elapsed("match moments"):
-        found, retries = halving(min(MAX_EXAMPLES, len(work.calibration)), attempt, "correction")
+    try:
+        with elapsed("match moments"):
+            found, retries = halving(min(MAX_EXAMPLES, len(work.calibration)), attempt, "correction")
+    except ValueError as error:
+        raise UserError(f"correction=moments is not possible ({error}): choose correction=none") from error
     quantized.oom_retries += retries
     quantized.parameters |= found.tensors
     for name in found.uncorrected:
@@ -799,12 +805,15 @@ def moment_start(work: Workload, quantized: Quantized, examples: int) -> Callabl
     """
 
     def start(chosen: Tensor) -> Mapping[str, Tensor]:
-        batch = next(work.calibration.batches(len(work.calibration), CPU))
+        batch = in_one_batch(work.calibration, len(work.calibration), CPU)
         rows = chosen[batch.index]
         inputs = {name: x[rows] for name, x in batch.inputs.items()}
         student = quantized_copy(work, quantized)
-        layers, most, alone = list(work.layers), min(examples, MAX_EXAMPLES), bool(work.usage.alone)
-        return correct_moments(work.network.module, student, layers, inputs, most, alone).tensors
+        layers, most = list(work.layers), min(examples, MAX_EXAMPLES)
+        try:
+            return correct_moments(work.network.module, student, layers, inputs, most, work.alone).tensors
+        except ValueError as error:
+            raise UserError(f"distillation.moments=true is not possible ({error}): set it to false") from error
 
     return start
 
@@ -848,7 +857,8 @@ def weigh_by_proxy(cfg: DictConfig, plan: Plan, work: Workload, problems: Sequen
     width = min(widths, key=lambda w: (abs(w - float(cfg.bits)), w))
     predicted = {p.name: float(knapsack.predict(p)[:, widths.index(width)].sum()) for p in problems}
     by_name = {problem.name: problem for problem in problems}
-    batch = next(work.calibration.batches(int(options.examples), work.device))
+    batch = in_one_batch(work.calibration, int(options.examples), work.device)
+    alone = needs_no_padding(work.calibration)
 
     def attempt(batch_size: int) -> Kappa:
         return measure_kappa(
@@ -862,6 +872,7 @@ def weigh_by_proxy(cfg: DictConfig, plan: Plan, work: Workload, problems: Sequen
             torch.Generator().manual_seed(int(cfg.seed)),
             work.data.likelihood,
             batch_size,
+            alone,
         )
 
     found, retries = halving(len(batch.labels), attempt, "proxy")

@@ -1,5 +1,6 @@
 """What models of text share: raw texts, padded tokens, and classifiers of the transformers library."""
 
+import inspect
 import json
 import logging
 import re
@@ -10,9 +11,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from bayesq.quant.layers import MASK
 from bayesq.suite.datasets.base import Examples
 from bayesq.suite.errors import UserError
-from bayesq.suite.models.base import TensorExamples
+from bayesq.suite.models.base import Layout, TensorExamples
 
 log = logging.getLogger(__name__)
 
@@ -34,12 +36,15 @@ class SequenceClassifier(nn.Module):
         super().__init__()
         self.model = model
         self.order = None if order is None else [int(k) for k in order]
+        self.masked = MASK in inspect.signature(model.forward).parameters  # FNet's takes none
         classes = cast(Any, model).config.num_labels
         if self.order is not None and not all(0 <= k < classes for k in self.order):
             raise ValueError(f"order={self.order}: the model has logits 0 to {classes - 1}")
 
     def forward(self, **inputs: Tensor) -> Tensor:
         """Logits [b, classes]."""
+        if not self.masked:
+            inputs.pop(MASK, None)
         logits: Tensor = self.model(**inputs).logits
         return logits if self.order is None else logits[:, self.order]
 
@@ -70,22 +75,29 @@ def texts_of(examples: Examples, model: str) -> Texts:
 
 
 def token_examples(
-    rows: Mapping[str, list[list[int]]], labels: Tensor, padding: Mapping[str, int] | None = None
+    rows: Mapping[str, list[list[int]]],
+    labels: Tensor,
+    padding: Mapping[str, int] | None = None,
+    layout: Layout | None = None,
 ) -> TensorExamples:
-    """Examples of different length, padded at their end to the longest.
+    """Examples of different length, padded to the longest.
 
     Args:
         rows: name of the module's argument -> numbers of each token of each example; input_ids among them.
         labels: [n].
         padding: what fills up an argument, where that is not 0.
+        layout: where padding lies, and which examples share a batch.
     """
+    layout = layout or Layout()
 
     def padded(name: str) -> Tensor:
-        tensors = [torch.tensor(row) for row in rows[name]]
-        return nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=(padding or {}).get(name, 0))
+        tensors = [torch.tensor(row, dtype=torch.int64) for row in rows[name]]
+        return nn.utils.rnn.pad_sequence(
+            tensors, batch_first=True, padding_value=(padding or {}).get(name, 0), padding_side=layout.side
+        )
 
     lengths = torch.tensor([len(row) for row in rows["input_ids"]])
-    return TensorExamples({name: padded(name) for name in rows}, labels, lengths)
+    return TensorExamples({name: padded(name) for name in rows}, labels, lengths, layout)
 
 
 def label_order(

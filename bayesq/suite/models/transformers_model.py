@@ -3,7 +3,7 @@
 Weights are read from safetensors only, and no code that comes with a checkpoint is ever run.
 """
 
-import inspect
+import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,12 +16,17 @@ import torch
 from torch import nn
 
 from bayesq.suite.config import one_line
-from bayesq.suite.datasets.base import DataSplits, Examples
+from bayesq.suite.datasets.base import DataSplits
 from bayesq.suite.errors import UserError
 from bayesq.suite.hub import MAIN, from_hub, reachable, tell_commit
-from bayesq.suite.models.base import EncodedExamples, Network, parameter_count, state_checksum
+from bayesq.suite.models.base import (
+    Network,
+    parameter_count,
+    state_checksum,
+)
 from bayesq.suite.models.checkpoint import INTEGERS, checkpoint_sha256
-from bayesq.suite.models.text import SequenceClassifier, config_of, label_order, texts_of, token_examples
+from bayesq.suite.models.text import SequenceClassifier, config_of, label_order
+from bayesq.suite.models.tokens import Tokens
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +34,9 @@ UNNAMED = "transformers"  # the YAML's name of a model that nobody has named
 SHORTEST = 8  # tokens: the special ones and a few words
 # A folder has a tokenizer if it holds one of these; without any the library would make one up that knows no words.
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "*.bpe.model", "tokenizer.model")
+
+# Of characters or bytes: these need no such file.
+CHARACTER_TOKENIZERS = ("CanineTokenizer", "ByT5Tokenizer", "PerceiverTokenizer")
 
 
 @dataclass(frozen=True)
@@ -146,12 +154,14 @@ class TransformersClassifier:
             )
         encode.fit_to(model)
         module = SequenceClassifier(model, order).eval()
+        encode.try_layouts(module, data.calibration_pool)
         description: dict[str, object] = {
             "architecture": type(model).__name__,
             "fp_source": origin.place,
             "label_order": known_by,
             "unused_weights": unused,
             "max_length": self.max_length,
+            "batches": str(encode.layout),
             "parameters": parameter_count(module),
         }
         if origin.local:
@@ -225,8 +235,17 @@ def check_folder(origin: Origin) -> None:
         pickled = next(iter(sorted([*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")])), None)
         other = f" ({pickled.name} is a pickle, which is never opened: save it as safetensors)" if pickled else ""
         raise UserError(f"{origin.key}: has no model.safetensors{other}")
-    if not any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES):
+    if not any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES) and not _reads_characters(folder):
         raise UserError(f"{origin.key}: has no tokenizer (tokenizer.json or vocab.txt): save one there")
+
+
+def _reads_characters(folder: Path) -> bool:
+    """Whether the folder's tokenizer has no vocabulary, so that its configuration is all there is of it."""
+    try:
+        content = json.loads((folder / "tokenizer_config.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and content.get("tokenizer_class") in CHARACTER_TOKENIZERS
 
 
 def check_files(origin: Origin) -> None:
@@ -246,59 +265,6 @@ def check_files(origin: Origin) -> None:
         for name, kind in kinds.items():
             if not kind.startswith(("F", "BF")) and name.rpartition(".")[2] not in INTEGERS:
                 raise UserError(f"{origin.key}: {file.name}: {name} holds {kind}, not floating-point weights")
-
-
-class Tokens:
-    """Encodes texts with a tokenizer of the transformers library.
-
-    Args:
-        tokenizer: with a padding token.
-        max_length: tokens of a text or pair, at most.
-        key: of the model, for messages.
-
-    Raises:
-        UserError: it has no padding token, or does not take so many tokens.
-    """
-
-    def __init__(self, tokenizer: Any, max_length: int, key: str) -> None:
-        self.tokenizer, self.max_length, self.key = tokenizer, max_length, key
-        self.names: tuple[str, ...] = ("input_ids", "attention_mask")
-        if tokenizer.pad_token_id is None:
-            raise UserError(f"{key}: its tokenizer has no padding token, which batches need")
-        self._check_length(tokenizer.model_max_length)
-
-    def _check_length(self, longest: int) -> None:
-        if self.max_length > longest:
-            raise UserError(f"model.max_length={self.max_length} is not possible: {self.key} takes at most {longest}")
-
-    def fit_to(self, model: Any) -> None:
-        """Give the model token_type_ids if it takes them and the tokenizer makes them.
-
-        Raises:
-            UserError: the model has fewer positions or token embeddings than may be asked for.
-        """
-        self._check_length(getattr(model.config, "max_position_embeddings", None) or self.max_length)
-        if len(self.tokenizer) > model.get_input_embeddings().weight.shape[0]:
-            raise UserError(f"{self.key}: its tokenizer knows more tokens than its embedding table has rows")
-        takes = inspect.signature(model.forward).parameters
-        if "token_type_ids" in takes and "token_type_ids" in self.tokenizer.model_input_names:
-            self.names = ("input_ids", "attention_mask", "token_type_ids")
-
-    def __call__(self, examples: Examples) -> EncodedExamples:
-        """Token numbers, padded to the longest example."""
-        texts = texts_of(examples, "transformers")
-        single = [text if isinstance(text, str) else text[0] for text in texts]
-        second = [text[1] for text in texts if not isinstance(text, str)]
-        encoded = self.tokenizer(
-            single,
-            second or None,
-            truncation=True,
-            max_length=self.max_length,
-            return_attention_mask=True,
-            return_token_type_ids="token_type_ids" in self.names,
-        )
-        padding = {"input_ids": self.tokenizer.pad_token_id}
-        return token_examples({name: encoded[name] for name in self.names}, examples.labels, padding)
 
 
 @contextmanager

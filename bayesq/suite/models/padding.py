@@ -1,0 +1,128 @@
+"""Whether a network tells padding from tokens, found out by running it.
+
+Three texts go through the full-precision network alone and in one padded batch. Where all is well, the logits agree,
+and so do the inputs of every layer at the positions that its statistics are taken from. Where it is not (pooled
+positions, Fourier transforms and convolutions over positions, positions counted from the wrong end), what the network
+computes would depend on the batch size, and padding would enter the statistics.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from bayesq.quant.layers import MASK, Layer, input_samples, is_layer, mask_samples
+from bayesq.suite.config import one_line
+from bayesq.suite.models.base import ALONE, EQUAL, Batch, Layout, TensorExamples
+
+# Largest difference relative to the norm that counts as float noise.
+TOLERANCE = 1e-4
+
+
+@dataclass
+class _Seen:
+    """What passes over the examples showed.
+
+    Attributes:
+        logits: [classes] by example.
+        inputs: by layer and example, for each call: sums [c] of |x| over the positions of the example, and over all
+            positions, as if the whole batch shared them.
+    """
+
+    logits: dict[int, Tensor] = field(default_factory=dict)
+    inputs: dict[tuple[str, int], list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
+
+
+def find_layout(module: nn.Module, encode: Callable[[Layout], TensorExamples], side: str) -> tuple[Layout, str | None]:
+    """The first layout that changes nothing: padded on `side`, on the other, batches of equal length, of one example.
+
+    Args:
+        module: in evaluation mode.
+        encode: gives the same examples in any layout: some of equal, some of other length.
+        side: of padding, as the tokenizer wants it.
+
+    Returns:
+        the layout, and what speaks against padding on `side`, if anything does.
+
+    Raises:
+        ValueError: the network cannot run one of the examples alone, or draws random numbers.
+    """
+    single = Layout(side, ALONE)
+    try:
+        alone = _watch(module, encode(single))
+    except Exception as error:  # anything that a network may raise
+        raise ValueError(f"the network cannot run ({type(error).__name__}: {one_line(str(error))[:200]})") from error
+    first: str | None = None
+    for layout in (Layout(side), Layout("left" if side == "right" else "right"), Layout(side, EQUAL)):
+        fault = _fault(module, encode(layout), alone)
+        if fault is None:
+            return layout, first
+        first = first or fault
+    if _fault(module, encode(single), alone) is not None:
+        raise ValueError("the network gives other outputs each time for the same text, so nothing can be compared")
+    return single, first
+
+
+def _fault(module: nn.Module, examples: TensorExamples, alone: _Seen) -> str | None:
+    """What speaks against batches of these examples; None if nothing does."""
+    side = examples.layout.side
+    try:
+        seen = _watch(module, examples)
+    except Exception as error:  # as above
+        return f"batches padded on the {side} do not run ({type(error).__name__}: {one_line(str(error))[:200]})"
+    largest = max(float(logits.abs().max()) for logits in alone.logits.values())
+    difference = max(float((seen.logits[k] - logits).abs().max()) for k, logits in alone.logits.items())
+    if not difference <= TOLERANCE * largest:  # also if it is no number
+        return f"padding on the {side} changes its outputs by up to {difference:.2g}"
+    keys = seen.inputs.keys() | alone.inputs.keys()
+    wrong = {name for name, k in keys if not _agree(seen.inputs.get((name, k), []), alone.inputs.get((name, k), []))}
+    if wrong:
+        names = [name for name in dict(module.named_modules()) if name in wrong]
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        return f"padding on the {side} cannot be told from tokens in the input of layer {names[0]}{more}"
+    return None
+
+
+def _agree(seen: list[tuple[Tensor, Tensor]], alone: list[tuple[Tensor, Tensor]]) -> bool:
+    """Whether a layer's calls read of an example in a batch what they read of it alone, or what the batch shares."""
+    return len(seen) == len(alone) and all(
+        any(
+            float((x - expected).norm()) <= TOLERANCE * float(expected.norm())
+            for x in pair
+            if x.shape == expected.shape
+        )
+        for pair, (expected, _) in zip(seen, alone, strict=True)
+    )
+
+
+@torch.no_grad()
+def _watch(module: nn.Module, examples: TensorExamples) -> _Seen:
+    """Run all examples in batches as large as their layout allows."""
+    seen = _Seen()
+    layers = {name: child for name, child in module.named_modules() if is_layer(child)}
+    for batch in examples.batches(len(examples), "cpu"):
+        handles = [layer.register_forward_pre_hook(_recorder(seen, name, batch)) for name, layer in layers.items()]
+        try:
+            logits = module(**batch.inputs)
+        finally:
+            for handle in handles:
+                handle.remove()
+        seen.logits |= dict(zip(batch.index.tolist(), logits.float(), strict=True))
+    return seen
+
+
+def _recorder(seen: _Seen, name: str, batch: Batch) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    def record(layer: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        own_layer, x, examples = cast(Layer, layer), arguments[0], len(batch.index)
+        shared = input_samples(own_layer, x, 1).abs().double().sum((0, 2)).flatten()
+        try:
+            samples, _ = mask_samples(input_samples(own_layer, x, examples), batch.inputs.get(MASK))
+            own = list(samples.abs().double().sum(2).flatten(1))
+        except RuntimeError:  # no multiple of the batch
+            own = [torch.full_like(shared, torch.nan)] * examples
+        for k, sums in zip(batch.index.tolist(), own, strict=True):
+            seen.inputs.setdefault((name, k), []).append((sums, shared))
+
+    return record
