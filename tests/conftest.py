@@ -6,6 +6,7 @@ processes that tests start as well.
 
 import os
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -28,6 +29,8 @@ os.environ |= {
     for name in ("BAYESQ_CACHE_DIR", "HF_HOME", "NETRC", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR")
 }
 os.environ |= {"LANG": "C.UTF-8", "CUDA_VISIBLE_DEVICES": ""}  # numbers are a CPU's
+# `python -m pytest` works without an activated environment
+os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
 # servers on this machine are never behind a proxy
 os.environ |= dict.fromkeys(("NO_PROXY", "no_proxy"), "localhost,127.0.0.1")
 # workers that each use every core only get in each other's way
