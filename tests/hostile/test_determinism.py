@@ -40,7 +40,8 @@ def run(folder: Path, name: str, threads: int, cache: str, *more: str) -> None:
     done = subprocess.run(
         [*command, f"results_dir={name}", f"cache_dir={cache}"],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(threads)},
+        # threads that wait must not keep those from working for which there is no core of their own
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"},
         capture_output=True,
         text=True,
         timeout=500,
