@@ -1,7 +1,6 @@
 """GPTQ against the published code's weights and against a column-by-column float64 implementation."""
 
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +16,7 @@ from bayesq.quant.accounting import code_bits
 from bayesq.quant.feedback import feedback_factor
 from bayesq.quant.tensor import QuantizedTensor
 
-SHARED = Path(os.environ.get("BAYESQ_SHARED", Path(__file__).parents[3] / "shared"))
-REFERENCE = SHARED / "data" / "gptq_reference"
+REFERENCE = Path(__file__).parents[3] / "shared" / "data" / "gptq_reference"
 DAMPING = 0.01
 
 
@@ -26,7 +24,7 @@ def uint8(values: list[int]) -> Tensor:
     return torch.tensor(values, dtype=torch.uint8)
 
 
-@pytest.mark.skipif(not REFERENCE.is_dir(), reason=f"no reference weights at {REFERENCE} (set BAYESQ_SHARED)")
+@pytest.mark.skipif(not REFERENCE.is_dir(), reason=f"no reference weights at {REFERENCE}")
 @pytest.mark.parametrize("case", range(12))
 def test_the_published_codes_weights_are_reproduced(case: int) -> None:
     settings = json.loads((REFERENCE / "cases.json").read_text())[case]

@@ -185,7 +185,8 @@ def test_observers_see_blocks_with_all_earlier_errors_fed_back() -> None:
     factor = feedback_factor(moment, DAMPING, act_order=False)
     plain = feedback_round(weight, factor, grid)
     observed = feedback_round(weight, factor, grid, lambda x, start, stop: seen.append((start, stop, x.clone())))
-    assert all(torch.equal(a, b) for a, b in zip(plain, observed, strict=True))
+    assert torch.equal(plain[0], observed[0]) and torch.equal(plain[1], observed[1])  # values follow from codes
+    torch.testing.assert_close(plain[2], observed[2], rtol=1e-12, atol=1e-12)  # other blocks, other sums
     assert [(start, stop) for start, stop, _ in seen] == [(0, 128), (128, 256), (256, 300)]
     assert torch.equal(seen[0][2], weight.T)
     for start, _, x in seen:

@@ -364,7 +364,9 @@ def test_transformers_loads_what_is_exported(run: Callable[[str], Recorded], dty
     (batch,) = done.examples.batches(64, CPU)
     with torch.no_grad():
         found = model(**batch.inputs).logits
-        assert torch.equal(found, (half(expected) if dtype == "float16" else expected)(**batch.inputs))
+        logits = (half(expected) if dtype == "float16" else expected)(**batch.inputs)
+    # its weights lie elsewhere in memory, where products may sum in another order
+    torch.testing.assert_close(found, logits, rtol=1e-5, atol=1e-6)
     tokens = AutoTokenizer.from_pretrained(folder)(["the good film"], return_tensors="pt")
     assert tokens["input_ids"].shape == (1, 5)
 

@@ -5,7 +5,6 @@ import os
 import shlex
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -204,21 +203,27 @@ def thousand_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def spent_by_children() -> float:
+    """Seconds of processor time of the processes that ended, whatever else the machine does meanwhile."""
+    times = os.times()
+    return times.children_user + times.children_system
+
+
 def test_a_thousand_runs_are_listed_within_seconds(thousand_runs: Path) -> None:
-    begin = time.monotonic()
+    begin = spent_by_children()
     answer = asked(str(thousand_runs))
-    assert time.monotonic() - begin < LIMIT_S
+    assert spent_by_children() - begin < LIMIT_S
     assert answer.returncode == 0
     assert answer.stdout.splitlines()[-1] == f"{SYNTHETIC} runs: {SYNTHETIC} done, 0 failed, 0 running, 0 missing"
 
 
 def test_a_thousand_runs_are_loaded_within_seconds(thousand_runs: Path) -> None:
     code = f"from analysis import load_runs; print(len(load_runs({str(thousand_runs)!r})))"
-    begin = time.monotonic()
+    begin = spent_by_children()
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
     )
-    assert time.monotonic() - begin < LIMIT_S
+    assert spent_by_children() - begin < LIMIT_S
     assert done.stdout == f"{SYNTHETIC}\n"
 
 
