@@ -66,6 +66,7 @@ from bayesq.suite.results import (
 )
 from bayesq.suite.scratch import DiskShelf
 from bayesq.suite.stopping import stop_if_asked
+from bayesq.suite.summary import two_digits
 from bayesq.suite.tracking import ERROR_KEY, track
 from bayesq.whitening import Shelf
 
@@ -121,7 +122,8 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     log.info(
         f"{name} {result['method']} {result['bits/target']:g} bits, seed {result['seed']}: "
         f"{metric} {100 * result[f'q/{metric}']:.2f} {unit(metric)} ({100 * result[f'delta/{metric}']:+.2f}), "
-        f"KL {result['q/kl_to_fp']:.4f}, {result['bits/stored']:.3f} bits stored, {result['time/total_s']:.1f} s"
+        f"KL {two_digits(result['q/kl_to_fp'])}, {result['bits/stored']:.3f} bits stored, "
+        f"{result['time/total_s']:.1f} s"
     )
     return result
 
@@ -727,7 +729,7 @@ def distill_student(cfg: DictConfig, plan: Plan, work: Workload, quantized: Quan
     quantized.distill_s = time.perf_counter() - start
     log.info(
         f"distillation: {'moments matched, ' if found.started else ''}step {found.best_step} of {found.steps} kept, "
-        f"held-out KL {found.heldout_kl_before:.4f} -> {found.heldout_kl_after:.4f}"
+        f"held-out KL {two_digits(found.heldout_kl_before)} -> {two_digits(found.heldout_kl_after)}"
     )
 
 
