@@ -47,10 +47,10 @@ def results_table(results: Sequence[Result]) -> str:
     A workload is a model, a data set and a task, and those of their settings that differ among the results. Runs of one
     method that differ in further settings get lines of their own and a column for each setting that differs. Entries
     whose status is not "finished" need only model, dataset, method, bits/target, seed and config; a line whose entries
-    are all of that kind says so. Where a line has several entries, n counts the finished ones (`2/3`: one is not), and a ± is the sample
-    standard deviation over them. Accuracies are percent, correlations times 100, deltas points against the
-    full-precision model, KL nats, bits per quantized weight; seconds are those of STAGES. A figure that one of a line's
-    results lacks is a dash: a mean of the others would pass for all of them.
+    are all of that kind says so. Where a line has several entries, n counts the finished ones (`2/3`: one is not), and
+    ± is the sample standard deviation over them. Accuracies are percent, correlations times 100, deltas points against
+    the full-precision model, KL nats, bits per quantized weight; seconds are those of STAGES. A figure that one of a
+    line's results lacks is a dash: a mean of the others would pass for all of them.
     """
     sections: dict[tuple[str, ...], list[Result]] = {}
     for result in results:
