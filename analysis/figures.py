@@ -101,6 +101,12 @@ def looks(runs: pd.DataFrame) -> dict[str, Look]:
     return {variant: found[variant] for _, variant in ranked}
 
 
+def present(data: pd.DataFrame, looks: Mapping[str, Look]) -> dict[str, Look]:
+    """Looks of the variants in `data`, in the order of `looks`."""
+    variants = set(data["variant"])
+    return {variant: own for variant, own in looks.items() if variant in variants}
+
+
 def label(variant: str) -> str:
     """A variant as a legend spells it: `gptq sequential=false` is `GPTQ sequential=false`."""
     method, *settings = variant.split(" ")

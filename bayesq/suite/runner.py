@@ -54,7 +54,7 @@ from bayesq.suite.memory import give_back_freed, halving, peak_bytes, resident_b
 from bayesq.suite.models.base import EncodedExamples, Network
 from bayesq.suite.packed import Packed, fill, read_packed, run_record, write_packed
 from bayesq.suite.preflight import Choices, Needs, activations, check, estimate
-from bayesq.suite.provenance import git_state, host, versions
+from bayesq.suite.provenance import git_state, host, process, versions
 from bayesq.suite.results import (
     LAYERS_FILE,
     PREDICTIONS_FILE,
@@ -339,6 +339,7 @@ def execute(
         "time/evaluate_s": evaluate_s,
         "time/total_s": time.perf_counter() - start,
         "memory/peak_rss_bytes": peak_bytes(),
+        "memory/process": process(),
         "memory/estimate_bytes": needs.memory,
         "memory/peak_device_bytes": torch.cuda.max_memory_allocated(work.device) if work.device.type == "cuda" else 0,
         "calibration/examples": len(work.calibration),

@@ -26,7 +26,7 @@ from bayesq.suite.results import read_result
 sys.path.insert(0, str(Path(__file__).parents[1] / "suite"))
 from wandb_server import API_KEY, ENTITY, WandbServer, serving
 
-COLUMNS = {"run_id", "status", "workload", "variant", "error", "duplicates", "path", "overrides"}
+COLUMNS = {"run_id", "status", "workload", "variant", "memory/own_process", "error", "duplicates", "path", "overrides"}
 
 
 def by_id(runs: pd.DataFrame) -> dict[str, dict]:
