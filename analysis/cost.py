@@ -181,7 +181,7 @@ def cost(data: pd.DataFrame, looks: Mapping[str, Look]) -> Figure:
         plot.set_ylim(-0.6, len(workloads) - 0.4)
         plot.grid(axis="y", visible=False)
     axes[0][0].set_yticks(range(len(workloads)), [title(workload) for workload in workloads])
-    legend(figure, found, lines=False, columns=5 if len(keys) > 1 else 3)
+    legend(figure, found, lines=False)
     return figure
 
 

@@ -297,6 +297,20 @@ def test_lines_of_a_legend_are_about_equally_long(entries: int, lengths: list[in
     assert sorted(map(heights.count, set(heights)), reverse=True) == lengths
 
 
+@pytest.mark.parametrize("width", [figures.SINGLE, figures.DOUBLE])
+@pytest.mark.parametrize("further", [1, 4, 6])
+def test_a_legend_is_no_wider_than_its_figure(width: float, further: int) -> None:
+    settings = ["calibration.examples=64", "sequential=false", "clip=mse", "act_order=false", "damping=0.1", "x=1"]
+    variants = ["bayesq", *(f"gptq {setting}" for setting in settings[:further])]
+    with figures.style():
+        figure, _ = figures.panels(1, 1, width, 2.0)
+        figures.legend(figure, {variant: figures.look("gptq") for variant in variants})
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        box = figure.legends[0].get_window_extent(canvas.get_renderer())
+    assert figure.bbox.x0 - 1 <= box.x0 and box.x1 <= figure.bbox.x1 + 1
+
+
 @pytest.mark.parametrize(("fastest", "ticks"), [(0.5, [0.5, 1, 2, 5]), (0.001, [0.001, 0.01, 0.1, 1])])
 def test_ticks_of_multiples_have_room(fastest: float, ticks: list[float]) -> None:
     rows = [("gptq", 1.0), ("bayesq", 5.0), ("rtn", fastest)]
