@@ -44,6 +44,8 @@ UNKNOWN = "unknown"
 FINISHED, RUNNING = "finished", "running"
 # Columns that every frame of runs has, in front.
 FIRST = ("run_id", "status", "workload", "variant", "model", "dataset", "method", "bits/target", "seed")
+# What a network takes and data give is no setting.
+DESCRIBED = ("model.modality", "dataset.modality")
 PROCESS, OWN_MEMORY = "memory/process", "memory/own_process"
 LAST = (OWN_MEMORY, "error", "duplicates", "path", "overrides")
 # Columns of `runs` that stand beside every row of the long frames.
@@ -385,12 +387,12 @@ def deviations(run: Mapping[str, Any]) -> dict[str, str]:
     strange = [axis for axis in ("model", "dataset") if not (conf_dir() / axis / f"{choices[axis]}.yaml").is_file()]
     found = {}
     for key, value in own.items():
-        skipped = key in (*AXES, "bits", *PLACES) or key.partition(".")[0] in strange
+        skipped = key in (*AXES, "bits", *PLACES, *DESCRIBED) or key.partition(".")[0] in strange
         if not skipped and key in defaults and defaults[key] != value:
             found[key] = show(value)
     for override in command_overrides(run) if strange else []:
         key, _, text = override.lstrip("+").partition("=")
-        if key.partition(".")[0] in strange and "." in key and key not in PLACES:
+        if key.partition(".")[0] in strange and "." in key and key not in (*PLACES, *DESCRIBED):
             found[key] = text
     return found
 

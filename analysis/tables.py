@@ -138,7 +138,7 @@ def main_table(runs: pd.DataFrame) -> Table:
 def _shown_in(table: pd.DataFrame, done: pd.DataFrame) -> pd.DataFrame:
     """Those finished runs that a table's rows are of."""
     rows = set(zip(table["workload"], table["variant"], strict=True))
-    kept: pd.DataFrame = done[[pair in rows for pair in zip(done["workload"], done["variant"], strict=True)]]
+    kept: pd.DataFrame = done.loc[[pair in rows for pair in zip(done["workload"], done["variant"], strict=True)]]
     return kept
 
 

@@ -37,4 +37,5 @@ for workload, members in data.groupby("workload"):
 
 # %%
 for workload in sorted(set(page.workloads) - set(data["workload"])):
-    page.say(f"{workload}: no run with allocator=knapsack; `{page.command(workload, 'method=bayesq', 'bits=3,3.5,4')}`")
+    command = page.command(workload, "method=bayesq", "bits=3,3.5,4")
+    page.say(f"{workload}: no run with allocator=knapsack among these; `{command}`")

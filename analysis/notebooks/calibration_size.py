@@ -28,4 +28,4 @@ for (workload, bits), own in data.groupby(["workload", "bits"]):
 # %%
 for workload in sorted(set(page.workloads) - set(data["workload"])):
     command = page.command(workload, "method=gptq,bayesq", "bits=3", "seed=0,1,2", SIZES)
-    page.say(f"{workload}: no budget was run with several calibration sizes; `{command}`")
+    page.say(f"{workload}: no budget has runs with several calibration sizes among these; `{command}`")

@@ -244,7 +244,7 @@ def test_a_single_run_and_only_failed_runs_render(tmp_path: Path) -> None:
     add_run(tmp_path / "single", method="rtn")
     files = rendered(tmp_path / "single", tmp_path / "one")
     assert "main_figure.png" in files
-    assert b"no run with allocator=knapsack" in files["pages/allocation.md"]
+    assert b"no run with allocator=knapsack among these" in files["pages/allocation.md"]
     add_run(tmp_path / "failed", method="rtn", failed="out of memory")
     files = rendered(tmp_path / "failed", tmp_path / "none")
     assert "main_figure.png" not in files
