@@ -8,7 +8,8 @@ from typing import Any
 import pandas as pd
 
 from analysis.comparisons import is_seedless
-from analysis.loading import FINISHED, RUNNING, UNKNOWN, command_overrides, finished, of_finished_workloads, records
+from analysis.defaults import command_overrides
+from analysis.loading import FINISHED, RUNNING, UNKNOWN, finished, of_finished_workloads, records
 from bayesq.suite.config import WITHOUT_EFFECT
 
 # Keys that a line for several runs gives values of its own.

@@ -5,17 +5,15 @@ import logging
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
 import pandas as pd
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
+from analysis.defaults import AXES, NOT_NAMED, named_deviations
 from analysis.selection import select
-from bayesq.suite.cli import COMPOSITION_ERRORS, CONFIG_NAME, conf_dir
+from bayesq.suite.cli import COMPOSITION_ERRORS
 from bayesq.suite.config import resolved, show
 from bayesq.suite.errors import UserError
 from bayesq.suite.results import (
@@ -34,18 +32,12 @@ log = logging.getLogger(__name__)
 
 WANDB = "wandb:"
 CONFIG_FILE = ".hydra/config.yaml"
-AXES = ("model", "dataset", "method")
 # What a run's network and data are; other settings make variants of a method.
 WORKLOAD_AXES = ("model", "dataset", "evaluation")
-# Where files lie says nothing about what is in them, and the task stands in the workload's name anyway.
-NOT_NAMED = ("dataset.root", "dataset.hub", "dataset.task")
-PLACES = (*NOT_NAMED, "model.checkpoint", "model.name")
 UNKNOWN = "unknown"
 FINISHED, RUNNING = "finished", "running"
 # Columns that every frame of runs has, in front.
 FIRST = ("run_id", "status", "workload", "variant", "model", "dataset", "method", "bits/target", "seed")
-# What a network takes and data give is no setting.
-DESCRIBED = ("model.modality", "dataset.modality")
 PROCESS, OWN_MEMORY = "memory/process", "memory/own_process"
 LAST = (OWN_MEMORY, "error", "duplicates", "path", "overrides")
 # Columns of `runs` that stand beside every row of the long frames.
@@ -136,22 +128,6 @@ def read_table(run: Mapping[str, Any], file: str) -> pd.DataFrame | None:
 
 def _read_csv(file: Path | IO[str]) -> pd.DataFrame:
     return pd.read_csv(file, dtype={"id": str, "name": str})
-
-
-def command_overrides(run: Mapping[str, Any]) -> list[str]:
-    """Overrides that start a run again: the recorded ones, else those that separate its config from the defaults."""
-    if run.get("overrides"):
-        return list(run["overrides"])
-    config = run.get("config")
-    if not isinstance(config, Mapping):
-        return []
-    own = settings_of({"config": config, "seed": run["seed"]})
-    axes = {axis: str(own[axis]) for axis in (*AXES, "posterior") if axis in own}
-    defaults = _defaults(tuple(axes.items()))
-    task = ["dataset.task"] if "dataset.task" in own else []
-    keys = [*AXES, *task, *(key for key in own if key in defaults and defaults[key] != own[key] and key not in AXES)]
-    chosen = {key: own[key] for key in dict.fromkeys([*keys, "bits"])}
-    return [*(f"{key}={show(value)}" for key, value in chosen.items() if value is not None), f"seed={run['seed']}"]
 
 
 # ------------------------------------------------------------------------------------------------------- a folder
@@ -344,75 +320,13 @@ def _name(records: Sequence[dict[str, Any]]) -> None:
         for (_, method), places in by_place.items():
             keys = [key for key in _separating([members[i] for i in places]) if key.split(".")[0] not in WORKLOAD_AXES]
             for i in places:
-                members[i]["variant"] = " ".join([method, *_deviations(settings[i], keys)])
+                members[i]["variant"] = " ".join([method, *named_deviations(settings[i], keys)])
 
 
 def _separating(records: Sequence[Mapping[str, Any]], **same: Any) -> list[str]:
     """`differing_settings` whatever the budget, and whatever `same` names."""
     alike = [{**record, "bits/target": None, **same} for record in records]
     return [key for key in differing_settings(alike) if key != "bits" and key not in AXES and key not in NOT_NAMED]
-
-
-def _deviations(own: Mapping[str, Any], keys: Sequence[str]) -> list[str]:
-    """Those of `keys` that are not at the suite's default, as name=value; keys of the method without its prefix."""
-    axes = tuple((axis, str(own[axis])) for axis in ("method", "posterior") if axis in own)
-    defaults = _defaults(axes) if keys else {}
-    return [
-        f"{key.removeprefix('method.')}={show(own[key])}"
-        for key in keys
-        if key in own and not (key in defaults and defaults[key] == own[key])
-    ]
-
-
-def deviations(run: Mapping[str, Any]) -> dict[str, str]:
-    """Every setting of a run that is not the suite's default for its choices on the axes, as it would be typed.
-
-    Left out are the axes themselves, budget and seed, and where files lie. Of a model or data set that is no file of
-    the suite under its own name (`model=timm`), the settings are those the run was started with.
-
-    Args:
-        run: a row of `load_runs` with a configuration.
-    """
-    own = settings_of({"config": run["config"], "seed": run["seed"]})
-    choices = {axis: str(own[axis]) for axis in (*AXES, "posterior") if axis in own}
-    defaults = {
-        **_defaults(tuple((axis, choices[axis]) for axis in ("method", "posterior") if axis in choices)),
-        **{
-            key: value
-            for axis in ("model", "dataset")
-            for key, value in _defaults(((axis, choices[axis]),)).items()
-            if key.startswith(f"{axis}.")
-        },
-    }
-    strange = [axis for axis in ("model", "dataset") if not (conf_dir() / axis / f"{choices[axis]}.yaml").is_file()]
-    found = {}
-    for key, value in own.items():
-        skipped = key in (*AXES, "bits", *PLACES, *DESCRIBED) or key.partition(".")[0] in strange
-        if not skipped and key in defaults and defaults[key] != value:
-            found[key] = show(value)
-    for override in command_overrides(run) if strange else []:
-        key, _, text = override.lstrip("+").partition("=")
-        if key.partition(".")[0] in strange and "." in key and key not in (*PLACES, *DESCRIBED):
-            found[key] = text
-    return found
-
-
-@cache
-def _defaults(axes: tuple[tuple[str, str], ...]) -> dict[str, Any]:
-    """What `settings_of` gives for the suite's YAML files with these choices; of unknown ones without them.
-
-    The posterior's choice is compared with the suite's own, its settings with that posterior's.
-    """
-    choices = [f"{axis}={name}" for axis, name in axes if (conf_dir() / axis / f"{name}.yaml").is_file()]
-    choices.append("++dataset.task=null")  # it has no default
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        composed = compose(CONFIG_NAME, overrides=choices)
-    for key in OmegaConf.missing_keys(composed):
-        OmegaConf.update(composed, key, None)
-    config = resolved(composed)
-    own = settings_of({"config": config, "seed": config["seed"]})
-    return {**own, "posterior": _defaults(())["posterior"]} if axes else own
 
 
 # ------------------------------------------------------------------------------------------------------ long frames

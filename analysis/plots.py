@@ -19,8 +19,9 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from analysis.comparisons import whole_mean
+from analysis.defaults import command_overrides
 from analysis.figures import DOUBLE, GREY, SINGLE, Look, legend, look, panels, present, style
-from analysis.loading import UNKNOWN, command_overrides, finished, records
+from analysis.loading import UNKNOWN, finished, records
 from analysis.paper import title
 from bayesq.suite.plots import confidence_bins
 from bayesq.suite.results import unit

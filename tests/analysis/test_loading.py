@@ -16,7 +16,8 @@ from frozen import EXAMPLES, add, config, started
 from omegaconf import OmegaConf
 
 from analysis import example_frame, layer_frame, load_runs
-from analysis.loading import command_overrides, records
+from analysis.defaults import command_overrides
+from analysis.loading import records
 from analysis.tables import main_table
 from bayesq.suite.errors import UserError
 from bayesq.suite.files import lock
