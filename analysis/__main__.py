@@ -1,13 +1,16 @@
-"""`python -m analysis RESULTS [--cost | --glue | --main | --ablation]`: a table of runs on the terminal.
+"""`python -m analysis RESULTS [KEY=VALUE ...] [--cost | --glue | --main | --ablation]`: a table on the terminal.
 
-With `--output DIR` every table and figure goes there instead. RESULTS is a results folder or `wandb:ENTITY/PROJECT`.
+With `--output DIR` every table and figure goes there instead. RESULTS is a results folder or `wandb:ENTITY/PROJECT`;
+`dataset=digits method=bayesq,gptq` and the like leave only the runs that fit all of it.
 """
 
 import argparse
 import sys
 
-from analysis.loading import finished, load_runs
-from analysis.tables import ablation_table, cost_table, glue_table, has_glue, main_table, overview_table
+from analysis.cost import cost_table
+from analysis.glue import glue_table, has_glue
+from analysis.loading import finished, load_runs, without_result
+from analysis.tables import ablation_table, main_table, overview_table
 from bayesq.suite.errors import UserError
 
 TABLES = {
@@ -22,25 +25,29 @@ def main() -> None:
     """Print the table or write all files; one line on stderr and exit code 1 where there is nothing to show."""
     parser = argparse.ArgumentParser(prog="python -m analysis", description=__doc__)
     parser.add_argument("results", help="a results folder, such as results/, or wandb:ENTITY/PROJECT")
+    parser.add_argument("where", nargs="*", metavar="KEY=VALUE", help="only runs with this, such as method=bayesq,gptq")
     kind = parser.add_mutually_exclusive_group()
     for name, (_, text) in TABLES.items():
         kind.add_argument(f"--{name}", action="store_const", dest="table", const=name, help=text)
     kind.add_argument("--output", metavar="DIR", help="write all tables and figures there")
-    arguments = parser.parse_args()
-    source = arguments.results
+    arguments = parser.parse_intermixed_args()
+    source, where = arguments.results, arguments.where
     try:
         if arguments.output is not None:
             from analysis.notebooks import render_all
 
-            render_all(source, arguments.output)
+            render_all(source, arguments.output, where=where)
             return
-        runs = load_runs(source)
+        runs = load_runs(source, where)
         if finished(runs).empty:
             sys.exit(f"error: no finished run in {source}")
         if arguments.table == "glue" and not has_glue(runs):
             sys.exit(f"error: no run of a GLUE task in {source}")
-        table = TABLES[arguments.table][0] if arguments.table else overview_table
-        print(table(runs).markdown(), end="")
+        table = (TABLES[arguments.table][0] if arguments.table else overview_table)(runs)
+        if table.empty:
+            sys.exit(f"error: no run in {source} that this table shows; {'; '.join(table.footnotes)}".rstrip("; "))
+        print(table.markdown(), end="")
+        print(without_result(runs), end="", file=sys.stderr)
     except (FileNotFoundError, UserError) as error:
         sys.exit(f"error: {error}")
 

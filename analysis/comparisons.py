@@ -54,14 +54,17 @@ class Comparison:
         delta: primary metric, second minus first, as a fraction.
         kl_ratio: KL to full precision, second over first.
         p: two-sided; McNemar's exact test where the metric is an accuracy, else that of the bootstrap.
-        seeds, examples: how many both have.
+        seeds: those that both have.
+        examples: how many both have.
+        left_out: examples that some of the runs have and others lack.
     """
 
     delta: Interval
     kl_ratio: Interval
     p: float
-    seeds: int
+    seeds: tuple[int, ...]
     examples: int
+    left_out: int
 
 
 def summarise(runs: pd.DataFrame, by: Sequence[str] = BY) -> pd.DataFrame:
@@ -72,17 +75,25 @@ def summarise(runs: pd.DataFrame, by: Sequence[str] = BY) -> pd.DataFrame:
         by: columns of `runs`; `bits` is the budget, `examples` the size of the calibration set.
 
     Returns:
-        one row per group: `by`, `n` (runs with a result), and for each numeric key of result.json KEY (mean) and
-        KEY/std (NaN for one run). `score` is the primary metric and `fp/score` the full-precision model's, as
+        one row per group: `by`, `n` (runs with a result), and for each numeric key of result.json KEY (mean; NaN where
+        one of the runs has no number: the mean of the others would pass for that of all) and KEY/std (NaN for one run).
+        `score` is the primary metric and `fp/score` the full-precision model's, as
         fractions.
     """
     done = with_scores(finished(runs))
     numbers = [key for key in done if key not in (*by, "seed", "duplicates") and _is_number(done[key])]
     frame = pd.concat([done[list(by)], done[numbers].apply(pd.to_numeric).astype("float64")], axis=1)
     grouped = frame.groupby(list(by), sort=True, dropna=False)
-    means, spread = grouped[numbers].mean(), grouped[numbers].std(ddof=1)
+    means, spread = whole_mean(grouped, numbers), grouped[numbers].std(ddof=1)
     columns = {name: values for key in numbers for name, values in ((key, means[key]), (f"{key}/std", spread[key]))}
     return pd.DataFrame({"n": grouped.size(), **columns}, index=means.index).reset_index()
+
+
+def whole_mean(groups: Any, values: Sequence[Any]) -> pd.DataFrame:
+    """Means of a groupby's columns, NaN where a row of the group has no number."""
+    chosen = groups[list(values)]
+    means: pd.DataFrame = chosen.mean()
+    return means.where(chosen.count().eq(groups.size(), axis=0))
 
 
 def with_scores(runs: pd.DataFrame) -> pd.DataFrame:
@@ -134,7 +145,7 @@ def strongest_baseline(runs: pd.DataFrame, workload: str, bits: float, condition
     others = others.loc[[not is_seedless(run) for run in records(others)]]
     seeds = set(others["seed"]) & set(found["seed"]) or set(found["seed"])
     own = found[found["seed"].isin(seeds)].groupby("variant")
-    counts, means = own.size(), own[KL].mean()
+    counts, means = own[KL].count(), own[KL].mean()
     return str(min(means.index, key=lambda variant: (-counts[variant], means[variant], variant)))
 
 
@@ -144,11 +155,16 @@ def metrics_of(run: Mapping[str, Any]) -> list[str]:
     return [name for name in names if not pd.isna(run[f"delta/{name}"])]
 
 
+class NotComparedError(Exception):
+    """Why two variants cannot be compared example by example."""
+
+
 class Examples:
     """Per-example predictions of runs, each file read once."""
 
     def __init__(self) -> None:
         self._read: dict[str, pd.DataFrame | None] = {}
+        self._reasons: dict[str, str] = {}
 
     def of(self, run: Mapping[str, Any]) -> pd.DataFrame | None:
         """A run's `part`, label, q_prediction and kl by name of the example; None where they are missing.
@@ -163,63 +179,72 @@ class Examples:
     def _checked(self, run: Mapping[str, Any]) -> pd.DataFrame | None:
         table = read_table(run, PREDICTIONS_FILE)
         if table is None:
+            self._reasons[str(run["path"])] = f"no {PREDICTIONS_FILE}"
             return None
         table["part"] = 0
         if run["config"]["dataset"].get("task") == "mnli":
             first = table["id"].str.split("/").str[0]
             table["part"] = (first != first.iloc[0]).astype(int)
         names = table["id"] if "id" in table else pd.Series(range(len(table)), index=table.index).astype(str)
+        # examples that share a name are told apart by their order, which is that of the data set in every run
+        names = names.astype(str) + "#" + names.groupby(names).cumcount().astype(str)
         table = table.set_index(names)[["part", "label", "q_prediction", "kl"]].astype("float64")
         for metric in metrics_of(run):
             function, part = _measured_on(metric)
             own = table[table["part"] == part]
             found = measure(Metric(metric, function), *(own[key].to_numpy() for key in ("q_prediction", "label")))
-            if not abs(found - run[f"q/{metric}"]) <= TOLERANCE or table.index.has_duplicates:
-                line = "%s: %s does not give the %s of its result; not compared"
-                log.warning(line, run["path"], PREDICTIONS_FILE, metric)
+            if not abs(found - run[f"q/{metric}"]) <= TOLERANCE:
+                reason = f"{PREDICTIONS_FILE} does not give the {metric} of its result"
+                log.warning("%s: %s; not compared", run["path"], reason)
+                self._reasons[str(run["path"])] = reason
                 return None
         return table
 
-    def compare(self, first: pd.DataFrame, second: pd.DataFrame) -> Comparison | None:
-        """The runs of `second` against those of `first`, seed by seed; None where no seed has examples in common.
+    def compare(self, first: pd.DataFrame, second: pd.DataFrame) -> Comparison:
+        """The runs of `second` against those of `first`, seed by seed.
 
         A run that is the same under every seed stands for those seeds of the other side that its own side lacks.
 
         Args:
             first, second: finished runs, one per seed each, of one workload.
+
+        Raises:
+            NotComparedError: no seed has examples in common, or their labels differ.
         """
-        tables = self._paired(first, second)
-        if not tables:
-            return None
+        seeds, tables, left_out = self._paired(first, second)
         tables = [table[table["part"] == 0] for table in tables]
         labels = tables[0]["label"].to_numpy()
-        count = len(tables) // 2
         predictions, kl = (np.stack([table[key].to_numpy() for table in tables]) for key in ("q_prediction", "kl"))
         function = str(first.iloc[0]["primary_metric"])
-        delta, p = _difference(function, predictions[:count], predictions[count:], labels)
-        ratio = paired_bootstrap(kl[:count], kl[count:], resamples=KL_RESAMPLES, ratio=True)
-        return Comparison(delta, ratio, p, count, len(labels))
+        delta, p = _difference(function, predictions[: len(seeds)], predictions[len(seeds) :], labels)
+        ratio = paired_bootstrap(kl[: len(seeds)], kl[len(seeds) :], resamples=KL_RESAMPLES, ratio=True)
+        return Comparison(delta, ratio, p, tuple(seeds), len(labels), left_out)
 
-    def compare_average(self, pairs: Sequence[tuple[pd.DataFrame, pd.DataFrame]]) -> Interval | None:
-        """The gain in the average of several tasks, each with the mean of its metrics; None where one has no examples.
+    def compare_average(self, pairs: Sequence[tuple[pd.DataFrame, pd.DataFrame]]) -> tuple[Interval, list[list[int]]]:
+        """The gain in the average of several tasks, each with the mean of its metrics, and the seeds of each task.
 
         Args:
             pairs: for each task, runs as for `compare`.
+
+        Raises:
+            NotComparedError: as `compare`, of the first task for which that is so.
         """
-        tasks = []
+        tasks, had = [], []
         for first, second in pairs:
-            tables = self._paired(first, second)
-            if not tables:
-                return None
+            seeds, tables, _ = self._paired(first, second)
             predictions = np.stack([table["q_prediction"].to_numpy() for table in tables])
             labels, parts = (tables[0][key].to_numpy() for key in ("label", "part"))
             metrics = tuple(_measured_on(metric) for metric in metrics_of(records(first)[0]))
-            half = len(tables) // 2
+            half = len(seeds)
             tasks.append(Task(predictions[:half], predictions[half:], labels, parts, metrics))
-        return paired_average_bootstrap(tasks)
+            had.append(seeds)
+        return paired_average_bootstrap(tasks), had
 
-    def _paired(self, first: pd.DataFrame, second: pd.DataFrame) -> list[pd.DataFrame]:
-        """Tables of the examples that all have, of `first` by seed and then of `second`; empty where there are none."""
+    def _paired(self, first: pd.DataFrame, second: pd.DataFrame) -> tuple[list[int], list[pd.DataFrame], int]:
+        """The seeds that both have, tables of the examples that all have, and how many examples only some have.
+
+        Tables are those of `first` by seed and then of `second`.
+        """
         before, after = self._by_seed(first), self._by_seed(second)
         if before and is_seedless(records(first)[0]):
             before = dict.fromkeys(after, before[min(before)]) | before
@@ -227,12 +252,20 @@ class Examples:
             after = dict.fromkeys(before, after[min(after)]) | after
         seeds = sorted(set(before) & set(after))
         if not seeds:
-            return []
+            lost = [self._reasons.get(str(run["path"])) for run in records(pd.concat([first, second]))]
+            why = "; ".join(dict.fromkeys(filter(None, lost)))
+            raise NotComparedError("no seed for which both have usable predictions" + (f" ({why})" if why else ""))
         tables = [side[seed] for side in (before, after) for seed in seeds]
         names = tables[0].index
         for table in tables[1:]:
             names = names.intersection(table.index, sort=False)
-        return [table.loc[names] for table in tables] if len(names) else []
+        most = max(map(len, tables))
+        tables = [table.loc[names] for table in tables]
+        if not len(names):
+            raise NotComparedError("their predictions are of other examples")
+        if any((table["label"] != tables[0]["label"]).any() for table in tables[1:]):
+            raise NotComparedError("the labels of their examples differ")
+        return seeds, tables, most - len(names)
 
     def _by_seed(self, runs: pd.DataFrame) -> dict[int, pd.DataFrame]:
         tables = {int(run["seed"]): self.of(run) for run in records(runs)}

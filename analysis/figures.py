@@ -101,6 +101,12 @@ def looks(runs: pd.DataFrame) -> dict[str, Look]:
     return {variant: found[variant] for _, variant in ranked}
 
 
+def present(data: pd.DataFrame, looks: Mapping[str, Look]) -> dict[str, Look]:
+    """Looks of the variants in `data`, in the order of `looks`."""
+    variants = set(data["variant"])
+    return {variant: own for variant, own in looks.items() if variant in variants}
+
+
 def label(variant: str) -> str:
     """A variant as a legend spells it: `gptq sequential=false` is `GPTQ sequential=false`."""
     method, *settings = variant.split(" ")
@@ -131,7 +137,7 @@ def legend(
     Args:
         found: look by variant, those that are drawn.
         further: handles of what is no variant.
-        columns: most entries of one line.
+        columns: most entries of one line; fewer where these would be wider than the figure.
         lines: False where the markers stand alone.
     """
     bare = {} if lines else {"linestyle": "none"}
@@ -140,8 +146,22 @@ def legend(
     ]
     handles += further
     if handles:
+        names = [str(handle.get_label()) for handle in handles]
+        columns = max(count for count in range(1, columns + 1) if count == 1 or _fits(names, count, figure))
         lines_of_text = -(-len(handles) // columns)
+        figure.set_figheight(figure.get_figheight() + LINE * (lines_of_text - 1))  # the axes keep their height
         figure.legend(handles=handles, loc="outside lower center", ncols=-(-len(handles) // lines_of_text))
+
+
+# inches that an entry of a legend takes beside its text, about those of a character, and those of a line
+ENTRY, CHARACTER, LINE = 0.47, 0.047, 0.15
+
+
+def _fits(names: Sequence[str], columns: int, figure: Figure) -> bool:
+    """Whether a legend of so many columns, filled one after the other, is no wider than the figure."""
+    lines = -(-len(names) // columns)
+    parts = [names[place : place + lines] for place in range(0, len(names), lines)]
+    return sum(ENTRY + CHARACTER * max(map(len, part)) for part in parts) <= figure.get_figwidth()
 
 
 def save(

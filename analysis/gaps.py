@@ -8,7 +8,8 @@ from typing import Any
 import pandas as pd
 
 from analysis.comparisons import is_seedless
-from analysis.loading import FINISHED, UNKNOWN, command_overrides, finished, records
+from analysis.defaults import command_overrides
+from analysis.loading import FINISHED, RUNNING, UNKNOWN, finished, of_finished_workloads, records
 from bayesq.suite.config import WITHOUT_EFFECT
 
 # Keys that a line for several runs gives values of its own.
@@ -21,7 +22,7 @@ def gaps(runs: pd.DataFrame, budgets: Iterable[float] = (), source: str | Path =
     """One line for each variant of each workload that lacks runs, with the command that makes them, and `remarks`.
 
     What is expected of every variant are the budgets that any variant of its workload has and those given, with the
-    seeds of `lacking_seeds`.
+    seeds of `lacking_seeds`. A workload without any result lacks nothing: there is nothing to show it in.
 
     Args:
         runs: finished and failed ones.
@@ -29,7 +30,8 @@ def gaps(runs: pd.DataFrame, budgets: Iterable[float] = (), source: str | Path =
         source: where the runs were read from; the commands write there if it is a folder.
     """
     lines = []
-    for _, members in runs[runs["workload"] != UNKNOWN].groupby("workload", sort=True):
+    shown = of_finished_workloads(runs)
+    for _, members in shown[shown["workload"] != UNKNOWN].groupby("workload", sort=True):
         expected = sorted({*map(float, members["bits/target"]), *map(float, budgets)})
         for variant in dict.fromkeys(members["variant"]):
             lines += missing(members, str(variant), expected, source)
@@ -46,8 +48,13 @@ def missing(members: pd.DataFrame, variant: str, budgets: Iterable[float], sourc
         variant: one of theirs, or a method that none of them is of.
     """
     own = members[members["variant"] == variant]
-    lacking = {bits: lacking_seeds(members, variant, bits) for bits in budgets}
+    where = f"{members.iloc[0]['workload']}, {variant} at {{}} bits"
+    running = own[(own["status"] == RUNNING) & own["bits/target"].isin(list(budgets))]
     lines = []
+    for run in records(running):
+        at = where.format(f"{run['bits/target']:g}")
+        lines.append(f"{at}: seed {int(run['seed'])} is still running.")
+    lacking = {bits: lacking_seeds(members, variant, bits) for bits in budgets}
     for seeds in dict.fromkeys(found for found in lacking.values() if found):
         of = [bits for bits, found in lacking.items() if found == seeds]
         if own.empty:
@@ -55,19 +62,19 @@ def missing(members: pd.DataFrame, variant: str, budgets: Iterable[float], sourc
             makes = workload_command(records(members)[0], what, source)
         else:
             makes = command(records(own)[0], of, seeds, source)
-        where = f"{members.iloc[0]['workload']}, {variant} at {_listed(of)} bits"
-        lines.append(f"{where}: no result with seed {_listed(seeds)}{_reasons(own, of)}: `{makes}`")
+        lines.append(f"{where.format(_listed(of))}: no result with seed {_listed(seeds)}{_reasons(own, of)}: `{makes}`")
     return lines
 
 
 def lacking_seeds(members: pd.DataFrame, variant: str, bits: float) -> tuple[int, ...]:
     """The seeds that a variant lacks at a budget: of its workload's `usual_seeds`, and of runs of its own that failed.
 
-    Of a variant that reads no calibration data one run, under any seed, is enough.
+    A run that is still running is not lacking. Of a variant that reads no calibration data one run, under any seed, is
+    enough.
     """
     own = members[members["variant"] == variant]
     cell = own[own["bits/target"] == bits]
-    had = {int(seed) for seed in finished(cell)["seed"]}
+    had = {int(seed) for seed in cell[cell["status"].isin([FINISHED, RUNNING])]["seed"]}
     tried = [int(seed) for seed in cell["seed"]]
     usual = usual_seeds(members)
     if is_seedless(records(own)[0]) if len(own) else variant == "rtn":
@@ -87,9 +94,14 @@ def usual_seeds(members: pd.DataFrame) -> list[int]:
 
 
 def remarks(runs: pd.DataFrame) -> list[str]:
-    """What is wrong with the runs as a whole: unreadable ones and duplicates."""
+    """What is wrong with the runs as a whole: unreadable ones, results that are no numbers, and duplicates."""
     unknown = records(runs[runs["workload"] == UNKNOWN])
     lines = [f"{run['path']}: {why(run)}" for run in unknown]
+    for run in records(finished(runs)):
+        undefined = [name for name in (f"q/{run.get('primary_metric')}", "q/kl_to_fp") if pd.isna(run.get(name))]
+        if undefined:
+            what = f"{run['workload']}, {run['variant']} at {run['bits/target']:g} bits, seed {run['seed']}"
+            lines.append(f"{what}: its {' and '.join(undefined)} is no number; means that it belongs to are left out.")
     dropped = int(runs["duplicates"].sum())
     if dropped:
         lines.append(f"{dropped} duplicate {'run was' if dropped == 1 else 'runs were'} dropped; the newest count.")
@@ -143,6 +155,6 @@ def _listed(values: Iterable[float], separator: str = ", ") -> str:
 
 
 def _reasons(own: pd.DataFrame, budgets: Sequence[float]) -> str:
-    rest = own[(own["status"] != FINISHED) & own["bits/target"].isin(list(budgets))]
+    rest = own[~own["status"].isin([FINISHED, RUNNING]) & own["bits/target"].isin(list(budgets))]
     reasons = dict.fromkeys(f"seed {int(run['seed'])} {why(run)}" for run in records(rest))
     return f" ({'; '.join(reasons)})" if reasons else ""

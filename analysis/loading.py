@@ -3,17 +3,17 @@
 import json
 import logging
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
 import pandas as pd
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
-from bayesq.suite.cli import COMPOSITION_ERRORS, CONFIG_NAME, conf_dir
+from analysis.defaults import AXES, NOT_NAMED, named_deviations
+from analysis.selection import select
+from bayesq.suite.cli import COMPOSITION_ERRORS
 from bayesq.suite.config import resolved, show
 from bayesq.suite.errors import UserError
 from bayesq.suite.results import (
@@ -32,21 +32,19 @@ log = logging.getLogger(__name__)
 
 WANDB = "wandb:"
 CONFIG_FILE = ".hydra/config.yaml"
-AXES = ("model", "dataset", "method")
 # What a run's network and data are; other settings make variants of a method.
 WORKLOAD_AXES = ("model", "dataset", "evaluation")
-# Where files lie says nothing about what is in them, and the task stands in the workload's name anyway.
-NOT_NAMED = ("dataset.root", "dataset.hub", "dataset.task")
 UNKNOWN = "unknown"
-FINISHED = "finished"
+FINISHED, RUNNING = "finished", "running"
 # Columns that every frame of runs has, in front.
 FIRST = ("run_id", "status", "workload", "variant", "model", "dataset", "method", "bits/target", "seed")
-LAST = ("error", "duplicates", "path", "overrides")
+PROCESS, OWN_MEMORY = "memory/process", "memory/own_process"
+LAST = (OWN_MEMORY, "error", "duplicates", "path", "overrides")
 # Columns of `runs` that stand beside every row of the long frames.
 BESIDE = {"run_id": "run_id", "workload": "workload", "variant": "variant", "bits/target": "bits", "seed": "seed"}
 
 
-def load_runs(source: str | Path) -> pd.DataFrame:
+def load_runs(source: str | Path, where: Sequence[str] = ()) -> pd.DataFrame:
     """One row per run that was ever started in `source`, one column per key of result.json.
 
     Accuracies are fractions, KL is in nats, sizes are bits per quantized weight; `config`, `versions`, `host` and
@@ -55,18 +53,25 @@ def load_runs(source: str | Path) -> pd.DataFrame:
     missing: begun, but without a result), `error` (why there is no result), `path` (folder, or that of the W&B run),
     `overrides` (what the run was started with, where that was recorded) and `duplicates` (further runs of the same
     run id, or with the same settings and seed, that were dropped: the newest finished one counts).
+    `memory/own_process` says whether no other run of the source was made in the same process, so that its peak memory
+    is its own.
 
     Args:
         source: a results folder, a folder of results folders, or `wandb:ENTITY/PROJECT`.
+        where: filters such as `method=bayesq,gptq`, see `analysis.selection`. Names are those of what is left.
 
     Raises:
         FileNotFoundError: there is no such folder.
-        UserError: the W&B project cannot be read.
+        UserError: the W&B project cannot be read, or a filter names what no run has.
     """
     found = _from_wandb(str(source)) if str(source).startswith(WANDB) else _from_folder(Path(source))
+    _tell_processes_apart(found)
     found = _without_duplicates(found, ("run_id",))
     _name(found)
     found = _without_duplicates(found, ("workload", "variant", "bits/target", "seed"))
+    if where:
+        found = select(found, where)
+        _name(found)
     own = dict.fromkeys(key for run in found for key in run if key not in (*FIRST, *LAST, "time"))
     return pd.DataFrame(found, columns=[*FIRST, *own, *LAST])
 
@@ -82,6 +87,21 @@ def example_frame(runs: pd.DataFrame) -> pd.DataFrame:
     `row` is the place of the example in the evaluation set, `id` its name.
     """
     return _long(runs, PREDICTIONS_FILE)
+
+
+def of_finished_workloads(runs: pd.DataFrame) -> pd.DataFrame:
+    """The rows of workloads that have a result, and of runs whose workload is unknown.
+
+    A workload of failed or running runs alone has nothing to show; `bayesq.suite.status` lists them.
+    """
+    kept = {*finished(runs)["workload"], UNKNOWN}
+    return runs[runs["workload"].isin(list(kept))]
+
+
+def without_result(runs: pd.DataFrame) -> str:
+    """A line that names the workloads that `of_finished_workloads` leaves out; nothing where there are none."""
+    left_out = sorted(set(runs["workload"]) - set(of_finished_workloads(runs)["workload"]))
+    return f"not shown, as no run of it is finished: {'; '.join(left_out)}\n" if left_out else ""
 
 
 def finished(runs: pd.DataFrame) -> pd.DataFrame:
@@ -108,22 +128,6 @@ def read_table(run: Mapping[str, Any], file: str) -> pd.DataFrame | None:
 
 def _read_csv(file: Path | IO[str]) -> pd.DataFrame:
     return pd.read_csv(file, dtype={"id": str, "name": str})
-
-
-def command_overrides(run: Mapping[str, Any]) -> list[str]:
-    """Overrides that start a run again: the recorded ones, else those that separate its config from the defaults."""
-    if run.get("overrides"):
-        return list(run["overrides"])
-    config = run.get("config")
-    if not isinstance(config, Mapping):
-        return []
-    own = settings_of({"config": config, "seed": run["seed"]})
-    axes = {axis: str(own[axis]) for axis in (*AXES, "posterior") if axis in own}
-    defaults = _defaults(tuple(axes.items()))
-    task = ["dataset.task"] if "dataset.task" in own else []
-    keys = [*AXES, *task, *(key for key in own if key in defaults and defaults[key] != own[key] and key not in AXES)]
-    chosen = {key: own[key] for key in dict.fromkeys([*keys, "bits"])}
-    return [*(f"{key}={show(value)}" for key, value in chosen.items() if value is not None), f"seed={run['seed']}"]
 
 
 # ------------------------------------------------------------------------------------------------------- a folder
@@ -190,7 +194,7 @@ def _names(config: Mapping[str, Any] | None) -> dict[str, Any]:
 
 # Keys of a result that may be null, which W&B leaves out.
 NULLABLE = ("risk/rank_correlation", "q/agreement", "q/ece", "fp/ece")
-WANDB_STATES = {"running": "running", "pending": "running", "failed": "failed"}
+WANDB_STATES = {"running": RUNNING, "pending": RUNNING, "failed": "failed"}
 
 
 def _from_wandb(source: str) -> list[dict[str, Any]]:
@@ -278,6 +282,23 @@ def _without_duplicates(records: Iterable[dict[str, Any]], keys: Sequence[str]) 
     return sorted(kept, key=lambda record: record["run_id"])
 
 
+def _tell_processes_apart(records: Sequence[dict[str, Any]]) -> None:
+    """Set OWN_MEMORY of every record.
+
+    Runs of versions that did not record their process are taken for those of one process if two have the same peak, or
+    if the peaks never fall from one run to the next: that is how the peak of a process behaves.
+    """
+    done = sorted((record for record in records if record["status"] == FINISHED), key=lambda record: record["time"])
+    processes = Counter(record.get(PROCESS) for record in done)
+    peaks = [record.get("memory/peak_rss_bytes") for record in done if record.get(PROCESS) is None]
+    known = [peak for peak in peaks if peak is not None]
+    apart = len(peaks) == 1 or (len(set(known)) == len(known) and known != sorted(known))
+    for record in records:
+        process = record.get(PROCESS)
+        own = apart if process is None else processes[process] == 1
+        record[OWN_MEMORY] = record["status"] == FINISHED and own
+
+
 def _name(records: Sequence[dict[str, Any]]) -> None:
     """Set `workload` and `variant` of every record."""
     named: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
@@ -299,39 +320,13 @@ def _name(records: Sequence[dict[str, Any]]) -> None:
         for (_, method), places in by_place.items():
             keys = [key for key in _separating([members[i] for i in places]) if key.split(".")[0] not in WORKLOAD_AXES]
             for i in places:
-                members[i]["variant"] = " ".join([method, *_deviations(settings[i], keys)])
+                members[i]["variant"] = " ".join([method, *named_deviations(settings[i], keys)])
 
 
 def _separating(records: Sequence[Mapping[str, Any]], **same: Any) -> list[str]:
     """`differing_settings` whatever the budget, and whatever `same` names."""
     alike = [{**record, "bits/target": None, **same} for record in records]
     return [key for key in differing_settings(alike) if key != "bits" and key not in AXES and key not in NOT_NAMED]
-
-
-def _deviations(own: Mapping[str, Any], keys: Sequence[str]) -> list[str]:
-    """Those of `keys` that are not at the suite's default, as name=value; keys of the method without its prefix."""
-    axes = tuple((axis, str(own[axis])) for axis in ("method", "posterior") if axis in own)
-    defaults = _defaults(axes) if keys else {}
-    return [
-        f"{key.removeprefix('method.')}={show(own[key])}"
-        for key in keys
-        if key in own and not (key in defaults and defaults[key] == own[key])
-    ]
-
-
-@cache
-def _defaults(axes: tuple[tuple[str, str], ...]) -> dict[str, Any]:
-    """What `settings_of` gives for the suite's YAML files with these choices; of unknown ones without them.
-
-    The posterior's choice is compared with the suite's own, its settings with that posterior's.
-    """
-    choices = [f"{axis}={name}" for axis, name in axes if (conf_dir() / axis / f"{name}.yaml").is_file()]
-    choices.append("++dataset.task=null")  # it has no default
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        config = resolved(compose(CONFIG_NAME, overrides=choices))
-    own = settings_of({"config": config, "seed": config["seed"]})
-    return {**own, "posterior": _defaults(())["posterior"]} if axes else own
 
 
 # ------------------------------------------------------------------------------------------------------ long frames

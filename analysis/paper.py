@@ -41,6 +41,13 @@ def short_names(workloads: Iterable[str]) -> dict[str, str]:
     return {workload: name if names.count(name) == 1 else _long(workload) for workload, name in short.items()}
 
 
+def title(workload: str) -> str:
+    """A workload in two lines, model over data set; of GLUE the task says enough."""
+    model, _, data = workload.partition(" / ")
+    words = data.removeprefix("glue ").split()
+    return "\n".join([TITLES.get(model, model), " ".join(TITLES.get(word, word) for word in words)]).strip()
+
+
 def _short(workload: str) -> str:
     model, _, data = workload.partition(" / ")
     dataset, _, rest = data.partition(" ")

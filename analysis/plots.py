@@ -18,11 +18,11 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
-from analysis.comparisons import counted, is_seedless
-from analysis.figures import DOUBLE, GREY, SINGLE, Look, label, legend, look, panels, style
-from analysis.gaps import WORKLOAD, own_overrides
-from analysis.loading import UNKNOWN, command_overrides, finished, records
-from analysis.paper import TITLES
+from analysis.comparisons import whole_mean
+from analysis.defaults import command_overrides
+from analysis.figures import DOUBLE, GREY, SINGLE, Look, legend, look, panels, present, style
+from analysis.loading import UNKNOWN, finished, records
+from analysis.paper import title
 from bayesq.suite.plots import confidence_bins
 from bayesq.suite.results import unit
 
@@ -33,13 +33,6 @@ CODE_BITS, STORED_BITS = "code bits per weight", "stored bits per weight"
 def slug(text: object) -> str:
     """`text` as part of a file name."""
     return re.sub(r"[^A-Za-z0-9]+", "_", str(text)).strip("_").lower()
-
-
-def title(workload: str) -> str:
-    """A workload in two lines, model over data set; of GLUE the task says enough."""
-    model, _, data = workload.partition(" / ")
-    words = data.removeprefix("glue ").split()
-    return "\n".join([TITLES.get(model, model), " ".join(TITLES.get(word, word) for word in words)]).strip()
 
 
 def main_runs(runs: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
@@ -65,9 +58,12 @@ MOST_VARIANTS = 3
 
 
 def mean_and_std(frame: pd.DataFrame, by: Sequence[str], values: Sequence[str]) -> pd.DataFrame:
-    """Means over seeds, `VALUE std` (sample standard deviation, NaN of a single seed) and `n`, one row per group."""
+    """Means over seeds, `VALUE std` (sample standard deviation, NaN of a single seed) and `n`, one row per group.
+
+    A mean is NaN where one of the seeds has no number.
+    """
     groups = frame.groupby(list(by), sort=True)
-    means, spread = groups[list(values)].mean(), groups[list(values)].std(ddof=1)
+    means, spread = whole_mean(groups, values), groups[list(values)].std(ddof=1)
     return means.join(spread.add_suffix(" std")).assign(n=groups["seed"].nunique()).reset_index()
 
 
@@ -94,65 +90,6 @@ def _complete(table: pd.DataFrame, axis: str) -> pd.DataFrame:
     return whole.assign(n=whole["n"].fillna(0).astype(int))
 
 
-def seeds(numbers: pd.Series) -> str:
-    """`n = 3 seeds`, `n = 2 to 3 seeds`, `n = 1 seed`; points without a run do not count."""
-    had = [int(n) for n in numbers if n > 0]
-    return f"n = {counted(had)} seed{'' if set(had) == {1} else 's'}"
-
-
-def population(data: pd.DataFrame, runs: pd.DataFrame, axis: str = "bits") -> str:
-    """`n = 3 seeds, 872 test examples`, with the points that have another n.
-
-    Variants that read no calibration data are named once: one run of them is all there is.
-
-    Args:
-        data: with a column n.
-        runs: those the data are of, for the number of test examples.
-        axis: column that names a point of a variant.
-    """
-    own = runs[runs["workload"].isin(data["workload"].unique())]
-    done = finished(own)
-    examples = done["evaluation/examples"].astype(int)
-    seedless = {
-        str(run["variant"]) for run in records(done.drop_duplicates(["workload", "variant"])) if is_seedless(run)
-    }
-    measured = data[data["n"] > 0]
-    counting = measured[~measured["variant"].isin(seedless)]
-    usual = int((measured if counting.empty else counting)["n"].mode().iloc[-1])
-    several = data["workload"].nunique() > 1
-    others: list[str] = []
-    single: dict[str, None] = {}
-    for (workload, variant, n), points in data[data["n"] != usual].groupby(["workload", "variant", "n"], sort=True):
-        if n == 1 and variant in seedless:
-            single[label(str(variant))] = None
-            continue
-        where = f"{title(str(workload))}, ".replace("\n", " ") if several else ""
-        values = ", ".join(f"{value:g}" for value in points[axis])
-        others.append(f"{where}{label(str(variant))} at {values} {axis}: {n or 'none'}")
-    if single:
-        others.append(f"{', '.join(single)}: 1, no calibration data read")
-    exceptions = f" ({'; '.join(others)})" if others else ""
-    return f"n = {usual} seed{'s' if usual != 1 else ''}{exceptions}, {counted(examples)} test examples"
-
-
-def further_settings(runs: pd.DataFrame) -> str:
-    """What variants were started with beyond their names, ` GPTQ: method.sequential=false.`; nothing where that is all.
-
-    A setting that all runs of a method share is in no variant's name, even if it is not the default.
-    """
-    found: dict[str, None] = {}
-    for variant, own in finished(runs).groupby("variant", sort=False):
-        named = [word.partition("=")[0] for word in str(variant).split(" ")]
-        for run in records(own.drop_duplicates("workload")):
-            for override in own_overrides(run):
-                key = override.partition("=")[0].lstrip("+")
-                if key.removeprefix("method.") in named:
-                    continue
-                if key.partition(".")[0] not in WORKLOAD and key not in ("method", "ablation"):
-                    found[f" {label(str(variant))}: {override}."] = None
-    return "".join(sorted(found))
-
-
 def _errorbar(axes: Axes, x: Any, y: Any, spread: Any, own: Look) -> None:
     """Points, the line between neighbours that were both measured, and bars of one standard deviation over seeds."""
     y, spread = np.asarray(y, dtype=float), np.asarray(spread, dtype=float)
@@ -172,15 +109,9 @@ def _bit_ticks(axes: Axes, budgets: Sequence[float]) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
-def _present(data: pd.DataFrame, looks: Mapping[str, Look]) -> dict[str, Look]:
-    """Looks of the variants in `data`, in the order of `looks`."""
-    variants = set(data["variant"])
-    return {variant: own for variant, own in looks.items() if variant in variants}
-
-
 def _bottom_up(data: pd.DataFrame, looks: Mapping[str, Look]) -> list[tuple[str, Look]]:
     """`_present` in the order of drawing: the first method lies on top."""
-    return list(reversed(_present(data, looks).items()))
+    return list(reversed(present(data, looks).items()))
 
 
 def _few_bits(budgets: pd.Series) -> list[float]:
@@ -254,7 +185,7 @@ def bit_curve(data: pd.DataFrame, looks: Mapping[str, Look]) -> Figure:
             plot.set_xlabel(x_label)
             plot.set_ylabel(y_label)
             _bit_ticks(plot, _few_bits(data["bits"]))
-    legend(figure, _present(data, looks), further=[Line2D([], [], color=GREY, linewidth=0.8, label="full precision")])
+    legend(figure, present(data, looks), further=[Line2D([], [], color=GREY, linewidth=0.8, label="full precision")])
     return figure
 
 
@@ -291,7 +222,7 @@ def main_figure(data: pd.DataFrame, looks: Mapping[str, Look]) -> Figure:
         plot.margins(x=0.12)
         if place % columns == 0:
             plot.set_ylabel(KL)
-    legend(figure, _present(data, looks))
+    legend(figure, present(data, looks))
     return figure
 
 
@@ -347,78 +278,8 @@ def calibration_size(data: pd.DataFrame, looks: Mapping[str, Look]) -> Figure:
         plot.set_ylabel(y_label)
     axes[0][0].set_yscale("log")
     axes[0][1].axhline(data["fp score"].mean(), color=GREY, linewidth=0.8, zorder=1)
-    legend(figure, _present(data, looks), further=[Line2D([], [], color=GREY, linewidth=0.8, label="full precision")])
+    legend(figure, present(data, looks), further=[Line2D([], [], color=GREY, linewidth=0.8, label="full precision")])
     return figure
-
-
-# --------------------------------------------------------------------------------------------------------------- cost
-
-
-def cost_data(runs: pd.DataFrame) -> pd.DataFrame:
-    """Preprocessing seconds and peak memory of every run, and as multiples of the median of GPTQ's.
-
-    Seconds are those from the loaded model to its codes, distillation included. GPTQ's are of its fastest variant
-    without distillation on the same workload, budget by budget; a workload without GPTQ has no multiples.
-    """
-    done = finished(runs).rename(columns={"bits/target": "bits"})
-    if done.empty:
-        return pd.DataFrame(columns=["workload", "method", "variant", "bits", "seed", "time x", "memory x"])
-    stages = [f"time/{stage}_s" for stage in ("calibrate", "posterior", "quantize", "distill")]
-    data = done[["workload", "method", "variant", "bits", "seed"]].assign(
-        seconds=done[stages].astype(float).sum(axis=1), gib=done["memory/peak_rss_bytes"].astype(float) / 2**30
-    )
-    plain = data[(data["method"] == "gptq") & (done["time/distill_s"] == 0)]
-    medians = plain.groupby(["workload", "bits", "variant"])[["seconds", "gib"]].median()
-    best = medians.groupby(["workload", "bits"]).min().add_suffix(" of gptq")
-    data = data.join(best, on=["workload", "bits"])
-    return data.assign(
-        **{"time x": data["seconds"] / data["seconds of gptq"], "memory x": data["gib"] / data["gib of gptq"]}
-    ).reset_index(drop=True)
-
-
-@style()
-def cost(data: pd.DataFrame, looks: Mapping[str, Look]) -> Figure:
-    """Time and memory as multiples of GPTQ's: medians over budgets and seeds, with smallest and largest."""
-    workloads = sorted(data["workload"].unique(), reverse=True)
-    figure, axes = panels(1, 2, DOUBLE, 0.8 + 0.55 * len(workloads), sharey=True)
-    found = _present(data, looks)
-    for plot, (key, x_label) in zip(
-        axes[0],
-        (("time x", "preprocessing time (multiples of GPTQ's)"), ("memory x", "peak memory (multiples of GPTQ's)")),
-        strict=True,
-    ):
-        plot.axvline(1, color=GREY, linewidth=0.8, zorder=1)
-        for number, (variant, own) in enumerate(found.items()):
-            shift = 0.6 * ((number + 0.5) / len(found) - 0.5)
-            for place, workload in enumerate(workloads):
-                values = data[(data["variant"] == variant) & (data["workload"] == workload)][key].dropna()
-                if values.empty:
-                    continue
-                plot.plot([values.min(), values.max()], [place - shift] * 2, color=own.colour, linewidth=0.8)
-                plot.plot(values.median(), place - shift, **(own.of_line() | {"linestyle": "none"}))
-        if key == "time x":
-            plot.set_xscale("log")
-            _plain_log_ticks(plot)
-        plot.set_xlabel(x_label)
-        plot.set_ylim(-0.6, len(workloads) - 0.4)
-        plot.grid(axis="y", visible=False)
-    axes[0][0].set_yticks(range(len(workloads)), [title(workload) for workload in workloads])
-    legend(figure, found, lines=False)
-    return figure
-
-
-# Largest over smallest value of an axis that has no room for three ticks a decade.
-WIDE = 200
-
-
-def _plain_log_ticks(axes: Axes) -> None:
-    """Ticks 0.1, 0.2, 0.5, 1, 2, 5 ... within the data, written out; of a wide range 0.1, 1, 10 ... alone."""
-    low, high = axes.get_xlim()
-    digits = (1,) if high > WIDE * low else (1, 2, 5)
-    ticks = [digit * 10.0**power for power in range(-4, 5) for digit in digits]
-    axes.xaxis.set_major_locator(FixedLocator([tick for tick in ticks if low <= tick <= high]))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 # -------------------------------------------------------------------------------------------------------- reliability
@@ -490,7 +351,7 @@ def reliability(data: pd.DataFrame, looks: Mapping[str, Look]) -> Figure:
             plot.set_ylabel("accuracy")
     perfect = Line2D([], [], color="black", linewidth=0.6, linestyle=":", label="calibrated")
     fp = Line2D([], [], label=FULL_PRECISION, **FULL_PRECISION_LOOK.of_line())
-    legend(figure, _present(data, looks), further=[fp, perfect], columns=6)
+    legend(figure, present(data, looks), further=[fp, perfect], columns=6)
     return figure
 
 
@@ -518,9 +379,9 @@ def allocation_data(layers: pd.DataFrame) -> pd.DataFrame:
 
 def main_variant(data: pd.DataFrame, looks: Mapping[str, Look]) -> str | None:
     """The first variant in the order of `looks`, plain ones first, that has rows in `data`."""
-    present = list(_present(data, looks))
-    plain = [variant for variant in present if " " not in variant]
-    return next(iter([*plain, *present]), None)
+    variants = list(present(data, looks))
+    plain = [variant for variant in variants if " " not in variant]
+    return next(iter([*plain, *variants]), None)
 
 
 def shown_budgets(data: pd.DataFrame) -> list[float]:
@@ -733,5 +594,5 @@ def rate_distortion(data: pd.DataFrame, layers: pd.DataFrame, looks: Mapping[str
     axes[0][2].set_ylabel("bits per weight above\nthe layer's bound")
     axes[0][2].set_xlabel("layer, in forward order")
     axes[0][2].xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    legend(figure, _present(data, looks))
+    legend(figure, present(data, looks))
     return figure

@@ -3,7 +3,8 @@
 python analysis/notebooks/bit_curve.py results --output paper     one page as a script
 python -m analysis.notebooks results --output paper               all pages as executed .ipynb files
 
-In a kernel the arguments come from the environment: BAYESQ_RESULTS and BAYESQ_OUTPUT.
+Both take filters behind the folder, such as `dataset=digits method=bayesq,gptq`. In a kernel the arguments come from
+the environment: BAYESQ_RESULTS, BAYESQ_OUTPUT and BAYESQ_WHERE, one filter a line.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import runpy
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,8 +25,9 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 import analysis
-from analysis import figures, gaps, plots, tables
-from analysis.loading import UNKNOWN, finished, records
+from analysis import figures, gaps, plots
+from analysis.loading import UNKNOWN, finished, of_finished_workloads, records, without_result
+from analysis.table import Table, remove_table, write_table
 from bayesq.suite.errors import UserError
 
 FOLDER = Path(__file__).parent
@@ -41,17 +44,18 @@ NOTEBOOKS = (
     "reliability",
     "rate_distortion",
 )
-RESULTS_VARIABLE, OUTPUT_VARIABLE = "BAYESQ_RESULTS", "BAYESQ_OUTPUT"
+RESULTS_VARIABLE, OUTPUT_VARIABLE, WHERE_VARIABLE = "BAYESQ_RESULTS", "BAYESQ_OUTPUT", "BAYESQ_WHERE"
 PAGES = "pages"
 
 
-def arguments() -> tuple[str, Path]:
-    """Where results come from and where figures and tables go: from the command line, in a kernel from environment."""
+def arguments() -> tuple[str, tuple[str, ...], Path]:
+    """Where results come from, their filters, and where files go; in a kernel all of it is in the environment."""
     parser = argparse.ArgumentParser(description="Figures and tables of a results folder or a W&B project.")
     parser.add_argument("results", nargs="?", default=os.environ.get(RESULTS_VARIABLE, "results"))
+    parser.add_argument("where", nargs="*", default=os.environ.get(WHERE_VARIABLE, "").splitlines())
     parser.add_argument("--output", type=Path, default=Path(os.environ.get(OUTPUT_VARIABLE, "paper")))
-    given = parser.parse_args([] if in_kernel() else sys.argv[1:])
-    return given.results, given.output
+    given = parser.parse_intermixed_args([] if in_kernel() else sys.argv[1:])
+    return given.results, tuple(given.where), given.output
 
 
 def in_kernel() -> bool:
@@ -66,27 +70,35 @@ class Page:
 
     Attributes:
         source: a results folder or `wandb:entity/project`.
+        where: filters that the runs fit.
         output: folder of figures and tables.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, tables: Sequence[str] = ()) -> None:
+        """Read the runs, and remove what an earlier page of this name has left.
+
+        Args:
+            tables: names of those that the page may write.
+        """
         self.name = name
-        self.source, self.output = arguments()
+        self.source, self.where, self.output = arguments()
         self.parts: list[str] = []
-        self._forget()
         try:
-            self.results = read(self.source)
+            self.results = read(self.source, self.where)
         except (FileNotFoundError, UserError) as error:
             sys.exit(f"error: {error}")
+        self._forget(tables)
+        if self.where:
+            self.say(self._only())
 
     @property
     def runs(self) -> pd.DataFrame:
-        """All runs, failed ones included."""
+        """All runs of workloads that have a result, failed ones included."""
         return self.results.runs
 
     @property
     def workloads(self) -> list[str]:
-        """The workloads of all runs that say what they are."""
+        """The workloads that have a result."""
         return sorted(set(self.runs["workload"]) - {UNKNOWN})
 
     @property
@@ -129,6 +141,7 @@ class Page:
 
     def figure(self, drawn: Figure, name: str, caption: str, data: pd.DataFrame | None = None, **options: Any) -> None:
         """Save a figure with its caption and its data, and show it."""
+        caption += f" {self._only()}" if self.where else ""
         path = figures.save(drawn, self.output, name, caption, data, **options)
         if in_kernel():
             from IPython.display import Image, display
@@ -137,11 +150,21 @@ class Page:
         self._say(f"![{name}](../{path.name})")
         self.say(caption)
 
-    def table(self, table: tables.Table, name: str) -> None:
-        """Write a table as .md, .csv and .tex, and show it."""
-        written = tables.write_table(table, self.output, name)
+    def table(self, table: Table, name: str) -> None:
+        """Write a table as .md, .csv and .tex, and show it; of one without rows, its footnotes alone."""
+        if table.empty:
+            self.say(
+                "\n".join(["No run that this table shows.", "", *(f"* {line}" for line in table.footnotes)]).strip()
+            )
+            return
+        if self.where:
+            table = replace(table, caption=f"{table.caption} {self._only()}")
+        written = write_table(table, self.output, name)
         markdown = next(path for path in written if path.suffix == ".md")
         self.say(markdown.read_text(encoding="utf-8").strip())
+
+    def _only(self) -> str:
+        return f"Only runs with {' and '.join(self.where)}."
 
     def say(self, text: str) -> None:
         """Show a paragraph, in Markdown."""
@@ -167,8 +190,10 @@ class Page:
         """The page in Markdown."""
         return self.output / PAGES / f"{self.name}.md"
 
-    def _forget(self) -> None:
-        """Remove the figures of an earlier page: one that is not drawn again would be taken for this one's."""
+    def _forget(self, tables: Sequence[str]) -> None:
+        """Remove figures and tables of an earlier page: one that is not made again would be taken for this one's."""
+        for name in tables:
+            remove_table(self.output, name)
         if self.path.is_file():
             for name in re.findall(r"^!\[(.+?)\]\(", self.path.read_text(encoding="utf-8"), re.MULTILINE):
                 figures.remove(self.output, name)
@@ -181,10 +206,12 @@ class Page:
 
 
 class Results:
-    """The frames of a source, each read when it is asked for."""
+    """The frames of a source, each read when it is asked for; without workloads of which no run is finished."""
 
-    def __init__(self, source: str) -> None:
-        self.runs = analysis.load_runs(source)
+    def __init__(self, source: str, where: Sequence[str] = ()) -> None:
+        runs = analysis.load_runs(source, where)
+        self.runs = of_finished_workloads(runs)
+        print(without_result(runs), end="", file=sys.stderr)
 
     @cached_property
     def layers(self) -> pd.DataFrame:
@@ -198,30 +225,33 @@ class Results:
 
 
 @functools.lru_cache(maxsize=1)
-def read(source: str) -> Results:
+def read(source: str, where: tuple[str, ...]) -> Results:
     """The results of a source, read once for all pages that one process renders."""
-    return Results(source)
+    return Results(source, where)
 
 
 @contextmanager
-def _given(source: str | Path, output: Path) -> Iterator[None]:
+def _given(source: str | Path, where: Sequence[str], output: Path) -> Iterator[None]:
     """Arguments as a script finds them."""
     before = sys.argv
-    sys.argv = [before[0], str(source), "--output", str(output)]
+    sys.argv = [before[0], str(source), *where, "--output", str(output)]
     try:
         yield
     finally:
         sys.argv = before
 
 
-def render_all(source: str | Path, output: str | Path, names: Sequence[str] = NOTEBOOKS) -> None:
+def render_all(
+    source: str | Path, output: str | Path, names: Sequence[str] = NOTEBOOKS, where: Sequence[str] = ()
+) -> None:
     """Run notebooks as scripts, in this process: every figure and table of a source.
 
     Args:
         source: a results folder or `wandb:entity/project`.
         output: folder of figures and tables.
+        where: filters of the runs.
     """
     read.cache_clear()  # the folder may have grown
-    with _given(source, Path(output)):
+    with _given(source, where, Path(output)):
         for name in names:
             runpy.run_path(str(FOLDER / f"{name}.py"), run_name="__main__")

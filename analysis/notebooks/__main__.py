@@ -1,4 +1,4 @@
-"""`python -m analysis.notebooks RESULTS --output DIR`: each page as an executed notebook, with figures and tables."""
+"""`python -m analysis.notebooks RESULTS [KEY=VALUE ...] --output DIR`: each page as an executed notebook."""
 
 import argparse
 from pathlib import Path
@@ -11,11 +11,12 @@ def main() -> None:
     """Make and execute the notebooks."""
     parser = argparse.ArgumentParser(prog="python -m analysis.notebooks", description=__doc__)
     parser.add_argument("results", help="a results folder, such as results, or wandb:ENTITY/PROJECT")
+    parser.add_argument("where", nargs="*", metavar="KEY=VALUE", help="only runs with this, such as method=bayesq,gptq")
     parser.add_argument("--output", type=Path, default=Path("paper"), help="folder of notebooks, figures and tables")
     parser.add_argument("--only", nargs="+", choices=NOTEBOOKS, default=NOTEBOOKS, help="these pages")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     for name in arguments.only:
-        print(execute(name, arguments.results, arguments.output))
+        print(execute(name, arguments.results, arguments.output, arguments.where))
 
 
 if __name__ == "__main__":

@@ -10,16 +10,18 @@
 # with a component switched, squares are GPTQ.
 
 # %%
-from analysis import plots, tables
+from analysis import captions, plots, tables
 from analysis.notebooks import Page
 
-page = Page("ablation")
+page = Page("ablation", tables=["ablation"])
 
 # %%
 data = plots.ablation_data(page.runs)
 for (workload, bits), own in data.groupby(["workload", "bits"]):
-    population = plots.population(own.assign(variant=own["ablation"]), page.runs)
+    population = captions.population(own.assign(variant=own["ablation"]), page.runs)
     caption = f"{workload} at {bits:g} bits: KL to full precision of ablations; {population}."
+    members = page.runs[(page.runs["workload"] == workload) & (page.runs["bits/target"] == bits)]
+    caption += captions.settings(members[members["variant"].isin(["bayesq", "gptq"])])
     page.figure(plots.ablation(own), f"ablation_{plots.slug(workload)}_{bits:g}", caption, own)
 
 # %%

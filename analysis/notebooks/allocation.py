@@ -11,7 +11,7 @@
 # summed over its rows; on the grey line they agree. Means over calibration seeds.
 
 # %%
-from analysis import packed, plots
+from analysis import captions, packed, plots
 from analysis.notebooks import Page
 
 page = Page("allocation")
@@ -30,10 +30,12 @@ for workload, members in data.groupby("workload"):
         f"{workload}, {variant}: bits per layer, widths of rows, and risk; rank correlation of predicted and achieved"
     )
     caption += (
-        f" risk over {own['name'].nunique()} layers {rank}; {plots.seeds(own['n'])}. Grey: the budget; equal risks."
+        f" risk over {own['name'].nunique()} layers {rank}; {captions.seeds(own['n'])}. Grey: the budget; equal risks."
     )
+    caption += captions.settings(runs)
     page.figure(plots.allocation(own, widths, page.looks[variant]), f"allocation_{plots.slug(workload)}", caption, own)
 
 # %%
 for workload in sorted(set(page.workloads) - set(data["workload"])):
-    page.say(f"{workload}: no run with allocator=knapsack; `{page.command(workload, 'method=bayesq', 'bits=3,3.5,4')}`")
+    command = page.command(workload, "method=bayesq", "bits=3,3.5,4")
+    page.say(f"{workload}: no run with allocator=knapsack among these; `{command}`")

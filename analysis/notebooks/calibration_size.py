@@ -9,7 +9,7 @@
 # calibration set is the beginning of a larger one. Means and sample standard deviations over seeds.
 
 # %%
-from analysis import plots
+from analysis import captions, plots
 from analysis.notebooks import Page
 
 SIZES = "calibration.examples=16,32,64,128,256,512,1024"  # of sweeps/calibration_size.yaml
@@ -18,12 +18,14 @@ page = Page("calibration_size")
 # %%
 data = plots.calibration_size_data(page.runs)
 for (workload, bits), own in data.groupby(["workload", "bits"]):
-    population = plots.population(own, page.runs, "examples")
+    population = captions.population(own, page.runs, "examples")
     caption = f"{workload} at {bits:g} bits: KL and score against calibration examples; {population}."
+    members = page.runs[(page.runs["workload"] == workload) & (page.runs["bits/target"] == bits)]
+    caption += captions.settings(members, without=["calibration.examples"])
     drawn = plots.calibration_size(own, page.looks_without("calibration.examples"))
     page.figure(drawn, f"calibration_size_{plots.slug(workload)}_{bits:g}", caption, own)
 
 # %%
 for workload in sorted(set(page.workloads) - set(data["workload"])):
     command = page.command(workload, "method=gptq,bayesq", "bits=3", "seed=0,1,2", SIZES)
-    page.say(f"{workload}: no budget was run with several calibration sizes; `{command}`")
+    page.say(f"{workload}: no budget has runs with several calibration sizes among these; `{command}`")

@@ -9,26 +9,31 @@
 # peak memory of the process, as multiples of GPTQ's on the same workload and budget (the fastest GPTQ that was run, its
 # median over seeds). Points are medians over budgets and seeds, bars reach from the smallest to the largest. Statistics
 # count what they cost when they were computed. Processes that made several runs report the peak of the largest so far,
-# so memory compares only runs that had a process each (a parallel launcher, or one command a run).
+# so memory is shown only of runs that had a process each (one command a run).
 
 # %%
-from analysis import plots, tables
+from analysis import captions, cost
 from analysis.comparisons import counted
 from analysis.notebooks import Page
 
-page = Page("cost")
+page = Page("cost", tables=["cost"])
 
 # %%
-data = plots.cost_data(page.main_runs)
+data = cost.cost_data(page.main_runs)
 compared = data.dropna(subset=["time x"])
 if len(compared):
-    caption = "Preprocessing time and peak memory as multiples of the fastest GPTQ's, median, smallest and largest over"
-    caption += f" budgets and seeds; n = {counted(compared.groupby(['workload', 'variant']).size())} runs a point."
-    page.figure(plots.cost(compared, page.looks), "cost_multiples", caption, data)
+    memory = compared["memory x"].notna().any()
+    caption = f"Preprocessing time{' and peak memory' if memory else ''} as multiples of the fastest GPTQ's, median,"
+    caption += (
+        f" smallest and largest over budgets and seeds; n = {counted(compared.groupby(['workload', 'variant']).size())}"
+    )
+    caption += f" runs a point. {cost.MEMORY if memory else cost.NO_MEMORY}"
+    caption += captions.settings(page.main_runs[page.main_runs["workload"].isin(compared["workload"])])
+    page.figure(cost.cost(compared, page.looks), "cost_multiples", caption, data)
 
 # %%
 if len(page.finished):
-    page.table(tables.cost_table(page.main_runs), "cost")
+    page.table(cost.cost_table(page.main_runs), "cost")
 
 # %%
 for workload in sorted(set(page.workloads) - set(compared["workload"])):

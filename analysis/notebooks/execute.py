@@ -1,6 +1,7 @@
 """From a percent script to an executed notebook."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import jupytext
@@ -8,7 +9,7 @@ import nbformat
 from nbclient import NotebookClient
 from nbformat import NotebookNode
 
-from analysis.notebooks import FOLDER, OUTPUT_VARIABLE, RESULTS_VARIABLE
+from analysis.notebooks import FOLDER, OUTPUT_VARIABLE, RESULTS_VARIABLE, WHERE_VARIABLE
 
 ROOT = Path(__file__).parents[2]
 # of one cell; reading a large W&B project takes a while
@@ -23,11 +24,12 @@ def convert(name: str) -> NotebookNode:
     return notebook
 
 
-def execute(name: str, source: str | Path, output: Path) -> Path:
+def execute(name: str, source: str | Path, output: Path, where: Sequence[str] = ()) -> Path:
     """Execute a page in a kernel of its own and write OUTPUT/NAME.ipynb, in the folder one is in.
 
     Args:
         source: a results folder or `wandb:entity/project`.
+        where: filters of the runs.
 
     Returns:
         the path of the notebook.
@@ -37,7 +39,8 @@ def execute(name: str, source: str | Path, output: Path) -> Path:
     """
     output.mkdir(parents=True, exist_ok=True)
     path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    given = {RESULTS_VARIABLE: str(source), OUTPUT_VARIABLE: str(output), "PYTHONPATH": os.pathsep.join(path)}
+    given = {RESULTS_VARIABLE: str(source), OUTPUT_VARIABLE: str(output), WHERE_VARIABLE: "\n".join(where)}
+    given["PYTHONPATH"] = os.pathsep.join(path)
     notebook = convert(name)
     client = NotebookClient(
         notebook,

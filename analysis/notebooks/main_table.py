@@ -14,7 +14,7 @@
 from analysis import tables
 from analysis.notebooks import Page
 
-page = Page("main_table")
+page = Page("main_table", tables=["main_table", "compact_table"])
 
 # %%
 if page.finished.empty:
@@ -22,4 +22,5 @@ if page.finished.empty:
 else:
     main = tables.main_table(page.runs)
     page.table(main, "main_table")
-    page.table(tables.compact_table(main), "compact_table")
+    if not main.empty:
+        page.table(tables.compact_table(main, page.runs), "compact_table")

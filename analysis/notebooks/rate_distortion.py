@@ -21,7 +21,7 @@
 # `python -m bayesq.suite.bounds` computes the bounds of finished runs.
 
 # %%
-from analysis import plots
+from analysis import captions, plots
 from analysis.notebooks import Page
 
 page = Page("rate_distortion")
@@ -32,7 +32,8 @@ for workload, members in bounds.groupby("workload"):
     own, layers = plots.rate_distortion_data(members), plots.layer_gaps(members)
     caption = f"{workload}: code bits per weight above the Gaussian rate-distortion bound at the achieved risk, of the"
     caption += f" network, of its {layers['name'].nunique()} layers, and layer by layer;"
-    caption += f" {plots.seeds(own['n'])}."
+    caption += f" {captions.seeds(own['n'])}."
+    caption += captions.settings(page.main_runs[page.main_runs["run_id"].isin(members["run_id"])])
     drawn = plots.rate_distortion(own, layers, page.looks)
     page.figure(drawn, f"rate_distortion_{plots.slug(workload)}", caption, own)
 

@@ -10,7 +10,7 @@
 # bin's share. Examples of all seeds are pooled. On the dotted line a network is calibrated.
 
 # %%
-from analysis import plots
+from analysis import captions, plots
 from analysis.comparisons import counted
 from analysis.notebooks import Page
 
@@ -24,6 +24,7 @@ for workload, own in data.groupby("workload"):
     pooled = counted(shown[shown["method"] != ""].groupby(["bits", "variant"])["n"].sum())
     caption = f"{workload}: accuracy against confidence; n = {pooled} predictions a line, seeds pooled;"
     caption += f" bins of fewer than {plots.LEAST_IN_BIN} are not drawn, a marker's area is the share of its bin."
+    caption += captions.settings(page.main_runs[page.main_runs["workload"] == workload])
     page.figure(plots.reliability(shown, page.looks), f"reliability_{plots.slug(workload)}", caption, shown)
 
 # %%

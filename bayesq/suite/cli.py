@@ -43,6 +43,7 @@ from bayesq.suite import launchers, results
 from bayesq.suite.errors import UserError
 from bayesq.suite.files import lock, remove_leftovers
 from bayesq.suite.stopping import Terminated, stop_if_asked, stoppable
+from bayesq.suite.summary import results_table
 from bayesq.suite.tracking import ERROR_KEY
 
 log = logging.getLogger(__name__)
@@ -468,7 +469,7 @@ def _outcome(job: Job) -> dict[str, Any]:
 def summarise(jobs: Sequence[Job]) -> bool:
     """Print the table of exactly these jobs and the reasons of those without a result; whether all have one."""
     outcomes = [_outcome(job) for job in jobs]
-    print(f"\n{results.results_table(outcomes)}", flush=True)
+    print(f"\n{results_table(outcomes)}", flush=True)
     complete = True
     for job, outcome in zip(jobs, outcomes, strict=True):
         if outcome["status"] == "finished":

@@ -4,6 +4,7 @@ import os
 import platform
 import subprocess
 import sys
+import uuid
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -58,6 +59,14 @@ def host(device: "torch.device") -> dict[str, str | int]:
         "device": accelerator,
         "directory": str(Path.cwd()),
     }
+
+
+def process() -> str:
+    """A name that no other process has had: runs that share it share a peak of memory."""
+    return f"{os.getpid()}-{_BEGUN}"
+
+
+_BEGUN = uuid.uuid4().hex[:12]
 
 
 def _processor() -> str:

@@ -1,14 +1,11 @@
-"""Result files that are whole or absent, and the table of method x bits made from them."""
+"""Result files that are whole or absent, and the settings that tell two results apart."""
 
 import csv
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from statistics import fmean
 from typing import Any
-
-from tabulate import tabulate
 
 from bayesq.suite.config import flatten, settings_that_matter
 from bayesq.suite.files import atomic_path
@@ -89,20 +86,6 @@ def load_results(results_dir: Path) -> list[dict[str, Any]]:
     return [result for result in found if result is not None]
 
 
-def _mean(results: Iterable[Mapping[str, Any]], key: str) -> float | None:
-    """Mean of `key` over the results that have it, or None."""
-    values = [result[key] for result in results if result.get(key) is not None]
-    return fmean(values) if values else None
-
-
-def _cell(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
-
-
-def _percent(value: float | None) -> float | None:
-    return None if value is None else 100 * value
-
-
 def unit(metric: str) -> str:
     """What 100 times a metric is counted in: per cent of shares, points (x100) of correlations."""
     return "x100" if metric in CORRELATIONS else "%"
@@ -133,70 +116,3 @@ def differing_settings(results: Iterable[Mapping[str, Any]]) -> list[str]:
             choice = None if axis == key else own.get(axis)
             seen.setdefault((key, *alike, choice), set()).add(json.dumps(value))
     return sorted({place[0] for place, values in seen.items() if len(values) > 1})
-
-
-def _show(value: Any) -> str:
-    return json.dumps(value) if isinstance(value, list) else str(value)
-
-
-def results_table(results: Sequence[Mapping[str, Any]]) -> str:
-    """Text table: one line per method and bit budget, averaged over seeds, one section per model, data set and task.
-
-    Runs of one method and budget that differ in further settings get lines of their own and a column for each
-    setting that differs. Entries whose status is not "finished" need only model, dataset, method, bits/target, seed
-    and config; they are shown as failed. Accuracies are percent, correlations times 100, deltas points against the
-    full-precision model, KL nats, bits per quantized weight.
-    """
-    sections: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
-    for result in results:
-        task = result["config"]["dataset"].get("task")
-        data = f"{result['dataset']} {task}" if task else result["dataset"]
-        sections.setdefault((result["model"], data), []).append(result)
-    return "\n\n".join(_section(*names, members) for names, members in sections.items())
-
-
-def _section(model: str, dataset: str, results: Sequence[Mapping[str, Any]]) -> str:
-    """The lines of one model on one dataset, headed by its full-precision figures."""
-    groups: dict[str, list[Mapping[str, Any]]] = {}
-    settings: dict[str, dict[str, Any]] = {}
-    for result in results:
-        own = settings_of(result)
-        key = json.dumps(own, sort_keys=True)
-        groups.setdefault(key, []).append(result)
-        settings[key] = own
-
-    differing = differing_settings(results)
-    methods = list(dict.fromkeys(result["method"] for result in results))
-    ordered = sorted(
-        groups.items(),
-        key=lambda item: (methods.index(item[1][0]["method"]), item[1][0]["bits/target"], item[0]),
-    )
-    finished = [result for result in results if result.get("status") == "finished"]
-    metric = finished[0]["primary_metric"] if finished else "accuracy"
-    several = any(len(members) > 1 for members in groups.values())
-    header = ["method", "bits", *differing, *(["n"] if several else []), f"{metric} {unit(metric)}", "delta", "KL"]
-    header += ["bits/code", "bits/stored", "seconds"]
-
-    rows = []
-    for key, members in ordered:
-        done = [result for result in members if result.get("status") == "finished"]
-        row = [members[0]["method"], f"{members[0]['bits/target']:g}"]
-        row += [_show(settings[key].get(name, "-")) for name in differing]
-        row += [f"{len(done)}"] if several else []
-        row += [
-            _cell(_percent(_mean(done, f"q/{metric}")), ".2f") if done else "failed",
-            _cell(_percent(_mean(done, f"delta/{metric}")), "+.2f"),
-            _cell(_mean(done, "q/kl_to_fp"), ".4f"),
-            _cell(_mean(done, "bits/code"), ".3f"),
-            _cell(_mean(done, "bits/stored"), ".3f"),
-            _cell(_mean(done, "time/total_s"), ".1f"),
-        ]
-        rows.append(row)
-
-    head = f"{model} on {dataset}"
-    if finished:
-        reference = _cell(_percent(_mean(finished, f"fp/{metric}")), ".2f")
-        examples = _cell(_mean(finished, "evaluation/examples"), ",.0f")
-        head += f": full precision {reference} {unit(metric)} {metric} on {examples} examples"
-    body = tabulate(rows, headers=header, disable_numparse=True, stralign="right", colalign=("left",))
-    return f"{head}\n{body}"

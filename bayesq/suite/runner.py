@@ -64,7 +64,7 @@ from bayesq.suite.models.base import EncodedExamples, Network, in_one_batch, nee
 from bayesq.suite.packed import Packed, fill, read_packed, run_record, write_packed
 from bayesq.suite.preflight import Choices, Needs, activations, check, estimate
 from bayesq.suite.progress import elapsed
-from bayesq.suite.provenance import git_state, host, versions
+from bayesq.suite.provenance import git_state, host, process, versions
 from bayesq.suite.rehearsal import rehearse, small_problems
 from bayesq.suite.results import (
     LAYERS_FILE,
@@ -77,6 +77,7 @@ from bayesq.suite.results import (
 )
 from bayesq.suite.scratch import DiskShelf
 from bayesq.suite.stopping import stop_if_asked
+from bayesq.suite.summary import two_digits
 from bayesq.suite.tracking import ERROR_KEY, track
 from bayesq.whitening import Shelf
 
@@ -132,7 +133,8 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     log.info(
         f"{name} {result['method']} {result['bits/target']:g} bits, seed {result['seed']}: "
         f"{metric} {100 * result[f'q/{metric}']:.2f} {unit(metric)} ({100 * result[f'delta/{metric}']:+.2f}), "
-        f"KL {result['q/kl_to_fp']:.4f}, {result['bits/stored']:.3f} bits stored, {result['time/total_s']:.1f} s"
+        f"KL {two_digits(result['q/kl_to_fp'])}, {result['bits/stored']:.3f} bits stored, "
+        f"{result['time/total_s']:.1f} s"
     )
     return result
 
@@ -381,6 +383,7 @@ def execute(
         "time/total_s": time.perf_counter() - start + quantized.reused_s,
         "time/prepare_s": start - began,
         "memory/peak_rss_bytes": peak_bytes(),
+        "memory/process": process(),
         "memory/estimate_bytes": needs.memory,
         "memory/peak_device_bytes": torch.cuda.max_memory_allocated(work.device) if work.device.type == "cuda" else 0,
         "calibration/examples": len(work.calibration),
@@ -793,7 +796,7 @@ def distill_student(cfg: DictConfig, plan: Plan, work: Workload, quantized: Quan
     quantized.distill_s = time.perf_counter() - start
     log.info(
         f"distillation: {'moments matched, ' if found.started else ''}step {found.best_step} of {found.steps} kept, "
-        f"held-out KL {found.heldout_kl_before:.4f} -> {found.heldout_kl_after:.4f}"
+        f"held-out KL {two_digits(found.heldout_kl_before)} -> {two_digits(found.heldout_kl_after)}"
     )
 
 

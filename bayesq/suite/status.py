@@ -5,13 +5,15 @@ python -m bayesq.suite.status results model=resnet dataset=digits bits=3,4      
 """
 
 import argparse
+import math
 import re
 import shlex
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -23,8 +25,10 @@ from bayesq.suite.errors import UserError
 from bayesq.suite.files import is_locked
 
 RUN_FILE = "run.py"
-OVERRIDES_FILE = ".hydra/overrides.yaml"
+OVERRIDES_FILE, CONFIG_FILE = ".hydra/overrides.yaml", ".hydra/config.yaml"
 STATES = ("done", "failed", "running", "missing")
+# What needs a look stands last, where a long list on a terminal ends.
+LISTED = ("done", "running", "missing", "failed")
 MULTIRUN = ("-m", "--multirun")
 NEVER_STARTED = "it was not started yet"
 
@@ -61,24 +65,46 @@ def was_started(folder: Path) -> bool:
 
 
 def started_runs(results_dir: Path) -> list[Run]:
-    """Every run that was started in `results_dir`, by run id.
+    """Every run that was started in `results_dir`, by model, data set, task, method, bits, other settings and seed.
 
     Raises:
         UserError: there is no such folder.
     """
     if not results_dir.is_dir():
         raise UserError(f"{results_dir}: there is no such folder")
-    return [
-        state_of(folder, recorded_overrides(folder)) for folder in sorted(results_dir.iterdir()) if was_started(folder)
+    folders = sorted(filter(was_started, results_dir.iterdir()), key=_place)
+    return [state_of(folder, recorded_overrides(folder)) for folder in folders]
+
+
+def _place(folder: Path) -> tuple[Any, ...]:
+    """Where a run stands in the order of `started_runs`: the last ones are those that do not say what they are."""
+    config = (results.finished_result(folder) or {}).get("config") or _read_yaml(folder / CONFIG_FILE)
+    groups = [config.get(axis) if isinstance(config, Mapping) else None for axis in ("model", "dataset", "method")]
+    model, dataset, method = (group if isinstance(group, Mapping) else {} for group in groups)
+    names = [
+        str(name or "") for name in (model.get("name"), dataset.get("name"), dataset.get("task"), method.get("name"))
     ]
+    bits, seed = (_number(config.get(key)) if names[0] else math.inf for key in ("bits", "seed"))
+    axes = ("model", "dataset", "method", "bits", "seed")
+    further = sorted(o for o in recorded_overrides(folder) if _key(o) not in axes and not _is_without_effect(o))
+    return (not names[0], *names, bits, further, seed, folder.name)
+
+
+def _number(value: Any) -> float:
+    return float(value) if isinstance(value, int | float) else math.inf
+
+
+def _read_yaml(file: Path) -> Any:
+    """The content of a YAML file, interpolations as they stand; None where it cannot be read."""
+    try:
+        return yaml.load(file.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
 
 
 def recorded_overrides(folder: Path) -> list[str]:
     """The overrides that Hydra recorded in a run's folder; none where they cannot be read."""
-    try:
-        content = yaml.safe_load((folder / OVERRIDES_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
-        return []
+    content = _read_yaml(folder / OVERRIDES_FILE)
     return [str(override) for override in content] if isinstance(content, list) else []
 
 
@@ -128,9 +154,9 @@ def command(results_dir: Path, overrides: Iterable[str], *options: str) -> str:
 
 
 def report(runs: Sequence[Run], results_dir: Path) -> str:
-    """One line per run, what is missing or failed with its reason and its command, and a line that counts."""
+    """One line per run by state, what is not done last with its reason and its command, and a line that counts."""
     lines = []
-    for state in STATES:
+    for state in LISTED:
         for run in runs:
             if run.state != state:
                 continue

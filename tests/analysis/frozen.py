@@ -59,6 +59,7 @@ def add(
     error: str | None = None,
     memory: float = 2**30,
     metrics: dict[str, tuple[float, float]] | None = None,
+    process: str | None = "",
     **changes: Any,
 ) -> Path:
     """One run; returns its folder.
@@ -68,6 +69,7 @@ def add(
         error: of a run that has failed.
         metrics: full-precision and quantized value of each metric of the task, in place of the accuracy; such a run
             has no predictions.
+        process: that made the run; one of its own unless named, None of versions that did not record it.
         changes: of the configuration.
     """
     correct = CORRECT[method][BUDGETS.index(bits)] - seed if correct is None else correct
@@ -108,6 +110,7 @@ def add(
         "calibration/examples": content["calibration"]["examples"],
         "evaluation/examples": EXAMPLES,
         "memory/peak_rss_bytes": memory,
+        **({} if process is None else {"memory/process": process or folder.name}),
         **{f"time/{stage}_s": value for stage, value in zip(STAGES, seconds, strict=True)},
         "config": content,
         "wandb/error": None,

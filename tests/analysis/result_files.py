@@ -155,6 +155,7 @@ def add_run(
         **{f"time/{stage}_s": 1.0 for stage in ("calibrate", "posterior", "quantize", "distill", "evaluate", "total")},
         "time/distill_s": 0.0,
         "memory/peak_rss_bytes": 2**30 if risky else 2**29,
+        "memory/process": name,
         "memory/peak_device_bytes": 0,
         "calibration/examples": examples,
         "evaluation/examples": EXAMPLES,

@@ -16,7 +16,8 @@ from frozen import EXAMPLES, add, config, started
 from omegaconf import OmegaConf
 
 from analysis import example_frame, layer_frame, load_runs
-from analysis.loading import command_overrides, records
+from analysis.defaults import command_overrides
+from analysis.loading import records
 from analysis.tables import main_table
 from bayesq.suite.errors import UserError
 from bayesq.suite.files import lock
@@ -26,7 +27,7 @@ from bayesq.suite.results import read_result
 sys.path.insert(0, str(Path(__file__).parents[1] / "suite"))
 from wandb_server import API_KEY, ENTITY, WandbServer, serving
 
-COLUMNS = {"run_id", "status", "workload", "variant", "error", "duplicates", "path", "overrides"}
+COLUMNS = {"run_id", "status", "workload", "variant", "memory/own_process", "error", "duplicates", "path", "overrides"}
 
 
 def by_id(runs: pd.DataFrame) -> dict[str, dict]:

@@ -50,7 +50,6 @@ def test_the_module_prints_an_overview_in_markdown(folder):
     ("option", "expected"),
     [
         ("--main", "Δ GPTQ"),
-        ("--ablation", "no variant of BayesQ was run"),
         ("--cost", "quantize ×"),
         ("--glue", "30.50"),
     ],
@@ -75,6 +74,12 @@ def test_nothing_to_show_is_one_line(tmp_path, monkeypatch):
     }
     for source, message in cases.items():
         assert refusal(monkeypatch, source) == f"error: {message}"
+
+
+def test_a_table_without_rows_is_one_line_with_what_makes_them(folder, monkeypatch):
+    line = str(refusal(monkeypatch, str(folder), "--ablation"))
+    assert line.startswith(f"error: no run in {folder} that this table shows; resnet / digits: no variant of BayesQ")
+    assert "`python run.py -m model=resnet dataset=digits ablation=full," in line and "\n" not in line
 
 
 def test_no_glue_is_one_line(folder, monkeypatch):

@@ -332,7 +332,7 @@ def test_one_failing_job_stops_no_other_and_is_reported_once() -> None:
     assert runs() == ["gptq 3 0"]
     assert "failed: " in done.stdout
     (row,) = (line for line in done.stdout.splitlines() if line.startswith("gptq"))
-    assert row.split()[2:4] == ["1", "50.00"], "the mean is of the one run that finished"
+    assert row.split()[2:4] == ["1/3", "50.00"], "the mean is of the one run that finished"
     statuses = {path.parent.name: json.loads(path.read_text()) for path in Path("results").glob("*/status.json")}
     assert sorted(statuses.values(), key=lambda status: status["overrides"]) == [
         {

@@ -70,10 +70,10 @@ def test_every_state_of_a_sweep_is_told_from_the_others() -> None:
     assert answer.stderr == ""
     assert answer.stdout.splitlines() == [
         f"done    {done.run_id} method=gptq bits=3",
-        f"failed  {failed.run_id} method=gptq bits=3.5: ValueError: no [{failed.run_dir}/traceback.txt]",
         f"running {running.run_id} method=rtn bits=3",
         f"missing {killed.run_id} method=rtn bits=3.5: it ended before it could say why",
         "        bayesq-run method=rtn bits=3.5",
+        f"failed  {failed.run_id} method=gptq bits=3.5: ValueError: no [{failed.run_dir}/traceback.txt]",
         "4 runs: 1 done, 1 failed, 1 running, 1 missing",
         "All that is not done: bayesq-run -m method=gptq,rtn bits=3,3.5",
     ]
@@ -167,6 +167,42 @@ def test_damaged_files_do_not_stop_the_list() -> None:
     found = {run.run_id: run for run in status.started_runs(Path("results"))}
     assert (found[first.run_id].state, found[second.run_id].state) == ("missing", "failed")
     assert found[second.run_id].overrides == ()
+
+
+def test_runs_are_listed_by_workload_method_bits_and_seed() -> None:
+    """Whatever their run ids, whatever was started first, and whether they are done or not."""
+    digits, films = ["model=resnet", "dataset=digits"], ["model=minilm", "dataset=movie_snippets"]
+    questions = [
+        [*films, "method=rtn", "bits=4", "seed=0"],
+        [*digits, "method=awq", "bits=8", "seed=2"],
+        [*digits, "method=rtn", "bits=2", "seed=10"],
+        [*digits, "method=rtn", "bits=3", "seed=2"],
+        [*digits, "method=rtn", "bits=3", "seed=10"],
+        [*digits, "method=rtn", "bits=3", "method.clip=minmax", "seed=0"],
+        [*digits, "method=rtn", "bits=3", "method.clip=minmax", "seed=2"],
+        [*digits, "method=rtn", "bits=3.5", "seed=0"],
+    ]
+    for question in reversed(questions):
+        (job,) = preflight(question) or ()
+        finish(job)
+        (job,) = preflight([*question, "correction=moments"]) or ()
+        begin(job)
+        (job.run_dir / ".hydra" / "config.yaml").write_text(yaml.safe_dump({**job.config, "results_dir": "${x}"}))
+    bare = Path("results/0000")
+    bare.mkdir()
+    (bare / "result.json").write_text("{")
+    strange = Path("results/0001/.hydra")
+    strange.mkdir(parents=True)
+    (strange / "overrides.yaml").write_text("[bits=3]")
+    (strange / "config.yaml").write_text("{model: resnet, dataset: null, bits: [3]}")
+    found = status.started_runs(Path("results"))
+    listed = [[*run.overrides] for run in found if run.state == "done"]
+    assert listed == questions
+    others = [run for run in found if run.state == "missing"]
+    assert [[*run.overrides] for run in others[:-2]] == [[*question, "correction=moments"] for question in questions]
+    assert [run.run_id for run in others[-2:]] == ["0000", "0001"]
+    lines = status.report(found, Path("results")).splitlines()
+    assert [line.split()[2:] for line in lines if line.startswith("done")] == questions
 
 
 def test_no_folder_is_an_error_of_its_own() -> None:

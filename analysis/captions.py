@@ -1,0 +1,188 @@
+"""What captions and footnotes say: how many runs and examples, which settings are whose, and what is not there."""
+
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from analysis.comparisons import counted, is_seedless
+from analysis.defaults import deviations
+from analysis.figures import label
+from analysis.gaps import command, remarks, why
+from analysis.loading import FINISHED, RUNNING, UNKNOWN, WANDB, finished, of_finished_workloads, records
+from analysis.paper import title
+from bayesq.suite.results import unit
+
+
+def known(runs: pd.DataFrame) -> pd.DataFrame:
+    """The runs of workloads that have a result; what is wrong with runs of no known workload is a remark."""
+    own: pd.DataFrame = of_finished_workloads(runs)
+    own = own[own["workload"] != UNKNOWN].copy()
+    own["seed"] = own["seed"].astype(int)  # where a workload is unknown so is the seed, and NaN made all floats
+    own.attrs["remarks"] = remarks(runs)
+    return own
+
+
+def remarks_of(runs: pd.DataFrame) -> list[str]:
+    """What is wrong with the runs as a whole: unreadable ones and duplicates.
+
+    Args:
+        runs: of `known`.
+    """
+    return list(runs.attrs["remarks"])
+
+
+def metrics(runs: pd.DataFrame) -> str:
+    """The primary metrics of the finished runs, with their units."""
+    found = sorted({str(metric) for metric in finished(runs)["primary_metric"].dropna()}) if len(finished(runs)) else []
+    return ", ".join(f"{metric} {'in %' if unit(metric) == '%' else 'times 100'}" for metric in found) or "none"
+
+
+def source_of(runs: pd.DataFrame) -> str:
+    """Where the runs were read from, for commands."""
+    paths = [str(path) for path in runs["path"]]
+    if not paths or paths[0].startswith(WANDB):
+        return "results"
+    return os.path.commonpath([str(Path(path).parent) for path in paths])
+
+
+def failed(runs: pd.DataFrame) -> list[str]:
+    """One line per run without a result, with its command unless it is running."""
+    lines = []
+    for run in records(runs[runs["status"] != FINISHED]):
+        what = f"{run['workload']}, {run['variant']} at {run['bits/target']:g} bits, seed {run['seed']}"
+        if run["status"] == RUNNING:
+            lines.append(f"{what}, is still running.")
+            continue
+        makes = command(run, [run["bits/target"]], [int(run["seed"])], source_of(runs))
+        lines.append(f"{what}, {why(run)}: `{makes}`")
+    return lines
+
+
+# ------------------------------------------------------------------------------------------------------------ settings
+
+
+def settings(runs: pd.DataFrame, names: Mapping[str, str] | None = None, without: Iterable[str] = ()) -> str:
+    """A sentence with the settings that are neither defaults nor part of a name, by workload; nothing without them.
+
+    What all variants of a workload share stands alone, what some of them have stands behind their labels. Runs that
+    share a setting are not told apart by it, so that it is in no variant's name, and in a workload's only where other
+    runs of its model and data set have another.
+
+    Args:
+        names: of workloads, where the table shows others than theirs.
+        without: keys that the table or figure shows anyway.
+    """
+    said = {str(workload): _of_workload(own, without) for workload, own in finished(runs).groupby("workload")}
+    shown = {workload: text for workload, text in said.items() if text}
+    if not shown:
+        return ""
+    if len(said) == 1:
+        return f" Settings beyond the defaults: {next(iter(shown.values()))}."
+    if len(shown) == len(said) and len(set(shown.values())) == 1:
+        return f" Settings beyond the defaults, in all workloads: {next(iter(shown.values()))}."
+    parts = [f"{(names or {}).get(workload, workload)}: {text}" for workload, text in shown.items()]
+    return f" Settings beyond the defaults: {'; '.join(parts)}."
+
+
+def _of_workload(members: pd.DataFrame, without: Iterable[str]) -> str:
+    """Settings of one workload's finished runs, those that all share first."""
+    by_variant: dict[str, dict[str, str]] = {}
+    for variant, own in members.groupby("variant", sort=False):
+        run = records(own)[0]
+        named = {word.partition("=")[0] for word in f"{run['workload']} {variant}".split(" ")}
+        found = {key: text for key, text in deviations(run).items() if key not in without}
+        by_variant[str(variant)] = {
+            key: text for key, text in found.items() if not {key, key.removeprefix("method.")} & named
+        }
+    first = next(iter(by_variant.values()))
+    shared = {key: text for key, text in first.items() if all(own.get(key) == text for own in by_variant.values())}
+    parts = [f"{key}={text}" for key, text in shared.items()]
+    for variant, further in by_variant.items():
+        rest = [f"{key}={text}" for key, text in further.items() if key not in shared]
+        parts += [f"{label(variant)} {' '.join(rest)}"] if rest else []
+    return ", ".join(parts)
+
+
+# ---------------------------------------------------------------------------------------------------------- population
+
+
+def seeds(numbers: pd.Series) -> str:
+    """`n = 3 seeds`, `n = 2 to 3 seeds`, `n = 1 seed`; points without a run do not count."""
+    had = [int(n) for n in numbers if n > 0]
+    return f"n = {counted(had)} seed{'' if set(had) == {1} else 's'}"
+
+
+def population(data: pd.DataFrame, runs: pd.DataFrame, axis: str = "bits") -> str:
+    """`n = 3 seeds, 872 test examples`, with the points that have another n.
+
+    Variants that read no calibration data are named once: one run of them is all there is.
+
+    Args:
+        data: with a column n.
+        runs: those the data are of, for the number of test examples.
+        axis: column that names a point of a variant.
+    """
+    own = runs[runs["workload"].isin(data["workload"].unique())]
+    done = finished(own)
+    seedless = {
+        str(run["variant"]) for run in records(done.drop_duplicates(["workload", "variant"])) if is_seedless(run)
+    }
+    measured = data[data["n"] > 0]
+    counting = measured[~measured["variant"].isin(seedless)]
+    usual = int((measured if counting.empty else counting)["n"].mode().iloc[-1])
+    several = data["workload"].nunique() > 1
+    others: list[str] = []
+    single: dict[str, None] = {}
+    for (workload, variant, n), points in data[data["n"] != usual].groupby(["workload", "variant", "n"], sort=True):
+        if n == 1 and variant in seedless:
+            single[label(str(variant))] = None
+            continue
+        where = f"{title(str(workload))}, ".replace("\n", " ") if several else ""
+        values = ", ".join(f"{value:g}" for value in points[axis])
+        others.append(f"{where}{label(str(variant))} at {values} {axis}: {n or 'none'}")
+    if single:
+        others.append(f"{', '.join(single)}: 1, no calibration data read")
+    exceptions = f" ({'; '.join(others)})" if others else ""
+    return f"n = {usual} seed{'s' if usual != 1 else ''}{exceptions}, {_examples(done)} test examples"
+
+
+def _examples(done: pd.DataFrame) -> str:
+    """How many test examples, by workload where these differ."""
+    sizes = {str(name): counted(own["evaluation/examples"]) for name, own in done.groupby("workload", sort=True)}
+    if len(set(sizes.values())) == 1:
+        return next(iter(sizes.values()))
+    return ", ".join(f"{size} ({' '.join(title(name).split())})" for name, size in sizes.items())
+
+
+def population_of_rows(table: pd.DataFrame, names: Mapping[str, str] | None = None) -> str:
+    """n of a table's rows: seeds, and examples by workload, under other names where some are given."""
+    there = table[table["n"] > 0]
+    if there.empty:
+        return "no finished run (n = 0)"
+    sizes = [
+        f"{(names or {}).get(str(workload), workload)} {counted(own['examples'])}"
+        for workload, own in there.groupby("workload", sort=True)
+    ]
+    return f"n = {counted(there['n'])} calibration seeds; evaluation examples: {'; '.join(sizes)}"
+
+
+def other_seeds(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> str:
+    """A sentence on the rows of a table without a column n that have another n than most; nothing without them.
+
+    Args:
+        rows: with workload, bits, variant and n; plain rtn, which is the same under every seed, does not count.
+    """
+    counting = [row for row in rows if row["variant"] != "rtn" and row["n"] > 0]
+    numbers = [int(row["n"]) for row in counting]
+    usual = max(sorted(set(numbers), reverse=True), key=numbers.count, default=math.nan)
+    found: dict[tuple[str, str, int], list[str]] = {}
+    for row in counting:
+        if row["n"] != usual:
+            key = (names[str(row["workload"])], label(str(row["variant"])), int(row["n"]))
+            found.setdefault(key, []).append(f"{row['bits']:g}")
+    parts = [f"{name}, {variant} at {', '.join(bits)} bits {n}" for (name, variant, n), bits in found.items()]
+    return f" Cells of other than {usual} seeds: {'; '.join(parts)}." if parts else ""

@@ -1,0 +1,98 @@
+"""Settings that are not the suite's defaults, and the overrides that make a run again."""
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
+
+from bayesq.suite.cli import CONFIG_NAME, conf_dir
+from bayesq.suite.config import resolved, show
+from bayesq.suite.results import settings_of
+
+AXES = ("model", "dataset", "method")
+# Where files lie says nothing about what is in them, and the task stands in the workload's name anyway.
+NOT_NAMED = ("dataset.root", "dataset.hub", "dataset.task")
+PLACES = (*NOT_NAMED, "model.checkpoint", "model.name")
+# What a network takes and data give is no setting.
+DESCRIBED = ("model.modality", "dataset.modality")
+
+
+def command_overrides(run: Mapping[str, Any]) -> list[str]:
+    """Overrides that start a run again: the recorded ones, else those that separate its config from the defaults."""
+    if run.get("overrides"):
+        return list(run["overrides"])
+    config = run.get("config")
+    if not isinstance(config, Mapping):
+        return []
+    own = settings_of({"config": config, "seed": run["seed"]})
+    axes = {axis: str(own[axis]) for axis in (*AXES, "posterior") if axis in own}
+    defaults = _defaults(tuple(axes.items()))
+    task = ["dataset.task"] if "dataset.task" in own else []
+    keys = [*AXES, *task, *(key for key in own if key in defaults and defaults[key] != own[key] and key not in AXES)]
+    chosen = {key: own[key] for key in dict.fromkeys([*keys, "bits"])}
+    return [*(f"{key}={show(value)}" for key, value in chosen.items() if value is not None), f"seed={run['seed']}"]
+
+
+def named_deviations(own: Mapping[str, Any], keys: Sequence[str]) -> list[str]:
+    """Those of `keys` that are not at the suite's default, as name=value; keys of the method without its prefix."""
+    axes = tuple((axis, str(own[axis])) for axis in ("method", "posterior") if axis in own)
+    defaults = _defaults(axes) if keys else {}
+    return [
+        f"{key.removeprefix('method.')}={show(own[key])}"
+        for key in keys
+        if key in own and not (key in defaults and defaults[key] == own[key])
+    ]
+
+
+def deviations(run: Mapping[str, Any]) -> dict[str, str]:
+    """Every setting of a run that is not the suite's default for its choices on the axes, as it would be typed.
+
+    Left out are the axes themselves, budget and seed, and where files lie. Of a model or data set that is no file of
+    the suite under its own name (`model=timm`), the settings are those the run was started with.
+
+    Args:
+        run: a row of `load_runs` with a configuration.
+    """
+    own = settings_of({"config": run["config"], "seed": run["seed"]})
+    choices = {axis: str(own[axis]) for axis in (*AXES, "posterior") if axis in own}
+    defaults = {
+        **_defaults(tuple((axis, choices[axis]) for axis in ("method", "posterior") if axis in choices)),
+        **{
+            key: value
+            for axis in ("model", "dataset")
+            for key, value in _defaults(((axis, choices[axis]),)).items()
+            if key.startswith(f"{axis}.")
+        },
+    }
+    strange = [axis for axis in ("model", "dataset") if not (conf_dir() / axis / f"{choices[axis]}.yaml").is_file()]
+    found = {}
+    for key, value in own.items():
+        skipped = key in (*AXES, "bits", *PLACES, *DESCRIBED) or key.partition(".")[0] in strange
+        if not skipped and key in defaults and defaults[key] != value:
+            found[key] = show(value)
+    for override in command_overrides(run) if strange else []:
+        key, _, text = override.lstrip("+").partition("=")
+        if key.partition(".")[0] in strange and "." in key and key not in (*PLACES, *DESCRIBED):
+            found[key] = text
+    return found
+
+
+@cache
+def _defaults(axes: tuple[tuple[str, str], ...]) -> dict[str, Any]:
+    """What `settings_of` gives for the suite's YAML files with these choices; of unknown ones without them.
+
+    The posterior's choice is compared with the suite's own, its settings with that posterior's.
+    """
+    choices = [f"{axis}={name}" for axis, name in axes if (conf_dir() / axis / f"{name}.yaml").is_file()]
+    choices.append("++dataset.task=null")  # it has no default
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        composed = compose(CONFIG_NAME, overrides=choices)
+    for key in OmegaConf.missing_keys(composed):
+        OmegaConf.update(composed, key, None)
+    config = resolved(composed)
+    own = settings_of({"config": config, "seed": config["seed"]})
+    return {**own, "posterior": _defaults(())["posterior"]} if axes else own

@@ -1,0 +1,98 @@
+"""Filters of runs: `dataset=digits`, `method=bayesq,gptq`, `calibration.examples=256`."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from bayesq.suite.config import flatten, show, suggestion
+from bayesq.suite.errors import UserError
+
+# Mappings of a record whose keys are not part of its flat ones.
+NESTED = ("config", "versions", "host", "git", "source")
+# Names of a record's keys that the command line has other names for.
+ALIASES = {"bits": "bits/target"}
+# Values that an error lists at most.
+MOST_VALUES = 12
+# A comma that does not stand inside brackets.
+COMMA = re.compile(r",(?![^\[{]*[\]}])")
+
+
+def select(runs: Sequence[Mapping[str, Any]], where: Sequence[str]) -> list[dict[str, Any]]:
+    """The runs that every filter fits; runs without a result stay if what is known of them fits.
+
+    Args:
+        runs: what `load_runs` has of each run.
+        where: `KEY=VALUE` or `KEY=VALUE,VALUE`. KEY is one of result.json or of the configuration, as on the command
+            line; numbers are compared as numbers.
+
+    Raises:
+        UserError: a filter is no key=value, names a key that no run has or a value that no finished run has, or no
+            finished run is left.
+    """
+    facts = [_facts(run) for run in runs]
+    finished = [own for run, own in zip(runs, facts, strict=True) if run["status"] == "finished"]
+    kept = [True] * len(facts)
+    for text in where:
+        key, values = _parsed(text)
+        known = sorted({name for own in facts for name in own})
+        if key not in known:
+            raise UserError(f"{text}: no run has the key '{key}'{_nearest(key, known)}")
+        had = {show(own[key]) for own in finished if key in own}
+        for value in values:
+            if not any(_fits(own, key, value) for own in finished):
+                raise UserError(f"{text}: no finished run has {key}={value}{_rather(value, had)}")
+        kept = [keep and any(_fits(own, key, value) for value in values) for keep, own in zip(kept, facts, strict=True)]
+    chosen = [dict(run) for run, keep in zip(runs, kept, strict=True) if keep]
+    if not any(run["status"] == "finished" for run in chosen):
+        raise UserError(f"no finished run has all of {' '.join(where)}")
+    return chosen
+
+
+def _parsed(text: str) -> tuple[str, list[str]]:
+    key, sign, values = text.partition("=")
+    if not sign or not key or not values:
+        raise UserError(f"'{text}' is no filter: write key=value, such as method=bayesq,gptq")
+    return key, COMMA.split(values)
+
+
+def _facts(run: Mapping[str, Any]) -> dict[str, Any]:
+    """The flat keys of a run, and those of its configuration where these are no others; axes have their names alone."""
+    config = run.get("config")
+    flat = flatten(config) if isinstance(config, Mapping) else {}
+    own = {key.removesuffix(".name"): value for key, value in flat.items()}
+    own |= {key: value for key, value in run.items() if key not in NESTED}
+    own |= {name: run[key] for name, key in ALIASES.items() if key in run}
+    return own
+
+
+def _fits(facts: Mapping[str, Any], key: str, text: str) -> bool:
+    if key not in facts:
+        return False
+    value = facts[key]
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        try:
+            return float(text) == value
+        except ValueError:
+            return False
+    shown = show(value)
+    return text == shown or ((value is None or isinstance(value, bool)) and text.lower() == shown)
+
+
+def _rather(value: str, had: set[str]) -> str:
+    """What there is instead of a value that no run has."""
+    names = sorted(had, key=_order)
+    more = f" and {len(names) - MOST_VALUES} others" if len(names) > MOST_VALUES else ""
+    near = suggestion(value, [name for name in names if not name.replace(".", "").isdigit()])
+    return f"{near or '.'} There is {', '.join(names[:MOST_VALUES])}{more}" if names else ""
+
+
+def _nearest(key: str, known: Sequence[str]) -> str:
+    return suggestion(key, known) or ": give one of result.json or of the configuration"
+
+
+def _order(text: str) -> tuple[float, str]:
+    """Numbers by size, then words."""
+    try:
+        return float(text), ""
+    except ValueError:
+        return float("inf"), text
