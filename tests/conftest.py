@@ -9,11 +9,17 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 import pytest
 from hypothesis import settings
 
+from bayesq.suite import wandb_environment
+
 # the first example of a test may be the one that numba compiles for
 settings.register_profile("bayesq", deadline=None)
 settings.load_profile("bayesq")
 
-SWITCHES = ("HYDRA_FULL_ERROR", "WANDB_API_KEY", "WANDB_BASE_URL", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_MODE")
+SWITCHES = (
+    *("HYDRA_FULL_ERROR", "WANDB_API_KEY", "WANDB_BASE_URL", "WANDB_IDENTITY_TOKEN_FILE"),
+    *wandb_environment.DECIDED,
+    wandb_environment.SWEEP,
+)
 
 
 @pytest.fixture(autouse=True)

@@ -1,5 +1,6 @@
 """Weights & Biases beside the result files: one W&B run per run, which may fail without costing a result."""
 
+import errno
 import logging
 import os
 import shutil
@@ -12,10 +13,13 @@ from typing import TYPE_CHECKING, Any, Self
 
 from omegaconf import DictConfig
 
-from bayesq.suite.config import flatten, one_line, resolved
+from bayesq.suite import wandb_environment as environment
+from bayesq.suite.config import check_wandb_login, flatten, one_line, resolved
 from bayesq.suite.errors import UserError
+from bayesq.suite.labels import label, project_label, tag_list
 from bayesq.suite.plots import CHARTS
 from bayesq.suite.results import PREDICTIONS_FILE, plain, write_csv
+from bayesq.suite.stopping import stop_if_asked
 
 if TYPE_CHECKING:
     import wandb
@@ -30,6 +34,8 @@ FINISH_TIMEOUT_S = 60.0
 LAYERS_KEY = "layers"
 # folder beside the client's own for what offline runs upload later, by run id
 DATA_FOLDER = "data"
+# the client refuses an artifact that is described by more
+ARTIFACT_KEYS = 100
 # flat key of result.json: null once W&B has the result, else why it does not
 ERROR_KEY = "wandb/error"
 # what ERROR_KEY says until W&B has the result: a process that is killed in between cannot say it any more
@@ -41,13 +47,17 @@ class Tracker:
 
     `error` is one line about why W&B does not have the result, and None once it has it or where tracking is disabled.
     Leaving the block by an exception marks the W&B run as failed.
+
+    Attributes:
+        started: whether there is a W&B run.
     """
 
-    def __init__(self, run: "wandb.Run | None", log_artifact: bool = False) -> None:
+    def __init__(self, run: "wandb.Run | None", log_artifact: bool = False, error: str | None = None) -> None:
         self._run = run
         self._log_artifact = log_artifact
         self._failed = False
-        self.error: str | None = None if run is None else UNFINISHED
+        self.started = run is not None
+        self.error = error if run is None else UNFINISHED
 
     def log_result(
         self,
@@ -97,11 +107,12 @@ class Tracker:
         assert self._run is not None
         folder = Path(self._run.settings.files_dir)
         write_csv(folder / name, rows)
-        self._run.save(folder / name, base_path=folder, policy="now")
+        # a results folder may have brackets in its name
+        self._run.save(folder / name, base_path=folder, policy="now", glob=False)
 
     def _fail(self, error: Exception, remedy: str = "") -> None:
         self._failed = True
-        self.error = one_line(f"{type(error).__name__}: {error}").rstrip(".") + remedy
+        self.error = reason(error) + remedy
         log.warning("W&B could not log this run (which does not touch its files): %s", self.error)
 
     def __enter__(self) -> Self:
@@ -152,8 +163,9 @@ def _artifact(run_id: str, result: Mapping[str, Any], checkpoint: Path) -> "wand
     """The packed file as an artifact of its own, described by the scalars of the result."""
     import wandb
 
-    scalars = {key: value for key, value in plain(result).items() if not isinstance(value, dict | list)}
-    artifact = wandb.Artifact(f"quantized-{run_id}", type="quantized-model", metadata=scalars)
+    scalars = [(key, value) for key, value in plain(result).items() if not isinstance(value, dict | list)]
+    metadata = dict(scalars[:ARTIFACT_KEYS])
+    artifact = wandb.Artifact(f"quantized-{run_id}", type="quantized-model", metadata=metadata)
     # the file stays where it is: copies of offline runs that are never synced would fill the home folder
     artifact.add_file(str(checkpoint), policy="immutable")
     return artifact
@@ -165,24 +177,40 @@ def _cell(value: Any) -> Any:
     return value if value is None or isinstance(value, bool | int | float | str) else str(value)
 
 
+def reason(error: Exception) -> str:
+    """What W&B raised, as one line; of values that its settings refuse, which one and why."""
+    if isinstance(error, UserError):
+        return one_line(str(error))
+    if not (callable(listed := getattr(error, "errors", None)) and isinstance(error, ValueError)):
+        return one_line(f"{type(error).__name__}: {error}").rstrip(".")
+    refused = (f"{'.'.join(map(str, entry['loc']))}: {entry['msg']}" for entry in listed())
+    return one_line("; ".join(refused)).rstrip(".")
+
+
 def identity(cfg: DictConfig) -> dict[str, Any]:
     """Arguments of `wandb.init` that make runs of a project groupable by method and budget without any clicks.
 
     The config is flat: each axis is its chosen name (`method: gptq`), everything else is joined by slashes like the
-    keys of a result (`calibration/examples`).
+    keys of a result (`calibration/examples`), and nothing in it is shortened. The labels are what
+    `bayesq.suite.labels` makes of names, and WANDB_RUN_GROUP, WANDB_JOB_TYPE and WANDB_NAME come before the suite's own.
     """
     config = resolved(cfg)
     model, dataset, method = (config[axis]["name"] for axis in ("model", "dataset", "method"))
     flat = flatten(config, separator="/")
     for key in [key for key in flat if key.endswith("/name") and key.count("/") == 1]:
         flat[key.removesuffix("/name")] = flat.pop(key)
+    own = {"group": f"{model}-{dataset}", "job_type": method, "name": f"{method}-{config['bits']:g}-s{config['seed']}"}
+    chosen = {
+        "group": environment.value("WANDB_RUN_GROUP"),
+        "job_type": environment.value("WANDB_JOB_TYPE"),
+        "name": environment.value("WANDB_NAME"),
+    }
+    added = (environment.value("WANDB_TAGS") or "").split(",")
     return {
-        "project": config["wandb"]["project"],
+        "project": project_label(config["wandb"]["project"]),
         "entity": config["wandb"]["entity"],
-        "group": f"{model}-{dataset}",
-        "job_type": method,
-        "name": f"{method}-{config['bits']:g}-s{config['seed']}",
-        "tags": [model, dataset, method, f"{config['bits']:g}-bit"],
+        **{key: label(str(chosen[key] or text)) for key, text in own.items()},
+        "tags": tag_list([*map(str, (model, dataset, method)), f"{config['bits']:g}-bit", *map(str.strip, added)]),
         "config": flat,
     }
 
@@ -191,33 +219,56 @@ def identity(cfg: DictConfig) -> dict[str, Any]:
 def track(cfg: DictConfig, run_id: str, run_dir: Path) -> Iterator[Tracker]:
     """One W&B run around one run of the suite, as wandb.mode says; `disabled` does not even import wandb.
 
-    All offline runs of a results folder share its wandb/ folder, where `wandb leet` and `wandb sync` find them. The
-    W&B id is the run id: whatever was synced of an attempt that was killed is replaced, never duplicated, and its
-    local record is removed, because `wandb sync` uploads nothing at all when one record is cut short.
+    All offline runs of a results folder share its wandb/ folder (or the one below WANDB_DIR), where `wandb leet` and
+    `wandb sync` find them. The W&B id is the run id, or under a sweep agent the one that the agent has chosen: whatever
+    was synced of an attempt that was killed is replaced, never duplicated, and its local record is removed, because
+    `wandb sync` uploads nothing at all when one record is cut short.
+
+    Where W&B does not start, for whatever reason, the tracker's `error` says why, and the block runs without it.
 
     Args:
         cfg: the composed configuration.
         run_id: `bayesq.suite.config.run_id(cfg)`.
         run_dir: the run's folder; its parent gets the wandb/ folder.
-
-    Raises:
-        UserError: W&B could not start, for instance because its server cannot be reached.
     """
-    with Tracker(_start(cfg, run_id, run_dir), bool(cfg.wandb.log_artifact)) as tracker:
+    run, error = None, None
+    if cfg.wandb.mode != "disabled":
+        try:
+            with environment_decided(run_dir) as folder:
+                run = _start(cfg, run_id, folder)
+        except Exception as failure:
+            stop_if_asked()  # the error may be what the client made of the signal
+            error = f"W&B did not start ({reason(failure)})"
+            log.warning("wandb.mode=%s: %s; the run goes on without it", cfg.wandb.mode, error)
+    with Tracker(run, bool(cfg.wandb.log_artifact), error) as tracker:
         yield tracker
 
 
-def _start(cfg: DictConfig, run_id: str, run_dir: Path) -> "wandb.Run | None":
-    """The W&B run, or None when tracking is disabled."""
-    mode = cfg.wandb.mode
-    if mode == "disabled":
-        return None
+@contextmanager
+def environment_decided(run_dir: Path) -> Iterator[Path]:
+    """The client reads the environment inside the block; yields the folder that gets its wandb/ folder.
+
+    Raises:
+        OSError: that folder cannot be made or written; the client would silently take the system's temporary one.
+    """
+    folder = Path(environment.value("WANDB_DIR") or run_dir.parent).expanduser().absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+    with environment.decided():
+        yield folder
+
+
+def _start(cfg: DictConfig, run_id: str, folder: Path) -> "wandb.Run":
+    """The W&B run, whose files lie in `folder`/wandb."""
     import wandb
 
+    mode = cfg.wandb.mode
+    check_wandb_login(cfg)  # on a terminal the client would ask for a key and wait
     arguments = identity(cfg)
-    results_dir = run_dir.absolute().parent
-    results_dir.mkdir(parents=True, exist_ok=True)
-    _remove_attempts(results_dir / "wandb", run_id)
+    if arguments["project"] != cfg.wandb.project:
+        log.info("wandb.project=%s: W&B takes no such name, it is logged as %s", cfg.wandb.project, arguments["project"])
+    _remove_attempts(folder / "wandb", run_id)
     # every result records commit and versions; the console belongs to the results, not to the client
     settings = wandb.Settings(
         silent=True,
@@ -229,21 +280,34 @@ def _start(cfg: DictConfig, run_id: str, run_dir: Path) -> "wandb.Run | None":
         # a run that could not be finished must not receive what the next one logs
         reinit="create_new",
     )
-    start = partial(wandb.init, **arguments, id=run_id, mode=mode, dir=results_dir, settings=settings)
+    start = partial(wandb.init, **arguments, id=run_id, mode=mode, dir=folder, settings=settings)
     try:
-        try:
-            return start()
-        except wandb.Error:
-            raise
-        except Exception:
-            # the client's background process has died, as in an earlier run of this sweep; the next gets another
-            with suppress(Exception):
-                wandb.teardown()
-            return start()
-    except Exception as error:
-        reason = one_line(f"{type(error).__name__}: {error}")
-        remedy = "use wandb.mode=offline or wandb.mode=disabled"
-        raise UserError(f"wandb.mode={mode}: W&B did not start ({reason}); {remedy}") from error
+        return start()
+    except wandb.Error:
+        raise
+    except Exception:
+        # the client's background process has died, as in an earlier run of this sweep; the next gets another
+        with suppress(Exception):
+            wandb.teardown()
+        return start()
+
+
+def report_refusal(error: str) -> None:
+    """Under a sweep agent, log a failed run for a command that was refused before it could log one.
+
+    The agent takes a job that never began a W&B run for one that never ran, and starts it again.
+    """
+    if not environment.under_agent() or environment.default("mode", None) != "online":
+        return
+    try:
+        with environment_decided(Path("results")) as folder:
+            import wandb
+
+            settings = wandb.Settings(silent=True, console="off", disable_git=True, init_timeout=INIT_TIMEOUT_S)
+            run = wandb.init(dir=folder, mode="online", settings=settings, job_type="refused", notes=error)
+        run.finish(exit_code=1)
+    except Exception as failure:
+        log.warning("the sweep agent could not be told: %s", reason(failure))
 
 
 def _remove_attempts(folder: Path, run_id: str) -> None:
