@@ -4,6 +4,7 @@ import errno
 import logging
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -34,6 +35,8 @@ FINISH_TIMEOUT_S = 60.0
 LAYERS_KEY = "layers"
 # folder beside the client's own for what offline runs upload later, by run id
 DATA_FOLDER = "data"
+# more than the client's background process may still have to write when it says that a run is finished
+SPARE_BYTES = 256 * 2**10
 # the client refuses an artifact that is described by more
 ARTIFACT_KEYS = 100
 # flat key of result.json: null once W&B has the result, else why it does not
@@ -126,6 +129,8 @@ class Tracker:
             return
         try:
             self._run.finish(exit_code=0 if error is None and not self._failed else 1)
+            if self._run.offline and not self._failed:
+                _check_disk(Path(self._run.settings.sync_dir))
         except Exception as failure:
             complete = error is None and not self._failed and not self._run.offline
             folder = Path(self._run.settings.sync_dir)
@@ -133,6 +138,18 @@ class Tracker:
             self._fail(failure, remedy if complete else "")
         if not self._failed and error is None:
             self.error = None
+
+
+def _check_disk(folder: Path) -> None:
+    """Check that a run's folder takes more: the client's background process drops what does not fit without a word.
+
+    Raises:
+        OSError: the disk or the quota is full.
+    """
+    if shutil.disk_usage(folder).free < SPARE_BYTES:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
+    with tempfile.TemporaryFile(dir=folder) as probe:
+        probe.write(bytes(SPARE_BYTES))
 
 
 def _table(columns: list[str | int], rows: Sequence[Sequence[Any]]) -> "wandb.Table":
@@ -191,8 +208,8 @@ def identity(cfg: DictConfig) -> dict[str, Any]:
     """Arguments of `wandb.init` that make runs of a project groupable by method and budget without any clicks.
 
     The config is flat: each axis is its chosen name (`method: gptq`), everything else is joined by slashes like the
-    keys of a result (`calibration/examples`), and nothing in it is shortened. The labels are what
-    `bayesq.suite.labels` makes of names, and WANDB_RUN_GROUP, WANDB_JOB_TYPE and WANDB_NAME come before the suite's own.
+    keys of a result (`calibration/examples`), and nothing in it is shortened. Labels are shortened to W&B's limits;
+    WANDB_RUN_GROUP, WANDB_JOB_TYPE and WANDB_NAME come before the suite's own.
     """
     config = resolved(cfg)
     model, dataset, method = (config[axis]["name"] for axis in ("model", "dataset", "method"))
@@ -234,8 +251,7 @@ def track(cfg: DictConfig, run_id: str, run_dir: Path) -> Iterator[Tracker]:
     run, error = None, None
     if cfg.wandb.mode != "disabled":
         try:
-            with environment_decided(run_dir) as folder:
-                run = _start(cfg, run_id, folder)
+            run = _start(cfg, run_id, client_folder(run_dir.parent))
         except Exception as failure:
             stop_if_asked()  # the error may be what the client made of the signal
             error = f"W&B did not start ({reason(failure)})"
@@ -244,33 +260,25 @@ def track(cfg: DictConfig, run_id: str, run_dir: Path) -> Iterator[Tracker]:
         yield tracker
 
 
-@contextmanager
-def environment_decided(run_dir: Path) -> Iterator[Path]:
-    """The client reads the environment inside the block; yields the folder that gets its wandb/ folder.
+def client_folder(results_dir: Path) -> Path:
+    """The folder that gets the client's wandb/ folder: the one of WANDB_DIR, else the results folder.
 
     Raises:
-        OSError: that folder cannot be made or written; the client would silently take the system's temporary one.
+        OSError: it cannot be made or written; the client would silently take the system's temporary one.
     """
-    folder = Path(environment.value("WANDB_DIR") or run_dir.parent).expanduser().absolute()
+    folder = Path(environment.value("WANDB_DIR") or results_dir).expanduser().absolute()
     folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
-    with environment.decided():
-        yield folder
+    return folder
 
 
-def _start(cfg: DictConfig, run_id: str, folder: Path) -> "wandb.Run":
-    """The W&B run, whose files lie in `folder`/wandb."""
+def _settings() -> "wandb.Settings":
+    """Settings of every W&B run."""
     import wandb
 
-    mode = cfg.wandb.mode
-    check_wandb_login(cfg)  # on a terminal the client would ask for a key and wait
-    arguments = identity(cfg)
-    if arguments["project"] != cfg.wandb.project:
-        log.info("wandb.project=%s: W&B takes no such name, it is logged as %s", cfg.wandb.project, arguments["project"])
-    _remove_attempts(folder / "wandb", run_id)
     # every result records commit and versions; the console belongs to the results, not to the client
-    settings = wandb.Settings(
+    return wandb.Settings(
         silent=True,
         console="off",
         disable_git=True,
@@ -280,16 +288,30 @@ def _start(cfg: DictConfig, run_id: str, folder: Path) -> "wandb.Run":
         # a run that could not be finished must not receive what the next one logs
         reinit="create_new",
     )
-    start = partial(wandb.init, **arguments, id=run_id, mode=mode, dir=folder, settings=settings)
-    try:
-        return start()
-    except wandb.Error:
-        raise
-    except Exception:
-        # the client's background process has died, as in an earlier run of this sweep; the next gets another
-        with suppress(Exception):
-            wandb.teardown()
-        return start()
+
+
+def _start(cfg: DictConfig, run_id: str, folder: Path) -> "wandb.Run":
+    """The W&B run, whose files lie in `folder`/wandb."""
+    import wandb
+
+    mode = cfg.wandb.mode
+    check_wandb_login(cfg)  # on a terminal the client would ask for a key and wait
+    arguments = identity(cfg)
+    project, taken = cfg.wandb.project, arguments["project"]
+    if taken != project:
+        log.info("wandb.project=%s: W&B takes no such name, the run is in %s", project, taken)
+    _remove_attempts(folder / "wandb", run_id)
+    start = partial(wandb.init, **arguments, id=run_id, mode=mode, dir=folder, settings=_settings())
+    with environment.decided():
+        try:
+            return start()
+        except wandb.Error:
+            raise
+        except Exception:
+            # the client's background process has died, as in an earlier run of this sweep; the next gets another
+            with suppress(Exception):
+                wandb.teardown()
+            return start()
 
 
 def report_refusal(error: str) -> None:
@@ -300,11 +322,11 @@ def report_refusal(error: str) -> None:
     if not environment.under_agent() or environment.default("mode", None) != "online":
         return
     try:
-        with environment_decided(Path("results")) as folder:
-            import wandb
+        import wandb
 
-            settings = wandb.Settings(silent=True, console="off", disable_git=True, init_timeout=INIT_TIMEOUT_S)
-            run = wandb.init(dir=folder, mode="online", settings=settings, job_type="refused", notes=error)
+        folder = client_folder(Path("results"))
+        with environment.decided():
+            run = wandb.init(dir=folder, mode="online", settings=_settings(), job_type="refused", notes=error)
         run.finish(exit_code=1)
     except Exception as failure:
         log.warning("the sweep agent could not be told: %s", reason(failure))

@@ -62,8 +62,11 @@ def default(key: str, fallback: Any) -> Any:
 
 def _mode() -> str | None:
     """The mode that the environment asks for."""
-    if (value("WANDB_DISABLED") or "").lower() in ON:
-        return "disabled"
+    return "disabled" if (value("WANDB_DISABLED") or "").lower() in ON else _mode_named()
+
+
+def _mode_named() -> str | None:
+    """The mode that WANDB_MODE names, in the suite's words."""
     return MODES.get((value("WANDB_MODE") or "").lower())
 
 
@@ -73,28 +76,30 @@ def remarks(tracking: Iterable[Mapping[str, Any]]) -> list[str]:
     Args:
         tracking: the resolved node `wandb` of every job of a command.
     """
-    found: dict[str, None] = {}  # in their order, each once
-    for settings in tracking:
-        asked = _mode()
-        variable = "WANDB_DISABLED" if asked == "disabled" != value("WANDB_MODE") else "WANDB_MODE"
-        if asked is not None and asked != settings["mode"]:
-            found[f"wandb.mode={settings['mode']} is used, not {variable}={value(variable)}"] = None
-        if asked is None and value("WANDB_MODE"):
-            choices = "online, offline, disabled"
-            found[f"WANDB_MODE={value('WANDB_MODE')} is none of {choices}: wandb.mode={settings['mode']} is used"] = None
-        if under_agent() and settings["mode"] != "online":
-            hint = "the agent does not learn what becomes of this job and may start it again"
-            found[f"wandb.mode={settings['mode']} under a sweep agent: {hint}"] = None
-        if settings["mode"] == "disabled" or under_agent():
-            continue
-        for key in ("project", "entity"):
-            named = value(f"WANDB_{key.upper()}")
-            if named is not None and named != settings[key]:
-                found[f"wandb.{key}={settings[key]} is used, not WANDB_{key.upper()}={named}"] = None
-        for name in UNUSED:
-            if value(name):
-                found[f"{name}={value(name)} is not used: a run's W&B id is its run id, and it is logged as a whole"] = None
-    return list(found)
+    return list(dict.fromkeys(line for settings in tracking for line in _remarks(settings)))
+
+
+def _remarks(settings: Mapping[str, Any]) -> Iterator[str]:
+    """`remarks` on one job."""
+    mode, asked, named = settings["mode"], _mode(), value("WANDB_MODE")
+    if asked is None and named:
+        yield f"WANDB_MODE={named} is none of online, offline, disabled: wandb.mode={mode} is used"
+    if asked is not None and asked != mode:
+        variable = "WANDB_MODE" if _mode_named() == asked else "WANDB_DISABLED"
+        yield f"wandb.mode={mode} is used, not {variable}={value(variable)}"
+    if under_agent():
+        if mode != "online":
+            yield f"wandb.mode={mode}: the sweep agent does not learn what becomes of this job and may start it again"
+        return
+    if mode == "disabled":
+        return
+    for key in ("project", "entity"):
+        variable = f"WANDB_{key.upper()}"
+        if value(variable) not in (None, settings[key]):
+            yield f"wandb.{key}={settings[key]} is used, not {variable}={value(variable)}"
+    for variable in UNUSED:
+        if value(variable):
+            yield f"{variable}={value(variable)} is not used: a run's W&B id is its run id, and its record is whole"
 
 
 @contextmanager
