@@ -110,8 +110,7 @@ class Tracker:
         assert self._run is not None
         folder = Path(self._run.settings.files_dir)
         write_csv(folder / name, rows)
-        # a results folder may have brackets in its name
-        self._run.save(folder / name, base_path=folder, policy="now", glob=False)
+        self._run.save(folder / name, base_path=folder, policy="now")
 
     def _fail(self, error: Exception, remedy: str = "") -> None:
         self._failed = True
