@@ -39,12 +39,12 @@ from yaml import YAMLError
 
 import bayesq
 from bayesq.suite import config as settings
-from bayesq.suite import launchers, results
+from bayesq.suite import launchers, results, wandb_environment
 from bayesq.suite.errors import UserError
 from bayesq.suite.files import lock, remove_leftovers
 from bayesq.suite.stopping import Terminated, stop_if_asked, stoppable
 from bayesq.suite.summary import results_table
-from bayesq.suite.tracking import ERROR_KEY
+from bayesq.suite.tracking import ERROR_KEY, report_refusal
 
 log = logging.getLogger(__name__)
 
@@ -386,8 +386,9 @@ def run_unless_finished(cfg: DictConfig, folder: Path) -> None:
     finished = results.finished_result(folder)
     if finished is not None and not cfg.force:
         log.info("skipped (finished): %s %s", folder.name, _label(settings.resolved(cfg)))
-        if finished.get(ERROR_KEY) is not None and cfg.wandb.mode != "disabled":
-            log_what_wandb_lacks(folder, cfg.wandb.mode)
+        agent = wandb_environment.under_agent() and cfg.wandb.mode == "online"
+        if agent or (finished.get(ERROR_KEY) is not None and cfg.wandb.mode != "disabled"):
+            log_what_wandb_lacks(folder, cfg.wandb.mode, agent)
         return
     # what an earlier attempt left must not pass for the outcome of this one
     for name in (results.RESULT_FILE, results.FAILURE_FILE, TRACEBACK_FILE):
@@ -403,15 +404,23 @@ def run_unless_finished(cfg: DictConfig, folder: Path) -> None:
     runner.run(cfg)
 
 
-def log_what_wandb_lacks(folder: Path, mode: str) -> None:
-    """Give W&B a finished run that it failed to log; whatever it says, the run stays finished."""
+def log_what_wandb_lacks(folder: Path, mode: str, agent: bool = False) -> None:
+    """Give W&B a finished run that it failed to log; whatever it says, the run stays finished.
+
+    Args:
+        folder: of the run.
+        mode: of W&B.
+        agent: it is a sweep agent that has to learn the outcome, which starts the job again otherwise.
+    """
     from bayesq.suite.relog import relog_locked
 
     try:
-        error = relog_locked(folder, mode)
-    except UserError as reason:
+        error = relog_locked(folder, mode, again=agent)
+    except Exception as reason:
+        stop_if_asked()
         error = str(reason)
-    log.info("W&B lacked %s: %s", folder.name, "logged from its files" if error is None else settings.one_line(error))
+    who = "the sweep agent is told of" if agent else "W&B lacked"
+    log.info("%s %s: %s", who, folder.name, "logged from its files" if error is None else settings.one_line(error))
 
 
 def report_failure(folder: Path, overrides: Sequence[str], error: Exception) -> None:
@@ -492,6 +501,8 @@ def main() -> None:
         with stoppable():
             try:
                 jobs = preflight(sys.argv[1:])
+                for line in wandb_environment.remarks(job.config["wandb"] for job in jobs or ()):
+                    print(line, file=sys.stderr, flush=True)
                 code = _run(jobs)
                 stop_if_asked()
                 if jobs and not summarise(jobs):
@@ -504,6 +515,7 @@ def main() -> None:
         if wants_traceback():
             traceback.print_exc()
         print(f"error: {settings.one_line(str(error))}", file=sys.stderr)
+        report_refusal(settings.one_line(str(error)))
         sys.exit(1)
     except KeyboardInterrupt as error:
         word, code = ("terminated", TERMINATED) if isinstance(error, Terminated) else ("interrupted", INTERRUPTED)

@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 import bayesq
+from bayesq.suite import wandb_environment
 from bayesq.suite.errors import UserError
 
 MIN_BITS, MAX_BITS = 2, 8
@@ -159,8 +160,9 @@ def run_dir(cfg: DictConfig) -> Path:
 
 
 def register_resolvers() -> None:
-    """Make ${run_id:} known to OmegaConf, for Hydra's output folders."""
+    """Make ${run_id:} known to OmegaConf, for Hydra's output folders, and ${wandb:}, for W&B's own variables."""
     OmegaConf.register_new_resolver("run_id", lambda *, _root_: run_id(_root_), replace=True)
+    OmegaConf.register_new_resolver("wandb", wandb_environment.default, replace=True)
 
 
 # workers of a parallel launcher import this module when they unpickle the job, and need the resolver from then on
@@ -514,17 +516,11 @@ def check_wandb_login(cfg: DictConfig) -> None:
     on a terminal and wait.
 
     Raises:
-        UserError: there is no key, it is malformed, or WANDB_MODE contradicts the config.
+        UserError: there is no key, or it is malformed.
     """
     if cfg.wandb.mode != "online":
         return
     remedy = "or use wandb.mode=offline"
-    if os.environ.get("WANDB_MODE", "online") not in ("online", "run"):
-        _refuse(
-            "wandb.mode",
-            "online",
-            f"the environment has WANDB_MODE={os.environ['WANDB_MODE']}; unset it, {remedy}",
-        )
     try:
         found = has_wandb_key()
     except UserError as error:
@@ -542,7 +538,8 @@ def has_wandb_key() -> bool:
     import wandb
 
     try:
-        wandb.setup(settings=wandb.Settings(silent=True))
-        return bool(wandb.login(prompt=False, verify=False))
-    except wandb.Error as error:
+        with wandb_environment.decided():
+            wandb.setup(settings=wandb.Settings(silent=True, mode="online"))
+            return bool(wandb.login(prompt=False, verify=False))
+    except (wandb.Error, ValueError) as error:  # other settings of the environment may be what it refuses
         raise UserError(one_line(str(error))) from error

@@ -13,8 +13,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bayesq.suite import wandb_environment as environment
 from bayesq.suite.config import has_wandb_key, one_line
 from bayesq.suite.errors import UserError
+from bayesq.suite.labels import label, project_label
 from bayesq.suite.plots import CHARTS, Chart
 from bayesq.suite.tracking import LAYERS_KEY
 
@@ -38,7 +40,7 @@ def workspace(project: str, entity: str, metric: str = METRIC, group: str | None
     Runs are grouped by method and budget, so that panels show means over seeds.
 
     Args:
-        project, entity: where it belongs.
+        project, entity: where it belongs; the project and the group as runs name them, however long.
         metric: of the task, as in q/<metric>.
         group: the runs it shows, as `<model>-<dataset>`; None shows all of the project.
 
@@ -50,6 +52,7 @@ def workspace(project: str, entity: str, metric: str = METRIC, group: str | None
     import wandb_workspaces.reports.v2 as panels
     import wandb_workspaces.workspaces as ws
 
+    project, group = project_label(project), group if group is None else label(group)
     quality, divergence = f"q/{metric}", "q/kl_to_fp"
     bits, method = panels.Config("bits"), panels.Config("method")
 
@@ -117,7 +120,7 @@ def workspace(project: str, entity: str, metric: str = METRIC, group: str | None
     return ws.Workspace(
         entity=entity,
         project=project,
-        name=NAME if group is None else f"{NAME}: {group}",
+        name=NAME if group is None else label(f"{NAME}: {group}"),
         sections=sections,
         settings=ws.WorkspaceSettings(max_runs=100),
         runset_settings=ws.RunsetSettings(
@@ -178,8 +181,12 @@ def save(project: str, entity: str | None, metric: str, group: str | None) -> st
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line; exits with 1 and one line where something is wrong."""
     parser = argparse.ArgumentParser(prog="python -m bayesq.suite.dashboard", description=__doc__)
-    parser.add_argument("--project", default=PROJECT, help="W&B project, as wandb.project (%(default)s)")
-    parser.add_argument("--entity", help="W&B user or team, as wandb.entity; the account's default without it")
+    project = environment.default("project", PROJECT)
+    parser.add_argument("--project", default=project, help="W&B project, as wandb.project (%(default)s)")
+    entity = environment.default("entity", None)
+    parser.add_argument(
+        "--entity", default=entity, help="W&B user or team, as wandb.entity; the account's default without it"
+    )
     parser.add_argument("--metric", default=METRIC, help="metric of the task, as in q/<metric> (%(default)s)")
     parser.add_argument("--group", help="show only the runs of one workload: MODEL-DATASET, such as resnet-digits")
     unsaved = parser.add_mutually_exclusive_group()

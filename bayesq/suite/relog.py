@@ -42,7 +42,7 @@ def relog(folder: Path, mode: str | None = None) -> str | None:
         return relog_locked(folder, mode)
 
 
-def relog_locked(folder: Path, mode: str | None = None) -> str | None:
+def relog_locked(folder: Path, mode: str | None = None, again: bool = False) -> str | None:
     """Log the run of a folder and note the outcome in its result.json; returns what went wrong, or None.
 
     The caller holds the lock of the run's result.
@@ -50,25 +50,30 @@ def relog_locked(folder: Path, mode: str | None = None) -> str | None:
     Args:
         folder: of a finished run; one that W&B has by now stays as it is.
         mode: of W&B; None takes that of the run.
+        again: log also what W&B has; a failure then takes nothing from it.
 
     Raises:
         UserError: W&B could not start.
     """
     result = finished_result(folder)
-    if result is None or result.get(ERROR_KEY) is None:
+    lacking = result is not None and result.get(ERROR_KEY) is not None
+    if result is None or not (lacking or again):
         return None
     cfg = OmegaConf.create(result["config"])
     cfg.wandb.mode = mode or cfg.wandb.mode
     check_wandb_login(cfg)
     checkpoint = folder / QUANTIZED_FILE
     with track(cfg, result["run_id"], folder) as tracker:
+        if not tracker.started:
+            raise UserError(tracker.error or "wandb.mode=disabled logs nothing")
         tracker.log_result(
             result,
             read_rows(folder / LAYERS_FILE),
             read_rows(folder / PREDICTIONS_FILE),
             checkpoint if checkpoint.exists() else None,
         )
-    write_json(folder / RESULT_FILE, result | {ERROR_KEY: tracker.error})
+    if lacking:
+        write_json(folder / RESULT_FILE, result | {ERROR_KEY: tracker.error})
     return tracker.error
 
 

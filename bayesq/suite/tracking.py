@@ -1,8 +1,10 @@
 """Weights & Biases beside the result files: one W&B run per run, which may fail without costing a result."""
 
+import errno
 import logging
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -12,10 +14,13 @@ from typing import TYPE_CHECKING, Any, Self
 
 from omegaconf import DictConfig
 
-from bayesq.suite.config import flatten, one_line, resolved
+from bayesq.suite import wandb_environment as environment
+from bayesq.suite.config import check_wandb_login, flatten, one_line, resolved
 from bayesq.suite.errors import UserError
+from bayesq.suite.labels import label, project_label, tag_list
 from bayesq.suite.plots import CHARTS
 from bayesq.suite.results import PREDICTIONS_FILE, plain, write_csv
+from bayesq.suite.stopping import stop_if_asked
 
 if TYPE_CHECKING:
     import wandb
@@ -30,6 +35,10 @@ FINISH_TIMEOUT_S = 60.0
 LAYERS_KEY = "layers"
 # folder beside the client's own for what offline runs upload later, by run id
 DATA_FOLDER = "data"
+# more than the client's background process may still have to write when it says that a run is finished
+SPARE_BYTES = 256 * 2**10
+# the client refuses an artifact that is described by more
+ARTIFACT_KEYS = 100
 # flat key of result.json: null once W&B has the result, else why it does not
 ERROR_KEY = "wandb/error"
 # what ERROR_KEY says until W&B has the result: a process that is killed in between cannot say it any more
@@ -41,13 +50,17 @@ class Tracker:
 
     `error` is one line about why W&B does not have the result, and None once it has it or where tracking is disabled.
     Leaving the block by an exception marks the W&B run as failed.
+
+    Attributes:
+        started: whether there is a W&B run.
     """
 
-    def __init__(self, run: "wandb.Run | None", log_artifact: bool = False) -> None:
+    def __init__(self, run: "wandb.Run | None", log_artifact: bool = False, error: str | None = None) -> None:
         self._run = run
         self._log_artifact = log_artifact
         self._failed = False
-        self.error: str | None = None if run is None else UNFINISHED
+        self.started = run is not None
+        self.error = error if run is None else UNFINISHED
 
     def log_result(
         self,
@@ -101,7 +114,7 @@ class Tracker:
 
     def _fail(self, error: Exception, remedy: str = "") -> None:
         self._failed = True
-        self.error = one_line(f"{type(error).__name__}: {error}").rstrip(".") + remedy
+        self.error = reason(error) + remedy
         log.warning("W&B could not log this run (which does not touch its files): %s", self.error)
 
     def __enter__(self) -> Self:
@@ -115,6 +128,8 @@ class Tracker:
             return
         try:
             self._run.finish(exit_code=0 if error is None and not self._failed else 1)
+            if self._run.offline and not self._failed:
+                _check_disk(Path(self._run.settings.sync_dir))
         except Exception as failure:
             complete = error is None and not self._failed and not self._run.offline
             folder = Path(self._run.settings.sync_dir)
@@ -122,6 +137,18 @@ class Tracker:
             self._fail(failure, remedy if complete else "")
         if not self._failed and error is None:
             self.error = None
+
+
+def _check_disk(folder: Path) -> None:
+    """Check that a run's folder takes more: the client's background process drops what does not fit without a word.
+
+    Raises:
+        OSError: the disk or the quota is full.
+    """
+    if shutil.disk_usage(folder).free < SPARE_BYTES:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
+    with tempfile.TemporaryFile(dir=folder) as probe:
+        probe.write(bytes(SPARE_BYTES))
 
 
 def _table(columns: list[str | int], rows: Sequence[Sequence[Any]]) -> "wandb.Table":
@@ -152,8 +179,9 @@ def _artifact(run_id: str, result: Mapping[str, Any], checkpoint: Path) -> "wand
     """The packed file as an artifact of its own, described by the scalars of the result."""
     import wandb
 
-    scalars = {key: value for key, value in plain(result).items() if not isinstance(value, dict | list)}
-    artifact = wandb.Artifact(f"quantized-{run_id}", type="quantized-model", metadata=scalars)
+    scalars = [(key, value) for key, value in plain(result).items() if not isinstance(value, dict | list)]
+    metadata = dict(scalars[:ARTIFACT_KEYS])
+    artifact = wandb.Artifact(f"quantized-{run_id}", type="quantized-model", metadata=metadata)
     # the file stays where it is: copies of offline runs that are never synced would fill the home folder
     artifact.add_file(str(checkpoint), policy="immutable")
     return artifact
@@ -165,24 +193,40 @@ def _cell(value: Any) -> Any:
     return value if value is None or isinstance(value, bool | int | float | str) else str(value)
 
 
+def reason(error: Exception) -> str:
+    """What W&B raised, as one line; of values that its settings refuse, which one and why."""
+    if isinstance(error, UserError):
+        return one_line(str(error))
+    if not (callable(listed := getattr(error, "errors", None)) and isinstance(error, ValueError)):
+        return one_line(f"{type(error).__name__}: {error}").rstrip(".")
+    refused = (f"{'.'.join(map(str, entry['loc']))}: {entry['msg']}" for entry in listed())
+    return one_line("; ".join(refused)).rstrip(".")
+
+
 def identity(cfg: DictConfig) -> dict[str, Any]:
     """Arguments of `wandb.init` that make runs of a project groupable by method and budget without any clicks.
 
     The config is flat: each axis is its chosen name (`method: gptq`), everything else is joined by slashes like the
-    keys of a result (`calibration/examples`).
+    keys of a result (`calibration/examples`), and nothing in it is shortened. Labels are shortened to W&B's limits;
+    WANDB_RUN_GROUP, WANDB_JOB_TYPE and WANDB_NAME come before the suite's own.
     """
     config = resolved(cfg)
     model, dataset, method = (config[axis]["name"] for axis in ("model", "dataset", "method"))
     flat = flatten(config, separator="/")
     for key in [key for key in flat if key.endswith("/name") and key.count("/") == 1]:
         flat[key.removesuffix("/name")] = flat.pop(key)
+    own = {"group": f"{model}-{dataset}", "job_type": method, "name": f"{method}-{config['bits']:g}-s{config['seed']}"}
+    chosen = {
+        "group": environment.value("WANDB_RUN_GROUP"),
+        "job_type": environment.value("WANDB_JOB_TYPE"),
+        "name": environment.value("WANDB_NAME"),
+    }
+    added = (environment.value("WANDB_TAGS") or "").split(",")
     return {
-        "project": config["wandb"]["project"],
+        "project": project_label(config["wandb"]["project"]),
         "entity": config["wandb"]["entity"],
-        "group": f"{model}-{dataset}",
-        "job_type": method,
-        "name": f"{method}-{config['bits']:g}-s{config['seed']}",
-        "tags": [model, dataset, method, f"{config['bits']:g}-bit"],
+        **{key: label(str(chosen[key] or text)) for key, text in own.items()},
+        "tags": tag_list([*map(str, (model, dataset, method)), f"{config['bits']:g}-bit", *map(str.strip, added)]),
         "config": flat,
     }
 
@@ -191,35 +235,49 @@ def identity(cfg: DictConfig) -> dict[str, Any]:
 def track(cfg: DictConfig, run_id: str, run_dir: Path) -> Iterator[Tracker]:
     """One W&B run around one run of the suite, as wandb.mode says; `disabled` does not even import wandb.
 
-    All offline runs of a results folder share its wandb/ folder, where `wandb leet` and `wandb sync` find them. The
-    W&B id is the run id: whatever was synced of an attempt that was killed is replaced, never duplicated, and its
-    local record is removed, because `wandb sync` uploads nothing at all when one record is cut short.
+    All offline runs of a results folder share its wandb/ folder (or the one below WANDB_DIR), where `wandb leet` and
+    `wandb sync` find them. The W&B id is the run id, or under a sweep agent the one that the agent has chosen: whatever
+    was synced of an attempt that was killed is replaced, never duplicated, and its local record is removed, because
+    `wandb sync` uploads nothing at all when one record is cut short.
+
+    Where W&B does not start, for whatever reason, the tracker's `error` says why, and the block runs without it.
 
     Args:
         cfg: the composed configuration.
         run_id: `bayesq.suite.config.run_id(cfg)`.
         run_dir: the run's folder; its parent gets the wandb/ folder.
-
-    Raises:
-        UserError: W&B could not start, for instance because its server cannot be reached.
     """
-    with Tracker(_start(cfg, run_id, run_dir), bool(cfg.wandb.log_artifact)) as tracker:
+    run, error = None, None
+    if cfg.wandb.mode != "disabled":
+        try:
+            run = _start(cfg, run_id, client_folder(run_dir.parent))
+        except Exception as failure:
+            stop_if_asked()  # the error may be what the client made of the signal
+            error = f"W&B did not start ({reason(failure)})"
+            log.warning("wandb.mode=%s: %s; the run goes on without it", cfg.wandb.mode, error)
+    with Tracker(run, bool(cfg.wandb.log_artifact), error) as tracker:
         yield tracker
 
 
-def _start(cfg: DictConfig, run_id: str, run_dir: Path) -> "wandb.Run | None":
-    """The W&B run, or None when tracking is disabled."""
-    mode = cfg.wandb.mode
-    if mode == "disabled":
-        return None
+def client_folder(results_dir: Path) -> Path:
+    """The folder that gets the client's wandb/ folder: the one of WANDB_DIR, else the results folder.
+
+    Raises:
+        OSError: it cannot be made or written; the client would silently take the system's temporary one.
+    """
+    folder = Path(environment.value("WANDB_DIR") or results_dir).expanduser().absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+    return folder
+
+
+def _settings() -> "wandb.Settings":
+    """Settings of every W&B run."""
     import wandb
 
-    arguments = identity(cfg)
-    results_dir = run_dir.absolute().parent
-    results_dir.mkdir(parents=True, exist_ok=True)
-    _remove_attempts(results_dir / "wandb", run_id)
     # every result records commit and versions; the console belongs to the results, not to the client
-    settings = wandb.Settings(
+    return wandb.Settings(
         silent=True,
         console="off",
         disable_git=True,
@@ -229,8 +287,21 @@ def _start(cfg: DictConfig, run_id: str, run_dir: Path) -> "wandb.Run | None":
         # a run that could not be finished must not receive what the next one logs
         reinit="create_new",
     )
-    start = partial(wandb.init, **arguments, id=run_id, mode=mode, dir=results_dir, settings=settings)
-    try:
+
+
+def _start(cfg: DictConfig, run_id: str, folder: Path) -> "wandb.Run":
+    """The W&B run, whose files lie in `folder`/wandb."""
+    import wandb
+
+    mode = cfg.wandb.mode
+    check_wandb_login(cfg)  # on a terminal the client would ask for a key and wait
+    arguments = identity(cfg)
+    project, taken = cfg.wandb.project, arguments["project"]
+    if taken != project:
+        log.info("wandb.project=%s: W&B takes no such name, the run is in %s", project, taken)
+    _remove_attempts(folder / "wandb", run_id)
+    start = partial(wandb.init, **arguments, id=run_id, mode=mode, dir=folder, settings=_settings())
+    with environment.decided():
         try:
             return start()
         except wandb.Error:
@@ -240,10 +311,24 @@ def _start(cfg: DictConfig, run_id: str, run_dir: Path) -> "wandb.Run | None":
             with suppress(Exception):
                 wandb.teardown()
             return start()
-    except Exception as error:
-        reason = one_line(f"{type(error).__name__}: {error}")
-        remedy = "use wandb.mode=offline or wandb.mode=disabled"
-        raise UserError(f"wandb.mode={mode}: W&B did not start ({reason}); {remedy}") from error
+
+
+def report_refusal(error: str) -> None:
+    """Under a sweep agent, log a failed run for a command that was refused before it could log one.
+
+    The agent takes a job that never began a W&B run for one that never ran, and starts it again.
+    """
+    if not environment.under_agent() or environment.default("mode", None) != "online":
+        return
+    try:
+        import wandb
+
+        folder = client_folder(Path("results"))
+        with environment.decided():
+            run = wandb.init(dir=folder, mode="online", settings=_settings(), job_type="refused", notes=error)
+        run.finish(exit_code=1)
+    except Exception as failure:
+        log.warning("the sweep agent could not be told: %s", reason(failure))
 
 
 def _remove_attempts(folder: Path, run_id: str) -> None:

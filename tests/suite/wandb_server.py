@@ -4,11 +4,12 @@ It keeps what a client sends, so that tests can read it, and fails on command. N
 of the client's requests.
 """
 
+import itertools
 import json
 import re
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -53,8 +54,41 @@ class Artifact:
     committed: bool = False
 
 
+@dataclass
+class RemoteSweep:
+    """A grid, and which of its parameters wait, are lent to an agent, and have been taken up by a run.
+
+    A suggestion is lent until its run says something. One whose process ends before that waits again at once, as on the
+    real server when the lease runs out, after an hour.
+    """
+
+    content: dict[str, Any]
+    waiting: list[dict[str, Any]] = field(default_factory=list)
+    lent: dict[str, dict[str, Any]] = field(default_factory=dict)
+    taken: dict[str, dict[str, Any]] = field(default_factory=dict)
+    suggested: list[dict[str, Any]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        grid = {key: given.get("values", [given.get("value")]) for key, given in self.content["parameters"].items()}
+        self.waiting = [dict(zip(grid, chosen, strict=True)) for chosen in itertools.product(*grid.values())]
+
+    def commands(self, running: Collection[str], name: str) -> list[dict[str, Any]]:
+        """What an agent is to do, whose processes of these run ids are still running."""
+        for run_id in [run_id for run_id in self.lent if run_id not in running]:
+            self.waiting.insert(0, self.lent.pop(run_id))
+        if running:
+            return []
+        if not self.waiting:
+            return [{"type": "exit"}]
+        parameters, run_id = self.waiting.pop(0), f"{name}{len(self.suggested)}"
+        self.suggested.append(parameters)
+        self.lent[run_id] = parameters
+        arguments = {key: {"value": given} for key, given in parameters.items()}
+        return [{"type": "run", "run_id": run_id, "program": self.content["program"], "args": arguments}]
+
+
 class WandbServer(ThreadingHTTPServer):
-    """The server; `url` is its address, `runs` and `artifacts` are what it has received.
+    """The server; `url` is its address, `runs` and `artifacts` are what it has received, `sweeps` what agents ask for.
 
     `broken` makes it answer every request with an internal error; `breaks` decides that by the operation or path.
     """
@@ -66,6 +100,7 @@ class WandbServer(ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.runs: dict[str, RemoteRun] = {}
         self.artifacts: list[Artifact] = []
+        self.sweeps: dict[str, RemoteSweep] = {}
         self.views: dict[str, dict[str, Any]] = {}
         self.uploads: dict[str, bytes] = {}
         self.requests: Counter[str] = Counter()
@@ -117,16 +152,32 @@ class WandbServer(ThreadingHTTPServer):
         if "config" in given:
             run.config = {key: value["value"] for key, value in json.loads(given.pop("config")).items()}
         run.attributes |= given
+        sweep = self.sweeps.get(given.get("sweep", ""))
+        if sweep is not None and name in sweep.lent:
+            sweep.taken[name] = sweep.lent.pop(name)
         entity = {"id": "entity", "name": variables["entity"] or ENTITY}
         bucket = {
             "id": f"bucket-{name}",
             "name": name,
             "displayName": run.attributes.get("displayName"),
-            "sweepName": None,
+            "sweepName": given.get("sweep"),
             "historyLineCount": 0,
             "project": {"id": "project", "name": variables["project"], "entity": entity},
         }
         return {"upsertBucket": {"bucket": bucket, "inserted": inserted}}
+
+    def answer_SweepWithRuns(self, variables: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
+        name = variables["sweep"]
+        content = {"id": name, "name": name, "state": "RUNNING", "config": json.dumps(self.sweeps[name].content)}
+        return {"project": {"sweep": content | {"runs": {"edges": []}}}}
+
+    def answer_CreateAgent(self, variables: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
+        return {"createAgent": {"agent": {"id": variables["sweep"]}}}
+
+    def answer_Heartbeat(self, variables: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
+        name = variables["id"]  # an agent is called after its sweep
+        commands = self.sweeps[name].commands(json.loads(variables["runState"]), name)
+        return {"agentHeartbeat": {"agent": {"id": name}, "commands": json.dumps(commands)}}
 
     def answer_CreateRunFiles(self, variables: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
         run_id = variables["run"]
