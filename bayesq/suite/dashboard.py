@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 from bayesq.suite import wandb_environment as environment
 from bayesq.suite.config import has_wandb_key, one_line
 from bayesq.suite.errors import UserError
-from bayesq.suite.labels import label, project_label
 from bayesq.suite.plots import CHARTS, Chart
 from bayesq.suite.tracking import LAYERS_KEY
+from bayesq.suite.wandb_names import label, project_label
 
 if TYPE_CHECKING:
     from wandb_workspaces.reports.v2 import CustomChart

@@ -63,7 +63,6 @@ from bayesq.suite.memory import give_back_freed, halving, peak_bytes, resident_b
 from bayesq.suite.models.base import EncodedExamples, Network, in_one_batch, needs_no_padding, two_examples
 from bayesq.suite.packed import Packed, fill, read_packed, run_record, write_packed
 from bayesq.suite.preflight import Choices, Needs, activations, check, estimate
-from bayesq.suite.progress import elapsed
 from bayesq.suite.provenance import git_state, host, process, versions
 from bayesq.suite.rehearsal import rehearse, small_problems
 from bayesq.suite.results import (
@@ -78,6 +77,7 @@ from bayesq.suite.results import (
 from bayesq.suite.scratch import DiskShelf
 from bayesq.suite.stopping import stop_if_asked
 from bayesq.suite.summary import two_digits
+from bayesq.suite.terminal import elapsed
 from bayesq.suite.tracking import ERROR_KEY, track
 from bayesq.whitening import Shelf
 

@@ -17,10 +17,10 @@ from omegaconf import DictConfig
 from bayesq.suite import wandb_environment as environment
 from bayesq.suite.config import check_wandb_login, flatten, one_line, resolved
 from bayesq.suite.errors import UserError
-from bayesq.suite.labels import label, project_label, tag_list
 from bayesq.suite.plots import CHARTS
 from bayesq.suite.results import PREDICTIONS_FILE, plain, write_csv
 from bayesq.suite.stopping import stop_if_asked
+from bayesq.suite.wandb_names import label, project_label, tag_list
 
 if TYPE_CHECKING:
     import wandb

