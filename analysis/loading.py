@@ -13,7 +13,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
-from bayesq.suite.cli import COMPOSITION_ERRORS, CONFIG_NAME, conf_dir
+from bayesq.suite.composition import COMPOSITION_ERRORS, CONFIG_NAME, conf_dir
 from bayesq.suite.config import resolved, show
 from bayesq.suite.errors import UserError
 from bayesq.suite.results import (

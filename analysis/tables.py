@@ -28,7 +28,7 @@ from analysis.latex import floats
 from analysis.loading import FINISHED, UNKNOWN, WANDB, finished, records
 from analysis.paper import BUDGETS, CLAIMED_DELTAS, CLAIMED_FOR, METHODS, NAMES, short_names
 from analysis.statistics import holm, mean_std
-from bayesq.suite.cli import conf_dir
+from bayesq.suite.composition import conf_dir
 from bayesq.suite.results import unit
 
 __all__ = [

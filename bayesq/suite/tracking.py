@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 
 from bayesq.suite.config import flatten, one_line, resolved
 from bayesq.suite.errors import UserError
+from bayesq.suite.labels import model_label
 from bayesq.suite.plots import CHARTS
 from bayesq.suite.results import PREDICTIONS_FILE, plain, write_csv
 
@@ -172,16 +173,19 @@ def identity(cfg: DictConfig) -> dict[str, Any]:
     keys of a result (`calibration/examples`).
     """
     config = resolved(cfg)
-    model, dataset, method = (config[axis]["name"] for axis in ("model", "dataset", "method"))
+    dataset, method = (config[axis]["name"] for axis in ("dataset", "method"))
+    model = model_label(config)
     flat = flatten(config, separator="/")
     for key in [key for key in flat if key.endswith("/name") and key.count("/") == 1]:
         flat[key.removesuffix("/name")] = flat.pop(key)
+    flat["model"] = model
+    changed = model.removeprefix(str(config["model"]["name"]))  # of the network, if anything was
     return {
         "project": config["wandb"]["project"],
         "entity": config["wandb"]["entity"],
         "group": f"{model}-{dataset}",
         "job_type": method,
-        "name": f"{method}-{config['bits']:g}-s{config['seed']}",
+        "name": f"{method}-{config['bits']:g}-s{config['seed']}{changed}",
         "tags": [model, dataset, method, f"{config['bits']:g}-bit"],
         "config": flat,
     }

@@ -3,15 +3,18 @@
 import hashlib
 import io
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from bayesq.suite.datasets.base import DataSplits, Examples, limited, stratified
 from bayesq.suite.errors import UserError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 CLASSES = 10
 SUBSETS = ("stratified", "first")
@@ -65,6 +68,8 @@ class Cifar10:
         """`limit` rows of a file in its order, only those being decoded."""
         file = self.root / f"{split}.parquet"
         where = f"dataset.root={self.root}"
+        import pandas as pd
+
         try:
             with file.open("rb") as stream:
                 table = pd.read_parquet(stream, columns=["image", "label"])
@@ -86,12 +91,14 @@ class Cifar10:
                 raise UserError(f"{where}: row {row} of {file.name} is not a {SIZE}x{SIZE} image") from error
         return Examples(images, labels[rows], [f"{split}/{row}" for row in rows.tolist()])
 
-    def _labels(self, column: pd.Series, file: Path) -> Tensor:
+    def _labels(self, column: "pd.Series", file: Path) -> Tensor:
         """Labels [rows] int64.
 
         Raises:
             UserError: there are none, one is missing, or one is no class.
         """
+        import pandas as pd
+
         whole = pd.to_numeric(column, errors="coerce")
         if not len(whole) or not whole.isin(range(CLASSES)).all():
             raise UserError(f"dataset.root={self.root}: {file.name} must hold labels from 0 to {CLASSES - 1}")
