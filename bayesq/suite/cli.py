@@ -22,7 +22,8 @@ from omegaconf import DictConfig
 
 from bayesq.suite import code_digest, launchers, results
 from bayesq.suite import config as settings
-from bayesq.suite.composition import BASIC_SWEEPER, CONFIG_NAME, VERSION_BASE, Job, conf_dir, hydra_argv, preflight
+from bayesq.suite.arguments import hydra_argv
+from bayesq.suite.composition import BASIC_SWEEPER, CONFIG_NAME, VERSION_BASE, Job, conf_dir, preflight
 from bayesq.suite.errors import UserError
 from bayesq.suite.files import lock, remove_leftovers
 from bayesq.suite.labels import model_label

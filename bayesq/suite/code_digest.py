@@ -24,15 +24,15 @@ START = "bayesq.suite.runner"
 NO_NUMBERS = frozenset(
     f"bayesq.suite.{module}"
     for module in (
-        "cli code_digest composition config construct errors files forward labels launchers loading plots preflight "
-        "progress provenance results resume stopping tracking"
-    ).split()
+        *("cli", "code_digest", "composition", "config", "construct", "errors", "files", "forward", "labels"),
+        *("launchers", "loading", "plots", "preflight", "progress", "provenance", "results", "stopping", "tracking"),
+    )
 )
 IMPORT = re.compile(r"^[ \t]*(?:from[ \t]+(\.*[\w.]*)[ \t]+import[ \t]+(\([^)]*\)|.*)|import[ \t]+(.*))", re.MULTILINE)
 
 
 def targets(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """The `_target_`s below method, model, data set and the posterior, where the run reads one, of a resolved config."""
+    """The `_target_`s below method, model, data set and, where the run reads it, posterior of a resolved config."""
     reads = config.get("allocator") == "knapsack" or config["method"].get("uses_posterior") is True
     groups = [group for group in GROUPS if group != "posterior" or reads]
     return tuple(sorted({target for group in groups for target in _targets(config.get(group))}))
@@ -195,14 +195,13 @@ def _syntax(path: Path) -> bytes:
         tree = ast.parse(source)
     except (SyntaxError, ValueError):
         return source
+    documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
     for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and _documented(
-            node.body
-        ):
+        if isinstance(node, documented) and _begins_with_text(node.body):
             node.body = node.body[1:]
     return ast.dump(tree).encode()
 
 
-def _documented(body: Collection[ast.stmt]) -> bool:
+def _begins_with_text(body: Collection[ast.stmt]) -> bool:
     first = next(iter(body), None)
     return isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str)

@@ -3,21 +3,19 @@
 Hydra composes and sweeps; this module adds one line for each of its errors, and unknown keys behind `+`.
 """
 
-import argparse
 import os
 import sys
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from hydra import version
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.hydra import Hydra
-from hydra._internal.utils import create_automatic_config_search_path, get_args_parser
+from hydra._internal.utils import create_automatic_config_search_path
 from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -32,6 +30,7 @@ from yaml import YAMLError
 import bayesq
 from bayesq.suite import config as settings
 from bayesq.suite import launchers
+from bayesq.suite.arguments import command_line
 from bayesq.suite.errors import UserError
 
 VERSION_BASE = "1.3"
@@ -204,8 +203,8 @@ class Preflight:
             group = key.partition(".")[0]
             if key in known and group in swept and not override.is_force_add():
                 return UserError(
-                    f"{override.input_line}: with several values of {group} write ++{override.input_line} (Hydra looks for "
-                    f"the key in the default {group})"
+                    f"{override.input_line}: with several values of {group} write ++{override.input_line} "
+                    f"(Hydra looks for the key in the default {group})"
                 )
             if override.is_add() and key in known:
                 typed = str(override.input_line)
@@ -349,36 +348,6 @@ def _unresolved(cfg: DictConfig) -> dict[str, Any]:
     return {str(key): value for key, value in plain.items() if key != "hydra"}
 
 
-def _arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """Hydra's reading of the command line, with errors that leave by exception instead of a usage text."""
-    parser = argparse.ArgumentParser(parents=[get_args_parser()], add_help=False, conflict_handler="resolve")
-    parser.add_argument("--version", action="version", version=f"bayesq {bayesq.__version__}")
-
-    def refuse(message: str) -> NoReturn:
-        raise UserError(f"{settings.one_line(message)} (--help lists what there is)")
-
-    parser.error = refuse  # type: ignore[method-assign]
-    return parser.parse_intermixed_args(list(argv))
-
-
-@contextmanager
-def hydra_argv() -> Iterator[None]:
-    """Give Hydra its options first: its own parser refuses overrides on both sides of one."""
-    original = sys.argv
-    overrides = list(_arguments(original[1:]).overrides)
-    options: list[str] = []
-    for argument in reversed(original[1:]):
-        if overrides and argument == overrides[-1]:
-            overrides.pop()
-        else:
-            options.insert(0, argument)
-    sys.argv = [original[0], *options, *_arguments(original[1:]).overrides]
-    try:
-        yield
-    finally:
-        sys.argv = original
-
-
 def preflight(argv: Sequence[str]) -> list[Job] | None:
     """Check every job of a command line before anything runs.
 
@@ -388,7 +357,7 @@ def preflight(argv: Sequence[str]) -> list[Job] | None:
     Raises:
         UserError: one line that names what is wrong.
     """
-    arguments = _arguments(argv)
+    arguments = command_line(argv)
     asks = (arguments.help, arguments.hydra_help, arguments.cfg, arguments.info, arguments.shell_completion)
     if any(asks) or arguments.experimental_rerun:
         return None

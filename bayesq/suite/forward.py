@@ -31,5 +31,5 @@ def naming_model(name: str, step: str) -> Iterator[None]:
             raise
         reason = one_line(f"{type(error).__name__}: {error}".rstrip(": "))[:300]
         raise UserError(
-            f"model={name}: {step} fails ({reason}): choose another model, or other data; HYDRA_FULL_ERROR=1 shows where"
+            f"model={name}: {step} fails ({reason}): choose another model or other data; HYDRA_FULL_ERROR=1 tells where"
         ) from error

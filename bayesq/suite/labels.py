@@ -18,8 +18,11 @@ from bayesq.suite.config import DESCRIPTIVE, show
 
 # keys of a model that say where its weights come from, how they were trained and what they are fed: the network stays
 NOT_THE_NETWORK = frozenset(
-    (*DESCRIPTIVE, "checkpoint", "revision", "source", "hub", "hub_label_order", "label_order")
-    + ("max_length", "epochs", "training_seed")
+    [
+        *DESCRIPTIVE,
+        *("checkpoint", "revision", "source", "hub", "hub_label_order", "label_order"),
+        *("max_length", "epochs", "training_seed"),
+    ]
 )
 
 

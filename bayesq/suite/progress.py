@@ -25,7 +25,7 @@ class Progress:
         return f"{list(self.runs).index(folder) + 1} of {len(self.runs)}"
 
     def left(self) -> str:
-        """`about 12 min left`, at the rate of what this command has computed so far; nothing before the first is done."""
+        """`about 12 min left`, at the rate of what this command has computed so far; at first nothing."""
         computed = [folder for folder, computes in self.runs.items() if computes]
         done = sum(self._done(folder) for folder in computed)
         if not done or done == len(computed):
