@@ -177,11 +177,12 @@ def _outcome(job: Job) -> dict[str, Any]:
     result = None if failed else results.finished_result(job.run_dir)
     if result is not None:
         return result
-    names = {axis: job.config[axis]["name"] for axis in ("model", "dataset", "method")}
     return {
         "status": "failed" if failed else "missing",
         "run_id": job.run_id,
-        **names,
+        "model": model_label(job.config),
+        "dataset": job.config["dataset"]["name"],
+        "method": job.config["method"]["name"],
         "bits/target": job.config["bits"],
         "seed": job.config["seed"],
         "config": job.config,

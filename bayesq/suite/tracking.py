@@ -178,7 +178,6 @@ def identity(cfg: DictConfig) -> dict[str, Any]:
     flat = flatten(config, separator="/")
     for key in [key for key in flat if key.endswith("/name") and key.count("/") == 1]:
         flat[key.removesuffix("/name")] = flat.pop(key)
-    flat["model"] = model
     changed = model.removeprefix(str(config["model"]["name"]))  # of the network, if anything was
     return {
         "project": config["wandb"]["project"],
