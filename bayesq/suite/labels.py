@@ -55,8 +55,8 @@ def _changes(model: Mapping[str, Any], file: Mapping[str, Any]) -> dict[str, Any
         given = OmegaConf.to_container(reference, resolve=False)
     assert isinstance(given, dict)
     known = given["model"]
-    keys = [key for key in model if key not in NOT_THE_NETWORK]
-    return {key: model[key] for key in keys if key not in known or model[key] != known[key]}
+    keys = [key for key in model if key in known and key not in NOT_THE_NETWORK]
+    return {key: model[key] for key in keys if model[key] != known[key]}
 
 
 def _takes_names(file: Mapping[str, Any]) -> bool:
