@@ -46,7 +46,8 @@ def hydra_argv() -> Iterator[None]:
     """Give Hydra the overrides first and then the options: its own parser refuses overrides on both sides of one."""
     original = sys.argv
     overrides: list[str] = command_line(original[1:]).overrides
-    options, left = [], [*overrides]
+    options: list[str] = []
+    left = [*overrides]
     for argument in reversed(original[1:]):
         if left and argument == left[-1]:
             left.pop()

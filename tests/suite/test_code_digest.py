@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 import bayesq
-from bayesq.suite import code_digest
+from bayesq.suite import cli, code_digest
+from bayesq.suite.results import write_json
 
 ROOT = Path(bayesq.__file__).parents[1]
 RTN = {"_target_": "baselines.rtn.RTN"}
@@ -153,6 +154,27 @@ def test_of_our_own_code_counts_what_computes_the_run(monkeypatch: pytest.Monkey
     found = code_digest.has_changed(finished)
     monkeypatch.undo()
     assert found == counts
+
+
+def test_a_skipped_run_says_that_its_code_has_changed(
+    package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    line = ["-m", "method=rtn", "method._target_=mine_quant.method.Mine", "seed=0,1"]
+    jobs = cli.preflight(line) or []
+    for job, kept in zip(jobs, (True, False), strict=True):
+        digests = code_digest.digests(code_digest.targets(job.config))
+        numbers = {"status": "finished", "model": "minilm", "dataset": "movie_snippets", "method": "rtn"}
+        code = {"code": digests} if kept else {}  # the other is of an earlier version, which kept none
+        write_json(job.run_dir / "result.json", {**numbers, **code, "config": job.config})
+    assert cli._run(jobs) == 0
+    assert "changed" not in capsys.readouterr().out
+    edited(package / "shared.py", lambda text: text.replace("1", "2"))
+    assert cli._run(jobs) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"skipped (finished): {jobs[0].run_id} ")
+    assert first.endswith("; the code that computes it has changed since: force=true runs it again")
+    assert second.startswith(f"skipped (finished): {jobs[1].run_id} ") and "changed" not in second
 
 
 def test_what_is_not_known_is_not_said(package: Path) -> None:
