@@ -13,9 +13,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from analysis.defaults import AXES, NOT_NAMED, named_deviations
 from analysis.selection import select
-from bayesq.suite.cli import COMPOSITION_ERRORS
+from bayesq.suite.composition import COMPOSITION_ERRORS
 from bayesq.suite.config import resolved, show
 from bayesq.suite.errors import UserError
+from bayesq.suite.labels import model_label
 from bayesq.suite.results import (
     FAILURE_FILE,
     LAYERS_FILE,
@@ -184,7 +185,7 @@ def _names(config: Mapping[str, Any] | None) -> dict[str, Any]:
     """The keys of result.json that a configuration alone determines; none where a part of it is missing."""
     try:
         assert config is not None
-        names = {axis: config[axis]["name"] for axis in AXES}
+        names = {axis: config[axis]["name"] for axis in AXES} | {"model": model_label(config)}
         return {**names, "bits/target": float(config["bits"]), "seed": config["seed"], "config": dict(config)}
     except (AssertionError, KeyError, TypeError, ValueError):
         return {}

@@ -44,7 +44,7 @@ from analysis.table import (
     cells_of,
     make_table,
 )
-from bayesq.suite.cli import conf_dir
+from bayesq.suite.composition import conf_dir
 
 # ------------------------------------------------------------------------------------------------------- the contents
 

@@ -21,6 +21,10 @@ from bayesq.quant.watch import Products, watching
 TOLERANCE = 1e-2
 
 
+class OtherUseError(ValueError):
+    """Weights take part in a forward pass in a way that no statistics describe."""
+
+
 @dataclass(frozen=True)
 class Usage:
     """How a network uses its layers.
@@ -58,7 +62,7 @@ def usage_of(module: nn.Module, layers: Mapping[str, Layer], inputs: Mapping[str
             known about batches, and every layer is said to need examples alone.
 
     Raises:
-        ValueError: a weight takes part in another way than as the matrix of a product; the message names the layers.
+        OtherUseError: a weight takes part in another way than as the matrix of a product; the message names the layers.
     """
     count = len(next(iter(inputs.values())))
     single = [_watch(module, layers, {name: x[k : k + 1] for name, x in inputs.items()}) for k in range(count)]
@@ -119,7 +123,7 @@ def _refuse_other_uses(layers: Mapping[str, Layer], passes: list[_Pass]) -> None
         f"{', '.join(name for _, name in group)} by {function}"
         for function, group in groupby(named, key=lambda pair: pair[0])
     ]
-    raise ValueError(
+    raise OtherUseError(
         f"the network does not only multiply inputs with these weights, it also computes with them: layer "
         f"{'; '.join(parts)}: add them to layers.exclude"
     )

@@ -1,6 +1,16 @@
-"""Command lines of the suite's modules, described by the text at their head."""
+"""Command lines: of the suite's modules, described by the text at their head, and of the program, as Hydra reads it."""
 
 import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NoReturn
+
+from hydra._internal.utils import get_args_parser
+
+import bayesq
+from bayesq.suite.config import one_line
+from bayesq.suite.errors import UserError
 
 
 def module_parser(module: str, text: str | None) -> argparse.ArgumentParser:
@@ -17,3 +27,34 @@ def module_parser(module: str, text: str | None) -> argparse.ArgumentParser:
         epilog=usage,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+
+
+def command_line(argv: Sequence[str]) -> argparse.Namespace:
+    """Hydra's reading of the command line, with errors that leave by exception instead of a usage text."""
+    parser = argparse.ArgumentParser(parents=[get_args_parser()], add_help=False, conflict_handler="resolve")
+    parser.add_argument("--version", action="version", version=f"bayesq {bayesq.__version__}")
+
+    def refuse(message: str) -> NoReturn:
+        raise UserError(f"{one_line(message)} (--help lists what there is)")
+
+    parser.error = refuse  # type: ignore[method-assign]
+    return parser.parse_intermixed_args(list(argv))
+
+
+@contextmanager
+def hydra_argv() -> Iterator[None]:
+    """Give Hydra the overrides first and then the options: its own parser refuses overrides on both sides of one."""
+    original = sys.argv
+    overrides: list[str] = command_line(original[1:]).overrides
+    options: list[str] = []
+    left = [*overrides]
+    for argument in reversed(original[1:]):
+        if left and argument == left[-1]:
+            left.pop()
+        else:
+            options.insert(0, argument)
+    sys.argv = [original[0], *overrides, *options]
+    try:
+        yield
+    finally:
+        sys.argv = original

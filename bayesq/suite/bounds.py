@@ -27,6 +27,7 @@ from bayesq.suite.arguments import module_parser
 from bayesq.suite.cache import CorruptCache, resolve_cache_dir
 from bayesq.suite.calibration import forward_order
 from bayesq.suite.config import one_line
+from bayesq.suite.construct import build
 from bayesq.suite.errors import UserError
 from bayesq.suite.packed import read_packed
 from bayesq.suite.reproduce import recorded_config
@@ -59,7 +60,7 @@ class Judge:
             UserError: they cannot be loaded, or the posterior has no closed bound.
         """
         cache_dir = resolve_cache_dir(cfg.cache_dir)
-        posterior = runner.SharedPosterior(runner.build(cfg.posterior))
+        posterior = runner.SharedPosterior(build(cfg.posterior))
         work = runner.load(cfg, cache_dir)
         calibration = runner.open_calibration(cfg, posterior, work, cache_dir)
         calibration.prepare(posterior.statistics)

@@ -19,7 +19,8 @@ from tabulate import tabulate
 from bayesq.suite import config as settings
 from bayesq.suite import results
 from bayesq.suite.arguments import module_parser
-from bayesq.suite.cli import CONFIG_NAME, Preflight, conf_dir, user_error_in
+from bayesq.suite.cli import user_error_in
+from bayesq.suite.composition import CONFIG_NAME, Preflight, conf_dir
 from bayesq.suite.errors import UserError
 
 # config is what is run, the others are compared beforehand and only warned about

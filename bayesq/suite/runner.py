@@ -17,10 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
-from hydra.errors import InstantiationException
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -44,8 +41,8 @@ from bayesq.quant.layers import (
 )
 from bayesq.quant.method import Distortion, LayerProblem, Method, naming, stack_groups
 from bayesq.quant.tensor import QuantizedTensor
-from bayesq.quant.usage import Usage, usage_of
-from bayesq.suite import evaluation
+from bayesq.quant.usage import OtherUseError, Usage, usage_of
+from bayesq.suite import code_digest, evaluation
 from bayesq.suite.cache import resolve_cache_dir
 from bayesq.suite.calibration import (
     OFFLOADED_SUM_BYTES,
@@ -55,10 +52,13 @@ from bayesq.suite.calibration import (
     SequentialInputs,
     forward_order,
 )
-from bayesq.suite.config import DESCRIPTIVE, resolved, run_dir, run_id
+from bayesq.suite.config import resolved, run_dir, run_id
+from bayesq.suite.construct import build
 from bayesq.suite.coverage import Coverage, coverage, report
 from bayesq.suite.datasets.base import DataSplits
 from bayesq.suite.errors import UserError
+from bayesq.suite.forward import naming_model
+from bayesq.suite.labels import model_label
 from bayesq.suite.memory import give_back_freed, halving, peak_bytes, resident_bytes
 from bayesq.suite.models.base import EncodedExamples, Network, in_one_batch, needs_no_padding, two_examples
 from bayesq.suite.packed import Packed, fill, read_packed, run_record, write_packed
@@ -356,7 +356,7 @@ def execute(
     result = {
         "run_id": name,
         "status": "finished",
-        "model": cfg.model.name,
+        "model": model_label(resolved(cfg)),
         "dataset": cfg.dataset.name,
         "method": cfg.method.name,
         "posterior": cfg.posterior.name if reads_posterior(cfg) else "none",
@@ -393,6 +393,7 @@ def execute(
         "versions": versions(),
         "host": host(work.device),
         "git": git_state(),
+        code_digest.KEY: code_digest.digests(code_digest.targets(resolved(cfg))),
         "source": {
             "dataset": work.data.source,
             "model": work.network.description,
@@ -413,7 +414,8 @@ def load(cfg: DictConfig, cache_dir: Path) -> Workload:
     """
     device = select_device(cfg.device)
     data = build(cfg.dataset).load(cache_dir)
-    network = build(cfg.model).build(data, cache_dir)
+    with naming_model(cfg.model.name, "building it"):
+        network = build(cfg.model).build(data, cache_dir)
     check_network(network.module, cfg.model.name)
     network.module.to(device)
     try:
@@ -424,11 +426,13 @@ def load(cfg: DictConfig, cache_dir: Path) -> Workload:
     embeddings = embedding_tables(network.module, list(cfg.layers.exclude)) if cfg.layers.include_embeddings else {}
     if cfg.layers.include_embeddings and not embeddings:
         raise UserError(f"layers.include_embeddings=true: model={cfg.model.name} has no embedding left to quantize")
-    calibration, evaluation = network.encode(examples), network.encode(data.evaluation)
-    try:
-        usage = usage_of(network.module, layers, two_examples(calibration, device).inputs)
-    except ValueError as error:
-        raise UserError(f"model={cfg.model.name}: {error}") from error
+    with naming_model(cfg.model.name, "encoding its inputs"):
+        calibration, evaluation = network.encode(examples), network.encode(data.evaluation)
+    with naming_model(cfg.model.name, "its first forward pass"):
+        try:
+            usage = usage_of(network.module, layers, two_examples(calibration, device).inputs)
+        except OtherUseError as error:
+            raise UserError(f"model={cfg.model.name}: {error}") from error
     if not usage.layers:
         raise UserError(f"model={cfg.model.name}: no layer takes part in the forward pass: choose another model")
     covered = coverage(network.module, {**usage.layers, **embeddings})
@@ -521,7 +525,8 @@ def preflight(
         UserError: it cannot fit.
     """
     first = [next(examples.batches(1, work.device)).inputs for examples in (work.calibration, work.evaluation)]
-    small, large = (activations(work.network.module, inputs) for inputs in first)
+    with naming_model(cfg.model.name, "its forward pass"):
+        small, large = (activations(work.network.module, inputs) for inputs in first)
     offload = cfg.calibration.offload == "disk"
     kinds = statistics_of(plan)
     choices = Choices(
@@ -895,24 +900,11 @@ def risk_rank_correlation(rows: Sequence[Mapping[str, Any]]) -> float | None:
     ]
     if len(pairs) < 2:
         return None
+    import pandas as pd
+
     ranks = pd.DataFrame(pairs).rank().to_numpy()
     correlation = float(np.corrcoef(ranks, rowvar=False)[0, 1])
     return None if math.isnan(correlation) else correlation
-
-
-def build(node: DictConfig, **more: Any) -> Any:
-    """Instantiate a config group without its descriptive keys.
-
-    Raises:
-        UserError: the constructor refused a value.
-    """
-    arguments = {key: value for key, value in node.items() if key not in DESCRIPTIVE}
-    try:
-        return instantiate(arguments, **more)
-    except InstantiationException as error:
-        if isinstance(error.__cause__, ValueError):
-            raise UserError(str(error.__cause__)) from error
-        raise
 
 
 def reads_posterior(cfg: DictConfig) -> bool:

@@ -20,7 +20,8 @@ import yaml
 from bayesq.suite import config as settings
 from bayesq.suite import results
 from bayesq.suite.arguments import module_parser
-from bayesq.suite.cli import NO_REASON, TRACEBACK_FILE, preflight
+from bayesq.suite.cli import NO_REASON, TRACEBACK_FILE
+from bayesq.suite.composition import preflight
 from bayesq.suite.errors import UserError
 from bayesq.suite.files import is_locked
 

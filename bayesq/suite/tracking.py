@@ -17,6 +17,7 @@ from omegaconf import DictConfig
 from bayesq.suite import wandb_environment as environment
 from bayesq.suite.config import check_wandb_login, flatten, one_line, resolved
 from bayesq.suite.errors import UserError
+from bayesq.suite.labels import model_label
 from bayesq.suite.plots import CHARTS
 from bayesq.suite.results import PREDICTIONS_FILE, plain, write_csv
 from bayesq.suite.stopping import stop_if_asked
@@ -211,11 +212,14 @@ def identity(cfg: DictConfig) -> dict[str, Any]:
     WANDB_RUN_GROUP, WANDB_JOB_TYPE and WANDB_NAME come before the suite's own.
     """
     config = resolved(cfg)
-    model, dataset, method = (config[axis]["name"] for axis in ("model", "dataset", "method"))
+    dataset, method = (config[axis]["name"] for axis in ("dataset", "method"))
+    model = model_label(config)
     flat = flatten(config, separator="/")
     for key in [key for key in flat if key.endswith("/name") and key.count("/") == 1]:
         flat[key.removesuffix("/name")] = flat.pop(key)
-    own = {"group": f"{model}-{dataset}", "job_type": method, "name": f"{method}-{config['bits']:g}-s{config['seed']}"}
+    changed = model.removeprefix(str(config["model"]["name"]))  # of the network, if anything was
+    named = f"{method}-{config['bits']:g}-s{config['seed']}{changed}"
+    own = {"group": f"{model}-{dataset}", "job_type": method, "name": named}
     chosen = {
         "group": environment.value("WANDB_RUN_GROUP"),
         "job_type": environment.value("WANDB_JOB_TYPE"),

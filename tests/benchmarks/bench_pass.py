@@ -18,7 +18,7 @@ from hydra import compose, initialize_config_dir
 from references import TIMER, compare
 
 from bayesq.quant.layers import quantizable_layers
-from bayesq.suite import cli, runner
+from bayesq.suite import composition, runner
 from bayesq.suite.models.base import Network, TensorExamples, state_checksum
 
 ROOT = Path(__file__).parents[2]
@@ -73,7 +73,7 @@ def workload(build) -> runner.Workload:
 def quantize(work: runner.Workload, folder: Path, *overrides: str) -> runner.Quantized:
     """From the network to its codes as a run does it, statistics included."""
     folder.mkdir()
-    with initialize_config_dir(str(cli.conf_dir()), version_base="1.3"):
+    with initialize_config_dir(str(composition.conf_dir()), version_base="1.3"):
         cfg = compose("config", [f"calibration.examples={EXAMPLES}", "bits=4", *overrides])
     plan = runner.make_plan(cfg)
     calibration = runner.open_calibration(cfg, plan.posterior, work, folder)

@@ -15,8 +15,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from hydra._internal.utils import get_args_parser
 
-from bayesq.suite import cli, config, results
+import bayesq
+from bayesq.suite import arguments as command_lines
+from bayesq.suite import cli, composition, config, results
 from bayesq.suite.errors import UserError
 from bayesq.suite.files import lock
 
@@ -53,6 +56,7 @@ def run(cfg):
     })
 
 sys.modules["bayesq.suite.runner"] = types.SimpleNamespace(run=run)
+sys.modules["bayesq.suite.construct"] = types.SimpleNamespace(check=lambda configs: None)
 from bayesq.suite.cli import main
 main()
 """
@@ -147,6 +151,19 @@ BAD_COMMANDS = [
     (["hydra.no_such_option=1"], "hydra.no_such_option"),
     (["hydra/launcher=no_such_launcher"], "no_such_launcher"),
     (["--no-such-option"], "--no-such-option"),
+    (["bits=3", "-m", "--no-such-option", "seed=1"], "--no-such-option"),
+    (["-m", "seed=range(3,3)"], "seed=range(3,3): there is no such value"),
+    (["-m", "method=glob(zz*)"], "method=glob(zz*): there is no such value"),
+    (["-m", "posterior=glob(*,exclude=*)"], "posterior=glob(*,exclude=*)"),
+    (["-m", "bits=interval(2,4)"], "bits=interval(2,4): list the values"),
+    (["-m", "seed=tag(few,interval(0,3))"], "list the values"),
+    (["-m", "method=gptq,rtn", "method.clip=mse"], "++method.clip=mse"),
+    (["-m", "posterior=lowrank,diag", "posterior.rank=4"], "++posterior.rank=4"),
+    (["-m", "method=gptq", "ablation=glob(refits*)"], "ablation=refits_0 sets method.refits, which method=gptq does"),
+    (["ablation=rounding_nearest", "method=awq"], "ablation=rounding_nearest sets method.rounding"),
+    (["-m", "method=bayesq,rtn", "ablation=states_8"], "[method=rtn]"),
+    (["-m", "ablation=full,proxy_mc", "method=gptq"], "proxy=mc"),
+    (["-m", "calibration.examples=64,5000"], "[calibration.examples=5000]"),
     (["--config-dir", "/no-such-folder"], "/no-such-folder"),
     (["--config-name", "no_such_config"], "no_such_config"),
 ]
@@ -219,10 +236,10 @@ def test_a_sweep_expands_as_hydra_does() -> None:
     ids=" ".join,
 )
 def test_a_job_is_composed_from_what_others_read_as_it_would_be_alone(overrides: list[str]) -> None:
-    flight = cli.Preflight(cli.CONFIG_NAME, str(cli.conf_dir()), None)
+    flight = composition.Preflight(composition.CONFIG_NAME, str(composition.conf_dir()), None)
     for others in (["bits=7"], ["seed=9", "ablation=gptq"], ["model=resnet", "dataset=digits", "method=gptq"]):
         flight.check(others)
-    alone = cli.Preflight(cli.CONFIG_NAME, str(cli.conf_dir()), None)._compose(overrides)
+    alone = composition.Preflight(composition.CONFIG_NAME, str(composition.conf_dir()), None)._compose(overrides)
     for _ in range(2):
         job = flight.check(overrides)
         assert job.config == config.resolved(alone)
@@ -230,11 +247,11 @@ def test_a_job_is_composed_from_what_others_read_as_it_would_be_alone(overrides:
 
 
 def test_what_files_give_is_known_from_a_job_with_choices_only() -> None:
-    flight = cli.Preflight(cli.CONFIG_NAME, str(cli.conf_dir()), None)
-    flight.check(["ablation=gptq_correction", "posterior=diag"])
+    flight = composition.Preflight(composition.CONFIG_NAME, str(composition.conf_dir()), None)
+    flight.check(["method=gptq", "posterior=diag"])
     (found,) = flight._references.values()
-    choices = flight._compose(["ablation=gptq_correction", "posterior=diag"]).hydra.runtime.choices
-    assert found == cli.Preflight(cli.CONFIG_NAME, str(cli.conf_dir()), None).reference(choices)
+    choices = flight._compose(["method=gptq", "posterior=diag"]).hydra.runtime.choices
+    assert found == composition.Preflight(composition.CONFIG_NAME, str(composition.conf_dir()), None).reference(choices)
 
 
 def test_jobs_with_the_same_result_count_once() -> None:
@@ -285,7 +302,141 @@ def test_a_job_for_other_machines_is_not_checked_against_the_devices_of_this_one
     assert len(jobs) == 1
 
 
+CONSTRUCTORS = [
+    (["method=gptq", "method.clip=foo"], "method.clip=foo"),
+    (["method=gptq", "method.group_size=0"], "method.group_size=0"),
+    (["method=rtn", "method.clip=gain"], "method.clip=gain"),
+    (["method=awq", "method.clip_lowest=7"], "clip_lowest"),
+    (["method.states=7"], "method.states=7"),
+    (["posterior.likelihood=poisson"], "posterior.likelihood=poisson"),
+    (["posterior=lowrank", "posterior.rank=0"], "posterior.rank=0"),
+    (["method=gptq", "allocator=knapsack", "posterior.num_data=0"], "posterior.num_data=0"),
+    (["model=resnet", "dataset=digits", "model.image_size=0"], "model.image_size=0"),
+    (["model=resnet", "dataset=digits", "model.channels=[15,16,16,16]"], "model.channels=[15"),
+    (["model=cifar_resnet20", "dataset=cifar10", "model.depth=21"], "model.depth=21"),
+    (["model=cifar_resnet20", "dataset=cifar10", "dataset.subset=some"], "dataset.subset=some"),
+    (["dataset=glue", "dataset.task=sst3"], "dataset.task=sst3"),
+    (["method._target_=baselines.rtn.NoSuchClass"], "NoSuchClass"),
+    (["model._target_=no_such_package.Net"], "no_such_package"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "named"), CONSTRUCTORS, ids=lambda x: " ".join(x) if isinstance(x, list) else "")
+def test_what_only_a_constructor_refuses_is_refused_before_the_first_run(
+    arguments: list[str], named: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = ["model.checkpoint=x", "dataset.root=y"] if "dataset=cifar10" in arguments else []
+    monkeypatch.setattr(sys, "argv", ["run.py", "-m", "seed=0,1", *arguments, *files])
+    monkeypatch.setitem(sys.modules, "bayesq.suite.runner", None)  # importing it now raises
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    out, err = capsys.readouterr()
+    assert (left.value.code, out) == (1, "")
+    assert err.startswith("error: ") and err.count("\n") == 1 and named in err
+    assert not list(Path().glob("*/*/*")), "no run has begun"
+
+
+def test_what_is_finished_is_not_constructed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The value may have been allowed when it ran; nothing of it is needed any more."""
+    monkeypatch.setattr(sys, "argv", ["run.py"])
+    (job,) = cli.preflight(["method=gptq", "method.clip=foo"]) or []
+    results.write_json(job.run_dir / "result.json", {**finished(job), "status": "finished"})
+    assert cli._run([job]) == 0
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "-m bits=3,4 seed=1",
+        "bits=3,4 -m seed=1",
+        "bits=3,4 seed=1 --multirun",
+        "bits=3,4 -cn config seed=1 -m",
+        "-m bits=3,4 --config-name config seed=1",
+    ],
+)
+def test_options_may_stand_between_overrides(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs = cli.preflight(line.split())
+    assert jobs is not None
+    assert [job.overrides for job in jobs] == [("bits=3", "seed=1"), ("bits=4", "seed=1")]
+    monkeypatch.setattr(sys, "argv", ["run.py", *line.split()])
+    with command_lines.hydra_argv():
+        read = get_args_parser().parse_args(sys.argv[1:])
+    assert (read.overrides, read.multirun) == (["bits=3,4", "seed=1"], True)
+    assert sys.argv[1:] == line.split()
+
+
+def test_the_version_is_that_of_bayesq(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        cli.preflight(["--version"])
+    assert (left.value.code, capsys.readouterr().out) == (0, f"bayesq {bayesq.__version__}\n")
+
+
+@pytest.mark.parametrize(
+    "override", ["bits=range(3,5)", "method=glob(g*)", "seed=choice(1,2)", "+allocation.pinned={a:8}"]
+)
+def test_without_assertions_functions_are_refused_and_lists_work(override: str) -> None:
+    """PYTHONOPTIMIZE: Hydra's parser moves on within its assertions."""
+    done = command("-m", "method=rtn", override, PYTHONOPTIMIZE="1")
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: cannot read '{override}'") and done.stderr.count("\n") == 1
+    assert "PYTHONOPTIMIZE" in done.stderr
+    if override.startswith("bits"):
+        assert command("-m", "method=rtn", "bits=3,4", PYTHONOPTIMIZE="1").returncode == 0
+        assert runs() == ["rtn 3 0", "rtn 4 0"]
+
+
 # --------------------------------------------------------------------------------------------------------- running
+
+
+@pytest.mark.parametrize("kind", ["disabled", "none", "stdout"])
+def test_logging_may_be_chosen_as_hydra_offers(kind: str) -> None:
+    own = () if kind == "stdout" else (f"hydra/hydra_logging={kind}",)
+    sweep = ("-m", "method=rtn", "bits=3,4", f"hydra/job_logging={kind}", *own)
+    done = command(*sweep)
+    assert (done.returncode, done.stderr, runs()) == (0, "", ["rtn 3 0", "rtn 4 0"])
+    again = command(*sweep)
+    assert again.returncode == 0 and len(runs()) == 2
+    assert ("skipped" in again.stdout) == (kind == "stdout")
+
+
+WITHOUT_RUNS = """
+import atexit, sys
+heavy = ("torch", "numba", "wandb", "pandas", "scipy", "sklearn", "timm", "transformers", "torchvision")
+atexit.register(lambda: print("imported:", [name for name in heavy if name in sys.modules], file=sys.stderr))
+from bayesq.suite import cli
+def refuse(*_, **__):
+    raise AssertionError("Hydra is not needed")
+cli.hydra.main = refuse
+cli.main()
+"""
+
+
+def test_a_finished_sweep_asks_neither_hydra_nor_the_numerical_libraries() -> None:
+    sweep = ["-m", "method=gptq,rtn", "bits=3,3.5,4", "seed=range(4)"]
+    for job in cli.preflight(sweep) or []:
+        results.write_json(job.run_dir / "result.json", {**finished(job), "status": "finished"})
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_RUNS, *sweep],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path},
+        timeout=120,
+    )
+    assert (done.returncode, done.stderr) == (0, "imported: []\n")
+    assert done.stdout.count("skipped (finished): ") == 24
+    assert "[24 of 24]" in done.stdout
+    assert "minilm on movie_snippets" in done.stdout
+
+
+def test_every_run_of_a_sweep_says_its_place_and_what_is_left() -> None:
+    done = command("-m", "method=rtn", "bits=3,4,5", "seed=0")
+    lines = [line for line in done.stdout.splitlines() if line.startswith("run ")]
+    names = "model=minilm dataset=movie_snippets method=rtn"
+    assert lines[0] == f"run 1 of 3: {names} bits=3 seed=0"
+    for k, line in enumerate(lines[1:], 2):
+        assert re.fullmatch(rf"run {k} of 3: {names} bits={k + 2} seed=0, about \d+ s left", line)
+    assert "run " not in command("method=rtn", "bits=6").stdout.replace("run.", "")
 
 
 def test_a_sweep_runs_every_job_then_skips_then_is_forced() -> None:

@@ -8,20 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra.core.global_hydra import GlobalHydra
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 import bayesq
-from bayesq.suite import cli, config
+from bayesq.suite import cli, composition, config
 from bayesq.suite.errors import UserError
 
 
 def compose(*overrides: str) -> DictConfig:
     """The configuration Hydra composes from conf/, without its own node."""
-    flight = cli.Preflight(cli.CONFIG_NAME, str(cli.conf_dir()), None)
+    flight = composition.Preflight(composition.CONFIG_NAME, str(composition.conf_dir()), None)
     try:
-        cfg = flight.loader.load_configuration(cli.CONFIG_NAME, list(overrides), run_mode=cli.RunMode.RUN)
+        cfg = flight.loader.load_configuration(composition.CONFIG_NAME, list(overrides), run_mode=RunMode.RUN)
     finally:
-        cli.GlobalHydra.instance().clear()
+        GlobalHydra.instance().clear()
     return OmegaConf.create({key: cfg._get_node(key) for key in cfg if key != "hydra"})
 
 
@@ -477,7 +479,7 @@ def test_a_value_of_another_kind_than_its_default_is_named(key: str, value: Any)
 def test_numbers_may_be_null_where_the_yaml_says_so() -> None:
     documented = {
         f"{file.parent.name}.{line.split(':')[0]}"
-        for file in cli.conf_dir().glob("*/*.yaml")
+        for file in composition.conf_dir().glob("*/*.yaml")
         for line in file.read_text().splitlines()
         if re.match(r"\w+: +[\d.e]+ .*# .*null:", line)
     }

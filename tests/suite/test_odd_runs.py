@@ -15,7 +15,7 @@ from odd_networks import seeded
 from test_odd_statistics import NETWORKS
 from torch import nn
 
-from bayesq.suite import cli, runner
+from bayesq.suite import composition, runner
 from bayesq.suite.errors import UserError
 from bayesq.suite.loading import load_quantized
 from bayesq.suite.models.base import Network, TensorExamples, state_checksum
@@ -57,9 +57,9 @@ class OddModel:
 def run(kind: str, tmp_path: Path, *overrides: str) -> dict[str, Any]:
     GlobalHydra.instance().clear()
     (tmp_path / "cache").mkdir(exist_ok=True)
-    with initialize_config_dir(str(cli.conf_dir()), version_base="1.3"):
+    with initialize_config_dir(str(composition.conf_dir()), version_base="1.3"):
         cfg = compose(
-            cli.CONFIG_NAME,
+            composition.CONFIG_NAME,
             [
                 "model=resnet",
                 "dataset=digits",

@@ -14,7 +14,7 @@ import torch
 
 from bayesq.suite import provenance, reproduce, results
 from bayesq.suite.cache import read_tensors, write_tensors
-from bayesq.suite.cli import preflight
+from bayesq.suite.composition import preflight
 from bayesq.suite.errors import UserError
 
 ROOT = Path(__file__).parents[2]

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from bayesq.suite import results, status
-from bayesq.suite.cli import Job, preflight
+from bayesq.suite.composition import Job, preflight
 from bayesq.suite.errors import UserError
 from bayesq.suite.files import lock
 

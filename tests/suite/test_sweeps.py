@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from bayesq.suite.cli import CONFIG_NAME, Job, Preflight, conf_dir, preflight
+from bayesq.suite.composition import CONFIG_NAME, Job, Preflight, conf_dir, preflight
 from bayesq.suite.config import MAX_BITS, MIN_BITS, flatten
 
 ROOT = Path(__file__).parents[2]

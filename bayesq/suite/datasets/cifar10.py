@@ -3,9 +3,9 @@
 import hashlib
 import io
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor
 
@@ -13,6 +13,9 @@ from bayesq.suite.datasets.base import DataSplits, Examples, limited, stratified
 from bayesq.suite.datasets.parquet_files import check_classes, listed, of_split, recorded_classes
 from bayesq.suite.datasets.pictures import decoded
 from bayesq.suite.errors import UserError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 SUBSETS = ("stratified", "first")
@@ -91,13 +94,15 @@ class Cifar10:
             images[place] = pixels.permute(2, 0, 1) / 255
         return Examples(images, labels[rows], [f"{split}/{row}" for row in rows.tolist()])
 
-    def _table(self, file: Path) -> pd.DataFrame:
+    def _table(self, file: Path) -> "pd.DataFrame":
         """The columns image and label of a file.
 
         Raises:
             UserError: it has none such, its labels are other classes, or it cannot be read.
         """
         where = f"dataset.root={self.root}"
+        import pandas as pd
+
         try:
             with file.open("rb") as stream:
                 table = pd.read_parquet(stream, columns=["image", "label"])
@@ -114,12 +119,14 @@ class Cifar10:
     def _no_image(self, file: Path, row: int, reason: str) -> UserError:
         return UserError(f"dataset.root={self.root}: row {row} of {file.name} is not a {SIZE}x{SIZE} image ({reason})")
 
-    def _labels(self, column: pd.Series, file: Path) -> Tensor:
+    def _labels(self, column: "pd.Series", file: Path) -> Tensor:
         """Labels [rows] int64.
 
         Raises:
             UserError: there are none, one is missing, or one is no class.
         """
+        import pandas as pd
+
         whole = pd.to_numeric(column, errors="coerce")
         if not len(whole) or not whole.isin(range(len(CLASSES))).all():
             raise UserError(f"dataset.root={self.root}: {file.name} must hold labels from 0 to {len(CLASSES) - 1}")

@@ -1,0 +1,52 @@
+"""How far a sweep is: which of its runs this one is, and how long the others will take."""
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from bayesq.suite.results import FAILURE_FILE, RESULT_FILE
+
+
+class Progress:
+    """The runs of a command; it says what the results folder tells, so that every process of a launcher can ask.
+
+    Args:
+        runs: each run's folder in the order of the sweep, and whether it will be computed rather than skipped.
+    """
+
+    def __init__(self, runs: Mapping[Path, bool]) -> None:
+        self.runs = dict(runs)
+        self.start = time.time()
+
+    def place(self, folder: Path) -> str:
+        """`k of n`; nothing for a single run, and for one that a sweeper of another package made up."""
+        if len(self.runs) < 2 or folder not in self.runs:
+            return ""
+        return f"{list(self.runs).index(folder) + 1} of {len(self.runs)}"
+
+    def left(self) -> str:
+        """`about 12 min left`, at the rate of what this command has computed so far; at first nothing."""
+        computed = [folder for folder, computes in self.runs.items() if computes]
+        done = sum(self._done(folder) for folder in computed)
+        if not done or done == len(computed):
+            return ""
+        return f"about {duration((time.time() - self.start) / done * (len(computed) - done))} left"
+
+    def _done(self, folder: Path) -> bool:
+        """Whether the run has ended, well or not, since the command began."""
+        for name in (RESULT_FILE, FAILURE_FILE):
+            try:
+                if (folder / name).stat().st_mtime >= self.start:
+                    return True
+            except OSError:
+                continue
+        return False
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the unit that a person would choose: `40 s`, `12 min`, `3.5 h`."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    if seconds < 90 * 60:
+        return f"{round(seconds / 60)} min"
+    return f"{seconds / 3600:.1f} h"
