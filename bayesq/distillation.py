@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from bayesq.likelihood import divergence_from_mean, mean_output
 from bayesq.quant.grids import FP16_MAX, MAX_WIDTH, stored_scale, zero_value
-from bayesq.quant.layers import Layer, matrix_to_weight
+from bayesq.quant.layers import Layer, find_layer, is_layer, matrix_to_weight, weight_key
 from bayesq.quant.tensor import Codebook, QuantizedTensor
 
 Norm = nn.BatchNorm1d | nn.BatchNorm2d | nn.LayerNorm | nn.GroupNorm
@@ -145,7 +145,7 @@ def perturbed_weights(
     for name in layers:
         layer = named_layer(full, name)
         delta = matrix_to_weight(layer, sample(name, generator))
-        drawn[f"{name}.weight"] = layer.weight.detach() + delta.to(layer.weight)
+        drawn[weight_key(name, layer)] = layer.weight.detach() + delta.to(layer.weight)
     return drawn
 
 
@@ -300,7 +300,8 @@ class Student:
         """Weights, biases and norm parameters by state_dict name, differentiable."""
         levels = self.moved_levels()
         weights = {
-            f"{name}.weight": decoder.weight(self.factors[name], levels) for name, decoder in self.layers.items()
+            weight_key(name, decoder.layer): decoder.weight(self.factors[name], levels)
+            for name, decoder in self.layers.items()
         }
         return {**weights, **self.moved_affine()}
 
@@ -398,12 +399,12 @@ class _Lookup(torch.autograd.Function):
 
 
 def trained_parameters(module: nn.Module) -> dict[str, Tensor]:
-    """Biases of Linear and Conv2d layers and affine parameters of norms, by state_dict name, each shared one once."""
+    """Biases of layers and affine parameters of norms, by state_dict name, each shared one once."""
     chosen: dict[str, Tensor] = {}
     for name, x in module.named_parameters():
         owner, _, kind = name.rpartition(".")
         parent = module.get_submodule(owner)
-        if isinstance(parent, Norm) or (isinstance(parent, nn.Linear | nn.Conv2d) and kind == "bias"):
+        if isinstance(parent, Norm) or (kind == "bias" and is_layer(parent)):
             chosen[name] = x
     return chosen
 
@@ -412,11 +413,11 @@ def named_layer(module: nn.Module, name: str) -> Layer:
     """The layer of that name.
 
     Raises:
-        ValueError: it is something else than a Linear or a Conv2d.
+        ValueError: there is none, or it is an embedding.
     """
-    layer = module.get_submodule(name)
-    if not isinstance(layer, nn.Linear | nn.Conv2d):
-        raise ValueError(f"{name} is a {type(layer).__name__}, not a Linear or Conv2d layer")
+    layer = find_layer(module, name)
+    if isinstance(layer, nn.Embedding):
+        raise ValueError(f"{name} is an Embedding, not a layer that multiplies its inputs")
     return layer
 
 
@@ -465,7 +466,7 @@ def _held_out_kl(
     weights = {}
     for name, tensor in tensors.items():
         layer = named_layer(module, name)
-        weights[f"{name}.weight"] = matrix_to_weight(layer, tensor.dequantize()).to(layer.weight)
+        weights[weight_key(name, layer)] = matrix_to_weight(layer, tensor.dequantize()).to(layer.weight)
     divergences = [
         _divergence(p, functional_call(module, {**weights, **parameters}, kwargs=beside(module, inputs)), likelihood)
         for inputs, p in judging

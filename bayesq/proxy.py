@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from bayesq.distillation import named_layer, perturbed_weights
 from bayesq.likelihood import kl_divergence
-from bayesq.quant.layers import matrix_to_weight
+from bayesq.quant.layers import matrix_to_weight, weight_key
 
 # A factor outside says that a few draws or examples are no basis for one, not that a layer matters that much more.
 KAPPA_RANGE = (0.05, 20.0)
@@ -67,7 +67,7 @@ def measure_kappa(
 
     Args:
         full: full-precision network, in eval mode; unchanged.
-        layers: names of the Linear and Conv2d layers to quantize.
+        layers: names of the layers to quantize.
         rounded: a layer's weights [g, r, c] rounded at the reference width; asked for once a layer.
         sample: draws a layer's weight perturbation [g, r, c], w - mu.
         predicted: predicted risk of each layer at the reference width, in nats per example.
@@ -91,10 +91,10 @@ def measure_kappa(
             weights = perturbed_weights(full, layers, sample, generator) if samples else {}
             reference = _logits(full, weights, inputs, batch_size)
             for name in layers:
+                layer = named_layer(full, name)
                 if name not in candidates:
-                    layer = named_layer(full, name)
                     candidates[name] = matrix_to_weight(layer, rounded(name)).to(layer.weight)
-                other = _logits(full, {**weights, f"{name}.weight": candidates[name]}, inputs, batch_size)
+                other = _logits(full, {**weights, weight_key(name, layer): candidates[name]}, inputs, batch_size)
                 measured[name] += float(kl_divergence(reference, other, likelihood).mean()) / draws
                 bar.update()
     factors, fallbacks = {}, {"kappa_undefined": 0, "kappa_clamped": 0}

@@ -15,12 +15,13 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bayesq.quant.in_step import meet, run_in_step
-from bayesq.quant.layers import MASK, Layer, mask_samples
+from bayesq.quant.layers import MASK, find_layer, is_layer, mask_samples
 
 Norm = nn.BatchNorm1d | nn.BatchNorm2d
 # Bounds of v / v'. Beyond them a variance is an estimate from few active positions rather than an effect of rounding.
@@ -67,6 +68,7 @@ def correct_moments(
     layers: Collection[str],
     inputs: Mapping[str, Tensor],
     max_examples: int = MAX_EXAMPLES,
+    alone: bool = False,
 ) -> Correction:
     """Match the moments of `quantized` to those of `full`, in place, norm by norm and layer by layer.
 
@@ -78,21 +80,23 @@ def correct_moments(
     Args:
         full: full-precision network, in eval mode.
         quantized: a copy of it with quantized weights; changed in place.
-        layers: names of the quantized Linear and Conv2d layers.
+        layers: names of the quantized layers. Those that are not modules of their own stay uncorrected.
         inputs: module arguments [n, ...]; `module(**inputs)` runs the network.
+        max_examples: examples that are used.
+        alone: one example a batch, for networks whose layers do not have the batch in front of their inputs.
 
     Raises:
-        ValueError: a network is in training mode, a name is not a layer, there is no example, or
+        ValueError: a network is in training mode, a name is no layer, there is no example, or
             batches take different ways through the network.
     """
     if full.training or quantized.training:
         raise ValueError("moments can only be matched in eval mode")
     modules = dict(full.named_modules())
-    if unknown := [name for name in layers if not isinstance(modules.get(name), nn.Linear | nn.Conv2d)]:
-        raise ValueError(f"{', '.join(unknown)}: not a Linear or Conv2d layer of the network")
+    for name in layers:
+        find_layer(full, name)
     device = next(full.parameters()).device
     inputs = {name: x.to(device) for name, x in _thin_out(inputs, max_examples).items()}
-    parts = _parts(inputs)
+    parts = _parts(inputs, 1 if alone else PART_EXAMPLES)
     reference = _record(full, layers, parts)
 
     def own_norm(layer: str) -> bool:
@@ -105,7 +109,7 @@ def correct_moments(
         if reference.calls[name] == 1:
             _fold(norm, *reference.norms[name], *_moments(x, 1, parts))
 
-    def on_layer(name: str, layer: Layer, output: Sequence[Tensor]) -> None:
+    def on_layer(name: str, layer: Any, output: Sequence[Tensor]) -> None:
         if reference.calls[name] != 1 or layer.bias is None or own_norm(name):
             return
         shift = reference.layers[name] - _mean(output, _channel_dim(layer), parts)
@@ -133,16 +137,16 @@ def _thin_out(inputs: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
     return {name: x[(torch.arange(count) * total // count).to(x.device)] for name, x in inputs.items()}
 
 
-def _parts(inputs: dict[str, Tensor]) -> list[dict[str, Tensor]]:
-    """Small batches; sequences are sorted by length, each batch trimmed to its longest."""
+def _parts(inputs: dict[str, Tensor], size: int) -> list[dict[str, Tensor]]:
+    """Batches of `size` examples; sequences are sorted by length, each batch trimmed to its longest."""
     mask = inputs.get(MASK)
     if mask is None or mask.dim() != 2:
-        split = [x.split(PART_EXAMPLES) for x in inputs.values()]
+        split = [x.split(size) for x in inputs.values()]
         return [dict(zip(inputs, part, strict=True)) for part in zip(*split, strict=True)]
     # One past the last real token: padding in front of it stays.
     ends = (mask != 0).mul(torch.arange(1, mask.shape[1] + 1, device=mask.device)).amax(1)
     parts = []
-    for index in ends.argsort(descending=True, stable=True).split(PART_EXAMPLES):
+    for index in ends.argsort(descending=True, stable=True).split(size):
         longest = max(int(ends[index].max()), 1)
         parts.append(
             {name: x[index, :longest] if x.shape[:2] == mask.shape else x[index] for name, x in inputs.items()}
@@ -163,7 +167,7 @@ def _record(full: nn.Module, layers: Collection[str], parts: Sequence[Mapping[st
             if output() is x[0] and x[0]._version == version:
                 reference.read_by[layer] = name
 
-    def on_layer(name: str, layer: Layer, output: Sequence[Tensor]) -> None:
+    def on_layer(name: str, layer: Any, output: Sequence[Tensor]) -> None:
         reference.calls[name] += 1
         outputs[name] = weakref.ref(output[0]), output[0]._version
         if layer.bias is not None:
@@ -178,7 +182,7 @@ def _pass(
     layers: Collection[str],
     parts: Sequence[Mapping[str, Tensor]],
     on_norm: Callable[[str, Norm, Sequence[Tensor]], None],
-    on_layer: Callable[[str, Layer, Sequence[Tensor]], None],
+    on_layer: Callable[[str, Any, Sequence[Tensor]], None],
 ) -> None:
     """Call `on_norm` with the inputs of every BatchNorm and `on_layer` with the outputs of every layer in `layers`."""
 
@@ -191,7 +195,6 @@ def _pass(
 
     def layer_hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def hook(layer: nn.Module, _: tuple[Tensor, ...], output: Tensor) -> None:
-            assert isinstance(layer, nn.Linear | nn.Conv2d)
             meet(name, output, lambda x: on_layer(name, layer, x))
 
         return hook
@@ -202,7 +205,7 @@ def _pass(
             # Without running statistics a norm standardises its own batch: nothing is left to correct.
             if isinstance(child, nn.BatchNorm1d | nn.BatchNorm2d) and child.running_mean is not None:
                 handles.append(child.register_forward_pre_hook(norm_hook(name)))
-            elif name in layers:
+            elif name in layers and is_layer(child):
                 handles.append(child.register_forward_hook(layer_hook(name)))
         run_in_step(module, parts)
     finally:
@@ -210,8 +213,8 @@ def _pass(
             handle.remove()
 
 
-def _channel_dim(layer: Layer) -> int:
-    return -1 if isinstance(layer, nn.Linear) else 1
+def _channel_dim(layer: nn.Module) -> int:
+    return 1 if isinstance(layer, nn.Conv2d) else -1
 
 
 def _along_channels(values: Tensor, like: Tensor, channel_dim: int) -> Tensor:

@@ -7,55 +7,209 @@ within the group and c the input column (in_features, or in_channels/groups * kh
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Layer = nn.Linear | nn.Conv2d
 # The network's input that tells real tokens from padding, [examples, positions].
 MASK = "attention_mask"
 
 
+@dataclass(frozen=True, eq=False)
+class ParameterLayer:
+    """A weight that the network multiplies with by a function call, not by calling a Linear or a Conv2d.
+
+    Examples: the Conv1D of GPT-2, the experts of a mixture of experts, the in_proj_weight of a MultiheadAttention, and
+    a Linear whose weight another module passes to `F.linear` itself. Samples are those of a Linear.
+
+    Attributes:
+        owner: the module that has the parameter.
+        parameter: its name there.
+        kind: for layers.csv, such as Conv1D or Experts.
+        groups: matrices in the stack: experts, or the query, key and value part of an in_proj_weight.
+        transposed: each matrix is stored as [c, r].
+    """
+
+    owner: nn.Module
+    parameter: str
+    kind: str
+    groups: int = 1
+    transposed: bool = False
+
+    @property
+    def weight(self) -> Tensor:
+        """The parameter."""
+        weight: Tensor = getattr(self.owner, self.parameter)
+        return weight
+
+    @property
+    def parts(self) -> list[Tensor]:
+        """The matrix of each group, as stored: views of the parameter."""
+        weight = self.weight.detach()
+        return list(weight.reshape(self.groups, -1, weight.shape[-1])) if self.groups > 1 else [weight]
+
+
+Layer = nn.Linear | nn.Conv2d | ParameterLayer
+
+
 def quantizable_layers(module: nn.Module, exclude: Sequence[str] = ()) -> dict[str, Layer]:
-    """Linear and Conv2d layers of `module` in definition order, by name, without those that match a pattern.
+    """What can be quantized in `module`, in definition order, by name, without what matches a pattern.
+
+    These are Linear and Conv2d layers, and the weights that `ParameterLayer` tells of. A weight that several layers
+    share is listed once, under the first name; one that an embedding shares is not listed, because a changed table
+    would change the embedding too.
 
     Args:
-        exclude: fnmatch patterns on module names (config key layers.exclude); one that matches an embedding only is
+        exclude: fnmatch patterns on layer names (config key layers.exclude); one that matches an embedding only is
             no mistake.
 
     Raises:
         ValueError: a pattern matches nothing, no layer is left, or a layer is of a kind that cannot be quantized.
     """
-    layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)}
+    layers = _all_layers(module)
+    tables = {name: child for name, child in module.named_modules() if isinstance(child, nn.Embedding)}
     if not layers:
         raise ValueError("the network has no Linear or Conv2d layer to quantize: choose another model")
-    names = [*layers, *(name for name, child in module.named_modules() if isinstance(child, nn.Embedding))]
     for pattern in exclude:
-        if not any(fnmatchcase(name, pattern) for name in names):
+        if not any(fnmatchcase(name, pattern) for name in (*layers, *tables)):
             raise ValueError(f"layers.exclude: pattern {pattern!r} matches no Linear, Conv2d or Embedding layer")
     kept = {name: layer for name, layer in layers.items() if not _matches(name, exclude)}
     if not kept:
         raise ValueError("layers.exclude leaves no Linear or Conv2d layer to quantize")
     for name, layer in kept.items():
-        plain = nn.Linear if isinstance(layer, nn.Linear) else nn.Conv2d
-        if type(layer).forward is not plain.forward and not _is_dynamic_same(layer):
-            # A weight-standardised convolution, say: its stored weight is not the one it multiplies with.
-            raise ValueError(
-                f"layer {name} is a {type(layer).__name__} with a forward pass of its own, which may change its "
-                f"weight: add {name} to layers.exclude"
-            )
-    return kept
+        _check_plain(name, layer)
+    # a layer that is excluded keeps the weight it shares with another one
+    taken = {id(table.weight) for table in tables.values()}
+    taken |= {id(layer.weight) for name, layer in layers.items() if name not in kept}
+    free = {name: layer for name, layer in kept.items() if id(layer.weight) not in taken}
+    if not free:
+        raise ValueError("all layers share their weights with embeddings or excluded layers: none is left to quantize")
+    return _once(free)
 
 
 def embedding_tables(module: nn.Module, exclude: Sequence[str] = ()) -> dict[str, nn.Embedding]:
-    """Embeddings of `module` in definition order, by name, without those that match a pattern of `exclude`."""
-    return {
-        name: child
-        for name, child in module.named_modules()
-        if isinstance(child, nn.Embedding) and not _matches(name, exclude)
-    }
+    """Embeddings of `module` in definition order, by name, without those that match a pattern of `exclude`.
+
+    A table that several embeddings share is listed once; one that a Linear layer shares (a tied head) or that an
+    excluded embedding shares is not listed.
+    """
+    tables = {name: child for name, child in module.named_modules() if isinstance(child, nn.Embedding)}
+    taken = {id(layer.weight) for layer in _all_layers(module).values()}
+    taken |= {id(table.weight) for name, table in tables.items() if _matches(name, exclude)}
+    return _once({name: table for name, table in tables.items() if id(table.weight) not in taken})
+
+
+def find_layer(module: nn.Module, name: str) -> Layer | nn.Embedding:
+    """The layer of that name, whatever `quantizable_layers` or `embedding_tables` call it.
+
+    Raises:
+        ValueError: there is none.
+    """
+    modules = dict(module.named_modules())
+    if isinstance(child := modules.get(name), nn.Linear | nn.Conv2d | nn.Embedding):
+        return child
+    for owner, prefix in ((name, ""), (name.rpartition(".")[0], name.rpartition(".")[2])):
+        for parameter, layer in _parameter_layers(modules[owner]).items() if owner in modules else ():
+            if parameter == prefix:
+                return layer
+    kind = f"is a {type(child).__name__}" if child is not None else "is not part of the network"
+    raise ValueError(f"{name:.100} {kind}, not a layer that can be quantized")
+
+
+def is_layer(module: nn.Module) -> bool:
+    """Whether the module is itself a layer: a Linear, a Conv2d or a Conv1D."""
+    return isinstance(module, nn.Linear | nn.Conv2d) or "" in _parameter_layers(module)
+
+
+def same_layer(layer: Layer, module: nn.Module, name: str) -> Layer:
+    """The layer of a copy of the network that is to the copy what `layer` is to the original."""
+    found = find_layer(module, name)
+    if isinstance(layer, ParameterLayer) and isinstance(found, nn.Linear):
+        return function_called(found)
+    assert not isinstance(found, nn.Embedding)
+    return found
+
+
+def function_called(layer: nn.Linear) -> ParameterLayer:
+    """A Linear whose weight the network passes to `F.linear` without calling the layer."""
+    return ParameterLayer(layer, "weight", type(layer).__name__)
+
+
+def weight_key(name: str, layer: Layer | nn.Embedding) -> str:
+    """Name of the layer's weight in the network's state_dict."""
+    return name if isinstance(layer, ParameterLayer) and layer.parameter != "weight" else f"{name}.weight"
+
+
+def kind_of(layer: Layer | nn.Embedding) -> str:
+    """What the layer is, for layers.csv."""
+    return layer.kind if isinstance(layer, ParameterLayer) else type(layer).__name__
+
+
+def _all_layers(module: nn.Module) -> dict[str, Layer]:
+    layers: dict[str, Layer] = {}
+    for name, child in module.named_modules():
+        if isinstance(child, nn.Linear | nn.Conv2d):
+            layers[name] = child
+        for parameter, layer in _parameter_layers(child).items():
+            layers[".".join(filter(None, (name, parameter)))] = layer
+    return layers
+
+
+def _parameter_layers(owner: nn.Module) -> dict[str, ParameterLayer]:
+    """Weights of a module that are no modules of their own: name behind the module's, "" for the module's own name.
+
+    Classes of transformers are known by name and attributes, because importing them costs seconds.
+    """
+    kind = type(owner).__name__
+    own = {name: x for name, x in owner.named_parameters(recurse=False) if x.ndim >= 2}
+    if kind == "Conv1D" and hasattr(owner, "nf") and "weight" in own:
+        return {"": ParameterLayer(owner, "weight", kind, transposed=True)}
+    if isinstance(owner, nn.MultiheadAttention) and "in_proj_weight" in own:
+        return {"in_proj_weight": ParameterLayer(owner, "in_proj_weight", kind, groups=3)}
+    if hasattr(owner, "num_experts"):
+        transposed = bool(getattr(owner, "is_transposed", False))
+        return {
+            name: ParameterLayer(owner, name, "Experts", groups=len(x), transposed=transposed)
+            for name, x in own.items()
+            if x.ndim == 3
+        }
+    return {}
+
+
+def _check_plain(name: str, layer: Layer) -> None:
+    """Refuse a layer that multiplies with something else than the weight it stores.
+
+    Raises:
+        ValueError: naming the layer.
+    """
+    if isinstance(layer, ParameterLayer):
+        return
+    remedy = f"add {name} to layers.exclude"
+    plain = nn.Linear if isinstance(layer, nn.Linear) else nn.Conv2d
+    if "weight" not in dict(layer.named_parameters(recurse=False)):
+        # weight_norm, spectral_norm or a parametrization: what a run writes into the weight would be lost
+        raise ValueError(f"layer {name} computes its weight from other parameters (weight_norm or the like): {remedy}")
+    if type(layer).forward is not plain.forward and not _is_dynamic_same(layer):
+        # A weight-standardised convolution, say: its stored weight is not the one it multiplies with.
+        raise ValueError(
+            f"layer {name} is a {type(layer).__name__} with a forward pass of its own, which may change its "
+            f"weight: {remedy}"
+        )
+
+
+Weighted = TypeVar("Weighted", nn.Embedding, "nn.Linear | nn.Conv2d | ParameterLayer")
+
+
+def _once(layers: dict[str, Weighted]) -> dict[str, Weighted]:
+    """The layers without those that share the weight of one before them."""
+    first: dict[int, str] = {}
+    for name, layer in layers.items():
+        first.setdefault(id(layer.weight), name)
+    return {name: layer for name, layer in layers.items() if first[id(layer.weight)] == name}
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:
@@ -63,8 +217,8 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
 
 
 def groups_of(layer: Layer | nn.Embedding) -> int:
-    """Number of convolution groups g; 1 for all others."""
-    return layer.groups if isinstance(layer, nn.Conv2d) else 1
+    """Number of groups g: of a convolution, or matrices in a stack; 1 for all others."""
+    return layer.groups if isinstance(layer, nn.Conv2d | ParameterLayer) else 1
 
 
 def weight_to_matrix(layer: Layer | nn.Embedding) -> Tensor:
@@ -72,12 +226,17 @@ def weight_to_matrix(layer: Layer | nn.Embedding) -> Tensor:
 
     Of an embedding, r is the entry that a token selects.
     """
-    weight = layer.weight.detach()
-    return weight.reshape(groups_of(layer), weight.shape[0] // groups_of(layer), -1)
+    weight, groups = layer.weight.detach(), groups_of(layer)
+    if isinstance(layer, ParameterLayer):
+        stack = weight.reshape(groups, -1, weight.shape[-1])
+        return stack.transpose(1, 2) if layer.transposed else stack
+    return weight.reshape(groups, weight.shape[0] // groups, -1)
 
 
 def matrix_to_weight(layer: Layer | nn.Embedding, matrix: Tensor) -> Tensor:
     """Inverse of `weight_to_matrix`: [g, r, c] -> the layer's own weight shape."""
+    if isinstance(layer, ParameterLayer) and layer.transposed:
+        matrix = matrix.transpose(1, 2)
     return matrix.reshape(layer.weight.shape)
 
 
@@ -92,7 +251,7 @@ def input_samples(layer: Layer, x: Tensor, examples: int) -> Tensor:
         x: input as the layer receives it.
         examples: batch size b.
     """
-    if isinstance(layer, nn.Linear):
+    if not isinstance(layer, nn.Conv2d):
         return x.reshape(examples, 1, -1, x.shape[-1])
     columns = _unfold(layer, _pad(layer, x))
     b, _, length, _ = columns.shape
@@ -103,7 +262,7 @@ def input_samples(layer: Layer, x: Tensor, examples: int) -> Tensor:
 
 def sample_shape(layer: Layer, x: Tensor, examples: int) -> tuple[int, int, int, int]:
     """Shape [b, g, l, c] of `input_samples` without computing them."""
-    if isinstance(layer, nn.Linear):
+    if not isinstance(layer, nn.Conv2d):
         return examples, 1, x.numel() // (examples * x.shape[-1]), x.shape[-1]
     height, width = _output_size(layer, _pad(layer, torch.empty(x.shape, device="meta")))
     columns = x.shape[1] // layer.groups * layer.kernel_size[0] * layer.kernel_size[1]
@@ -124,7 +283,7 @@ def input_blocks(layer: Layer, x: Tensor, elements: int) -> Iterator[tuple[slice
         the positions, and their samples [1, g, l, c].
     """
     shape = sample_shape(layer, x, 1)
-    if isinstance(layer, nn.Linear) or x.shape[0] > 1 or math.prod(shape) <= elements:
+    if not isinstance(layer, nn.Conv2d) or x.shape[0] > 1 or math.prod(shape) <= elements:
         yield slice(0, shape[2]), input_samples(layer, x, 1)
         return
     padded = _pad(layer, x)
@@ -153,7 +312,7 @@ def _output_size(layer: nn.Conv2d, padded: Tensor) -> tuple[int, int]:
 
 def output_samples(layer: Layer, gradient: Tensor, examples: int) -> Tensor:
     """Output-shaped tensor (an output gradient) as samples d[b, g, l, r]; same conventions as `input_samples`."""
-    if isinstance(layer, nn.Linear):
+    if not isinstance(layer, nn.Conv2d):
         return gradient.reshape(examples, 1, -1, gradient.shape[-1])
     b, channels = gradient.shape[:2]
     rows = gradient.reshape(b, layer.groups, channels // layer.groups, -1).transpose(2, 3)

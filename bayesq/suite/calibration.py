@@ -10,7 +10,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,15 +26,18 @@ from bayesq.posterior import DRAWS, LIKELIHOODS
 from bayesq.quant.layers import (
     MASK,
     Layer,
+    ParameterLayer,
     groups_of,
     input_blocks,
     input_samples,
+    kind_of,
     mask_samples,
     output_samples,
     sample_shape,
     weight_to_matrix,
 )
 from bayesq.quant.method import STATISTICS
+from bayesq.quant.watch import watching
 from bayesq.suite.cache import CorruptCache, TensorWriter, tensor_writer, verify
 from bayesq.suite.files import lock
 from bayesq.suite.memory import give_back_freed, halving
@@ -62,7 +65,7 @@ REQUIRES = {
     "fisher_eigenvalues": ("input_basis", "gradient_basis", "input_moment", "gradient_moment"),
 }
 # Raise when the numbers of a statistic change, so that caches of older versions are not read.
-FORMAT = "4"
+FORMAT = "5"
 # Up to this many classes the expectation over labels is exact (one backward pass a class, one in all for two classes);
 # beyond it the expectation is drawn.
 EXACT_CLASSES = 4
@@ -148,6 +151,8 @@ class _Sums:
     sums: dict[str, Tensor]
     samples: int | Tensor = 0
     called: int = 0
+    calls_now: int = 0  # in the forward pass under way
+    gradients: list[tuple[int | None, Tensor | None, Tensor]] = field(default_factory=list)  # (group, x, d) that wait
 
 
 class Collector:
@@ -160,11 +165,11 @@ class Collector:
         samples, generator, likelihood, draws: see `fisher_directions`.
         rank: k of gradient_directions.
         bases: Q_A and Q_G by layer, for fisher_eigenvalues.
-        others: further layers that gradients go through, though nothing of them is collected: what is collected has
-            the same bits whether they are watched or not.
+        others: further layers that gradients go through, by name, though nothing of them is collected: what is
+            collected has the same bits whether they are watched or not.
 
-    A layer that is called several times in one forward pass adds up its calls: exact for the moments; for statistics
-    of whole weight gradients the cross terms between calls are left out.
+    A layer that runs several times in one forward pass adds up its runs: samples of all of them enter the moments, and
+    an example's weight gradient is the sum over them.
     """
 
     def __init__(
@@ -178,11 +183,11 @@ class Collector:
         draws: str = "signs",
         rank: int = 16,
         bases: Mapping[str, tuple[Tensor, Tensor]] | None = None,
-        others: Iterable[Layer] = (),
+        others: Mapping[str, Layer] | None = None,
     ) -> None:
         self.module = module
         self.layers = layers
-        self.others = list(others)
+        self.others = others or {}
         self.kinds = frozenset(kinds)
         self._left = set(self.kinds)
         self.needs_inputs = bool(self.kinds & set(INPUT_STATISTICS))
@@ -196,17 +201,19 @@ class Collector:
         self.gradient_examples = 0
         self.backward_s = 0.0
         self._batch: Batch | None = None
-        self._stop_after: str | None = None
+        self._stop_after: tuple[str, int] | None = None
         self._backward = False
 
-    def add(self, batch: Batch, gradients: bool = True, stop_after: str | None = None) -> None:
+    def add(self, batch: Batch, gradients: bool = True, stop_after: tuple[str, int] | None = None) -> None:
         """One forward pass, and the backward passes if a gradient statistic is asked for.
 
         Args:
             gradients: False leaves this batch out of the gradient statistics.
-            stop_after: without backward passes, end the forward pass when this layer has run.
+            stop_after: without backward passes, end the forward pass when this layer has run so many times.
         """
         self._batch, self._stop_after = batch, stop_after
+        for state in self.sums.values():
+            state.calls_now = 0
         self._backward = gradients and self.needs_gradients
         with self._hooks():
             if not self._backward:
@@ -220,6 +227,7 @@ class Collector:
                     for k, direction in enumerate(directions):
                         # The sum over the batch gives each example its own gradient: rows of logits are independent.
                         (logits * direction.to(logits.dtype)).sum().backward(retain_graph=k + 1 < len(directions))
+                        self._finish_examples()
                     self.backward_s += time.perf_counter() - start
                 self.gradient_examples += len(batch.labels)
 
@@ -260,86 +268,99 @@ class Collector:
             directions = torch.zeros_like(neutral())
             directions[: len(top)] = top.reshape(-1, *directions.shape[1:])
             return directions
-        return total.div_(int(state.samples) if kind in INPUT_STATISTICS else self.gradient_examples).cpu()
+        if kind in INPUT_STATISTICS:
+            return _mean_input(total, torch.as_tensor(state.samples)).cpu()
+        return total.div_(self.gradient_examples).cpu()
 
     @contextmanager
     def _hooks(self) -> Iterator[None]:
-        handles = [layer.register_forward_hook(self._forward_hook(name)) for name, layer in self.layers.items()]
-        handles += [layer.register_forward_hook(self._begin_graph) for layer in self.others]
         frozen = [p for p in self.module.parameters() if p.requires_grad]
         try:
             for p in frozen:  # only the layers' outputs need gradients
                 p.requires_grad_(False)
-            yield
+            with watching({**self.others, **self.layers}, self._seen):
+                yield
         finally:
             for p in frozen:
                 p.requires_grad_(True)
-            for handle in handles:
-                handle.remove()
 
-    def _forward_hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]:
-        def hook(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-            assert isinstance(layer, nn.Linear | nn.Conv2d) and self._batch is not None
-            examples, mask = len(self._batch.labels), self._batch.inputs.get(MASK)
-            state = self.sums[name]
-            state.called += 1
-            x = inputs[0].detach()
-            if self.needs_inputs:
-                self._inputs(state, layer, x, examples, mask)
-            if not self._backward:
-                if name == self._stop_after:
-                    raise _Reached
-                return None
-            leaf, replaced = _leaf(output)
-            kept = x if self.kinds & PAIRED_STATISTICS else None  # until the backward pass
-            leaf.register_hook(lambda gradient: self._gradient(name, layer, kept, gradient.detach(), examples, mask))
-            return replaced
+    def _seen(self, name: str, group: int | None, x: Tensor, output: Tensor) -> Tensor | None:
+        """A layer has run: take what its input tells, and wait for the gradient of its output."""
+        if name not in self.layers or not x.numel():
+            return _leaf(output)[1] if self._backward else None
+        assert self._batch is not None
+        state, x = self.sums[name], x.detach()
+        state.called += 1
+        state.calls_now += 1
+        if self.needs_inputs:
+            self._inputs(name, group, x)
+        if not self._backward:
+            if self._stop_after == (name, state.calls_now):
+                raise _Reached
+            return None
+        leaf, replaced = _leaf(output)
+        kept = x if self.kinds & PAIRED_STATISTICS else None  # until the backward pass
+        leaf.register_hook(lambda gradient: self._gradient(name, group, kept, gradient.detach()))
+        return replaced
 
-        return hook
-
-    def _begin_graph(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-        return _leaf(output)[1] if self._backward else None
-
-    def _inputs(self, state: _Sums, layer: Layer, x: Tensor, examples: int, mask: Tensor | None) -> None:
-        for part, blocks in _input_parts(layer, x, examples, whole=mask is not None):
+    def _inputs(self, name: str, group: int | None, x: Tensor) -> None:
+        assert self._batch is not None
+        layer, state, mask = self.layers[name], self.sums[name], self._batch.inputs.get(MASK)
+        for part, blocks in _input_parts(layer, x, len(self._batch.labels), whole=mask is not None):
             for _, block in blocks:
                 rows, count = mask_samples(block, None if mask is None else mask[part])
-                state.samples = state.samples + count
+                state.samples = state.samples + _in_stack(layer, group, torch.as_tensor(count).expand(1))
                 rows = rows.transpose(0, 1).flatten(1, 2)  # [g, n, c]
                 if "input_moment" in self.kinds:
-                    _accumulate(state, "input_moment", rows.transpose(1, 2) @ rows)
+                    _accumulate(state, "input_moment", _in_stack(layer, group, rows.transpose(1, 2) @ rows))
                 if "input_magnitude" in self.kinds:
-                    _accumulate(state, "input_magnitude", rows.abs().sum(1))
+                    _accumulate(state, "input_magnitude", _in_stack(layer, group, rows.abs().sum(1)))
 
-    def _gradient(
-        self, name: str, layer: Layer, x: Tensor | None, gradient: Tensor, examples: int, mask: Tensor | None
-    ) -> None:
-        state = self.sums[name]
-        d, _ = mask_samples(output_samples(layer, gradient, examples).to(torch.float32), mask)  # [b, g, l, r]
+    def _gradient(self, name: str, group: int | None, x: Tensor | None, gradient: Tensor) -> None:
+        """The gradient of one run's output; an example's weight gradient is complete with those of all its runs."""
+        assert self._batch is not None
+        layer, state, mask = self.layers[name], self.sums[name], self._batch.inputs.get(MASK)
+        samples = output_samples(layer, gradient, len(self._batch.labels))
+        d, _ = mask_samples(samples.to(torch.float32), mask)  # [b, g, l, r]
         if "gradient_moment" in self.kinds:
             rows = d.transpose(0, 1).flatten(1, 2)
-            _accumulate(state, "gradient_moment", rows.transpose(1, 2) @ rows)
+            _accumulate(state, "gradient_moment", _in_stack(layer, group, rows.transpose(1, 2) @ rows))
         if x is None:
             return
+        state.gradients.append((group, x, d))
+        if len(state.gradients) == state.calls_now:
+            self._paired(name)
+
+    def _finish_examples(self) -> None:
+        """A backward pass is over: runs whose gradient did not come add nothing."""
+        for name, state in self.sums.items():
+            if state.gradients:
+                self._paired(name)
+
+    def _paired(self, name: str) -> None:
+        """Statistics of each example's weight gradient, from all runs of a layer."""
+        assert self._batch is not None
+        layer, state, examples = self.layers[name], self.sums[name], len(self._batch.labels)
+        runs, state.gradients = state.gradients, []
         if self.kinds & {"fisher_diagonal", "gradient_directions"}:
-            for part, blocks in _input_parts(layer, x, examples, extra=layer.weight.numel()):
+            for pairs in _paired_parts(layer, runs, examples):
                 # [e, g, r, c], the weight gradient of each example
-                whole = _add(d[part][:, :, positions].transpose(2, 3) @ rows for positions, rows in blocks)
+                whole = _add(_in_stack(layer, group, own.transpose(2, 3) @ rows, 1) for group, own, rows in pairs)
                 if "gradient_directions" in self.kinds:
                     self._sketch(state, whole.flatten(1))
                 if "fisher_diagonal" in self.kinds:
                     _accumulate(state, "fisher_diagonal", whole.square_().sum(0))
         if "fisher_eigenvalues" in self.kinds:
-            q_a, q_g = (basis.to(d) for basis in self.bases[name])
+            q_a, q_g = (basis.to(runs[0][2]) for basis in self.bases[name])
             r, c = q_g.shape[-1], q_a.shape[-1]
             # The cheaper of two ways: turn the samples, or the gradients summed over them.
-            turn_samples = d.shape[2] * (r * r + c * c) < r * c * (r + c)
-            for part, blocks in _input_parts(layer, x, examples, extra=layer.weight.numel()):
-                own = ((d[part][:, :, positions], rows) for positions, rows in blocks)
-                if turn_samples:
-                    turned = _add((own_d @ q_g).transpose(2, 3) @ (rows @ q_a) for own_d, rows in own)
+            turn_samples = runs[0][2].shape[2] * (r * r + c * c) < r * c * (r + c)
+            for pairs in _paired_parts(layer, runs, examples):
+                if turn_samples and groups_of(layer) == runs[0][2].shape[1]:
+                    turned = _add((own @ q_g).transpose(2, 3) @ (rows @ q_a) for _, own, rows in pairs)
                 else:
-                    turned = q_g.transpose(1, 2) @ _add(own_d.transpose(2, 3) @ rows for own_d, rows in own) @ q_a
+                    stacked = (_in_stack(layer, group, own.transpose(2, 3) @ rows, 1) for group, own, rows in pairs)
+                    turned = q_g.transpose(1, 2) @ _add(stacked) @ q_a
                 _accumulate(state, "fisher_eigenvalues", turned.square_().sum(0))
 
     def _sketch(self, state: _Sums, gradients: Tensor) -> None:
@@ -406,6 +427,49 @@ def _input_parts(
         yield part, ((positions, rows.to(torch.float32)) for positions, rows in blocks)
 
 
+def _paired_parts(
+    layer: Layer, runs: Sequence[tuple[int | None, Tensor | None, Tensor]], examples: int
+) -> Iterator[Iterator[tuple[int | None, Tensor, Tensor]]]:
+    """Output gradients and inputs of the same positions, of a few examples at a time.
+
+    Args:
+        runs: group, input and output gradients [b, g, l, r] of each run of the layer.
+
+    Yields:
+        for each few examples e, of each block of each run: group, d [e, g, l, r] and x [e, g, l, c].
+    """
+    if len(runs) == 1:
+        ((group, x, d),) = runs
+        assert x is not None
+        for part, blocks in _input_parts(layer, x, examples, extra=layer.weight.numel()):
+            yield ((group, d[part][:, :, positions], rows) for positions, rows in blocks)
+        return
+    for k in range(examples):
+        yield _blocks_of_runs(layer, runs, examples, k)
+
+
+def _blocks_of_runs(
+    layer: Layer, runs: Sequence[tuple[int | None, Tensor | None, Tensor]], examples: int, k: int
+) -> Iterator[tuple[int | None, Tensor, Tensor]]:
+    """`_paired_parts` of example k."""
+    for group, x, d in runs:
+        assert x is not None
+        for _, blocks in _input_parts(layer, x.reshape(examples, -1, *x.shape[1:])[k], 1):
+            for positions, rows in blocks:
+                yield group, d[k : k + 1, :, positions], rows
+
+
+def _in_stack(layer: Layer, group: int | None, value: Tensor, dim: int = 0) -> Tensor:
+    """What belongs to one group of a stack [.., 1, ..], with zeros for the other groups: [.., g, ..] in `dim`."""
+    if group is None:
+        return value
+    shape = list(value.shape)
+    shape[dim] = groups_of(layer)
+    stack = value.new_zeros(shape)
+    stack.select(dim, group).copy_(value.select(dim, 0))
+    return stack
+
+
 def _add(terms: Iterator[Tensor]) -> Tensor:
     """Sum of tensors, the first of which becomes the sum."""
     total = next(terms)
@@ -453,6 +517,19 @@ def sum_bytes(layer: Layer, kinds: Sequence[str], rank: int) -> int:
     return total
 
 
+def _mean_input(total: Tensor, samples: Tensor) -> Tensor:
+    """Sums over samples [g, ..] as means; a group of a stack that no sample reached gets the mean over all groups.
+
+    Args:
+        samples: number of samples, or numbers [g].
+    """
+    if samples.numel() == 1:
+        return total.div_(int(samples))
+    counts = samples.reshape(-1, *[1] * (total.dim() - 1)).to(total.device)
+    pooled = total.sum(0, keepdim=True) / counts.sum()
+    return torch.where(counts > 0, total / counts.clamp_min(1), pooled)
+
+
 def _neutral(layer: Layer, kind: str, rank: int) -> Tensor:
     shape = statistic_shape(layer, kind, rank)
     if kind == "gradient_directions":
@@ -468,30 +545,22 @@ def forward_order(module: nn.Module, layers: Mapping[str, Layer], batch: Batch) 
     Layers the batch does not reach come last, in definition order.
     """
     order: list[list[str]] = []
-    seen: set[str] = set()
+    found: set[str] = set()
     inputs: list[Tensor] = []  # kept alive, so that identity means identity
 
-    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def record(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            if name in seen:
-                return
-            seen.add(name)
-            if inputs and inputs[-1] is arguments[0]:
-                order[-1].append(name)
-            else:
-                order.append([name])
-                inputs.append(arguments[0])
+    def seen(name: str, _: int | None, x: Tensor, __: Tensor) -> None:
+        if name in found:
+            return
+        found.add(name)
+        if inputs and inputs[-1] is x:
+            order[-1].append(name)
+        else:
+            order.append([name])
+            inputs.append(x)
 
-        return record
-
-    handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
-    try:
-        with torch.no_grad():
-            module(**batch.inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return order + [[name] for name in layers if name not in seen]
+    with torch.no_grad(), watching(layers, seen):
+        module(**batch.inputs)
+    return order + [[name] for name in layers if name not in found]
 
 
 @dataclass(frozen=True)
@@ -544,7 +613,7 @@ class Calibration:
 
     Args:
         module: network in eval mode on its device.
-        network_checksum: sha256 of its weights.
+        identity: of the network, as `Network.identity`.
         layers: layers by name.
         examples: encoded calibration examples.
         settings: see CalibrationSettings.
@@ -557,7 +626,7 @@ class Calibration:
     def __init__(
         self,
         module: nn.Module,
-        network_checksum: str,
+        identity: str,
         layers: Mapping[str, Layer],
         examples: EncodedExamples,
         settings: CalibrationSettings,
@@ -572,10 +641,13 @@ class Calibration:
             "format": FORMAT,
             "torch": torch.__version__,
             "device": device.type,
-            "model": network_checksum,
-            "architecture": repr(module),  # strides and activations are not in the weights
+            "model": identity,
+            "architecture": repr(module),
             "examples": examples.checksum(),
-            "layers": [(name, list(layer.weight.shape), groups_of(layer)) for name, layer in layers.items()],
+            "layers": [
+                (name, kind_of(layer), isinstance(layer, ParameterLayer), list(layer.weight.shape), groups_of(layer))
+                for name, layer in layers.items()
+            ],
             "batch_size": settings.batch_size,
         }
         self.gradient_examples = min(settings.gradient_examples or len(examples), len(examples))
@@ -752,7 +824,7 @@ class Calibration:
             draws=self.settings.draws,
             rank=self.settings.rank,
             bases=bases,
-            others=[layer for name, layer in self.layers.items() if name not in layers],
+            others={name: layer for name, layer in self.layers.items() if name not in layers},
         )
         batches = self.examples.batches(batch_size, self.device)
         count = -(-len(self.examples) // batch_size)
@@ -783,7 +855,8 @@ class SequentialInputs:
     calibration set runs up to that layer, from the last module before it whose inputs cannot change any more (see
     bayesq.suite.replay). Layers that read the same tensor share one pass.
 
-    Args: as Calibration; `module` is a working copy whose weights change, `groups` come from `forward_order`.
+    Args: as Calibration; `module` is a working copy whose weights change, `groups` come from `forward_order`, `calls`
+        tells how often each layer runs in a pass, which then ends with the last run; without it, passes run to the end.
     """
 
     def __init__(
@@ -794,8 +867,9 @@ class SequentialInputs:
         examples: EncodedExamples,
         batch_size: int,
         device: torch.device,
+        calls: Mapping[str, int] | None = None,
     ) -> None:
-        self.module, self.layers, self.groups = module, layers, groups
+        self.module, self.layers, self.groups, self.calls = module, layers, groups, calls or {}
         self.examples, self.batch_size, self.device = examples, batch_size, device
         self.seconds = 0.0
         self.oom_retries = 0
@@ -821,9 +895,21 @@ class SequentialInputs:
         watched = {name: self.layers[name] for name in group}
         collector = Collector(replay, watched, INPUT_STATISTICS, None, torch.Generator())
         for batch in replay.batches(group):
-            collector.add(batch, stop_after=group[-1])
+            collector.add(batch, stop_after=self._last_run(group))
         found = {kind: collector.statistics(kind)[0] for kind in INPUT_STATISTICS}
         return {name: {kind: found[kind][name] for kind in INPUT_STATISTICS} for name in group}
+
+    def _last_run(self, group: Sequence[str]) -> tuple[str, int] | None:
+        """The layer and the number of its run after which all of the group has run; None if that is not known.
+
+        Experts run as often as tokens are sent to them.
+        """
+        calls = [self.calls.get(name) for name in group]
+        if any(isinstance(self.layers[name], ParameterLayer) and groups_of(self.layers[name]) > 1 for name in group):
+            return None
+        if len(group) == 1 and calls[0] is not None:
+            return group[0], calls[0]
+        return (group[-1], 1) if set(calls) == {1} else None
 
 
 class _Reached(Exception):

@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 ACCURACY = (Metric("accuracy", "accuracy"),)
 # Raise when `logits` changes numerically, so that cached full-precision logits of older versions are not read.
-FORMAT = "2"
+FORMAT = "3"
 
 
 @torch.no_grad()
@@ -71,19 +71,23 @@ def _logits(
 
 def cached_logits(
     module: nn.Module,
-    network_checksum: str,
+    identity: str,
     examples: EncodedExamples,
     batch_size: int,
     device: torch.device,
     cache_dir: Path,
     autocast: str | None = None,
 ) -> tuple[Tensor, int]:
-    """`logits` of the full-precision network, computed once for all runs on the same evaluation set."""
+    """`logits` of the full-precision network, computed once for all runs on the same evaluation set.
+
+    Args:
+        identity: of the network, as `Network.identity`.
+    """
     content = {
         "format": FORMAT,
         "torch": torch.__version__,
         "device": device.type,
-        "model": network_checksum,
+        "model": identity,
         "architecture": repr(module),
         "examples": examples.checksum(),
         "batch_size": batch_size,

@@ -173,11 +173,12 @@ def write_gptq(packed: "Packed", network: "Network", folder: Path, dtype: str, c
     from torch import nn
 
     from bayesq.quant.gptq_layout import BLOCK, fits_blocks, gptq_buffers
+    from bayesq.quant.layers import find_layer, kind_of
 
     part, convert = transformers_part(network.module), Conversion(dtype)
     layers = {name: layer for name, layer in part.module.named_modules() if isinstance(layer, nn.Linear)}
     plain, buffers, widths = dict(part.module.state_dict()), {}, {}
-    kinds = Counter(type(network.module.get_submodule(name)).__name__ for name in packed.tensors)
+    kinds = Counter(kind_of(find_layer(network.module, name)) for name in packed.tensors)
     for name in layers:
         tensor = packed.tensors.get(part.prefix + name)
         if tensor is None or not fits_blocks(tensor):
@@ -249,11 +250,13 @@ def write_self_contained(packed: "Packed", network: "Network", file: Path) -> li
     """
     import torch
 
+    from bayesq.quant.layers import find_layer, weight_key
     from bayesq.suite.loading import self_contained
     from bayesq.suite.packed import Packed, read_packed, write_packed
 
     expected = network.module.state_dict()
-    state = {name: value for name, value in expected.items() if name.removesuffix(".weight") not in packed.tensors}
+    quantized = {weight_key(name, find_layer(network.module, name)) for name in packed.tensors}
+    state = {name: value for name, value in expected.items() if name not in quantized}
     record = {**packed.run, "network": {**packed.run["network"], "blueprint": network.blueprint}}
     with atomic_path(file) as temporary:
         sizes = write_packed(temporary, Packed(packed.tensors, state=state, run=record))

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 import bayesq
 from bayesq.quant.accounting import buffer_bytes
-from bayesq.quant.layers import groups_of, matrix_to_weight
+from bayesq.quant.layers import find_layer, matrix_to_weight, weight_key, weight_to_matrix
 from bayesq.quant.packing import PARAMETER_PREFIX, STATE_PREFIX, pack_model, parsed, unpack_model
 from bayesq.quant.tensor import QuantizedTensor
 from bayesq.suite.cache import CorruptCache, read_tensors, write_tensors
@@ -141,23 +141,20 @@ def fill(
     Raises:
         ValueError: the module has no such layer or parameter, or one of another shape or dtype. It stays as it was.
     """
-    layers, state = dict(module.named_modules()), module.state_dict() if parameters else {}
+    layers = {name: find_layer(module, name) for name in tensors}
+    state = module.state_dict() if parameters else {}
     for name, tensor in tensors.items():
-        layer = layers.get(name)
-        if not isinstance(layer, nn.Linear | nn.Conv2d | nn.Embedding):
-            raise ValueError(f"the network has no layer {name:.100} that can be quantized")
-        shape = [groups_of(layer), len(layer.weight), layer.weight[0].numel()]
-        if shape != [tensor.groups, *tensor.codes.shape]:
+        shape = list(weight_to_matrix(layers[name]).shape)
+        if shape != [tensor.groups, len(tensor.codes) // tensor.groups, tensor.codes.shape[1]]:
             raise ValueError(f"layer {name} has groups, rows and columns {shape}, not those of its codes")
+    quantized = {weight_key(name, layer) for name, layer in layers.items()}
     for name, value in (parameters or {}).items():
-        if name not in state or name.removesuffix(".weight") in tensors:
+        if name not in state or name in quantized:
             raise ValueError(f"the network has no parameter {name:.100} beside its quantized weights")
         if state[name].shape != value.shape or state[name].dtype != value.dtype:
             raise ValueError(f"parameter {name} has another shape or dtype in the network")
     for name, tensor in tensors.items():
-        layer = layers[name]
-        assert isinstance(layer, nn.Linear | nn.Conv2d | nn.Embedding)
         with torch.no_grad():
-            layer.weight.copy_(matrix_to_weight(layer, tensor.dequantize()))
+            layers[name].weight.copy_(matrix_to_weight(layers[name], tensor.dequantize()))
     if parameters:
         module.load_state_dict(dict(parameters), strict=False)

@@ -133,7 +133,7 @@ def _agree(calls: dict[str, _Call], others: Mapping[str, _Call]) -> None:
 
 def find_chains(calls: Mapping[str, _Call], layers: Sequence[str]) -> list[list[str]]:
     """Chains that lie behind one another, the one with the most layers first, then what it leaves over."""
-    times = [calls[name].entered for name in layers if name in calls]
+    times = [calls[around].entered for name in layers if (around := _around(name, calls)) in calls]
     inside = {name: sum(call.entered <= time <= call.exited for time in times) for name, call in calls.items()}
     left = sorted((name for name, call in calls.items() if call.usable), key=lambda name: calls[name].exited)
     chains: list[list[str]] = []
@@ -153,6 +153,13 @@ def find_chains(calls: Mapping[str, _Call], layers: Sequence[str]) -> list[list[
         chains.append(chain)
         first = calls[chain[0]].entered
         left = [name for name in left if calls[name].exited < first or calls[name].entered > calls[last].exited]
+
+
+def _around(name: str, calls: Mapping[str, _Call]) -> str:
+    """The layer itself if it is called, else the innermost module around it that is, whose name begins the layer's."""
+    while name and name not in calls:
+        name = name.rpartition(".")[0]
+    return name
 
 
 @dataclass
@@ -277,7 +284,7 @@ class Replay(nn.Module):
                 return None
             self._trace()
         assert self._calls is not None
-        called = [self._calls.get(name) for name in group]
+        called = [self._calls.get(_around(name, self._calls)) for name in group]
         times = [call.entered for call in called if call is not None and call.usable]
         if len(times) < len(group):
             return None

@@ -34,9 +34,17 @@ from bayesq.proxy import Kappa, measure_kappa
 from bayesq.quant.accounting import code_bits, stored_bytes
 from bayesq.quant.correction import MAX_EXAMPLES, Correction, correct_moments
 from bayesq.quant.grids import FP16_MAX, FP16_TINY
-from bayesq.quant.layers import Layer, embedding_tables, quantizable_layers, weight_to_matrix
+from bayesq.quant.layers import (
+    Layer,
+    embedding_tables,
+    kind_of,
+    quantizable_layers,
+    same_layer,
+    weight_to_matrix,
+)
 from bayesq.quant.method import Distortion, LayerProblem, Method, naming, stack_groups
 from bayesq.quant.tensor import QuantizedTensor
+from bayesq.quant.usage import Usage, usage_of
 from bayesq.suite import evaluation
 from bayesq.suite.cache import resolve_cache_dir
 from bayesq.suite.calibration import (
@@ -48,6 +56,7 @@ from bayesq.suite.calibration import (
     forward_order,
 )
 from bayesq.suite.config import DESCRIPTIVE, resolved, run_dir, run_id
+from bayesq.suite.coverage import Coverage, coverage, report
 from bayesq.suite.datasets.base import DataSplits
 from bayesq.suite.errors import UserError
 from bayesq.suite.memory import give_back_freed, halving, peak_bytes, resident_bytes
@@ -200,15 +209,26 @@ class Plan:
 
 @dataclass
 class Workload:
-    """Network and data of a run, encoded; of the network, what is quantized: layers, and embeddings if asked for."""
+    """Network and data of a run, encoded; of the network, what is quantized: layers, and embeddings if asked for.
+
+    Attributes:
+        usage: how the network uses its layers; only those that take part in its forward pass are quantized.
+        coverage: what share of the network that is.
+    """
 
     network: Network
     data: DataSplits
-    layers: dict[str, Layer]
+    usage: Usage
     embeddings: dict[str, nn.Embedding]
+    coverage: Coverage
     calibration: EncodedExamples
     evaluation: EncodedExamples
     device: torch.device
+
+    @property
+    def layers(self) -> dict[str, Layer]:
+        """Layers to quantize, by name, in definition order."""
+        return self.usage.layers
 
 
 @dataclass
@@ -268,7 +288,7 @@ def execute(
     reference = partial(
         evaluation.cached_logits,
         work.network.module,
-        work.network.checksum,
+        work.network.identity,
         work.evaluation,
         batch_size,
         work.device,
@@ -321,6 +341,8 @@ def execute(
         "correction": cfg.correction,
         "seed": cfg.seed,
         "primary_metric": work.data.primary_metric,
+        "quantized/share": work.coverage.share,
+        "quantized/left_out": work.coverage.left_out,
         "bits/target": float(cfg.bits),
         "bits/code": sum(code_bits(tensor) for tensor in quantized.tensors.values()) / weights,
         "bits/stored": 8 * sizes.packed / weights,
@@ -341,7 +363,7 @@ def execute(
         "memory/peak_device_bytes": torch.cuda.max_memory_allocated(work.device) if work.device.type == "cuda" else 0,
         "calibration/examples": len(work.calibration),
         "evaluation/examples": len(work.evaluation),
-        **{f"fallback/{kind}": times for kind, times in fallbacks(quantized).items()},
+        **{f"fallback/{kind}": times for kind, times in fallbacks(work, quantized).items()},
         "config": resolved(cfg),
         "versions": versions(),
         "host": host(work.device),
@@ -377,8 +399,16 @@ def load(cfg: DictConfig, cache_dir: Path) -> Workload:
     embeddings = embedding_tables(network.module, list(cfg.layers.exclude)) if cfg.layers.include_embeddings else {}
     if cfg.layers.include_embeddings and not embeddings:
         raise UserError(f"layers.include_embeddings=true: model={cfg.model.name} has no embedding left to quantize")
-    encoded = network.encode(examples), network.encode(data.evaluation)
-    return Workload(network, data, layers, embeddings, *encoded, device)
+    calibration, evaluation = network.encode(examples), network.encode(data.evaluation)
+    try:
+        usage = usage_of(network.module, layers, next(calibration.batches(2, device)).inputs)
+    except ValueError as error:
+        raise UserError(f"model={cfg.model.name}: {error}") from error
+    if not usage.layers:
+        raise UserError(f"model={cfg.model.name}: no layer takes part in the forward pass: choose another model")
+    covered = coverage(network.module, {**usage.layers, **embeddings})
+    report(covered, network.module, usage.unreached)
+    return Workload(network, data, usage, embeddings, covered, calibration, evaluation, device)
 
 
 def check_network(module: nn.Module, name: str) -> None:
@@ -442,7 +472,7 @@ def open_calibration(
 ) -> Calibration:
     """The calibration statistics that a run with this posterior reads; nothing is computed yet."""
     settings = CalibrationSettings(
-        int(cfg.calibration.batch_size),
+        1 if work.usage.alone else int(cfg.calibration.batch_size),
         posterior.samples if posterior else None,
         int(cfg.seed),
         gradient_examples=posterior.examples if posterior else None,
@@ -453,7 +483,7 @@ def open_calibration(
     room = OFFLOADED_SUM_BYTES if cfg.calibration.offload == "disk" else SUM_BYTES
     network = work.network
     return Calibration(
-        network.module, network.checksum, work.layers, work.calibration, settings, cache_dir, work.device, room
+        network.module, network.identity, work.layers, work.calibration, settings, cache_dir, work.device, room
     )
 
 
@@ -509,11 +539,10 @@ def layer_problems(work: Workload, calibration: Calibration, groups: Sequence[Se
     return [
         LayerProblem(
             name=name,
-            kind=type(work.layers[name]).__name__,
+            kind=kind_of(work.layers[name]),
             weight=weight_to_matrix(work.layers[name]).float().cpu(),
             statistic=partial(calibration.statistic, name),
             positions_per_channel=kernel_positions(work.layers[name]),
-            fallbacks={"unseen_layers": 1} if name in calibration.unseen else {},
         )
         for group in groups
         for name in group
@@ -529,6 +558,11 @@ def quantize(cfg: DictConfig, plan: Plan, work: Workload, calibration: Calibrati
     method, posterior, allocator = plan.method, plan.posterior, plan.allocator
     module, layers, examples, device = work.network.module, work.layers, work.calibration, work.device
     calibration.prepare(statistics_of(plan))
+    if calibration.unseen:  # a statistic that nothing was measured for must not decide widths
+        raise UserError(
+            f"no calibration example reaches {', '.join(sorted(calibration.unseen))}: add them to layers.exclude, or "
+            "raise calibration.examples"
+        )
 
     groups = forward_order(module, layers, next(examples.batches(1, device)))
     problems = layer_problems(work, calibration, groups)
@@ -540,8 +574,9 @@ def quantize(cfg: DictConfig, plan: Plan, work: Workload, calibration: Calibrati
         # A copy whose layers are replaced one by one. Only the method sees its inputs: bits are allocated before
         # anything is rounded.
         working = quantized_copy(work, result)
-        own = {name: layer for name, layer in quantizable_layers(working).items() if name in layers}
-        prefix = SequentialInputs(working, own, groups, examples, calibration.settings.batch_size, device)
+        own = {name: same_layer(layer, working, name) for name, layer in layers.items()}
+        size, calls = calibration.settings.batch_size, work.usage.calls
+        prefix = SequentialInputs(working, own, groups, examples, size, device, calls)
         given = [replace(problem, prefix_statistic=partial(prefix.statistic, problem.name)) for problem in problems]
 
     start = time.perf_counter()
@@ -681,7 +716,9 @@ def correct(work: Workload, quantized: Quantized) -> None:
 
     def attempt(examples: int) -> Correction:
         student = quantized_copy(work, quantized)
-        return correct_moments(work.network.module, student, list(work.layers), batch.inputs, examples)
+        return correct_moments(
+            work.network.module, student, list(work.layers), batch.inputs, examples, bool(work.usage.alone)
+        )
 
     found, retries = halving(min(MAX_EXAMPLES, len(work.calibration)), attempt, "correction")
     quantized.oom_retries += retries
@@ -743,8 +780,8 @@ def moment_start(work: Workload, quantized: Quantized, examples: int) -> Callabl
         rows = chosen[batch.index]
         inputs = {name: x[rows] for name, x in batch.inputs.items()}
         student = quantized_copy(work, quantized)
-        layers = list(work.layers)
-        return correct_moments(work.network.module, student, layers, inputs, min(examples, MAX_EXAMPLES)).tensors
+        layers, most, alone = list(work.layers), min(examples, MAX_EXAMPLES), bool(work.usage.alone)
+        return correct_moments(work.network.module, student, layers, inputs, most, alone).tensors
 
     return start
 
@@ -873,9 +910,10 @@ def kernel_positions(layer: Layer) -> int:
     return layer.kernel_size[0] * layer.kernel_size[1] if isinstance(layer, nn.Conv2d) else 1
 
 
-def fallbacks(quantized: Quantized) -> dict[str, int]:
+def fallbacks(work: Workload, quantized: Quantized) -> dict[str, int]:
     """How often something else than asked was done, of each kind in FALLBACKS."""
-    total = dict.fromkeys(FALLBACKS, 0) | {"oom_retries": quantized.oom_retries}
+    total = dict.fromkeys(FALLBACKS, 0)
+    total |= {"oom_retries": quantized.oom_retries, "unseen_layers": len(work.usage.unreached)}
     for problem in quantized.problems.values():
         for kind, times in problem.fallbacks.items():
             total[kind] += times

@@ -856,7 +856,8 @@ def test_sequential_siblings_share_one_pass_that_stops_at_them():
     for name, layer in quantizable_layers(module).items():
         layer.register_forward_hook(lambda *_, name=name: calls.update({name: calls.get(name, 0) + 1}))
     groups = [["query", "key", "value"], ["out"], ["up"], ["down"], ["head"]]
-    inputs = SequentialInputs(module, quantizable_layers(module), groups, sentences(), 2, CPU)
+    layers = quantizable_layers(module)
+    inputs = SequentialInputs(module, layers, groups, sentences(), 2, CPU, dict.fromkeys(layers, 1))
     found = [inputs.statistic(name, "input_moment") for name in groups[0]]
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
     assert calls == {"query": 3, "key": 3, "value": 3}

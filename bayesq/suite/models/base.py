@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from bayesq.suite.cache import CorruptCache, digest, read_tensors, write_tensors
 from bayesq.suite.datasets.base import DataSplits, Examples
 from bayesq.suite.files import lock
+from bayesq.suite.fingerprint import fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -101,6 +102,8 @@ class Network:
         checksum: sha256 hex over the module's state (see `state_checksum`).
         description: preprocessing, size and origin for the result file; JSON values only.
         blueprint: what `ModelSource.bare` needs beside the settings; JSON values only.
+        identity: checksum of all that decides the network's outputs: weights, configuration, code. What is cached for
+            a network is kept under it.
     """
 
     module: nn.Module
@@ -108,6 +111,12 @@ class Network:
     checksum: str
     description: dict[str, object]
     blueprint: dict[str, Any] = field(default_factory=dict)
+    identity: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        # now, because some networks keep masks or tables of a forward pass as attributes
+        parts = (self.checksum, fingerprint(self.module), json.dumps(self.blueprint, sort_keys=True))
+        self.identity = hashlib.sha256("|".join(parts).encode()).hexdigest()
 
 
 class ModelSource(Protocol):

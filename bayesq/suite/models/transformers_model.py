@@ -125,6 +125,7 @@ class TransformersClassifier:
                     dtype=torch.float32,
                     # Plain matrix products: deterministic in the backward pass on every device.
                     attn_implementation="eager",
+                    experts_implementation="eager",
                     output_loading_info=True,
                     **options,
                 ),
@@ -176,6 +177,7 @@ class TransformersClassifier:
             model = AutoModelForSequenceClassification.from_config(
                 AutoConfig.for_model(**blueprint["classifier"]),
                 attn_implementation="eager",
+                experts_implementation="eager",
                 dtype=torch.float32,
                 trust_remote_code=False,
             )

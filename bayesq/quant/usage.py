@@ -1,0 +1,145 @@
+"""How a network uses the weights of its layers, found by watching it on two examples before any long work.
+
+A layer can be called, or its weight can be passed to a function; it can run once or several times; its input can have
+the batch in front, or not: relative positions are shared by all examples, a mixture of experts sends tokens of all
+examples to one expert, and some networks put positions before the batch. Each decides how its statistics are taken.
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import groupby
+
+import torch
+from torch import Tensor, nn
+
+from bayesq.quant.layers import MASK, Layer, function_called
+from bayesq.quant.watch import Products, watching
+
+# Largest difference of an input between an example alone and in a batch, relative to its norm: float32 sums in another
+# order stay far below, inputs of another example far above.
+TOLERANCE = 1e-2
+
+
+@dataclass(frozen=True)
+class Usage:
+    """How a network uses its layers.
+
+    Attributes:
+        layers: those that take part in the forward pass, by name; as ParameterLayer where a function uses the weight.
+        calls: how often each runs in a forward pass of one example.
+        unreached: layers that take no part.
+        alone: layers whose statistics need one example at a time: the batch is not in front of their input, or
+            padding cannot be told from tokens there.
+    """
+
+    layers: dict[str, Layer]
+    calls: dict[str, int]
+    unreached: tuple[str, ...]
+    alone: tuple[str, ...]
+
+
+@dataclass
+class _Pass:
+    """What a forward pass showed: inputs by layer, one a call; how often hooks fired; other uses of weights."""
+
+    inputs: dict[str, list[Tensor]] = field(default_factory=dict)
+    called: Counter[str] = field(default_factory=Counter)
+    others: dict[str, str] = field(default_factory=dict)
+
+
+@torch.no_grad()
+def usage_of(module: nn.Module, layers: Mapping[str, Layer], inputs: Mapping[str, Tensor]) -> Usage:
+    """Watch the network on each of two examples alone, and on both together.
+
+    Args:
+        layers: of `quantizable_layers`.
+        inputs: module arguments of two examples [2, ...], padded to one length; of one example [1, ...], nothing is
+            known about batches, and every layer is said to need examples alone.
+
+    Raises:
+        ValueError: a weight takes part in another way than as the matrix of a product; the message names the layers.
+    """
+    count = len(next(iter(inputs.values())))
+    single = [_watch(module, layers, {name: x[k : k + 1] for name, x in inputs.items()}) for k in range(count)]
+    together = _watch(module, layers, inputs) if count > 1 else single[0]
+    _refuse_other_uses(layers, [*single, together])
+    used = {name: max(len(one.inputs.get(name, ())) for one in (*single, together)) for name in layers}
+    taking_part = {
+        name: _as_used(layer, used[name], max(one.called[name] for one in (*single, together)))
+        for name, layer in layers.items()
+        if used[name]
+    }
+    mask = inputs.get(MASK)
+    alone = tuple(name for name in taking_part if not _batch_first(name, single, together, mask))
+    return Usage(
+        taking_part,
+        {name: used[name] for name in taking_part},
+        tuple(name for name in layers if not used[name]),
+        alone,
+    )
+
+
+def _watch(module: nn.Module, layers: Mapping[str, Layer], inputs: Mapping[str, Tensor]) -> _Pass:
+    found = _Pass()
+
+    def use(name: str, group: int | None, x: Tensor, _: Tensor) -> None:
+        found.inputs.setdefault(name, []).append(x.detach())
+
+    def call(name: str, *_: object) -> None:
+        found.called[name] += 1
+
+    def other(name: str, function: str) -> None:
+        found.others.setdefault(name, function)
+
+    modules = {name: layer for name, layer in layers.items() if isinstance(layer, nn.Module)}
+    with watching(modules, call), Products(layers, use, other):
+        module(**inputs)
+    for name, layer in layers.items():
+        if isinstance(layer, nn.Conv2d) and len(found.inputs.get(name, ())) > found.called[name]:
+            found.others.setdefault(name, "conv2d")  # its stride and padding are then not the layer's
+    return found
+
+
+def _as_used(layer: Layer, used: int, called: int) -> Layer:
+    """The layer, as ParameterLayer if it runs without being called."""
+    return function_called(layer) if isinstance(layer, nn.Linear) and used > called else layer
+
+
+def _refuse_other_uses(layers: Mapping[str, Layer], passes: list[_Pass]) -> None:
+    """Refuse layers whose weights take part in a way that no statistics describe."""
+    others: dict[str, str] = {}
+    for one in passes:
+        others |= one.others
+    if not others:
+        return
+    named = sorted((function, name) for name, function in others.items())
+    parts = [
+        f"{', '.join(name for _, name in group)} by {function}"
+        for function, group in groupby(named, key=lambda pair: pair[0])
+    ]
+    raise ValueError(
+        f"the network does not only multiply inputs with these weights, it also computes with them: layer "
+        f"{'; '.join(parts)}: add them to layers.exclude"
+    )
+
+
+def _batch_first(name: str, single: list[_Pass], together: _Pass, mask: Tensor | None) -> bool:
+    """Whether every input of the layer, in a batch, is those of the examples one after the other.
+
+    With a mask, an input's positions must be those of the mask too, or one for each example.
+    """
+    count = len(single)
+    calls = [together.inputs[name], *(one.inputs.get(name, []) for one in single)]
+    if count < 2 or len({len(xs) for xs in calls}) > 1:
+        return False
+    for x, *alone in zip(*calls, strict=True):
+        if x.shape[-1] == 0 or any(one.numel() * count != x.numel() for one in alone):
+            return False
+        positions = x.numel() // (count * x.shape[-1])
+        if mask is not None and x.dim() < 4 and positions not in (1, mask.shape[1]):
+            return False
+        rows = x.reshape(count, -1)
+        if any((row - one.flatten()).norm() > TOLERANCE * one.norm() for row, one in zip(rows, alone, strict=True)):
+            return False
+    return True

@@ -1,0 +1,66 @@
+"""What share of a network a run quantizes, and what it leaves in full precision."""
+
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from bayesq.quant.layers import Layer, embedding_tables, weight_key
+from bayesq.suite.models.base import parameter_count
+
+log = logging.getLogger(__name__)
+
+# Tensors left out that are named: the largest ones.
+NAMED = 5
+# Names on the terminal.
+SHOWN = 2
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """How much of a network is quantized.
+
+    Attributes:
+        share: quantized weights over all parameters, each shared tensor counted once.
+        left_out: parameters with at least two dimensions that are not quantized: name -> number of weights, the NAMED
+            largest.
+    """
+
+    share: float
+    left_out: dict[str, int]
+
+
+def coverage(module: nn.Module, layers: Mapping[str, Layer | nn.Embedding]) -> Coverage:
+    """The share of `module` that `layers` are."""
+    quantized = {weight_key(name, layer) for name, layer in layers.items()}
+    shared = {id(layer.weight) for layer in layers.values()}
+    left = {
+        name: x.numel()
+        for name, x in module.named_parameters()
+        if name not in quantized and id(x) not in shared and x.ndim >= 2
+    }
+    largest = sorted(left, key=lambda name: (-left[name], name))[:NAMED]
+    weights = sum(layer.weight.numel() for layer in layers.values())
+    return Coverage(weights / parameter_count(module), {name: left[name] for name in largest})
+
+
+def report(found: Coverage, module: nn.Module, unreached: Iterable[str]) -> None:
+    """One line on what is quantized, a warning below one half, and one on layers that the forward pass never uses."""
+    tables = {f"{name}.weight" for name in embedding_tables(module)}
+    names = list(found.left_out)[:SHOWN]
+    left = ", ".join(f"{name} ({_millions(found.left_out[name])})" for name in names)
+    hint = "; layers.include_embeddings=true rounds embeddings" if tables.intersection(names) else ""
+    rest = f"; largest of the rest: {left}{hint}" if left else ""
+    level = logging.WARNING if found.share < 0.5 else logging.INFO
+    log.log(level, f"quantizes {100 * found.share:.0f} % of {_millions(parameter_count(module))} parameters{rest}")
+    if names := list(unreached):
+        more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+        log.warning(
+            f"{len(names)} layers take no part in the forward pass and stay in full precision: "
+            f"{', '.join(names[:NAMED])}{more}"
+        )
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:.1f} M" if count >= 1e5 else f"{count:,}"

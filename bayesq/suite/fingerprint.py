@@ -1,0 +1,128 @@
+"""What decides a network's function beside its weights, as one checksum: the key of everything that is cached for it.
+
+`repr` does not tell the number of attention heads, how often a block is called, the epsilon of a norm, or a mask.
+Modules keep such things as plain attributes and in configurations, so these are what is hashed, module by module,
+together with the source files of the modules' classes and the versions of the libraries.
+"""
+
+import functools
+import hashlib
+import inspect
+import json
+import sys
+import types
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import bayesq
+
+# Libraries whose functions networks call.
+LIBRARIES = ("numpy", "timm", "torch", "torchvision", "transformers")
+# Attributes that every module has and that no forward pass reads; places and notes that differ between equal networks.
+NO_FUNCTION = frozenset(vars(nn.Module())) | {
+    "_commit_hash",
+    "_name_or_path",
+    "default_cfg",
+    "generation_config",
+    "name_or_path",
+    "pretrained_cfg",
+    "transformers_version",
+    "warnings_issued",
+}
+# Objects inside objects that are followed.
+DEPTH = 6
+
+
+def fingerprint(module: nn.Module) -> str:
+    """sha256 hex of what decides the module's function and is not in its parameters and persistent buffers."""
+    state = set(module.state_dict())
+    shared: dict[int, str] = {}
+    content: list[Any] = [bayesq.__version__, {name: _version(name) for name in LIBRARIES}, sorted(_sources(module))]
+    for name, child in module.named_modules(remove_duplicate=False):
+        content.append([name, shared.setdefault(id(child), name), _plain(child, 0, frozenset())])
+    for name, x in [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]:
+        values = None if name in state else _plain(x, 0, frozenset())
+        content.append([name, shared.setdefault(id(x), name), list(x.shape), str(x.dtype), values])
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _version(name: str) -> str | None:
+    """Version of a library that is loaded."""
+    return getattr(sys.modules.get(name), "__version__", None)
+
+
+def _sources(module: nn.Module) -> set[str]:
+    """Checksums of the files that the modules' classes are written in, torch's own aside."""
+    files = set()
+    for kind in {base for child in module.modules() for base in type(child).__mro__}:
+        if kind.__module__.partition(".")[0] not in ("builtins", "torch"):
+            try:
+                files.add(inspect.getfile(kind))
+            except (OSError, TypeError):  # made in a session: its functions' code is hashed below
+                continue
+    return {_checksum(file, Path(file).stat().st_mtime_ns) for file in files if Path(file).is_file()}
+
+
+@functools.lru_cache(maxsize=512)
+def _checksum(file: str, changed: int) -> str:  # a file that is changed is read again
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()
+
+
+def _plain(value: Any, depth: int, inside: frozenset[int]) -> Any:
+    """A value as JSON that is the same for equal values in every process."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Tensor):
+        content = value.detach().cpu().contiguous()
+        return [str(content.dtype), list(content.shape), hashlib.sha256(_bytes(content)).hexdigest()]
+    if isinstance(value, torch.dtype | torch.Size | Enum | complex | bytes):
+        return str(value)
+    if isinstance(value, torch.device | Path | torch.Generator):
+        return type(value).__name__  # where something is decides nothing
+    kind = _name(type(value))
+    if id(value) in inside or depth > DEPTH:
+        return kind
+    inside |= {id(value)}
+
+    def inner(x: Any) -> Any:
+        return _plain(x, depth + 1, inside)
+
+    if isinstance(value, list | tuple):
+        return [kind, *map(inner, value)]
+    if isinstance(value, set | frozenset):
+        return [kind, *sorted(json.dumps(inner(x), sort_keys=True) for x in value)]
+    if isinstance(value, dict):
+        return [
+            kind,
+            *sorted(([str(key), inner(x)] for key, x in value.items() if str(key) not in NO_FUNCTION), key=str),
+        ]
+    if isinstance(value, functools.partial):
+        return [kind, inner(value.func), inner(value.args), inner(value.keywords)]
+    if isinstance(value, types.MethodType):
+        return [kind, inner(value.__func__), _name(type(value.__self__))]
+    if isinstance(value, types.FunctionType):
+        constants = [x for x in value.__code__.co_consts if not isinstance(x, types.CodeType)]
+        return [_name(value), value.__code__.co_code.hex(), inner(constants)]
+    if isinstance(value, type | types.BuiltinFunctionType | types.ModuleType):
+        return _name(value)
+    if isinstance(value, nn.Module):
+        attributes = {key: x for key, x in vars(value).items() if key not in NO_FUNCTION and not _registered(x)}
+        return [kind, value.extra_repr(), inner(attributes)]
+    return [kind, inner(vars(value))] if hasattr(value, "__dict__") else kind
+
+
+def _registered(value: Any) -> bool:
+    """Modules and parameters are told of under their own names."""
+    return isinstance(value, nn.Module | nn.Parameter)
+
+
+def _name(value: Any) -> str:
+    return f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', getattr(value, '__name__', ''))}"
+
+
+def _bytes(x: Tensor) -> memoryview | bytes:
+    return x.reshape(-1).view(torch.uint8).numpy().data if x.numel() else b""
