@@ -1,8 +1,10 @@
 """Tiny random networks of the two libraries, a line each: how they are built, and what a run must make of them.
 
-`refused` says that a run must end with one line on it, and is a word of that line: the name of the layer, or the part of
-it that is the same in every block. `unreached` names layers that no example reaches.
+`refused` says that a run must end with one line on it, and is a part of that line: the name of the layer, or of what it
+is in. `unreached` names layers that no example reaches.
 """
+
+# ruff: noqa: E501
 
 import importlib
 from dataclasses import dataclass, field
@@ -52,8 +54,21 @@ def _part(path: str) -> Any:
     return getattr(importlib.import_module(f"timm.{module}"), name)
 
 
-class Part(str):
-    """An option that is an object of timm, named by its place."""
+class Part:
+    """An option that is an object of timm, named by its place below the package.
+
+    Args:
+        path: place.
+        arguments: what it is called with; without any, it is the option itself.
+    """
+
+    def __init__(self, path: str, **arguments: Any) -> None:
+        self.path, self.arguments = path, arguments
+
+    def made(self) -> Any:
+        """The option."""
+        found = _part(self.path)
+        return found(**self.arguments) if self.arguments else found
 
 
 VIT = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4}
@@ -62,24 +77,29 @@ SWIN = {"patch_size": 2, "window_size": 4, "embed_dim": 16, "depths": (1, 1), "n
 STAGES = {"dims": (8, 16, 24, 32), "depths": (1, 1, 1, 1)}
 COAT = {"embed_dim": (32, 32, 32, 32), "depths": (1, 1, 1, 1), "stem_width": 8, "img_size": 64}
 MIXER = {"img_size": 32, "patch_size": 8, "num_blocks": 2, "embed_dim": 32}
-ATTENTION = {"dims": (8, 8, 32, 32), "depths": (1, 1, 1, 1), "norm_layers": [Part("models.metaformer.LayerNorm2dNoBias")] * 2 + [Part("models.metaformer.LayerNormNoBias")] * 2, "token_mixers": [Part("models.metaformer.SepConv")] * 2 + [Part("models.metaformer.Attention")] * 2}  # fmt: skip
+ATTENTION = {
+    "dims": (8, 8, 32, 32),
+    "depths": (1, 1, 1, 1),
+    "norm_layers": [Part("models.metaformer.LayerNorm2dNoBias")] * 2 + [Part("models.metaformer.LayerNormNoBias")] * 2,
+    "token_mixers": [Part("models.metaformer.SepConv")] * 2 + [Part("models.metaformer.Attention")] * 2,
+}
 RESNET = {"layers": (1, 1, 1, 1), "channels": (16, 16, 24, 32), "stem_width": 8}
 
+# fmt: off
 TIMM = [
-    # fmt: off
     _image("vit", "vit_tiny_patch16_224", **VIT, img_size=32),
     _image("deit3", "deit3_small_patch16_224", **VIT, img_size=32),
     _image("deit_distilled", "deit_tiny_distilled_patch16_224", **VIT, img_size=32),
     _image("clip", "vit_base_patch16_clip_224", **VIT, img_size=32),
-    _image("siglip", "vit_base_patch16_siglip_224", **VIT, img_size=32),                   # attention pooling
+    _image("siglip", "vit_base_patch16_siglip_224", **VIT, img_size=32),  # attention pooling
     _image("parallel", "vit_base_patch16_xp_224", **VIT, img_size=32),
     _image("rope_mixed", "vit_base_patch16_rope_mixed_224", **VIT, img_size=32),
-    _image("relpos", "vit_relpos_small_patch16_224", **VIT, img_size=32),                  # no batch axis
+    _image("relpos", "vit_relpos_small_patch16_224", **VIT, img_size=32),  # no batch axis
     _image("srelpos", "vit_srelpos_small_patch16_224", **VIT, img_size=32),
     _image("samvit", "samvit_base_patch16_224", **VIT, img_size=32, window_size=2, global_attn_indexes=(1,)),
     _image("naflexvit", "naflexvit_base_patch16_gap", **EVA),
     _image("hybrid", "vit_tiny_r_s16_p8_224", embed_dim=32, depth=2, num_heads=4, img_size=32, refused="patch_embed.backbone"),
-    _image("beit", "beit_base_patch16_224", **VIT, img_size=32),                           # F.linear on qkv.weight
+    _image("beit", "beit_base_patch16_224", **VIT, img_size=32),  # F.linear on qkv.weight
     _image("beitv2", "beitv2_base_patch16_224", **VIT, img_size=32),
     _image("eva", "eva_giant_patch14_224", **VIT, img_size=32),
     _image("eva02_fused", "eva02_tiny_patch14_224", **EVA, img_size=32),
@@ -126,17 +146,41 @@ TIMM = [
     _image("byobnet", "test_byobnet", 64),
     _image("densenet", "densenet.DenseNet", growth_rate=4, block_config=(1, 1, 1, 1)),
     _image("sequencer", "sequencer2d_s", layers=(1, 1, 1, 1), embed_dims=(16, 16, 16, 16), hidden_sizes=(4, 4, 4, 4)),  # LSTM
-    _image("mvitv2", "mvitv2.MultiScaleVit", 64, cfg=Part("models.mvitv2.MultiScaleVitCfg"), img_size=(64, 64)),
-    # fmt: on
+    _image("mvitv2", "mvitv2.MultiScaleVit", 64, cfg=Part("models.mvitv2.MultiScaleVitCfg", depths=(1, 1), embed_dim=16, stride_q=((1, 1), (2, 2))), img_size=(64, 64)),
+    _image("mobilenetv3", "lcnet_035"),  # a Linear class of its own
+    _image("starnet", "starnet.StarNet", base_dim=8, depths=(1, 1)),
+    _image("fasternet", "fasternet.FasterNet", embed_dim=16, depths=(1, 1)),
+    _image("inception_next", "inception_next.MetaNeXt", depths=(1, 1), dims=(16, 32), token_mixers=Part("models.inception_next.InceptionDWConv2d"), mlp_ratios=(2, 2)),
+    _image("pit", "pit.PoolingVisionTransformer", img_size=32, patch_size=8, stride=4, base_dims=(8, 8, 8), depth=(1, 1, 1), heads=(2, 2, 2), mlp_ratio=2),
+    _image("edgenext", "edgenext.EdgeNeXt", 64, dims=(8, 16, 24, 32), depths=(1, 1, 1, 1), global_block_counts=(0, 1, 1, 1), heads=(2, 2, 2, 2), d2_scales=(2, 2, 3, 4)),
+    _image("efficientvit_mit", "efficientvit_mit.EfficientVit", 64, widths=(8, 8, 8, 16, 16), depths=(1, 1, 1, 1, 1), head_dim=8, head_widths=(32, 32)),
+    _image("repvit", "repvit.RepVit", 64, embed_dim=(8, 16), depth=(1, 1), mlp_ratio=2),
+    _image("ghostnet", "ghostnet.GhostNet", 64, cfgs=[[[3, 16, 16, 0, 1]], [[3, 16, 24, 0.25, 2]]], width=0.5),
+    _image("tiny_vit", "tiny_vit.TinyVit", 64, embed_dims=(16, 32), depths=(1, 1), num_heads=(1, 2), window_sizes=(4, 4)),
 ]
+
+# fmt: on
 
 BERT = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
 GPT2 = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64}
 LLAMA = BERT | {"num_key_value_heads": 1, "head_dim": 8}
-BART = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24}  # fmt: skip
+BART = {
+    "d_model": 16,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 24,
+    "decoder_ffn_dim": 24,
+}
 T5 = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_decoder_layers": 1, "num_heads": 2}
 MOE = LLAMA | {"num_experts": 3, "num_local_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
-DEBERTA = BERT | {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "position_biased_input": False, "max_relative_positions": 16}  # fmt: skip
+DEBERTA = BERT | {
+    "relative_attention": True,
+    "pos_att_type": ["c2p", "p2c"],
+    "position_biased_input": False,
+    "max_relative_positions": 16,
+}
 
 
 def _text(
@@ -150,20 +194,20 @@ def _text(
     return Architecture(name, kind, options, refused=refused, unreached=unreached, padding=padding)
 
 
+# fmt: off
 TRANSFORMERS = [
-    # fmt: off
     _text("bert", "bert", **BERT),
     _text("roberta", "roberta", **BERT),
     _text("electra", "electra", **BERT, embedding_size=12),
-    _text("albert", "albert", **BERT, embedding_size=12),                                  # one layer, called twice
+    _text("albert", "albert", **BERT, embedding_size=12),  # one layer, called twice
     _text("distilbert", "distilbert", dim=16, n_layers=2, n_heads=2, hidden_dim=24),
     _text("mpnet", "mpnet", **BERT),
-    _text("fnet", "fnet", **BERT),                                                         # padding counts
+    _text("fnet", "fnet", **BERT),  # padding counts
     _text("convbert", "convbert", **BERT, embedding_size=12, conv_kernel_size=3, head_ratio=1),
-    _text("longformer", "longformer", **BERT, attention_window=4),                         # positions first
+    _text("longformer", "longformer", **BERT, attention_window=4),  # positions first
     _text("big_bird", "big_bird", **BERT, attention_type="original_full"),
     _text("roformer", "roformer", **BERT),
-    _text("squeezebert", "squeezebert", **BERT, embedding_size=16),                        # Conv1d
+    _text("squeezebert", "squeezebert", **BERT, embedding_size=16),  # Conv1d
     _text("mobilebert", "mobilebert", **BERT, embedding_size=12, intra_bottleneck_size=12, true_hidden_size=12, num_feedforward_networks=2),
     _text("yoso", "yoso", **BERT),
     _text("rembert", "rembert", **BERT, input_embedding_size=12, output_embedding_size=12),
@@ -174,7 +218,7 @@ TRANSFORMERS = [
     _text("megatron", "megatron-bert", **BERT),
     _text("modernbert", "modernbert", **BERT, local_attention=8),
     _text("nomic_bert", "nomic_bert", **BERT),
-    _text("deberta", "deberta", **DEBERTA),                                                # no batch axis
+    _text("deberta", "deberta", **DEBERTA),  # no batch axis
     _text("deberta_v2", "deberta-v2", **DEBERTA, share_att_key=True, position_buckets=8, norm_rel_ebd="layer_norm"),
     _text("deberta_v2_conv", "deberta-v2", **DEBERTA, conv_kernel_size=3),
     _text("funnel", "funnel", d_model=16, n_head=2, d_head=8, d_inner=24, block_sizes=[1, 1]),
@@ -185,7 +229,7 @@ TRANSFORMERS = [
     _text("mbart", "mbart", **BART),
     _text("t5", "t5", **T5),
     _text("umt5", "umt5", **T5),
-    _text("gpt2", "gpt2", **GPT2),                                                         # Conv1D
+    _text("gpt2", "gpt2", **GPT2),  # Conv1D
     _text("openai_gpt", "openai-gpt", **GPT2),
     _text("gpt_neo", "gpt_neo", hidden_size=16, num_layers=2, num_heads=2, intermediate_size=24, attention_types=[[["global", "local"], 1]]),
     _text("gpt_neox", "gpt_neox", **BERT),
@@ -199,11 +243,20 @@ TRANSFORMERS = [
     _text("gemma3", "gemma3_text", **LLAMA),
     _text("phi", "phi", **LLAMA),
     _text("phi3", "phi3", **LLAMA),
-    _text("mixtral", "mixtral", **MOE),                                                    # stacked experts
+    _text("mixtral", "mixtral", **MOE),  # stacked experts
     _text("qwen2_moe", "qwen2_moe", **MOE, shared_expert_intermediate_size=12, decoder_sparse_step=1),
     _text("qwen3_moe", "qwen3_moe", **MOE, decoder_sparse_step=1),
-    # fmt: on
+    _text("canine", "canine", **BERT),
+    _text("nystromformer", "nystromformer", **BERT, num_landmarks=4, segment_means_seq_len=16),
+    _text("reformer", "reformer", hidden_size=16, attn_layers=["local", "lsh"], num_attention_heads=2, attention_head_size=8, feed_forward_size=24, axial_pos_embds=False, is_decoder=False, local_attn_chunk_length=4, lsh_attn_chunk_length=4, num_buckets=2),
+    _text("ibert", "ibert", **BERT),
+    _text("phimoe", "phimoe", **MOE),
+    _text("gpt_oss", "gpt_oss", **MOE),
+    _text("jetmoe", "jetmoe", **MOE, kv_channels=8),
+    _text("jamba", "jamba", **MOE, mamba_d_state=4, mamba_dt_rank=4, use_mamba_kernels=False, attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2, expert_layer_offset=1),
+    _text("big_bird_sparse", "big_bird", **BERT, attention_type="block_sparse", block_size=4, num_random_blocks=1),
 ]
+# fmt: on
 
 
 def build_image(architecture: Architecture, classes: int = CLASSES) -> nn.Module:
@@ -211,8 +264,6 @@ def build_image(architecture: Architecture, classes: int = CLASSES) -> nn.Module
     import timm
 
     options = {key: _resolved(value) for key, value in architecture.options.items()}
-    if isinstance(options.get("cfg"), type):
-        options["cfg"] = options["cfg"](depths=(1, 1), embed_dim=16, stride_q=((1, 1), (2, 2)))
     if "." in architecture.factory:
         network: nn.Module = _part(f"models.{architecture.factory}")(num_classes=classes, **options)
     else:
@@ -222,5 +273,5 @@ def build_image(architecture: Architecture, classes: int = CLASSES) -> nn.Module
 
 def _resolved(value: Any) -> Any:
     if isinstance(value, Part):
-        return _part(value)
+        return value.made()
     return [_resolved(item) for item in value] if isinstance(value, list) else value
