@@ -90,22 +90,19 @@ def test_three_methods(network: Architecture, tmp_path: Path, caplog: pytest.Log
         assert result["status"] == "finished" and math.isfinite(result["q/kl_to_fp"]) and result["q/kl_to_fp"] >= 0
         assert 0 < result["quantized/share"] <= 1
         check_layers(network, result, caplog.text)
-    assert len(refusals) == (network.refused is not None), "all methods refuse it, with the same words"
+    assert len(refusals) == (network.refused is not None), "the methods refuse it with different words"
 
 
 def check_layers(network: Architecture, result: dict[str, Any], said: str) -> None:
-    """Layers without statistics are those that no example reaches: they are named, and buy no bits."""
+    """Layers that no example reaches are named, and take no part in the allocation."""
     folder = Path(result["config"]["results_dir"]) / result["run_id"]
     with (folder / "layers.csv").open() as file:
-        layers = {row["name"]: row for row in csv.DictReader(file)}
-    # a model source may wrap the network
-    unreached = {name for name in layers if name.endswith(network.unreached)}
-    assert result["fallback/unseen_layers"] == len(unreached)
-    for name in network.unreached:
-        assert name in said, f"{name} gets no example, and nothing says so"
-    for name in unreached:
-        assert float(layers[name]["predicted_risk"] or 0) == 0, f"{name} has a risk from an identity Fisher"
-        assert float(layers[name]["bits/code"]) <= BITS
+        rounded = [row["name"] for row in csv.DictReader(file)]
+    assert result["fallback/unseen_layers"] == len(network.unreached)
+    for unreached in network.unreached:
+        assert unreached in said, f"{unreached} gets no example, and nothing says so"
+        # a model source may wrap the network
+        assert not any(name.endswith(unreached) for name in rounded)
 
 
 Moments = dict[str, dict[str, torch.Tensor]]
