@@ -142,6 +142,7 @@ def written_out(work: runner.Workload) -> Moments:
             seen[name] = seen.get(name, 0) + len(rows)
             output = output.requires_grad_() if not output.requires_grad else output
             runs.append((name, output))
+            return output.clone()  # the network may change it in place
         return output
 
     for batch in work.calibration.batches(1, "cpu"):
@@ -149,7 +150,7 @@ def written_out(work: runner.Workload) -> Moments:
         with mock.patch("torch.nn.functional.linear", linear), torch.enable_grad():
             logits = module(**{name: x.repeat(copies, *[1] * (x.dim() - 1)) for name, x in batch.inputs.items()})[:1]
         p = logits.detach().softmax(1)
-        for k in range(logits.shape[1]):  # the Fisher of the outputs: the sum over labels, each with its probability
+        for k in range(logits.shape[1] if runs else 0):  # the Fisher of the outputs: the sum over labels, each with its probability
             direction = p[:, k].sqrt() * (torch.eye(logits.shape[1])[k] - p)
             found = torch.autograd.grad(logits, [y for _, y in runs], direction, retain_graph=True, allow_unused=True)
             for (name, _), gradient in zip(runs, found, strict=True):
