@@ -32,6 +32,7 @@ class ParameterLayer:
         kind: for layers.csv, such as Conv1D or Experts.
         groups: matrices in the stack: experts, or the query, key and value part of an in_proj_weight.
         transposed: each matrix is stored as [c, r].
+        whole: the layer goes by the owner's name, not by the parameter's.
     """
 
     owner: nn.Module
@@ -39,6 +40,7 @@ class ParameterLayer:
     kind: str
     groups: int = 1
     transposed: bool = False
+    whole: bool = False
 
     @property
     def weight(self) -> Tensor:
@@ -136,12 +138,12 @@ def same_layer(layer: Layer, module: nn.Module, name: str) -> Layer:
 
 def function_called(layer: nn.Linear) -> ParameterLayer:
     """A Linear whose weight the network passes to `F.linear` without calling the layer."""
-    return ParameterLayer(layer, "weight", type(layer).__name__)
+    return ParameterLayer(layer, "weight", "Linear", whole=True)
 
 
 def weight_key(name: str, layer: Layer | nn.Embedding) -> str:
     """Name of the layer's weight in the network's state_dict."""
-    return name if isinstance(layer, ParameterLayer) and layer.parameter != "weight" else f"{name}.weight"
+    return name if isinstance(layer, ParameterLayer) and not layer.whole else f"{name}.weight"
 
 
 def kind_of(layer: Layer | nn.Embedding) -> str:
@@ -167,7 +169,7 @@ def _parameter_layers(owner: nn.Module) -> dict[str, ParameterLayer]:
     kind = type(owner).__name__
     own = {name: x for name, x in owner.named_parameters(recurse=False) if x.ndim >= 2}
     if kind == "Conv1D" and hasattr(owner, "nf") and "weight" in own:
-        return {"": ParameterLayer(owner, "weight", kind, transposed=True)}
+        return {"": ParameterLayer(owner, "weight", kind, transposed=True, whole=True)}
     if isinstance(owner, nn.MultiheadAttention) and "in_proj_weight" in own:
         return {"in_proj_weight": ParameterLayer(owner, "in_proj_weight", kind, groups=3)}
     if hasattr(owner, "num_experts"):
@@ -188,17 +190,24 @@ def _check_plain(name: str, layer: Layer) -> None:
     """
     if isinstance(layer, ParameterLayer):
         return
-    remedy = f"add {name} to layers.exclude"
-    plain = nn.Linear if isinstance(layer, nn.Linear) else nn.Conv2d
     if "weight" not in dict(layer.named_parameters(recurse=False)):
         # weight_norm, spectral_norm or a parametrization: what a run writes into the weight would be lost
-        raise ValueError(f"layer {name} computes its weight from other parameters (weight_norm or the like): {remedy}")
-    if type(layer).forward is not plain.forward and not _is_dynamic_same(layer):
+        raise ValueError(
+            f"layer {name} computes its weight from other parameters (weight_norm or the like): "
+            f"add {name} to layers.exclude"
+        )
+    if isinstance(layer, nn.Conv2d) and not is_plain(layer) and not _is_dynamic_same(layer):
         # A weight-standardised convolution, say: its stored weight is not the one it multiplies with.
         raise ValueError(
             f"layer {name} is a {type(layer).__name__} with a forward pass of its own, which may change its "
-            f"weight: {remedy}"
+            f"weight: add {name} to layers.exclude"
         )
+
+
+def is_plain(layer: nn.Linear | nn.Conv2d) -> bool:
+    """Whether calling the layer does what calling a Linear or Conv2d of torch does."""
+    plain = nn.Linear if isinstance(layer, nn.Linear) else nn.Conv2d
+    return type(layer).forward is plain.forward
 
 
 Weighted = TypeVar("Weighted", nn.Embedding, "nn.Linear | nn.Conv2d | ParameterLayer")

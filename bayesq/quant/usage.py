@@ -13,7 +13,7 @@ from itertools import groupby
 import torch
 from torch import Tensor, nn
 
-from bayesq.quant.layers import MASK, Layer, function_called
+from bayesq.quant.layers import MASK, Layer, function_called, is_plain
 from bayesq.quant.watch import Products, watching
 
 # Largest difference of an input between an example alone and in a batch, relative to its norm: float32 sums in another
@@ -102,8 +102,9 @@ def _watch(module: nn.Module, layers: Mapping[str, Layer], inputs: Mapping[str, 
 
 
 def _as_used(layer: Layer, used: int, called: int) -> Layer:
-    """The layer, as ParameterLayer if it runs without being called."""
-    return function_called(layer) if isinstance(layer, nn.Linear) and used > called else layer
+    """The layer, as ParameterLayer if it runs without being called, or does more than a Linear when it is called."""
+    watched_as_product = isinstance(layer, nn.Linear) and (used > called or not is_plain(layer))
+    return function_called(layer) if watched_as_product else layer  # type: ignore[arg-type]
 
 
 def _refuse_other_uses(layers: Mapping[str, Layer], passes: list[_Pass]) -> None:

@@ -114,12 +114,13 @@ class Products(TorchFunctionMode):
 
     def _report(self, func: Any, args: Any, kwargs: Any, output: Any) -> None:
         name = getattr(func, "__name__", str(func))
-        if not isinstance(output, Tensor) or READS_NO_VALUES.fullmatch(name):  # a shape, a dtype, a device
+        made = {_memory(x) for x in tree_leaves(output) if isinstance(x, Tensor) and x.layout == torch.strided}
+        if not made or READS_NO_VALUES.fullmatch(name):  # a shape, a dtype, a device
             return
         for x in tree_leaves((args, kwargs)):
             if isinstance(x, Tensor) and x.layout == torch.strided:
                 layer = self._storages.get(_memory(x))
-                if layer is not None and _memory(output) != _memory(x):  # a view computes nothing
+                if layer is not None and made != {_memory(x)}:  # a view computes nothing
                     assert self.other is not None
                     self.other(layer, name)
 

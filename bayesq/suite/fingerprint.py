@@ -106,7 +106,8 @@ def _plain(value: Any, depth: int, inside: frozenset[int]) -> Any:
         return [kind, inner(value.__func__), _name(type(value.__self__))]
     if isinstance(value, types.FunctionType):
         constants = [x for x in value.__code__.co_consts if not isinstance(x, types.CodeType)]
-        return [_name(value), value.__code__.co_code.hex(), inner(constants)]
+        cells = [cell.cell_contents for cell in value.__closure__ or ()]
+        return [_name(value), value.__code__.co_code.hex(), inner([constants, value.__defaults__, cells])]
     if isinstance(value, type | types.BuiltinFunctionType | types.ModuleType):
         return _name(value)
     if isinstance(value, nn.Module):

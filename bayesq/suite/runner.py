@@ -363,7 +363,7 @@ def execute(
         "memory/peak_device_bytes": torch.cuda.max_memory_allocated(work.device) if work.device.type == "cuda" else 0,
         "calibration/examples": len(work.calibration),
         "evaluation/examples": len(work.evaluation),
-        **{f"fallback/{kind}": times for kind, times in fallbacks(work, quantized).items()},
+        **{f"fallback/{kind}": times for kind, times in fallbacks(quantized, len(work.usage.unreached)).items()},
         "config": resolved(cfg),
         "versions": versions(),
         "host": host(work.device),
@@ -910,10 +910,13 @@ def kernel_positions(layer: Layer) -> int:
     return layer.kernel_size[0] * layer.kernel_size[1] if isinstance(layer, nn.Conv2d) else 1
 
 
-def fallbacks(work: Workload, quantized: Quantized) -> dict[str, int]:
-    """How often something else than asked was done, of each kind in FALLBACKS."""
-    total = dict.fromkeys(FALLBACKS, 0)
-    total |= {"oom_retries": quantized.oom_retries, "unseen_layers": len(work.usage.unreached)}
+def fallbacks(quantized: Quantized, unseen: int = 0) -> dict[str, int]:
+    """How often something else than asked was done, of each kind in FALLBACKS.
+
+    Args:
+        unseen: layers that take no part in the forward pass and stay in full precision.
+    """
+    total = dict.fromkeys(FALLBACKS, 0) | {"oom_retries": quantized.oom_retries, "unseen_layers": unseen}
     for problem in quantized.problems.values():
         for kind, times in problem.fallbacks.items():
             total[kind] += times

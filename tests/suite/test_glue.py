@@ -184,6 +184,25 @@ def spoil(root: Path, task: str, change) -> None:
         ("cola", lambda text: "", r"CoLA/train\.tsv has no rows"),
         ("wnli", lambda text: text.splitlines()[0], r"WNLI/train\.tsv has no rows"),
         ("qqp", lambda text: "", r"QQP/train\.tsv has no column 'question1'"),
+        # cells too many or too few, of which the columns that are read would seem to be there
+        (
+            "sst2",
+            lambda text: text.replace("\t", "\t1\t").replace("\t1\t", "\t", 1),
+            r"SST-2/train\.tsv, line 2: expec",
+        ),
+        ("cola", lambda text: text.replace("film", "fi\tlm", 1), r"CoLA/train\.tsv, line 1: expected sentence, label"),
+        ("mrpc", lambda text: text.replace("story", "sto\try", 1), r"MRPC/train\.tsv, line 2: expected #1 String, #2"),
+        ("mrpc", lambda text: text.replace(" film", "\tfilm", 1), r"MRPC/train\.tsv, line 2: expected #1 String, #2"),
+        (
+            "rte",
+            lambda text: text.replace("entailment\n", "entailment\tx\n", 1),
+            r"line \d+: expected sentence1, sentence",
+        ),
+        ("stsb", lambda text: text + text, r"line 50: expected sentence1, sentence2, score, got .*'score'"),
+        ("rte", lambda text: text + text, r"line 50: expected sentence1, sentence2, label, got .*'label'"),
+        ("qnli", lambda text: text.replace("index", "sentence", 1), r"has more than one column 'sentence'"),
+        ("rte", lambda text: text.replace("\n", "\n\n", 3) + "x", r"line 53: expected .* got \['x'\]"),
+        ("wnli", lambda text: text.replace("\n", "\r"), r"WNLI/train\.tsv has no column 'label'"),
     ],
 )
 def test_spoilt_files(task, change, message, tmp_path):
@@ -191,6 +210,38 @@ def test_spoilt_files(task, change, message, tmp_path):
     with pytest.raises(UserError, match=message) as caught:
         load(tmp_path, task)
     assert refused(caught).startswith(f"dataset.root={tmp_path}: ")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: "\ufeff" + text,
+        lambda text: text.replace("\n", "\r\n"),
+        lambda text: text.replace("\n", "\n\n") + " \n\t\n",
+        lambda text: text.removesuffix("\n"),
+        lambda text: text.replace("\n", "\t\n"),
+    ],
+    ids=["byte order mark", "CRLF", "blank lines", "no last end", "tabs at the ends"],
+)
+def test_line_ends_and_marks_change_nothing(task, change, tmp_path):
+    write_tsv(tmp_path / "plain", task)
+    spoil(tmp_path, task, lambda text: change(text.removeprefix("\ufeff")))
+    whole, changed = load(tmp_path / "plain", task), load(tmp_path, task)
+    assert changed.train.checksum() == whole.train.checksum()
+    assert changed.calibration_pool.checksum() == whole.calibration_pool.checksum()
+
+
+@pytest.mark.parametrize(("cell", "empty"), [("", 1), ("  ", 1), ('"', 0), ('""', 0), ("\N{NO-BREAK SPACE}", 1)])
+def test_empty_texts_count_and_are_said(cell, empty, tmp_path, caplog):
+    write_tsv(tmp_path, "rte")
+    file = tmp_path / "RTE" / "dev.tsv"
+    lines = file.read_text(encoding="utf-8").split("\n")
+    number, _, second, label = lines[4].split("\t")
+    lines[4] = "\t".join((number, cell, second, label))
+    file.write_text("\n".join(lines), encoding="utf-8")
+    assert load(tmp_path, "rte").evaluation.inputs[3] == (cell, second)
+    said = [record.message for record in caplog.records]
+    assert len(said) == empty and all("RTE/dev.tsv: 1 of 12 examples" in line and "line 5" in line for line in said)
 
 
 def test_rows_of_qqp_that_break_off_are_left_out_and_counted(tmp_path):
@@ -207,6 +258,8 @@ def test_rows_of_qqp_that_break_off_are_left_out_and_counted(tmp_path):
         ({"sentence": ["a", None], "label": [0, 1]}, r"row 1: expected sentence, label"),
         ({"text": ["a"], "label": [0]}, r"has no column 'sentence'"),
         ({"sentence": [], "label": []}, r"has no rows"),
+        ({"sentence": ["a"], "label": [1.5]}, r"row 0: expected sentence, label, got \['a', 1.5\]"),
+        ({"sentence": [b"a"], "label": [1]}, r"row 0: expected sentence, label"),
     ],
 )
 def test_spoilt_parquet(frame, message, tmp_path):
@@ -215,6 +268,27 @@ def test_spoilt_parquet(frame, message, tmp_path):
     with pytest.raises(UserError, match=message) as caught:
         load(tmp_path, "sst2")
     assert "sst2/train-00000-of-00001.parquet" in refused(caught)
+
+
+@pytest.mark.parametrize(
+    ("second", "message"),
+    [
+        ({"sentence": ["c", "d"], "label": [0, 2]}, r"row 1 of train-00001-of-00002\.parquet: expected sentence"),
+        ({"text": ["c", "d"], "label": [0, 1]}, r"train-00001-of-00002\.parquet has other columns than train-00000"),
+        (None, r"train-00001-of-00002\.parquet cannot be read"),
+    ],
+)
+def test_the_spoilt_one_of_two_files_is_named(second, message, tmp_path):
+    (tmp_path / "sst2").mkdir()
+    files = [tmp_path / "sst2" / f"train-0000{number}-of-00002.parquet" for number in range(2)]
+    pd.DataFrame({"sentence": ["a", "b"], "label": [0, 1]}).to_parquet(files[0])
+    if second is None:
+        files[1].write_bytes(b"text")
+    else:
+        pd.DataFrame(second).to_parquet(files[1])
+    with pytest.raises(UserError, match=message) as caught:
+        load(tmp_path, "sst2")
+    refused(caught)
 
 
 def test_a_file_that_is_no_parquet(tmp_path):
@@ -268,6 +342,20 @@ def test_the_hub_is_read_through_datasets(monkeypatch):
     assert data.evaluation.labels.tolist() == [label for split in DEV["mnli"] for *_, label in ROWS("mnli", split)]
     assert data.source["revision"] == "abc" and "abc123" in data.source["sha256"]
     assert data.source["origin"] == "GLUE mnli in nyu-mll/glue on the hub"
+
+
+def test_a_hub_that_numbers_the_classes_otherwise_is_refused(monkeypatch):
+    def load_dataset(*_, **__):
+        data = Columns(sentence=["a", "b"], label=[0, 1], idx=[0, 1])
+        data.features = {"sentence": object(), "label": SimpleNamespace(names=["positive", "negative"])}
+        return data
+
+    fake_datasets(monkeypatch, load_dataset, online=True)
+    with pytest.raises(
+        UserError, match=r"^dataset\.hub=nyu-mll/glue, train calls label 0 'positive'.*label 1"
+    ) as caught:
+        load(None, "sst2")
+    refused(caught)
 
 
 @pytest.mark.parametrize(("online", "said"), [(True, "Couldn't reach the hub. Try again"), (False, "HF_HUB_OFFLINE")])

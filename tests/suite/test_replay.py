@@ -108,7 +108,12 @@ def setting(name: str) -> tuple[nn.Module, TensorExamples, list[list[str]], Sequ
     module, examples = seeded(build()), data()
     layers = quantizable_layers(module)
     groups = forward_order(module, layers, next(iter(examples.batches(2, CPU))))
-    return module, examples, groups, SequentialInputs(module, layers, groups, examples, 2, CPU, dict.fromkeys(layers, 1))
+    return (
+        module,
+        examples,
+        groups,
+        SequentialInputs(module, layers, groups, examples, 2, CPU, dict.fromkeys(layers, 1)),
+    )
 
 
 @pytest.mark.parametrize("name", NETWORKS)

@@ -5,6 +5,7 @@ They are read from the published TSV files, from parquet files in the layout of 
 
 import hashlib
 import importlib
+import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,9 +16,12 @@ import torch
 
 from bayesq.suite.config import one_line
 from bayesq.suite.datasets.base import DataSplits, Examples, limited, stratified
+from bayesq.suite.datasets.parquet_files import check_classes, listed, of_split, recorded_classes
 from bayesq.suite.errors import UserError
 from bayesq.suite.hub import from_hub, reachable
 from bayesq.suite.metrics import Metric
+
+log = logging.getLogger(__name__)
 
 SCORES = (0.0, 5.0)  # of STS-B, from unrelated to equivalent
 
@@ -110,7 +114,8 @@ class Glue:
 
     Args:
         root: folder that holds the tasks' folders (SST-2/ or sst2/, ...) with train.tsv and dev.tsv, or with parquet
-            files whose names begin with train and validation; None: the hub.
+            files (train.parquet or train-*.parquet, and validation); a TSV file is read in place of parquet, and its
+            quotation marks are part of the text, as in the published files. None: the hub.
         task: one of TASKS.
         split_seed: seed that draws the calibration pool and the evaluation examples of `limit`.
         calibration_pool: number of training examples calibration sets are drawn from; at most half of them, so that
@@ -213,11 +218,11 @@ class Glue:
             return self._from_hub(split)
         for folder in (self.root / self.task.folder, self.root / self.name):
             for stem in (split, _hub_split(split)):
-                tsv, parquet = folder / f"{stem}.tsv", folder / f"{stem}.parquet"
+                tsv = folder / f"{stem}.tsv"
                 if tsv.is_file():
                     return self._tsv(tsv)
-                if parts := [parquet] * parquet.is_file() or sorted(folder.glob(f"{stem}-*.parquet")):
-                    return self._parquet(parts)
+                if files := listed(folder, f"{stem}.parquet", f"{stem}-*.parquet"):
+                    return self._parquet(of_split(files, f"dataset.root={self.root}"))
         raise UserError(
             f"dataset.root={self.root}: {self.task.folder}/{split}.tsv cannot be read (No such file, nor "
             f"{self.name}/{_hub_split(split)}-*.parquet); dataset.root=null reads the hub"
@@ -236,25 +241,39 @@ class Glue:
         if b"\0" in content:
             raise UserError(f"{where} is not text: it holds NUL bytes")
         # Neither splitlines() nor the csv module: texts hold rarer line separators and unpaired quotation marks.
-        rows = [line.rstrip("\r").split("\t") for line in lines if line.strip()]
-        header, first = rows[0] if rows else [], 2
+        rows = [
+            (f"line {number}", line.rstrip("\r").split("\t")) for number, line in enumerate(lines, 1) if line.strip()
+        ]
+        header = rows[0][1] if rows else []
         if self.task.headerless and not any(set(layout) <= set(header) for layout in self.task.layouts):
-            header, first = list(self.task.headerless), 1
-        numbered = ((f"line {number}", row) for number, row in enumerate(rows[first - 1 :], start=first))
-        return _Table(where, header, numbered, [hashlib.sha256(content).hexdigest()])
+            header = list(self.task.headerless)
+        else:
+            rows = rows[1:]
+        return _Table(where, header, rows, [hashlib.sha256(content).hexdigest()])
 
     def _parquet(self, files: list[Path]) -> _Table:
         import pandas as pd
 
-        where = f"dataset.root={self.root}: {files[0].parent.name}/{files[0].name}"
-        try:
-            frame = pd.concat([pd.read_parquet(file) for file in files], ignore_index=True)
-        except ImportError as error:
-            raise UserError(f"{where} needs pyarrow: run `python -m pip install pyarrow`") from error
-        except Exception as error:  # of a damaged file pandas and pyarrow raise more than they document
-            raise UserError(f"{where} cannot be read ({one_line(str(error))[:200]})") from error
+        folder = f"dataset.root={self.root}: {files[0].parent.name}"
+        header: list[str] = []
+        rows: list[tuple[str, Sequence[Any]]] = []
+        for file in files:
+            where = f"{folder}/{file.name}"
+            try:
+                frame = pd.read_parquet(file)
+                names = recorded_classes(file)
+            except ImportError as error:
+                raise UserError(f"{where} needs pyarrow: run `python -m pip install pyarrow`") from error
+            except Exception as error:  # of a damaged file pandas and pyarrow raise more than they document
+                raise UserError(f"{where} cannot be read ({one_line(str(error))[:200]})") from error
+            check_classes(names, len(self.task.classes), self.task.classes, where)
+            header = header or list(frame.columns)
+            if set(header) != set(frame.columns):
+                raise UserError(f"{where} has other columns than {files[0].name}")
+            of = f" of {file.name}" if len(files) > 1 else ""
+            rows += ((f"{number}{of}", row) for number, row in _numbered(frame[name].tolist() for name in header))
         checksums = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
-        return _Table(where, list(frame.columns), _numbered(frame[name].tolist() for name in frame), checksums)
+        return _Table(f"{folder}/{files[0].name}", header, rows, checksums)
 
     def _from_hub(self, split: str) -> _Table:
         where = f"dataset.hub={self.hub}"
@@ -280,6 +299,8 @@ class Glue:
         # the files' addresses hold the commit that a branch stood for
         files = sorted(str(file) for file in getattr(data.info, "download_checksums", None) or {})
         header = list(data.column_names)
+        names = getattr((getattr(data, "features", None) or {}).get("label"), "names", None)
+        check_classes(names, len(self.task.classes), self.task.classes, f"{where}, {_hub_split(split)}")
         return _Table(f"{where}, {_hub_split(split)}", header, _numbered(data[name] for name in header), files)
 
     def _examples(self, split: str, table: _Table) -> tuple[Examples, int]:
@@ -291,24 +312,34 @@ class Glue:
         layout = max(self.task.layouts, key=lambda columns: sum(name in table.header for name in columns))
         if missing := [name for name in layout if name not in table.header]:
             raise UserError(f"{table.where} has no column '{missing[0]}'")
+        if twice := [name for name in layout if table.header.count(name) > 1]:
+            raise UserError(f"{table.where} has more than one column '{twice[0]}'")
         places = [table.header.index(name) for name in layout]
         parse = _class_parser(self.task.classes) if self.task.classes else _score
         texts, labels, left_out = [], [], 0
+        empty: list[str] = []
         for number, row in table.rows:
-            try:
-                *text, label = (row[place] for place in places)
-            except LookupError as error:
-                if self.task.incomplete:
-                    left_out += 1
-                    continue
-                raise _bad_row(table.where, number, layout, row) from error
+            if len(row) <= max(places) and self.task.incomplete:
+                left_out += 1
+                continue
+            # one cell more or less, as of a text with a tab, and the columns would hold one another's content
+            ragged = len(row) < len(table.header) or any(row[len(table.header) :])
+            if ragged and not self.task.incomplete:
+                raise _bad_row(table.where, number, layout, row)
+            *text, label = (row[place] for place in places)
             try:
                 labels.append(parse(label))
             except ValueError as error:
                 raise _bad_row(table.where, number, layout, row) from error
             if not all(isinstance(part, str) for part in text):
                 raise _bad_row(table.where, number, layout, row)
+            if not all(part.strip() for part in text):
+                empty.append(number)
             texts.append(text)
+        if empty:
+            log.warning(
+                f"{table.where}: {len(empty)} of {len(texts)} examples have an empty text ({empty[0]}); they count"
+            )
         if not texts:
             raise UserError(f"{table.where} has no rows")
         ids = [f"{split}/{row}" for row in range(len(texts))]

@@ -2,8 +2,8 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
+from fnmatch import fnmatch
 from functools import cache
 from pathlib import Path
 from typing import Protocol
@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from bayesq.suite.datasets.base import DataSplits, Examples, limited, stratified
+from bayesq.suite.datasets.parquet_files import listed, of_split, shards
 from bayesq.suite.datasets.parquet_photos import ParquetPhotos
+from bayesq.suite.datasets.photo_tree import PhotoTree
 from bayesq.suite.errors import UserError
 from bayesq.suite.hub import hub_files, tell_commit
-
-SUFFIXES = {".jpg", ".jpeg", ".png"}
 
 
 class Photos(Protocol):
@@ -47,7 +47,9 @@ class ImageNet:
 
     Args:
         root: folder with val/<wnid>/<photo> and perhaps train/<wnid>/<photo>, or with train*.parquet and val*.parquet,
-            in it or in its folder data; parquet files of other names are all evaluation photos.
+            in its folder data or in it; where no file is named so, all are evaluation photos. Files that say how many
+            they are (`-of-00014`) must all be there, and a split's files must differ in a number only. Of a tree
+            PhotoTree tells what is left out.
         split_seed: order of the evaluation photos of a tree, and the draw of `limit`.
         calibration_pool: number of photos calibration sets are drawn from.
         seed: the run's seed, which draws the pool.
@@ -87,7 +89,8 @@ class ImageNet:
 
         Raises:
             UserError: there are no validation photos in any of the layouts, a folder is no wnid of ImageNet, a label is
-                not possible, the hub does not give the files, or the pool or the limit is not possible.
+                not possible, the hub does not give the files, a parquet file is missing or one too many, or the pool or
+                the limit is not possible.
         """
         train, val, source = self._from_hub() if self.hub else self._from_root()
         pool_from = val if train is None else train
@@ -130,11 +133,13 @@ class ImageNet:
         assert self.root is not None
         where, origin = f"dataset.root={self.root}", {"origin": str(self.root)}
         if (self.root / "val").is_dir():
-            train = PhotoTree(self.root, "train") if (self.root / "train").is_dir() else None
-            return train, PhotoTree(self.root, "val"), origin
+            train = PhotoTree(self.root, "train", wnids()) if (self.root / "train").is_dir() else None
+            val = PhotoTree(self.root, "val", wnids())
+            left_out = {"left_out": val.left_out} if val.left_out else {}
+            return train, val, origin | left_out
         for folder in (self.root / "data", self.root):
-            if files := sorted(folder.glob("*.parquet")):
-                train_files, val_files = _by_split(files)
+            if files := listed(folder, "*.parquet"):
+                train_files, val_files = _by_split(files, where)
                 return _opened(train_files, where), _validation(val_files, where), origin
         raise UserError(
             f"{where}: there is no folder {self.root / 'val'} of val/<wnid>/<photo>, and there are no parquet files "
@@ -149,11 +154,8 @@ class ImageNet:
         patterns = [self.val_files, *([self.train_files] if self.train_files else [])]
         found = hub_files(self.hub, patterns, self.revision, where, instead)
         tell_commit(where, self.revision, found.commit, "dataset.revision")
-        val = sorted(found.folder.glob(self.val_files))
-        train = sorted(found.folder.glob(self.train_files)) if self.train_files else []
-        for key, pattern, files in (("val_files", self.val_files, val), ("train_files", self.train_files, train)):
-            if pattern and not files:
-                raise UserError(f"dataset.{key}={pattern}: {self.hub} at {self.revision} has no such file")
+        val = self._matching("val_files", found.folder)
+        train = self._matching("train_files", found.folder)
         source = {
             "origin": self.hub,
             "revision": found.commit,
@@ -162,16 +164,44 @@ class ImageNet:
         }
         return _opened(train, where), _validation(val, where), source
 
+    def _matching(self, key: str, folder: Path) -> list[Path]:
+        """The files of `folder`, where those of the hub lie, that match the pattern under `key`; none if it is null.
 
-def _by_split(files: Sequence[Path]) -> tuple[list[Path], list[Path]]:
-    """Train and validation files by the beginning of their names; without any such name all are validation files."""
-    train, val, test = ([file for file in files if file.name.startswith(split)] for split in ("train", "val", "test"))
-    return train, val if train or val or test else list(files)
+        Raises:
+            UserError: there are none, or some that the pattern asks for are missing (offline, of a part in the cache).
+        """
+        pattern: str | None = getattr(self, key)
+        if not pattern:
+            return []
+        where = f"dataset.{key}={pattern}"
+        files = shards(
+            listed(folder, pattern), where, lambda file: fnmatch(file.relative_to(folder).as_posix(), pattern)
+        )
+        if not files:
+            raise UserError(f"{where}: {self.hub} at {self.revision} has no such file")
+        return files
+
+
+def _by_split(files: Sequence[Path], where: str) -> tuple[list[Path], list[Path]]:
+    """Train and validation files by the beginning of their names; without any such name all are validation files.
+
+    Raises:
+        UserError: a file of a split is missing, or one belongs to something else.
+    """
+    splits = ("train", "val", "test")
+    train, val, test = ([file for file in files if file.name.startswith(split)] for split in splits)
+    if not (train or val or test):
+        return [], shards(files, where)
+    if strays := [file for file in files if not file.name.startswith(splits)]:
+        raise UserError(
+            f"{where}: {strays[0]} begins with none of {', '.join(splits)}, as others there do: move it away"
+        )
+    return of_split(train, where), of_split(val, where)
 
 
 def _opened(files: Sequence[Path], where: str) -> Photos | None:
     """The photos of parquet files; None of no files."""
-    return ParquetPhotos(files, where, len(wnids())) if files else None
+    return ParquetPhotos(files, where, len(wnids()), wnids()) if files else None
 
 
 def _validation(files: Sequence[Path], where: str) -> Photos:
@@ -184,38 +214,6 @@ def _validation(files: Sequence[Path], where: str) -> Photos:
     if photos is None or not len(photos):
         raise UserError(f"{where}: no photo in val*.parquet")
     return photos
-
-
-class PhotoTree:
-    """Photos below <root>/<split>/<wnid>/, by class and name.
-
-    Raises:
-        UserError: a folder is no wnid of ImageNet, or there is no photo.
-    """
-
-    def __init__(self, root: Path, split: str) -> None:
-        where = f"dataset.root={root}"
-        self.folder = root / split
-        index = {wnid: position for position, wnid in enumerate(wnids())}
-        # A train split has 1.3 million photos: their names are kept as plain strings, the rest is made on demand.
-        self._names: list[tuple[str, str]] = []
-        for below in sorted(path for path in self.folder.iterdir() if path.is_dir()):
-            if below.name not in index:
-                raise UserError(f"{where}: {split}/{below.name} is not a WordNet id of ImageNet-1k")
-            names = sorted(name for name in os.listdir(below) if os.path.splitext(name)[1].lower() in SUFFIXES)
-            self._names += [(below.name, name) for name in names]
-        if not self._names:
-            raise UserError(f"{where}: no photo ({', '.join(sorted(SUFFIXES))}) in {split}/<wnid>/")
-        self.labels = torch.tensor([index[wnid] for wnid, _ in self._names])
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def select(self, indices: Tensor) -> Examples:
-        """The photos at `indices` [k] int64, in that order."""
-        names = [self._names[i] for i in indices.tolist()]
-        files = [self.folder / wnid / name for wnid, name in names]
-        return Examples(files, self.labels[indices], [f"{wnid}/{Path(name).stem}" for wnid, name in names])
 
 
 @cache

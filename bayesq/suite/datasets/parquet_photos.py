@@ -4,6 +4,7 @@ Columns: `image`, a struct whose `bytes` is the encoded photo, and `label`. Such
 hundred photos; one is read whole, and the last few read are kept, for neighbours.
 """
 
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from bayesq.suite.config import one_line
 from bayesq.suite.datasets.base import Examples
+from bayesq.suite.datasets.parquet_files import check_classes, class_names
 from bayesq.suite.errors import UserError
 
 KEPT_GROUPS = 2
@@ -51,18 +53,24 @@ class ParquetPhotos:
         files: the split's files.
         where: key and value that led to them, the beginning of every error line.
         num_classes: labels must lie below.
+        classes: names that a file may record for its labels, if they are known (see `check_classes`).
 
     Raises:
-        UserError: pyarrow is not installed, a file cannot be read or has another layout, or a label is not possible.
+        UserError: pyarrow is not installed, a file cannot be read or has another layout or other classes, or a label is
+            not possible.
     """
 
-    def __init__(self, files: Sequence[Path], where: str, num_classes: int) -> None:
+    def __init__(self, files: Sequence[Path], where: str, num_classes: int, classes: Sequence[str] = ()) -> None:
         self.files = list(files)
+        self._names = [file.name for file in self.files]
+        if len(set(self._names)) < len(self._names):  # of several folders, which ids must tell apart
+            above = os.path.commonpath(self.files)
+            self._names = [file.relative_to(above).as_posix() for file in self.files]
         self._kept: OrderedDict[tuple[int, int], Any] = OrderedDict()
         self._lock = threading.Lock()
         labels, self._rows = [], []
         for file in self.files:
-            found, groups = _labels_and_groups(file, where, num_classes)
+            found, groups = _labels_and_groups(file, where, num_classes, classes)
             labels.append(found)
             self._rows.append([0, *accumulate(groups)])
         self.labels = torch.cat(labels)
@@ -79,7 +87,7 @@ class ParquetPhotos:
             ParquetPhoto(file, position - self._first[file], self)
             for position, file in zip(indices.tolist(), files, strict=True)
         ]
-        ids = [f"{self.files[photo.file].name}/{photo.row}" for photo in photos]
+        ids = [f"{self._names[photo.file]}/{photo.row}" for photo in photos]
         return Examples(photos, self.labels[indices], ids)
 
     def read(self, photo: ParquetPhoto) -> bytes:
@@ -107,7 +115,7 @@ class ParquetPhotos:
             return self._kept[file, group]
 
 
-def _labels_and_groups(file: Path, where: str, num_classes: int) -> tuple[Tensor, list[int]]:
+def _labels_and_groups(file: Path, where: str, num_classes: int, classes: Sequence[str]) -> tuple[Tensor, list[int]]:
     """Labels [rows] int64 of a file and the number of rows in each of its row groups."""
     try:
         import pyarrow as pa
@@ -131,6 +139,7 @@ def _labels_and_groups(file: Path, where: str, num_classes: int) -> tuple[Tensor
         raise UserError(f"{where}: {file} has no column label of whole numbers")
     if labels.null_count:
         raise UserError(f"{where}: {file} has {len(labels)} photos, but {labels.null_count} have no label")
+    check_classes(class_names(schema.metadata), num_classes, classes, f"{where}: {file}")
     found = torch.tensor(labels.to_numpy()).long()
     if len(found) and not 0 <= int(found.min()) <= int(found.max()) < num_classes:
         wrong = found[(found < 0) | (found >= num_classes)][0]

@@ -1,10 +1,12 @@
-"""Photos to batches of an ImageNet network, with the preprocessing that timm records for it."""
+"""Photos to batches of an ImageNet network, with the preprocessing that timm records for it.
+
+What becomes of 16-bit greys, transparency and EXIF orientation: see bayesq.suite.datasets.pictures.
+"""
 
 import hashlib
 import io
 import json
 import os
-import struct
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,6 +22,7 @@ from tqdm import tqdm
 
 from bayesq.suite.cache import digest
 from bayesq.suite.datasets.base import Examples, StoredPhoto, photo_sha256
+from bayesq.suite.datasets.pictures import decoded
 from bayesq.suite.errors import UserError
 from bayesq.suite.models.base import Batch, EncodedExamples
 
@@ -209,10 +212,8 @@ class PhotoEncoder:
     def _pixels(self, photo: Photo) -> Tensor:
         """One photo [3, height, width] uint8."""
         try:
-            with Image.open(photo if isinstance(photo, Path) else io.BytesIO(photo.read())) as image:
-                return self.crop(image.convert("RGB"))
-        # what Pillow raises for damaged files of one format or another
-        except (OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError) as error:
+            return self.crop(decoded(photo if isinstance(photo, Path) else io.BytesIO(photo.read())))
+        except (OSError, ValueError) as error:
             raise unreadable(photo, error) from error
 
 
