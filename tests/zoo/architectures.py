@@ -250,7 +250,7 @@ TRANSFORMERS = [
     _text("nystromformer", "nystromformer", refused="nystromformer", **BERT, num_landmarks=4, segment_means_seq_len=16),
     _text("reformer", "reformer", refused="reformer", hidden_size=16, attn_layers=["local", "lsh"], num_attention_heads=2, attention_head_size=8, feed_forward_size=24, axial_pos_embds=False, is_decoder=False, local_attn_chunk_length=4, lsh_attn_chunk_length=4, num_buckets=2),
     _text("ibert", "ibert", **BERT),
-    _text("phimoe", "phimoe", refused="mlp.router", **MOE),
+    _text("phimoe", "phimoe", **MOE),
     _text("gpt_oss", "gpt_oss", **MOE),
     _text("jetmoe", "jetmoe", **MOE, kv_channels=8),
     _text("jamba", "jamba", refused="mamba.dt_proj", **MOE, mamba_d_state=4, mamba_dt_rank=4, use_mamba_kernels=False, attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2, expert_layer_offset=1),
