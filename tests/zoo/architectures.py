@@ -1,7 +1,7 @@
 """Tiny random networks of the two libraries, a line each: how they are built, and what a run must make of them.
 
 `refused` says that a run must end with one line on it, and is a part of that line: the name of the layer, or of what it
-is in. `unreached` names layers that no example reaches.
+is in, or what is wrong with the network as a whole. `unreached` names layers that no example reaches.
 """
 
 # ruff: noqa: E501
@@ -246,9 +246,9 @@ TRANSFORMERS = [
     _text("mixtral", "mixtral", **MOE),  # stacked experts
     _text("qwen2_moe", "qwen2_moe", **MOE, shared_expert_intermediate_size=12, decoder_sparse_step=1),
     _text("qwen3_moe", "qwen3_moe", **MOE, decoder_sparse_step=1),
-    _text("canine", "canine", refused="canine", **BERT),
-    _text("nystromformer", "nystromformer", refused="nystromformer", **BERT, num_landmarks=4, segment_means_seq_len=16),
-    _text("reformer", "reformer", refused="reformer", hidden_size=16, attn_layers=["local", "lsh"], num_attention_heads=2, attention_head_size=8, feed_forward_size=24, axial_pos_embds=False, is_decoder=False, local_attn_chunk_length=4, lsh_attn_chunk_length=4, num_buckets=2),
+    _text("canine", "canine", refused="the network cannot run", **BERT),
+    _text("nystromformer", "nystromformer", refused="the network cannot run", **BERT, num_landmarks=4, segment_means_seq_len=16),
+    _text("reformer", "reformer", refused="other outputs each time", hidden_size=16, attn_layers=["local", "lsh"], num_attention_heads=2, attention_head_size=8, feed_forward_size=24, axial_pos_embds=False, is_decoder=False, local_attn_chunk_length=4, lsh_attn_chunk_length=4, num_buckets=2),
     _text("ibert", "ibert", **BERT),
     _text("phimoe", "phimoe", **MOE),
     _text("gpt_oss", "gpt_oss", **MOE),
