@@ -49,6 +49,27 @@ def watching(layers: Mapping[str, Layer], seen: Seen) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def contiguous_gradients(module: nn.Module) -> Iterator[None]:
+    """Right backward passes of batch norms for one example, in the block.
+
+    On the CPU, torch's own in evaluation mode reads a gradient as if it were contiguous where the batch is one example:
+    wrong where tokens are made of the norm's output, whose gradient then has another order in memory.
+    """
+
+    def hook(_: nn.Module, __: object, output: Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(Tensor.contiguous)
+
+    norms = [part for part in module.modules() if isinstance(part, nn.BatchNorm2d)]
+    handles = [norm.register_forward_hook(hook) for norm in norms]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def _hook(name: str, seen: Seen) -> Callable[..., Tensor | None]:
     def hook(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> Tensor | None:
         return seen(name, None, args[0] if args else next(iter(kwargs.values())), output)

@@ -37,7 +37,7 @@ from bayesq.quant.layers import (
     weight_to_matrix,
 )
 from bayesq.quant.method import STATISTICS
-from bayesq.quant.watch import watching
+from bayesq.quant.watch import contiguous_gradients, watching
 from bayesq.suite.cache import CorruptCache, TensorWriter, tensor_writer, verify
 from bayesq.suite.files import lock
 from bayesq.suite.memory import give_back_freed, halving
@@ -278,7 +278,7 @@ class Collector:
         try:
             for p in frozen:  # only the layers' outputs need gradients
                 p.requires_grad_(False)
-            with watching({**self.others, **self.layers}, self._seen):
+            with contiguous_gradients(self.module), watching({**self.others, **self.layers}, self._seen):
                 yield
         finally:
             for p in frozen:

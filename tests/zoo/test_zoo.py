@@ -1,0 +1,195 @@
+"""Tiny random networks of timm and transformers, three methods: right numbers, or one line that names the layer."""
+
+import csv
+import json
+import logging
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from architectures import TIMM, TRANSFORMERS, Architecture
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig
+from sources import EXAMPLES, LONGEST, write_classifier
+from torch import nn
+from torch.nn import functional
+
+from bayesq.suite import runner
+from bayesq.suite.calibration import Calibration
+from bayesq.suite.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+METHODS = ("rtn", "gptq", "bayesq")
+KINDS = ("input_moment", "gradient_moment")
+BITS = 4
+
+pytestmark = pytest.mark.slow
+every_network = pytest.mark.parametrize("network", [*TIMM, *TRANSFORMERS], ids=lambda one: one.name)
+
+
+@pytest.fixture(autouse=True)
+def no_global_hydra() -> Iterator[None]:
+    yield
+    GlobalHydra.instance().clear()
+
+
+def configured(network: Architecture, folder: Path, *overrides: str) -> DictConfig:
+    """The configuration of a run; texts come from a checkpoint in `folder`, which is written once."""
+    if network in TIMM:
+        changed = ["model=timm", "dataset=digits"]
+    else:
+        changed = ["model=transformers", "dataset=movie_snippets"]
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        cfg = compose("config", overrides=[*changed, f"model.name={network.name}", *overrides])
+    if network in TIMM:
+        cfg.model = own(cfg.model, "RandomImages", architecture=network.name)
+        cfg.dataset = own(cfg.dataset, "Noise", pixels=network.pixels)
+    else:
+        cfg.dataset = own(cfg.dataset, "Sentences")
+        cfg.model.checkpoint, cfg.model.max_length = str(folder / "checkpoint"), LONGEST
+        if not (folder / "checkpoint").exists():
+            write_classifier(network.name, folder / "checkpoint")
+    cfg.wandb.mode, cfg.calibration.examples, cfg.bits = "disabled", EXAMPLES, BITS
+    cfg.results_dir, cfg.cache_dir = str(folder / "results"), str(folder / "cache")
+    (folder / "cache").mkdir(exist_ok=True)
+    return cfg
+
+
+def own(node: DictConfig, source: str, **arguments: Any) -> DictConfig:
+    """A config group with a source of these tests in place of its own."""
+    return DictConfig({"name": node.name, "modality": node.modality, "_target_": f"sources.{source}", **arguments})
+
+
+def check_refusal(network: Architecture, error: UserError) -> str:
+    """The line of a refusal, which names the layer."""
+    line = str(error)
+    assert network.refused is not None, f"refused, though it should run: {line}"
+    assert network.refused in line and "\n" not in line
+    return line
+
+
+@every_network
+def test_three_methods(network: Architecture, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    refusals = set()
+    for method in METHODS:
+        cfg = configured(network, tmp_path, f"method={method}")
+        caplog.clear()
+        caplog.set_level(logging.INFO)
+        try:
+            result = runner.run(cfg)
+        except UserError as error:
+            refusals.add(check_refusal(network, error))
+            continue
+        assert network.refused is None, f"{method} runs, though {network.refused} should be refused"
+        assert result["status"] == "finished" and math.isfinite(result["q/kl_to_fp"]) and result["q/kl_to_fp"] >= 0
+        assert 0 < result["quantized/share"] <= 1
+        check_layers(network, result, caplog.text)
+    assert len(refusals) == (network.refused is not None), "the methods refuse it with different words"
+
+
+def check_layers(network: Architecture, result: dict[str, Any], said: str) -> None:
+    """Layers that no example reaches are named, and take no part in the allocation."""
+    folder = Path(result["config"]["results_dir"]) / result["run_id"]
+    with (folder / "layers.csv").open() as file:
+        rounded = [row["name"] for row in csv.DictReader(file)]
+    assert result["fallback/unseen_layers"] == len(network.unreached)
+    for unreached in network.unreached:
+        assert unreached in said, f"{unreached} gets no example, and nothing says so"
+        # a model source may wrap the network
+        assert not any(name.endswith(unreached) for name in rounded)
+
+
+Moments = dict[str, dict[str, torch.Tensor]]
+
+
+def prepared(network: Architecture, folder: Path, batch_size: int) -> tuple[runner.Workload, Calibration]:
+    """A workload and its moments, over the calibration examples in batches of a size."""
+    sizes = (f"calibration.batch_size={batch_size}", "posterior.examples=null")
+    cfg = configured(network, folder, "method=bayesq", *sizes)
+    work = runner.load(cfg, folder / "cache")
+    calibration = runner.open_calibration(
+        cfg, runner.make_plan(cfg).posterior, work, folder / f"batches of {batch_size}"
+    )
+    calibration.prepare(KINDS)
+    return work, calibration
+
+
+def written_out(work: runner.Workload) -> Moments:
+    """Moments of all Linear layers by their definition: one example after the other, at the products themselves.
+
+    Every product of the network is seen where torch multiplies, however the network gets there.
+    """
+    module = work.network.module
+    names = {id(part.weight): name for name, part in module.named_modules() if isinstance(part, nn.Linear)}
+    # torch's backward pass of a BatchNorm2d is wrong for one example whose gradient is not contiguous
+    copies = 2 if any(isinstance(part, nn.BatchNorm2d) for part in module.modules()) else 1
+    seen: dict[str, int] = {}
+    sums: Moments = {kind: {} for kind in KINDS}
+    runs: list[tuple[str, torch.Tensor]] = []
+    product = functional.linear
+
+    def linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        output = product(input, weight, bias)
+        if (name := names.get(id(weight))) is not None:
+            rows = input.detach().reshape(-1, input.shape[-1])
+            sums["input_moment"][name] = sums["input_moment"].get(name, 0) + rows.T @ rows
+            seen[name] = seen.get(name, 0) + len(rows)
+            output = output.requires_grad_() if not output.requires_grad else output
+            runs.append((name, output))
+            return output.clone()  # the network may change it in place
+        return output
+
+    for batch in work.calibration.batches(1, "cpu"):
+        runs.clear()
+        with mock.patch("torch.nn.functional.linear", linear), torch.enable_grad():
+            logits = module(**{name: x.repeat(copies, *[1] * (x.dim() - 1)) for name, x in batch.inputs.items()})[:1]
+        p = logits.detach().softmax(1)
+        for k in range(
+            logits.shape[1] if runs else 0
+        ):  # the Fisher of the outputs: the sum over labels, each with its probability
+            direction = p[:, k].sqrt() * (torch.eye(logits.shape[1])[k] - p)
+            found = torch.autograd.grad(logits, [y for _, y in runs], direction, retain_graph=True, allow_unused=True)
+            for (name, _), gradient in zip(runs, found, strict=True):
+                if gradient is not None:
+                    rows = gradient.reshape(-1, gradient.shape[-1])
+                    sums["gradient_moment"][name] = sums["gradient_moment"].get(name, 0) + rows.T @ rows
+    return {
+        "input_moment": {name: total / seen[name] for name, total in sums["input_moment"].items()},
+        "gradient_moment": {name: total / len(work.calibration) for name, total in sums["gradient_moment"].items()},
+    }
+
+
+@every_network
+def test_moments_are_right_at_every_batch_size(network: Architecture, tmp_path: Path) -> None:
+    if network.refused is not None:
+        pytest.skip("refused")
+    work, alone = prepared(network, tmp_path, 1)
+    together = prepared(network, tmp_path, EXAMPLES)[1]
+    by_definition = written_out(work)
+    wrong = {}
+    for kind in KINDS:
+        first = {name: alone.statistic(name, kind) for name in work.layers}
+        # where the exact value is zero (a softmax over one position), what is found are errors of rounding
+        floor = 1e-8 * max(float(moment.norm()) for moment in first.values())
+        for name, expected in first.items():
+            size = max(float(expected.norm()), floor)
+            others = {"batches": together.statistic(name, kind)}
+            if name in by_definition[kind]:
+                others["definition"] = by_definition[kind][name][None]
+            different = {other: float((found - expected).norm()) / size for other, found in others.items()}
+            if not all(difference <= 1e-5 for difference in different.values()):
+                wrong[f"{kind} of {name}"] = different
+    assert not wrong, json.dumps(wrong, indent=1)
+    linear = {name for name, part in work.network.module.named_modules() if type(part) is nn.Linear}
+    assert linear & work.layers.keys() <= by_definition["input_moment"].keys()
+
+
+def test_the_zoo_is_large_enough() -> None:
+    accepted = [one for one in (*TIMM, *TRANSFORMERS) if one.refused is None]
+    assert len({one.name for one in (*TIMM, *TRANSFORMERS)}) == len(TIMM) + len(TRANSFORMERS)
+    assert len(TIMM) >= 40 and len(TRANSFORMERS) >= 25 and len(accepted) >= 60
