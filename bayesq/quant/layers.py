@@ -6,7 +6,7 @@ within the group and c the input column (in_features, or in_channels/groups * kh
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TypeVar
@@ -144,6 +144,12 @@ def function_called(layer: nn.Linear) -> ParameterLayer:
 def weight_key(name: str, layer: Layer | nn.Embedding) -> str:
     """Name of the layer's weight in the network's state_dict."""
     return name if isinstance(layer, ParameterLayer) and not layer.whole else f"{name}.weight"
+
+
+def weight_keys(module: nn.Module, names: Iterable[str]) -> set[str]:
+    """Names in the state_dict of the weights of some layers, and of whatever shares one of them (tied tables)."""
+    weights = {id(find_layer(module, name).weight) for name in names}
+    return {key for key, x in module.named_parameters(remove_duplicate=False) if id(x) in weights}
 
 
 def kind_of(layer: Layer | nn.Embedding) -> str:

@@ -250,12 +250,12 @@ def write_self_contained(packed: "Packed", network: "Network", file: Path) -> li
     """
     import torch
 
-    from bayesq.quant.layers import find_layer, weight_key
+    from bayesq.quant.layers import weight_keys
     from bayesq.suite.loading import self_contained
     from bayesq.suite.packed import Packed, read_packed, write_packed
 
     expected = network.module.state_dict()
-    quantized = {weight_key(name, find_layer(network.module, name)) for name in packed.tensors}
+    quantized = weight_keys(network.module, packed.tensors)
     state = {name: value for name, value in expected.items() if name not in quantized}
     record = {**packed.run, "network": {**packed.run["network"], "blueprint": network.blueprint}}
     with atomic_path(file) as temporary:

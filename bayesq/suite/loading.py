@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from bayesq.quant.layers import find_layer, weight_key
+from bayesq.quant.layers import weight_keys
 from bayesq.suite.cache import CorruptCache, resolve_cache_dir
 from bayesq.suite.config import DESCRIPTIVE, flatten, one_line, suggestion
 from bayesq.suite.errors import UserError
@@ -136,7 +136,7 @@ def _check_state(module: nn.Module, packed: Packed) -> None:
     """
     if packed.parameters:
         raise ValueError("changed parameters belong to files that are not self-contained")
-    weights = {weight_key(name, find_layer(module, name)) for name in packed.tensors}
+    weights = weight_keys(module, packed.tensors)
     expected = module.state_dict()
     for name in [*expected, *packed.state, *weights]:
         if (name in packed.state) + (name in weights) != 1 or name not in expected:

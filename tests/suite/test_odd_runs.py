@@ -17,17 +17,36 @@ from torch import nn
 
 from bayesq.suite import composition, runner
 from bayesq.suite.errors import UserError
+from bayesq.suite.export import export
 from bayesq.suite.loading import load_quantized
 from bayesq.suite.models.base import Network, TensorExamples, state_checksum
 from bayesq.suite.packed import read_packed
 
-EXTRA = {"unused": lambda: Unused(), "normalised": odd.Normalised, "concatenated": odd.Concatenated}
+EXTRA = {
+    "unused": lambda: Unused(),
+    "tied tables": lambda: TiedTables(),
+    "normalised": odd.Normalised,
+    "concatenated": odd.Concatenated,
+}
 
 
 class Unused(odd.Plain):
     def __init__(self) -> None:
         super().__init__()
         self.dark = nn.Linear(300, 300)
+
+
+class TiedTables(odd.Plain):
+    """Two embeddings that share a table of four positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Embedding(4, odd.WIDTH), nn.Embedding(4, odd.WIDTH)
+        self.second.weight = self.first.weight
+
+    def body(self, x):
+        positions = torch.arange(x.shape[1])
+        return self.odd(x + self.first(positions)) * self.second(positions)
 
 
 class OddModel:
@@ -115,3 +134,16 @@ def test_weights_that_are_transformed_are_refused_before_the_long_work(kind, tmp
         run(kind, tmp_path, "method=rtn", "bits=4")
     assert not list(tmp_path.glob("cache/statistics"))
     assert run(kind, tmp_path, "method=rtn", "bits=4", "layers.exclude=[odd]")["q/kl_to_fp"] >= 0
+
+
+@pytest.mark.parametrize("kind", ["tied", "Conv1D", "transposed experts", "self-attention", "tied tables"])
+def test_one_file_holds_the_whole_network_and_shared_weights_once(kind, tmp_path):
+    include = ["layers.include_embeddings=true"] if kind == "tied tables" else []
+    result = run(kind, tmp_path, "method=rtn", "bits=4", *include)
+    folder = tmp_path / "results" / result["run_id"]
+    original = load_quantized(folder / "quantized.safetensors", cache_dir=str(tmp_path / "cache"), trusted=[__name__])
+    file, _ = export(folder, "packed", tmp_path / "whole.safetensors", trusted=[__name__])
+    whole = load_quantized(file, trusted=[__name__])
+    assert all(torch.equal(x, original.state_dict()[name]) for name, x in whole.state_dict().items())
+    shared = {"tied": {"odd.weight", "again.weight"}, "tied tables": {"first.weight", "second.weight"}}.get(kind, set())
+    assert shared <= set(whole.state_dict()) and not shared & set(read_packed(file).state)
