@@ -237,7 +237,7 @@ TRANSFORMERS = [
     _text("bloom", "bloom", hidden_size=16, n_layer=2, n_head=2),
     _text("falcon", "falcon", **BERT),
     _text("llama", "llama", **LLAMA),
-    _text("qwen2", "qwen2", **LLAMA),
+    _text("mistral", "mistral", **LLAMA),
     _text("qwen3", "qwen3", **LLAMA),
     _text("gemma", "gemma", **LLAMA),
     _text("gemma3", "gemma3_text", **LLAMA),
