@@ -14,7 +14,7 @@ EXAMPLES = 16  # of calibration, and as many of evaluation
 SPECIAL = ("<pad>", "<bos>", "<unk>", "<eos>")  # tokens 0 to 3; the tokenizer puts the last behind each text
 VOCABULARY, END = 60, 3
 LONGEST = 32  # tokens that a classifier is asked to take
-LENGTHS = (24, 3, 9, 17, 5, 24, 7, 13, 4, 21, 6, 11, 15, 8, 19, 10)
+LENGTHS = (24, 4, 9, 17, 5, 24, 7, 13, 4, 21, 6, 11, 15, 8, 19, 10)
 
 
 def splits(inputs: Any) -> DataSplits:
