@@ -237,7 +237,7 @@ TRANSFORMERS = [
     _text("bloom", "bloom", hidden_size=16, n_layer=2, n_head=2),
     _text("falcon", "falcon", **BERT),
     _text("llama", "llama", **LLAMA),
-    _text("qwen2", "qwen2", **LLAMA),
+    _text("mistral", "mistral", **LLAMA),
     _text("qwen3", "qwen3", **LLAMA),
     _text("gemma", "gemma", **LLAMA),
     _text("gemma3", "gemma3_text", **LLAMA),
@@ -246,7 +246,7 @@ TRANSFORMERS = [
     _text("mixtral", "mixtral", **MOE),  # stacked experts
     _text("qwen2_moe", "qwen2_moe", **MOE, shared_expert_intermediate_size=12, decoder_sparse_step=1),
     _text("qwen3_moe", "qwen3_moe", **MOE, decoder_sparse_step=1),
-    _text("canine", "canine", refused="the network cannot run", **BERT),
+    _text("canine", "canine", **BERT),
     _text("nystromformer", "nystromformer", refused="the network cannot run", **BERT, num_landmarks=4, segment_means_seq_len=16),
     _text("reformer", "reformer", refused="other outputs each time", hidden_size=16, attn_layers=["local", "lsh"], num_attention_heads=2, attention_head_size=8, feed_forward_size=24, axial_pos_embds=False, is_decoder=False, local_attn_chunk_length=4, lsh_attn_chunk_length=4, num_buckets=2),
     _text("ibert", "ibert", **BERT),

@@ -11,10 +11,10 @@ from bayesq.suite.datasets.base import DataSplits, Examples
 from bayesq.suite.models.base import Network, TensorExamples, parameter_count, state_checksum
 
 EXAMPLES = 16  # of calibration, and as many of evaluation
-SPECIAL = ("<pad>", "<bos>", "<unk>", "<eos>")  # tokens 0 to 3; the last closes each text
+SPECIAL = ("<pad>", "<bos>", "<unk>", "<eos>")  # tokens 0 to 3; the tokenizer puts the last behind each text
 VOCABULARY, END = 60, 3
 LONGEST = 32  # tokens that a classifier is asked to take
-LENGTHS = (24, 3, 9, 17, 5, 24, 7, 13, 4, 21, 6, 11, 15, 8, 19, 10)
+LENGTHS = (24, 4, 9, 17, 5, 24, 7, 13, 4, 21, 6, 11, 15, 8, 19, 10)
 
 
 def splits(inputs: Any) -> DataSplits:
@@ -47,7 +47,7 @@ class Sentences:
         """Splits with texts; a text has as many tokens as LENGTHS says."""
         draws = torch.Generator().manual_seed(0)
         rows = [torch.randint(len(SPECIAL), VOCABULARY, (n - 1,), generator=draws).tolist() for n in 2 * LENGTHS]
-        return splits([" ".join([*(f"w{number}" for number in row), SPECIAL[END]]) for row in rows])
+        return splits([" ".join(f"w{number}" for number in row) for row in rows])
 
 
 def random_weights(module: nn.Module) -> nn.Module:
@@ -91,7 +91,7 @@ class RandomImages:
 
 def write_classifier(name: str, folder: Path) -> None:
     """A sequence classifier of the transformers library as people keep it: weights, configuration and tokenizer."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
     architecture = find(name)
@@ -116,6 +116,7 @@ def write_classifier(name: str, folder: Path) -> None:
     pad, begin, unknown, end = SPECIAL
     words = Tokenizer(models.WordLevel({word: number for number, word in enumerate(vocabulary)}, unk_token=unknown))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words.post_processor = processors.TemplateProcessing(f"$A {end}", f"$A {end} $B {end}", [(end, END)])
     PreTrainedTokenizerFast(
         tokenizer_object=words,
         pad_token=pad,
