@@ -1,7 +1,12 @@
 """What every method shares and the only part of bayesq that baselines import.
 
-layers    Linear and Conv2d as stacks of matrices, and their inputs as rows of samples
+layers    what can be quantized as stacks of matrices, and its inputs as rows of samples
+watch     what layers read and give in a forward pass, called or used through a function
+attention  multi-head attention written out, so that its products can be watched
+usage     how a network uses its layers, found out before the long work
 grids     affine and codebook grids: from a real number to a code and back
+one_by_one  parts of a batch, one example each
+compiled  numba's compilation, kept on disk where that can be written
 in_step   forward passes of several batches that wait for each other at chosen modules
 correction  activation moments matched to the full-precision network's
 feedback  successive rounding with error feedback (the routine GPTQ and BayesQ share)

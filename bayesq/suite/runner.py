@@ -269,7 +269,7 @@ class Quantized:
     oom_retries: int = 0
 
     def layers(self, work: Workload) -> dict[str, QuantizedTensor]:
-        """The tensors of Linear and Conv2d layers: embeddings are rounded once and stay."""
+        """The tensors of layers: embeddings are rounded once and stay."""
         return {name: tensor for name, tensor in self.tensors.items() if name in work.layers}
 
 
