@@ -62,6 +62,8 @@ def attention(
             shaped = mask.reshape(b, num_heads, length, source) if mask.dim() == 3 else mask
             scores = scores.masked_fill(shaped, -math.inf) if mask.dtype == torch.bool else scores + shaped
     shares = scores.softmax(-1)
+    if not need_weights:  # torch then gives zeros, not NaN, to a query that may read nothing
+        shares = shares.masked_fill(torch.isneginf(scores).all(-1, keepdim=True), 0.0)
     out = F.linear((shares @ v).permute(2, 0, 1, 3).reshape(length, b, e), out_proj_weight, out_proj_bias)
     found = (shares.mean(1) if more.get("average_attn_weights", True) else shares) if need_weights else None
     if batched:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from bayesq.quant.in_step import meet, run_in_step
-from bayesq.quant.layers import MASK, find_layer, is_layer, mask_samples
+from bayesq.quant.layers import MASK, find_layer, is_layer, is_plain, mask_samples
 from bayesq.quant.one_by_one import one_by_one
 
 Norm = nn.BatchNorm1d | nn.BatchNorm2d
@@ -93,9 +93,9 @@ def correct_moments(
     """
     if full.training or quantized.training:
         raise ValueError("moments can only be matched in eval mode")
-    modules = dict(full.named_modules())
     for name in layers:
         find_layer(full, name)
+    movable = _movable(full, layers)
     device = next(full.parameters()).device
     inputs = {name: x.to(device) for name, x in _thin_out(inputs, max_examples).items()}
     parts = one_by_one(inputs) if alone else _parts(inputs)
@@ -112,7 +112,7 @@ def correct_moments(
             _fold(norm, *reference.norms[name], *_moments(x, 1, parts))
 
     def on_layer(name: str, layer: Any, output: Sequence[Tensor]) -> None:
-        if reference.calls[name] != 1 or layer.bias is None or own_norm(name):
+        if reference.calls[name] != 1 or name not in movable or own_norm(name):
             return
         shift = reference.layers[name] - _mean(output, _channel_dim(layer), parts)
         layer.bias += shift.to(layer.bias)
@@ -122,9 +122,7 @@ def correct_moments(
     _pass(quantized, layers, parts, on_norm, on_layer)
     changed = {name: x for name, x in quantized.state_dict().items() if not torch.equal(x, before[name])}
     uncorrected = tuple(
-        name
-        for name in layers
-        if reference.calls[name] != 1 or not (own_norm(name) or getattr(modules[name], "bias", None) is not None)
+        name for name in layers if reference.calls[name] != 1 or not (own_norm(name) or name in movable)
     )
     return Correction({name: tensor.clone() for name, tensor in changed.items()}, uncorrected)
 
@@ -213,6 +211,20 @@ def _pass(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _movable(module: nn.Module, layers: Collection[str]) -> set[str]:
+    """Those of some layers whose output mean moves as their bias does: product plus a bias that no other module has."""
+    biased = {name: child for name, child in module.named_modules() if getattr(child, "bias", None) is not None}
+    users = Counter(id(child.bias) for child in biased.values())
+    return {
+        name
+        for name, child in biased.items()
+        if name in layers
+        and is_layer(child)
+        and users[id(child.bias)] == 1
+        and (not isinstance(child, nn.Linear) or is_plain(child))
+    }
 
 
 def _channel_dim(layer: nn.Module) -> int:

@@ -6,7 +6,7 @@ examples to one expert, and some networks put positions before the batch. Each d
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import groupby
 
@@ -18,7 +18,9 @@ from bayesq.quant.watch import Products, watching
 
 # Largest difference of an input between an example alone and in a batch, relative to its norm: float32 sums in another
 # order stay far below, inputs of another example far above.
-TOLERANCE = 1e-2
+TOLERANCE = 1e-4
+# The same on accelerators, whose products may be of lower precision.
+ACCELERATOR_TOLERANCE = 1e-3
 
 
 class OtherUseError(ValueError):
@@ -35,12 +37,14 @@ class Usage:
         unreached: layers that take no part.
         alone: layers whose statistics need one example at a time: the batch is not in front of their input, or
             padding cannot be told from tokens there.
+        overwritten: layers whose inputs the network changes in place later, or may change.
     """
 
     layers: dict[str, Layer]
     calls: dict[str, int]
     unreached: tuple[str, ...]
     alone: tuple[str, ...]
+    overwritten: frozenset[str] = frozenset()
 
 
 @dataclass
@@ -50,16 +54,24 @@ class _Pass:
     inputs: dict[str, list[Tensor]] = field(default_factory=dict)
     called: Counter[str] = field(default_factory=Counter)
     others: dict[str, str] = field(default_factory=dict)
+    overwritten: set[str] = field(default_factory=set)
 
 
 @torch.no_grad()
-def usage_of(module: nn.Module, layers: Mapping[str, Layer], inputs: Mapping[str, Tensor]) -> Usage:
+def usage_of(
+    module: nn.Module,
+    layers: Mapping[str, Layer],
+    inputs: Mapping[str, Tensor],
+    more: Iterable[Mapping[str, Tensor]] = (),
+) -> Usage:
     """Watch the network on each of two examples alone, and on both together.
 
     Args:
         layers: of `quantizable_layers`.
         inputs: module arguments of two examples [2, ...], padded to one length; of one example [1, ...], nothing is
             known about batches, and every layer is said to need examples alone.
+        more: further examples in batches, looked at for as long as there is a layer that nothing has reached. A layer
+            that only they reach needs examples alone, and how often it runs is not known.
 
     Raises:
         OtherUseError: a weight takes part in another way than as the matrix of a product; the message names the layers.
@@ -75,20 +87,67 @@ def usage_of(module: nn.Module, layers: Mapping[str, Layer], inputs: Mapping[str
         if used[name]
     }
     mask = inputs.get(MASK)
-    alone = tuple(name for name in taking_part if not _batch_first(name, single, together, mask))
+    alone = tuple(name for name in taking_part if not _batch_first(name, layers[name], single, together, mask))
+    calls = {name: used[name] for name in taking_part}
+    late = _reached_by(module, {name: layer for name, layer in layers.items() if not used[name]}, more)
+    taking_part |= late
+    unreached = {name: layer for name, layer in layers.items() if name not in taking_part}
+    _refuse_hidden_uses(module, unreached, inputs)
+    overwritten = {name for one in (*single, together) for name in one.overwritten}
     return Usage(
-        taking_part,
-        {name: used[name] for name in taking_part},
-        tuple(name for name in layers if not used[name]),
-        alone,
+        {name: taking_part[name] for name in layers if name in taking_part},
+        calls,
+        tuple(unreached),
+        (*alone, *late),
+        frozenset(overwritten | late.keys()),
     )
+
+
+def _refuse_hidden_uses(module: nn.Module, unreached: Mapping[str, Layer], inputs: Mapping[str, Tensor]) -> None:
+    """Refuse layers that seem to take no part, but whose weights the outputs depend on.
+
+    A scripted function or numpy may compute with a weight, and another parameter may lie in the same memory: no product
+    is seen, but a change of the weights is.
+    """
+    if not unreached:
+        return
+    before, kept = module(**inputs), {name: layer.weight.clone() for name, layer in unreached.items()}
+    try:
+        for layer in unreached.values():
+            layer.weight.add_(1.0)
+        after = module(**inputs)
+    finally:
+        for name, layer in unreached.items():
+            layer.weight.copy_(kept[name])
+    if (after - before).norm() > ACCELERATOR_TOLERANCE * before.norm():
+        raise OtherUseError(
+            f"the network computes with weights in a way that cannot be watched (a scripted function, numpy, shared "
+            f"memory): layer {', '.join(unreached)}: add them to layers.exclude"
+        )
+
+
+def _reached_by(
+    module: nn.Module, layers: Mapping[str, Layer], batches: Iterable[Mapping[str, Tensor]]
+) -> dict[str, Layer]:
+    """Those of some layers that one of the batches reaches, as the network uses them."""
+    waiting, reached = dict(layers), dict[str, Layer]()
+    for inputs in batches if waiting else ():
+        found = _watch(module, waiting, inputs)
+        _refuse_other_uses(waiting, [found])
+        for name, xs in found.inputs.items():
+            reached[name] = _as_used(waiting.pop(name), len(xs), found.called[name])
+        if not waiting:
+            break
+    return reached
 
 
 def _watch(module: nn.Module, layers: Mapping[str, Layer], inputs: Mapping[str, Tensor]) -> _Pass:
     found = _Pass()
+    versions: list[tuple[str, Tensor, int]] = []
 
     def use(name: str, group: int | None, x: Tensor, _: Tensor) -> None:
-        found.inputs.setdefault(name, []).append(x.detach())
+        found.inputs.setdefault(name, []).append(x.detach().clone())
+        versions.append((name, x, x._version))
 
     def call(name: str, *_: object) -> None:
         found.called[name] += 1
@@ -99,6 +158,7 @@ def _watch(module: nn.Module, layers: Mapping[str, Layer], inputs: Mapping[str, 
     modules = {name: layer for name, layer in layers.items() if isinstance(layer, nn.Module)}
     with watching(modules, call), Products(layers, use, other):
         module(**inputs)
+    found.overwritten = {name for name, x, version in versions if x._version != version}
     for name, layer in layers.items():
         if isinstance(layer, nn.Conv2d) and len(found.inputs.get(name, ())) > found.called[name]:
             found.others.setdefault(name, "conv2d")  # its stride and padding are then not the layer's
@@ -129,7 +189,7 @@ def _refuse_other_uses(layers: Mapping[str, Layer], passes: list[_Pass]) -> None
     )
 
 
-def _batch_first(name: str, single: list[_Pass], together: _Pass, mask: Tensor | None) -> bool:
+def _batch_first(name: str, layer: Layer, single: list[_Pass], together: _Pass, mask: Tensor | None) -> bool:
     """Whether every input of the layer, in a batch, is those of the examples one after the other.
 
     With a mask, an input's positions must be those of the mask too, or one for each example.
@@ -142,9 +202,10 @@ def _batch_first(name: str, single: list[_Pass], together: _Pass, mask: Tensor |
         if x.shape[-1] == 0 or any(one.numel() * count != x.numel() for one in alone):
             return False
         positions = x.numel() // (count * x.shape[-1])
-        if mask is not None and x.dim() < 4 and positions not in (1, mask.shape[1]):
+        if mask is not None and not isinstance(layer, nn.Conv2d) and positions not in (1, mask.shape[1]):
             return False
         rows = x.reshape(count, -1)
-        if any((row - one.flatten()).norm() > TOLERANCE * one.norm() for row, one in zip(rows, alone, strict=True)):
+        tolerance = TOLERANCE if x.device.type == "cpu" else ACCELERATOR_TOLERANCE
+        if any((row - one.flatten()).norm() > tolerance * one.norm() for row, one in zip(rows, alone, strict=True)):
             return False
     return True

@@ -10,7 +10,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -167,6 +167,8 @@ class Collector:
         bases: Q_A and Q_G by layer, for fisher_eigenvalues.
         others: further layers that gradients go through, by name, though nothing of them is collected: what is
             collected has the same bits whether they are watched or not.
+        overwritten: layers whose inputs are changed in place later: statistics that need them until the backward pass
+            keep a copy.
 
     A layer that runs several times in one forward pass adds up its runs: samples of all of them enter the moments, and
     an example's weight gradient is the sum over them.
@@ -184,8 +186,10 @@ class Collector:
         rank: int = 16,
         bases: Mapping[str, tuple[Tensor, Tensor]] | None = None,
         others: Mapping[str, Layer] | None = None,
+        overwritten: Collection[str] = (),
     ) -> None:
         self.module = module
+        self.overwritten = overwritten
         self.layers = layers
         self.others = others or {}
         self.kinds = frozenset(kinds)
@@ -202,7 +206,7 @@ class Collector:
         self.backward_s = 0.0
         self._batch: Batch | None = None
         self._stop_after: tuple[str, int] | None = None
-        self._backward = False
+        self._backward = self._recomputing = False
 
     def add(self, batch: Batch, gradients: bool = True, stop_after: tuple[str, int] | None = None) -> None:
         """One forward pass, and the backward passes if a gradient statistic is asked for.
@@ -224,10 +228,12 @@ class Collector:
                     logits = self.module(**batch.inputs)
                     start = time.perf_counter()
                     directions = fisher_directions(logits, self.samples, self.generator, self.likelihood, self.draws)
+                    self._recomputing = True  # a checkpointed part runs once more, with the same inputs
                     for k, direction in enumerate(directions):
                         # The sum over the batch gives each example its own gradient: rows of logits are independent.
                         (logits * direction.to(logits.dtype)).sum().backward(retain_graph=k + 1 < len(directions))
                         self._finish_examples()
+                    self._recomputing = False
                     self.backward_s += time.perf_counter() - start
                 self.gradient_examples += len(batch.labels)
 
@@ -290,9 +296,10 @@ class Collector:
             return _leaf(output)[1] if self._backward else None
         assert self._batch is not None
         state, x = self.sums[name], x.detach()
+        self._check_use(name, x)
         state.called += 1
         state.calls_now += 1
-        if self.needs_inputs:
+        if self.needs_inputs and not self._recomputing:
             self._inputs(name, group, x)
         if not self._backward:
             if self._stop_after == (name, state.calls_now):
@@ -300,8 +307,34 @@ class Collector:
             return None
         leaf, replaced = _leaf(output)
         kept = x if self.kinds & PAIRED_STATISTICS else None  # until the backward pass
+        if kept is not None and name in self.overwritten:
+            kept = kept.clone()
         leaf.register_hook(lambda gradient: self._gradient(name, group, kept, gradient.detach()))
         return replaced
+
+    def _check_use(self, name: str, x: Tensor) -> None:
+        """Refuse a use of a layer that no statistics can be taken of.
+
+        Raises:
+            ValueError: naming the layer.
+        """
+        assert self._batch is not None
+        examples = len(self._batch.labels)
+        if isinstance(self.layers[name], nn.Conv2d) and x.dim() != 4:
+            raise ValueError(
+                f"layer {name}: its input of shape {list(x.shape)} is one image without a batch in front: add {name} to layers.exclude"
+            )
+        rows = len(x) if isinstance(self.layers[name], nn.Conv2d) else x.numel() // x.shape[-1]
+        if rows % examples:
+            raise ValueError(
+                f"layer {name}: an input of shape {list(x.shape)} does not hold the {examples} examples of the batch "
+                "one after the other: set calibration.batch_size=1"
+            )
+        if self._backward and not torch.is_grad_enabled():
+            raise ValueError(
+                f"layer {name} runs where no gradient is taken (torch.no_grad, or a function with a backward pass of "
+                f"its own): add {name} to layers.exclude"
+            )
 
     def _inputs(self, name: str, group: int | None, x: Tensor) -> None:
         assert self._batch is not None
@@ -621,6 +654,7 @@ class Calibration:
         device: where batches go.
         room: bytes of running sums that may be held at once, save that each layer's own have to be; which layers
             share a pass over the examples changes no number.
+        overwritten: see `Collector`.
     """
 
     def __init__(
@@ -633,8 +667,9 @@ class Calibration:
         cache_dir: Path,
         device: torch.device,
         room: int = SUM_BYTES,
+        overwritten: Collection[str] = (),
     ) -> None:
-        self.room = room
+        self.room, self.overwritten = room, overwritten
         self.module, self.layers, self.examples = module, layers, examples
         self.settings, self.device = settings, device
         content = {
@@ -832,6 +867,7 @@ class Calibration:
             rank=self.settings.rank,
             bases=bases,
             others={name: layer for name, layer in self.layers.items() if name not in layers},
+            overwritten=self.overwritten,
         )
         batches = self.examples.batches(batch_size, self.device)
         total, count = len(self.examples), count_batches(self.examples, batch_size)

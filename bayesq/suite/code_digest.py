@@ -10,6 +10,7 @@ import ast
 import hashlib
 import importlib.util
 import re
+import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
@@ -98,13 +99,14 @@ def _files(targets: tuple[str, ...]) -> list[tuple[str, Path]] | None:
 
 
 def _follow(start: str, found: dict[str, Path]) -> None:
-    """Add to `found` what `start` imports, and what that imports, within the packages that bayesq or `start` are of."""
+    """Add to `found` what `start` imports, and what that imports: from bayesq, its own package and beside it."""
     package = start.partition(".")[0]
     roots = {"bayesq", "baselines", package}
     waiting = [start]
     while waiting:
         name = waiting.pop()
-        if name in found or name in NO_NUMBERS or name.partition(".")[0] not in roots:
+        root = name.partition(".")[0]
+        if name in found or name in NO_NUMBERS or not (root in roots or _are_neighbours(root, package)):
             continue
         path = _path(name)
         if path is None:
@@ -113,12 +115,44 @@ def _follow(start: str, found: dict[str, Path]) -> None:
         waiting += _imports(name, path)
 
 
+def files_behind(module: str) -> set[Path]:
+    """Source files of a module and of what it imports from its own package and from beside it, bayesq's aside.
+
+    Of a library that is installed, only the module itself: the library's version tells the rest.
+    """
+    path = _path(module)
+    if path is None or _home(module.partition(".")[0]) is None:
+        return set() if path is None else {path}
+    found: dict[str, Path] = {}
+    _follow(module, found)
+    return {path for name, path in found.items() if name.partition(".")[0] not in ("bayesq", "baselines")}
+
+
+def _are_neighbours(first: str, second: str) -> bool:
+    """Whether two top-level modules or packages lie in one folder of the user's."""
+    home = _home(first)
+    return home is not None and home == _home(second)
+
+
+@cache
+def _home(root: str) -> Path | None:
+    """The folder that a top-level module or package lies in; None for installed ones, Python's own and ours."""
+    path = None if root in ("bayesq", "baselines", *sys.stdlib_module_names) else _path(root)
+    if path is None or {"site-packages", "dist-packages"} & set(path.parts):
+        return None
+    return path.parents[1] if path.name == "__init__.py" else path.parent
+
+
 @cache
 def _imports(name: str, path: Path) -> tuple[str, ...]:
     """What a module's text seems to import; names that are no modules are for the caller to drop."""
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
     imported: list[str] = []
-    for origin, names, plain in IMPORT.findall(_source(path).decode(errors="replace")):
+    if _home(name.partition(".")[0]) is not None:
+        found = _imports_by_syntax(path)
+    else:
+        found = IMPORT.findall(_source(path).decode(errors="replace"))
+    for origin, names, plain in found:
         for entry in re.sub(r"#.*", "", plain).split(","):
             imported += _with_parents(entry.split(" as ")[0].strip())
         if not origin:
@@ -131,6 +165,22 @@ def _imports(name: str, path: Path) -> tuple[str, ...]:
         for entry in re.sub(r"#.*", "", names).strip("()").split(","):
             imported.append(f"{module}.{entry.split(' as ')[0].strip()}")
     return tuple(imported)
+
+
+def _imports_by_syntax(path: Path) -> list[tuple[str, str, str]]:
+    """What IMPORT finds, of a user's file: wherever on a line it stands."""
+    try:
+        tree = ast.parse(_source(path))
+    except (SyntaxError, ValueError):
+        return []
+    found = []
+    for node in ast.walk(tree):
+        names = ",".join(alias.name for alias in node.names) if isinstance(node, ast.Import | ast.ImportFrom) else ""
+        if isinstance(node, ast.Import):
+            found.append(("", "", names))
+        elif isinstance(node, ast.ImportFrom):
+            found.append(("." * node.level + (node.module or ""), names, ""))
+    return found
 
 
 def _with_parents(name: str) -> list[str]:

@@ -15,10 +15,12 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 import bayesq
+from bayesq.suite.code_digest import files_behind
 
 # Libraries whose functions networks call.
 LIBRARIES = ("numpy", "timm", "torch", "torchvision", "transformers")
@@ -56,15 +58,20 @@ def _version(name: str) -> str | None:
 
 
 def _sources(module: nn.Module) -> set[str]:
-    """Checksums of the files that the modules' classes are written in, torch's own aside."""
-    files = set()
+    """Checksums of the files that the modules' classes are written in and of what these import from beside them.
+
+    Torch's own are told by its version, and so are files that other libraries import.
+    """
+    files: set[Path] = set()
     for kind in {base for child in module.modules() for base in type(child).__mro__}:
         if kind.__module__.partition(".")[0] not in ("builtins", "torch"):
             try:
-                files.add(inspect.getfile(kind))
+                files.add(Path(inspect.getfile(kind)))
             except (OSError, TypeError):  # made in a session: its functions' code is hashed below
                 continue
-    return {_checksum(file, Path(file).stat().st_mtime_ns) for file in files if Path(file).is_file()}
+            if kind.__module__.partition(".")[0] != "bayesq":
+                files.update(files_behind(kind.__module__))
+    return {_checksum(str(file), file.stat().st_mtime_ns) for file in files if file.is_file()}
 
 
 @functools.lru_cache(maxsize=512)
@@ -79,6 +86,8 @@ def _plain(value: Any, depth: int, inside: frozenset[int]) -> Any:
     if isinstance(value, Tensor):
         content = value.detach().cpu().contiguous()
         return [str(content.dtype), list(content.shape), hashlib.sha256(_bytes(content)).hexdigest()]
+    if isinstance(value, np.ndarray | np.generic):
+        return [str(value.dtype), list(value.shape), hashlib.sha256(value.tobytes()).hexdigest()]
     if isinstance(value, torch.dtype | torch.Size | Enum | complex | bytes):
         return str(value)
     if isinstance(value, torch.device | Path | torch.Generator):
@@ -103,17 +112,32 @@ def _plain(value: Any, depth: int, inside: frozenset[int]) -> Any:
     if isinstance(value, functools.partial):
         return [kind, inner(value.func), inner(value.args), inner(value.keywords)]
     if isinstance(value, types.MethodType):
-        return [kind, inner(value.__func__), _name(type(value.__self__))]
+        return [kind, inner(value.__func__), inner(value.__self__)]
+    if isinstance(value, types.CodeType):
+        return [value.co_code.hex(), *value.co_names, inner(value.co_consts)]
     if isinstance(value, types.FunctionType):
-        constants = [x for x in value.__code__.co_consts if not isinstance(x, types.CodeType)]
         cells = [cell.cell_contents for cell in value.__closure__ or ()]
-        return [_name(value), value.__code__.co_code.hex(), inner([constants, value.__defaults__, cells])]
+        return [_name(value), inner(value.__code__), inner([value.__defaults__, value.__kwdefaults__, cells])]
     if isinstance(value, type | types.BuiltinFunctionType | types.ModuleType):
         return _name(value)
     if isinstance(value, nn.Module):
         attributes = {key: x for key, x in vars(value).items() if key not in NO_FUNCTION and not _registered(x)}
-        return [kind, value.extra_repr(), inner(attributes)]
-    return [kind, inner(vars(value))] if hasattr(value, "__dict__") else kind
+        hooks = [list(found.values()) for found in (value._forward_pre_hooks, value._forward_hooks)]
+        made = [
+            base for base in type(value).__mro__ if "<locals>" in base.__qualname__
+        ]  # by a function, with its values
+        own = [{key: x for key, x in vars(base).items() if not key.startswith("__")} for base in made]
+        return [kind, value.extra_repr(), inner(attributes), inner(hooks), inner(own)]
+    attributes = {name: getattr(value, name) for name in _slots(type(value)) if hasattr(value, name)}
+    attributes |= getattr(value, "__dict__", {})
+    # a deque, a range, a fraction; the default repr tells nothing but a place in memory
+    return [kind, inner(attributes)] if attributes or type(value).__repr__ is object.__repr__ else [kind, repr(value)]
+
+
+def _slots(kind: type) -> list[str]:
+    """Names of the attributes that objects of a class keep outside their __dict__."""
+    slots = [vars(base).get("__slots__", ()) for base in kind.__mro__]
+    return [name for names in slots for name in ((names,) if isinstance(names, str) else names)]
 
 
 def _registered(value: Any) -> bool:

@@ -36,6 +36,9 @@ def load_quantized(
 ) -> nn.Module:
     """The network that a run evaluated: its outputs are the run's, bit for bit, on the same machine.
 
+    It takes preprocessed inputs: `source.model` of the run's result.json tells size, mean and standard deviation of
+    images, or the length that texts are cut to.
+
     Args:
         path: `quantized.safetensors` of a run, or a self-contained file.
         settings: what is elsewhere now, such as {"model.checkpoint": "/new/place"}; relative paths of the run are

@@ -146,6 +146,7 @@ def recorded_config(result: Mapping[str, Any]) -> dict[str, Any]:
     """
     config: dict[str, Any] = result["config"]
     reference = Preflight(CONFIG_NAME, str(conf_dir()), None).reference({})
+    reference["wandb"] = OmegaConf.to_container(OmegaConf.create(reference["wandb"]), resolve=True)
     own = (*AXES, *settings.WITHOUT_EFFECT)
     try:
         settings.check_keys(*({k: v for k, v in keys.items() if k not in own} for keys in (config, reference)))

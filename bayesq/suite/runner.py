@@ -311,7 +311,8 @@ def execute(
         work.device,
         cache_dir,
     )
-    full, retries = reference(autocast)
+    with naming_model(cfg.model.name, "evaluating it"):
+        full, retries = reference(autocast)
     check_logits(full, f"model={cfg.model.name} overflows before anything is rounded; choose other weights or data")
     unlowered = reference(None)[0] if autocast is not None else full
     with elapsed("compile"):
@@ -428,9 +429,10 @@ def load(cfg: DictConfig, cache_dir: Path) -> Workload:
         raise UserError(f"layers.include_embeddings=true: model={cfg.model.name} has no embedding left to quantize")
     with naming_model(cfg.model.name, "encoding its inputs"):
         calibration, evaluation = network.encode(examples), network.encode(data.evaluation)
-    with naming_model(cfg.model.name, "its first forward pass"):
+    with naming_model(cfg.model.name, "its forward pass"):
         try:
-            usage = usage_of(network.module, layers, two_examples(calibration, device).inputs)
+            more = (batch.inputs for batch in calibration.batches(int(cfg.calibration.batch_size), device))
+            usage = usage_of(network.module, layers, two_examples(calibration, device).inputs, more)
         except OtherUseError as error:
             raise UserError(f"model={cfg.model.name}: {error}") from error
     if not usage.layers:
@@ -512,7 +514,15 @@ def open_calibration(
     room = OFFLOADED_SUM_BYTES if cfg.calibration.offload == "disk" else SUM_BYTES
     network = work.network
     return Calibration(
-        network.module, network.identity, work.layers, work.calibration, settings, cache_dir, work.device, room
+        network.module,
+        network.identity,
+        work.layers,
+        work.calibration,
+        settings,
+        cache_dir,
+        work.device,
+        room,
+        work.usage.overwritten,
     )
 
 
@@ -588,8 +598,11 @@ def quantize(cfg: DictConfig, plan: Plan, work: Workload, calibration: Calibrati
     method, posterior, allocator = plan.method, plan.posterior, plan.allocator
     module, layers, examples, device = work.network.module, work.layers, work.calibration, work.device
     asked = time.perf_counter()
-    with elapsed("statistics"):
-        calibration.prepare(statistics_of(plan))
+    try:
+        with elapsed("statistics"):
+            calibration.prepare(statistics_of(plan))
+    except ValueError as error:
+        raise UserError(str(error)) from error
     prepared, inherited = time.perf_counter(), posterior.inherited if posterior else 0.0
     if calibration.unseen:  # a statistic that nothing was measured for must not decide widths
         raise UserError(

@@ -18,8 +18,10 @@ from hydra import compose, initialize_config_dir
 from references import TIMER, compare
 
 from bayesq.quant.layers import quantizable_layers
+from bayesq.quant.usage import usage_of
 from bayesq.suite import composition, runner
-from bayesq.suite.models.base import Network, TensorExamples, state_checksum
+from bayesq.suite.coverage import coverage
+from bayesq.suite.models.base import Network, TensorExamples, state_checksum, two_examples
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = 256  # as many as a run takes unless told otherwise
@@ -66,8 +68,9 @@ def workload(build) -> runner.Workload:
         torch.manual_seed(0)
         module, examples = build()
     network = Network(module.eval(), lambda _: examples, state_checksum(module), {})
-    data = types.SimpleNamespace(likelihood="categorical")
-    return runner.Workload(network, data, quantizable_layers(module), {}, examples, examples, torch.device("cpu"))
+    data, device = types.SimpleNamespace(likelihood="categorical"), torch.device("cpu")
+    usage = usage_of(module, quantizable_layers(module), two_examples(examples, device).inputs)
+    return runner.Workload(network, data, usage, {}, coverage(module, usage.layers), examples, examples, device)
 
 
 def quantize(work: runner.Workload, folder: Path, *overrides: str) -> runner.Quantized:

@@ -117,7 +117,7 @@ def achieved_risk(method: BayesQ, layers: list[LayerProblem], widths: Sequence[i
 def test_tables_for_single_layers_are_priced_by_the_predicted_risk(risk, paying, cheap_tables, caplog):
     layers = [one for one in network() if one.rows >= bayesq.method.LEAST_TRELLIS_ROWS]
     layers[0].notes["predicted_risk"] = risk
-    with caplog.at_level("INFO", "bayesq.method"):
+    with caplog.at_level("INFO", "bayesq.details"):
         list(bayesq_with(refits=2).quantize(layers, Allocator((2, 3))))
     (record,) = caplog.records
     assert f"would pay in {paying} cases" in record.message

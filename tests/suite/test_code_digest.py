@@ -13,7 +13,7 @@ from bayesq.suite.results import write_json
 
 ROOT = Path(bayesq.__file__).parents[1]
 RTN = {"_target_": "baselines.rtn.RTN"}
-CACHED = ("digests", "_files", "_imports", "_path", "_folders", "_source", "_syntax")
+CACHED = ("digests", "_files", "_home", "_imports", "_path", "_folders", "_source", "_syntax")
 
 
 def forget() -> None:

@@ -99,8 +99,8 @@ def test_what_is_said_already_is_not_said_again() -> None:
         raise UserError("model.checkpoint=x: no such file")
 
 
-def test_canine_is_refused_by_name(tmp_path: Path) -> None:
-    """Its library has no `get_input_embeddings` for it."""
+def test_canine_runs(tmp_path: Path) -> None:
+    """Its library raises NotImplementedError where others give a table of embeddings."""
     import transformers
 
     folder = tmp_path / "canine"
@@ -113,5 +113,4 @@ def test_canine_is_refused_by_name(tmp_path: Path) -> None:
     cfg = configured(
         tmp_path, "model=transformers", f"model.checkpoint={folder}", "model.max_length=32", "method=rtn", *data
     )
-    with pytest.raises(UserError, match=r"^model=transformers: building it fails \(NotImplementedError"):
-        runner.load(cfg, tmp_path / "cache")
+    assert "model.classifier" in runner.load(cfg, tmp_path / "cache").layers

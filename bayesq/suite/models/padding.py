@@ -54,6 +54,8 @@ def find_layout(module: nn.Module, encode: Callable[[Layout], TensorExamples], s
         alone = _watch(module, encode(single))
     except Exception as error:  # anything that a network may raise
         raise ValueError(f"the network cannot run ({type(error).__name__}: {one_line(str(error))[:200]})") from error
+    if not all(bool(torch.isfinite(logits).all()) for logits in alone.logits.values()):
+        return Layout(side), None  # nothing can be compared; the run says what of the network is no number
     first: str | None = None
     for layout in (Layout(side), Layout("left" if side == "right" else "right"), Layout(side, EQUAL)):
         fault = _fault(module, encode(layout), alone)
@@ -103,7 +105,10 @@ def _watch(module: nn.Module, examples: TensorExamples) -> _Seen:
     seen = _Seen()
     layers = {name: child for name, child in module.named_modules() if is_layer(child)}
     for batch in examples.batches(len(examples), "cpu"):
-        handles = [layer.register_forward_pre_hook(_recorder(seen, name, batch)) for name, layer in layers.items()]
+        handles = [
+            layer.register_forward_pre_hook(_recorder(seen, name, batch), with_kwargs=True)
+            for name, layer in layers.items()
+        ]
         try:
             logits = module(**batch.inputs)
         finally:
@@ -113,9 +118,12 @@ def _watch(module: nn.Module, examples: TensorExamples) -> _Seen:
     return seen
 
 
-def _recorder(seen: _Seen, name: str, batch: Batch) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-    def record(layer: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        own_layer, x, examples = cast(Layer, layer), arguments[0], len(batch.index)
+def _recorder(
+    seen: _Seen, name: str, batch: Batch
+) -> Callable[[nn.Module, tuple[Tensor, ...], dict[str, Tensor]], None]:
+    def record(layer: nn.Module, arguments: tuple[Tensor, ...], keywords: dict[str, Tensor]) -> None:
+        own_layer, x = cast(Layer, layer), arguments[0] if arguments else next(iter(keywords.values()))
+        examples = len(batch.index)
         shared = input_samples(own_layer, x, 1).abs().double().sum((0, 2)).flatten()
         try:
             samples, _ = mask_samples(input_samples(own_layer, x, examples), batch.inputs.get(MASK))
