@@ -2,6 +2,7 @@
 
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
 WIDTH = 6
@@ -204,6 +205,45 @@ class CrossAttention(SelfAttention):
         return self.odd(self.latent.expand(len(x), -1, -1), x, x)[0]
 
 
+class AddsInPlace(Plain):
+    """Changes the layer's input after the layer has read it, unless told not to."""
+
+    in_place = True
+
+    def body(self, x):
+        x = x.clone()
+        if not self.in_place:
+            return x + torch.tanh(self.odd(x))
+        x += torch.tanh(self.odd(x))
+        return x
+
+
+class ActsInPlace(Plain):
+    in_place = True
+
+    def body(self, x):
+        x = x.clone()
+        return self.odd(x) * (F.relu_(x) if self.in_place else F.relu(x))
+
+
+class Rare(Plain):
+    """One layer for all examples, and one that few examples reach."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rare = nn.Linear(WIDTH, WIDTH)
+
+    def body(self, x):
+        return torch.stack([self.rare(one[None])[0] if one[0, 0] > 1.2 else self.odd(one[None])[0] for one in x])
+
+
+class Checkpointed(Plain):
+    """Runs once more in the backward pass."""
+
+    def body(self, x):
+        return torch.utils.checkpoint.checkpoint(self.odd, x, use_reentrant=False)
+
+
 # Networks whose weights take part in another way than as the matrix of a product.
 class Normalised(Plain):
     def body(self, x):
@@ -223,6 +263,29 @@ class LeftFactor(Plain):
 class PartOfTheRows(Plain):
     def body(self, x):
         return torch.cat([F.linear(x, self.odd.weight[:2]), x[..., 2:]], -1)
+
+
+class InNumpy(Plain):
+    def body(self, x):
+        return x @ torch.from_numpy(self.odd.weight.detach().numpy().T.copy())
+
+
+class SharedMemory(Plain):
+    """Two parameters in one memory, of which one is used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.twin = nn.Linear(WIDTH, WIDTH)
+        self.twin.weight = nn.Parameter(self.odd.weight.data)
+
+    def body(self, x):
+        return self.twin(x)
+
+
+class WithoutGradient(Plain):
+    def body(self, x):
+        with torch.no_grad():
+            return self.odd(x)
 
 
 class ExtraAttention(Classifier):

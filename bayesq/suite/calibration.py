@@ -322,7 +322,8 @@ class Collector:
         examples = len(self._batch.labels)
         if isinstance(self.layers[name], nn.Conv2d) and x.dim() != 4:
             raise ValueError(
-                f"layer {name}: its input of shape {list(x.shape)} is one image without a batch in front: add {name} to layers.exclude"
+                f"layer {name}: its input of shape {list(x.shape)} is an image without a batch in front: add {name} to "
+                "layers.exclude"
             )
         rows = len(x) if isinstance(self.layers[name], nn.Conv2d) else x.numel() // x.shape[-1]
         if rows % examples:

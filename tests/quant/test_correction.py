@@ -265,3 +265,31 @@ def test_it_refuses_what_it_cannot_correct():
         correct_moments(full, copy.deepcopy(full), ["nowhere"], inputs)
     with pytest.raises(ValueError, match="no example"):
         correct_moments(full, copy.deepcopy(full), LAYERS, {"x": inputs["x"][:0]})
+
+
+@pytest.mark.parametrize("kind", ["scaled", "shared bias"])
+def test_a_bias_that_does_not_move_the_mean_one_for_one_is_left_alone(kind):
+    class Scaled(nn.Linear):
+        def forward(self, input):
+            return 4 * nn.functional.linear(input / 4, self.weight, self.bias)
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = Scaled(5, 5) if kind == "scaled" else nn.Linear(5, 5)
+            self.second = nn.Linear(5, 5)
+            if kind == "shared bias":
+                self.second.bias = self.first.bias
+
+        def forward(self, x):
+            return self.second(torch.tanh(self.first(x)))
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        full = Net().eval()
+    rounded = copy.deepcopy(full)
+    with torch.no_grad():
+        rounded.first.weight.mul_(8).round_().div_(8)
+    found = correct_moments(full, rounded, ["first", "second"], {"x": normal(16, 5, seed=1)})
+    assert "first" in found.uncorrected and "first.bias" not in found.tensors
+    assert ("second" in found.uncorrected) == (kind == "shared bias")

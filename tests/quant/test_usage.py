@@ -110,6 +110,21 @@ def test_attention_that_is_not_written_out_is_refused_by_name():
         usage(seeded(odd.ExtraAttention))
 
 
+@pytest.mark.parametrize("build", [odd.InNumpy, odd.SharedMemory])
+def test_weights_that_are_used_unseen_are_refused_by_name(build):
+    module = seeded(build)
+    before = module.odd.weight.clone()
+    with pytest.raises(ValueError, match=r"layer (odd|twin).*layers\.exclude"):
+        usage(module)
+    assert torch.equal(module.odd.weight, before)
+
+
+@pytest.mark.parametrize("build", [odd.AddsInPlace, odd.ActsInPlace])
+def test_inputs_that_are_changed_in_place_are_known(build):
+    assert usage(seeded(build)).overwritten == {"odd"}
+    assert not usage(seeded(odd.Plain)).overwritten
+
+
 def test_layers_that_nothing_reaches_are_named():
     module = seeded(odd.Plain)
     module.unused = nn.Linear(3, 3)
@@ -180,7 +195,7 @@ def test_out_is_the_matrix_times_the_input(build):
     assert len(compared) == (1 if build is odd.Transposed else 3)
 
 
-@pytest.mark.parametrize("mask", [None, "boolean", "added", "by head", "padding"])
+@pytest.mark.parametrize("mask", [None, "boolean", "added", "by head", "padding", "all"])
 @pytest.mark.parametrize("weights", [False, True])
 def test_attention_is_torchs(mask, weights):
     query, source = (torch.randn(n, 3, 8, generator=torch.Generator().manual_seed(n)) for n in (4, 5))
@@ -191,13 +206,14 @@ def test_attention_is_torchs(mask, weights):
         "boolean": {"attn_mask": upper.bool()},
         "added": {"attn_mask": -3 * upper},
         "by head": {"attn_mask": -torch.rand(6, 4, 5, generator=torch.Generator().manual_seed(0))},
+        "all": {"attn_mask": torch.tensor([[True] * 5] + [[False] * 5] * 3)},
         "padding": {"key_padding_mask": torch.tensor([[False] * 5, [False] * 3 + [True] * 2, [True] + [False] * 4])},
     }[mask]
     given = (query, source, source, 8, 2, layer.in_proj_weight, layer.in_proj_bias, None, None, False, 0.0)
     given = (*given, layer.out_proj.weight, layer.out_proj.bias)
     options |= {"training": False, "need_weights": weights}
     expected, found = F.multi_head_attention_forward(*given, **options), attention(*given, **options)
-    torch.testing.assert_close(found[0], expected[0])
+    torch.testing.assert_close(found[0], expected[0], equal_nan=True)
     assert (found[1] is None) == (not weights)
     if weights:
-        torch.testing.assert_close(found[1], expected[1])
+        torch.testing.assert_close(found[1], expected[1], equal_nan=True)

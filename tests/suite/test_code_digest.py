@@ -61,6 +61,24 @@ def edited(path: Path, change: Callable[[str], str]) -> None:
 
 
 @pytest.mark.parametrize(
+    "line",
+    [
+        "import beside_quant",
+        "import os; import beside_quant as b",
+        "if True: import beside_quant",
+        "from beside_quant import (  # )\n    STEP)",
+    ],
+)
+def test_files_beside_a_target_count(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "beside_quant.py").write_text("STEP = 1\n")
+    (tmp_path / "alone_quant.py").write_text(f"{line}\n\nclass Mine:\n    bits = 3\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    finished = result(method={"_target_": "alone_quant.Mine"})
+    edited(tmp_path / "beside_quant.py", lambda text: text.replace("1", "2"))
+    assert code_digest.has_changed(finished)
+
+
+@pytest.mark.parametrize(
     ("file", "counts"),
     [
         ("method.py", True),

@@ -2,10 +2,14 @@
 
 import copy
 import functools
+import os
 import subprocess
 import sys
+from collections import deque
+from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -18,6 +22,16 @@ from bayesq.suite.models.base import Network, TensorExamples, state_checksum
 
 ROOT = Path(__file__).parents[2]
 TINY = {"vocab_size": 30, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+
+
+class Slotted:
+    __slots__ = ("scale",)
+
+    def __init__(self, scale):
+        self.scale = scale
+
+    def apply(self, x):
+        return self.scale * x
 
 
 class Net(nn.Module):
@@ -36,6 +50,13 @@ class Net(nn.Module):
             "table": torch.zeros(3),
             "norm": functools.partial(nn.functional.layer_norm, eps=1e-5),
             "names": frozenset({"a", "b"}),
+            "slope": np.float32(0.5),
+            "array": np.zeros(3),
+            "span": range(3),
+            "queue": deque([1]),
+            "share": Fraction(1, 3),
+            "slotted": Slotted(1.0),
+            "method": Slotted(1.0).apply,
         }
         for name, value in {**attributes, **changed}.items():
             setattr(self, name, value)
@@ -54,6 +75,13 @@ CHANGED = {
     "norm": functools.partial(nn.functional.layer_norm, eps=1e-6),
     "names": frozenset({"a", "c"}),
     "mask": torch.zeros(4),
+    "slope": np.float32(0.25),
+    "array": np.ones(3),
+    "span": range(4),
+    "queue": deque([2]),
+    "share": Fraction(2, 3),
+    "slotted": Slotted(2.0),
+    "method": Slotted(2.0).apply,
 }
 
 
@@ -78,6 +106,41 @@ def test_what_functions_hold_counts():
     assert fingerprint(Net(activation=power(2))) == fingerprint(Net(activation=power(2)))
     assert fingerprint(Net(activation=power(2))) != fingerprint(Net(activation=power(3)))
     assert fingerprint(Net(activation=lambda x: x + 1)) != fingerprint(Net(activation=lambda x: x - 1))
+
+
+def test_names_nested_functions_hooks_and_classes_made_by_functions_count():
+    def nested(sign):
+        return (lambda x: (lambda y: y + 1)(x)) if sign else (lambda x: (lambda y: y - 1)(x))
+
+    def made(slope):
+        class Made(Net):
+            steepness = slope
+
+        return Made()
+
+    assert fingerprint(Net(activation=lambda x: torch.sin(x))) != fingerprint(Net(activation=lambda x: torch.cos(x)))
+    assert fingerprint(Net(activation=nested(True))) != fingerprint(Net(activation=nested(False)))
+    assert fingerprint(made(1)) == fingerprint(made(1)) != fingerprint(made(2))
+    hooked = Net()
+    hooked.fc.register_forward_hook(lambda *_: None)
+    assert fingerprint(hooked) != fingerprint(Net())
+
+
+def test_a_helper_beside_the_users_file_counts(tmp_path):
+    (tmp_path / "their_helper.py").write_text("SLOPE = 1\n")
+    net = "import torch; import their_helper\n\nclass Net(torch.nn.Module):\n    pass\n"
+    (tmp_path / "their_net.py").write_text(net)
+    code = "import their_net; from bayesq.suite.fingerprint import fingerprint; print(fingerprint(their_net.Net()))"
+
+    def known():
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+        given = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True, "check": True}
+        return subprocess.run([sys.executable, "-c", code], **given).stdout
+
+    before = known()
+    assert before == known()
+    (tmp_path / "their_helper.py").write_text("SLOPE = 2\n")
+    assert before != known()
 
 
 def test_sharing_counts():

@@ -37,7 +37,10 @@ class Tokens:
         self.names: tuple[str, ...] = ("input_ids", "attention_mask")
         self.layout = Layout()
         if tokenizer.pad_token_id is None:
-            raise UserError(f"{key}: its tokenizer has no padding token, which batches need")
+            raise UserError(
+                f"{key}: its tokenizer has no padding token, which batches need: name one as pad_token in "
+                "tokenizer_config.json"
+            )
         self._check_length(tokenizer.model_max_length)
 
     def _check_length(self, longest: int) -> None:
