@@ -4,7 +4,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from bayesq.suite.results import FAILURE_FILE, RESULT_FILE
+from bayesq.suite.results import FAILURE_FILE, RESULT_FILE, read_result
 
 
 class Progress:
@@ -25,12 +25,19 @@ class Progress:
         return f"{list(self.runs).index(folder) + 1} of {len(self.runs)}"
 
     def left(self) -> str:
-        """`about 12 min left`, at the rate of what this command has computed so far; at first nothing."""
+        """`about 12 min left`, at the rate of what this command has computed so far; at first nothing.
+
+        What the first run alone prepares (downloads, training, compilation) is no part of the rate.
+        """
         computed = [folder for folder, computes in self.runs.items() if computes]
-        done = sum(self._done(folder) for folder in computed)
-        if not done or done == len(computed):
+        done = [folder for folder in computed if self._done(folder)]
+        if not done or len(done) == len(computed):
             return ""
-        return f"about {duration((time.time() - self.start) / done * (len(computed) - done))} left"
+        spent = time.time() - self.start
+        prepared = [float((read_result(folder / RESULT_FILE) or {}).get("time/prepare_s", 0.0)) for folder in done]
+        once = sum(prepared) - len(done) * (min(prepared) if len(done) > 1 else 0.0)
+        spent -= once if once < spent else 0.0  # runs of several processes prepare at the same time
+        return f"about {duration(spent / len(done) * (len(computed) - len(done)))} left"
 
     def _done(self, folder: Path) -> bool:
         """Whether the run has ended, well or not, since the command began."""

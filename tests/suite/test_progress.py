@@ -1,5 +1,6 @@
 """How far a sweep is."""
 
+import json
 import os
 from pathlib import Path
 
@@ -29,6 +30,18 @@ def test_the_rate_is_of_what_this_command_has_computed(tmp_path: Path, monkeypat
     for folder in folders[3:]:
         ended(folder, 1060)
     assert progress.left() == ""
+
+
+def test_what_the_first_run_prepares_is_no_part_of_the_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders = [tmp_path / str(k) for k in range(4)]
+    progress = Progress(dict.fromkeys(folders, True))
+    progress.start = 1000
+    for k, (prepared, now, left) in enumerate([(90, 1100, "30 s"), (2, 1110, "22 s"), (1, 1120, "10 s")]):
+        folders[k].mkdir()
+        (folders[k] / "result.json").write_text(json.dumps({"time/prepare_s": prepared}))
+        os.utime(folders[k] / "result.json", (now, now))
+        monkeypatch.setattr("time.time", lambda now=now: now)
+        assert progress.left() == f"about {left} left"
 
 
 def test_single_and_foreign_runs_have_no_place(tmp_path: Path) -> None:
