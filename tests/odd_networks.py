@@ -234,7 +234,7 @@ class Rare(Plain):
         self.rare = nn.Linear(WIDTH, WIDTH)
 
     def body(self, x):
-        return torch.stack([self.rare(one[None])[0] if one[0, 0] > 1.2 else self.odd(one[None])[0] for one in x])
+        return torch.stack([self.rare(one[None])[0] if one[0, 2] > 1.2 else self.odd(one[None])[0] for one in x])
 
 
 class Checkpointed(Plain):
