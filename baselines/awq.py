@@ -5,14 +5,14 @@ counted. Exponent and clip range are both searched on the calibrated output erro
 published search on sample outputs over the whole calibration set.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from bayesq.quant.feedback import output_error
 from bayesq.quant.grids import grid_from_range, round_affine, zero_code
-from bayesq.quant.method import Allocate, LayerProblem, check_finite, stack_groups
+from bayesq.quant.method import Allocate, Context, LayerProblem, check_finite, stack_groups
 from bayesq.quant.tensor import QuantizedTensor
 
 
@@ -27,7 +27,7 @@ class AWQ:
     """
 
     statistics: frozenset[str] = frozenset({"input_moment", "input_magnitude"})
-    sequential = False
+    inputs = "full"
 
     def __init__(self, exponents: int, clip_steps: int, clip_lowest: float) -> None:
         if exponents < 1 or clip_steps < 0 or not 0 < clip_lowest <= 1:
@@ -39,38 +39,35 @@ class AWQ:
         self.clip_steps = clip_steps
         self.clip_lowest = clip_lowest
 
-    def quantize(
-        self, layers: Sequence[LayerProblem], allocate: Allocate
-    ) -> Iterator[tuple[LayerProblem, QuantizedTensor]]:
-        """Search and round every layer on its own."""
-        widths = allocate(layers)
-        for layer in layers:
-            check_finite(layer)
-            moment = layer.statistic("input_moment").to(torch.float64)
-            magnitude = layer.statistic("input_magnitude").to(torch.float64)
-            weight, width = layer.weight.to(torch.float64), widths[layer.name]
-            found = self.search_scale(weight, moment, magnitude, width, layer.positions_per_channel)
-            # The exponent was chosen on unclipped ranges; clipped, the identity may still be the better one.
-            column_scale = torch.ones_like(found)
-            spread = _spread(column_scale, layer.positions_per_channel)
-            error, scale, zero = self.search_clip(weight, moment, spread, width)
-            if not bool((found == 1).all()):
-                found_spread = _spread(found, layer.positions_per_channel)
-                found_error, found_scale, found_zero = self.search_clip(weight, moment, found_spread, width)
-                if float(found_error.sum()) < float(error.sum()):
-                    column_scale, spread, scale, zero = found, found_spread, found_scale, found_zero
-            codes, _ = round_affine(stack_groups(weight * spread), scale, zero, width)
-            yield (
-                layer,
-                QuantizedTensor(
-                    codes=codes.to(torch.uint8),
-                    width=width,
-                    scale=scale[:, None].to(torch.float16),
-                    zero=zero_code(zero, width)[:, None],
-                    groups=len(moment),
-                    column_scale=None if bool((column_scale == 1).all()) else column_scale.to(torch.float16),
-                ),
-            )
+    def prepare(self, layers: Sequence[LayerProblem], allocate: Allocate, context: Context) -> Mapping[str, Tensor]:
+        """Nothing but the widths needs all layers."""
+        return allocate(layers)
+
+    def quantize_layer(self, layer: LayerProblem, width: Tensor, context: Context) -> QuantizedTensor:
+        """Search channel scales and ranges, then round to nearest."""
+        check_finite(layer)
+        moment = layer.input_statistic("input_moment").to(torch.float64)
+        magnitude = layer.input_statistic("input_magnitude").to(torch.float64)
+        weight = layer.weight.to(torch.float64)
+        searched = self.search_scale(weight, moment, magnitude, width, layer.positions_per_channel)
+        # The exponent was chosen on unclipped ranges; clipped, the identity may still be the better one.
+        column_scale = torch.ones_like(searched)
+        spread = _spread(column_scale, layer.positions_per_channel)
+        error, scale, zero = self.search_clip(weight, moment, spread, width)
+        if not bool((searched == 1).all()):
+            wider = _spread(searched, layer.positions_per_channel)
+            other_error, other_scale, other_zero = self.search_clip(weight, moment, wider, width)
+            if float(other_error.sum()) < float(error.sum()):
+                column_scale, spread, scale, zero = searched, wider, other_scale, other_zero
+        codes, _ = round_affine(stack_groups(weight * spread), scale, zero, width)
+        return QuantizedTensor(
+            codes=codes.to(torch.uint8),
+            width=width,
+            scale=scale[:, None].to(torch.float16),
+            zero=zero_code(zero, width)[:, None],
+            groups=len(moment),
+            column_scale=None if bool((column_scale == 1).all()) else column_scale.to(torch.float16),
+        )
 
     def search_scale(
         self, weight: Tensor, moment: Tensor, magnitude: Tensor, width: Tensor, positions_per_channel: int

@@ -4,7 +4,7 @@ Strong on purpose: act-order, 1 % damping, per-row asymmetric grids whose clip r
 output error, optional column groups, inputs from the full-precision or from the already quantized prefix.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from bayesq.quant.feedback import (
     output_error,
 )
 from bayesq.quant.grids import CLIP_RULES, AffineGrid, gain_grid, zero_code
-from bayesq.quant.method import Allocate, LayerProblem, check_finite, naming, stack_groups
+from bayesq.quant.method import Allocate, Context, LayerProblem, check_finite, stack_groups
 from bayesq.quant.tensor import QuantizedTensor
 
 
@@ -57,32 +57,28 @@ class GPTQ:
         self.act_order = act_order
         self.damping = damping
         self.group_size = group_size
-        self.sequential = sequential
+        self.inputs = "prefix" if sequential else "full"
         self.scale_dtype = scale_dtype
 
-    def quantize(
-        self, layers: Sequence[LayerProblem], allocate: Allocate
-    ) -> Iterator[tuple[LayerProblem, QuantizedTensor]]:
-        """Round every layer on its own, in forward order."""
-        widths = allocate(layers)
-        for layer in layers:
-            check_finite(layer)
-            moments = layer.input_statistic("input_moment")
-            with naming(layer):
-                factors = feedback_factors(moments, self.damping, self.act_order)
-            layer.count("damping_retries", sum(factor.retries for factor in factors))
-            codes, scale, zero, _ = self.round_layer(layer.weight, moments, factors, widths[layer.name])
-            yield (
-                layer,
-                QuantizedTensor(
-                    codes=codes,
-                    width=widths[layer.name],
-                    scale=scale.to(torch.float16),
-                    zero=zero_code(zero, widths[layer.name][:, None]),
-                    groups=len(moments),
-                    group_size=self.group_size,
-                ),
-            )
+    def prepare(self, layers: Sequence[LayerProblem], allocate: Allocate, context: Context) -> Mapping[str, Tensor]:
+        """Nothing but the widths needs all layers."""
+        return allocate(layers)
+
+    def quantize_layer(self, layer: LayerProblem, width: Tensor, context: Context) -> QuantizedTensor:
+        """Factor the input moment and round column by column."""
+        check_finite(layer)
+        moments = layer.input_statistic("input_moment")
+        factors = feedback_factors(moments, self.damping, self.act_order)
+        layer.count("damping_retries", sum(factor.retries for factor in factors))
+        codes, scale, zero, _ = self.round_layer(layer.weight, moments, factors, width)
+        return QuantizedTensor(
+            codes=codes,
+            width=width,
+            scale=scale.to(torch.float16),
+            zero=zero_code(zero, width[:, None]),
+            groups=len(moments),
+            group_size=self.group_size,
+        )
 
     def round_layer(
         self, weight: Tensor, moments: Tensor, factors: Sequence[FeedbackFactor], width: Tensor

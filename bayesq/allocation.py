@@ -150,6 +150,20 @@ class Allocator(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Allocation:
+    """A run's allocator with its budget; what methods get as `allocate`, see `quant.method.Allocate`."""
+
+    allocator: Allocator
+    budget: Budget
+
+    def __call__(
+        self, layers: Sequence[LayerProblem], codebook_bits: int = 0, distortion: Distortion | None = None
+    ) -> dict[str, Tensor]:
+        """Row widths uint8 [R] of the layers that are given, by name; the budget is an average over these."""
+        return self.allocator.allocate(layers, self.budget, codebook_bits, distortion)
+
+
 class Uniform:
     """One width for all; a fractional budget mixes the two neighbouring widths by plain weight MSE.
 

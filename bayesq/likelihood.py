@@ -129,8 +129,8 @@ class Categorical(Likelihood):
         """sum_k v_k v_kT = E_{y ~ p}[(e_y - p)(e_y - p)T] = diag(p) - p pT, in expectation if drawn.
 
             labels   v = e_y - p,  y ~ p
-            signs    v = s - p sum_k s_k,  s_k = +-sqrt(p_k) with fair signs:  E[v vT] = (D - p sqrt(p)T)(D - p sqrt(p)T)T
-                     with D = diag(sqrt(p)), which is diag(p) - p pT
+            signs    v = s - p sum_k s_k,  s_k = +-sqrt(p_k) with fair signs,
+                     E[v vT] = (D - p sqrt(p)T)(D - p sqrt(p)T)T with D = diag(sqrt(p)), which is diag(p) - p pT
 
         Where the network is sure, nearly all drawn labels are its favourite class and carry no information; the rare
         others carry the whole expectation. With signs every example contributes to every draw.

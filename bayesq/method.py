@@ -1,11 +1,10 @@
 """BayesQ from calibration statistics to codes, in the order of the paper."""
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from bayesq.codebook import (
     Atoms,
@@ -21,7 +20,7 @@ from bayesq.codebook import (
 )
 from bayesq.posterior import Posterior
 from bayesq.quant.grids import CLIP_STEPS, FP16_TINY, mse_grid, zero_code
-from bayesq.quant.method import Allocate, LayerProblem, check_finite, stack_groups
+from bayesq.quant.method import Allocate, Context, LayerProblem, check_finite, stack_groups
 from bayesq.quant.tensor import Codebook, QuantizedTensor
 from bayesq.quant.trellis import POLYNOMIALS, trellis_distortion, uniform_levels
 from bayesq.rounding import Rounded, first_rows, refit_rows, round_layer, rounding_gain
@@ -64,7 +63,7 @@ class BayesQ:
         row_damping: the same for G; read by rounding=two_sided.
     """
 
-    sequential = False
+    inputs = "full"
 
     def __init__(
         self,
@@ -96,10 +95,8 @@ class BayesQ:
         self.damping, self.row_damping = damping, row_damping
         self.statistics = posterior.statistics
 
-    def quantize(
-        self, layers: Sequence[LayerProblem], allocate: Allocate
-    ) -> Iterator[tuple[LayerProblem, QuantizedTensor]]:
-        """Round all layers `refits + 1` times and yield each layer's last rounding."""
+    def prepare(self, layers: Sequence[LayerProblem], allocate: Allocate, context: Context) -> Mapping[str, Tensor]:
+        """Choose widths, first grids and tables of levels; round all layers `refits` times to refit both."""
         for layer in layers:
             check_finite(layer)
 
@@ -107,37 +104,44 @@ class BayesQ:
         self.tables = self._table_widths(layers)
         widths = allocate(layers, table_bits(self.tables, self.states), self.distortion)
 
-        levels = {w: self._start(w) for w in self.tables}
-        grids = {
-            layer.name: self._first_grid(layer, widths[layer.name])
-            for layer in tqdm(layers, desc="first grids", disable=None, leave=False)
+        self._levels = {w: self._start(w) for w in self.tables}
+        self._grids = {
+            layer.name: self._first_grid(layer, widths[layer.name]) for layer in context.progress(layers, "first grids")
         }
         for refit in range(self.refits):
-            met: dict[int, LevelSums | Atoms] = {}
-            own: list[tuple[int, LevelSums]] = []
-            for layer in tqdm(layers, desc=f"round {refit + 1} of {self.refits + 1}", disable=None, leave=False):
-                rounded, geometry, _ = self._round(layer, grids[layer.name], widths[layer.name], levels, REFIT_STATES)
-                # Codebooks, on the values that rounding met
-                gain = rounding_gain(geometry, layer.weight.shape[1])
-                grids[layer.name] = refit_rows(rounded, gain)
-                cost = gain * stack_groups(geometry.row_gain)[:, None]
-                for w, new in self._collect(layer, rounded, grids[layer.name], cost).items():
-                    met[w] = met[w].add(new) if w in met else new  # type: ignore[arg-type]
-                    if isinstance(new, LevelSums):
-                        own.append((w, new))
-                del rounded, geometry  # where layers are wide, there is no room for two of them
-            levels = {w: self._design(w, weights, levels.get(w, _codes(w))) for w, weights in met.items()}
-            for layer in layers:
-                grids[layer.name] = self._fold_steps(*grids[layer.name], widths[layer.name], levels)
-            if refit + 1 == self.refits:
-                self._report_tables(layers, own, levels)
+            rounds = context.progress(layers, f"round {refit + 1} of {self.refits + 1}")
+            last = refit + 1 == self.refits
+            self._refit(rounds, widths, last)
+        return widths
+
+    def _refit(self, layers: Iterable[LayerProblem], widths: Mapping[str, Tensor], report: bool) -> None:
+        """Round all layers once, and refit grids and tables to the values that rounding met."""
+        met: dict[int, LevelSums | Atoms] = {}
+        own: list[tuple[int, LevelSums]] = []
+        rounded_layers = []
         for layer in layers:
-            rounded, geometry, tables = self._round(layer, grids.pop(layer.name), widths[layer.name], levels)
-            layer.count("damping_retries", geometry.retries)
-            tensor = self._tensor(layer, rounded, widths[layer.name], tables)
-            del rounded, geometry
-            yield layer, tensor
-        # Moment correction and distillation act on what was yielded, for every method alike: `bayesq.suite.runner`.
+            rounded_layers.append(layer)
+            width = widths[layer.name]
+            rounded, geometry, _ = self._round(layer, self._grids[layer.name], width, REFIT_STATES)
+            gain = rounding_gain(geometry, layer.weight.shape[1])
+            self._grids[layer.name] = refit_rows(rounded, gain)
+            cost = gain * stack_groups(geometry.row_gain)[:, None]
+            for w, new in self._collect(layer, rounded, self._grids[layer.name], cost).items():
+                met[w] = met[w].add(new) if w in met else new  # type: ignore[arg-type]
+                if isinstance(new, LevelSums):
+                    own.append((w, new))
+            del rounded, geometry  # where layers are wide, there is no room for two of them
+        self._levels = {w: self._design(w, weights, self._levels.get(w, _codes(w))) for w, weights in met.items()}
+        for layer in rounded_layers:
+            self._grids[layer.name] = self._fold_steps(*self._grids[layer.name], widths[layer.name], self._levels)
+        if report:
+            self._report_tables(rounded_layers, own, self._levels)
+
+    def quantize_layer(self, layer: LayerProblem, width: Tensor, context: Context) -> QuantizedTensor:
+        """The layer's last rounding, on the grid and with the tables of `prepare`."""
+        rounded, geometry, tables = self._round(layer, self._grids.pop(layer.name), width)
+        layer.count("damping_retries", geometry.retries)
+        return self._tensor(layer, rounded, width, tables)
 
     def distortion(self, layer: LayerProblem, width: int) -> float:
         """Expected squared error T_b of a code of `width` bits in this layer, for weights of unit variance."""
@@ -196,16 +200,15 @@ class BayesQ:
         layer: LayerProblem,
         grid: tuple[Tensor, Tensor],
         width: Tensor,
-        levels: Mapping[int, Tensor],
         most_states: int = LARGEST_TRELLIS,
     ) -> tuple[Rounded, Whitening, dict[int, Codebook]]:
         """One rounding of a layer, the geometry it took place in, and the tables it used."""
         geometry = self._geometry(layer)
         kind = "trellis" if self.levels == "trellis" else "lloyd"
         tables = {
-            w: Codebook(f"{kind}/{w}", levels[w].to(torch.float16))
+            w: Codebook(f"{kind}/{w}", self._levels[w].to(torch.float16))
             for w in _used(width)
-            if w in levels and self._has_table(layer, w)
+            if w in self._levels and self._has_table(layer, w)
         }
         books = {w: book.levels.to(torch.float64) for w, book in tables.items()}
         states = self._trellis(layer)

@@ -1,14 +1,17 @@
 """The protocol of a quantization method: matrices and calibration statistics in, QuantizedTensors out."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass, field, replace
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from bayesq.progress import bar
 from bayesq.quant.tensor import QuantizedTensor
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -19,11 +22,11 @@ class LayerProblem:
         name: module name.
         kind: class name, Linear or Conv2d.
         weight: [g, r, c] float32.
-        prefix_statistic: the same with the layer's inputs taken behind its already quantized predecessors; None for
-            methods that are not sequential.
-        positions_per_channel: kernel positions kh * kw: that many neighbouring columns read one input channel.
         statistic: loads one of the layer's calibration statistics by name, from disk, when asked; see `STATISTICS`.
             Each is checked when it is read, see `check_statistic`.
+        prefix_statistic: the same for statistics of the layer's inputs behind its already quantized predecessors; None
+            where the method reads full-precision inputs.
+        positions_per_channel: kernel positions kh * kw: that many neighbouring columns read one input channel.
         fallbacks: counters a method raises when it had to do something else than asked (result keys fallback/*);
             dead_columns, those that no calibration input reached, are counted whenever the input moment is read.
         notes: numbers about the layer for layers.csv: predicted_risk, achieved_risk, prior_precision and the like.
@@ -39,9 +42,9 @@ class LayerProblem:
     notes: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.statistic = _Checked.of(self.statistic, self)
+        self.statistic = CheckedStatistics.of(self.statistic, self)
         if self.prefix_statistic is not None:
-            self.prefix_statistic = _Checked.of(self.prefix_statistic, self)
+            self.prefix_statistic = CheckedStatistics.of(self.prefix_statistic, self)
 
     @property
     def rows(self) -> int:
@@ -54,7 +57,7 @@ class LayerProblem:
         return self.weight.shape[2]
 
     def input_statistic(self, kind: str) -> Tensor:
-        """A statistic of the inputs that the layer will meet: behind the quantized prefix for sequential methods."""
+        """A statistic of the inputs that the layer will meet: behind the quantized prefix where the method asks so."""
         return (self.prefix_statistic or self.statistic)(kind)
 
     def count(self, fallback: str, times: int = 1) -> None:
@@ -63,18 +66,38 @@ class LayerProblem:
 
 
 @dataclass(frozen=True)
-class _Checked:
-    """Loads a layer's statistics and checks each; a copy of the layer (`dataclasses.replace`) checks them once."""
+class CheckedStatistics:
+    """Loads a layer's statistics and checks each; a copy of the layer (`dataclasses.replace`) checks them once.
+
+    Attributes:
+        load: gives a statistic by name.
+        layer: its name.
+        fallbacks: of the layer.
+        refuse: raises for a statistic that may not be read, given layer and statistic; None = all may.
+    """
 
     load: Callable[[str], Tensor]
     layer: str
     fallbacks: dict[str, int]
+    refuse: Callable[[str, str], None] | None = None
 
     @classmethod
-    def of(cls, load: Callable[[str], Tensor], layer: LayerProblem) -> "_Checked":
+    def of(cls, load: Callable[[str], Tensor], layer: LayerProblem) -> "CheckedStatistics":
+        """Statistics of a layer, checked once however often this is called."""
         return load if isinstance(load, cls) else cls(load, layer.name, layer.fallbacks)
 
+    def limited(self, refuse: Callable[[str, str], None]) -> "CheckedStatistics":
+        """The same for a reader that may not read all of them."""
+        return replace(self, refuse=refuse)
+
     def __call__(self, kind: str) -> Tensor:
+        """The statistic of that name.
+
+        Raises:
+            ValueError: it may not be read, has NaN or infinite entries, or a mean square below zero.
+        """
+        if self.refuse is not None:
+            self.refuse(self.layer, kind)
         tensor = self.load(kind)
         check_statistic(self.layer, kind, tensor)
         if kind == "input_moment":
@@ -114,21 +137,71 @@ class Allocate(Protocol):
         ...
 
 
-class Method(Protocol):
-    """What a method's YAML instantiates.
+class Progress(Protocol):
+    """Shows how far a loop is; see `bayesq.progress.bar`."""
+
+    def __call__(self, items: Iterable[T], what: str) -> Iterable[T]:
+        """The items, one after the other."""
+        ...
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a method gets besides layers and budget.
 
     Attributes:
-        statistics: names of the statistics it reads.
-        sequential: `LayerProblem.input_statistic` has the inputs behind the layers quantized before.
+        device: where the network is, and heavy work may take place.
+        generator: CPU generator for everything random, seeded by the run's seed; nothing else draws from it.
+        progress: wraps a loop to show how far it is.
+    """
+
+    device: torch.device
+    generator: torch.Generator
+    progress: Progress = bar
+
+    @classmethod
+    def of_seed(cls, seed: int, device: torch.device | str = "cpu") -> "Context":
+        """A context whose generator starts from `seed`."""
+        return cls(torch.device(device), torch.Generator().manual_seed(seed))
+
+
+# Which inputs of a layer `LayerProblem.input_statistic` describes: those in the full-precision network, or those behind
+# the layers that are quantized before it.
+INPUTS = ("full", "prefix")
+
+
+class Method(Protocol):
+    """What a method's YAML instantiates. `bayesq.quant.loop.quantize_layers` calls it.
+
+    Attributes:
+        statistics: names of the statistics it reads; no other can be read.
+        inputs: one of INPUTS.
     """
 
     statistics: frozenset[str]
-    sequential: bool
+    inputs: str
 
-    def quantize(
-        self, layers: Sequence[LayerProblem], allocate: Allocate
-    ) -> Iterator[tuple[LayerProblem, QuantizedTensor]]:
-        """Yield every layer with its QuantizedTensor, in forward order."""
+    def prepare(self, layers: Sequence[LayerProblem], allocate: Allocate, context: Context) -> Mapping[str, Tensor]:
+        """Choose the row widths of all layers, and whatever else needs all of them: tables, grids, refits.
+
+        Args:
+            layers: in forward order. Inputs behind the quantized prefix do not exist yet and cannot be read.
+            allocate: the run's allocator with its budget.
+            context: see `Context`.
+
+        Returns:
+            row widths uint8 [R] of every layer by name, as `allocate` gives them.
+        """
+        ...
+
+    def quantize_layer(self, layer: LayerProblem, width: Tensor, context: Context) -> QuantizedTensor:
+        """Round one layer; called once for each, in forward order.
+
+        Args:
+            layer: its `input_statistic` gives what `inputs` asks for, during this call only.
+            width: uint8 [R] of `prepare`.
+            context: see `Context`.
+        """
         ...
 
 

@@ -22,6 +22,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from bayesq.memory import give_back_freed, halving
 from bayesq.posterior import DRAWS, LIKELIHOODS
 from bayesq.quant.layers import (
     MASK,
@@ -37,11 +38,12 @@ from bayesq.quant.layers import (
     weight_to_matrix,
 )
 from bayesq.quant.method import STATISTICS
+from bayesq.quant.tensor import QuantizedTensor
 from bayesq.quant.watch import contiguous_gradients, watching
 from bayesq.suite.cache import CorruptCache, TensorWriter, tensor_writer, verify
 from bayesq.suite.files import lock
-from bayesq.suite.memory import give_back_freed, halving
 from bayesq.suite.models.base import Batch, EncodedExamples, count_batches
+from bayesq.suite.packed import fill
 from bayesq.suite.replay import Replay
 from bayesq.suite.stopping import stop_if_asked
 
@@ -933,6 +935,10 @@ class SequentialInputs:
             self.batch_size >>= retries  # what did not fit once will not fit the next time
             self.seconds += time.perf_counter() - start
         return self._held[name][kind]
+
+    def replace(self, name: str, tensor: QuantizedTensor) -> None:
+        """From now on the layer has its quantized weights."""
+        fill(self.module, {name: tensor})
 
     def _collect(self, group: Sequence[str], batch_size: int) -> dict[str, dict[str, Tensor]]:
         if self._replay is None or self._replay[0] != batch_size:

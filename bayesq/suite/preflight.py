@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from bayesq.memory import available_memory
 from bayesq.quant.layers import Layer, weight_to_matrix
 from bayesq.suite.calibration import statistic_shape, sum_bytes
 from bayesq.suite.errors import UserError
-from bayesq.suite.memory import available_memory
 from bayesq.suite.replay import KEPT_BYTES
 
 log = logging.getLogger(__name__)

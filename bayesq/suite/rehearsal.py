@@ -16,7 +16,9 @@ from torch import Tensor
 from bayesq.allocation import Allocator, Budget, Knapsack
 from bayesq.quant.grids import MAX_WIDTH, MIN_WIDTH
 from bayesq.quant.layers import Layer, weight_to_matrix
-from bayesq.quant.method import Distortion, LayerProblem, Method
+from bayesq.quant.loop import quantize_layers
+from bayesq.quant.method import Context, Distortion, LayerProblem, Method
+from bayesq.quant.tensor import QuantizedTensor
 from bayesq.suite.stopping import stop_if_asked
 
 log = logging.getLogger(__name__)
@@ -61,7 +63,7 @@ def rehearse(plan: Plan, problems: Sequence[LayerProblem], proxy: bool) -> None:
             allocator.pinned, allocator.allowed = {}, {}  # patterns may match none of these layers
             if proxy:
                 allocator.rounded(problems[0], MIN_WIDTH)
-        for _, tensor in method.quantize(problems, allocate):
+        for _, tensor in quantize_layers(method, problems, allocate, Context.of_seed(0), RandomPrefix(problems)):
             stop_if_asked()
             tensor.dequantize()
     except Exception as error:
@@ -100,9 +102,24 @@ def small_problems(layers: Mapping[str, Layer], positions: Callable[[Layer], int
         weight = torch.randn(g, min(r, ROWS // g), kernel * channels, generator=generator)
         weights += weight.numel()
         statistic = RandomStatistics(weight.shape, rank)
-        problem = LayerProblem(name, type(layers[name]).__name__, weight, statistic, positions_per_channel=kernel)
-        problems.append(replace(problem, prefix_statistic=statistic))
+        problems.append(
+            LayerProblem(name, type(layers[name]).__name__, weight, statistic, positions_per_channel=kernel)
+        )
     return problems
+
+
+class RandomPrefix:
+    """Inputs behind layers that are not really replaced: the layers' own random ones."""
+
+    def __init__(self, problems: Sequence[LayerProblem]) -> None:
+        self.problems = {problem.name: problem for problem in problems}
+
+    def statistic(self, name: str, kind: str) -> Tensor:
+        """An input statistic of a layer."""
+        return self.problems[name].statistic(kind)
+
+    def replace(self, name: str, tensor: QuantizedTensor) -> None:
+        """Nothing depends on it."""
 
 
 class RandomStatistics:

@@ -11,7 +11,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,9 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from baselines.rtn import RTN
-from bayesq.allocation import DAMPING, Allocator, Budget, Knapsack, Uniform, make_allocator
+from bayesq.allocation import DAMPING, Allocation, Allocator, Budget, Knapsack, Uniform, make_allocator
 from bayesq.distillation import DistillationSettings, Distilled, distill, posterior_predictive
+from bayesq.memory import give_back_freed, halving, peak_bytes, resident_bytes
 from bayesq.posterior import AUTO, LayerPosterior, Posterior
 from bayesq.proxy import Kappa, measure_kappa
 from bayesq.quant.accounting import code_bits, stored_bytes
@@ -39,7 +40,8 @@ from bayesq.quant.layers import (
     same_layer,
     weight_to_matrix,
 )
-from bayesq.quant.method import Distortion, LayerProblem, Method, naming, stack_groups
+from bayesq.quant.loop import quantize_layers
+from bayesq.quant.method import Context, LayerProblem, Method, naming, stack_groups
 from bayesq.quant.tensor import QuantizedTensor
 from bayesq.quant.usage import OtherUseError, Usage, usage_of
 from bayesq.suite import code_digest, evaluation
@@ -59,7 +61,6 @@ from bayesq.suite.datasets.base import DataSplits
 from bayesq.suite.errors import UserError
 from bayesq.suite.forward import naming_model
 from bayesq.suite.labels import model_label
-from bayesq.suite.memory import give_back_freed, halving, peak_bytes, resident_bytes
 from bayesq.suite.models.base import EncodedExamples, Network, in_one_batch, needs_no_padding, two_examples
 from bayesq.suite.packed import Packed, fill, read_packed, run_record, write_packed
 from bayesq.suite.preflight import Choices, Needs, activations, check, estimate
@@ -495,7 +496,7 @@ def statistics_of(plan: Plan) -> frozenset[str]:
     """Names of the statistics that a run reads from disk."""
     method, posterior = plan.method, plan.posterior
     kinds = plan.allocator.statistics | (posterior.statistics if posterior else frozenset())
-    return kinds if method.sequential and not posterior else kinds | method.statistics
+    return kinds if method.inputs == "prefix" and not posterior else kinds | method.statistics
 
 
 def open_calibration(
@@ -548,7 +549,7 @@ def preflight(
         evaluation_batch=int(cfg.evaluation.batch_size),
         distillation_batch=int(cfg.distillation.batch_size) if cfg.distill else None,
         corrected=min(MAX_EXAMPLES, len(work.calibration)) if cfg.correction == "moments" else 0,
-        sequential=plan.method.sequential,
+        sequential=plan.method.inputs == "prefix",
         examples=len(work.calibration),
         offload=offload,
         room=calibration.room,
@@ -615,16 +616,14 @@ def quantize(cfg: DictConfig, plan: Plan, work: Workload, calibration: Calibrati
     result = Quantized(problems={problem.name: problem for problem in problems})
     result.reused_s = calibration.total_s + inherited - (prepared - asked)
     round_embeddings(work, plan.budget, result)
-    given: list[LayerProblem] = problems
     prefix: SequentialInputs | None = None
-    if method.sequential:
+    if method.inputs == "prefix":
         # A copy whose layers are replaced one by one. Only the method sees its inputs: bits are allocated before
         # anything is rounded.
         working = quantized_copy(work, result)
         own = {name: same_layer(layer, working, name) for name, layer in layers.items()}
         size, calls = calibration.settings.batch_size, work.usage.calls
         prefix = SequentialInputs(working, own, groups, examples, size, device, calls)
-        given = [replace(problem, prefix_statistic=partial(prefix.statistic, problem.name)) for problem in problems]
 
     start = time.perf_counter()
     try:
@@ -638,21 +637,16 @@ def quantize(cfg: DictConfig, plan: Plan, work: Workload, calibration: Calibrati
     result.posterior_s = time.perf_counter() - start + inherited
     fitted = posterior.seconds if posterior else 0.0
 
-    def allocate(
-        layers: Sequence[LayerProblem], codebook_bits: int = 0, distortion: Distortion | None = None
-    ) -> Mapping[str, Tensor]:
-        return allocator.allocate(problems, plan.budget, codebook_bits, distortion)
-
+    allocate = Allocation(allocator, plan.budget)
     bar = tqdm(total=len(problems), desc=f"quantize {cfg.method.name} {cfg.bits:g} bits", disable=None, leave=False)
     start = last = time.perf_counter()
     with bar:
         try:
-            for problem, tensor in method.quantize(given, allocate):
+            context = Context.of_seed(int(cfg.seed), device)
+            for problem, tensor in quantize_layers(method, problems, allocate, context, prefix):
                 stop_if_asked()
                 result.tensors[problem.name] = tensor
                 problem.count("clamped_scales", clamped_scales(problem.weight, tensor))
-                if prefix:
-                    fill(prefix.module, {problem.name: tensor})
                 now = time.perf_counter()
                 result.seconds[problem.name], last = now - last, now
                 bar.update()
@@ -699,7 +693,8 @@ def round_embeddings(work: Workload, budget: Budget, result: Quantized) -> None:
         return
     start = time.perf_counter()
     try:
-        for problem, tensor in RTN("mse").quantize(problems, lambda layers, *_: Uniform().allocate(layers, budget)):
+        plain = Allocation(Uniform(), budget)
+        for problem, tensor in quantize_layers(RTN("mse"), problems, plain, Context.of_seed(0)):
             result.problems[problem.name], result.tensors[problem.name] = problem, tensor
             problem.count("clamped_scales", clamped_scales(problem.weight, tensor))
             result.seconds[problem.name] = time.perf_counter() - start

@@ -1,0 +1,14 @@
+"""Progress bars of long loops: silent where stderr is no terminal."""
+
+from collections.abc import Iterable
+from typing import TypeVar
+
+from tqdm import tqdm
+
+T = TypeVar("T")
+
+
+def bar(items: Iterable[T], what: str) -> Iterable[T]:
+    """The items one after the other, with a bar that says `what` on a terminal and goes away at the end."""
+    bars: Iterable[T] = tqdm(items, desc=what, disable=None, leave=False)
+    return bars

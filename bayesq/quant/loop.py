@@ -1,0 +1,121 @@
+"""The loop over layers that every method is run by, with the inputs it asked for (SPEC section 11)."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from bayesq.quant.method import INPUTS, Allocate, CheckedStatistics, Context, Distortion, LayerProblem, Method, naming
+from bayesq.quant.tensor import QuantizedTensor
+
+
+class Prefix(Protocol):
+    """The network whose layers are replaced one by one."""
+
+    def statistic(self, name: str, kind: str) -> Tensor:
+        """An input statistic of a layer behind what has been replaced so far."""
+        ...
+
+    def replace(self, name: str, tensor: QuantizedTensor) -> None:
+        """From now on the layer has its quantized weights."""
+        ...
+
+
+def quantize_layers(
+    method: Method, layers: Sequence[LayerProblem], allocate: Allocate, context: Context, prefix: Prefix | None = None
+) -> Iterator[tuple[LayerProblem, QuantizedTensor]]:
+    """Run a method over all layers.
+
+    Args:
+        method: see `bayesq.quant.method.Method`.
+        layers: in forward order; those of this list are yielded, though the method sees copies.
+        allocate: the run's allocator with its budget.
+        context: see `bayesq.quant.method.Context`.
+        prefix: needed where `method.inputs` is "prefix".
+
+    Yields:
+        every layer with its QuantizedTensor, in order.
+
+    Raises:
+        ValueError: the method reads a statistic that it does not declare, or inputs behind the quantized prefix outside
+            of its turn; it returns no widths, or none for some layer; an unknown kind of inputs.
+    """
+    if method.inputs not in INPUTS:
+        raise ValueError(f"{type(method).__name__}.inputs={method.inputs}: choose one of {', '.join(INPUTS)}")
+    if method.inputs == "prefix" and prefix is None:
+        raise ValueError(f"{type(method).__name__}.inputs=prefix: needs the network whose layers are replaced")
+    turn = _Turn(method, prefix if method.inputs == "prefix" else None)
+    seen = [turn.view(layer) for layer in layers]
+    widths = method.prepare(seen, _of_these(layers, allocate), context)
+    _check_widths(method, layers, widths)
+    for layer, view in zip(layers, seen, strict=True):
+        turn.layer = layer.name
+        with naming(layer):
+            tensor = method.quantize_layer(view, widths[layer.name], context)
+        if not isinstance(tensor, QuantizedTensor):
+            kind = type(tensor).__name__
+            raise ValueError(f"layer {layer.name}: {type(method).__name__}.quantize_layer returned {kind}")
+        turn.layer = None
+        if turn.prefix is not None:
+            turn.prefix.replace(layer.name, tensor)
+        yield layer, tensor
+
+
+class _Turn:
+    """Hands statistics to a method: those it declares, and inputs behind the prefix for the layer whose turn it is."""
+
+    def __init__(self, method: Method, prefix: Prefix | None) -> None:
+        self.method, self.prefix = method, prefix
+        self.layer: str | None = None
+
+    def view(self, layer: LayerProblem) -> LayerProblem:
+        """The layer as the method sees it."""
+        declared = CheckedStatistics.of(layer.statistic, layer).limited(self._refuse_undeclared)
+        view = replace(layer, statistic=declared)
+        if (prefix := self.prefix) is not None:
+            behind = CheckedStatistics(partial(self._behind, prefix, layer.name), layer.name, layer.fallbacks)
+            view.prefix_statistic = behind.limited(self._refuse_undeclared)
+        return view
+
+    def _refuse_undeclared(self, layer: str, kind: str) -> None:
+        if kind not in self.method.statistics:
+            name = type(self.method).__name__
+            raise ValueError(f"layer {layer}: {name} reads {kind}: add it to {name}.statistics")
+
+    def _behind(self, prefix: Prefix, layer: str, kind: str) -> Tensor:
+        if self.layer != layer:
+            raise ValueError(
+                f"layer {layer}: its inputs behind the quantized prefix can only be read by quantize_layer, when "
+                "it is this layer's turn"
+            )
+        return prefix.statistic(layer, kind)
+
+
+def _of_these(layers: Sequence[LayerProblem], allocate: Allocate) -> Allocate:
+    """`allocate` for a method's views: the allocator gets the layers themselves, from which it reads what it needs."""
+    by_name = {layer.name: layer for layer in layers}
+
+    def allocate_these(
+        layers: Sequence[LayerProblem], codebook_bits: int = 0, distortion: Distortion | None = None
+    ) -> Mapping[str, Tensor]:
+        return allocate([by_name[layer.name] for layer in layers], codebook_bits, distortion)
+
+    return allocate_these
+
+
+def _check_widths(method: Method, layers: Sequence[LayerProblem], widths: Mapping[str, Tensor]) -> None:
+    """Refuse widths that do not fit the layers, before anything is rounded.
+
+    Raises:
+        ValueError: naming the method and the layer.
+    """
+    name = type(method).__name__
+    if not isinstance(widths, Mapping):
+        raise ValueError(f"{name}.prepare returned {type(widths).__name__}: it must return row widths by layer name")
+    for layer in layers:
+        width = widths.get(layer.name)
+        if not isinstance(width, Tensor) or width.dtype != torch.uint8 or width.shape != (layer.rows,):
+            raise ValueError(f"{name}.prepare: needs widths uint8 [{layer.rows}] for layer {layer.name}")

@@ -1,0 +1,185 @@
+"""The loop that runs every method: what a method may read, when, and what it must return (SPEC section 11)."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from bayesq.allocation import Allocation, Budget, Uniform
+from bayesq.quant.grids import mse_grid, round_affine, zero_code
+from bayesq.quant.loop import quantize_layers
+from bayesq.quant.method import Context, LayerProblem, check_finite, stack_groups
+from bayesq.quant.tensor import QuantizedTensor
+
+COLUMNS = 6
+
+
+def problem(name: str, rows: int = 4, seed: int = 0) -> LayerProblem:
+    weight = torch.randn(1, rows, COLUMNS, generator=torch.Generator().manual_seed(seed))
+    return LayerProblem(name, "Linear", weight, lambda kind: torch.eye(COLUMNS)[None])
+
+
+class Nearest:
+    """The smallest method there is."""
+
+    statistics: frozenset[str] = frozenset()
+    inputs = "full"
+
+    def prepare(self, layers, allocate, context):
+        return allocate(layers)
+
+    def quantize_layer(self, layer, width, context):
+        check_finite(layer)
+        weight = stack_groups(layer.weight).double()
+        scale, zero = mse_grid(weight, width)
+        codes, _ = round_affine(weight, scale, zero, width)
+        return QuantizedTensor(codes.to(torch.uint8), width, scale[:, None].half(), zero_code(zero, width)[:, None])
+
+
+class Prefix:
+    """Notes what happens, and gives inputs that tell how many layers were replaced."""
+
+    def __init__(self) -> None:
+        self.replaced: list[str] = []
+
+    def statistic(self, name: str, kind: str) -> Tensor:
+        return (1.0 + len(self.replaced)) * torch.eye(COLUMNS)[None]
+
+    def replace(self, name: str, tensor: QuantizedTensor) -> None:
+        self.replaced.append(name)
+
+
+def run(method, layers=None, allocate=None, prefix=None):
+    layers = layers or [problem("a"), problem("b", seed=1), problem("c", seed=2)]
+    allocate = allocate or Allocation(Uniform(), Budget(3, "code"))
+    return list(quantize_layers(method, layers, allocate, Context.of_seed(0), prefix))
+
+
+def test_every_layer_is_rounded_once_in_order():
+    assert [layer.name for layer, _ in run(Nearest())] == ["a", "b", "c"]
+
+
+def test_a_method_that_asks_for_the_prefix_reads_inputs_behind_what_is_replaced_so_far():
+    seen = {}
+
+    class Reading(Nearest):
+        statistics = frozenset({"input_moment"})
+        inputs = "prefix"
+
+        def quantize_layer(self, layer, width, context):
+            seen[layer.name] = float(layer.input_statistic("input_moment")[0, 0, 0])
+            return super().quantize_layer(layer, width, context)
+
+    prefix = Prefix()
+    run(Reading(), prefix=prefix)
+    assert seen == {"a": 1.0, "b": 2.0, "c": 3.0} and prefix.replaced == ["a", "b", "c"]
+
+
+def test_a_method_cannot_be_handed_full_precision_inputs_in_place_of_the_prefix():
+    method = Nearest()
+    method.inputs = "prefix"
+    with pytest.raises(ValueError, match=r"Nearest\.inputs=prefix: needs the network"):
+        run(method)
+    method.inputs = "behind"
+    with pytest.raises(ValueError, match=r"Nearest\.inputs=behind: choose one of full, prefix"):
+        run(method)
+
+
+def test_a_method_that_rounds_everything_in_prepare_cannot_read_prefix_inputs():
+    class Early(Nearest):
+        statistics = frozenset({"input_moment"})
+        inputs = "prefix"
+
+        def prepare(self, layers, allocate, context):
+            self.moments = [layer.input_statistic("input_moment") for layer in layers]
+            return allocate(layers)
+
+    with pytest.raises(ValueError, match="layer a: its inputs behind the quantized prefix can only"):
+        run(Early(), prefix=Prefix())
+
+
+def test_inputs_of_another_layer_cannot_be_read():
+    class Peeking(Nearest):
+        statistics = frozenset({"input_moment"})
+        inputs = "prefix"
+
+        def prepare(self, layers, allocate, context):
+            self.layers = layers
+            return allocate(layers)
+
+        def quantize_layer(self, layer, width, context):
+            self.layers[2].input_statistic("input_moment")
+            return super().quantize_layer(layer, width, context)
+
+    with pytest.raises(ValueError, match="layer c: its inputs behind the quantized prefix"):
+        run(Peeking(), prefix=Prefix())
+
+
+@pytest.mark.parametrize("read", ["statistic", "input_statistic"])
+def test_a_statistic_that_was_not_declared_cannot_be_read(read):
+    """Nothing prepares it, though a file of another run may lie there."""
+
+    class Undeclared(Nearest):
+        def quantize_layer(self, layer, width, context):
+            getattr(layer, read)("input_moment")
+            return super().quantize_layer(layer, width, context)
+
+    with pytest.raises(ValueError, match=r"layer a: Undeclared reads input_moment: add it to Undeclared\.statistics"):
+        run(Undeclared())
+
+
+def test_an_allocator_may_read_what_the_method_does_not():
+    class ByMoment:
+        statistics = frozenset({"input_moment"})
+
+        def allocate(self, layers, budget, codebook_bits=0, distortion=None):
+            assert all(layer.statistic("input_moment").shape == (1, COLUMNS, COLUMNS) for layer in layers)
+            return Uniform().allocate(layers, budget, codebook_bits, distortion)
+
+    assert len(run(Nearest(), allocate=Allocation(ByMoment(), Budget(3, "code")))) == 3
+
+
+def test_allocate_takes_the_layers_it_is_given():
+    class Halves(Nearest):
+        def prepare(self, layers, allocate, context):
+            first, rest = allocate(layers[:1]), allocate(layers[1:])
+            assert set(first) == {"a"} and set(rest) == {"b", "c"}
+            return {**first, **rest}
+
+    tensors = {
+        layer.name: tensor for layer, tensor in run(Halves(), allocate=Allocation(Uniform(), Budget(8, "stored")))
+    }
+    assert set(tensors) == {"a", "b", "c"}
+
+
+WRONG_WIDTHS = {
+    "none": lambda widths: None,
+    "one missing": lambda widths: {name: width for name, width in widths.items() if name != "b"},
+    "too few rows": lambda widths: {**widths, "b": widths["b"][:2]},
+}
+
+
+@pytest.mark.parametrize("widths", WRONG_WIDTHS.values(), ids=WRONG_WIDTHS.keys())
+def test_widths_that_do_not_fit_are_refused_before_anything_is_rounded(widths):
+    class Wrong(Nearest):
+        def prepare(self, layers, allocate, context):
+            return widths(allocate(layers))
+
+        def quantize_layer(self, layer, width, context):
+            raise AssertionError("rounded")
+
+    with pytest.raises(ValueError, match=r"Wrong\.prepare"):
+        run(Wrong())
+
+
+def test_a_layer_without_a_result_is_refused():
+    class Nothing(Nearest):
+        def quantize_layer(self, layer, width, context):
+            return None
+
+    with pytest.raises(ValueError, match=r"layer a: Nothing\.quantize_layer returned NoneType"):
+        run(Nothing())
+
+
+def test_the_context_draws_the_same_from_the_same_seed():
+    first, again, other = (torch.rand(3, generator=Context.of_seed(seed).generator) for seed in (0, 0, 1))
+    assert torch.equal(first, again) and not torch.equal(first, other)
