@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from bayesq.calibration.statistic import Statistic
 from bayesq.quant.grids import CLIP_RULES, round_affine, zero_code
 from bayesq.quant.method import Allocate, LayerProblem, check_finite, stack_groups
 from bayesq.quant.tensor import QuantizedTensor
@@ -16,7 +17,7 @@ class RTN:
         clip: "minmax" spans each row's range, "mse" shrinks it to the least rounding error.
     """
 
-    statistics: frozenset[str] = frozenset()
+    statistics: frozenset[Statistic] = frozenset()
     sequential = False
 
     def __init__(self, clip: str) -> None:

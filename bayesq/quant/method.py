@@ -8,6 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from bayesq.calibration.inputs import INPUT_MOMENT
+from bayesq.calibration.statistic import Statistic
 from bayesq.quant.tensor import QuantizedTensor
 
 
@@ -22,8 +24,7 @@ class LayerProblem:
         prefix_statistic: the same with the layer's inputs taken behind its already quantized predecessors; None for
             methods that are not sequential.
         positions_per_channel: kernel positions kh * kw: that many neighbouring columns read one input channel.
-        statistic: loads one of the layer's calibration statistics by name, from disk, when asked; see `STATISTICS`.
-            Each is checked when it is read, see `check_statistic`.
+        statistic: loads one of the layer's calibration statistics by name, when asked.
         fallbacks: counters a method raises when it had to do something else than asked (result keys fallback/*);
             dead_columns, those that no calibration input reached, are counted whenever the input moment is read.
         notes: numbers about the layer for layers.csv: predicted_risk, achieved_risk, prior_precision and the like.
@@ -39,9 +40,9 @@ class LayerProblem:
     notes: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.statistic = _Checked.of(self.statistic, self)
+        self.statistic = _Counted.of(self.statistic, self)
         if self.prefix_statistic is not None:
-            self.prefix_statistic = _Checked.of(self.prefix_statistic, self)
+            self.prefix_statistic = _Counted.of(self.prefix_statistic, self)
 
     @property
     def rows(self) -> int:
@@ -63,36 +64,21 @@ class LayerProblem:
 
 
 @dataclass(frozen=True)
-class _Checked:
-    """Loads a layer's statistics and checks each; a copy of the layer (`dataclasses.replace`) checks them once."""
+class _Counted:
+    """Loads a layer's statistics and counts its dead columns."""
 
     load: Callable[[str], Tensor]
-    layer: str
     fallbacks: dict[str, int]
 
     @classmethod
-    def of(cls, load: Callable[[str], Tensor], layer: LayerProblem) -> "_Checked":
-        return load if isinstance(load, cls) else cls(load, layer.name, layer.fallbacks)
+    def of(cls, load: Callable[[str], Tensor], layer: LayerProblem) -> "_Counted":
+        return load if isinstance(load, cls) else cls(load, layer.fallbacks)
 
-    def __call__(self, kind: str) -> Tensor:
-        tensor = self.load(kind)
-        check_statistic(self.layer, kind, tensor)
-        if kind == "input_moment":
+    def __call__(self, name: str) -> Tensor:
+        tensor = self.load(name)
+        if name == INPUT_MOMENT.name:
             self.fallbacks["dead_columns"] = int((tensor.diagonal(dim1=-2, dim2=-1) == 0).sum())
         return tensor
-
-
-# Statistic name -> shape, for layers W[g, r, c]:
-STATISTICS = {
-    "input_moment": "[g, c, c]  A = E_n[x xT] over samples n = (example, position)",
-    "input_magnitude": "[g, c]  E_n[|x|]",
-    "gradient_moment": "[g, r, r]  G = E_example[sum_positions d dT]",
-    "fisher_diagonal": "[g, r, c]  E_example[(dl/dW)^2], labels from the model's own predictive",
-    "gradient_directions": "[k, g, r, c]  U with U UT close to the best rank-k part of E_example[g gT], g = dl/dW",
-    "input_basis": "[g, c, c]  Q_A, eigenvectors of A in its columns",
-    "gradient_basis": "[g, r, r]  Q_G, eigenvectors of G in its columns",
-    "fisher_eigenvalues": "[g, r, c]  E_example[(Q_GT dl/dW Q_A)^2]",
-}
 
 
 # Expected squared error T_b of a code of so many bits in a layer, for weights of unit variance.
@@ -118,11 +104,11 @@ class Method(Protocol):
     """What a method's YAML instantiates.
 
     Attributes:
-        statistics: names of the statistics it reads.
+        statistics: those it reads, see `bayesq.calibration.statistic`.
         sequential: `LayerProblem.input_statistic` has the inputs behind the layers quantized before.
     """
 
-    statistics: frozenset[str]
+    statistics: frozenset[Statistic]
     sequential: bool
 
     def quantize(
@@ -135,35 +121,6 @@ class Method(Protocol):
 def stack_groups(matrices: Tensor) -> Tensor:
     """[g, r, ...] -> [g * r, ...]: rows of all groups under one another."""
     return matrices.reshape(matrices.shape[0] * matrices.shape[1], *matrices.shape[2:])
-
-
-# Statistics that are means of squares or of absolute values; of moments the diagonals are.
-NOT_NEGATIVE = ("input_magnitude", "fisher_diagonal", "fisher_eigenvalues")
-MOMENTS = ("input_moment", "gradient_moment")
-
-
-def check_statistic(layer: str, kind: str, tensor: Tensor) -> None:
-    """Refuse statistics no method can use, without a mask of their size.
-
-    Args:
-        layer: its name, for the message.
-        kind: one of STATISTICS.
-
-    Raises:
-        ValueError: NaN or infinite entries, or a mean square below zero.
-    """
-    if not tensor.numel():
-        return
-    lowest, highest = torch.aminmax(tensor)
-    if not (torch.isfinite(lowest) and torch.isfinite(highest)):
-        what = "gradients" if "gradient" in kind or "fisher" in kind else "inputs"
-        raise ValueError(
-            f"layer {layer}: its {kind} has NaN or infinite entries: with these calibration examples its {what} are "
-            "too large for float32, or the network computes NaN"
-        )
-    squares = tensor.diagonal(dim1=-2, dim2=-1) if kind in MOMENTS else tensor if kind in NOT_NEGATIVE else None
-    if squares is not None and bool((squares < 0).any()):
-        raise ValueError(f"layer {layer}: its {kind} has a mean square below zero")
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bayesq.suite.memory import give_back_freed
+from bayesq.memory import give_back_freed
 
 # Offsets in the file are multiples of this, so that mapped tensors are aligned as allocated ones are: libraries choose
 # their summation order by alignment.

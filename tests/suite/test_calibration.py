@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from naive_fisher import Dense, TinyConvNet, TinyEncoder, dense_statistics, seeded
 from torch import Tensor, nn
 
+from bayesq.batches import Batch
 from bayesq.posterior import DRAWS
 from bayesq.quant.layers import quantizable_layers, weight_to_matrix
 from bayesq.quant.method import STATISTICS
@@ -39,7 +40,7 @@ from bayesq.suite.calibration import (
     sum_bytes,
     truncate,
 )
-from bayesq.suite.models.base import Batch, TensorExamples, state_checksum
+from bayesq.suite.models.base import TensorExamples, state_checksum
 
 CPU = torch.device("cpu")
 # Those that one pass collects without the results of another.
