@@ -24,7 +24,6 @@ STATISTICS = {
     statistic.name: statistic
     for statistic in (*COLLECTED, GradientDirections(16), INPUT_BASIS, GRADIENT_BASIS, FISHER_EIGENVALUES)
 }
-COLLECTED = ("input_moment", "input_magnitude", "gradient_moment", "fisher_diagonal")
 LENGTHS = torch.tensor([3, 5, 1, 4, 2, 5])
 
 
