@@ -13,6 +13,7 @@ from scipy import optimize
 from torch import Tensor, nn
 
 from bayesq.calibration.passes import CalibrationSettings
+from bayesq.likelihood import LIKELIHOODS
 from bayesq.posterior import (
     LARGEST_PRIOR_PRECISION,
     Diagonal,
