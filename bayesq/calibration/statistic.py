@@ -193,10 +193,10 @@ def with_required(statistics: Iterable[Statistic]) -> dict[str, Statistic]:
 def families(statistics: Iterable[Statistic]) -> list[list[Statistic]]:
     """The statistics and all they need, in groups that are computed together, in an order that serves all needs.
 
-    Within a family, those without gradients come first, then by name.
+    Within a family, those of inputs come first, then those of output gradients, then by name.
     """
     ordered: dict[tuple[int, bool, bool], list[Statistic]] = {}
     every = with_required(statistics).values()
-    for one in sorted(every, key=lambda one: (one.depth, one.alone, one.source.value, one.backward, one.name)):
+    for one in sorted(every, key=lambda one: (one.depth, one.alone, one.source.value, one.name)):
         ordered.setdefault((one.depth, one.alone, one.source is Source.STATISTICS), []).append(one)
     return list(ordered.values())

@@ -33,9 +33,8 @@ def test_few_gradient_directions_are_nearly_the_best_and_never_exceed_the_fisher
         values = np.linalg.eigvalsh(fisher)
         assert np.linalg.eigvalsh(fisher - u.T @ u).min() > -1e-6 * values[-1]
         assert (u**2).sum() > 0.9 * values[-rank:].sum()
-        assert (
-            np.linalg.matrix_rank(fisher, tol=1e-6 * values[-1]) > 2 * GradientDirections(rank).sketch_rows
-        )  # something was dropped
+        dimensions = np.linalg.matrix_rank(fisher, tol=1e-6 * values[-1])
+        assert dimensions > 2 * GradientDirections(rank).sketch_rows  # something was dropped
 
 
 def test_truncation_keeps_the_largest_part():
