@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from bayesq.calibration.inputs import INPUT_MAGNITUDE, INPUT_MOMENT
+from bayesq.calibration.statistic import Statistic
 from bayesq.quant.feedback import output_error
 from bayesq.quant.grids import grid_from_range, round_affine, zero_code
 from bayesq.quant.method import Allocate, Context, LayerProblem, check_finite, stack_groups
@@ -26,7 +28,7 @@ class AWQ:
         clip_lowest: smallest range tried, as a fraction.
     """
 
-    statistics: frozenset[str] = frozenset({"input_moment", "input_magnitude"})
+    statistics: frozenset[Statistic] = frozenset({INPUT_MOMENT, INPUT_MAGNITUDE})
     inputs = "full"
 
     def __init__(self, exponents: int, clip_steps: int, clip_lowest: float) -> None:

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from bayesq.calibration.inputs import INPUT_MOMENT
+from bayesq.calibration.statistic import Statistic
 from bayesq.quant.feedback import (
     BlockObserver,
     FeedbackFactor,
@@ -36,7 +38,7 @@ class GPTQ:
         scale_dtype: precision of the scales; float16 is what is stored, float32 only compares with published results.
     """
 
-    statistics: frozenset[str] = frozenset({"input_moment"})
+    statistics: frozenset[Statistic] = frozenset({INPUT_MOMENT})
 
     def __init__(
         self,

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from bayesq.calibration.statistic import Statistic
 from bayesq.quant.grids import CLIP_RULES, round_affine, zero_code
 from bayesq.quant.method import Allocate, Context, LayerProblem, check_finite, stack_groups
 from bayesq.quant.tensor import QuantizedTensor
@@ -17,7 +18,7 @@ class RTN:
         clip: "minmax" spans each row's range, "mse" shrinks it to the least rounding error.
     """
 
-    statistics: frozenset[str] = frozenset()
+    statistics: frozenset[Statistic] = frozenset()
     inputs = "full"
 
     def __init__(self, clip: str) -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from bayesq.calibration.statistic import Statistic
 from bayesq.codebook import level_kind, normal_distortion
 from bayesq.posterior import Posterior
 from bayesq.quant.accounting import LAYER_BITS, affine_overhead_bits, mixed_overhead_bits
@@ -137,7 +138,7 @@ class Budget:
 class Allocator(Protocol):
     """Chooses row widths for a budget."""
 
-    statistics: frozenset[str]
+    statistics: frozenset[Statistic]
 
     def allocate(
         self,
@@ -174,7 +175,7 @@ class Uniform:
     It is the plain baseline: the constraints under `allocation` are the knapsack's and mean nothing here.
     """
 
-    statistics: frozenset[str] = frozenset()
+    statistics: frozenset[Statistic] = frozenset()
 
     def allocate(
         self,

@@ -25,6 +25,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from bayesq.calibration.inputs import INPUT_BASIS, INPUT_MOMENT
+from bayesq.calibration.statistic import Statistic
+from bayesq.fisher import FISHER_DIAGONAL, FISHER_EIGENVALUES, GRADIENT_BASIS, GRADIENT_MOMENT, GradientDirections
 from bayesq.likelihood import LIKELIHOODS as LIKELIHOODS
 from bayesq.quant.feedback import DAMPING_RETRIES, LEAST_DAMPING, output_error
 from bayesq.quant.method import LayerProblem
@@ -331,7 +334,7 @@ class Posterior(Protocol):
     """What a posterior's YAML instantiates.
 
     Attributes:
-        statistics: names of the calibration statistics it reads.
+        statistics: the calibration statistics it reads.
         samples: draws per example for the Fisher; None = exact where classes are few.
         examples: so many calibration examples, spread over the set, give the Fisher; None = all.
         likelihood: of the outputs, one of LIKELIHOODS, or AUTO.
@@ -339,7 +342,7 @@ class Posterior(Protocol):
         whitenings: where `bayesq.whitening.layer_whitening` keeps what it has made; None = nowhere.
     """
 
-    statistics: frozenset[str]
+    statistics: frozenset[Statistic]
     samples: int | None
     examples: int | None
     likelihood: str
@@ -367,13 +370,13 @@ class Laplace(ABC):
         likelihood: of the outputs: "categorical" for classifiers, "gaussian" of unit variance for regression heads,
             "auto" for what the data set says.
         draws: what stands for the model's predictive where it is not summed exactly: "signs" or "labels"; see
-            `bayesq.suite.calibration.fisher_directions`.
+            `bayesq.likelihood.Likelihood.fisher_directions`.
 
     Raises:
         ValueError: an argument is out of its range.
     """
 
-    statistics: frozenset[str]
+    statistics: frozenset[Statistic]
     whitenings: MutableMapping[tuple[object, ...], Any] | None = None
 
     def __init__(
@@ -451,7 +454,7 @@ def _squared_norm(layer: LayerProblem) -> float:
 class Diagonal(Laplace):
     """Diagonal Laplace, the paper's default; arguments as in `Laplace`."""
 
-    statistics = frozenset({"fisher_diagonal"})
+    statistics = frozenset({FISHER_DIAGONAL})
 
     def spectrum(self, layer: LayerProblem) -> Tensor:
         """[g, r, c] F_ii."""
@@ -479,7 +482,7 @@ class Kfac(Laplace):
     The others as in `Laplace`.
     """
 
-    statistics = frozenset({"input_moment", "gradient_moment"})
+    statistics = frozenset({INPUT_MOMENT, GRADIENT_MOMENT})
 
     def __init__(
         self,
@@ -537,7 +540,7 @@ class Ekfac(Laplace):
     Arguments as in `Laplace`.
     """
 
-    statistics = frozenset({"input_moment", "input_basis", "gradient_basis", "fisher_eigenvalues"})
+    statistics = frozenset({INPUT_MOMENT, INPUT_BASIS, GRADIENT_BASIS, FISHER_EIGENVALUES})
 
     def spectrum(self, layer: LayerProblem) -> Tensor:
         """[g, r, c] lambda."""
@@ -562,8 +565,6 @@ class LowRank(Laplace):
     explain a weight's whole Fisher.
     """
 
-    statistics = frozenset({"fisher_diagonal", "gradient_directions"})
-
     def __init__(
         self,
         prior_precision: float | None,
@@ -578,9 +579,8 @@ class LowRank(Laplace):
         super().__init__(prior_precision, num_data, samples, examples, prior_scope, likelihood, draws)
         if prior_precision == 0:
             raise ValueError("posterior.prior_precision=0: must be above 0 for posterior=lowrank")
-        if rank < 1:
-            raise ValueError(f"posterior.rank={rank}: must be at least 1")
         self.rank = rank
+        self.statistics = frozenset({FISHER_DIAGONAL, GradientDirections(rank)})
 
     def _parts(self, layer: LayerProblem) -> tuple[Tensor, Tensor]:
         """F_ii - sum_k U_ik^2 [g, r, c] and U [k, g, r, c].

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from bayesq.quant.method import INPUTS, Allocate, CheckedStatistics, Context, Distortion, LayerProblem, Method, naming
+from bayesq.quant.method import INPUTS, Allocate, Context, CountedStatistics, Distortion, LayerProblem, Method, naming
 from bayesq.quant.tensor import QuantizedTensor
 
 
@@ -73,17 +73,13 @@ class _Turn:
 
     def view(self, layer: LayerProblem) -> LayerProblem:
         """The layer as the method sees it."""
-        declared = CheckedStatistics.of(layer.statistic, layer).limited(self._refuse_undeclared)
-        view = replace(layer, statistic=declared)
+        readable = frozenset(statistic.name for statistic in self.method.statistics)
+        reader = type(self.method).__name__
+        view = replace(layer, statistic=CountedStatistics.of(layer.statistic, layer).limited(readable, reader))
         if (prefix := self.prefix) is not None:
-            behind = CheckedStatistics(partial(self._behind, prefix, layer.name), layer.name, layer.fallbacks)
-            view.prefix_statistic = behind.limited(self._refuse_undeclared)
+            behind = CountedStatistics(partial(self._behind, prefix, layer.name), layer.fallbacks)
+            view.prefix_statistic = behind.limited(readable, reader)
         return view
-
-    def _refuse_undeclared(self, layer: str, kind: str) -> None:
-        if kind not in self.method.statistics:
-            name = type(self.method).__name__
-            raise ValueError(f"layer {layer}: {name} reads {kind}: add it to {name}.statistics")
 
     def _behind(self, prefix: Prefix, layer: str, kind: str) -> Tensor:
         if self.layer != layer:

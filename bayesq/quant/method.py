@@ -8,6 +8,8 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from bayesq.calibration.inputs import INPUT_MOMENT
+from bayesq.calibration.statistic import Statistic
 from bayesq.progress import bar
 from bayesq.quant.tensor import QuantizedTensor
 
@@ -22,8 +24,7 @@ class LayerProblem:
         name: module name.
         kind: class name, Linear or Conv2d.
         weight: [g, r, c] float32.
-        statistic: loads one of the layer's calibration statistics by name, from disk, when asked; see `STATISTICS`.
-            Each is checked when it is read, see `check_statistic`.
+        statistic: loads one of the layer's calibration statistics by name, when asked.
         prefix_statistic: the same for statistics of the layer's inputs behind its already quantized predecessors; None
             where the method reads full-precision inputs.
         positions_per_channel: kernel positions kh * kw: that many neighbouring columns read one input channel.
@@ -42,9 +43,9 @@ class LayerProblem:
     notes: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.statistic = CheckedStatistics.of(self.statistic, self)
+        self.statistic = CountedStatistics.of(self.statistic, self)
         if self.prefix_statistic is not None:
-            self.prefix_statistic = CheckedStatistics.of(self.prefix_statistic, self)
+            self.prefix_statistic = CountedStatistics.of(self.prefix_statistic, self)
 
     @property
     def rows(self) -> int:
@@ -66,56 +67,42 @@ class LayerProblem:
 
 
 @dataclass(frozen=True)
-class CheckedStatistics:
-    """Loads a layer's statistics and checks each; a copy of the layer (`dataclasses.replace`) checks them once.
+class CountedStatistics:
+    """Loads a layer's statistics and counts its dead columns.
 
     Attributes:
         load: gives a statistic by name.
-        layer: its name.
         fallbacks: of the layer.
-        refuse: raises for a statistic that may not be read, given layer and statistic; None = all may.
+        readable: names that may be read; None = all.
+        reader: who reads, for the message.
     """
 
     load: Callable[[str], Tensor]
-    layer: str
     fallbacks: dict[str, int]
-    refuse: Callable[[str, str], None] | None = None
+    readable: frozenset[str] | None = None
+    reader: str = ""
 
     @classmethod
-    def of(cls, load: Callable[[str], Tensor], layer: LayerProblem) -> "CheckedStatistics":
-        """Statistics of a layer, checked once however often this is called."""
-        return load if isinstance(load, cls) else cls(load, layer.name, layer.fallbacks)
+    def of(cls, load: Callable[[str], Tensor], layer: LayerProblem) -> "CountedStatistics":
+        """Statistics of a layer; what is one already stays as it is."""
+        return load if isinstance(load, cls) else cls(load, layer.fallbacks)
 
-    def limited(self, refuse: Callable[[str, str], None]) -> "CheckedStatistics":
-        """The same for a reader that may not read all of them."""
-        return replace(self, refuse=refuse)
+    def limited(self, readable: frozenset[str], reader: str) -> "CountedStatistics":
+        """The same for a reader that declared only some of them."""
+        return replace(self, readable=readable, reader=reader)
 
-    def __call__(self, kind: str) -> Tensor:
+    def __call__(self, name: str) -> Tensor:
         """The statistic of that name.
 
         Raises:
-            ValueError: it may not be read, has NaN or infinite entries, or a mean square below zero.
+            ValueError: the reader did not declare it.
         """
-        if self.refuse is not None:
-            self.refuse(self.layer, kind)
-        tensor = self.load(kind)
-        check_statistic(self.layer, kind, tensor)
-        if kind == "input_moment":
+        if self.readable is not None and name not in self.readable:
+            raise ValueError(f"{self.reader} reads {name}: add it to {self.reader}.statistics")
+        tensor = self.load(name)
+        if name == INPUT_MOMENT.name:
             self.fallbacks["dead_columns"] = int((tensor.diagonal(dim1=-2, dim2=-1) == 0).sum())
         return tensor
-
-
-# Statistic name -> shape, for layers W[g, r, c]:
-STATISTICS = {
-    "input_moment": "[g, c, c]  A = E_n[x xT] over samples n = (example, position)",
-    "input_magnitude": "[g, c]  E_n[|x|]",
-    "gradient_moment": "[g, r, r]  G = E_example[sum_positions d dT]",
-    "fisher_diagonal": "[g, r, c]  E_example[(dl/dW)^2], labels from the model's own predictive",
-    "gradient_directions": "[k, g, r, c]  U with U UT close to the best rank-k part of E_example[g gT], g = dl/dW",
-    "input_basis": "[g, c, c]  Q_A, eigenvectors of A in its columns",
-    "gradient_basis": "[g, r, r]  Q_G, eigenvectors of G in its columns",
-    "fisher_eigenvalues": "[g, r, c]  E_example[(Q_GT dl/dW Q_A)^2]",
-}
 
 
 # Expected squared error T_b of a code of so many bits in a layer, for weights of unit variance.
@@ -174,11 +161,11 @@ class Method(Protocol):
     """What a method's YAML instantiates. `bayesq.quant.loop.quantize_layers` calls it.
 
     Attributes:
-        statistics: names of the statistics it reads; no other can be read.
+        statistics: those it reads, see `bayesq.calibration.statistic`; no other can be read.
         inputs: one of INPUTS.
     """
 
-    statistics: frozenset[str]
+    statistics: frozenset[Statistic]
     inputs: str
 
     def prepare(self, layers: Sequence[LayerProblem], allocate: Allocate, context: Context) -> Mapping[str, Tensor]:
@@ -208,35 +195,6 @@ class Method(Protocol):
 def stack_groups(matrices: Tensor) -> Tensor:
     """[g, r, ...] -> [g * r, ...]: rows of all groups under one another."""
     return matrices.reshape(matrices.shape[0] * matrices.shape[1], *matrices.shape[2:])
-
-
-# Statistics that are means of squares or of absolute values; of moments the diagonals are.
-NOT_NEGATIVE = ("input_magnitude", "fisher_diagonal", "fisher_eigenvalues")
-MOMENTS = ("input_moment", "gradient_moment")
-
-
-def check_statistic(layer: str, kind: str, tensor: Tensor) -> None:
-    """Refuse statistics no method can use, without a mask of their size.
-
-    Args:
-        layer: its name, for the message.
-        kind: one of STATISTICS.
-
-    Raises:
-        ValueError: NaN or infinite entries, or a mean square below zero.
-    """
-    if not tensor.numel():
-        return
-    lowest, highest = torch.aminmax(tensor)
-    if not (torch.isfinite(lowest) and torch.isfinite(highest)):
-        what = "gradients" if "gradient" in kind or "fisher" in kind else "inputs"
-        raise ValueError(
-            f"layer {layer}: its {kind} has NaN or infinite entries: with these calibration examples its {what} are "
-            "too large for float32, or the network computes NaN"
-        )
-    squares = tensor.diagonal(dim1=-2, dim2=-1) if kind in MOMENTS else tensor if kind in NOT_NEGATIVE else None
-    if squares is not None and bool((squares < 0).any()):
-        raise ValueError(f"layer {layer}: its {kind} has a mean square below zero")
 
 
 @contextmanager

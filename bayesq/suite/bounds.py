@@ -18,6 +18,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
+from bayesq.calibration.order import forward_order
 from bayesq.posterior import LayerPosterior
 from bayesq.quant.accounting import code_bits
 from bayesq.quant.method import LayerProblem
@@ -25,7 +26,6 @@ from bayesq.rate_distortion import layer_rates, risk_components
 from bayesq.suite import runner
 from bayesq.suite.arguments import module_parser
 from bayesq.suite.cache import CorruptCache, resolve_cache_dir
-from bayesq.suite.calibration import forward_order
 from bayesq.suite.config import one_line
 from bayesq.suite.construct import build
 from bayesq.suite.errors import UserError

@@ -5,17 +5,18 @@ follows from the shapes of the layers and from the activations of one example. T
 """
 
 import logging
+import math
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from bayesq.calibration.statistic import Statistic
 from bayesq.memory import available_memory
 from bayesq.quant.layers import Layer, weight_to_matrix
-from bayesq.suite.calibration import statistic_shape, sum_bytes
 from bayesq.suite.errors import UserError
 from bayesq.suite.replay import KEPT_BYTES
 
@@ -72,9 +73,8 @@ class Choices:
     """What of a configuration decides how much is needed.
 
     Attributes:
-        kinds: statistics to read.
+        statistics: to read.
         posterior: name, None without one.
-        rank: of a low-rank posterior.
         bits: average width.
         calibration_batch, evaluation_batch, distillation_batch: examples per forward pass; distillation_batch None
             without distillation.
@@ -88,9 +88,8 @@ class Choices:
         inherited: bytes of those that the run before has left there, and that are held already.
     """
 
-    kinds: Sequence[str]
+    statistics: Collection[Statistic]
     posterior: str | None
-    rank: int
     bits: float
     calibration_batch: int
     evaluation_batch: int
@@ -134,7 +133,7 @@ def estimate(
     choices: Choices,
     calibration: Activations,
     evaluation: Activations,
-    missing: Iterable[str] = (),
+    missing: Iterable[Statistic] = (),
     accelerated: bool = False,
 ) -> Needs:
     """Memory and disk of a run from the shapes of its layers.
@@ -154,7 +153,7 @@ def estimate(
     missing = list(missing)
     activated = 0 if accelerated else 1
 
-    sums = [sum_bytes(layer, missing, choices.rank) for layer in layers.values()]
+    sums = [sum(statistic.sum_bytes(*shape) for statistic in missing) for shape in shapes]
     collected = max(min(sum(sums), choices.room), max(sums, default=0)) if missing else 0
     needs = Needs(held)
     stages = {
@@ -183,11 +182,7 @@ def estimate(
         stage: size + RUNTIME_BYTES + (stay if stage != "calibration" else 0) for stage, size in stages.items()
     }
 
-    needs.disk["cache_dir"] = sum(
-        4 * torch.Size(statistic_shape(layer, kind, choices.rank)).numel()
-        for kind in missing
-        for layer in layers.values()
-    )
+    needs.disk["cache_dir"] = 4 * sum(math.prod(one.shape(*shape)) for one in missing for shape in shapes)
     needs.disk["results_dir"] = packed + (geometries if choices.offload else 0)
     return needs
 
@@ -203,13 +198,13 @@ def _work(shape: tuple[int, ...], choices: Choices) -> int:
     g, r, c = shape
     inputs, outputs, weights = g * c * c, g * r * r, g * r * c
     fit = {
-        None: inputs + 2 * c * c if choices.kinds else 0,
+        None: inputs + 2 * c * c if choices.statistics else 0,
         "diag": 3 * weights,
-        "lowrank": (2 * choices.rank + 3) * weights,
+        "lowrank": 2 * sum(math.prod(statistic.shape(g, r, c)) for statistic in choices.statistics) + weights,
         "kfac": 4 * inputs + 2 * outputs,
         "ekfac": 5 * inputs + 2 * outputs + 3 * weights,
     }.get(choices.posterior, 5 * inputs + 2 * outputs)
-    rounding = 10 * weights + (2 * inputs if choices.kinds else 0)
+    rounding = 10 * weights + (2 * inputs if choices.statistics else 0)
     return 8 * max(fit, rounding)
 
 

@@ -6,7 +6,7 @@ with them. So each run first quantizes some layers of the kinds its network has,
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from bayesq.allocation import Allocator, Budget, Knapsack
+from bayesq.calibration.samples import Pairs
+from bayesq.calibration.statistic import Source, Statistic, with_required
 from bayesq.quant.grids import MAX_WIDTH, MIN_WIDTH
 from bayesq.quant.layers import Layer, weight_to_matrix
 from bayesq.quant.loop import quantize_layers
@@ -30,8 +32,8 @@ GROUPS, ROWS, COLUMNS = 8, 256, 288
 WEIGHTS = 72_000
 # Layers with fewer rows in a group may be coded in another way, as BayesQ does.
 FEW_ROWS = 4
-# Random examples that the statistics are of.
-EXAMPLES = 320
+# Random examples that the statistics are of; those with a gradient of the weight.
+EXAMPLES, GRADIENTS = 320, 16
 
 
 class Plan(Protocol):
@@ -76,7 +78,9 @@ def all_widths(rows: int) -> Tensor:
     return (MIN_WIDTH + torch.arange(rows) % (MAX_WIDTH - MIN_WIDTH + 1)).to(torch.uint8)
 
 
-def small_problems(layers: Mapping[str, Layer], positions: Callable[[Layer], int], rank: int) -> list[LayerProblem]:
+def small_problems(
+    layers: Mapping[str, Layer], positions: Callable[[Layer], int], statistics: Iterable[Statistic]
+) -> list[LayerProblem]:
     """Random layers: one of each kind there is, and more until they have WEIGHTS weights or are as many.
 
     Kinds differ in type, in having several groups, few rows in each, or several kernel positions.
@@ -84,7 +88,7 @@ def small_problems(layers: Mapping[str, Layer], positions: Callable[[Layer], int
     Args:
         layers: of the network, by name.
         positions: kernel positions of a layer.
-        rank: of gradient_directions.
+        statistics: that are read.
     """
     generator = torch.Generator().manual_seed(0)
     shapes = {name: tuple(weight_to_matrix(layer).shape) for name, layer in layers.items()}
@@ -101,7 +105,7 @@ def small_problems(layers: Mapping[str, Layer], positions: Callable[[Layer], int
         g = min(g, GROUPS)
         weight = torch.randn(g, min(r, ROWS // g), kernel * channels, generator=generator)
         weights += weight.numel()
-        statistic = RandomStatistics(weight.shape, rank)
+        statistic = RandomStatistics(weight.shape, statistics)
         problems.append(
             LayerProblem(name, type(layers[name]).__name__, weight, statistic, positions_per_channel=kernel)
         )
@@ -127,27 +131,29 @@ class RandomStatistics:
 
     Args:
         shape: g, r, c of the layer.
-        rank: of gradient_directions.
+        statistics: those that can be had, and what they require.
     """
 
-    def __init__(self, shape: Sequence[int], rank: int) -> None:
-        self.shape, self.rank = tuple(shape), rank
+    def __init__(self, shape: Sequence[int], statistics: Iterable[Statistic]) -> None:
+        groups, rows, columns = shape
+        self.shape, self.statistics = (groups, rows, columns), with_required(statistics)
 
-    def __call__(self, kind: str) -> Tensor:
-        """A statistic by its name, see bayesq.quant.method.STATISTICS."""
+    def __call__(self, name: str) -> Tensor:
+        """A statistic by its name."""
+        statistic = self.statistics[name]
+        required = {one.name: self(one.name) for one in statistic.requires}
+        if statistic.source is Source.STATISTICS:
+            return statistic.derive(required)
         generator = torch.Generator().manual_seed(0)
         g, r, c = self.shape
-        if kind in ("gradient_moment", "gradient_basis"):
-            c = r
-        x = torch.randn(g, EXAMPLES, c, generator=generator)
-        moment = x.mT @ x / EXAMPLES
-        if kind in ("input_moment", "gradient_moment"):
-            return moment
-        if kind in ("input_basis", "gradient_basis"):
-            basis: Tensor = torch.linalg.eigh(moment.to(torch.float64))[1]
-            return basis.to(torch.float32)
-        if kind == "input_magnitude":
-            return x.abs().mean(1)
-        if kind == "gradient_directions":
-            return torch.randn(self.rank, *self.shape, generator=generator)
-        return torch.rand(self.shape, generator=generator)
+        d, x = (torch.randn(g, EXAMPLES, size, generator=generator) for size in (r, c))
+        if statistic.source is Source.INPUTS:
+            values = x
+        elif statistic.source is Source.OUTPUT_GRADIENTS:
+            values = d
+        else:  # of few examples, each with one position, because each gradient is as large as the weight
+            one_by_one = [part[:, :GRADIENTS].transpose(0, 1).unsqueeze(2) for part in (d, x)]
+            pairs = Pairs(g, 1, True, lambda: iter([(None, one_by_one[0], one_by_one[1])]))
+            values = statistic.gradients(pairs, required)
+        count = GRADIENTS if statistic.source is Source.WEIGHT_GRADIENTS else EXAMPLES
+        return statistic.finish(statistic.add(None, statistic.contribution(values)), count, self.shape)

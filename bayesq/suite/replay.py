@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
+from bayesq.batches import Batch
 from bayesq.quant.layers import MASK
-from bayesq.suite.models.base import Batch
 
 # Inputs of one module, for all batches together, kept in memory at most.
 KEPT_BYTES = 512 * 2**20

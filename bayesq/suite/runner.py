@@ -25,7 +25,11 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from baselines.rtn import RTN
 from bayesq.allocation import DAMPING, Allocation, Allocator, Budget, Knapsack, Uniform, make_allocator
+from bayesq.calibration.order import forward_order
+from bayesq.calibration.passes import SUM_BYTES, CalibrationSettings
+from bayesq.calibration.statistic import Statistic
 from bayesq.distillation import DistillationSettings, Distilled, distill, posterior_predictive
+from bayesq.likelihood import LIKELIHOODS
 from bayesq.memory import give_back_freed, halving, peak_bytes, resident_bytes
 from bayesq.posterior import AUTO, LayerPosterior, Posterior
 from bayesq.proxy import Kappa, measure_kappa
@@ -46,14 +50,7 @@ from bayesq.quant.tensor import QuantizedTensor
 from bayesq.quant.usage import OtherUseError, Usage, usage_of
 from bayesq.suite import code_digest, evaluation
 from bayesq.suite.cache import resolve_cache_dir
-from bayesq.suite.calibration import (
-    OFFLOADED_SUM_BYTES,
-    SUM_BYTES,
-    Calibration,
-    CalibrationSettings,
-    SequentialInputs,
-    forward_order,
-)
+from bayesq.suite.calibration import OFFLOADED_SUM_BYTES, Calibration
 from bayesq.suite.config import resolved, run_dir, run_id
 from bayesq.suite.construct import build
 from bayesq.suite.coverage import Coverage, coverage, report
@@ -76,6 +73,7 @@ from bayesq.suite.results import (
     write_json,
 )
 from bayesq.suite.scratch import DiskShelf
+from bayesq.suite.sequential import SequentialInputs
 from bayesq.suite.stopping import stop_if_asked
 from bayesq.suite.summary import two_digits
 from bayesq.suite.terminal import elapsed
@@ -153,7 +151,6 @@ class SharedPosterior:
         self.posterior = posterior
         self.statistics, self.samples, self.examples = posterior.statistics, posterior.samples, posterior.examples
         self.likelihood, self.draws = posterior.likelihood, posterior.draws
-        self.rank = getattr(posterior, "rank", 16)
         self.whitenings: MutableMapping[tuple[object, ...], Any] | None = Shelf(KEPT_WHITENING_BYTES)
         self._file: DiskShelf | None = None
         self.seconds = self.inherited = 0.0
@@ -297,8 +294,8 @@ def execute(
             raise UserError(str(error)) from error
     calibration = open_calibration(cfg, plan.posterior, work, cache_dir)
     if plan.posterior and cfg.calibration.offload == "memory":
-        statistics = [str(calibration.path(kind)) for kind in sorted(plan.posterior.statistics)]
-        plan.posterior.share(json.dumps([resolved(cfg)["posterior"], statistics]))
+        statistics = [str(calibration.path(one)) for one in plan.posterior.statistics]
+        plan.posterior.share(json.dumps([resolved(cfg)["posterior"], sorted(statistics)]))
     needs = preflight(cfg, plan, work, calibration, {"cache_dir": cache_dir, "results_dir": folder.parent})
     if plan.posterior and needs.scratch:
         plan.posterior.spill(folder)
@@ -317,7 +314,7 @@ def execute(
     check_logits(full, f"model={cfg.model.name} overflows before anything is rounded; choose other weights or data")
     unlowered = reference(None)[0] if autocast is not None else full
     with elapsed("compile"):
-        few = small_problems(work.layers, kernel_positions, calibration.settings.rank)
+        few = small_problems(work.layers, kernel_positions, plan.method.statistics | statistics_of(plan))
         rehearse(make_plan(cfg), few, proxy=cfg.proxy == "mc")
 
     # What is done by now no method is charged with: some or all of it is much faster in a second run.
@@ -492,8 +489,8 @@ def make_plan(cfg: DictConfig) -> Plan:
     return Plan(method, posterior, allocator, Budget(float(cfg.bits), cfg.budget.count))
 
 
-def statistics_of(plan: Plan) -> frozenset[str]:
-    """Names of the statistics that a run reads from disk."""
+def statistics_of(plan: Plan) -> frozenset[Statistic]:
+    """The statistics that a run reads from disk."""
     method, posterior = plan.method, plan.posterior
     kinds = plan.allocator.statistics | (posterior.statistics if posterior else frozenset())
     return kinds if method.inputs == "prefix" and not posterior else kinds | method.statistics
@@ -508,9 +505,8 @@ def open_calibration(
         posterior.samples if posterior else None,
         int(cfg.seed),
         gradient_examples=posterior.examples if posterior else None,
-        likelihood=likelihood_of_fisher(posterior, work.data.likelihood),
+        likelihood=LIKELIHOODS[likelihood_of_fisher(posterior, work.data.likelihood)],
         draws=posterior.draws if posterior else "signs",
-        rank=posterior.rank if posterior else 16,
     )
     room = OFFLOADED_SUM_BYTES if cfg.calibration.offload == "disk" else SUM_BYTES
     network = work.network
@@ -539,11 +535,10 @@ def preflight(
     with naming_model(cfg.model.name, "its forward pass"):
         small, large = (activations(work.network.module, inputs) for inputs in first)
     offload = cfg.calibration.offload == "disk"
-    kinds = statistics_of(plan)
+    statistics = statistics_of(plan)
     choices = Choices(
-        kinds=sorted(kinds),
+        statistics=statistics,
         posterior=cfg.posterior.name if plan.posterior else None,
-        rank=calibration.settings.rank,
         bits=float(cfg.bits),
         calibration_batch=calibration.settings.batch_size,
         evaluation_batch=int(cfg.evaluation.batch_size),
@@ -552,7 +547,7 @@ def preflight(
         sequential=plan.method.inputs == "prefix",
         examples=len(work.calibration),
         offload=offload,
-        room=calibration.room,
+        room=calibration.passes.room,
         kept=KEPT_WHITENING_BYTES,
         scratch=int(shutil.disk_usage(folders["results_dir"]).free // SPARE_DISK),
         inherited=plan.posterior.inherited_bytes if plan.posterior else 0,
@@ -564,7 +559,7 @@ def preflight(
         choices,
         small,
         large,
-        calibration.missing(kinds),
+        calibration.missing(statistics),
         work.device.type != "cpu",
     )
     check(needs, folders, cfg.resources.memory, offload)

@@ -5,22 +5,24 @@ import torch
 from references import TIMER, compare, layer
 from torch import nn
 
+from bayesq.batches import Batch
+from bayesq.calibration.collector import Collector
+from bayesq.calibration.inputs import INPUT_MOMENT
 from bayesq.codebook import Atoms, LevelSums, expected_lloyd, normal_levels
+from bayesq.fisher import FISHER_DIAGONAL, GRADIENT_MOMENT, GradientDirections
 from bayesq.quant.feedback import feedback_factor, feedback_round
 from bayesq.quant.grids import AffineGrid, minmax_grid, zero_code
 from bayesq.quant.layers import quantizable_layers
 from bayesq.quant.packing import pack_model, unpack_model
 from bayesq.quant.tensor import QuantizedTensor
 from bayesq.quant.trellis import normal_trellis, uniform_levels
-from bayesq.suite.calibration import Collector
-from bayesq.suite.models.base import Batch
 
 pytestmark = pytest.mark.benchmark(timer=TIMER)
 STATISTICS = {
-    "inputs": ("input_moment",),
-    "kfac": ("input_moment", "gradient_moment"),
-    "diag": ("fisher_diagonal",),
-    "lowrank": ("gradient_directions",),
+    "inputs": (INPUT_MOMENT,),
+    "kfac": (INPUT_MOMENT, GRADIENT_MOMENT),
+    "diag": (FISHER_DIAGONAL,),
+    "lowrank": (GradientDirections(16),),
 }
 
 

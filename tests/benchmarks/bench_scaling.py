@@ -7,11 +7,13 @@ import pytest
 import torch
 from references import TIMER, layer, seconds
 
+from bayesq.calibration.collector import Collector
+from bayesq.calibration.inputs import INPUT_MOMENT
+from bayesq.fisher import FISHER_DIAGONAL, GRADIENT_MOMENT
 from bayesq.quant.feedback import feedback_factor, feedback_round
 from bayesq.quant.grids import AffineGrid, minmax_grid
 from bayesq.quant.layers import quantizable_layers
 from bayesq.quant.trellis import TrellisGrid
-from bayesq.suite.calibration import Collector
 from bayesq.suite.models.base import TensorExamples
 
 pytestmark = pytest.mark.benchmark(timer=TIMER)
@@ -74,7 +76,7 @@ def test_factor(benchmark):
     assert report(benchmark, "factorization, columns", "3 at most", sizes, jobs) < 3.2
 
 
-@pytest.mark.parametrize("kinds", [("input_moment", "gradient_moment"), ("fisher_diagonal",)], ids=["kfac", "diag"])
+@pytest.mark.parametrize("kinds", [(INPUT_MOMENT, GRADIENT_MOMENT), (FISHER_DIAGONAL,)], ids=["kfac", "diag"])
 def test_examples(benchmark, kinds):
     """Linear in calibration examples."""
     module = torch.nn.Sequential(torch.nn.Conv2d(3, 32, 3), torch.nn.ReLU(), torch.nn.Conv2d(32, 32, 3, stride=2))
@@ -89,5 +91,5 @@ def test_examples(benchmark, kinds):
             collector.add(batch)
 
     jobs = [lambda n=n: job(n) for n in sizes]
-    slope = report(benchmark, f"statistics {'+'.join(kinds)}, examples", "1", sizes, jobs)
+    slope = report(benchmark, f"statistics {'+'.join(kind.name for kind in kinds)}, examples", "1", sizes, jobs)
     assert slope < 1.25

@@ -14,8 +14,11 @@ from damage import damaged, report
 from safetensors.torch import save_file
 from torch import nn
 
+from bayesq.calibration.inputs import INPUT_MOMENT
+from bayesq.calibration.passes import CalibrationSettings
+from bayesq.fisher import GRADIENT_MOMENT
 from bayesq.suite.cache import CorruptCache, read_tensors, verify, write_tensors
-from bayesq.suite.calibration import Calibration, CalibrationSettings
+from bayesq.suite.calibration import Calibration
 from bayesq.suite.evaluation import cached_logits
 from bayesq.suite.models.base import TensorExamples, fit_once
 from bayesq.suite.results import FAILURE_FILE, RESULT_FILE, finished_result, load_results, write_json
@@ -120,7 +123,7 @@ def test_statistics_are_computed_again(tmp_path: Path, damage: str, caplog: pyte
 
     def calibration() -> Calibration:
         found = Calibration(module, "checksum", layers, EXAMPLES, settings, tmp_path, torch.device("cpu"))
-        found.prepare(["input_moment", "gradient_moment"])
+        found.prepare([INPUT_MOMENT, GRADIENT_MOMENT])
         return found
 
     first = calibration()
@@ -129,7 +132,7 @@ def test_statistics_are_computed_again(tmp_path: Path, damage: str, caplog: pyte
         for name in layers
         for kind in ("input_moment", "gradient_moment")
     }
-    files = [first.path(kind) for kind in ("input_moment", "gradient_moment")]
+    files = [first.path(statistic) for statistic in (INPUT_MOMENT, GRADIENT_MOMENT)]
     for file in files:
         DAMAGES[damage](file)
     again = calibration()

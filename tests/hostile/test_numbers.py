@@ -21,18 +21,21 @@ import torch
 from damage import report
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tiny_sets import STATISTICS
 from torch import Tensor
 
 from baselines.awq import AWQ
 from baselines.gptq import GPTQ
 from baselines.rtn import RTN
 from bayesq.allocation import Budget, Knapsack, Uniform
+from bayesq.calibration.inputs import INPUT_BASIS
+from bayesq.calibration.statistic import LayerStatistics
+from bayesq.fisher import GRADIENT_BASIS
 from bayesq.method import BayesQ
 from bayesq.posterior import Diagonal, Ekfac, Kfac, LowRank, Posterior
 from bayesq.quant.grids import FP16_TINY
 from bayesq.quant.method import LayerProblem
 from bayesq.quant.packing import pack_model, unpack_model
-from bayesq.suite.calibration import eigenbasis
 
 WIDTHS = (2, 3, 4, 5, 6, 8)
 SHAPES = [(1, 1, 1), (1, 1, 7), (1, 7, 1), (1, 5, 6), (1, 9, 20), (3, 1, 9), (2, 4, 9), (1, 2, 33)]
@@ -115,13 +118,14 @@ def problem(
         "fisher_eigenvalues": fisher.float(),
         "gradient_directions": directions.float(),
     }
-    bases = {"input_basis": "input_moment", "gradient_basis": "gradient_moment"}
-    for name, of in bases.items():
-        finite = bool(torch.isfinite(moments[of]).all())
-        statistics[name] = eigenbasis(moments[of]) if finite else torch.full_like(moments[of], math.nan)
+    for basis in (INPUT_BASIS, GRADIENT_BASIS):
+        of = moments[basis.requires[0].name]
+        finite = bool(torch.isfinite(of).all())
+        statistics[basis.name] = basis.derive(moments) if finite else torch.full_like(of, math.nan)
     positions = columns if groups == 3 else 9 if groups == 2 else 1
     w = weights(weight, shape, generator)
-    return LayerProblem("stage.layer", "Conv2d", w, statistics.__getitem__, positions)
+    read = LayerStatistics("stage.layer", STATISTICS, lambda statistic: statistics[statistic.name])
+    return LayerProblem("stage.layer", "Conv2d", w, read, positions)
 
 
 POSTERIORS: dict[str, Callable[[], Posterior]] = {
@@ -190,7 +194,7 @@ def quantized(choice: Choice, layer: LayerProblem, width: int, allocator: str) -
 def usable(layer: LayerProblem, choice: Choice) -> bool:
     """Whether a method has no reason to refuse the layer: weights and the statistics it reads are finite."""
     method = choice.make(None if choice.posterior is None else POSTERIORS[choice.posterior]())
-    read = [layer.statistic.load(kind) for kind in method.statistics]  # type: ignore[attr-defined]
+    read = [layer.statistic.load.load(one) for one in method.statistics]  # type: ignore[attr-defined]
     return all(bool(torch.isfinite(x).all()) for x in (layer.weight, *read))
 
 

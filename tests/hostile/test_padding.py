@@ -18,8 +18,11 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "suite"))
 from glue_files import write_tsv
 from tiny_bert import WORDS
 
+from bayesq.calibration.collector import Collector
+from bayesq.calibration.inputs import INPUT_MOMENT
+from bayesq.calibration.statistic import Statistic
+from bayesq.fisher import FISHER_DIAGONAL, GRADIENT_MOMENT
 from bayesq.suite import config, runner
-from bayesq.suite.calibration import Collector
 from bayesq.suite.datasets.base import DataSplits, Examples
 from bayesq.suite.errors import UserError
 from bayesq.suite.evaluation import logits
@@ -91,14 +94,15 @@ def one_at_a_time(folder: Path) -> tuple[Tensor, dict[str, Tensor]]:
     return found, {name: total / count for name, (total, count) in sums.items()}
 
 
-def statistics(network: Network, examples: EncodedExamples, batch_size: int, kinds: list[str]) -> dict[str, Tensor]:
+def statistics(
+    network: Network, examples: EncodedExamples, batch_size: int, kinds: list[Statistic]
+) -> dict[str, Tensor]:
     layers = {name: child for name, child in network.module.named_modules() if isinstance(child, nn.Linear)}
     collector = Collector(network.module, layers, kinds, None, torch.Generator().manual_seed(0))
     for batch in examples.batches(batch_size, "cpu"):
         collector.add(batch)
     unseen = set(collector.unseen)
-    found = {kind: collector.statistics(kind)[0] for kind in kinds}
-    return {f"{kind} {name}": x for kind in kinds for name, x in found[kind].items() if name not in unseen}
+    return {f"{kind.name} {name}": x for kind in kinds for name, x in collector.finish(kind) if name not in unseen}
 
 
 def largest_difference(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
@@ -127,10 +131,10 @@ def test_batches_compute_what_each_text_does_by_itself(kind, tmp_path, caplog):
     assert network.description["batches"] == str(examples.layout)
     if kind in SHARED:
         return
-    own = statistics(network, examples, 16, ["input_moment"])
+    own = statistics(network, examples, 16, [INPUT_MOMENT])
     naive = {f"input_moment {name}": x[None] for name, x in moments.items()}
     assert largest_difference(own, naive) < 1e-5
-    both = ["gradient_moment", "fisher_diagonal"]
+    both = [GRADIENT_MOMENT, FISHER_DIAGONAL]
     assert largest_difference(*(statistics(network, examples, size, both) for size in (16, 1))) < 1e-5
 
 
@@ -141,7 +145,7 @@ def test_padding_would_have_shown(tmp_path):
     expected, _ = one_at_a_time(tmp_path)
     found, _ = logits(network.module, padded, 16, CPU, "x")
     assert float((found - expected).abs().max()) > 1e-2 * float(expected.abs().max())
-    sizes = (statistics(network, padded, size, ["input_moment"]) for size in (16, 1))
+    sizes = (statistics(network, padded, size, [INPUT_MOMENT]) for size in (16, 1))
     assert largest_difference(*sizes) > 1e-3
 
 

@@ -12,6 +12,8 @@ from naive_fisher import TinyConvNet, TinyEncoder, dense_statistics, seeded
 from scipy import optimize
 from torch import Tensor, nn
 
+from bayesq.calibration.passes import CalibrationSettings
+from bayesq.likelihood import LIKELIHOODS
 from bayesq.posterior import (
     LARGEST_PRIOR_PRECISION,
     Diagonal,
@@ -30,7 +32,7 @@ from bayesq.posterior import (
 )
 from bayesq.quant.layers import quantizable_layers, weight_to_matrix
 from bayesq.quant.method import LayerProblem
-from bayesq.suite.calibration import Calibration, CalibrationSettings
+from bayesq.suite.calibration import Calibration
 from bayesq.suite.models.base import TensorExamples, state_checksum
 
 N = 50
@@ -95,18 +97,21 @@ def dense_precision(posterior: LayerPosterior) -> np.ndarray:
 # ------------------------------------------------------------------------------------- the Fisher of a tiny network
 
 
-def collected(module: nn.Module, examples: TensorExamples, folder: Path, **settings) -> dict[str, LayerProblem]:
+def collected(
+    module: nn.Module, examples: TensorExamples, folder: Path, likelihood: str = "categorical"
+) -> dict[str, LayerProblem]:
     layers = quantizable_layers(module)
     calibration = Calibration(
         module,
         state_checksum(module),
         layers,
         examples,
-        CalibrationSettings(batch_size=2, samples=None, seed=0, **settings),
+        CalibrationSettings(batch_size=2, samples=None, seed=0, likelihood=LIKELIHOODS[likelihood]),
         folder,
         torch.device("cpu"),
     )
-    calibration.prepare(Diagonal.statistics | Kfac.statistics | Ekfac.statistics | LowRank.statistics)
+    lowrank = LowRank(1.0, N, None, rank=16)
+    calibration.prepare(Diagonal.statistics | Kfac.statistics | Ekfac.statistics | lowrank.statistics)
     return {
         name: LayerProblem(name, type(layer).__name__, weight_to_matrix(layer), partial(calibration.statistic, name))
         for name, layer in layers.items()
@@ -345,7 +350,7 @@ def test_low_rank_variance_stays_positive_where_directions_explain_everything():
 def test_low_rank_residual_is_never_negative():
     layer = problem()
     layer.statistic = {
-        **{k: layer.statistic(k) for k in LowRank.statistics},
+        "gradient_directions": layer.statistic("gradient_directions"),
         "fisher_diagonal": torch.zeros(2, 3, 4),
     }.get
     posterior = LowRank(2.0, N, None, rank=3).fit(layer)

@@ -5,6 +5,8 @@ import torch
 from torch import Tensor
 
 from bayesq.allocation import Allocation, Budget, Uniform
+from bayesq.calibration.inputs import INPUT_MOMENT
+from bayesq.calibration.statistic import Statistic
 from bayesq.quant.grids import mse_grid, round_affine, zero_code
 from bayesq.quant.loop import quantize_layers
 from bayesq.quant.method import Context, LayerProblem, check_finite, stack_groups
@@ -21,7 +23,7 @@ def problem(name: str, rows: int = 4, seed: int = 0) -> LayerProblem:
 class Nearest:
     """The smallest method there is."""
 
-    statistics: frozenset[str] = frozenset()
+    statistics: frozenset[Statistic] = frozenset()
     inputs = "full"
 
     def prepare(self, layers, allocate, context):
@@ -62,7 +64,7 @@ def test_a_method_that_asks_for_the_prefix_reads_inputs_behind_what_is_replaced_
     seen = {}
 
     class Reading(Nearest):
-        statistics = frozenset({"input_moment"})
+        statistics = frozenset({INPUT_MOMENT})
         inputs = "prefix"
 
         def quantize_layer(self, layer, width, context):
@@ -86,7 +88,7 @@ def test_a_method_cannot_be_handed_full_precision_inputs_in_place_of_the_prefix(
 
 def test_a_method_that_rounds_everything_in_prepare_cannot_read_prefix_inputs():
     class Early(Nearest):
-        statistics = frozenset({"input_moment"})
+        statistics = frozenset({INPUT_MOMENT})
         inputs = "prefix"
 
         def prepare(self, layers, allocate, context):
@@ -99,7 +101,7 @@ def test_a_method_that_rounds_everything_in_prepare_cannot_read_prefix_inputs():
 
 def test_inputs_of_another_layer_cannot_be_read():
     class Peeking(Nearest):
-        statistics = frozenset({"input_moment"})
+        statistics = frozenset({INPUT_MOMENT})
         inputs = "prefix"
 
         def prepare(self, layers, allocate, context):
@@ -123,13 +125,13 @@ def test_a_statistic_that_was_not_declared_cannot_be_read(read):
             getattr(layer, read)("input_moment")
             return super().quantize_layer(layer, width, context)
 
-    with pytest.raises(ValueError, match=r"layer a: Undeclared reads input_moment: add it to Undeclared\.statistics"):
+    with pytest.raises(ValueError, match=r"Undeclared reads input_moment: add it to Undeclared\.statistics"):
         run(Undeclared())
 
 
 def test_an_allocator_may_read_what_the_method_does_not():
     class ByMoment:
-        statistics = frozenset({"input_moment"})
+        statistics = frozenset({INPUT_MOMENT})
 
         def allocate(self, layers, budget, codebook_bits=0, distortion=None):
             assert all(layer.statistic("input_moment").shape == (1, COLUMNS, COLUMNS) for layer in layers)

@@ -16,13 +16,15 @@ from hydra import compose, initialize_config_dir
 from numba.core.dispatcher import Dispatcher
 from torch import nn
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from tiny_sets import STATISTICS
+
 from bayesq.quant.layers import quantizable_layers, weight_to_matrix
 from bayesq.quant.method import LayerProblem
 from bayesq.suite import runner
 from bayesq.suite.rehearsal import RandomStatistics, rehearse, small_problems
 
 ROOT = Path(__file__).resolve().parents[2]
-RANK = 16
 
 
 def network() -> nn.Module:
@@ -58,14 +60,14 @@ def observe(command: str) -> tuple[list[str], list[str]]:
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         cfg = compose("config", overrides=["model=resnet", "dataset=digits", *command.split()])
     layers = quantizable_layers(network())
-    small = small_problems(layers, runner.kernel_positions, RANK)
+    small = small_problems(layers, runner.kernel_positions, STATISTICS.values())
     rehearse(runner.make_plan(cfg), small, proxy=cfg.proxy == "mc")
     before = signatures()
 
     plan, problems = runner.make_plan(cfg), []
     for name, layer in layers.items():
         weight = weight_to_matrix(layer).detach()
-        statistic = RandomStatistics(weight.shape, RANK)
+        statistic = RandomStatistics(weight.shape, STATISTICS.values())
         kernel = runner.kernel_positions(layer)
         problems.append(LayerProblem(name, type(layer).__name__, weight, statistic, kernel, statistic))
     for _, tensor in plan.method.quantize(

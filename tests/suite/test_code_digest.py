@@ -140,6 +140,8 @@ def test_a_single_file_and_a_method_of_a_class_are_targets_too(tmp_path: Path, m
     ("file", "counts"),
     [
         ("bayesq/quant/grids.py", True),
+        ("bayesq/calibration/passes.py", True),
+        ("bayesq/fisher.py", True),
         ("bayesq/suite/calibration.py", True),
         ("bayesq/suite/runner.py", True),
         ("baselines/rtn.py", True),

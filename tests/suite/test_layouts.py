@@ -6,8 +6,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from bayesq.calibration.inputs import INPUT_MOMENT
+from bayesq.calibration.passes import CalibrationSettings
+from bayesq.fisher import GRADIENT_MOMENT
 from bayesq.suite.cache import verify
-from bayesq.suite.calibration import Calibration, CalibrationSettings
+from bayesq.suite.calibration import Calibration
 from bayesq.suite.models.base import (
     ALONE,
     EQUAL,
@@ -181,5 +184,5 @@ def test_gradients_come_from_as_many_examples_as_asked_for(together, asked, used
     examples = replace(encoded(together), inputs={k: v % 90 for k, v in encoded(together).inputs.items()})
     settings = CalibrationSettings(4, None, 0, gradient_examples=asked)
     calibration = Calibration(module, "weights", layers, examples, settings, tmp_path, CPU)
-    calibration.prepare(["input_moment", "gradient_moment"])
-    assert int(verify(calibration.path("gradient_moment"))["examples"]) == used
+    calibration.prepare([INPUT_MOMENT, GRADIENT_MOMENT])
+    assert int(verify(calibration.path(GRADIENT_MOMENT))["examples"]) == used

@@ -8,10 +8,14 @@ import torch
 from odd_networks import seeded, vectors
 from torch import Tensor, nn
 
+from bayesq.calibration.collector import Collector
+from bayesq.calibration.inputs import INPUT_MAGNITUDE, INPUT_MOMENT
+from bayesq.calibration.order import forward_order
+from bayesq.fisher import FISHER_DIAGONAL, FISHER_EIGENVALUES, GRADIENT_MOMENT, GradientDirections
 from bayesq.quant.layers import groups_of, quantizable_layers, same_layer, weight_key, weight_to_matrix
 from bayesq.quant.usage import Usage, usage_of
-from bayesq.suite.calibration import Collector, SequentialInputs, forward_order
 from bayesq.suite.models.base import TensorExamples
+from bayesq.suite.sequential import SequentialInputs
 
 CPU = torch.device("cpu")
 NETWORKS = {
@@ -39,7 +43,7 @@ NETWORKS = {
     "attention, positions first": partial(odd.SelfAttention, batch_first=False, bias=False),
     "cross-attention": odd.CrossAttention,
 }
-KINDS = ("input_moment", "gradient_moment", "fisher_diagonal", "input_magnitude")
+STATISTICS = (INPUT_MOMENT, GRADIENT_MOMENT, FISHER_DIAGONAL, INPUT_MAGNITUDE)
 
 
 def examples() -> TensorExamples:
@@ -50,14 +54,14 @@ def used(module: nn.Module) -> Usage:
     return usage_of(module, quantizable_layers(module), {"x": vectors(8)[:2]}, ({"x": x} for x in vectors(8).split(4)))
 
 
-def collect(module: nn.Module, batch_size: int, kinds=KINDS, **options) -> dict[str, dict[str, Tensor]]:
+def collect(module: nn.Module, batch_size: int, statistics=STATISTICS, **options) -> dict[str, dict[str, Tensor]]:
     """Statistics as a run takes them: example by example where that is needed."""
     found = used(module)
     more = {"overwritten": found.overwritten, **options}
-    collector = Collector(module, found.layers, kinds, None, torch.Generator(), **more)
+    collector = Collector(module, found.layers, statistics, None, torch.Generator(), **more)
     for batch in examples().batches(1 if found.alone else batch_size, "cpu"):
         collector.add(batch)
-    return {kind: collector.statistics(kind)[0] for kind in kinds}
+    return {statistic.name: dict(collector.finish(statistic)) for statistic in statistics}
 
 
 def weight_gradients(module: nn.Module, name: str) -> Tensor:
@@ -89,18 +93,19 @@ def test_the_fisher_is_that_of_each_examples_weight_gradient(network):
 @pytest.mark.parametrize("network", ["loop", "two lengths", "experts", "self-attention", "content and positions"])
 def test_directions_and_eigenvalues_are_of_the_whole_gradient_too(network):
     module = seeded(NETWORKS[network])
-    directions = collect(module, 4, ("gradient_directions",), rank=8)["gradient_directions"]
+    directions = collect(module, 4, [GradientDirections(8)])["gradient_directions"]
     moments = collect(module, 4)
     bases = {
-        name: tuple(torch.linalg.eigh(moments[kind][name])[1] for kind in ("input_moment", "gradient_moment"))
+        name: {f"{of}_basis": torch.linalg.eigh(moments[f"{of}_moment"][name])[1] for of in ("input", "gradient")}
         for name in moments["input_moment"]
     }
-    eigenvalues = collect(module, 4, ("fisher_eigenvalues",), bases=bases)["fisher_eigenvalues"]
-    for name, (q_a, q_g) in bases.items():
+    eigenvalues = collect(module, 4, [FISHER_EIGENVALUES], required=bases)["fisher_eigenvalues"]
+    for name, basis in bases.items():
+        q_g = basis["gradient_basis"]
         gradients = weight_gradients(module, name)[:, 0]  # [e, g, r, c]
         flat, rows = gradients.flatten(1), directions[name].flatten(1)
         torch.testing.assert_close(rows.T @ rows, flat.T @ flat / len(flat), rtol=1e-3, atol=1e-6)
-        turned = q_g.transpose(1, 2) @ gradients @ q_a
+        turned = q_g.transpose(1, 2) @ gradients @ basis["input_basis"]
         torch.testing.assert_close(eigenvalues[name], turned.square().mean(0), rtol=1e-3, atol=1e-6)
 
 
@@ -108,7 +113,7 @@ def test_directions_and_eigenvalues_are_of_the_whole_gradient_too(network):
 def test_statistics_do_not_depend_on_the_batch_size(network):
     module = seeded(NETWORKS[network])
     one, four, eight = (collect(module, size) for size in (1, 4, 8))
-    for kind in KINDS:
+    for kind in one:
         for name, expected in one[kind].items():
             for other in (four, eight):
                 assert (other[kind][name] - expected).norm() <= 1e-5 * expected.norm()
@@ -170,7 +175,7 @@ def test_sequential_statistics_are_those_of_all_runs(network):
     groups = forward_order(module, found.layers, next(given.batches(1, CPU)))
     assert sorted(name for group in groups for name in group) == sorted(found.layers)
     size = 1 if found.alone else 4
-    expected = collect(module, size, ("input_moment",))["input_moment"]
+    expected = collect(module, size, [INPUT_MOMENT])["input_moment"]
     for calls in (found.calls, None):
         inputs = SequentialInputs(module, found.layers, groups, given, size, CPU, calls)
         for name in found.layers:
@@ -187,7 +192,7 @@ def test_names_of_weights_are_those_of_the_state_dict():
 def test_parts_without_a_gradient_have_no_fisher_and_are_refused_by_name():
     with pytest.raises(ValueError, match=r"layer odd runs where no gradient is taken.*layers\.exclude"):
         collect(seeded(odd.WithoutGradient), 4)
-    assert collect(seeded(odd.WithoutGradient), 4, ("input_moment",))["input_moment"]["odd"].any()
+    assert collect(seeded(odd.WithoutGradient), 4, [INPUT_MOMENT])["input_moment"]["odd"].any()
 
 
 def test_an_input_that_a_batch_does_not_divide_is_refused_by_name():
@@ -197,7 +202,7 @@ def test_an_input_that_a_batch_does_not_divide_is_refused_by_name():
             return self.odd(chosen[1:]).mean(0).expand(x.shape)
 
     module = seeded(Routed)
-    collector = Collector(module, quantizable_layers(module), KINDS, None, torch.Generator())
+    collector = Collector(module, quantizable_layers(module), STATISTICS, None, torch.Generator())
     with pytest.raises(ValueError, match=r"layer odd: an input of shape .* set calibration\.batch_size=1"):
         collector.add(next(examples().batches(8, "cpu")))
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from bayesq.calibration.collector import Collector
+from bayesq.fisher import FISHER_DIAGONAL, GRADIENT_MOMENT
 from bayesq.quant.layers import quantizable_layers
-from bayesq.suite.calibration import Collector
 from bayesq.suite.models.base import TensorExamples
 
 PIXELS = 20
@@ -56,10 +57,10 @@ def test_batch_norms_do_not_mix_up_the_gradients_of_one_example(
     moments = []
     for batch_size in (1, 4):
         collector = Collector(
-            module, quantizable_layers(module), ["gradient_moment", "fisher_diagonal"], None, torch.Generator()
+            module, quantizable_layers(module), [GRADIENT_MOMENT, FISHER_DIAGONAL], None, torch.Generator()
         )
         for batch in examples.batches(batch_size, "cpu"):
             collector.add(batch)
-        moments.append({kind: collector.statistics(kind)[0]["conv"] for kind in collector.kinds})
+        moments.append({one.name: dict(collector.finish(one))["conv"] for one in collector.statistics})
     for kind, alone in moments[0].items():
         torch.testing.assert_close(alone, moments[1][kind], rtol=1e-4, atol=1e-9)

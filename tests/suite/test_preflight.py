@@ -10,15 +10,16 @@ import torch
 from naive_fisher import TinyConvNet, TinyEncoder
 from torch import nn
 
+from bayesq.calibration.inputs import INPUT_MOMENT
+from bayesq.fisher import GRADIENT_MOMENT
 from bayesq.quant.layers import quantizable_layers
 from bayesq.suite import preflight
 from bayesq.suite.errors import UserError
 from bayesq.suite.preflight import GIB, RUNTIME_BYTES, Activations, Choices, Needs, activations, check, estimate
 
 CHOICES = Choices(
-    kinds=["gradient_moment", "input_moment"],
+    statistics=[GRADIENT_MOMENT, INPUT_MOMENT],
     posterior="kfac",
-    rank=16,
     bits=4,
     calibration_batch=4,
     evaluation_batch=8,
@@ -39,7 +40,7 @@ def network() -> nn.Module:
     return nn.Sequential(nn.Linear(30, 20), nn.ReLU(), nn.Linear(20, 5))
 
 
-def needs(accelerated: bool = False, missing=("input_moment", "gradient_moment"), **changes) -> Needs:
+def needs(accelerated: bool = False, missing=(INPUT_MOMENT, GRADIENT_MOMENT), **changes) -> Needs:
     module = network()
     choices = dataclasses.replace(CHOICES, **changes)
     return estimate(10**6, module, quantizable_layers(module), choices, SMALL, LARGE, missing, accelerated)

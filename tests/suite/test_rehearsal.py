@@ -12,11 +12,12 @@ import numba
 import numpy as np
 import pytest
 import torch
+from tiny_sets import STATISTICS
 from torch import nn
 
 from bayesq.allocation import Uniform
+from bayesq.calibration.inputs import INPUT_MOMENT
 from bayesq.quant.layers import quantizable_layers
-from bayesq.quant.method import STATISTICS
 from bayesq.quant.tensor import QuantizedTensor
 from bayesq.suite.rehearsal import WEIGHTS, RandomStatistics, all_widths, rehearse, small_problems
 from bayesq.suite.runner import kernel_positions
@@ -67,7 +68,7 @@ def test_only_what_a_method_needs_is_compiled(compilations):
 class Foreign:
     """A method of somebody else's, with a compiled function of its own."""
 
-    statistics = frozenset({"input_moment"})
+    statistics = frozenset({INPUT_MOMENT})
     sequential = False
 
     def __init__(self) -> None:
@@ -99,7 +100,9 @@ def layers() -> dict[str, nn.Module]:
 def test_methods_of_others_are_rehearsed_too():
     method = Foreign()
     rehearse(
-        SimpleNamespace(method=method, allocator=Uniform()), small_problems(layers(), kernel_positions, 2), proxy=False
+        SimpleNamespace(method=method, allocator=Uniform()),
+        small_problems(layers(), kernel_positions, [INPUT_MOMENT]),
+        proxy=False,
     )
     assert len(method.round.nopython_signatures) == 1
 
@@ -114,12 +117,12 @@ class Failing(Foreign):
 def test_what_a_rehearsal_cannot_do_is_left_to_the_run(caplog):
     with caplog.at_level(logging.INFO):
         plan = SimpleNamespace(method=Failing(), allocator=Uniform())
-        rehearse(plan, small_problems(layers(), kernel_positions, 2), proxy=False)
+        rehearse(plan, small_problems(layers(), kernel_positions, [INPUT_MOMENT]), proxy=False)
     assert not caplog.records
 
 
 def test_small_layers_are_of_every_kind_and_enough_for_tables():
-    problems = {problem.name: problem for problem in small_problems(layers(), kernel_positions, 2)}
+    problems = {problem.name: problem for problem in small_problems(layers(), kernel_positions, [INPUT_MOMENT])}
     assert {name: tuple(problem.weight.shape) for name, problem in problems.items()} == {
         "a": (1, 256, 288),
         "c": (1, 3, 288),
@@ -133,13 +136,12 @@ def test_small_layers_are_of_every_kind_and_enough_for_tables():
 
 @pytest.mark.parametrize("shape", [(1, 5, 7), (3, 1, 4), (2, 4, 1)])
 def test_statistics_have_their_shapes(shape):
-    statistic = RandomStatistics(shape, 6)
-    sizes = dict(zip("grck", (*shape, 6), strict=True))
-    for kind, text in STATISTICS.items():
-        expected = [sizes[letter] for letter in text[1 : text.index("]")].split(", ")]
-        found = statistic(kind)
-        assert list(found.shape) == expected and found.dtype == torch.float32, kind
-        assert torch.equal(found, statistic(kind))
+    random = RandomStatistics(shape, STATISTICS.values())
+    for kind, statistic in STATISTICS.items():
+        found = random(kind)
+        assert tuple(found.shape) == statistic.shape(*shape) and found.dtype == torch.float32, kind
+        statistic.check("layer", found)
+        assert found.any() and torch.equal(found, random(kind))
 
 
 def test_all_widths_are_met():

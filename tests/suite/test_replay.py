@@ -8,13 +8,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from naive_fisher import TinyConvNet, TinyEncoder, seeded
-from test_calibration import CPU, images, sentences
+from tiny_sets import CPU, images, sentences
 from torch import Tensor, nn
 
+from bayesq.calibration.collector import Collector
+from bayesq.calibration.order import forward_order
 from bayesq.quant.layers import quantizable_layers
 from bayesq.suite import replay
-from bayesq.suite.calibration import INPUT_STATISTICS, Collector, SequentialInputs, forward_order
 from bayesq.suite.models.base import TensorExamples
+from bayesq.suite.sequential import STATISTICS, SequentialInputs
 
 
 class Block(nn.Module):
@@ -89,11 +91,11 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[], TensorExamples]]
 
 
 def from_the_input(module: nn.Module, group: list[str], examples: TensorExamples) -> dict[str, dict[str, Tensor]]:
-    collector = Collector(module, quantizable_layers(module), INPUT_STATISTICS, None, torch.Generator())
+    collector = Collector(module, quantizable_layers(module), STATISTICS.values(), None, torch.Generator())
     for batch in examples.batches(2, CPU):
         collector.add(batch, stop_after=group[-1])
-    found = {kind: collector.statistics(kind)[0] for kind in INPUT_STATISTICS}
-    return {name: {kind: found[kind][name] for kind in INPUT_STATISTICS} for name in group}
+    found = {kind: dict(collector.finish(statistic)) for kind, statistic in STATISTICS.items()}
+    return {name: {kind: found[kind][name] for kind in STATISTICS} for name in group}
 
 
 def rounded(module: nn.Module, names: list[str]) -> None:
@@ -124,7 +126,7 @@ def test_statistics_are_those_of_passes_from_the_input(name, room, monkeypatch):
     for group in groups:
         expected = from_the_input(module, group, examples)
         for layer in group:
-            for kind in INPUT_STATISTICS:
+            for kind in STATISTICS:
                 torch.testing.assert_close(inputs.statistic(layer, kind), expected[layer][kind], rtol=1e-5, atol=1e-6)
         rounded(module, group)
     assert not any(child._forward_hooks or child._forward_pre_hooks for child in module.modules())

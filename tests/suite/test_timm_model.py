@@ -17,9 +17,11 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
+from bayesq.calibration.collector import Collector
+from bayesq.calibration.inputs import INPUT_MOMENT
+from bayesq.fisher import FISHER_DIAGONAL, GRADIENT_MOMENT
 from bayesq.quant.layers import quantizable_layers
 from bayesq.suite import hub
-from bayesq.suite.calibration import Collector
 from bayesq.suite.datasets.base import DataSplits, Examples
 from bayesq.suite.errors import UserError
 from bayesq.suite.models.base import state_checksum
@@ -317,15 +319,15 @@ class TestAttention:
         layers = quantizable_layers(module)
         found = []
         for _ in range(2):
-            kinds = ("input_moment", "gradient_moment", "fisher_diagonal")
+            kinds = (INPUT_MOMENT, GRADIENT_MOMENT, FISHER_DIAGONAL)
             collector = Collector(module, layers, kinds, None, torch.Generator().manual_seed(0))
             for batch in encoded.batches(3, "cpu"):  # type: ignore[attr-defined]
                 collector.add(batch)
             tensors = {}
             for kind in kinds:
-                statistics, unseen = collector.statistics(kind)
+                statistics, unseen = dict(collector.finish(kind)), collector.unseen
                 assert not unseen
-                tensors |= {f"{kind}/{name}": value for name, value in statistics.items()}
+                tensors |= {f"{kind.name}/{name}": value for name, value in statistics.items()}
             found.append(tensors)
         for name, value in found[0].items():
             assert torch.equal(value, found[1][name]), name

@@ -19,6 +19,8 @@ from sources import EXAMPLES, LONGEST, write_classifier
 from torch import nn
 from torch.nn import functional
 
+from bayesq.calibration.inputs import INPUT_MOMENT
+from bayesq.fisher import GRADIENT_MOMENT
 from bayesq.suite import runner
 from bayesq.suite.calibration import Calibration
 from bayesq.suite.errors import UserError
@@ -115,7 +117,7 @@ def prepared(network: Architecture, folder: Path, batch_size: int) -> tuple[runn
     calibration = runner.open_calibration(
         cfg, runner.make_plan(cfg).posterior, work, folder / f"batches of {batch_size}"
     )
-    calibration.prepare(KINDS)
+    calibration.prepare([INPUT_MOMENT, GRADIENT_MOMENT])
     return work, calibration
 
 

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from bayesq.batches import Batch
 from bayesq.suite.cache import CorruptCache, digest, read_tensors, write_tensors
 from bayesq.suite.datasets.base import DataSplits, Examples
 from bayesq.suite.files import lock
@@ -20,19 +21,6 @@ logger = logging.getLogger(__name__)
 
 # Which sequences share a batch: any, filled up with padding; those of one length; none.
 PADDED, EQUAL, ALONE = "padded", "equal", "alone"
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One batch: `module(**inputs)` gives logits [b, classes].
-
-    `labels` [b] lie on the device of the inputs. `index` [b] int64, on the CPU, holds each example's position
-    in the split, because batches need not come in the split's order.
-    """
-
-    inputs: dict[str, Tensor]
-    labels: Tensor
-    index: Tensor
 
 
 class EncodedExamples(Protocol):

@@ -1,0 +1,275 @@
+"""Running sums of statistics, from hooks on the layers of a network."""
+
+import time
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from bayesq.batches import Batch
+from bayesq.calibration.samples import Run, in_stack, input_parts, paired_parts
+from bayesq.calibration.statistic import Source, Statistic
+from bayesq.likelihood import LIKELIHOODS, Likelihood
+from bayesq.quant.layers import MASK, Layer, groups_of, mask_samples, output_samples, weight_to_matrix
+from bayesq.quant.watch import contiguous_gradients, watching
+
+
+@dataclass
+class _Sums:
+    """State of one layer.
+
+    Attributes:
+        sums: running sums by statistic.
+        samples: input samples so far; of a stack, of each group [g].
+        called: runs so far.
+        calls_now: runs in the forward pass under way.
+        waiting: runs whose output gradient has come; an example's weight gradient needs all of them.
+    """
+
+    sums: dict[Statistic, Tensor] = field(default_factory=dict)
+    samples: int | Tensor = 0
+    called: int = 0
+    calls_now: int = 0
+    waiting: list[Run] = field(default_factory=list)
+
+    def add(self, statistic: Statistic, contribution: Tensor) -> None:
+        self.sums[statistic] = statistic.add(self.sums.get(statistic), contribution)
+
+
+class Collector:
+    """Accumulates the sums of all layers over batches, with hooks on the layers while a pass runs.
+
+    Args:
+        module: the network, in eval mode.
+        layers: the layers to watch, by name.
+        statistics: to collect; none that follows from other statistics.
+        samples, generator, draws: see `Likelihood.fisher_directions`.
+        likelihood: of the network's outputs.
+        required: by layer and name, the values of statistics that those to collect require.
+        others: further layers that gradients go through, by name, though nothing of them is collected: what is
+            collected has the same bits whether they are watched or not.
+        overwritten: layers whose inputs are changed in place later: statistics that need them until the backward pass
+            keep a copy.
+
+    A layer that runs several times in one forward pass adds up its runs: samples of all of them enter the moments, and
+    an example's weight gradient is the sum over them.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        layers: Mapping[str, Layer],
+        statistics: Iterable[Statistic],
+        samples: int | None,
+        generator: torch.Generator,
+        likelihood: Likelihood = LIKELIHOODS["categorical"],
+        draws: str = "signs",
+        required: Mapping[str, Mapping[str, Tensor]] | None = None,
+        others: Mapping[str, Layer] | None = None,
+        overwritten: Collection[str] = (),
+    ) -> None:
+        self.module, self.layers, self.others = module, layers, others or {}
+        self.overwritten, self.required = overwritten, required or {}
+        self.statistics = list(statistics)
+        self._left = set(self.statistics)
+        self.of_inputs, self.of_outputs, self.of_weights = (
+            [statistic for statistic in self.statistics if statistic.source is source]
+            for source in (Source.INPUTS, Source.OUTPUT_GRADIENTS, Source.WEIGHT_GRADIENTS)
+        )
+        self.samples, self.generator = samples, generator
+        self.likelihood, self.draws = likelihood, draws
+        self.sums = {name: _Sums() for name in layers}
+        self.gradient_examples = 0
+        self.backward_s = 0.0
+        self._batch: Batch | None = None
+        self._stop_after: tuple[str, int] | None = None
+        self._backward = self._recomputing = False
+
+    @property
+    def needs_inputs(self) -> bool:
+        """Whether every batch has to run."""
+        return bool(self.of_inputs)
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether some batches need backward passes."""
+        return bool(self.of_outputs or self.of_weights)
+
+    def add(self, batch: Batch, gradients: bool = True, stop_after: tuple[str, int] | None = None) -> None:
+        """One forward pass, and the backward passes if a gradient statistic is asked for.
+
+        Args:
+            gradients: False leaves this batch out of the gradient statistics.
+            stop_after: without backward passes, end the forward pass when this layer has run so many times.
+        """
+        self._batch, self._stop_after = batch, stop_after
+        for state in self.sums.values():
+            state.calls_now = 0
+        self._backward = gradients and self.needs_gradients
+        with self._hooks():
+            if not self._backward:
+                with torch.no_grad(), suppress(_Reached):
+                    self.module(**batch.inputs)
+            else:
+                with torch.enable_grad():
+                    self._run_backward(self.module(**batch.inputs), batch)
+                self.gradient_examples += len(batch)
+
+    def _run_backward(self, outputs: Tensor, batch: Batch) -> None:
+        start = time.perf_counter()
+        mask = batch.inputs.get(MASK)
+        directions = self.likelihood.fisher_directions(
+            outputs, self.samples, self.generator, self.draws, None if mask is None else mask.bool()
+        )
+        self._recomputing = True  # a checkpointed part runs once more, with the same inputs
+        for k, direction in enumerate(directions):
+            # The sum over the batch gives each example its own gradient: rows of the outputs are independent.
+            (outputs * direction.to(outputs.dtype)).sum().backward(retain_graph=k + 1 < len(directions))
+            for name, state in self.sums.items():
+                if state.waiting:  # runs whose gradient did not come add nothing
+                    self._take_weight_gradients(name)
+        self._recomputing = False
+        self.backward_s += time.perf_counter() - start
+
+    @property
+    def unseen(self) -> list[str]:
+        """Layers that no example reached."""
+        return [name for name in self.layers if not self.sums[name].called]
+
+    def finish(self, statistic: Statistic) -> Iterator[tuple[str, Tensor]]:
+        """Each layer with its finished statistic, float32 on the CPU.
+
+        The running sums turn into the statistic one by one, so that no second copy needs memory: each statistic can be
+        had once. A layer that was never called gets `Statistic.neutral`.
+
+        Raises:
+            ValueError: the statistic was not collected, or was had before.
+        """
+        if statistic not in self._left:
+            raise ValueError(f"{statistic.name} was not collected, or its sums were handed over already")
+        self._left.remove(statistic)
+        return ((name, self._finished(name, layer, statistic)) for name, layer in self.layers.items())
+
+    def _finished(self, name: str, layer: Layer, statistic: Statistic) -> Tensor:
+        state = self.sums[name]
+        groups, rows, columns = weight_to_matrix(layer).shape
+        if not state.called:
+            return statistic.neutral(groups, rows, columns)
+        if statistic not in state.sums:  # it runs, but the outputs do not depend on it: no gradient ever arrives
+            return torch.zeros(statistic.shape(groups, rows, columns))
+        count = state.samples if statistic.source is Source.INPUTS else self.gradient_examples
+        return statistic.finish(state.sums.pop(statistic), count, (groups, rows, columns)).cpu()
+
+    @contextmanager
+    def _hooks(self) -> Iterator[None]:
+        frozen = [p for p in self.module.parameters() if p.requires_grad]
+        try:
+            for p in frozen:  # only the layers' outputs need gradients
+                p.requires_grad_(False)
+            with contiguous_gradients(self.module), watching({**self.others, **self.layers}, self._seen):
+                yield
+        finally:
+            for p in frozen:
+                p.requires_grad_(True)
+
+    def _seen(self, name: str, group: int | None, x: Tensor, output: Tensor) -> Tensor | None:
+        """A layer has run: take what its input tells, and wait for the gradient of its output."""
+        if name not in self.layers or not x.numel():
+            return _leaf(output)[1] if self._backward else None
+        state, x = self.sums[name], x.detach()
+        self._check_use(name, x)
+        state.called += 1
+        state.calls_now += 1
+        if self.of_inputs and not self._recomputing:
+            self._take_inputs(name, group, x)
+        if not self._backward:
+            if self._stop_after == (name, state.calls_now):
+                raise _Reached
+            return None
+        leaf, replaced = _leaf(output)
+        needed = x if self.of_weights else None  # until the backward pass
+        if needed is not None and name in self.overwritten:
+            needed = needed.clone()
+        leaf.register_hook(lambda gradient: self._take_gradient(name, group, needed, gradient.detach()))
+        return replaced
+
+    def _check_use(self, name: str, x: Tensor) -> None:
+        """Refuse a use of a layer that no statistics can be taken of.
+
+        Raises:
+            ValueError: naming the layer.
+        """
+        assert self._batch is not None
+        examples = len(self._batch)
+        if isinstance(self.layers[name], nn.Conv2d) and x.dim() != 4:
+            raise ValueError(
+                f"layer {name}: its input of shape {list(x.shape)} is an image without a batch in front: add {name} to "
+                "layers.exclude"
+            )
+        rows = len(x) if isinstance(self.layers[name], nn.Conv2d) else x.numel() // x.shape[-1]
+        if rows % examples:
+            raise ValueError(
+                f"layer {name}: an input of shape {list(x.shape)} does not hold the {examples} examples of the batch "
+                "one after the other: set calibration.batch_size=1"
+            )
+        if self._backward and not torch.is_grad_enabled():
+            raise ValueError(
+                f"layer {name} runs where no gradient is taken (torch.no_grad, or a function with a backward pass of "
+                f"its own): add {name} to layers.exclude"
+            )
+
+    def _take_inputs(self, name: str, group: int | None, x: Tensor) -> None:
+        assert self._batch is not None
+        layer, state, mask = self.layers[name], self.sums[name], self._batch.inputs.get(MASK)
+        groups = groups_of(layer)
+        for part, blocks in input_parts(layer, x, len(self._batch), whole=mask is not None):
+            for _, block in blocks():
+                samples, count = mask_samples(block, None if mask is None else mask[part])
+                state.samples = state.samples + in_stack(groups, group, torch.as_tensor(count).expand(1))
+                rows = samples.transpose(0, 1).flatten(1, 2)  # [g, n, c]
+                for statistic in self.of_inputs:
+                    state.add(statistic, in_stack(groups, group, statistic.contribution(rows)))
+
+    def _take_gradient(self, name: str, group: int | None, x: Tensor | None, gradient: Tensor) -> None:
+        """The gradient of one run's output; an example's weight gradient is complete with those of all its runs."""
+        assert self._batch is not None
+        layer, state, mask = self.layers[name], self.sums[name], self._batch.inputs.get(MASK)
+        samples = output_samples(layer, gradient, len(self._batch))
+        d, _ = mask_samples(samples.to(torch.float32), mask)  # [b, g, l, r]
+        if self.of_outputs:
+            rows = d.transpose(0, 1).flatten(1, 2)  # [g, n, r]
+            for statistic in self.of_outputs:
+                state.add(statistic, in_stack(groups_of(layer), group, statistic.contribution(rows)))
+        if x is None:
+            return
+        state.waiting.append((group, x, d))
+        if len(state.waiting) == state.calls_now:
+            self._take_weight_gradients(name)
+
+    def _take_weight_gradients(self, name: str) -> None:
+        """Statistics of each example's weight gradient, from all runs of a layer."""
+        assert self._batch is not None
+        state = self.sums[name]
+        runs, state.waiting = state.waiting, []
+        required = {key: value.to(runs[0][2]) for key, value in self.required.get(name, {}).items()}
+        for pairs in paired_parts(self.layers[name], runs, len(self._batch)):
+            for statistic in self.of_weights:
+                state.add(statistic, statistic.contribution(statistic.gradients(pairs, required)))
+
+
+class _Reached(Exception):
+    """The layers of interest have run; the rest of the forward pass is not needed."""
+
+
+def _leaf(output: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Where the gradient of a layer's output arrives, and what takes the output's place, if anything has to.
+
+    Where nothing before the layer needs gradients, the graph begins there. The clone keeps later in-place activations
+    off the leaf.
+    """
+    if output.requires_grad:
+        return output, None
+    leaf = output.detach().requires_grad_(True)
+    return leaf, leaf.clone()

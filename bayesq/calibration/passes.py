@@ -1,0 +1,293 @@
+"""Passes of a network over its calibration examples: which layers' sums share one, and what comes of them."""
+
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from bayesq.batches import Batch
+from bayesq.calibration.collector import Collector
+from bayesq.calibration.statistic import LayerStatistics, Source, Statistic, families, with_required
+from bayesq.likelihood import LIKELIHOODS, Likelihood
+from bayesq.memory import give_back_freed, halving
+from bayesq.quant.layers import Layer, weight_to_matrix
+
+# Bytes of all running sums of one pass; more layers than fit take further passes over the examples, which cost time
+# and change no number. Those of MiniLM (142 MiB) and ResNet-50 fit, those of BERT-base (1139 MiB) take two passes.
+SUM_BYTES = 640 * 2**20
+# The same for passes of statistics that are collected alone.
+ALONE_SUM_BYTES = 2 * 2**30
+
+
+class Batches(Protocol):
+    """Calibration examples in batches; each iteration gives the same ones.
+
+    Attributes:
+        examples: in all batches together.
+        batch_size: of the largest batch.
+    """
+
+    @property
+    def examples(self) -> int: ...  # noqa: D102
+
+    @property
+    def batch_size(self) -> int: ...  # noqa: D102
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Batch]: ...
+
+
+@dataclass(frozen=True)
+class CalibrationSettings:
+    """What determines the statistics besides model and data.
+
+    Attributes:
+        batch_size: examples per forward pass (changes float32 sums in the last digits).
+        samples: see `Likelihood.fisher_directions`.
+        seed: of what is drawn from the model's predictive distribution.
+        gradient_examples: so many examples, rounded up to whole batches spread over the set, give the gradient
+            statistics, which cost backward passes; None = all of them. Input statistics always come from all.
+        likelihood: of the network's outputs.
+        draws: see `Likelihood.fisher_directions`.
+    """
+
+    batch_size: int
+    samples: int | None
+    seed: int
+    gradient_examples: int | None = None
+    likelihood: Likelihood = LIKELIHOODS["categorical"]
+    draws: str = "signs"
+
+    def __post_init__(self) -> None:
+        """Refuse what gives no statistics.
+
+        Raises:
+            ValueError: no example is left.
+        """
+        if self.gradient_examples is not None and self.gradient_examples < 1:
+            raise ValueError(f"posterior.examples={self.gradient_examples}: must be at least 1, or null for all")
+
+
+@dataclass
+class Report:
+    """What passes over the examples tell besides the statistics.
+
+    Attributes:
+        unseen: layers that no example reached.
+        gradient_examples: examples behind the gradient statistics.
+        backward_s: seconds that the gradients took.
+    """
+
+    unseen: list[str] = field(default_factory=list)
+    gradient_examples: int = 0
+    backward_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class Passes:
+    """A network and the settings of its passes.
+
+    Attributes:
+        module: network in eval mode on its device.
+        layers: by name.
+        settings: see CalibrationSettings.
+        room: bytes of running sums that may be held at once, save that each layer's own have to be; which layers
+            share a pass over the examples changes no number.
+        overwritten: see `Collector`.
+    """
+
+    module: nn.Module
+    layers: Mapping[str, Layer]
+    settings: CalibrationSettings
+    room: int = SUM_BYTES
+    overwritten: Collection[str] = ()
+
+    def plan(self, statistics: Sequence[Statistic]) -> list[tuple[dict[str, Layer], list[Statistic]]]:
+        """The layers of each pass over the examples, and their statistics: all in one, unless the sums would not fit.
+
+        Then gradients take passes of their own, which run the network on fewer examples, and of both kinds of passes
+        each has as many layers as fit.
+        """
+        inputs = [statistic for statistic in statistics if statistic.source is Source.INPUTS]
+        gradients = [statistic for statistic in statistics if statistic.source is not Source.INPUTS]
+        together = self._fill(list(statistics))
+        if len(together) == 1 or not (inputs and gradients):
+            return together
+        return self._fill(inputs) + self._fill(gradients)
+
+    def _fill(self, statistics: list[Statistic]) -> list[tuple[dict[str, Layer], list[Statistic]]]:
+        """`plan` of statistics that are taken together."""
+        passes: list[dict[str, Layer]] = [{}]
+        alone = self.room >= SUM_BYTES and any(statistic.alone for statistic in statistics)
+        most = max(self.room, ALONE_SUM_BYTES) if alone else self.room
+        room = most
+        for name, layer in self.layers.items():
+            size = sum_bytes(layer, statistics)
+            if size > room and passes[-1]:
+                passes.append({})
+                room = most
+            passes[-1][name] = layer
+            room -= size
+        return [(layers, statistics) for layers in passes]
+
+    def run(
+        self,
+        statistics: Sequence[Statistic],
+        batches: Batches,
+        write: Callable[[str, Statistic, Tensor], None],
+        load: Callable[[str, Statistic], Tensor],
+    ) -> Report:
+        """All passes over the examples; each one's statistics are written before the next begins.
+
+        Args:
+            statistics: of one of `families`.
+            batches: of at most `settings.batch_size` examples; smaller ones after running out of memory.
+            write: takes each layer's finished statistic.
+            load: gives a layer's statistic that others require.
+        """
+        report = Report()
+        reached: set[str] = set()
+        for layers, taken in self.plan(statistics):
+            start = time.perf_counter()
+            collector = self._collect(layers, taken, batches, load)
+            again = not collector.needs_inputs and bool(reached)  # without its gradients, the pass would not be there
+            report.backward_s += time.perf_counter() - start if again else collector.backward_s
+            report.gradient_examples = max(report.gradient_examples, collector.gradient_examples)
+            reached.update(layers.keys() - set(collector.unseen))
+            for name in reached & layers.keys():
+                collector.sums[name].called += 1  # if only by examples whose gradients are not asked for
+            for statistic in taken:
+                for name, tensor in collector.finish(statistic):
+                    write(name, statistic, tensor)
+            give_back_freed()  # the sums of the next pass have other sizes
+        report.unseen = [name for name in self.layers if name not in reached]
+        return report
+
+    def _collect(
+        self,
+        layers: Mapping[str, Layer],
+        statistics: Sequence[Statistic],
+        batches: Batches,
+        load: Callable[[str, Statistic], Tensor],
+    ) -> Collector:
+        """One pass; each draws the same."""
+        requires = {required for statistic in statistics for required in statistic.requires}
+        collector = Collector(
+            self.module,
+            layers,
+            statistics,
+            self.settings.samples,
+            torch.Generator().manual_seed(self.settings.seed),
+            likelihood=self.settings.likelihood,
+            draws=self.settings.draws,
+            required={name: {one.name: load(name, one) for one in requires} for name in layers if requires},
+            others={name: layer for name, layer in self.layers.items() if name not in layers},
+            overwritten=self.overwritten,
+        )
+        with_gradients = self._with_gradients(batches)
+        for i, batch in enumerate(batches):
+            gradients = collector.needs_gradients and with_gradients[i]
+            if gradients or collector.needs_inputs:
+                collector.add(batch, gradients=gradients)
+        return collector
+
+    def gradient_examples(self, examples: int) -> int:
+        """How many of so many examples the settings ask gradients of, before rounding up to whole batches."""
+        return min(self.settings.gradient_examples or examples, examples)
+
+    def _with_gradients(self, batches: Batches) -> list[bool]:
+        """Which batches give gradients."""
+        count, total = len(batches), batches.examples
+        wanted = -(-self.gradient_examples(total) // batches.batch_size)
+        if count > -(-total // batches.batch_size):  # sequences of other length are kept apart, in smaller batches
+            wanted = -(-self.gradient_examples(total) * count // total)
+        return spread(wanted, count)
+
+
+def spread(count: int, total: int) -> list[bool]:
+    """Which of `total` places hold one of `count` marks that lie as evenly as they can; the last place has one.
+
+    Batches may come ordered (by falling length, say), so the batches that stand for all are taken from everywhere.
+    """
+    return [(i + 1) * count // total > i * count // total for i in range(total)]
+
+
+def sum_bytes(layer: Layer, statistics: Iterable[Statistic]) -> int:
+    """Memory that the running sums of a layer's statistics take, and what is read while they are collected."""
+    return sum(statistic.sum_bytes(*weight_to_matrix(layer).shape) for statistic in statistics)
+
+
+class _Listed(list[Batch]):
+    """`Batches` in memory."""
+
+    @property
+    def examples(self) -> int:
+        return sum(map(len, self))
+
+    @property
+    def batch_size(self) -> int:
+        return max(map(len, self))
+
+
+def collect(
+    module: nn.Module,
+    layers: Mapping[str, Layer],
+    statistics: Iterable[Statistic],
+    batches: Sequence[Batch],
+    likelihood: Likelihood,
+    samples: int | None = None,
+    seed: int = 0,
+    gradient_examples: int | None = None,
+    draws: str = "signs",
+    room: int = SUM_BYTES,
+    overwritten: Collection[str] = (),
+) -> dict[str, LayerStatistics]:
+    """Statistics of every layer, in memory; out of memory, batches are halved.
+
+    Args:
+        module: network in eval mode on its device.
+        layers: by name.
+        statistics: to collect; what they require is collected too.
+        batches: the calibration examples, on the network's device.
+        likelihood: of the network's outputs.
+        samples, seed, gradient_examples, draws: see CalibrationSettings.
+        room, overwritten: see `Passes`.
+
+    Returns:
+        by layer: what reads its statistics by name.
+
+    Raises:
+        ValueError: no batches, a layer that no example reaches, or a layer no statistics can be taken of.
+    """
+    whole = _Listed(batches)
+    if not whole:
+        raise ValueError("batches: there are none")
+    tensors: dict[tuple[str, str], Tensor] = {}
+    settings = CalibrationSettings(whole.batch_size, samples, seed, gradient_examples, likelihood, draws)
+    passes = Passes(module, layers, settings, room, overwritten)
+
+    def write(name: str, statistic: Statistic, tensor: Tensor) -> None:
+        tensors[name, statistic.name] = tensor
+
+    def load(name: str, statistic: Statistic) -> Tensor:
+        return tensors[name, statistic.name]
+
+    def attempt(family: Sequence[Statistic], size: int) -> Report:
+        return passes.run(family, _Listed(part for batch in whole for part in batch.split(size)), write, load)
+
+    named = with_required(statistics)
+    for family in families(named.values()):
+        if family[0].source is Source.STATISTICS:
+            for name in layers:
+                for statistic in family:
+                    write(name, statistic, statistic.derive({r.name: load(name, r) for r in statistic.requires}))
+            continue
+        report, _ = halving(whole.batch_size, partial(attempt, family), "calibration")
+        if report.unseen:
+            raise ValueError(f"no calibration example reaches {', '.join(report.unseen)}: exclude these layers")
+    return {name: LayerStatistics(name, named, partial(load, name)) for name in layers}
