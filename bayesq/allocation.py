@@ -18,13 +18,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bayesq.codebook import level_kind, normal_distortion
-from bayesq.posterior import Posterior
+from bayesq.posterior import WhiteningStore
 from bayesq.quant.accounting import LAYER_BITS, affine_overhead_bits, mixed_overhead_bits
 from bayesq.quant.compiled import compiled
 from bayesq.quant.grids import MAX_WIDTH, MIN_WIDTH, mse_grid, round_affine
 from bayesq.quant.method import Distortion, LayerProblem, check_finite, stack_groups
 from bayesq.rounding import predicted_risk, round_layer
-from bayesq.whitening import layer_whitening
 
 # Damping of the input moment where the method that will round has none of its own.
 DAMPING = 0.01
@@ -230,10 +229,10 @@ class Knapsack:
     for given counts the least sum_r e_r T_{b_r} gives wide codes to large e_r, so sorted rows never need to part.
 
     Args:
-        posterior: gives the risk.
+        whitenings: give the risk.
         block: "layer", "row" or "group".
         widths: bits of layers that no pattern of `pinned` or `allowed` names.
-        damping: of the input moment, see `whitening`.
+        damping: of the input moment, see `WhiteningStore.whitening`.
         group_rows: consecutive rows of a layer in one block of block="group"; the last one may have fewer.
         row_multiple: the rows a layer has at each width are a multiple of it, but for one width that also has the
             layer's rows % row_multiple left over.
@@ -250,7 +249,7 @@ class Knapsack:
 
     def __init__(
         self,
-        posterior: Posterior,
+        whitenings: WhiteningStore,
         block: str,
         widths: Sequence[int],
         damping: float = DAMPING,
@@ -265,7 +264,7 @@ class Knapsack:
             raise ValueError(f"allocation.block={block}: choose one of layer, row, group")
         if block == "group" and group_rows % row_multiple:
             raise ValueError(f"allocation.row_multiple={row_multiple}: is no divisor of group_rows={group_rows}")
-        self.posterior, self.block, self.damping = posterior, block, damping
+        self.whitenings, self.block, self.damping = whitenings, block, damping
         self.group_rows, self.row_multiple = group_rows, row_multiple
         self.min_width = MIN_WIDTH if min_width is None else min_width
         # YAML reads a layer called 0 as a number
@@ -274,7 +273,7 @@ class Knapsack:
         self.default_widths = list(widths)
         candidates = {*widths, *(w for own in (*self.pinned.values(), *self.allowed.values()) for w in own)}
         self.widths = sorted(width for width in candidates if width >= self.min_width)
-        self.statistics = posterior.statistics
+        self.statistics = whitenings.statistics
 
     def choices(self, names: Sequence[str]) -> dict[str, list[int]]:
         """Widths each layer may get, ascending, by name.
@@ -310,7 +309,7 @@ class Knapsack:
             ValueError: no mix of the allowed widths fits the budget, a predicted risk is not finite, or see `choices`.
         """
         choices = self.choices([layer.name for layer in layers])
-        self.posterior.prepare(layers)
+        self.whitenings.prepare(layers)
         widths = torch.tensor(self.widths, dtype=torch.float64)
         risks, blocks, totals, costs = [], [], [], []
         overhead = padding = least = 0
@@ -374,16 +373,16 @@ class Knapsack:
         Args:
             distortion: T_b of the method's codes; None = of scalar ones, non-uniform up to 4 bits.
         """
-        geometry = layer_whitening(self.posterior, layer, feedback=True, damping=self.damping)
+        whitening = self.whitenings.whitening(layer, feedback=True, damping=self.damping)
         expected = scalar_distortion if distortion is None else distortion
-        return predicted_risk(layer.weight, geometry, [expected(layer, width) for width in self.widths])
+        return predicted_risk(layer.weight, whitening, [expected(layer, width) for width in self.widths])
 
     def rounded(self, layer: LayerProblem, width: int) -> Tensor:
         """A layer's weights [g, r, c] rounded once at one width, on each row's affine grid."""
-        geometry = layer_whitening(self.posterior, layer, feedback=True, damping=self.damping)
+        whitening = self.whitenings.whitening(layer, feedback=True, damping=self.damping)
         rows = torch.full((layer.rows,), width, dtype=torch.uint8)
         grid = mse_grid(stack_groups(layer.weight).to(torch.float64), rows)
-        return round_layer(layer.weight, geometry, *grid, rows, {}).values.reshape(layer.weight.shape)
+        return round_layer(layer.weight, whitening, *grid, rows, {}).values.reshape(layer.weight.shape)
 
 
 def scalar_distortion(layer: LayerProblem, width: int) -> float:
@@ -393,7 +392,7 @@ def scalar_distortion(layer: LayerProblem, width: int) -> float:
 
 def make_allocator(
     name: str,
-    posterior: Posterior | None,
+    whitenings: WhiteningStore | None,
     block: str,
     widths: Sequence[int],
     group_rows: int = 8,
@@ -413,10 +412,10 @@ def make_allocator(
     """
     if name == "uniform":
         return Uniform()
-    if posterior is None:
+    if whitenings is None:
         raise ValueError("allocator=knapsack needs a posterior")
     return Knapsack(
-        posterior,
+        whitenings,
         block,
         widths,
         damping,

@@ -22,7 +22,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from bayesq.posterior import DRAWS, LIKELIHOODS
+from bayesq.likelihood import DRAWS, LIKELIHOODS
+from bayesq.memory import give_back_freed, halving
 from bayesq.quant.layers import (
     MASK,
     Layer,
@@ -40,7 +41,6 @@ from bayesq.quant.method import STATISTICS
 from bayesq.quant.watch import contiguous_gradients, watching
 from bayesq.suite.cache import CorruptCache, TensorWriter, tensor_writer, verify
 from bayesq.suite.files import lock
-from bayesq.suite.memory import give_back_freed, halving
 from bayesq.suite.models.base import Batch, EncodedExamples, count_batches
 from bayesq.suite.replay import Replay
 from bayesq.suite.stopping import stop_if_asked

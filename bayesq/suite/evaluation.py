@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from bayesq.likelihood import kl_divergence
+from bayesq.memory import halving
 from bayesq.suite.cache import CorruptCache, read_tensors, write_tensors
 from bayesq.suite.files import lock
-from bayesq.suite.memory import halving
 from bayesq.suite.metrics import ECE_BINS, Metric, difference_interval, measure
 from bayesq.suite.models.base import EncodedExamples, count_batches
 from bayesq.suite.stopping import stop_if_asked

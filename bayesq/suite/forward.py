@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from bayesq.memory import out_of_memory
 from bayesq.suite.config import one_line
 from bayesq.suite.errors import UserError
-from bayesq.suite.memory import out_of_memory
 
 
 @contextmanager

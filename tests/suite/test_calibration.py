@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from naive_fisher import Dense, TinyConvNet, TinyEncoder, dense_statistics, seeded
 from torch import Tensor, nn
 
-from bayesq.posterior import DRAWS
+from bayesq.likelihood import DRAWS
 from bayesq.quant.layers import quantizable_layers, weight_to_matrix
 from bayesq.quant.method import STATISTICS
 from bayesq.suite import calibration

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bayesq.suite.memory import available_memory, halving, out_of_memory, peak_bytes, resident_bytes
+from bayesq.memory import available_memory, halving, out_of_memory, peak_bytes, resident_bytes
 
 
 def refusing(limit: int, error: Exception, seen: list[int]):
@@ -75,7 +75,7 @@ def test_freed_memory_is_given_back() -> None:
     """Small blocks between others stay with the process until it is asked to return them."""
     program = """
 from pathlib import Path
-from bayesq.suite.memory import give_back_freed
+from bayesq.memory import give_back_freed
 
 def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
