@@ -25,7 +25,7 @@ from bayesq.quant.grids import MAX_WIDTH, MIN_WIDTH, mse_grid, round_affine
 from bayesq.quant.method import Distortion, LayerProblem, check_finite, stack_groups
 from bayesq.rounding import predicted_risk, round_layer
 
-# Damping of the input moment where the method that will round has none of its own.
+# Damping of the input moment if the method that will round has no such argument.
 DAMPING = 0.01
 
 
@@ -33,16 +33,16 @@ DAMPING = 0.01
 def _lower_hulls(risk: Any, bits: Any, hull: Any, length: Any) -> None:
     """`lower_hull` of every block: hull [B, W] its choices in front, length [B] how many."""
     for block in range(risk.shape[0]):
-        r, b, own, n = risk[block], bits[block], hull[block], 0
+        r, b, vertices, n = risk[block], bits[block], hull[block], 0
         for k in range(len(r)):
-            if not math.isfinite(r[k]) or (n > 0 and r[k] >= r[own[n - 1]]):
+            if not math.isfinite(r[k]) or (n > 0 and r[k] >= r[vertices[n - 1]]):
                 continue
             while n > 1:
-                i, j = own[n - 2], own[n - 1]
+                i, j = vertices[n - 2], vertices[n - 1]
                 if (r[i] - r[j]) * (b[k] - b[j]) > (r[j] - r[k]) * (b[j] - b[i]):
                     break
                 n -= 1
-            own[n] = k
+            vertices[n] = k
             n += 1
         length[block] = n
 
@@ -195,13 +195,13 @@ class Uniform:
         # A layer that did not fit gets the rest, or also what the greedy spent afterwards, on layers that gain less.
         most, whole, split, some = float(gain[wide].sum()), wide, 0, torch.tensor([], dtype=torch.int64)
         for k in (~wide).nonzero().flatten().tolist():
-            for kept in (wide, wide & (gain / size >= gain[k] / size[k])):
-                rows = _affordable_rows(layers[k], drops[k], left - float(size[kept].sum()))
-                total = float(gain[kept].sum() + drops[k][rows].sum())
+            for wider in (wide, wide & (gain / size >= gain[k] / size[k])):
+                rows = _affordable_rows(layers[k], drops[k], left - float(size[wider].sum()))
+                total = float(gain[wider].sum() + drops[k][rows].sum())
                 if total > most:
-                    most, whole, split, some = total, kept, k, rows
-        for layer, wider in zip(layers, whole.tolist(), strict=True):
-            widths[layer.name] += wider
+                    most, whole, split, some = total, wider, k, rows
+        for layer, one_more in zip(layers, whole.tolist(), strict=True):
+            widths[layer.name] += one_more
         widths[layers[split].name][some] += 1
         return widths
 
@@ -269,9 +269,9 @@ class Knapsack:
         self.min_width = MIN_WIDTH if min_width is None else min_width
         # YAML reads a layer called 0 as a number
         self.pinned = {str(pattern): [width] for pattern, width in (pinned or {}).items()}
-        self.allowed = {str(pattern): list(own) for pattern, own in (allowed or {}).items()}
+        self.allowed = {str(pattern): list(choices) for pattern, choices in (allowed or {}).items()}
         self.default_widths = list(widths)
-        candidates = {*widths, *(w for own in (*self.pinned.values(), *self.allowed.values()) for w in own)}
+        candidates = {*widths, *(w for choices in (*self.pinned.values(), *self.allowed.values()) for w in choices)}
         self.widths = sorted(width for width in candidates if width >= self.min_width)
         self.statistics = whitenings.statistics
 
@@ -286,13 +286,15 @@ class Knapsack:
                 if not any(fnmatchcase(name, pattern) for name in names):
                     raise ValueError(f"allocation.{key}: pattern {pattern!r} matches no layer that is quantized")
         rules = [*self.pinned.items(), *self.allowed.items(), ("*", self.default_widths)]
-        found = {}
+        choices = {}
         for name in names:
-            own = next(widths for pattern, widths in rules if fnmatchcase(name, pattern))
-            found[name] = sorted({width for width in own if width >= self.min_width})
-            if not found[name]:
-                raise ValueError(f"allocation.min_width={self.min_width}: leaves layer {name} none of its widths {own}")
-        return found
+            named = next(widths for pattern, widths in rules if fnmatchcase(name, pattern))
+            choices[name] = sorted({width for width in named if width >= self.min_width})
+            if not choices[name]:
+                raise ValueError(
+                    f"allocation.min_width={self.min_width}: leaves layer {name} none of its widths {named}"
+                )
+        return choices
 
     def allocate(
         self,
@@ -348,8 +350,9 @@ class Knapsack:
             capacity = least
         choice = greedy_knapsack(torch.cat(totals), torch.cat(costs), capacity)
         allocated = {}
-        for layer, risk, block, own in zip(layers, risks, blocks, choice.split([len(t) for t in totals]), strict=True):
-            chosen = own[block]
+        by_layer = choice.split([len(total) for total in totals])
+        for layer, risk, block, of_blocks in zip(layers, risks, blocks, by_layer, strict=True):
+            chosen = of_blocks[block]
             layer.notes["predicted_risk"] = float(risk.gather(1, chosen[:, None]).sum())
             allocated[layer.name] = widths[chosen].to(torch.uint8)
         return allocated

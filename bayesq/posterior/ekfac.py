@@ -85,7 +85,7 @@ class EkfacPosterior(LayerPosterior):
 
 
 class Ekfac(Laplace):
-    """Eigenvalue-corrected K-FAC (George et al., arXiv 1806.03884): K-FAC's eigenvectors, F's own diagonal in them.
+    """Eigenvalue-corrected K-FAC (George et al., arXiv 1806.03884): K-FAC's eigenvectors, the diagonal of F in them.
 
     The prior adds tau / N to each eigenvalue, exactly, where `Kfac` has to split it over two factors and so changes A.
     Arguments as in `Laplace`.

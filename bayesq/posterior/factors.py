@@ -54,7 +54,7 @@ def shrink(moment: Tensor, amount: float) -> Tensor:
 
 
 def gradient_damping(a: Tensor, g: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-    """(A, G + damping / (mean eig A) I), group by group: the prior's share as the rows feel it on average.
+    """(A, G + damping / (mean eig A) I) of each group: the prior's share as the rows feel it on average.
 
     Trace and row traces of A (x) G + damping I are kept exactly, and the input correlations stay what they are.
 
@@ -70,7 +70,9 @@ def gradient_damping(a: Tensor, g: Tensor, damping: float) -> tuple[Tensor, Tens
 
 
 def factored_damping(a: Tensor, g: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-    """(A + pi sqrt(damping) I, G + sqrt(damping)/pi I), pi = sqrt(mean eig A / mean eig G), group by group: SPEC 1.
+    """(A + pi sqrt(damping) I, G + sqrt(damping)/pi I), pi = sqrt(mean eig A / mean eig G), of each group.
+
+    The factored damping of SPEC section 1.
 
     Args:
         a: [g, c, c].

@@ -25,7 +25,9 @@ EVIDENCES = ("diagonal", "eigenvalues")
 
 @dataclass
 class KroneckerPosterior(LayerPosterior):
-    """P = A (x) G, both factors with their share of the prior (SPEC section 1).
+    """P = (A + pi sqrt(tau/N) I) (x) (G + sqrt(tau/N)/pi I), pi = sqrt(mean eig A / mean eig G) (SPEC section 1).
+
+    Below, A and G stand for these damped factors; the variant prior_share=gradient damps G alone.
 
     Attributes:
         input_factor: [g, c, c] damped A, float64.

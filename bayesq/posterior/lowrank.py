@@ -14,7 +14,7 @@ from bayesq.whitening import FLOAT64_BYTES
 
 @dataclass
 class LowRankPosterior(LayerPosterior):
-    """P = D + U UT, D = diag(residual) (SPEC section 1).
+    """P = D + U UT, D = diag(max(F_ii - sum_k U_ik^2, 0) + tau/N) (SPEC section 1).
 
     With V = D^-1/2 U it is D^1/2 (I + V VT) D^1/2, whose powers only need the eigenvalues s and eigenvectors Q of the
     small matrix VT V [k, k]:  f(I + V VT) = f(1) I + V Q diag((f(1 + s) - f(1)) / s) QT VT.
