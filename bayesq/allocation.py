@@ -19,15 +19,14 @@ from tqdm import tqdm
 
 from bayesq.calibration.statistic import Statistic
 from bayesq.codebook import level_kind, normal_distortion
-from bayesq.posterior import Posterior
+from bayesq.posterior import WhiteningStore
 from bayesq.quant.accounting import LAYER_BITS, affine_overhead_bits, mixed_overhead_bits
 from bayesq.quant.compiled import compiled
 from bayesq.quant.grids import MAX_WIDTH, MIN_WIDTH, mse_grid, round_affine
 from bayesq.quant.method import Distortion, LayerProblem, check_finite, stack_groups
 from bayesq.rounding import predicted_risk, round_layer
-from bayesq.whitening import layer_whitening
 
-# Damping of the input moment where the method that will round has none of its own.
+# Damping of the input moment if the method that will round has no such argument.
 DAMPING = 0.01
 
 
@@ -35,16 +34,16 @@ DAMPING = 0.01
 def _lower_hulls(risk: Any, bits: Any, hull: Any, length: Any) -> None:
     """`lower_hull` of every block: hull [B, W] its choices in front, length [B] how many."""
     for block in range(risk.shape[0]):
-        r, b, own, n = risk[block], bits[block], hull[block], 0
+        r, b, vertices, n = risk[block], bits[block], hull[block], 0
         for k in range(len(r)):
-            if not math.isfinite(r[k]) or (n > 0 and r[k] >= r[own[n - 1]]):
+            if not math.isfinite(r[k]) or (n > 0 and r[k] >= r[vertices[n - 1]]):
                 continue
             while n > 1:
-                i, j = own[n - 2], own[n - 1]
+                i, j = vertices[n - 2], vertices[n - 1]
                 if (r[i] - r[j]) * (b[k] - b[j]) > (r[j] - r[k]) * (b[j] - b[i]):
                     break
                 n -= 1
-            own[n] = k
+            vertices[n] = k
             n += 1
         length[block] = n
 
@@ -211,13 +210,13 @@ class Uniform:
         # A layer that did not fit gets the rest, or also what the greedy spent afterwards, on layers that gain less.
         most, whole, split, some = float(gain[wide].sum()), wide, 0, torch.tensor([], dtype=torch.int64)
         for k in (~wide).nonzero().flatten().tolist():
-            for kept in (wide, wide & (gain / size >= gain[k] / size[k])):
-                rows = _affordable_rows(layers[k], drops[k], left - float(size[kept].sum()))
-                total = float(gain[kept].sum() + drops[k][rows].sum())
+            for wider in (wide, wide & (gain / size >= gain[k] / size[k])):
+                rows = _affordable_rows(layers[k], drops[k], left - float(size[wider].sum()))
+                total = float(gain[wider].sum() + drops[k][rows].sum())
                 if total > most:
-                    most, whole, split, some = total, kept, k, rows
-        for layer, wider in zip(layers, whole.tolist(), strict=True):
-            widths[layer.name] += wider
+                    most, whole, split, some = total, wider, k, rows
+        for layer, one_more in zip(layers, whole.tolist(), strict=True):
+            widths[layer.name] += one_more
         widths[layers[split].name][some] += 1
         return widths
 
@@ -245,10 +244,10 @@ class Knapsack:
     for given counts the least sum_r e_r T_{b_r} gives wide codes to large e_r, so sorted rows never need to part.
 
     Args:
-        posterior: gives the risk.
+        whitenings: give the risk.
         block: "layer", "row" or "group".
         widths: bits of layers that no pattern of `pinned` or `allowed` names.
-        damping: of the input moment, see `whitening`.
+        damping: of the input moment, see `WhiteningStore.whitening`.
         group_rows: consecutive rows of a layer in one block of block="group"; the last one may have fewer.
         row_multiple: the rows a layer has at each width are a multiple of it, but for one width that also has the
             layer's rows % row_multiple left over.
@@ -265,7 +264,7 @@ class Knapsack:
 
     def __init__(
         self,
-        posterior: Posterior,
+        whitenings: WhiteningStore,
         block: str,
         widths: Sequence[int],
         damping: float = DAMPING,
@@ -280,16 +279,16 @@ class Knapsack:
             raise ValueError(f"allocation.block={block}: choose one of layer, row, group")
         if block == "group" and group_rows % row_multiple:
             raise ValueError(f"allocation.row_multiple={row_multiple}: is no divisor of group_rows={group_rows}")
-        self.posterior, self.block, self.damping = posterior, block, damping
+        self.whitenings, self.block, self.damping = whitenings, block, damping
         self.group_rows, self.row_multiple = group_rows, row_multiple
         self.min_width = MIN_WIDTH if min_width is None else min_width
         # YAML reads a layer called 0 as a number
         self.pinned = {str(pattern): [width] for pattern, width in (pinned or {}).items()}
-        self.allowed = {str(pattern): list(own) for pattern, own in (allowed or {}).items()}
+        self.allowed = {str(pattern): list(choices) for pattern, choices in (allowed or {}).items()}
         self.default_widths = list(widths)
-        candidates = {*widths, *(w for own in (*self.pinned.values(), *self.allowed.values()) for w in own)}
+        candidates = {*widths, *(w for choices in (*self.pinned.values(), *self.allowed.values()) for w in choices)}
         self.widths = sorted(width for width in candidates if width >= self.min_width)
-        self.statistics = posterior.statistics
+        self.statistics = whitenings.statistics
 
     def choices(self, names: Sequence[str]) -> dict[str, list[int]]:
         """Widths each layer may get, ascending, by name.
@@ -302,13 +301,15 @@ class Knapsack:
                 if not any(fnmatchcase(name, pattern) for name in names):
                     raise ValueError(f"allocation.{key}: pattern {pattern!r} matches no layer that is quantized")
         rules = [*self.pinned.items(), *self.allowed.items(), ("*", self.default_widths)]
-        found = {}
+        choices = {}
         for name in names:
-            own = next(widths for pattern, widths in rules if fnmatchcase(name, pattern))
-            found[name] = sorted({width for width in own if width >= self.min_width})
-            if not found[name]:
-                raise ValueError(f"allocation.min_width={self.min_width}: leaves layer {name} none of its widths {own}")
-        return found
+            named = next(widths for pattern, widths in rules if fnmatchcase(name, pattern))
+            choices[name] = sorted({width for width in named if width >= self.min_width})
+            if not choices[name]:
+                raise ValueError(
+                    f"allocation.min_width={self.min_width}: leaves layer {name} none of its widths {named}"
+                )
+        return choices
 
     def allocate(
         self,
@@ -325,7 +326,7 @@ class Knapsack:
             ValueError: no mix of the allowed widths fits the budget, a predicted risk is not finite, or see `choices`.
         """
         choices = self.choices([layer.name for layer in layers])
-        self.posterior.prepare(layers)
+        self.whitenings.prepare(layers)
         widths = torch.tensor(self.widths, dtype=torch.float64)
         risks, blocks, totals, costs = [], [], [], []
         overhead = padding = least = 0
@@ -364,8 +365,9 @@ class Knapsack:
             capacity = least
         choice = greedy_knapsack(torch.cat(totals), torch.cat(costs), capacity)
         allocated = {}
-        for layer, risk, block, own in zip(layers, risks, blocks, choice.split([len(t) for t in totals]), strict=True):
-            chosen = own[block]
+        by_layer = choice.split([len(total) for total in totals])
+        for layer, risk, block, of_blocks in zip(layers, risks, blocks, by_layer, strict=True):
+            chosen = of_blocks[block]
             layer.notes["predicted_risk"] = float(risk.gather(1, chosen[:, None]).sum())
             allocated[layer.name] = widths[chosen].to(torch.uint8)
         return allocated
@@ -389,16 +391,16 @@ class Knapsack:
         Args:
             distortion: T_b of the method's codes; None = of scalar ones, non-uniform up to 4 bits.
         """
-        geometry = layer_whitening(self.posterior, layer, feedback=True, damping=self.damping)
+        whitening = self.whitenings.whitening(layer, feedback=True, damping=self.damping)
         expected = scalar_distortion if distortion is None else distortion
-        return predicted_risk(layer.weight, geometry, [expected(layer, width) for width in self.widths])
+        return predicted_risk(layer.weight, whitening, [expected(layer, width) for width in self.widths])
 
     def rounded(self, layer: LayerProblem, width: int) -> Tensor:
         """A layer's weights [g, r, c] rounded once at one width, on each row's affine grid."""
-        geometry = layer_whitening(self.posterior, layer, feedback=True, damping=self.damping)
+        whitening = self.whitenings.whitening(layer, feedback=True, damping=self.damping)
         rows = torch.full((layer.rows,), width, dtype=torch.uint8)
         grid = mse_grid(stack_groups(layer.weight).to(torch.float64), rows)
-        return round_layer(layer.weight, geometry, *grid, rows, {}).values.reshape(layer.weight.shape)
+        return round_layer(layer.weight, whitening, *grid, rows, {}).values.reshape(layer.weight.shape)
 
 
 def scalar_distortion(layer: LayerProblem, width: int) -> float:
@@ -408,7 +410,7 @@ def scalar_distortion(layer: LayerProblem, width: int) -> float:
 
 def make_allocator(
     name: str,
-    posterior: Posterior | None,
+    whitenings: WhiteningStore | None,
     block: str,
     widths: Sequence[int],
     group_rows: int = 8,
@@ -428,10 +430,10 @@ def make_allocator(
     """
     if name == "uniform":
         return Uniform()
-    if posterior is None:
+    if whitenings is None:
         raise ValueError("allocator=knapsack needs a posterior")
     return Knapsack(
-        posterior,
+        whitenings,
         block,
         widths,
         damping,

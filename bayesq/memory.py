@@ -76,8 +76,8 @@ def available_memory(root: Path = Path("/")) -> int | None:
     Args:
         root: of the file system with /proc and /sys.
     """
-    found = [_meminfo(root / "proc/meminfo"), *_control_groups(root)]
-    known = [size for size in found if size is not None]
+    sizes = [_meminfo(root / "proc/meminfo"), *_control_groups(root)]
+    known = [size for size in sizes if size is not None]
     if known:
         return max(min(known), 0)
     try:

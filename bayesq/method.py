@@ -18,19 +18,19 @@ from bayesq.codebook import (
     table_price,
     table_widths,
 )
-from bayesq.posterior import Posterior
+from bayesq.posterior import WhiteningStore
 from bayesq.quant.grids import CLIP_STEPS, FP16_TINY, mse_grid, zero_code
 from bayesq.quant.method import Allocate, Context, LayerProblem, check_finite, stack_groups
 from bayesq.quant.tensor import Codebook, QuantizedTensor
 from bayesq.quant.trellis import POLYNOMIALS, trellis_distortion, uniform_levels
 from bayesq.rounding import Rounded, first_rows, refit_rows, round_layer, rounding_gain
-from bayesq.whitening import Whitening, layer_whitening
+from bayesq.whitening import Whitening
 
 # goes to the run's log file only, see hydra.job_logging in conf/config.yaml
 details = logging.getLogger("bayesq.details")
 
 LEVELS = ("trellis", "lloyd", "uniform")
-ROUNDINGS = ("feedback", "two_sided", "nearest")
+ROUNDINGS = ("feedback", "nearest")
 # A trellis runs down the rows of a group; with fewer rows it has no choice to make that a scalar code lacks.
 LEAST_TRELLIS_ROWS = 4
 LARGEST_TRELLIS = max(POLYNOMIALS)
@@ -47,7 +47,7 @@ class BayesQ:
     """Posterior-weighted quantization.
 
     Args:
-        posterior: fits q(w) of a layer; see `bayesq.posterior`.
+        whitenings: fit q(w) of a layer and whiten by it; see `bayesq.posterior`.
         levels: "trellis" lets each column's codes choose among twice as many levels along a trellis, with one table
             of levels per width shared by the whole model (`bayesq.quant.trellis`); "lloyd" designs non-uniform levels
             for scalar codes, shared alike; "uniform" designs step sizes only.
@@ -56,25 +56,23 @@ class BayesQ:
             of deploying w_hat is 1/2 (mu - w_hat)T P (mu - w_hat) + const, so codes chosen for the mean already
             minimise the posterior-expected distortion; blurring the cells as well measured worse (README). On a
             trellis the codes decide which level a weight has, so its noise moves no level.
-        rounding: "feedback", "two_sided" (errors also go to later rows, through G; scalar levels only) or "nearest".
+        rounding: "feedback" or "nearest".
         refits: how often grids are refitted to the values rounding met, and the layers rounded again; 0 keeps each
             row's first affine grid.
         damping: fraction of the mean diagonal added to the input moment before it is factored.
-        row_damping: the same for G; read by rounding=two_sided.
     """
 
     inputs = "full"
 
     def __init__(
         self,
-        posterior: Posterior,
+        whitenings: WhiteningStore,
         levels: str,
         states: int,
         posterior_noise: bool,
         rounding: str,
         refits: int,
         damping: float,
-        row_damping: float,
     ) -> None:
         for key, value, choices in (("levels", levels, LEVELS), ("rounding", rounding, ROUNDINGS)):
             if value not in choices:
@@ -83,17 +81,17 @@ class BayesQ:
             raise ValueError(f"method.states={states}: choose one of {', '.join(map(str, POLYNOMIALS))}")
         if refits < 0 or int(refits) != refits:
             raise ValueError(f"method.refits={refits}: needs a whole number of at least 0")
-        for key, fraction in (("damping", damping), ("row_damping", row_damping)):
-            if not fraction >= 0:
-                raise ValueError(f"method.{key}={fraction}: must be 0 or more")
-        if levels == "trellis" and (rounding == "two_sided" or posterior_noise):
-            switch = "method.rounding=two_sided" if rounding == "two_sided" else "method.posterior_noise=true"
-            raise ValueError(f"{switch}: needs scalar levels, method.levels=lloyd or method.levels=uniform")
-        self.posterior, self.levels, self.posterior_noise = posterior, levels, posterior_noise
+        if not damping >= 0:
+            raise ValueError(f"method.damping={damping}: must be 0 or more")
+        if levels == "trellis" and posterior_noise:
+            raise ValueError(
+                "method.posterior_noise=true: needs scalar levels, method.levels=lloyd or method.levels=uniform"
+            )
+        self.whitenings, self.levels, self.posterior_noise = whitenings, levels, posterior_noise
         self.states = states if levels == "trellis" else None
         self.rounding, self.refits = rounding, int(refits)
-        self.damping, self.row_damping = damping, row_damping
-        self.statistics = posterior.statistics
+        self.damping = damping
+        self.statistics = whitenings.statistics
 
     def prepare(self, layers: Sequence[LayerProblem], allocate: Allocate, context: Context) -> Mapping[str, Tensor]:
         """Choose widths, first grids and tables of levels; round all layers `refits` times to refit both."""
@@ -122,15 +120,15 @@ class BayesQ:
         for layer in layers:
             rounded_layers.append(layer)
             width = widths[layer.name]
-            rounded, geometry, _ = self._round(layer, self._grids[layer.name], width, REFIT_STATES)
-            gain = rounding_gain(geometry, layer.weight.shape[1])
+            rounded, whitening, _ = self._round(layer, self._grids[layer.name], width, REFIT_STATES)
+            gain = rounding_gain(whitening, layer.weight.shape[1])
             self._grids[layer.name] = refit_rows(rounded, gain)
-            cost = gain * stack_groups(geometry.row_gain)[:, None]
+            cost = gain * stack_groups(whitening.row_gain)[:, None]
             for w, new in self._collect(layer, rounded, self._grids[layer.name], cost).items():
                 met[w] = met[w].add(new) if w in met else new  # type: ignore[arg-type]
                 if isinstance(new, LevelSums):
                     own.append((w, new))
-            del rounded, geometry  # where layers are wide, there is no room for two of them
+            del rounded, whitening  # where layers are wide, there is no room for two of them
         self._levels = {w: self._design(w, weights, self._levels.get(w, _codes(w))) for w, weights in met.items()}
         for layer in rounded_layers:
             self._grids[layer.name] = self._fold_steps(*self._grids[layer.name], widths[layer.name], self._levels)
@@ -139,8 +137,8 @@ class BayesQ:
 
     def quantize_layer(self, layer: LayerProblem, width: Tensor, context: Context) -> QuantizedTensor:
         """The layer's last rounding, on the grid and with the tables of `prepare`."""
-        rounded, geometry, tables = self._round(layer, self._grids.pop(layer.name), width)
-        layer.count("damping_retries", geometry.retries)
+        rounded, whitening, tables = self._round(layer, self._grids.pop(layer.name), width)
+        layer.count("damping_retries", whitening.retries)
         return self._tensor(layer, rounded, width, tables)
 
     def distortion(self, layer: LayerProblem, width: int) -> float:
@@ -164,9 +162,8 @@ class BayesQ:
         # Tables of a trellis have twice as many levels as a layer of scalar codes can name.
         return width in self.tables and (self.levels != "trellis" or self._trellis(layer) is not None)
 
-    def _geometry(self, layer: LayerProblem) -> Whitening:
-        row_damping = self.row_damping if self.rounding == "two_sided" else None
-        return layer_whitening(self.posterior, layer, self.rounding != "nearest", self.damping, row_damping)
+    def _whitening(self, layer: LayerProblem) -> Whitening:
+        return self.whitenings.whitening(layer, self.rounding != "nearest", self.damping)
 
     def _start(self, width: int) -> Tensor:
         """Levels of a table before the first rounding, in level units."""
@@ -191,7 +188,7 @@ class BayesQ:
             scale[affine], zero[affine] = mse_grid(weight[affine], width[affine], steps=steps)
             scale[affine] = scale[affine].masked_fill((weight[affine] == 0).all(1), FP16_TINY)
         if tables:
-            gain = rounding_gain(self._geometry(layer), layer.weight.shape[1])
+            gain = rounding_gain(self._whitening(layer), layer.weight.shape[1])
             scale[~affine], zero[~affine] = first_rows(weight[~affine], gain[~affine], width[~affine])
         return scale, zero
 
@@ -202,8 +199,8 @@ class BayesQ:
         width: Tensor,
         most_states: int = LARGEST_TRELLIS,
     ) -> tuple[Rounded, Whitening, dict[int, Codebook]]:
-        """One rounding of a layer, the geometry it took place in, and the tables it used."""
-        geometry = self._geometry(layer)
+        """One rounding of a layer, its whitening, and the tables it used."""
+        whitening = self._whitening(layer)
         kind = "trellis" if self.levels == "trellis" else "lloyd"
         tables = {
             w: Codebook(f"{kind}/{w}", self._levels[w].to(torch.float16))
@@ -213,7 +210,7 @@ class BayesQ:
         books = {w: book.levels.to(torch.float64) for w, book in tables.items()}
         states = self._trellis(layer)
         states = min(states, most_states) if states is not None else None
-        return round_layer(layer.weight, geometry, *grid, width, books, states), geometry, tables
+        return round_layer(layer.weight, whitening, *grid, width, books, states), whitening, tables
 
     def _collect(
         self, layer: LayerProblem, rounded: Rounded, grid: tuple[Tensor, Tensor], gain: Tensor
@@ -232,7 +229,7 @@ class BayesQ:
             else:
                 variance = torch.zeros_like(gain[rows])
                 if self.posterior_noise:
-                    variance = stack_groups(self.posterior.fit(layer).variance())[rows] / scale[rows].square()
+                    variance = stack_groups(self.whitenings.fit(layer).variance())[rows] / scale[rows].square()
                 met[w] = Atoms.of(units[rows], variance, gain[rows], w)
         return met
 

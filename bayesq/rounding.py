@@ -14,7 +14,6 @@ from bayesq.quant.feedback import feedback_round, feedback_round_groups
 from bayesq.quant.grids import FP16_TINY, CodebookGrid, stored_scale, zero_code, zero_value
 from bayesq.quant.method import stack_groups
 from bayesq.quant.trellis import TrellisGrid, level_indices
-from bayesq.quant.two_sided import TwoSidedGrid
 from bayesq.whitening import Whitening
 
 
@@ -49,14 +48,14 @@ class Rounded:
 
 def round_layer(
     weight: Tensor,
-    geometry: Whitening,
+    whitening: Whitening,
     scale: Tensor,
     zero: Tensor,
     width: Tensor,
     codebooks: Mapping[int, Tensor],
     trellis: int | None = None,
 ) -> Rounded:
-    """Round a layer once, to nearest or with feedback as its geometry says.
+    """Round a layer once, to nearest or with feedback as its whitening says.
 
     Args:
         weight: [g, r, c].
@@ -67,32 +66,28 @@ def round_layer(
     """
     rows = weight.shape[1]
     scale, zero = stored_scale(scale), zero_value(zero_code(zero, width), width, scale.dtype)
-    grid: CodebookGrid | TrellisGrid | TwoSidedGrid
-    if geometry.factors is not None and len(weight) > 1 and trellis is None and geometry.row_factors is None:
+    if whitening.factors is not None and len(weight) > 1 and trellis is None:
         grid = CodebookGrid(scale, zero, width, codebooks)
-        codes, values, met = feedback_round_groups(weight, geometry.factors, grid)
+        codes, values, met = feedback_round_groups(weight, whitening.factors, grid)
         return Rounded(codes, scale, zero, width, values, met, None, len(weight))
     parts = []
     for g in range(len(weight)):
-        own = slice(g * rows, (g + 1) * rows)
+        group = slice(g * rows, (g + 1) * rows)
         w = weight[g].to(torch.float64)
-        if geometry.row_factors is not None:
-            grid = TwoSidedGrid(scale[own], zero[own], width[own], codebooks, geometry.row_factors[g])
-        elif trellis is None:
-            grid = CodebookGrid(scale[own], zero[own], width[own], codebooks)
-        else:
-            grid = TrellisGrid(scale[own], zero[own], width[own], codebooks, geometry.row_gain[g], trellis)
-        if geometry.factors is None:
-            assert not isinstance(grid, TwoSidedGrid)  # rows are only fed where columns are
-            codes, values = grid.round_matrix(w, geometry.row_gain[g][:, None] * geometry.column_gain[g])
+        affine = scale[group], zero[group], width[group], codebooks
+        group_grid: CodebookGrid | TrellisGrid = (
+            CodebookGrid(*affine) if trellis is None else TrellisGrid(*affine, whitening.row_gain[g], trellis)
+        )
+        if whitening.factors is None:
+            codes, values = group_grid.round_matrix(w, whitening.row_gain[g][:, None] * whitening.column_gain[g])
             parts.append((codes.to(torch.uint8), values, w))
         else:
-            parts.append(feedback_round(w, geometry.factors[g], grid))
+            parts.append(feedback_round(w, whitening.factors[g], group_grid))
     codes, values, met = (torch.cat(part) for part in zip(*parts, strict=True))
     return Rounded(codes, scale, zero, width, values, met, trellis, len(weight))
 
 
-def predicted_risk(weight: Tensor, geometry: Whitening, distortions: Sequence[float]) -> Tensor:
+def predicted_risk(weight: Tensor, whitening: Whitening, distortions: Sequence[float]) -> Tensor:
     """Risk of every row at every width before anything is rounded, nats per example.
 
         1/2 s_r^2 T_b sum_c gain_rc
@@ -108,14 +103,14 @@ def predicted_risk(weight: Tensor, geometry: Whitening, distortions: Sequence[fl
     """
     w = weight.to(torch.float64)
     variance = w.var(-1, unbiased=False)
-    energy = 0.5 * geometry.row_gain * geometry.column_gain.sum(-1) * variance
+    energy = 0.5 * whitening.row_gain * whitening.column_gain.sum(-1) * variance
     return stack_groups(energy)[:, None] * torch.tensor(distortions, dtype=torch.float64)
 
 
-def rounding_gain(geometry: Whitening, rows: int) -> Tensor:
+def rounding_gain(whitening: Whitening, rows: int) -> Tensor:
     """The column gains as [R, C] for `rows` rows per group; the rows' own factor left out."""
-    groups, _, columns = geometry.column_gain.shape
-    return stack_groups(geometry.column_gain.expand(groups, rows, columns))
+    groups, _, columns = whitening.column_gain.shape
+    return stack_groups(whitening.column_gain.expand(groups, rows, columns))
 
 
 # Spreads tried for a row's first grid, from this many standard deviations up to where nothing is clipped.

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from functools import cache, reduce
+from functools import cache, partial, reduce
 from operator import getitem
 from pathlib import Path
 
@@ -20,14 +20,15 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 from scipy.stats import spearmanr
 
-import bayesq.whitening
 from bayesq.allocation import Knapsack
+from bayesq.posterior import KroneckerPosterior, WhiteningStore
 from bayesq.quant.accounting import affine_overhead_bits, buffer_bytes
 from bayesq.quant.packing import PARAMETER_PREFIX, pack_model, unpack_model
 from bayesq.suite import config, evaluation, runner
 from bayesq.suite.cache import read_tensors
 from bayesq.suite.errors import UserError
 from bayesq.suite.results import load_results
+from bayesq.suite.session import Session
 
 ROOT = Path(__file__).parents[1]
 DIGITS = ("model=resnet", "dataset=digits")
@@ -78,11 +79,7 @@ SWITCHES = {
         "method.levels=lloyd",
         "method.levels=uniform",
     ],
-    f"{SPREAD} method.levels=lloyd": [
-        "method.posterior_noise=true",
-        "method.rounding=two_sided",
-    ],
-    f"{SPREAD} method.levels=lloyd method.rounding=two_sided": ["method.row_damping=1"],
+    f"{SPREAD} method.levels=lloyd": ["method.posterior_noise=true"],
     "method=gptq": [
         "method.sequential=false",
         "method.group_size=32",
@@ -118,13 +115,13 @@ def command(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def run_here(folder: Path, place: str, overrides: str) -> dict:
+def run_here(folder: Path, place: str, overrides: str, session: Session | None = None) -> dict:
     """The result of one run in this process: what the command line does, without seconds of imports for each run."""
     places = (f"results_dir={folder / place}", f"cache_dir={folder / 'cache'}", "wandb.mode=disabled")
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         cfg = compose("config", overrides=[*DIGITS, *places, "bits=3", *overrides.split()])
     config.validate(cfg)
-    runner.run(cfg)
+    runner.run(cfg, session)
     return json.loads((config.run_dir(cfg) / "result.json").read_text())
 
 
@@ -352,13 +349,12 @@ def test_a_run_that_runs_out_of_memory_goes_on_in_smaller_batches(
     assert result["q/kl_to_fp"] == pytest.approx(enough["q/kl_to_fp"], rel=0.5)
 
 
-def count_geometries(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Grows by one for each geometry that is made from now on; none that earlier runs have left is used."""
+def count_whitenings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Grows by one for each whitening that is made from now on."""
     made: list[str] = []
-    whitening = bayesq.whitening.whitening
-    monkeypatch.setattr(bayesq.whitening, "whitening", lambda *given: made.append("") or whitening(*given))
-    monkeypatch.setattr(runner, "_shared", {})
-    monkeypatch.setattr(runner, "rehearse", lambda *_, **__: None)  # its geometries are not the run's
+    whitening = KroneckerPosterior.whitening
+    monkeypatch.setattr(KroneckerPosterior, "whitening", lambda *given: made.append("") or whitening(*given))
+    monkeypatch.setattr(runner, "rehearse", lambda *_, **__: None)  # its whitenings are not the run's
     return made
 
 
@@ -386,11 +382,11 @@ def test_what_is_slow_once_is_not_the_methods_time(
     assert 0 < stages <= result["time/total_s"] < 1000
 
 
-def test_the_runs_of_a_sweep_share_their_geometries(
+def test_the_runs_of_a_command_share_their_whitenings(
     sweep: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    made = count_geometries(monkeypatch)
-    # There 3 bits came first and left its geometries to 3.5; here it is the other way round.
+    made, session = count_whitenings(monkeypatch), Session()
+    # There 3 bits came first and left its whitenings to 3.5; here it is the other way round.
     reversed_runs = {result["run_id"]: result for result in load_results(sweep / "results")}
     for overrides, anew, known in (
         ("method=bayesq bits=3.5", True, True),
@@ -398,28 +394,27 @@ def test_the_runs_of_a_sweep_share_their_geometries(
         ("method=gptq allocator=knapsack", False, False),  # another method
         ("method=bayesq bits=3.5 seed=1", True, False),  # other statistics
         ("method=bayesq posterior.shrinkage=0.25", True, False),  # another posterior
-        ("method=bayesq bits=3 force=true", True, True),  # only the last one's are kept
+        ("method=bayesq bits=3 force=true", True, True),  # only the last run's are there
     ):
         before = len(made)
-        result = run_here(tmp_path, "here", f"{overrides} cache_dir={sweep / 'cache'}")
+        result = run_here(tmp_path, "here", f"{overrides} cache_dir={sweep / 'cache'}", session)
         rows = (tmp_path / "here" / result["run_id"] / "layers.csv").read_text().splitlines()
         assert len(made) - before == anew * (len(rows) - 1), overrides
         if not anew:  # what they once took counts
-            (shelf,) = runner._shared.values()
-            assert result["time/posterior_s"] > sum(geometry.seconds for geometry in shelf.values()) > 0
+            assert result["time/posterior_s"] > session.whitenings.inherited_seconds > 0
         assert (result["run_id"] in reversed_runs) == known
         if known:
             assert stable(result) == stable(reversed_runs[result["run_id"]])
 
 
 @pytest.mark.parametrize(("switch", "fewer"), [("", True), (" calibration.offload=disk", True), ("", False)])
-def test_where_geometries_wait_changes_nothing(
+def test_where_whitenings_wait_changes_nothing(
     sweep: Path, run: Callable[[str], dict], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, switch: str, fewer: bool
 ) -> None:
     """In memory, in a file for want of memory or because asked for, or nowhere for want of disk: the same codes."""
     plain = sweep / "here" / run("method=bayesq")["run_id"] / "quantized.safetensors"
-    made = count_geometries(monkeypatch)
-    monkeypatch.setattr(runner, "KEPT_WHITENING_BYTES", 0)
+    made = count_whitenings(monkeypatch)
+    monkeypatch.setattr(runner, "WhiteningStore", partial(WhiteningStore, memory_limit=0))
     if not fewer:
         monkeypatch.setattr(runner, "SPARE_DISK", 1e12)
     result = run_here(tmp_path, "here", f"method=bayesq cache_dir={sweep / 'cache'}{switch}")

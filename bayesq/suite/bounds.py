@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from bayesq.calibration.order import forward_order
-from bayesq.posterior import LayerPosterior
+from bayesq.posterior import WhiteningStore
 from bayesq.quant.accounting import code_bits
 from bayesq.quant.method import LayerProblem
 from bayesq.rate_distortion import layer_rates, risk_components
@@ -44,12 +44,12 @@ class Judge:
 
     Attributes:
         problems: the layers, in forward order.
-        posterior: fits q(w) of a layer.
+        whitenings: fit q(w) of a layer.
         components: variances of each layer's risk components.
     """
 
     problems: list[LayerProblem]
-    posterior: runner.SharedPosterior
+    whitenings: WhiteningStore
     components: list[Tensor]
 
     @classmethod
@@ -60,18 +60,18 @@ class Judge:
             UserError: they cannot be loaded, or the posterior has no closed bound.
         """
         cache_dir = resolve_cache_dir(cfg.cache_dir)
-        posterior = runner.SharedPosterior(build(cfg.posterior))
+        whitenings = WhiteningStore(build(cfg.posterior))
         work = runner.load(cfg, cache_dir)
-        calibration = runner.open_calibration(cfg, posterior, work, cache_dir)
-        calibration.prepare(posterior.statistics)
+        calibration = runner.open_calibration(cfg, whitenings.posterior, work, cache_dir)
+        calibration.prepare(whitenings.statistics)
         batch = next(work.calibration.batches(1, work.device))
         problems = runner.layer_problems(work, calibration, forward_order(work.network.module, work.layers, batch))
-        posterior.prepare(problems)
+        whitenings.prepare(problems)
         try:
-            components = [risk_components(posterior.fit(problem), problem.weight) for problem in problems]
+            components = [risk_components(whitenings.fit(problem), problem.weight) for problem in problems]
         except TypeError as error:
             raise UserError(f"posterior={cfg.posterior.name}: {error}; use kfac or diag") from error
-        return cls(problems, posterior, components)
+        return cls(problems, whitenings, components)
 
     def rows(self, folder: Path) -> list[dict[str, Any]]:
         """The rows of bounds.csv for one run; risk in nats, all bits per weight of the layer.
@@ -83,10 +83,10 @@ class Judge:
             CorruptCache, OSError: the packed file cannot be read.
         """
         tensors = read_packed(folder / QUANTIZED_FILE).tensors
-        fitted: list[LayerPosterior] = [self.posterior.fit(problem) for problem in self.problems]
+        errors = [tensors[problem.name].dequantize() - problem.weight for problem in self.problems]
         risks = [
-            float(posterior.risk(tensors[problem.name].dequantize() - problem.weight).sum())
-            for problem, posterior in zip(self.problems, fitted, strict=True)
+            float(self.whitenings.fit(problem).risk(error).sum())
+            for problem, error in zip(self.problems, errors, strict=True)
         ]
         own, shared = layer_rates(self.components, risks)
         rows = []

@@ -28,6 +28,7 @@ from bayesq.suite.errors import UserError
 from bayesq.suite.files import lock, remove_leftovers
 from bayesq.suite.labels import model_label
 from bayesq.suite.progress import Progress
+from bayesq.suite.session import Session
 from bayesq.suite.stopping import Terminated, stop_if_asked, stoppable
 from bayesq.suite.summary import results_table
 from bayesq.suite.tracking import ERROR_KEY, report_refusal
@@ -64,7 +65,7 @@ def user_error_in(error: BaseException) -> UserError | None:
     return cause
 
 
-def job(cfg: DictConfig, progress: Progress) -> None:
+def job(cfg: DictConfig, progress: Progress, session: Session) -> None:
     """Run one configuration unless it is finished; report a failure in one line and leave the reason in its folder.
 
     Failures are not passed on to Hydra, which would print them a second time at the end of a sweep: `main` finds them
@@ -78,7 +79,7 @@ def job(cfg: DictConfig, progress: Progress) -> None:
             # two processes that share results_dir must not write one run's files at the same time, the report included
             held.enter_context(lock(folder / results.RESULT_FILE))
             stop_if_asked()
-            run_unless_finished(cfg, folder, progress)
+            run_unless_finished(cfg, folder, progress, session)
         except Exception as error:
             stop_if_asked()  # the error may be what a library made of the signal
             hydra_cfg = HydraConfig.get()
@@ -89,7 +90,7 @@ def job(cfg: DictConfig, progress: Progress) -> None:
                 raise
 
 
-def run_unless_finished(cfg: DictConfig, folder: Path, progress: Progress) -> None:
+def run_unless_finished(cfg: DictConfig, folder: Path, progress: Progress, session: Session) -> None:
     """Run one configuration in `folder`, which no other process works in, unless its result is there already."""
     finished = results.finished_result(folder)
     config = settings.resolved(cfg)
@@ -115,7 +116,7 @@ def run_unless_finished(cfg: DictConfig, folder: Path, progress: Progress) -> No
     provenance.git_state()
     code_digest.digests(code_digest.targets(config))
     construct.check([config])
-    runner.run(cfg)
+    runner.run(cfg, session)
 
 
 def skip_line(config: Mapping[str, Any], folder: Path, finished: Mapping[str, Any], progress: Progress) -> str:
@@ -264,8 +265,10 @@ def _run(jobs: Sequence[Job] | None) -> Any:
 
         construct.check(computed)
 
+    session = Session()
+
     def task(cfg: DictConfig) -> None:
-        job(cfg, progress)
+        job(cfg, progress, session)
 
     run = hydra.main(config_path=str(conf_dir()), config_name=CONFIG_NAME, version_base=VERSION_BASE)(task)
     launcher = jobs[0].launcher if jobs else None

@@ -56,14 +56,15 @@ def _check(text: str) -> None:
     # the numerical libraries are imported for runs only: a command without any has to be quick
     from bayesq.allocation import DAMPING, make_allocator
     from bayesq.distillation import DistillationSettings
+    from bayesq.posterior import WhiteningStore
 
     method = config["method"]
     knapsack, uses = config["allocator"] == "knapsack", method.get("uses_posterior") is True
-    posterior = _made("posterior", config["posterior"]) if knapsack or uses else None
-    _made("method", method, **({"posterior": posterior} if uses else {}))
+    whitenings = WhiteningStore(_made("posterior", config["posterior"])) if knapsack or uses else None
+    _made("method", method, **({"whitenings": whitenings} if uses else {}))
     damping = method.get("damping", DAMPING)
     _attempt(
-        "allocation", partial(make_allocator, config["allocator"], posterior, **config["allocation"], damping=damping)
+        "allocation", partial(make_allocator, config["allocator"], whitenings, **config["allocation"], damping=damping)
     )
     if config["distill"]:
         options = {key: config["distillation"][key] for key in ("steps", "evaluations", "held_out")}

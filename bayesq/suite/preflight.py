@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from bayesq.calibration.statistic import Statistic
 from bayesq.memory import available_memory
+from bayesq.posterior import Posterior
 from bayesq.quant.layers import Layer, weight_to_matrix
 from bayesq.suite.errors import UserError
 from bayesq.suite.replay import KEPT_BYTES
@@ -49,13 +50,13 @@ class Needs:
         held: memory the process has before the first stage.
         stages: memory that each stage adds to it.
         disk: what is written, by the key of the folder.
-        scratch: geometries that wait in a file of the run's folder while layers are rounded.
+        spilled: whitenings that wait in a file of the run's folder while layers are rounded.
     """
 
     held: int
     stages: dict[str, int] = field(default_factory=dict)
     disk: dict[str, int] = field(default_factory=dict)
-    scratch: int = 0
+    spilled: int = 0
 
     @property
     def largest(self) -> str:
@@ -74,22 +75,23 @@ class Choices:
 
     Attributes:
         statistics: to read.
-        posterior: name, None without one.
+        posterior: None without one.
         bits: average width.
         calibration_batch, evaluation_batch, distillation_batch: examples per forward pass; distillation_batch None
             without distillation.
         corrected: examples that match moments together; 0 without correction.
         sequential: whether inputs come from behind the quantized prefix; a module's are kept for all examples then.
         examples: of the calibration set.
-        offload: whether geometries wait on disk.
+        offload: whether whitenings wait on disk.
         room: bytes of running sums in one pass.
-        kept: bytes of geometries kept in memory; where there are more, all go to a file if it may be so large.
-        scratch: bytes this file may have.
-        inherited: bytes of those that the run before has left there, and that are held already.
+        whitening_memory: bytes of whitenings that stay in memory; if there are more, all go to a file if it may be so
+            large.
+        whitening_disk: bytes this file may have.
+        inherited: bytes of whitenings that the run before has left in memory.
     """
 
     statistics: Collection[Statistic]
-    posterior: str | None
+    posterior: Posterior | None
     bits: float
     calibration_batch: int
     evaluation_batch: int
@@ -99,8 +101,8 @@ class Choices:
     examples: int
     offload: bool
     room: int
-    kept: int
-    scratch: int
+    whitening_memory: int
+    whitening_disk: int
     inherited: int
 
 
@@ -146,7 +148,7 @@ def estimate(
         missing: statistics that are not on disk yet.
         accelerated: activations and running sums are in the memory of an accelerator.
     """
-    shapes = [tuple(weight_to_matrix(layer).shape) for layer in layers.values()]
+    shapes = [_shape(layer) for layer in layers.values()]
     weights = sum(g * r * c for g, r, c in shapes)
     network = sum(x.nbytes for x in (*module.parameters(), *module.buffers()))
     codes, packed = weights, int(OVERHEAD * weights * choices.bits / 8)
@@ -161,7 +163,7 @@ def estimate(
         "evaluation": 2 * codes + 2 * packed + 3 * activated * choices.evaluation_batch * evaluation.largest,
         "rounding": codes + max(_work(shape, choices) for shape in shapes),
     }
-    geometries = sum(_geometry(shape, choices) for shape in shapes) if choices.posterior is not None else 0
+    whitenings = sum(map(choices.posterior.whitening_bytes, shapes)) if choices.posterior is not None else 0
     if choices.sequential:
         inputs = min(KEPT_BYTES, choices.examples * calibration.largest)
         stages["rounding"] += network + activated * (2 * choices.calibration_batch * calibration.largest + inputs)
@@ -174,38 +176,33 @@ def estimate(
         stages["distillation"] = 2 * codes + network + 16 * weights + 2 * weights + backward
     stay = 0
     if not choices.offload:
-        if choices.kept < geometries <= choices.scratch:
-            needs.scratch = geometries
+        if choices.whitening_memory < whitenings <= choices.whitening_disk:
+            needs.spilled = whitenings
         else:  # from the rounding on, for the next run too
-            stay = max(min(geometries, choices.kept) - choices.inherited, 0)
+            stay = max(min(whitenings, choices.whitening_memory) - choices.inherited, 0)
     needs.stages = {
         stage: size + RUNTIME_BYTES + (stay if stage != "calibration" else 0) for stage, size in stages.items()
     }
 
     needs.disk["cache_dir"] = 4 * sum(math.prod(one.shape(*shape)) for one in missing for shape in shapes)
-    needs.disk["results_dir"] = packed + (geometries if choices.offload else 0)
+    needs.disk["results_dir"] = packed + (whitenings if choices.offload else 0)
     return needs
 
 
-def _geometry(shape: tuple[int, ...], choices: Choices) -> int:
-    """Bytes of one layer's whitening: a factor [c, c] of each group, or a gain for each weight."""
-    g, r, c = shape
-    return 8 * g * (c * c + r + 3 * c) if choices.posterior in ("kfac", "ekfac") else 8 * g * (r * c + r)
+def _shape(layer: Layer) -> tuple[int, int, int]:
+    """g, r, c of a layer."""
+    g, r, c = weight_to_matrix(layer).shape
+    return g, r, c
 
 
-def _work(shape: tuple[int, ...], choices: Choices) -> int:
+def _work(shape: tuple[int, int, int], choices: Choices) -> int:
     """Bytes of fitting and rounding one layer in float64."""
     g, r, c = shape
-    inputs, outputs, weights = g * c * c, g * r * r, g * r * c
-    fit = {
-        None: inputs + 2 * c * c if choices.statistics else 0,
-        "diag": 3 * weights,
-        "lowrank": 2 * sum(math.prod(statistic.shape(g, r, c)) for statistic in choices.statistics) + weights,
-        "kfac": 4 * inputs + 2 * outputs,
-        "ekfac": 5 * inputs + 2 * outputs + 3 * weights,
-    }.get(choices.posterior, 5 * inputs + 2 * outputs)
-    rounding = 10 * weights + (2 * inputs if choices.statistics else 0)
-    return 8 * max(fit, rounding)
+    inputs = g * c * c if choices.statistics else 0
+    rounding = 8 * (10 * g * r * c + 2 * inputs)
+    if choices.posterior is not None:
+        return max(choices.posterior.fit_bytes(shape), rounding)
+    return max(8 * (inputs + 2 * c * c), rounding) if choices.statistics else rounding
 
 
 REMEDIES = {

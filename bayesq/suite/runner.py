@@ -10,7 +10,7 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -29,9 +29,8 @@ from bayesq.calibration.order import forward_order
 from bayesq.calibration.passes import SUM_BYTES, CalibrationSettings
 from bayesq.calibration.statistic import Statistic
 from bayesq.distillation import DistillationSettings, Distilled, distill, posterior_predictive
-from bayesq.likelihood import LIKELIHOODS
-from bayesq.memory import give_back_freed, halving, peak_bytes, resident_bytes
-from bayesq.posterior import AUTO, LayerPosterior, Posterior
+from bayesq.memory import halving, peak_bytes, resident_bytes
+from bayesq.posterior import AUTO, Posterior, WhiteningStore
 from bayesq.proxy import Kappa, measure_kappa
 from bayesq.quant.accounting import code_bits, stored_bytes
 from bayesq.quant.correction import MAX_EXAMPLES, Correction, correct_moments
@@ -72,13 +71,11 @@ from bayesq.suite.results import (
     write_csv,
     write_json,
 )
-from bayesq.suite.scratch import DiskShelf
-from bayesq.suite.sequential import SequentialInputs
+from bayesq.suite.session import Session
 from bayesq.suite.stopping import stop_if_asked
 from bayesq.suite.summary import two_digits
 from bayesq.suite.terminal import elapsed
 from bayesq.suite.tracking import ERROR_KEY, track
-from bayesq.whitening import Shelf
 
 log = logging.getLogger(__name__)
 
@@ -93,20 +90,17 @@ FALLBACKS = (
     "kappa_clamped",
     "oom_retries",
 )
-# Geometries of layers are kept in memory where all of them take no more than this, and in a file otherwise, if the disk
-# has room: where layers are wide, memory is needed for work on one of them, and reading a geometry is much cheaper than
-# making it again. Without that room, as many as fit are kept. All of MiniLM's do.
-KEPT_WHITENING_BYTES = 160 * 2**20
-# The file is made where so many times its size are free.
+# Whitenings go to a file only if so many times its size are free.
 SPARE_DISK = 4
-# Geometries of the last run, for the next one of a sweep if it has the same posterior: by what they depend on.
-_shared: dict[str, Shelf] = {}
 # A distillation matches moments on the examples of so many of its batches at most: where these are halved, so is that.
 START_BATCHES = 16
 
 
-def run(cfg: DictConfig) -> dict[str, Any]:
+def run(cfg: DictConfig, session: Session | None = None) -> dict[str, Any]:
     """Execute one configuration and write its files; returns the flat result of the contract (SPEC section 8).
+
+    Args:
+        session: what the command's earlier runs have left for this one, and it leaves for the next.
 
     Raises:
         UserError: the configuration cannot be run; the message names the key.
@@ -114,7 +108,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     folder, name = run_dir(cfg), run_id(cfg)
     folder.mkdir(parents=True, exist_ok=True)
     with logging_redirect_tqdm(), track(cfg, name, folder) as tracker:
-        result, layers, predictions = execute(cfg, name, folder)
+        result, layers, predictions = execute(cfg, name, folder, session or Session())
         write_csv(folder / LAYERS_FILE, layers)
         write_csv(folder / PREDICTIONS_FILE, predictions)
         result[ERROR_KEY] = tracker.error
@@ -138,75 +132,19 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     return result
 
 
-class SharedPosterior:
-    """A posterior that knows how long its fits took, and keeps the layers' geometries in memory and on disk.
-
-    Attributes:
-        seconds: of the fits.
-        inherited: seconds that the geometries which the run before has left once took.
-        inherited_bytes: what they take.
-    """
-
-    def __init__(self, posterior: Posterior) -> None:
-        self.posterior = posterior
-        self.statistics, self.samples, self.examples = posterior.statistics, posterior.samples, posterior.examples
-        self.likelihood, self.draws = posterior.likelihood, posterior.draws
-        self.whitenings: MutableMapping[tuple[object, ...], Any] | None = Shelf(KEPT_WHITENING_BYTES)
-        self._file: DiskShelf | None = None
-        self.seconds = self.inherited = 0.0
-        self.inherited_bytes = 0
-
-    def share(self, key: str) -> None:
-        """Go on with the geometries of the run before, if they depend on the same, and leave all for the next run.
-
-        Args:
-            key: of all that geometries depend on beside layer and damping.
-        """
-        shelf = _shared.get(key, Shelf(KEPT_WHITENING_BYTES))
-        _shared.clear()  # one set of them: a sweep over seeds must not fill the memory
-        _shared[key] = self.whitenings = shelf
-        self.inherited = sum(geometry.seconds for geometry in shelf.values())
-        self.inherited_bytes = sum(geometry.nbytes for geometry in shelf.values())
-
-    def offload(self, folder: Path) -> None:
-        """Keep the geometries of all layers in a file of `folder`."""
-        self.whitenings = self._file = DiskShelf(folder)
-
-    def spill(self, folder: Path) -> None:
-        """Keep them in a file of `folder` for as long as the disk has room."""
-        self._file = DiskShelf(folder)
-        self.whitenings = Shelf(0, self._file)
-
-    def release(self) -> None:
-        """Give back what the geometries take: everything is rounded. Those that are shared wait for the next run."""
-        self.whitenings = None
-        if self._file is not None:
-            self._file.close()
-
-    def prepare(self, layers: Sequence[LayerProblem]) -> None:
-        """What needs all layers at once."""
-        start = time.perf_counter()
-        self.posterior.prepare(layers)
-        self.seconds += time.perf_counter() - start
-
-    def fit(self, layer: LayerProblem) -> LayerPosterior:
-        """Posterior of one layer."""
-        start = time.perf_counter()
-        give_back_freed()  # the factors of a wide layer are the largest tensors of a run
-        with naming(layer):
-            fitted = self.posterior.fit(layer)
-        self.seconds += time.perf_counter() - start
-        return fitted
-
-
 @dataclass
 class Plan:
     """What a run will do to its network."""
 
     method: Method
-    posterior: SharedPosterior | None
+    whitenings: WhiteningStore | None
     allocator: Allocator
     budget: Budget
+
+    @property
+    def posterior(self) -> Posterior | None:
+        """The posterior that the whitenings are of; None for runs without one."""
+        return self.whitenings.posterior if self.whitenings else None
 
 
 @dataclass
@@ -247,9 +185,9 @@ class Quantized:
         parameters: biases and norm parameters that correction and distillation changed, by state_dict name.
         problems: the layers as the method saw them, with its notes and fallbacks.
         seconds: wall time of each layer.
-        calibrate_s, posterior_s, quantize_s, distill_s: cost of the stages; reused statistics and geometries count
+        calibrate_s, posterior_s, quantize_s, distill_s: cost of the stages; reused statistics and whitenings count
             what they once took, and the correction belongs to quantize_s.
-        reused_s: what reused statistics and geometries once took, less what reading them took.
+        reused_s: what reused statistics and whitenings once took, less what reading them took.
         distilled: what the distillation found, if there was one.
         oom_retries: how often a stage began again with smaller batches because memory ran out.
     """
@@ -272,19 +210,19 @@ class Quantized:
 
 
 def execute(
-    cfg: DictConfig, name: str, folder: Path
+    cfg: DictConfig, name: str, folder: Path, session: Session
 ) -> tuple[dict[str, Any], list[dict[str, Any]], list[dict[str, Any]]]:
     """The stages of a run; returns the result, the rows of layers.csv and those of predictions.csv.
 
     time/prepare_s is what comes before the statistics: libraries, data, network (trained or fetched at first use), its
-    full-precision predictions, compilation. time/total_s is all that follows, with statistics and geometries at what
+    full-precision predictions, compilation. time/total_s is all that follows, with statistics and whitenings at what
     they once took, so that neither the order of runs nor a cache that is empty changes it.
     """
     began = time.perf_counter()
     cache_dir = resolve_cache_dir(cfg.cache_dir)
     plan = make_plan(cfg)  # first: a value that no constructor accepts must not cost a model's loading
-    if plan.posterior and cfg.calibration.offload == "disk":
-        plan.posterior.offload(folder)
+    if plan.whitenings and cfg.calibration.offload == "disk":
+        plan.whitenings.use_disk(folder)
     with elapsed(f"load {cfg.model.name} and {cfg.dataset.name}"):
         work = load(cfg, cache_dir)
     if isinstance(plan.allocator, Knapsack):  # a pattern that matches nothing must not cost the calibration
@@ -293,12 +231,13 @@ def execute(
         except ValueError as error:
             raise UserError(str(error)) from error
     calibration = open_calibration(cfg, plan.posterior, work, cache_dir)
-    if plan.posterior and cfg.calibration.offload == "memory":
-        statistics = [str(calibration.path(one)) for one in plan.posterior.statistics]
-        plan.posterior.share(json.dumps([resolved(cfg)["posterior"], sorted(statistics)]))
+    if plan.whitenings and cfg.calibration.offload == "memory":
+        statistics = [str(calibration.path(kind)) for kind in sorted(plan.whitenings.statistics)]
+        plan.whitenings.take_over(json.dumps([resolved(cfg)["posterior"], statistics]), session.whitenings)
+        session.whitenings = plan.whitenings
     needs = preflight(cfg, plan, work, calibration, {"cache_dir": cache_dir, "results_dir": folder.parent})
-    if plan.posterior and needs.scratch:
-        plan.posterior.spill(folder)
+    if plan.whitenings and needs.spilled:
+        plan.whitenings.use_disk(folder)
     batch_size, autocast = int(cfg.evaluation.batch_size), cfg.evaluation.autocast
     reference = partial(
         evaluation.cached_logits,
@@ -320,8 +259,8 @@ def execute(
     # What is done by now no method is charged with: some or all of it is much faster in a second run.
     start = time.perf_counter()
     quantized = quantize(cfg, plan, work, calibration)
-    if plan.posterior:
-        plan.posterior.release()
+    if plan.whitenings:
+        plan.whitenings.release()
     quantized.oom_retries += retries
     if cfg.correction == "moments":
         correct(work, quantized)
@@ -474,19 +413,19 @@ def check_logits(logits: Tensor, remedy: str) -> None:
 
 
 def make_plan(cfg: DictConfig) -> Plan:
-    """Instantiate method, posterior and allocator.
+    """Instantiate method, posterior with its store of whitenings, and allocator.
 
     Raises:
         UserError: a constructor refused an argument.
     """
-    posterior = SharedPosterior(build(cfg.posterior)) if reads_posterior(cfg) else None
-    method = build(cfg.method, **({"posterior": posterior} if cfg.method.get("uses_posterior") else {}))
+    whitenings = WhiteningStore(build(cfg.posterior)) if reads_posterior(cfg) else None
+    method = build(cfg.method, **({"whitenings": whitenings} if cfg.method.get("uses_posterior") else {}))
     try:
         damping = cfg.method.get("damping", DAMPING)
-        allocator = make_allocator(cfg.allocator, posterior, **resolved(cfg)["allocation"], damping=damping)
+        allocator = make_allocator(cfg.allocator, whitenings, **resolved(cfg)["allocation"], damping=damping)
     except ValueError as error:
         raise UserError(str(error)) from error
-    return Plan(method, posterior, allocator, Budget(float(cfg.bits), cfg.budget.count))
+    return Plan(method, whitenings, allocator, Budget(float(cfg.bits), cfg.budget.count))
 
 
 def statistics_of(plan: Plan) -> frozenset[Statistic]:
@@ -496,9 +435,7 @@ def statistics_of(plan: Plan) -> frozenset[Statistic]:
     return kinds if method.inputs == "prefix" and not posterior else kinds | method.statistics
 
 
-def open_calibration(
-    cfg: DictConfig, posterior: SharedPosterior | None, work: Workload, cache_dir: Path
-) -> Calibration:
+def open_calibration(cfg: DictConfig, posterior: Posterior | None, work: Workload, cache_dir: Path) -> Calibration:
     """The calibration statistics that a run with this posterior reads; nothing is computed yet."""
     settings = CalibrationSettings(
         1 if work.usage.alone else int(cfg.calibration.batch_size),
@@ -507,6 +444,7 @@ def open_calibration(
         gradient_examples=posterior.examples if posterior else None,
         likelihood=LIKELIHOODS[likelihood_of_fisher(posterior, work.data.likelihood)],
         draws=posterior.draws if posterior else "signs",
+        rank=getattr(posterior, "rank", 1),  # only posteriors that read gradient_directions have one
     )
     room = OFFLOADED_SUM_BYTES if cfg.calibration.offload == "disk" else SUM_BYTES
     network = work.network
@@ -537,8 +475,9 @@ def preflight(
     offload = cfg.calibration.offload == "disk"
     statistics = statistics_of(plan)
     choices = Choices(
-        statistics=statistics,
-        posterior=cfg.posterior.name if plan.posterior else None,
+        kinds=sorted(kinds),
+        posterior=plan.posterior,
+        rank=calibration.settings.rank,
         bits=float(cfg.bits),
         calibration_batch=calibration.settings.batch_size,
         evaluation_batch=int(cfg.evaluation.batch_size),
@@ -547,10 +486,10 @@ def preflight(
         sequential=plan.method.inputs == "prefix",
         examples=len(work.calibration),
         offload=offload,
-        room=calibration.passes.room,
-        kept=KEPT_WHITENING_BYTES,
-        scratch=int(shutil.disk_usage(folders["results_dir"]).free // SPARE_DISK),
-        inherited=plan.posterior.inherited_bytes if plan.posterior else 0,
+        room=calibration.room,
+        whitening_memory=plan.whitenings.memory_limit if plan.whitenings else 0,
+        whitening_disk=int(shutil.disk_usage(folders["results_dir"]).free // SPARE_DISK),
+        inherited=plan.whitenings.inherited_bytes if plan.whitenings else 0,
     )
     needs = estimate(
         resident_bytes(),
@@ -591,7 +530,7 @@ def quantize(cfg: DictConfig, plan: Plan, work: Workload, calibration: Calibrati
     Raises:
         UserError: no allocation meets the budget, or a layer's weights or statistics are not finite.
     """
-    method, posterior, allocator = plan.method, plan.posterior, plan.allocator
+    method, whitenings, allocator = plan.method, plan.whitenings, plan.allocator
     module, layers, examples, device = work.network.module, work.layers, work.calibration, work.device
     asked = time.perf_counter()
     try:
@@ -599,7 +538,7 @@ def quantize(cfg: DictConfig, plan: Plan, work: Workload, calibration: Calibrati
             calibration.prepare(statistics_of(plan))
     except ValueError as error:
         raise UserError(str(error)) from error
-    prepared, inherited = time.perf_counter(), posterior.inherited if posterior else 0.0
+    prepared, inherited = time.perf_counter(), whitenings.inherited_seconds if whitenings else 0.0
     if calibration.unseen:  # a statistic that nothing was measured for must not decide widths
         raise UserError(
             f"no calibration example reaches {', '.join(sorted(calibration.unseen))}: add them to layers.exclude, or "
@@ -622,15 +561,15 @@ def quantize(cfg: DictConfig, plan: Plan, work: Workload, calibration: Calibrati
 
     start = time.perf_counter()
     try:
-        if posterior:
+        if whitenings:
             with elapsed("posterior"):
-                posterior.prepare(problems)
+                whitenings.prepare(problems)
         if cfg.proxy == "mc":
             result.oom_retries += weigh_by_proxy(cfg, plan, work, problems)
     except ValueError as error:
         raise UserError(str(error)) from error
     result.posterior_s = time.perf_counter() - start + inherited
-    fitted = posterior.seconds if posterior else 0.0
+    fitted = whitenings.seconds if whitenings else 0.0
 
     allocate = Allocation(allocator, plan.budget)
     bar = tqdm(total=len(problems), desc=f"quantize {cfg.method.name} {cfg.bits:g} bits", disable=None, leave=False)
@@ -648,14 +587,14 @@ def quantize(cfg: DictConfig, plan: Plan, work: Workload, calibration: Calibrati
         except ValueError as error:
             raise UserError(str(error)) from error
     result.oom_retries += sum(calibration.oom_retries.values()) + (prefix.oom_retries if prefix else 0)
-    fits = posterior.seconds - fitted if posterior else 0.0
+    fits = whitenings.seconds - fitted if whitenings else 0.0
     result.posterior_s += fits
     result.calibrate_s = calibration.total_s + (prefix.seconds if prefix else 0.0)
     result.quantize_s += last - start - fits - (prefix.seconds if prefix else 0.0)
-    if posterior:
+    if whitenings:
         for problem in tqdm(problems, desc="achieved risk", disable=None, leave=False):
             delta = result.tensors[problem.name].dequantize() - problem.weight
-            problem.notes["achieved_risk"] = float(posterior.fit(problem).risk(delta).sum())
+            problem.notes["achieved_risk"] = float(whitenings.fit(problem).risk(delta).sum())
     _report(cfg, result)
     return result
 
@@ -833,9 +772,9 @@ def posterior_draw(plan: Plan, problems: Mapping[str, LayerProblem]) -> Callable
     """Draws w - mu [g, r, c] of a layer by name; nothing is drawn for runs without a posterior."""
 
     def draw(name: str, generator: torch.Generator) -> Tensor:
-        assert plan.posterior is not None
+        assert plan.whitenings is not None
         with naming(problems[name]):
-            return plan.posterior.fit(problems[name]).sample(generator)
+            return plan.whitenings.fit(problems[name]).sample(generator)
 
     return draw
 
@@ -915,7 +854,7 @@ def reads_posterior(cfg: DictConfig) -> bool:
     return cfg.allocator == "knapsack" or cfg.method.get("uses_posterior") is True
 
 
-def likelihood_of_fisher(posterior: SharedPosterior | None, of_data: str) -> str:
+def likelihood_of_fisher(posterior: Posterior | None, of_data: str) -> str:
     """The likelihood that the Fisher is of: the data set's, unless posterior.likelihood names one.
 
     Raises:

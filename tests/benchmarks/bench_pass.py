@@ -81,11 +81,11 @@ def quantize(work: runner.Workload, folder: Path, *overrides: str) -> runner.Qua
     plan = runner.make_plan(cfg)
     calibration = runner.open_calibration(cfg, plan.posterior, work, folder)
     needs = runner.preflight(cfg, plan, work, calibration, {"cache_dir": folder, "results_dir": folder})
-    if plan.posterior and needs.scratch:
-        plan.posterior.spill(folder)
+    if plan.whitenings and needs.spilled:
+        plan.whitenings.use_disk(folder)
     quantized = runner.quantize(cfg, plan, work, calibration)
-    if plan.posterior:
-        plan.posterior.release()
+    if plan.whitenings:
+        plan.whitenings.release()
     return quantized
 
 

@@ -32,7 +32,7 @@ from bayesq.calibration.inputs import INPUT_BASIS
 from bayesq.calibration.statistic import LayerStatistics
 from bayesq.fisher import GRADIENT_BASIS
 from bayesq.method import BayesQ
-from bayesq.posterior import Diagonal, Ekfac, Kfac, LowRank, Posterior
+from bayesq.posterior import Diagonal, Ekfac, Kfac, LowRank, Posterior, WhiteningStore
 from bayesq.quant.grids import FP16_TINY
 from bayesq.quant.method import LayerProblem
 from bayesq.quant.packing import pack_model, unpack_model
@@ -141,11 +141,11 @@ POSTERIORS: dict[str, Callable[[], Posterior]] = {
 
 @dataclass(frozen=True)
 class Choice:
-    """A method with its switches; `make` gets a posterior, or None."""
+    """A method with its switches; `make` gets the whitenings of a posterior, or None."""
 
     name: str
     posterior: str | None
-    make: Callable[[Posterior | None], object]
+    make: Callable[[WhiteningStore | None], object]
 
 
 def choices() -> list[Choice]:
@@ -155,12 +155,8 @@ def choices() -> list[Choice]:
         make = lambda _, clip=clip, act_order=act_order, size=size: GPTQ(clip, act_order, 0.01, size, False)  # noqa: E731
         found.append(Choice(f"gptq {clip} act_order={act_order} group_size={size}", None, make))
     found.append(Choice("gptq without damping", None, lambda _: GPTQ("auto", True, 0.0, None, False)))
-    for posterior, levels, rounding in product(
-        POSTERIORS, ("trellis", "lloyd", "uniform"), ("feedback", "nearest", "two_sided")
-    ):
-        if rounding == "two_sided" and (levels == "trellis" or not posterior.startswith("kfac")):
-            continue
-        make = lambda p, levels=levels, rounding=rounding: BayesQ(p, levels, 8, False, rounding, 2, 0.01, 0.3)  # noqa: E731
+    for posterior, levels, rounding in product(POSTERIORS, ("trellis", "lloyd", "uniform"), ("feedback", "nearest")):
+        make = lambda w, levels=levels, rounding=rounding: BayesQ(w, levels, 8, False, rounding, 2, 0.01)  # noqa: E731
         found.append(Choice(f"bayesq {posterior}, {levels}, {rounding}", posterior, make))
     return found
 
@@ -175,14 +171,15 @@ def quantized(choice: Choice, layer: LayerProblem, width: int, allocator: str) -
         ValueError: the layer was refused.
     """
     posterior = None if choice.posterior is None else POSTERIORS[choice.posterior]()
+    whitenings = None if posterior is None else WhiteningStore(posterior)
     budget = Budget(float(width) if allocator != "knapsack" else max(width, 2.5), "code")
-    if allocator == "knapsack" and posterior is not None:
-        allocate = lambda layers, *more: Knapsack(posterior, "row", list(WIDTHS)).allocate(layers, budget, *more)  # noqa: E731
+    if allocator == "knapsack" and whitenings is not None:
+        allocate = lambda layers, *more: Knapsack(whitenings, "row", list(WIDTHS)).allocate(layers, budget, *more)  # noqa: E731
     else:
         allocate = lambda layers, *more: Uniform().allocate(layers, budget, *more)  # noqa: E731
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        ((_, tensor),) = choice.make(posterior).quantize([layer], allocate)  # type: ignore[attr-defined]
+        ((_, tensor),) = choice.make(whitenings).quantize([layer], allocate)  # type: ignore[attr-defined]
     assert bool((tensor.codes.int() < 2 ** tensor.width.int()[:, None]).all())
     assert bool(torch.isfinite(tensor.scale).all()) and bool((tensor.scale > 0).all())
     assert layer.fallbacks.get("damping_retries", 0) >= 0
@@ -193,7 +190,7 @@ def quantized(choice: Choice, layer: LayerProblem, width: int, allocator: str) -
 
 def usable(layer: LayerProblem, choice: Choice) -> bool:
     """Whether a method has no reason to refuse the layer: weights and the statistics it reads are finite."""
-    method = choice.make(None if choice.posterior is None else POSTERIORS[choice.posterior]())
+    method = choice.make(None if choice.posterior is None else WhiteningStore(POSTERIORS[choice.posterior]()))
     read = [layer.statistic.load.load(one) for one in method.statistics]  # type: ignore[attr-defined]
     return all(bool(torch.isfinite(x).all()) for x in (layer.weight, *read))
 

@@ -18,13 +18,12 @@ from baselines.rtn import RTN
 from bayesq import allocation
 from bayesq.allocation import Budget, Knapsack, Uniform, greedy_knapsack, lower_hull, make_allocator
 from bayesq.codebook import level_kind, normal_distortion, normal_levels
-from bayesq.posterior import Diagonal, Kfac
+from bayesq.posterior import Diagonal, Kfac, Posterior, WhiteningStore
 from bayesq.quant.accounting import code_bits
 from bayesq.quant.method import LayerProblem
 from bayesq.quant.packing import pack_model
 from bayesq.quant.tensor import Codebook, QuantizedTensor
 from bayesq.rounding import predicted_risk
-from bayesq.whitening import whitening
 
 # -------------------------------------------------------------------------------------------------------- the knapsack
 
@@ -189,6 +188,11 @@ def synthetic(name: str, groups: int, rows: int, columns: int, seed: int) -> Lay
     return LayerProblem(name, "Conv2d", weight, statistics.__getitem__)
 
 
+def store(posterior: Posterior | None = None) -> WhiteningStore:
+    """Whitenings of a posterior, made anew for everyone who asks."""
+    return WhiteningStore(posterior or Kfac(None, 1000, None, 0.5), memory_limit=0)
+
+
 def network(*shapes: tuple[int, int, int], seed: int = 0) -> list[LayerProblem]:
     return [synthetic(f"layer{i}", *shape, seed=100 * seed + i) for i, shape in enumerate(shapes)]
 
@@ -241,7 +245,7 @@ def uniform_widths(layers: list[LayerProblem], width: int) -> dict[str, Tensor]:
 @pytest.mark.parametrize("bits", [3, 4, 5, 8])
 def test_the_knapsack_never_stores_more_than_the_plain_affine_layers(block, posterior, bits):
     layers = network(*SHAPES)
-    knapsack = Knapsack(posterior, block, [8, 2, 3, 4, 5, 6])
+    knapsack = Knapsack(store(posterior), block, [8, 2, 3, 4, 5, 6])
     for tables in (False, True):
         found = knapsack.allocate(layers, Budget(bits, "code"), TABLE_BITS if tables else 0)
         assert packed_bits(layers, found, tables) <= packed_bits(layers, uniform_widths(layers, bits))
@@ -261,7 +265,7 @@ shapes = st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 13))
 def test_no_odd_shape_stores_more_than_the_plain_affine_layers(drawn, bits, block, seed):
     layers = network(*drawn, seed=seed)
     try:
-        found = Knapsack(Kfac(None, 1000, None, 0.5), block, [2, 3, 4, 5, 6, 8]).allocate(layers, Budget(bits, "code"))
+        found = Knapsack(store(), block, [2, 3, 4, 5, 6, 8]).allocate(layers, Budget(bits, "code"))
     except ValueError:  # so small that the width map does not fit beside 2-bit codes
         assert weights(layers) * (bits - 2) < sum(3 * layer.rows + 16 for layer in layers)
         return
@@ -272,15 +276,13 @@ def test_no_odd_shape_stores_more_than_the_plain_affine_layers(drawn, bits, bloc
 @pytest.mark.parametrize("bits", [3.0, 3.5, 4.25])
 def test_a_stored_budget_counts_every_byte(block, bits):
     layers = network(*SHAPES, (1, 40, 64))
-    found = Knapsack(Kfac(None, 1000, None, 0.5), block, [2, 3, 4, 5, 6, 8]).allocate(
-        layers, Budget(bits, "stored"), TABLE_BITS
-    )
+    found = Knapsack(store(), block, [2, 3, 4, 5, 6, 8]).allocate(layers, Budget(bits, "stored"), TABLE_BITS)
     stored = packed_bits(layers, found, tables=True)
     assert stored <= bits * weights(layers)
     # and it is used: what is left is padding, a table that no row needs, or less than a step of a layer
     slack = 64 if block == "row" else 40 * 64
     assert stored > bits * weights(layers) - TABLE_BITS - slack - 16 * len(layers)
-    wasteful = Knapsack(Kfac(None, 1000, None, 0.5), block, [2, 3]).allocate(layers, Budget(bits, "code"))
+    wasteful = Knapsack(store(), block, [2, 3]).allocate(layers, Budget(bits, "code"))
     assert spent(layers, wasteful) <= 3 * weights(layers)
 
 
@@ -288,10 +290,10 @@ def test_a_stored_budget_counts_every_byte(block, bits):
 def test_knapsack_uses_its_budget_where_the_predicted_risk_falls_most(block):
     layers = network(*SHAPES)
     posterior, widths = Kfac(None, 1000, None, 0.5), [2, 3, 4, 6]
-    found = Knapsack(posterior, block, widths).allocate(layers, Budget(4, "code"))
+    found = Knapsack(store(posterior), block, widths).allocate(layers, Budget(4, "code"))
     for layer in layers:
-        geometry = whitening(posterior.fit(layer), True, 0.01)
-        table = predicted_risk(layer.weight, geometry, [normal_distortion(level_kind(w), w) for w in widths])
+        whitening = posterior.fit(layer).whitening(True, 0.01)
+        table = predicted_risk(layer.weight, whitening, [normal_distortion(level_kind(w), w) for w in widths])
         chosen = [widths.index(w) for w in found[layer.name].tolist()]
         expected = sum(float(table[row, k]) for row, k in enumerate(chosen))
         assert layer.notes["predicted_risk"] == pytest.approx(expected, rel=1e-9)
@@ -300,15 +302,15 @@ def test_knapsack_uses_its_budget_where_the_predicted_risk_falls_most(block):
     # flat allocation at the same widths is no better by the same measure
     flat = 0.0
     for layer in layers:
-        geometry = whitening(posterior.fit(layer), True, 0.01)
-        flat += float(predicted_risk(layer.weight, geometry, [normal_distortion("lloyd", 4)]).sum())
+        whitening = posterior.fit(layer).whitening(True, 0.01)
+        flat += float(predicted_risk(layer.weight, whitening, [normal_distortion("lloyd", 4)]).sum())
     if block == "row":
         assert sum(layer.notes["predicted_risk"] for layer in layers) < 0.9 * flat
 
 
 def test_knapsack_is_deterministic_and_prefers_earlier_layers():
     twins = [synthetic(name, 1, 4, 8, seed=3) for name in ("first", "second")]
-    knapsack = Knapsack(Kfac(None, 1000, None, 1.0), "layer", [2, 3])
+    knapsack = Knapsack(store(Kfac(None, 1000, None, 1.0)), "layer", [2, 3])
     found = knapsack.allocate(twins, Budget(2.5, "code"))
     assert found["first"].tolist() == [3] * 4 and found["second"].tolist() == [2] * 4
     again = knapsack.allocate([synthetic(name, 1, 4, 8, seed=3) for name in ("first", "second")], Budget(2.5, "code"))
@@ -319,7 +321,7 @@ def test_widths_no_budget_can_pay_are_refused():
     layers = network(*SHAPES)
     for block, bits, widths in (("layer", 3.0, [4, 8]), ("row", 3.9, [4, 8])):
         with pytest.raises(ValueError, match=rf"^bits={bits:g}: .* average 4 bits a weight .budget.count=code"):
-            Knapsack(Kfac(None, 1000, None, 0.5), block, widths).allocate(layers, Budget(bits, "code"))
+            Knapsack(store(), block, widths).allocate(layers, Budget(bits, "code"))
     with pytest.raises(ValueError, match="exceed the budget"):
         Uniform().allocate(layers, Budget(2.0, "stored"))
 
@@ -328,7 +330,7 @@ def test_widths_no_budget_can_pay_are_refused():
 @pytest.mark.parametrize("bits", [2.0, 2.0001])
 def test_a_budget_of_the_smallest_width_gives_it_to_all_rows(block, bits):
     layers = network(*SHAPES)
-    found = Knapsack(Kfac(None, 1000, None, 0.5), block, [2, 3]).allocate(layers, Budget(bits, "code"), 64)
+    found = Knapsack(store(), block, [2, 3]).allocate(layers, Budget(bits, "code"), 64)
     assert all(torch.equal(found[name], width) for name, width in uniform_widths(layers, 2).items())
 
 
@@ -336,7 +338,7 @@ def test_a_budget_of_the_smallest_width_gives_it_to_all_rows(block, bits):
 
 
 class Prepared:
-    """A posterior that is asked for nothing but to see all layers first."""
+    """A posterior whose whitenings nobody asks for; it only has to see all layers first."""
 
     statistics: frozenset[str] = frozenset()
 
@@ -351,7 +353,7 @@ class GivenCurves(Knapsack):
     """Rows of risk e_r 4**-b, with a layer's e_r in its weights."""
 
     def predict(self, layer: LayerProblem, distortion: object = None) -> Tensor:
-        assert self.posterior.seen, "predicted before the posterior was prepared"
+        assert self.whitenings.posterior.seen, "predicted before the posterior was prepared"
         energy = layer.weight.reshape(layer.rows, layer.columns)[:, 0].double()
         return energy[:, None] * 4.0 ** -torch.tensor(self.widths, dtype=torch.float64)
 
@@ -415,7 +417,7 @@ def constrained(draw, most_layers=4, most_rows=9, most_columns=12) -> tuple[list
 
 
 def constrained_knapsack(rules: dict) -> Knapsack:
-    return GivenCurves(Prepared(), **rules)
+    return GivenCurves(store(Prepared()), **rules)
 
 
 @settings(max_examples=150, deadline=None)
@@ -520,7 +522,7 @@ def test_every_rule_changes_the_widths_of_a_real_posterior(before, change):
     found = []
     for rules in ({**BASE, **before}, {**BASE, **before, **change}):
         layers = network((1, 33, 27), (2, 8, 36), (1, 20, 40))
-        found.append(Knapsack(Kfac(None, 1000, None, 0.5), **rules).allocate(layers, Budget(4, "code")))
+        found.append(Knapsack(store(), **rules).allocate(layers, Budget(4, "code")))
         for layer in layers:
             assert holds(found[-1][layer.name].tolist(), permitted(layer.name, rules), rules)
         assert spent(layers, found[-1]) <= 4 * weights(layers)
@@ -599,7 +601,7 @@ def test_kappa_weighs_a_layer():
 def test_the_posterior_sees_all_layers_once_and_first():
     knapsack = constrained_knapsack(BASE)
     knapsack.allocate(plain_layers([[1], [2], [3]], [64] * 3), Budget(4, "code"))
-    assert knapsack.posterior.seen == [["a", "b", "c"]]
+    assert knapsack.whitenings.posterior.seen == [["a", "b", "c"]]
 
 
 # ---------------------------------------------------------------------------------------------------------- Budget
@@ -783,10 +785,10 @@ def test_uniform_counts_stored_bits():
 
 
 def test_allocators_by_name():
-    posterior = Kfac(None, 1000, None, 0.5)
+    whitenings = store()
     assert isinstance(make_allocator("uniform", None, "row", [2, 3]), Uniform)
-    knapsack = make_allocator("knapsack", posterior, "row", [4, 2])
-    assert isinstance(knapsack, Knapsack) and knapsack.statistics == posterior.statistics
+    knapsack = make_allocator("knapsack", whitenings, "row", [4, 2])
+    assert isinstance(knapsack, Knapsack) and knapsack.statistics == Kfac.statistics
     assert json.dumps(knapsack.widths) == "[2, 4]"
     with pytest.raises(ValueError, match="needs a posterior"):
         make_allocator("knapsack", None, "row", [2, 3])
@@ -794,7 +796,7 @@ def test_allocators_by_name():
 
 def test_the_allocator_takes_the_keys_of_the_config():
     rules = {**BASE, "group_rows": 6, "row_multiple": 2, "min_width": 3, "pinned": {"a": 8}, "allowed": {"b": [2, 5]}}
-    knapsack = make_allocator("knapsack", Kfac(None, 1000, None, 0.5), **rules)
+    knapsack = make_allocator("knapsack", store(), **rules)
     assert (knapsack.group_rows, knapsack.row_multiple, knapsack.min_width) == (6, 2, 3)
     assert knapsack.choices(["a", "b", "c"]) == {"a": [8], "b": [5], "c": [3, 4, 6]}
     config = yaml.safe_load((Path(__file__).parents[2] / "conf" / "config.yaml").read_text())

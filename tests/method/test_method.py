@@ -11,7 +11,7 @@ from torch import Tensor
 import bayesq.method
 from bayesq import codebook
 from bayesq.method import BayesQ
-from bayesq.posterior import Diagonal, Kfac
+from bayesq.posterior import Diagonal, Kfac, Posterior, WhiteningStore
 from bayesq.quant.grids import mse_grid
 from bayesq.quant.method import LayerProblem, stack_groups
 from bayesq.quant.packing import CODEBOOK_PREFIX, pack_model, unpack_model
@@ -25,13 +25,13 @@ SETTINGS = {
     "rounding": "feedback",
     "refits": 1,
     "damping": 0.01,
-    "row_damping": 0.1,
 }
 WIDTHS = (2, 3, 4, 5)
 
 
-def bayesq_with(posterior: object = None, **changes: object) -> BayesQ:
-    return BayesQ(posterior=posterior or Kfac(1.0, 1000, None, 0.1), **{**SETTINGS, **changes})  # type: ignore[arg-type]
+def bayesq_with(posterior: Posterior | None = None, **changes: object) -> BayesQ:
+    store = WhiteningStore(posterior or Kfac(1.0, 1000, None, 0.1), memory_limit=0)
+    return BayesQ(whitenings=store, **{**SETTINGS, **changes})  # type: ignore[arg-type]
 
 
 def moment(groups: int, size: int, generator: torch.Generator) -> Tensor:
@@ -109,7 +109,7 @@ def achieved_risk(method: BayesQ, layers: list[LayerProblem], widths: Sequence[i
     total = 0.0
     for one, tensor in method.quantize(layers, Allocator(widths)):
         delta = tensor.dequantize().double() - one.weight.double()
-        total += float(method.posterior.fit(one).risk(delta).sum())
+        total += float(method.whitenings.fit(one).risk(delta).sum())
     return total
 
 
@@ -131,9 +131,8 @@ KINDS = {
     "trellis to nearest": {"rounding": "nearest"},
     "lloyd": {"levels": "lloyd"},
     "lloyd with noise": {"levels": "lloyd", "posterior_noise": True},
-    "lloyd, two-sided": {"levels": "lloyd", "rounding": "two_sided"},
     "uniform": {"levels": "uniform", "refits": 2},
-    "uniform, two-sided": {"levels": "uniform", "rounding": "two_sided", "refits": 0},
+    "uniform without refits": {"levels": "uniform", "refits": 0},
     "diagonal": {"posterior": Diagonal(1.0, 1000, None)},
 }
 
@@ -211,7 +210,7 @@ def test_one_table_serves_all_layers(cheap_tables):
 
 def met_in_level_units(method: BayesQ, one: LayerProblem, rounded: Rounded) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What a layer of one group met, on its refitted grid; what an error of a level unit costs there; that grid."""
-    posterior = method.posterior.fit(one)
+    posterior = method.whitenings.fit(one)
     columns = conditional(damped(posterior.input_factor[0], method.damping))
     scale, zero = refit_rows(rounded, columns.expand_as(rounded.met))
     cost = posterior.gradient_factor[0].diagonal()[:, None] * columns * scale[:, None].square()
@@ -298,7 +297,7 @@ def test_the_distortion_it_tells_is_about_what_normal_weights_get(cheap_tables):
     for levels, width in (("trellis", 2), ("trellis", 3), ("lloyd", 3), ("uniform", 3)):
         allocator, method = Allocator((width,), ask=(width,)), bayesq_with(levels=levels, damping=0.0, refits=4)
         ((_, tensor),) = method.quantize([one], allocator)
-        posterior = method.posterior.fit(one)
+        posterior = method.whitenings.fit(one)
         gain = posterior.gradient_factor[0].diagonal()[:, None] * conditional(posterior.input_factor[0])
         scale = 0.5 * float((gain * one.weight[0].double().var(1, unbiased=False, keepdim=True)).sum())
         risk = float(posterior.risk(tensor.dequantize().double() - one.weight.double()).sum())
@@ -336,12 +335,6 @@ def test_refitting_pays(levels, rounding, cheap_tables):
     assert median_ratio({**settings, "refits": 1}, {**settings, "refits": 0}, (3, 2)) < 1.0
 
 
-@pytest.mark.parametrize("levels", ["lloyd", "uniform"])
-def test_two_sided_rounding_lowers_the_risk_of_coupled_rows(levels, cheap_tables):
-    both, columns = ({"levels": levels, "rounding": rounding} for rounding in ("two_sided", "feedback"))
-    assert median_ratio(both, columns, (3,)) < 0.97
-
-
 @pytest.mark.parametrize("levels", ["trellis", "lloyd"])
 def test_first_grids_fit_the_levels_that_tables_start_from(levels, cheap_tables, roundings):
     """Rows of 3 bits and more by `first_rows`, weighed by the gain of feedback; others by their affine range."""
@@ -349,7 +342,7 @@ def test_first_grids_fit_the_levels_that_tables_start_from(levels, cheap_tables,
     list(method.quantize(layers, Allocator()))
     for one, first in zip(layers, roundings, strict=False):
         weight, few = stack_groups(one.weight).double(), one.weight.shape[1] < 4
-        a = method.posterior.fit(one).input_factor
+        a = method.whitenings.fit(one).input_factor
         damped = a + 0.01 * torch.diag_embed(a.diagonal(dim1=1, dim2=2).mean(1, keepdim=True).expand(a.shape[:2]))
         gain = torch.stack([conditional(x) for x in damped])[:, None].expand(one.weight.shape)
         scale, zero = first_rows(weight, stack_groups(gain), first.width)
@@ -388,15 +381,13 @@ def test_weights_no_grid_can_hold_are_refused_before_anything_is_allocated():
 
 REFUSED = {
     "levels": ({"levels": "cubic"}, r"method\.levels=cubic: choose one of trellis, lloyd, uniform"),
-    "rounding": ({"rounding": "up"}, r"method\.rounding=up: choose one of feedback, two_sided, nearest"),
+    "rounding": ({"rounding": "up"}, r"method\.rounding=up: choose one of feedback, nearest"),
     "states": ({"states": 12}, r"method\.states=12: choose one of 4, 8"),
     "states for scalar levels": ({"states": 0, "levels": "lloyd"}, r"method\.states=0"),
     "negative refits": ({"refits": -1}, r"method\.refits=-1"),
     "half refits": ({"refits": 1.5}, r"method\.refits=1\.5"),
     "damping": ({"damping": -0.1}, r"method\.damping=-0\.1"),
     "damping that is no number": ({"damping": float("nan")}, r"method\.damping=nan"),
-    "row_damping": ({"row_damping": -1}, r"method\.row_damping=-1"),
-    "two-sided trellis": ({"rounding": "two_sided"}, r"method\.rounding=two_sided: .*method\.levels=lloyd"),
     "noise on a trellis": ({"posterior_noise": True}, r"method\.posterior_noise=true: .*method\.levels=uniform"),
 }
 
@@ -406,9 +397,3 @@ def test_settings_that_make_no_sense_are_refused_by_name(name):
     changes, message = REFUSED[name]
     with pytest.raises(ValueError, match=message):
         bayesq_with(**changes)
-
-
-def test_two_sided_rounding_refuses_a_posterior_without_factors():
-    method = bayesq_with(Diagonal(1.0, 1000, None), levels="lloyd", rounding="two_sided")
-    with pytest.raises(ValueError, match=r"method\.rounding=two_sided"):
-        list(method.quantize(network(), Allocator()))

@@ -15,7 +15,6 @@ from bayesq.quant.feedback import feedback_factor
 from bayesq.quant.grids import CLIP_RULES, FP16_TINY, minmax_grid, mse_grid, stored_scale, zero_code, zero_value
 from bayesq.quant.method import LayerProblem, stack_groups
 from bayesq.rounding import SPREADS, Rounded, first_rows, predicted_risk, refit_rows, round_layer, rounding_gain
-from bayesq.whitening import Whitening, whitening
 
 DAMPING = 0.01
 
@@ -49,7 +48,7 @@ def test_with_input_moment_and_identity_it_is_gptq(clip, width, groups, rows, co
     posterior = Kfac(0.0, 1000, None, shrinkage=0.5).fit(layer)
     widths = torch.full((groups * rows,), width, dtype=torch.uint8)
     scale, zero = CLIP_RULES[clip](stack_groups(weight).double(), widths)
-    rounded = round_layer(weight, whitening(posterior, True, DAMPING), scale, zero, widths, {})
+    rounded = round_layer(weight, posterior.whitening(True, DAMPING), scale, zero, widths, {})
 
     gptq = GPTQ(clip, act_order=True, damping=DAMPING, group_size=None, sequential=False)
     for g in range(groups):  # group by group there, all at once here
@@ -68,7 +67,7 @@ def test_feedback_lowers_the_risk_it_is_meant_to_lower():
     grid = mse_grid(weight[0].double(), widths)
     risk = {}
     for feedback in (True, False):
-        rounded = round_layer(weight, whitening(posterior, feedback, DAMPING), *grid, widths, {})
+        rounded = round_layer(weight, posterior.whitening(feedback, DAMPING), *grid, widths, {})
         risk[feedback] = float(posterior.risk(rounded.values[None] - weight.double()).sum())
     assert risk[True] < 0.8 * risk[False]
 
@@ -87,7 +86,7 @@ def test_nearest_takes_the_nearest_of_all_storable_values():
     scale = 0.3 + normal(8, seed=8).double().abs()
     zero = 2.0 ** widths.double() * (0.3 + 0.4 * torch.rand(8, generator=torch.Generator().manual_seed(9)))
     posterior = DiagonalPosterior(torch.rand(2, 4, 11).double(), 100, 1.0, 1.0)
-    rounded = round_layer(weight, whitening(posterior, True, DAMPING), scale, zero, widths, books)
+    rounded = round_layer(weight, posterior.whitening(True, DAMPING), scale, zero, widths, books)
     # what is rounded to is what can be stored
     assert torch.equal(rounded.scale, stored_scale(scale)) and not torch.equal(rounded.scale, scale)
     assert torch.equal(rounded.zero, zero_value(zero_code(zero, widths), widths, torch.float64))
@@ -107,7 +106,7 @@ def test_nearest_is_optimal_for_a_diagonal_posterior():
     posterior = DiagonalPosterior(torch.tensor([[[1.0, 0.1, 5.0, 2.0], [0.2, 3.0, 1.0, 0.5]]]).double(), 100, 1.0, 1.0)
     widths = torch.tensor([2, 2], dtype=torch.uint8)
     scale, zero = minmax_grid(weight[0].double(), widths)
-    rounded = round_layer(weight, whitening(posterior, True, DAMPING), scale, zero, widths, {})
+    rounded = round_layer(weight, posterior.whitening(True, DAMPING), scale, zero, widths, {})
     achieved = posterior.risk(rounded.values[None] - weight.double())[0]
     for row in range(2):
         values = [float(scale[row]) * (code - float(zero[row])) for code in range(4)]
@@ -121,7 +120,7 @@ def test_nearest_is_optimal_for_a_diagonal_posterior():
         assert float(achieved[row]) == pytest.approx(min(risks), rel=1e-6)
 
 
-# ------------------------------------------------------------------------------------------------- trellis, two-sided
+# ------------------------------------------------------------------------------------------------- -------- trellis
 
 
 def trellis_problem() -> tuple[Tensor, Tensor, Tensor, Tensor, dict[int, Tensor]]:
@@ -141,7 +140,7 @@ def factors(groups: int = 3, rows: int = 7, columns: int = 15) -> KroneckerPoste
 @pytest.mark.parametrize("feedback", [True, False])
 def test_trellis_codes_stand_for_the_values(feedback):
     weight, scale, zero, widths, books = trellis_problem()
-    rounded = round_layer(weight, whitening(factors(), feedback, DAMPING), scale, zero, widths, books, 16)
+    rounded = round_layer(weight, factors().whitening(feedback, DAMPING), scale, zero, widths, books, 16)
     assert np.array_equal(rounded.index().numpy(), trellis_indices(rounded.codes.numpy(), 16, 3))
     assert torch.equal(rounded.width, widths) and rounded.codes.dtype == torch.uint8
     assert torch.equal(rounded.zero, zero_value(zero_code(zero, widths), widths, torch.float64))
@@ -150,7 +149,7 @@ def test_trellis_codes_stand_for_the_values(feedback):
         reals = [float(rounded.scale[row]) * (level - float(rounded.zero[row])) for level in levels]
         expected = [reals[i] for i in rounded.index()[row].tolist()]
         assert rounded.values[row].tolist() == pytest.approx(expected, rel=1e-12)
-    scalar = round_layer(weight, whitening(factors(), feedback, DAMPING), scale, zero, widths, {})
+    scalar = round_layer(weight, factors().whitening(feedback, DAMPING), scale, zero, widths, {})
     assert torch.equal(scalar.index(), scalar.codes.long())
 
 
@@ -164,7 +163,7 @@ def test_without_feedback_the_trellis_weighs_every_error_by_its_risk(posterior):
         q = KroneckerPosterior(inputs_moment(15, 3, seed=22), torch.diag_embed(own), 100, 1.0, 1.0)
     else:
         q = DiagonalPosterior(own[:, :, None] * (0.1 + normal(3, 7, 15, seed=29).double().abs()), 100, 1.0, 1.0)
-    rounded = round_layer(weight, whitening(q, False, DAMPING), scale, zero, widths, books, 4)
+    rounded = round_layer(weight, q.whitening(False, DAMPING), scale, zero, widths, books, 4)
     cost = stack_groups(q.diagonal())
     for g, c in itertools.product(range(3), range(15)):
         rows = range(7 * g, 7 * g + 7)
@@ -192,30 +191,12 @@ def test_a_trellis_lowers_the_risk():
     posterior = factors(1, 40, 60)
     widths = torch.full((40,), 3, dtype=torch.uint8)
     grid = mse_grid(weight[0].double(), widths)
-    geometry = whitening(posterior, True, DAMPING)
+    whitening = posterior.whitening(True, DAMPING)
     risk = [
-        float(posterior.row_risk(round_layer(weight, geometry, *grid, widths, {}, states).values - weight[0]).sum())
+        float(posterior.row_risk(round_layer(weight, whitening, *grid, widths, {}, states).values - weight[0]).sum())
         for states in (None, 4, 64)
     ]
     assert risk[1] < 0.9 * risk[0] and risk[2] < risk[1]
-
-
-def test_two_sided_rounds_each_group_with_its_own_factors():
-    weight, scale, zero, widths, _ = trellis_problem()
-    geometry = whitening(factors(), True, DAMPING, 0.1)
-    whole = round_layer(weight, geometry, scale, zero, widths, {})
-    for g in range(3):
-        own = slice(7 * g, 7 * g + 7)
-        one = Whitening(
-            geometry.row_gain[g : g + 1],
-            geometry.column_gain[g : g + 1],
-            geometry.factors[g : g + 1],
-            geometry.row_factors[g : g + 1],
-        )
-        part = round_layer(weight[g : g + 1], one, scale[own], zero[own], widths[own], {})
-        assert torch.equal(part.codes, whole.codes[own]) and torch.equal(part.values, whole.values[own])
-    plain = round_layer(weight, whitening(factors(), True, DAMPING), scale, zero, widths, {})
-    assert all(not torch.equal(whole.codes[7 * g : 7 * g + 7], plain.codes[7 * g : 7 * g + 7]) for g in range(3))
 
 
 # -------------------------------------------------------------------------------------------------------- first grids
@@ -276,11 +257,11 @@ def rounded_and_gain() -> tuple[Rounded, Tensor]:
     posterior = KroneckerPosterior(
         inputs_moment(30, 2, seed=12), torch.eye(5).double().expand(2, -1, -1), 100, 1.0, 1.0
     )
-    geometry = whitening(posterior, True, DAMPING)
+    whitening = posterior.whitening(True, DAMPING)
     widths = torch.tensor([2, 3, 4, 2, 3] * 2, dtype=torch.uint8)
     books = {2: normal_levels("lloyd", 2) + 1.5}
-    rounded = round_layer(weight, geometry, *minmax_grid(stack_groups(weight).double(), widths), widths, books)
-    return rounded, rounding_gain(geometry, 5)
+    rounded = round_layer(weight, whitening, *minmax_grid(stack_groups(weight).double(), widths), widths, books)
+    return rounded, rounding_gain(whitening, 5)
 
 
 def weighted_error(rounded: Rounded, gain: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
@@ -327,8 +308,8 @@ def test_predicted_risk_is_achieved_on_gaussian_weights(kind, feedback, width):
     weight = spread * normal(groups, rows, columns, seed=14) + 0.2
     g = torch.diag_embed(0.1 + normal(groups, rows, seed=15).double().abs())
     posterior = KroneckerPosterior(inputs_moment(columns, groups, seed=16, shared=0.4), g, 100, 1.0, 1.0)
-    geometry = whitening(posterior, feedback, 0.0)
-    predicted = predicted_risk(weight, geometry, [1e-5, normal_distortion(kind, width)])[:, 1]
+    whitening = posterior.whitening(feedback, 0.0)
+    predicted = predicted_risk(weight, whitening, [1e-5, normal_distortion(kind, width)])[:, 1]
 
     stacked = stack_groups(weight).double()
     mean, std = stacked.mean(1), stacked.std(1, unbiased=False)
@@ -338,7 +319,7 @@ def test_predicted_risk_is_achieved_on_gaussian_weights(kind, feedback, width):
     step = float(levels[-1] - levels[0]) / (2 * centre)
     widths = torch.full((groups * rows,), width, dtype=torch.uint8)
     rounded = round_layer(
-        weight, geometry, std * step, centre - mean / (std * step), widths, {width: levels / step + centre}
+        weight, whitening, std * step, centre - mean / (std * step), widths, {width: levels / step + centre}
     )
     delta = (rounded.values - stacked).reshape(weight.shape)
     achieved = stack_groups(posterior.row_risk(delta))
@@ -349,8 +330,8 @@ def test_predicted_risk_is_achieved_on_gaussian_weights(kind, feedback, width):
 def test_predicted_risk_is_the_closed_form():
     weight = normal(2, 3, 7, seed=17)
     precision = torch.rand(2, 3, 7, generator=torch.Generator().manual_seed(18)).double()
-    geometry = whitening(DiagonalPosterior(precision, 100, 1.0, 1.0), True, DAMPING)
-    found = predicted_risk(weight, geometry, [0.11748, 0.011543])
+    whitening = DiagonalPosterior(precision, 100, 1.0, 1.0).whitening(True, DAMPING)
+    found = predicted_risk(weight, whitening, [0.11748, 0.011543])
     for row in range(6):
         w, p = stack_groups(weight)[row].double().numpy(), stack_groups(precision)[row].numpy()
         for k, distortion in enumerate([0.11748, 0.011543]):

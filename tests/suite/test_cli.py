@@ -32,7 +32,7 @@ import os, shutil, signal, sys, types
 from bayesq.suite import config, results
 from bayesq.suite.errors import UserError
 
-def run(cfg):
+def run(cfg, session):
     if cfg.seed == 13 and "REPAIRED" not in os.environ:
         try:
             raise UserError("model.checkpoint=x: there is no such\\nfile")
@@ -49,6 +49,10 @@ def run(cfg):
     axes = {axis: cfg[axis].name for axis in ("model", "dataset", "method")}
     with open("ran.txt", "a") as file:
         file.write(f"{cfg.method.name} {cfg.bits} {cfg.seed}\\n")
+    if "INHERITED" in os.environ:
+        with open("inherited.txt", "a") as file:
+            file.write(f"{session.whitenings}\\n")
+    session.whitenings = f"of seed {cfg.seed}"
     results.write_json(config.run_dir(cfg) / "result.json", {
         "status": "finished", "run_id": config.run_id(cfg), **axes, "seed": cfg.seed, "bits/target": cfg.bits,
         "primary_metric": "accuracy", "q/accuracy": 0.5, "delta/accuracy": -0.25, "fp/accuracy": 0.75,
@@ -461,6 +465,11 @@ def test_a_sweep_runs_every_job_then_skips_then_is_forced() -> None:
     assert len(runs()) == 8
     # nothing is left where the command was started but what it was asked for
     assert {path.name for path in Path().iterdir()} == {"out", "ran.txt"}
+
+
+def test_each_run_of_a_command_gets_what_the_one_before_has_left() -> None:
+    assert command("-m", "method=rtn", "bits=3", "seed=0,1,2", INHERITED="1").returncode == 0
+    assert Path("inherited.txt").read_text().splitlines() == ["None", "of seed 0", "of seed 1"]
 
 
 def test_a_single_run_has_its_log_and_config_beside_its_result() -> None:

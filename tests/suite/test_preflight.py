@@ -12,14 +12,21 @@ from torch import nn
 
 from bayesq.calibration.inputs import INPUT_MOMENT
 from bayesq.fisher import GRADIENT_MOMENT
+from bayesq.posterior import Diagonal, Ekfac, Kfac, LowRank
 from bayesq.quant.layers import quantizable_layers
 from bayesq.suite import preflight
 from bayesq.suite.errors import UserError
 from bayesq.suite.preflight import GIB, RUNTIME_BYTES, Activations, Choices, Needs, activations, check, estimate
 
+POSTERIORS = {
+    "diag": Diagonal(None, 1000, None),
+    "kfac": Kfac(None, 1000, None, 0.5),
+    "ekfac": Ekfac(None, 1000, None),
+    "lowrank": LowRank(None, 1000, None, 16),
+}
 CHOICES = Choices(
     statistics=[GRADIENT_MOMENT, INPUT_MOMENT],
-    posterior="kfac",
+    posterior=POSTERIORS["kfac"],
     bits=4,
     calibration_batch=4,
     evaluation_batch=8,
@@ -29,8 +36,8 @@ CHOICES = Choices(
     examples=16,
     offload=False,
     room=10**9,
-    kept=10**9,
-    scratch=10**9,
+    whitening_memory=10**9,
+    whitening_disk=10**9,
     inherited=0,
 )
 SMALL, LARGE = Activations(total=1000, largest=100), Activations(total=3000, largest=700)
@@ -75,20 +82,20 @@ def test_statistics_take_their_sums_and_their_files():
 
 def test_factors_wait_in_memory_or_on_disk():
     factors = 8 * (30 * 30 + 20 + 90 + 20 * 20 + 5 + 60)
-    kept, offloaded, spilled = needs(), needs(offload=True), needs(kept=factors - 1)
-    assert (kept.scratch, offloaded.scratch, spilled.scratch) == (0, 0, factors)
-    assert needs(kept=0, posterior=None).scratch == 0
+    in_memory, offloaded, spilled = needs(), needs(offload=True), needs(whitening_memory=factors - 1)
+    assert (in_memory.spilled, offloaded.spilled, spilled.spilled) == (0, 0, factors)
+    assert needs(whitening_memory=0, posterior=None).spilled == 0
     assert offloaded.stages == spilled.stages
-    assert offloaded.disk["results_dir"] - kept.disk["results_dir"] == factors
-    crowded = needs(kept=100, scratch=factors - 1)  # no room for the file
-    assert crowded.scratch == 0
-    for stage in kept.stages:
+    assert offloaded.disk["results_dir"] - in_memory.disk["results_dir"] == factors
+    crowded = needs(whitening_memory=100, whitening_disk=factors - 1)  # no room for the file
+    assert crowded.spilled == 0
+    for stage in in_memory.stages:
         stays = stage != "calibration"
-        assert kept.stages[stage] - spilled.stages[stage] == stays * factors
+        assert in_memory.stages[stage] - spilled.stages[stage] == stays * factors
         assert crowded.stages[stage] - spilled.stages[stage] == stays * 100
     # what the run before has left is held already
     assert needs(inherited=factors).stages == spilled.stages
-    assert kept.stages["rounding"] - needs(inherited=100).stages["rounding"] == 100
+    assert in_memory.stages["rounding"] - needs(inherited=100).stages["rounding"] == 100
 
 
 def test_every_stage_that_is_chosen_counts():
@@ -101,13 +108,24 @@ def test_every_stage_that_is_chosen_counts():
     assert more.memory == 10**6 + max(more.stages.values())
 
 
-@pytest.mark.parametrize("kind", ["diag", "lowrank", "kfac", "ekfac", None])
+def test_each_posterior_knows_what_its_fit_and_its_whitening_take():
+    """In numbers of 8 bytes, for 2 groups of 3 rows and 5 columns."""
+    fits = {"diag": 3 * 30, "kfac": 4 * 50 + 2 * 18, "ekfac": 5 * 50 + 2 * 18 + 3 * 30, "lowrank": (2 * 16 + 3) * 30}
+    gains, factors = 30 + 6, 50 + 6 + 30
+    stored = {"diag": gains, "kfac": factors, "ekfac": factors, "lowrank": gains}
+    for kind, posterior in POSTERIORS.items():
+        assert posterior.fit_bytes((2, 3, 5)) == 8 * fits[kind]
+        assert posterior.whitening_bytes((2, 3, 5)) == 8 * stored[kind]
+    assert LowRank(None, 1000, None, 4).fit_bytes((2, 3, 5)) == 8 * (2 * 4 + 3) * 30
+
+
+@pytest.mark.parametrize("kind", [*POSTERIORS, None])
 def test_wider_layers_never_need_less(kind):
     module = TinyConvNet()
     layers = quantizable_layers(module)
     wide = nn.ModuleDict({"a": nn.Conv2d(8, 16, 3), "b": nn.Linear(100, 50)})
     small, large = (
-        estimate(0, m, x, dataclasses.replace(CHOICES, posterior=kind), SMALL, LARGE)
+        estimate(0, m, x, dataclasses.replace(CHOICES, posterior=POSTERIORS.get(kind)), SMALL, LARGE)
         for m, x in ((module, layers), (wide, quantizable_layers(wide)))
     )
     assert all(small.stages[stage] <= large.stages[stage] for stage in small.stages)

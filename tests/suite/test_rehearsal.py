@@ -30,7 +30,6 @@ COMMANDS = {
     "bits=4": {"_trellis_block", "_decode", "_least_error"},
     "proxy=mc method.states=8 bits=2.5": {"_trellis_block", "_search_columns"},
     "method.levels=lloyd": {"_codebook_block", "_least_error"},
-    "method.levels=lloyd method.rounding=two_sided": {"_round_column"},
     "posterior=diag": {"_search_columns", "_decode"},
 }
 

@@ -1,4 +1,4 @@
-"""The shelf on disk: same bits and strides, little memory, and no file that outlives its process."""
+"""A file of tensors: same bits and strides, little memory, and no file that outlives its process."""
 
 import os
 import subprocess
@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bayesq.suite.scratch import DiskShelf
+from bayesq.posterior.tensor_file import TensorFile
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 
@@ -43,50 +43,65 @@ def tensors(outer: Outer) -> list[Tensor]:
 
 
 def test_values_come_back_with_their_bits_and_strides(tmp_path):
-    shelf = DiskShelf(tmp_path)
+    file = TensorFile(tmp_path)
+    written = [file.write(value(seed)) for seed in range(3)]
     for seed in range(3):
-        shelf["layer", seed] = value(seed)
-    assert list(shelf) == [("layer", seed) for seed in range(3)] and ("layer", 3) not in shelf
-    for seed in range(3):
-        found, expected = shelf["layer", seed], value(seed)
+        found, expected = file.read(written[seed]), value(seed)
         assert [inner.retries for inner in found.factors] == [seed, 0]
         for got, wanted in zip(tensors(found), tensors(expected), strict=True):
             assert got.dtype == wanted.dtype and torch.equal(got, wanted)
             assert got.is_contiguous() == wanted.is_contiguous()
             assert got.data_ptr() % 64 == 0
-    first, expected = shelf["layer", 0], value(0)
+    first, expected = file.read(written[0]), value(0)
     assert first.gain.stride() == expected.gain.stride()
     assert first.factors[0].upper.stride() == expected.factors[0].upper.stride()
 
 
-def test_what_a_reader_changes_stays_his(tmp_path):
-    shelf = DiskShelf(tmp_path)
-    shelf[("a",)] = value(0)
-    shelf[("a",)].gain.zero_()
-    assert torch.equal(shelf[("a",)].gain, value(0).gain)
+def test_what_a_reader_changes_no_other_reader_sees(tmp_path):
+    file = TensorFile(tmp_path)
+    written = file.write(value(0))
+    file.read(written).gain.zero_()
+    assert torch.equal(file.read(written).gain, value(0).gain)
 
 
-def test_a_value_without_factors_and_one_that_is_gone(tmp_path):
-    shelf = DiskShelf(tmp_path)
-    shelf[("a",)] = Outer(torch.ones(2), None, torch.zeros(1))
-    assert shelf[("a",)].factors is None
-    del shelf[("a",)]
-    with pytest.raises(KeyError):
-        shelf[("a",)]
+def test_a_value_without_factors(tmp_path):
+    file = TensorFile(tmp_path)
+    assert file.read(file.write(Outer(torch.ones(2), None, torch.zeros(1)))).factors is None
 
 
-def test_the_folder_stays_empty_and_what_was_read_outlives_the_shelf(tmp_path):
-    shelf = DiskShelf(tmp_path)
-    shelf[("a",)] = value(0)
-    assert os.listdir(tmp_path) == [] and shelf.nbytes > 0
-    kept = shelf[("a",)]
-    shelf.close()
-    assert torch.equal(kept.gain, value(0).gain)
+def test_the_folder_stays_empty_and_what_was_read_outlives_the_file(tmp_path):
+    file = TensorFile(tmp_path)
+    written = file.write(value(0))
+    assert os.listdir(tmp_path) == [] and file.nbytes > 0
+    read = file.read(written)
+    file.close()
+    assert torch.equal(read.gain, value(0).gain)
 
 
 def test_a_folder_that_cannot_be_written_is_an_os_error(tmp_path):
     with pytest.raises(OSError):
-        DiskShelf(tmp_path / "absent")
+        TensorFile(tmp_path / "absent")
+
+
+@linux
+def test_a_full_disk_is_an_os_error_once(tmp_path):
+    code = """
+        import resource, sys, torch
+        from pathlib import Path
+        from bayesq.posterior.tensor_file import TensorFile
+
+        file = TensorFile(Path(sys.argv[1]))
+        first = file.write(torch.full((1000,), 3.0))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
+        try:
+            file.write(torch.zeros(2**16))
+        except OSError:
+            assert bool((file.read(first) == 3).all())
+            file.close()
+            print("refused")
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code), str(tmp_path)], capture_output=True, text=True)
+    assert done.stdout == "refused\n" and done.returncode == 0, done.stderr
 
 
 @linux
@@ -94,19 +109,18 @@ def test_a_killed_process_leaves_no_file_and_what_waits_takes_no_memory(tmp_path
     code = """
         import os, signal, sys, torch
         from pathlib import Path
-        from bayesq.suite.scratch import DiskShelf
+        from bayesq.posterior.tensor_file import TensorFile
 
         def resident():
             lines = Path("/proc/self/status").read_text().splitlines()
             return 1024 * int(next(line for line in lines if line.startswith("RssAnon")).split()[1])
 
-        shelf = DiskShelf(Path(sys.argv[1]))
+        file = TensorFile(Path(sys.argv[1]))
         before = resident()
+        written = [file.write(torch.full((2**22,), float(i))) for i in range(8)]
         for i in range(8):
-            shelf[(i,)] = torch.full((2**22,), float(i))
-        for i in range(8):
-            assert float(shelf[(i,)].sum()) == i * 2**22
-        print(shelf.nbytes, resident() - before, flush=True)
+            assert float(file.read(written[i]).sum()) == i * 2**22
+        print(file.nbytes, resident() - before, flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
     """
     script = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path)]

@@ -1,0 +1,98 @@
+"""Linear algebra that the posteriors' factors share: square roots, spectra, shrinkage, damping."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from bayesq.quant.feedback import DAMPING_RETRIES, LEAST_DAMPING
+
+
+def eigenvalues(moments: Tensor) -> Tensor:
+    """Eigenvalues [g, n] float64 of moments [g, n, n], to a float32 of the largest entry.
+
+    The evidence sums over all of them, and in float64 they would cost as much as a rounding. LAPACK's float32 routine
+    gives up on some matrices of low rank, which float64 then solves.
+    """
+    size = moments.abs().amax().clamp(min=torch.finfo(torch.float64).tiny)
+    values: Tensor
+    try:
+        values = torch.linalg.eigvalsh((moments / size).to(torch.float32)).to(torch.float64)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        values = torch.linalg.eigvalsh(moments / size)
+    return values * size
+
+
+def proper_root(moments: Tensor) -> Tensor:
+    """Lower Cholesky factors of moments [g, n, n], damped where singular.
+
+    Inputs that no example reached leave A singular where the prior does not reach it (prior_share=gradient), and the
+    posterior without bounds. Damping by LEAST_DAMPING of the mean diagonal, tenfold more until it suffices, bounds it.
+
+    Raises:
+        ValueError: no retry made a moment positive definite.
+    """
+    mean = moments.diagonal(dim1=-2, dim2=-1).mean(-1)
+    mean = torch.where(mean > 0, mean, torch.ones_like(mean))
+    damping = torch.zeros_like(mean)
+    for retry in range(DAMPING_RETRIES):
+        damped = moments + damping[:, None, None] * torch.eye(moments.shape[-1], dtype=moments.dtype)
+        root, failed = torch.linalg.cholesky_ex(damped)
+        if not bool(failed.any()):
+            factors: Tensor = root
+            return factors
+        damping = torch.where(failed > 0, LEAST_DAMPING * 10**retry * mean, damping)
+    raise ValueError("the posterior's factors are not positive definite, whatever is added to their diagonals")
+
+
+def shrink(moment: Tensor, amount: float) -> Tensor:
+    """(1 - amount) G + amount mean(diag G) I for [g, r, r]; the mean is over all groups."""
+    mean = moment.diagonal(dim1=-2, dim2=-1).mean()
+    shrunk = (1 - amount) * moment
+    shrunk.diagonal(dim1=-2, dim2=-1).add_(amount * mean)
+    return shrunk
+
+
+def gradient_damping(a: Tensor, g: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    """(A, G + damping / (mean eig A) I) of each group: the prior's share as the rows feel it on average.
+
+    Trace and row traces of A (x) G + damping I are kept exactly, and the input correlations stay what they are.
+
+    Args:
+        a: [g, c, c].
+        g: [g, r, r].
+        damping: tau / N.
+    """
+    mean_a = a.diagonal(dim1=-2, dim2=-1).mean(-1)
+    # The mean eigenvalue of a group that no input reached is 0.
+    share = torch.where(mean_a > 0, damping / mean_a.clamp(min=torch.finfo(a.dtype).tiny), 0.0)
+    return a, _plus_diagonal(g, share)
+
+
+def factored_damping(a: Tensor, g: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    """(A + pi sqrt(damping) I, G + sqrt(damping)/pi I), pi = sqrt(mean eig A / mean eig G), of each group.
+
+    The factored damping of SPEC section 1.
+
+    Args:
+        a: [g, c, c].
+        g: [g, r, r].
+        damping: tau / N.
+    """
+    mean_a, mean_g = (factor.diagonal(dim1=-2, dim2=-1).mean(-1) for factor in (a, g))
+    # A group without inputs or without gradients has no ratio to keep.
+    pi = torch.where((mean_a > 0) & (mean_g > 0), mean_a / mean_g, 1.0).sqrt()
+    root = damping**0.5
+    return _plus_diagonal(a, pi * root), _plus_diagonal(g, root / pi)
+
+
+def _plus_diagonal(moments: Tensor, amount: Tensor) -> Tensor:
+    """[g, n, n] plus amount [g] times the identity."""
+    moments = moments.clone()
+    moments.diagonal(dim1=-2, dim2=-1).add_(amount[:, None])
+    return moments
+
+
+def standard_normal(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """Standard normal numbers of a shape, float64."""
+    return torch.randn(tuple(shape), generator=generator, dtype=torch.float64)

@@ -1,0 +1,138 @@
+"""Whitenings of a network's layers, each made once for allocation and all rounds of rounding."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from bayesq.calibration.statistic import Statistic
+from bayesq.memory import give_back_freed
+from bayesq.posterior.base import LayerPosterior, Posterior
+from bayesq.posterior.tensor_file import TensorFile
+from bayesq.quant.method import LayerProblem, naming
+from bayesq.whitening import Whitening
+
+# Where layers are wide, memory is needed for the work on one of them, and reading a whitening is much cheaper than
+# making it again. All of MiniLM's fit.
+MEMORY_LIMIT = 160 * 2**20
+
+
+class WhiteningStore:
+    """A posterior whose whitenings are made once: their factorization is the most expensive part of a fit.
+
+    A whitening stays in memory up to a limit. Beyond that it goes to a file if there is one; else it is made again.
+    Whitenings are told apart by the layer's name, so a store is for the layers of one network.
+
+    Args:
+        posterior: of the run.
+        memory_limit: bytes of whitenings in memory.
+        folder: where the file is, existing; None = no file.
+
+    Attributes:
+        seconds: time spent in `prepare` and in fits.
+        key: of everything that whitenings depend on beside layer and damping; see `take_over`.
+        inherited_seconds: what the whitenings that another store left once took to make.
+        inherited_bytes: what they take.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+
+    def __init__(self, posterior: Posterior, memory_limit: int = MEMORY_LIMIT, folder: Path | None = None) -> None:
+        self.posterior, self.memory_limit = posterior, memory_limit
+        self.seconds = self.inherited_seconds = 0.0
+        self.inherited_bytes = 0
+        self.key: str | None = None
+        self._in_memory: dict[tuple[object, ...], Whitening] = {}
+        self._on_disk: dict[tuple[object, ...], Whitening] = {}
+        self._file: TensorFile | None = TensorFile(folder) if folder is not None else None
+        self._disk_is_full = False
+
+    @property
+    def statistics(self) -> frozenset[Statistic]:
+        """The calibration statistics that the posterior reads."""
+        return self.posterior.statistics
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that the whitenings take."""
+        return sum(whitening.nbytes for whitening in self._in_memory.values())
+
+    def use_disk(self, folder: Path) -> None:
+        """Put all whitenings made from now on into a file of `folder`, as long as the disk has room.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        self.memory_limit, self._file = 0, TensorFile(folder)
+
+    def take_over(self, key: str, previous: "WhiteningStore | None") -> None:
+        """Go on with the whitenings that the store of an earlier run has in memory, if they depend on the same.
+
+        The earlier store is empty afterwards in any case: a sweep over seeds must not fill the memory.
+
+        Args:
+            key: of everything that whitenings depend on beside layer and damping.
+            previous: the earlier run's store; None = there is none.
+        """
+        self.key = key
+        if previous is None:
+            return
+        if previous.key == key:
+            self._in_memory.update(previous._in_memory)
+            self.inherited_seconds = sum(whitening.seconds for whitening in self._in_memory.values())
+            self.inherited_bytes = self.nbytes
+        previous._in_memory.clear()
+
+    def release(self) -> None:
+        """Give back the disk space: everything is rounded. What is in memory waits for `take_over`."""
+        self._on_disk.clear()
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def prepare(self, layers: Sequence[LayerProblem]) -> None:
+        """What the posterior needs of all layers at once; before the first fit."""
+        start = time.perf_counter()
+        self.posterior.prepare(layers)
+        self.seconds += time.perf_counter() - start
+
+    def fit(self, layer: LayerProblem) -> LayerPosterior:
+        """Posterior of one layer.
+
+        Raises:
+            ValueError: it cannot be fitted; the message names the layer.
+        """
+        start = time.perf_counter()
+        give_back_freed()  # the factors of a wide layer are the largest tensors of a run
+        with naming(layer):
+            fitted = self.posterior.fit(layer)
+        self.seconds += time.perf_counter() - start
+        return fitted
+
+    def whitening(self, layer: LayerProblem, feedback: bool, damping: float) -> Whitening:
+        """The layer's `LayerPosterior.whitening`, made once for the same arguments.
+
+        Raises:
+            ValueError: it cannot be made; the message names the layer.
+        """
+        key = (layer.name, feedback, damping)
+        if key in self._in_memory:
+            return self._in_memory[key]
+        if self._file is not None and key in self._on_disk:
+            give_back_freed()  # what waits on disk is large, and so is what will be computed with it
+            return self._file.read(self._on_disk[key])
+        start = time.perf_counter()
+        with naming(layer):
+            whitening = self.fit(layer).whitening(feedback, damping)
+        whitening.seconds = time.perf_counter() - start
+        self._store(key, whitening)
+        return whitening
+
+    def _store(self, key: tuple[object, ...], whitening: Whitening) -> None:
+        if self.nbytes + whitening.nbytes <= self.memory_limit:
+            self._in_memory[key] = whitening
+        elif self._file is not None and not self._disk_is_full:
+            try:
+                self._on_disk[key] = self._file.write(whitening)
+            except OSError:  # what is made again costs time only
+                self._disk_is_full = True
