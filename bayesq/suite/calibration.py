@@ -22,6 +22,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from bayesq.files import lock
 from bayesq.posterior import DRAWS, LIKELIHOODS
 from bayesq.quant.layers import (
     MASK,
@@ -38,12 +39,11 @@ from bayesq.quant.layers import (
 )
 from bayesq.quant.method import STATISTICS
 from bayesq.quant.watch import contiguous_gradients, watching
-from bayesq.suite.cache import CorruptCache, TensorWriter, tensor_writer, verify
-from bayesq.suite.files import lock
+from bayesq.stopping import stop_if_asked
 from bayesq.suite.memory import give_back_freed, halving
 from bayesq.suite.models.base import Batch, EncodedExamples, count_batches
 from bayesq.suite.replay import Replay
-from bayesq.suite.stopping import stop_if_asked
+from bayesq.tensor_file import CorruptFile, TensorWriter, tensor_writer, verify
 
 log = logging.getLogger(__name__)
 
@@ -752,7 +752,7 @@ class Calibration:
             metadata = verify(self.path(kind))
         except FileNotFoundError:
             return False
-        except CorruptCache as error:
+        except CorruptFile as error:
             log.warning("calibration cache: %s; computing it again", error)
             return False
         self._note(kind, metadata, reused=True)

@@ -17,7 +17,7 @@ from bayesq.allocation import Allocator, Budget, Knapsack
 from bayesq.quant.grids import MAX_WIDTH, MIN_WIDTH
 from bayesq.quant.layers import Layer, weight_to_matrix
 from bayesq.quant.method import Distortion, LayerProblem, Method
-from bayesq.suite.stopping import stop_if_asked
+from bayesq.stopping import stop_if_asked
 
 log = logging.getLogger(__name__)
 

@@ -6,12 +6,13 @@ from references import TIMER, compare, layer
 from torch import nn
 
 from bayesq.codebook import Atoms, LevelSums, expected_lloyd, normal_levels
+from bayesq.quant.codes.trellis import uniform_levels
 from bayesq.quant.feedback import feedback_factor, feedback_round
 from bayesq.quant.grids import AffineGrid, minmax_grid, zero_code
 from bayesq.quant.layers import quantizable_layers
 from bayesq.quant.packing import pack_model, unpack_model
 from bayesq.quant.tensor import QuantizedTensor
-from bayesq.quant.trellis import normal_trellis, uniform_levels
+from bayesq.quant.trellis import normal_trellis
 from bayesq.suite.calibration import Collector
 from bayesq.suite.models.base import Batch
 

@@ -14,7 +14,7 @@ from quant_strategies import codebook, identical, quantized_tensors, tensor_of
 from bayesq.quant.accounting import buffer_bytes, code_bits, stored_bytes
 from bayesq.quant.packing import from_bits, pack, pack_model, to_bits, unpack, unpack_model
 from bayesq.quant.tensor import Codebook, QuantizedTensor
-from bayesq.suite.cache import HEADER_KEY, CorruptCache, read_tensors, write_tensors
+from bayesq.tensor_file import HEADER_KEY, CorruptFile, read_tensors, write_tensors
 
 
 def ceil_bytes(bits: int) -> int:
@@ -119,10 +119,10 @@ def test_a_flipped_bit_or_a_cut_file_is_noticed(tmp_path: Path) -> None:
     write_tensors(path, *pack_model({"layer": tensor_of(4, 9, [3] * 4)}))
     raw = path.read_bytes()
     path.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
-    with pytest.raises(CorruptCache):
+    with pytest.raises(CorruptFile):
         read_tensors(path)
     path.write_bytes(raw[:-1])
-    with pytest.raises(CorruptCache):
+    with pytest.raises(CorruptFile):
         read_tensors(path)
 
 

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bayesq.suite.cache import verify
 from bayesq.suite.calibration import Calibration, CalibrationSettings
 from bayesq.suite.models.base import (
     ALONE,
@@ -21,6 +20,7 @@ from bayesq.suite.models.base import (
 )
 from bayesq.suite.models.padding import find_layout
 from bayesq.suite.models.text import token_examples
+from bayesq.tensor_file import verify
 
 ROWS = [[1, 2], [3, 4, 5, 6], [7], [8, 9], [10, 11, 12, 13], [14, 15]]
 CPU = torch.device("cpu")

@@ -17,9 +17,9 @@ from torch import Tensor
 from bayesq.quant.packing import pack_model
 from bayesq.quant.tensor import Codebook, QuantizedTensor
 from bayesq.quant.trellis import POLYNOMIALS
-from bayesq.suite.cache import HEADER_KEY, CorruptCache, digest, read_tensors, write_tensors
 from bayesq.suite.config import id_of
 from bayesq.suite.packed import Packed, read_packed, write_packed
+from bayesq.tensor_file import HEADER_KEY, CorruptFile, digest, read_tensors, write_tensors
 
 CONFIG = {"bits": 2.5, "model": {"_target_": "bayesq.suite.models.resnet.SmallResNet", "name": "resnet"}}
 # What a header may say in place of anything.
@@ -171,7 +171,7 @@ def test_damage_is_found(original: Packed, tmp_path: Path) -> None:
         file.write_bytes(damaged(raw, random))
         try:
             found = read_packed(file)
-        except CorruptCache as error:
+        except CorruptFile as error:
             assert "\n" not in str(error)
             outcomes["refused"] += 1
             continue
@@ -266,7 +266,7 @@ def test_contradictions_are_found_though_the_digest_is_right(original: Packed, t
         overwrite(file, buffers, header)
         try:
             found = read_packed(file)
-        except CorruptCache as error:
+        except CorruptFile as error:
             assert "\n" not in str(error) and len(str(error)) < 500 + len(str(file))
             outcomes["refused"] += 1
             continue
@@ -306,7 +306,7 @@ def test_one_fact_against_the_rest(original: Packed, tmp_path: Path, change: dic
     facts = json.loads(header["layers"])
     facts["conv"] |= change
     write_tensors(file, buffers, header | {"layers": json.dumps(facts)})
-    with pytest.raises(CorruptCache, match=f"layer 'conv': .*{message}"):
+    with pytest.raises(CorruptFile, match=f"layer 'conv': .*{message}"):
         read_packed(file)
 
 
@@ -317,7 +317,7 @@ def test_a_run_id_that_is_not_the_settings_is_found(original: Packed, tmp_path: 
     said = json.loads(header["run"])
     said["config"]["bits"] = 4
     write_tensors(file, buffers, header | {"run": json.dumps(said)})
-    with pytest.raises(CorruptCache, match="is not that of the config"):
+    with pytest.raises(CorruptFile, match="is not that of the config"):
         read_packed(file)
     assert HEADER_KEY.encode() in file.read_bytes()[:100]
     with pytest.raises(FileNotFoundError):
