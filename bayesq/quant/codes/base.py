@@ -165,7 +165,7 @@ class WidthCode(Code):
 
     def level_count(self, width: int) -> int:
         """How many levels rows of a width have."""
-        return 2**width
+        return 1 << width
 
     def computed_levels(self, width: int) -> Tensor:
         """Increasing levels of a width that has no table, float32."""

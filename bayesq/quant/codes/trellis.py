@@ -53,7 +53,7 @@ class Trellis(TableCode):
 
     def level_count(self, width: int) -> int:
         """As of `WidthCode`."""
-        return 2 ** (width + 1)
+        return 1 << (width + 1)
 
     def computed_levels(self, width: int) -> Tensor:
         """As of `WidthCode`."""
