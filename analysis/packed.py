@@ -18,24 +18,18 @@ def row_widths(path: Path) -> dict[str, np.ndarray]:
     # torch takes seconds to import, and one page of ten needs it
     from safetensors import safe_open
 
-    from bayesq.quant.grids import MIN_WIDTH
-    from bayesq.quant.packing import WIDTH_MAP_BITS, from_bits
-    from bayesq.suite.cache import HEADER_KEY
+    from bayesq.quant.packing import row_widths as widths_of
+    from bayesq.tensor_file import HEADER_KEY
 
     if not path.is_file():
         raise FileNotFoundError(path)
     with safe_open(path, framework="numpy") as file:
         header = json.loads(file.metadata()[HEADER_KEY])
-        facts = json.loads(header["metadata"]["layers"])
-        widths = {}
-        for name, fact in facts.items():
-            stored, rows = file.get_tensor(f"{name}/width"), int(fact["shape"][0])
-            if fact["mixed"]:
-                bits = np.unpackbits(stored, count=WIDTH_MAP_BITS * rows)
-                widths[name] = from_bits(bits, WIDTH_MAP_BITS) + MIN_WIDTH
-            else:
-                widths[name] = np.repeat(stored, rows)
-    return widths
+        layers = json.loads(header["metadata"]["layers"])
+        return {
+            name: widths_of(file.get_tensor(f"{name}/width"), facts["shape"][0], facts["mixed"])
+            for name, facts in layers.items()
+        }
 
 
 def width_frame(runs: pd.DataFrame) -> pd.DataFrame:

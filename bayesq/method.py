@@ -19,10 +19,12 @@ from bayesq.codebook import (
     table_widths,
 )
 from bayesq.posterior import WhiteningStore
+from bayesq.quant.codes import Codebook, shared_code
+from bayesq.quant.codes.trellis import POLYNOMIALS, uniform_levels
 from bayesq.quant.grids import CLIP_STEPS, FP16_TINY, mse_grid, zero_code
 from bayesq.quant.method import Allocate, Context, LayerProblem, check_finite, stack_groups
-from bayesq.quant.tensor import Codebook, QuantizedTensor
-from bayesq.quant.trellis import POLYNOMIALS, trellis_distortion, uniform_levels
+from bayesq.quant.tensor import QuantizedTensor
+from bayesq.quant.trellis import trellis_distortion
 from bayesq.rounding import Rounded, first_rows, refit_rows, round_layer, rounding_gain
 from bayesq.whitening import Whitening
 
@@ -282,8 +284,7 @@ class BayesQ:
             scale=rounded.scale[:, None].to(torch.float16),
             zero=zero_code(rounded.zero, width)[:, None],
             groups=layer.weight.shape[0],
-            codebooks=tables,
-            trellis=self._trellis(layer),
+            code=shared_code(tables, self._trellis(layer)),
         )
 
 

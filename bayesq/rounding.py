@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from bayesq.codebook import level_unit, normal_levels
+from bayesq.quant.codes.trellis import level_indices
 from bayesq.quant.compiled import compiled
 from bayesq.quant.feedback import feedback_round, feedback_round_groups
 from bayesq.quant.grids import FP16_TINY, CodebookGrid, stored_scale, zero_code, zero_value
 from bayesq.quant.method import stack_groups
-from bayesq.quant.trellis import TrellisGrid, level_indices
+from bayesq.quant.trellis import TrellisGrid
 from bayesq.whitening import Whitening
 
 

@@ -11,7 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bayesq.quant.codes import Affine, Code, RowTable, Trellis
 from bayesq.quant.method import LayerProblem
+from bayesq.quant.tensor import QuantizedTensor
 
 Rounder = Callable[[float, int, int], tuple[int, float]]  # (entry, row, original column) -> code, value
 
@@ -190,3 +192,44 @@ def trellis_indices(codes: np.ndarray, states: int, groups: int) -> np.ndarray:
 def half_steps(width: int) -> list[float]:
     """Levels of a trellis row without a codebook: -1/4, 1/4, 3/4, ..., 2**width - 3/4."""
     return [(2 * k - 1) / 4 for k in range(2 ** (width + 1))]
+
+
+def naive_levels(code: Code, width: int, row: int, widths: list[int]) -> list[float]:
+    """The levels that a row of this width reads, from what is stored."""
+    if isinstance(code, RowTable):
+        start = sum(2**w for w in widths[:row])
+        return [float(level) for level in code.levels[start : start + 2**width]]
+    table = {} if isinstance(code, Affine) else code.tables
+    if width in table:
+        return [float(level) for level in table[width].levels]
+    return half_steps(width) if isinstance(code, Trellis) else [float(k) for k in range(2**width)]
+
+
+def naive_dequantize(tensor: QuantizedTensor) -> np.ndarray:
+    """Entry by entry: scale * (level - zero * 2**(width - 8)) / column_scale, or what the overlay says, [g, r, c].
+
+    A code is its level's index, or says with the codes above it, on a trellis, which of twice as many levels is meant.
+    Levels of a row's table are weights already.
+    """
+    rows, columns = tensor.codes.shape
+    per_group = rows // tensor.groups
+    codes, widths = tensor.codes.numpy(), tensor.width.tolist()
+    index = trellis_indices(codes, tensor.code.states, tensor.groups) if isinstance(tensor.code, Trellis) else codes
+    weight = np.zeros((tensor.groups, per_group, columns))
+    for i in range(rows):
+        width = widths[i]
+        levels = naive_levels(tensor.code, width, i, widths)
+        for c in range(columns):
+            value = levels[int(index[i, c])]
+            if not isinstance(tensor.code, RowTable):
+                s = 0 if tensor.group_size is None else c // tensor.group_size
+                value = float(tensor.scale[i, s]) * (value - int(tensor.zero[i, s]) * 2.0 ** (width - 8))
+            if tensor.column_scale is not None:
+                channels = tensor.column_scale.shape[1]
+                value /= float(tensor.column_scale[i // per_group, c // (columns // channels)])
+            weight[i // per_group, i % per_group, c] = value
+    if tensor.overlay is not None:
+        overlay = tensor.overlay
+        for i, c, x in zip(overlay.row.tolist(), overlay.column.tolist(), overlay.value.tolist(), strict=True):
+            weight[i // per_group, i % per_group, c] = x
+    return weight

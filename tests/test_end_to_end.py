@@ -25,10 +25,10 @@ from bayesq.posterior import KroneckerPosterior, WhiteningStore
 from bayesq.quant.accounting import affine_overhead_bits, buffer_bytes
 from bayesq.quant.packing import PARAMETER_PREFIX, pack_model, unpack_model
 from bayesq.suite import config, evaluation, runner
-from bayesq.suite.cache import read_tensors
 from bayesq.suite.errors import UserError
 from bayesq.suite.results import load_results
 from bayesq.suite.session import Session
+from bayesq.tensor_file import read_tensors
 
 ROOT = Path(__file__).parents[1]
 DIGITS = ("model=resnet", "dataset=digits")

@@ -14,7 +14,7 @@ LAYER_BITS = 8
 
 def code_bits(tensor: QuantizedTensor) -> int:
     """Bits of the layer's codes alone, the literature's "bits per weight" times the number of weights."""
-    return int(tensor.width.sum()) * tensor.codes.shape[1]
+    return tensor.code.code_bits(tensor.width, tensor.codes.shape[1])
 
 
 def buffer_bytes(buffers: Mapping[str, Tensor]) -> int:
@@ -23,7 +23,7 @@ def buffer_bytes(buffers: Mapping[str, Tensor]) -> int:
 
 
 def stored_bytes(tensor: QuantizedTensor) -> int:
-    """Bytes of one layer's own buffers: codes, width map, scales, zeros, column scales; not the shared codebooks."""
+    """Bytes of one layer's buffers, see `bayesq.quant.packing`; not of the codebooks it shares with other layers."""
     return buffer_bytes(pack(tensor)[0])
 
 
@@ -37,7 +37,7 @@ def affine_overhead_bits(rows: Iterable[int]) -> int:
 
 
 def mixed_overhead_bits(rows: Iterable[int]) -> int:
-    """As `affine_overhead_bits` when every row has a width of its own; never less than what is stored.
+    """As `affine_overhead_bits` where rows have different widths; never less than what is stored.
 
     The map replaces the layer's width byte. It and the codes, whose bits need not fill bytes any more even where one
     width's do, are each padded by less than a byte.

@@ -44,8 +44,10 @@ def obstacle(tensor: QuantizedTensor) -> str | None:
         return f"{different}: choose allocator=uniform with a whole number of bits"
     if widths[0] not in WIDTHS:
         return f"it has {widths[0]} bits: choose bits={', '.join(map(str, WIDTHS))}"
-    if tensor.trellis is not None or tensor.codebooks:
+    if not tensor.code.uniform:
         return "its levels are not uniform: choose method=gptq or method=rtn"
+    if tensor.overlay is not None:
+        return "some of its weights are kept in fp16 beside the codes: choose method=gptq or method=rtn"
     if tensor.column_scale is not None:
         return "it has scales for its inputs: choose method=gptq or method=rtn"
     if bool((tensor.zero % 2 ** (ZERO_BITS - widths[0]) != 0).any()):
@@ -60,7 +62,7 @@ def fits_blocks(tensor: QuantizedTensor) -> bool:
 
 
 def gptq_buffers(tensor: QuantizedTensor, checkpoint_format: str) -> dict[str, Tensor]:
-    """The layout of one layer's codes, exactly; columns have the layer's own order, so that g_idx does not decrease.
+    """The layout of one layer's codes, exactly; columns keep the layer's order, so that g_idx does not decrease.
 
     Args:
         checkpoint_format: a key of FORMATS.

@@ -1,9 +1,9 @@
 """QuantizedTensor <-> packed buffers: what a checkpoint holds, to the byte.
 
-Buffers of a layer NAME: NAME/codes (one bit stream), NAME/width, NAME/scale, NAME/zero, NAME/column_scale. Codebooks
+Buffers of a layer NAME: NAME/codes (one bit stream), NAME/width, NAME/scale, NAME/zero, and where the layer has them
+NAME/column_scale, NAME/overlay_index, NAME/overlay_value and those of its code (`bayesq.quant.codes`). Shared codebooks
 are stored once per model as codebook/ID. Shapes and the like go to the file's header as JSON and are not counted, like
-any tensor's shape. Bits are written most significant first; rows are grouped by width, narrow rows first, row order
-kept, and a layer's stream is padded to whole bytes once.
+any tensor's shape. The width is one byte, or where rows differ three bits a row.
 
 One model has one packed form, and reading takes nothing else: what `unpack_model` accepts is what `pack_model` writes,
 so a file cannot say one thing to a reader and another to the next.
@@ -17,76 +17,50 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bayesq.quant.bits import from_bits, to_bits, unpack_stream
+from bayesq.quant.codes import Code, Codebook, SparseOverlay, code_class, is_count, shown
 from bayesq.quant.grids import MAX_WIDTH, MIN_WIDTH
-from bayesq.quant.tensor import Codebook, QuantizedTensor
-from bayesq.quant.trellis import POLYNOMIALS
+from bayesq.quant.tensor import QuantizedTensor, column_groups
 
 # Widths 2..8 fit three bits as width - 2.
 WIDTH_MAP_BITS = 3
 CODEBOOK_PREFIX = "codebook/"
 # Buffers that are no layer's: parameters that a run changed, and the rest of a network in a file that has all of it.
 PARAMETER_PREFIX, STATE_PREFIX = "parameter/", "state/"
+RESERVED = (CODEBOOK_PREFIX, PARAMETER_PREFIX, STATE_PREFIX)
 # Of each buffer: its dtype and number of dimensions.
-LAYER_BUFFERS = {
+BUFFERS = {
     "codes": (torch.uint8, 1),
     "width": (torch.uint8, 1),
     "scale": (torch.float16, 2),
     "zero": (torch.uint8, 2),
     "column_scale": (torch.float16, 2),
+    "overlay_index": (torch.uint8, 1),
+    "overlay_value": (torch.float16, 1),
 }
-OPTIONAL_BUFFERS = ("column_scale",)
-RESERVED = (CODEBOOK_PREFIX, PARAMETER_PREFIX, STATE_PREFIX)
-FACTS = ("shape", "groups", "group_size", "mixed", "trellis", "codebooks")
-
-
-def to_bits(values: np.ndarray, width: int) -> np.ndarray:
-    """Bits (uint8 0 or 1) of unsigned integers below 2**width, most significant first: [n] -> [n * width]."""
-    shifts = np.arange(width - 1, -1, -1, dtype=np.uint8)
-    return ((values.reshape(-1, 1).astype(np.uint8) >> shifts) & 1).reshape(-1)
-
-
-def from_bits(bits: np.ndarray, width: int) -> np.ndarray:
-    """Inverse of `to_bits`: [n * width] -> [n] uint8."""
-    weights = (1 << np.arange(width - 1, -1, -1)).astype(np.uint8)
-    return np.asarray((bits.reshape(-1, width) * weights).sum(1, dtype=np.uint8))
-
-
-def _unpack_stream(stream: np.ndarray, count: int, what: str) -> np.ndarray:
-    """The first `count` bits of whole bytes.
-
-    Raises:
-        ValueError: there are more or fewer bytes than they fill, or the padding is not zero.
-    """
-    if len(stream) != -(-count // 8):
-        raise ValueError(f"{what}: {len(stream)} bytes cannot hold exactly {count} bits")
-    if count % 8 and int(stream[-1]) & ((1 << (8 - count % 8)) - 1):
-        raise ValueError(f"{what}: the bits behind the last one are not zero")
-    return np.unpackbits(stream, count=count)
+# Buffers that a layer has together or not at all.
+OPTIONAL = (("column_scale",), ("overlay_index", "overlay_value"))
+FACTS = ("shape", "groups", "group_size", "mixed")
 
 
 def pack(tensor: QuantizedTensor) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Buffers of one layer and the shape facts needed to read them back; codebooks are named, not included."""
-    codes, width = tensor.codes.numpy(), tensor.width.numpy()
-    stream = np.concatenate([to_bits(codes[width == w], int(w)) for w in np.unique(width)])
+    rows, columns = tensor.codes.shape
+    width = tensor.width.numpy()
     mixed = len(np.unique(width)) > 1
     width_map = np.packbits(to_bits(width - MIN_WIDTH, WIDTH_MAP_BITS)) if mixed else width[:1].copy()
     buffers = {
-        "codes": torch.from_numpy(np.packbits(stream)),
         "width": torch.from_numpy(width_map),
         "scale": tensor.scale,
         "zero": tensor.zero,
+        **tensor.code.pack(tensor.codes, tensor.width),
     }
     if tensor.column_scale is not None:
         buffers["column_scale"] = tensor.column_scale
-    facts = {
-        "shape": list(codes.shape),
-        "groups": tensor.groups,
-        "group_size": tensor.group_size,
-        "mixed": mixed,
-        "trellis": tensor.trellis,
-        "codebooks": {str(w): book.name for w, book in sorted(tensor.codebooks.items())},
-    }
-    return buffers, facts
+    if tensor.overlay is not None:
+        buffers |= tensor.overlay.pack(rows, columns)
+    facts = {"shape": [rows, columns], "groups": tensor.groups, "group_size": tensor.group_size, "mixed": mixed}
+    return buffers, facts | tensor.code.facts()
 
 
 def unpack(
@@ -97,109 +71,109 @@ def unpack(
     Raises:
         ValueError: buffers and facts do not fit each other, or a named codebook or buffer is missing.
     """
-    rows, columns = _checked(buffers, facts)
-    width_map = buffers["width"].numpy()
-    if facts["mixed"]:
-        width = from_bits(_unpack_stream(width_map, WIDTH_MAP_BITS * rows, "width"), WIDTH_MAP_BITS) + MIN_WIDTH
-        if len(np.unique(width)) == 1:
-            raise ValueError("width: the rows are said to differ in width and do not")
-    else:
-        if len(width_map) != 1:
-            raise ValueError(f"width: one byte tells the width of all rows, not {len(width_map)}")
-        width = np.repeat(width_map, rows)
-    width = width.astype(np.uint8)
+    kind = _kind(facts)
+    rows, columns = _checked_shape(facts)
+    _check_buffers(buffers, kind, facts)
+    width = torch.from_numpy(row_widths(buffers["width"].numpy(), rows, facts["mixed"]))
     if not MIN_WIDTH <= int(width.min()) <= int(width.max()) <= MAX_WIDTH:
         raise ValueError(f"width: rows have {MIN_WIDTH} to {MAX_WIDTH} bits, not {width.min()} to {width.max()}")
-    books = _books(facts["codebooks"], codebooks, {int(w) for w in np.unique(width)})
-    bits = _unpack_stream(buffers["codes"].numpy(), int(width.sum(dtype=np.int64)) * columns, "codes")
-    codes = np.empty((rows, columns), dtype=np.uint8)
-    start = 0
-    for w in np.unique(width):
-        chosen = width == w
-        stop = start + int(chosen.sum()) * columns * int(w)
-        codes[chosen] = from_bits(bits[start:stop], int(w)).reshape(-1, columns)
-        start = stop
+    code = kind.unpack(facts, buffers, width, codebooks)
     return QuantizedTensor(
-        codes=torch.from_numpy(codes),
-        width=torch.from_numpy(width),
+        codes=kind.unpack_codes(buffers, width, columns),
+        width=width,
         scale=buffers["scale"],
         zero=buffers["zero"],
         groups=facts["groups"],
         group_size=facts["group_size"],
-        codebooks=books,
+        code=code,
         column_scale=buffers.get("column_scale"),
-        trellis=facts["trellis"],
+        overlay=SparseOverlay.unpack(buffers, rows, columns) if "overlay_value" in buffers else None,
     )
 
 
-def _checked(buffers: Mapping[str, Tensor], facts: Mapping[str, Any]) -> tuple[int, int]:
-    """Rows and columns of a layer whose facts are of the right kind and agree with the shapes of its buffers.
+def row_widths(stored: np.ndarray, rows: int, mixed: bool) -> np.ndarray:
+    """Bits of each row [R] uint8, from the buffer `width`.
+
+    Args:
+        mixed: whether rows differ.
 
     Raises:
-        ValueError: they do not.
+        ValueError: the buffer has another length, or the rows do not differ though `mixed` says so.
     """
-    if not isinstance(facts, Mapping) or sorted(facts) != sorted(FACTS):
-        raise ValueError(f"the facts of a layer are {', '.join(FACTS)}, not {_shown(facts)}")
+    if not mixed:
+        if len(stored) != 1:
+            raise ValueError(f"width: one byte tells the width of all rows, not {len(stored)}")
+        return np.repeat(stored, rows)
+    width = from_bits(unpack_stream(stored, WIDTH_MAP_BITS * rows, "width"), WIDTH_MAP_BITS) + np.uint8(MIN_WIDTH)
+    if len(np.unique(width)) == 1:
+        raise ValueError("width: the rows are said to differ in width and do not")
+    return width
+
+
+def _kind(facts: Mapping[str, Any]) -> type[Code]:
+    """The class of a layer's code.
+
+    Raises:
+        ValueError: there is none, or the facts are not those of such a layer.
+    """
+    if not isinstance(facts, Mapping):
+        raise ValueError(f"the facts of a layer are {', '.join(FACTS)}, not {shown(facts)}")
+    kind = code_class(facts)
+    expected = (*FACTS, *kind.FACTS)
+    if sorted(facts) != sorted(expected):
+        raise ValueError(f"the facts of a layer are {', '.join(expected)}, not {shown(facts)}")
+    return kind
+
+
+def _checked_shape(facts: Mapping[str, Any]) -> tuple[int, int]:
+    """Rows and columns of a layer whose facts under FACTS are of the right kind.
+
+    Raises:
+        ValueError: they are not.
+    """
     shape, groups, group_size = facts["shape"], facts["groups"], facts["group_size"]
-    if not isinstance(shape, list) or len(shape) != 2 or not all(map(_is_count, shape)):
-        raise ValueError(f"shape: needs two positive whole numbers, not {_shown(shape)}")
-    rows, columns = shape
-    if not _is_count(groups) or rows % groups:
-        raise ValueError(f"groups: needs a divisor of the {rows} rows, not {_shown(groups)}")
-    if group_size is not None and not _is_count(group_size):
-        raise ValueError(f"group_size: needs a positive whole number or null, not {_shown(group_size)}")
+    if not isinstance(shape, list) or len(shape) != 2 or not all(map(is_count, shape)):
+        raise ValueError(f"shape: needs two positive whole numbers, not {shown(shape)}")
+    if not is_count(groups) or shape[0] % groups:
+        raise ValueError(f"groups: needs a divisor of the {shape[0]} rows, not {shown(groups)}")
+    if group_size is not None and not is_count(group_size):
+        raise ValueError(f"group_size: needs a positive whole number or null, not {shown(group_size)}")
     if not isinstance(facts["mixed"], bool):
-        raise ValueError(f"mixed: needs true or false, not {_shown(facts['mixed'])}")
-    if facts["trellis"] is not None and (not _is_count(facts["trellis"]) or facts["trellis"] not in POLYNOMIALS):
-        raise ValueError(f"trellis: needs one of {', '.join(map(str, POLYNOMIALS))} or null")
-    for key, (dtype, dimensions) in LAYER_BUFFERS.items():
-        if key not in buffers:
-            if key in OPTIONAL_BUFFERS:
-                continue
-            raise ValueError(f"{key}: there is no such buffer")
-        found = buffers[key]
-        if found.dtype != dtype or found.ndim != dimensions:
-            raise ValueError(f"{key}: needs {dtype} in {dimensions} dimensions, not {found.dtype} {list(found.shape)}")
-    # ceil of a quotient of whole numbers, which floats could not hold
-    column_groups = 1 if group_size is None else -(-columns // group_size)
-    for key in ("scale", "zero"):
-        if list(buffers[key].shape) != [rows, column_groups]:
-            raise ValueError(f"{key}: needs [{rows}, {column_groups}], not {list(buffers[key].shape)}")
-    if "column_scale" in buffers:
-        found = buffers["column_scale"]
-        if found.shape[0] != groups or not found.shape[1] or columns % found.shape[1]:
-            raise ValueError(f"column_scale: needs [{groups}, a divisor of {columns}], not {list(found.shape)}")
-        if not bool((torch.isfinite(found) & (found > 0)).all()):
-            raise ValueError("column_scale: needs positive numbers")
-    return rows, columns
+        raise ValueError(f"mixed: needs true or false, not {shown(facts['mixed'])}")
+    return shape[0], shape[1]
 
 
-def _books(named: Any, codebooks: Mapping[str, Codebook], used: set[int]) -> dict[int, Codebook]:
-    """The codebooks of a layer by width.
+def _check_buffers(buffers: Mapping[str, Tensor], kind: type[Code], facts: Mapping[str, Any]) -> None:
+    """Check that a layer has its buffers, and that their types and shapes agree with its facts.
 
     Raises:
-        ValueError: they are not named by width, or one is missing or belongs to a width that no row has.
+        ValueError: one is missing or of another kind.
     """
-    if not isinstance(named, Mapping) or list(named) != sorted(named):
-        raise ValueError(f"codebooks: needs names by width, not {_shown(named)}")
-    found = {}
-    for width, name in named.items():
-        if width not in {str(w) for w in used}:
-            raise ValueError(f"codebooks: no row has {_shown(width)} bits")
-        if not isinstance(name, str) or name not in codebooks:
-            raise ValueError(f"codebooks: there is no codebook {_shown(name)}")
-        found[int(width)] = codebooks[name]
-    return found
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def _shown(value: Any) -> str:
-    """What a file says, short enough for a line."""
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    absent = {key for together in OPTIONAL if not any(key in buffers for key in together) for key in together}
+    for key, (dtype, dimensions) in {**BUFFERS, **kind.BUFFERS}.items():
+        if key in absent:
+            continue
+        if key not in buffers:
+            raise ValueError(f"{key}: there is no such buffer")
+        buffer = buffers[key]
+        if buffer.dtype != dtype or buffer.ndim != dimensions:
+            raise ValueError(
+                f"{key}: needs {dtype} in {dimensions} dimensions, not {buffer.dtype} {list(buffer.shape)}"
+            )
+    rows, columns = facts["shape"]
+    expected = [rows, column_groups(kind, columns, facts["group_size"])]
+    for key in ("scale", "zero"):
+        if list(buffers[key].shape) != expected:
+            raise ValueError(f"{key}: needs {expected}, not {list(buffers[key].shape)}")
+    # rows without scales are bounded by nothing else before their widths are laid out
+    if rows * columns * MIN_WIDTH > 8 * len(buffers["codes"]):
+        raise ValueError(f"codes: {len(buffers['codes'])} bytes cannot hold {rows} rows of {columns} codes")
+    if "column_scale" in buffers:
+        factors, groups = buffers["column_scale"], facts["groups"]
+        if factors.shape[0] != groups or not factors.shape[1] or columns % factors.shape[1]:
+            raise ValueError(f"column_scale: needs [{groups}, a divisor of {columns}], not {list(factors.shape)}")
+        if not bool((torch.isfinite(factors) & (factors > 0)).all()):
+            raise ValueError("column_scale: needs positive numbers")
 
 
 def pack_model(layers: Mapping[str, QuantizedTensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -215,10 +189,7 @@ def pack_model(layers: Mapping[str, QuantizedTensor]) -> tuple[dict[str, Tensor]
             raise ValueError(f"a layer cannot be named {name}: the packed file has buffers of that name")
         packed, facts[name] = pack(tensor)
         buffers.update({f"{name}/{key}": value for key, value in packed.items()})
-        used = {int(w) for w in torch.unique(tensor.width)}
-        for width, book in tensor.codebooks.items():
-            if width not in used:
-                raise ValueError(f"{name}: codebook {book.name} is attached but no row has {width} bits")
+        for book in tensor.code.codebooks():
             key = CODEBOOK_PREFIX + book.name
             if not torch.equal(buffers.setdefault(key, book.levels), book.levels):
                 raise ValueError(f"two different codebooks are named {book.name}")
@@ -231,8 +202,6 @@ def unpack_model(buffers: Mapping[str, Tensor], header: Mapping[str, str]) -> di
     Raises:
         ValueError: the header is not that of these buffers; names the layer and what is wrong with it.
     """
-    facts = parsed(header, "layers")
-    own: set[str] = set()
     books = {}
     for key, levels in buffers.items():
         if not key.startswith(CODEBOOK_PREFIX):
@@ -242,19 +211,20 @@ def unpack_model(buffers: Mapping[str, Tensor], header: Mapping[str, str]) -> di
             raise ValueError(f"codebook {name}: needs finite float16 levels in one dimension")
         books[name] = Codebook(name, levels)
     layers = {}
-    for name, said in facts.items():
-        mine = {key: buffers[f"{name}/{key}"] for key in LAYER_BUFFERS if f"{name}/{key}" in buffers}
+    read: set[str] = set()
+    for name, facts in parsed(header, "layers").items():
         try:
             if f"{name}/".startswith(RESERVED):
                 raise ValueError("a layer cannot have this name")
-            layers[name] = unpack(mine, said, books)
+            keys = [key for key in (*BUFFERS, *_kind(facts).BUFFERS) if f"{name}/{key}" in buffers]
+            layers[name] = unpack({key: buffers[f"{name}/{key}"] for key in keys}, facts, books)
         except ValueError as error:
-            raise ValueError(f"layer {_shown(name)}: {error}") from error
-        own.update(f"{name}/{key}" for key in mine)
-        own.update({CODEBOOK_PREFIX + book.name for book in layers[name].codebooks.values()})
+            raise ValueError(f"layer {shown(name)}: {error}") from error
+        read.update(f"{name}/{key}" for key in keys)
+        read.update(CODEBOOK_PREFIX + book.name for book in layers[name].code.codebooks())
     for key in buffers:
-        if key not in own and not key.startswith((PARAMETER_PREFIX, STATE_PREFIX)):
-            raise ValueError(f"buffer {_shown(key)} belongs to no layer")
+        if key not in read and not key.startswith((PARAMETER_PREFIX, STATE_PREFIX)):
+            raise ValueError(f"buffer {shown(key)} belongs to no layer")
     return layers
 
 
@@ -266,9 +236,9 @@ def parsed(header: Mapping[str, Any], key: str) -> dict[str, Any]:
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len(found := dict(pairs)) < len(pairs):
+        if len(entries := dict(pairs)) < len(pairs):
             raise ValueError(f"header: {key} names a thing twice")
-        return found
+        return entries
 
     text = header.get(key)
     if not isinstance(text, str):

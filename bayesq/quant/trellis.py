@@ -1,15 +1,7 @@
-"""Trellis-coded rounding: at the same bits better than scalar codebooks, because a column's codes are chosen together.
+"""Searching a trellis: the codes of a column whose levels have the least distortion, and levels for it.
 
-A row of width w rounds to 2**(w+1) levels, twice as many as its codes can name. The levels, in increasing order, belong
-in turn to four subsets 0 1 2 3 0 1 ...; a code is one bit b and the number k of a level inside a subset, and which
-subset is meant follows from the bits of this row and of the m rows above it in the same column:
-
-    window_r = sum_i b_{r-i} 2**i,  i = 0..m        level index = subset(window_r) + 4 k,   code = 2 k + b
-
-The subset's two bits are parities of the window under Ungerboeck's rate-1/2 codes, so that neighbouring paths differ in
-far-apart levels (Ungerboeck, IEEE Trans. Inf. Theory 28, 1982; Marcellin and Fischer, IEEE Trans. Commun. 38, 1990).
-The path with the least distortion comes from the Viterbi algorithm over 2**m states. Decoding needs the codes alone;
-rows above the first of a convolution group count as zeros. Nothing else is stored.
+What codes along a trellis stand for is `bayesq.quant.codes.trellis`. The path with the least distortion comes from the
+Viterbi algorithm over its states.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,69 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bayesq.quant.codes.trellis import SUBSETS, subset_table, uniform_levels
 from bayesq.quant.compiled import compiled
 from bayesq.quant.grids import MAX_WIDTH, feed_back
 
-# Parity-check polynomials (h0, h1) of Ungerboeck's one-dimensional codes, by number of states.
-POLYNOMIALS = {
-    4: (0o5, 0o2),
-    8: (0o13, 0o4),
-    16: (0o23, 0o4),
-    32: (0o45, 0o10),
-    64: (0o103, 0o24),
-    128: (0o235, 0o126),
-    256: (0o515, 0o362),
-}
-SUBSETS = 4
 # Path costs are compared in float32; they start again from zero after so many rows, before digits run out.
 RENORMALIZE = 64
 # Up to this width levels are compared one by one; beyond, they are halved.
 FEW_BITS = 5
-
-
-@cache
-def subset_table(states: int) -> np.ndarray:
-    """Subset 0..3 of every window [2 * states].
-
-    Raises:
-        ValueError: there is no code with that many states.
-    """
-    if states not in POLYNOMIALS:
-        raise ValueError(f"a trellis has {', '.join(map(str, POLYNOMIALS))} states, not {states}")
-    h0, h1 = POLYNOMIALS[states]
-    window = np.arange(2 * states)
-    subset: np.ndarray = (2 * (np.bitwise_count(window & h0) % 2) + np.bitwise_count(window & h1) % 2).astype(np.int64)
-    return subset
-
-
-def uniform_levels(width: int) -> Tensor:
-    """Levels [2**(width+1)] of a trellis row without a codebook: half steps, centred on the codes 0 .. 2**width - 1."""
-    return torch.arange(2 ** (width + 1), dtype=torch.float64) / 2 - 0.25
-
-
-def level_indices(codes: Tensor, states: int, groups: int) -> Tensor:
-    """Index int64 [R, C] into the levels of each row's width, from codes [R, C] uint8.
-
-    Args:
-        states: 2**m.
-        groups: convolution groups; each group's rows begin a path of their own.
-    """
-    code = codes.reshape(groups, -1, codes.shape[1]).contiguous()
-    index = torch.empty(code.shape, dtype=torch.int64)
-    subset = subset_table(states)
-    for own, found in zip(code.numpy(), index.numpy(), strict=True):
-        _decode(own, subset, found)
-    return index.reshape(codes.shape)
-
-
-@compiled()
-def _decode(code: Any, subset: Any, index: Any) -> None:
-    """`level_indices` of one group: code [n, C] uint8, subset [2 * states], index [n, C] int64 written."""
-    window = np.zeros(code.shape[1], np.int64)
-    for r in range(code.shape[0]):
-        for c in range(code.shape[1]):
-            window[c] = (window[c] << 1 | code[r, c] & 1) & (len(subset) - 1)
-            index[r, c] = subset[window[c]] + SUBSETS * (code[r, c] >> 1)
 
 
 @compiled()

@@ -21,17 +21,18 @@ from torch import Tensor
 from bayesq.calibration.order import forward_order
 from bayesq.posterior import WhiteningStore
 from bayesq.quant.accounting import code_bits
+from bayesq.quant.file import read_packed
 from bayesq.quant.method import LayerProblem
 from bayesq.rate_distortion import layer_rates, risk_components
 from bayesq.suite import runner
 from bayesq.suite.arguments import module_parser
-from bayesq.suite.cache import CorruptCache, resolve_cache_dir
+from bayesq.suite.cache import resolve_cache_dir
 from bayesq.suite.config import one_line
 from bayesq.suite.construct import build
 from bayesq.suite.errors import UserError
-from bayesq.suite.packed import read_packed
 from bayesq.suite.reproduce import recorded_config
 from bayesq.suite.results import QUANTIZED_FILE, RESULT_FILE, finished_result, write_csv
+from bayesq.tensor_file import CorruptFile
 
 BOUNDS_FILE = "bounds.csv"
 # Parts of a configuration that decide about network, calibration examples and posterior.
@@ -80,7 +81,7 @@ class Judge:
         level serves the whole network at the sum of the risks.
 
         Raises:
-            CorruptCache, OSError: the packed file cannot be read.
+            CorruptFile, OSError: the packed file cannot be read.
         """
         tensors = read_packed(folder / QUANTIZED_FILE).tensors
         errors = [tensors[problem.name].dequantize() - problem.weight for problem in self.problems]
@@ -148,7 +149,7 @@ def _judge(members: Sequence[tuple[Path, Mapping[str, Any]]], start: Path) -> li
     for folder, _ in members:
         try:
             write_csv(folder / BOUNDS_FILE, judge.rows(folder))
-        except (CorruptCache, OSError) as error:
+        except (CorruptFile, OSError) as error:
             left.append(f"{folder.name}: {one_line(str(error))}")
     return left
 

@@ -23,12 +23,12 @@ from tqdm import tqdm
 from bayesq.batches import Batch
 from bayesq.calibration.passes import SUM_BYTES, CalibrationSettings, Passes, Report
 from bayesq.calibration.statistic import LayerStatistics, Source, Statistic, families, with_required
+from bayesq.files import lock
 from bayesq.memory import halving
 from bayesq.quant.layers import Layer, ParameterLayer, groups_of, kind_of, weight_to_matrix
-from bayesq.suite.cache import CorruptCache, TensorWriter, tensor_writer, verify
-from bayesq.suite.files import lock
+from bayesq.stopping import stop_if_asked
 from bayesq.suite.models.base import EncodedExamples, count_batches
-from bayesq.suite.stopping import stop_if_asked
+from bayesq.tensor_file import CorruptFile, TensorWriter, tensor_writer, verify
 
 log = logging.getLogger(__name__)
 
@@ -181,7 +181,7 @@ class Calibration:
             metadata = verify(self.path(statistic))
         except FileNotFoundError:
             return False
-        except CorruptCache as error:
+        except CorruptFile as error:
             log.warning("calibration cache: %s; computing it again", error)
             return False
         self._note(statistic, metadata, reused=True)

@@ -20,16 +20,16 @@ from hydra._internal import utils as hydra_utils
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from bayesq.files import lock, remove_leftovers
+from bayesq.stopping import Terminated, stop_if_asked, stoppable
 from bayesq.suite import code_digest, launchers, results, wandb_environment
 from bayesq.suite import config as settings
 from bayesq.suite.arguments import hydra_argv
 from bayesq.suite.composition import BASIC_SWEEPER, CONFIG_NAME, VERSION_BASE, Job, conf_dir, preflight
 from bayesq.suite.errors import UserError
-from bayesq.suite.files import lock, remove_leftovers
 from bayesq.suite.labels import model_label
 from bayesq.suite.progress import Progress
 from bayesq.suite.session import Session
-from bayesq.suite.stopping import Terminated, stop_if_asked, stoppable
 from bayesq.suite.summary import results_table
 from bayesq.suite.tracking import ERROR_KEY, report_refusal
 

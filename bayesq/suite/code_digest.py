@@ -22,12 +22,12 @@ KEY = "code"
 GROUPS = ("method", "posterior", "model", "dataset")
 START = "bayesq.suite.runner"
 # what the runner imports too and what changes no number: how a run is started, reported and stopped
-NO_NUMBERS = frozenset(
+NO_NUMBERS = frozenset({"bayesq.files", "bayesq.stopping"}).union(
     f"bayesq.suite.{module}"
     for module in (
-        *("cli", "code_digest", "composition", "config", "construct", "errors", "files", "forward", "labels"),
+        *("cli", "code_digest", "composition", "config", "construct", "errors", "forward", "labels"),
         *("coverage", "launchers", "loading", "plots", "preflight", "progress", "provenance", "rehearsal", "relog"),
-        *("results", "session", "stopping", "summary", "terminal", "tracking", "wandb_environment", "wandb_names"),
+        *("results", "session", "summary", "terminal", "tracking", "wandb_environment", "wandb_names"),
     )
 )
 IMPORT = re.compile(r"^[ \t]*(?:from[ \t]+(\.*[\w.]*)[ \t]+import[ \t]+(\([^)]*\)|.*)|import[ \t]+(.*))", re.MULTILINE)

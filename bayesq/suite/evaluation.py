@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from bayesq.files import lock
 from bayesq.likelihood import kl_divergence
 from bayesq.memory import halving
-from bayesq.suite.cache import CorruptCache, read_tensors, write_tensors
-from bayesq.suite.files import lock
+from bayesq.stopping import stop_if_asked
 from bayesq.suite.metrics import ECE_BINS, Metric, difference_interval, measure
 from bayesq.suite.models.base import EncodedExamples, count_batches
-from bayesq.suite.stopping import stop_if_asked
+from bayesq.tensor_file import CorruptFile, read_tensors, write_tensors
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +101,7 @@ def cached_logits(
             return tensors["logits"], int(metadata["oom_retries"])
         except FileNotFoundError:
             pass
-        except CorruptCache as error:
+        except CorruptFile as error:
             log.warning("full-precision cache: %s; computing it again", error)
         computed, retries = logits(module, examples, batch_size, device, "evaluate full precision", autocast)
         write_tensors(path, {"logits": computed}, {"oom_retries": str(retries)})

@@ -22,18 +22,18 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 import bayesq
+from bayesq.files import atomic_path
 from bayesq.suite.arguments import module_parser
 from bayesq.suite.cli import user_error_in
 from bayesq.suite.config import one_line
 from bayesq.suite.errors import UserError
-from bayesq.suite.files import atomic_path
 from bayesq.suite.results import QUANTIZED_FILE, finished_result, write_json
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from bayesq.quant.file import Packed
     from bayesq.suite.models.base import Network
-    from bayesq.suite.packed import Packed
 
 # What is written, and its name in the run's folder where no other place is given.
 TARGETS = {"dequantized": "dequantized", "packed": "packed.safetensors", "gptq": "gptq"}
@@ -117,22 +117,23 @@ def load_run(folder: Path, settings: Mapping[str, Any], trusted: Sequence[str]) 
     result = finished_result(folder)
     if result is None:
         raise UserError(f"{folder}: there is no result of a finished run: give a folder results/<run_id>")
-    from bayesq.suite.cache import CorruptCache
-    from bayesq.suite.loading import base_network, fill_checked
-    from bayesq.suite.packed import read_packed
+    from bayesq.quant.file import fill_from
+    from bayesq.suite.loading import base_network
+    from bayesq.suite.packed import read_run
+    from bayesq.tensor_file import CorruptFile
 
     file = folder.absolute() / QUANTIZED_FILE
     directory = Path(result.get("host", {}).get("directory", "."))
     try:
-        packed = read_packed(file)
+        packed = read_run(file)
         if packed.run and packed.run["run_id"] != result.get("run_id"):
             raise UserError(f"{file} is of run {packed.run['run_id']}, not of {result.get('run_id')}")
         with chdir(directory) if directory.is_dir() else nullcontext():
             network = base_network(packed, file, settings, result["config"].get("cache_dir"), trusted)
-        fill_checked(network.module, packed, file)
+        fill_from(network.module, packed, file)
     except FileNotFoundError as error:
         raise UserError(f"{error.filename or file}: there is no such file") from error
-    except CorruptCache as error:
+    except CorruptFile as error:
         raise UserError(str(error)) from error
     return packed, network
 
@@ -250,9 +251,10 @@ def write_self_contained(packed: "Packed", network: "Network", file: Path) -> li
     """
     import torch
 
+    from bayesq.quant.file import Packed, write_packed
     from bayesq.quant.layers import weight_keys
     from bayesq.suite.loading import self_contained
-    from bayesq.suite.packed import Packed, read_packed, write_packed
+    from bayesq.suite.packed import read_run
 
     expected = network.module.state_dict()
     quantized = weight_keys(network.module, packed.tensors)
@@ -260,7 +262,7 @@ def write_self_contained(packed: "Packed", network: "Network", file: Path) -> li
     record = {**packed.run, "network": {**packed.run["network"], "blueprint": network.blueprint}}
     with atomic_path(file) as temporary:
         sizes = write_packed(temporary, Packed(packed.tensors, state=state, run=record))
-        found = self_contained(read_packed(temporary), file, trusted=[_package(record)]).state_dict()
+        found = self_contained(read_run(temporary), file, trusted=[_package(record)]).state_dict()
         if any(not torch.equal(value, found[name]) for name, value in expected.items()):
             raise UserError(f"{file}: what was written is not the run's network, which is a defect of the exporter")
     total = file.stat().st_size

@@ -17,12 +17,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from bayesq.quant.file import Packed, fill, fill_from
 from bayesq.quant.layers import weight_keys
-from bayesq.suite.cache import CorruptCache, resolve_cache_dir
+from bayesq.suite.cache import resolve_cache_dir
 from bayesq.suite.config import DESCRIPTIVE, flatten, one_line, suggestion
 from bayesq.suite.errors import UserError
 from bayesq.suite.models.base import Network
-from bayesq.suite.packed import Packed, fill, read_packed
+from bayesq.suite.packed import read_run
+from bayesq.tensor_file import CorruptFile
 
 # Modules whose classes a file may name; what else lies in the suite is no model and no data set.
 OWN = ("bayesq.suite.models.", "bayesq.suite.datasets.")
@@ -51,15 +53,15 @@ def load_quantized(
 
     Raises:
         FileNotFoundError: there is no such file.
-        CorruptCache: it is damaged, contradicts itself, or was written without its settings.
+        CorruptFile: it is damaged, contradicts itself, or was written without its settings.
         UserError: the network that was quantized is not there any more, or has other weights.
     """
     path = Path(path)
-    packed = read_packed(path)
+    packed = read_run(path)
     if packed.state:
         return self_contained(packed, path, trusted)
     network = base_network(packed, path, settings or {}, cache_dir, trusted)
-    fill_checked(network.module, packed, path)
+    fill_from(network.module, packed, path)
     return network.module
 
 
@@ -73,7 +75,7 @@ def base_network(
         settings, cache_dir, trusted: as of `load_quantized`.
 
     Raises:
-        CorruptCache: the file has no settings, or they describe no network.
+        CorruptFile: the file has no settings, or they describe no network.
         UserError: data or weights are not there, or the weights are not the run's.
     """
     config = changed(_config(packed, path), settings)
@@ -85,7 +87,7 @@ def base_network(
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
     except Exception as error:  # a file can hold any arguments, and constructors fail in many ways
-        raise CorruptCache(f"{where}: {type(error).__name__}, {one_line(str(error))[:200]}") from error
+        raise CorruptFile(f"{where}: {type(error).__name__}, {one_line(str(error))[:200]}") from error
     expected = packed.run["network"]["weights"]
     if network.checksum != expected:
         raise UserError(
@@ -98,7 +100,7 @@ def self_contained(packed: Packed, path: Path, trusted: Sequence[str] = ()) -> n
     """The network of a file that holds all of it.
 
     Raises:
-        CorruptCache: the file's tensors are not those of the network that it describes.
+        CorruptFile: the file's tensors are not those of the network that it describes.
         UserError: its kind of model cannot be built without data.
     """
     config, blueprint = _config(packed, path), packed.run["network"].get("blueprint")
@@ -115,20 +117,8 @@ def self_contained(packed: Packed, path: Path, trusted: Sequence[str] = ()) -> n
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
     except Exception as error:  # as above
-        raise CorruptCache(f"{where}: {type(error).__name__}, {one_line(str(error))[:200]}") from error
+        raise CorruptFile(f"{where}: {type(error).__name__}, {one_line(str(error))[:200]}") from error
     return module.eval()
-
-
-def fill_checked(module: nn.Module, packed: Packed, path: Path) -> None:
-    """`fill` for a file from anywhere.
-
-    Raises:
-        CorruptCache: its layers or parameters are not the module's.
-    """
-    try:
-        fill(module, packed.tensors, packed.parameters)
-    except ValueError as error:
-        raise CorruptCache(f"{path} does not fit its network: {error}") from error
 
 
 def _check_state(module: nn.Module, packed: Packed) -> None:
@@ -153,10 +143,10 @@ def _config(packed: Packed, path: Path) -> dict[str, Any]:
     """The settings of the run.
 
     Raises:
-        CorruptCache: the file keeps none.
+        CorruptFile: the file keeps none.
     """
     if not packed.run:
-        raise CorruptCache(f"{path} keeps no settings, as files of earlier versions: make the run again (force=true)")
+        raise CorruptFile(f"{path} keeps no settings, as files of earlier versions: make the run again (force=true)")
     config: dict[str, Any] = packed.run["config"]
     return config
 

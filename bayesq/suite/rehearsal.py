@@ -21,7 +21,7 @@ from bayesq.quant.layers import Layer, weight_to_matrix
 from bayesq.quant.loop import quantize_layers
 from bayesq.quant.method import Context, Distortion, LayerProblem, Method
 from bayesq.quant.tensor import QuantizedTensor
-from bayesq.suite.stopping import stop_if_asked
+from bayesq.stopping import stop_if_asked
 
 log = logging.getLogger(__name__)
 

@@ -13,9 +13,9 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from bayesq.files import lock
 from bayesq.suite.config import check_wandb_login, one_line
 from bayesq.suite.errors import UserError
-from bayesq.suite.files import lock
 from bayesq.suite.results import (
     LAYERS_FILE,
     PREDICTIONS_FILE,

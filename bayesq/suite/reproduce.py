@@ -83,7 +83,7 @@ def compare_codes(recorded: Path, here: Path) -> list[Difference]:
     """Differences between two files of packed codes, tensor by tensor."""
     import torch
 
-    from bayesq.suite.cache import CorruptCache, read_tensors
+    from bayesq.tensor_file import CorruptFile, read_tensors
 
     if not recorded.is_file():
         return [(recorded.name, "no file", "written")]
@@ -91,7 +91,7 @@ def compare_codes(recorded: Path, here: Path) -> list[Difference]:
         return []
     try:
         first, header = read_tensors(recorded)
-    except CorruptCache as error:
+    except CorruptFile as error:
         return [(recorded.name, f"damaged ({settings.one_line(str(error))})", "whole")]
     second, other_header = read_tensors(here)
     known = {key: text for key, text in other_header.items() if key in header}  # earlier versions kept no settings

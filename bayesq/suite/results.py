@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bayesq.files import atomic_path
 from bayesq.suite.config import flatten, settings_that_matter
-from bayesq.suite.files import atomic_path
 
 RESULT_FILE = "result.json"
 FAILURE_FILE = "status.json"

@@ -34,6 +34,7 @@ from bayesq.posterior import AUTO, Posterior, WhiteningStore
 from bayesq.proxy import Kappa, measure_kappa
 from bayesq.quant.accounting import code_bits, stored_bytes
 from bayesq.quant.correction import MAX_EXAMPLES, Correction, correct_moments
+from bayesq.quant.file import Packed, fill, read_packed, write_packed
 from bayesq.quant.grids import FP16_MAX, FP16_TINY
 from bayesq.quant.layers import (
     Layer,
@@ -47,6 +48,7 @@ from bayesq.quant.loop import quantize_layers
 from bayesq.quant.method import Context, LayerProblem, Method, naming, stack_groups
 from bayesq.quant.tensor import QuantizedTensor
 from bayesq.quant.usage import OtherUseError, Usage, usage_of
+from bayesq.stopping import stop_if_asked
 from bayesq.suite import code_digest, evaluation
 from bayesq.suite.cache import resolve_cache_dir
 from bayesq.suite.calibration import OFFLOADED_SUM_BYTES, Calibration
@@ -58,7 +60,7 @@ from bayesq.suite.errors import UserError
 from bayesq.suite.forward import naming_model
 from bayesq.suite.labels import model_label
 from bayesq.suite.models.base import EncodedExamples, Network, in_one_batch, needs_no_padding, two_examples
-from bayesq.suite.packed import Packed, fill, read_packed, run_record, write_packed
+from bayesq.suite.packed import run_record
 from bayesq.suite.preflight import Choices, Needs, activations, check, estimate
 from bayesq.suite.provenance import git_state, host, process, versions
 from bayesq.suite.rehearsal import rehearse, small_problems
@@ -71,8 +73,6 @@ from bayesq.suite.results import (
     write_csv,
     write_json,
 )
-from bayesq.suite.session import Session
-from bayesq.suite.stopping import stop_if_asked
 from bayesq.suite.summary import two_digits
 from bayesq.suite.terminal import elapsed
 from bayesq.suite.tracking import ERROR_KEY, track

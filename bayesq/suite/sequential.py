@@ -14,7 +14,7 @@ from bayesq.memory import halving
 from bayesq.quant.layers import Layer, ParameterLayer, groups_of
 from bayesq.quant.tensor import QuantizedTensor
 from bayesq.suite.models.base import EncodedExamples
-from bayesq.suite.packed import fill
+from bayesq.quant.file import fill
 from bayesq.suite.replay import Replay
 
 STATISTICS = {statistic.name: statistic for statistic in (INPUT_MOMENT, INPUT_MAGNITUDE)}

@@ -17,13 +17,13 @@ from typing import Any
 
 import yaml
 
+from bayesq.files import is_locked
 from bayesq.suite import config as settings
 from bayesq.suite import results
 from bayesq.suite.arguments import module_parser
 from bayesq.suite.cli import NO_REASON, TRACEBACK_FILE
 from bayesq.suite.composition import preflight
 from bayesq.suite.errors import UserError
-from bayesq.suite.files import is_locked
 
 RUN_FILE = "run.py"
 OVERRIDES_FILE, CONFIG_FILE = ".hydra/overrides.yaml", ".hydra/config.yaml"

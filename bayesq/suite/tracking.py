@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any, Self
 
 from omegaconf import DictConfig
 
+from bayesq.stopping import stop_if_asked
 from bayesq.suite import wandb_environment as environment
 from bayesq.suite.config import check_wandb_login, flatten, one_line, resolved
 from bayesq.suite.errors import UserError
 from bayesq.suite.labels import model_label
 from bayesq.suite.plots import CHARTS
 from bayesq.suite.results import PREDICTIONS_FILE, plain, write_csv
-from bayesq.suite.stopping import stop_if_asked
 from bayesq.suite.wandb_names import label, project_label, tag_list
 
 if TYPE_CHECKING:

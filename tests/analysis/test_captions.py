@@ -13,7 +13,7 @@ from analysis.glue import glue_table
 from analysis.notebooks import NOTEBOOKS, Page, render_all
 from analysis.plots import bit_curve_data
 from analysis.tables import ablation_table, compact_table, main_table, overview_table
-from bayesq.suite.files import lock
+from bayesq.files import lock
 
 
 def changed(folder: Path, **values: Any) -> None:

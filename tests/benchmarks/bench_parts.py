@@ -10,12 +10,13 @@ from bayesq.calibration.collector import Collector
 from bayesq.calibration.inputs import INPUT_MOMENT
 from bayesq.codebook import Atoms, LevelSums, expected_lloyd, normal_levels
 from bayesq.fisher import FISHER_DIAGONAL, GRADIENT_MOMENT, GradientDirections
+from bayesq.quant.codes.trellis import uniform_levels
 from bayesq.quant.feedback import feedback_factor, feedback_round
 from bayesq.quant.grids import AffineGrid, minmax_grid, zero_code
 from bayesq.quant.layers import quantizable_layers
 from bayesq.quant.packing import pack_model, unpack_model
 from bayesq.quant.tensor import QuantizedTensor
-from bayesq.quant.trellis import normal_trellis, uniform_levels
+from bayesq.quant.trellis import normal_trellis
 
 pytestmark = pytest.mark.benchmark(timer=TIMER)
 STATISTICS = {

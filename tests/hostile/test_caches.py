@@ -17,11 +17,11 @@ from torch import nn
 from bayesq.calibration.inputs import INPUT_MOMENT
 from bayesq.calibration.passes import CalibrationSettings
 from bayesq.fisher import GRADIENT_MOMENT
-from bayesq.suite.cache import CorruptCache, read_tensors, verify, write_tensors
 from bayesq.suite.calibration import Calibration
 from bayesq.suite.evaluation import cached_logits
 from bayesq.suite.models.base import TensorExamples, fit_once
 from bayesq.suite.results import FAILURE_FILE, RESULT_FILE, finished_result, load_results, write_json
+from bayesq.tensor_file import CorruptFile, read_tensors, verify, write_tensors
 
 TENSORS = {"a": torch.arange(64.0).reshape(8, 8), "half": torch.ones(5).half(), "codes": torch.arange(9).byte()}
 
@@ -33,7 +33,7 @@ def test_no_damage_of_a_cache_file_goes_unnoticed(tmp_path: Path) -> None:
     for read in (verify, read_tensors):
         for _ in range(750):
             file.write_bytes(damaged(whole, draw)[1])
-            with pytest.raises(CorruptCache, match=r"entry\.safetensors"):
+            with pytest.raises(CorruptFile, match=r"entry\.safetensors"):
                 read(file)
             tried["refused"] += 1
     report("cache files", tried, 1500)

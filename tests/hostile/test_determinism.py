@@ -20,8 +20,8 @@ from torch import Tensor
 
 from bayesq.quant.feedback import feedback_factor
 from bayesq.quant.packing import unpack_model
-from bayesq.suite.cache import read_tensors
 from bayesq.suite.results import load_results
+from bayesq.tensor_file import read_tensors
 
 METHODS = ("rtn", "awq", "gptq", "bayesq")
 COMMAND = (

@@ -20,9 +20,10 @@ from bayesq.allocation import Budget, Knapsack, Uniform, greedy_knapsack, lower_
 from bayesq.codebook import level_kind, normal_distortion, normal_levels
 from bayesq.posterior import Diagonal, Kfac, Posterior, WhiteningStore
 from bayesq.quant.accounting import code_bits
+from bayesq.quant.codes import Codebook, shared_code
 from bayesq.quant.method import LayerProblem
 from bayesq.quant.packing import pack_model
-from bayesq.quant.tensor import Codebook, QuantizedTensor
+from bayesq.quant.tensor import QuantizedTensor
 from bayesq.rounding import predicted_risk
 
 # -------------------------------------------------------------------------------------------------------- the knapsack
@@ -219,7 +220,7 @@ def packed_bits(layers: list[LayerProblem], widths: dict[str, Tensor], tables: b
             scale=torch.ones(layer.rows, 1, dtype=torch.float16),
             zero=torch.zeros(layer.rows, 1, dtype=torch.uint8),
             groups=layer.weight.shape[0],
-            codebooks=books,
+            code=shared_code(books),
         )
         assert code_bits(tensors[layer.name]) == int(width.sum()) * layer.columns
     return 8 * sum(buffer.numel() * buffer.element_size() for buffer in pack_model(tensors)[0].values())

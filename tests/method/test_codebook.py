@@ -27,8 +27,9 @@ from bayesq.codebook import (
     table_bits,
     table_widths,
 )
+from bayesq.quant.codes import Codebook, shared_code
 from bayesq.quant.packing import CODEBOOK_PREFIX, pack_model
-from bayesq.quant.tensor import Codebook, QuantizedTensor
+from bayesq.quant.tensor import QuantizedTensor
 from bayesq.quant.trellis import TrellisGrid, trellis_distortion
 
 INF = math.inf
@@ -466,8 +467,7 @@ def test_tables_cost_what_is_stored_for_them(widths, states):
         width=torch.tensor(rows, dtype=torch.uint8),
         scale=torch.ones(len(rows), 1, dtype=torch.float16),
         zero=torch.zeros(len(rows), 1, dtype=torch.uint8),
-        codebooks={w: Codebook(f"levels/{w}", levels(w).to(torch.float16)) for w in widths},
-        trellis=states,
+        code=shared_code({w: Codebook(f"levels/{w}", levels(w).to(torch.float16)) for w in widths}, states),
     )
     buffers, _ = pack_model({"layer": tensor})
     stored = sum(8 * b.numel() * b.element_size() for name, b in buffers.items() if name.startswith(CODEBOOK_PREFIX))

@@ -16,10 +16,11 @@ from bayesq.distillation import (
     trained_parameters,
 )
 from bayesq.quant.accounting import buffer_bytes
-from bayesq.quant.grids import mse_grid, round_affine, zero_code
+from bayesq.quant.codes import Codebook, RowTable, SharedTable, SparseOverlay, Trellis, shared_code
+from bayesq.quant.grids import mse_grid, round_affine, zero_code, zero_value
 from bayesq.quant.layers import groups_of, matrix_to_weight, weight_to_matrix
 from bayesq.quant.packing import pack, pack_model
-from bayesq.quant.tensor import Codebook, QuantizedTensor
+from bayesq.quant.tensor import QuantizedTensor
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def quantize(network: nn.Module, widths: dict[str, int], group_size: int | None 
             zero=torch.stack(zeros, 1),
             groups=groups_of(network.get_submodule(name)),
             group_size=group_size,
-            codebooks={3: book} if bits == 3 and group_size is None else {},
+            code=shared_code({3: book} if bits == 3 and group_size is None else {}),
         )
     return tensors
 
@@ -122,7 +123,7 @@ def teacher_of(network: nn.Module, images: Tensor) -> Tensor:
 def identical(a: QuantizedTensor, b: QuantizedTensor) -> bool:
     """All that is stored is equal, to the bit and by type."""
     (x, facts), (y, others) = pack(a), pack(b)
-    books = [{w: book.levels.tolist() for w, book in t.codebooks.items()} for t in (a, b)]
+    books = [{book.name: book.levels.tolist() for book in t.code.codebooks()} for t in (a, b)]
     return (
         facts == others
         and books[0] == books[1]
@@ -187,7 +188,7 @@ def test_it_lowers_the_divergence_and_changes_only_what_it_may(digits, group_siz
     assert all(torch.equal(x, state[name]) for name, x in student.state_dict().items())
     assert all(x.grad is None for x in student.parameters())
     for name, tensor in tensors.items():
-        kept = replace(result.tensors[name], scale=tensor.scale, codebooks=tensor.codebooks)
+        kept = replace(result.tensors[name], scale=tensor.scale, code=tensor.code)
         assert identical(kept, tensor)
         assert not torch.equal(result.tensors[name].scale, tensor.scale)
     assert result.parameters.keys() == trained_parameters(network).keys()
@@ -195,9 +196,9 @@ def test_it_lowers_the_divergence_and_changes_only_what_it_may(digits, group_siz
     sizes = [buffer_bytes(pack_model(x)[0]) for x in (tensors, result.tensors)]
     assert sizes[0] == sizes[1]
     if group_size is None:
-        books = {id(result.tensors[name].codebooks[3]) for name in ("conv1", "conv2", "head")}
-        levels = result.tensors["head"].codebooks[3].levels
-        assert len(books) == 1 and not torch.equal(levels, torch.arange(8).half())
+        first, *others = (result.tensors[name].code.tables[3] for name in ("conv1", "conv2", "head"))
+        assert all(book.name == first.name and torch.equal(book.levels, first.levels) for book in others)
+        assert not torch.equal(first.levels, torch.arange(8).half())
 
 
 @pytest.mark.parametrize("hostile", [False, True])
@@ -227,7 +228,7 @@ def test_the_held_out_divergence_never_rises(digits, steps, hostile):
         assert result.parameters == {}
         assert all(identical(result.tensors[name], tensor) for name, tensor in tensors.items())
     for tensor in result.tensors.values():
-        levels = tensor.codebooks[3].levels
+        levels = tensor.code.tables[3].levels
         assert bool((levels[1:] >= levels[:-1]).all())
     if hostile:
         assert result.best_step == 0
@@ -329,7 +330,7 @@ def test_decoding_is_dequantization_and_its_gradients_are_right(group_size):
         zero=torch.randint(0, 256, (8, groups), generator=generator).to(torch.uint8),
         groups=2,
         group_size=group_size,
-        codebooks=books,
+        code=SharedTable(books),
         column_scale=(0.5 + torch.rand(2, 3, generator=generator)).half(),
     )
     student = Student(model, {"0": tensor})
@@ -364,14 +365,15 @@ def test_trellis_codes_are_trained_like_any_other(with_book):
     generator = torch.Generator().manual_seed(0)
     width = torch.tensor([2, 3, 3, 2, 3, 8], dtype=torch.uint8)
     codes = torch.stack([torch.randint(0, 2 ** int(w), (7,), generator=generator) for w in width]).to(torch.uint8)
+    table = Codebook("b/3", torch.randn(16, generator=generator).sort().values.half())
+    tables = {3: table} if with_book else {}
     tensor = QuantizedTensor(
         codes=codes,
         width=width,
         scale=(0.1 + torch.rand(6, 1, generator=generator)).half(),
         zero=torch.randint(0, 256, (6, 1), generator=generator).to(torch.uint8),
         groups=2,
-        codebooks={3: Codebook("b/3", torch.randn(16, generator=generator).sort().values.half())} if with_book else {},
-        trellis=8,
+        code=Trellis(tables, 8),
     )
     layer = nn.Conv2d(14, 6, 1, groups=2)
     student = Student(nn.Sequential(layer), {"0": tensor})
@@ -381,7 +383,7 @@ def test_trellis_codes_are_trained_like_any_other(with_book):
         for levels in student.levels.values():
             levels += 0.5
     stored = student.stored()[0]["0"]
-    assert stored.trellis == 8 and torch.equal(stored.codes, codes)
+    assert stored.code.states == 8 and torch.equal(stored.codes, codes)
     moved = student.overrides()["0.weight"]
     torch.testing.assert_close(moved, matrix_to_weight(layer, stored.dequantize()), rtol=1e-3, atol=2e-2)
     assert not torch.allclose(moved, matrix_to_weight(layer, tensor.dequantize()))
@@ -393,16 +395,67 @@ def test_levels_are_kept_in_order():
         width=torch.tensor([3], dtype=torch.uint8),
         scale=torch.ones(1, 1).half(),
         zero=torch.zeros(1, 1, dtype=torch.uint8),
-        codebooks={3: Codebook("b", torch.arange(8).half())},
+        code=SharedTable({3: Codebook("b", torch.arange(8).half())}),
     )
     student = Student(nn.Sequential(nn.Linear(2, 1)), {"0": tensor})
     ordered = torch.arange(8.0)
-    assert torch.equal(student.stored()[0]["0"].codebooks[3].levels, ordered.half())
+    assert torch.equal(student.stored()[0]["0"].code.tables[3].levels, ordered.half())
     with torch.no_grad():
         wanted = torch.tensor([0.0, 3, 2, 1, 4, 6, 5, 7])
         student.level_moves["b"].copy_((wanted - ordered) / student.level_units["b"])
-    stored = student.stored()[0]["0"].codebooks[3].levels
+    stored = student.stored()[0]["0"].code.tables[3].levels
     assert torch.equal(stored, torch.tensor([0.0, 2, 2, 2, 4, 5.5, 5.5, 7]).half())
+
+
+def row_table_layer() -> tuple[nn.Linear, QuantizedTensor]:
+    """Rows of two and three bits with tables of weights, one weight of two rows kept in fp16."""
+    width = torch.tensor([2, 3, 2], dtype=torch.uint8)
+    codes = torch.tensor([[0, 1, 2, 3], [7, 0, 5, 5], [1, 1, 0, 2]], dtype=torch.uint8)
+    tables = [torch.tensor([-0.5, 0, 0.25, 1]), torch.arange(8) / 8, torch.tensor([2.0, 2, 2, 2])]
+    overlay = SparseOverlay(torch.tensor([0, 1]), torch.tensor([1, 3]), torch.tensor([8.0, -8]).half())
+    empty = torch.empty(3, 0)
+    code = RowTable(torch.cat(tables).half())
+    tensor = QuantizedTensor(codes, width, empty.half(), empty.to(torch.uint8), code=code, overlay=overlay)
+    return nn.Linear(4, 3), tensor
+
+
+def test_levels_of_rows_are_trained_in_units_of_their_distance():
+    layer, tensor = row_table_layer()
+    student = Student(nn.Sequential(layer), {"0": tensor})
+    weight = student.overrides()["0.weight"]
+    assert torch.equal(weight, matrix_to_weight(layer, tensor.dequantize()))
+    unit = torch.cat([torch.full((4,), 0.5), torch.full((8,), 0.125), torch.zeros(4)])
+    (gradient,) = torch.autograd.grad(weight.sum(), [student.level_moves["0/table"]])
+    readers = torch.tensor([1.0, 0, 1, 1, 1, 0, 0, 0, 0, 1, 0, 1, 1, 2, 1, 0])  # without replaced weights
+    torch.testing.assert_close(gradient, readers * unit)
+
+    with torch.no_grad():
+        student.level_moves["0/table"] += 1
+    stored = student.stored()[0]["0"]
+    torch.testing.assert_close(stored.code.levels.float(), tensor.code.levels.float() + unit)
+    torch.testing.assert_close(student.overrides()["0.weight"], matrix_to_weight(layer, stored.dequantize()))
+    assert stored.dequantize()[0, 0, 1] == 8 and stored.dequantize()[0, 1, 3] == -8
+
+
+def test_row_tables_of_a_network_are_distilled(digits):
+    """Each layer's tables move on their own; sizes stay and the divergence falls."""
+    network, images = digits
+    tensors = {}
+    for name, tensor in quantize(network, {"hidden": 2, "head": 2}).items():
+        zero = zero_value(tensor.zero, tensor.width[:, None], torch.float32)
+        table = tensor.scale.float() * (torch.arange(4.0) - zero)
+        empty = torch.empty(len(table), 0)
+        code = RowTable(table.flatten().half())
+        tensors[name] = replace(tensor, scale=empty.half(), zero=empty.to(torch.uint8), code=code)
+    student = loaded(network, tensors, {})
+    teacher = teacher_of(network, images[:100])
+    settings = DistillationSettings(steps=4)
+    result = distill(student, tensors, batches_of(images[:100]), teacher, settings, torch.Generator().manual_seed(0))
+    assert result.best_step > 0 and result.heldout_kl_after < result.heldout_kl_before
+    for name, tensor in tensors.items():
+        assert not torch.equal(result.tensors[name].code.levels, tensor.code.levels)
+    sizes = [buffer_bytes(pack_model(x)[0]) for x in (tensors, result.tensors)]
+    assert sizes[0] == sizes[1]
 
 
 def test_biases_and_norms_move_in_units_of_their_own_size():
@@ -479,7 +532,7 @@ def test_it_refuses_what_it_cannot_train(digits):
         distill(network, tensors, batches_of(images[:2]), teacher[:2], FAST, generator)
     with pytest.raises(ValueError, match="every calibration example once"):
         distill(network, tensors, [batches[0], batches[0]], teacher, FAST, generator)
-    other = replace(tensors["head"], codebooks={3: Codebook("shared/3", torch.arange(8).half() * 2)})
+    other = replace(tensors["head"], code=SharedTable({3: Codebook("shared/3", torch.arange(8).half() * 2)}))
     with pytest.raises(ValueError, match="two different codebooks"):
         distill(network, {**tensors, "head": other}, batches, teacher, FAST, generator)
     for refused in ({"steps": -1}, {"evaluations": 0}):

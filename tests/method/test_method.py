@@ -12,6 +12,7 @@ import bayesq.method
 from bayesq import codebook
 from bayesq.method import BayesQ
 from bayesq.posterior import Diagonal, Kfac, Posterior, WhiteningStore
+from bayesq.quant.codes import Affine, Codebook, Trellis
 from bayesq.quant.grids import mse_grid
 from bayesq.quant.method import LayerProblem, stack_groups
 from bayesq.quant.packing import CODEBOOK_PREFIX, pack_model, unpack_model
@@ -154,7 +155,8 @@ def test_tensors_stand_for_what_was_rounded(kind, tables, roundings, monkeypatch
         np.testing.assert_allclose(tensor.dequantize(), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
         # a trellis runs down the rows of a group, and one or two are none
         long = rows >= bayesq.method.LEAST_TRELLIS_ROWS
-        assert tensor.trellis == (method.states if SETTINGS.get("levels") == method.levels and long else None)
+        states = tensor.code.states if isinstance(tensor.code, Trellis) else None
+        assert states == (method.states if SETTINGS.get("levels") == method.levels and long else None)
         assert one.fallbacks["damping_retries"] == 0
     # rounding sees what is stored: nothing is far off
     body = result[0]
@@ -166,6 +168,11 @@ def test_the_file_gives_the_same_weights(kind, cheap_tables):
     result = {one.name: tensor for one, tensor in bayesq_with(**KINDS[kind]).quantize(network(), Allocator())}
     found = unpack_model(*pack_model(result))
     assert all(torch.equal(found[name].dequantize(), tensor.dequantize()) for name, tensor in result.items())
+
+
+def tables(tensor: QuantizedTensor) -> dict[int, Codebook]:
+    """The shared tables of a layer by width."""
+    return {} if isinstance(tensor.code, Affine) else dict(tensor.code.tables)
 
 
 def stored_table_bits(tensors: dict[str, QuantizedTensor]) -> int:
@@ -193,17 +200,17 @@ def test_tables_are_for_widths_that_can_pay_for_them(levels, allowed):
     layers = [layer("body", "Linear", (1, 260, 288), 5), layer("head", "Linear", (1, 2, 40), 6)]
     allocator, method = Allocator((2, 3, 4, 5, 6)), bayesq_with(levels=levels, states=4)
     tensors = {one.name: tensor for one, tensor in method.quantize(layers, allocator)}
-    assert set(tensors["body"].codebooks) == allowed
+    assert set(tables(tensors["body"])) == allowed
     # two rows have scalar codes, which cannot name a trellis' levels
-    assert set(tensors["head"].codebooks) == (allowed & {2, 3} if levels == "lloyd" else set())
+    assert set(tables(tensors["head"])) == (allowed & {2, 3} if levels == "lloyd" else set())
     assert stored_table_bits(tensors) == allocator.codebook_bits > 0 or not allowed
-    for width, book in tensors["body"].codebooks.items():
+    for width, book in tables(tensors["body"]).items():
         assert book.name == f"{levels}/{width}" and bool((book.levels.diff() > 0).all())
 
 
 def test_one_table_serves_all_layers(cheap_tables):
     tensors = [tensor for _, tensor in bayesq_with().quantize(network(), Allocator())]
-    body, depthwise, grouped, head = (tensor.codebooks for tensor in tensors)
+    body, depthwise, grouped, head = (tables(tensor) for tensor in tensors)
     assert set(body) == set(grouped) == set(WIDTHS) and not depthwise and not head
     assert all(torch.equal(body[w].levels, grouped[w].levels) for w in WIDTHS)
 
@@ -236,7 +243,7 @@ def test_trellis_levels_are_the_centroids_of_what_the_first_rounding_met(cheap_t
         start = np.arange(2 ** (w + 1)) / 2 - 0.25
         centroids = np.maximum.accumulate(np.where(mass > 0, moment / np.maximum(mass, 1e-300), start))
         for _, tensor in result:
-            np.testing.assert_allclose(tensor.codebooks[w].levels.double(), centroids, rtol=2e-3, atol=2e-3)
+            np.testing.assert_allclose(tables(tensor)[w].levels.double(), centroids, rtol=2e-3, atol=2e-3)
 
 
 def test_the_step_of_uniform_levels_is_folded_into_the_grids(roundings):
@@ -359,7 +366,7 @@ def test_without_refits_scalar_rows_keep_their_first_grid():
     layers = network()
     for one, tensor in bayesq_with(levels="lloyd", refits=0).quantize(layers, Allocator()):
         scale, zero = mse_grid(stack_groups(one.weight).double(), tensor.width)
-        assert torch.equal(tensor.scale[:, 0].double(), scale) and not tensor.codebooks
+        assert torch.equal(tensor.scale[:, 0].double(), scale) and not tables(tensor)
         assert tensor.zero[:, 0].tolist() == [
             int(z) << (8 - w) for z, w in zip(zero.tolist(), tensor.width.tolist(), strict=True)
         ]

@@ -4,8 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from quant_strategies import codebook, tensor_of
+from quant_strategies import codebook, overlay_of, row_table, tensor_of
 
+from bayesq.quant.codes import SharedTable, Trellis
 from bayesq.quant.gptq_layout import FORMATS, gptq_buffers
 from bayesq.quant.grids import zero_code
 from bayesq.quant.tensor import QuantizedTensor
@@ -64,8 +65,10 @@ def test_a_reader_finds_the_weights(
     [
         (tensor_of(32, 32, [3] * 31 + [4]), r"different widths \(3, 4 bits\): choose allocator=uniform"),
         (affine(32, 32, 5), "it has 5 bits: choose bits=2, 3, 4, 8"),
-        (replace(affine(32, 32, 3), codebooks={3: codebook(3)}), "levels are not uniform"),
-        (replace(affine(32, 32, 3), trellis=8), "levels are not uniform"),
+        (replace(affine(32, 32, 3), code=SharedTable({3: codebook(3)})), "levels are not uniform"),
+        (replace(affine(32, 32, 3), code=Trellis({}, 8)), "levels are not uniform"),
+        (tensor_of(32, 32, [3] * 32, code=row_table([3] * 32)), "levels are not uniform"),
+        (replace(affine(32, 32, 3), overlay=overlay_of(32, 32, 4)), "some of its weights are kept in fp16"),
         (replace(affine(32, 32, 3), column_scale=torch.ones(1, 32).half()), "scales for its inputs"),
         (tensor_of(32, 32, [4] * 32), "zero points lie between levels: .*distill=false"),
         (affine(32, 48, 4), "48 inputs and 32 outputs, which are not both multiples of 32"),

@@ -1,6 +1,7 @@
 """Packing: the identity on everything, at exactly the size the formula gives."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,12 +10,14 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from quant_strategies import codebook, identical, quantized_tensors, tensor_of
+from quant_strategies import codebook, identical, overlay_of, quantized_tensors, row_table, tensor_of
 
 from bayesq.quant.accounting import buffer_bytes, code_bits, stored_bytes
-from bayesq.quant.packing import from_bits, pack, pack_model, to_bits, unpack, unpack_model
-from bayesq.quant.tensor import Codebook, QuantizedTensor
-from bayesq.suite.cache import HEADER_KEY, CorruptCache, read_tensors, write_tensors
+from bayesq.quant.bits import from_bits, to_bits
+from bayesq.quant.codes import Affine, Codebook, RowTable, SharedTable, Trellis
+from bayesq.quant.packing import pack, pack_model, unpack, unpack_model
+from bayesq.quant.tensor import QuantizedTensor
+from bayesq.tensor_file import HEADER_KEY, CorruptFile, read_tensors, write_tensors
 
 
 def ceil_bytes(bits: int) -> int:
@@ -22,14 +25,27 @@ def ceil_bytes(bits: int) -> int:
 
 
 def formula_bytes(tensor: QuantizedTensor) -> int:
-    """ceil(sum(width) * C / 8) codes, the width byte or 3-bit map, 2 bytes a scale, 1 a zero, 2 a column scale."""
+    """ceil(sum(width) * C / 8) codes, the width byte or 3-bit map, 2 bytes a scale, 1 a zero, 2 a column scale.
+
+    A row table takes 2 bytes a level and no scale and zero, an overlay 2 bytes a weight and its bits of positions.
+    """
     rows, columns = tensor.codes.shape
     widths = tensor.width.tolist()
     codes = ceil_bytes(sum(widths) * columns)
     width_map = ceil_bytes(3 * rows) if len(set(widths)) > 1 else 1
     column_groups = 1 if tensor.group_size is None else -(-columns // tensor.group_size)
     column_scales = 0 if tensor.column_scale is None else tensor.column_scale.numel()
-    return codes + width_map + 3 * rows * column_groups + 2 * column_scales
+    if isinstance(tensor.code, RowTable):
+        beside = 2 * sum(2**width for width in widths)
+    else:
+        beside = 3 * rows * column_groups
+    if tensor.overlay is not None:
+        kept = len(tensor.overlay.value)
+        # of each row a count from 0 to C, of each weight a column from 0 to C - 1
+        count_bits = math.floor(math.log2(columns)) + 1
+        column_bits = max(math.ceil(math.log2(columns)), 1)
+        beside += ceil_bytes(rows * count_bits + kept * column_bits) + 2 * kept
+    return codes + width_map + beside + 2 * column_scales
 
 
 def naive_stream(tensor: QuantizedTensor) -> bytes:
@@ -50,11 +66,16 @@ def naive_stream(tensor: QuantizedTensor) -> bytes:
 @example(tensor_of(13, 1, [5] * 13))
 @example(tensor_of(7, 3, [2, 3, 4, 5, 6, 7, 8]))
 @example(tensor_of(3, 5, [8, 2, 8]))
-@example(tensor_of(1, 3, [2], trellis=4))
-@example(tensor_of(9, 3, [2, 3, 4, 5, 6, 7, 8, 2, 2], trellis=256))
+@example(tensor_of(1, 3, [2], code=Trellis({}, 4)))
+@example(tensor_of(9, 3, [2, 3, 4, 5, 6, 7, 8, 2, 2], code=Trellis({}, 256)))
+@example(tensor_of(1, 1, [8], code=row_table([8])))
+@example(tensor_of(3, 5, [3, 8, 2], code=row_table([3, 8, 2])))
+@example(replace(tensor_of(2, 1, [3, 3]), overlay=overlay_of(2, 1, 2)))
+@example(replace(tensor_of(3, 300, [2] * 3), overlay=overlay_of(3, 300, 4)))
+@example(replace(tensor_of(2, 512, [2, 4], code=row_table([2, 4])), overlay=overlay_of(2, 512, 512)))
 def test_unpack_inverts_pack_at_the_exact_size(tensor: QuantizedTensor) -> None:
     buffers, facts = pack(tensor)
-    books = {book.name: book for book in tensor.codebooks.values()}
+    books = {book.name: book for book in tensor.code.codebooks()}
     found = unpack(buffers, json.loads(json.dumps(facts)), books)
     assert identical(found, tensor)
     assert torch.equal(found.dequantize(), tensor.dequantize())
@@ -64,9 +85,9 @@ def test_unpack_inverts_pack_at_the_exact_size(tensor: QuantizedTensor) -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(quantized_tensors())
+@given(quantized_tensors((Affine,)))
 def test_a_trellis_takes_no_bit_of_its_own(tensor: QuantizedTensor) -> None:
-    scalar, trellis = (replace(tensor, codebooks={}, trellis=states) for states in (None, 64))
+    scalar, trellis = (replace(tensor, code=code) for code in (Affine(), Trellis({}, 64)))
     assert code_bits(trellis) == code_bits(scalar) and stored_bytes(trellis) == stored_bytes(scalar)
     buffers, facts = pack(trellis)
     assert facts["trellis"] == 64 and pack(scalar)[1]["trellis"] is None
@@ -74,9 +95,9 @@ def test_a_trellis_takes_no_bit_of_its_own(tensor: QuantizedTensor) -> None:
     assert torch.equal(unpack(buffers, facts, {}).dequantize(), trellis.dequantize())
 
 
-@pytest.mark.parametrize("width", range(1, 9))
+@pytest.mark.parametrize("width", range(1, 14))
 def test_bits_are_most_significant_first_and_invert(width: int) -> None:
-    values = np.arange(2**width, dtype=np.uint8)
+    values = np.arange(2**width, dtype=np.uint8 if width <= 8 else np.int64)
     bits = to_bits(values, width)
     assert "".join(map(str, bits)) == "".join(format(v, f"0{width}b") for v in range(2**width))
     assert np.array_equal(from_bits(bits, width), values)
@@ -95,7 +116,7 @@ def test_a_model_survives_the_file_and_its_size_is_the_buffers(
 ) -> None:
     layers = {f"block.{k}/conv": tensor for k, tensor in enumerate(tensors)}
     buffers, header = pack_model(layers)
-    names = {book.name: 2 * len(book.levels) for tensor in tensors for book in tensor.codebooks.values()}
+    names = {book.name: 2 * len(book.levels) for tensor in tensors for book in tensor.code.codebooks()}
     # a shared codebook counts once
     assert buffer_bytes(buffers) == sum(map(formula_bytes, tensors)) + sum(names.values())
 
@@ -119,10 +140,10 @@ def test_a_flipped_bit_or_a_cut_file_is_noticed(tmp_path: Path) -> None:
     write_tensors(path, *pack_model({"layer": tensor_of(4, 9, [3] * 4)}))
     raw = path.read_bytes()
     path.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
-    with pytest.raises(CorruptCache):
+    with pytest.raises(CorruptFile):
         read_tensors(path)
     path.write_bytes(raw[:-1])
-    with pytest.raises(CorruptCache):
+    with pytest.raises(CorruptFile):
         read_tensors(path)
 
 
@@ -147,7 +168,7 @@ def test_codes_that_exceed_the_width_are_refused() -> None:
 
 
 def test_a_missing_codebook_or_buffer_is_named() -> None:
-    buffers, header = pack_model({"layer": replace(tensor_of(2, 4, [3, 3]), codebooks={3: codebook(3)})})
+    buffers, header = pack_model({"layer": tensor_of(2, 4, [3, 3], code=SharedTable({3: codebook(3)}))})
     with pytest.raises(ValueError, match="layer 'layer': codebooks: there is no codebook 'book/3'"):
         unpack_model({k: v for k, v in buffers.items() if not k.startswith("codebook/")}, header)
     with pytest.raises(ValueError, match="layer 'layer': zero: there is no such buffer"):
@@ -157,16 +178,65 @@ def test_a_missing_codebook_or_buffer_is_named() -> None:
 def test_one_name_is_one_codebook() -> None:
     tensor = tensor_of(2, 4, [3, 3])
     other = Codebook("book/3", codebook(3).levels + 1)
-    shared = {"a": replace(tensor, codebooks={3: codebook(3)}), "b": replace(tensor, codebooks={3: codebook(3)})}
+    shared = {name: replace(tensor, code=SharedTable({3: codebook(3)})) for name in "ab"}
     buffers, _ = pack_model(shared)
     assert [key for key in buffers if key.startswith("codebook/")] == ["codebook/book/3"]
     with pytest.raises(ValueError, match="two different codebooks are named book/3"):
-        pack_model({**shared, "b": replace(tensor, codebooks={3: other})})
-    wider = replace(tensor_of(2, 4, [4, 4]), codebooks={4: Codebook("book/3", codebook(4).levels)})
+        pack_model({**shared, "b": replace(tensor, code=SharedTable({3: other}))})
+    wider = tensor_of(2, 4, [4, 4], code=SharedTable({4: Codebook("book/3", codebook(4).levels)}))
     with pytest.raises(ValueError, match="two different codebooks are named book/3"):
         pack_model({**shared, "c": wider})
 
 
-def test_a_codebook_no_row_uses_is_refused() -> None:
-    with pytest.raises(ValueError, match="no row has 4 bits"):
-        pack_model({"layer": replace(tensor_of(2, 4, [3, 3]), codebooks={3: codebook(3), 4: codebook(4)})})
+@pytest.mark.parametrize("key", ["table", "overlay_index", "overlay_value"])
+@pytest.mark.parametrize("change", ["cut", "extended", "dtype", "missing"])
+def test_tables_and_overlays_of_another_length_or_kind_are_refused(key: str, change: str) -> None:
+    tensor = replace(tensor_of(3, 9, [2, 3, 2], code=row_table([2, 3, 2])), overlay=overlay_of(3, 9, 5))
+    buffers, facts = pack(tensor)
+    value = buffers[key]
+    changed = {"cut": value[:-1], "extended": torch.cat([value, value[-1:]]), "dtype": value.to(torch.int32)}
+    buffers = {name: changed.get(change, value) if name == key else buffers[name] for name in buffers}
+    if change == "missing":
+        del buffers[key]
+    with pytest.raises(ValueError, match=rf"{key}|table: needs|overlay_index: the rows"):
+        unpack(buffers, facts, {})
+
+
+def test_overlay_streams_that_contradict_themselves_are_refused() -> None:
+    """Nine columns: four bits a count, four bits a column."""
+    buffers, facts = pack(replace(tensor_of(2, 9, [3, 3]), overlay=overlay_of(2, 9, 2)))
+
+    def read(counts: list[int], columns: list[int]) -> QuantizedTensor:
+        stream = np.packbits(to_bits(np.array(counts + columns, dtype=np.uint8), 4))
+        return unpack(buffers | {"overlay_index": torch.from_numpy(stream)}, facts, {})
+
+    assert read([1, 1], [8, 0]).overlay.column.tolist() == [8, 0]
+    for counts, columns, message in (
+        ([1, 2], [8, 0], "the rows have 3 weights, and there are 2"),
+        ([1, 0], [8, 0], "the rows have 1 weights, and there are 2"),
+        ([1, 1], [9, 0], "outside the 2 rows and 9 columns"),
+        ([2, 0], [5, 5], "positions must increase"),
+        ([0, 2], [5, 4], "positions must increase"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read(counts, columns)
+
+
+def test_facts_and_buffers_name_one_kind_of_code() -> None:
+    rows, affine = tensor_of(2, 4, [3, 3], code=row_table([3, 3])), tensor_of(2, 4, [3, 3])
+    buffers, facts = pack(rows)
+    assert facts["code"] == "row_table" and "trellis" not in facts and buffers["scale"].numel() == 0
+    for name in ("affine", "other", None, 3, ["row_table"]):
+        with pytest.raises(ValueError, match="code: needs one of row_table"):
+            unpack(buffers, facts | {"code": name}, {})
+    with pytest.raises(ValueError, match="the facts of a layer are shape, groups, group_size, mixed, code"):
+        unpack(buffers, facts | {"trellis": None}, {})
+    with pytest.raises(ValueError, match="scale: needs"):
+        unpack(buffers | pack(affine)[0], facts, {})
+    with pytest.raises(ValueError, match="buffer 'layer/table' belongs to no layer"):
+        affine_buffers, header = pack_model({"layer": affine})
+        unpack_model(affine_buffers | {"layer/table": buffers["table"]}, header)
+    # rows without scales: nothing but the codes says how many there can be
+    with pytest.raises(ValueError, match="codes: 3 bytes cannot hold 1099511627776 rows"):
+        empty = {key: torch.empty(2**40, 0, dtype=buffers[key].dtype) for key in ("scale", "zero")}
+        unpack(buffers | empty, facts | {"shape": [2**40, 4]}, {})

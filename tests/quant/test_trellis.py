@@ -13,17 +13,10 @@ from naive_quant import UNGERBOECK, half_steps, moment_of, shift_register, trell
 from torch import Tensor
 
 from bayesq.codebook import normal_distortion
+from bayesq.quant.codes.trellis import POLYNOMIALS, level_indices, subset_table, uniform_levels
 from bayesq.quant.feedback import feedback_factor, feedback_round
 from bayesq.quant.grids import CodebookGrid
-from bayesq.quant.trellis import (
-    POLYNOMIALS,
-    TrellisGrid,
-    level_indices,
-    normal_trellis,
-    subset_table,
-    trellis_distortion,
-    uniform_levels,
-)
+from bayesq.quant.trellis import TrellisGrid, normal_trellis, trellis_distortion
 
 STATES = sorted(UNGERBOECK)
 WIDTHS = [3, 2, 5, 2, 4, 3, 8, 2]

@@ -17,8 +17,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from bayesq.suite.cache import CorruptCache, digest, read_tensors, resolve_cache_dir, verify, write_tensors
-from bayesq.suite.files import atomic_path, is_locked, lock, remove_leftovers
+from bayesq.files import atomic_path, is_locked, lock, remove_leftovers
+from bayesq.suite.cache import resolve_cache_dir
+from bayesq.tensor_file import CorruptFile, digest, read_tensors, verify, write_tensors
 
 TENSORS = {
     "float": torch.arange(6.0).reshape(2, 3),
@@ -59,7 +60,7 @@ def test_the_file_is_what_the_safetensors_package_reads_and_no_larger_than_its_o
 MEMORY_PROGRAM = """
 import sys, torch
 from pathlib import Path
-from bayesq.suite.cache import write_tensors
+from bayesq.tensor_file import write_tensors
 
 def peak():  # bytes since the last reset
     (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
@@ -94,7 +95,7 @@ def test_every_flipped_bit_is_noticed(tmp_path):
         damaged = bytearray(whole)
         damaged[position] ^= 1 << (position % 8)
         path.write_bytes(bytes(damaged))
-        with pytest.raises(CorruptCache):
+        with pytest.raises(CorruptFile):
             verify(path)
 
 
@@ -104,7 +105,7 @@ def test_every_truncation_is_noticed(tmp_path):
     whole = path.read_bytes()
     for length in range(0, len(whole), 7):
         path.write_bytes(whole[:length])
-        with pytest.raises(CorruptCache, match=r"file\.safetensors"):
+        with pytest.raises(CorruptFile, match=r"file\.safetensors"):
             read_tensors(path)
     path.write_bytes(whole)
     assert verify(path) == METADATA
@@ -114,7 +115,7 @@ def test_a_file_without_a_digest_is_not_ours(tmp_path):
     from safetensors.torch import save_file
 
     save_file({"a": torch.ones(2)}, tmp_path / "foreign.safetensors", metadata={"seconds": "1"})
-    with pytest.raises(CorruptCache, match=r"foreign\.safetensors"):
+    with pytest.raises(CorruptFile, match=r"foreign\.safetensors"):
         verify(tmp_path / "foreign.safetensors")
 
 
@@ -178,7 +179,7 @@ def test_the_lock_admits_one_at_a_time(tmp_path):
 HOLDER = """
 import sys, time
 from pathlib import Path
-from bayesq.suite.files import atomic_path, lock
+from bayesq.files import atomic_path, lock
 path = Path(sys.argv[1])
 with lock(path), atomic_path(path) as temporary:
     temporary.write_text("half")

@@ -18,10 +18,10 @@ import yaml
 from hydra._internal.utils import get_args_parser
 
 import bayesq
+from bayesq.files import lock
 from bayesq.suite import arguments as command_lines
 from bayesq.suite import cli, composition, config, results
 from bayesq.suite.errors import UserError
-from bayesq.suite.files import lock
 
 ROOT = Path(__file__).parents[2]
 

@@ -20,14 +20,14 @@ from tiny_bert import tiny_bert
 from torch import Tensor, nn
 
 import bayesq
+from bayesq.quant.file import read_packed
 from bayesq.suite import config, evaluation, export, loading, runner
-from bayesq.suite.cache import CorruptCache, read_tensors, write_tensors
 from bayesq.suite.datasets.base import DataSplits, Examples
 from bayesq.suite.datasets.glue import TASKS
 from bayesq.suite.errors import UserError
 from bayesq.suite.models.base import EncodedExamples
 from bayesq.suite.models.timm_model import TimmModel
-from bayesq.suite.packed import read_packed
+from bayesq.tensor_file import CorruptFile, read_tensors, write_tensors
 
 ROOT = Path(__file__).parents[2]
 SHARED = ROOT.parent / "shared"
@@ -153,7 +153,7 @@ def test_a_file_without_settings_is_read_but_not_loaded(run: Callable[[str], Rec
     tensors, header = read_tensors(run(GPTQ4).file)
     write_tensors(tmp_path / "old.safetensors", tensors, {"layers": header["layers"]})
     assert read_packed(tmp_path / "old.safetensors").tensors.keys() == read_packed(run(GPTQ4).file).tensors.keys()
-    with pytest.raises(CorruptCache, match="keeps no settings, as files of earlier versions: make the run again"):
+    with pytest.raises(CorruptFile, match="keeps no settings, as files of earlier versions: make the run again"):
         bayesq.load_quantized(tmp_path / "old.safetensors")
 
 
@@ -198,7 +198,7 @@ def test_settings_of_a_file_run_no_code(
     said["config"]["model"] |= change
     said["run_id"] = config.id_of(said["config"], said["bayesq"])
     write_tensors(tmp_path / "changed.safetensors", tensors, header | {"run": json.dumps(said)})
-    with pytest.raises((UserError, CorruptCache), match=message) as caught:
+    with pytest.raises((UserError, CorruptFile), match=message) as caught:
         bayesq.load_quantized(tmp_path / "changed.safetensors")
     assert "\n" not in str(caught.value) and not (tmp_path / "ran").exists()
 
@@ -239,7 +239,7 @@ def test_a_file_of_another_network_is_refused(
     else:
         tensors[f"parameter/{name}.weight"] = torch.zeros(32, 32)
     write_tensors(tmp_path / "other.safetensors", tensors, header | {"layers": json.dumps(layers)})
-    with pytest.raises(CorruptCache, match="does not fit its network"):
+    with pytest.raises(CorruptFile, match="does not fit its network"):
         bayesq.load_quantized(tmp_path / "other.safetensors", cache_dir=str(place / "cache"))
 
 
@@ -290,7 +290,7 @@ def test_a_self_contained_file_that_is_not_its_network_is_refused(
     else:
         said["network"]["blueprint"] = [1, 2]
     write_tensors(file, tensors, header | {"run": json.dumps(said)})
-    with pytest.raises(CorruptCache, match="its network cannot be built") as caught:
+    with pytest.raises(CorruptFile, match="its network cannot be built") as caught:
         bayesq.load_quantized(file)
     assert "\n" not in str(caught.value)
 

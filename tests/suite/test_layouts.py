@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from bayesq.calibration.inputs import INPUT_MOMENT
 from bayesq.calibration.passes import CalibrationSettings
 from bayesq.fisher import GRADIENT_MOMENT
-from bayesq.suite.cache import verify
 from bayesq.suite.calibration import Calibration
 from bayesq.suite.models.base import (
     ALONE,
@@ -24,6 +23,7 @@ from bayesq.suite.models.base import (
 )
 from bayesq.suite.models.padding import find_layout
 from bayesq.suite.models.text import token_examples
+from bayesq.tensor_file import verify
 
 ROWS = [[1, 2], [3, 4, 5, 6], [7], [8, 9], [10, 11, 12, 13], [14, 15]]
 CPU = torch.device("cpu")

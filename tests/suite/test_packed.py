@@ -14,19 +14,21 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from bayesq.quant.codes import Codebook, RowTable, SharedTable, SparseOverlay, Trellis
+from bayesq.quant.codes.trellis import POLYNOMIALS
+from bayesq.quant.file import Packed, write_packed
 from bayesq.quant.packing import pack_model
-from bayesq.quant.tensor import Codebook, QuantizedTensor
-from bayesq.quant.trellis import POLYNOMIALS
-from bayesq.suite.cache import HEADER_KEY, CorruptCache, digest, read_tensors, write_tensors
+from bayesq.quant.tensor import QuantizedTensor
 from bayesq.suite.config import id_of
-from bayesq.suite.packed import Packed, read_packed, write_packed
+from bayesq.suite.packed import read_run
+from bayesq.tensor_file import HEADER_KEY, CorruptFile, digest, read_tensors, write_tensors
 
 CONFIG = {"bits": 2.5, "model": {"_target_": "bayesq.suite.models.resnet.SmallResNet", "name": "resnet"}}
 # What a header may say in place of anything.
 ODD: list[Any] = [
     None, True, False, -1, 0, 1, 2, 3, 5, 7, 8, 64, 255, 2**31, 2**63, 10**30, -(2**63), 1.0, 2.5, math.nan, math.inf,
     "", "3", "8", "a/3", "é", [], [4], [4, 6], [6, 4], [-4, -6], [4, 6, 1], [2**40, 2**40], [10**30, 1], [True, 6],
-    {}, {"3": "a/3"}, {"2": "a/2"}, {"9": "a/3"}, {"3": 3}, [[]], {"a": {"b": []}},
+    "row_table", {}, {"3": "a/3"}, {"2": "a/2"}, {"9": "a/3"}, {"3": 3}, [[]], {"a": {"b": []}},
 ]  # fmt: skip
 
 
@@ -35,6 +37,8 @@ def layer(rows: int, columns: int, widths: list[int], seed: int, **options: Any)
     random = np.random.default_rng(seed)
     width = np.resize(np.array(widths, dtype=np.uint8), rows)
     groups = -(-columns // (options.get("group_size") or columns))
+    if isinstance(options.get("code"), RowTable):
+        groups = 0
     return QuantizedTensor(
         codes=torch.from_numpy(random.integers(0, 2 ** width.astype(int)[:, None], (rows, columns)).astype(np.uint8)),
         width=torch.from_numpy(width),
@@ -48,15 +52,26 @@ def book(name: str, levels: int) -> Codebook:
     return Codebook(name, torch.linspace(-1, 4, levels).half())
 
 
+def row_table(widths: list[int]) -> RowTable:
+    return RowTable(torch.cat([torch.linspace(-1, 1 + w, 2**w) for w in widths]).half())
+
+
+def overlay_of(rows: int, columns: int, count: int) -> SparseOverlay:
+    chosen = np.random.default_rng(count).permutation(rows * columns).reshape(rows, columns) < count
+    return SparseOverlay.of(torch.randn(rows, columns), torch.from_numpy(chosen))
+
+
 @pytest.fixture(scope="module")
 def original() -> Packed:
     """Every kind of layer in a few bytes each."""
     tensors = {
-        "conv": layer(4, 6, [3], 0, groups=2, codebooks={3: book("a/3", 8)}),
-        "mixed": layer(5, 7, [2, 3, 8], 1, codebooks={2: book("a/2", 4), 3: book("a/3", 8)}),
-        "trellis": layer(6, 5, [3, 2], 2, trellis=8, codebooks={3: book("t/3", 16)}),
+        "conv": layer(4, 6, [3], 0, groups=2, code=SharedTable({3: book("a/3", 8)})),
+        "mixed": layer(5, 7, [2, 3, 8], 1, code=SharedTable({2: book("a/2", 4), 3: book("a/3", 8)})),
+        "trellis": layer(6, 5, [3, 2], 2, code=Trellis({3: book("t/3", 16)}, 8)),
         "grouped": layer(3, 8, [4], 3, group_size=3, column_scale=torch.rand(1, 4).half() + 0.5),
         "head.fc": layer(2, 4, [8], 4),
+        "rows": layer(3, 6, [3, 2], 5, code=row_table([3, 2, 3]), column_scale=torch.rand(1, 3).half() + 0.5),
+        "kept": layer(4, 20, [2], 6, groups=2, overlay=overlay_of(4, 20, 7)),
     }
     run = {"run_id": id_of(CONFIG, "0"), "bayesq": "0", "config": CONFIG, "network": {"weights": "ab"}}
     return Packed(tensors, {"norm.weight": torch.rand(3), "norm.count": torch.tensor(4)}, run=run)
@@ -83,29 +98,41 @@ def naive_weights(buffers: Mapping[str, Tensor], facts: Mapping[str, Any], name:
     for r in sorted(range(rows), key=lambda r: (widths[r], r)):
         codes[r] = [int(stream[start + c * widths[r] : start + (c + 1) * widths[r]], 2) for c in range(columns)]
         start += columns * widths[r]
-    per_group = rows // said["groups"]
+    per_group, row_tables, trellis = rows // said["groups"], said.get("code") == "row_table", said.get("trellis")
     found = torch.empty(rows, columns, dtype=torch.float64)
     scales, zeros = own["scale"].tolist(), own["zero"].tolist()
     column_scales = own["column_scale"].tolist() if "column_scale" in own else None
     for r in range(rows):
         width = widths[r]
-        levels = range(2**width) if said["trellis"] is None else [k / 2 - 0.25 for k in range(2 ** (width + 1))]
-        if str(width) in said["codebooks"]:
+        levels = range(2**width) if trellis is None else [k / 2 - 0.25 for k in range(2 ** (width + 1))]
+        if row_tables:
+            levels = own["table"].tolist()[sum(2**w for w in widths[:r]) :]
+        elif str(width) in said["codebooks"]:
             levels = buffers[f"codebook/{said['codebooks'][str(width)]}"].tolist()
         for c in range(columns):
             index = codes[r][c]
-            if said["trellis"] is not None:
-                memory = said["trellis"].bit_length() - 1
+            if trellis is not None:
+                memory = trellis.bit_length() - 1
                 above = [codes[r - i][c] & 1 for i in range(memory + 1) if i <= r % per_group]
                 window = sum(bit << i for i, bit in enumerate(above))
-                h0, h1 = POLYNOMIALS[said["trellis"]]
+                h0, h1 = POLYNOMIALS[trellis]
                 subset = 2 * ((window & h0).bit_count() % 2) + (window & h1).bit_count() % 2
                 index = subset + 4 * (codes[r][c] >> 1)
             s = 0 if said["group_size"] is None else c // said["group_size"]
-            value = scales[r][s] * (levels[index] - zeros[r][s] * 2.0 ** (width - 8))
+            value = levels[index]
+            if not row_tables:
+                value = scales[r][s] * (value - zeros[r][s] * 2.0 ** (width - 8))
             if column_scales is not None:
                 value /= column_scales[r // per_group][c * len(column_scales[0]) // columns]
             found[r, c] = value
+    if "overlay_index" in own:
+        bits = "".join(f"{byte:08b}" for byte in own["overlay_index"].tolist())
+        each, digits = columns.bit_length(), max((columns - 1).bit_length(), 1)
+        counts = [int(bits[each * r : each * (r + 1)], 2) for r in range(rows)]
+        kept_rows = [r for r, count in enumerate(counts) for _ in range(count)]
+        for k, (r, value) in enumerate(zip(kept_rows, own["overlay_value"].tolist(), strict=True)):
+            start = each * rows + digits * k
+            found[r, int(bits[start : start + digits], 2)] = value
     return found.reshape(said["groups"], per_group, columns)
 
 
@@ -119,7 +146,7 @@ def check_naively(weight: Tensor, buffers: Mapping[str, Tensor], facts: Mapping[
 def test_a_file_is_read_as_it_was_written(original: Packed, tmp_path: Path) -> None:
     file = tmp_path / "file.safetensors"
     sizes = write_packed(file, original)
-    found = read_packed(file)
+    found = read_run(file)
     assert same(weights_of(found), weights_of(original)) and same(found.parameters, original.parameters)
     assert found.run == original.run and found.state == {}
     raw = file.read_bytes()
@@ -170,8 +197,8 @@ def test_damage_is_found(original: Packed, tmp_path: Path) -> None:
     for _ in range(2400):
         file.write_bytes(damaged(raw, random))
         try:
-            found = read_packed(file)
-        except CorruptCache as error:
+            found = read_run(file)
+        except CorruptFile as error:
             assert "\n" not in str(error)
             outcomes["refused"] += 1
             continue
@@ -196,7 +223,17 @@ def edited(
         if kind == 0:
             del buffers[name]
         elif kind == 1:
-            names = [f"{name}x", "codebook/", "", "conv", "/codes", "parameter/", f"other/{name}", "conv/column_scale"]
+            names = [
+                f"{name}x",
+                "codebook/",
+                "",
+                "conv",
+                "/codes",
+                "parameter/",
+                f"other/{name}",
+                "conv/column_scale",
+                "conv/table",
+            ]
             buffers[names[random.integers(len(names))]] = value
         elif kind == 2:
             dtypes = [torch.uint8, torch.int8, torch.int64, torch.float16, torch.bfloat16, torch.float32, torch.bool]
@@ -265,8 +302,8 @@ def test_contradictions_are_found_though_the_digest_is_right(original: Packed, t
         buffers, header = edited(*whole, random)
         overwrite(file, buffers, header)
         try:
-            found = read_packed(file)
-        except CorruptCache as error:
+            found = read_run(file)
+        except CorruptFile as error:
             assert "\n" not in str(error) and len(str(error)) < 500 + len(str(file))
             outcomes["refused"] += 1
             continue
@@ -285,7 +322,7 @@ def test_contradictions_are_found_though_the_digest_is_right(original: Packed, t
     ("change", "message"),
     [
         ({"shape": [2**40, 6]}, r"scale: needs \[1099511627776, 1\], not \[4, 1\]"),
-        ({"shape": [4, 2**60]}, "codes: 9 bytes cannot hold exactly"),
+        ({"shape": [4, 2**60]}, "codes: 9 bytes cannot hold 4 rows of"),
         ({"shape": [-4, -6]}, "two positive whole numbers"),
         ({"groups": 3}, "needs a divisor of the 4 rows"),
         ({"groups": 0}, "needs a divisor of the 4 rows"),
@@ -297,6 +334,8 @@ def test_contradictions_are_found_though_the_digest_is_right(original: Packed, t
         ({"codebooks": {"3": "none"}}, "there is no codebook 'none'"),
         ({"codebooks": {"4": "a/3"}}, "no row has '4' bits"),
         ({"extra": 1}, "the facts of a layer are shape, groups"),
+        ({"code": "row_table"}, "the facts of a layer are shape, groups, group_size, mixed, code, not"),
+        ({"code": "shared_table"}, "code: needs one of row_table, not 'shared_table'"),
     ],
 )
 def test_one_fact_against_the_rest(original: Packed, tmp_path: Path, change: dict, message: str) -> None:
@@ -306,8 +345,8 @@ def test_one_fact_against_the_rest(original: Packed, tmp_path: Path, change: dic
     facts = json.loads(header["layers"])
     facts["conv"] |= change
     write_tensors(file, buffers, header | {"layers": json.dumps(facts)})
-    with pytest.raises(CorruptCache, match=f"layer 'conv': .*{message}"):
-        read_packed(file)
+    with pytest.raises(CorruptFile, match=f"layer 'conv': .*{message}"):
+        read_run(file)
 
 
 def test_a_run_id_that_is_not_the_settings_is_found(original: Packed, tmp_path: Path) -> None:
@@ -317,8 +356,8 @@ def test_a_run_id_that_is_not_the_settings_is_found(original: Packed, tmp_path: 
     said = json.loads(header["run"])
     said["config"]["bits"] = 4
     write_tensors(file, buffers, header | {"run": json.dumps(said)})
-    with pytest.raises(CorruptCache, match="is not that of the config"):
-        read_packed(file)
+    with pytest.raises(CorruptFile, match="is not that of the config"):
+        read_run(file)
     assert HEADER_KEY.encode() in file.read_bytes()[:100]
     with pytest.raises(FileNotFoundError):
-        read_packed(tmp_path / "none.safetensors")
+        read_run(tmp_path / "none.safetensors")

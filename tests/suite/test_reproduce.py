@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from bayesq.suite import provenance, reproduce, results
-from bayesq.suite.cache import read_tensors, write_tensors
 from bayesq.suite.composition import preflight
 from bayesq.suite.errors import UserError
+from bayesq.tensor_file import read_tensors, write_tensors
 
 ROOT = Path(__file__).parents[2]
 CODES = {"a/codes": torch.tensor([1, 2, 3], dtype=torch.uint8), "a/scales": torch.tensor([0.5, 0.25])}

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import yaml
 
+from bayesq.files import lock
 from bayesq.suite import results, status
 from bayesq.suite.composition import Job, preflight
 from bayesq.suite.errors import UserError
-from bayesq.suite.files import lock
 
 ROOT = Path(__file__).parents[2]
 SWEEP = ("method=gptq,rtn", "bits=3,3.5")

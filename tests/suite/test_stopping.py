@@ -9,8 +9,10 @@ from typing import NoReturn
 import pytest
 import torch
 
-from bayesq.suite import cache, cli, packed
-from bayesq.suite.stopping import Terminated, stop_if_asked, stoppable
+from bayesq import tensor_file
+from bayesq.quant import file as packed_file
+from bayesq.stopping import Terminated, stop_if_asked, stoppable
+from bayesq.suite import cli
 
 KINDS = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Terminated}
 
@@ -72,13 +74,13 @@ def test_an_ignored_interrupt_stays_ignored() -> None:
 
 @pytest.mark.parametrize(
     ("reader", "module", "step"),
-    [(cache.read_tensors, cache, "_digest"), (packed.read_packed, packed, "unpack_model")],
+    [(tensor_file.read_tensors, tensor_file, "_digest"), (packed_file.read_packed, packed_file, "unpack_model")],
 )
 def test_a_good_file_is_not_called_corrupt_for_a_signal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reader: Callable[[Path], object], module: ModuleType, step: str
 ) -> None:
     file = tmp_path / "tensors.safetensors"
-    cache.write_tensors(file, {"a": torch.ones(3)}, {})
+    tensor_file.write_tensors(file, {"a": torch.ones(3)}, {})
     monkeypatch.setattr(module, step, lambda *_: library(signal.SIGTERM))
     with pytest.raises(Terminated), stoppable():
         reader(file)

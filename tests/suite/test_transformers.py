@@ -22,7 +22,6 @@ from bayesq.quant.grids import mse_grid, round_affine
 from bayesq.quant.layers import quantizable_layers
 from bayesq.quant.packing import unpack_model
 from bayesq.suite import config, runner
-from bayesq.suite.cache import read_tensors
 from bayesq.suite.datasets.base import DataSplits, Examples
 from bayesq.suite.datasets.glue import TASKS
 from bayesq.suite.errors import UserError
@@ -31,6 +30,7 @@ from bayesq.suite.models.checkpoint import checkpoint_sha256
 from bayesq.suite.models.text import label_order
 from bayesq.suite.models.transformers_model import TransformersClassifier
 from bayesq.suite.runner import build
+from bayesq.tensor_file import read_tensors
 
 ROOT = Path(__file__).parents[2]
 MNLI = ("entailment", "neutral", "contradiction")

@@ -10,9 +10,9 @@ from typing import Any, Protocol, cast, runtime_checkable
 import torch
 from torch import Tensor
 
-from bayesq.suite.cache import digest
 from bayesq.suite.errors import UserError
 from bayesq.suite.metrics import Metric
+from bayesq.tensor_file import digest
 
 
 @runtime_checkable

@@ -19,9 +19,9 @@ from pathlib import Path
 
 import torch
 
+from bayesq.files import atomic_path, lock
 from bayesq.suite.datasets.base import DataSplits, Examples, seeded_splits
 from bayesq.suite.errors import UserError
-from bayesq.suite.files import atomic_path, lock
 from bayesq.suite.terminal import elapsed
 
 logger = logging.getLogger(__name__)

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from bayesq.batches import Batch
-from bayesq.suite.cache import CorruptCache, digest, read_tensors, write_tensors
+from bayesq.files import lock
 from bayesq.suite.datasets.base import DataSplits, Examples
-from bayesq.suite.files import lock
 from bayesq.suite.fingerprint import fingerprint
+from bayesq.tensor_file import CorruptFile, digest, read_tensors, write_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -216,7 +216,7 @@ def fit_once(
             logger.warning("%s is of another recipe; fitting again", path)
         except FileNotFoundError:
             pass
-        except CorruptCache as error:
+        except CorruptFile as error:
             logger.warning("%s; fitting again", error)
         tensors = fit()
         write_tensors(path, tensors, {"recipe": text})

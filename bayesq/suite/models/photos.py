@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from bayesq.batches import Batch
-from bayesq.suite.cache import digest
 from bayesq.suite.datasets.base import Examples, StoredPhoto, photo_sha256
 from bayesq.suite.datasets.pictures import decoded
 from bayesq.suite.errors import UserError
 from bayesq.suite.models.base import EncodedExamples
+from bayesq.tensor_file import digest
 
 Photo = Path | StoredPhoto
 # Sets up to this size stay decoded in memory, as bytes: 7,133 photos of 224x224, hence any usual calibration set, which

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from bayesq.batches import Batch
-from bayesq.suite.cache import digest
 from bayesq.suite.datasets.base import DataSplits, Examples
 from bayesq.suite.errors import UserError
 from bayesq.suite.hub import hub_file, tell_commit
 from bayesq.suite.models.base import EncodedExamples, Network, parameter_count, state_checksum
 from bayesq.suite.models.checkpoint import checkpoint_sha256, load_weights, read_checkpoint
 from bayesq.suite.models.photos import PhotoEncoder
+from bayesq.tensor_file import digest
 
 WEIGHTS_FILE = "model.safetensors"
 # Image tensors are resized by torch, which has no more filters than these; the others become the finer one.

@@ -1,0 +1,64 @@
+"""What the codes of a layer stand for: one class, in a module of its own, for each kind.
+
+base          Code, what all of them do: decode, pack, count
+affine        level(k) = k
+shared_table  tables of levels that all layers of a model share
+row_table     a table of levels for each row
+trellis       the level depends on the codes above it too
+overlay       a few weights kept in fp16, beside codes of any kind
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from bayesq.quant.codes.affine import Affine
+from bayesq.quant.codes.base import Code, Codebook, LevelPart, is_count, shown
+from bayesq.quant.codes.overlay import SparseOverlay
+from bayesq.quant.codes.row_table import RowTable
+from bayesq.quant.codes.shared_table import SharedTable
+from bayesq.quant.codes.trellis import Trellis
+
+__all__ = [
+    "Affine",
+    "Code",
+    "Codebook",
+    "LevelPart",
+    "RowTable",
+    "SharedTable",
+    "SparseOverlay",
+    "Trellis",
+    "code_class",
+    "is_count",
+    "shared_code",
+    "shown",
+]
+
+# What a header says under `code`. Affine codes, shared tables and trellises are older than that entry: `trellis` and
+# `codebooks` tell them apart.
+CODES: Mapping[str, type[Code]] = {"row_table": RowTable}
+
+
+def code_class(facts: Mapping[str, Any]) -> type[Code]:
+    """The kind of code that a layer's entry in a header describes.
+
+    Raises:
+        ValueError: none has that name.
+    """
+    if "code" in facts:
+        if not isinstance(facts["code"], str) or facts["code"] not in CODES:
+            raise ValueError(f"code: needs one of {', '.join(CODES)}, not {shown(facts['code'])}")
+        return CODES[facts["code"]]
+    if facts.get("trellis") is not None:
+        return Trellis
+    return Affine if facts.get("codebooks") == {} else SharedTable
+
+
+def shared_code(tables: Mapping[int, Codebook], states: int | None = None) -> Code:
+    """The code of rows with these tables by width.
+
+    Args:
+        states: of the trellis that the codes run along; None for scalar codes.
+    """
+    if states is not None:
+        return Trellis(tables, states)
+    return SharedTable(tables) if tables else Affine()

@@ -1,0 +1,21 @@
+"""Affine codes: the level of a code is the code, level(k) = k; scale and zero point of a row do the rest."""
+
+from collections.abc import Mapping
+from typing import Any, Self
+
+from torch import Tensor
+
+from bayesq.quant.codes.base import Codebook, WidthCode
+
+
+class Affine(WidthCode):
+    """level(k) = k; nothing is stored beside the codes."""
+
+    uniform = True
+
+    @classmethod
+    def unpack(
+        cls, facts: Mapping[str, Any], buffers: Mapping[str, Tensor], width: Tensor, codebooks: Mapping[str, Codebook]
+    ) -> Self:
+        """As of `Code`."""
+        return cls()

@@ -1,0 +1,226 @@
+"""Code: what turns the integers of a layer into levels, how they are packed, and what is stored beside them.
+
+A layer's rows read levels from one list, the layer's table: parts of it, side by side. `positions` says where in the
+table the level of each weight is, so decoding is one look-up, and distillation trains the parts that are stored.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bayesq.quant.bits import from_bits, to_bits, unpack_stream
+from bayesq.quant.grids import FP16_MAX, MAX_WIDTH
+
+
+@dataclass(frozen=True)
+class Codebook:
+    """Increasing levels shared by any number of layers; stored once per model under its name.
+
+    Attributes:
+        name: unique within a model, for instance "lloyd/3".
+        levels: [2**width] fp16, twice as many for trellis codes.
+    """
+
+    name: str
+    levels: Tensor
+
+    def __post_init__(self) -> None:
+        if self.levels.dtype != torch.float16:
+            raise ValueError(f"codebook {self.name}: levels must be stored as float16, not {self.levels.dtype}")
+        if not bool((self.levels[1:] >= self.levels[:-1]).all()):
+            raise ValueError(f"codebook {self.name}: levels must not decrease")
+
+
+@dataclass(frozen=True)
+class LevelPart:
+    """Some neighbouring levels of a layer's table.
+
+    Attributes:
+        levels: [K] float32.
+        name: under which they are stored; None for levels that follow from the width.
+        shared: whether parts of this name are one table for all layers of a model, or each layer has its own.
+        rows: how many rows read each level.
+        step: length of a level unit, in the units of the levels; a number or [K].
+    """
+
+    levels: Tensor
+    name: str | None = None
+    shared: bool = False
+    rows: int = 1
+    step: float | Tensor = 1.0
+
+    def key(self, layer: str) -> str | None:
+        """What tells these levels from all others of a model: parts with one key are one table; None: not stored."""
+        return self.name if self.name is None or self.shared else f"{layer}/{self.name}"
+
+
+class Code(ABC):
+    """What the codes [R, C] of a layer stand for, with R rows of `width` [R] bits.
+
+    Attributes:
+        uniform: whether the level of a code is the code itself.
+        absolute: whether levels are weights, so that rows have neither scale nor zero point.
+        FACTS: what the code adds to a packed file's header.
+        BUFFERS: what `pack` adds to the codes, by name: dtype and number of dimensions.
+    """
+
+    uniform: ClassVar[bool] = False
+    absolute: ClassVar[bool] = False
+    FACTS: ClassVar[tuple[str, ...]] = ()
+    BUFFERS: ClassVar[Mapping[str, tuple[torch.dtype, int]]] = {}
+
+    @abstractmethod
+    def check(self, width: Tensor) -> None:
+        """Check that the code serves rows of these widths.
+
+        Raises:
+            ValueError: it does not.
+        """
+
+    @abstractmethod
+    def parts(self, width: Tensor) -> tuple[LevelPart, ...]:
+        """The parts of the layer's table, in order."""
+
+    @abstractmethod
+    def positions(self, codes: Tensor, width: Tensor, groups: int) -> Tensor:
+        """Where in the table each weight's level is: int64 [R, C].
+
+        Args:
+            codes: [R, C] uint8.
+            width: [R] bits.
+            groups: convolution groups, each of which has R / groups rows.
+        """
+
+    def with_levels(self, levels: Mapping[str, Tensor], width: Tensor) -> Self:
+        """The same code with other levels, by name of the stored part; they are put in order and rounded to fp16."""
+        return self
+
+    def codebooks(self) -> tuple[Codebook, ...]:
+        """The tables it shares with other layers, which the model stores."""
+        return ()
+
+    def code_bits(self, width: Tensor, columns: int) -> int:
+        """Bits of the codes alone."""
+        return int(width.sum()) * columns
+
+    def pack(self, codes: Tensor, width: Tensor) -> dict[str, Tensor]:
+        """Buffers of the layer: `codes`, one stream of bits, and those of BUFFERS.
+
+        Rows are grouped by width, narrow rows first, row order kept; the stream is padded to whole bytes once.
+        """
+        code, bits = codes.numpy(), width.numpy()
+        stream = np.concatenate([to_bits(code[bits == w], int(w)) for w in np.unique(bits)])
+        return {"codes": torch.from_numpy(np.packbits(stream))}
+
+    @abstractmethod
+    def facts(self) -> dict[str, Any]:
+        """The entries of the header under FACTS."""
+
+    @classmethod
+    def unpack_codes(cls, buffers: Mapping[str, Tensor], width: Tensor, columns: int) -> Tensor:
+        """Codes [R, C] of the buffers of `pack`.
+
+        Raises:
+            ValueError: the stream does not have the length that the widths need.
+        """
+        count = int(width.sum(dtype=torch.int64)) * columns
+        stream = unpack_stream(buffers["codes"].numpy(), count, "codes")
+        codes, row_width = np.empty((len(width), columns), dtype=np.uint8), width.numpy()
+        start = 0
+        for w in np.unique(row_width):
+            chosen = row_width == w
+            stop = start + int(chosen.sum()) * columns * int(w)
+            codes[chosen] = from_bits(stream[start:stop], int(w)).reshape(-1, columns)
+            start = stop
+        return torch.from_numpy(codes)
+
+    @classmethod
+    @abstractmethod
+    def unpack(
+        cls, facts: Mapping[str, Any], buffers: Mapping[str, Tensor], width: Tensor, codebooks: Mapping[str, Codebook]
+    ) -> Self:
+        """The code that wrote these facts and buffers.
+
+        Args:
+            width: [R] bits of the layer's rows.
+            codebooks: of the model, by name.
+
+        Raises:
+            ValueError: a fact is of another kind, or names a codebook that is not there.
+        """
+
+
+class WidthCode(Code):
+    """A code whose levels depend on a row's width alone.
+
+    The header has said `trellis` and `codebooks` of these codes since before codes were classes, and still does.
+    """
+
+    FACTS = ("trellis", "codebooks")
+
+    def level_count(self, width: int) -> int:
+        """How many levels rows of a width have."""
+        return 1 << width
+
+    def computed_levels(self, width: int) -> Tensor:
+        """Increasing levels of a width that has no table, float32."""
+        return torch.arange(2**width, dtype=torch.float32)
+
+    def table(self, width: int) -> Codebook | None:
+        """The table of a width; None where its levels are computed."""
+        return None
+
+    def check(self, width: Tensor) -> None:
+        """As of `Code`: computed levels serve rows of any width."""
+
+    def parts(self, width: Tensor) -> tuple[LevelPart, ...]:
+        """The levels of each width that occurs, in level units, narrow widths first."""
+        parts = []
+        for w, rows in zip(*(column.tolist() for column in width.unique(return_counts=True)), strict=True):
+            table = self.table(w)
+            if table is None:
+                parts.append(LevelPart(self.computed_levels(w)))
+            else:
+                parts.append(LevelPart(table.levels.to(torch.float32), table.name, shared=True, rows=rows))
+        return tuple(parts)
+
+    def level_indices(self, codes: Tensor, groups: int) -> Tensor:
+        """Which of its row's levels each weight has: int64 [R, C], not sharing memory with `codes`."""
+        return codes.long()
+
+    def positions(self, codes: Tensor, width: Tensor, groups: int) -> Tensor:
+        """As of `Code`."""
+        start, offset = torch.zeros(MAX_WIDTH + 1, dtype=torch.int64), 0
+        for w in width.unique().tolist():
+            start[w], offset = offset, offset + self.level_count(w)
+        return self.level_indices(codes, groups).add_(start[width.long()][:, None])
+
+    def facts(self) -> dict[str, Any]:
+        """No trellis, no tables."""
+        return {"trellis": None, "codebooks": {}}
+
+
+def stored_levels(levels: Tensor) -> Tensor:
+    """Levels as they are stored: fp16 on the CPU, non-decreasing along the last dimension.
+
+    Levels out of order become the mean of the running maximum from below and the running minimum from above; both are
+    non-decreasing, and both leave ordered levels as they are.
+    """
+    below, above = levels.cummax(-1).values, levels.flip(-1).cummin(-1).values.flip(-1)
+    return ((below + above) / 2).clamp(-FP16_MAX, FP16_MAX).to("cpu", torch.float16)
+
+
+def is_count(value: Any) -> bool:
+    """Whether a value from a header is a positive whole number."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def shown(value: Any) -> str:
+    """A value from a header, short enough for a line."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,144 @@
+"""The packed file: quantized tensors, changed parameters, and a record of where they come from.
+
+A packed file needs the network that was quantized: what is not quantized (norms, biases, heads) is not in it, save what
+correction or distillation changed. A self-contained file has all of that as well.
+
+The header, one JSON text, holds a digest over everything else and under "metadata"
+    layers   shapes and the like, see `bayesq.quant.packing`
+    run      the record of a run, see `bayesq.suite.packed`; absent in files that no run wrote
+
+Sizes: everything behind the header is buffers, without a gap. With h the header's length, told by the first 8 bytes,
+
+    file size - 8 - h = bytes/packed + bytes/parameters,     bits/stored = 8 bytes/packed / quantized weights
+
+where bytes/parameters are the changed biases and norm parameters: every method ships those in full precision, so they
+take no bits of the quantized weights.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bayesq.quant.accounting import buffer_bytes
+from bayesq.quant.layers import find_layer, matrix_to_weight, weight_key, weight_to_matrix
+from bayesq.quant.packing import PARAMETER_PREFIX, STATE_PREFIX, pack_model, parsed, unpack_model
+from bayesq.quant.tensor import QuantizedTensor
+from bayesq.stopping import stop_if_asked
+from bayesq.tensor_file import CorruptFile, read_tensors, write_tensors
+
+
+@dataclass(frozen=True)
+class Packed:
+    """What a packed file holds.
+
+    Attributes:
+        tensors: by layer.
+        parameters: changed biases and norm parameters, by state_dict name.
+        state: of a self-contained file all that is not quantized, by state_dict name; else empty.
+        run: the record of the run that wrote it; else empty.
+    """
+
+    tensors: dict[str, QuantizedTensor]
+    parameters: dict[str, Tensor] = field(default_factory=dict)
+    state: dict[str, Tensor] = field(default_factory=dict)
+    run: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes of a packed file's buffers: those of quantized layers, and changed parameters."""
+
+    packed: int
+    parameters: int
+
+
+def write_packed(path: Path, packed: Packed) -> Sizes:
+    """Write a packed file, atomically, and tell what its buffers take.
+
+    Raises:
+        ValueError: names of layers or codebooks clash.
+    """
+    buffers, header = pack_model(packed.tensors)
+    parameters = {PARAMETER_PREFIX + name: value for name, value in packed.parameters.items()}
+    state = {STATE_PREFIX + name: value for name, value in packed.state.items()}
+    if packed.run:
+        header["run"] = json.dumps(packed.run, sort_keys=True)
+    write_tensors(path, buffers | parameters | state, header)
+    return Sizes(buffer_bytes(buffers), buffer_bytes(parameters))
+
+
+def read_packed(path: Path) -> Packed:
+    """Read and check a packed file; what its record says about a run is not looked at.
+
+    The digest finds damage. A digest can be made anew, so everything the file says is checked against the rest of it
+    as well: what is returned has one meaning.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CorruptFile: it is damaged, contradicts itself, or is no packed file.
+    """
+    try:
+        buffers, header = read_tensors(path)
+        tensors = unpack_model(buffers, header)
+        if unknown := sorted(set(header) - {"layers", "run"}):
+            raise ValueError(f"header: {unknown[0]!r:.60} is not part of the format")
+        run = parsed(header, "run") if "run" in header else {}
+        if "run" in header and not run:
+            raise ValueError("header: run is empty")
+    except (ValueError, RecursionError) as error:
+        stop_if_asked()  # as in verify
+        raise untrusted(path, error) from error
+    return Packed(tensors, _behind(PARAMETER_PREFIX, buffers), _behind(STATE_PREFIX, buffers), run)
+
+
+def untrusted(path: Path, error: Exception) -> CorruptFile:
+    """The error for a file whose content is wrong, in one line."""
+    return CorruptFile(f"{path} is no packed file that can be trusted: {' '.join(str(error).split())}")
+
+
+def _behind(prefix: str, buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in buffers.items() if name.startswith(prefix)}
+
+
+def fill(
+    module: nn.Module, tensors: Mapping[str, QuantizedTensor], parameters: Mapping[str, Tensor] | None = None
+) -> None:
+    """Replace layers' weights by what their QuantizedTensors stand for, and `parameters` by state_dict name.
+
+    Raises:
+        ValueError: the module has no such layer or parameter, or one of another shape or dtype. It stays as it was.
+    """
+    layers = {name: find_layer(module, name) for name in tensors}
+    state = module.state_dict() if parameters else {}
+    for name, tensor in tensors.items():
+        shape = list(weight_to_matrix(layers[name]).shape)
+        if shape != [tensor.groups, len(tensor.codes) // tensor.groups, tensor.codes.shape[1]]:
+            raise ValueError(f"layer {name} has groups, rows and columns {shape}, not those of its codes")
+    quantized = {weight_key(name, layer) for name, layer in layers.items()}
+    for name, value in (parameters or {}).items():
+        if name not in state or name in quantized:
+            raise ValueError(f"the network has no parameter {name:.100} beside its quantized weights")
+        if state[name].shape != value.shape or state[name].dtype != value.dtype:
+            raise ValueError(f"parameter {name} has another shape or dtype in the network")
+    for name, tensor in tensors.items():
+        with torch.no_grad():
+            layers[name].weight.copy_(matrix_to_weight(layers[name], tensor.dequantize()))
+    if parameters:
+        module.load_state_dict(dict(parameters), strict=False)
+
+
+def fill_from(module: nn.Module, packed: Packed, path: Path) -> None:
+    """`fill` with what a file from anywhere holds.
+
+    Raises:
+        CorruptFile: its layers or parameters are not the module's.
+    """
+    try:
+        fill(module, packed.tensors, packed.parameters)
+    except ValueError as error:
+        raise CorruptFile(f"{path} does not fit its network: {error}") from error
