@@ -7,7 +7,7 @@ from pathlib import Path
 from bayesq.calibration.statistic import Statistic
 from bayesq.memory import give_back_freed
 from bayesq.posterior.base import LayerPosterior, Posterior
-from bayesq.posterior.tensor_file import TensorFile
+from bayesq.posterior.scratch_file import TensorFile
 from bayesq.quant.method import LayerProblem, naming
 from bayesq.whitening import Whitening
 

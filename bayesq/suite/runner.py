@@ -1,106 +1,60 @@
 """One experiment from config to result, in the order the data flows.
 
 config -> dataset and model -> calibration statistics -> method (posterior, allocation, rounding) -> QuantizedTensors
--> packed file -> the model loaded from it -> evaluation -> result.json
+-> packed file -> the network loaded from it -> evaluation -> result.json
 """
 
-import copy
-import json
 import logging
-import math
-import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from omegaconf import DictConfig
-from torch import Tensor, nn
-from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from baselines.rtn import RTN
-from bayesq.allocation import DAMPING, Allocation, Allocator, Budget, Knapsack, Uniform, make_allocator
-from bayesq.calibration.order import forward_order
-from bayesq.calibration.passes import SUM_BYTES, CalibrationSettings
-from bayesq.calibration.statistic import Statistic
-from bayesq.distillation import DistillationSettings, Distilled, distill, posterior_predictive
-from bayesq.memory import halving, peak_bytes, resident_bytes
-from bayesq.posterior import AUTO, Posterior, WhiteningStore
-from bayesq.proxy import Kappa, measure_kappa
-from bayesq.quant.accounting import code_bits, stored_bytes
-from bayesq.quant.correction import MAX_EXAMPLES, Correction, correct_moments
-from bayesq.quant.file import Packed, fill, read_packed, write_packed
-from bayesq.quant.grids import FP16_MAX, FP16_TINY
-from bayesq.quant.layers import (
-    Layer,
-    embedding_tables,
-    kind_of,
-    quantizable_layers,
-    same_layer,
-    weight_to_matrix,
-)
-from bayesq.quant.loop import quantize_layers
-from bayesq.quant.method import Context, LayerProblem, Method, naming, stack_groups
-from bayesq.quant.tensor import QuantizedTensor
-from bayesq.quant.usage import OtherUseError, Usage, usage_of
-from bayesq.stopping import stop_if_asked
-from bayesq.suite import code_digest, evaluation
+from bayesq.pipeline import quantize_network
+from bayesq.progress import elapsed
+from bayesq.quant.file import Packed, Sizes, read_packed, write_packed
+from bayesq.recipe import Quantized, Recipe
+from bayesq.suite import evaluation
 from bayesq.suite.cache import resolve_cache_dir
-from bayesq.suite.calibration import OFFLOADED_SUM_BYTES, Calibration
-from bayesq.suite.config import resolved, run_dir, run_id
-from bayesq.suite.construct import build
-from bayesq.suite.coverage import Coverage, coverage, report
-from bayesq.suite.datasets.base import DataSplits
+from bayesq.suite.config import run_dir, run_id
 from bayesq.suite.errors import UserError
 from bayesq.suite.forward import naming_model
-from bayesq.suite.labels import model_label
-from bayesq.suite.models.base import EncodedExamples, Network, in_one_batch, needs_no_padding, two_examples
 from bayesq.suite.packed import run_record
-from bayesq.suite.preflight import Choices, Needs, activations, check, estimate
-from bayesq.suite.provenance import git_state, host, process, versions
-from bayesq.suite.rehearsal import rehearse, small_problems
-from bayesq.suite.results import (
-    LAYERS_FILE,
-    PREDICTIONS_FILE,
-    QUANTIZED_FILE,
-    RESULT_FILE,
-    unit,
-    write_csv,
-    write_json,
-)
+from bayesq.suite.plan import check_patterns, load_workload, make_recipe, open_statistics, place_whitenings
+from bayesq.suite.preflight import preflight
+from bayesq.suite.record import flat_result, layer_rows, log_decisions
+from bayesq.suite.rehearsal import rehearse
+from bayesq.suite.results import LAYERS_FILE, PREDICTIONS_FILE, QUANTIZED_FILE, RESULT_FILE, unit, write_csv, write_json
 from bayesq.suite.summary import two_digits
-from bayesq.suite.terminal import elapsed
 from bayesq.suite.tracking import ERROR_KEY, track
+from bayesq.suite.workload import Workload, check_outputs
+from bayesq.whitening import WhiteningStore
 
 log = logging.getLogger(__name__)
 
-CPU = torch.device("cpu")
-FALLBACKS = (
-    "dead_columns",
-    "damping_retries",
-    "unseen_layers",
-    "clamped_scales",
-    "uncorrected_layers",
-    "kappa_undefined",
-    "kappa_clamped",
-    "oom_retries",
-)
-# Whitenings go to a file only if so many times its size are free.
-SPARE_DISK = 4
-# A distillation matches moments on the examples of so many of its batches at most: where these are halved, so is that.
-START_BATCHES = 16
+Rows = list[dict[str, Any]]
+
+
+@dataclass
+class Session:
+    """What the runs of one command hand on to each other.
+
+    Attributes:
+        whitenings: of the last run, for the next one if they depend on the same.
+    """
+
+    whitenings: WhiteningStore | None = None
 
 
 def run(cfg: DictConfig, session: Session | None = None) -> dict[str, Any]:
     """Execute one configuration and write its files; returns the flat result of the contract (SPEC section 8).
 
     Args:
-        session: what the command's earlier runs have left for this one, and it leaves for the next.
+        cfg: composed and validated.
+        session: of the command; None = the run stands alone.
 
     Raises:
         UserError: the configuration cannot be run; the message names the key.
@@ -108,7 +62,7 @@ def run(cfg: DictConfig, session: Session | None = None) -> dict[str, Any]:
     folder, name = run_dir(cfg), run_id(cfg)
     folder.mkdir(parents=True, exist_ok=True)
     with logging_redirect_tqdm(), track(cfg, name, folder) as tracker:
-        result, layers, predictions = execute(cfg, name, folder, session or Session())
+        result, layers, predictions = execute(cfg, folder, session or Session())
         write_csv(folder / LAYERS_FILE, layers)
         write_csv(folder / PREDICTIONS_FILE, predictions)
         result[ERROR_KEY] = tracker.error
@@ -118,9 +72,7 @@ def run(cfg: DictConfig, session: Session | None = None) -> dict[str, Any]:
         result[ERROR_KEY] = tracker.error
         try:
             write_json(folder / RESULT_FILE, result)
-        except (
-            OSError
-        ) as error:  # a disk that is full by now: the run is finished, W&B is told again by the next command
+        except OSError as error:  # the disk is full by now: the run is finished, the next command logs it again
             log.warning("%s: what W&B has of it cannot be noted (%s)", folder / RESULT_FILE, error.strerror)
     metric = result["primary_metric"]
     log.info(
@@ -132,763 +84,47 @@ def run(cfg: DictConfig, session: Session | None = None) -> dict[str, Any]:
     return result
 
 
-@dataclass
-class Plan:
-    """What a run will do to its network."""
-
-    method: Method
-    whitenings: WhiteningStore | None
-    allocator: Allocator
-    budget: Budget
-
-    @property
-    def posterior(self) -> Posterior | None:
-        """The posterior that the whitenings are of; None for runs without one."""
-        return self.whitenings.posterior if self.whitenings else None
-
-
-@dataclass
-class Workload:
-    """Network and data of a run, encoded; of the network, what is quantized: layers, and embeddings if asked for.
-
-    Attributes:
-        usage: how the network uses its layers; only those that take part in its forward pass are quantized.
-        coverage: what share of the network that is.
-    """
-
-    network: Network
-    data: DataSplits
-    usage: Usage
-    embeddings: dict[str, nn.Embedding]
-    coverage: Coverage
-    calibration: EncodedExamples
-    evaluation: EncodedExamples
-    device: torch.device
-
-    @property
-    def layers(self) -> dict[str, Layer]:
-        """Layers to quantize, by name, in definition order."""
-        return self.usage.layers
-
-    @property
-    def alone(self) -> bool:
-        """Whether a padded batch has to be taken apart into its examples before the network sees it."""
-        return bool(self.usage.alone) or needs_no_padding(self.calibration)
-
-
-@dataclass
-class Quantized:
-    """What a method made of a network.
-
-    Attributes:
-        tensors: by layer, in forward order.
-        parameters: biases and norm parameters that correction and distillation changed, by state_dict name.
-        problems: the layers as the method saw them, with its notes and fallbacks.
-        seconds: wall time of each layer.
-        calibrate_s, posterior_s, quantize_s, distill_s: cost of the stages; reused statistics and whitenings count
-            what they once took, and the correction belongs to quantize_s.
-        reused_s: what reused statistics and whitenings once took, less what reading them took.
-        distilled: what the distillation found, if there was one.
-        oom_retries: how often a stage began again with smaller batches because memory ran out.
-    """
-
-    tensors: dict[str, QuantizedTensor] = field(default_factory=dict)
-    parameters: dict[str, Tensor] = field(default_factory=dict)
-    problems: dict[str, LayerProblem] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
-    calibrate_s: float = 0.0
-    posterior_s: float = 0.0
-    quantize_s: float = 0.0
-    distill_s: float = 0.0
-    reused_s: float = 0.0
-    distilled: Distilled | None = None
-    oom_retries: int = 0
-
-    def layers(self, work: Workload) -> dict[str, QuantizedTensor]:
-        """The tensors of layers: embeddings are rounded once and stay."""
-        return {name: tensor for name, tensor in self.tensors.items() if name in work.layers}
-
-
-def execute(
-    cfg: DictConfig, name: str, folder: Path, session: Session
-) -> tuple[dict[str, Any], list[dict[str, Any]], list[dict[str, Any]]]:
+def execute(cfg: DictConfig, folder: Path, session: Session) -> tuple[dict[str, Any], Rows, Rows]:
     """The stages of a run; returns the result, the rows of layers.csv and those of predictions.csv.
 
     time/prepare_s is what comes before the statistics: libraries, data, network (trained or fetched at first use), its
     full-precision predictions, compilation. time/total_s is all that follows, with statistics and whitenings at what
-    they once took, so that neither the order of runs nor a cache that is empty changes it.
+    they once took, so that neither the order of runs nor an empty cache changes it.
     """
     began = time.perf_counter()
-    cache_dir = resolve_cache_dir(cfg.cache_dir)
-    plan = make_plan(cfg)  # first: a value that no constructor accepts must not cost a model's loading
-    if plan.whitenings and cfg.calibration.offload == "disk":
-        plan.whitenings.use_disk(folder)
+    title, cache_dir = f"{cfg.method.name} {cfg.bits:g} bits", resolve_cache_dir(cfg.cache_dir)
+    recipe = make_recipe(cfg)  # first: a value that no constructor accepts must not cost a model's loading
     with elapsed(f"load {cfg.model.name} and {cfg.dataset.name}"):
-        work = load(cfg, cache_dir)
-    if isinstance(plan.allocator, Knapsack):  # a pattern that matches nothing must not cost the calibration
-        try:
-            plan.allocator.choices(list(work.layers))
-        except ValueError as error:
-            raise UserError(str(error)) from error
-    calibration = open_calibration(cfg, plan.posterior, work, cache_dir)
-    if plan.whitenings and cfg.calibration.offload == "memory":
-        statistics = [str(calibration.path(kind)) for kind in sorted(plan.whitenings.statistics)]
-        plan.whitenings.take_over(json.dumps([resolved(cfg)["posterior"], statistics]), session.whitenings)
-        session.whitenings = plan.whitenings
-    needs = preflight(cfg, plan, work, calibration, {"cache_dir": cache_dir, "results_dir": folder.parent})
-    if plan.whitenings and needs.spilled:
-        plan.whitenings.use_disk(folder)
-    batch_size, autocast = int(cfg.evaluation.batch_size), cfg.evaluation.autocast
-    reference = partial(
-        evaluation.cached_logits,
-        work.network.module,
-        work.network.identity,
-        work.evaluation,
-        batch_size,
-        work.device,
-        cache_dir,
-    )
+        work = load_workload(cfg, cache_dir)
+    check_patterns(recipe, work)
+    statistics = open_statistics(cfg, recipe, work, cache_dir)
+    place_whitenings(cfg, recipe.whitenings, statistics, folder, session.whitenings)
+    session.whitenings = recipe.whitenings
+    needs = preflight(cfg, recipe, work, statistics, {"cache_dir": cache_dir, "results_dir": folder.parent})
+    if recipe.whitenings and needs.scratch:
+        recipe.whitenings.use_disk(folder)
+    settings = evaluation.Settings(int(cfg.evaluation.batch_size), cfg.evaluation.autocast)
     with naming_model(cfg.model.name, "evaluating it"):
-        full, retries = reference(autocast)
-    check_logits(full, f"model={cfg.model.name} overflows before anything is rounded; choose other weights or data")
-    unlowered = reference(None)[0] if autocast is not None else full
+        full = evaluation.full_precision(work.network, work.evaluation, settings, work.subject.device, cache_dir)
+    check_outputs(full.outputs, f"model={cfg.model.name} overflows before anything is rounded; choose other weights or data")
     with elapsed("compile"):
-        few = small_problems(work.layers, kernel_positions, plan.method.statistics | statistics_of(plan))
-        rehearse(make_plan(cfg), few, proxy=cfg.proxy == "mc")
+        rehearse(make_recipe(cfg), work.subject.layers)
 
     # What is done by now no method is charged with: some or all of it is much faster in a second run.
     start = time.perf_counter()
-    quantized = quantize(cfg, plan, work, calibration)
-    if plan.whitenings:
-        plan.whitenings.release()
-    quantized.oom_retries += retries
-    if cfg.correction == "moments":
-        correct(work, quantized)
-    if cfg.distill:
-        distill_student(cfg, plan, work, quantized)
-    packed = Packed(quantized.tensors, quantized.parameters, run=run_record(cfg, work.network))
-    with elapsed("pack"):
-        sizes = write_packed(folder / QUANTIZED_FILE, packed)
-        # Everything reported comes from the file: what could not be stored is not evaluated.
-        stored = read_packed(folder / QUANTIZED_FILE)
-    # The full-precision weights have served: a copy of the network would take as much memory again.
-    module = work.network.module
-    fill(module, stored.tensors, stored.parameters)
+    try:
+        quantized = quantize_network(work.subject, recipe, statistics)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    log_decisions(title, quantized)
+    sizes, network = store(folder / QUANTIZED_FILE, quantized, run_record(cfg, work.network), work)
     evaluate_start = time.perf_counter()
-    label = f"evaluate {cfg.method.name} {cfg.bits:g} bits"
-    logits, retries = evaluation.logits(module, work.evaluation, batch_size, work.device, label, autocast)
-    quantized.oom_retries += retries
-    check_logits(logits, f"bits={cfg.bits:g} leaves no working network; choose more bits or another method")
-    evaluate_s = time.perf_counter() - evaluate_start
-    with elapsed("compare"):
-        metrics, predictions = evaluation.compare(
-            full, logits, work.evaluation.labels, int(cfg.seed), work.data.metrics, work.data.likelihood
-        )
-    for row, example in zip(predictions, work.data.evaluation.ids, strict=True):
-        row["id"] = example
-    if autocast is not None:
-        metrics |= evaluation.autocast_effect(unlowered, full, work.data.likelihood)
-
-    weights = sum(layer.weight.numel() for layer in (*work.layers.values(), *work.embeddings.values()))
-    layers = layer_rows(quantized)
-    result = {
-        "run_id": name,
-        "status": "finished",
-        "model": model_label(resolved(cfg)),
-        "dataset": cfg.dataset.name,
-        "method": cfg.method.name,
-        "posterior": cfg.posterior.name if reads_posterior(cfg) else "none",
-        "allocator": cfg.allocator,
-        "correction": cfg.correction,
-        "seed": cfg.seed,
-        "primary_metric": work.data.primary_metric,
-        "quantized/share": work.coverage.share,
-        "quantized/left_out": work.coverage.left_out,
-        "bits/target": float(cfg.bits),
-        "bits/code": sum(code_bits(tensor) for tensor in quantized.tensors.values()) / weights,
-        "bits/stored": 8 * sizes.packed / weights,
-        "bytes/packed": sizes.packed,
-        "bytes/parameters": sizes.parameters,
-        "bytes/fp32": 4 * weights,
-        **metrics,
-        **distillation_metrics(quantized.distilled),
-        "risk/rank_correlation": risk_rank_correlation(layers),
-        "time/calibrate_s": quantized.calibrate_s,
-        "time/posterior_s": quantized.posterior_s,
-        "time/quantize_s": quantized.quantize_s,
-        "time/distill_s": quantized.distill_s,
-        "time/evaluate_s": evaluate_s,
-        "time/total_s": time.perf_counter() - start + quantized.reused_s,
-        "time/prepare_s": start - began,
-        "memory/peak_rss_bytes": peak_bytes(),
-        "memory/process": process(),
-        "memory/estimate_bytes": needs.memory,
-        "memory/peak_device_bytes": torch.cuda.max_memory_allocated(work.device) if work.device.type == "cuda" else 0,
-        "calibration/examples": len(work.calibration),
-        "evaluation/examples": len(work.evaluation),
-        **{f"fallback/{kind}": times for kind, times in fallbacks(quantized, len(work.usage.unreached)).items()},
-        "config": resolved(cfg),
-        "versions": versions(),
-        "host": host(work.device),
-        "git": git_state(),
-        code_digest.KEY: code_digest.digests(code_digest.targets(resolved(cfg))),
-        "source": {
-            "dataset": work.data.source,
-            "model": work.network.description,
-            "weights": work.network.checksum,
-            "calibration": work.calibration.checksum(),
-            "evaluation": work.evaluation.checksum(),
-        },
+    metrics, predictions = evaluation.evaluate(network, full, work, settings, f"evaluate {title}", int(cfg.seed))
+    now = time.perf_counter()
+    seconds = {
+        "evaluate": now - evaluate_start,
+        "total": now - start + quantized.reused_s,
+        "prepare": start - began,
     }
-    return result, layers, predictions
-
-
-def load(cfg: DictConfig, cache_dir: Path) -> Workload:
-    """Data, network and the encoded calibration and evaluation examples.
-
-    Raises:
-        UserError: the calibration set cannot be drawn, no layer is left to quantize, there are no embeddings to
-            include, or the network has weights that are no numbers.
-    """
-    device = select_device(cfg.device)
-    data = build(cfg.dataset).load(cache_dir)
-    with naming_model(cfg.model.name, "building it"):
-        network = build(cfg.model).build(data, cache_dir)
-    check_network(network.module, cfg.model.name)
-    network.module.to(device)
-    try:
-        examples = data.calibration(cfg.calibration.examples, cfg.seed)
-        layers = quantizable_layers(network.module, list(cfg.layers.exclude))
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    embeddings = embedding_tables(network.module, list(cfg.layers.exclude)) if cfg.layers.include_embeddings else {}
-    if cfg.layers.include_embeddings and not embeddings:
-        raise UserError(f"layers.include_embeddings=true: model={cfg.model.name} has no embedding left to quantize")
-    with naming_model(cfg.model.name, "encoding its inputs"):
-        calibration, evaluation = network.encode(examples), network.encode(data.evaluation)
-    with naming_model(cfg.model.name, "its forward pass"):
-        try:
-            more = (batch.inputs for batch in calibration.batches(int(cfg.calibration.batch_size), device))
-            usage = usage_of(network.module, layers, two_examples(calibration, device).inputs, more)
-        except OtherUseError as error:
-            raise UserError(f"model={cfg.model.name}: {error}") from error
-    if not usage.layers:
-        raise UserError(f"model={cfg.model.name}: no layer takes part in the forward pass: choose another model")
-    covered = coverage(network.module, {**usage.layers, **embeddings})
-    report(covered, network.module, usage.unreached)
-    return Workload(network, data, usage, embeddings, covered, calibration, evaluation, device)
-
-
-def check_network(module: nn.Module, name: str) -> None:
-    """Refuse parameters and statistics of norms that are no numbers: whatever is measured with them would be none.
-
-    Args:
-        name: of the model, for the message.
-
-    Raises:
-        UserError: NaN or infinite entries, or a variance below zero; the message names the first.
-    """
-    running = ("running_mean", "running_var")
-    buffers = ((key, buffer) for key, buffer in module.named_buffers() if key.rpartition(".")[2] in running)
-    for key, tensor in (*module.named_parameters(), *buffers):
-        if tensor.numel() and not all(bool(torch.isfinite(bound)) for bound in torch.aminmax(tensor.detach())):
-            raise UserError(f"model={name}: {key} has NaN or infinite entries: choose other weights")
-        if key.endswith("running_var") and bool((tensor < 0).any()):
-            raise UserError(f"model={name}: {key} has variances below zero: choose other weights")
-
-
-def check_logits(logits: Tensor, remedy: str) -> None:
-    """Refuse predictions that are no numbers, before metrics of them pass for results.
-
-    Args:
-        logits: [n, classes].
-        remedy: what the message ends with.
-
-    Raises:
-        UserError: some are NaN or infinite.
-    """
-    wrong = int((~torch.isfinite(logits)).any(1).sum())
-    if wrong:
-        raise UserError(f"logits are NaN or infinite for {wrong} of {len(logits)} evaluation examples: {remedy}")
-
-
-def make_plan(cfg: DictConfig) -> Plan:
-    """Instantiate method, posterior with its store of whitenings, and allocator.
-
-    Raises:
-        UserError: a constructor refused an argument.
-    """
-    whitenings = WhiteningStore(build(cfg.posterior)) if reads_posterior(cfg) else None
-    method = build(cfg.method, **({"whitenings": whitenings} if cfg.method.get("uses_posterior") else {}))
-    try:
-        damping = cfg.method.get("damping", DAMPING)
-        allocator = make_allocator(cfg.allocator, whitenings, **resolved(cfg)["allocation"], damping=damping)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    return Plan(method, whitenings, allocator, Budget(float(cfg.bits), cfg.budget.count))
-
-
-def statistics_of(plan: Plan) -> frozenset[Statistic]:
-    """The statistics that a run reads from disk."""
-    method, posterior = plan.method, plan.posterior
-    kinds = plan.allocator.statistics | (posterior.statistics if posterior else frozenset())
-    return kinds if method.inputs == "prefix" and not posterior else kinds | method.statistics
-
-
-def open_calibration(cfg: DictConfig, posterior: Posterior | None, work: Workload, cache_dir: Path) -> Calibration:
-    """The calibration statistics that a run with this posterior reads; nothing is computed yet."""
-    settings = CalibrationSettings(
-        1 if work.usage.alone else int(cfg.calibration.batch_size),
-        posterior.samples if posterior else None,
-        int(cfg.seed),
-        gradient_examples=posterior.examples if posterior else None,
-        likelihood=LIKELIHOODS[likelihood_of_fisher(posterior, work.data.likelihood)],
-        draws=posterior.draws if posterior else "signs",
-        rank=getattr(posterior, "rank", 1),  # only posteriors that read gradient_directions have one
-    )
-    room = OFFLOADED_SUM_BYTES if cfg.calibration.offload == "disk" else SUM_BYTES
-    network = work.network
-    return Calibration(
-        network.module,
-        network.identity,
-        work.layers,
-        work.calibration,
-        settings,
-        cache_dir,
-        work.device,
-        room,
-        work.usage.overwritten,
-    )
-
-
-def preflight(
-    cfg: DictConfig, plan: Plan, work: Workload, calibration: Calibration, folders: Mapping[str, Path]
-) -> Needs:
-    """Say what memory and disk the run will need, and return it.
-
-    Raises:
-        UserError: it cannot fit.
-    """
-    first = [next(examples.batches(1, work.device)).inputs for examples in (work.calibration, work.evaluation)]
-    with naming_model(cfg.model.name, "its forward pass"):
-        small, large = (activations(work.network.module, inputs) for inputs in first)
-    offload = cfg.calibration.offload == "disk"
-    statistics = statistics_of(plan)
-    choices = Choices(
-        kinds=sorted(kinds),
-        posterior=plan.posterior,
-        rank=calibration.settings.rank,
-        bits=float(cfg.bits),
-        calibration_batch=calibration.settings.batch_size,
-        evaluation_batch=int(cfg.evaluation.batch_size),
-        distillation_batch=int(cfg.distillation.batch_size) if cfg.distill else None,
-        corrected=min(MAX_EXAMPLES, len(work.calibration)) if cfg.correction == "moments" else 0,
-        sequential=plan.method.inputs == "prefix",
-        examples=len(work.calibration),
-        offload=offload,
-        room=calibration.room,
-        whitening_memory=plan.whitenings.memory_limit if plan.whitenings else 0,
-        whitening_disk=int(shutil.disk_usage(folders["results_dir"]).free // SPARE_DISK),
-        inherited=plan.whitenings.inherited_bytes if plan.whitenings else 0,
-    )
-    needs = estimate(
-        resident_bytes(),
-        work.network.module,
-        work.layers,
-        choices,
-        small,
-        large,
-        calibration.missing(statistics),
-        work.device.type != "cpu",
-    )
-    check(needs, folders, cfg.resources.memory, offload)
-    return needs
-
-
-def layer_problems(work: Workload, calibration: Calibration, groups: Sequence[Sequence[str]]) -> list[LayerProblem]:
-    """The layers as methods see them, in forward order.
-
-    Args:
-        groups: names of the layers, of `forward_order`.
-    """
-    return [
-        LayerProblem(
-            name=name,
-            kind=kind_of(work.layers[name]),
-            weight=weight_to_matrix(work.layers[name]).float().cpu(),
-            statistic=partial(calibration.statistic, name),
-            positions_per_channel=kernel_positions(work.layers[name]),
-        )
-        for group in groups
-        for name in group
-    ]
-
-
-def quantize(cfg: DictConfig, plan: Plan, work: Workload, calibration: Calibration) -> Quantized:
-    """Statistics, then the method over all layers.
-
-    Raises:
-        UserError: no allocation meets the budget, or a layer's weights or statistics are not finite.
-    """
-    method, whitenings, allocator = plan.method, plan.whitenings, plan.allocator
-    module, layers, examples, device = work.network.module, work.layers, work.calibration, work.device
-    asked = time.perf_counter()
-    try:
-        with elapsed("statistics"):
-            calibration.prepare(statistics_of(plan))
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    prepared, inherited = time.perf_counter(), whitenings.inherited_seconds if whitenings else 0.0
-    if calibration.unseen:  # a statistic that nothing was measured for must not decide widths
-        raise UserError(
-            f"no calibration example reaches {', '.join(sorted(calibration.unseen))}: add them to layers.exclude, or "
-            "raise calibration.examples"
-        )
-
-    groups = forward_order(module, layers, next(examples.batches(1, device)))
-    problems = layer_problems(work, calibration, groups)
-    result = Quantized(problems={problem.name: problem for problem in problems})
-    result.reused_s = calibration.total_s + inherited - (prepared - asked)
-    round_embeddings(work, plan.budget, result)
-    prefix: SequentialInputs | None = None
-    if method.inputs == "prefix":
-        # A copy whose layers are replaced one by one. Only the method sees its inputs: bits are allocated before
-        # anything is rounded.
-        working = quantized_copy(work, result)
-        own = {name: same_layer(layer, working, name) for name, layer in layers.items()}
-        size, calls = calibration.settings.batch_size, work.usage.calls
-        prefix = SequentialInputs(working, own, groups, examples, size, device, calls)
-
-    start = time.perf_counter()
-    try:
-        if whitenings:
-            with elapsed("posterior"):
-                whitenings.prepare(problems)
-        if cfg.proxy == "mc":
-            result.oom_retries += weigh_by_proxy(cfg, plan, work, problems)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    result.posterior_s = time.perf_counter() - start + inherited
-    fitted = whitenings.seconds if whitenings else 0.0
-
-    allocate = Allocation(allocator, plan.budget)
-    bar = tqdm(total=len(problems), desc=f"quantize {cfg.method.name} {cfg.bits:g} bits", disable=None, leave=False)
-    start = last = time.perf_counter()
-    with bar:
-        try:
-            context = Context.of_seed(int(cfg.seed), device)
-            for problem, tensor in quantize_layers(method, problems, allocate, context, prefix):
-                stop_if_asked()
-                result.tensors[problem.name] = tensor
-                problem.count("clamped_scales", clamped_scales(problem.weight, tensor))
-                now = time.perf_counter()
-                result.seconds[problem.name], last = now - last, now
-                bar.update()
-        except ValueError as error:
-            raise UserError(str(error)) from error
-    result.oom_retries += sum(calibration.oom_retries.values()) + (prefix.oom_retries if prefix else 0)
-    fits = whitenings.seconds - fitted if whitenings else 0.0
-    result.posterior_s += fits
-    result.calibrate_s = calibration.total_s + (prefix.seconds if prefix else 0.0)
-    result.quantize_s += last - start - fits - (prefix.seconds if prefix else 0.0)
-    if whitenings:
-        for problem in tqdm(problems, desc="achieved risk", disable=None, leave=False):
-            delta = result.tensors[problem.name].dequantize() - problem.weight
-            problem.notes["achieved_risk"] = float(whitenings.fit(problem).risk(delta).sum())
-    _report(cfg, result)
-    return result
-
-
-def clamped_scales(weight: Tensor, tensor: QuantizedTensor) -> int:
-    """Rows whose weights need a larger or a smaller step than fp16 has, and got the last one there is.
-
-    Args:
-        weight: [g, r, c] that `tensor` stands for; rows that are all zero need no step.
-    """
-    scale = tensor.scale.to(torch.float32)
-    clamped = ((scale >= FP16_MAX) | (scale <= FP16_TINY)).any(1)
-    return int((clamped & (stack_groups(weight) != 0).any(1)).sum())
-
-
-def round_embeddings(work: Workload, budget: Budget, result: Quantized) -> None:
-    """Round the embeddings the run includes to nearest, each row on its own grid, for every method alike.
-
-    A row is read by itself and multiplies nothing, so there are no input correlations to exploit; a fractional budget
-    gives some rows the next width, those whose error falls most.
-
-    Raises:
-        UserError: a table has NaN or infinite entries, or the budget does not allow the smallest width.
-    """
-    problems = [
-        LayerProblem(name, type(table).__name__, weight_to_matrix(table).float().cpu(), statistic=_no_statistic)
-        for name, table in work.embeddings.items()
-    ]
-    if not problems:
-        return
-    start = time.perf_counter()
-    try:
-        plain = Allocation(Uniform(), budget)
-        for problem, tensor in quantize_layers(RTN("mse"), problems, plain, Context.of_seed(0)):
-            result.problems[problem.name], result.tensors[problem.name] = problem, tensor
-            problem.count("clamped_scales", clamped_scales(problem.weight, tensor))
-            result.seconds[problem.name] = time.perf_counter() - start
-            result.quantize_s += result.seconds[problem.name]
-            start = time.perf_counter()
-    except ValueError as error:
-        raise UserError(str(error)) from error
-
-
-def _no_statistic(kind: str) -> Tensor:
-    raise ValueError(f"embeddings have no statistic {kind}")
-
-
-def _report(cfg: DictConfig, result: Quantized) -> None:
-    """One line on what was decided: how many weights got which width, and the prior precisions."""
-    share: dict[int, int] = {}
-    for tensor in result.tensors.values():
-        for width, rows in zip(*(column.tolist() for column in tensor.width.unique(return_counts=True)), strict=True):
-            share[width] = share.get(width, 0) + rows * tensor.codes.shape[1]
-    total = sum(share.values())
-    widths = ", ".join(f"{width}: {100 * share[width] / total:.1f} %" for width in sorted(share))
-    tau = sorted(p.notes["prior_precision"] for p in result.problems.values() if "prior_precision" in p.notes)
-    prior = f"; prior precision {tau[0]:.3g} to {tau[-1]:.3g}, median {tau[len(tau) // 2]:.3g}" if tau else ""
-    log.info(f"{cfg.method.name} {cfg.bits:g} bits: weights by width {widths}{prior}")
-
-
-def layer_rows(quantized: Quantized) -> list[dict[str, Any]]:
-    """The rows of layers.csv; risks in nats per example, empty where the run has no posterior."""
-    rows = []
-    for name, tensor in quantized.tensors.items():
-        problem = quantized.problems[name]
-        weights = problem.weight.numel()
-        rows.append(
-            {
-                "name": name,
-                "kind": problem.kind,
-                "shape": "x".join(str(size) for size in problem.weight.shape),
-                "bits/code": code_bits(tensor) / weights,
-                "bits/stored": 8 * stored_bytes(tensor) / weights,
-                "predicted_risk": problem.notes.get("predicted_risk"),
-                "achieved_risk": problem.notes.get("achieved_risk"),
-                "kappa": problem.notes.get("kappa", 1.0),
-                "prior_precision": problem.notes.get("prior_precision"),
-                "effective_parameters": problem.notes.get("effective_parameters"),
-                "seconds": quantized.seconds[name],
-            }
-        )
-    return rows
-
-
-def quantized_copy(work: Workload, quantized: Quantized) -> nn.Module:
-    """The network with what has been quantized and corrected so far."""
-    module = copy.deepcopy(work.network.module)
-    fill(module, quantized.tensors, quantized.parameters)
-    return module
-
-
-def correct(work: Workload, quantized: Quantized) -> None:
-    """Match activation moments to the full-precision network's (SPEC section 5), whatever the method."""
-    start = time.perf_counter()
-    batch = in_one_batch(work.calibration, len(work.calibration), CPU)
-
-    def attempt(examples: int) -> Correction:
-        student = quantized_copy(work, quantized)
-        return correct_moments(work.network.module, student, list(work.layers), batch.inputs, examples, work.alone)
-
-    try:
-        with elapsed("match moments"):
-            found, retries = halving(min(MAX_EXAMPLES, len(work.calibration)), attempt, "correction")
-    except ValueError as error:
-        raise UserError(f"correction=moments is not possible ({error}): choose correction=none") from error
-    quantized.oom_retries += retries
-    quantized.parameters |= found.tensors
-    for name in found.uncorrected:
-        quantized.problems[name].count("uncorrected_layers")
-    quantized.quantize_s += time.perf_counter() - start
-
-
-def distill_student(cfg: DictConfig, plan: Plan, work: Workload, quantized: Quantized) -> None:
-    """Train scales, levels, biases and norms towards the posterior-predictive teacher, whatever the method.
-
-    Raises:
-        UserError: the settings or the calibration set do not allow it.
-    """
-    start = time.perf_counter()
-    options = {key: cfg.distillation[key] for key in ("steps", "evaluations", "held_out")}
-    # Methods without a posterior learn from the full-precision network itself: the teacher at its mean.
-    samples = int(cfg.distillation.samples) if plan.posterior else 0
-    tensors, likelihood = quantized.layers(work), work.data.likelihood
-
-    def attempt(batch_size: int) -> Distilled:
-        batches = list(work.calibration.batches(batch_size, CPU))  # each goes to the device in turn
-        generator = torch.Generator().manual_seed(int(cfg.seed))
-        draw = posterior_draw(plan, quantized.problems)
-        teacher = posterior_predictive(work.network.module, tensors, draw, batches, samples, generator, likelihood)
-        moments = None
-        # moments that correction=moments has matched already have no second start to offer
-        if cfg.distillation.moments and cfg.correction == "none":
-            moments = moment_start(work, quantized, START_BATCHES * batch_size)
-        student = quantized_copy(work, quantized)
-        return distill(student, tensors, batches, teacher, settings, generator, moments, likelihood)
-
-    try:
-        settings = DistillationSettings(**options)
-        found, retries = halving(int(cfg.distillation.batch_size), attempt, "distillation")
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    quantized.oom_retries += retries
-    quantized.tensors |= found.tensors
-    quantized.distilled = found
-    quantized.parameters |= found.parameters
-    quantized.distill_s = time.perf_counter() - start
-    log.info(
-        f"distillation: {'moments matched, ' if found.started else ''}step {found.best_step} of {found.steps} kept, "
-        f"held-out KL {two_digits(found.heldout_kl_before)} -> {two_digits(found.heldout_kl_after)}"
-    )
-
-
-def moment_start(work: Workload, quantized: Quantized, examples: int) -> Callable[[Tensor], Mapping[str, Tensor]]:
-    """Biases and norm parameters that match activation moments on some calibration examples, told by bool [n].
-
-    Args:
-        examples: so many of them at most.
-    """
-
-    def start(chosen: Tensor) -> Mapping[str, Tensor]:
-        batch = in_one_batch(work.calibration, len(work.calibration), CPU)
-        rows = chosen[batch.index]
-        inputs = {name: x[rows] for name, x in batch.inputs.items()}
-        student = quantized_copy(work, quantized)
-        layers, most = list(work.layers), min(examples, MAX_EXAMPLES)
-        try:
-            return correct_moments(work.network.module, student, layers, inputs, most, work.alone).tensors
-        except ValueError as error:
-            raise UserError(f"distillation.moments=true is not possible ({error}): set it to false") from error
-
-    return start
-
-
-def posterior_draw(plan: Plan, problems: Mapping[str, LayerProblem]) -> Callable[[str, torch.Generator], Tensor]:
-    """Draws w - mu [g, r, c] of a layer by name; nothing is drawn for runs without a posterior."""
-
-    def draw(name: str, generator: torch.Generator) -> Tensor:
-        assert plan.whitenings is not None
-        with naming(problems[name]):
-            return plan.whitenings.fit(problems[name]).sample(generator)
-
-    return draw
-
-
-def distillation_metrics(distilled: Distilled | None) -> dict[str, Any]:
-    """Result keys of a distillation; none without one."""
-    if distilled is None:
-        return {}
-    return {
-        "distill/best_step": distilled.best_step,
-        "distill/moments": distilled.started,
-        "distill/heldout_kl_before": distilled.heldout_kl_before,
-        "distill/heldout_kl_after": distilled.heldout_kl_after,
-    }
-
-
-def weigh_by_proxy(cfg: DictConfig, plan: Plan, work: Workload, problems: Sequence[LayerProblem]) -> int:
-    """Note kappa in each layer: measured divergence over predicted risk at one width (SPEC section 5).
-
-    Returns:
-        how often it began again with smaller batches because memory ran out.
-
-    Raises:
-        UserError: the run allocates nothing by risk.
-    """
-    knapsack = plan.allocator
-    if not isinstance(knapsack, Knapsack) or plan.posterior is None:
-        raise UserError("proxy=mc weighs predicted risks: it needs allocator=knapsack")
-    options, widths = cfg.monte_carlo, knapsack.widths
-    width = min(widths, key=lambda w: (abs(w - float(cfg.bits)), w))
-    predicted = {p.name: float(knapsack.predict(p)[:, widths.index(width)].sum()) for p in problems}
-    by_name = {problem.name: problem for problem in problems}
-    batch = in_one_batch(work.calibration, int(options.examples), work.device)
-    alone = needs_no_padding(work.calibration)
-
-    def attempt(batch_size: int) -> Kappa:
-        return measure_kappa(
-            work.network.module,
-            list(by_name),
-            lambda name: knapsack.rounded(by_name[name], width),
-            posterior_draw(plan, by_name),
-            predicted,
-            batch.inputs,
-            int(options.samples),
-            torch.Generator().manual_seed(int(cfg.seed)),
-            work.data.likelihood,
-            batch_size,
-            alone,
-        )
-
-    found, retries = halving(len(batch.labels), attempt, "proxy")
-    for name, kappa in found.factors.items():
-        by_name[name].notes["kappa"] = kappa
-    for kind, times in found.fallbacks.items():
-        problems[0].count(kind, times)
-    return retries
-
-
-def risk_rank_correlation(rows: Sequence[Mapping[str, Any]]) -> float | None:
-    """Spearman's correlation of predicted and achieved risk over layers; None without predictions."""
-    pairs = [
-        (row["predicted_risk"], row["achieved_risk"])
-        for row in rows
-        if row["predicted_risk"] is not None and row["achieved_risk"] is not None
-    ]
-    if len(pairs) < 2:
-        return None
-    import pandas as pd
-
-    ranks = pd.DataFrame(pairs).rank().to_numpy()
-    correlation = float(np.corrcoef(ranks, rowvar=False)[0, 1])
-    return None if math.isnan(correlation) else correlation
-
-
-def reads_posterior(cfg: DictConfig) -> bool:
-    """Whether the run computes a posterior: its method asks for one, or the knapsack needs predicted risks."""
-    return cfg.allocator == "knapsack" or cfg.method.get("uses_posterior") is True
-
-
-def likelihood_of_fisher(posterior: Posterior | None, of_data: str) -> str:
-    """The likelihood that the Fisher is of: the data set's, unless posterior.likelihood names one.
-
-    Raises:
-        UserError: a categorical likelihood of a single output has no Fisher.
-    """
-    if posterior is None or posterior.likelihood == AUTO:
-        return of_data
-    if of_data == "gaussian" and posterior.likelihood == "categorical":
-        raise UserError("posterior.likelihood=categorical: a regression has a gaussian likelihood; leave it at auto")
-    return posterior.likelihood
-
-
-def select_device(name: str) -> torch.device:
-    """The torch device of the key `device`; auto prefers cuda, then mps."""
-    if name != "auto":
-        return torch.device(name)
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-
-
-def kernel_positions(layer: Layer) -> int:
-    """kh * kw of a convolution, 1 for Linear: neighbouring columns that read the same input channel."""
-    return layer.kernel_size[0] * layer.kernel_size[1] if isinstance(layer, nn.Conv2d) else 1
-
-
-def fallbacks(quantized: Quantized, unseen: int = 0) -> dict[str, int]:
-    """How often something else than asked was done, of each kind in FALLBACKS.
-
-    Args:
-        unseen: layers that take no part in the forward pass and stay in full precision.
-    """
-    total = dict.fromkeys(FALLBACKS, 0) | {"oom_retries": quantized.oom_retries, "unseen_layers": unseen}
-    for problem in quantized.problems.values():
-        for kind, times in problem.fallbacks.items():
-            total[kind] += times
-    return total
+    result = flat_result(cfg, work, quantized, sizes, metrics, seconds, needs.memory)
+    return result, layer_rows(quantized), predictions

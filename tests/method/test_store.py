@@ -12,7 +12,7 @@ from bayesq.allocation import Budget, Knapsack
 from bayesq.method import BayesQ
 from bayesq.posterior import Laplace, LayerPosterior, WhiteningStore
 from bayesq.posterior.factors import standard_normal
-from bayesq.posterior.tensor_file import TensorFile
+from bayesq.posterior.scratch_file import TensorFile
 from bayesq.quant.feedback import feedback_factors
 from bayesq.quant.layers import quantizable_layers
 from bayesq.quant.method import LayerProblem

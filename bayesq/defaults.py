@@ -1,0 +1,55 @@
+"""The YAML files of conf/: where they are, and what they say of a method or posterior."""
+
+import difflib
+import importlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+# Keys of a choice that describe it and are no arguments of its constructor.
+DESCRIPTIVE = ("name", "modality", "allocator", "uses_posterior", "title", "color", "order")
+
+
+def conf_dir() -> Path:
+    """The folder of the YAML files: inside the installed package, or beside it in a checkout.
+
+    Raises:
+        FileNotFoundError: there is none in either place.
+    """
+    package = Path(__file__).parent
+    for folder in (package / "conf", package.parent / "conf"):
+        if (folder / "config.yaml").is_file():
+            return folder.absolute()
+    raise FileNotFoundError(f"no conf/config.yaml in {package} or beside it: install bayesq again")
+
+
+def choices(group: str) -> list[str]:
+    """Names of the files of a group, such as "method"."""
+    return sorted(path.stem for path in (conf_dir() / group).glob("*.yaml"))
+
+
+def settings(group: str, name: str) -> dict[str, Any]:
+    """What the file of a choice says.
+
+    Raises:
+        ValueError: there is no such file; the message names the group.
+    """
+    if name not in choices(group):
+        raise ValueError(f"{group}={name}: choose one of {', '.join(choices(group))}{suggestion(name, choices(group))}")
+    content: dict[str, Any] = yaml.safe_load((conf_dir() / group / f"{name}.yaml").read_text(encoding="utf-8"))
+    return content
+
+
+def construct(content: Mapping[str, Any], **more: Any) -> Any:
+    """The object that a choice's `_target_` names, made with the other keys as arguments."""
+    module, _, name = content["_target_"].rpartition(".")
+    arguments = {key: value for key, value in content.items() if key not in (*DESCRIPTIVE, "_target_")}
+    return getattr(importlib.import_module(module), name)(**arguments, **more)
+
+
+def suggestion(word: str, known: Iterable[str]) -> str:
+    """`; did you mean 'x'?` for the known word closest to `word`, or nothing."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean '{close[0]}'?" if close else ""

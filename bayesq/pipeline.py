@@ -1,0 +1,222 @@
+"""From a network and calibration examples to quantized tensors: everything between loading and storing.
+
+    statistics -> posterior -> bit allocation -> rounding, layer by layer -> moment correction -> distillation
+
+Nothing here reads a configuration or writes a file. `bayesq.quantize` and the suite's runner call `quantize_network`.
+"""
+
+import time
+from collections.abc import Iterable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from bayesq.allocation import Allocation, Budget, Knapsack, Uniform
+from bayesq.batches import in_one_batch, needs_no_padding
+from bayesq.calibration.prefix import PrefixInputs
+from bayesq.memory import halving
+from bayesq.progress import bar, elapsed
+from bayesq.proxy import measure_kappa
+from bayesq.quant.grids import round_to_nearest
+from bayesq.quant.layers import forward_order, kernel_positions, kind_of, same_layer, weight_to_matrix
+from bayesq.quant.loop import quantize_layers
+from bayesq.quant.method import Context, LayerProblem
+from bayesq.recipe import Proxy, Quantized, Recipe, Statistics, Subject
+from bayesq.repair import correct, distill_student, posterior_draw
+from bayesq.whitening import WhiteningStore
+
+
+def quantize_network(subject: Subject, recipe: Recipe, statistics: Statistics) -> Quantized:
+    """Run a recipe on a network.
+
+    Raises:
+        ValueError: no allocation meets the budget, a layer's weights or statistics are not finite, no calibration
+            example reaches a layer, or a stage cannot take this network; the message names the layer or the key.
+    """
+    result = Quantized()
+    groups = calibrate(subject, recipe, statistics, result)
+    problems = layer_problems(subject, statistics, groups)
+    round_embeddings(subject, recipe.budget, result)
+    fit_posterior(subject, recipe, problems, result)
+    round_layers(subject, recipe, statistics, groups, problems, result)
+    if recipe.whitenings is not None:
+        note_achieved_risk(recipe.whitenings, problems, result)
+        recipe.whitenings.release()
+    result.oom_retries += statistics.out_of_memory()
+    if recipe.correction:
+        start = time.perf_counter()
+        correct(subject, result)
+        result.seconds["quantize"] += time.perf_counter() - start
+    if recipe.distillation is not None:
+        start = time.perf_counter()
+        distill_student(subject, recipe, recipe.distillation, result)
+        result.seconds["distill"] = time.perf_counter() - start
+    return result
+
+
+def calibrate(subject: Subject, recipe: Recipe, statistics: Statistics, result: Quantized) -> list[list[str]]:
+    """Prepare the statistics; returns the layers in forward order, neighbours that read one tensor together.
+
+    Raises:
+        ValueError: no calibration example reaches some layer.
+    """
+    start = time.perf_counter()
+    with elapsed("statistics"):
+        statistics.prepare(recipe.statistics)
+    spent = time.perf_counter() - start
+    if statistics.unseen:  # a statistic that nothing was measured for must not decide widths
+        raise ValueError(
+            f"no calibration example reaches {', '.join(sorted(statistics.unseen))}: add them to layers.exclude, or "
+            "raise calibration.examples"
+        )
+    inherited = recipe.whitenings.inherited_seconds if recipe.whitenings else 0.0
+    result.seconds["calibrate"] = statistics.total_s
+    result.reused_s = statistics.total_s + inherited - spent
+    return forward_order(subject.module, subject.layers, next(subject.examples.batches(1, subject.device)).inputs)
+
+
+def layer_problems(
+    subject: Subject, statistics: Statistics, groups: Sequence[Sequence[str]]
+) -> list[LayerProblem]:
+    """The layers as methods see them, in forward order.
+
+    Args:
+        subject: network and examples.
+        statistics: prepared.
+        groups: names of the layers, of `forward_order`.
+    """
+    return [
+        LayerProblem(
+            name=name,
+            kind=kind_of(subject.layers[name]),
+            weight=weight_to_matrix(subject.layers[name]).float().cpu(),
+            statistic=partial(statistics.statistic, name),
+            positions_per_channel=kernel_positions(subject.layers[name]),
+        )
+        for group in groups
+        for name in group
+    ]
+
+
+def round_embeddings(subject: Subject, budget: Budget, result: Quantized) -> None:
+    """Round embedding tables to nearest, each row on its own grid, for every method alike.
+
+    A row is read by itself and multiplies nothing, so there are no input correlations to exploit. A fractional budget
+    gives some rows the next width, those whose error falls most.
+
+    Raises:
+        ValueError: a table has NaN or infinite entries, or the budget does not allow the smallest width.
+    """
+    problems = [
+        LayerProblem(name, type(table).__name__, weight_to_matrix(table).float().cpu(), statistic=_no_statistic)
+        for name, table in subject.embeddings.items()
+    ]
+    if not problems:
+        return
+    start = time.perf_counter()
+    widths = Allocation(Uniform(), budget)(problems)
+    for problem in problems:
+        tensor = round_to_nearest(problem, widths[problem.name], "mse")
+        seconds = time.perf_counter() - start
+        result.add(problem, tensor, seconds)
+        result.seconds["quantize"] += seconds
+        start = time.perf_counter()
+
+
+def _no_statistic(kind: str) -> Tensor:
+    raise ValueError(f"embeddings have no statistic {kind}")
+
+
+def fit_posterior(subject: Subject, recipe: Recipe, problems: Sequence[LayerProblem], result: Quantized) -> None:
+    """What the posterior needs of all layers at once, and the proxy's measurement."""
+    start = time.perf_counter()
+    inherited = 0.0
+    if recipe.whitenings is not None:
+        inherited = recipe.whitenings.inherited_seconds
+        with elapsed("posterior"):
+            recipe.whitenings.prepare(problems)
+    if recipe.proxy is not None:
+        result.oom_retries += weigh_by_proxy(subject, recipe, recipe.proxy, problems)
+    result.seconds["posterior"] = time.perf_counter() - start + inherited
+
+
+def round_layers(
+    subject: Subject,
+    recipe: Recipe,
+    statistics: Statistics,
+    groups: Sequence[Sequence[str]],
+    problems: Sequence[LayerProblem],
+    result: Quantized,
+) -> None:
+    """Allocate and round, with inputs behind the quantized prefix where the method asks for them."""
+    result.problems |= {problem.name: problem for problem in problems}
+    prefix = None
+    if recipe.method.inputs == "prefix":
+        working = result.copy_of(subject.module)
+        layers = {name: same_layer(layer, working, name) for name, layer in subject.layers.items()}
+        prefix = PrefixInputs(
+            working, layers, groups, subject.examples, statistics.batch_size, subject.device, subject.usage.calls
+        )
+    fits_before = recipe.whitenings.seconds if recipe.whitenings else 0.0
+    context = Context.of_seed(recipe.seed, subject.device)
+    allocate = Allocation(recipe.allocator, recipe.budget)
+    start = last = time.perf_counter()
+    rounded = quantize_layers(recipe.method, problems, allocate, context, prefix)
+    for problem, tensor in bar(rounded, "quantize", total=len(problems)):
+        now = time.perf_counter()
+        result.add(problem, tensor, now - last)
+        last = now
+    fits = recipe.whitenings.seconds - fits_before if recipe.whitenings else 0.0
+    behind_prefix = prefix.seconds if prefix else 0.0
+    result.oom_retries += prefix.oom_retries if prefix else 0
+    result.seconds["posterior"] += fits
+    result.seconds["calibrate"] += behind_prefix
+    result.seconds["quantize"] += last - start - fits - behind_prefix
+
+
+def note_achieved_risk(whitenings: WhiteningStore, problems: Iterable[LayerProblem], result: Quantized) -> None:
+    """Note in each layer the posterior's risk of what it was rounded to, in nats."""
+    for problem in bar(problems, "achieved risk"):
+        delta = result.tensors[problem.name].dequantize() - problem.weight
+        problem.notes["achieved_risk"] = float(whitenings.fit(problem).risk(delta).sum())
+
+
+def weigh_by_proxy(subject: Subject, recipe: Recipe, proxy: Proxy, problems: Sequence[LayerProblem]) -> int:
+    """Note kappa in each layer: measured divergence over predicted risk at one width (SPEC section 5).
+
+    Returns:
+        how often it began again with smaller batches because memory ran out.
+
+    Raises:
+        ValueError: nothing is allocated by risk.
+    """
+    knapsack, whitenings = recipe.allocator, recipe.whitenings
+    if not isinstance(knapsack, Knapsack) or whitenings is None:
+        raise ValueError("proxy=mc weighs predicted risks: it needs allocator=knapsack")
+    width = min(knapsack.widths, key=lambda w: (abs(w - recipe.budget.bits), w))
+    at = knapsack.widths.index(width)
+    by_name = {problem.name: problem for problem in problems}
+    batch = in_one_batch(subject.examples, proxy.examples, subject.device)
+    measure = partial(
+        measure_kappa,
+        subject.module,
+        list(by_name),
+        lambda name: knapsack.rounded(by_name[name], width),
+        posterior_draw(whitenings, by_name),
+        {problem.name: float(knapsack.predict(problem)[:, at].sum()) for problem in problems},
+        batch.inputs,
+        proxy.samples,
+        likelihood=subject.likelihood,
+        alone=needs_no_padding(subject.examples),
+    )
+    kappa, retries = halving(
+        len(batch.index),
+        lambda size: measure(torch.Generator().manual_seed(recipe.seed), batch_size=size),
+        "proxy",
+    )
+    for name, factor in kappa.factors.items():
+        by_name[name].notes["kappa"] = factor
+    for kind, times in kappa.fallbacks.items():
+        problems[0].count(kind, times)
+    return retries

@@ -1,0 +1,119 @@
+"""What follows rounding, for every method alike: moment correction and distillation (SPEC section 5)."""
+
+import logging
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from bayesq.batches import in_one_batch
+from bayesq.distillation import Distilled, distill, posterior_predictive
+from bayesq.memory import halving
+from bayesq.progress import elapsed
+from bayesq.quant.correction import MAX_EXAMPLES, Correction, correct_moments
+from bayesq.quant.method import LayerProblem
+from bayesq.recipe import Distillation, Quantized, Recipe, Subject
+from bayesq.whitening import WhiteningStore
+
+log = logging.getLogger(__name__)
+
+CPU = torch.device("cpu")
+# Moment matching before a distillation uses the examples of at most this many of its batches, so that halving the
+# batch size halves its examples.
+START_BATCHES = 16
+
+
+def correct(subject: Subject, result: Quantized) -> None:
+    """Match activation moments to the full-precision network's (SPEC section 5).
+
+    Raises:
+        ValueError: the network does not allow it.
+    """
+    batch = in_one_batch(subject.examples, len(subject.examples), CPU)
+
+    def attempt(examples: int) -> Correction:
+        student = result.copy_of(subject.module)
+        return correct_moments(subject.module, student, list(subject.layers), batch.inputs, examples, subject.alone)
+
+    try:
+        with elapsed("match moments"):
+            correction, retries = halving(min(MAX_EXAMPLES, len(subject.examples)), attempt, "correction")
+    except ValueError as error:
+        raise ValueError(f"correction=moments is not possible ({error}): choose correction=none") from error
+    result.oom_retries += retries
+    result.parameters |= correction.tensors
+    for name in correction.uncorrected:
+        result.problems[name].count("uncorrected_layers")
+
+
+def distill_student(subject: Subject, recipe: Recipe, settings: Distillation, result: Quantized) -> None:
+    """Train scales, levels, biases and norms towards the posterior-predictive teacher.
+
+    Raises:
+        ValueError: the settings or the calibration set do not allow it.
+    """
+    tensors = result.layers(subject)
+
+    def attempt(batch_size: int) -> Distilled:
+        batches = list(subject.examples.batches(batch_size, CPU))  # each goes to the device in turn
+        generator = torch.Generator().manual_seed(recipe.seed)
+        # Without a posterior the teacher is the full-precision network itself: its mean.
+        samples = settings.samples if recipe.whitenings else 0
+        draw = posterior_draw(recipe.whitenings, result.problems)
+        teacher = posterior_predictive(subject.module, tensors, draw, batches, samples, generator, subject.likelihood)
+        start = None
+        # moments that correction=moments has matched already have no second start to offer
+        if settings.moments and not recipe.correction:
+            start = moment_start(subject, result, START_BATCHES * batch_size)
+        student = result.copy_of(subject.module)
+        return distill(student, tensors, batches, teacher, settings.settings, generator, start, subject.likelihood)
+
+    distilled, retries = halving(settings.batch_size, attempt, "distillation")
+    result.oom_retries += retries
+    result.tensors |= distilled.tensors
+    result.parameters |= distilled.parameters
+    result.distillation = {
+        "best_step": distilled.best_step,
+        "moments": distilled.started,
+        "heldout_kl_before": distilled.heldout_kl_before,
+        "heldout_kl_after": distilled.heldout_kl_after,
+    }
+    log.info(
+        f"distillation: {'moments matched, ' if distilled.started else ''}step {distilled.best_step} of "
+        f"{distilled.steps} kept, held-out KL {distilled.heldout_kl_before:.2g} -> {distilled.heldout_kl_after:.2g}"
+    )
+
+
+def moment_start(subject: Subject, result: Quantized, examples: int) -> Callable[[Tensor], Mapping[str, Tensor]]:
+    """Biases and norm parameters that match activation moments on some calibration examples, told by bool [n].
+
+    Args:
+        subject: network and examples.
+        result: what has been rounded.
+        examples: at most so many of the examples are used.
+    """
+
+    def start(chosen: Tensor) -> Mapping[str, Tensor]:
+        batch = in_one_batch(subject.examples, len(subject.examples), CPU)
+        rows = chosen[batch.index]
+        inputs = {name: x[rows] for name, x in batch.inputs.items()}
+        student = result.copy_of(subject.module)
+        layers, most = list(subject.layers), min(examples, MAX_EXAMPLES)
+        try:
+            return correct_moments(subject.module, student, layers, inputs, most, subject.alone).tensors
+        except ValueError as error:
+            raise ValueError(f"distillation.moments=true is not possible ({error}): set it to false") from error
+
+    return start
+
+
+def posterior_draw(
+    whitenings: WhiteningStore | None, problems: Mapping[str, LayerProblem]
+) -> Callable[[str, torch.Generator], Tensor]:
+    """Draws w - mu [g, r, c] of a layer by name; nothing is drawn for runs without a posterior."""
+
+    def draw(name: str, generator: torch.Generator) -> Tensor:
+        assert whitenings is not None
+        return whitenings.fit(problems[name]).sample(generator)
+
+    return draw

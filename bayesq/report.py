@@ -1,0 +1,89 @@
+"""What quantizing a network gave: bits, bytes, and the risk of each layer."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bayesq.quant.accounting import buffer_bytes, code_bits, stored_bytes
+from bayesq.quant.file import Packed, write_packed
+from bayesq.quant.packing import pack_model
+from bayesq.recipe import Quantized
+
+
+def layer_rows(quantized: Quantized) -> list[dict[str, Any]]:
+    """The rows of layers.csv; risks in nats per example, None without a posterior."""
+    rows = []
+    for name, tensor in quantized.tensors.items():
+        problem = quantized.problems[name]
+        weights = problem.weight.numel()
+        rows.append(
+            {
+                "name": name,
+                "kind": problem.kind,
+                "shape": "x".join(str(size) for size in problem.weight.shape),
+                "bits/code": code_bits(tensor) / weights,
+                "bits/stored": 8 * stored_bytes(tensor) / weights,
+                "predicted_risk": problem.notes.get("predicted_risk"),
+                "achieved_risk": problem.notes.get("achieved_risk"),
+                "kappa": problem.notes.get("kappa", 1.0),
+                "prior_precision": problem.notes.get("prior_precision"),
+                "effective_parameters": problem.notes.get("effective_parameters"),
+                "seconds": quantized.layer_seconds[name],
+            }
+        )
+    return rows
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `bayesq.quantize` did.
+
+    Attributes:
+        target_bits: the budget, bits per quantized weight.
+        code_bits: bits of the codes per quantized weight, as the literature counts.
+        stored_bits: bits of everything stored for them: codes, scales, zero points, tables, width maps.
+        stored_bytes: the same in bytes.
+        layers: one row per layer: name, shape, bits, predicted and achieved risk in nats per example, seconds.
+        fallbacks: how often something else than asked was done, by kind.
+    """
+
+    target_bits: float
+    code_bits: float
+    stored_bits: float
+    stored_bytes: int
+    layers: list[dict[str, Any]]
+    fallbacks: dict[str, int]
+    quantized: Quantized = field(repr=False)
+
+    @classmethod
+    def of(cls, bits: float, quantized: Quantized, weights: int) -> "Report":
+        """The report of what was quantized.
+
+        Args:
+            bits: the budget.
+            quantized: what the pipeline returned.
+            weights: number of quantized weights.
+        """
+        buffers, _ = pack_model(quantized.tensors)
+        stored, fallbacks = buffer_bytes(buffers), Counter[str]()
+        for problem in quantized.problems.values():
+            fallbacks.update(problem.fallbacks)
+        codes = sum(code_bits(tensor) for tensor in quantized.tensors.values())
+        rows = layer_rows(quantized)
+        return cls(bits, codes / weights, 8 * stored / weights, stored, rows, dict(fallbacks), quantized)
+
+    def save(self, path: str | Path) -> None:
+        """Write the packed file: codes, tables, and biases and norms that correction or distillation changed."""
+        write_packed(Path(path), Packed(self.quantized.tensors, self.quantized.parameters))
+
+    def __str__(self) -> str:
+        width = max(len(row["name"]) for row in self.layers)
+        lines = [f"{'layer':{width}}  {'shape':>14}  bits/code  bits/stored  achieved risk"]
+        for row in self.layers:
+            risk = "" if row["achieved_risk"] is None else f"{row['achieved_risk']:.3g}"
+            lines.append(
+                f"{row['name']:{width}}  {row['shape']:>14}  {row['bits/code']:9.3f}  {row['bits/stored']:11.3f}  {risk:>13}"
+            )
+        total = f"{self.code_bits:.3f} bits per weight in codes, {self.stored_bits:.3f} stored, {self.stored_bytes:,} bytes"
+        return "\n".join([*lines, total])

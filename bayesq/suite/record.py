@@ -1,0 +1,144 @@
+"""What a run writes down: the flat result of the contract (SPEC section 8) and the rows of layers.csv."""
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import DictConfig
+
+from bayesq.memory import peak_bytes
+from bayesq.quant.accounting import code_bits
+from bayesq.quant.file import Sizes
+from bayesq.recipe import Quantized
+from bayesq.report import layer_rows
+from bayesq.suite import code_digest
+from bayesq.suite.config import reads_posterior, resolved, run_id
+from bayesq.suite.labels import model_label
+from bayesq.suite.provenance import git_state, host, process, versions
+from bayesq.suite.workload import Workload
+
+log = logging.getLogger(__name__)
+
+FALLBACKS = (
+    "dead_columns",
+    "damping_retries",
+    "unseen_layers",
+    "clamped_scales",
+    "uncorrected_layers",
+    "kappa_undefined",
+    "kappa_clamped",
+    "oom_retries",
+)
+
+
+def flat_result(
+    cfg: DictConfig,
+    work: Workload,
+    quantized: Quantized,
+    sizes: Sizes,
+    metrics: Mapping[str, Any],
+    seconds: Mapping[str, float],
+    estimate_bytes: int,
+) -> dict[str, Any]:
+    """The flat result of a run.
+
+    Args:
+        cfg: the configuration that is recorded.
+        work: network and data.
+        quantized: what the recipe made of the network.
+        sizes: of the packed file.
+        metrics: of the evaluation, under their result keys.
+        seconds: evaluate, total and prepare.
+        estimate_bytes: memory that the preflight expected.
+    """
+    rows, device, weights = layer_rows(quantized), work.subject.device, work.subject.weights
+    return {
+        "run_id": run_id(cfg),
+        "status": "finished",
+        "model": model_label(resolved(cfg)),
+        "dataset": cfg.dataset.name,
+        "method": cfg.method.name,
+        "posterior": cfg.posterior.name if reads_posterior(resolved(cfg)) else "none",
+        "allocator": cfg.allocator,
+        "correction": cfg.correction,
+        "seed": cfg.seed,
+        "primary_metric": work.data.primary_metric,
+        "quantized/share": work.coverage.share,
+        "quantized/left_out": work.coverage.left_out,
+        "bits/target": float(cfg.bits),
+        "bits/code": sum(code_bits(tensor) for tensor in quantized.tensors.values()) / weights,
+        "bits/stored": 8 * sizes.packed / weights,
+        "bytes/packed": sizes.packed,
+        "bytes/parameters": sizes.parameters,
+        "bytes/fp32": 4 * weights,
+        **metrics,
+        **{f"distill/{key}": value for key, value in quantized.distillation.items()},
+        "risk/rank_correlation": risk_rank_correlation(rows),
+        **{f"time/{stage}_s": value for stage, value in (quantized.seconds | dict(seconds)).items()},
+        "memory/peak_rss_bytes": peak_bytes(),
+        "memory/process": process(),
+        "memory/estimate_bytes": estimate_bytes,
+        "memory/peak_device_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0,
+        "calibration/examples": len(work.subject.examples),
+        "evaluation/examples": len(work.evaluation),
+        **{f"fallback/{kind}": times for kind, times in fallbacks(quantized, work).items()},
+        "config": resolved(cfg),
+        "versions": versions(),
+        "host": host(device),
+        "git": git_state(),
+        code_digest.KEY: code_digest.digests(code_digest.targets(resolved(cfg))),
+        "source": {
+            "dataset": work.data.source,
+            "model": work.network.description,
+            "weights": work.network.checksum,
+            "calibration": work.subject.examples.checksum(),
+            "evaluation": work.evaluation.checksum(),
+        },
+    }
+
+
+def risk_rank_correlation(rows: Sequence[Mapping[str, Any]]) -> float | None:
+    """Spearman's correlation of predicted and achieved risk over layers; None without predictions."""
+    pairs = [
+        (row["predicted_risk"], row["achieved_risk"])
+        for row in rows
+        if row["predicted_risk"] is not None and row["achieved_risk"] is not None
+    ]
+    if len(pairs) < 2:
+        return None
+    import pandas as pd
+
+    ranks = pd.DataFrame(pairs).rank().to_numpy()
+    correlation = float(np.corrcoef(ranks, rowvar=False)[0, 1])
+    return None if math.isnan(correlation) else correlation
+
+
+def fallbacks(quantized: Quantized, work: Workload) -> dict[str, int]:
+    """How often something else than asked was done, of each kind in FALLBACKS."""
+    total = dict.fromkeys(FALLBACKS, 0)
+    total |= {"oom_retries": quantized.oom_retries, "unseen_layers": len(work.subject.usage.unreached)}
+    for problem in quantized.problems.values():
+        for kind, times in problem.fallbacks.items():
+            total[kind] += times
+    return total
+
+
+def log_decisions(title: str, quantized: Quantized) -> None:
+    """Log in one line how many weights got which width, and the prior precisions.
+
+    Args:
+        title: method and bits.
+        quantized: what the method made of the network.
+    """
+    share: dict[int, int] = {}
+    for tensor in quantized.tensors.values():
+        for width, rows in zip(*(column.tolist() for column in tensor.width.unique(return_counts=True)), strict=True):
+            share[width] = share.get(width, 0) + rows * tensor.codes.shape[1]
+    total = sum(share.values())
+    widths = ", ".join(f"{width}: {100 * share[width] / total:.1f} %" for width in sorted(share))
+    tau = sorted(p.notes["prior_precision"] for p in quantized.problems.values() if "prior_precision" in p.notes)
+    prior = f"; prior precision {tau[0]:.3g} to {tau[-1]:.3g}, median {tau[len(tau) // 2]:.3g}" if tau else ""
+    log.info(f"{title}: weights by width {widths}{prior}")
