@@ -14,7 +14,7 @@ from analysis.figures import label
 from analysis.gaps import command, remarks, why
 from analysis.loading import FINISHED, RUNNING, UNKNOWN, WANDB, finished, of_finished_workloads, records
 from analysis.paper import title
-from bayesq.suite.results import unit
+from bayesq.suite.metrics import metric_of
 
 
 def known(runs: pd.DataFrame) -> pd.DataFrame:
@@ -38,7 +38,9 @@ def remarks_of(runs: pd.DataFrame) -> list[str]:
 def metrics(runs: pd.DataFrame) -> str:
     """The primary metrics of the finished runs, with their units."""
     found = sorted({str(metric) for metric in finished(runs)["primary_metric"].dropna()}) if len(finished(runs)) else []
-    return ", ".join(f"{metric} {'in %' if unit(metric) == '%' else 'times 100'}" for metric in found) or "none"
+    return (
+        ", ".join(f"{metric} {'in %' if metric_of(metric).unit == '%' else 'times 100'}" for metric in found) or "none"
+    )
 
 
 def source_of(runs: pd.DataFrame) -> str:

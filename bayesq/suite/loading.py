@@ -18,11 +18,12 @@ import torch
 from torch import nn
 
 from bayesq.quant.layers import weight_keys
+from bayesq.quant.network import fill
 from bayesq.suite.cache import CorruptCache, resolve_cache_dir
 from bayesq.suite.config import DESCRIPTIVE, flatten, one_line, suggestion
 from bayesq.suite.errors import UserError
 from bayesq.suite.models.base import Network
-from bayesq.suite.packed import Packed, fill, read_packed
+from bayesq.suite.packed import Packed, read_packed
 
 # Modules whose classes a file may name; what else lies in the suite is no model and no data set.
 OWN = ("bayesq.suite.models.", "bayesq.suite.datasets.")

@@ -23,13 +23,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from omegaconf import DictConfig
-from torch import Tensor, nn
+from torch import Tensor
 
 import bayesq
 from bayesq.quant.accounting import buffer_bytes
-from bayesq.quant.layers import find_layer, matrix_to_weight, weight_key, weight_to_matrix
 from bayesq.quant.packing import PARAMETER_PREFIX, STATE_PREFIX, pack_model, parsed, unpack_model
 from bayesq.quant.tensor import QuantizedTensor
 from bayesq.suite.cache import CorruptCache, read_tensors, write_tensors
@@ -131,30 +129,3 @@ def _checked_run(run: dict[str, Any]) -> dict[str, Any]:
     if run["run_id"] != id_of(config, run["bayesq"]):
         raise ValueError(f"header: run_id {run['run_id']:.20} is not that of the config")
     return run
-
-
-def fill(
-    module: nn.Module, tensors: Mapping[str, QuantizedTensor], parameters: Mapping[str, Tensor] | None = None
-) -> None:
-    """Replace layers' weights by what their QuantizedTensors stand for, and `parameters` by state_dict name.
-
-    Raises:
-        ValueError: the module has no such layer or parameter, or one of another shape or dtype. It stays as it was.
-    """
-    layers = {name: find_layer(module, name) for name in tensors}
-    state = module.state_dict() if parameters else {}
-    for name, tensor in tensors.items():
-        shape = list(weight_to_matrix(layers[name]).shape)
-        if shape != [tensor.groups, len(tensor.codes) // tensor.groups, tensor.codes.shape[1]]:
-            raise ValueError(f"layer {name} has groups, rows and columns {shape}, not those of its codes")
-    quantized = {weight_key(name, layer) for name, layer in layers.items()}
-    for name, value in (parameters or {}).items():
-        if name not in state or name in quantized:
-            raise ValueError(f"the network has no parameter {name:.100} beside its quantized weights")
-        if state[name].shape != value.shape or state[name].dtype != value.dtype:
-            raise ValueError(f"parameter {name} has another shape or dtype in the network")
-    for name, tensor in tensors.items():
-        with torch.no_grad():
-            layers[name].weight.copy_(matrix_to_weight(layers[name], tensor.dequantize()))
-    if parameters:
-        module.load_state_dict(dict(parameters), strict=False)

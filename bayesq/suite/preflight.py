@@ -159,7 +159,10 @@ def estimate(
     needs = Needs(held)
     stages = {
         "calibration": activated * (collected + choices.calibration_batch * calibration.total) + max(sums, default=0),
-        "evaluation": 2 * codes + 2 * packed + 3 * activated * choices.evaluation_batch * evaluation.largest,
+        "evaluation": 4 * weights
+        + 2 * codes
+        + 2 * packed
+        + 3 * activated * choices.evaluation_batch * evaluation.largest,
         "rounding": codes + max(_work(shape, choices) for shape in shapes),
     }
     geometries = sum(_geometry(shape, choices) for shape in shapes) if choices.posterior is not None else 0

@@ -25,7 +25,8 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from baselines.rtn import RTN
 from bayesq.allocation import DAMPING, Allocator, Budget, Knapsack, Uniform, make_allocator
-from bayesq.distillation import DistillationSettings, Distilled, distill, posterior_predictive
+from bayesq.distillation import DistillationSettings, Distilled, distill
+from bayesq.likelihood import LIKELIHOODS, Categorical, Gaussian, Likelihood
 from bayesq.posterior import AUTO, LayerPosterior, Posterior
 from bayesq.proxy import Kappa, measure_kappa
 from bayesq.quant.accounting import code_bits, stored_bytes
@@ -40,6 +41,7 @@ from bayesq.quant.layers import (
     weight_to_matrix,
 )
 from bayesq.quant.method import Distortion, LayerProblem, Method, naming, stack_groups
+from bayesq.quant.network import fill, quantized_copy
 from bayesq.quant.tensor import QuantizedTensor
 from bayesq.quant.usage import OtherUseError, Usage, usage_of
 from bayesq.suite import code_digest, evaluation
@@ -60,8 +62,9 @@ from bayesq.suite.errors import UserError
 from bayesq.suite.forward import naming_model
 from bayesq.suite.labels import model_label
 from bayesq.suite.memory import give_back_freed, halving, peak_bytes, resident_bytes
+from bayesq.suite.metrics import metric_of
 from bayesq.suite.models.base import EncodedExamples, Network, in_one_batch, needs_no_padding, two_examples
-from bayesq.suite.packed import Packed, fill, read_packed, run_record, write_packed
+from bayesq.suite.packed import Packed, read_packed, run_record, write_packed
 from bayesq.suite.preflight import Choices, Needs, activations, check, estimate
 from bayesq.suite.provenance import git_state, host, process, versions
 from bayesq.suite.rehearsal import rehearse, small_problems
@@ -70,7 +73,6 @@ from bayesq.suite.results import (
     PREDICTIONS_FILE,
     QUANTIZED_FILE,
     RESULT_FILE,
-    unit,
     write_csv,
     write_json,
 )
@@ -79,6 +81,7 @@ from bayesq.suite.stopping import stop_if_asked
 from bayesq.suite.summary import two_digits
 from bayesq.suite.terminal import elapsed
 from bayesq.suite.tracking import ERROR_KEY, track
+from bayesq.teacher import posterior_predictive
 from bayesq.whitening import Shelf
 
 log = logging.getLogger(__name__)
@@ -129,10 +132,11 @@ def run(cfg: DictConfig) -> dict[str, Any]:
             OSError
         ) as error:  # a disk that is full by now: the run is finished, W&B is told again by the next command
             log.warning("%s: what W&B has of it cannot be noted (%s)", folder / RESULT_FILE, error.strerror)
-    metric = result["primary_metric"]
+    key = result["primary_metric"]
+    metric = metric_of(key)
     log.info(
-        f"{name} {result['method']} {result['bits/target']:g} bits, seed {result['seed']}: "
-        f"{metric} {100 * result[f'q/{metric}']:.2f} {unit(metric)} ({100 * result[f'delta/{metric}']:+.2f}), "
+        f"{name} {result['method']} {result['bits/target']:g} bits, seed {result['seed']}: {key} "
+        f"{metric.scaled(result[f'q/{key}']):.2f} {metric.unit} ({metric.scaled(result[f'delta/{key}']):+.2f}), "
         f"KL {two_digits(result['q/kl_to_fp'])}, {result['bits/stored']:.3f} bits stored, "
         f"{result['time/total_s']:.1f} s"
     )
@@ -313,7 +317,7 @@ def execute(
     )
     with naming_model(cfg.model.name, "evaluating it"):
         full, retries = reference(autocast)
-    check_logits(full, f"model={cfg.model.name} overflows before anything is rounded; choose other weights or data")
+    check_finite(full, f"model={cfg.model.name} overflows before anything is rounded; choose other weights or data")
     unlowered = reference(None)[0] if autocast is not None else full
     with elapsed("compile"):
         few = small_problems(work.layers, kernel_positions, calibration.settings.rank)
@@ -334,23 +338,20 @@ def execute(
         sizes = write_packed(folder / QUANTIZED_FILE, packed)
         # Everything reported comes from the file: what could not be stored is not evaluated.
         stored = read_packed(folder / QUANTIZED_FILE)
-    # The full-precision weights have served: a copy of the network would take as much memory again.
-    module = work.network.module
-    fill(module, stored.tensors, stored.parameters)
+    student = quantized_copy(work.network.module, stored.tensors, stored.parameters)
     evaluate_start = time.perf_counter()
-    label = f"evaluate {cfg.method.name} {cfg.bits:g} bits"
-    logits, retries = evaluation.logits(module, work.evaluation, batch_size, work.device, label, autocast)
+    label, likelihood = f"evaluate {cfg.method.name} {cfg.bits:g} bits", work.data.likelihood
+    rows, retries = evaluation.paired_rows(
+        full, student, work.evaluation, likelihood, batch_size, work.device, label, autocast
+    )
     quantized.oom_retries += retries
-    check_logits(logits, f"bits={cfg.bits:g} leaves no working network; choose more bits or another method")
+    check_finite(rows["kl"], f"bits={cfg.bits:g} leaves no working network; choose more bits or another method")
     evaluate_s = time.perf_counter() - evaluate_start
     with elapsed("compare"):
-        metrics, predictions = evaluation.compare(
-            full, logits, work.evaluation.labels, int(cfg.seed), work.data.metrics, work.data.likelihood
-        )
-    for row, example in zip(predictions, work.data.evaluation.ids, strict=True):
-        row["id"] = example
+        metrics = evaluation.compare(rows, int(cfg.seed), work.data.metrics)
+    predictions = evaluation.prediction_rows(rows, work.data.evaluation.ids)
     if autocast is not None:
-        metrics |= evaluation.autocast_effect(unlowered, full, work.data.likelihood)
+        metrics |= evaluation.autocast_effect(unlowered, full, likelihood)
 
     weights = sum(layer.weight.numel() for layer in (*work.layers.values(), *work.embeddings.values()))
     layers = layer_rows(quantized)
@@ -460,19 +461,19 @@ def check_network(module: nn.Module, name: str) -> None:
             raise UserError(f"model={name}: {key} has variances below zero: choose other weights")
 
 
-def check_logits(logits: Tensor, remedy: str) -> None:
+def check_finite(values: Tensor, remedy: str) -> None:
     """Refuse predictions that are no numbers, before metrics of them pass for results.
 
     Args:
-        logits: [n, classes].
+        values: logits [n, ...], or the KL [n] between those of two networks, which is finite where both are.
         remedy: what the message ends with.
 
     Raises:
         UserError: some are NaN or infinite.
     """
-    wrong = int((~torch.isfinite(logits)).any(1).sum())
+    wrong = int((~torch.isfinite(values)).reshape(len(values), -1).any(1).sum())
     if wrong:
-        raise UserError(f"logits are NaN or infinite for {wrong} of {len(logits)} evaluation examples: {remedy}")
+        raise UserError(f"logits are NaN or infinite for {wrong} of {len(values)} evaluation examples: {remedy}")
 
 
 def make_plan(cfg: DictConfig) -> Plan:
@@ -507,7 +508,7 @@ def open_calibration(
         posterior.samples if posterior else None,
         int(cfg.seed),
         gradient_examples=posterior.examples if posterior else None,
-        likelihood=likelihood_of_fisher(posterior, work.data.likelihood),
+        likelihood=likelihood_of_fisher(posterior, work.data.likelihood).name,
         draws=posterior.draws if posterior else "signs",
         rank=posterior.rank if posterior else 16,
     )
@@ -620,7 +621,7 @@ def quantize(cfg: DictConfig, plan: Plan, work: Workload, calibration: Calibrati
     if method.sequential:
         # A copy whose layers are replaced one by one. Only the method sees its inputs: bits are allocated before
         # anything is rounded.
-        working = quantized_copy(work, result)
+        working = writable_copy(work, result)
         own = {name: same_layer(layer, working, name) for name, layer in layers.items()}
         size, calls = calibration.settings.batch_size, work.usage.calls
         prefix = SequentialInputs(working, own, groups, examples, size, device, calls)
@@ -750,7 +751,7 @@ def layer_rows(quantized: Quantized) -> list[dict[str, Any]]:
     return rows
 
 
-def quantized_copy(work: Workload, quantized: Quantized) -> nn.Module:
+def writable_copy(work: Workload, quantized: Quantized) -> nn.Module:
     """The network with what has been quantized and corrected so far."""
     module = copy.deepcopy(work.network.module)
     fill(module, quantized.tensors, quantized.parameters)
@@ -763,7 +764,7 @@ def correct(work: Workload, quantized: Quantized) -> None:
     batch = in_one_batch(work.calibration, len(work.calibration), CPU)
 
     def attempt(examples: int) -> Correction:
-        student = quantized_copy(work, quantized)
+        student = writable_copy(work, quantized)
         return correct_moments(work.network.module, student, list(work.layers), batch.inputs, examples, work.alone)
 
     try:
@@ -799,8 +800,8 @@ def distill_student(cfg: DictConfig, plan: Plan, work: Workload, quantized: Quan
         # moments that correction=moments has matched already have no second start to offer
         if cfg.distillation.moments and cfg.correction == "none":
             moments = moment_start(work, quantized, START_BATCHES * batch_size)
-        student = quantized_copy(work, quantized)
-        return distill(student, tensors, batches, teacher, settings, generator, moments, likelihood)
+        student = writable_copy(work, quantized)
+        return distill(student, tensors, batches, teacher, settings, generator, likelihood, moments)
 
     try:
         settings = DistillationSettings(**options)
@@ -829,7 +830,7 @@ def moment_start(work: Workload, quantized: Quantized, examples: int) -> Callabl
         batch = in_one_batch(work.calibration, len(work.calibration), CPU)
         rows = chosen[batch.index]
         inputs = {name: x[rows] for name, x in batch.inputs.items()}
-        student = quantized_copy(work, quantized)
+        student = writable_copy(work, quantized)
         layers, most = list(work.layers), min(examples, MAX_EXAMPLES)
         try:
             return correct_moments(work.network.module, student, layers, inputs, most, work.alone).tensors
@@ -925,7 +926,7 @@ def reads_posterior(cfg: DictConfig) -> bool:
     return cfg.allocator == "knapsack" or cfg.method.get("uses_posterior") is True
 
 
-def likelihood_of_fisher(posterior: SharedPosterior | None, of_data: str) -> str:
+def likelihood_of_fisher(posterior: SharedPosterior | None, of_data: Likelihood) -> Likelihood:
     """The likelihood that the Fisher is of: the data set's, unless posterior.likelihood names one.
 
     Raises:
@@ -933,9 +934,10 @@ def likelihood_of_fisher(posterior: SharedPosterior | None, of_data: str) -> str
     """
     if posterior is None or posterior.likelihood == AUTO:
         return of_data
-    if of_data == "gaussian" and posterior.likelihood == "categorical":
+    named = LIKELIHOODS[posterior.likelihood]
+    if of_data == Gaussian() and named == Categorical():
         raise UserError("posterior.likelihood=categorical: a regression has a gaussian likelihood; leave it at auto")
-    return posterior.likelihood
+    return named
 
 
 def select_device(name: str) -> torch.device:
