@@ -157,9 +157,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         scores = finetune(given.task, given.root, given.encoder, given.output, chosen)
     except UserError as error:
         sys.exit(f"error: {one_line(str(error))}")
-    print(
-        f"{given.output}: " + ", ".join(f"{name} {metric_of(name).scaled(value):.2f}" for name, value in scores.items())
-    )
+    shown = (f"{name} {metric_of(name).scaled(value):.2f}" for name, value in scores.items())
+    print(f"{given.output}: {', '.join(shown)}")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ PART_ELEMENTS = 2**22
 
 def hits(predicted: Floats, labels: Floats) -> NDArray[np.int64]:
     """1 for each example [n] whose predicted class is the label, 0 for others."""
-    return (predicted == labels).astype(np.int64)
+    return np.asarray(predicted == labels, dtype=np.int64)
 
 
 def accuracy(predicted: Floats, labels: Floats, weights: Floats) -> Floats:

@@ -159,9 +159,9 @@ def estimate(
     needs = Needs(held)
     stages = {
         "calibration": activated * (collected + choices.calibration_batch * calibration.total) + max(sums, default=0),
+        # the quantized network's weights stand beside the full-precision ones
         "evaluation": 4 * weights
-        + 2 * codes
-        + 2 * packed
+        + 2 * (codes + packed)
         + 3 * activated * choices.evaluation_batch * evaluation.largest,
         "rounding": codes + max(_work(shape, choices) for shape in shapes),
     }

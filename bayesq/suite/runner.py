@@ -412,10 +412,15 @@ def load(cfg: DictConfig, cache_dir: Path) -> Workload:
 
     Raises:
         UserError: the calibration set cannot be drawn, no layer is left to quantize, there are no embeddings to
-            include, or the network has weights that are no numbers.
+            include, the model is not for the data set's task, or the network has weights that are no numbers.
     """
     device = select_device(cfg.device)
     data = build(cfg.dataset).load(cache_dir)
+    if data.task.name not in cfg.model.tasks:
+        raise UserError(
+            f"dataset={cfg.dataset.name} is for {data.task.name}, but model={cfg.model.name} is for "
+            f"{' or '.join(cfg.model.tasks)}: choose a dataset and a model of one task"
+        )
     with naming_model(cfg.model.name, "building it"):
         network = build(cfg.model).build(data, cache_dir)
     check_network(network.module, cfg.model.name)

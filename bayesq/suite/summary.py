@@ -90,7 +90,7 @@ def _section(head: str, results: Sequence[Result]) -> str:
         groups.setdefault(json.dumps(settings_of(result), sort_keys=True), []).append(result)
     ordered = sorted(groups.items(), key=lambda item: (*_place(item[1][0], methods), item[0]))
     finished = [result for result in results if result.get("status") == "finished"]
-    name = finished[0]["primary_metric"] if finished else "accuracy"
+    primary = finished[0]["primary_metric"] if finished else "accuracy"
     several = any(len(members) > 1 for _, members in ordered)
     columns: dict[str, list[str]] = {name: [] for name in ("method", "bits", *differing)}
     columns |= {"n": []} if several else {}
@@ -102,8 +102,8 @@ def _section(head: str, results: Sequence[Result]) -> str:
         cells["n"] = f"{len(done)}" if len(done) == len(members) else f"{len(done)}/{len(members)}"
         for name in columns:
             columns[name].append(cells[name])
-    measured = _measured([members for _, members in ordered], name)
-    return "\n".join([_full_precision(head, finished, name), *_lines({**columns, **measured})])
+    measured = _measured([members for _, members in ordered], primary)
+    return "\n".join([_full_precision(head, finished, primary), *_lines({**columns, **measured})])
 
 
 def _lines(columns: Mapping[str, Sequence[str]]) -> list[str]:
