@@ -14,7 +14,7 @@ from analysis.figures import label
 from analysis.gaps import command, remarks, why
 from analysis.loading import FINISHED, RUNNING, UNKNOWN, WANDB, finished, of_finished_workloads, records
 from analysis.paper import title
-from bayesq.suite.results import unit
+from bayesq.suite.metrics import metric_of
 
 
 def known(runs: pd.DataFrame) -> pd.DataFrame:
@@ -38,7 +38,8 @@ def remarks_of(runs: pd.DataFrame) -> list[str]:
 def metrics(runs: pd.DataFrame) -> str:
     """The primary metrics of the finished runs, with their units."""
     found = sorted({str(metric) for metric in finished(runs)["primary_metric"].dropna()}) if len(finished(runs)) else []
-    return ", ".join(f"{metric} {'in %' if unit(metric) == '%' else 'times 100'}" for metric in found) or "none"
+    units = {metric: metric_of(metric).unit.replace("x100", "times 100") for metric in found}
+    return ", ".join(f"{metric} {'in %' if unit == '%' else unit}" for metric, unit in units.items()) or "none"
 
 
 def source_of(runs: pd.DataFrame) -> str:

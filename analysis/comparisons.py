@@ -19,7 +19,7 @@ from analysis.statistics import (
     paired_bootstrap,
     paired_metric_bootstrap,
 )
-from bayesq.suite.metrics import FUNCTIONS, Metric, measure
+from bayesq.suite.metrics import METRICS, measure
 from bayesq.suite.results import PREDICTIONS_FILE, settings_of
 
 log = logging.getLogger(__name__)
@@ -192,7 +192,7 @@ class Examples:
         for metric in metrics_of(run):
             function, part = _measured_on(metric)
             own = table[table["part"] == part]
-            found = measure(Metric(metric, function), *(own[key].to_numpy() for key in ("q_prediction", "label")))
+            found = measure(METRICS[function], *(own[key].to_numpy() for key in ("q_prediction", "label")))
             if not abs(found - run[f"q/{metric}"]) <= TOLERANCE:
                 reason = f"{PREDICTIONS_FILE} does not give the {metric} of its result"
                 log.warning("%s: %s; not compared", run["path"], reason)
@@ -282,7 +282,7 @@ def _difference(function: str, first: Floats, second: Floats, labels: Floats) ->
     if function == "accuracy":
         correct = (first == labels).astype(np.float64), (second == labels).astype(np.float64)
         return paired_bootstrap(*correct), mcnemar(*correct)
-    assert function in FUNCTIONS
+    assert function in METRICS
     delta = paired_metric_bootstrap(function, first, second, labels)
     return delta, delta.p
 

@@ -16,8 +16,8 @@ AXES = ("model", "dataset", "method")
 # Where files lie says nothing about what is in them, and the task stands in the workload's name anyway.
 NOT_NAMED = ("dataset.root", "dataset.hub", "dataset.task")
 PLACES = (*NOT_NAMED, "model.checkpoint", "model.name")
-# What a network takes and data give is no setting.
-DESCRIBED = ("model.modality", "dataset.modality")
+# What a network can do and data are for is no setting.
+DESCRIBED = ("model.tasks", "dataset.tasks")
 
 
 def command_overrides(run: Mapping[str, Any]) -> list[str]:

@@ -75,7 +75,9 @@ def glue_table(runs: pd.DataFrame) -> Table:
         against, said = _glue_against(done, tasks, row, by_task["q"], examples)
         row |= against
         notes += said
-        row["paper_delta"] = CLAIMED_DELTAS["text"].get(row["bits"]) if row["variant"].startswith("bayesq") else None
+        row["paper_delta"] = (
+            CLAIMED_DELTAS["text classification"].get(row["bits"]) if row["variant"].startswith("bayesq") else None
+        )
         row["missing"] = ", ".join(task for task in GLUE_TASKS if task not in by_task.index)
         rows.append(row)
         lacking.append([task for task in ran if task not in by_task.index])

@@ -23,8 +23,8 @@ from analysis.defaults import command_overrides
 from analysis.figures import DOUBLE, GREY, SINGLE, Look, legend, look, panels, present, style
 from analysis.loading import UNKNOWN, finished, records
 from analysis.paper import title
+from bayesq.suite.metrics import metric_of
 from bayesq.suite.plots import confidence_bins
-from bayesq.suite.results import unit
 
 KL = "KL to full precision (nats)"
 CODE_BITS, STORED_BITS = "code bits per weight", "stored bits per weight"
@@ -165,7 +165,7 @@ def bit_curve(data: pd.DataFrame, looks: Mapping[str, Look]) -> Figure:
     figure, axes = panels(2, 4, DOUBLE, 1.75)
     metric = data["primary_metric"].iloc[0]
     shown = {
-        "score": (f"{metric} ({unit(metric)})", "fp score"),
+        "score": (f"{metric} ({metric_of(metric).unit})", "fp score"),
         "q/kl_to_fp": ("KL (nats)", None),
         "q/nll": ("NLL (nats)", "fp/nll"),
         "q/ece": ("ECE", "fp/ece"),
@@ -266,7 +266,7 @@ def calibration_size(data: pd.DataFrame, looks: Mapping[str, Look]) -> Figure:
     """KL and score of one workload at one budget against the number of calibration examples."""
     figure, axes = panels(1, 2, DOUBLE, 2.0)
     metric = data["primary_metric"].iloc[0]
-    shown = (("q/kl_to_fp", KL), ("score", f"{metric} ({unit(metric)})"))
+    shown = (("q/kl_to_fp", KL), ("score", f"{metric} ({metric_of(metric).unit})"))
     sizes = sorted(data["examples"].unique())
     for plot, (key, y_label) in zip(axes[0], shown, strict=True):
         for variant, own in _bottom_up(data, looks):

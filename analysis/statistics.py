@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from bayesq.suite.metrics import FUNCTIONS
+from bayesq.suite.metrics import METRICS
 
 Floats = NDArray[np.float64]
 
@@ -71,7 +71,7 @@ def paired_metric_bootstrap(
     """metric(second) - metric(first), a mean over seeds, measured anew on every resample.
 
     Args:
-        function: of bayesq.suite.metrics: accuracy, f1, matthews, pearson or spearman.
+        function: key of bayesq.suite.metrics.METRICS: accuracy, f1, matthews, pearson or spearman.
         first, second: predictions [seeds, examples], classes or numbers.
         labels: [examples].
 
@@ -82,7 +82,7 @@ def paired_metric_bootstrap(
     labels = np.asarray(labels, dtype=np.float64)
     if labels.shape != first.shape[1:]:
         raise ValueError(f"labels of shape {labels.shape} do not go with predictions of shape {first.shape}")
-    seeds, measure = len(first), FUNCTIONS[function]
+    seeds, measure = len(first), METRICS[function].function
 
     def statistic(columns: Floats, examples: Floats, chosen: Floats) -> Floats:
         truth, before, after = columns[0], columns[1 : seeds + 1], columns[seeds + 1 :]
@@ -100,7 +100,7 @@ class Task:
         first, second: predictions [seeds, examples].
         labels: [examples].
         parts: [examples], which metrics an example counts for.
-        metrics: functions of bayesq.suite.metrics, each with its part; the task's score is their mean.
+        metrics: keys of bayesq.suite.metrics.METRICS, each with its part; the task's score is their mean.
     """
 
     first: Floats
@@ -133,7 +133,7 @@ def _task_gain(task: Task, seed: Sequence[int], resamples: int) -> tuple[float, 
         truth, parts, before, after = columns[0], columns[1], columns[2 : seeds + 2], columns[seeds + 2 :]
         gained = np.zeros((len(examples), seeds))
         for function, part in task.metrics:
-            inside, measure = parts == part, FUNCTIONS[function]
+            inside, measure = parts == part, METRICS[function].function
             for place in range(seeds):
                 of_second, of_first = (
                     measure(side[place, inside], truth[inside], examples[:, inside]) for side in (after, before)

@@ -371,8 +371,8 @@ ENDS = {"": "value", "_low": "low", "_high": "high"}
 
 
 def _claim(run: Mapping[str, Any] | pd.Series, bits: float) -> dict[str, Any]:
-    modality = run["config"]["dataset"].get("modality")
-    return {"paper_delta": CLAIMED_DELTAS.get(modality, {}).get(bits), "paper_workload": CLAIMED_FOR.get(modality)}
+    task = run["config"]["dataset"].get("tasks", [""])[0]
+    return {"paper_delta": CLAIMED_DELTAS.get(task, {}).get(bits), "paper_workload": CLAIMED_FOR.get(task)}
 
 
 COLUMNS = {

@@ -1,56 +1,35 @@
-"""Calibration-only distillation towards the posterior-predictive teacher (SPEC section 5).
-
-The teacher averages the predictions of S networks drawn from the posterior, on calibration inputs alone:
-
-    p(y | x) = 1/S sum_s softmax(f(x; w_s))_y,   w_s ~ q
-
-(of a regression head the mean outputs; KL is then half the squared difference, see `bayesq.likelihood`).
+"""Calibration-only distillation towards the posterior-predictive teacher of `bayesq.teacher` (SPEC section 5).
 
 The student is the quantized network. Its codes are frozen; what turns codes into weights is trained, and with it the
-biases and the affine parameters of the norms, to minimise E_x[KL(p(.|x) || softmax f(x; student))]. A held-out part of
-the calibration set decides which step is kept. Every candidate is judged in the precision it will be stored in, and
-one that does not clearly beat the network as it came is no candidate, so the held-out divergence never rises. Shapes
-and types stay, and so do the stored bits.
+biases and the affine parameters of the norms, to minimise E_x[KL(p(.|x) || p(.|f(x; student)))] on calibration inputs
+alone. A held-out part of the calibration set decides which step is taken over. Every candidate is judged in the
+precision it will be stored in, and one that does not clearly beat the network as it came is no candidate, so the
+held-out divergence never rises. Shapes and types stay, and so do the stored bits.
 
 The first candidate costs no gradient: biases and norms that match the activation moments of the full-precision network
-on the training part (`bayesq.quant.correction`). Where it is kept, training goes on from there.
+on the training part (`bayesq.quant.correction`). If it beats the untouched network, training goes on from there.
 """
 
 import copy
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from tqdm import tqdm
 
-from bayesq.likelihood import divergence_from_mean, mean_output
-from bayesq.quant.grids import stored_scale
-from bayesq.quant.layers import Layer, find_layer, is_layer, matrix_to_weight, weight_key
+from bayesq.likelihood import Likelihood
+from bayesq.quant.layers import matrix_to_weight, weight_key
 from bayesq.quant.tensor import QuantizedTensor
+from bayesq.student import Student
+from bayesq.teacher import Batch, beside, count_examples, named_layer
 
-Norm = nn.BatchNorm1d | nn.BatchNorm2d | nn.LayerNorm | nn.GroupNorm
 # A candidate has to beat the untouched network by this many standard errors of the paired difference: divergences have
 # heavy tails, and a hundred held-out examples say little.
 MARGIN = 0.5
-
-
-class Batch(Protocol):
-    """Some calibration examples: `module(**inputs)` gives logits [b, classes]; `index` [b] counts from 0 to n - 1."""
-
-    @property
-    def inputs(self) -> Mapping[str, Tensor]:
-        """Module arguments [b, ...]."""
-        ...
-
-    @property
-    def index(self) -> Tensor:
-        """Positions [b] of the examples in the calibration set, on the CPU."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -96,57 +75,14 @@ class Distilled:
     heldout_kl_after: float
 
 
-@torch.no_grad()
-def posterior_predictive(
-    full: nn.Module,
-    layers: Collection[str],
-    sample: Callable[[str, torch.Generator], Tensor],
-    batches: Sequence[Batch],
-    samples: int,
-    generator: torch.Generator,
-    likelihood: str = "categorical",
-) -> Tensor:
-    """Teacher probabilities [n, classes] float64 on the CPU, in the order of `Batch.index`; means of a regression head.
+@dataclass(frozen=True)
+class _Candidate:
+    """A student after so many steps, and its KL(teacher || student) on each held-out example, float64."""
 
-    Args:
-        full: full-precision network, in eval mode.
-        layers: layers whose weights are drawn.
-        sample: draws a layer's weight perturbation [g, r, c], w_s - mu.
-        batches: all n examples, each once, on any device.
-        samples: S; 0 = the full-precision network itself.
-        likelihood: of the outputs.
-    """
-    if full.training:
-        raise ValueError("the teacher must be in eval mode")
-    total: Tensor | None = None
-    with tqdm(total=max(samples, 1) * len(batches), desc="teacher", disable=None, leave=False) as bar:
-        for _ in range(max(samples, 1)):
-            weights = perturbed_weights(full, layers, sample, generator) if samples else {}
-            for batch in batches:
-                logits: Tensor = functional_call(full, weights, kwargs=beside(full, batch.inputs))
-                p = mean_output(logits.detach().float(), likelihood).cpu().to(torch.float64)
-                if total is None:
-                    total = torch.zeros(_count(batches), p.shape[1], dtype=torch.float64)
-                total[batch.index] += p
-                bar.update()
-    if total is None:
-        raise ValueError("there is no example to distil from")
-    return total / max(samples, 1)
-
-
-def perturbed_weights(
-    full: nn.Module,
-    layers: Collection[str],
-    sample: Callable[[str, torch.Generator], Tensor],
-    generator: torch.Generator,
-) -> dict[str, Tensor]:
-    """One draw mu + sample of all layers' weights, by state_dict name, in the layers' own shapes."""
-    drawn = {}
-    for name in layers:
-        layer = named_layer(full, name)
-        delta = matrix_to_weight(layer, sample(name, generator))
-        drawn[weight_key(name, layer)] = layer.weight.detach() + delta.to(layer.weight)
-    return drawn
+    step: int
+    kl: Tensor
+    tensors: dict[str, QuantizedTensor]
+    parameters: dict[str, Tensor]
 
 
 def distill(
@@ -156,25 +92,21 @@ def distill(
     teacher: Tensor,
     settings: DistillationSettings,
     generator: torch.Generator,
+    likelihood: Likelihood,
     start: Callable[[Tensor], Mapping[str, Tensor]] | None = None,
-    likelihood: str = "categorical",
 ) -> Distilled:
     """Train scales, codebook levels, biases and norm parameters; keep what is best on held-out examples.
-
-    A network has thousands of rows and the calibration set hundreds of examples, so the optimizer decides what is
-    learnt. Steps along the gradient of the whole training part move what all examples agree on first; Adam on batches
-    moved every scale alike and overfitted from the first steps (measured on ResNet-20 and MiniLM).
 
     Args:
         quantized: the network with its biases and norms as they are before distillation, in eval mode; unchanged.
         tensors: the quantized layers by name.
         batches: all n calibration examples, each once; gradients are summed over them.
-        teacher: probabilities [n, classes], or means of a regression head.
+        teacher: mean outputs [n, ...] of `posterior_predictive`.
         settings: the budget.
         generator: CPU generator of the split.
+        likelihood: of the outputs.
         start: gives parameters by state_dict name to start from, if the held-out part agrees; it is told which of the
             n examples train (bool [n]).
-        likelihood: of the outputs.
 
     Raises:
         ValueError: training mode, too few examples to hold any out, indices that do not match the teacher, or two
@@ -182,55 +114,59 @@ def distill(
     """
     if quantized.training:
         raise ValueError("the student must be in eval mode: its norms keep their running statistics")
-    n = _count(batches)
+    n = count_examples(batches)
     if len(teacher) != n:
         raise ValueError(f"the teacher has {len(teacher)} rows for {n} calibration examples")
-    count = round(settings.held_out * n)
+    held_out = _draw_held_out(n, settings.held_out, generator)
+    training, judging = _select(batches, ~held_out, teacher), _select(batches, held_out, teacher)
+    judge = partial(_held_out_kl, judging=judging, likelihood=likelihood)
+    untouched = _Candidate(0, judge(quantized, dict(tensors), {}), dict(tensors), {})
+    best = untouched
+    if begun := dict(start(~held_out)) if start is not None else {}:
+        candidate = replace(untouched, kl=judge(quantized, untouched.tensors, begun), parameters=begun)
+        if _beats(candidate.kl, untouched.kl):
+            best = candidate
+            quantized = copy.deepcopy(quantized)
+            quantized.load_state_dict(begun, strict=False)
+    started, taken = best is not untouched, 0
+    begun = best.parameters
+    for step, stored, parameters in _train(Student(quantized, tensors), training, settings, likelihood):
+        taken = step
+        candidate = _Candidate(step, judge(quantized, stored, parameters), stored, begun | parameters)
+        if _beats(candidate.kl, untouched.kl) and candidate.kl.mean() < best.kl.mean():
+            best = candidate
+    means = float(untouched.kl.mean()), float(best.kl.mean())
+    return Distilled(best.tensors, best.parameters, taken, best.step, started, *means)
+
+
+def _draw_held_out(n: int, share: float, generator: torch.Generator) -> Tensor:
+    """Which of n examples only judge, bool [n].
+
+    Raises:
+        ValueError: fewer than two would judge, or none would train.
+    """
+    count = round(share * n)
     if not 2 <= count < n:
-        raise ValueError(f"{n} calibration examples are too few to hold out a share of {settings.held_out:g}")
+        raise ValueError(f"{n} calibration examples are too few to hold out a share of {share:g}")
     held_out = torch.zeros(n, dtype=torch.bool)
     held_out[torch.randperm(n, generator=generator)[:count]] = True
-    training = [part for batch in batches if (part := _select(batch, ~held_out, teacher)) is not None]
-    judging = [part for batch in batches if (part := _select(batch, held_out, teacher)) is not None]
+    return held_out
 
-    best_tensors, best_parameters = dict(tensors), dict[str, Tensor]()
-    held_out_kl = partial(_held_out_kl, judging=judging, likelihood=likelihood)
-    untouched = held_out_kl(quantized, best_tensors, best_parameters)
-    best = untouched
-    taken = best_step = 0
-    begun = dict(start(~held_out)) if start is not None else {}
-    kl = held_out_kl(quantized, best_tensors, begun) if begun else untouched
-    started = _beats(kl, untouched)
-    if started:
-        best, best_parameters = kl, begun
-        quantized = copy.deepcopy(quantized)
-        quantized.load_state_dict(begun, strict=False)
-    else:
-        begun = {}
-    student = Student(quantized, tensors)
+
+# Inputs of some examples, and the teacher's mean outputs of them.
+_Part = tuple[dict[str, Tensor], Tensor]
+
+
+def _train(
+    student: Student, training: Sequence[_Part], settings: DistillationSettings, likelihood: Likelihood
+) -> Iterator[tuple[int, dict[str, QuantizedTensor], dict[str, Tensor]]]:
+    """What is stored after each step (tensors and parameters) with its number, until the loss ceases to be finite.
+
+    A network has thousands of rows and the calibration set hundreds of examples, so the optimizer decides what is
+    learnt. Steps along the gradient of the whole training part move what all examples agree on first; Adam on batches
+    moved every scale alike and overfitted from the first steps (measured on ResNet-20 and MiniLM).
+    """
     moves = student.moves()
-    examples = n - count
-
-    def closure() -> Tensor:
-        # Decoded once for all batches: gradients are summed over weights and go through the decoder together.
-        decoded = student.overrides()
-        weights = {name: x.detach().requires_grad_(True) for name, x in decoded.items()}
-        leaves = list(weights.values())
-        sums = [torch.zeros_like(x) for x in leaves]
-        losses = []
-        for inputs, p in training:
-            logits = functional_call(quantized, weights, kwargs=beside(quantized, inputs))
-            loss = _divergence(p, logits, likelihood).sum() / examples
-            # Not backward(): the network's own parameters are no part of this and must not collect gradients.
-            for x, gradient in zip(sums, torch.autograd.grad(loss, leaves, allow_unused=True), strict=True):
-                if gradient is not None:
-                    x += gradient
-            losses.append(loss.detach())  # stays on the device: reading each would wait for it
-        gradients = torch.autograd.grad(list(decoded.values()), moves, sums, allow_unused=True)
-        for x, gradient in zip(moves, gradients, strict=True):
-            x.grad = torch.zeros_like(x) if gradient is None else gradient
-        return torch.tensor(sum(torch.stack(losses).tolist()), dtype=torch.float64)
-
     optimizer = torch.optim.LBFGS(
         moves,
         max_iter=1,
@@ -240,198 +176,64 @@ def distill(
         history_size=max(settings.steps, 1),
         line_search_fn="strong_wolfe",
     )
+    closure = partial(_training_loss, student, training, likelihood)
     for step in tqdm(range(1, settings.steps + 1), desc="distill", disable=None, leave=False):
         loss = optimizer.step(closure)
         if not math.isfinite(float(loss)) or not all(bool(torch.isfinite(x).all()) for x in moves):
-            break
-        taken = step
-        candidate, parameters = student.stored()
-        kl = held_out_kl(quantized, candidate, parameters)
-        if _beats(kl, untouched) and kl.mean() < best.mean():
-            best, best_step, best_tensors, best_parameters = kl, step, candidate, begun | parameters
-    means = float(untouched.mean()), float(best.mean())
-    return Distilled(best_tensors, best_parameters, taken, best_step, started, *means)
+            return
+        yield step, *student.stored()
 
 
-class Student:
-    """The trained part of a quantized network.
+def _training_loss(student: Student, training: Sequence[_Part], likelihood: Likelihood) -> Tensor:
+    """Mean KL(teacher || student) of the training examples, a float64 scalar; sets the gradients of the moves."""
+    # Decoded once for all batches: gradients are summed over weights and go through the decoder together.
+    decoded = student.overrides()
+    weights = {name: x.detach().requires_grad_(True) for name, x in decoded.items()}
+    leaves = list(weights.values())
+    sums = [torch.zeros_like(x) for x in leaves]
+    examples = sum(len(p) for _, p in training)
+    losses = []
+    for inputs, p in training:
+        loss = _divergence(student.module, weights, inputs, p, likelihood).sum() / examples
+        # Not backward(): the network's own parameters are no part of this and must not collect gradients.
+        for x, gradient in zip(sums, torch.autograd.grad(loss, leaves, allow_unused=True), strict=True):
+            if gradient is not None:
+                x += gradient
+        losses.append(loss.detach())  # stays on the device: reading each would wait for it
+    moves = student.moves()
+    gradients = torch.autograd.grad(list(decoded.values()), moves, sums, allow_unused=True)
+    for x, gradient in zip(moves, gradients, strict=True):
+        x.grad = torch.zeros_like(x) if gradient is None else gradient
+    return torch.tensor(sum(torch.stack(losses).tolist()), dtype=torch.float64)
 
-        W = scale * exp(factor) * (level(code) - zero) / column_scale
 
-    Trained are factor [R, S] per row and column group, the levels that are stored (tables shared by layers, or of each
-    row), biases and norm parameters, each as a move from where it was: in logarithms, in level units over the square
-    root of the number of rows that read the level, and in root mean squares of the tensor, so that moves of one size
-    matter alike. (In plain level units a gradient step moves the few shared levels and little else: on MRPC the
-    divergence rose fivefold.) Codes, zeros, column scales and overlays stay.
+def _select(batches: Sequence[Batch], chosen: Tensor, teacher: Tensor) -> list[_Part]:
+    """The examples of `chosen` [n], batch by batch; batches without any are left out."""
+    parts = []
+    for batch in batches:
+        rows = chosen[batch.index].nonzero()[:, 0]
+        if len(rows):
+            inputs = {name: x[rows.to(x.device)] for name, x in batch.inputs.items()}
+            parts.append((inputs, teacher[batch.index[rows]]))
+    return parts
+
+
+def _divergence(
+    module: nn.Module,
+    overrides: Mapping[str, Tensor],
+    inputs: Mapping[str, Tensor],
+    p: Tensor,
+    likelihood: Likelihood,
+) -> Tensor:
+    """KL(teacher || student) of each example [b], float32 on the module's device.
+
+    Args:
+        overrides: the student's weights and parameters by state_dict name.
+        p: the teacher's mean outputs of these inputs.
     """
-
-    def __init__(self, module: nn.Module, tensors: Mapping[str, QuantizedTensor]) -> None:
-        self.module, self.tensors = module, tensors
-        self.levels: dict[str, Tensor] = {}
-        steps: dict[str, float | Tensor] = {}
-        readers: dict[str, int] = {}
-        for name, tensor in tensors.items():
-            device = named_layer(module, name).weight.device
-            for part in tensor.code.parts(tensor.width):
-                key = part.key(name)
-                if key is None:
-                    continue
-                levels = part.levels.to(device)
-                if not torch.equal(self.levels.setdefault(key, levels), levels):
-                    raise ValueError(f"two different codebooks are named {key}")
-                readers[key] = readers.get(key, 0) + part.rows
-                steps[key] = part.step.to(device) if isinstance(part.step, Tensor) else part.step
-        self.level_units = {key: steps[key] * rows**-0.5 for key, rows in readers.items()}
-        self.layers = {name: _Decoder(name, named_layer(module, name), tensor) for name, tensor in tensors.items()}
-        self.affine = {name: x.detach().clone() for name, x in trained_parameters(module).items()}
-        self.factors = {name: torch.zeros_like(decoder.scale) for name, decoder in self.layers.items()}
-        self.level_moves = {name: torch.zeros_like(x) for name, x in self.levels.items()}
-        self.affine_moves = {name: torch.zeros_like(x) for name, x in self.affine.items()}
-        for x in self.moves():
-            x.requires_grad_(True)
-
-    def moves(self) -> list[Tensor]:
-        """Everything that is trained."""
-        return [*self.factors.values(), *self.level_moves.values(), *self.affine_moves.values()]
-
-    def moved_levels(self) -> dict[str, Tensor]:
-        """Levels of each codebook where training has taken them."""
-        return {name: x + self.level_units[name] * self.level_moves[name] for name, x in self.levels.items()}
-
-    def moved_affine(self) -> dict[str, Tensor]:
-        """Biases and norm parameters where training has taken them."""
-        return {name: x + _size(x) * self.affine_moves[name] for name, x in self.affine.items()}
-
-    def overrides(self) -> dict[str, Tensor]:
-        """Weights, biases and norm parameters by state_dict name, differentiable."""
-        levels = self.moved_levels()
-        weights = {
-            weight_key(name, decoder.layer): decoder.weight(self.factors[name], levels)
-            for name, decoder in self.layers.items()
-        }
-        return {**weights, **self.moved_affine()}
-
-    @torch.no_grad()
-    def stored(self) -> tuple[dict[str, QuantizedTensor], dict[str, Tensor]]:
-        """The student as a file holds it: QuantizedTensors, and the parameters that differ from the network's."""
-        levels = self.moved_levels()
-        tensors = {}
-        for name, tensor in self.tensors.items():
-            scale = tensor.scale.to(torch.float32)
-            moved = stored_scale(scale * self.factors[name].detach().cpu().exp())
-            # a scale that is not positive has no logarithm and stays
-            scale = torch.where(scale > 0, moved, scale).to(torch.float16)
-            parts = tensor.code.parts(tensor.width)
-            moved_parts = {part.name: levels[key] for part in parts if part.name and (key := part.key(name))}
-            tensors[name] = replace(tensor, scale=scale, code=tensor.code.with_levels(moved_parts, tensor.width))
-        moved_affine = self.moved_affine()
-        return tensors, {name: x for name, x in moved_affine.items() if not torch.equal(x, self.affine[name])}
-
-
-class _Decoder:
-    """Differentiable dequantization of one layer; see `Student`.
-
-    Attributes:
-        parts: what the layer's table is made of: trained levels by name, or levels that stay.
-        index: [R, C] position of each weight's level in the table, int16 unless the table is longer.
-        scale: [R, S] float32.
-    """
-
-    def __init__(self, name: str, layer: Layer, tensor: QuantizedTensor) -> None:
-        self.layer, self.tensor = layer, tensor
-        device = layer.weight.device
-        parts = tensor.code.parts(tensor.width)
-        self.parts = [part.key(name) or part.levels.to(device) for part in parts]
-        short = sum(len(part.levels) for part in parts) <= torch.iinfo(torch.int16).max
-        self.index = tensor.positions().to(device, torch.int16 if short else torch.int32)
-        self.scale = tensor.scale.to(device, torch.float32)
-
-    def weight(self, factor: Tensor, levels: Mapping[str, Tensor]) -> Tensor:
-        """The layer's weight in its shape.
-
-        Args:
-            factor: [R, S] logarithm of what multiplies the scale.
-            levels: name -> trained levels.
-        """
-        table = torch.cat([levels[part] if isinstance(part, str) else part for part in self.parts])
-        level: Tensor = _Lookup.apply(table, self.index)
-        value = self.tensor.weights(level, self.scale * factor.exp())
-        return matrix_to_weight(self.layer, value).to(self.layer.weight.dtype)
-
-
-class _Lookup(torch.autograd.Function):
-    """table[index], keeping only the narrow index for the backward pass: indexing itself keeps eight bytes a weight."""
-
-    @staticmethod
-    def forward(ctx: Any, table: Tensor, index: Tensor) -> Tensor:
-        """Entries of table [L] at index [R, C]."""
-        ctx.save_for_backward(index)
-        ctx.length = len(table)
-        return table[index.int()]
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None]:
-        """Gradient of each table entry: the sum over the places it went to."""
-        if not ctx.needs_input_grad[0]:
-            return None, None
-        (index,), (gradient,) = ctx.saved_tensors, gradients
-        return torch.bincount(index.flatten(), gradient.flatten(), minlength=ctx.length).to(gradient), None
-
-
-def trained_parameters(module: nn.Module) -> dict[str, Tensor]:
-    """Biases of layers and affine parameters of norms, by state_dict name, each shared one once."""
-    chosen: dict[str, Tensor] = {}
-    for name, x in module.named_parameters():
-        owner, _, kind = name.rpartition(".")
-        parent = module.get_submodule(owner)
-        if isinstance(parent, Norm) or (kind == "bias" and is_layer(parent)):
-            chosen[name] = x
-    return chosen
-
-
-def named_layer(module: nn.Module, name: str) -> Layer:
-    """The layer of that name.
-
-    Raises:
-        ValueError: there is none, or it is an embedding.
-    """
-    layer = find_layer(module, name)
-    if isinstance(layer, nn.Embedding):
-        raise ValueError(f"{name} is an Embedding, not a layer that multiplies its inputs")
-    return layer
-
-
-def _size(x: Tensor) -> float:
-    """Root mean square of a tensor, 1 where all is zero."""
-    return float(x.detach().square().mean().sqrt()) or 1.0
-
-
-def _count(batches: Sequence[Batch]) -> int:
-    """Number of examples n, checked: every index from 0 to n - 1 once."""
-    index = torch.cat([batch.index for batch in batches]) if batches else torch.empty(0)
-    if not torch.equal(index.sort().values, torch.arange(len(index))):
-        raise ValueError("the batches must hold every calibration example once")
-    return len(index)
-
-
-def beside(module: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Module arguments on the device of the module's parameters: batches wait elsewhere until it is their turn."""
-    device = next(module.parameters()).device
-    return {name: x.to(device) for name, x in inputs.items()}
-
-
-def _select(batch: Batch, chosen: Tensor, teacher: Tensor) -> tuple[dict[str, Tensor], Tensor] | None:
-    """Inputs and teacher rows of the batch's examples that are in `chosen` [n]; None if there are none."""
-    rows = chosen[batch.index].nonzero()[:, 0]
-    if not len(rows):
-        return None
-    inputs = {name: x[rows.to(x.device)] for name, x in batch.inputs.items()}
-    return inputs, teacher[batch.index[rows]]
-
-
-def _divergence(p: Tensor, logits: Tensor, likelihood: str) -> Tensor:
-    """KL(teacher || student) of each example [b] in nats, float32 on the device of the logits."""
-    return divergence_from_mean(p.to(logits.device, torch.float32), logits.float(), likelihood)
+    inputs = beside(module, inputs)
+    outputs = functional_call(module, dict(overrides), kwargs=inputs).float()
+    return likelihood.kl_from_mean(p.to(outputs.device, torch.float32), outputs, likelihood.counted(inputs))
 
 
 @torch.no_grad()
@@ -439,18 +241,15 @@ def _held_out_kl(
     module: nn.Module,
     tensors: Mapping[str, QuantizedTensor],
     parameters: Mapping[str, Tensor],
-    judging: Sequence[tuple[dict[str, Tensor], Tensor]],
-    likelihood: str,
+    judging: Sequence[_Part],
+    likelihood: Likelihood,
 ) -> Tensor:
     """KL(teacher || student) of each held-out example, float64, with the very weights that `dequantize` gives."""
-    weights = {}
+    overrides = dict(parameters)
     for name, tensor in tensors.items():
         layer = named_layer(module, name)
-        weights[weight_key(name, layer)] = matrix_to_weight(layer, tensor.dequantize()).to(layer.weight)
-    divergences = [
-        _divergence(p, functional_call(module, {**weights, **parameters}, kwargs=beside(module, inputs)), likelihood)
-        for inputs, p in judging
-    ]
+        overrides[weight_key(name, layer)] = matrix_to_weight(layer, tensor.dequantize()).to(layer.weight)
+    divergences = [_divergence(module, overrides, inputs, p, likelihood) for inputs, p in judging]
     return torch.cat(divergences).cpu().to(torch.float64)
 
 

@@ -11,11 +11,14 @@ last dimension of the outputs; `Tokens` then takes the mean over an example's co
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
+
+from bayesq.quant.layers import MASK
 
 # What is drawn from the predictive distribution for the Fisher; see `Categorical.fisher_directions`.
 DRAWS = ("signs", "labels")
@@ -23,6 +26,10 @@ DRAWS = ("signs", "labels")
 # classes); with more classes it is drawn.
 EXACT_CLASSES = 4
 DEFAULT_SAMPLES = 1
+# `Tokens` compares so many numbers at a time: 128 MiB in float64 for each array, whatever the vocabulary.
+CHUNK_ELEMENTS = 2**24
+# The input of a language model that holds its tokens, [b, t].
+TOKENS = "input_ids"
 
 
 class Likelihood(ABC):
@@ -89,9 +96,41 @@ class Likelihood(ABC):
             ValueError: another kind of draw.
         """
 
+    @abstractmethod
+    def summary(self, outputs: Tensor, target: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
+        """What evaluation keeps of one network's outputs, one number per example under each name [b].
+
+        Every likelihood gives `nll`. `prediction` [b] is there if an example has one prediction, `correct` if it is
+        right or wrong (the share of right ones for `Tokens`), `confidence` if it has a probability.
+
+        Args:
+            outputs, target, mask: as in `nll`.
+        """
+
+    def agreement(self, reference: Tensor, other: Tensor, mask: Tensor | None = None) -> Tensor | None:
+        """Share of an example's predictions on which both networks agree, [b] float64; None for numbers."""
+        return None
+
     def predictions(self, outputs: Tensor, mask: Tensor | None = None) -> Tensor:
         """Number of predictions in each example, [b] float64: the weights of a mean per prediction."""
         return torch.ones(len(outputs), dtype=torch.float64, device=outputs.device)
+
+    def counted(self, inputs: Mapping[str, Tensor]) -> Tensor | None:
+        """The mask of a batch, bool [b, t]: positions whose predictions count; None where every output counts.
+
+        Args:
+            inputs: the module's arguments.
+        """
+        return None
+
+    def target(self, inputs: Mapping[str, Tensor], labels: Tensor) -> Tensor:
+        """What a batch's outputs are to predict: its labels [b], or the next tokens [b, t].
+
+        Args:
+            inputs: the module's arguments.
+            labels: of the batch.
+        """
+        return labels
 
 
 @dataclass(frozen=True)
@@ -117,6 +156,20 @@ class Categorical(Likelihood):
         """Cross-entropy of each prediction."""
         log_p = torch.log_softmax(outputs.to(torch.float64), dim=-1)
         return -log_p.gather(-1, target.long().unsqueeze(-1)).squeeze(-1)
+
+    def summary(self, outputs: Tensor, target: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
+        """nll, the predicted class, whether it is the target (0 or 1), and its probability in float64."""
+        predicted = outputs.argmax(-1)
+        return {
+            "prediction": predicted,
+            "correct": (predicted == target).long(),
+            "confidence": torch.softmax(outputs.to(torch.float64), dim=-1).amax(-1),
+            "nll": self.nll(outputs, target),
+        }
+
+    def agreement(self, reference: Tensor, other: Tensor, mask: Tensor | None = None) -> Tensor | None:
+        """Whether both networks predict the same class, 0 or 1."""
+        return (reference.argmax(-1) == other.argmax(-1)).to(torch.float64)
 
     def fisher_directions(
         self,
@@ -174,9 +227,13 @@ class Gaussian(Likelihood):
         return outputs
 
     def nll(self, outputs: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
-        """-log N(target; f, I), for one number per example: outputs [b, 1], target [b]."""
-        squared = (outputs[..., 0].to(torch.float64) - target.to(torch.float64)).square()
-        return (squared + math.log(2 * math.pi)) / 2
+        """-log N(target; f, I) = 1/2 (|f - target|^2 + d log 2 pi); `target` is [b] where d = 1."""
+        squared = (outputs.to(torch.float64) - target.to(torch.float64).reshape(outputs.shape)).square().sum(-1)
+        return (squared + outputs.shape[-1] * math.log(2 * math.pi)) / 2
+
+    def summary(self, outputs: Tensor, target: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
+        """nll and the predicted number, for outputs [b, 1]."""
+        return {"prediction": outputs.squeeze(-1), "nll": self.nll(outputs, target)}
 
     def fisher_directions(
         self,
@@ -199,24 +256,42 @@ class Gaussian(Likelihood):
 
 @dataclass(frozen=True)
 class Tokens(Categorical):
-    """Next tokens: outputs are logits [b, t, V], with a mask [b, t] of the positions that count (None = all)."""
+    """Next tokens: outputs are logits [b, t, V], with a mask bool [b, t] of the positions that count (None = all).
+
+    What the network gives at other positions is never read: padding may well leave NaN there.
+    """
 
     name: ClassVar[str] = "tokens"
     unit: ClassVar[str] = "nats per token"
 
     def kl(self, reference: Tensor, other: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Mean over the counted positions of each sequence."""
-        return _masked_mean(super().kl(reference, other), mask)
+        """Mean over the counted positions of each sequence; 0 where none counts."""
+        return _mean_over_positions(super().kl, mask, reference, other)
 
     def kl_from_mean(self, mean: Tensor, outputs: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Mean over the counted positions of each sequence."""
-        return _masked_mean(super().kl_from_mean(mean, outputs), mask)
+        """Mean over the counted positions of each sequence; 0 where none counts."""
+        return _mean_over_positions(super().kl_from_mean, mask, mean, outputs)
 
     def nll(self, outputs: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Mean over the counted positions of each sequence; `target` may have any value at the others."""
-        if mask is not None:
-            target = target.masked_fill(~mask, 0)
-        return _masked_mean(super().nll(outputs, target), mask)
+        """Mean over the counted positions of each sequence; 0 where none counts."""
+        return _mean_over_positions(super().nll, mask, outputs, target)
+
+    def summary(self, outputs: Tensor, target: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
+        """nll, and the share of the counted tokens that are predicted right."""
+
+        def right(logits: Tensor, token: Tensor) -> Tensor:
+            return (logits.argmax(-1) == token).to(torch.float64)
+
+        correct = _mean_over_positions(right, mask, outputs, target)
+        return {"correct": correct, "nll": self.nll(outputs, target, mask)}
+
+    def agreement(self, reference: Tensor, other: Tensor, mask: Tensor | None = None) -> Tensor | None:
+        """Share of the counted positions where both networks predict the same token."""
+
+        def same(first: Tensor, second: Tensor) -> Tensor:
+            return (first.argmax(-1) == second.argmax(-1)).to(torch.float64)
+
+        return _mean_over_positions(same, mask, reference, other)
 
     def fisher_directions(
         self,
@@ -230,39 +305,58 @@ class Tokens(Categorical):
 
         Positions are drawn independently, so that the expected outer product is the mean Fisher of the positions.
         """
-        directions = super().fisher_directions(outputs, samples or DEFAULT_SAMPLES, generator, draws)
-        weight = self.predictions(outputs, mask).clamp(min=1).rsqrt().to(outputs.device, torch.float32)[:, None, None]
-        if mask is not None:
-            weight = weight * mask.unsqueeze(-1)
-        return [direction * weight for direction in directions]
+        mask = _all_positions(outputs) if mask is None else mask
+        drawn = super().fisher_directions(outputs.detach()[mask], samples or DEFAULT_SAMPLES, generator, draws)
+        weight = mask.sum(1).to(torch.float32).rsqrt()[:, None].expand(mask.shape)[mask]
+        directions = []
+        for at_counted in drawn:
+            direction = torch.zeros(outputs.shape, device=outputs.device)
+            direction[mask] = at_counted * weight[:, None]
+            directions.append(direction)
+        return directions
 
     def predictions(self, outputs: Tensor, mask: Tensor | None = None) -> Tensor:
         """Counted positions of each sequence."""
-        if mask is None:
-            return torch.full((len(outputs),), float(outputs.shape[1]), dtype=torch.float64, device=outputs.device)
-        return mask.sum(1, dtype=torch.float64)
+        return (_all_positions(outputs) if mask is None else mask).sum(1, dtype=torch.float64)
+
+    def counted(self, inputs: Mapping[str, Tensor]) -> Tensor | None:
+        """Positions of tokens that a token follows: not the last one, and no padding on either side.
+
+        Args:
+            inputs: with `input_ids` [b, t], and `attention_mask` [b, t] where sequences are padded.
+        """
+        tokens = inputs[TOKENS]
+        real = inputs[MASK].bool() if MASK in inputs else torch.ones_like(tokens, dtype=torch.bool)
+        return torch.cat([real[:, :-1] & real[:, 1:], torch.zeros_like(real[:, :1])], 1)
+
+    def target(self, inputs: Mapping[str, Tensor], labels: Tensor) -> Tensor:
+        """The next token of each position; of the last one, which never counts, the first token."""
+        return inputs[TOKENS].roll(-1, 1)
 
 
-LIKELIHOODS: dict[str, Likelihood] = {one.name: one for one in (Categorical(), Gaussian(), Tokens())}
+# What the key posterior.likelihood may name; `Tokens` goes with its data sets alone.
+LIKELIHOODS: dict[str, Likelihood] = {one.name: one for one in (Categorical(), Gaussian())}
 
 
-def _masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
-    """Means over the counted positions of values [b, t], [b]; 0 where none counts."""
-    if mask is None:
-        return values.mean(1)
-    return (values * mask).sum(1) / mask.sum(1).clamp(min=1)
+def _all_positions(outputs: Tensor) -> Tensor:
+    return torch.ones(outputs.shape[:2], dtype=torch.bool, device=outputs.device)
 
 
-def kl_divergence(reference: Tensor, other: Tensor, likelihood: str = "categorical") -> Tensor:
-    """Old name, goes with the strings."""
-    return LIKELIHOODS[likelihood].kl(reference, other)
+def _mean_over_positions(per_position: Callable[..., Tensor], mask: Tensor | None, *values: Tensor) -> Tensor:
+    """Means over each sequence's counted positions, [b]; 0 where none counts.
 
-
-def mean_output(logits: Tensor, likelihood: str = "categorical") -> Tensor:
-    """Old name, goes with the strings."""
-    return LIKELIHOODS[likelihood].mean_output(logits)
-
-
-def divergence_from_mean(mean: Tensor, logits: Tensor, likelihood: str = "categorical") -> Tensor:
-    """Old name, goes with the strings."""
-    return LIKELIHOODS[likelihood].kl_from_mean(mean, logits)
+    Args:
+        per_position: a number for each of the positions [p, ...] of its arguments.
+        mask: bool [b, t]; None = all.
+        values: the arguments at all positions, [b, t, ...].
+    """
+    mask = _all_positions(values[0]) if mask is None else mask
+    sequence, place = mask.nonzero(as_tuple=True)
+    step = max(CHUNK_ELEMENTS // max(x[0, 0].numel() for x in values), 1)
+    parts = [
+        per_position(*(x[rows, columns] for x in values))
+        for rows, columns in zip(sequence.split(step), place.split(step), strict=True)
+    ]
+    measured = torch.cat(parts)
+    spread = torch.zeros(mask.shape, dtype=measured.dtype, device=measured.device).masked_scatter(mask, measured)
+    return spread.sum(1) / mask.sum(1).clamp(min=1)

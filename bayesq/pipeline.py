@@ -76,9 +76,7 @@ def calibrate(subject: Subject, recipe: Recipe, statistics: Statistics, result: 
     return forward_order(subject.module, subject.layers, next(subject.examples.batches(1, subject.device)).inputs)
 
 
-def layer_problems(
-    subject: Subject, statistics: Statistics, groups: Sequence[Sequence[str]]
-) -> list[LayerProblem]:
+def layer_problems(subject: Subject, statistics: Statistics, groups: Sequence[Sequence[str]]) -> list[LayerProblem]:
     """The layers as methods see them, in forward order.
 
     Args:

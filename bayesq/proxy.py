@@ -7,11 +7,11 @@ The predicted risk is quadratic and sees each layer through its own Fisher block
 
 measured at one reference width with S posterior draws and multiplied into the layer's whole risk curve before bits are
 allocated. All layers share the S draws (common random numbers), so their factors differ by their layers and not by
-their luck. Of a regression head KL is half the squared difference of the outputs (`bayesq.likelihood`).
+their luck. What KL is of the outputs at hand says their `bayesq.likelihood`.
 """
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from tqdm import tqdm
 
-from bayesq.distillation import named_layer, perturbed_weights
-from bayesq.likelihood import kl_divergence
+from bayesq.likelihood import Likelihood
 from bayesq.quant.layers import matrix_to_weight, weight_key
 from bayesq.quant.one_by_one import one_by_one
+from bayesq.teacher import named_layer, perturbed_weights
 
 # A factor outside says that a few draws or examples are no basis for one, not that a layer matters that much more.
 KAPPA_RANGE = (0.05, 20.0)
@@ -30,11 +30,11 @@ KAPPA_RANGE = (0.05, 20.0)
 
 @dataclass(frozen=True)
 class Kappa:
-    """What the proxy found.
+    """The measured factors.
 
     Attributes:
         factors: by layer, within KAPPA_RANGE.
-        measured: mean divergence of each layer, in nats per example.
+        measured: mean divergence of each layer, in the likelihood's unit.
         fallbacks: how often a factor was not the measured one: kappa_undefined (measured or predicted value is not a
             positive number; the factor is 1) and kappa_clamped.
     """
@@ -54,7 +54,7 @@ def measure_kappa(
     inputs: Mapping[str, Tensor],
     samples: int,
     generator: torch.Generator,
-    likelihood: str = "categorical",
+    likelihood: Likelihood,
     batch_size: int | None = None,
     alone: bool = False,
 ) -> Kappa:
@@ -72,7 +72,7 @@ def measure_kappa(
         layers: names of the layers to quantize.
         rounded: a layer's weights [g, r, c] rounded at the reference width; asked for once a layer.
         sample: draws a layer's weight perturbation [g, r, c], w - mu.
-        predicted: predicted risk of each layer at the reference width, in nats per example.
+        predicted: predicted risk of each layer at the reference width, in the likelihood's unit.
         inputs: module arguments [n, ...] of a few calibration examples.
         samples: S.
         likelihood: of the outputs.
@@ -90,17 +90,22 @@ def measure_kappa(
     candidates: dict[str, Tensor] = {}
     measured = dict.fromkeys(layers, 0.0)
     draws = max(samples, 1)
-    with tqdm(total=draws * len(layers), desc="proxy", disable=None, leave=False) as bar:
+    with tqdm(total=draws * len(parts) * len(layers), desc="proxy", disable=None, leave=False) as bar:
         for _ in range(draws):
             weights = perturbed_weights(full, layers, sample, generator) if samples else {}
-            reference = _logits(full, weights, parts)
-            for name in layers:
-                layer = named_layer(full, name)
-                if name not in candidates:
-                    candidates[name] = matrix_to_weight(layer, rounded(name)).to(layer.weight)
-                other = _logits(full, {**weights, weight_key(name, layer): candidates[name]}, parts)
-                measured[name] += float(kl_divergence(reference, other, likelihood).mean()) / draws
-                bar.update()
+            divergences: dict[str, list[Tensor]] = {name: [] for name in layers}
+            for part in parts:
+                reference, mask = _outputs(full, weights, part), likelihood.counted(part)
+                mask = None if mask is None else mask.cpu()
+                for name in layers:
+                    layer = named_layer(full, name)
+                    if name not in candidates:
+                        candidates[name] = matrix_to_weight(layer, rounded(name)).to(layer.weight)
+                    other = _outputs(full, {**weights, weight_key(name, layer): candidates[name]}, part)
+                    divergences[name].append(likelihood.kl(reference, other, mask))
+                    bar.update()
+            for name, values in divergences.items():
+                measured[name] += float(torch.cat(values).mean()) / draws
     factors, fallbacks = {}, {"kappa_undefined": 0, "kappa_clamped": 0}
     for name, divergence in measured.items():
         factors[name], fallback = _factor(divergence, predicted[name])
@@ -124,7 +129,7 @@ def _parts(inputs: Mapping[str, Tensor], batch_size: int | None) -> list[dict[st
     return [{name: x[start : start + step] for name, x in inputs.items()} for start in range(0, count, step)]
 
 
-def _logits(module: nn.Module, weights: Mapping[str, Tensor], parts: Sequence[Mapping[str, Tensor]]) -> Tensor:
-    """[n, classes] float32 on the CPU."""
-    found: list[Tensor] = [functional_call(module, dict(weights), kwargs=dict(part)).float().cpu() for part in parts]
-    return torch.cat(found)
+def _outputs(module: nn.Module, weights: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> Tensor:
+    """Of one part, float32 on the CPU."""
+    outputs: Tensor = functional_call(module, dict(weights), kwargs=dict(inputs))
+    return outputs.float().cpu()

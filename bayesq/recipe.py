@@ -12,10 +12,10 @@ from bayesq.allocation import Allocator, Budget
 from bayesq.batches import EncodedExamples, needs_no_padding
 from bayesq.distillation import DistillationSettings
 from bayesq.likelihood import Likelihood
-from bayesq.quant.file import fill
 from bayesq.quant.grids import clamped_scales
 from bayesq.quant.layers import Layer
 from bayesq.quant.method import LayerProblem, Method
+from bayesq.quant.network import fill
 from bayesq.quant.tensor import QuantizedTensor
 from bayesq.quant.usage import Usage
 from bayesq.whitening import WhiteningStore

@@ -85,5 +85,7 @@ class Report:
             lines.append(
                 f"{row['name']:{width}}  {row['shape']:>14}  {row['bits/code']:9.3f}  {row['bits/stored']:11.3f}  {risk:>13}"
             )
-        total = f"{self.code_bits:.3f} bits per weight in codes, {self.stored_bits:.3f} stored, {self.stored_bytes:,} bytes"
+        total = (
+            f"{self.code_bits:.3f} bits per weight in codes, {self.stored_bits:.3f} stored, {self.stored_bytes:,} bytes"
+        )
         return "\n".join([*lines, total])

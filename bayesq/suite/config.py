@@ -31,7 +31,7 @@ AUTOCAST = ("bfloat16", "float16")
 # Keys that take null though their default is a number.
 OPTIONAL = ("posterior.examples",)
 # keys of a group that describe a choice and are not arguments of its constructor
-DESCRIPTIVE = ("name", "modality", "allocator", "uses_posterior")
+DESCRIPTIVE = ("name", "tasks", "allocator", "uses_posterior")
 # where a run happens, how it is logged and whether it is repeated changes nothing about its numbers
 WITHOUT_EFFECT = ("results_dir", "cache_dir", "force", "device", "resources", "wandb", "hydra")
 
@@ -371,20 +371,16 @@ def _check_stages(config: Mapping[str, Any]) -> None:
 
 
 def _check_pairing(config: Mapping[str, Any]) -> None:
-    """Text models take text data, image models take images."""
+    """Model and data set have a task in common."""
     model, dataset = config["model"], config["dataset"]
-    if model["modality"] != dataset["modality"]:
+    if not set(model["tasks"]) & set(dataset["tasks"]):
         raise UserError(
-            f"dataset={dataset['name']} holds {_medium(dataset)}, but model={model['name']} takes {_medium(model)}: "
-            f"choose a dataset of {_medium(model)} or a model for {_medium(dataset)} "
+            f"dataset={dataset['name']} is for {' or '.join(dataset['tasks'])}, but model={model['name']} is for "
+            f"{' or '.join(model['tasks'])}: choose a dataset and a model of one task "
             "(the pairs to start from: model=minilm dataset=movie_snippets, model=resnet dataset=digits, "
             "model=minilm dataset=glue, model=cifar_resnet56 dataset=cifar10, model=efficientnet_lite0 "
             "dataset=imagenet)"
         )
-
-
-def _medium(part: Mapping[str, Any]) -> str:
-    return {"text": "text", "image": "images"}.get(part["modality"], str(part["modality"]))
 
 
 def _check_writable(key: str, folder: Any) -> None:

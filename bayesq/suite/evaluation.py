@@ -1,20 +1,24 @@
-"""Evaluation: predictions of a network on the evaluation set, and the metrics that compare two of them."""
+"""Evaluation: both networks' outputs are reduced, batch by batch, to rows of numbers per example, and rows to metrics.
+
+The full-precision outputs of a network with few outputs are computed once and stored (`cached_logits`). Those of a
+language model are too many to store: then both networks run on the same batches (`side_by_side`). Either way memory
+holds the outputs of one batch and a few numbers per example.
+"""
 
 import hashlib
 import json
 import logging
-import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from bayesq.batches import Batch
 from bayesq.files import lock
-from bayesq.likelihood import kl_divergence
+from bayesq.likelihood import Likelihood
 from bayesq.memory import halving
 from bayesq.stopping import stop_if_asked
 from bayesq.suite.metrics import ECE_BINS, Metric, difference_interval, measure
@@ -23,12 +27,56 @@ from bayesq.tensor_file import CorruptFile, read_tensors, write_tensors
 
 log = logging.getLogger(__name__)
 
-ACCURACY = (Metric("accuracy", "accuracy"),)
 # Raise when `logits` changes numerically, so that cached full-precision logits of older versions are not read.
 FORMAT = "3"
+# Numbers of each example by name, [n] on the CPU.
+Rows = dict[str, Tensor]
+# Outputs of the full-precision and of the quantized network on a batch.
+Pair = tuple[Tensor, Tensor, Batch]
+# Columns of predictions.csv where an example has one label, and where it is a sequence; those that are there.
+EXAMPLE_COLUMNS = (
+    "label",
+    "fp_prediction",
+    "q_prediction",
+    "fp_correct",
+    "q_correct",
+    "fp_squared_error",
+    "q_squared_error",
+    "kl",
+    "fp_confidence",
+    "q_confidence",
+)
+SEQUENCE_COLUMNS = ("predictions", "fp_nll", "q_nll", "fp_correct", "q_correct", "agreement", "kl")
 
 
-@torch.no_grad()
+def _forward(module: nn.Module, batch: Batch, device: torch.device, autocast: str | None) -> Tensor:
+    """Outputs of a batch in float32, on the device."""
+    lower = nullcontext() if autocast is None else torch.autocast(device.type, getattr(torch, autocast))
+    with torch.no_grad(), lower:
+        outputs: Tensor = module(**batch.inputs).float()
+    return outputs
+
+
+def outputs_of(
+    module: nn.Module,
+    examples: EncodedExamples,
+    batch_size: int,
+    device: torch.device,
+    label: str,
+    autocast: str | None = None,
+) -> Iterator[tuple[Tensor, Batch]]:
+    """A network's outputs [b, ...] float32 on the device, batch by batch.
+
+    Args:
+        label: what the progress bar says.
+        autocast: name of the torch dtype of matrix products, see config.AUTOCAST; None = float32 throughout.
+    """
+    total = count_batches(examples, batch_size)
+    for batch in tqdm(examples.batches(batch_size, device), total=total, desc=label, disable=None, leave=False):
+        stop_if_asked()
+        yield _forward(module, batch, device, autocast), batch
+
+
 def logits(
     module: nn.Module,
     examples: EncodedExamples,
@@ -37,36 +85,23 @@ def logits(
     label: str,
     autocast: str | None = None,
 ) -> tuple[Tensor, int]:
-    """Logits [n, classes] float32 on the CPU, in the order of the examples, and how often memory ran out before.
+    """All outputs [n, ...] float32 on the CPU, in the order of the examples, and how often memory ran out before.
 
     Args:
-        label: what the progress bar says.
-        autocast: name of the torch dtype of matrix products, see config.AUTOCAST; None = float32 throughout.
+        label, autocast: as in `outputs_of`.
     """
-    return halving(batch_size, partial(_logits, module, examples, device, label, autocast), label)
 
-
-def _logits(
-    module: nn.Module,
-    examples: EncodedExamples,
-    device: torch.device,
-    label: str,
-    autocast: str | None,
-    batch_size: int,
-) -> Tensor:
-    total = count_batches(examples, batch_size)
-    collected: Tensor | None = None
-    lower = nullcontext() if autocast is None else torch.autocast(device.type, getattr(torch, autocast))
-    for batch in tqdm(examples.batches(batch_size, device), total=total, desc=label, disable=None, leave=False):
-        stop_if_asked()
-        with lower:
-            out = module(**batch.inputs).float()
+    def attempt(size: int) -> Tensor:
+        collected: Tensor | None = None
+        for out, batch in outputs_of(module, examples, size, device, label, autocast):
+            if collected is None:
+                collected = out.new_empty(len(examples), *out.shape[1:])
+            collected[batch.index.to(device)] = out  # stays on the device: fetching each batch would wait for it
         if collected is None:
-            collected = out.new_empty(len(examples), out.shape[1])
-        collected[batch.index.to(device)] = out  # stays on the device: fetching each batch would wait for it
-    if collected is None:
-        raise ValueError("there is no example to evaluate")
-    return collected.cpu()
+            raise ValueError("there is no example to evaluate")
+        return collected.cpu()
+
+    return halving(batch_size, attempt, label)
 
 
 def cached_logits(
@@ -108,99 +143,189 @@ def cached_logits(
         return computed, retries
 
 
-def negative_log_likelihood(logit: Tensor, labels: Tensor, likelihood: str = "categorical") -> float:
-    """Mean -log p(label) in nats, for the Gaussian the density of unit variance."""
-    if likelihood == "gaussian":
-        squared = (logit[:, 0].to(torch.float64) - labels.to(torch.float64)).square()
-        return float(squared.mean() + math.log(2 * math.pi)) / 2
-    return float(torch.nn.functional.cross_entropy(logit.to(torch.float64), labels))
+def against_stored(
+    full: Tensor,
+    quantized: nn.Module,
+    examples: EncodedExamples,
+    batch_size: int,
+    device: torch.device,
+    label: str,
+    autocast: str | None = None,
+) -> Iterator[Pair]:
+    """Pairs of stored full-precision outputs [n, ...] and what the quantized network gives, on the CPU."""
+    for out, batch in outputs_of(quantized, examples, batch_size, device, label, autocast):
+        yield full[batch.index], out.cpu(), batch
 
 
-def expected_calibration_error(logit: Tensor, labels: Tensor) -> float:
-    """ECE with 15 equal-width confidence bins (Guo et al., arXiv 1706.04599, section 3)."""
-    confidence, predicted = torch.softmax(logit.to(torch.float64), dim=1).max(1)
-    correct = (predicted == labels).to(torch.float64)
-    bins = (confidence * ECE_BINS).ceil().long().clamp(1, ECE_BINS) - 1
-    gap = torch.zeros(ECE_BINS, dtype=torch.float64).index_add_(0, bins, correct - confidence)
-    return float(gap.abs().sum() / len(labels))
+def side_by_side(
+    full: nn.Module,
+    quantized: nn.Module,
+    examples: EncodedExamples,
+    batch_size: int,
+    device: torch.device,
+    label: str,
+    autocast: str | None = None,
+) -> Iterator[Pair]:
+    """Pairs of both networks' outputs, on the device; neither is stored."""
+    place = torch.device("cpu") if device.type == "mps" else device  # MPS has no float64
+    for out, batch in outputs_of(quantized, examples, batch_size, device, label, autocast):
+        yield _forward(full, batch, device, autocast).to(place), out.to(place), batch
 
 
-def confidence(logit: Tensor) -> Tensor:
-    """Probability [n] in float64 of the predicted class, from logits [n, classes]."""
-    return torch.softmax(logit.to(torch.float64), dim=1).amax(1)
+def batch_rows(full: Tensor, quantized: Tensor, batch: Batch, likelihood: Likelihood) -> Rows:
+    """The numbers that evaluation keeps of the examples of a batch, [b] each.
+
+    They are kl and agreement of the two networks, the number of predictions, the label if an example has one, and under
+    the prefixes fp_ and q_ what `Likelihood.summary` gives of each network.
+
+    Args:
+        full, quantized: outputs [b, ...] on one device.
+    """
+    mask, target = likelihood.counted(batch.inputs), likelihood.target(batch.inputs, batch.labels).to(full.device)
+    mask = None if mask is None else mask.to(full.device)
+    rows = {"kl": likelihood.kl(full, quantized, mask), "predictions": likelihood.predictions(full, mask)}
+    if (agreement := likelihood.agreement(full, quantized, mask)) is not None:
+        rows["agreement"] = agreement
+    if target.dim() == 1:
+        rows["label"] = target
+    for prefix, outputs in (("fp", full), ("q", quantized)):
+        rows |= {f"{prefix}_{name}": values for name, values in likelihood.summary(outputs, target, mask).items()}
+    return rows
 
 
-def autocast_effect(full: Tensor, lower: Tensor, likelihood: str = "categorical") -> dict[str, object]:
+def collect_rows(pairs: Iterable[Pair], count: int, likelihood: Likelihood) -> Rows:
+    """`batch_rows` of all `count` examples, in their order.
+
+    Raises:
+        ValueError: there is none.
+    """
+    collected: Rows = {}
+    for full, quantized, batch in pairs:
+        for name, values in batch_rows(full, quantized, batch, likelihood).items():
+            if name not in collected:
+                collected[name] = torch.empty(count, dtype=values.dtype)
+            collected[name][batch.index] = values.cpu()
+    if not collected:
+        raise ValueError("there is no example to evaluate")
+    return collected
+
+
+def paired_rows(
+    full: Tensor | nn.Module,
+    quantized: nn.Module,
+    examples: EncodedExamples,
+    likelihood: Likelihood,
+    batch_size: int,
+    device: torch.device,
+    label: str,
+    autocast: str | None = None,
+) -> tuple[Rows, int]:
+    """`collect_rows` of all examples, and how often memory ran out before.
+
+    Args:
+        full: stored outputs [n, ...] of the full-precision network, or that network.
+        label, autocast: as in `outputs_of`.
+    """
+
+    def attempt(size: int) -> Rows:
+        if isinstance(full, Tensor):
+            pairs = against_stored(full, quantized, examples, size, device, label, autocast)
+        else:
+            pairs = side_by_side(full, quantized, examples, size, device, label, autocast)
+        return collect_rows(pairs, len(examples), likelihood)
+
+    return halving(batch_size, attempt, label)
+
+
+def autocast_effect(full: Tensor, lower: Tensor, likelihood: Likelihood) -> dict[str, object]:
     """What evaluation.autocast alone does to the full-precision network, under a key of its own.
 
     Args:
-        full, lower: logits [n, classes] of the same network in float32 and under autocast.
+        full, lower: stored outputs [n, ...] of the same network in float32 and under autocast.
         likelihood: of the outputs.
     """
-    return {"autocast/kl_to_float32": float(kl_divergence(full, lower, likelihood).mean())}
+    return {"autocast/kl_to_float32": float(likelihood.kl(full, lower).mean())}
 
 
-def compare(
-    full: Tensor,
-    quantized: Tensor,
-    labels: Tensor,
-    seed: int,
-    metrics: Sequence[Metric] = ACCURACY,
-    likelihood: str = "categorical",
-) -> tuple[dict[str, object], list[dict[str, object]]]:
-    """All metrics of a quantized network against its full-precision original.
+def compare(rows: Rows, seed: int, metrics: Sequence[Metric]) -> dict[str, object]:
+    """All metrics of a quantized network against its full-precision original, under the contract's result keys.
 
-    What a regression head has no meaning for is null: q/agreement, q/ece and fp/ece.
+    What the outputs have no meaning for is null: q/agreement, q/ece and fp/ece of a regression.
 
     Args:
-        full, quantized: logits [n, classes], or [n, 1] of a regression head.
-        labels: [n].
-        seed: of the bootstrap.
+        rows: of `collect_rows`.
+        seed: of the bootstrap over examples.
         metrics: of the task.
-        likelihood: of the outputs, "categorical" or "gaussian".
-
-    Returns:
-        flat metrics under the result keys of the contract, and one row per example for predictions.csv; confidences
-        are the probabilities of the predicted classes.
     """
-    regression = likelihood == "gaussian"
-    before, after = (x[:, 0] if regression else x.argmax(1) for x in (full, quantized))
-    kl = kl_divergence(full, quantized, likelihood)
-    first, second, truth = (x.to(torch.float64).numpy() for x in (before, after, labels))
-    found: dict[str, object] = {}
+    result: dict[str, object] = {}
     for metric in metrics:
-        fp, q = measure(metric, first, truth), measure(metric, second, truth)
-        interval = difference_interval(metric, first, second, truth, seed)
-        found |= {
+        of_network, of_example = metric.reads
+        first, second, shared = (
+            rows[name].to(torch.float64).numpy() for name in (f"fp_{of_network}", f"q_{of_network}", of_example)
+        )
+        fp, q = measure(metric, first, shared), measure(metric, second, shared)
+        interval = difference_interval(metric, first, second, shared, seed)
+        result |= {
             f"fp/{metric.name}": fp,
             f"q/{metric.name}": q,
             f"delta/{metric.name}": q - fp,
             f"delta/{metric.name}/ci95": None if interval is None else list(interval),
         }
-    found |= {
-        "q/kl_to_fp": float(kl.mean()),
-        "q/agreement": None if regression else float((before == after).double().mean()),
-        "q/nll": negative_log_likelihood(quantized, labels, likelihood),
-        "q/ece": None if regression else expected_calibration_error(quantized, labels),
-        "fp/nll": negative_log_likelihood(full, labels, likelihood),
-        "fp/ece": None if regression else expected_calibration_error(full, labels),
+    result |= {
+        "q/kl_to_fp": _per_prediction(rows, "kl"),
+        "q/agreement": _per_prediction(rows, "agreement") if "agreement" in rows else None,
     }
-    score = _squared_errors if regression else _correctness
-    shown = [round(label, 6) for label in labels.tolist()] if regression else labels.tolist()
-    rows: list[dict[str, object]] = [
-        {"label": label, "fp_prediction": x, "q_prediction": y, **score(label, x, y), "kl": divergence}
-        for label, x, y, divergence in zip(shown, before.tolist(), after.tolist(), kl.tolist(), strict=True)
-    ]
-    if not regression:
-        confidences = confidence(full).tolist(), confidence(quantized).tolist()
-        for row, fp, q in zip(rows, *confidences, strict=True):
-            row |= {"fp_confidence": fp, "q_confidence": q}
-    return found, rows
+    for prefix in ("q", "fp"):
+        result |= {f"{prefix}/nll": mean_nll(rows[f"{prefix}_nll"], rows["predictions"]), f"{prefix}/ece": None}
+        if f"{prefix}_confidence" in rows:
+            calibrated = expected_calibration_error(rows[f"{prefix}_confidence"], rows[f"{prefix}_correct"])
+            result[f"{prefix}/ece"] = calibrated
+    return result
 
 
-def _correctness(label: int, before: int, after: int) -> dict[str, object]:
-    return {"fp_correct": int(before == label), "q_correct": int(after == label)}
+def _per_prediction(rows: Rows, name: str) -> float:
+    weights = rows["predictions"]
+    return float((rows[name] * weights).sum() / weights.sum())
 
 
-def _squared_errors(label: float, before: float, after: float) -> dict[str, object]:
-    return {"fp_squared_error": (before - label) ** 2, "q_squared_error": (after - label) ** 2}
+def mean_nll(nll: Tensor, predictions: Tensor) -> float:
+    """Mean negative log-likelihood in nats per prediction.
+
+    Args:
+        nll: of each example in nats per prediction [n].
+        predictions: of each example [n].
+    """
+    # Added up in the order of torch's own cross-entropy, whose mean over examples results have always reported.
+    zeros = torch.zeros(len(nll), dtype=torch.long)
+    total = torch.nn.functional.nll_loss(-(nll * predictions)[:, None], zeros, reduction="sum")
+    return float(total / predictions.sum())
+
+
+def expected_calibration_error(confidence: Tensor, correct: Tensor) -> float:
+    """ECE with 15 equal-width confidence bins (Guo et al., arXiv 1706.04599, section 3).
+
+    Args:
+        confidence: probability of the predicted class [n] float64.
+        correct: whether it is the label [n].
+    """
+    bins = (confidence * ECE_BINS).ceil().long().clamp(1, ECE_BINS) - 1
+    gap = torch.zeros(ECE_BINS, dtype=torch.float64).index_add_(0, bins, correct.to(torch.float64) - confidence)
+    return float(gap.abs().sum() / len(confidence))
+
+
+def prediction_rows(rows: Rows, ids: Sequence[str]) -> list[dict[str, object]]:
+    """The rows of predictions.csv, one per example.
+
+    Args:
+        rows: of `collect_rows`.
+        ids: of the examples.
+    """
+    shown = dict(rows)
+    if "label" in rows and rows["label"].is_floating_point():
+        shown["label"] = rows["label"].to(torch.float64).round(decimals=6)
+        for prefix in ("fp", "q"):
+            error = shown["label"] - rows[f"{prefix}_prediction"].to(torch.float64)
+            shown[f"{prefix}_squared_error"] = error.square()
+    names = [name for name in (EXAMPLE_COLUMNS if "label" in rows else SEQUENCE_COLUMNS) if name in shown]
+    columns = (shown[name].tolist() for name in names)
+    return [{**dict(zip(names, values, strict=True)), "id": name} for *values, name in zip(*columns, ids, strict=True)]

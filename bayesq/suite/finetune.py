@@ -20,7 +20,7 @@ from bayesq.suite.datasets.base import DataSplits, Examples
 from bayesq.suite.datasets.glue import TASKS, Glue
 from bayesq.suite.errors import UserError
 from bayesq.suite.hub import from_hub, reachable
-from bayesq.suite.metrics import measure
+from bayesq.suite.metrics import measure, metric_of
 from bayesq.suite.models import minilm
 from bayesq.suite.models.text import texts_of
 from bayesq.suite.results import write_json
@@ -136,9 +136,9 @@ def finetune(task: str, root: str | None, encoder: str, output: Path, recipe: Re
 
 def dev_scores(outputs: np.ndarray, data: DataSplits) -> dict[str, float]:
     """The task's metrics of outputs [n, classes] on the evaluation examples."""
-    predicted = outputs[:, 0] if data.likelihood == "gaussian" else outputs.argmax(1)
-    labels = data.evaluation.labels.numpy().astype(np.float64)
-    return {metric.name: measure(metric, predicted.astype(np.float64), labels) for metric in data.metrics}
+    rows = data.likelihood.summary(torch.from_numpy(outputs), data.evaluation.labels)
+    predicted, labels = (x.numpy().astype(np.float64) for x in (rows["prediction"], data.evaluation.labels))
+    return {metric.name: measure(metric, predicted, labels) for metric in data.metrics}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -157,7 +157,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         scores = finetune(given.task, given.root, given.encoder, given.output, chosen)
     except UserError as error:
         sys.exit(f"error: {one_line(str(error))}")
-    print(f"{given.output}: " + ", ".join(f"{name} {100 * value:.2f}" for name, value in scores.items()))
+    shown = (f"{name} {metric_of(name).scaled(value):.2f}" for name, value in scores.items())
+    print(f"{given.output}: {', '.join(shown)}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Task metrics and the uncertainty of their difference between two networks on the same examples.
 
-Every metric takes weights: how often each example counts, one row per bootstrap resample. That makes resampling a
-matter of arithmetic on whole arrays, also for metrics that are no mean over examples.
+A metric knows its direction, its scale and its unit, and which numbers of an example it reads. Every metric takes
+weights: how often each example counts, one row per bootstrap resample. That makes resampling a matter of arithmetic on
+whole arrays, also for metrics that are no mean over examples.
 """
 
 from collections.abc import Callable
@@ -18,10 +19,14 @@ BOOTSTRAP_RESAMPLES = 10_000
 PART_ELEMENTS = 2**22
 
 
+def hits(predicted: Floats, labels: Floats) -> NDArray[np.int64]:
+    """1 for each example [n] whose predicted class is the label, 0 for others."""
+    return np.asarray(predicted == labels, dtype=np.int64)
+
+
 def accuracy(predicted: Floats, labels: Floats, weights: Floats) -> Floats:
     """Share of the examples [resamples] whose predicted class [n] is the label [n]."""
-    correct = (predicted == labels).astype(np.float64)
-    return np.asarray(weights @ correct / weights.sum(1))
+    return np.asarray(weights @ hits(predicted, labels).astype(np.float64) / weights.sum(1))
 
 
 def f1(predicted: Floats, labels: Floats, weights: Floats) -> Floats:
@@ -47,13 +52,16 @@ def spearman(predicted: Floats, labels: Floats, weights: Floats) -> Floats:
     return _correlation(_ranks(predicted, weights), _ranks(labels, weights), weights)
 
 
-FUNCTIONS: dict[str, Callable[[Floats, Floats, Floats], Floats]] = {
-    "accuracy": accuracy,
-    "f1": f1,
-    "matthews": matthews,
-    "pearson": pearson,
-    "spearman": spearman,
-}
+def perplexity(nll: Floats, predictions: Floats, weights: Floats) -> Floats:
+    """exp of the mean negative log-likelihood per token [resamples].
+
+    Args:
+        nll: nats per token of each sequence [n].
+        predictions: tokens of each sequence [n].
+        weights: of the sequences [resamples, n].
+    """
+    tokens = weights * predictions
+    return np.asarray(np.exp(tokens @ nll / tokens.sum(1)))
 
 
 @dataclass(frozen=True)
@@ -62,12 +70,23 @@ class Metric:
 
     Attributes:
         name: its result key, as in fp/<name>.
-        function: key of FUNCTIONS.
+        function: of two numbers per example [n] and weights [resamples, n]; the metric on each resample.
+        unit: what `scale` times the metric is counted in.
+        scale: what a table multiplies the metric with: 100 for shares and correlations, else 1.
+        higher_is_better: the direction.
+        reads: the two numbers of an example: the network's (a column of the rows of evaluation without the network's
+            prefix) and the example's, which both networks share.
+        per_example: scores whose mean the metric is, if it is one: resampling them is much cheaper.
         start, stop: the evaluation examples it is measured on, as in a slice.
     """
 
     name: str
-    function: str
+    function: Callable[[Floats, Floats, Floats], Floats]
+    unit: str
+    scale: float = 100
+    higher_is_better: bool = True
+    reads: tuple[str, str] = ("prediction", "label")
+    per_example: Callable[[Floats, Floats], NDArray[np.int64]] | None = None
     start: int = 0
     stop: int | None = None
 
@@ -76,50 +95,81 @@ class Metric:
         """The evaluation examples it is measured on."""
         return slice(self.start, self.stop)
 
+    def scaled(self, value: float) -> float:
+        """A value or a difference in the metric's unit."""
+        return self.scale * value
 
-def measure(metric: Metric, predicted: Floats, labels: Floats) -> float:
-    """The metric of predictions [n], classes or numbers; NaN where none of its examples is there.
+
+ACCURACY = Metric("accuracy", accuracy, "%", per_example=hits)
+METRICS = {
+    metric.name: metric
+    for metric in (
+        ACCURACY,
+        Metric("f1", f1, "%"),
+        Metric("matthews", matthews, "x100"),
+        Metric("pearson", pearson, "x100"),
+        Metric("spearman", spearman, "x100"),
+        Metric(
+            "perplexity",
+            perplexity,
+            "e^nats/token",
+            scale=1,
+            higher_is_better=False,
+            reads=("nll", "predictions"),
+        ),
+    )
+}
+
+
+def metric_of(key: str) -> Metric:
+    """The metric that a result names, such as accuracy or accuracy_mismatched; a share in per cent if it is unknown."""
+    return METRICS.get(key) or METRICS.get(key.partition("_")[0], ACCURACY)
+
+
+def measure(metric: Metric, numbers: Floats, shared: Floats) -> float:
+    """The metric of one network; NaN where none of its examples is there.
 
     Args:
-        predicted, labels: of all evaluation examples.
+        numbers, shared: of all evaluation examples, as `Metric.reads` names them.
     """
-    own, truth = predicted[metric.rows], labels[metric.rows]
-    if not len(own):
+    chosen, beside = numbers[metric.rows], shared[metric.rows]
+    if not len(chosen):
         return float("nan")
-    return float(FUNCTIONS[metric.function](own, truth, np.ones((1, len(own))))[0])
+    return float(metric.function(chosen, beside, np.ones((1, len(chosen))))[0])
 
 
 def difference_interval(
-    metric: Metric, before: Floats, after: Floats, labels: Floats, seed: int
+    metric: Metric, before: Floats, after: Floats, shared: Floats, seed: int
 ) -> tuple[float, float] | None:
     """95 % percentile interval of metric(after) - metric(before), by resampling examples with replacement.
 
-    Both networks are measured on the same resamples. Examples that agree in label and both predictions are alike, so
-    a resample is a multinomial draw over the distinct triples.
+    Both networks are measured on the same resamples. Examples with the same three numbers are alike, so a resample is a
+    multinomial draw over the distinct triples.
 
     Args:
-        before, after, labels: [n], of all evaluation examples.
+        before, after: the networks' numbers [n] of all evaluation examples.
+        shared: the examples' numbers [n].
         seed: of the resampling.
 
     Returns:
         None where none of the metric's examples is there.
     """
-    triples = np.stack([labels[metric.rows], before[metric.rows], after[metric.rows]])
+    triples = np.stack([shared[metric.rows], before[metric.rows], after[metric.rows]])
     count = triples.shape[1]
     if not count:
         return None
-    if metric.function == "accuracy":
-        truth, first, second = triples
-        return bootstrap_interval((second == truth).astype(np.int64) - (first == truth), seed)
-    (truth, first, second), counts = np.unique(triples, axis=1, return_counts=True)
-    function, generator = FUNCTIONS[metric.function], np.random.default_rng(seed)
+    if metric.per_example is not None:
+        beside, first, second = triples
+        return bootstrap_interval(metric.per_example(second, beside) - metric.per_example(first, beside), seed)
+    (beside, first, second), counts = np.unique(triples, axis=1, return_counts=True)
+    function, generator = metric.function, np.random.default_rng(seed)
     step = max(PART_ELEMENTS // len(counts), 1)
-    found = []
+    differences = []
     for start in range(0, BOOTSTRAP_RESAMPLES, step):
         size = min(step, BOOTSTRAP_RESAMPLES - start)
         weights = generator.multinomial(count, counts / count, size=size).astype(np.float64)
-        found.append(function(second, truth, weights) - function(first, truth, weights))
-    low, high = np.percentile(np.concatenate(found), [2.5, 97.5])
+        differences.append(function(second, beside, weights) - function(first, beside, weights))
+    low, high = np.percentile(np.concatenate(differences), [2.5, 97.5])
     return float(low), float(high)
 
 

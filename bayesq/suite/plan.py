@@ -1,9 +1,7 @@
 """From a configuration to the objects of a run: recipe, workload, statistics, and what they will need."""
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from omegaconf import DictConfig
 
@@ -61,9 +59,7 @@ def load_workload(cfg: DictConfig, cache_dir: Path) -> Workload:
         batch_size=int(cfg.calibration.batch_size),
         seed=int(cfg.seed),
     )
-    return load(
-        build(cfg.dataset), build(cfg.model), cfg.model.name, selection, select_device(cfg.device), cache_dir
-    )
+    return load(build(cfg.dataset), build(cfg.model), cfg.model.name, selection, select_device(cfg.device), cache_dir)
 
 
 def check_patterns(recipe: Recipe, work: Workload) -> None:
@@ -108,7 +104,11 @@ def open_statistics(cfg: DictConfig, recipe: Recipe, work: Workload, cache_dir: 
 
 
 def place_whitenings(
-    cfg: DictConfig, store: WhiteningStore | None, statistics: Calibration, folder: Path, previous: WhiteningStore | None
+    cfg: DictConfig,
+    store: WhiteningStore | None,
+    statistics: Calibration,
+    folder: Path,
+    previous: WhiteningStore | None,
 ) -> None:
     """Keep whitenings on disk if asked to; else go on with those of the command's previous run that still hold."""
     if store is None:

@@ -160,7 +160,10 @@ def estimate(
     needs = Needs(held)
     stages = {
         "calibration": activated * (collected + choices.calibration_batch * calibration.total) + max(sums, default=0),
-        "evaluation": 2 * codes + 2 * packed + 3 * activated * choices.evaluation_batch * evaluation.largest,
+        # the quantized network's weights stand beside the full-precision ones
+        "evaluation": 4 * weights
+        + 2 * (codes + packed)
+        + 3 * activated * choices.evaluation_batch * evaluation.largest,
         "rounding": codes + max(_work(shape, choices) for shape in shapes),
     }
     whitenings = sum(map(choices.posterior.whitening_bytes, shapes)) if choices.posterior is not None else 0

@@ -15,7 +15,6 @@ FAILURE_FILE = "status.json"
 QUANTIZED_FILE = "quantized.safetensors"
 LAYERS_FILE = "layers.csv"
 PREDICTIONS_FILE = "predictions.csv"
-CORRELATIONS = ("matthews", "pearson", "spearman")
 
 
 def plain(value: Any) -> Any:
@@ -84,11 +83,6 @@ def load_results(results_dir: Path) -> list[dict[str, Any]]:
     """Every finished result below `results_dir`, in the order of their run ids."""
     found = (finished_result(path.parent) for path in sorted(Path(results_dir).glob(f"*/{RESULT_FILE}")))
     return [result for result in found if result is not None]
-
-
-def unit(metric: str) -> str:
-    """What 100 times a metric is counted in: per cent of shares, points (x100) of correlations."""
-    return "x100" if metric in CORRELATIONS else "%"
 
 
 def settings_of(result: Mapping[str, Any]) -> dict[str, Any]:

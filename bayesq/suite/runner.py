@@ -15,8 +15,6 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from bayesq.pipeline import quantize_network
 from bayesq.progress import elapsed
-from bayesq.quant.file import Packed, Sizes, read_packed, write_packed
-from bayesq.recipe import Quantized, Recipe
 from bayesq.suite import evaluation
 from bayesq.suite.cache import resolve_cache_dir
 from bayesq.suite.config import run_dir, run_id
@@ -27,10 +25,10 @@ from bayesq.suite.plan import check_patterns, load_workload, make_recipe, open_s
 from bayesq.suite.preflight import preflight
 from bayesq.suite.record import flat_result, layer_rows, log_decisions
 from bayesq.suite.rehearsal import rehearse
-from bayesq.suite.results import LAYERS_FILE, PREDICTIONS_FILE, QUANTIZED_FILE, RESULT_FILE, unit, write_csv, write_json
+from bayesq.suite.results import LAYERS_FILE, PREDICTIONS_FILE, QUANTIZED_FILE, RESULT_FILE, write_csv, write_json
 from bayesq.suite.summary import two_digits
 from bayesq.suite.tracking import ERROR_KEY, track
-from bayesq.suite.workload import Workload, check_outputs
+from bayesq.suite.workload import check_outputs
 from bayesq.whitening import WhiteningStore
 
 log = logging.getLogger(__name__)
@@ -74,10 +72,11 @@ def run(cfg: DictConfig, session: Session | None = None) -> dict[str, Any]:
             write_json(folder / RESULT_FILE, result)
         except OSError as error:  # the disk is full by now: the run is finished, the next command logs it again
             log.warning("%s: what W&B has of it cannot be noted (%s)", folder / RESULT_FILE, error.strerror)
-    metric = result["primary_metric"]
+    key = result["primary_metric"]
+    metric = metric_of(key)
     log.info(
-        f"{name} {result['method']} {result['bits/target']:g} bits, seed {result['seed']}: "
-        f"{metric} {100 * result[f'q/{metric}']:.2f} {unit(metric)} ({100 * result[f'delta/{metric}']:+.2f}), "
+        f"{name} {result['method']} {result['bits/target']:g} bits, seed {result['seed']}: {key} "
+        f"{metric.scaled(result[f'q/{key}']):.2f} {metric.unit} ({metric.scaled(result[f'delta/{key}']):+.2f}), "
         f"KL {two_digits(result['q/kl_to_fp'])}, {result['bits/stored']:.3f} bits stored, "
         f"{result['time/total_s']:.1f} s"
     )
@@ -106,7 +105,9 @@ def execute(cfg: DictConfig, folder: Path, session: Session) -> tuple[dict[str, 
     settings = evaluation.Settings(int(cfg.evaluation.batch_size), cfg.evaluation.autocast)
     with naming_model(cfg.model.name, "evaluating it"):
         full = evaluation.full_precision(work.network, work.evaluation, settings, work.subject.device, cache_dir)
-    check_outputs(full.outputs, f"model={cfg.model.name} overflows before anything is rounded; choose other weights or data")
+    check_outputs(
+        full.outputs, f"model={cfg.model.name} overflows before anything is rounded; choose other weights or data"
+    )
     with elapsed("compile"):
         rehearse(make_recipe(cfg), work.subject.layers)
 

@@ -12,9 +12,9 @@ from bayesq.calibration.inputs import INPUT_MAGNITUDE, INPUT_MOMENT
 from bayesq.calibration.statistic import LayerStatistics
 from bayesq.memory import halving
 from bayesq.quant.layers import Layer, ParameterLayer, groups_of
+from bayesq.quant.network import fill
 from bayesq.quant.tensor import QuantizedTensor
 from bayesq.suite.models.base import EncodedExamples
-from bayesq.quant.file import fill
 from bayesq.suite.replay import Replay
 
 STATISTICS = {statistic.name: statistic for statistic in (INPUT_MOMENT, INPUT_MAGNITUDE)}

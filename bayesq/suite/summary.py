@@ -7,7 +7,8 @@ from statistics import fmean, stdev
 from typing import Any
 
 from bayesq.suite.config import show
-from bayesq.suite.results import differing_settings, settings_of, unit
+from bayesq.suite.metrics import Metric, metric_of
+from bayesq.suite.results import differing_settings, settings_of
 
 Result = Mapping[str, Any]
 GAP = "-"
@@ -48,8 +49,8 @@ def results_table(results: Sequence[Result]) -> str:
     method that differ in further settings get lines of their own and a column for each setting that differs. Entries
     whose status is not "finished" need only model, dataset, method, bits/target, seed and config; a line whose entries
     are all of that kind says so. Where a line has several entries, n counts the finished ones (`2/3`: one is not), and
-    ± is the sample standard deviation over them. Accuracies are percent, correlations times 100, deltas points against
-    the full-precision model, KL nats, bits per quantized weight; seconds are those of STAGES. A figure that one of a
+    ± is the sample standard deviation over them. Metrics and their deltas against the full-precision model are in the
+    metric's unit, KL in nats, bits per quantized weight; seconds are those of STAGES. A figure that one of a
     line's results lacks is a dash: a mean of the others would pass for all of them.
     """
     sections: dict[tuple[str, ...], list[Result]] = {}
@@ -89,7 +90,7 @@ def _section(head: str, results: Sequence[Result]) -> str:
         groups.setdefault(json.dumps(settings_of(result), sort_keys=True), []).append(result)
     ordered = sorted(groups.items(), key=lambda item: (*_place(item[1][0], methods), item[0]))
     finished = [result for result in results if result.get("status") == "finished"]
-    metric = finished[0]["primary_metric"] if finished else "accuracy"
+    primary = finished[0]["primary_metric"] if finished else "accuracy"
     several = any(len(members) > 1 for _, members in ordered)
     columns: dict[str, list[str]] = {name: [] for name in ("method", "bits", *differing)}
     columns |= {"n": []} if several else {}
@@ -101,8 +102,8 @@ def _section(head: str, results: Sequence[Result]) -> str:
         cells["n"] = f"{len(done)}" if len(done) == len(members) else f"{len(done)}/{len(members)}"
         for name in columns:
             columns[name].append(cells[name])
-    measured = _measured([members for _, members in ordered], metric)
-    return "\n".join([_full_precision(head, finished, metric), *_lines({**columns, **measured})])
+    measured = _measured([members for _, members in ordered], primary)
+    return "\n".join([_full_precision(head, finished, primary), *_lines({**columns, **measured})])
 
 
 def _lines(columns: Mapping[str, Sequence[str]]) -> list[str]:
@@ -119,26 +120,28 @@ def _place(result: Result, methods: Sequence[str]) -> tuple[int, float]:
     return methods.index(result["method"]), result["bits/target"]
 
 
-def _full_precision(head: str, finished: Sequence[Result], metric: str) -> str:
+def _full_precision(head: str, finished: Sequence[Result], name: str) -> str:
     if not finished:
         return head
-    reference = _cell(finished, f"fp/{metric}", lambda value, _: f"{100 * value:.2f}")
+    metric = metric_of(name)
+    reference = _cell(finished, f"fp/{name}", lambda value, _: f"{metric.scaled(value):.2f}")
     examples = _cell(finished, "evaluation/examples", lambda value, _: f"{value:,.0f}")
-    return f"{head}: full precision {reference} {unit(metric)} {metric} on {examples} examples"
+    return f"{head}: full precision {reference} {metric.unit} {name} on {examples} examples"
 
 
-def _measured(groups: Sequence[Sequence[Result]], metric: str) -> dict[str, list[str]]:
+def _measured(groups: Sequence[Sequence[Result]], name: str) -> dict[str, list[str]]:
     """The columns of what was measured, a cell for each group of results that differ in the seed alone."""
+    metric = metric_of(name)
     forms: dict[str, tuple[str, Callable[[float, float | None], str]]] = {
-        f"{metric} {unit(metric)}": (f"q/{metric}", lambda mean, spread: _spread(100 * mean, spread, 100)),
-        "delta": (f"delta/{metric}", lambda mean, _: f"{100 * mean:+.2f}"),
+        f"{name} {metric.unit}": (f"q/{name}", lambda mean, spread: _spread(metric, mean, spread)),
+        "delta": (f"delta/{name}", lambda mean, _: f"{metric.scaled(mean):+.2f}"),
         "KL": ("q/kl_to_fp", two_digits),
         "bits/code": ("bits/code", lambda mean, _: f"{mean:.3f}"),
         "bits/stored": ("bits/stored", lambda mean, _: f"{mean:.3f}"),
         "seconds": ("seconds", lambda mean, _: f"{mean:.1f}"),
     }
     done = [[_with_seconds(result) for result in own if result.get("status") == "finished"] for own in groups]
-    columns = {name: _aligned([_cell(own, key, form) for own in done]) for name, (key, form) in forms.items()}
+    columns = {head: _aligned([_cell(own, key, form) for own in done]) for head, (key, form) in forms.items()}
     first = next(iter(columns))
     columns[first] = [
         cell if own else str(members[0].get("status", "failed"))
@@ -162,8 +165,9 @@ def _cell(results: Sequence[Result], key: str, form: Callable[[float, float | No
     return form(fmean(known), stdev(known) if len(known) > 1 else None)
 
 
-def _spread(mean: float, spread: float | None, scale: float) -> str:
-    return f"{mean:.2f}" if spread is None else f"{mean:.2f} ± {scale * spread:.2f}"
+def _spread(metric: Metric, mean: float, spread: float | None) -> str:
+    shown = f"{metric.scaled(mean):.2f}"
+    return shown if spread is None else f"{shown} ± {metric.scaled(spread):.2f}"
 
 
 def _aligned(cells: Sequence[str]) -> list[str]:

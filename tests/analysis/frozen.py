@@ -19,8 +19,8 @@ BUDGETS = (3.0, 3.5, 4.0)
 def config(method: str, bits: float, seed: int, model: str, dataset: str, **changes: Any) -> dict[str, Any]:
     """As much of a configuration as tells runs apart; `changes` with dots in their names written as `__`."""
     content: dict[str, Any] = {
-        "model": {"name": model, "modality": "image"},
-        "dataset": {"name": dataset, "modality": "image"},
+        "model": {"name": model, "tasks": ["image classification"]},
+        "dataset": {"name": dataset, "tasks": ["image classification"]},
         "method": {"name": method, **({"uses_posterior": True} if method == "bayesq" else {})},
         "posterior": {"name": "kfac"},
         "allocator": "knapsack" if method == "bayesq" else "uniform",
@@ -141,7 +141,7 @@ def add_glue(results: Path) -> None:
                 continue
             for seed in (0, 1):
                 own = {name: (0.9, score + place / 10 + seed / 100) for place, name in enumerate(names)}
-                options = {"dataset__task": task, "dataset__modality": "text"}
+                options = {"dataset__task": task, "dataset__tasks": ["text classification"]}
                 add(results, method, 3.0, seed, model="bert", dataset="glue", metrics=own, **options)
 
 

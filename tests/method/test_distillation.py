@@ -8,19 +8,16 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from bayesq.distillation import (
-    DistillationSettings,
-    Student,
-    distill,
-    posterior_predictive,
-    trained_parameters,
-)
+from bayesq.distillation import DistillationSettings, distill
+from bayesq.likelihood import Categorical
 from bayesq.quant.accounting import buffer_bytes
 from bayesq.quant.codes import Codebook, RowTable, SharedTable, SparseOverlay, Trellis, shared_code
 from bayesq.quant.grids import mse_grid, round_affine, zero_code, zero_value
 from bayesq.quant.layers import groups_of, matrix_to_weight, weight_to_matrix
 from bayesq.quant.packing import pack, pack_model
 from bayesq.quant.tensor import QuantizedTensor
+from bayesq.student import Student, trained_parameters
+from bayesq.teacher import posterior_predictive
 
 
 @dataclass(frozen=True)
@@ -46,6 +43,7 @@ class SmallNet(nn.Module):
 
 LAYERS = ("conv1", "conv2", "hidden", "head")
 FAST = DistillationSettings(steps=4)
+CATEGORICAL = Categorical()
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +151,9 @@ def test_the_teacher_is_the_mean_prediction_of_the_drawn_networks():
         assert name == "layer"
         return torch.randn(1, 4, 3, generator=generator)
 
-    teacher = posterior_predictive(Model().eval(), ["layer"], sample, batches, 5, torch.Generator().manual_seed(2))
+    teacher = posterior_predictive(
+        Model().eval(), ["layer"], sample, batches, 5, torch.Generator().manual_seed(2), CATEGORICAL
+    )
     generator = torch.Generator().manual_seed(2)
     expected = torch.zeros(7, 4, dtype=torch.float64)
     for _ in range(5):
@@ -161,7 +161,7 @@ def test_the_teacher_is_the_mean_prediction_of_the_drawn_networks():
         expected += torch.softmax(x.double() @ weight.T + full.bias.detach().double(), 1) / 5
     torch.testing.assert_close(teacher, expected, rtol=1e-5, atol=1e-6)
 
-    mean = posterior_predictive(Model().eval(), ["layer"], sample, batches, 0, generator)
+    mean = posterior_predictive(Model().eval(), ["layer"], sample, batches, 0, generator, CATEGORICAL)
     torch.testing.assert_close(mean, full(x).detach().double().softmax(1), rtol=1e-5, atol=1e-6)
 
 
@@ -177,7 +177,9 @@ def test_it_lowers_the_divergence_and_changes_only_what_it_may(digits, group_siz
     teacher = teacher_of(network, calibration)
     state = copy.deepcopy(student.state_dict())
     settings = DistillationSettings(steps=8)
-    result = distill(student, tensors, batches_of(calibration), teacher, settings, torch.Generator().manual_seed(0))
+    result = distill(
+        student, tensors, batches_of(calibration), teacher, settings, torch.Generator().manual_seed(0), CATEGORICAL
+    )
 
     assert result.steps == 8 and result.best_step > 0
     assert result.heldout_kl_after < 0.8 * result.heldout_kl_before
@@ -214,7 +216,9 @@ def test_the_held_out_divergence_never_rises(digits, steps, hostile):
     if hostile:
         training = torch.randperm(100, generator=torch.Generator().manual_seed(3))[20:]
         teacher[training] = teacher[training].flip(1)
-    result = distill(student, tensors, batches_of(calibration), teacher, settings, torch.Generator().manual_seed(3))
+    result = distill(
+        student, tensors, batches_of(calibration), teacher, settings, torch.Generator().manual_seed(3), CATEGORICAL
+    )
     assert result.heldout_kl_after <= result.heldout_kl_before
     # the reported numbers are those of the stored network on the held-out fifth
     held_out = torch.randperm(100, generator=torch.Generator().manual_seed(3))[:20]
@@ -246,7 +250,9 @@ def test_a_gain_has_to_stand_out_from_its_noise(examples, beats, digits, monkeyp
     network, images = digits
     tensors = quantize(network, dict.fromkeys(LAYERS, 3))
     teacher, settings = teacher_of(network, images[:100]), FAST
-    result = distill(network, tensors, batches_of(images[:100]), teacher, settings, torch.Generator().manual_seed(0))
+    result = distill(
+        network, tensors, batches_of(images[:100]), teacher, settings, torch.Generator().manual_seed(0), CATEGORICAL
+    )
     assert (result.best_step, result.heldout_kl_before) == (1 if beats else 0, 1.0)  # of equals, the first
     assert result.heldout_kl_after == pytest.approx(0.9 if beats else 1.0)
 
@@ -258,7 +264,13 @@ def test_it_starts_from_corrected_parameters(digits):
     student.norm1.bias += 0.05
     teacher = teacher_of(network, images[:100])
     result = distill(
-        student, tensors, batches_of(images[:100]), teacher, replace(FAST, steps=0), torch.Generator().manual_seed(0)
+        student,
+        tensors,
+        batches_of(images[:100]),
+        teacher,
+        replace(FAST, steps=0),
+        torch.Generator().manual_seed(0),
+        CATEGORICAL,
     )
     held_out = torch.randperm(100, generator=torch.Generator().manual_seed(0))[:20]
     expected = divergence(teacher[held_out], student, images[held_out])
@@ -282,7 +294,7 @@ def test_it_goes_on_from_a_start_that_the_held_out_part_accepts(digits, steps, s
 
     teacher = teacher_of(network, images[:100])
     generator, settings = torch.Generator().manual_seed(0), replace(FAST, steps=steps)
-    result = distill(student, tensors, batches_of(images[:100]), teacher, settings, generator, start)
+    result = distill(student, tensors, batches_of(images[:100]), teacher, settings, generator, CATEGORICAL, start)
     held_out = torch.randperm(100, generator=torch.Generator().manual_seed(0))[:20]
     (training,) = asked
     assert not training[held_out].any() and int(training.sum()) == 80
@@ -306,7 +318,7 @@ def test_it_is_deterministic(digits):
     for global_seed in (1, 2):
         torch.manual_seed(global_seed)
         generator = torch.Generator().manual_seed(0)
-        results.append(distill(student, tensors, batches_of(images[:100]), teacher, FAST, generator))
+        results.append(distill(student, tensors, batches_of(images[:100]), teacher, FAST, generator, CATEGORICAL))
     a, b = results
     assert a.heldout_kl_after == b.heldout_kl_after and a.best_step == b.best_step > 0
     assert all(identical(a.tensors[name], b.tensors[name]) for name in LAYERS)
@@ -485,7 +497,9 @@ def test_training_that_is_no_longer_finite_keeps_the_network_as_it_came(digits, 
     # the first training example: the held-out part stays finite
     calibration[torch.randperm(100, generator=torch.Generator().manual_seed(0))[20]] = bad
     student = loaded(network, tensors, {})
-    result = distill(student, tensors, batches_of(calibration), teacher, FAST, torch.Generator().manual_seed(0))
+    result = distill(
+        student, tensors, batches_of(calibration), teacher, FAST, torch.Generator().manual_seed(0), CATEGORICAL
+    )
     assert result.steps == result.best_step == 0 and result.parameters == {}
     assert 0 < result.heldout_kl_after == result.heldout_kl_before < 1
     assert all(identical(result.tensors[name], tensor) for name, tensor in tensors.items())
@@ -511,9 +525,9 @@ def test_text_batches_of_different_lengths():
         ids = torch.randint(0, 9, (12, length), generator=generator)
         batches.append(Batch({"input_ids": ids, "attention_mask": torch.ones(12, length).long()}, index))
     tensors = quantize(network, {"head": 2})
-    teacher = posterior_predictive(network, [], None, batches, 0, generator)
+    teacher = posterior_predictive(network, [], None, batches, 0, generator, CATEGORICAL)
     settings = DistillationSettings(steps=6)
-    result = distill(loaded(network, tensors, {}), tensors, batches, teacher, settings, generator)
+    result = distill(loaded(network, tensors, {}), tensors, batches, teacher, settings, generator, CATEGORICAL)
     assert result.heldout_kl_after < result.heldout_kl_before
     assert network.embedding.weight.grad is None
 
@@ -525,16 +539,16 @@ def test_it_refuses_what_it_cannot_train(digits):
     teacher = teacher_of(network, images[:20])
     batches = batches_of(images[:20])
     with pytest.raises(ValueError, match="eval mode"):
-        distill(copy.deepcopy(network).train(), tensors, batches, teacher, FAST, generator)
+        distill(copy.deepcopy(network).train(), tensors, batches, teacher, FAST, generator, CATEGORICAL)
     with pytest.raises(ValueError, match="5 rows for 20"):
-        distill(network, tensors, batches, teacher[:5], FAST, generator)
+        distill(network, tensors, batches, teacher[:5], FAST, generator, CATEGORICAL)
     with pytest.raises(ValueError, match="too few"):
-        distill(network, tensors, batches_of(images[:2]), teacher[:2], FAST, generator)
+        distill(network, tensors, batches_of(images[:2]), teacher[:2], FAST, generator, CATEGORICAL)
     with pytest.raises(ValueError, match="every calibration example once"):
-        distill(network, tensors, [batches[0], batches[0]], teacher, FAST, generator)
+        distill(network, tensors, [batches[0], batches[0]], teacher, FAST, generator, CATEGORICAL)
     other = replace(tensors["head"], code=SharedTable({3: Codebook("shared/3", torch.arange(8).half() * 2)}))
     with pytest.raises(ValueError, match="two different codebooks"):
-        distill(network, {**tensors, "head": other}, batches, teacher, FAST, generator)
+        distill(network, {**tensors, "head": other}, batches, teacher, FAST, generator, CATEGORICAL)
     for refused in ({"steps": -1}, {"evaluations": 0}):
         with pytest.raises(ValueError, match="steps >= 0 and evaluations >= 1"):
             DistillationSettings(**refused)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from bayesq.likelihood import Categorical
 from bayesq.proxy import KAPPA_RANGE, measure_kappa
 from bayesq.quant.layers import weight_to_matrix
 
@@ -47,7 +48,9 @@ def test_kappa_is_one_where_the_prediction_is_exact():
     def rounded(name: str) -> Tensor:
         return weight_to_matrix(network.get_submodule(name)) + deltas[name]
 
-    kappa = measure_kappa(network, ["a", "b"], rounded, no_noise, predicted, {"x": x}, 0, torch.Generator())
+    kappa = measure_kappa(
+        network, ["a", "b"], rounded, no_noise, predicted, {"x": x}, 0, torch.Generator(), Categorical()
+    )
     assert kappa.factors == pytest.approx({"a": 1.0, "b": 3.0}, rel=0.02)
     assert kappa.measured["a"] == pytest.approx(predicted["a"], rel=0.02)
     assert kappa.fallbacks == {"kappa_undefined": 0, "kappa_clamped": 0}
@@ -68,9 +71,11 @@ def test_draws_add_the_posterior_noise_of_the_layer_alone():
 
     generator = torch.Generator().manual_seed(0)
     predicted["b"] = 1.0
-    kappa = measure_kappa(network, ["a", "b"], rounded, sample, predicted, {"x": x}, 400, generator)
+    kappa = measure_kappa(network, ["a", "b"], rounded, sample, predicted, {"x": x}, 400, generator, Categorical())
     assert kappa.factors["a"] == pytest.approx(1.0, rel=0.06)
-    without_noise = measure_kappa(network, ["a", "b"], rounded, no_noise, predicted, {"x": x}, 0, generator)
+    without_noise = measure_kappa(
+        network, ["a", "b"], rounded, no_noise, predicted, {"x": x}, 0, generator, Categorical()
+    )
     assert without_noise.factors["a"] == pytest.approx(1 - noise / predicted["a"], rel=0.06)
 
 
@@ -89,7 +94,7 @@ def test_all_layers_meet_the_same_draws():
 
     predicted = {"a": 0.1, "b": 0.2}
     generator = torch.Generator().manual_seed(5)
-    kappa = measure_kappa(network, ["a", "b"], rounded, sample, predicted, {"x": x}, 3, generator)
+    kappa = measure_kappa(network, ["a", "b"], rounded, sample, predicted, {"x": x}, 3, generator, Categorical())
     assert asked == ["a", "b"]
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
 
@@ -125,7 +130,9 @@ def test_what_cannot_be_a_factor_is_counted(change, predicted, kappa, fallback):
         return weight_to_matrix(network.get_submodule(name)) + change * normal(1, 4, 5, seed=1)
 
     inputs = {"x": normal(8, 5, seed=2)}
-    result = measure_kappa(network, ["a"], rounded, no_noise, {"a": predicted}, inputs, 0, torch.Generator())
+    result = measure_kappa(
+        network, ["a"], rounded, no_noise, {"a": predicted}, inputs, 0, torch.Generator(), Categorical()
+    )
     assert result.factors == {"a": kappa}
     assert result.fallbacks == {"kappa_undefined": 0, "kappa_clamped": 0, fallback: 1}
 
@@ -133,9 +140,11 @@ def test_what_cannot_be_a_factor_is_counted(change, predicted, kappa, fallback):
 def test_it_refuses_what_it_cannot_measure():
     network, inputs = Ensemble().eval(), {"x": normal(8, 5, seed=2)}
     with pytest.raises(ValueError, match="no predicted risk for b"):
-        measure_kappa(network, ["a", "b"], no_noise, no_noise, {"a": 1.0}, inputs, 0, torch.Generator())
+        measure_kappa(network, ["a", "b"], no_noise, no_noise, {"a": 1.0}, inputs, 0, torch.Generator(), Categorical())
     with pytest.raises(ValueError, match="eval mode"):
-        measure_kappa(network.train(), ["a"], no_noise, no_noise, {"a": 1.0}, inputs, 0, torch.Generator())
+        measure_kappa(
+            network.train(), ["a"], no_noise, no_noise, {"a": 1.0}, inputs, 0, torch.Generator(), Categorical()
+        )
 
 
 @pytest.mark.parametrize("batch_size", [1, 5, 16])
@@ -149,7 +158,7 @@ def test_batches_give_the_same_divergence(batch_size):
             return weight_to_matrix(network.get_submodule(name)) + 0.1 * normal(4, 5, seed=3)
 
         noise = torch.Generator().manual_seed(0)
-        arguments = ({"a": 1.0, "b": 1.0}, {"x": x}, 2, noise, "categorical", size)
+        arguments = ({"a": 1.0, "b": 1.0}, {"x": x}, 2, noise, Categorical(), size)
         return measure_kappa(
             network, ["a", "b"], rounded, lambda _, g: 0.1 * torch.randn(1, 4, 5, generator=g), *arguments
         ).measured

@@ -2,25 +2,35 @@
 
 import logging
 import math
+import weakref
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
+from bayesq.likelihood import Categorical, Gaussian, Likelihood, Tokens
 from bayesq.suite import evaluation
 from bayesq.suite.evaluation import (
+    Rows,
+    batch_rows,
     cached_logits,
+    collect_rows,
     compare,
     expected_calibration_error,
-    kl_divergence,
-    negative_log_likelihood,
+    mean_nll,
+    paired_rows,
+    prediction_rows,
 )
-from bayesq.suite.metrics import Metric, bootstrap_interval
-from bayesq.suite.models.base import TensorExamples
+from bayesq.suite.metrics import ACCURACY, METRICS, bootstrap_interval
+from bayesq.suite.models.base import Batch, TensorExamples
 from bayesq.suite.results import plain
 
 CPU = torch.device("cpu")
+CATEGORICAL = Categorical()
 
 
 def random_logits(seed: int, count: int = 200, classes: int = 4, spread: float = 2.0) -> Tensor:
@@ -36,24 +46,29 @@ def naive_softmax(row: list[float]) -> list[float]:
     return [e / sum(exponentials) for e in exponentials]
 
 
-def test_kl_is_the_sum_over_classes_and_never_negative():
-    full, other = random_logits(0), random_logits(1)
-    found = kl_divergence(full, other)
-    for i in range(len(full)):
-        p, q = naive_softmax(full[i].tolist()), naive_softmax(other[i].tolist())
-        assert float(found[i]) == pytest.approx(sum(a * math.log(a / b) for a, b in zip(p, q, strict=True)), rel=1e-9)
-    assert found.dtype == torch.float64 and bool((found >= 0).all())
-    assert not kl_divergence(full, full).any()
-    assert bool((kl_divergence(full, full + 7.5).abs() < 1e-6).all())  # a shift of all logits is no change
-    assert bool((kl_divergence(full.double(), full.double() + 1e-9 * other) > -1e-15).all())
-    extreme = kl_divergence(torch.tensor([[200.0, -200.0]]), torch.tensor([[-200.0, 200.0]]))
-    assert float(extreme) == pytest.approx(400)
+def rows_of(full: Tensor, quantized: Tensor, truth: Tensor, likelihood: Likelihood = CATEGORICAL) -> Rows:
+    """Rows of outputs that are all there."""
+    return batch_rows(full, quantized, Batch({}, truth, torch.arange(len(truth))), likelihood)
+
+
+def calibration_error(logits: Tensor, truth: Tensor) -> float:
+    rows = rows_of(logits, logits, truth)
+    return expected_calibration_error(rows["q_confidence"], rows["q_correct"])
 
 
 def test_nll_is_the_mean_log_loss():
     logits, truth = random_logits(2), labels()
     naive = [-math.log(naive_softmax(row)[y]) for row, y in zip(logits.tolist(), truth.tolist(), strict=True)]
-    assert negative_log_likelihood(logits, truth) == pytest.approx(sum(naive) / len(naive), rel=1e-9)
+    rows = rows_of(logits, logits, truth)
+    assert mean_nll(rows["q_nll"], rows["predictions"]) == pytest.approx(sum(naive) / len(naive), rel=1e-9)
+
+
+@pytest.mark.parametrize("count", [100, 199, 872, 1500])
+def test_nll_has_the_bits_of_torchs_cross_entropy(count):
+    logits, truth = random_logits(2, count, 7), labels(count, 7)
+    rows = rows_of(logits, logits, truth)
+    expected = torch.nn.functional.cross_entropy(logits.double(), truth)
+    assert mean_nll(rows["q_nll"], rows["predictions"]) == float(expected)
 
 
 def naive_ece(logits: Tensor, truth: Tensor, bins: int = 15) -> float:
@@ -77,13 +92,13 @@ def naive_ece(logits: Tensor, truth: Tensor, bins: int = 15) -> float:
 @pytest.mark.parametrize("spread", [0.1, 1.0, 5.0, 100.0])
 def test_ece_is_the_naive_one(spread):
     logits, truth = random_logits(3, spread=spread), labels()
-    assert expected_calibration_error(logits, truth) == pytest.approx(naive_ece(logits, truth), abs=1e-12)
+    assert calibration_error(logits, truth) == pytest.approx(naive_ece(logits, truth), abs=1e-12)
 
 
 def test_ece_of_certain_predictions():
     certain = torch.tensor([[1000.0, 0.0]]).expand(4, 2)
-    assert expected_calibration_error(certain, torch.tensor([0, 0, 0, 0])) == 0
-    assert expected_calibration_error(certain, torch.tensor([0, 1, 0, 1])) == pytest.approx(0.5)
+    assert calibration_error(certain, torch.tensor([0, 0, 0, 0])) == 0
+    assert calibration_error(certain, torch.tensor([0, 1, 0, 1])) == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize("values", [[-1, 0, 1], [0.0, 0.25, -1.5, 2.0]])
@@ -108,7 +123,8 @@ def test_bootstrap_interval_of_no_difference_is_a_point_and_seeds_decide():
 
 def test_compare_reports_the_contracts_metrics():
     full, quantized, truth = random_logits(4), random_logits(4) + random_logits(5, spread=0.7), labels()
-    metrics, rows = compare(full, quantized, truth, seed=0)
+    reduced = rows_of(full, quantized, truth)
+    metrics, rows = compare(reduced, 0, [ACCURACY]), prediction_rows(reduced, [str(i) for i in range(200)])
     before = [row.index(max(row)) for row in full.tolist()]
     after = [row.index(max(row)) for row in quantized.tolist()]
     right_before = [int(a == y) for a, y in zip(before, truth.tolist(), strict=True)]
@@ -122,13 +138,18 @@ def test_compare_reports_the_contracts_metrics():
     assert metrics["q/kl_to_fp"] == pytest.approx(np.mean([row["kl"] for row in rows]))
     assert metrics["q/ece"] == pytest.approx(naive_ece(quantized, truth))
     assert metrics["fp/ece"] == pytest.approx(naive_ece(full, truth))
-    assert metrics["q/nll"] == negative_log_likelihood(quantized, truth) != metrics["fp/nll"]
-    assert metrics["fp/nll"] == negative_log_likelihood(full, truth)
+    losses = [float(torch.nn.functional.cross_entropy(x.double(), truth)) for x in (full, quantized)]
+    assert [metrics["fp/nll"], metrics["q/nll"]] == losses and losses[0] != losses[1]
     assert [(r["label"], r["fp_prediction"], r["q_prediction"], r["fp_correct"], r["q_correct"]) for r in rows] == list(
         zip(truth.tolist(), before, after, right_before, right_after, strict=True)
     )
-    assert [r["kl"] for r in rows] == kl_divergence(full, quantized).tolist()
-    same, _ = compare(full, full, truth, seed=0)
+    assert [r["kl"] for r in rows] == CATEGORICAL.kl(full, quantized).tolist()
+    assert list(rows[0]) == [
+        *("label", "fp_prediction", "q_prediction", "fp_correct", "q_correct", "kl", "fp_confidence", "q_confidence"),
+        "id",
+    ]
+    assert [row["id"] for row in rows] == [str(i) for i in range(200)]
+    same = compare(rows_of(full, full, truth), 0, [ACCURACY])
     assert same["q/kl_to_fp"] == 0 and same["q/agreement"] == 1 and same["delta/accuracy/ci95"] == [0.0, 0.0]
 
 
@@ -137,7 +158,9 @@ def test_compare_of_a_regression():
     truth, full = torch.rand(50, generator=generator) * 5, torch.randn(50, 1, generator=generator)
     quantized = full + 0.1 * torch.randn(50, 1, generator=generator)
     names = ("pearson", "spearman")
-    metrics, rows = compare(full, quantized, truth, 0, [Metric(name, name) for name in names], "gaussian")
+    reduced = rows_of(full, quantized, truth, Gaussian())
+    metrics = compare(reduced, 0, [METRICS[name] for name in names])
+    rows = prediction_rows(reduced, [str(i) for i in range(50)])
     assert metrics["fp/pearson"] == pytest.approx(np.corrcoef(full[:, 0], truth)[0, 1], rel=1e-5)
     differences = ((full - quantized).double()[:, 0] ** 2 / 2).tolist()
     assert [row["kl"] for row in rows] == pytest.approx(differences)
@@ -153,7 +176,7 @@ def test_compare_of_a_regression():
 
 def test_a_metric_without_examples_is_null():
     full = random_logits(4)
-    metrics, _ = compare(full, full, labels(), 0, [Metric("accuracy", "accuracy"), Metric("other", "accuracy", 200)])
+    metrics = compare(rows_of(full, full, labels()), 0, [ACCURACY, replace(ACCURACY, name="other", start=200)])
     assert metrics["delta/other/ci95"] is None and math.isnan(metrics["q/other"])
     assert plain(metrics)["q/other"] is None
 
@@ -245,6 +268,146 @@ def test_autocast_computes_products_in_the_lower_precision_and_has_a_file_of_its
     expected = model.to(torch.bfloat16)(inputs["input"].to(torch.bfloat16)).float()
     assert lower.dtype == torch.float32 and not torch.equal(lower, exact)
     torch.testing.assert_close(lower, expected, rtol=1e-2, atol=1e-2)
-    effect = evaluation.autocast_effect(exact, lower)
-    assert effect["autocast/kl_to_float32"] == pytest.approx(float(evaluation.kl_divergence(exact, lower).mean()))
+    effect = evaluation.autocast_effect(exact, lower, CATEGORICAL)
+    assert effect["autocast/kl_to_float32"] == pytest.approx(float(CATEGORICAL.kl(exact, lower).mean()))
     assert 0 < effect["autocast/kl_to_float32"] < 1e-2
+
+
+# -------------------------------------------------------------------------------------------------------- streaming
+
+
+class Other(Model):
+    """Another network on the same inputs."""
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return super().forward(x, mask) + torch.stack([x[:, 0], 0 * x[:, 0], x[:, -1]], 1)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 10])
+@pytest.mark.parametrize("stored", [True, False])
+def test_rows_do_not_depend_on_the_batches(batch_size, stored):
+    """Bit for bit those of all outputs at once, whether the full-precision ones are stored or computed again."""
+    given, full = replace(examples(), labels=labels(10, 3)), Model()
+    outputs = [evaluation.logits(module, given, batch_size, CPU, "test")[0] for module in (full, Other())]
+    whole, reference, full.passes = rows_of(*outputs, given.labels), outputs[0] if stored else full, 0
+    found, retries = paired_rows(reference, Other(), given, CATEGORICAL, batch_size, CPU, "test")
+    assert retries == 0 and found.keys() == whole.keys()
+    assert all(torch.equal(found[name], values) and found[name].dtype == values.dtype for name, values in whole.items())
+    assert full.passes == (0 if stored else -(-10 // batch_size))
+
+
+def test_running_out_of_memory_begins_the_rows_again():
+    given = examples()
+    expected, _ = paired_rows(Model(), Model(), given, CATEGORICAL, 2, CPU, "test")
+    found, retries = paired_rows(Model(), Narrow(), given, CATEGORICAL, 8, CPU, "test")
+    assert retries == 2 and all(torch.equal(found[name], values) for name, values in expected.items())
+
+
+def test_no_example_is_an_error():
+    with pytest.raises(ValueError, match="no example to evaluate"):
+        collect_rows(iter(()), 0, CATEGORICAL)
+
+
+VOCABULARY = 50
+
+
+class NextToken(nn.Module):
+    """A tiny language model, whose outputs at padding are no numbers."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.embedding = nn.Parameter(torch.randn(VOCABULARY, 12, generator=generator))
+        self.head = nn.Parameter(torch.randn(12, VOCABULARY, generator=generator))
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        logits = self.embedding[input_ids].cumsum(1).tanh() @ self.head
+        return logits.masked_fill(attention_mask[..., None] == 0, math.nan)
+
+
+def sentences(count: int = 30, length: int = 9) -> TensorExamples:
+    generator = torch.Generator().manual_seed(8)
+    tokens = torch.randint(VOCABULARY, (count, length), generator=generator)
+    real = torch.randint(2, length + 1, (count,), generator=generator)
+    inputs = {"input_ids": tokens, "attention_mask": (torch.arange(length) < real[:, None]).long()}
+    return TensorExamples(inputs, torch.zeros(count), real)
+
+
+def naive_tokens(first: NextToken, second: NextToken, given: TensorExamples) -> list[list[tuple[float, ...]]]:
+    """(kl, nll, nll of the second, same, right, right of the second) of each predicted token of each sentence."""
+    found = []
+    for tokens, real in zip(given.inputs["input_ids"], given.lengths.tolist(), strict=True):
+        sentence = {"input_ids": tokens[None, :real], "attention_mask": torch.ones(1, real)}
+        with torch.no_grad():
+            f, g = (model(**sentence)[0].double().log_softmax(-1) for model in (first, second))
+        found.append([])
+        for i, token in enumerate(tokens[1:real].tolist()):
+            kl = sum(math.exp(a) * (a - b) for a, b in zip(f[i].tolist(), g[i].tolist(), strict=True))
+            best, other = int(f[i].argmax()), int(g[i].argmax())
+            losses = -float(f[i, token]), -float(g[i, token])
+            found[-1].append((kl, *losses, best == other, best == token, other == token))
+    return found
+
+
+@pytest.mark.parametrize("batch_size", [4, 30])
+def test_a_language_model_is_evaluated_per_token(batch_size):
+    full, quantized, given = NextToken(0), NextToken(0), sentences()
+    quantized.head = nn.Parameter(full.head + 0.3 * NextToken(1).head)
+    rows, _ = paired_rows(full, quantized, given, Tokens(), batch_size, CPU, "test")
+    naive = naive_tokens(full, quantized, given)
+    of_sentence = [np.mean(np.array(tokens, float), axis=0) for tokens in naive]
+    names = ("kl", "fp_nll", "q_nll", "agreement", "fp_correct", "q_correct")
+    for place, name in enumerate(names):
+        assert rows[name].tolist() == pytest.approx([row[place] for row in of_sentence], rel=1e-5), name
+    assert rows["predictions"].tolist() == [len(tokens) for tokens in naive]
+
+    found = compare(rows, 0, [METRICS["perplexity"]])
+    kl, nll, q_nll, agreement, *_ = np.mean(np.array([row for tokens in naive for row in tokens], float), axis=0)
+    assert [found["q/kl_to_fp"], found["fp/nll"], found["q/nll"]] == pytest.approx([kl, nll, q_nll], rel=1e-5)
+    assert found["q/agreement"] == pytest.approx(agreement)
+    perplexities = math.exp(nll), math.exp(q_nll)
+    assert [found["fp/perplexity"], found["q/perplexity"]] == pytest.approx(perplexities, rel=1e-5)
+    assert found["delta/perplexity"] == pytest.approx(perplexities[1] - perplexities[0], rel=1e-4)
+    low, high = found["delta/perplexity/ci95"]
+    assert low < found["delta/perplexity"] < high
+    assert found["q/ece"] is None and found["fp/ece"] is None
+    written = prediction_rows(rows, [f"sentence {i}" for i in range(30)])
+    assert list(written[0]) == [
+        *("predictions", "fp_nll", "q_nll", "fp_correct", "q_correct", "agreement", "kl"),
+        "id",
+    ]
+
+
+def test_the_interval_of_a_perplexity_resamples_sentences():
+    full, quantized, given = NextToken(0), NextToken(0), sentences()
+    quantized.head = nn.Parameter(full.head + 0.3 * NextToken(1).head)
+    rows, _ = paired_rows(full, quantized, given, Tokens(), 8, CPU, "test")
+    low, high = compare(rows, 0, [METRICS["perplexity"]])["delta/perplexity/ci95"]
+    random, naive = np.random.default_rng(4), []
+    tokens, fp, q = (rows[name].numpy() for name in ("predictions", "fp_nll", "q_nll"))
+    for _ in range(3000):
+        chosen = random.integers(0, 30, 30)
+        weights = tokens[chosen] / tokens[chosen].sum()
+        naive.append(math.exp(weights @ q[chosen]) - math.exp(weights @ fp[chosen]))
+    assert [low, high] == pytest.approx(np.percentile(naive, [2.5, 97.5]).tolist(), abs=0.15 * np.std(naive))
+
+
+def test_outputs_of_language_models_are_never_all_in_memory():
+    """Each batch's outputs are gone when the next but one is made."""
+    full, quantized, given = NextToken(0), NextToken(1), sentences(40)
+    alive: list[weakref.ref] = []
+
+    def recorded() -> Iterator[evaluation.Pair]:
+        for pair in evaluation.side_by_side(full, quantized, given, 4, CPU, "test"):
+            alive.extend(weakref.ref(x) for x in pair[:2])
+            assert sum(x() is not None for x in alive) <= 4
+            yield pair
+
+    collect_rows(recorded(), 40, Tokens())
+    assert len(alive) == 20
+
+
+def test_full_precision_outputs_of_language_models_are_not_stored(tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    paired_rows(NextToken(0), NextToken(1), sentences(), Tokens(), 4, CPU, "test")
+    assert not list(tmp_path.iterdir())

@@ -37,7 +37,7 @@ def test_an_image_experiment_composes(name: str) -> None:
     assert name in EXPERIMENTS
     jobs = cli.preflight([f"+experiment={name}", *GIVEN[name], "seed=3"])
     assert jobs is not None
-    assert (len(jobs), jobs[0].config["seed"], jobs[0].config["model"]["modality"]) == (1, 3, "image")
+    assert (len(jobs), jobs[0].config["seed"], jobs[0].config["model"]["tasks"]) == (1, 3, ["image classification"])
 
 
 def test_resnet50_calibrates_on_1024_photos_of_imagenet() -> None:

@@ -20,6 +20,7 @@ from tiny_bert import tiny_bert
 from torch import Tensor, nn
 
 import bayesq
+from bayesq.likelihood import Likelihood
 from bayesq.quant.file import read_packed
 from bayesq.suite import config, evaluation, export, loading, runner
 from bayesq.suite.datasets.base import DataSplits, Examples
@@ -78,15 +79,16 @@ def recorded(place: Path, overrides: str, results: str = "results", cache: Path 
     GlobalHydra.instance().clear()
     config.validate(cfg)
     heard: list[tuple] = []
-    evaluate = evaluation.logits
+    evaluate = evaluation.paired_rows
 
-    def listen(module: nn.Module, examples: EncodedExamples, batch_size: int, *more: object) -> tuple[Tensor, int]:
-        found = evaluate(module, examples, batch_size, *more)
-        heard.append((examples, batch_size, found[0]))
-        return found
+    def listen(
+        full: Tensor, module: nn.Module, examples: EncodedExamples, likelihood: Likelihood, size: int, *more: object
+    ) -> tuple[evaluation.Rows, int]:
+        heard.append((examples, size, evaluation.logits(module, examples, size, CPU, "")[0]))
+        return evaluate(full, module, examples, likelihood, size, *more)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluation, "logits", listen)
+        patch.setattr(evaluation, "paired_rows", listen)
         runner.run(cfg)
     folder = config.run_dir(cfg)
     return Recorded(folder, json.loads((folder / "result.json").read_text()), *heard[-1])

@@ -87,5 +87,5 @@ def test_models_of_the_users_are_called_as_they_say(tmp_path: Path) -> None:
     folder.mkdir(parents=True)
     target = "bayesq.suite.models.resnet.SmallResNet"
     sizes = "depths: [2, 1, 1, 1]\nchannels: [8, 8, 8, 8]\nimage_size: 32\nepochs: 1\ntraining_seed: 0\n"
-    (folder / "wide.yaml").write_text(f"name: wide\nmodality: image\n_target_: {target}\n{sizes}")
+    (folder / "wide.yaml").write_text(f"name: wide\ntasks: [image classification]\n_target_: {target}\n{sizes}")
     assert model_label(job("--config-dir", "mine", "model=wide", "dataset=digits").config) == "wide"

@@ -20,6 +20,7 @@ from bayesq.suite.models import minilm
 from bayesq.suite.models.base import Network, TensorExamples, fit_once, state_checksum
 from bayesq.suite.models.minilm import MiniLM
 from bayesq.suite.models.resnet import SmallResNet, random_shift
+from bayesq.suite.tasks import TASKS
 
 CONF = Path(__file__).parents[2] / "conf"
 
@@ -224,7 +225,7 @@ class TestResNet:
 
     def test_accuracy_of_the_default(self, digits):
         config = OmegaConf.load(CONF / "model" / "resnet.yaml")
-        del config.name, config.modality
+        del config.name, config.tasks
         network = instantiate(config).build(digits, resolve_cache_dir(None))
         assert accuracy(network, digits.evaluation) >= 0.97
 
@@ -389,6 +390,6 @@ class TestMiniLM:
 def test_config_files_instantiate(group, name):
     config = OmegaConf.load(CONF / group / f"{name}.yaml")
     assert config.pop("name") == name
-    assert config.pop("modality") in {"text", "image"}
+    assert set(config.pop("tasks")) <= set(TASKS)
     built = instantiate(config)
     assert callable(built.build if group == "model" else built.load)

@@ -90,7 +90,12 @@ def run(kind: str, tmp_path: Path, *overrides: str) -> dict[str, Any]:
                 *overrides,
             ],
         )
-    cfg.model = {"name": kind.replace(" ", "-"), "modality": "image", "_target_": f"{__name__}.OddModel", "kind": kind}
+    cfg.model = {
+        "name": kind.replace(" ", "-"),
+        "tasks": ["image classification"],
+        "_target_": f"{__name__}.OddModel",
+        "kind": kind,
+    }
     return runner.run(cfg)
 
 

@@ -6,8 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from bayesq.likelihood import Categorical, Gaussian
 from bayesq.suite import evaluation, plots
+from bayesq.suite.metrics import ACCURACY
+from bayesq.suite.models.base import Batch
 
+CATEGORICAL = Categorical()
 LAYERS = [
     {"name": "stem", "bits/code": 8.0, "bits/stored": 8.5, "predicted_risk": 1e-3, "achieved_risk": 1e-2},
     {"name": "body", "bits/code": 3.0, "bits/stored": 3.25, "predicted_risk": 0.1, "achieved_risk": 0.0},
@@ -23,6 +27,12 @@ def logits(seed: int, examples: int = 400) -> tuple[torch.Tensor, torch.Tensor, 
     return full, full + torch.randn(examples, 5, generator=generator), labels
 
 
+def evaluated(full, quantized, labels, likelihood=CATEGORICAL, metrics=(ACCURACY,)):
+    """Metrics and rows of predictions.csv as a run makes them."""
+    rows = evaluation.batch_rows(full, quantized, Batch({}, labels, torch.arange(len(labels))), likelihood)
+    return evaluation.compare(rows, 0, metrics), evaluation.prediction_rows(rows, [str(i) for i in range(len(labels))])
+
+
 def test_layers_stay_in_order_and_carry_their_bits() -> None:
     assert plots.bits_per_layer(LAYERS, []) == [["1 stem", 8.0, 8.5], ["2 body", 3.0, 3.25], ["3 head", 4.0, 4.125]]
     assert plots.bits_per_layer(LAYERS * 4, [])[0][0] == "01 stem"
@@ -34,7 +44,7 @@ def test_risks_are_shown_where_a_layer_has_both() -> None:
 
 def test_the_reliability_diagram_adds_up_to_the_calibration_error() -> None:
     full, quantized, labels = logits(0)
-    found, rows = evaluation.compare(full, quantized, labels, seed=0)
+    found, rows = evaluated(full, quantized, labels)
     drawn = plots.reliability([], rows)
     for prefix, name in (("fp", "full precision"), ("q", "quantized")):
         own = [row for row in drawn if row[0] == name]
@@ -47,7 +57,7 @@ def test_the_reliability_diagram_adds_up_to_the_calibration_error() -> None:
 
 def test_confidences_are_probabilities_of_the_predicted_class() -> None:
     full, quantized, labels = logits(1, examples=50)
-    _, rows = evaluation.compare(full, quantized, labels, seed=0)
+    _, rows = evaluated(full, quantized, labels)
     for row, x, y in zip(rows, full.tolist(), quantized.tolist(), strict=True):
         for name, logit in (("fp", x), ("q", y)):
             expected = math.exp(logit[row[f"{name}_prediction"]]) / sum(map(math.exp, logit))
@@ -67,7 +77,7 @@ def test_the_kl_histogram_keeps_its_shape_and_takes_zeros() -> None:
 def test_a_regression_has_no_reliability_diagram_and_all_else() -> None:
     generator = torch.Generator().manual_seed(0)
     full = torch.randn(30, 1, generator=generator)
-    _, rows = evaluation.compare(full, full + 0.1, full[:, 0] + 0.2, 0, [], "gaussian")
+    _, rows = evaluated(full, full + 0.1, full[:, 0] + 0.2, Gaussian(), [])
     made = {chart.key: chart.rows(LAYERS, rows) for chart in plots.CHARTS}
     assert made["plots/reliability"] == []
     assert len(made["plots/kl"]) == 30
@@ -80,6 +90,6 @@ def test_nothing_to_plot_is_no_rows() -> None:
 
 @pytest.mark.parametrize("chart", plots.CHARTS, ids=lambda chart: chart.key)
 def test_fields_are_columns_of_the_table(chart: plots.Chart) -> None:
-    _, rows = evaluation.compare(*logits(2), seed=0)
+    _, rows = evaluated(*logits(2))
     assert set(chart.fields.values()) <= set(chart.columns)
     assert {len(row) for row in chart.rows(LAYERS, rows)} == {len(chart.columns)}

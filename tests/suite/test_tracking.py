@@ -19,7 +19,9 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from wandb_server import API_KEY, WandbServer, serving
 
+from bayesq.likelihood import LIKELIHOODS
 from bayesq.suite import evaluation, plots, relog, runner, tracking
+from bayesq.suite.models.base import Batch
 from bayesq.suite.results import PREDICTIONS_FILE, load_results, read_result, write_csv, write_json
 
 LAYERS = [
@@ -39,8 +41,8 @@ WANDB = shutil.which("wandb", path=str(Path(sys.executable).parent)) or "wandb"
 def config(tmp_path: Path, **wandb: Any) -> DictConfig:
     return OmegaConf.create(
         {
-            "model": {"name": "resnet", "modality": "image", "width": 16},
-            "dataset": {"name": "digits", "modality": "image"},
+            "model": {"name": "resnet", "tasks": ["image classification"], "width": 16},
+            "dataset": {"name": "digits", "tasks": ["image classification"]},
             "method": {"name": "gptq", "clip": "auto"},
             "posterior": {"name": "kfac"},
             "allocator": "uniform",
@@ -73,7 +75,9 @@ def predictions(likelihood: str = "categorical") -> list[dict[str, object]]:
     generator = torch.Generator().manual_seed(0)
     full = torch.randn(20, 1 if likelihood == "gaussian" else 3, generator=generator)
     labels = full[:, 0] if likelihood == "gaussian" else full.argmax(1)
-    return evaluation.compare(full, full + 0.3 * full.flip(0), labels, 0, [], likelihood)[1]
+    meaning = LIKELIHOODS[likelihood]
+    rows = evaluation.batch_rows(full, full + 0.3 * full.flip(0), Batch({}, labels, torch.arange(20)), meaning)
+    return evaluation.prediction_rows(rows, [str(i) for i in range(20)])
 
 
 def wandb_folder(results_dir: Path, run_id: str, prefix: str = "offline-run") -> Path:

@@ -9,6 +9,7 @@ from torch import nn
 
 from bayesq.suite.datasets.base import DataSplits, Examples
 from bayesq.suite.models.base import Network, TensorExamples, parameter_count, state_checksum
+from bayesq.suite.tasks import IMAGE_CLASSIFICATION, TEXT_CLASSIFICATION
 
 EXAMPLES = 16  # of calibration, and as many of evaluation
 SPECIAL = ("<pad>", "<bos>", "<unk>", "<eos>")  # tokens 0 to 3; the tokenizer puts the last behind each text
@@ -19,10 +20,11 @@ LENGTHS = (24, 4, 9, 17, 5, 24, 7, 13, 4, 21, 6, 11, 15, 8, 19, 10)
 
 def splits(inputs: Any) -> DataSplits:
     """Calibration and evaluation on the two halves of the inputs."""
+    task = IMAGE_CLASSIFICATION if isinstance(inputs, torch.Tensor) else TEXT_CLASSIFICATION
     labels = torch.arange(2 * EXAMPLES) % CLASSES
     whole = Examples(inputs, labels, [str(i) for i in range(2 * EXAMPLES)])
     pool, evaluation = (whole.select(part) for part in torch.arange(2 * EXAMPLES).split(EXAMPLES))
-    return DataSplits(pool, pool, evaluation, CLASSES, "accuracy", {"origin": "random"})
+    return DataSplits(pool, pool, evaluation, CLASSES, "accuracy", {"origin": "random"}, task=task)
 
 
 class Noise:

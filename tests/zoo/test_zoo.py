@@ -64,7 +64,7 @@ def configured(network: Architecture, folder: Path, *overrides: str) -> DictConf
 
 def own(node: DictConfig, source: str, **arguments: Any) -> DictConfig:
     """A config group with a source of these tests in place of its own."""
-    return DictConfig({"name": node.name, "modality": node.modality, "_target_": f"sources.{source}", **arguments})
+    return DictConfig({"name": node.name, "tasks": node.tasks, "_target_": f"sources.{source}", **arguments})
 
 
 def check_refusal(network: Architecture, error: UserError) -> str:

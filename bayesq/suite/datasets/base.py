@@ -10,8 +10,10 @@ from typing import Any, Protocol, cast, runtime_checkable
 import torch
 from torch import Tensor
 
+from bayesq.likelihood import Likelihood
 from bayesq.suite.errors import UserError
-from bayesq.suite.metrics import Metric
+from bayesq.suite.metrics import ACCURACY, Metric
+from bayesq.suite.tasks import IMAGE_CLASSIFICATION, Task
 from bayesq.tensor_file import digest
 
 
@@ -42,7 +44,7 @@ Inputs = Sequence[str] | Sequence[tuple[str, str]] | Sequence[Path] | Sequence[S
 class Examples:
     """Raw examples of one split: n `inputs`, `labels` [n] and `ids`, a stable name per example.
 
-    Labels are classes (int64), or numbers (float64) where the data set's likelihood is Gaussian.
+    Labels are classes (int64), or the numbers of a regression (floats).
     """
 
     inputs: Inputs
@@ -94,9 +96,9 @@ class DataSplits:
         primary_metric: result key of the metric the tables show, e.g. "accuracy".
         source: provenance (origin, versions, checksums) for the result file.
         metrics: what is measured; the primary metric is one of them.
-        likelihood: of the outputs: "categorical", or "gaussian" of unit variance for regression.
+        task: what a model has to do with the inputs.
         classes: names of the classes in the order of their labels, where they have any.
-        task: for models that have a checkpoint per task; "" where the data set is one task.
+        subset: which of the data set's parts it is, for models with a checkpoint for each; "" where there is one only.
     """
 
     train: Examples
@@ -105,10 +107,15 @@ class DataSplits:
     num_classes: int
     primary_metric: str
     source: dict[str, str]
-    metrics: tuple[Metric, ...] = (Metric("accuracy", "accuracy"),)
-    likelihood: str = "categorical"
+    metrics: tuple[Metric, ...] = (ACCURACY,)
+    task: Task = IMAGE_CLASSIFICATION
     classes: tuple[str, ...] = ()
-    task: str = ""
+    subset: str = ""
+
+    @property
+    def likelihood(self) -> Likelihood:
+        """Of the outputs of a network for this task."""
+        return self.task.likelihood
 
     def calibration(self, examples: int, seed: int) -> Examples:
         """Draw a calibration set from the pool, without replacement.

@@ -8,7 +8,7 @@ import importlib
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ from bayesq.suite.datasets.base import DataSplits, Examples, limited, stratified
 from bayesq.suite.datasets.parquet_files import check_classes, listed, of_split, recorded_classes
 from bayesq.suite.errors import UserError
 from bayesq.suite.hub import from_hub, reachable
-from bayesq.suite.metrics import Metric
+from bayesq.suite.metrics import METRICS, Metric
+from bayesq.suite.tasks import TEXT_CLASSIFICATION, TEXT_REGRESSION
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ class Task:
         folder: of its published TSV files; files may also lie in a folder of the task's own name.
         layouts: known sets of columns, the published TSV's first: those of the one or two texts, then the label's.
         classes: names in the order of the labels 0, 1, ...; none: the labels are scores.
-        metrics: functions of bayesq.suite.metrics, the primary one first.
+        metrics: keys of bayesq.suite.metrics.METRICS, the primary one first.
         dev: endings of the names of the evaluation files. The first has the metrics under their plain names, others
             with their ending added.
         headerless: columns of the published files if those begin without a line of names.
@@ -185,9 +186,9 @@ class Glue:
             primary_metric=self.task.metrics[0],
             source=source,
             metrics=metrics,
-            likelihood="categorical" if self.task.classes else "gaussian",
+            task=TEXT_CLASSIFICATION if self.task.classes else TEXT_REGRESSION,
             classes=self.task.classes,
-            task=self.name,
+            subset=self.name,
         )
 
     def _evaluation(self, dev: list[Examples]) -> tuple[Examples, tuple[Metric, ...]]:
@@ -200,10 +201,11 @@ class Glue:
             strata += whole.labels
         kept = stratified(strata, count, self.split_seed)
         ends = [0, *torch.bincount(part[kept], minlength=len(dev)).cumsum(0).tolist()]
-        metrics = []
+        metrics: list[Metric] = []
         for i, ending in enumerate(self.task.dev):
             suffix = ending if i else ""
-            metrics += [Metric(f"{name}{suffix}", name, ends[i], ends[i + 1]) for name in self.task.metrics]
+            for name in self.task.metrics:
+                metrics.append(replace(METRICS[name], name=f"{name}{suffix}", start=ends[i], stop=ends[i + 1]))
         return whole.select(kept), tuple(metrics)
 
     # ------------------------------------------------------------------------------------------------ tables of rows

@@ -22,6 +22,7 @@ import torch
 from bayesq.files import atomic_path, lock
 from bayesq.suite.datasets.base import DataSplits, Examples, seeded_splits
 from bayesq.suite.errors import UserError
+from bayesq.suite.tasks import TEXT_CLASSIFICATION
 from bayesq.suite.terminal import elapsed
 
 logger = logging.getLogger(__name__)
@@ -97,7 +98,9 @@ class MovieSnippets:
             "repeats_dropped": str(len(snippets) - len(unique)),
             "split_seed": str(self.split_seed),
         }
-        return DataSplits(train, pool, evaluation, num_classes=2, primary_metric="accuracy", source=source)
+        return DataSplits(
+            train, pool, evaluation, num_classes=2, primary_metric="accuracy", source=source, task=TEXT_CLASSIFICATION
+        )
 
 
 def usable(snippet: Snippet) -> bool:

@@ -27,6 +27,7 @@ from bayesq.suite.models.base import (
 from bayesq.suite.models.checkpoint import INTEGERS, checkpoint_sha256
 from bayesq.suite.models.text import SequenceClassifier, config_of, label_order
 from bayesq.suite.models.tokens import Tokens
+from bayesq.suite.tasks import TEXT_REGRESSION
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +100,7 @@ class TransformersClassifier:
             UserError: files are missing or unreadable, the hub cannot be reached, it is no fine-tuned sequence
                 classifier in safetensors, or its outputs are not the data set's.
         """
-        origin = self._origin(data.task)
+        origin = self._origin(data.subset)
         if origin.local:
             check_folder(origin)
             check_files(origin)
@@ -112,7 +113,7 @@ class TransformersClassifier:
 
         config = _loaded(origin, partial(AutoConfig.from_pretrained, origin.place, **options), online)
         if config.num_labels != data.num_classes:
-            kind = "a score" if data.likelihood == "gaussian" else f"{data.num_classes} classes"
+            kind = "a score" if data.task == TEXT_REGRESSION else f"{data.num_classes} classes"
             raise UserError(
                 f"{origin.key}: has {config.num_labels} outputs, but the data set has {kind}: choose a checkpoint that "
                 f"was fine-tuned on this task"
