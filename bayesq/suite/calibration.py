@@ -43,7 +43,6 @@ from bayesq.suite.files import lock
 from bayesq.suite.memory import give_back_freed, halving
 from bayesq.suite.models.base import Batch, EncodedExamples, count_batches
 from bayesq.suite.replay import Replay
-from bayesq.suite.stopping import stop_if_asked
 
 log = logging.getLogger(__name__)
 
@@ -878,7 +877,6 @@ class Calibration:
         with_gradients = spread(wanted, count)
         title = f"calibrate {'+'.join(kinds)}"
         for i, batch in enumerate(tqdm(batches, total=count, desc=title, disable=None, leave=False)):
-            stop_if_asked()
             gradients = collector.needs_gradients and with_gradients[i]
             if gradients or collector.needs_inputs:
                 collector.add(batch, gradients=gradients)

@@ -1,7 +1,7 @@
 """The command line: every job of a command is checked before the first one runs, and a table closes it.
 
-Hydra composes, sweeps and launches; this module adds what it leaves out: one-line errors, unknown keys behind `+`,
-skipping of finished runs, and the summary.
+Hydra composes, sweeps and launches; this module adds one-line errors, skipping of finished runs, the clean end after
+Ctrl-C or SIGTERM, and the summary.
 """
 
 import logging
@@ -12,23 +12,32 @@ import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import hydra
-from hydra._internal import utils as hydra_utils
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 
-from bayesq.suite import code_digest, launchers, results, wandb_environment
+from bayesq.suite import code_digest, launchers, results, schema, wandb_environment
 from bayesq.suite import config as settings
-from bayesq.suite.arguments import hydra_argv
-from bayesq.suite.composition import BASIC_SWEEPER, CONFIG_NAME, VERSION_BASE, Job, conf_dir, preflight
+from bayesq.suite.composition import (
+    BASIC_SWEEPER,
+    CONFIG_NAME,
+    VERSION_BASE,
+    Job,
+    as_typed,
+    conf_dir,
+    hydra_argv,
+    preflight,
+)
 from bayesq.suite.errors import UserError
 from bayesq.suite.files import lock, remove_leftovers
 from bayesq.suite.labels import model_label
 from bayesq.suite.progress import Progress
-from bayesq.suite.stopping import Terminated, stop_if_asked, stoppable
 from bayesq.suite.summary import results_table
 from bayesq.suite.tracking import ERROR_KEY, report_refusal
 
@@ -39,13 +48,53 @@ TRACEBACK_FILE = "traceback.txt"
 NO_REASON = "it ended before it could say why"
 # exit codes of shells for programs that a signal ended
 INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
-# of a sweep agent of W&B, which has to hear of every run
-AGENT_VARIABLE = "WANDB_SWEEP_ID"
+# Hydra's switch for people who debug the program rather than use it
+FULL_ERROR = "HYDRA_FULL_ERROR"
 
 
-def wants_traceback() -> bool:
-    """Hydra's switch for people who debug the program rather than use it."""
-    return os.environ.get("HYDRA_FULL_ERROR") == "1"
+# ---------------------------------------------------------------------------------------------------------- signals
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, as what Ctrl-C raises: whatever is open is closed on the way out, W&B's run too."""
+
+
+_asked: type[KeyboardInterrupt] | None = None
+
+
+def stop_if_asked() -> None:
+    """Raise what a signal asked for since `stoppable` began: libraries make other errors of it, or ignore it.
+
+    Raises:
+        KeyboardInterrupt: after SIGINT; `Terminated` after SIGTERM.
+    """
+    if _asked is not None:
+        raise _asked
+
+
+def _stop(number: int, frame: object) -> NoReturn:
+    """Raise in the main thread; a second signal of the kind has its usual effect, for who cannot wait."""
+    global _asked
+    interrupt = number == signal.SIGINT
+    signal.signal(number, signal.default_int_handler if interrupt else signal.SIG_DFL)
+    _asked = KeyboardInterrupt if interrupt else Terminated
+    raise _asked
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """Handle SIGINT, unless the process was started to ignore it as in a shell's background, and SIGTERM."""
+    global _asked
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN or number == signal.SIGTERM:
+            signal.signal(number, _stop)
+    try:
+        yield
+    finally:
+        _asked = None
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # -------------------------------------------------------------------------------------------------------- one job
@@ -64,15 +113,19 @@ def user_error_in(error: BaseException) -> UserError | None:
     return cause
 
 
-def job(cfg: DictConfig, progress: Progress) -> None:
+def job(cfg: DictConfig, progress: Progress, full_error: bool) -> None:
     """Run one configuration unless it is finished; report a failure in one line and leave the reason in its folder.
 
-    Failures are not passed on to Hydra, which would print them a second time at the end of a sweep: `main` finds them
-    by what the folder holds. A sweeper other than Hydra's own has to know, so there they are.
+    Failures are not passed on to Hydra, which would print them again at the end of a sweep: `main` reads them from the
+    folders. Only a sweeper other than Hydra's basic one gets them.
+
+    Args:
+        cfg: the run's, with Hydra's node set.
+        progress: of the command.
+        full_error: print tracebacks.
     """
     folder = settings.run_dir(cfg)
-    # run.log on a full disk: the run says itself what is wrong, once, and not for every line it would have logged
-    logging.raiseExceptions = False
+    logging.raiseExceptions = False  # on a full disk the run itself says so, once
     with ExitStack() as held:
         try:
             # two processes that share results_dir must not write one run's files at the same time, the report included
@@ -82,9 +135,8 @@ def job(cfg: DictConfig, progress: Progress) -> None:
         except Exception as error:
             stop_if_asked()  # the error may be what a library made of the signal
             hydra_cfg = HydraConfig.get()
-            report_failure(
-                folder, hydra_cfg.overrides.task, settings.disk_error(error, settings.resolved(cfg)) or error
-            )
+            reason = settings.disk_error(error, settings.resolved(cfg)) or error
+            report_failure(folder, as_typed(hydra_cfg.overrides.task), reason, full_error)
             if hydra_cfg.sweeper._target_ != BASIC_SWEEPER:
                 raise
 
@@ -106,7 +158,7 @@ def run_unless_finished(cfg: DictConfig, folder: Path, progress: Progress) -> No
         (folder / name).unlink(missing_ok=True)
     remove_leftovers(folder)
     # the preflight has seen neither what a foreign sweeper made up nor the machine a remote job runs on
-    settings.validate(cfg)
+    schema.validate(cfg)
     launchers.occupy(HydraConfig.get(), cfg.resources)
     settings.check_device(cfg)
     from bayesq.suite import construct, provenance, runner
@@ -146,13 +198,14 @@ def log_what_wandb_lacks(folder: Path, mode: str, agent: bool = False) -> None:
     log.info("%s %s: %s", who, folder.name, "logged from its files" if error is None else settings.one_line(error))
 
 
-def report_failure(folder: Path, overrides: Sequence[str], error: Exception) -> None:
+def report_failure(folder: Path, overrides: Sequence[str], error: Exception, full_error: bool) -> None:
     """Say in one line why a run failed; status.json and, for a defect, traceback.txt keep it in the run's folder.
 
     Args:
         folder: of the run.
         overrides: that the run was composed from, without Hydra's own.
         error: what was raised.
+        full_error: print the traceback.
     """
     explained = user_error_in(error)
     reason = settings.one_line(str(explained) if explained else f"{type(error).__name__}: {error}")
@@ -166,7 +219,7 @@ def report_failure(folder: Path, overrides: Sequence[str], error: Exception) -> 
     if status["traceback"]:
         where += f"; {folder / TRACEBACK_FILE}"
     print(f"error: {status['error']} [{where}]", file=sys.stderr, flush=True)
-    if wants_traceback():
+    if full_error:
         traceback.print_exception(error)
     try:
         if status["traceback"]:
@@ -219,7 +272,6 @@ def main() -> None:
 
     Exits with 1 when anything was wrong or failed, with 130 after Ctrl-C and with 143 after SIGTERM.
     """
-    jobs: list[Job] | None = None
     code: Any = 0
     try:
         with stoppable():
@@ -231,12 +283,10 @@ def main() -> None:
                 stop_if_asked()
                 if jobs and not summarise(jobs):
                     code = code or 1
-            except Exception:
-                stop_if_asked()
-                raise
-            stop_if_asked()
+            finally:
+                stop_if_asked()  # an error may be what a library made of the signal
     except UserError as error:
-        if wants_traceback():
+        if os.environ.get(FULL_ERROR) == "1":
             traceback.print_exc()
         print(f"error: {settings.one_line(str(error))}", file=sys.stderr)
         report_refusal(settings.one_line(str(error)))
@@ -251,7 +301,7 @@ def _run(jobs: Sequence[Job] | None) -> Any:
     """Let Hydra run what is not finished; returns its exit code.
 
     Raises:
-        UserError: a constructor refuses a value of a run that would be computed.
+        UserError: a constructor refuses a value of a run that would be computed, or Hydra cannot write or launch.
     """
     finished = {each.run_dir: results.finished_result(each.run_dir) for each in jobs or ()}
     progress = Progress({each.run_dir: finished[each.run_dir] is None or each.config["force"] for each in jobs or ()})
@@ -263,59 +313,23 @@ def _run(jobs: Sequence[Job] | None) -> Any:
         from bayesq.suite import construct
 
         construct.check(computed)
-
-    def task(cfg: DictConfig) -> None:
-        job(cfg, progress)
-
+    task = partial(job, progress=progress, full_error=os.environ.get(FULL_ERROR) == "1")
     run = hydra.main(config_path=str(conf_dir()), config_name=CONFIG_NAME, version_base=VERSION_BASE)(task)
-    launcher = jobs[0].launcher if jobs else None
-    runs = {each.run_dir: _label(each.config) for each in jobs or ()} if launcher else {}
     try:
-        with (
-            hydra_argv(),
-            launchers.attend(launcher, runs),
-            _explained_disk(jobs[0].config if jobs else None),
-        ):
+        with hydra_argv(), launchers.tolerating_lost_runs(jobs[0].launcher if jobs else None):
             run()
     except SystemExit as left:
         return left.code
+    except (HydraException, OmegaConfBaseException, OSError) as error:
+        reason = settings.disk_error(error, jobs[0].config) if jobs else None
+        if reason is None and isinstance(error, OSError):
+            raise
+        raise reason or UserError(settings.explanation(error)) from error
     return 0
 
 
 def _is_settled(job: Job, finished: Mapping[str, Any] | None) -> bool:
     """Whether a job needs no more than a line: then Hydra, which composes each twice more, is not asked."""
-    if finished is None or job.config["force"] or job.own_logging or AGENT_VARIABLE in os.environ:
+    if finished is None or job.config["force"] or job.custom_logging or wandb_environment.under_agent():
         return False
     return finished.get(ERROR_KEY) is None or job.config["wandb"]["mode"] == "disabled"
-
-
-@contextmanager
-def _explained_disk(config: Mapping[str, Any] | None) -> Iterator[None]:
-    """Have Hydra leave with one line where its own files cannot be written, and with its traceback for all else.
-
-    Args:
-        config: of a job of the command; None changes nothing.
-    """
-    report = hydra_utils.run_and_report
-
-    def explained(func: Any) -> Any:
-        def attempt() -> Any:
-            try:
-                return func()
-            except Exception as error:
-                stop_if_asked()
-                if not isinstance(error, OSError) or config is None:
-                    raise
-                reason = settings.disk_error(error, config)
-                if reason is None:
-                    raise
-                print(f"error: {settings.one_line(str(reason))}", file=sys.stderr, flush=True)
-                sys.exit(1)
-
-        return report(attempt)
-
-    hydra_utils.run_and_report = explained
-    try:
-        yield
-    finally:
-        hydra_utils.run_and_report = report

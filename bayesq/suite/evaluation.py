@@ -19,7 +19,6 @@ from bayesq.suite.files import lock
 from bayesq.suite.memory import halving
 from bayesq.suite.metrics import ECE_BINS, Metric, difference_interval, measure
 from bayesq.suite.models.base import EncodedExamples, count_batches
-from bayesq.suite.stopping import stop_if_asked
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +57,6 @@ def _logits(
     collected: Tensor | None = None
     lower = nullcontext() if autocast is None else torch.autocast(device.type, getattr(torch, autocast))
     for batch in tqdm(examples.batches(batch_size, device), total=total, desc=label, disable=None, leave=False):
-        stop_if_asked()
         with lower:
             out = module(**batch.inputs).float()
         if collected is None:

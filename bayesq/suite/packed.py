@@ -35,7 +35,6 @@ from bayesq.quant.tensor import QuantizedTensor
 from bayesq.suite.cache import CorruptCache, read_tensors, write_tensors
 from bayesq.suite.config import determines_result, id_of, one_line
 from bayesq.suite.models.base import Network
-from bayesq.suite.stopping import stop_if_asked
 
 RUN_KEYS = ("bayesq", "config", "network", "run_id")
 
@@ -108,7 +107,6 @@ def read_packed(path: Path) -> Packed:
             raise ValueError(f"header: {unknown[0]!r:.60} is not part of the format")
         run = _checked_run(parsed(header, "run")) if "run" in header else {}
     except (ValueError, RecursionError) as error:
-        stop_if_asked()  # as in verify
         raise CorruptCache(f"{path} is no packed file that can be trusted: {one_line(str(error))}") from error
     return Packed(tensors, _behind(PARAMETER_PREFIX, buffers), _behind(STATE_PREFIX, buffers), run)
 

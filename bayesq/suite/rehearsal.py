@@ -17,7 +17,6 @@ from bayesq.allocation import Allocator, Budget, Knapsack
 from bayesq.quant.grids import MAX_WIDTH, MIN_WIDTH
 from bayesq.quant.layers import Layer, weight_to_matrix
 from bayesq.quant.method import Distortion, LayerProblem, Method
-from bayesq.suite.stopping import stop_if_asked
 
 log = logging.getLogger(__name__)
 
@@ -62,10 +61,8 @@ def rehearse(plan: Plan, problems: Sequence[LayerProblem], proxy: bool) -> None:
             if proxy:
                 allocator.rounded(problems[0], MIN_WIDTH)
         for _, tensor in method.quantize(problems, allocate):
-            stop_if_asked()
             tensor.dequantize()
     except Exception as error:
-        stop_if_asked()
         log.debug("the rehearsal ended early: %s", error)
 
 

@@ -75,7 +75,6 @@ from bayesq.suite.results import (
     write_json,
 )
 from bayesq.suite.scratch import DiskShelf
-from bayesq.suite.stopping import stop_if_asked
 from bayesq.suite.summary import two_digits
 from bayesq.suite.terminal import elapsed
 from bayesq.suite.tracking import ERROR_KEY, track
@@ -648,7 +647,6 @@ def quantize(cfg: DictConfig, plan: Plan, work: Workload, calibration: Calibrati
     with bar:
         try:
             for problem, tensor in method.quantize(given, allocate):
-                stop_if_asked()
                 result.tensors[problem.name] = tensor
                 problem.count("clamped_scales", clamped_scales(problem.weight, tensor))
                 if prefix:

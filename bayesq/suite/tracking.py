@@ -20,7 +20,6 @@ from bayesq.suite.errors import UserError
 from bayesq.suite.labels import model_label
 from bayesq.suite.plots import CHARTS
 from bayesq.suite.results import PREDICTIONS_FILE, plain, write_csv
-from bayesq.suite.stopping import stop_if_asked
 from bayesq.suite.wandb_names import label, project_label, tag_list
 
 if TYPE_CHECKING:
@@ -256,7 +255,6 @@ def track(cfg: DictConfig, run_id: str, run_dir: Path) -> Iterator[Tracker]:
         try:
             run = _start(cfg, run_id, client_folder(run_dir.parent))
         except Exception as failure:
-            stop_if_asked()  # the error may be what the client made of the signal
             error = f"W&B did not start ({reason(failure)})"
             log.warning("wandb.mode=%s: %s; the run goes on without it", cfg.wandb.mode, error)
     with Tracker(run, bool(cfg.wandb.log_artifact), error) as tracker:
