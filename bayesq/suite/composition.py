@@ -163,11 +163,7 @@ class Preflight:
                 continue
             if override.is_delete():
                 raise UserError(f"{typed}: every run needs '{key}', it cannot be removed")
-            values = [override.value()]
-            if override.is_sweep_override():
-                if not override.is_discrete_sweep():
-                    raise UserError(f"{typed}: list the values, such as {key}=2,3,4")
-                values = list(override.sweep_string_iterator())
+            values = list(override.sweep_string_iterator()) if override.is_discrete_sweep() else [override.value()]
             if not values:
                 raise UserError(f"{typed}: there is no such value, so there is nothing to run")
             for value in values:
@@ -261,9 +257,16 @@ class Preflight:
 
 
 def _values(override: Override) -> list[str]:
-    """One override for each value that an override lists."""
+    """One override for each value that an override lists.
+
+    Raises:
+        UserError: it gives a range of real numbers.
+    """
     if not override.is_sweep_override():
         return [str(override.input_line)]
+    if not override.is_discrete_sweep():
+        typed = str(override.input_line).removeprefix("++")
+        raise UserError(f"{typed}: list the values, such as {override.key_or_group}=2,3,4")
     return [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
 
 

@@ -258,8 +258,9 @@ def _check_sizes(config: Mapping[str, Any]) -> None:
         refuse("calibration.examples", examples, needs)
     if None not in (limit, available) and limit > available:
         refuse("dataset.limit", limit, f"needs a whole number from 1 to {available}, or null for all of them")
-    if config["distill"] and not 2 <= round(config["distillation"]["held_out"] * examples) < examples:
-        refuse("calibration.examples", examples, "distill=true has to hold out at least two and train on the rest")
+    share = config["distillation"]["held_out"]
+    if config["distill"] and round(share * examples) < 2:
+        refuse("calibration.examples", examples, f"distill=true has to hold out two or more (held_out={show(share)})")
 
 
 def _check_reach(bits: float, allocation: Mapping[str, Any]) -> None:
