@@ -330,6 +330,6 @@ def _run(jobs: Sequence[Job] | None) -> Any:
 
 def _is_settled(job: Job, finished: Mapping[str, Any] | None) -> bool:
     """Whether a job needs no more than a line: then Hydra, which composes each twice more, is not asked."""
-    if finished is None or job.config["force"] or job.custom_logging or wandb_environment.under_agent():
+    if finished is None or job.config["force"] or wandb_environment.under_agent():
         return False
     return finished.get(ERROR_KEY) is None or job.config["wandb"]["mode"] == "disabled"

@@ -18,7 +18,7 @@ from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from hydra.errors import HydraException, OverrideParseException
+from hydra.errors import HydraException
 from hydra.plugins.config_source import ConfigLoadError
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -41,18 +41,13 @@ COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, ConfigLoadError, Y
 
 @dataclass(frozen=True)
 class Job:
-    """One run of a command: its resolved configuration, its folder, its overrides, and what starts it.
-
-    Attributes:
-        custom_logging: Hydra was told to log, or to call back, otherwise than conf/config.yaml says.
-    """
+    """One run of a command: its resolved configuration, its folder, its overrides as typed, and what starts it."""
 
     run_id: str
     run_dir: Path
     config: dict[str, Any]
     overrides: tuple[str, ...]
     launcher: launchers.Launcher | None
-    custom_logging: bool = False
 
 
 def conf_dir() -> Path:
@@ -175,16 +170,11 @@ class Preflight:
     def _parse_one(self, typed: str) -> Override:
         try:
             return self.parser.parse_overrides([for_hydra(typed)])[0]
-        except OverrideParseException as error:
-            reason = settings.one_line(error.message.partition("\nSee ")[0])
+        except Exception as error:  # under python -O the parser fails at any function
+            reason = settings.one_line(getattr(error, "message", str(error)).partition("\nSee ")[0])
+            if sys.flags.optimize:
+                reason = "range(), glob(), choice() and {...} need Python's assertions: unset PYTHONOPTIMIZE"
             raise UserError(f"cannot read '{typed}': write key=value ({reason})") from error
-        except Exception as error:
-            if not sys.flags.optimize:
-                raise
-            raise UserError(  # Hydra's parser moves on within its assertions
-                f"cannot read '{typed}': range(), glob(), choice() and {{...}} need Python's assertions; unset "
-                "PYTHONOPTIMIZE, or leave out python -O"
-            ) from error
 
     def jobs(self, typed: Sequence[str], multirun: bool) -> list[Job]:
         """Check every job of the command: one without a sweep, the product of all lists of values with one.
@@ -244,16 +234,9 @@ class Preflight:
             settings.check_device(cfg)
         settings.check_wandb_login(cfg)
         run_id = settings.id_of(settings.settings_that_matter(config), bayesq.__version__)
-        return Job(
-            run_id,
-            Path(config["results_dir"]).absolute() / run_id,
-            config,
-            as_typed([str(override.input_line) for override in parsed if not override.is_hydra_override()]),
-            launchers.chosen(hydra),
-            custom_logging=bool(hydra.callbacks or hydra.verbose)
-            or any(choices[f"hydra/{kind}"] != "bayesq" for kind in ("job_logging", "hydra_logging"))
-            or any(override.key_or_group.startswith("hydra.job_logging") for override in parsed),
-        )
+        overrides = [str(override.input_line) for override in parsed if not override.is_hydra_override()]
+        folder = Path(config["results_dir"]).absolute() / run_id
+        return Job(run_id, folder, config, as_typed(overrides), launchers.chosen(hydra))
 
 
 def _values(override: Override) -> list[str]:

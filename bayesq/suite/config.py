@@ -225,7 +225,7 @@ def cache_folder(config: Mapping[str, Any]) -> Any:
     return os.path.expanduser(os.environ.get("BAYESQ_CACHE_DIR") or platformdirs.user_cache_dir("bayesq"))
 
 
-# What a disk says that takes no more, or takes nothing at all.
+# errors of a disk that takes no more, or that takes nothing at all
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
@@ -236,17 +236,17 @@ def disk_error(error: BaseException, config: Mapping[str, Any]) -> UserError | N
         error: what was raised; what it was raised from counts as well.
         config: plain and resolved.
     """
-    chain: BaseException | None = error
-    while chain is not None and not (isinstance(chain, OSError) and chain.errno in UNWRITABLE):
-        chain = chain.__cause__ or chain.__context__
-    if not isinstance(chain, OSError):
+    cause: BaseException | None = error
+    while cause is not None and not (isinstance(cause, OSError) and cause.errno in UNWRITABLE):
+        cause = cause.__cause__ or cause.__context__
+    if not isinstance(cause, OSError):
         return None
-    cause, folder = chain, Path(config["results_dir"])
-    named = cause.filename2 or cause.filename
-    # only Hydra's files and logs are written without their names being known here, and they go to results_dir
-    file = Path(named).absolute() if isinstance(named, str) else folder.expanduser().absolute() / "run.log"
+    name = cause.filename2 or cause.filename
     for key, folder in (("results_dir", config["results_dir"]), ("cache_dir", cache_folder(config))):
-        if file.is_relative_to(Path(folder).expanduser().absolute()):
+        path = Path(folder).absolute()
+        # only Hydra writes files that its errors do not name: run.log and its copies of the configuration
+        file = Path(name).absolute() if isinstance(name, str) else path / "run.log"
+        if file.is_relative_to(path):
             return UserError(
                 f"{key}={folder}: {file.name} cannot be written ({cause.strerror}): make room there, or choose another "
                 f"{key}; the same command then continues"

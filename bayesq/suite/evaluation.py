@@ -40,7 +40,7 @@ def logits(
 
     Args:
         label: what the progress bar says.
-        autocast: name of the torch dtype of matrix products, see config.AUTOCAST; None = float32 throughout.
+        autocast: name of the torch dtype of matrix products, see suite.schema; None = float32 throughout.
     """
     return halving(batch_size, partial(_logits, module, examples, device, label, autocast), label)
 

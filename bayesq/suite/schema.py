@@ -34,24 +34,20 @@ def whole(low: int, high: int | None = None, null: str = "") -> Any:
     return value(text, lambda number: low <= number and (high is None or number <= high))
 
 
-def one_of(*choices: str) -> Any:
-    """One of several words."""
+def _one_of(*choices: str) -> Any:
     return value(f"choose one of {', '.join(choices)}", choices.__contains__, choices)
 
 
-def flag() -> Any:
-    """True or false."""
+def _flag() -> Any:
     return value("needs true or false")
 
 
-def is_width(number: object) -> bool:
-    """Whether `number` is a code width that rows can have."""
+def _is_width(number: object) -> bool:
     return type(number) is int and MIN_BITS <= number <= MAX_BITS
 
 
-def are_widths(numbers: object) -> bool:
-    """Whether `numbers` is a list of different code widths, with at least one."""
-    return isinstance(numbers, list) and 0 < len(numbers) == len({*map(repr, numbers)}) and all(map(is_width, numbers))
+def _are_widths(numbers: object) -> bool:
+    return isinstance(numbers, list) and 0 < len(numbers) == len({*map(repr, numbers)}) and all(map(_is_width, numbers))
 
 
 def _is_named(text: str) -> bool:
@@ -64,52 +60,43 @@ _LAYERS = "needs layer patterns with {} each, such as +allocation.{}"
 
 
 @dataclass
-class Resources:
-    """The section `resources`."""
-
+class _Resources:
     cpus: int = whole(1)
     gpus: int = whole(0)
     memory: float | None = value("needs a number of GiB above 0, or null for what is free", lambda number: number > 0)
 
 
 @dataclass
-class Allocation:
-    """The section `allocation`; `Knapsack` checks the blocks."""
-
-    block: str = value("needs the name of a block")
+class _Allocation:
+    block: str = value("needs a name")  # Knapsack checks it
     group_rows: int = whole(1)
     row_multiple: int = whole(1)
-    widths: list[int] = value(f"needs {_WIDTHS}, such as [2,3,4,5,6,8]", are_widths)
+    widths: list[int] = value(f"needs {_WIDTHS}, such as [2,3,4,5,6,8]", _are_widths)
     min_width: int | None = whole(MIN_BITS, MAX_BITS, null="for no limit")
     pinned: dict[Any, Any] = value(
-        _LAYERS.format(_WIDTH, "pinned={conv1:8}"), lambda rules: all(map(is_width, rules.values()))
+        _LAYERS.format(_WIDTH, "pinned={conv1:8}"), lambda rules: all(map(_is_width, rules.values()))
     )
     allowed: dict[Any, Any] = value(
-        _LAYERS.format(_WIDTHS, "allowed={conv1:[4,8]}"), lambda rules: all(map(are_widths, rules.values()))
+        _LAYERS.format(_WIDTHS, "allowed={conv1:[4,8]}"), lambda rules: all(map(_are_widths, rules.values()))
     )
 
 
 @dataclass
-class Budget:
-    """The section `budget`."""
-
-    count: str = one_of("code", "stored")
+class _Budget:
+    count: str = _one_of("code", "stored")
 
 
 @dataclass
-class MonteCarlo:
-    """The section `monte_carlo`."""
-
+class _MonteCarlo:
     samples: int = whole(0)
     examples: int = whole(1)
 
 
 @dataclass
-class Distillation:
-    """The section `distillation`; `DistillationSettings` checks the numbers that it takes."""
-
+class _Distillation:
     samples: int = whole(0)
-    moments: bool = flag()
+    moments: bool = _flag()
+    # DistillationSettings checks the ranges of these
     steps: int = value("needs a whole number")
     evaluations: int = value("needs a whole number")
     held_out: float = value("needs a share between 0 and 1")
@@ -117,44 +104,34 @@ class Distillation:
 
 
 @dataclass
-class Calibration:
-    """The section `calibration`."""
-
+class _Calibration:
     examples: int = whole(1)
     batch_size: int = whole(1)
-    offload: str = one_of("memory", "disk")
+    offload: str = _one_of("memory", "disk")
 
 
 @dataclass
-class Evaluation:
-    """The section `evaluation`; `autocast` names a torch dtype."""
-
+class _Evaluation:
     batch_size: int = whole(1)
-    autocast: str | None = one_of("bfloat16", "float16")
+    autocast: str | None = _one_of("bfloat16", "float16")
 
 
 @dataclass
-class Layers:
-    """The section `layers`."""
-
+class _Layers:
     exclude: list[str] = value("needs a list of module name patterns, such as ['head*']")
-    include_embeddings: bool = flag()
+    include_embeddings: bool = _flag()
 
 
 @dataclass
-class Wandb:
-    """The section `wandb`."""
-
-    mode: str = one_of("online", "offline", "disabled")
+class _Wandb:
+    mode: str = _one_of("online", "offline", "disabled")
     project: str = value("needs the name of a W&B project", _is_named)
     entity: str | None = value("needs a W&B user or team, or null for the default")
-    log_artifact: bool = flag()
+    log_artifact: bool = _flag()
 
 
 @dataclass
-class Dataset:
-    """The sizes of a data set, for those that have them."""
-
+class _Dataset:
     calibration_pool: int | None = whole(1)
     evaluation: int | None = whole(1)
     limit: int | None = whole(1, null="for all evaluation examples")
@@ -164,7 +141,7 @@ class Dataset:
 class Settings:
     """Every key of conf/config.yaml."""
 
-    dataset: Dataset = field(default_factory=Dataset)
+    dataset: _Dataset = field(default_factory=_Dataset)
     bits: float = value(
         f"needs a number from {MIN_BITS} to {MAX_BITS} (bits per weight)", lambda bits: MIN_BITS <= bits <= MAX_BITS
     )
@@ -173,22 +150,22 @@ class Settings:
         "choose auto, cpu, cuda, cuda:N (such as cuda:0) or mps",
         lambda name: re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps", name) is not None,
     )
-    force: bool = flag()
+    force: bool = _flag()
     results_dir: str = value("needs the path of a folder, such as ./results", _is_named)
     cache_dir: str | None = value("needs the path of a folder, such as ./cache, or null for the default", _is_named)
-    resources: Resources = field(default_factory=Resources)
-    allocator: str = one_of("uniform", "knapsack")
-    allocation: Allocation = field(default_factory=Allocation)
-    budget: Budget = field(default_factory=Budget)
-    proxy: str = one_of("none", "mc")
-    monte_carlo: MonteCarlo = field(default_factory=MonteCarlo)
-    correction: str = one_of("none", "moments")
-    distill: bool = flag()
-    distillation: Distillation = field(default_factory=Distillation)
-    calibration: Calibration = field(default_factory=Calibration)
-    evaluation: Evaluation = field(default_factory=Evaluation)
-    layers: Layers = field(default_factory=Layers)
-    wandb: Wandb = field(default_factory=Wandb)
+    resources: _Resources = field(default_factory=_Resources)
+    allocator: str = _one_of("uniform", "knapsack")
+    allocation: _Allocation = field(default_factory=_Allocation)
+    budget: _Budget = field(default_factory=_Budget)
+    proxy: str = _one_of("none", "mc")
+    monte_carlo: _MonteCarlo = field(default_factory=_MonteCarlo)
+    correction: str = _one_of("none", "moments")
+    distill: bool = _flag()
+    distillation: _Distillation = field(default_factory=_Distillation)
+    calibration: _Calibration = field(default_factory=_Calibration)
+    evaluation: _Evaluation = field(default_factory=_Evaluation)
+    layers: _Layers = field(default_factory=_Layers)
+    wandb: _Wandb = field(default_factory=_Wandb)
 
 
 def check(config: Mapping[str, Any], schema: Any = Settings, prefix: str = "") -> None:
