@@ -3,11 +3,13 @@
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache, partial
-from types import NoneType, UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from inspect import signature
+from pkgutil import resolve_name
+from types import MappingProxyType, NoneType, UnionType
+from typing import Any, Union, get_args, get_origin
 
 from hydra.errors import InstantiationException
-from hydra.utils import get_class, instantiate
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from bayesq.suite.config import DESCRIPTIVE, one_line, refuse
@@ -73,12 +75,13 @@ def _check(text: str) -> None:
 def _made(group: str, node: Mapping[str, Any], **more: Any) -> Any:
     """`build` of a group after a check of its keys against the types that the constructor declares."""
     try:
-        hints = get_type_hints(get_class(node["_target_"]).__init__)
-    except Exception:  # there is no such class, or it declares none: `instantiate` says what is wrong
-        hints = {}
+        parameters = signature(resolve_name(node["_target_"]), eval_str=True).parameters
+    except Exception:  # there is no such class, or it cannot be looked into: `instantiate` says what is wrong
+        parameters = MappingProxyType({})
     for key, value in node.items():
-        if key in hints and key not in DESCRIPTIVE and not fits(value, hints[key]):
-            needed = [WORDS.get(hint, str(hint)) for hint in get_args(hints[key]) or [hints[key]]]
+        hint = parameters[key].annotation if key in parameters and key not in DESCRIPTIVE else Any
+        if not fits(value, hint):
+            needed = [WORDS.get(each, str(each)) for each in get_args(hint) or [hint]]
             refuse(f"{group}.{key}", value, f"needs {' or '.join(needed)}")
     return _attempt(f"{group}={node.get('name')}", partial(build, OmegaConf.create(dict(node)), **more))
 
