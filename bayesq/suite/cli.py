@@ -209,26 +209,20 @@ def report_failure(folder: Path, overrides: Sequence[str], error: Exception, ful
     """
     explained = user_error_in(error)
     reason = settings.one_line(str(explained) if explained else f"{type(error).__name__}: {error}")
-    status = {
-        "status": "failed",
-        "error": reason,
-        "overrides": list(overrides),
-        "traceback": None if explained else TRACEBACK_FILE,
-    }
-    where = f"{folder.name}: {shlex.join(overrides) or 'no overrides'}"
-    if status["traceback"]:
-        where += f"; {folder / TRACEBACK_FILE}"
-    print(f"error: {status['error']} [{where}]", file=sys.stderr, flush=True)
+    file = None if explained else TRACEBACK_FILE
+    where = f"{folder.name}: {shlex.join(overrides) or 'no overrides'}{f'; {folder / file}' if file else ''}"
+    print(f"error: {reason} [{where}]", file=sys.stderr, flush=True)
     if full_error:
         traceback.print_exception(error)
+    status = {"status": "failed", "error": reason, "overrides": list(overrides), "traceback": file}
     try:
-        if status["traceback"]:
-            (folder / TRACEBACK_FILE).write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+        if file:
+            (folder / file).write_text("".join(traceback.format_exception(error)), encoding="utf-8")
         results.write_json(folder / results.FAILURE_FILE, status)
-    except OSError as unwritable:  # the disk that is full may be what the run failed of, and has been named then
-        if f"({unwritable.strerror})" in reason:
-            return
-        print(f"error: {folder}: the reason cannot be kept there ({unwritable.strerror})", file=sys.stderr, flush=True)
+    except OSError as unwritable:
+        if f"({unwritable.strerror})" not in reason:  # else the full disk is what the run failed of
+            said = f"error: {folder}: the reason cannot be kept there ({unwritable.strerror})"
+            print(said, file=sys.stderr, flush=True)
 
 
 # ------------------------------------------------------------------------------------------------------- afterwards
@@ -256,15 +250,11 @@ def summarise(jobs: Sequence[Job]) -> bool:
     """Print the table of exactly these jobs and the reasons of those without a result; whether all have one."""
     outcomes = [_outcome(job) for job in jobs]
     print(f"\n{results_table(outcomes)}", flush=True)
-    complete = True
-    for job, outcome in zip(jobs, outcomes, strict=True):
-        if outcome["status"] == "finished":
-            continue
-        complete = False
-        status = results.read_result(job.run_dir / results.FAILURE_FILE) or {}
-        reason = status.get("error", NO_REASON)
+    lacking = [(job, outcome) for job, outcome in zip(jobs, outcomes, strict=True) if outcome["status"] != "finished"]
+    for job, outcome in lacking:
+        reason = (results.read_result(job.run_dir / results.FAILURE_FILE) or {}).get("error", NO_REASON)
         print(f"{outcome['status']}: {job.run_id} {_label(job.config)}: {reason}", flush=True)
-    return complete
+    return not lacking
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
-"""What the runs of a sweep may use of a machine, whichever launcher starts them: threads, GPUs and their turn.
+"""Threads and GPUs of the runs of a sweep, whichever of Hydra's launchers starts them (conf/hydra/launcher/*.yaml).
 
-Hydra's launchers start the runs (conf/hydra/launcher/*.yaml). They differ in what a run gets of the machine, so each
-run takes what `resources` grants before torch is imported. Nothing here imports torch.
+Launchers differ in what they give a run, so every run takes what the key `resources` grants, before torch is imported.
+Nothing here imports torch.
 """
 
 import importlib.util
@@ -28,11 +28,11 @@ from bayesq.suite.errors import UserError
 
 # read by the numerical libraries when they are imported
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
-# tells the runs of a launcher on one machine which GPUs the command may use: submitit overwrites CUDA_VISIBLE_DEVICES
+# the GPUs of a command, for its runs on this machine: submitit overwrites CUDA_VISIBLE_DEVICES
 GPUS_VARIABLE = "BAYESQ_GPUS"
 POLL_S = 1.0
 
-# conf/hydra/launcher has the plugins' own names for what replaces their defaults; their types still check it
+# the files of conf/hydra/launcher have the names of the plugins' defaults, whose types check them
 warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/\w+' is validated against ConfigStore schema")
 
 

@@ -56,7 +56,7 @@ def _is_named(text: str) -> bool:
 
 _WIDTH = f"a whole number from {MIN_BITS} to {MAX_BITS}"
 _WIDTHS = f"a list of different whole numbers from {MIN_BITS} to {MAX_BITS}"
-_LAYERS = "needs layer patterns with {} each, such as +allocation.{}"
+_LAYERS = "needs layer patterns with {} each, such as allocation.{}"
 
 
 @dataclass
