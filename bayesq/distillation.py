@@ -47,10 +47,11 @@ class DistillationSettings:
     held_out: float = 0.2
 
     def __post_init__(self) -> None:
-        if self.steps < 0 or self.evaluations < 1:
-            raise ValueError("distillation needs steps >= 0 and evaluations >= 1")
+        for key, low in (("steps", 0), ("evaluations", 1)):
+            if getattr(self, key) < low:
+                raise ValueError(f"distillation.{key}={getattr(self, key)}: needs a whole number of at least {low}")
         if not 0 < self.held_out < 1:
-            raise ValueError("distillation: held_out must be in (0, 1)")
+            raise ValueError(f"distillation.held_out={self.held_out}: needs a share between 0 and 1")
 
 
 @dataclass(frozen=True)

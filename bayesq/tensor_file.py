@@ -13,7 +13,6 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from bayesq.files import atomic_path
-from bayesq.stopping import stop_if_asked
 
 # One header entry for everything: safetensors orders several entries at random, and files should be reproducible.
 HEADER_KEY = "bayesq"
@@ -214,7 +213,6 @@ def verify(path: Path) -> dict[str, str]:
             }
             found = _digest(_parts(file, places, 8 + length), metadata)
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        stop_if_asked()  # a good file must not be taken for a bad one
         raise CorruptFile(f"{path} cannot be read: {error}") from error
     if expected != found:
         raise CorruptFile(f"{path} does not match its digest")

@@ -27,7 +27,6 @@ from bayesq.quant.accounting import buffer_bytes
 from bayesq.quant.network import fill
 from bayesq.quant.packing import PARAMETER_PREFIX, STATE_PREFIX, pack_model, parsed, unpack_model
 from bayesq.quant.tensor import QuantizedTensor
-from bayesq.stopping import stop_if_asked
 from bayesq.tensor_file import CorruptFile, read_tensors, write_tensors
 
 
@@ -90,7 +89,6 @@ def read_packed(path: Path) -> Packed:
         if "run" in header and not run:
             raise ValueError("header: run is empty")
     except (ValueError, RecursionError) as error:
-        stop_if_asked()  # as in verify
         raise untrusted(path, error) from error
     return Packed(tensors, _behind(PARAMETER_PREFIX, buffers), _behind(STATE_PREFIX, buffers), run)
 

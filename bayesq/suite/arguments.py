@@ -1,9 +1,7 @@
 """Command lines: of the suite's modules, described by the text at their head, and of the program, as Hydra reads it."""
 
 import argparse
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import NoReturn
 
 from hydra._internal.utils import get_args_parser
@@ -39,22 +37,3 @@ def command_line(argv: Sequence[str]) -> argparse.Namespace:
 
     parser.error = refuse  # type: ignore[method-assign]
     return parser.parse_intermixed_args(list(argv))
-
-
-@contextmanager
-def hydra_argv() -> Iterator[None]:
-    """Give Hydra the overrides first and then the options: its own parser refuses overrides on both sides of one."""
-    original = sys.argv
-    overrides: list[str] = command_line(original[1:]).overrides
-    options: list[str] = []
-    left = [*overrides]
-    for argument in reversed(original[1:]):
-        if left and argument == left[-1]:
-            left.pop()
-        else:
-            options.insert(0, argument)
-    sys.argv = [original[0], *overrides, *options]
-    try:
-        yield
-    finally:
-        sys.argv = original

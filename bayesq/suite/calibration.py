@@ -26,7 +26,6 @@ from bayesq.calibration.statistic import LayerStatistics, Source, Statistic, fam
 from bayesq.files import lock
 from bayesq.memory import halving
 from bayesq.quant.layers import Layer, ParameterLayer, groups_of, kind_of, weight_to_matrix
-from bayesq.stopping import stop_if_asked
 from bayesq.suite.models.base import EncodedExamples, count_batches
 from bayesq.tensor_file import CorruptFile, TensorWriter, tensor_writer, verify
 
@@ -58,7 +57,6 @@ class EncodedBatches:
     def __iter__(self) -> Iterator[Batch]:
         batches = self.encoded.batches(self.batch_size, self.device)
         for batch in tqdm(batches, total=len(self), desc=self.title, disable=None, leave=False):
-            stop_if_asked()
             yield batch
 
 

@@ -1,7 +1,7 @@
 """The command line: every job of a command is checked before the first one runs, and a table closes it.
 
-Hydra composes, sweeps and launches; this module adds what it leaves out: one-line errors, unknown keys behind `+`,
-skipping of finished runs, and the summary.
+Hydra composes, sweeps and launches; this module adds one-line errors, skipping of finished runs, the clean end after
+Ctrl-C or SIGTERM, and the summary.
 """
 
 import logging
@@ -12,20 +12,28 @@ import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import hydra
-from hydra._internal import utils as hydra_utils
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 
-from bayesq.files import lock, remove_leftovers
-from bayesq.stopping import Terminated, stop_if_asked, stoppable
-from bayesq.suite import code_digest, launchers, results, wandb_environment
+from bayesq.suite import code_digest, launchers, results, schema, wandb_environment
 from bayesq.suite import config as settings
-from bayesq.suite.arguments import hydra_argv
-from bayesq.suite.composition import BASIC_SWEEPER, CONFIG_NAME, VERSION_BASE, Job, conf_dir, preflight
+from bayesq.suite.composition import (
+    BASIC_SWEEPER,
+    CONFIG_NAME,
+    VERSION_BASE,
+    Job,
+    as_typed,
+    conf_dir,
+    hydra_argv,
+    preflight,
+)
 from bayesq.suite.errors import UserError
 from bayesq.suite.labels import model_label
 from bayesq.suite.progress import Progress
@@ -40,13 +48,53 @@ TRACEBACK_FILE = "traceback.txt"
 NO_REASON = "it ended before it could say why"
 # exit codes of shells for programs that a signal ended
 INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
-# of a sweep agent of W&B, which has to hear of every run
-AGENT_VARIABLE = "WANDB_SWEEP_ID"
+# Hydra's switch for people who debug the program rather than use it
+FULL_ERROR = "HYDRA_FULL_ERROR"
 
 
-def wants_traceback() -> bool:
-    """Hydra's switch for people who debug the program rather than use it."""
-    return os.environ.get("HYDRA_FULL_ERROR") == "1"
+# ---------------------------------------------------------------------------------------------------------- signals
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, as what Ctrl-C raises: whatever is open is closed on the way out, W&B's run too."""
+
+
+_asked: type[KeyboardInterrupt] | None = None
+
+
+def stop_if_asked() -> None:
+    """Raise what a signal asked for since `stoppable` began: libraries make other errors of it, or ignore it.
+
+    Raises:
+        KeyboardInterrupt: after SIGINT; `Terminated` after SIGTERM.
+    """
+    if _asked is not None:
+        raise _asked
+
+
+def _stop(number: int, frame: object) -> NoReturn:
+    """Raise in the main thread; a second signal of the kind has its usual effect, for who cannot wait."""
+    global _asked
+    interrupt = number == signal.SIGINT
+    signal.signal(number, signal.default_int_handler if interrupt else signal.SIG_DFL)
+    _asked = KeyboardInterrupt if interrupt else Terminated
+    raise _asked
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """Handle SIGINT, unless the process was started to ignore it as in a shell's background, and SIGTERM."""
+    global _asked
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN or number == signal.SIGTERM:
+            signal.signal(number, _stop)
+    try:
+        yield
+    finally:
+        _asked = None
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # -------------------------------------------------------------------------------------------------------- one job
@@ -65,15 +113,20 @@ def user_error_in(error: BaseException) -> UserError | None:
     return cause
 
 
-def job(cfg: DictConfig, progress: Progress, session: Session) -> None:
+def job(cfg: DictConfig, progress: Progress, session: Session, full_error: bool) -> None:
     """Run one configuration unless it is finished; report a failure in one line and leave the reason in its folder.
 
-    Failures are not passed on to Hydra, which would print them a second time at the end of a sweep: `main` finds them
-    by what the folder holds. A sweeper other than Hydra's own has to know, so there they are.
+    Failures are not passed on to Hydra, which would print them again at the end of a sweep: `main` reads them from the
+    folders. Only a sweeper other than Hydra's basic one gets them.
+
+    Args:
+        cfg: the run's, with Hydra's node set.
+        progress: of the command.
+        session: of the command.
+        full_error: print tracebacks.
     """
     folder = settings.run_dir(cfg)
-    # run.log on a full disk: the run says itself what is wrong, once, and not for every line it would have logged
-    logging.raiseExceptions = False
+    logging.raiseExceptions = False  # on a full disk the run itself says so, once
     with ExitStack() as held:
         try:
             # two processes that share results_dir must not write one run's files at the same time, the report included
@@ -83,9 +136,8 @@ def job(cfg: DictConfig, progress: Progress, session: Session) -> None:
         except Exception as error:
             stop_if_asked()  # the error may be what a library made of the signal
             hydra_cfg = HydraConfig.get()
-            report_failure(
-                folder, hydra_cfg.overrides.task, settings.disk_error(error, settings.resolved(cfg)) or error
-            )
+            reason = settings.disk_error(error, settings.resolved(cfg)) or error
+            report_failure(folder, as_typed(hydra_cfg.overrides.task), reason, full_error)
             if hydra_cfg.sweeper._target_ != BASIC_SWEEPER:
                 raise
 
@@ -107,7 +159,7 @@ def run_unless_finished(cfg: DictConfig, folder: Path, progress: Progress, sessi
         (folder / name).unlink(missing_ok=True)
     remove_leftovers(folder)
     # the preflight has seen neither what a foreign sweeper made up nor the machine a remote job runs on
-    settings.validate(cfg)
+    schema.validate(cfg)
     launchers.occupy(HydraConfig.get(), cfg.resources)
     settings.check_device(cfg)
     from bayesq.suite import construct, provenance, runner
@@ -147,36 +199,31 @@ def log_what_wandb_lacks(folder: Path, mode: str, agent: bool = False) -> None:
     log.info("%s %s: %s", who, folder.name, "logged from its files" if error is None else settings.one_line(error))
 
 
-def report_failure(folder: Path, overrides: Sequence[str], error: Exception) -> None:
+def report_failure(folder: Path, overrides: Sequence[str], error: Exception, full_error: bool) -> None:
     """Say in one line why a run failed; status.json and, for a defect, traceback.txt keep it in the run's folder.
 
     Args:
         folder: of the run.
         overrides: that the run was composed from, without Hydra's own.
         error: what was raised.
+        full_error: print the traceback.
     """
     explained = user_error_in(error)
     reason = settings.one_line(str(explained) if explained else f"{type(error).__name__}: {error}")
-    status = {
-        "status": "failed",
-        "error": reason,
-        "overrides": list(overrides),
-        "traceback": None if explained else TRACEBACK_FILE,
-    }
-    where = f"{folder.name}: {shlex.join(overrides) or 'no overrides'}"
-    if status["traceback"]:
-        where += f"; {folder / TRACEBACK_FILE}"
-    print(f"error: {status['error']} [{where}]", file=sys.stderr, flush=True)
-    if wants_traceback():
+    file = None if explained else TRACEBACK_FILE
+    where = f"{folder.name}: {shlex.join(overrides) or 'no overrides'}{f'; {folder / file}' if file else ''}"
+    print(f"error: {reason} [{where}]", file=sys.stderr, flush=True)
+    if full_error:
         traceback.print_exception(error)
+    status = {"status": "failed", "error": reason, "overrides": list(overrides), "traceback": file}
     try:
-        if status["traceback"]:
-            (folder / TRACEBACK_FILE).write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+        if file:
+            (folder / file).write_text("".join(traceback.format_exception(error)), encoding="utf-8")
         results.write_json(folder / results.FAILURE_FILE, status)
-    except OSError as unwritable:  # the disk that is full may be what the run failed of, and has been named then
-        if f"({unwritable.strerror})" in reason:
-            return
-        print(f"error: {folder}: the reason cannot be kept there ({unwritable.strerror})", file=sys.stderr, flush=True)
+    except OSError as unwritable:
+        if f"({unwritable.strerror})" not in reason:  # else the full disk is what the run failed of
+            said = f"error: {folder}: the reason cannot be kept there ({unwritable.strerror})"
+            print(said, file=sys.stderr, flush=True)
 
 
 # ------------------------------------------------------------------------------------------------------- afterwards
@@ -204,15 +251,11 @@ def summarise(jobs: Sequence[Job]) -> bool:
     """Print the table of exactly these jobs and the reasons of those without a result; whether all have one."""
     outcomes = [_outcome(job) for job in jobs]
     print(f"\n{results_table(outcomes)}", flush=True)
-    complete = True
-    for job, outcome in zip(jobs, outcomes, strict=True):
-        if outcome["status"] == "finished":
-            continue
-        complete = False
-        status = results.read_result(job.run_dir / results.FAILURE_FILE) or {}
-        reason = status.get("error", NO_REASON)
+    lacking = [(job, outcome) for job, outcome in zip(jobs, outcomes, strict=True) if outcome["status"] != "finished"]
+    for job, outcome in lacking:
+        reason = (results.read_result(job.run_dir / results.FAILURE_FILE) or {}).get("error", NO_REASON)
         print(f"{outcome['status']}: {job.run_id} {_label(job.config)}: {reason}", flush=True)
-    return complete
+    return not lacking
 
 
 def main() -> None:
@@ -220,7 +263,6 @@ def main() -> None:
 
     Exits with 1 when anything was wrong or failed, with 130 after Ctrl-C and with 143 after SIGTERM.
     """
-    jobs: list[Job] | None = None
     code: Any = 0
     try:
         with stoppable():
@@ -232,12 +274,10 @@ def main() -> None:
                 stop_if_asked()
                 if jobs and not summarise(jobs):
                     code = code or 1
-            except Exception:
-                stop_if_asked()
-                raise
-            stop_if_asked()
+            finally:
+                stop_if_asked()  # an error may be what a library made of the signal
     except UserError as error:
-        if wants_traceback():
+        if os.environ.get(FULL_ERROR) == "1":
             traceback.print_exc()
         print(f"error: {settings.one_line(str(error))}", file=sys.stderr)
         report_refusal(settings.one_line(str(error)))
@@ -252,7 +292,7 @@ def _run(jobs: Sequence[Job] | None) -> Any:
     """Let Hydra run what is not finished; returns its exit code.
 
     Raises:
-        UserError: a constructor refuses a value of a run that would be computed.
+        UserError: a constructor refuses a value of a run that would be computed, or Hydra cannot write or launch.
     """
     finished = {each.run_dir: results.finished_result(each.run_dir) for each in jobs or ()}
     progress = Progress({each.run_dir: finished[each.run_dir] is None or each.config["force"] for each in jobs or ()})
@@ -265,60 +305,24 @@ def _run(jobs: Sequence[Job] | None) -> Any:
 
         construct.check(computed)
 
-    session = Session()
-
-    def task(cfg: DictConfig) -> None:
-        job(cfg, progress, session)
-
+    full_error = os.environ.get(FULL_ERROR) == "1"
+    task = partial(job, progress=progress, session=Session(), full_error=full_error)
     run = hydra.main(config_path=str(conf_dir()), config_name=CONFIG_NAME, version_base=VERSION_BASE)(task)
-    launcher = jobs[0].launcher if jobs else None
-    runs = {each.run_dir: _label(each.config) for each in jobs or ()} if launcher else {}
     try:
-        with (
-            hydra_argv(),
-            launchers.attend(launcher, runs),
-            _explained_disk(jobs[0].config if jobs else None),
-        ):
+        with hydra_argv(), launchers.tolerating_lost_runs(jobs[0].launcher if jobs else None):
             run()
     except SystemExit as left:
         return left.code
+    except (HydraException, OmegaConfBaseException, OSError) as error:
+        reason = settings.disk_error(error, jobs[0].config) if jobs else None
+        if reason is None and isinstance(error, OSError):
+            raise
+        raise reason or UserError(settings.explanation(error)) from error
     return 0
 
 
 def _is_settled(job: Job, finished: Mapping[str, Any] | None) -> bool:
     """Whether a job needs no more than a line: then Hydra, which composes each twice more, is not asked."""
-    if finished is None or job.config["force"] or job.own_logging or AGENT_VARIABLE in os.environ:
+    if finished is None or job.config["force"] or wandb_environment.under_agent():
         return False
     return finished.get(ERROR_KEY) is None or job.config["wandb"]["mode"] == "disabled"
-
-
-@contextmanager
-def _explained_disk(config: Mapping[str, Any] | None) -> Iterator[None]:
-    """Have Hydra leave with one line where its own files cannot be written, and with its traceback for all else.
-
-    Args:
-        config: of a job of the command; None changes nothing.
-    """
-    report = hydra_utils.run_and_report
-
-    def explained(func: Any) -> Any:
-        def attempt() -> Any:
-            try:
-                return func()
-            except Exception as error:
-                stop_if_asked()
-                if not isinstance(error, OSError) or config is None:
-                    raise
-                reason = settings.disk_error(error, config)
-                if reason is None:
-                    raise
-                print(f"error: {settings.one_line(str(reason))}", file=sys.stderr, flush=True)
-                sys.exit(1)
-
-        return report(attempt)
-
-    hydra_utils.run_and_report = explained
-    try:
-        yield
-    finally:
-        hydra_utils.run_and_report = report

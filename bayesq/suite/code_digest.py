@@ -27,7 +27,7 @@ NO_NUMBERS = frozenset({"bayesq.files", "bayesq.stopping"}).union(
     for module in (
         *("cli", "code_digest", "composition", "config", "construct", "errors", "forward", "labels"),
         *("coverage", "launchers", "loading", "plots", "preflight", "progress", "provenance", "rehearsal", "relog"),
-        *("results", "session", "summary", "terminal", "tracking", "wandb_environment", "wandb_names"),
+        *("results", "schema", "session", "summary", "terminal", "tracking", "wandb_environment", "wandb_names"),
     )
 )
 IMPORT = re.compile(r"^[ \t]*(?:from[ \t]+(\.*[\w.]*)[ \t]+import[ \t]+(\([^)]*\)|.*)|import[ \t]+(.*))", re.MULTILINE)

@@ -1,21 +1,25 @@
 """The objects that a configuration names, and a check that all of them can be made, before anything is loaded."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache, partial
-from typing import Any
+from inspect import signature
+from pkgutil import resolve_name
+from types import MappingProxyType, NoneType, UnionType
+from typing import Any, Union, get_args, get_origin
 
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from bayesq.suite.config import DESCRIPTIVE, one_line
+from bayesq.suite.config import DESCRIPTIVE, one_line, refuse
 from bayesq.suite.errors import UserError
 
-# what a call without enough, with too many or with the wrong kinds of arguments raises, and what values out of range do
-REFUSALS = (TypeError, ValueError, AttributeError, LookupError, ArithmeticError)
+# what a call with wrong arguments raises, and what a target that is not there does
+REFUSALS = (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, ImportError)
 # what the constructors below read of a configuration
 READ = ("method", "posterior", "model", "dataset", "allocator", "allocation", "distill", "distillation")
+WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null"}
 
 
 def build(node: DictConfig | Mapping[str, Any], **more: Any) -> Any:
@@ -28,7 +32,7 @@ def build(node: DictConfig | Mapping[str, Any], **more: Any) -> Any:
     try:
         return instantiate(arguments, **more)
     except InstantiationException as error:
-        if isinstance(error.__cause__, ValueError):
+        if isinstance(error.__cause__, ValueError | UserError):
             raise UserError(str(error.__cause__)) from error
         raise
 
@@ -37,16 +41,13 @@ def check(configs: Iterable[Mapping[str, Any]]) -> None:
     """Make what each configuration names, and drop it again; what several share is made once.
 
     Args:
-        configs: plain and resolved, after `config.validate`.
+        configs: plain and resolved, after `schema.validate`.
 
     Raises:
         UserError: a constructor refuses a value, or there is no such class.
     """
     for config in configs:
-        try:
-            _check(json.dumps({key: config.get(key) for key in READ}, sort_keys=True, default=str))
-        except InstantiationException:  # no refusal of values: the run says what it is, with its traceback
-            continue
+        _check(json.dumps({key: config.get(key) for key in READ}, sort_keys=True, default=str))
 
 
 @cache
@@ -74,12 +75,35 @@ def _check(text: str) -> None:
 
 
 def _made(group: str, node: Mapping[str, Any], **more: Any) -> Any:
-    """`build` of a group whose errors name it."""
+    """`build` of a group after a check of its keys against the types that the constructor declares."""
+    try:
+        parameters = signature(resolve_name(node["_target_"]), eval_str=True).parameters
+    except Exception:  # there is no such class, or it cannot be looked into: `instantiate` says what is wrong
+        parameters = MappingProxyType({})
+    for key, value in node.items():
+        hint = parameters[key].annotation if key in parameters and key not in DESCRIPTIVE else Any
+        if not fits(value, hint):
+            needed = [WORDS.get(each, str(each)) for each in get_args(hint) or [hint]]
+            refuse(f"{group}.{key}", value, f"needs {' or '.join(needed)}")
     return _attempt(f"{group}={node.get('name')}", partial(build, OmegaConf.create(dict(node)), **more))
 
 
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a plain value has a declared type; of types that no YAML value has, anything does."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return any(fits(value, each) for each in arguments)
+    if hint is float:
+        return type(value) in (int, float)
+    if isinstance(origin, type) and issubclass(origin, Sequence):
+        return isinstance(value, list) and all(fits(item, arguments[0]) for item in value)
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        return isinstance(value, Mapping) and all(fits(item, arguments[1]) for item in value.values())
+    return hint not in WORDS or type(value) is hint
+
+
 def _attempt(what: str, make: Callable[[], Any]) -> Any:
-    """`make()` with one line for whatever it refuses.
+    """`make()` with one line for whatever it refuses; other errors are left to the run, which keeps their traceback.
 
     Raises:
         UserError: naming `what`, unless the refusal names a key itself.
@@ -88,17 +112,9 @@ def _attempt(what: str, make: Callable[[], Any]) -> Any:
         return make()
     except ValueError as error:
         raise UserError(str(error)) from error
-    except REFUSALS as error:
-        raise UserError(f"{what} cannot be made with these values ({_kind(error)})") from error
-    except InstantiationException as error:
-        cause = error.__cause__
-        if isinstance(cause, UserError):
-            raise cause from error
-        if cause is None or isinstance(cause, (*REFUSALS, ImportError)):
-            reason = one_line(str(error)).partition(" full_key:")[0] if cause is None else _kind(cause)
+    except (InstantiationException, *REFUSALS) as error:
+        cause = (error.__cause__ or error) if isinstance(error, InstantiationException) else error
+        if isinstance(cause, (InstantiationException, *REFUSALS)):
+            reason = one_line(f"{type(cause).__name__}: {cause}".partition("full_key:")[0])
             raise UserError(f"{what} cannot be made with these values ({reason})") from error
-        raise
-
-
-def _kind(error: BaseException) -> str:
-    return f"{type(error).__name__}: {one_line(str(error))}"
+        return None

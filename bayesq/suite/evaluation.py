@@ -20,7 +20,6 @@ from bayesq.batches import Batch
 from bayesq.files import lock
 from bayesq.likelihood import Likelihood
 from bayesq.memory import halving
-from bayesq.stopping import stop_if_asked
 from bayesq.suite.metrics import ECE_BINS, Metric, difference_interval, measure
 from bayesq.suite.models.base import EncodedExamples, count_batches
 from bayesq.tensor_file import CorruptFile, read_tensors, write_tensors
@@ -73,7 +72,6 @@ def outputs_of(
     """
     total = count_batches(examples, batch_size)
     for batch in tqdm(examples.batches(batch_size, device), total=total, desc=label, disable=None, leave=False):
-        stop_if_asked()
         yield _forward(module, batch, device, autocast), batch
 
 

@@ -1,23 +1,20 @@
-"""What the runs of a sweep may use of a machine, whichever launcher starts them: threads, GPUs and their turn.
+"""Threads and GPUs of the runs of a sweep, whichever of Hydra's launchers starts them (conf/hydra/launcher/*.yaml).
 
-Hydra's launchers start the runs (conf/hydra/launcher/*.yaml). They differ in what a run gets of the machine, so each
-run takes what `resources` grants before torch is imported. Nothing here imports torch.
+Launchers differ in what they give a run, so every run takes what the key `resources` grants, before torch is imported.
+Nothing here imports torch.
 """
 
 import importlib.util
-import logging
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -27,19 +24,15 @@ from hydra.conf import HydraConf
 from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import DictConfig, OmegaConf
 
-from bayesq.suite.config import one_line
 from bayesq.suite.errors import UserError
-from bayesq.suite.results import FAILURE_FILE, read_result
-
-log = logging.getLogger(__name__)
 
 # read by the numerical libraries when they are imported
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
-# tells the runs of a launcher on one machine which GPUs the command may use: submitit overwrites CUDA_VISIBLE_DEVICES
+# the GPUs of a command, for its runs on this machine: submitit overwrites CUDA_VISIBLE_DEVICES
 GPUS_VARIABLE = "BAYESQ_GPUS"
-POLL_S, QUEUE_POLL_S = 1.0, 10.0
+POLL_S = 1.0
 
-# conf/hydra/launcher has the plugins' own names for what replaces their defaults; their types still check it
+# the files of conf/hydra/launcher have the names of the plugins' defaults, whose types check them
 warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/\w+' is validated against ConfigStore schema")
 
 
@@ -50,41 +43,22 @@ class Launcher:
     Attributes:
         name: as it is chosen.
         package: the distribution that brings it.
-        module: what has to be importable for it.
-        install: what pip is told to install.
+        extra: of bayesq, which installs it.
         local: its runs are on the machine of the command.
-        asynchronous: its runs write logs of their own, and outlive the command.
     """
 
     name: str
     package: str
-    module: str
-    install: str
+    extra: str
     local: bool
-    asynchronous: bool
 
 
-SUBMITIT = ("hydra-submitit-launcher", "hydra_plugins.hydra_submitit_launcher", "-c constraints.txt -e '.[slurm]'")
 # by the class that the preset names
 LAUNCHERS = {
-    "JoblibLauncher": Launcher(
-        "joblib",
-        "hydra-joblib-launcher",
-        "hydra_plugins.hydra_joblib_launcher",
-        "-c constraints.txt -e .",
-        local=True,
-        asynchronous=False,
-    ),
-    "LocalLauncher": Launcher("submitit_local", *SUBMITIT, local=True, asynchronous=True),
-    "SlurmLauncher": Launcher("submitit_slurm", *SUBMITIT, local=False, asynchronous=True),
-    "RayLauncher": Launcher(
-        "ray",
-        "hydra-ray-launcher",
-        "hydra_plugins.hydra_ray_launcher",
-        "-c constraints.txt -e '.[ray]'",
-        local=False,
-        asynchronous=False,
-    ),
+    "JoblibLauncher": Launcher("joblib", "hydra-joblib-launcher", "", local=True),
+    "LocalLauncher": Launcher("submitit_local", "hydra-submitit-launcher", "[slurm]", local=True),
+    "SlurmLauncher": Launcher("submitit_slurm", "hydra-submitit-launcher", "[slurm]", local=False),
+    "RayLauncher": Launcher("ray", "hydra-ray-launcher", "[ray]", local=False),
 }
 
 
@@ -102,27 +76,29 @@ def is_local(hydra: DictConfig | HydraConf) -> bool:
 # --------------------------------------------------------------------------------------------- before anything runs
 
 
-def check(cfg: DictConfig) -> None:
+def check(hydra: DictConfig, config: Mapping[str, Any]) -> None:
     """Check that the chosen launcher can start anything, and that the machine has what each run is to get.
 
     Args:
-        cfg: the composed configuration with Hydra's node, after `config.validate`.
+        hydra: Hydra's node.
+        config: plain and resolved, after `schema.validate`.
 
     Raises:
         UserError: its package or Slurm's commands are missing, or resources do not fit the device or the machine.
     """
-    launcher = chosen(cfg.hydra)
+    launcher = chosen(hydra)
     if launcher is None:
         return
     choice = f"hydra/launcher={launcher.name}"
-    if not _importable(launcher.module):
-        raise UserError(f"{choice}: {launcher.package} is not installed; pip install {launcher.install}")
+    if not _importable(f"hydra_plugins.{launcher.package.replace('-', '_')}"):
+        install = f"pip install -c constraints.txt -e '.{launcher.extra}'"
+        raise UserError(f"{choice}: {launcher.package} is not installed; {install}")
     if launcher.name == "submitit_slurm" and not (shutil.which("sbatch") and shutil.which("srun")):
         raise UserError(f"{choice}: there is no sbatch here; start it on a machine of the cluster that can submit jobs")
-    gpus = int(cfg.resources.gpus)
+    gpus = int(config["resources"]["gpus"])
     if gpus == 0:
-        if str(cfg.device) not in ("auto", "cpu"):
-            raise UserError(f"device={cfg.device}: {choice} gives a run no GPU; add resources.gpus=1")
+        if config["device"] not in ("auto", "cpu"):
+            raise UserError(f"device={config['device']}: {choice} gives a run no GPU; add resources.gpus=1")
     elif launcher.local:
         names = visible_gpus()
         if gpus > len(names):
@@ -185,12 +161,13 @@ def occupy(hydra: DictConfig | HydraConf, resources: DictConfig) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     global _place
     if launcher.local and _place is None:
-        # joblib counts its processes itself
-        place, _place = _take_place(launcher.name, jobs_at_once(cpus, gpus) if launcher.asynchronous else None)
+        # submitit starts all runs at once; joblib starts only as many as there are places
+        limit = jobs_at_once(cpus, gpus) if launcher.name == "submitit_local" else None
+        place, _place = _take_place(launcher.name, limit)
         if gpus:
             names = visible_gpus()
-            own = [names[(place * gpus + k) % len(names)] for k in range(gpus)]
-            os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(own)
+            taken = [names[(place * gpus + k) % len(names)] for k in range(gpus)]
+            os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(taken)
 
 
 def _take_place(name: str, places: int | None) -> tuple[int, FileLock]:
@@ -211,112 +188,40 @@ def _take_place(name: str, places: int | None) -> tuple[int, FileLock]:
         time.sleep(POLL_S)
 
 
-# -------------------------------------------------------------------------------- while a launcher waits for its runs
-
-
 @contextmanager
-def attend(launcher: Launcher | None, runs: Mapping[Path, str]) -> Iterator[None]:
-    """Wait for every run of submitit and Ray, whatever happens to one, and say at once which of submitit's failed.
+def tolerating_lost_runs(launcher: Launcher | None) -> Iterator[None]:
+    """Have the launchers of submitit and Ray wait for every run, also after one was killed.
 
-    Left to themselves, their launchers give up at the first run that was killed, with others still in the queue; and
-    on a Slurm cluster without accounting submitit never finds out. What its runs print is in their logs.
-
-    Args:
-        launcher: what starts the runs.
-        runs: the runs' folders, and how to name each.
+    They have no hook for it, and would end the command with runs still in the queue, or stop those. So the function
+    that they ask for results is replaced: a killed run gives a line, and an empty return. Its folder has no result.
     """
-    # the launchers are Hydra's plugins and name these functions themselves: there is no place to hand over our own
-    with ExitStack() as replaced:
-        if launcher is not None and launcher.asynchronous:
-            import submitit
-
-            results = submitit.Job.results
-            replaced.enter_context(_replaced(submitit.Job, "wait", _wait))
-            replaced.enter_context(_replaced(submitit.Job, "results", lambda job: _results(job, results)))
-            over = threading.Event()
-            relay = threading.Thread(target=_relay, args=(runs, time.time(), over), daemon=True)
-            relay.start()
-            replaced.callback(relay.join)
-            replaced.callback(over.set)
-        elif launcher is not None and launcher.name == "ray":
-            import ray
-
-            get = ray.get
-            replaced.enter_context(_replaced(ray, "get", partial(_result, get)))
+    if launcher is None or launcher.name == "joblib":
         yield
+        return
+    owner: Any
+    lost: tuple[type[Exception], ...]
+    if launcher.name == "ray":
+        import ray
 
+        owner, name, lost = ray, "get", (ray.exceptions.RayError,)
+    else:
+        import submitit
+        from submitit.core.utils import FailedJobError, UncompletedJobError
 
-@contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+        owner, name, lost = submitit.Job, "results", (FailedJobError, UncompletedJobError)
     original = getattr(owner, name)
-    setattr(owner, name, value)
+
+    def tolerant(*arguments: Any, **options: Any) -> Any:
+        try:
+            return original(*arguments, **options)
+        except lost as error:
+            reason = str(error).partition("\n")[0]
+            print(f"error: a run ended before it could say why [{type(error).__name__}: {reason}]", file=sys.stderr)
+            ended = JobReturn(_return_value=None, status=JobStatus.COMPLETED)
+            return ended if name == "get" else [ended]
+
+    setattr(owner, name, tolerant)
     try:
         yield
     finally:
         setattr(owner, name, original)
-
-
-def _wait(job: Any) -> None:
-    """Wait until a submitit job left its result, or has ended without one."""
-    asked = time.monotonic()
-    while not job.done():
-        time.sleep(POLL_S)
-        if time.monotonic() - asked > QUEUE_POLL_S:
-            if _has_left_queue(job):
-                return
-            asked = time.monotonic()
-
-
-def _has_left_queue(job: Any) -> bool:
-    """Whether Slurm's queue does not hold the job any more; no answer does not count as one."""
-    import submitit
-
-    if not isinstance(job, submitit.SlurmJob):
-        return False
-    command = ["squeue", "--noheader", "--jobs", job.job_id]
-    answer = subprocess.run(command, capture_output=True, text=True, check=False)
-    return not answer.stdout.strip() if answer.returncode == 0 else "Invalid job id" in answer.stderr
-
-
-def _results(job: Any, results: Callable[[Any], Any]) -> Any:
-    """What a submitit job returned; of one that was killed, a line about it and an empty return.
-
-    The run's folder tells that it has no result.
-    """
-    from submitit.core.utils import FailedJobError, UncompletedJobError
-
-    try:
-        return results(job)
-    except (FailedJobError, UncompletedJobError):
-        overrides = " ".join(job.submission().args[0])
-        return [_ended(f"{overrides}; job {job.job_id} {job.state}; {job.paths.stdout}")]
-
-
-def _result(get: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-    """As `_results`, for what Ray returns."""
-    import ray
-
-    try:
-        return get(*arguments, **options)
-    except ray.exceptions.RayError as error:
-        return _ended(one_line(f"{type(error).__name__}: {error}"))
-
-
-def _ended(place: str) -> JobReturn:
-    print(f"error: a run ended before it could say why [{place}]", file=sys.stderr, flush=True)
-    return JobReturn(_return_value=None, status=JobStatus.COMPLETED)
-
-
-def _relay(runs: Mapping[Path, str], start: float, over: threading.Event) -> None:
-    """Report each run that failed since `start`, once, until `over` and what came before it."""
-    left = dict(runs)
-    while left:
-        last = over.wait(POLL_S)
-        for folder, name in list(left.items()):
-            file = folder / FAILURE_FILE
-            if file.exists() and file.stat().st_mtime >= start:
-                reason = (read_result(file) or {}).get("error")
-                print(f"error: {reason} [{folder.name} ({name}); {folder}]", file=sys.stderr, flush=True)
-                del left[folder]
-        if last:
-            return

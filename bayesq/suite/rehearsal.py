@@ -21,7 +21,6 @@ from bayesq.quant.layers import Layer, weight_to_matrix
 from bayesq.quant.loop import quantize_layers
 from bayesq.quant.method import Context, Distortion, LayerProblem, Method
 from bayesq.quant.tensor import QuantizedTensor
-from bayesq.stopping import stop_if_asked
 
 log = logging.getLogger(__name__)
 
@@ -66,10 +65,8 @@ def rehearse(plan: Plan, problems: Sequence[LayerProblem], proxy: bool) -> None:
             if proxy:
                 allocator.rounded(problems[0], MIN_WIDTH)
         for _, tensor in quantize_layers(method, problems, allocate, Context.of_seed(0), RandomPrefix(problems)):
-            stop_if_asked()
             tensor.dequantize()
     except Exception as error:
-        stop_if_asked()
         log.debug("the rehearsal ended early: %s", error)
 
 

@@ -17,10 +17,10 @@ from omegaconf import DictConfig, OmegaConf
 from tabulate import tabulate
 
 from bayesq.suite import config as settings
-from bayesq.suite import results
+from bayesq.suite import results, schema
 from bayesq.suite.arguments import module_parser
 from bayesq.suite.cli import user_error_in
-from bayesq.suite.composition import CONFIG_NAME, Preflight, conf_dir
+from bayesq.suite.composition import Preflight
 from bayesq.suite.errors import UserError
 
 # config is what is run, the others are compared beforehand and only warned about
@@ -145,7 +145,7 @@ def recorded_config(result: Mapping[str, Any]) -> dict[str, Any]:
         UserError: this version of the suite has other keys that determine a result.
     """
     config: dict[str, Any] = result["config"]
-    reference = Preflight(CONFIG_NAME, str(conf_dir()), None).reference({})
+    reference = Preflight().reference({})
     reference["wandb"] = OmegaConf.to_container(OmegaConf.create(reference["wandb"]), resolve=True)
     own = (*AXES, *settings.WITHOUT_EFFECT)
     try:
@@ -204,7 +204,7 @@ def run_again(result: Mapping[str, Any], folder: Path, fresh: bool) -> Path:
     cfg.cache_dir = str(fresh_cache(cache_dir, folder / "cache") if fresh else cache_dir)
     cfg.results_dir = str(folder / "results")
     cfg.wandb.mode = "disabled"
-    settings.validate(cfg)
+    schema.validate(cfg)
     settings.check_device(cfg)
     here = {
         "git": provenance.git_state(),

@@ -22,7 +22,7 @@ from bayesq.suite import config as settings
 from bayesq.suite import results
 from bayesq.suite.arguments import module_parser
 from bayesq.suite.cli import NO_REASON, TRACEBACK_FILE
-from bayesq.suite.composition import preflight
+from bayesq.suite.composition import as_typed, preflight
 from bayesq.suite.errors import UserError
 
 RUN_FILE = "run.py"
@@ -106,7 +106,7 @@ def _read_yaml(file: Path) -> Any:
 def recorded_overrides(folder: Path) -> list[str]:
     """The overrides that Hydra recorded in a run's folder; none where they cannot be read."""
     content = _read_yaml(folder / OVERRIDES_FILE)
-    return [str(override) for override in content] if isinstance(content, list) else []
+    return list(as_typed([str(override) for override in content])) if isinstance(content, list) else []
 
 
 def sweep_runs(results_dir: Path, arguments: Sequence[str]) -> list[Run]:

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, Self
 
 from omegaconf import DictConfig
 
-from bayesq.stopping import stop_if_asked
 from bayesq.suite import wandb_environment as environment
 from bayesq.suite.config import check_wandb_login, flatten, one_line, resolved
 from bayesq.suite.errors import UserError
@@ -256,7 +255,6 @@ def track(cfg: DictConfig, run_id: str, run_dir: Path) -> Iterator[Tracker]:
         try:
             run = _start(cfg, run_id, client_folder(run_dir.parent))
         except Exception as failure:
-            stop_if_asked()  # the error may be what the client made of the signal
             error = f"W&B did not start ({reason(failure)})"
             log.warning("wandb.mode=%s: %s; the run goes on without it", cfg.wandb.mode, error)
     with Tracker(run, bool(cfg.wandb.log_artifact), error) as tracker:

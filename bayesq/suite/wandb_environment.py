@@ -1,9 +1,9 @@
-"""W&B's environment variables: which of them decide what, so that none does silently something else than it says.
+"""W&B's environment variables: what each of them decides, and a line for each that is not used.
 
-Project, entity, group, job type and name of the environment replace the suite's defaults, its tags are added, and
-WANDB_DIR is where the client's folder lies; a key that is typed comes first, and `remarks` says so. Whatever would log
-several runs as one is not used, and said as well. The client itself reads none of these (`decided`): a value that it
-refuses would cost the record. All other variables are the client's own affair.
+Project, entity, group, job type and name from the environment replace the suite's defaults. Tags are added. WANDB_DIR
+is the folder of the client's files. A key on the command line comes first. Variables that would log several runs as
+one are not used. `remarks` says what is not used. The client reads none of these variables itself (`decided`), because
+it would not log at all where it refuses a value. It reads all others.
 """
 
 import os
@@ -24,7 +24,7 @@ ON = ("1", "true", "t", "yes", "y", "on")
 SWEEP = "WANDB_SWEEP_ID"
 # a run's W&B id is its run id, and a repeated run replaces its record
 UNUSED = ("WANDB_RUN_ID", "WANDB_RESUME", "WANDB_RESUME_FROM", "WANDB_FORK_FROM")
-# where the agent says which run of which sweep a job is; the client has to read them
+# with these the agent tells the client which run of which sweep a job is
 OF_AN_AGENT = ("WANDB_PROJECT", "WANDB_ENTITY", "WANDB_RUN_ID")
 DECIDED = (
     "WANDB_MODE",

@@ -1,18 +1,13 @@
 """Signals that a library makes another error of, or drops."""
 
 import signal
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from types import ModuleType
+from collections.abc import Iterator
 from typing import NoReturn
 
 import pytest
-import torch
 
-from bayesq import tensor_file
-from bayesq.quant import file as packed_file
-from bayesq.stopping import Terminated, stop_if_asked, stoppable
 from bayesq.suite import cli
+from bayesq.suite.cli import Terminated, stop_if_asked, stoppable
 
 KINDS = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Terminated}
 
@@ -70,20 +65,6 @@ def test_an_ignored_interrupt_stays_ignored() -> None:
             stop_if_asked()
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-@pytest.mark.parametrize(
-    ("reader", "module", "step"),
-    [(tensor_file.read_tensors, tensor_file, "_digest"), (packed_file.read_packed, packed_file, "unpack_model")],
-)
-def test_a_good_file_is_not_called_corrupt_for_a_signal(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reader: Callable[[Path], object], module: ModuleType, step: str
-) -> None:
-    file = tmp_path / "tensors.safetensors"
-    tensor_file.write_tensors(file, {"a": torch.ones(3)}, {})
-    monkeypatch.setattr(module, step, lambda *_: library(signal.SIGTERM))
-    with pytest.raises(Terminated), stoppable():
-        reader(file)
 
 
 @pytest.mark.parametrize("step", ["preflight", "_run"])

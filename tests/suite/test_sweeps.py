@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import yaml
 
-from bayesq.suite.composition import CONFIG_NAME, Job, Preflight, conf_dir, preflight
-from bayesq.suite.config import MAX_BITS, MIN_BITS, flatten
+from bayesq.suite.composition import Job, Preflight, preflight
+from bayesq.suite.config import flatten
+from bayesq.suite.schema import MAX_BITS, MIN_BITS
 
 ROOT = Path(__file__).parents[2]
 ABLATIONS = sorted(path.stem for path in (ROOT / "conf" / "ablation").glob("*.yaml"))
@@ -62,7 +63,7 @@ def test_a_sweep_file_and_its_command_in_the_comment_are_the_same_runs(path: Pat
     by_hydra = preflight(typed.removeprefix("#   python run.py ").split())
     assert by_hydra is not None
     by_agent: list[str] = []
-    flight = Preflight(CONFIG_NAME, str(conf_dir()), None)
+    flight = Preflight()
     for line in agent_commands(sweep):
         assert line[:4] == ["${env}", "${interpreter}", "${program}", "wandb.mode=online"]
         by_agent.append(flight.check(line[4:]).run_id)
