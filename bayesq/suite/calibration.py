@@ -56,8 +56,7 @@ class EncodedBatches:
 
     def __iter__(self) -> Iterator[Batch]:
         batches = self.encoded.batches(self.batch_size, self.device)
-        for batch in tqdm(batches, total=len(self), desc=self.title, disable=None, leave=False):
-            yield batch
+        yield from tqdm(batches, total=len(self), desc=self.title, disable=None, leave=False)
 
 
 class Calibration:

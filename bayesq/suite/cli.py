@@ -22,6 +22,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from bayesq.files import lock, remove_leftovers
 from bayesq.suite import code_digest, launchers, results, schema, wandb_environment
 from bayesq.suite import config as settings
 from bayesq.suite.composition import (
