@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 import bayesq
-from bayesq.suite.code_digest import files_behind
+from bayesq.suite.code_digest import is_users, sources
 
 # Libraries whose functions networks call.
 LIBRARIES = ("numpy", "timm", "torch", "torchvision", "transformers")
@@ -58,19 +58,20 @@ def _version(name: str) -> str | None:
 
 
 def _sources(module: nn.Module) -> set[str]:
-    """Checksums of the files that the modules' classes are written in and of what these import from beside them.
+    """Checksums of the files that the modules' classes are written in, and of what the user has beside them.
 
-    Torch's own are told by its version, and so are files that other libraries import.
+    Torch's files, and those that installed libraries import, are told by the libraries' versions.
     """
     files: set[Path] = set()
     for kind in {base for child in module.modules() for base in type(child).__mro__}:
-        if kind.__module__.partition(".")[0] not in ("builtins", "torch"):
-            try:
-                files.add(Path(inspect.getfile(kind)))
-            except (OSError, TypeError):  # made in a session: its functions' code is hashed below
-                continue
-            if kind.__module__.partition(".")[0] != "bayesq":
-                files.update(files_behind(kind.__module__))
+        package = kind.__module__.partition(".")[0]
+        if package in ("builtins", "torch"):
+            continue
+        try:
+            file = Path(inspect.getfile(kind))
+        except (OSError, TypeError):  # made in a session: its functions' code is hashed below
+            continue
+        files |= {file, *(sources(package) if is_users(package, file) else ())}
     return {_checksum(str(file), file.stat().st_mtime_ns) for file in files if file.is_file()}
 
 

@@ -394,7 +394,7 @@ def execute(
         "versions": versions(),
         "host": host(work.device),
         "git": git_state(),
-        code_digest.KEY: code_digest.digests(code_digest.targets(resolved(cfg))),
+        code_digest.KEY: code_digest.digest(code_digest.packages(resolved(cfg))),
         "source": {
             "dataset": work.data.source,
             "model": work.network.description,
