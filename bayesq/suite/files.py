@@ -1,5 +1,6 @@
 """Files that appear under their name only when complete, and locks that processes hold on them."""
 
+import hashlib
 import logging
 import os
 import socket
@@ -52,6 +53,12 @@ def _naming(path: Path) -> Iterator[None]:
         if error.filename is not None or error.errno is None:
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 hex of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def remove_leftovers(folder: Path, name: str = "*") -> None:

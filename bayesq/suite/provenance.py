@@ -21,7 +21,6 @@ PACKAGES = (
     "timm",
     "transformers",
     "tokenizers",
-    "datasets",
     "numba",
     "numpy",
     "pandas",
