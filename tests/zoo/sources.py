@@ -8,7 +8,7 @@ from architectures import CLASSES, TIMM, TRANSFORMERS, Architecture, build_image
 from torch import nn
 
 from bayesq.suite.datasets.base import DataSplits, Examples
-from bayesq.suite.models.base import Network, TensorExamples, parameter_count, state_checksum
+from bayesq.suite.models.base import Network, TensorExamples
 
 EXAMPLES = 16  # of calibration, and as many of evaluation
 SPECIAL = ("<pad>", "<bos>", "<unk>", "<eos>")  # tokens 0 to 3; the tokenizer puts the last behind each text
@@ -86,7 +86,7 @@ class RandomImages:
             if hasattr(part, "fused_attn"):
                 part.fused_attn = False
         encode = lambda examples: TensorExamples({"x": examples.inputs}, examples.labels)  # noqa: E731
-        return Network(module, encode, state_checksum(module), {"parameters": parameter_count(module)})
+        return Network(module, encode, {})
 
 
 def write_classifier(name: str, folder: Path) -> None:
