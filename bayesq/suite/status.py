@@ -64,7 +64,7 @@ def was_started(folder: Path) -> bool:
 
 
 def started_runs(results_dir: Path) -> list[Run]:
-    """Every run that was started in `results_dir`, in the order of the overrides it was started with.
+    """Every run that was started in `results_dir`, in the order of their overrides; last those without any.
 
     Raises:
         UserError: there is no such folder.
@@ -72,7 +72,7 @@ def started_runs(results_dir: Path) -> list[Run]:
     if not results_dir.is_dir():
         raise UserError(f"{results_dir}: there is no such folder")
     runs = [state_of(folder, recorded_overrides(folder)) for folder in filter(was_started, results_dir.iterdir())]
-    return sorted(runs, key=lambda run: (_natural(shlex.join(run.overrides)), run.run_id))
+    return sorted(runs, key=lambda run: (not run.overrides, _natural(shlex.join(run.overrides)), run.run_id))
 
 
 def _natural(text: str) -> list[tuple[str, float]]:

@@ -6,8 +6,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import fmean, stdev
 from typing import Any
 
-from tabulate import tabulate
-
 from bayesq.suite.config import show
 from bayesq.suite.results import differing_settings, settings_of, unit
 
@@ -109,9 +107,12 @@ def _section(head: str, results: Sequence[Result]) -> str:
 
 def _lines(columns: Mapping[str, Sequence[str]]) -> list[str]:
     """Columns below their heads and a rule, the first set to the left and the others to the right."""
-    align = ["left", *["right"] * (len(columns) - 1)]
-    text = tabulate(columns, headers="keys", tablefmt="simple", colalign=align, disable_numparse=True)
-    return [line.rstrip() for line in text.splitlines()]
+    padded: list[list[str]] = []
+    for name, cells in columns.items():
+        width = max(map(len, [name, *cells]))
+        padded.append([f"{cell:{'>' if padded else '<'}{width}}" for cell in (name, *cells)])
+        padded[-1].insert(1, "-" * width)
+    return ["  ".join(line).rstrip() for line in zip(*padded, strict=True)]
 
 
 def _place(result: Result, methods: Sequence[str]) -> tuple[int, float]:
@@ -137,7 +138,7 @@ def _measured(groups: Sequence[Sequence[Result]], metric: str) -> dict[str, list
         "seconds": ("seconds", lambda mean, _: f"{mean:.1f}"),
     }
     done = [[_with_seconds(result) for result in own if result.get("status") == "finished"] for own in groups]
-    columns = {name: [_cell(own, key, form) for own in done] for name, (key, form) in forms.items()}
+    columns = {name: _aligned([_cell(own, key, form) for own in done]) for name, (key, form) in forms.items()}
     first = next(iter(columns))
     columns[first] = [
         cell if own else str(members[0].get("status", "failed"))
@@ -163,3 +164,12 @@ def _cell(results: Sequence[Result], key: str, form: Callable[[float, float | No
 
 def _spread(mean: float, spread: float | None, scale: float) -> str:
     return f"{mean:.2f}" if spread is None else f"{mean:.2f} ± {scale * spread:.2f}"
+
+
+def _aligned(cells: Sequence[str]) -> list[str]:
+    """Cells of equal width behind their ±, so that these stand below each other in a column set to the right."""
+    parts = [cell.partition(" ± ") for cell in cells]
+    width = max((len(spread) for _, sign, spread in parts if sign), default=0)
+    if not width:
+        return list(cells)
+    return [f"{mean}{sign}{spread:<{width}}" if sign else mean + " " * (width + 3) for mean, sign, spread in parts]
