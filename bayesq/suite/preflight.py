@@ -5,6 +5,7 @@ follows from the shapes of the layers and from the activations of one example. T
 """
 
 import logging
+import math
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -182,12 +183,8 @@ def estimate(
     needs.stages = {
         stage: size + RUNTIME_BYTES + (stay if stage != "calibration" else 0) for stage, size in stages.items()
     }
-
-    needs.disk["cache_dir"] = sum(
-        4 * torch.Size(statistic_shape(layer, kind, choices.rank)).numel()
-        for kind in missing
-        for layer in layers.values()
-    )
+    shapes = [statistic_shape(layer, kind, choices.rank) for kind in missing for layer in layers.values()]
+    needs.disk["cache_dir"] = sum(4 * math.prod(shape) for shape in shapes)
     needs.disk["results_dir"] = packed + (geometries if choices.offload else 0)
     return needs
 
