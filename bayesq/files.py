@@ -1,5 +1,6 @@
 """Files that appear under their name only when complete, and locks that processes hold on them."""
 
+import hashlib
 import logging
 import os
 import socket
@@ -54,6 +55,12 @@ def _naming(path: Path) -> Iterator[None]:
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
+def file_sha256(path: Path) -> str:
+    """sha256 hex of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def remove_leftovers(folder: Path, name: str = "*") -> None:
     """Remove what killed processes left of writing `name` (a file name or a pattern) in `folder`.
 
@@ -73,17 +80,11 @@ def remove_leftovers(folder: Path, name: str = "*") -> None:
 def lock(path: Path) -> Iterator[None]:
     """Hold the inter-process lock of `path`, the file `<path>.lock`; say once, in one line, if it has to be waited for.
 
-    The lock is flock(2): the operating system drops it when its holder ends, however it ends, so a killed run leaves
-    nothing stale behind. The file itself stays and means nothing. How far that reaches:
-      * between processes of one machine, on every local file system;
-      * between machines over NFS as Linux mounts it by default (not with local_lock=flock) and over file systems with
-        cluster-wide flock (GPFS, BeeGFS and Lustre mounted or tuned for it); if a whole machine dies, its server
-        drops the lock once the lease has run out, after a minute or two;
-      * where flock holds for one machine only (Lustre with localflock), two machines may compute the same entry
-        twice. Neither harms the other: files are replaced as a whole and have the same content;
-      * where the file system has no flock at all, filelock warns and the existence of the file is the lock. One left
-        by a killed process is taken over on the machine where it ran; on another machine it blocks until it is
-        deleted, and the line names it.
+    The lock is flock(2): the operating system drops it when its holder ends, however it ends. The file stays and means
+    nothing. It reaches other machines over NFS (unless mounted with local_lock=flock) and over file systems with
+    cluster-wide flock. Where it does not, two machines may compute the same entry twice, which harms neither: files are
+    replaced as a whole and have the same content. Without any flock, filelock warns and the file's existence is the
+    lock; the line names the file, so that one left by a killed process can be deleted.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     inter_process = FileLock(f"{path}.lock")

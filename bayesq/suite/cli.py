@@ -167,7 +167,7 @@ def run_unless_finished(cfg: DictConfig, folder: Path, progress: Progress, sessi
 
     # while the files are still those this process has loaded; the result asks again
     provenance.git_state()
-    code_digest.digests(code_digest.targets(config))
+    code_digest.digest(code_digest.packages(config))
     construct.check([config])
     runner.run(cfg, session)
 

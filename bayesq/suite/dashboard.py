@@ -16,18 +16,17 @@ from typing import TYPE_CHECKING, Any
 from bayesq.suite import wandb_environment as environment
 from bayesq.suite.config import has_wandb_key, one_line
 from bayesq.suite.errors import UserError
-from bayesq.suite.plots import CHARTS, Chart
+from bayesq.suite.plots import CHARTS
 from bayesq.suite.tracking import LAYERS_KEY
 from bayesq.suite.wandb_names import label, project_label
 
 if TYPE_CHECKING:
-    from wandb_workspaces.reports.v2 import CustomChart
     from wandb_workspaces.workspaces import Workspace
 
 NAME = "BayesQ suite"
 # as in conf/config.yaml
 PROJECT = "bayesq"
-METRIC = "accuracy"
+METRIC, DIVERGENCE = "accuracy", "q/kl_to_fp"
 # what a run costs before it is evaluated
 PREPARATION = ("time/calibrate_s", "time/posterior_s", "time/quantize_s", "time/distill_s")
 # counted where something else than asked was done
@@ -49,17 +48,36 @@ def workspace(project: str, entity: str, metric: str = METRIC, group: str | None
     """
     if find_spec("wandb_workspaces") is None:
         raise UserError("the dashboard needs the package wandb-workspaces: pip install 'bayesq[dashboard]'")
-    import wandb_workspaces.reports.v2 as panels
     import wandb_workspaces.workspaces as ws
 
     project, group = project_label(project), group if group is None else label(group)
-    quality, divergence = f"q/{metric}", "q/kl_to_fp"
-    bits, method = panels.Config("bits"), panels.Config("method")
+    shown = [f"q/{metric}", f"delta/{metric}", DIVERGENCE, "bits/code", "bits/stored", "time/total_s"]
+    layout = ws.SectionLayoutSettings(columns=2, rows=2)
+    return ws.Workspace(
+        entity=entity,
+        project=project,
+        name=NAME if group is None else label(f"{NAME}: {group}"),
+        sections=[
+            ws.Section(name="Quality against bits", is_open=True, panels=_quality(metric)),
+            ws.Section(name="Cost", is_open=True, panels=_cost()),
+            ws.Section(name="Layers and calibration", is_open=True, layout_settings=layout, panels=_layers()),
+        ],
+        settings=ws.WorkspaceSettings(max_runs=100),
+        runset_settings=ws.RunsetSettings(
+            filters="" if group is None else ws.And(ws.Metric("Group") == group),
+            groupby=[ws.Config("method"), ws.Config("bits")],
+            pinned_columns=[*(f"summary:{key}" for key in shown), "config:seed"],
+        ),
+    )
 
-    def summary(key: str) -> panels.SummaryMetric:
-        return panels.SummaryMetric(key)
 
-    def by_method(title: str, key: str) -> "CustomChart":
+def _quality(metric: str) -> list[Any]:
+    """Panels of accuracy and divergence against the budget."""
+    import wandb_workspaces.reports.v2 as panels
+
+    quality, bits = f"q/{metric}", panels.Config("bits")
+
+    def by_method(title: str, key: str) -> Any:
         """A line for each method over the budget."""
         return panels.CustomChart(
             query={"summary": {"keys": ["bits/target", key, "method"]}},
@@ -68,67 +86,54 @@ def workspace(project: str, entity: str, metric: str = METRIC, group: str | None
             chart_strings={"title": title},
         )
 
-    def own(chart: Chart) -> "CustomChart":
-        """The chart that every run logs, for all runs that are shown."""
-        return panels.CustomChart(
+    def scatter(title: str, x: Any, key: str, **options: bool) -> Any:
+        return panels.ScatterPlot(title=title, x=x, y=panels.SummaryMetric(key), **options)
+
+    return [
+        by_method(f"{metric} against bits by method", quality),
+        by_method("KL to full precision (nats) against bits by method", DIVERGENCE),
+        scatter(f"{metric} against bits", bits, quality),
+        scatter("KL (nats) against bits", bits, DIVERGENCE, log_y=True),
+        scatter(f"Stored bits against {metric}", panels.SummaryMetric("bits/stored"), quality),
+        _bars(f"Change of {metric}", "mean", f"delta/{metric}"),
+    ]
+
+
+def _cost() -> list[Any]:
+    """Panels of time and memory."""
+    import wandb_workspaces.reports.v2 as panels
+
+    total = panels.SummaryMetric("time/total_s")
+    return [
+        _bars("Preprocessing time (s)", "mean", *PREPARATION),
+        panels.ScatterPlot(title="Total time (s) against bits", x=panels.Config("bits"), y=total),
+        _bars("Peak memory (bytes)", "max", "memory/peak_rss_bytes", "memory/peak_device_bytes"),
+        _bars("Fallbacks", "sum", *FALLBACKS),
+    ]
+
+
+def _layers() -> list[Any]:
+    """The charts that every run logs, for all runs that are shown, and the table of layers."""
+    import wandb_workspaces.reports.v2 as panels
+
+    charts = [
+        panels.CustomChart(
             query={"summaryTable": {"tableKey": chart.table_key}},
             chart_name=chart.preset,
             chart_fields=dict(chart.fields),
             chart_strings=chart.texts,
         )
-
-    sections = [
-        ws.Section(
-            name="Quality against bits",
-            is_open=True,
-            panels=[
-                by_method(f"{metric} against bits by method", quality),
-                by_method("KL to full precision (nats) against bits by method", divergence),
-                panels.ScatterPlot(title=f"{metric} against bits", x=bits, y=summary(quality)),
-                panels.ScatterPlot(title="KL (nats) against bits", x=bits, y=summary(divergence), log_y=True),
-                panels.ScatterPlot(title=f"Stored bits against {metric}", x=summary("bits/stored"), y=summary(quality)),
-                panels.BarPlot(
-                    title=f"Change of {metric}", metrics=[f"delta/{metric}"], groupby=method, groupby_aggfunc="mean"
-                ),
-            ],
-        ),
-        ws.Section(
-            name="Cost",
-            is_open=True,
-            panels=[
-                panels.BarPlot(
-                    title="Preprocessing time (s)", metrics=[*PREPARATION], groupby=method, groupby_aggfunc="mean"
-                ),
-                panels.ScatterPlot(title="Total time (s) against bits", x=bits, y=summary("time/total_s")),
-                panels.BarPlot(
-                    title="Peak memory (bytes)",
-                    metrics=["memory/peak_rss_bytes", "memory/peak_device_bytes"],
-                    groupby=method,
-                    groupby_aggfunc="max",
-                ),
-                panels.BarPlot(title="Fallbacks", metrics=[*FALLBACKS], groupby=method, groupby_aggfunc="sum"),
-            ],
-        ),
-        ws.Section(
-            name="Layers and calibration",
-            is_open=True,
-            layout_settings=ws.SectionLayoutSettings(columns=2, rows=2),
-            panels=[*(own(chart) for chart in CHARTS), panels.WeavePanelSummaryTable(table_name=LAYERS_KEY)],
-        ),
+        for chart in CHARTS
     ]
-    shown = [quality, f"delta/{metric}", divergence, "bits/code", "bits/stored", "time/total_s"]
-    return ws.Workspace(
-        entity=entity,
-        project=project,
-        name=NAME if group is None else label(f"{NAME}: {group}"),
-        sections=sections,
-        settings=ws.WorkspaceSettings(max_runs=100),
-        runset_settings=ws.RunsetSettings(
-            filters="" if group is None else ws.And(ws.Metric("Group") == group),
-            groupby=[ws.Config("method"), ws.Config("bits")],
-            pinned_columns=[*(f"summary:{key}" for key in shown), "config:seed"],
-        ),
-    )
+    return [*charts, panels.WeavePanelSummaryTable(table_name=LAYERS_KEY)]
+
+
+def _bars(title: str, summary: str, *metrics: str) -> Any:
+    """Bars by method."""
+    import wandb_workspaces.reports.v2 as panels
+
+    method = panels.Config("method")
+    return panels.BarPlot(title=title, metrics=[*metrics], groupby=method, groupby_aggfunc=summary)
 
 
 def definition(built: "Workspace") -> dict[str, Any]:

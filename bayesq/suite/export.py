@@ -5,17 +5,11 @@ python -m bayesq.suite.export results/<run_id> --to packed        the whole netw
 python -m bayesq.suite.export results/<run_id> --to gptq          uniform 2, 3, 4 and 8 bit layers, for GPTQ tools
 """
 
-import json
-import math
-import os
 import re
-import shutil
 import sys
-import uuid
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import chdir, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from contextlib import chdir, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,81 +22,25 @@ from bayesq.suite.cli import user_error_in
 from bayesq.suite.config import one_line
 from bayesq.suite.errors import UserError
 from bayesq.suite.results import QUANTIZED_FILE, finished_result, write_json
+from bayesq.suite.weight_files import (
+    WEIGHTS_FILE,
+    architecture,
+    converted,
+    new_folder,
+    save,
+    transformers_part,
+    write_beside,
+)
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
-
     from bayesq.quant.file import Packed
     from bayesq.suite.models.base import Network
 
 # What is written, and its name in the run's folder where no other place is given.
 TARGETS = {"dequantized": "dequantized", "packed": "packed.safetensors", "gptq": "gptq"}
-WEIGHTS_FILE, HEAD_FILE = "model.safetensors", "head.safetensors"
 DTYPES = ("float16", "float32")
 # Layers named one by one in a message; of more only the number is told.
 SHOWN = 4
-
-
-@dataclass
-class Conversion:
-    """Tensors in the dtype they are written in, and what that changed.
-
-    Attributes:
-        dtype: of every floating-point tensor.
-        largest: largest change of an entry.
-        squares, changes: sums of squares of the entries and of their changes.
-    """
-
-    dtype: str
-    largest: float = 0.0
-    squares: float = 0.0
-    changes: float = 0.0
-
-    def __call__(self, tensors: Mapping[str, "Tensor"]) -> dict[str, "Tensor"]:
-        """The tensors by name; whole numbers stay.
-
-        Raises:
-            UserError: an entry is beyond the dtype's range.
-        """
-        import torch
-
-        found = {}
-        for name, tensor in tensors.items():
-            tensor = tensor.detach().cpu().contiguous()
-            found[name] = tensor.to(getattr(torch, self.dtype)) if tensor.is_floating_point() else tensor
-            if not tensor.is_floating_point() or not tensor.numel():
-                continue
-            if bool((torch.isinf(found[name]) & torch.isfinite(tensor)).any()):
-                raise UserError(f"{name} has entries beyond the range of {self.dtype}: use --dtype float32")
-            change = found[name].double() - tensor.double()
-            self.largest = max(self.largest, float(change.abs().max()))
-            self.squares += float(tensor.double().square().sum())
-            self.changes += float(change.square().sum())
-        return found
-
-    def __str__(self) -> str:
-        relative = math.sqrt(self.changes / self.squares) if self.squares else 0.0
-        return f"{self.dtype} changes the weights by at most {self.largest:.2g}, by {relative:.2g} of their norm"
-
-
-@dataclass
-class Part:
-    """The tensors that one file holds, and what is written beside it.
-
-    Attributes:
-        prefix: of the part's names in the network's state_dict, left out in the file.
-        module: the part.
-        config: content of config.json, for transformers; else empty.
-        rest: tensors of the network outside the part, under their own names.
-    """
-
-    prefix: str
-    module: "nn.Module"
-    config: dict[str, Any] = field(default_factory=dict)
-    rest: dict[str, "Tensor"] = field(default_factory=dict)
-
-
-# ------------------------------------------------------------------------------------------------------------ reading
 
 
 def load_run(folder: Path, settings: Mapping[str, Any], trusted: Sequence[str]) -> "tuple[Packed, Network]":
@@ -138,29 +76,13 @@ def load_run(folder: Path, settings: Mapping[str, Any], trusted: Sequence[str]) 
     return packed, network
 
 
-def transformers_part(module: "nn.Module") -> Part:
-    """The part of a network that another library knows, which is all of it where no transformers model is inside."""
-    for name, child in module.named_children():
-        if hasattr(child, "save_pretrained"):
-            prefix = f"{name}."
-            config = json.loads(child.config.to_json_string())  # type: ignore[operator, union-attr]
-            config["architectures"] = [type(child).__name__]
-            rest = {key: value for key, value in module.state_dict().items() if not key.startswith(prefix)}
-            return Part(prefix, child, config, rest)
-    return Part("", module)
-
-
-# ------------------------------------------------------------------------------------------------------------ writing
-
-
 def write_dequantized(packed: "Packed", network: "Network", folder: Path, dtype: str) -> list[str]:
     """Plain weights: model.safetensors, for transformers config.json and the tokenizer, and a head of our own apart."""
-    part, convert = transformers_part(network.module), Conversion(dtype)
-    weights = convert(part.module.state_dict())
-    _save(weights, folder / WEIGHTS_FILE)
-    lines = [f"{WEIGHTS_FILE}: {len(weights)} tensors of {_architecture(part, network)}"]
-    lines += _write_beside(part, network, folder, convert, {"dtype": dtype})
-    return [*lines, str(convert)]
+    part = transformers_part(network.module)
+    weights = converted(part.module.state_dict(), dtype)
+    save(weights, folder / WEIGHTS_FILE)
+    lines = [f"{WEIGHTS_FILE}: {len(weights)} tensors of {architecture(part, network)}"]
+    return lines + write_beside(part, network, folder, {"dtype": dtype})
 
 
 def write_gptq(packed: "Packed", network: "Network", folder: Path, dtype: str, checkpoint_format: str) -> list[str]:
@@ -176,7 +98,7 @@ def write_gptq(packed: "Packed", network: "Network", folder: Path, dtype: str, c
     from bayesq.quant.gptq_layout import BLOCK, fits_blocks, gptq_buffers
     from bayesq.quant.layers import find_layer, kind_of
 
-    part, convert = transformers_part(network.module), Conversion(dtype)
+    part = transformers_part(network.module)
     layers = {name: layer for name, layer in part.module.named_modules() if isinstance(layer, nn.Linear)}
     plain, buffers, widths = dict(part.module.state_dict()), {}, {}
     kinds = Counter(kind_of(find_layer(network.module, name)) for name in packed.tensors)
@@ -198,19 +120,18 @@ def write_gptq(packed: "Packed", network: "Network", folder: Path, dtype: str, c
         )
     group_sizes = {packed.tensors[part.prefix + name].group_size for name in widths}
     quantization = quantize_config(widths, list(layers), group_sizes.pop(), checkpoint_format)
-    weights = convert(plain)
-    _save(weights | buffers, folder / WEIGHTS_FILE)
+    weights = converted(plain, dtype)
+    save(weights | buffers, folder / WEIGHTS_FILE)
     write_json(folder / "quantize_config.json", quantization)
     kept = kinds - Counter(Linear=len(widths))
     bits = ", ".join(f"{count} of {width} bits" for width, count in sorted(Counter(widths.values()).items()))
-    lines = [f"{WEIGHTS_FILE}: {len(widths)} layers as GPTQ ({bits}) of {_architecture(part, network)}"]
+    lines = [f"{WEIGHTS_FILE}: {len(widths)} layers as GPTQ ({bits}) of {architecture(part, network)}"]
     if kept:
         small = [name for name in layers if name not in widths]
         named = f" (of them Linear: {', '.join(small[:SHOWN])}{', ...' if len(small) > SHOWN else ''})" if small else ""
         counted = ", ".join(f"{count} {kind}" for kind, count in kept.items())
         lines.append(f"left as {dtype} weights, because the layout has no place for them: {counted}{named}")
-    lines += _write_beside(part, network, folder, convert, {"dtype": dtype, "quantization_config": quantization})
-    return [*lines, str(convert)]
+    return lines + write_beside(part, network, folder, {"dtype": dtype, "quantization_config": quantization})
 
 
 def quantize_config(
@@ -272,64 +193,6 @@ def write_self_contained(packed: "Packed", network: "Network", file: Path) -> li
 def _package(record: Mapping[str, Any]) -> str:
     """The package of a run's model: whoever exports a run has trusted it already."""
     return str(record["config"]["model"]["_target_"]).partition(".")[0]
-
-
-def _write_beside(
-    part: Part, network: "Network", folder: Path, convert: Conversion, config: dict[str, Any]
-) -> list[str]:
-    """config.json, the tokenizer and what of the network lies outside its part; what was written, line by line."""
-    lines = []
-    if part.config:
-        write_json(folder / "config.json", part.config | config)
-        if _save_tokenizer(getattr(network.encode, "tokenizer", None), folder):
-            lines.append("config.json and the tokenizer are beside it")
-    if part.rest:
-        _save(convert(part.rest), folder / HEAD_FILE)
-        lines.append(f"{HEAD_FILE}: {', '.join(part.rest)}, which the library's architecture has no place for")
-    return lines
-
-
-def _save_tokenizer(tokenizer: Any, folder: Path) -> bool:
-    """Save a tokenizer of the transformers or the tokenizers library; whether there is one."""
-    if tokenizer is None:
-        return False
-    if not hasattr(tokenizer, "save_pretrained"):
-        from transformers import PreTrainedTokenizerFast
-
-        special = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
-        known = {key: token for key, token in special.items() if tokenizer.token_to_id(token) is not None}
-        tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **known)
-    tokenizer.save_pretrained(folder)
-    return True
-
-
-def _save(tensors: Mapping[str, "Tensor"], file: Path) -> None:
-    from safetensors.torch import save_file
-
-    # tied weights share memory, which the format does not know
-    save_file({name: tensor.clone() for name, tensor in tensors.items()}, file, {"format": "pt"})
-
-
-def _architecture(part: Part, network: "Network") -> str:
-    return str((part.config.get("architectures") or [network.description.get("architecture")])[0])
-
-
-@contextmanager
-def new_folder(output: Path) -> Iterator[Path]:
-    """Yield an empty folder beside `output` that becomes it, or whose files replace those in it, on success."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(f".{output.name}.{uuid.uuid4().hex}.tmp")
-    temporary.mkdir()
-    try:
-        yield temporary
-        output.mkdir(exist_ok=True)
-        for file in temporary.iterdir():
-            os.replace(file, output / file.name)
-    finally:
-        shutil.rmtree(temporary)
-
-
-# ------------------------------------------------------------------------------------------------------- command line
 
 
 def export(

@@ -19,10 +19,10 @@ from bayesq.suite.config import one_line
 from bayesq.suite.datasets.base import DataSplits, Examples
 from bayesq.suite.datasets.glue import TASKS, Glue
 from bayesq.suite.errors import UserError
-from bayesq.suite.hub import from_hub, reachable
 from bayesq.suite.metrics import measure, metric_of
 from bayesq.suite.models import minilm
 from bayesq.suite.models.text import texts_of
+from bayesq.suite.models.transformers_model import Origin
 from bayesq.suite.results import write_json
 
 DEV_FILE = "dev.json"
@@ -63,42 +63,12 @@ def finetune(task: str, root: str | None, encoder: str, output: Path, recipe: Re
         UserError: the package accelerate is missing, or the task or the encoder cannot be read.
     """
     data = Glue(root, task, split_seed=0, calibration_pool=1).load(output)
-    place = str(minilm.package_folder()) if encoder == minilm.PACKAGE else encoder
-    local = Path(place).is_dir()
     if importlib.util.find_spec("accelerate") is None:
         raise UserError("fine-tuning needs the package accelerate: run `python -m pip install accelerate`")
-    from transformers import (
-        AutoConfig,
-        AutoModelForSequenceClassification,
-        AutoTokenizer,
-        DataCollatorWithPadding,
-        Trainer,
-        TrainingArguments,
-        set_seed,
-    )
+    from transformers import DataCollatorWithPadding, Trainer, TrainingArguments, set_seed
 
-    online = not local and reachable()
-    options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": not online}
     set_seed(recipe.seed)  # the head's first weights
-
-    def load() -> tuple[Any, Any]:
-        config = AutoConfig.from_pretrained(place, num_labels=data.num_classes, **options)
-        if data.classes:
-            config.id2label = dict(enumerate(data.classes))
-            config.label2id = {name: label for label, name in enumerate(data.classes)}
-        model = AutoModelForSequenceClassification.from_pretrained(
-            place, config=config, use_safetensors=True, dtype=torch.float32, **options
-        )
-        return model, AutoTokenizer.from_pretrained(place, **options)
-
-    if local:
-        try:
-            model, tokenizer = load()
-        except Exception as error:  # the library raises errors of several packages for a damaged file
-            raise UserError(f"--encoder {encoder}: cannot be read ({one_line(str(error))[:300]})") from error
-    else:
-        remedy = "give a folder with config.json, model.safetensors, tokenizer"
-        model, tokenizer = from_hub(f"--encoder {encoder}", remedy, load, online)
+    model, tokenizer = _start(encoder, data)
 
     def encoded(examples: Examples) -> list[dict[str, Any]]:
         texts = texts_of(examples, "finetune")
@@ -132,6 +102,25 @@ def finetune(task: str, root: str | None, encoder: str, output: Path, recipe: Re
     tokenizer.save_pretrained(output)
     write_json(output / DEV_FILE, {"task": task, **scores, "encoder": encoder, **vars(recipe)})
     return scores
+
+
+def _start(encoder: str, data: DataSplits) -> tuple[Any, Any]:
+    """The encoder with a fresh head for `data`, and its tokenizer.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+
+    place = str(minilm.package_folder()) if encoder == minilm.PACKAGE else encoder
+    origin = Origin(f"--encoder {encoder}", place, Path(place).is_dir(), None, None, "")
+    config = origin.load(AutoConfig, num_labels=data.num_classes)
+    if data.classes:
+        config.id2label = dict(enumerate(data.classes))
+        config.label2id = {name: label for label, name in enumerate(data.classes)}
+    kind = AutoModelForSequenceClassification
+    model = origin.load(kind, config=config, use_safetensors=True, dtype=torch.float32)
+    return model, origin.load(AutoTokenizer)
 
 
 def dev_scores(outputs: np.ndarray, data: DataSplits) -> dict[str, float]:

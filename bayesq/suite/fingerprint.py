@@ -11,6 +11,7 @@ import inspect
 import json
 import sys
 import types
+from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 import bayesq
-from bayesq.suite.code_digest import files_behind
+from bayesq.suite.code_digest import is_users, sources
 
 # Libraries whose functions networks call.
 LIBRARIES = ("numpy", "timm", "torch", "torchvision", "transformers")
@@ -58,19 +59,20 @@ def _version(name: str) -> str | None:
 
 
 def _sources(module: nn.Module) -> set[str]:
-    """Checksums of the files that the modules' classes are written in and of what these import from beside them.
+    """Checksums of the files that the modules' classes are written in, and of what the user has beside them.
 
-    Torch's own are told by its version, and so are files that other libraries import.
+    Torch's files, and those that installed libraries import, are told by the libraries' versions.
     """
     files: set[Path] = set()
     for kind in {base for child in module.modules() for base in type(child).__mro__}:
-        if kind.__module__.partition(".")[0] not in ("builtins", "torch"):
-            try:
-                files.add(Path(inspect.getfile(kind)))
-            except (OSError, TypeError):  # made in a session: its functions' code is hashed below
-                continue
-            if kind.__module__.partition(".")[0] != "bayesq":
-                files.update(files_behind(kind.__module__))
+        package = kind.__module__.partition(".")[0]
+        if package in ("builtins", "torch"):
+            continue
+        try:
+            file = Path(inspect.getfile(kind))
+        except (OSError, TypeError):  # made in a session: its functions' code is hashed below
+            continue
+        files |= {file, *(sources(package) if is_users(package, file) else ())}
     return {_checksum(str(file), file.stat().st_mtime_ns) for file in files if file.is_file()}
 
 
@@ -105,14 +107,8 @@ def _plain(value: Any, depth: int, inside: frozenset[int]) -> Any:
     if isinstance(value, set | frozenset):
         return [kind, *sorted(json.dumps(inner(x), sort_keys=True) for x in value)]
     if isinstance(value, dict):
-        return [
-            kind,
-            *sorted(([str(key), inner(x)] for key, x in value.items() if str(key) not in NO_FUNCTION), key=str),
-        ]
-    if isinstance(value, functools.partial):
-        return [kind, inner(value.func), inner(value.args), inner(value.keywords)]
-    if isinstance(value, types.MethodType):
-        return [kind, inner(value.__func__), inner(value.__self__)]
+        known = ([str(key), inner(x)] for key, x in value.items() if str(key) not in NO_FUNCTION)
+        return [kind, *sorted(known, key=str)]
     if isinstance(value, types.CodeType):
         return [value.co_code.hex(), *value.co_names, inner(value.co_consts)]
     if isinstance(value, types.FunctionType):
@@ -123,21 +119,23 @@ def _plain(value: Any, depth: int, inside: frozenset[int]) -> Any:
     if isinstance(value, nn.Module):
         attributes = {key: x for key, x in vars(value).items() if key not in NO_FUNCTION and not _registered(x)}
         hooks = [list(found.values()) for found in (value._forward_pre_hooks, value._forward_hooks)]
-        made = [
-            base for base in type(value).__mro__ if "<locals>" in base.__qualname__
-        ]  # by a function, with its values
+        # classes made by a function hold its values
+        made = [base for base in type(value).__mro__ if "<locals>" in base.__qualname__]
         own = [{key: x for key, x in vars(base).items() if not key.startswith("__")} for base in made]
         return [kind, value.extra_repr(), inner(attributes), inner(hooks), inner(own)]
-    attributes = {name: getattr(value, name) for name in _slots(type(value)) if hasattr(value, name)}
-    attributes |= getattr(value, "__dict__", {})
-    # a deque, a range, a fraction; the default repr tells nothing but a place in memory
-    return [kind, inner(attributes)] if attributes or type(value).__repr__ is object.__repr__ else [kind, repr(value)]
+    return [kind, *map(inner, _state(value))]
 
 
-def _slots(kind: type) -> list[str]:
-    """Names of the attributes that objects of a class keep outside their __dict__."""
-    slots = [vars(base).get("__slots__", ()) for base in kind.__mro__]
-    return [name for names in slots for name in ((names,) if isinstance(names, str) else names)]
+def _state(value: Any) -> list[Any]:
+    """What pickling would keep of an object; nothing of one that refuses."""
+    try:
+        reduced = value.__reduce_ex__(2)
+    except TypeError:
+        return []
+    if isinstance(reduced, str):
+        return [reduced]
+    _, *parts = reduced
+    return [list(part) if isinstance(part, Iterator) else part for part in parts]
 
 
 def _registered(value: Any) -> bool:

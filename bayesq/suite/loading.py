@@ -9,7 +9,8 @@ and its settings are plain values: Hydra would follow interpolations and names i
 """
 
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -81,13 +82,9 @@ def base_network(
     config = changed(_config(packed, path), settings)
     cache = resolve_cache_dir(cache_dir)
     where = f"{path}: the network that was quantized cannot be loaded"
-    try:
+    with _explained(where):
         data = source(config, "dataset", trusted).load(cache)
         network: Network = source(config, "model", trusted).build(data, cache)
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from error
-    except Exception as error:  # a file can hold any arguments, and constructors fail in many ways
-        raise CorruptFile(f"{where}: {type(error).__name__}, {one_line(str(error))[:200]}") from error
     expected = packed.run["network"]["weights"]
     if network.checksum != expected:
         raise UserError(
@@ -104,8 +101,7 @@ def self_contained(packed: Packed, path: Path, trusted: Sequence[str] = ()) -> n
         UserError: its kind of model cannot be built without data.
     """
     config, blueprint = _config(packed, path), packed.run["network"].get("blueprint")
-    where = f"{path}: its network cannot be built"
-    try:
+    with _explained(f"{path}: its network cannot be built"):
         model = source(config, "model", trusted)
         if not hasattr(model, "bare"):
             raise UserError(f"model={config['model'].get('name')} has no method `bare`")
@@ -114,11 +110,18 @@ def self_contained(packed: Packed, path: Path, trusted: Sequence[str] = ()) -> n
         module: nn.Module = model.bare(blueprint)
         module.load_state_dict(packed.state, strict=False)
         fill(module, packed.tensors)
+    return module.eval()
+
+
+@contextmanager
+def _explained(where: str) -> Iterator[None]:
+    """Put `where` before whatever goes wrong: a file can hold any arguments, and constructors fail in many ways."""
+    try:
+        yield
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
-    except Exception as error:  # as above
+    except Exception as error:
         raise CorruptFile(f"{where}: {type(error).__name__}, {one_line(str(error))[:200]}") from error
-    return module.eval()
 
 
 def _check_state(module: nn.Module, packed: Packed) -> None:

@@ -21,7 +21,6 @@ PACKAGES = (
     "timm",
     "transformers",
     "tokenizers",
-    "datasets",
     "numba",
     "numpy",
     "pandas",
@@ -87,12 +86,9 @@ def git_state() -> dict[str, str | bool | None]:
     if not (root / ".git").exists():
         return {"commit": None, "dirty": None}
     try:
-        commit = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True, timeout=10
-        ).stdout.strip()
-        changed = subprocess.run(
-            ["git", "status", "--porcelain"], cwd=root, capture_output=True, text=True, check=True, timeout=10
-        ).stdout.strip()
+        command = ["git", "status", "--porcelain=v2", "--branch"]
+        done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True, timeout=10)
     except (OSError, subprocess.SubprocessError):
         return {"commit": None, "dirty": None}
-    return {"commit": commit, "dirty": bool(changed)}
+    commit, *lines = done.stdout.splitlines()  # "# branch.oid COMMIT", other such headers, changed files
+    return {"commit": commit.split()[-1], "dirty": any(not line.startswith("#") for line in lines)}

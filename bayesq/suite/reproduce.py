@@ -39,14 +39,6 @@ AXES = ("model", "dataset", "method", "posterior")
 Difference = tuple[str, str, str]  # what, as recorded, as found here
 
 
-# ------------------------------------------------------------------------------------------------------- comparison
-
-
-def _flat_numbers(result: Mapping[str, Any]) -> dict[str, Any]:
-    kept = {k: v for k, v in result.items() if k not in RECORDS and not k.startswith(OF_THE_MACHINE)}
-    return settings.flatten(kept)
-
-
 def differing(recorded: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[Difference]:
     """The keys whose values are not equal, those that one side lacks included."""
     for key in dict.fromkeys([*recorded, *here]):
@@ -57,7 +49,12 @@ def differing(recorded: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[
 
 def compare_results(recorded: Mapping[str, Any], here: Mapping[str, Any]) -> list[Difference]:
     """Differences between two results, in all but what depends on the machine."""
-    return list(differing(_flat_numbers(recorded), _flat_numbers(here)))
+
+    def numbers(result: Mapping[str, Any]) -> dict[str, Any]:
+        kept = {k: v for k, v in result.items() if k not in RECORDS and not k.startswith(OF_THE_MACHINE)}
+        return settings.flatten(kept)
+
+    return list(differing(numbers(recorded), numbers(here)))
 
 
 def compare_tables(recorded: Path, here: Path) -> list[Difference]:
@@ -117,9 +114,6 @@ def compare_runs(recorded: Path, here: Path) -> list[Difference]:
     return found + compare_codes(recorded / CODES, here / CODES)
 
 
-# ------------------------------------------------------------------------------------------------------ surroundings
-
-
 def warnings(result: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     """One line for everything about code, packages and hardware that is not as recorded.
 
@@ -147,18 +141,17 @@ def recorded_config(result: Mapping[str, Any]) -> dict[str, Any]:
     config: dict[str, Any] = result["config"]
     reference = Preflight().reference({})
     reference["wandb"] = OmegaConf.to_container(OmegaConf.create(reference["wandb"]), resolve=True)
-    own = (*AXES, *settings.WITHOUT_EFFECT)
+    elsewhere = (*AXES, *settings.WITHOUT_EFFECT)
     try:
-        settings.check_keys(*({k: v for k, v in keys.items() if k not in own} for keys in (config, reference)))
+        settings.check_keys(*({k: v for k, v in keys.items() if k not in elsewhere} for keys in (config, reference)))
     except UserError as error:
         version, commit = result.get("versions", {}).get("bayesq"), result.get("git", {}).get("commit")
         raise UserError(
             f"the record is of another version, bayesq {version} at commit {commit}, which has to be installed to "
             f"reproduce it ({error})"
         ) from error
-    defaults = {key: reference[key] for key in settings.WITHOUT_EFFECT if key in reference}
-    kept = {key: value for key, value in config.items() if key not in defaults or key in KEPT}
-    return {**defaults, **kept}
+    defaults = {key: reference[key] for key in settings.WITHOUT_EFFECT if key in reference and key not in KEPT}
+    return {**config, **defaults}
 
 
 def fresh_cache(cache_dir: Path, folder: Path) -> Path:
@@ -168,9 +161,6 @@ def fresh_cache(cache_dir: Path, folder: Path) -> Path:
         if entry.name not in COMPUTED:
             (folder / entry.name).symlink_to(entry)
     return folder
-
-
-# ---------------------------------------------------------------------------------------------------------- running
 
 
 def run_again(result: Mapping[str, Any], folder: Path, fresh: bool) -> Path:

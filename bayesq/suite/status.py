@@ -5,15 +5,13 @@ python -m bayesq.suite.status results model=resnet dataset=digits bits=3,4      
 """
 
 import argparse
-import math
 import re
 import shlex
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -26,7 +24,7 @@ from bayesq.suite.composition import as_typed, preflight
 from bayesq.suite.errors import UserError
 
 RUN_FILE = "run.py"
-OVERRIDES_FILE, CONFIG_FILE = ".hydra/overrides.yaml", ".hydra/config.yaml"
+OVERRIDES_FILE = ".hydra/overrides.yaml"
 STATES = ("done", "failed", "running", "missing")
 # What needs a look stands last, where a long list on a terminal ends.
 LISTED = ("done", "running", "missing", "failed")
@@ -66,46 +64,29 @@ def was_started(folder: Path) -> bool:
 
 
 def started_runs(results_dir: Path) -> list[Run]:
-    """Every run that was started in `results_dir`, by model, data set, task, method, bits, other settings and seed.
+    """Every run that was started in `results_dir`, in the order of their overrides; last those without any.
 
     Raises:
         UserError: there is no such folder.
     """
     if not results_dir.is_dir():
         raise UserError(f"{results_dir}: there is no such folder")
-    folders = sorted(filter(was_started, results_dir.iterdir()), key=_place)
-    return [state_of(folder, recorded_overrides(folder)) for folder in folders]
+    runs = [state_of(folder, recorded_overrides(folder)) for folder in filter(was_started, results_dir.iterdir())]
+    return sorted(runs, key=lambda run: (not run.overrides, _natural(shlex.join(run.overrides)), run.run_id))
 
 
-def _place(folder: Path) -> tuple[Any, ...]:
-    """Where a run stands in the order of `started_runs`: the last ones are those that do not say what they are."""
-    config = (results.finished_result(folder) or {}).get("config") or _read_yaml(folder / CONFIG_FILE)
-    groups = [config.get(axis) if isinstance(config, Mapping) else None for axis in ("model", "dataset", "method")]
-    model, dataset, method = (group if isinstance(group, Mapping) else {} for group in groups)
-    names = [
-        str(name or "") for name in (model.get("name"), dataset.get("name"), dataset.get("task"), method.get("name"))
-    ]
-    bits, seed = (_number(config.get(key)) if names[0] else math.inf for key in ("bits", "seed"))
-    axes = ("model", "dataset", "method", "bits", "seed")
-    further = sorted(o for o in recorded_overrides(folder) if _key(o) not in axes and not _is_without_effect(o))
-    return (not names[0], *names, bits, further, seed, folder.name)
-
-
-def _number(value: Any) -> float:
-    return float(value) if isinstance(value, int | float) else math.inf
-
-
-def _read_yaml(file: Path) -> Any:
-    """The content of a YAML file, interpolations as they stand; None where it cannot be read."""
-    try:
-        return yaml.load(file.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    except (OSError, ValueError, yaml.YAMLError):
-        return None
+def _natural(text: str) -> list[tuple[str, float]]:
+    """A key that orders the numbers in a text by their size."""
+    parts = [*re.split(r"(\d+(?:\.\d+)?)", text), "0"]
+    return [(words, float(number)) for words, number in zip(parts[::2], parts[1::2], strict=True)]
 
 
 def recorded_overrides(folder: Path) -> list[str]:
     """The overrides that Hydra recorded in a run's folder; none where they cannot be read."""
-    content = _read_yaml(folder / OVERRIDES_FILE)
+    try:
+        content = yaml.safe_load((folder / OVERRIDES_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return []
     return list(as_typed([str(override) for override in content])) if isinstance(content, list) else []
 
 

@@ -56,8 +56,7 @@ class Tracker:
     """
 
     def __init__(self, run: "wandb.Run | None", log_artifact: bool = False, error: str | None = None) -> None:
-        self._run = run
-        self._log_artifact = log_artifact
+        self._run, self._log_artifact = run, log_artifact
         self._failed = False
         self.started = run is not None
         self.error = error if run is None else UNFINISHED
@@ -98,19 +97,14 @@ class Tracker:
             with _data_dir(Path(self._run.settings.wandb_dir) / DATA_FOLDER / self._run.id):
                 if logged:
                     self._run.log(logged)
-                if predictions:
-                    self._save(PREDICTIONS_FILE, predictions)
+                if predictions:  # a copy for `wandb sync` lies in the client's folder
+                    folder = Path(self._run.settings.files_dir)
+                    write_csv(folder / PREDICTIONS_FILE, predictions)
+                    self._run.save(folder / PREDICTIONS_FILE, base_path=folder, policy="now")
                 if self._log_artifact and checkpoint is not None:
                     self._run.log_artifact(_artifact(self._run.id, result, checkpoint))
         except Exception as error:
             self._fail(error)
-
-    def _save(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Upload rows as a CSV file of the W&B run; a copy lies in the client's folder, for `wandb sync`."""
-        assert self._run is not None
-        folder = Path(self._run.settings.files_dir)
-        write_csv(folder / name, rows)
-        self._run.save(folder / name, base_path=folder, policy="now")
 
     def _fail(self, error: Exception, remedy: str = "") -> None:
         self._failed = True
@@ -166,12 +160,11 @@ def _data_dir(folder: Path) -> Iterator[None]:
     another machine that shares the results.
     """
     name = "WANDB_DATA_DIR"
-    chosen = os.environ.get(name)
-    os.environ[name] = chosen or str(folder)
+    chosen = os.environ.setdefault(name, str(folder))
     try:
         yield
     finally:
-        if chosen is None:
+        if chosen == str(folder):
             del os.environ[name]
 
 
@@ -194,13 +187,9 @@ def _cell(value: Any) -> Any:
 
 
 def reason(error: Exception) -> str:
-    """What W&B raised, as one line; of values that its settings refuse, which one and why."""
-    if isinstance(error, UserError):
-        return one_line(str(error))
-    if not (callable(listed := getattr(error, "errors", None)) and isinstance(error, ValueError)):
-        return one_line(f"{type(error).__name__}: {error}").rstrip(".")
-    refused = (f"{'.'.join(map(str, entry['loc']))}: {entry['msg']}" for entry in listed())
-    return one_line("; ".join(refused)).rstrip(".")
+    """What W&B raised, as one line."""
+    kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+    return one_line(f"{kind}{error}").rstrip(".")
 
 
 def identity(cfg: DictConfig) -> dict[str, Any]:
@@ -218,17 +207,13 @@ def identity(cfg: DictConfig) -> dict[str, Any]:
         flat[key.removesuffix("/name")] = flat.pop(key)
     changed = model.removeprefix(str(config["model"]["name"]))  # of the network, if anything was
     named = f"{method}-{config['bits']:g}-s{config['seed']}{changed}"
-    own = {"group": f"{model}-{dataset}", "job_type": method, "name": named}
-    chosen = {
-        "group": environment.value("WANDB_RUN_GROUP"),
-        "job_type": environment.value("WANDB_JOB_TYPE"),
-        "name": environment.value("WANDB_NAME"),
-    }
+    defaults = {"group": f"{model}-{dataset}", "job_type": method, "name": named}
+    variables = {"group": "WANDB_RUN_GROUP", "job_type": "WANDB_JOB_TYPE", "name": "WANDB_NAME"}
     added = (environment.value("WANDB_TAGS") or "").split(",")
     return {
         "project": project_label(config["wandb"]["project"]),
         "entity": config["wandb"]["entity"],
-        **{key: label(str(chosen[key] or text)) for key, text in own.items()},
+        **{key: label(environment.value(variables[key]) or text) for key, text in defaults.items()},
         "tags": tag_list([*map(str, (model, dataset, method)), f"{config['bits']:g}-bit", *map(str.strip, added)]),
         "config": flat,
     }

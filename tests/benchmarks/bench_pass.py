@@ -21,7 +21,7 @@ from bayesq.quant.layers import quantizable_layers
 from bayesq.quant.usage import usage_of
 from bayesq.suite import composition, runner
 from bayesq.suite.coverage import coverage
-from bayesq.suite.models.base import Network, TensorExamples, state_checksum, two_examples
+from bayesq.suite.models.base import Network, TensorExamples, two_examples
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = 256  # as many as a run takes unless told otherwise
@@ -67,7 +67,7 @@ def workload(build) -> runner.Workload:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         module, examples = build()
-    network = Network(module.eval(), lambda _: examples, state_checksum(module), {})
+    network = Network(module.eval(), lambda _: examples, {})
     data, device = types.SimpleNamespace(likelihood="categorical"), torch.device("cpu")
     usage = usage_of(module, quantizable_layers(module), two_examples(examples, device).inputs)
     return runner.Workload(network, data, usage, {}, coverage(module, usage.layers), examples, examples, device)

@@ -284,12 +284,12 @@ FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "weights missing": (lambda f: (f / "model.safetensors").unlink(), "has no model.safetensors"),
     "weights cut short": (
         lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-99]),
-        "model.safetensors cannot be read",
+        "model.safetensors: cannot be read",
     ),
     "integers": (integers, "holds I8"),
     "a NaN": (nan, "classifier.bias has NaN"),
     "no config": (lambda f: (f / "config.json").unlink(), "has no config.json"),
-    "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "has no tokenizer"),
+    "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "cannot be read .*tokenizer"),
     "tokenizer cut short": (
         lambda f: (f / "tokenizer.json").write_bytes((f / "tokenizer.json").read_bytes()[:500]),
         "model.checkpoint",

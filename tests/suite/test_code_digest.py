@@ -1,4 +1,4 @@
-"""Whether the code behind a finished run has changed: what counts, and what must not raise an alarm."""
+"""Whether the code behind a finished run has changed: what counts, and what nothing is known of."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -13,13 +13,13 @@ from bayesq.suite.results import write_json
 
 ROOT = Path(bayesq.__file__).parents[1]
 RTN = {"_target_": "baselines.rtn.RTN"}
-CACHED = ("digests", "_files", "_home", "_imports", "_path", "_folders", "_source", "_syntax")
+MINE = {"_target_": "mine_quant.method.Mine"}
 
 
 def forget() -> None:
     """As a new process."""
-    for name in CACHED:
-        getattr(code_digest, name).cache_clear()
+    code_digest.digest.cache_clear()
+    code_digest.sources.cache_clear()
 
 
 @pytest.fixture(autouse=True)
@@ -31,149 +31,82 @@ def fresh() -> Iterator[None]:
 
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A package of the user's with a method in several files, and others that it does not import."""
-    files = {
-        "__init__.py": "",
-        "method.py": "from .grids import (\n    grid,  # first\n)\nimport mine_quant.levels as l\n",
-        "grids.py": "from mine_quant import shared\n\ndef grid(w):\n    # nearest\n    return round(w)\n",
-        "levels.py": "LEVELS = 4\n",
-        "shared.py": "STEP = 1\n",
-        "other.py": "from mine_quant import method\n",
-        "README.md": "text\n",
-    }
-    folder = tmp_path / "mine_quant"
-    folder.mkdir()
-    for name, text in files.items():
-        (folder / name).write_text(text)
+    """A package of the user's, with a module and a package beside it."""
+    files = ("mine_quant/__init__.py", "mine_quant/method.py", "mine_quant/deeper/grids.py", "mine_quant/README.md")
+    for name in (*files, "beside_quant.py", "neighbour/__init__.py", "neighbour/levels.py", "folder/notes.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("STEP = 1\n")
     monkeypatch.syspath_prepend(tmp_path)
-    return folder
+    return tmp_path / "mine_quant"
 
 
 def result(**groups: Any) -> dict[str, Any]:
     """What a run of these groups leaves, as far as it matters here."""
     config = {"allocator": "uniform", "method": RTN, "posterior": {}, "model": {}, "dataset": {}, **groups}
-    return {"config": config, "code": code_digest.digests(code_digest.targets(config))}
+    return {"config": config, "code": code_digest.digest(code_digest.packages(config))}
 
 
-def edited(path: Path, change: Callable[[str], str]) -> None:
+def edited(path: Path, change: Callable[[str], str] = lambda text: text.replace("1", "2")) -> None:
     path.write_text(change(path.read_text()))
     forget()
 
 
 @pytest.mark.parametrize(
-    "line",
-    [
-        "import beside_quant",
-        "import os; import beside_quant as b",
-        "if True: import beside_quant",
-        "from beside_quant import (  # )\n    STEP)",
-    ],
-)
-def test_files_beside_a_target_count(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "beside_quant.py").write_text("STEP = 1\n")
-    (tmp_path / "alone_quant.py").write_text(f"{line}\n\nclass Mine:\n    bits = 3\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    finished = result(method={"_target_": "alone_quant.Mine"})
-    edited(tmp_path / "beside_quant.py", lambda text: text.replace("1", "2"))
-    assert code_digest.has_changed(finished)
-
-
-@pytest.mark.parametrize(
     ("file", "counts"),
     [
-        ("method.py", True),
-        ("grids.py", True),
-        ("levels.py", True),
-        ("shared.py", True),
-        ("__init__.py", True),
-        ("other.py", False),
-        ("README.md", False),
+        ("mine_quant/__init__.py", True),
+        ("mine_quant/method.py", True),
+        ("mine_quant/deeper/grids.py", True),
+        ("beside_quant.py", True),
+        ("neighbour/levels.py", True),
+        ("mine_quant/README.md", False),
+        ("folder/notes.py", False),
     ],
 )
-def test_what_a_method_of_the_users_imports_counts(package: Path, file: str, counts: bool) -> None:
-    finished = result(method={"_target_": "mine_quant.method.Mine"})
+def test_the_users_package_and_what_it_may_import_from_beside_it_count(package: Path, file: str, counts: bool) -> None:
+    finished = result(method=MINE)
     assert not code_digest.has_changed(finished)
-    edited(package / file, lambda text: f"{text}\nADDED = 1\n")
+    edited(package.parent / file)
     assert code_digest.has_changed(finished) == counts
+    assert not code_digest.has_changed(result(method=MINE))
 
 
 @pytest.mark.parametrize("group", ["method", "model", "dataset", "posterior"])
 def test_every_group_and_what_is_nested_in_it_counts(package: Path, group: str) -> None:
-    nested = {**RTN, "grid": {"_target_": "mine_quant.grids.grid"}}
-    finished = result(**{group: nested, "allocator": "knapsack"})
-    edited(package / "shared.py", lambda text: text.replace("1", "2"))
+    finished = result(**{group: {**RTN, "grid": {"_target_": "mine_quant.grids.grid"}}})
+    edited(package / "method.py")
     assert code_digest.has_changed(finished)
 
 
-def test_a_posterior_that_is_not_read_does_not_count(package: Path) -> None:
-    finished = result(posterior={"_target_": "mine_quant.grids.grid"})
-    edited(package / "grids.py", lambda text: text.replace("round", "int"))
-    assert not code_digest.has_changed(finished)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda text: text.replace("# nearest", "# to the nearest"),
-        lambda text: text.replace("def grid(w):", 'def grid(w):\n    """Grid."""'),
-        lambda text: text.replace("\n\n", "\n\n\n\n"),
-        lambda text: text.replace("(w)", "( w )"),
-    ],
-)
-def test_comments_docstrings_and_layout_do_not_count(package: Path, change: Callable[[str], str]) -> None:
-    finished = result(method={"_target_": "mine_quant.grids.grid"})
-    before = (package / "grids.py").read_text()
-    edited(package / "grids.py", change)
-    assert (package / "grids.py").read_text() != before
-    assert not code_digest.has_changed(finished)
-
-
-def test_a_single_file_and_a_method_of_a_class_are_targets_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "alone_quant.py").write_text("class Mine:\n    bits = 3\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    finished = result(method={"_target_": "alone_quant.Mine.make"})
-    edited(tmp_path / "alone_quant.py", lambda text: text.replace("3", "4"))
+def test_a_single_file_is_a_target_too(package: Path) -> None:
+    finished = result(method={"_target_": "beside_quant.Mine.make"})
+    edited(package.parent / "beside_quant.py")
     assert code_digest.has_changed(finished)
 
 
-@pytest.mark.parametrize(
-    ("file", "counts"),
-    [
-        ("bayesq/quant/grids.py", True),
-        ("bayesq/calibration/passes.py", True),
-        ("bayesq/fisher.py", True),
-        ("bayesq/suite/calibration.py", True),
-        ("bayesq/suite/runner.py", True),
-        ("baselines/rtn.py", True),
-        ("bayesq/suite/models/resnet.py", True),
-        ("bayesq/suite/datasets/digits.py", True),
-        ("bayesq/suite/plots.py", False),
-        ("bayesq/suite/cli.py", False),
-        ("bayesq/suite/tracking.py", False),
-        ("bayesq/suite/dashboard.py", False),
-        ("baselines/awq.py", False),
-        ("bayesq/method.py", False),
-        ("bayesq/suite/models/minilm.py", False),
-        ("bayesq/suite/datasets/glue.py", False),
-    ],
-)
-def test_of_our_own_code_counts_what_computes_the_run(monkeypatch: pytest.MonkeyPatch, file: str, counts: bool) -> None:
-    finished = result(
-        model={"_target_": "bayesq.suite.models.resnet.SmallResNet"},
-        dataset={"_target_": "bayesq.suite.datasets.digits.Digits"},
-    )
+def test_an_installed_package_counts_without_what_lies_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "site-packages" / "plugin_quant"
+    folder.mkdir(parents=True)
+    for name in ("__init__.py", "method.py", "../other.py"):
+        (folder / name).write_text("STEP = 1\n")
+    monkeypatch.syspath_prepend(folder.parent)
+    finished = result(method={"_target_": "plugin_quant.method.Mine"})
+    edited(folder.parent / "other.py")
     assert not code_digest.has_changed(finished)
-    assert (ROOT / file).is_file()
+    edited(folder / "method.py")
+    assert code_digest.has_changed(finished)
+
+
+@pytest.mark.parametrize("file", ["bayesq/quant/grids.py", "bayesq/suite/models/resnet.py", "baselines/rtn.py"])
+def test_our_own_code_counts(monkeypatch: pytest.MonkeyPatch, file: str) -> None:
+    finished = result()
+    assert not code_digest.has_changed(finished)
     forget()
-    read = code_digest._source
-
-    def changed(path: Path) -> bytes:
-        return read(path) + (b"\nADDED = 1\n" if path == ROOT / file else b"")
-
-    monkeypatch.setattr(code_digest, "_source", changed)
-    found = code_digest.has_changed(finished)
-    monkeypatch.undo()
-    assert found == counts
+    read = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read(path) + (b"ADDED = 1\n" if path == ROOT / file else b""))
+    assert code_digest.has_changed(finished)
 
 
 def test_a_skipped_run_says_that_its_code_has_changed(
@@ -183,13 +116,13 @@ def test_a_skipped_run_says_that_its_code_has_changed(
     line = ["-m", "method=rtn", "method._target_=mine_quant.method.Mine", "seed=0,1"]
     jobs = cli.preflight(line) or []
     for job, kept in zip(jobs, (True, False), strict=True):
-        digests = code_digest.digests(code_digest.targets(job.config))
+        digest = code_digest.digest(code_digest.packages(job.config))
         numbers = {"status": "finished", "model": "minilm", "dataset": "movie_snippets", "method": "rtn"}
-        code = {"code": digests} if kept else {}  # the other is of an earlier version, which kept none
+        code = {"code": digest} if kept else {}  # the other is of an earlier version, which kept none
         write_json(job.run_dir / "result.json", {**numbers, **code, "config": job.config})
     assert cli._run(jobs) == 0
     assert "changed" not in capsys.readouterr().out
-    edited(package / "shared.py", lambda text: text.replace("1", "2"))
+    edited(package / "method.py")
     assert cli._run(jobs) == 0
     first, second = capsys.readouterr().out.splitlines()
     assert first.startswith(f"skipped (finished): {jobs[0].run_id} ")
@@ -198,17 +131,16 @@ def test_a_skipped_run_says_that_its_code_has_changed(
 
 
 def test_what_is_not_known_is_not_said(package: Path) -> None:
-    finished = result(method={"_target_": "mine_quant.method.Mine"})
-    for older in ({}, {"code": None}, {"code": "text"}):
+    finished = result(method=MINE)
+    for older in ({}, {"code": None}, {"code": {"bytes": "text"}}):
         assert not code_digest.has_changed({"config": finished["config"], **older})
-    for file in package.iterdir():
+    for file in package.rglob("*.py"):
         file.unlink()
-    package.rmdir()
     forget()
     assert not code_digest.has_changed(finished)
-    assert code_digest.digests(("no_such_package.Net",)) is None
+    assert code_digest.digest(("no_such_package",)) is None
 
 
 def test_nothing_is_imported_to_find_out(package: Path) -> None:
-    result(method={"_target_": "mine_quant.method.Mine"})
+    result(method=MINE)
     assert not any(name.startswith("mine_quant") for name in sys.modules)

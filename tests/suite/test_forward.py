@@ -51,7 +51,7 @@ class Faulty:
             self.fail("encode")
             return TensorExamples({"x": examples.inputs}, examples.labels)  # type: ignore[attr-defined]
 
-        return Network(Net().eval(), encode, "0" * 64, {})
+        return Network(Net().eval(), encode, {})
 
 
 def configured(tmp_path: Path, *overrides: str) -> DictConfig:

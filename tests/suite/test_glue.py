@@ -1,17 +1,19 @@
 """GLUE: nine tasks in the layouts they come in, the draw of a limit, and errors in one line."""
 
-import sys
+import json
 from collections import Counter
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from glue_files import ROWS, write_parquet, write_tsv
 
 from bayesq.suite.datasets.glue import TASKS, Glue
 from bayesq.suite.errors import UserError
+from bayesq.suite.hub import HubFiles
 from bayesq.suite.metrics import Metric
 
 
@@ -310,73 +312,50 @@ def test_missing_files_name_both_layouts_and_the_hub(tmp_path):
 # ---------------------------------------------------------------------------------------------------------------- hub
 
 
-class Columns(dict):
-    column_names = property(list)
-    info = SimpleNamespace(download_checksums={"hf://datasets/nyu-mll/glue@abc123/sst2/x.parquet": {}})
-
-
-def fake_datasets(monkeypatch, load_dataset, online: bool) -> ModuleType:
-    """Stand-in for the package."""
-    fake = ModuleType("datasets")
-    fake.load_dataset, fake.config = load_dataset, SimpleNamespace(HF_HUB_OFFLINE=False)
-    monkeypatch.setitem(sys.modules, "datasets", fake)
-    monkeypatch.setattr("bayesq.suite.datasets.glue.reachable", lambda: online)
-    return fake
-
-
-def test_the_hub_is_read_through_datasets(monkeypatch):
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """Stands for the hub's cache: a folder of parquet files, and what was asked of it."""
     asked = []
 
-    def load_dataset(*arguments, **options):
-        asked.append((*arguments, options))
-        rows = ROWS("mnli", options["split"].replace("validation", "dev"))
-        premise, hypothesis, label = (list(column) for column in zip(*rows, strict=True))
-        return Columns(premise=premise, hypothesis=hypothesis, label=label, idx=list(range(len(rows))))
+    def hub_files(repository, patterns, revision, key, instead):
+        asked.append((repository, patterns, revision, key, instead))
+        return HubFiles(tmp_path, "ab" * 20)
 
-    fake_datasets(monkeypatch, load_dataset, online=True)
-    data = load(None, "mnli", revision="abc")
-    assert [call[2] for call in asked] == [
-        {"split": split, "revision": "abc"} for split in ("train", "validation_matched", "validation_mismatched")
-    ]
-    assert all(call[:2] == ("nyu-mll/glue", "mnli") for call in asked)
+    monkeypatch.setattr("bayesq.suite.datasets.glue.hub_files", hub_files)
+    return tmp_path, asked
+
+
+def test_the_hub_gives_parquet_files(hub, caplog):
+    root, asked = hub
+    write_parquet(root, "mnli")
+    with caplog.at_level("INFO"):
+        data = load(None, "mnli")
+    ((repository, patterns, revision, key, instead),) = asked
+    assert (repository, patterns, revision) == ("nyu-mll/glue", ["mnli/*.parquet"], "main")
+    assert key == "dataset.hub=nyu-mll/glue" and "dataset.root=DIR" in instead
     assert data.evaluation.labels.tolist() == [label for split in DEV["mnli"] for *_, label in ROWS("mnli", split)]
-    assert data.source["revision"] == "abc" and "abc123" in data.source["sha256"]
+    assert data.source["revision"] == "ab" * 20 and len(data.source["sha256"].split(", ")) == 3
     assert data.source["origin"] == "GLUE mnli in nyu-mll/glue on the hub"
+    assert f"dataset.revision={'ab' * 20} stays with it" in caplog.text
+    load(None, "mnli", revision="abc")
+    assert asked[1][2] == "abc"
 
 
-def test_a_hub_that_numbers_the_classes_otherwise_is_refused(monkeypatch):
-    def load_dataset(*_, **__):
-        data = Columns(sentence=["a", "b"], label=[0, 1], idx=[0, 1])
-        data.features = {"sentence": object(), "label": SimpleNamespace(names=["positive", "negative"])}
-        return data
-
-    fake_datasets(monkeypatch, load_dataset, online=True)
-    with pytest.raises(
-        UserError, match=r"^dataset\.hub=nyu-mll/glue, train calls label 0 'positive'.*label 1"
-    ) as caught:
+def test_a_hub_that_lacks_files_or_numbers_the_classes_otherwise_is_refused(hub):
+    with pytest.raises(UserError, match=r"^dataset\.hub=nyu-mll/glue: SST-2/train\.tsv cannot be read") as caught:
+        load(None, "sst2")
+    refused(caught)
+    (hub[0] / "sst2").mkdir()
+    names = json.dumps({"info": {"features": {"label": {"names": ["positive", "negative"]}}}})
+    table = pa.table({"sentence": ["a", "b"], "label": [0, 1]}).replace_schema_metadata({"huggingface": names})
+    pq.write_table(table, hub[0] / "sst2" / "train-00000-of-00001.parquet")
+    with pytest.raises(UserError, match=r"^dataset\.hub=nyu-mll/glue: sst2/train.* calls label 0 'positive'") as caught:
         load(None, "sst2")
     refused(caught)
 
 
-@pytest.mark.parametrize(("online", "said"), [(True, "Couldn't reach the hub. Try again"), (False, "HF_HUB_OFFLINE")])
-def test_a_hub_that_does_not_answer_is_one_line(monkeypatch, online, said):
-    offline = []
-
-    def load_dataset(*_, **__):
-        offline.append(sys.modules["datasets"].config.HF_HUB_OFFLINE)
-        raise ConnectionError("Couldn't reach the hub.\nTry again. (Caused by: a long story)")
-
-    fake = fake_datasets(monkeypatch, load_dataset, online)
-    with pytest.raises(
-        UserError, match=rf"^dataset\.hub=nyu-mll/glue could not be .*{said}.*dataset\.root=DIR"
-    ) as caught:
-        load(None, "sst2")
-    refused(caught)
-    assert offline == [not online] and fake.config.HF_HUB_OFFLINE is False  # no minutes of retries, and put back
-
-
-def test_without_the_package_datasets(monkeypatch):
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UserError, match=r"pip install datasets.*dataset\.root=DIR") as caught:
+def test_a_hub_that_does_not_answer_is_one_line(monkeypatch):
+    monkeypatch.setattr("bayesq.suite.hub._absence", lambda: "it cannot be reached: Try again")
+    with pytest.raises(UserError, match=r"^dataset\.hub=nyu-mll/glue could not be .*Try.*dataset\.root=DIR") as caught:
         load(None, "sst2")
     refused(caught)

@@ -363,7 +363,7 @@ class TestMiniLM:
 
     def test_altered_weights_are_refused(self, tmp_path, monkeypatch):
         monkeypatch.setitem(minilm.SHA256, "model.safetensors", "0" * 64)
-        with pytest.raises(UserError, match=r"model\.safetensors should have sha256 0000.* but has 53aa5117"):
+        with pytest.raises(UserError, match=r"model\.safetensors has sha256 53aa5117.* instead of 0000"):
             MiniLM(max_length=128).build(sentences(2), tmp_path)
 
     @pytest.mark.parametrize("length", [-1, 7, 513])

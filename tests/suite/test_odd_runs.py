@@ -20,7 +20,7 @@ from bayesq.suite import composition, runner
 from bayesq.suite.errors import UserError
 from bayesq.suite.export import export
 from bayesq.suite.loading import load_quantized
-from bayesq.suite.models.base import Network, TensorExamples, state_checksum
+from bayesq.suite.models.base import Network, TensorExamples
 
 EXTRA = {
     "unused": lambda: Unused(),
@@ -57,7 +57,7 @@ class OddModel:
 
     def build(self, data: Any, cache_dir: Path) -> Network:
         module = self.bare({})
-        return Network(module, self.encode, state_checksum(module), {"architecture": self.kind})
+        return Network(module, self.encode, {"architecture": self.kind})
 
     def bare(self, blueprint: Mapping[str, Any]) -> nn.Module:
         def ten() -> nn.Module:

@@ -119,7 +119,7 @@ def test_a_missing_file_is_named(whole: tuple, number: int) -> None:
 def test_a_file_too_many_is_named(whole: tuple, extra: str) -> None:
     folder, val, columns, load = whole
     file = write(folder / f"{extra.format(val=val)}.parquet", columns(50))
-    with pytest.raises(UserError, match=r"^dataset\.root=.*(not one of|beyond the|both number 1)") as caught:
+    with pytest.raises(UserError, match=r"^dataset\.root=.*not one of the \d files") as caught:
         load()
     assert file.name in message(caught)
 
@@ -150,7 +150,6 @@ def paths(*names: str) -> list[Path]:
         ["train"],
         ["train0", "train1", "train2"],
         ["train-00000-of-00002-1a2b", "train-00001-of-00002-c3d4"],  # hashes of older releases
-        ["train-1-of-2", "train-2-of-2"],  # counted from 1
         ["train-00000-of-00001"],
     ],
 )
@@ -294,7 +293,7 @@ def test_images_of_other_sizes_are_not_stretched(tmp_path: Path, size: tuple[int
     write(tmp_path / "train.parquet", images(0))
     write(tmp_path / "test.parquet", images(0, size=size))
     with pytest.raises(
-        UserError, match=rf"row 0 of test\.parquet is not a 32x32 image \(it has {size[0]}x{size[1]} pi"
+        UserError, match=rf"row 0 of .*test\.parquet is not a 32x32 image \(it has {size[0]}x{size[1]} pi"
     ):
         load_cifar(tmp_path)
 

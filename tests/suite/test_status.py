@@ -169,17 +169,17 @@ def test_damaged_files_do_not_stop_the_list() -> None:
     assert found[second.run_id].overrides == ()
 
 
-def test_runs_are_listed_by_workload_method_bits_and_seed() -> None:
+def test_runs_are_listed_in_the_order_of_their_overrides() -> None:
     """Whatever their run ids, whatever was started first, and whether they are done or not."""
     digits, films = ["model=resnet", "dataset=digits"], ["model=minilm", "dataset=movie_snippets"]
     questions = [
         [*films, "method=rtn", "bits=4", "seed=0"],
         [*digits, "method=awq", "bits=8", "seed=2"],
         [*digits, "method=rtn", "bits=2", "seed=10"],
-        [*digits, "method=rtn", "bits=3", "seed=2"],
-        [*digits, "method=rtn", "bits=3", "seed=10"],
         [*digits, "method=rtn", "bits=3", "method.clip=minmax", "seed=0"],
         [*digits, "method=rtn", "bits=3", "method.clip=minmax", "seed=2"],
+        [*digits, "method=rtn", "bits=3", "seed=2"],
+        [*digits, "method=rtn", "bits=3", "seed=10"],
         [*digits, "method=rtn", "bits=3.5", "seed=0"],
     ]
     for question in reversed(questions):
@@ -187,20 +187,18 @@ def test_runs_are_listed_by_workload_method_bits_and_seed() -> None:
         finish(job)
         (job,) = preflight([*question, "correction=moments"]) or ()
         begin(job)
-        (job.run_dir / ".hydra" / "config.yaml").write_text(yaml.safe_dump({**job.config, "results_dir": "${x}"}))
     bare = Path("results/0000")
     bare.mkdir()
     (bare / "result.json").write_text("{")
     strange = Path("results/0001/.hydra")
     strange.mkdir(parents=True)
     (strange / "overrides.yaml").write_text("[bits=3]")
-    (strange / "config.yaml").write_text("{model: resnet, dataset: null, bits: [3]}")
     found = status.started_runs(Path("results"))
     listed = [[*run.overrides] for run in found if run.state == "done"]
     assert listed == questions
     others = [run for run in found if run.state == "missing"]
-    assert [[*run.overrides] for run in others[:-2]] == [[*question, "correction=moments"] for question in questions]
-    assert [run.run_id for run in others[-2:]] == ["0000", "0001"]
+    assert [[*run.overrides] for run in others[1:-1]] == [[*question, "correction=moments"] for question in questions]
+    assert [run.run_id for run in (others[0], others[-1])] == ["0001", "0000"]
     lines = status.report(found, Path("results")).splitlines()
     assert [line.split()[2:] for line in lines if line.startswith("done")] == questions
 

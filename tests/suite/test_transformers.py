@@ -204,7 +204,7 @@ def test_missing_files(folder, tmp_path, patterns, message):
 def test_pickles_are_not_opened(folder, tmp_path):
     broken = without(folder, tmp_path / "broken", "*.safetensors")
     (broken / "pytorch_model.bin").write_bytes(b"never read")
-    refused(r"pytorch_model\.bin is a pickle, which is never opened", lambda: built(broken, blank(SENTENCES)))
+    refused(r"has no model\.safetensors \(a pickle is never opened", lambda: built(broken, blank(SENTENCES)))
 
 
 def test_code_in_a_checkpoint_is_not_run(folder, tmp_path):

@@ -8,7 +8,7 @@ from architectures import CLASSES, TIMM, TRANSFORMERS, Architecture, build_image
 from torch import nn
 
 from bayesq.suite.datasets.base import DataSplits, Examples
-from bayesq.suite.models.base import Network, TensorExamples, parameter_count, state_checksum
+from bayesq.suite.models.base import Network, TensorExamples
 from bayesq.suite.tasks import IMAGE_CLASSIFICATION, TEXT_CLASSIFICATION
 
 EXAMPLES = 16  # of calibration, and as many of evaluation
@@ -88,7 +88,7 @@ class RandomImages:
             if hasattr(part, "fused_attn"):
                 part.fused_attn = False
         encode = lambda examples: TensorExamples({"x": examples.inputs}, examples.labels)  # noqa: E731
-        return Network(module, encode, state_checksum(module), {"parameters": parameter_count(module)})
+        return Network(module, encode, {})
 
 
 def write_classifier(name: str, folder: Path) -> None:

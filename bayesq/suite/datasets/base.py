@@ -2,10 +2,10 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, ClassVar, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -190,30 +190,47 @@ def stratified(labels: Tensor, size: int, seed: int) -> Tensor:
     return order[rank < places[drawn]].sort().values
 
 
-def seeded_splits(
-    examples: Examples, *, evaluation: int, calibration_pool: int, split_seed: int, limit: int | None
-) -> tuple[Examples, Examples, Examples]:
-    """Cut `examples` into (train, calibration pool, evaluation), disjoint by construction.
+@dataclass(frozen=True)
+class SeededSplits:
+    """A data set without splits of its own, cut by a seed.
 
-    The evaluation set comes first in the shuffled order: it stays the same whatever the size of the pool.
-    `limit` keeps its first `limit` examples and moves no example to another split.
-
-    Raises:
-        UserError: a size is not positive, or nothing would be left to train on.
+    Attributes:
+        split_seed: seed of the shuffle that assigns examples to splits.
+        calibration_pool: number of examples calibration sets are drawn from.
+        evaluation: number of evaluation examples; what remains is the train split.
+        limit: keep only the first `limit` evaluation examples; this moves no example to another split.
     """
-    sizes = {
-        "evaluation": evaluation,
-        "calibration_pool": calibration_pool,
-        "limit": 1 if limit is None else limit,
-    }
-    for key, size in sizes.items():
-        if size < 1:
-            raise UserError(f"dataset.{key}={size} must be at least 1")
-    if evaluation + calibration_pool >= len(examples):
-        raise UserError(
-            f"dataset.evaluation={evaluation} and dataset.calibration_pool={calibration_pool} leave "
-            f"nothing to train on: their sum must stay below {len(examples)}, the size of the data set"
+
+    split_seed: int
+    calibration_pool: int
+    evaluation: int
+    limit: int | None = None
+    task: ClassVar[Task] = IMAGE_CLASSIFICATION
+
+    def cut(self, examples: Examples, num_classes: int, source: Mapping[str, str]) -> DataSplits:
+        """Disjoint splits of `examples`.
+
+        The evaluation set comes first in the shuffled order: it stays the same whatever the size of the pool.
+
+        Raises:
+            UserError: a size is not positive, or nothing would be left to train on.
+        """
+        for key in ("evaluation", "calibration_pool", "limit"):
+            if (size := getattr(self, key)) is not None and size < 1:
+                raise UserError(f"dataset.{key}={size} must be at least 1")
+        if self.evaluation + self.calibration_pool >= len(examples):
+            raise UserError(
+                f"dataset.evaluation={self.evaluation} and dataset.calibration_pool={self.calibration_pool} leave "
+                f"nothing to train on: their sum must stay below {len(examples)}, the size of the data set"
+            )
+        order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(self.split_seed))
+        evaluated, pool, train = order.tensor_split([self.evaluation, self.evaluation + self.calibration_pool])
+        return DataSplits(
+            train=examples.select(train),
+            calibration_pool=examples.select(pool),
+            evaluation=examples.select(evaluated[: self.limit]),
+            num_classes=num_classes,
+            primary_metric="accuracy",
+            source={**source, "split_seed": str(self.split_seed)},
+            task=self.task,
         )
-    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(split_seed))
-    evaluated, pool, train = order.tensor_split([evaluation, evaluation + calibration_pool])
-    return examples.select(train), examples.select(pool), examples.select(evaluated[:limit])

@@ -1,21 +1,17 @@
 """CIFAR-10 from parquet files in the layout of the `datasets` library: 32x32 colour images, ten classes."""
 
-import hashlib
 import io
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from bayesq.files import file_sha256
 from bayesq.suite.datasets.base import DataSplits, Examples, limited, stratified
-from bayesq.suite.datasets.parquet_files import check_classes, listed, of_split, recorded_classes
+from bayesq.suite.datasets.parquet_files import listed, of_split
+from bayesq.suite.datasets.parquet_photos import ParquetPhoto, ParquetPhotos
 from bayesq.suite.datasets.pictures import decoded
 from bayesq.suite.errors import UserError
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 SUBSETS = ("stratified", "first")
@@ -61,78 +57,34 @@ class Cifar10:
             primary_metric="accuracy",
             source={
                 "origin": f"CIFAR-10 as parquet in {self.root}",
-                "sha256": ", ".join(_sha256(file) for file in (*train, *test)),
+                "sha256": ", ".join(file_sha256(file) for file in (*train, *test)),
                 "subset": "all" if self.limit is None else self.subset,
                 "split_seed": str(self.split_seed),
             },
         )
 
     def _files(self, split: str) -> list[Path]:
-        """The files of a split; the plain one, if there is none."""
-        plain = f"{split}.parquet"
-        found = of_split(listed(self.root, plain, f"{split}-*.parquet"), f"dataset.root={self.root}")
-        return found or [self.root / plain]
+        where = f"dataset.root={self.root}"
+        files = of_split(listed(self.root, f"{split}.parquet", f"{split}-*.parquet"), where)
+        if not files:
+            raise UserError(f"{where}: there is no {split}.parquet")
+        return files
 
     def _read(self, split: str, files: list[Path], limit: int | None) -> Examples:
         """`limit` rows of the files in their order, only those being decoded."""
-        tables = [self._table(file) for file in files]
-        labels = torch.cat([self._labels(table["label"], file) for table, file in zip(tables, files, strict=True)])
-        places = [
-            (table["image"], row, file) for table, file in zip(tables, files, strict=True) for row in range(len(table))
-        ]
-        size = limited(len(labels), limit)
-        rows = stratified(labels, size, self.split_seed) if self.subset == "stratified" else torch.arange(size)
-        images = torch.empty(len(rows), 3, SIZE, SIZE)
-        for place, row in enumerate(rows.tolist()):
-            column, number, file = places[row]
-            try:
-                pixels = torch.tensor(np.asarray(decoded(io.BytesIO(column.iloc[number]["bytes"]))))
-            except (ValueError, TypeError, LookupError) as error:
-                raise self._no_image(file, number, str(error)) from error
-            if pixels.shape != (SIZE, SIZE, 3):  # a single row or column would fill the whole image
-                raise self._no_image(file, number, f"it has {pixels.shape[1]}x{pixels.shape[0]} pixels")
-            images[place] = pixels.permute(2, 0, 1) / 255
-        return Examples(images, labels[rows], [f"{split}/{row}" for row in rows.tolist()])
-
-    def _table(self, file: Path) -> "pd.DataFrame":
-        """The columns image and label of a file.
-
-        Raises:
-            UserError: it has none such, its labels are other classes, or it cannot be read.
-        """
         where = f"dataset.root={self.root}"
-        import pandas as pd
-
-        try:
-            with file.open("rb") as stream:
-                table = pd.read_parquet(stream, columns=["image", "label"])
-            names = recorded_classes(file)
-        except ImportError as error:
-            raise UserError("dataset=cifar10 needs pyarrow: run `python -m pip install pyarrow`") from error
-        except OSError as error:
-            raise UserError(f"{where}: {file.name} cannot be read ({error.strerror or error})") from error
-        except Exception as error:  # of a damaged file pandas and pyarrow raise more than they document
-            raise UserError(f"{where}: {file.name} is not parquet with the columns image and label") from error
-        check_classes(names, len(CLASSES), CLASSES, f"{where}: {file.name}")
-        return table
-
-    def _no_image(self, file: Path, row: int, reason: str) -> UserError:
-        return UserError(f"dataset.root={self.root}: row {row} of {file.name} is not a {SIZE}x{SIZE} image ({reason})")
-
-    def _labels(self, column: "pd.Series", file: Path) -> Tensor:
-        """Labels [rows] int64.
-
-        Raises:
-            UserError: there are none, one is missing, or one is no class.
-        """
-        import pandas as pd
-
-        whole = pd.to_numeric(column, errors="coerce")
-        if not len(whole) or not whole.isin(range(len(CLASSES))).all():
-            raise UserError(f"dataset.root={self.root}: {file.name} must hold labels from 0 to {len(CLASSES) - 1}")
-        return torch.tensor(whole.to_numpy(dtype=np.int64))
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+        photos = ParquetPhotos(files, where, len(CLASSES), CLASSES)
+        size = limited(len(photos), limit)
+        rows = stratified(photos.labels, size, self.split_seed) if self.subset == "stratified" else torch.arange(size)
+        chosen = photos.select(rows)
+        images = torch.empty(size, 3, SIZE, SIZE)
+        for place, photo in enumerate(chosen.inputs):
+            assert isinstance(photo, ParquetPhoto)
+            try:
+                pixels = torch.tensor(np.asarray(decoded(io.BytesIO(photo.read()))))
+                if pixels.shape != (SIZE, SIZE, 3):  # a single row or column would fill the whole image
+                    raise ValueError(f"it has {pixels.shape[1]}x{pixels.shape[0]} pixels")
+            except (OSError, ValueError) as error:
+                raise UserError(f"{where}: {photo} is not a {SIZE}x{SIZE} image ({error})") from error
+            images[place] = pixels.permute(2, 0, 1) / 255
+        return Examples(images, chosen.labels, [f"{split}/{row}" for row in rows.tolist()])

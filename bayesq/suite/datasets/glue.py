@@ -3,22 +3,21 @@
 They are read from the published TSV files, from parquet files in the layout of the hub, or from the hub itself.
 """
 
-import hashlib
-import importlib
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from bayesq.files import file_sha256
 from bayesq.suite.config import one_line
 from bayesq.suite.datasets.base import DataSplits, Examples, limited, stratified
 from bayesq.suite.datasets.parquet_files import check_classes, listed, of_split, recorded_classes
 from bayesq.suite.errors import UserError
-from bayesq.suite.hub import from_hub, reachable
+from bayesq.suite.hub import MAIN, hub_files, tell_commit
 from bayesq.suite.metrics import METRICS, Metric
 from bayesq.suite.tasks import TEXT_CLASSIFICATION, TEXT_REGRESSION
 
@@ -98,13 +97,13 @@ class _Table:
         where: for messages.
         header: names of the columns.
         rows: what to call a row in messages, and its cells.
-        checksums: sha256 of the files they come from; of the hub's the addresses, which hold the commit.
+        files: that they come from.
     """
 
     where: str
     header: list[str]
-    rows: Iterable[tuple[str, Sequence[Any]]]
-    checksums: list[str]
+    rows: list[tuple[str, Sequence[Any]]]
+    files: list[Path]
 
 
 class Glue:
@@ -152,17 +151,13 @@ class Glue:
             UserError: a file is missing or in none of the known layouts, the hub cannot be reached, or the pool or the
                 limit is not possible.
         """
-        source = {"origin": f"GLUE {self.name} in {self.root or f'{self.hub} on the hub'}"}
-        if self.root is None:
-            source["revision"] = self.revision or "main"
-        checksums: list[str] = []
-        incomplete = 0
-        parts = []
+        where, root, source = self._root()
+        files, parts, incomplete = [], [], 0
         for split in ("train", *(f"dev{ending}" for ending in self.task.dev)):
-            table = self._table(split)
+            table = self._table(split, root, where)
             examples, left_out = self._examples(split, table)
+            files += table.files
             parts.append(examples)
-            checksums += table.checksums
             incomplete += left_out
         rows, *dev = parts
         pool = min(self.calibration_pool, len(rows) // 2)
@@ -171,7 +166,8 @@ class Glue:
                 f"dataset.calibration_pool={self.calibration_pool} is not possible: choose at least 1, of at least 2 "
                 f"training examples ({self.task.folder} has {len(rows)})"
             )
-        source |= {"sha256": ", ".join(checksums), "split_seed": str(self.split_seed)}
+        source["sha256"] = ", ".join(map(file_sha256, files))
+        source["split_seed"] = str(self.split_seed)
         if pool < self.calibration_pool:
             source["calibration_pool"] = f"{pool}, half of the training examples"
         if self.task.incomplete:
@@ -208,102 +204,76 @@ class Glue:
                 metrics.append(replace(METRICS[name], name=f"{name}{suffix}", start=ends[i], stop=ends[i + 1]))
         return whole.select(kept), tuple(metrics)
 
-    # ------------------------------------------------------------------------------------------------ tables of rows
+    def _root(self) -> tuple[str, Path, dict[str, str]]:
+        """What to call the place in messages, the folder of the tasks, and what the result says of it."""
+        if self.root is not None:
+            return f"dataset.root={self.root}", self.root, {"origin": f"GLUE {self.name} in {self.root}"}
+        where = f"dataset.hub={self.hub}"
+        remedy = "give dataset.root=DIR with the TSV or parquet files"
+        found = hub_files(self.hub, [f"{self.name}/*.parquet"], self.revision or MAIN, where, remedy)
+        tell_commit(where, self.revision, found.commit, "dataset.revision")
+        return where, found.folder, {"origin": f"GLUE {self.name} in {self.hub} on the hub", "revision": found.commit}
 
-    def _table(self, split: str) -> _Table:
+    def _table(self, split: str, root: Path, where: str) -> _Table:
         """The rows of a split: train, or dev with an ending of the task's.
 
         Raises:
             UserError: they are nowhere, or not readable.
         """
-        if self.root is None:
-            return self._from_hub(split)
-        for folder in (self.root / self.task.folder, self.root / self.name):
-            for stem in (split, _hub_split(split)):
+        on_hub = split.replace("dev", "validation")
+        for folder in (root / self.task.folder, root / self.name):
+            for stem in (split, on_hub):
                 tsv = folder / f"{stem}.tsv"
                 if tsv.is_file():
-                    return self._tsv(tsv)
+                    return self._tsv(tsv, where)
                 if files := listed(folder, f"{stem}.parquet", f"{stem}-*.parquet"):
-                    return self._parquet(of_split(files, f"dataset.root={self.root}"))
+                    return self._parquet(of_split(files, where), where)
         raise UserError(
-            f"dataset.root={self.root}: {self.task.folder}/{split}.tsv cannot be read (No such file, nor "
-            f"{self.name}/{_hub_split(split)}-*.parquet); dataset.root=null reads the hub"
+            f"{where}: {self.task.folder}/{split}.tsv cannot be read (No such file, nor {self.name}/{on_hub}-*.parquet)"
+            "; dataset.root=null reads the hub"
         )
 
-    def _tsv(self, file: Path) -> _Table:
-        where = f"dataset.root={self.root}: {file.parent.name}/{file.name}"
+    def _tsv(self, file: Path, where: str) -> _Table:
+        where = f"{where}: {file.parent.name}/{file.name}"
         try:
-            content = file.read_bytes()
             # utf-8-sig: the published MRPC files begin with a byte order mark.
-            lines = content.decode("utf-8-sig").split("\n")
+            text = file.read_bytes().decode("utf-8-sig")
         except OSError as error:
             raise UserError(f"{where} cannot be read ({error.strerror or error})") from error
         except UnicodeDecodeError as error:
             raise UserError(f"{where} is not UTF-8 text") from error
-        if b"\0" in content:
+        if "\0" in text:
             raise UserError(f"{where} is not text: it holds NUL bytes")
         # Neither splitlines() nor the csv module: texts hold rarer line separators and unpaired quotation marks.
-        rows = [
-            (f"line {number}", line.rstrip("\r").split("\t")) for number, line in enumerate(lines, 1) if line.strip()
-        ]
+        lines = enumerate(text.split("\n"), 1)
+        rows = [(f"line {number}", line.rstrip("\r").split("\t")) for number, line in lines if line.strip()]
         header = rows[0][1] if rows else []
         if self.task.headerless and not any(set(layout) <= set(header) for layout in self.task.layouts):
-            header = list(self.task.headerless)
-        else:
-            rows = rows[1:]
-        return _Table(where, header, rows, [hashlib.sha256(content).hexdigest()])
+            return _Table(where, list(self.task.headerless), [*rows], [file])
+        return _Table(where, header, [*rows[1:]], [file])
 
-    def _parquet(self, files: list[Path]) -> _Table:
+    def _parquet(self, files: list[Path], where: str) -> _Table:
         import pandas as pd
 
-        folder = f"dataset.root={self.root}: {files[0].parent.name}"
         header: list[str] = []
         rows: list[tuple[str, Sequence[Any]]] = []
         for file in files:
-            where = f"{folder}/{file.name}"
+            here = f"{where}: {file.parent.name}/{file.name}"
             try:
                 frame = pd.read_parquet(file)
                 names = recorded_classes(file)
             except ImportError as error:
-                raise UserError(f"{where} needs pyarrow: run `python -m pip install pyarrow`") from error
+                raise UserError(f"{here} needs pyarrow: run `python -m pip install pyarrow`") from error
             except Exception as error:  # of a damaged file pandas and pyarrow raise more than they document
-                raise UserError(f"{where} cannot be read ({one_line(str(error))[:200]})") from error
-            check_classes(names, len(self.task.classes), self.task.classes, where)
+                raise UserError(f"{here} cannot be read ({one_line(str(error))[:200]})") from error
+            check_classes(names, len(self.task.classes), self.task.classes, here)
             header = header or list(frame.columns)
             if set(header) != set(frame.columns):
-                raise UserError(f"{where} has other columns than {files[0].name}")
+                raise UserError(f"{here} has other columns than {files[0].name}")
             of = f" of {file.name}" if len(files) > 1 else ""
-            rows += ((f"{number}{of}", row) for number, row in _numbered(frame[name].tolist() for name in header))
-        checksums = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
-        return _Table(f"{folder}/{files[0].name}", header, rows, checksums)
-
-    def _from_hub(self, split: str) -> _Table:
-        where = f"dataset.hub={self.hub}"
-        try:
-            datasets = importlib.import_module("datasets")
-        except ImportError:
-            raise UserError(
-                "dataset.root=null reads the hub with the package datasets: run `python -m pip install datasets`, "
-                "or give dataset.root=DIR with the files"
-            ) from None
-        online = reachable()
-        remedy = "give dataset.root=DIR with the TSV or parquet files"
-
-        def load() -> Any:
-            given = datasets.config.HF_HUB_OFFLINE  # the library's switch, which it reads from the environment once
-            datasets.config.HF_HUB_OFFLINE = not online
-            try:
-                return datasets.load_dataset(self.hub, self.name, split=_hub_split(split), revision=self.revision)
-            finally:
-                datasets.config.HF_HUB_OFFLINE = given
-
-        data = from_hub(where, remedy, load, online)
-        # the files' addresses hold the commit that a branch stood for
-        files = sorted(str(file) for file in getattr(data.info, "download_checksums", None) or {})
-        header = list(data.column_names)
-        names = getattr((getattr(data, "features", None) or {}).get("label"), "names", None)
-        check_classes(names, len(self.task.classes), self.task.classes, f"{where}, {_hub_split(split)}")
-        return _Table(f"{where}, {_hub_split(split)}", header, _numbered(data[name] for name in header), files)
+            columns = (frame[name].tolist() for name in header)
+            rows += ((f"row {number}{of}", row) for number, row in enumerate(zip(*columns, strict=True)))
+        return _Table(f"{where}: {files[0].parent.name}/{files[0].name}", header, rows, files)
 
     def _examples(self, split: str, table: _Table) -> tuple[Examples, int]:
         """The rows as examples, ids being `split` and the number of the row, from 0; and how many were left out.
@@ -349,14 +319,6 @@ class Glue:
         if len(layout) == 3:
             return Examples([(first, second) for first, second in texts], targets, ids), left_out
         return Examples([sentence for (sentence,) in texts], targets, ids), left_out
-
-
-def _hub_split(split: str) -> str:
-    return split.replace("dev", "validation")
-
-
-def _numbered(columns: Iterable[Iterable[Any]]) -> Iterator[tuple[str, Sequence[Any]]]:
-    return ((f"row {number}", row) for number, row in enumerate(zip(*columns, strict=True)))
 
 
 def _class_parser(classes: tuple[str, ...]) -> Callable[[Any], int]:

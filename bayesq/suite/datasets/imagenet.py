@@ -6,32 +6,17 @@ from collections.abc import Sequence
 from fnmatch import fnmatch
 from functools import cache
 from pathlib import Path
-from typing import Protocol
 
 import torch
-from torch import Tensor
 
-from bayesq.suite.datasets.base import DataSplits, Examples, limited, stratified
+from bayesq.suite.datasets.base import DataSplits, limited, stratified
 from bayesq.suite.datasets.parquet_files import listed, of_split, shards
 from bayesq.suite.datasets.parquet_photos import ParquetPhotos
 from bayesq.suite.datasets.photo_tree import PhotoTree
 from bayesq.suite.errors import UserError
 from bayesq.suite.hub import hub_files, tell_commit
 
-
-class Photos(Protocol):
-    """All photos of a split, of which most will not be looked at."""
-
-    @property
-    def labels(self) -> Tensor:
-        """Labels [n] int64."""
-        ...
-
-    def __len__(self) -> int: ...
-
-    def select(self, indices: Tensor) -> Examples:
-        """The photos at `indices` [k] int64, in that order."""
-        ...
+Photos = PhotoTree | ParquetPhotos
 
 
 class ImageNet:

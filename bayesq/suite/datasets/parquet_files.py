@@ -50,31 +50,27 @@ def shards(files: Iterable[Path], where: str, wanted: Callable[[Path], bool] = l
         UserError: a wanted file of the set is missing, or a file is no part of it.
     """
     files = sorted(files)
-    marks = {file: match for file in files if (match := SHARD.match(file.name))}
-    if not marks:
+    first, mark = next(((file, mark) for file in files if (mark := SHARD.match(file.name))), (None, None))
+    if first is None or mark is None:
         return files
-    first = next(iter(marks))
-    stem, _, count, _ = marks[first].groups()
+    (stem, digits, total, end), count = mark.groups(), int(mark[3])
     numbers: dict[int, Path] = {}
     for file in files:
-        mark = marks.get(file)
-        if mark is None or (file.parent, mark[1], int(mark[3])) != (first.parent, stem, int(count)):
+        mark = SHARD.match(file.name)
+        of_set = mark is not None and (file.parent, mark[1], int(mark[3])) == (first.parent, stem, count)
+        number = int(mark[2]) if mark is not None and of_set else count
+        if number >= count or (twin := numbers.setdefault(number, file)) != file:
+            which = f"{file}" if number >= count else f"{twin} or {file.name}"
             raise UserError(
-                f"{where}: {file} is not one of the {int(count)} files that {first.name} says there are: move one of "
-                "them away"
+                f"{where}: {which} is not one of the {count} files that {first.name} says there are: move it away"
             )
-        if (twin := numbers.setdefault(int(mark[2]), file)) != file:
-            raise UserError(f"{where}: {twin} and {file.name} are both number {int(mark[2])}: keep one of them")
-    start = int(0 not in numbers and int(count) in numbers)  # some writers count from 1
-    for number in range(start, start + int(count)):
-        name = f"{stem}-{number:0{len(marks[first][2])}}-of-{count}{marks[first][4]}"
-        if number not in numbers and wanted(first.parent / name):
+    for number in range(count):
+        missing = first.parent / f"{stem}-{number:0{len(digits)}}-of-{total}{end}"
+        if number not in numbers and wanted(missing):
             raise UserError(
-                f"{where}: {first.parent / name} is missing, and {first.name} says that there are {int(count)}: fetch "
-                f"it too (or, to do without it, take -of-{count} out of the other names)"
+                f"{where}: {missing} is missing, and {first.name} says that there are {count}: fetch it too (or, to do "
+                f"without it, take -of-{total} out of the other names)"
             )
-    if beyond := [number for number in numbers if not start <= number < start + int(count)]:
-        raise UserError(f"{where}: {numbers[beyond[0]]} is beyond the {int(count)} files that its name says there are")
     return [numbers[number] for number in sorted(numbers)]
 
 

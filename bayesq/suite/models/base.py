@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,8 @@ from bayesq.suite.fingerprint import fingerprint
 from bayesq.tensor_file import CorruptFile, digest, read_tensors, write_tensors
 
 logger = logging.getLogger(__name__)
+
+Module = TypeVar("Module", bound=nn.Module)
 
 # Which sequences share a batch: any, filled up with padding; those of one length; none.
 PADDED, EQUAL, ALONE = "padded", "equal", "alone"
@@ -148,21 +150,23 @@ class Network:
     Attributes:
         module: float32, evaluation mode, on the CPU; `module(**batch.inputs)` gives logits [b, classes].
         encode: preprocessing from raw examples to batches.
-        checksum: sha256 hex over the module's state (see `state_checksum`).
-        description: preprocessing, size and origin for the result file; JSON values only.
+        description: preprocessing and origin for the result file, to which the size is added; JSON values only.
         blueprint: what `ModelSource.bare` needs beside the settings; JSON values only.
+        checksum: sha256 hex over the module's state (see `state_checksum`).
         identity: checksum of all that decides the network's outputs: weights, configuration, code. What is cached for
             a network is kept under it.
     """
 
     module: nn.Module
     encode: Callable[[Examples], EncodedExamples]
-    checksum: str
     description: dict[str, object]
     blueprint: dict[str, Any] = field(default_factory=dict)
+    checksum: str = field(init=False)
     identity: str = field(init=False)
 
     def __post_init__(self) -> None:
+        self.checksum = state_checksum(self.module)
+        self.description = {**self.description, "parameters": parameter_count(self.module)}
         # now, because some networks keep masks or tables of a forward pass as attributes
         parts = (self.checksum, fingerprint(self.module), json.dumps(self.blueprint, sort_keys=True))
         self.identity = hashlib.sha256("|".join(parts).encode()).hexdigest()
@@ -194,6 +198,15 @@ def state_checksum(module: nn.Module) -> str:
 def parameter_count(module: nn.Module) -> int:
     """Number of trainable and frozen parameters, each shared tensor once."""
     return sum(parameter.numel() for parameter in module.parameters())
+
+
+def initialised(make: Callable[[], Module]) -> Module:
+    """What `make` builds, in evaluation mode, without a draw from the caller's generator.
+
+    The random initialisation is overwritten by weights.
+    """
+    with torch.random.fork_rng(devices=[]):
+        return make().eval()
 
 
 def fit_once(

@@ -6,7 +6,6 @@ numbers are noticed, a flipped bit inside a weight is not, unless it makes the w
 the file's sha256, to be compared with where it came from.
 """
 
-import hashlib
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from bayesq.files import file_sha256
 from bayesq.suite.config import one_line
 from bayesq.suite.errors import UserError
 
@@ -54,12 +54,7 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
 
 def checkpoint_sha256(path: Path) -> str:
     """sha256 hex of a checkpoint's file; of a folder those of its safetensors files, in the order of their names."""
-    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
-    found = []
-    for file in files:
-        with file.open("rb") as stream:
-            found.append(hashlib.file_digest(stream, "sha256").hexdigest())
-    return ", ".join(found)
+    return ", ".join(map(file_sha256, sorted(path.glob("*.safetensors")) if path.is_dir() else [path]))
 
 
 def _is_weight(item: tuple[object, object]) -> bool:
@@ -118,24 +113,6 @@ def load_weights(module: nn.Module, weights: Mapping[str, Tensor], checkpoint: P
             f"model.checkpoint={checkpoint}: these are not the weights of {network} "
             f"({_first_difference(module.state_dict(), weights)})"
         ) from error
-
-
-# Tables of numbers 0, 1, 2, ... and counters, which are no weights.
-INTEGERS = ("position_ids", "token_type_ids", "num_batches_tracked")
-
-
-def check_kinds(weights: Mapping[str, Tensor], where: str) -> None:
-    """Refuse whole numbers in place of weights: codes without what they stand for, that loading would convert.
-
-    Args:
-        where: key and value that led to the file, the beginning of the message.
-
-    Raises:
-        UserError: naming the first such weight.
-    """
-    for name, tensor in weights.items():
-        if not tensor.is_floating_point() and name.rpartition(".")[2] not in INTEGERS:
-            raise UserError(f"{where}: {name} holds {tensor.dtype}, not floating-point weights")
 
 
 def _first_difference(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:

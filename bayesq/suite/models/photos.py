@@ -1,4 +1,4 @@
-"""Photos to batches of an ImageNet network, with the preprocessing that timm records for it.
+"""Photos and image tensors to batches of an ImageNet network, with the preprocessing that timm records for it.
 
 What becomes of 16-bit greys, transparency and EXIF orientation: see bayesq.suite.datasets.pictures.
 """
@@ -7,17 +7,21 @@ import hashlib
 import io
 import json
 import os
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn import functional
 from tqdm import tqdm
 
 from bayesq.batches import Batch
@@ -28,91 +32,137 @@ from bayesq.suite.models.base import EncodedExamples
 from bayesq.tensor_file import digest
 
 Photo = Path | StoredPhoto
+T, R = TypeVar("T"), TypeVar("R")
+# Image tensors are resized by torch, which has no more filters than these; the others become the finer one.
+FILTERS = ("bilinear", "bicubic")
 # Sets up to this size stay decoded in memory, as bytes: 7,133 photos of 224x224, hence any usual calibration set, which
 # is read several times. The 50,000 of ImageNet's validation set would take 7.5 GB.
 DECODED_BYTES = 2**30
 
 
 @dataclass(frozen=True)
-class EncodedPhotos:
-    """Photos that are resized and cropped, but normalised batch by batch: a quarter of the memory of floats.
+class ImageExamples(ABC):
+    """Images that are normalised batch by batch.
 
     Attributes:
-        pixels: [n, 3, height, width] uint8.
         labels: [n].
         mean, std: of the network's training pixels in [0, 1], per channel.
     """
 
-    pixels: Tensor
     labels: Tensor
     mean: tuple[float, ...]
     std: tuple[float, ...]
+
+    @abstractmethod
+    def _digest(self) -> str:
+        """sha256 hex of everything `batches` yields."""
+
+    @abstractmethod
+    def _images(self, batches: Sequence[Tensor], device: torch.device | str) -> Iterator[Tensor]:
+        """Images [b, 3, height, width] in [0, 1], not normalised, at the positions [b] of each batch."""
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def checksum(self) -> str:
-        """sha256 hex over pixels, labels and normalisation; computed once."""
+        """sha256 hex over images, labels and what is done to them; computed once."""
         return self._checksum
 
     @cached_property
     def _checksum(self) -> str:
-        return digest({"pixels": self.pixels, "labels": self.labels}, {"mean": str(self.mean), "std": str(self.std)})
+        return self._digest()
 
     def batches(self, batch_size: int, device: torch.device | str) -> Iterator[Batch]:
-        """Every photo once, in order; the last batch may be smaller."""
-        for index in torch.arange(len(self)).split(batch_size):
-            images = normalised(self.pixels[index].to(device), self.mean, self.std)
-            yield Batch({"x": images}, self.labels[index].to(device), index)
+        """Every image once, in order; the last batch may be smaller.
+
+        Raises:
+            UserError: a photo cannot be decoded.
+        """
+        mean, std = (torch.tensor(values, device=device).view(1, -1, 1, 1) for values in (self.mean, self.std))
+        positions = torch.arange(len(self)).split(batch_size)
+        for index, images in zip(positions, self._images(positions, device), strict=False):
+            yield Batch({"x": images.sub_(mean).div_(std)}, self.labels[index].to(device), index)
 
 
 @dataclass(frozen=True)
-class StreamedPhotos:
+class EncodedPhotos(ImageExamples):
+    """Photos that are resized and cropped, held as bytes: a quarter of the memory of floats.
+
+    Attributes:
+        pixels: [n, 3, height, width] uint8.
+    """
+
+    pixels: Tensor
+
+    def _digest(self) -> str:
+        return digest({"pixels": self.pixels, "labels": self.labels}, {"mean": str(self.mean), "std": str(self.std)})
+
+    def _images(self, batches: Sequence[Tensor], device: torch.device | str) -> Iterator[Tensor]:
+        for index in batches:
+            yield self.pixels[index].to(device).float().div_(255)
+
+
+@dataclass(frozen=True)
+class StreamedPhotos(ImageExamples):
     """Photos that are decoded anew in every pass, while the network works on the batch before.
 
     Attributes:
         photos: n photos.
         decode: a photo to [3, height, width] uint8.
         preprocessing: what `decode` does, for the checksum.
-        labels, mean, std: as in EncodedPhotos.
     """
 
     photos: Sequence[Photo]
     decode: Callable[[Photo], Tensor]
     preprocessing: str
-    labels: Tensor
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
 
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def checksum(self) -> str:
-        """sha256 hex over the photos' encoded bytes, labels and preprocessing; nothing is decoded; computed once."""
-        return self._checksum
-
-    @cached_property
-    def _checksum(self) -> str:
-        with (
-            ThreadPoolExecutor(os.cpu_count()) as threads,
-            tqdm(total=len(self), desc="read photos", unit="", disable=None, leave=False) as bar,
-        ):
-            state = hashlib.sha256()
-            for found in threads.map(_content, self.photos):
-                state.update(found.encode())
-                bar.update()
+    def _digest(self) -> str:
+        state = hashlib.sha256()
+        for found in in_threads(_content, self.photos, "read photos"):
+            state.update(found.encode())
         return digest({"labels": self.labels}, {"photos": state.hexdigest(), "preprocessing": self.preprocessing})
 
-    def batches(self, batch_size: int, device: torch.device | str) -> Iterator[Batch]:
-        """Every photo once, in order; about two batches are decoded at any time.
+    def _images(self, batches: Sequence[Tensor], device: torch.device | str) -> Iterator[Tensor]:
+        ahead = prefetched(self.photos, self.decode, max((len(index) for index in batches), default=0))
+        for index in batches:
+            yield torch.stack([next(ahead) for _ in index]).to(device).float().div_(255)
 
-        Raises:
-            UserError: a photo cannot be decoded.
-        """
-        ahead = prefetched(self.photos, self.decode, batch_size)
-        for index in torch.arange(len(self)).split(batch_size):
-            pixels = torch.stack([next(ahead) for _ in index])
-            yield Batch({"x": normalised(pixels.to(device), self.mean, self.std)}, self.labels[index].to(device), index)
+
+@dataclass(frozen=True)
+class ScaledImages(ImageExamples):
+    """Image tensors that are scaled as a whole, batch by batch: at 224 pixels CIFAR-10 takes 6 GB.
+
+    Attributes:
+        images: [n, 3, height, width] in [0, 1].
+        size: height and width of the network's input.
+        interpolation: one of FILTERS.
+    """
+
+    images: Tensor
+    size: tuple[int, int]
+    interpolation: str
+
+    def _digest(self) -> str:
+        what = {key: str(getattr(self, key)) for key in ("size", "interpolation", "mean", "std")}
+        return digest({"images": self.images, "labels": self.labels}, what)
+
+    def _images(self, batches: Sequence[Tensor], device: torch.device | str) -> Iterator[Tensor]:
+        for index in batches:
+            images = functional.interpolate(
+                self.images[index].to(device), self.size, mode=self.interpolation, antialias=True, align_corners=False
+            )
+            yield images.clamp_(0, 1)  # cubic filters overshoot
+
+
+def in_threads(work: Callable[[T], R], items: Sequence[T], step: str) -> Iterator[R]:
+    """`work` on every item, in order, in threads, with a bar: decoding and resizing release the interpreter's lock."""
+    with (
+        ThreadPoolExecutor(os.cpu_count()) as threads,
+        tqdm(total=len(items), desc=step, unit="", disable=None, leave=False) as bar,
+    ):
+        for found in threads.map(work, items):
+            yield found
+            bar.update()
 
 
 def prefetched(photos: Sequence[Photo], decode: Callable[[Photo], Tensor], ahead: int) -> Iterator[Tensor]:
@@ -130,28 +180,23 @@ def prefetched(photos: Sequence[Photo], decode: Callable[[Photo], Tensor], ahead
         threads.shutdown(cancel_futures=True)
 
 
-def normalised(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Network inputs [b, 3, height, width] float32 of pixels [b, 3, height, width] uint8."""
-    shape = (1, -1, 1, 1)
-    shift, scale = (torch.tensor(values, device=pixels.device).view(shape) for values in (mean, std))
-    return pixels.float().div_(255).sub_(shift).div_(scale)
-
-
 def _content(photo: Photo) -> str:
-    """sha256 hex of the encoded photo.
+    """sha256 hex of the encoded photo."""
+    with _named(photo):
+        return photo_sha256(photo)
+
+
+@contextmanager
+def _named(photo: Photo) -> Iterator[None]:
+    """Name the photo that cannot be read or decoded.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: the block failed.
     """
     try:
-        return photo_sha256(photo)
+        yield
     except (OSError, ValueError) as error:
-        raise unreadable(photo, error) from error
-
-
-def unreadable(photo: Photo, error: Exception) -> UserError:
-    """The one line for a photo that cannot be read or decoded."""
-    return UserError(f"{photo} is not a readable photo: {error}")
+        raise UserError(f"{photo} is not a readable photo: {error}") from error
 
 
 class PhotoEncoder:
@@ -186,7 +231,7 @@ class PhotoEncoder:
         }
 
     def __call__(self, examples: Examples) -> EncodedExamples:
-        """Decode every photo once, in threads: the decoder and the resizing release the interpreter's lock.
+        """Decode every photo once.
 
         A set above DECODED_BYTES is decoded batch by batch instead, in every pass.
 
@@ -194,28 +239,22 @@ class PhotoEncoder:
             UserError: the inputs are not photos, or one cannot be decoded (of a large set: once its batch comes).
         """
         photos = photos_of(self.model, examples)
-        mean, std = tuple(self.config["mean"]), tuple(self.config["std"])
+        given = {"labels": examples.labels, "mean": tuple(self.config["mean"]), "std": tuple(self.config["std"])}
         if len(photos) * prod(self.config["input_size"]) > DECODED_BYTES:
             preprocessing = json.dumps(self.description, sort_keys=True)
-            return StreamedPhotos(photos, self._pixels, preprocessing, examples.labels, mean, std)
+            return StreamedPhotos(**given, photos=photos, decode=self._pixels, preprocessing=preprocessing)
         pixels = torch.empty(len(photos), *self.config["input_size"], dtype=torch.uint8)
         # in the order they are stored: of a file of many photos neighbours are read together
         order = sorted(range(len(photos)), key=photos.__getitem__)
-        with (
-            ThreadPoolExecutor(os.cpu_count()) as threads,
-            tqdm(total=len(photos), desc="decode photos", unit="", disable=None, leave=False) as bar,
-        ):
-            for row, image in zip(order, threads.map(lambda row: self._pixels(photos[row]), order), strict=True):
-                pixels[row] = image
-                bar.update()
-        return EncodedPhotos(pixels, examples.labels, mean, std)
+        decoded_photos = in_threads(lambda row: self._pixels(photos[row]), order, "decode photos")
+        for row, image in zip(order, decoded_photos, strict=True):
+            pixels[row] = image
+        return EncodedPhotos(**given, pixels=pixels)
 
     def _pixels(self, photo: Photo) -> Tensor:
         """One photo [3, height, width] uint8."""
-        try:
+        with _named(photo):
             return self.crop(decoded(photo if isinstance(photo, Path) else io.BytesIO(photo.read())))
-        except (OSError, ValueError) as error:
-            raise unreadable(photo, error) from error
 
 
 def photos_of(model: str, examples: Examples) -> Sequence[Photo]:

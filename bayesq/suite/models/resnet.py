@@ -12,14 +12,7 @@ from tqdm import tqdm
 
 from bayesq.suite.datasets.base import DataSplits, Examples
 from bayesq.suite.errors import UserError
-from bayesq.suite.models.base import (
-    EncodedExamples,
-    Network,
-    TensorExamples,
-    fit_once,
-    parameter_count,
-    state_checksum,
-)
+from bayesq.suite.models.base import EncodedExamples, Network, TensorExamples, fit_once
 
 # Training: SGD with Nesterov momentum under a one-cycle schedule. Peak rate 0.1 gave 98.7 to 99.3 % of the
 # evaluation digits over two splits and three seeds, 0.05 gave 97.7 to 99.2 %; wider or deeper networks were no
@@ -90,7 +83,6 @@ class SmallResNet:
         return Network(
             module=module,
             encode=encode,
-            checksum=state_checksum(module),
             description={
                 "architecture": "timm ResNet of BasicBlocks, deep stem",
                 "depths": list(self.depths),
@@ -100,7 +92,6 @@ class SmallResNet:
                 "std": std.tolist(),
                 "image_size": self.image_size,
                 "interpolation": "bilinear",
-                "parameters": parameter_count(module),
             },
             blueprint={"in_channels": train.shape[1], "num_classes": data.num_classes},
         )

@@ -1,27 +1,20 @@
 """Any image classifier of timm by name, with pinned published weights or a checkpoint of the user's."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from bayesq.batches import Batch
 from bayesq.suite.datasets.base import DataSplits, Examples
 from bayesq.suite.errors import UserError
 from bayesq.suite.hub import hub_file, tell_commit
-from bayesq.suite.models.base import EncodedExamples, Network, parameter_count, state_checksum
+from bayesq.suite.models.base import EncodedExamples, Network, initialised
 from bayesq.suite.models.checkpoint import checkpoint_sha256, load_weights, read_checkpoint
-from bayesq.suite.models.photos import PhotoEncoder
-from bayesq.tensor_file import digest
+from bayesq.suite.models.photos import FILTERS, PhotoEncoder, ScaledImages
 
 WEIGHTS_FILE = "model.safetensors"
-# Image tensors are resized by torch, which has no more filters than these; the others become the finer one.
-FILTERS = ("bilinear", "bicubic")
 
 
 class TimmModel:
@@ -76,12 +69,10 @@ class TimmModel:
         return Network(
             module=module,
             encode=encode,
-            checksum=state_checksum(module),
             description={
                 "architecture": f"timm {_full_name(published)}",
                 **origin,
-                **encode.description(data.evaluation),
-                "parameters": parameter_count(module),
+                **encode.describe(data.evaluation),
             },
             blueprint={"num_classes": data.num_classes},
         )
@@ -122,9 +113,7 @@ class TimmModel:
         if published.fixed_input_size:  # position embeddings or windows depend on it; the others take any size
             options["img_size"] = self.image_size
         try:
-            # The initialisation, which the weights overwrite, draws from the global generator.
-            with torch.random.fork_rng(devices=[]):
-                return timm.create_model(self.architecture, **options).eval()
+            return initialised(lambda: timm.create_model(self.architecture, **options))
         except (AssertionError, ValueError, TypeError) as error:
             if self.image_size is None:
                 raise
@@ -171,12 +160,8 @@ def _full_name(published: Any) -> str:
     return f"{published.architecture}.{published.tag}" if published.tag else str(published.architecture)
 
 
-class _Encoder:
+class _Encoder(PhotoEncoder):
     """Photos as PhotoEncoder reads them, or image tensors scaled to the network's input."""
-
-    def __init__(self, model: str, module: nn.Module, image_size: int | None) -> None:
-        self.model = model
-        self.photos = PhotoEncoder(model, module, image_size)
 
     def check(self, examples: Examples) -> None:
         """Refuse what is neither photos nor colour images.
@@ -191,67 +176,22 @@ class _Encoder:
                 f"{'x'.join(map(str, images.shape[1:]))}: choose dataset=imagenet or cifar10"
             )
 
-    @property
-    def interpolation(self) -> str:
-        """The filter that scales image tensors."""
-        own: str = self.photos.config["interpolation"]
-        return own if own in FILTERS else FILTERS[-1]
-
-    def description(self, examples: Examples) -> dict[str, object]:
+    def describe(self, examples: Examples) -> dict[str, object]:
         """The preprocessing of examples such as these, as JSON values for the result file."""
         if not isinstance(examples.inputs, Tensor):
-            return self.photos.description
-        return self.photos.description | {"crop_pct": 1.0, "crop_mode": "none", "interpolation": self.interpolation}
+            return self.description
+        return self.description | {"crop_pct": 1.0, "crop_mode": "none", "interpolation": self._filter}
+
+    @property
+    def _filter(self) -> str:
+        """The filter that scales image tensors."""
+        recorded: str = self.config["interpolation"]
+        return recorded if recorded in FILTERS else FILTERS[-1]
 
     def __call__(self, examples: Examples) -> EncodedExamples:
+        """Photos or scaled images; raises as PhotoEncoder does."""
         self.check(examples)
         if not isinstance(examples.inputs, Tensor):
-            return self.photos(examples)
-        config = self.photos.config
-        return ScaledImages(
-            examples.inputs,
-            examples.labels,
-            size=(config["input_size"][1], config["input_size"][2]),
-            interpolation=self.interpolation,
-            mean=tuple(config["mean"]),
-            std=tuple(config["std"]),
-        )
-
-
-@dataclass(frozen=True)
-class ScaledImages:
-    """Image tensors that are scaled, as a whole, and normalised batch by batch: at 224 pixels CIFAR-10 takes 6 GB.
-
-    Attributes:
-        images: [n, 3, height, width] in [0, 1].
-        labels: [n].
-        size: height and width of the network's input.
-        interpolation: one of FILTERS.
-        mean, std: of the network's training pixels in [0, 1], per channel.
-    """
-
-    images: Tensor
-    labels: Tensor
-    size: tuple[int, int]
-    interpolation: str
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def checksum(self) -> str:
-        """sha256 hex over images, labels and what is done to them."""
-        what = {key: str(getattr(self, key)) for key in ("size", "interpolation", "mean", "std")}
-        return digest({"images": self.images, "labels": self.labels}, what)
-
-    def batches(self, batch_size: int, device: torch.device | str) -> Iterator[Batch]:
-        """Every image once, in order; the last batch may be smaller."""
-        shape = (1, -1, 1, 1)
-        mean, std = (torch.tensor(values, device=device).view(shape) for values in (self.mean, self.std))
-        for index in torch.arange(len(self)).split(batch_size):
-            images = functional.interpolate(
-                self.images[index].to(device), self.size, mode=self.interpolation, antialias=True, align_corners=False
-            )
-            images = images.clamp_(0, 1).sub_(mean).div_(std)  # cubic filters overshoot
-            yield Batch({"x": images}, self.labels[index].to(device), index)
+            return super().__call__(examples)
+        mean, std, size = (tuple(self.config[key]) for key in ("mean", "std", "input_size"))
+        return ScaledImages(examples.labels, mean, std, examples.inputs, (size[1], size[2]), self._filter)

@@ -3,14 +3,13 @@
 Weights are read from safetensors only, and no code that comes with a checkpoint is ever run.
 """
 
-import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -19,25 +18,27 @@ from bayesq.suite.config import one_line
 from bayesq.suite.datasets.base import DataSplits
 from bayesq.suite.errors import UserError
 from bayesq.suite.hub import MAIN, from_hub, reachable, tell_commit
-from bayesq.suite.models.base import (
-    Network,
-    parameter_count,
-    state_checksum,
-)
-from bayesq.suite.models.checkpoint import INTEGERS, checkpoint_sha256
+from bayesq.suite.models.base import Network, initialised
+from bayesq.suite.models.checkpoint import checkpoint_sha256
 from bayesq.suite.models.text import SequenceClassifier, config_of, label_order
 from bayesq.suite.models.tokens import Tokens
 from bayesq.suite.tasks import TEXT_REGRESSION
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 UNNAMED = "transformers"  # the YAML's name of a model that nobody has named
 SHORTEST = 8  # tokens: the special ones and a few words
-# A folder has a tokenizer if it holds one of these; without any the library would make one up that knows no words.
-TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "*.bpe.model", "tokenizer.model")
-
-# Of characters or bytes: these need no such file.
-CHARACTER_TOKENIZERS = ("CanineTokenizer", "ByT5Tokenizer", "PerceiverTokenizer")
+# Tables of numbers 0, 1, 2, ... and counters, which are no weights.
+INTEGERS = ("position_ids", "token_type_ids", "num_batches_tracked")
+# Asked of the library in every build. Plain matrix products are deterministic in the backward pass on every device.
+OPTIONS: dict[str, Any] = {
+    "attn_implementation": "eager",
+    "experts_implementation": "eager",
+    "dtype": torch.float32,
+    "trust_remote_code": False,
+}
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,24 @@ class Origin:
     revision: str | None
     order: Sequence[str] | None
     order_key: str
+
+    @cached_property
+    def online(self) -> bool:
+        """Whether the hub is asked."""
+        return not self.local and reachable()
+
+    def load(self, kind: Any, **options: Any) -> Any:
+        """`kind.from_pretrained` of one of the library's classes, with one line for whatever is wrong.
+
+        Raises:
+            UserError: a file is unreadable, or the hub does not answer.
+        """
+        options = {"trust_remote_code": False, "local_files_only": not self.online, **options}
+        if self.local:
+            return reading(self.key, lambda: kind.from_pretrained(self.place, **options))
+        options["revision"] = self.revision or MAIN
+        remedy = "give model.checkpoint=DIR with config.json, model.safetensors, tokenizer"
+        return from_hub(self.key, remedy, lambda: kind.from_pretrained(self.place, **options), self.online)
 
 
 class TransformersClassifier:
@@ -103,15 +122,10 @@ class TransformersClassifier:
         origin = self._origin(data.subset)
         if origin.local:
             check_folder(origin)
-            check_files(origin)
-        online = not origin.local and reachable()
-        options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": not online}
-        if not origin.local:
-            options["revision"] = origin.revision or MAIN
 
-        from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+        from transformers import AutoConfig
 
-        config = _loaded(origin, partial(AutoConfig.from_pretrained, origin.place, **options), online)
+        config = origin.load(AutoConfig)
         if config.num_labels != data.num_classes:
             kind = "a score" if data.task == TEXT_REGRESSION else f"{data.num_classes} classes"
             raise UserError(
@@ -120,39 +134,8 @@ class TransformersClassifier:
             )
         names = [str(config.id2label[k]) for k in range(config.num_labels)]
         order, known_by = label_order(names, data.classes, origin.order, origin.order_key)
-        tokenizer = _loaded(origin, partial(AutoTokenizer.from_pretrained, origin.place, **options), online)
-        encode = Tokens(tokenizer, self.max_length, origin.key)
-        # The initialisation, overwritten by the checkpoint, draws from the global generator.
-        with torch.random.fork_rng(devices=[]), quiet_transformers():
-            model, report = _loaded(
-                origin,
-                partial(
-                    AutoModelForSequenceClassification.from_pretrained,
-                    origin.place,
-                    config=config,
-                    use_safetensors=True,
-                    dtype=torch.float32,
-                    # Plain matrix products: deterministic in the backward pass on every device.
-                    attn_implementation="eager",
-                    experts_implementation="eager",
-                    output_loading_info=True,
-                    **options,
-                ),
-                online,
-            )
-        if report["missing_keys"]:
-            raise UserError(
-                f"{origin.key}: is no fine-tuned sequence classifier, it has no weights for "
-                f"{', '.join(sorted(report['missing_keys']))}; `python -m bayesq.suite.finetune` makes one"
-            )
-        if unused := sorted(report["unexpected_keys"]):
-            log.warning(
-                "%s: %d weights are not part of a %s and stay unused, %s the first",
-                origin.key,
-                len(unused),
-                type(model).__name__,
-                unused[0],
-            )
+        encode = _tokens(origin, self.max_length)
+        model, unused = _weights(origin, config)
         encode.fit_to(model)
         module = SequenceClassifier(model, order).eval()
         encode.try_layouts(module, data.calibration_pool)
@@ -163,35 +146,22 @@ class TransformersClassifier:
             "unused_weights": unused,
             "max_length": self.max_length,
             "batches": str(encode.layout),
-            "parameters": parameter_count(module),
         }
         if origin.local:
             description["checkpoint_sha256"] = checkpoint_sha256(Path(origin.place))
         else:
-            commit = getattr(config, "_commit_hash", None) or options["revision"]
+            commit = getattr(config, "_commit_hash", None) or origin.revision or MAIN
             tell_commit(origin.key, origin.revision, commit, "model.revision")
             description["revision"] = commit
-        return Network(
-            module=module,
-            encode=encode,
-            checksum=state_checksum(module),
-            description=description,
-            blueprint={"classifier": config_of(model), "order": module.order},
-        )
+        return Network(module, encode, description, {"classifier": config_of(model), "order": module.order})
 
     def bare(self, blueprint: Mapping[str, Any]) -> nn.Module:
         """The network at a random initialisation, in evaluation mode."""
         from transformers import AutoConfig, AutoModelForSequenceClassification
 
-        # The initialisation, which weights overwrite, draws from the global generator.
-        with torch.random.fork_rng(devices=[]), quiet_transformers():
-            model = AutoModelForSequenceClassification.from_config(
-                AutoConfig.for_model(**blueprint["classifier"]),
-                attn_implementation="eager",
-                experts_implementation="eager",
-                dtype=torch.float32,
-                trust_remote_code=False,
-            )
+        config = AutoConfig.for_model(**blueprint["classifier"])
+        with quiet_transformers():
+            model = initialised(lambda: AutoModelForSequenceClassification.from_config(config, **OPTIONS))
         return SequenceClassifier(model, blueprint["order"]).eval()
 
     def _origin(self, task: str) -> Origin:
@@ -221,49 +191,72 @@ class TransformersClassifier:
         return Origin(f"model.hub.{task}={repository}", repository, False, revision, order, order_key)
 
 
+def _tokens(origin: Origin, max_length: int) -> Tokens:
+    """The origin's tokenizer.
+
+    Raises:
+        UserError: there is none.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = origin.load(AutoTokenizer)
+    # in place of missing files the library makes one up of the special tokens, and sometimes one or two more
+    if len(tokenizer) <= len(tokenizer.all_special_tokens) + 2:
+        raise UserError(f"{origin.key}: has no tokenizer (tokenizer.json or vocab.txt): save one there")
+    return Tokens(tokenizer, max_length, origin.key)
+
+
+def _weights(origin: Origin, config: Any) -> tuple[Any, list[str]]:
+    """The classifier, and the names of weights that it has no place for.
+
+    Raises:
+        UserError: it has no weights for a part of the network.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    # The initialisation, overwritten by the checkpoint, draws from the global generator.
+    with torch.random.fork_rng(devices=[]), quiet_transformers():
+        model, report = origin.load(
+            AutoModelForSequenceClassification, config=config, use_safetensors=True, output_loading_info=True, **OPTIONS
+        )
+    if report["missing_keys"]:
+        raise UserError(
+            f"{origin.key}: is no fine-tuned sequence classifier, it has no weights for "
+            f"{', '.join(sorted(report['missing_keys']))}; `python -m bayesq.suite.finetune` makes one"
+        )
+    if unused := sorted(report["unexpected_keys"]):
+        log.warning(
+            f"{origin.key}: {len(unused)} weights are not part of a {type(model).__name__} and stay unused, "
+            f"{unused[0]} the first"
+        )
+    return model, unused
+
+
 def check_folder(origin: Origin) -> None:
     """Check that a folder has what a classifier needs, before anything slow is imported.
 
+    The library would convert whole numbers to weights, so the headers are checked too.
+
     Raises:
-        UserError: naming what is missing.
+        UserError: a file is missing or cannot be read, or holds whole numbers in place of weights.
     """
+    from safetensors import safe_open
+
     folder = Path(origin.place)
     if not folder.is_dir():
         raise UserError(f"{origin.key}: there is no such folder")
     if not (folder / "config.json").is_file():
         raise UserError(f"{origin.key}: has no config.json, so it is no transformers checkpoint")
-    if not any(folder.glob("*.safetensors")):
-        pickled = next(iter(sorted([*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")])), None)
-        other = f" ({pickled.name} is a pickle, which is never opened: save it as safetensors)" if pickled else ""
-        raise UserError(f"{origin.key}: has no model.safetensors{other}")
-    if not any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES) and not _reads_characters(folder):
-        raise UserError(f"{origin.key}: has no tokenizer (tokenizer.json or vocab.txt): save one there")
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"{origin.key}: has no model.safetensors (a pickle is never opened: save it as safetensors)")
 
+    def kinds() -> dict[str, str]:
+        with safe_open(file, framework="pt") as content:
+            return {name: content.get_slice(name).get_dtype() for name in content.keys()}  # noqa: SIM118
 
-def _reads_characters(folder: Path) -> bool:
-    """Whether the folder's tokenizer has no vocabulary, so that its configuration is all there is of it."""
-    try:
-        content = json.loads((folder / "tokenizer_config.json").read_text())
-    except (OSError, ValueError):
-        return False
-    return isinstance(content, dict) and content.get("tokenizer_class") in CHARACTER_TOKENIZERS
-
-
-def check_files(origin: Origin) -> None:
-    """Check the headers of a folder's weights, which the library would convert whatever they hold.
-
-    Raises:
-        UserError: a file cannot be read, or holds whole numbers in place of weights.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    for file in sorted(Path(origin.place).glob("*.safetensors")):
-        try:
-            with safe_open(file, framework="pt") as content:
-                kinds = {name: content.get_slice(name).get_dtype() for name in content.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError, ValueError, LookupError) as error:
-            raise UserError(f"{origin.key}: {file.name} cannot be read ({one_line(str(error))[:200]})") from error
-        for name, kind in kinds.items():
+    for file in files:
+        for name, kind in reading(f"{origin.key}: {file.name}", kinds).items():
             if not kind.startswith(("F", "BF")) and name.rpartition(".")[2] not in INTEGERS:
                 raise UserError(f"{origin.key}: {file.name}: {name} holds {kind}, not floating-point weights")
 
@@ -284,16 +277,13 @@ def quiet_transformers() -> Iterator[None]:
             library.enable_progress_bar()
 
 
-def _loaded(origin: Origin, load: Callable[[], Any], online: bool) -> Any:
-    """`load()` with one line for whatever is wrong.
+def reading(what: str, load: Callable[[], T]) -> T:
+    """`load()` with one line for whatever is wrong: libraries raise errors of several packages for a damaged file.
 
     Raises:
-        UserError: a file is unreadable, or the hub does not answer.
+        UserError: it failed.
     """
-    if not origin.local:
-        remedy = "give model.checkpoint=DIR with config.json, model.safetensors, tokenizer"
-        return from_hub(origin.key, remedy, load, online)
     try:
         return load()
-    except Exception as error:  # the library raises errors of several packages for a damaged file
-        raise UserError(f"{origin.key}: cannot be read ({one_line(str(error))[:300]})") from error
+    except Exception as error:
+        raise UserError(f"{what}: cannot be read ({one_line(str(error))[:300]})") from error

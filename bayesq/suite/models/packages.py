@@ -1,0 +1,55 @@
+"""Weights that come in pip packages, their files compared with pinned checksums."""
+
+import importlib
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+from bayesq.files import file_sha256
+from bayesq.suite.errors import UserError
+
+
+@dataclass(frozen=True)
+class WeightPackage:
+    """A pip package that a model reads its weights from.
+
+    Attributes:
+        model: as on the command line.
+        name, version: of the package.
+    """
+
+    model: str
+    name: str
+    version: str
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.version}"
+
+    @property
+    def _install(self) -> str:
+        return f"python -m pip install --no-deps {self.name}=={self.version}"
+
+    def load(self) -> ModuleType:
+        """The package's module.
+
+        Raises:
+            UserError: it is not installed.
+        """
+        try:
+            return importlib.import_module(self.name.replace("-", "_"))
+        except ModuleNotFoundError:
+            raise UserError(f"model={self.model} needs the package {self.name}: run `{self._install}`") from None
+
+    def verified(self, file: Path, sha256: str) -> Path:
+        """A file of the package.
+
+        Raises:
+            UserError: it is not the pinned one.
+        """
+        found = file_sha256(file) if file.exists() else "no file"
+        if found != sha256:
+            raise UserError(
+                f"model={self.model}: {file} has sha256 {found} instead of {sha256}: "
+                f"run `{self._install} --force-reinstall`"
+            )
+        return file
