@@ -2,12 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor
 
 from bayesq.calibration.statistic import Statistic
-from bayesq.quant.grids import CLIP_RULES, round_affine, zero_code
-from bayesq.quant.method import Allocate, Context, LayerProblem, check_finite, stack_groups
+from bayesq.quant.grids import CLIP_RULES
+from bayesq.quant.method import Allocate, Context, LayerProblem
+from bayesq.quant.nearest import round_to_nearest
 from bayesq.quant.tensor import QuantizedTensor
 
 
@@ -32,14 +32,4 @@ class RTN:
 
     def quantize_layer(self, layer: LayerProblem, width: Tensor, context: Context) -> QuantizedTensor:
         """Round every weight to the nearest level of its row's grid."""
-        check_finite(layer)
-        weight = stack_groups(layer.weight).to(torch.float64)
-        scale, zero = CLIP_RULES[self.clip](weight, width)
-        codes, _ = round_affine(weight, scale, zero, width)
-        return QuantizedTensor(
-            codes=codes.to(torch.uint8),
-            width=width,
-            scale=scale[:, None].to(torch.float16),
-            zero=zero_code(zero, width)[:, None],
-            groups=layer.weight.shape[0],
-        )
+        return round_to_nearest(layer, width, self.clip)

@@ -1,9 +1,17 @@
-"""Batches of calibration examples, as the library reads them."""
+"""Encoded examples and their batches."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Protocol
 
+import torch
 from torch import Tensor
+from tqdm import tqdm
+
+from bayesq.tensor_file import digest
+
+# Which sequences share a batch: any, filled up with padding; those of one length; none.
+PADDED, EQUAL, ALONE = "padded", "equal", "alone"
 
 
 @dataclass(frozen=True)
@@ -26,3 +34,143 @@ class Batch:
         for start in range(0, len(self), size):
             part = slice(start, start + size)
             yield Batch({name: x[part] for name, x in self.inputs.items()}, self.labels[part], self.index[part])
+
+
+class EncodedExamples(Protocol):
+    """Examples a model can read."""
+
+    @property
+    def labels(self) -> Tensor:
+        """Labels [n], in the order of the split."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def checksum(self) -> str:
+        """sha256 hex of everything `batches` yields."""
+        ...
+
+    def batches(self, batch_size: int, device: torch.device | str) -> Iterator[Batch]:
+        """Every example once, in an order that depends on nothing but the examples."""
+        ...
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How sequences of different length are put into batches.
+
+    Attributes:
+        side: "right" or "left", where padding lies.
+        together: PADDED, EQUAL or ALONE; the last two show a network no padding.
+    """
+
+    side: str = "right"
+    together: str = PADDED
+
+    def __str__(self) -> str:
+        kinds = {PADDED: f"padded on the {self.side}", EQUAL: "of equal length", ALONE: "of one example"}
+        return kinds[self.together]
+
+
+@dataclass(frozen=True)
+class TensorExamples:
+    """Encoded examples that fit in memory.
+
+    Attributes:
+        inputs: name of the module's argument -> tensor [n, ...].
+        labels: [n].
+        lengths: [n] numbers of tokens for padded sequences [n, length], else None. Sequences are batched by
+            falling length, each batch trimmed to its longest: the first batch needs the most memory, so
+            one that does not fit fails at once.
+        layout: which sequences share a batch, and on which side of `inputs` their padding lies.
+    """
+
+    inputs: dict[str, Tensor]
+    labels: Tensor
+    lengths: Tensor | None = None
+    layout: Layout = Layout()
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def checksum(self) -> str:
+        """sha256 hex over inputs and labels, and over what shares a batch where that is not any."""
+        tensors = {"labels": self.labels, **{f"inputs.{name}": value for name, value in self.inputs.items()}}
+        together = self.layout.together
+        return digest(tensors, {} if together == PADDED else {"together": together})
+
+    def split(self, batch_size: int) -> list[Tensor]:
+        """Positions [b] of the examples of each batch; there are more batches than examples / `batch_size` where
+        sequences of other length are kept apart.
+        """
+        if self.lengths is None:
+            return list(torch.arange(len(self)).split(batch_size))
+        order = torch.argsort(self.lengths, descending=True, stable=True)
+        if self.layout.together == PADDED:
+            return list(order.split(batch_size))
+        if self.layout.together == ALONE:
+            return list(order.split(1))
+        sizes = self.lengths[order].unique_consecutive(return_counts=True)[1]
+        return [batch for group in order.split(sizes.tolist()) for batch in group.split(batch_size)]
+
+    def batches(self, batch_size: int, device: torch.device | str) -> Iterator[Batch]:
+        """Every example once; no batch has more than `batch_size` examples, some may have fewer."""
+        for index in self.split(batch_size):
+            inputs = {name: value[index] for name, value in self.inputs.items()}
+            if self.lengths is not None:
+                longest = int(self.lengths[index].max())
+                kept = slice(longest) if self.layout.side == "right" else slice(-longest, None)
+                inputs = {name: value[:, kept] for name, value in inputs.items()}
+            yield Batch(
+                {name: value.to(device) for name, value in inputs.items()},
+                self.labels[index].to(device),
+                index,
+            )
+
+
+def count_batches(examples: EncodedExamples, batch_size: int) -> int:
+    """Number of batches that `examples.batches` yields."""
+    if isinstance(examples, TensorExamples):
+        return len(examples.split(batch_size))
+    return -(-len(examples) // batch_size)
+
+
+def needs_no_padding(examples: EncodedExamples) -> bool:
+    """Whether the network may see no padding: who takes a batch of `in_one_batch` apart has to remove it."""
+    return isinstance(examples, TensorExamples) and examples.layout.together != PADDED
+
+
+def two_examples(examples: EncodedExamples, device: torch.device | str) -> Batch:
+    """The first batch of two examples; of one where no two may share a batch."""
+    batches = examples.batches(2, device)
+    first = next(batches)
+    return first if len(first.index) == 2 else next((batch for batch in batches if len(batch.index) == 2), first)
+
+
+def in_one_batch(examples: EncodedExamples, count: int, device: torch.device | str) -> Batch:
+    """The first `count` examples of `batches` as one batch, with padding whether the network may see it or not."""
+    if isinstance(examples, TensorExamples):
+        examples = replace(examples, layout=replace(examples.layout, together=PADDED))
+    return next(iter(examples.batches(count, device)))
+
+
+@dataclass(frozen=True)
+class EncodedBatches:
+    """Encoded examples as `bayesq.calibration.passes.Batches`, with a progress bar."""
+
+    encoded: EncodedExamples
+    batch_size: int
+    device: torch.device
+    title: str
+
+    @property
+    def examples(self) -> int:
+        """In all batches together."""
+        return len(self.encoded)
+
+    def __len__(self) -> int:
+        return count_batches(self.encoded, self.batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        batches = self.encoded.batches(self.batch_size, self.device)
+        yield from tqdm(batches, total=len(self), desc=self.title, disable=None, leave=False)

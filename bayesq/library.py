@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from bayesq.allocation import DAMPING, Budget, make_allocator
 from bayesq.batches import Layout, TensorExamples, two_examples
 from bayesq.calibration.memory import InMemoryStatistics
+from bayesq.calibration.passes import CalibrationSettings
 from bayesq.defaults import DESCRIPTIVE, construct, settings, suggestion
 from bayesq.distillation import DistillationSettings
 from bayesq.likelihood import LIKELIHOODS
@@ -48,8 +49,8 @@ def quantize(
 
     Args:
         module: the network, in evaluation mode; it is not changed. Its output is a tensor, or has `logits`.
-        batches: a few hundred calibration examples in any number of batches: tensors [b, ...], (inputs, labels) pairs, of
-            which only the inputs are read, or mappings from argument names to tensors. Sequences of different length
+        batches: a few hundred calibration examples in any number of batches: tensors [b, ...], (inputs, labels) pairs,
+            of which only the inputs are read, or mappings from argument names to tensors. Sequences of different length
             need an attention_mask.
         bits: average code bits per weight, 2 to 8, fractions allowed.
         method: a file of conf/method: bayesq, gptq, awq, rtn.
@@ -83,7 +84,7 @@ def quantize(
     hook = module.register_forward_hook(_logits)
     try:
         subject = _subject(module, batches, likelihood, exclude)
-        statistics = InMemoryStatistics(subject, recipe.whitenings, batch_size, seed)
+        statistics = _statistics(subject, recipe, batch_size, seed)
         quantized = quantize_network(subject, recipe, statistics)
     finally:
         hook.remove()
@@ -120,7 +121,7 @@ def _recipe(
     store = None
     if uses_posterior or allocator == "knapsack":
         store = WhiteningStore(construct(settings("posterior", posterior)))
-    defaults = settings(".", "config")
+    defaults = settings("", "config")
     options = defaults["distillation"]
     return Recipe(
         method=construct({**content, **switches}, **({"whitenings": store} if uses_posterior else {})),
@@ -156,6 +157,21 @@ def _subject(module: nn.Module, batches: Iterable[Any], likelihood: str, exclude
     if not usage.layers:
         raise ValueError("module: no layer takes part in the forward pass")
     return Subject(module, usage, examples, LIKELIHOODS[likelihood], device)
+
+
+def _statistics(subject: Subject, recipe: Recipe, batch_size: int, seed: int) -> InMemoryStatistics:
+    posterior = recipe.whitenings.posterior if recipe.whitenings else None
+    settings = CalibrationSettings(
+        1 if subject.usage.alone else batch_size,
+        posterior.samples if posterior else None,
+        seed,
+        posterior.examples if posterior else None,
+        subject.likelihood,
+        posterior.draws if posterior else "signs",
+    )
+    return InMemoryStatistics(
+        subject.module, subject.layers, subject.examples, settings, subject.device, subject.usage.overwritten
+    )
 
 
 def encode(module: nn.Module, batches: Iterable[Any]) -> TensorExamples:
@@ -200,6 +216,6 @@ def _named(module: nn.Module, batch: Any) -> dict[str, Tensor]:
         inputs = {name: x} if isinstance(x, Tensor) and name is not None else {}
     if not inputs:
         raise ValueError(
-            f"batches: a {type(batch).__name__} is no batch; give tensors, (inputs, labels) pairs or mappings of tensors"
+            f"batches: a {type(batch).__name__} is no batch; give tensors, (inputs, labels) pairs or dicts of tensors"
         )
     return {key: value.detach().cpu() for key, value in inputs.items()}

@@ -14,17 +14,18 @@ from torch import Tensor
 
 from bayesq.allocation import Allocation, Budget, Knapsack, Uniform
 from bayesq.batches import in_one_batch, needs_no_padding
-from bayesq.calibration.prefix import PrefixInputs
+from bayesq.calibration.order import forward_order
 from bayesq.memory import halving
+from bayesq.posterior import WhiteningStore
 from bayesq.progress import bar, elapsed
 from bayesq.proxy import measure_kappa
-from bayesq.quant.grids import round_to_nearest
-from bayesq.quant.layers import forward_order, kernel_positions, kind_of, same_layer, weight_to_matrix
+from bayesq.quant.layers import kernel_positions, kind_of, same_layer, weight_to_matrix
 from bayesq.quant.loop import quantize_layers
 from bayesq.quant.method import Context, LayerProblem
+from bayesq.quant.nearest import round_to_nearest
 from bayesq.recipe import Proxy, Quantized, Recipe, Statistics, Subject
 from bayesq.repair import correct, distill_student, posterior_draw
-from bayesq.whitening import WhiteningStore
+from bayesq.suite.sequential import SequentialInputs as PrefixInputs
 
 
 def quantize_network(subject: Subject, recipe: Recipe, statistics: Statistics) -> Quantized:
@@ -73,7 +74,7 @@ def calibrate(subject: Subject, recipe: Recipe, statistics: Statistics, result: 
     inherited = recipe.whitenings.inherited_seconds if recipe.whitenings else 0.0
     result.seconds["calibrate"] = statistics.total_s
     result.reused_s = statistics.total_s + inherited - spent
-    return forward_order(subject.module, subject.layers, next(subject.examples.batches(1, subject.device)).inputs)
+    return forward_order(subject.module, subject.layers, next(subject.examples.batches(1, subject.device)))
 
 
 def layer_problems(subject: Subject, statistics: Statistics, groups: Sequence[Sequence[str]]) -> list[LayerProblem]:

@@ -10,15 +10,16 @@ from torch import Tensor, nn
 
 from bayesq.allocation import Allocator, Budget
 from bayesq.batches import EncodedExamples, needs_no_padding
+from bayesq.calibration.statistic import Statistic
 from bayesq.distillation import DistillationSettings
 from bayesq.likelihood import Likelihood
-from bayesq.quant.grids import clamped_scales
+from bayesq.posterior import WhiteningStore
 from bayesq.quant.layers import Layer
 from bayesq.quant.method import LayerProblem, Method
+from bayesq.quant.nearest import clamped_scales
 from bayesq.quant.network import fill
 from bayesq.quant.tensor import QuantizedTensor
 from bayesq.quant.usage import Usage
-from bayesq.whitening import WhiteningStore
 
 
 class Statistics(Protocol):
@@ -30,16 +31,20 @@ class Statistics(Protocol):
         unseen: layers that no calibration example reached.
     """
 
-    total_s: float
-    batch_size: int
     unseen: set[str]
 
-    def prepare(self, kinds: Iterable[str]) -> None:
+    @property
+    def total_s(self) -> float: ...  # noqa: D102
+
+    @property
+    def batch_size(self) -> int: ...  # noqa: D102
+
+    def prepare(self, statistics: Iterable[Statistic]) -> None:
         """Compute what is not there yet."""
         ...
 
-    def statistic(self, name: str, kind: str) -> Tensor:
-        """One layer's statistic."""
+    def statistic(self, layer: str, name: str) -> Tensor:
+        """One layer's statistic by its name."""
         ...
 
     def out_of_memory(self) -> int:
@@ -138,11 +143,12 @@ class Recipe:
     seed: int = 0
 
     @property
-    def statistics(self) -> frozenset[str]:
-        """Names of the statistics of full-precision inputs that it reads."""
-        names = self.allocator.statistics | (self.whitenings.statistics if self.whitenings else frozenset())
+    def statistics(self) -> frozenset[Statistic]:
+        """The statistics of full-precision inputs and gradients that it reads."""
+        of_posterior = self.whitenings.statistics if self.whitenings else frozenset[Statistic]()
         behind_prefix = self.method.inputs == "prefix" and self.whitenings is None
-        return names if behind_prefix else names | self.method.statistics
+        of_method = frozenset[Statistic]() if behind_prefix else self.method.statistics
+        return self.allocator.statistics | of_posterior | of_method
 
 
 @dataclass

@@ -7,13 +7,14 @@ import torch
 from torch import Tensor
 
 from bayesq.batches import in_one_batch
-from bayesq.distillation import Distilled, distill, posterior_predictive
+from bayesq.distillation import Distilled, distill
 from bayesq.memory import halving
+from bayesq.posterior import WhiteningStore
 from bayesq.progress import elapsed
 from bayesq.quant.correction import MAX_EXAMPLES, Correction, correct_moments
 from bayesq.quant.method import LayerProblem
 from bayesq.recipe import Distillation, Quantized, Recipe, Subject
-from bayesq.whitening import WhiteningStore
+from bayesq.teacher import posterior_predictive
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +67,7 @@ def distill_student(subject: Subject, recipe: Recipe, settings: Distillation, re
         if settings.moments and not recipe.correction:
             start = moment_start(subject, result, START_BATCHES * batch_size)
         student = result.copy_of(subject.module)
-        return distill(student, tensors, batches, teacher, settings.settings, generator, start, subject.likelihood)
+        return distill(student, tensors, batches, teacher, settings.settings, generator, subject.likelihood, start)
 
     distilled, retries = halving(settings.batch_size, attempt, "distillation")
     result.oom_retries += retries

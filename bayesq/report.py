@@ -82,9 +82,8 @@ class Report:
         lines = [f"{'layer':{width}}  {'shape':>14}  bits/code  bits/stored  achieved risk"]
         for row in self.layers:
             risk = "" if row["achieved_risk"] is None else f"{row['achieved_risk']:.3g}"
-            lines.append(
-                f"{row['name']:{width}}  {row['shape']:>14}  {row['bits/code']:9.3f}  {row['bits/stored']:11.3f}  {risk:>13}"
-            )
+            bits = f"{row['bits/code']:9.3f}  {row['bits/stored']:11.3f}"
+            lines.append(f"{row['name']:{width}}  {row['shape']:>14}  {bits}  {risk:>13}")
         total = (
             f"{self.code_bits:.3f} bits per weight in codes, {self.stored_bits:.3f} stored, {self.stored_bytes:,} bytes"
         )

@@ -8,13 +8,14 @@ import torch
 from naive_fisher import Dense, TinyConvNet
 from torch import Tensor, nn
 
+from bayesq.batches import TensorExamples
 from bayesq.calibration.collector import Collector
 from bayesq.calibration.inputs import INPUT_BASIS, INPUT_MAGNITUDE, INPUT_MOMENT
 from bayesq.calibration.passes import CalibrationSettings
 from bayesq.fisher import FISHER_DIAGONAL, FISHER_EIGENVALUES, GRADIENT_BASIS, GRADIENT_MOMENT, GradientDirections
 from bayesq.quant.layers import quantizable_layers, weight_to_matrix
 from bayesq.suite.calibration import Calibration
-from bayesq.suite.models.base import TensorExamples, state_checksum
+from bayesq.suite.models.base import state_checksum
 
 CPU = torch.device("cpu")
 # Those that one pass collects without the results of another.

@@ -379,3 +379,8 @@ def mask_samples(samples: Tensor, mask: Tensor | None) -> tuple[Tensor, int | Te
         return samples, b * length
     keep = mask.to(device=samples.device, dtype=torch.bool)
     return samples * keep[:, None, :, None].to(samples.dtype), keep.sum()
+
+
+def kernel_positions(layer: Layer) -> int:
+    """kh * kw of a convolution, 1 for Linear: neighbouring columns that read the same input channel."""
+    return layer.kernel_size[0] * layer.kernel_size[1] if isinstance(layer, nn.Conv2d) else 1

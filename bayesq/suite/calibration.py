@@ -9,9 +9,8 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -20,13 +19,12 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from bayesq.batches import Batch
+from bayesq.batches import EncodedBatches, EncodedExamples
 from bayesq.calibration.passes import SUM_BYTES, CalibrationSettings, Passes, Report
 from bayesq.calibration.statistic import LayerStatistics, Source, Statistic, families, with_required
 from bayesq.files import lock
 from bayesq.memory import halving
 from bayesq.quant.layers import Layer, ParameterLayer, groups_of, kind_of, weight_to_matrix
-from bayesq.suite.models.base import EncodedExamples, count_batches
 from bayesq.tensor_file import CorruptFile, TensorWriter, tensor_writer, verify
 
 log = logging.getLogger(__name__)
@@ -35,28 +33,6 @@ log = logging.getLogger(__name__)
 METADATA_BYTES = 1024
 # Bytes of running sums in a pass with calibration.offload=disk, or what the largest layer takes.
 OFFLOADED_SUM_BYTES = 64 * 2**20
-
-
-@dataclass(frozen=True)
-class EncodedBatches:
-    """Encoded examples as `bayesq.calibration.passes.Batches`, with a progress bar; iterating stops if asked to."""
-
-    encoded: EncodedExamples
-    batch_size: int
-    device: torch.device
-    title: str
-
-    @property
-    def examples(self) -> int:
-        """In all batches together."""
-        return len(self.encoded)
-
-    def __len__(self) -> int:
-        return count_batches(self.encoded, self.batch_size)
-
-    def __iter__(self) -> Iterator[Batch]:
-        batches = self.encoded.batches(self.batch_size, self.device)
-        yield from tqdm(batches, total=len(self), desc=self.title, disable=None, leave=False)
 
 
 class Calibration:
@@ -122,6 +98,15 @@ class Calibration:
         self.unseen: set[str] = set()
         self.reused: dict[str, bool] = {}
         self.oom_retries: dict[str, int] = {}
+
+    @property
+    def batch_size(self) -> int:
+        """Examples per forward pass."""
+        return self.settings.batch_size
+
+    def out_of_memory(self) -> int:
+        """How often passes over the examples ran out of memory."""
+        return sum(self.oom_retries.values())
 
     def path(self, statistic: Statistic) -> Path:
         """File of one statistic."""

@@ -84,6 +84,11 @@ def _canonical(value: Any) -> Any:
     return value
 
 
+def reads_posterior(config: Mapping[str, Any]) -> bool:
+    """Whether a run computes a posterior: its method asks for one, or the knapsack needs predicted risks."""
+    return config["allocator"] == "knapsack" or config["method"].get("uses_posterior") is True
+
+
 def settings_that_matter(config: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a resolved configuration that determines the result.
 
@@ -103,7 +108,7 @@ def settings_that_matter(config: Mapping[str, Any]) -> dict[str, Any]:
         matter.pop("allocation", None)
     elif "allocation" in matter:
         matter["allocation"] = _canonical_allocation(matter["allocation"])
-    if not knapsack and config["method"].get("uses_posterior") is not True:
+    if not reads_posterior(config):
         matter.pop("posterior", None)
     if not config.get("distill"):
         matter.pop("distillation", None)

@@ -16,12 +16,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from bayesq.batches import Batch
+from bayesq.batches import Batch, EncodedExamples, count_batches
 from bayesq.files import lock
 from bayesq.likelihood import Likelihood
 from bayesq.memory import halving
 from bayesq.suite.metrics import ECE_BINS, Metric, difference_interval, measure
-from bayesq.suite.models.base import EncodedExamples, count_batches
 from bayesq.tensor_file import CorruptFile, read_tensors, write_tensors
 
 log = logging.getLogger(__name__)

@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from bayesq.quant.file import Packed, fill, fill_from
+from bayesq.quant.file import Packed, fill_from
 from bayesq.quant.layers import weight_keys
+from bayesq.quant.network import fill
 from bayesq.suite.cache import resolve_cache_dir
 from bayesq.suite.config import DESCRIPTIVE, flatten, one_line, suggestion
 from bayesq.suite.errors import UserError

@@ -1,21 +1,31 @@
 """From a configuration to the objects of a run: recipe, workload, statistics, and what they will need."""
 
 import json
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 from omegaconf import DictConfig
 
 from bayesq.allocation import DAMPING, Budget, Knapsack, make_allocator
+from bayesq.calibration.passes import SUM_BYTES, CalibrationSettings
 from bayesq.distillation import DistillationSettings
 from bayesq.likelihood import LIKELIHOODS, Likelihood
-from bayesq.posterior import AUTO
+from bayesq.memory import resident_bytes
+from bayesq.posterior import AUTO, WhiteningStore
+from bayesq.quant.correction import MAX_EXAMPLES
 from bayesq.recipe import Distillation, Proxy, Recipe
-from bayesq.suite.calibration import Calibration, CalibrationSettings
+from bayesq.suite.calibration import OFFLOADED_SUM_BYTES, Calibration
 from bayesq.suite.config import reads_posterior, resolved
 from bayesq.suite.construct import build
 from bayesq.suite.errors import UserError
+from bayesq.suite.forward import naming_model
+from bayesq.suite.preflight import Choices, Needs, activations, check, estimate
+from bayesq.suite.session import Session
 from bayesq.suite.workload import Selection, Workload, load, select_device
-from bayesq.whitening import WhiteningStore
+
+# Whitenings may take this share of the free disk, 1 / SPARE_DISK.
+SPARE_DISK = 4
 
 
 def make_recipe(cfg: DictConfig) -> Recipe:
@@ -99,16 +109,21 @@ def open_statistics(cfg: DictConfig, recipe: Recipe, work: Workload, cache_dir: 
         likelihood=fisher_likelihood(recipe.whitenings, subject.likelihood),
         draws=posterior.draws if posterior else "signs",
     )
-    offload = cfg.calibration.offload == "disk"
-    return Calibration(network.module, network.identity, subject, settings, cache_dir, offload)
+    return Calibration(
+        network.module,
+        network.identity,
+        subject.layers,
+        subject.examples,
+        settings,
+        cache_dir,
+        subject.device,
+        OFFLOADED_SUM_BYTES if cfg.calibration.offload == "disk" else SUM_BYTES,
+        subject.usage.overwritten,
+    )
 
 
 def place_whitenings(
-    cfg: DictConfig,
-    store: WhiteningStore | None,
-    statistics: Calibration,
-    folder: Path,
-    previous: WhiteningStore | None,
+    cfg: DictConfig, store: WhiteningStore | None, statistics: Calibration, folder: Path, session: Session
 ) -> None:
     """Keep whitenings on disk if asked to; else go on with those of the command's previous run that still hold."""
     if store is None:
@@ -117,4 +132,40 @@ def place_whitenings(
         store.use_disk(folder)
         return
     files = sorted(str(statistics.path(statistic)) for statistic in store.statistics)
-    store.take_over(json.dumps([resolved(cfg)["posterior"], files]), previous)
+    store.take_over(json.dumps([resolved(cfg)["posterior"], files]), session.whitenings)
+    session.whitenings = store
+
+
+def preflight(
+    cfg: DictConfig, recipe: Recipe, work: Workload, statistics: Calibration, folders: Mapping[str, Path]
+) -> Needs:
+    """Say what memory and disk the run will need, and return it.
+
+    Raises:
+        UserError: it cannot fit.
+    """
+    subject, module, store = work.subject, work.network.module, recipe.whitenings
+    first = [next(examples.batches(1, subject.device)).inputs for examples in (subject.examples, work.evaluation)]
+    with naming_model(cfg.model.name, "its forward pass"):
+        small, large = (activations(module, inputs) for inputs in first)
+    offload = cfg.calibration.offload == "disk"
+    choices = Choices(
+        statistics=recipe.statistics,
+        posterior=store.posterior if store else None,
+        bits=float(cfg.bits),
+        calibration_batch=statistics.batch_size,
+        evaluation_batch=int(cfg.evaluation.batch_size),
+        distillation_batch=recipe.distillation.batch_size if recipe.distillation else None,
+        corrected=min(MAX_EXAMPLES, len(subject.examples)) if recipe.correction else 0,
+        sequential=recipe.method.inputs == "prefix",
+        examples=len(subject.examples),
+        offload=offload,
+        room=statistics.passes.room,
+        whitening_memory=store.memory_limit if store else 0,
+        whitening_disk=int(shutil.disk_usage(folders["results_dir"]).free // SPARE_DISK),
+        inherited=store.inherited_bytes if store else 0,
+    )
+    missing, accelerated = statistics.missing(recipe.statistics), subject.device.type != "cpu"
+    needs = estimate(resident_bytes(), module, subject.layers, choices, small, large, missing, accelerated)
+    check(needs, folders, cfg.resources.memory, offload)
+    return needs

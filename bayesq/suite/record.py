@@ -89,7 +89,7 @@ def flat_result(
         "versions": versions(),
         "host": host(device),
         "git": git_state(),
-        code_digest.KEY: code_digest.digests(code_digest.targets(resolved(cfg))),
+        code_digest.KEY: code_digest.digest(code_digest.packages(resolved(cfg))),
         "source": {
             "dataset": work.data.source,
             "model": work.network.description,

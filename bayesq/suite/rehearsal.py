@@ -6,21 +6,21 @@ with them. So each run first quantizes some layers of the kinds its network has,
 """
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from bayesq.allocation import Allocator, Budget, Knapsack
+from bayesq.allocation import Budget, Knapsack
 from bayesq.calibration.samples import Pairs
 from bayesq.calibration.statistic import Source, Statistic, with_required
 from bayesq.quant.grids import MAX_WIDTH, MIN_WIDTH
-from bayesq.quant.layers import Layer, weight_to_matrix
+from bayesq.quant.layers import Layer, kernel_positions, weight_to_matrix
 from bayesq.quant.loop import quantize_layers
-from bayesq.quant.method import Context, Distortion, LayerProblem, Method
+from bayesq.quant.method import Context, Distortion, LayerProblem
 from bayesq.quant.tensor import QuantizedTensor
+from bayesq.recipe import Recipe
 
 log = logging.getLogger(__name__)
 
@@ -35,22 +35,15 @@ FEW_ROWS = 4
 EXAMPLES, GRADIENTS = 320, 16
 
 
-class Plan(Protocol):
-    """What a run does to a network."""
-
-    method: Method
-    allocator: Allocator
-
-
-def rehearse(plan: Plan, problems: Sequence[LayerProblem], proxy: bool) -> None:
-    """Quantize layers and decode them; whatever goes wrong is left for the run itself to say.
+def rehearse(recipe: Recipe, layers: Mapping[str, Layer]) -> None:
+    """Quantize small random layers and decode them; whatever goes wrong is left for the run itself to say.
 
     Args:
-        plan: of the run, but not the instance that it goes on with.
-        problems: see `small_problems`.
-        proxy: whether the run rounds single layers to measure their effect.
+        recipe: of the run, but not the instance that it goes on with.
+        layers: of the network, by name.
     """
-    method, allocator = plan.method, plan.allocator
+    method, allocator = recipe.method, recipe.allocator
+    problems = small_problems(layers, recipe.statistics | method.statistics)
 
     def allocate(
         layers: Sequence[LayerProblem], codebook_bits: int = 0, distortion: Distortion | None = None
@@ -62,7 +55,7 @@ def rehearse(plan: Plan, problems: Sequence[LayerProblem], proxy: bool) -> None:
     try:
         if isinstance(allocator, Knapsack):
             allocator.pinned, allocator.allowed = {}, {}  # patterns may match none of these layers
-            if proxy:
+            if recipe.proxy is not None:
                 allocator.rounded(problems[0], MIN_WIDTH)
         for _, tensor in quantize_layers(method, problems, allocate, Context.of_seed(0), RandomPrefix(problems)):
             tensor.dequantize()
@@ -75,16 +68,13 @@ def all_widths(rows: int) -> Tensor:
     return (MIN_WIDTH + torch.arange(rows) % (MAX_WIDTH - MIN_WIDTH + 1)).to(torch.uint8)
 
 
-def small_problems(
-    layers: Mapping[str, Layer], positions: Callable[[Layer], int], statistics: Iterable[Statistic]
-) -> list[LayerProblem]:
+def small_problems(layers: Mapping[str, Layer], statistics: Iterable[Statistic]) -> list[LayerProblem]:
     """Random layers: one of each kind there is, and more until they have WEIGHTS weights or are as many.
 
     Kinds differ in type, in having several groups, few rows in each, or several kernel positions.
 
     Args:
         layers: of the network, by name.
-        positions: kernel positions of a layer.
         statistics: that are read.
     """
     generator = torch.Generator().manual_seed(0)
@@ -92,7 +82,7 @@ def small_problems(
     problems: list[LayerProblem] = []
     kinds, weights = set(), 0
     for name in sorted(layers, key=lambda name: -torch.Size(shapes[name]).numel()):
-        kernel = positions(layers[name])
+        kernel = kernel_positions(layers[name])
         g, r, c = shapes[name]
         kind = (type(layers[name]), g > 1, min(r, FEW_ROWS), kernel > 1)
         if kind in kinds and weights >= WEIGHTS:

@@ -179,7 +179,7 @@ def run_again(result: Mapping[str, Any], folder: Path, fresh: bool) -> Path:
     """
     import torch
 
-    from bayesq.suite import provenance, runner
+    from bayesq.suite import provenance, runner, workload
     from bayesq.suite.cache import resolve_cache_dir
 
     config = recorded_config(result)
@@ -199,7 +199,7 @@ def run_again(result: Mapping[str, Any], folder: Path, fresh: bool) -> Path:
     here = {
         "git": provenance.git_state(),
         "versions": provenance.versions(),
-        "host": provenance.host(runner.select_device(cfg.device)),
+        "host": provenance.host(workload.select_device(cfg.device)),
     }
     for line in warnings(result, here):
         print(f"warning: {line}", file=sys.stderr, flush=True)

@@ -6,45 +6,40 @@ config -> dataset and model -> calibration statistics -> method (posterior, allo
 
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
+from torch import Tensor
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from bayesq.pipeline import quantize_network
 from bayesq.progress import elapsed
-from bayesq.suite import evaluation
+from bayesq.quant.file import Packed, Sizes, read_packed, write_packed
+from bayesq.quant.network import quantized_copy
+from bayesq.recipe import Quantized
+from bayesq.report import layer_rows
 from bayesq.suite.cache import resolve_cache_dir
 from bayesq.suite.config import run_dir, run_id
 from bayesq.suite.errors import UserError
+from bayesq.suite.evaluation import Rows as EvaluationRows
+from bayesq.suite.evaluation import autocast_effect, cached_logits, compare, paired_rows, prediction_rows
 from bayesq.suite.forward import naming_model
+from bayesq.suite.metrics import metric_of
 from bayesq.suite.packed import run_record
-from bayesq.suite.plan import check_patterns, load_workload, make_recipe, open_statistics, place_whitenings
-from bayesq.suite.preflight import preflight
-from bayesq.suite.record import flat_result, layer_rows, log_decisions
+from bayesq.suite.plan import check_patterns, load_workload, make_recipe, open_statistics, place_whitenings, preflight
+from bayesq.suite.record import flat_result, log_decisions
 from bayesq.suite.rehearsal import rehearse
 from bayesq.suite.results import LAYERS_FILE, PREDICTIONS_FILE, QUANTIZED_FILE, RESULT_FILE, write_csv, write_json
+from bayesq.suite.session import Session
 from bayesq.suite.summary import two_digits
 from bayesq.suite.tracking import ERROR_KEY, track
-from bayesq.suite.workload import check_outputs
-from bayesq.whitening import WhiteningStore
+from bayesq.suite.workload import Workload, check_finite
 
 log = logging.getLogger(__name__)
 
 Rows = list[dict[str, Any]]
-
-
-@dataclass
-class Session:
-    """What the runs of one command hand on to each other.
-
-    Attributes:
-        whitenings: of the last run, for the next one if they depend on the same.
-    """
-
-    whitenings: WhiteningStore | None = None
 
 
 def run(cfg: DictConfig, session: Session | None = None) -> dict[str, Any]:
@@ -97,17 +92,15 @@ def execute(cfg: DictConfig, folder: Path, session: Session) -> tuple[dict[str, 
         work = load_workload(cfg, cache_dir)
     check_patterns(recipe, work)
     statistics = open_statistics(cfg, recipe, work, cache_dir)
-    place_whitenings(cfg, recipe.whitenings, statistics, folder, session.whitenings)
-    session.whitenings = recipe.whitenings
+    place_whitenings(cfg, recipe.whitenings, statistics, folder, session)
     needs = preflight(cfg, recipe, work, statistics, {"cache_dir": cache_dir, "results_dir": folder.parent})
-    if recipe.whitenings and needs.scratch:
+    if recipe.whitenings and needs.spilled:
         recipe.whitenings.use_disk(folder)
-    settings = evaluation.Settings(int(cfg.evaluation.batch_size), cfg.evaluation.autocast)
+    evaluator = Evaluator(work, int(cfg.evaluation.batch_size), cfg.evaluation.autocast, cache_dir)
     with naming_model(cfg.model.name, "evaluating it"):
-        full = evaluation.full_precision(work.network, work.evaluation, settings, work.subject.device, cache_dir)
-    check_outputs(
-        full.outputs, f"model={cfg.model.name} overflows before anything is rounded; choose other weights or data"
-    )
+        evaluator.run_full_precision()
+    overflow = f"model={cfg.model.name} overflows before anything is rounded; choose other weights or data"
+    check_finite(evaluator.full, overflow)
     with elapsed("compile"):
         rehearse(make_recipe(cfg), work.subject.layers)
 
@@ -118,14 +111,93 @@ def execute(cfg: DictConfig, folder: Path, session: Session) -> tuple[dict[str, 
     except ValueError as error:
         raise UserError(str(error)) from error
     log_decisions(title, quantized)
-    sizes, network = store(folder / QUANTIZED_FILE, quantized, run_record(cfg, work.network), work)
-    evaluate_start = time.perf_counter()
-    metrics, predictions = evaluation.evaluate(network, full, work, settings, f"evaluate {title}", int(cfg.seed))
-    now = time.perf_counter()
+    sizes, stored = store(folder / QUANTIZED_FILE, quantized, run_record(cfg, work.network))
+    stored_at = time.perf_counter()
+    rows = evaluator.run_quantized(stored, f"evaluate {title}")
+    evaluated_at = time.perf_counter()
+    quantized.oom_retries += evaluator.oom_retries
+    no_network = f"bits={cfg.bits:g} leaves no working network; choose more bits or another method"
+    check_finite(rows["kl"], no_network)
+    metrics = evaluator.metrics(rows, int(cfg.seed))
     seconds = {
-        "evaluate": now - evaluate_start,
-        "total": now - start + quantized.reused_s,
+        "evaluate": evaluated_at - stored_at,
+        "total": time.perf_counter() - start + quantized.reused_s,
         "prepare": start - began,
     }
     result = flat_result(cfg, work, quantized, sizes, metrics, seconds, needs.memory)
-    return result, layer_rows(quantized), predictions
+    return result, layer_rows(quantized), prediction_rows(rows, work.data.evaluation.ids)
+
+
+def store(path: Path, quantized: Quantized, record: dict[str, Any]) -> tuple[Sizes, Packed]:
+    """Write the packed file and read it: everything reported comes from it; what is not stored is not evaluated."""
+    with elapsed("pack"):
+        sizes = write_packed(path, Packed(quantized.tensors, quantized.parameters, run=record))
+        return sizes, read_packed(path)
+
+
+@dataclass
+class Evaluator:
+    """Evaluates the full-precision and the quantized network of a run on the same examples.
+
+    Attributes:
+        work: network and data.
+        batch_size: examples per forward pass.
+        autocast: torch dtype of matrix products by name; None = float32 throughout.
+        cache_dir: root of the caches, where full-precision outputs are kept.
+        full: outputs [n, ...] of the full-precision network, after `run_full_precision`.
+        full_float32: the same in float32.
+        oom_retries: how often memory ran out.
+    """
+
+    work: Workload
+    batch_size: int
+    autocast: str | None
+    cache_dir: Path
+    full: Tensor = field(init=False)
+    full_float32: Tensor = field(init=False)
+    oom_retries: int = 0
+
+    def run_full_precision(self) -> None:
+        """Compute or read the full-precision outputs."""
+        self.full = self._cached(self.autocast)
+        self.full_float32 = self.full if self.autocast is None else self._cached(None)
+
+    def _cached(self, autocast: str | None) -> Tensor:
+        network, subject = self.work.network, self.work.subject
+        outputs, retries = cached_logits(
+            network.module,
+            network.identity,
+            self.work.evaluation,
+            self.batch_size,
+            subject.device,
+            self.cache_dir,
+            autocast,
+        )
+        if autocast == self.autocast:
+            self.oom_retries += retries
+        return outputs
+
+    def run_quantized(self, stored: Packed, title: str) -> EvaluationRows:
+        """The numbers of each example, of both networks."""
+        subject = self.work.subject
+        student = quantized_copy(subject.module, stored.tensors, stored.parameters)
+        rows, retries = paired_rows(
+            self.full,
+            student,
+            self.work.evaluation,
+            subject.likelihood,
+            self.batch_size,
+            subject.device,
+            title,
+            self.autocast,
+        )
+        self.oom_retries += retries
+        return rows
+
+    def metrics(self, rows: EvaluationRows, seed: int) -> dict[str, object]:
+        """All metrics under their result keys; `seed` is of the bootstrap."""
+        with elapsed("compare"):
+            metrics = compare(rows, seed, self.work.data.metrics)
+        if self.autocast is not None:
+            metrics |= autocast_effect(self.full_float32, self.full, self.work.subject.likelihood)
+        return metrics

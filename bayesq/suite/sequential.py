@@ -7,6 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from bayesq.batches import EncodedExamples
 from bayesq.calibration.collector import Collector
 from bayesq.calibration.inputs import INPUT_MAGNITUDE, INPUT_MOMENT
 from bayesq.calibration.statistic import LayerStatistics
@@ -14,7 +15,6 @@ from bayesq.memory import halving
 from bayesq.quant.layers import Layer, ParameterLayer, groups_of
 from bayesq.quant.network import fill
 from bayesq.quant.tensor import QuantizedTensor
-from bayesq.suite.models.base import EncodedExamples
 from bayesq.suite.replay import Replay
 
 STATISTICS = {statistic.name: statistic for statistic in (INPUT_MOMENT, INPUT_MAGNITUDE)}

@@ -7,14 +7,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from bayesq.batches import EncodedExamples, two_examples
 from bayesq.quant.layers import embedding_tables, quantizable_layers
 from bayesq.quant.usage import OtherUseError, usage_of
 from bayesq.recipe import Subject
 from bayesq.suite.coverage import Coverage, coverage, report
-from bayesq.suite.datasets.base import DataSource, DataSplits
+from bayesq.suite.datasets.base import Dataset, DataSplits
 from bayesq.suite.errors import UserError
 from bayesq.suite.forward import naming_model
-from bayesq.suite.models.base import EncodedExamples, ModelSource, Network, two_examples
+from bayesq.suite.models.base import ModelSource, Network
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Selection:
 
 
 def load(
-    dataset: DataSource, model: ModelSource, name: str, selection: Selection, device: torch.device, cache_dir: Path
+    dataset: Dataset, model: ModelSource, name: str, selection: Selection, device: torch.device, cache_dir: Path
 ) -> Workload:
     """Load data and network, encode the examples, and look at how the network uses its layers.
 
@@ -121,7 +122,7 @@ def check_network(module: nn.Module, name: str) -> None:
             raise UserError(f"model={name}: {key} has variances below zero: choose other weights")
 
 
-def check_outputs(outputs: Tensor, remedy: str) -> None:
+def check_finite(outputs: Tensor, remedy: str) -> None:
     """Refuse predictions that are no numbers, before metrics of them pass for results.
 
     Args:
@@ -131,7 +132,7 @@ def check_outputs(outputs: Tensor, remedy: str) -> None:
     Raises:
         UserError: some are NaN or infinite.
     """
-    wrong = int((~torch.isfinite(outputs)).flatten(1).any(1).sum())
+    wrong = int((~torch.isfinite(outputs)).reshape(len(outputs), -1).any(1).sum())
     if wrong:
         raise UserError(f"logits are NaN or infinite for {wrong} of {len(outputs)} evaluation examples: {remedy}")
 

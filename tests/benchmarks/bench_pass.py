@@ -17,11 +17,12 @@ import torch
 from hydra import compose, initialize_config_dir
 from references import TIMER, compare
 
+from bayesq.batches import TensorExamples, two_examples
 from bayesq.quant.layers import quantizable_layers
 from bayesq.quant.usage import usage_of
 from bayesq.suite import composition, runner
 from bayesq.suite.coverage import coverage
-from bayesq.suite.models.base import Network, TensorExamples, two_examples
+from bayesq.suite.models.base import Network
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = 256  # as many as a run takes unless told otherwise

@@ -7,6 +7,7 @@ import pytest
 import torch
 from references import TIMER, layer, seconds
 
+from bayesq.batches import TensorExamples
 from bayesq.calibration.collector import Collector
 from bayesq.calibration.inputs import INPUT_MOMENT
 from bayesq.fisher import FISHER_DIAGONAL, GRADIENT_MOMENT
@@ -14,7 +15,6 @@ from bayesq.quant.feedback import feedback_factor, feedback_round
 from bayesq.quant.grids import AffineGrid, minmax_grid
 from bayesq.quant.layers import quantizable_layers
 from bayesq.quant.trellis import TrellisGrid
-from bayesq.suite.models.base import TensorExamples
 
 pytestmark = pytest.mark.benchmark(timer=TIMER)
 ROUNDS = 5

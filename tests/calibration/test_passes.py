@@ -20,12 +20,12 @@ from tiny_sets import (
 )
 from torch import Tensor, nn
 
+from bayesq.batches import TensorExamples
 from bayesq.calibration.inputs import INPUT_MAGNITUDE, INPUT_MOMENT
 from bayesq.calibration.passes import spread
 from bayesq.calibration.statistic import families
 from bayesq.fisher import FISHER_DIAGONAL, FISHER_EIGENVALUES, GRADIENT_MOMENT, GradientDirections
 from bayesq.quant.layers import quantizable_layers, weight_to_matrix
-from bayesq.suite.models.base import TensorExamples
 
 
 @pytest.fixture

@@ -19,12 +19,12 @@ from tiny_sets import (
 )
 from torch import Tensor, nn
 
+from bayesq.batches import TensorExamples
 from bayesq.calibration import samples
 from bayesq.calibration.statistic import LayerStatistics, Source
 from bayesq.fisher import FISHER_EIGENVALUES, GradientDirections
 from bayesq.likelihood import LIKELIHOODS
 from bayesq.quant.layers import quantizable_layers, weight_to_matrix
-from bayesq.suite.models.base import TensorExamples
 
 
 @pytest.mark.parametrize("classes", [2, 3])

@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "suite"))
 from glue_files import write_tsv
 from tiny_bert import WORDS
 
+from bayesq.batches import ALONE, EQUAL, PADDED, EncodedExamples, Layout, TensorExamples
 from bayesq.calibration.collector import Collector
 from bayesq.calibration.inputs import INPUT_MOMENT
 from bayesq.calibration.statistic import Statistic
@@ -26,7 +27,7 @@ from bayesq.suite import config, runner
 from bayesq.suite.datasets.base import DataSplits, Examples
 from bayesq.suite.errors import UserError
 from bayesq.suite.evaluation import logits
-from bayesq.suite.models.base import ALONE, EQUAL, PADDED, EncodedExamples, Layout, Network, TensorExamples
+from bayesq.suite.models.base import Network
 from bayesq.suite.models.transformers_model import TransformersClassifier
 
 ROOT = Path(__file__).parents[2]

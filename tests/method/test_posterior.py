@@ -12,6 +12,7 @@ from naive_fisher import TinyConvNet, TinyEncoder, dense_statistics, seeded
 from posterior_layers import KINDS, N, dense_precision, fitted, moment, problem
 from torch import Tensor, nn
 
+from bayesq.batches import TensorExamples
 from bayesq.calibration.passes import CalibrationSettings
 from bayesq.likelihood import LIKELIHOODS
 from bayesq.posterior import Diagonal, Ekfac, Kfac, LowRank, LowRankPosterior
@@ -19,7 +20,7 @@ from bayesq.posterior.factors import factored_damping, proper_root, shrink
 from bayesq.quant.layers import quantizable_layers, weight_to_matrix
 from bayesq.quant.method import LayerProblem
 from bayesq.suite.calibration import Calibration
-from bayesq.suite.models.base import TensorExamples, state_checksum
+from bayesq.suite.models.base import state_checksum
 
 # ------------------------------------------------------------------------------------- the Fisher of a tiny network
 

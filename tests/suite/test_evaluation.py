@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from bayesq.batches import Batch, TensorExamples
 from bayesq.likelihood import Categorical, Gaussian, Likelihood, Tokens
 from bayesq.suite import evaluation
 from bayesq.suite.evaluation import (
@@ -26,7 +27,6 @@ from bayesq.suite.evaluation import (
     prediction_rows,
 )
 from bayesq.suite.metrics import ACCURACY, METRICS, bootstrap_interval
-from bayesq.suite.models.base import Batch, TensorExamples
 from bayesq.suite.results import plain
 
 CPU = torch.device("cpu")

@@ -20,13 +20,13 @@ from tiny_bert import tiny_bert
 from torch import Tensor, nn
 
 import bayesq
+from bayesq.batches import EncodedExamples
 from bayesq.likelihood import Likelihood
 from bayesq.quant.file import read_packed
 from bayesq.suite import config, evaluation, export, loading, runner
 from bayesq.suite.datasets.base import DataSplits, Examples
 from bayesq.suite.datasets.glue import TASKS
 from bayesq.suite.errors import UserError
-from bayesq.suite.models.base import EncodedExamples
 from bayesq.suite.models.timm_model import TimmModel
 from bayesq.suite.weight_files import converted
 from bayesq.tensor_file import CorruptFile, read_tensors, write_tensors

@@ -16,9 +16,10 @@ import torch
 import transformers
 from torch import nn
 
+from bayesq.batches import TensorExamples
 from bayesq.suite.evaluation import cached_logits
 from bayesq.suite.fingerprint import fingerprint
-from bayesq.suite.models.base import Network, TensorExamples, state_checksum
+from bayesq.suite.models.base import Network, state_checksum
 
 ROOT = Path(__file__).parents[2]
 TINY = {"vocab_size": 30, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}

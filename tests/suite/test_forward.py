@@ -11,10 +11,11 @@ from omegaconf import DictConfig
 from tiny_bert import tiny_tokenizer
 from torch import Tensor, nn
 
+from bayesq.batches import TensorExamples
 from bayesq.suite import composition, runner
 from bayesq.suite.errors import UserError
 from bayesq.suite.forward import naming_model
-from bayesq.suite.models.base import Network, TensorExamples
+from bayesq.suite.models.base import Network
 
 
 class Faulty:

@@ -6,11 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bayesq.calibration.inputs import INPUT_MOMENT
-from bayesq.calibration.passes import CalibrationSettings
-from bayesq.fisher import GRADIENT_MOMENT
-from bayesq.suite.calibration import Calibration
-from bayesq.suite.models.base import (
+from bayesq.batches import (
     ALONE,
     EQUAL,
     PADDED,
@@ -21,6 +17,10 @@ from bayesq.suite.models.base import (
     needs_no_padding,
     two_examples,
 )
+from bayesq.calibration.inputs import INPUT_MOMENT
+from bayesq.calibration.passes import CalibrationSettings
+from bayesq.fisher import GRADIENT_MOMENT
+from bayesq.suite.calibration import Calibration
 from bayesq.suite.models.padding import find_layout
 from bayesq.suite.models.text import token_examples
 from bayesq.tensor_file import verify

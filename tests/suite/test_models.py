@@ -11,13 +11,14 @@ from omegaconf import OmegaConf
 from sklearn.linear_model import LogisticRegression
 from torch import nn
 
+from bayesq.batches import TensorExamples
 from bayesq.suite.cache import resolve_cache_dir
 from bayesq.suite.datasets.base import DataSplits, Examples
 from bayesq.suite.datasets.digits import Digits
 from bayesq.suite.datasets.movie_snippets import MovieSnippets
 from bayesq.suite.errors import UserError
 from bayesq.suite.models import minilm
-from bayesq.suite.models.base import Network, TensorExamples, fit_once, state_checksum
+from bayesq.suite.models.base import Network, fit_once, state_checksum
 from bayesq.suite.models.minilm import MiniLM
 from bayesq.suite.models.resnet import SmallResNet, random_shift
 from bayesq.suite.tasks import TASKS

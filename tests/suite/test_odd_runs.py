@@ -15,12 +15,13 @@ from odd_networks import seeded
 from test_odd_statistics import NETWORKS
 from torch import nn
 
+from bayesq.batches import TensorExamples
 from bayesq.quant.file import read_packed
 from bayesq.suite import composition, runner
 from bayesq.suite.errors import UserError
 from bayesq.suite.export import export
 from bayesq.suite.loading import load_quantized
-from bayesq.suite.models.base import Network, TensorExamples
+from bayesq.suite.models.base import Network
 
 EXTRA = {
     "unused": lambda: Unused(),

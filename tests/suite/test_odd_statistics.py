@@ -8,13 +8,13 @@ import torch
 from odd_networks import seeded, vectors
 from torch import Tensor, nn
 
+from bayesq.batches import TensorExamples
 from bayesq.calibration.collector import Collector
 from bayesq.calibration.inputs import INPUT_MAGNITUDE, INPUT_MOMENT
 from bayesq.calibration.order import forward_order
 from bayesq.fisher import FISHER_DIAGONAL, FISHER_EIGENVALUES, GRADIENT_MOMENT, GradientDirections
 from bayesq.quant.layers import groups_of, quantizable_layers, same_layer, weight_key, weight_to_matrix
 from bayesq.quant.usage import Usage, usage_of
-from bayesq.suite.models.base import TensorExamples
 from bayesq.suite.sequential import SequentialInputs
 
 CPU = torch.device("cpu")

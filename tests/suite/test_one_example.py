@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from bayesq.batches import TensorExamples
 from bayesq.calibration.collector import Collector
 from bayesq.fisher import FISHER_DIAGONAL, GRADIENT_MOMENT
 from bayesq.quant.layers import quantizable_layers
-from bayesq.suite.models.base import TensorExamples
 
 PIXELS = 20
 

@@ -13,13 +13,13 @@ import torch
 from PIL import Image
 from torch import nn
 
+from bayesq.batches import EncodedExamples
 from bayesq.suite.datasets import parquet_photos
 from bayesq.suite.datasets.base import Examples, StoredPhoto, stratified
 from bayesq.suite.datasets.imagenet import ImageNet, wnids
 from bayesq.suite.datasets.parquet_photos import ParquetPhotos
 from bayesq.suite.errors import UserError
 from bayesq.suite.models import photos
-from bayesq.suite.models.base import EncodedExamples
 from bayesq.suite.models.photos import EncodedPhotos, PhotoEncoder, StreamedPhotos, prefetched
 
 

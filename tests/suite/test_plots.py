@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from bayesq.batches import Batch
 from bayesq.likelihood import Categorical, Gaussian
 from bayesq.suite import evaluation, plots
 from bayesq.suite.metrics import ACCURACY
-from bayesq.suite.models.base import Batch
 
 CATEGORICAL = Categorical()
 LAYERS = [

@@ -11,11 +11,11 @@ from naive_fisher import TinyConvNet, TinyEncoder, seeded
 from tiny_sets import CPU, images, sentences
 from torch import Tensor, nn
 
+from bayesq.batches import TensorExamples
 from bayesq.calibration.collector import Collector
 from bayesq.calibration.order import forward_order
 from bayesq.quant.layers import quantizable_layers
 from bayesq.suite import replay
-from bayesq.suite.models.base import TensorExamples
 from bayesq.suite.sequential import STATISTICS, SequentialInputs
 
 

@@ -19,9 +19,9 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from wandb_server import API_KEY, WandbServer, serving
 
+from bayesq.batches import Batch
 from bayesq.likelihood import LIKELIHOODS
 from bayesq.suite import evaluation, plots, relog, runner, tracking
-from bayesq.suite.models.base import Batch
 from bayesq.suite.results import PREDICTIONS_FILE, load_results, read_result, write_csv, write_json
 
 LAYERS = [

@@ -7,8 +7,9 @@ import torch
 from architectures import CLASSES, TIMM, TRANSFORMERS, Architecture, build_image
 from torch import nn
 
+from bayesq.batches import TensorExamples
 from bayesq.suite.datasets.base import DataSplits, Examples
-from bayesq.suite.models.base import Network, TensorExamples
+from bayesq.suite.models.base import Network
 from bayesq.suite.tasks import IMAGE_CLASSIFICATION, TEXT_CLASSIFICATION
 
 EXAMPLES = 16  # of calibration, and as many of evaluation

@@ -20,9 +20,10 @@ from pathlib import Path
 import torch
 
 from bayesq.files import atomic_path, lock
+from bayesq.progress import elapsed
 from bayesq.suite.datasets.base import DataSplits, Examples, SeededSplits
 from bayesq.suite.errors import UserError
-from bayesq.suite.terminal import elapsed
+from bayesq.suite.tasks import TEXT_CLASSIFICATION
 
 logger = logging.getLogger(__name__)
 

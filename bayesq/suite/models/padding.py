@@ -13,10 +13,9 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from bayesq.batches import Batch
+from bayesq.batches import ALONE, EQUAL, Batch, Layout, TensorExamples
 from bayesq.quant.layers import MASK, Layer, input_samples, is_layer, mask_samples
 from bayesq.suite.config import one_line
-from bayesq.suite.models.base import ALONE, EQUAL, Layout, TensorExamples
 
 # Largest difference relative to the norm that counts as float noise.
 TOLERANCE = 1e-4

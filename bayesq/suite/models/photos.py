@@ -24,11 +24,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
-from bayesq.batches import Batch
+from bayesq.batches import Batch, EncodedExamples
 from bayesq.suite.datasets.base import Examples, StoredPhoto, photo_sha256
 from bayesq.suite.datasets.pictures import decoded
 from bayesq.suite.errors import UserError
-from bayesq.suite.models.base import EncodedExamples
 from bayesq.tensor_file import digest
 
 Photo = Path | StoredPhoto

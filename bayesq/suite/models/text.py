@@ -11,10 +11,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from bayesq.batches import Layout, TensorExamples
 from bayesq.quant.layers import MASK
 from bayesq.suite.datasets.base import Examples
 from bayesq.suite.errors import UserError
-from bayesq.suite.models.base import Layout, TensorExamples
 
 log = logging.getLogger(__name__)
 

@@ -7,10 +7,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from bayesq.batches import EncodedExamples
 from bayesq.suite.datasets.base import DataSplits, Examples
 from bayesq.suite.errors import UserError
 from bayesq.suite.hub import hub_file, tell_commit
-from bayesq.suite.models.base import EncodedExamples, Network, initialised
+from bayesq.suite.models.base import Network, initialised
 from bayesq.suite.models.checkpoint import checkpoint_sha256, load_weights, read_checkpoint
 from bayesq.suite.models.photos import FILTERS, PhotoEncoder, ScaledImages
 

@@ -9,9 +9,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from bayesq.batches import PADDED, EncodedExamples, Layout, TensorExamples
 from bayesq.suite.datasets.base import Examples
 from bayesq.suite.errors import UserError
-from bayesq.suite.models.base import PADDED, EncodedExamples, Layout, TensorExamples
 from bayesq.suite.models.padding import find_layout
 from bayesq.suite.models.text import Texts, texts_of, token_examples
 

@@ -14,14 +14,15 @@ from pathlib import Path
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from bayesq.suite.terminal import TICK_S, elapsed
+from bayesq.progress import elapsed
+from bayesq.progress import TICK_S
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = """
 import logging, sys, time
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
-from bayesq.suite.terminal import elapsed
+from bayesq.progress import elapsed
 logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
 with logging_redirect_tqdm():
     with elapsed("short"):
