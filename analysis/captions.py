@@ -10,10 +10,10 @@ import pandas as pd
 
 from analysis.comparisons import counted, is_seedless
 from analysis.defaults import deviations
-from analysis.figures import label
 from analysis.gaps import command, remarks, why
 from analysis.loading import FINISHED, RUNNING, UNKNOWN, WANDB, finished, of_finished_workloads, records
 from analysis.paper import title
+from analysis.style import label
 from bayesq.suite.results import unit
 
 

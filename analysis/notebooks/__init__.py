@@ -25,7 +25,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 import analysis
-from analysis import figures, gaps, plots
+from analysis import gaps, style
+from analysis.figures.shared import main_runs, without
 from analysis.loading import UNKNOWN, finished, of_finished_workloads, records, without_result
 from analysis.table import Table, remove_table, write_table
 from bayesq.suite.errors import UserError
@@ -109,7 +110,7 @@ class Page:
     @cached_property
     def main_runs(self) -> pd.DataFrame:
         """Runs that figures of all methods show; what they leave out is said."""
-        kept, left_out = plots.main_runs(self.runs)
+        kept, left_out = main_runs(self.runs)
         for line in left_out:
             self.say(line)
         return kept
@@ -125,14 +126,14 @@ class Page:
         return self.results.examples
 
     @property
-    def looks(self) -> dict[str, figures.Look]:
+    def looks(self) -> dict[str, style.Look]:
         """Look of every variant."""
-        return figures.looks(self.runs)
+        return style.looks(self.runs)
 
-    def looks_without(self, setting: str) -> dict[str, figures.Look]:
+    def looks_without(self, setting: str) -> dict[str, style.Look]:
         """Looks of variants whose names leave out a setting that is an axis of the figure."""
-        names = [plots.without(variant, setting) for variant in self.runs["variant"]]
-        return figures.looks(self.runs.assign(variant=names))
+        names = [without(variant, setting) for variant in self.runs["variant"]]
+        return style.looks(self.runs.assign(variant=names))
 
     def command(self, workload: str, *overrides: str) -> str:
         """The line for the shell that makes runs of a workload."""
@@ -142,7 +143,7 @@ class Page:
     def figure(self, drawn: Figure, name: str, caption: str, data: pd.DataFrame | None = None, **options: Any) -> None:
         """Save a figure with its caption and its data, and show it."""
         caption += f" {self._only()}" if self.where else ""
-        path = figures.save(drawn, self.output, name, caption, data, **options)
+        path = style.save(drawn, self.output, name, caption, data, **options)
         if in_kernel():
             from IPython.display import Image, display
 
@@ -196,7 +197,7 @@ class Page:
             remove_table(self.output, name)
         if self.path.is_file():
             for name in re.findall(r"^!\[(.+?)\]\(", self.path.read_text(encoding="utf-8"), re.MULTILINE):
-                figures.remove(self.output, name)
+                style.remove(self.output, name)
             self.path.unlink()
 
     def _say(self, text: str) -> None:

@@ -10,22 +10,25 @@
 # with a component switched, squares are GPTQ.
 
 # %%
-from analysis import captions, plots, tables
+from analysis import captions
+from analysis.figures import ablation
+from analysis.figures.shared import slug
 from analysis.notebooks import Page
+from analysis.tables.ablation import ablation_table
 
 page = Page("ablation", tables=["ablation"])
 
 # %%
-data = plots.ablation_data(page.runs)
+data = ablation.data(page.runs)
 for (workload, bits), own in data.groupby(["workload", "bits"]):
     population = captions.population(own.assign(variant=own["ablation"]), page.runs)
     caption = f"{workload} at {bits:g} bits: KL to full precision of ablations; {population}."
     members = page.runs[(page.runs["workload"] == workload) & (page.runs["bits/target"] == bits)]
     caption += captions.settings(members[members["variant"].isin(["bayesq", "gptq"])])
-    page.figure(plots.ablation(own), f"ablation_{plots.slug(workload)}_{bits:g}", caption, own)
+    page.figure(ablation.draw(own), f"ablation_{slug(workload)}_{bits:g}", caption, own)
 
 # %%
 if page.finished.empty:
     page.nothing("no finished run", "python run.py -m ablation=full,gptq,allocator_uniform bits=3 seed=0,1,2")
 else:
-    page.table(tables.ablation_table(page.runs), "ablation")
+    page.table(ablation_table(page.runs), "ablation")

@@ -11,20 +11,22 @@
 # summed over its rows; on the grey line they agree. Means over calibration seeds.
 
 # %%
-from analysis import captions, packed, plots
+from analysis import captions
+from analysis.figures import allocation
+from analysis.figures.shared import shown_budgets, slug
 from analysis.notebooks import Page
 
 page = Page("allocation")
 
 # %%
-data = plots.allocation_data(page.layers)
+data = allocation.data(page.layers)
 for workload, members in data.groupby("workload"):
-    variant = str(plots.main_variant(members, page.looks))
+    variant = str(allocation.main_variant(members, page.looks))
     own = members[members["variant"] == variant]
     runs = page.runs[(page.runs["workload"] == workload) & (page.runs["variant"] == variant)]
-    widths = packed.width_frame(runs)
+    widths = allocation.width_frame(runs)
     rank = ", ".join(
-        f"{plots.rank_correlation(own[own['bits'] == bits]):.2f} at {bits:g} bits" for bits in plots.shown_budgets(own)
+        f"{allocation.rank_correlation(own[own['bits'] == bits]):.2f} at {bits:g} bits" for bits in shown_budgets(own)
     )
     caption = (
         f"{workload}, {variant}: bits per layer, widths of rows, and risk; rank correlation of predicted and achieved"
@@ -33,7 +35,7 @@ for workload, members in data.groupby("workload"):
         f" risk over {own['name'].nunique()} layers {rank}; {captions.seeds(own['n'])}. Grey: the budget; equal risks."
     )
     caption += captions.settings(runs)
-    page.figure(plots.allocation(own, widths, page.looks[variant]), f"allocation_{plots.slug(workload)}", caption, own)
+    page.figure(allocation.draw(own, widths, page.looks[variant]), f"allocation_{slug(workload)}", caption, own)
 
 # %%
 for workload in sorted(set(page.workloads) - set(data["workload"])):

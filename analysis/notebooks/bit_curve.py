@@ -10,20 +10,22 @@
 # (lower row). Means and sample standard deviations over calibration seeds; the grey line is the full-precision network.
 
 # %%
-from analysis import captions, gaps, plots
+from analysis import captions, gaps
+from analysis.figures import bit_curve
+from analysis.figures.shared import slug
 from analysis.notebooks import Page
 
 BUDGETS = (2, 2.5, 3, 3.5, 4, 5, 6, 7, 8)  # of sweeps/bit_curve.yaml
 page = Page("bit_curve")
 
 # %%
-data = plots.bit_curve_data(page.main_runs)
+data = bit_curve.data(page.main_runs)
 for workload, own in data.groupby("workload"):
     caption = (
         f"{workload}: score, KL, NLL and ECE against code and stored bits; {captions.population(own, page.main_runs)}."
     )
     caption += captions.settings(page.main_runs[page.main_runs["workload"] == workload])
-    page.figure(plots.bit_curve(own, page.looks), f"bit_curve_{plots.slug(workload)}", caption, own)
+    page.figure(bit_curve.draw(own, page.looks), f"bit_curve_{slug(workload)}", caption, own)
 
 # %% [markdown]
 # What the whole curve from 2 to 8 bits lacks, or what is left of it by filters:

@@ -9,21 +9,23 @@
 # calibration set is the beginning of a larger one. Means and sample standard deviations over seeds.
 
 # %%
-from analysis import captions, plots
+from analysis import captions
+from analysis.figures import calibration_size
+from analysis.figures.shared import slug
 from analysis.notebooks import Page
 
 SIZES = "calibration.examples=16,32,64,128,256,512,1024"  # of sweeps/calibration_size.yaml
 page = Page("calibration_size")
 
 # %%
-data = plots.calibration_size_data(page.runs)
+data = calibration_size.data(page.runs)
 for (workload, bits), own in data.groupby(["workload", "bits"]):
     population = captions.population(own, page.runs, "examples")
     caption = f"{workload} at {bits:g} bits: KL and score against calibration examples; {population}."
     members = page.runs[(page.runs["workload"] == workload) & (page.runs["bits/target"] == bits)]
     caption += captions.settings(members, without=["calibration.examples"])
-    drawn = plots.calibration_size(own, page.looks_without("calibration.examples"))
-    page.figure(drawn, f"calibration_size_{plots.slug(workload)}_{bits:g}", caption, own)
+    drawn = calibration_size.draw(own, page.looks_without("calibration.examples"))
+    page.figure(drawn, f"calibration_size_{slug(workload)}_{bits:g}", caption, own)
 
 # %%
 for workload in sorted(set(page.workloads) - set(data["workload"])):

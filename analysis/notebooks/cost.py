@@ -12,14 +12,16 @@
 # so memory is shown only of runs that had a process each (one command a run).
 
 # %%
-from analysis import captions, cost
+from analysis import captions
 from analysis.comparisons import counted
+from analysis.figures import cost
 from analysis.notebooks import Page
+from analysis.tables.cost import MEMORY, NO_MEMORY, cost_table
 
 page = Page("cost", tables=["cost"])
 
 # %%
-data = cost.cost_data(page.main_runs)
+data = cost.data(page.main_runs)
 compared = data.dropna(subset=["time x"])
 if len(compared):
     memory = compared["memory x"].notna().any()
@@ -27,13 +29,13 @@ if len(compared):
     caption += (
         f" smallest and largest over budgets and seeds; n = {counted(compared.groupby(['workload', 'variant']).size())}"
     )
-    caption += f" runs a point. {cost.MEMORY if memory else cost.NO_MEMORY}"
+    caption += f" runs a point. {MEMORY if memory else NO_MEMORY}"
     caption += captions.settings(page.main_runs[page.main_runs["workload"].isin(compared["workload"])])
-    page.figure(cost.cost(compared, page.looks), "cost_multiples", caption, data)
+    page.figure(cost.draw(compared, page.looks), "cost_multiples", caption, data)
 
 # %%
 if len(page.finished):
-    page.table(cost.cost_table(page.main_runs), "cost")
+    page.table(cost_table(page.main_runs), "cost")
 
 # %%
 for workload in sorted(set(page.workloads) - set(compared["workload"])):

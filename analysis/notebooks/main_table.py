@@ -11,8 +11,9 @@
 # differences stand in a column of their own: they are against another GPTQ, on other networks.
 
 # %%
-from analysis import tables
 from analysis.notebooks import Page
+from analysis.tables.compact import compact_table
+from analysis.tables.main import main_table
 
 page = Page("main_table", tables=["main_table", "compact_table"])
 
@@ -20,7 +21,7 @@ page = Page("main_table", tables=["main_table", "compact_table"])
 if page.finished.empty:
     page.nothing("no finished run", "python run.py -m method=rtn,gptq,awq,bayesq bits=3,3.5,4 seed=0,1,2")
 else:
-    main = tables.main_table(page.runs)
+    main = main_table(page.runs)
     page.table(main, "main_table")
     if not main.empty:
-        page.table(tables.compact_table(main, page.runs), "compact_table")
+        page.table(compact_table(main, page.runs), "compact_table")

@@ -1,6 +1,6 @@
-"""How many bits above the Gaussian rate-distortion bound finished runs are, layer by layer (`bayesq.rate_distortion`).
+"""How many bits above the Gaussian rate-distortion bound finished runs are, layer by layer (`analysis.rate_distortion`).
 
-python -m bayesq.suite.bounds results      writes results/<run_id>/bounds.csv wherever there is none
+python -m analysis.bounds results      writes results/<run_id>/bounds.csv wherever there is none
 
 All methods are judged by the same risk, that of the posterior in their configuration (K-FAC unless it says otherwise),
 also those that use none. The codes come from the packed file, the statistics from the cache, or are computed again.
@@ -18,10 +18,10 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
+from analysis.rate_distortion import layer_rates, risk_components
 from bayesq.posterior import LayerPosterior
 from bayesq.quant.accounting import code_bits
 from bayesq.quant.method import LayerProblem
-from bayesq.rate_distortion import layer_rates, risk_components
 from bayesq.suite import runner
 from bayesq.suite.arguments import module_parser
 from bayesq.suite.cache import CorruptCache, resolve_cache_dir

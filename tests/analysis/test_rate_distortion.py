@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bayesq.posterior import DiagonalPosterior, EkfacPosterior, KroneckerPosterior
-from bayesq.rate_distortion import layer_rates, rate, risk_components, water_level
+from analysis.rate_distortion import layer_rates, rate, risk_components, water_level
 
 
 def moment(size: int, seed: int) -> torch.Tensor:

@@ -1,0 +1,74 @@
+"""Time and memory as multiples of GPTQ's."""
+
+from collections.abc import Mapping
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+from analysis.paper import title
+from analysis.style import DOUBLE, GREY, SINGLE, Look, legend, panels, present, style
+from analysis.tables.cost import medians_of, run_costs, with_multiples
+
+# Largest over smallest value of an axis that has no room for three ticks a decade.
+WIDE = 200
+
+
+def data(runs: pd.DataFrame) -> pd.DataFrame:
+    """Preprocessing seconds and peak memory of every run, and `time x` and `memory x`, as multiples of GPTQ's medians.
+
+    Seconds are those from the loaded model to its codes, distillation included; a workload without GPTQ has no
+    multiples. The GPTQ is that of `cost_table`.
+    """
+    costs = run_costs(runs)
+    data = with_multiples(costs, medians_of(costs)).assign(
+        seconds=lambda table: table["total"], gib=lambda table: table["memory"] / 2**30
+    )
+    data = data.rename(columns={"total x": "time x"})
+    columns = ["workload", "method", "variant", "bits", "seed", "seconds", "gib", "time x", "memory x", "reference"]
+    return data[columns]
+
+
+@style()
+def draw(data: pd.DataFrame, looks: Mapping[str, Look]) -> Figure:
+    """Time and memory as multiples of GPTQ's: medians over budgets and seeds, with smallest and largest.
+
+    Memory has a panel if any run has a multiple of it.
+    """
+    workloads = sorted(data["workload"].unique(), reverse=True)
+    keys = {"time x": "preprocessing time (multiples of GPTQ's)"}
+    if data["memory x"].notna().any():
+        keys["memory x"] = "peak memory (multiples of GPTQ's)"
+    width = DOUBLE if len(keys) > 1 else SINGLE
+    figure, axes = panels(1, len(keys), width, 0.8 + 0.55 * len(workloads), sharey=True)
+    found = present(data, looks)
+    for plot, (key, x_label) in zip(axes[0], keys.items(), strict=True):
+        plot.axvline(1, color=GREY, linewidth=0.8, zorder=1)
+        for number, (variant, own) in enumerate(found.items()):
+            shift = 0.6 * ((number + 0.5) / len(found) - 0.5)
+            for place, workload in enumerate(workloads):
+                values = data[(data["variant"] == variant) & (data["workload"] == workload)][key].dropna()
+                if values.empty:
+                    continue
+                plot.plot([values.min(), values.max()], [place - shift] * 2, color=own.colour, linewidth=0.8)
+                plot.plot(values.median(), place - shift, **(own.of_line() | {"linestyle": "none"}))
+        if key == "time x":
+            plot.set_xscale("log")
+            _plain_log_ticks(plot)
+        plot.set_xlabel(x_label)
+        plot.set_ylim(-0.6, len(workloads) - 0.4)
+        plot.grid(axis="y", visible=False)
+    axes[0][0].set_yticks(range(len(workloads)), [title(workload) for workload in workloads])
+    legend(figure, found, lines=False)
+    return figure
+
+
+def _plain_log_ticks(axes: Axes) -> None:
+    """Ticks 0.1, 0.2, 0.5, 1, 2, 5 ... within the data, written out; of a wide range 0.1, 1, 10 ... alone."""
+    low, high = axes.get_xlim()
+    digits = (1,) if high > WIDE * low else (1, 2, 5)
+    ticks = [digit * 10.0**power for power in range(-4, 5) for digit in digits]
+    axes.xaxis.set_major_locator(FixedLocator([tick for tick in ticks if low <= tick <= high]))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

@@ -1,0 +1,130 @@
+"""What several figures share: means over seeds, the runs they show, ticks and error bars."""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+from analysis.comparisons import whole_mean
+from analysis.loading import UNKNOWN
+from analysis.style import Look, present
+
+KL = "KL to full precision (nats)"
+CODE_BITS, STORED_BITS = "code bits per weight", "stored bits per weight"
+MOST_VARIANTS = 3
+# The paper's budgets; where a workload has others, its lowest, middle and highest are shown.
+SHOWN_BUDGETS = (3.0, 3.5, 4.0)
+
+
+def slug(text: object) -> str:
+    """`text` as part of a file name."""
+    return re.sub(r"[^A-Za-z0-9]+", "_", str(text)).strip("_").lower()
+
+
+def main_runs(runs: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
+    """Runs of the variants that a figure of all methods shows, and a line for each method that has more.
+
+    A method of a workload with more than MOST_VARIANTS of them is shown by its plain variant alone, or by the one with
+    the most runs where there is no plain one: an ablation has a page of its own.
+    """
+    kept, lines = [runs[runs["workload"] == UNKNOWN]], []
+    for (workload, method), members in runs.groupby(["workload", "method"], sort=True):
+        if workload == UNKNOWN:
+            continue
+        variants = members["variant"].value_counts(sort=False)
+        if len(variants) > MOST_VARIANTS:
+            first = min(variants.index, key=lambda variant: (variant != method, -variants[variant], variant))
+            lines.append(f"{workload}: of {len(variants)} variants of {method}, only {first} is shown.")
+            members = members[members["variant"] == first]
+        kept.append(members)
+    return pd.concat(kept).sort_index(), lines
+
+
+def mean_and_std(frame: pd.DataFrame, by: Sequence[str], values: Sequence[str]) -> pd.DataFrame:
+    """Means over seeds, `VALUE std` (sample standard deviation, NaN of a single seed) and `n`, one row per group.
+
+    A mean is NaN where one of the seeds has no number.
+    """
+    groups = frame.groupby(list(by), sort=True)
+    means, spread = whole_mean(groups, values), groups[list(values)].std(ddof=1)
+    return means.join(spread.add_suffix(" std")).assign(n=groups["seed"].nunique()).reset_index()
+
+
+def with_score(runs: pd.DataFrame) -> pd.DataFrame:
+    """`score` and `fp score`: the primary metric of the quantized and of the full-precision network, times 100."""
+    scores = {
+        column: [
+            100 * row[f"{prefix}/{row['primary_metric']}"] if isinstance(row["primary_metric"], str) else math.nan
+            for _, row in runs.iterrows()
+        ]
+        for column, prefix in (("score", "q"), ("fp score", "fp"))
+    }
+    return runs.assign(**scores)
+
+
+def complete(table: pd.DataFrame, axis: str) -> pd.DataFrame:
+    """A row for each variant and each value of `axis` that any variant of its workload has; NaN where none was run."""
+    parts = []
+    for _, members in table.groupby("workload", sort=True):
+        variants = members[["workload", "method", "variant"]].drop_duplicates()
+        full = variants.merge(pd.DataFrame({axis: sorted(members[axis].unique())}), how="cross")
+        parts.append(full.merge(members, how="left", on=["workload", "method", "variant", axis]))
+    whole = pd.concat(parts, ignore_index=True)
+    return whole.assign(n=whole["n"].fillna(0).astype(int))
+
+
+def method_of(frame: pd.DataFrame) -> pd.Series:
+    """The method of each row's variant."""
+    return frame["variant"].str.partition(" ")[0]
+
+
+def without(variant: str, *keys: str) -> str:
+    """A variant's name without some of its settings."""
+    return " ".join(word for word in variant.split(" ") if word.partition("=")[0] not in keys)
+
+
+def shown_budgets(data: pd.DataFrame) -> list[float]:
+    """At most three budgets."""
+    had = sorted(float(bits) for bits in data["bits"].unique())
+    chosen = [bits for bits in had if bits in SHOWN_BUDGETS]
+    return chosen or sorted({had[0], had[len(had) // 2], had[-1]})
+
+
+def bottom_up(data: pd.DataFrame, looks: Mapping[str, Look]) -> list[tuple[str, Look]]:
+    """`_present` in the order of drawing: the first method lies on top."""
+    return list(reversed(present(data, looks).items()))
+
+
+def positive(values: pd.Series, key: str) -> pd.Series:
+    """Values a logarithmic axis can show; only the KL has one."""
+    return values.where(values > 0) if key == "q/kl_to_fp" else values
+
+
+def errorbar(axes: Axes, x: Any, y: Any, spread: Any, own: Look) -> None:
+    """Points, the line between neighbours that were both measured, and bars of one standard deviation over seeds."""
+    y, spread = np.asarray(y, dtype=float), np.asarray(spread, dtype=float)
+    bars = np.where(np.isfinite(spread) & np.isfinite(y), spread, 0.0)
+    axes.plot(x, y, **own.of_line())
+    seen = bars > 0
+    if seen.any():
+        axes.errorbar(
+            np.asarray(x, dtype=float)[seen], y[seen], bars[seen], linestyle="none", marker="none", color=own.colour,
+            elinewidth=0.8, zorder=2,
+        )  # fmt: skip
+
+
+def bit_ticks(axes: Axes, budgets: Sequence[float]) -> None:
+    axes.xaxis.set_major_locator(FixedLocator(list(budgets)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+
+
+def few_bits(budgets: pd.Series) -> list[float]:
+    """Where an axis of bits has its ticks: at the budgets, or at whole numbers where those are many."""
+    had = sorted(float(bits) for bits in budgets.unique())
+    return had if len(had) < 6 else [float(bits) for bits in range(2, 9)]

@@ -1,0 +1,34 @@
+"""What tables and figures need to know about the metrics of results; nothing else in analysis/ asks the suite."""
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bayesq.suite import metrics
+from bayesq.suite.results import unit
+
+Floats = NDArray[np.float64]
+
+# Metrics are fractions or correlations; both are shown times 100.
+SCALE = 100
+
+
+def with_unit(metric: str) -> str:
+    """A metric as an axis spells it: `accuracy (%)`, `matthews (x100)`."""
+    return f"{metric} ({unit(metric)})"
+
+
+def in_words(metric: str) -> str:
+    """A metric as a caption spells it: `accuracy in %`, `matthews times 100`."""
+    return f"{metric} {'in %' if unit(metric) == '%' else 'times 100'}"
+
+
+def function(metric: str) -> Callable[[Floats, Floats, Floats], Floats]:
+    """The metric [resamples] of predictions [n], labels [n] and weights [resamples, n]."""
+    return metrics.FUNCTIONS[metric]
+
+
+def measure(metric: str, predicted: Floats, labels: Floats) -> float:
+    """The metric of predictions [n], classes or numbers; NaN where there are none."""
+    return metrics.measure(metrics.Metric(metric, metric), predicted, labels)

@@ -1,0 +1,122 @@
+"""Rows and cells that several tables share: what a variant measured, and how it compares with a reference."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+
+from analysis.comparisons import (
+    KL,
+    Examples,
+    NotComparedError,
+    is_seedless,
+)
+from analysis.loading import records
+from analysis.statistics import holm
+from analysis.table import (
+    GAP,
+    LEVEL,
+    as_delta,
+    as_kl,
+    as_number,
+    as_p,
+    as_ratio,
+    as_score,
+    cells_of,
+)
+
+COLUMNS = {
+    **dict.fromkeys(("workload", "bits", "variant", "method", "metric"), "object"),
+    **dict.fromkeys(("n", "examples", "score", "std", "fp", "kl", "kl_std", "bits_code", "bits_stored"), "float64"),
+    "reference": "object",
+    **dict.fromkeys(("delta", "delta_low", "delta_high", "p", "p_holm"), "float64"),
+    **dict.fromkeys(("kl_ratio", "kl_ratio_low", "kl_ratio_high", "paired_seeds", "paired_examples"), "float64"),
+    "paper_delta": "float64",
+    "paper_workload": "object",
+}
+ENDS = {"": "value", "_low": "low", "_high": "high"}
+
+
+def pick(runs: pd.DataFrame, workload: Any, variant: str, bits: float) -> pd.DataFrame:
+    chosen = (runs["workload"] == workload) & (runs["variant"] == variant) & (runs["bits/target"] == bits)
+    picked: pd.DataFrame = runs.loc[chosen]
+    return picked
+
+
+def measured(means: pd.DataFrame, own: pd.DataFrame) -> dict[str, Any]:
+    """Means of a row's runs; n is 0 where there are none."""
+    if own.empty:
+        return {"n": 0}
+    first = own.iloc[0]
+    same = (means["workload"] == first["workload"]) & (means["variant"] == first["variant"])
+    found = means[same & (means["bits"] == first["bits/target"])].iloc[0]
+    values = {"score": "score", "std": "score/std", "fp": "fp/score", "kl": KL, "kl_std": f"{KL}/std"}
+    values |= {"bits_code": "bits/code", "bits_stored": "bits/stored"}
+    return {
+        "method": first["method"],
+        "metric": first["primary_metric"],
+        "n": int(found["n"]),
+        "examples": first.get("evaluation/examples"),
+        **{name: found.get(key, math.nan) for name, key in values.items()},
+    }
+
+
+def against(
+    examples: Examples, reference: str, theirs: pd.DataFrame, own: pd.DataFrame, where: str
+) -> tuple[dict[str, Any], list[str]]:
+    """A row's comparison with its reference, and what there is to say about it.
+
+    Args:
+        reference, theirs: variant and runs of the reference.
+        own: those of the row.
+        where: names the row.
+    """
+    try:
+        found = examples.compare(theirs, own)
+    except NotComparedError as reason:
+        return {}, [f"{where}: not compared with {reference}, {reason}."]
+    row = {
+        **{f"delta{end}": getattr(found.delta, name) for end, name in ENDS.items()},
+        "p": found.p,
+        **{f"kl_ratio{end}": getattr(found.kl_ratio, name) for end, name in ENDS.items()},
+        "paired_seeds": len(found.seeds),
+        "paired_examples": found.examples,
+    }
+    parts = []
+    had = {int(seed) for side in (theirs, own) if not is_seedless(records(side)[0]) for seed in side["seed"]}
+    if had - {*found.seeds}:
+        parts.append(f"over seed {', '.join(map(str, found.seeds))} alone, of which both have predictions")
+    if found.left_out:
+        parts.append(f"without {found.left_out} examples that not all of their runs have")
+    for name, interval in (("Δ", found.delta), ("the ratio of KL", found.kl_ratio)):
+        if math.isnan(interval.low):
+            parts.append(f"no interval of {name}, which some resamples leave undefined")
+    return row, [f"{where}: compared with {reference} {'; '.join(parts)}."] if parts else []
+
+
+def compared(rows: Sequence[Mapping[str, Any]], name: str) -> pd.DataFrame:
+    """The rows as a frame with all COLUMNS, corrected p values, and whether a row is `better` than its reference."""
+    table = pd.DataFrame([dict(row) for row in rows], columns=list(COLUMNS)).astype(COLUMNS)
+    table["p_holm"] = holm(table["p"].tolist())
+    return table.assign(better=(table["p_holm"] < LEVEL) & (table["delta"] > 0))
+
+
+def measured_cells(table: pd.DataFrame, reference: str) -> dict[str, Any]:
+    """The columns of what a row measured and how it stands to its reference."""
+    return {
+        "n": table["n"].map("{:.0f}".format).replace("0", GAP),
+        "score": cells_of(table, "score", "std", form=as_score),
+        f"Δ {reference}": cells_of(table, "delta", "delta_low", "delta_high", form=as_delta),
+        "p": table["p_holm"].map(as_p),
+        "KL": cells_of(table, "kl", "kl_std", form=as_kl),
+        f"KL / {reference}'s": cells_of(table, "kl_ratio", "kl_ratio_low", "kl_ratio_high", form=as_ratio),
+        "bits stored": table["bits_stored"].map(lambda value: as_number(value, ".3f")),
+    }
+
+
+def shown_in(table: pd.DataFrame, done: pd.DataFrame) -> pd.DataFrame:
+    """Those finished runs that a table's rows are of."""
+    rows = set(zip(table["workload"], table["variant"], strict=True))
+    kept: pd.DataFrame = done.loc[[pair in rows for pair in zip(done["workload"], done["variant"], strict=True)]]
+    return kept
