@@ -1,4 +1,4 @@
-"""How many bits above the Gaussian rate-distortion bound finished runs are, layer by layer (`analysis.rate_distortion`).
+"""How many bits finished runs are above the Gaussian rate-distortion bound, by layer (`analysis.rate_distortion`).
 
 python -m analysis.bounds results      writes results/<run_id>/bounds.csv wherever there is none
 

@@ -12,9 +12,9 @@ from analysis.comparisons import counted, is_seedless
 from analysis.defaults import deviations
 from analysis.gaps import command, remarks, why
 from analysis.loading import FINISHED, RUNNING, UNKNOWN, WANDB, finished, of_finished_workloads, records
-from analysis.paper import title
-from analysis.style import label
-from bayesq.suite.results import unit
+from analysis.methods import Method, label, methods_of
+from analysis.metrics import in_words
+from analysis.paper import workload_title
 
 
 def known(runs: pd.DataFrame) -> pd.DataFrame:
@@ -38,7 +38,7 @@ def remarks_of(runs: pd.DataFrame) -> list[str]:
 def metrics(runs: pd.DataFrame) -> str:
     """The primary metrics of the finished runs, with their units."""
     found = sorted({str(metric) for metric in finished(runs)["primary_metric"].dropna()}) if len(finished(runs)) else []
-    return ", ".join(f"{metric} {'in %' if unit(metric) == '%' else 'times 100'}" for metric in found) or "none"
+    return ", ".join(map(in_words, found)) or "none"
 
 
 def source_of(runs: pd.DataFrame) -> str:
@@ -90,6 +90,7 @@ def settings(runs: pd.DataFrame, names: Mapping[str, str] | None = None, without
 
 def _of_workload(members: pd.DataFrame, without: Iterable[str]) -> str:
     """Settings of one workload's finished runs, those that all share first."""
+    methods = methods_of(members)
     by_variant: dict[str, dict[str, str]] = {}
     for variant, own in members.groupby("variant", sort=False):
         run = records(own)[0]
@@ -103,7 +104,7 @@ def _of_workload(members: pd.DataFrame, without: Iterable[str]) -> str:
     parts = [f"{key}={text}" for key, text in shared.items()]
     for variant, further in by_variant.items():
         rest = [f"{key}={text}" for key, text in further.items() if key not in shared]
-        parts += [f"{label(variant)} {' '.join(rest)}"] if rest else []
+        parts += [f"{label(variant, methods)} {' '.join(rest)}"] if rest else []
     return ", ".join(parts)
 
 
@@ -134,16 +135,16 @@ def population(data: pd.DataFrame, runs: pd.DataFrame, axis: str = "bits") -> st
     measured = data[data["n"] > 0]
     counting = measured[~measured["variant"].isin(seedless)]
     usual = int((measured if counting.empty else counting)["n"].mode().iloc[-1])
-    several = data["workload"].nunique() > 1
+    several, methods = data["workload"].nunique() > 1, methods_of(runs)
     others: list[str] = []
     single: dict[str, None] = {}
     for (workload, variant, n), points in data[data["n"] != usual].groupby(["workload", "variant", "n"], sort=True):
         if n == 1 and variant in seedless:
-            single[label(str(variant))] = None
+            single[label(str(variant), methods)] = None
             continue
-        where = f"{title(str(workload))}, ".replace("\n", " ") if several else ""
+        where = f"{workload_title(str(workload))}, ".replace("\n", " ") if several else ""
         values = ", ".join(f"{value:g}" for value in points[axis])
-        others.append(f"{where}{label(str(variant))} at {values} {axis}: {n or 'none'}")
+        others.append(f"{where}{label(str(variant), methods)} at {values} {axis}: {n or 'none'}")
     if single:
         others.append(f"{', '.join(single)}: 1, no calibration data read")
     exceptions = f" ({'; '.join(others)})" if others else ""
@@ -155,7 +156,7 @@ def _examples(done: pd.DataFrame) -> str:
     sizes = {str(name): counted(own["evaluation/examples"]) for name, own in done.groupby("workload", sort=True)}
     if len(set(sizes.values())) == 1:
         return next(iter(sizes.values()))
-    return ", ".join(f"{size} ({' '.join(title(name).split())})" for name, size in sizes.items())
+    return ", ".join(f"{size} ({' '.join(workload_title(name).split())})" for name, size in sizes.items())
 
 
 def population_of_rows(table: pd.DataFrame, names: Mapping[str, str] | None = None) -> str:
@@ -170,19 +171,27 @@ def population_of_rows(table: pd.DataFrame, names: Mapping[str, str] | None = No
     return f"n = {counted(there['n'])} calibration seeds; evaluation examples: {'; '.join(sizes)}"
 
 
-def other_seeds(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> str:
+def other_seeds(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str], methods: Mapping[str, Method]) -> str:
     """A sentence on the rows of a table without a column n that have another n than most; nothing without them.
 
     Args:
-        rows: with workload, bits, variant and n; plain rtn, which is the same under every seed, does not count.
+        rows: with workload, bits, method, variant and n; a plain method that reads no calibration data, and is the
+            same under every seed, does not count.
     """
-    counting = [row for row in rows if row["variant"] != "rtn" and row["n"] > 0]
+    seedless = {name for name, method in methods.items() if method.data_free}
+    counting = [row for row in rows if row["variant"] not in seedless and row["n"] > 0]
     numbers = [int(row["n"]) for row in counting]
     usual = max(sorted(set(numbers), reverse=True), key=numbers.count, default=math.nan)
     found: dict[tuple[str, str, int], list[str]] = {}
     for row in counting:
         if row["n"] != usual:
-            key = (names[str(row["workload"])], label(str(row["variant"])), int(row["n"]))
+            key = (names[str(row["workload"])], label(str(row["variant"]), methods), int(row["n"]))
             found.setdefault(key, []).append(f"{row['bits']:g}")
     parts = [f"{name}, {variant} at {', '.join(bits)} bits {n}" for (name, variant, n), bits in found.items()]
     return f" Cells of other than {usual} seeds: {'; '.join(parts)}." if parts else ""
+
+
+def data_free(names: Sequence[str], one_run: str = "one run") -> str:
+    """A sentence about the methods of a table that read no calibration data; nothing without any."""
+    verb = "reads" if len(names) == 1 else "read"
+    return f"{' and '.join(names)} {verb} no calibration data: {one_run} stands for every seed. " if names else ""

@@ -10,6 +10,9 @@ import numpy as np
 import pandas as pd
 
 from analysis.loading import finished, read_table, records
+from analysis.methods import is_data_free
+from analysis.metrics import measure
+from analysis.paper import REFERENCE
 from analysis.statistics import (
     Floats,
     Interval,
@@ -19,12 +22,10 @@ from analysis.statistics import (
     paired_bootstrap,
     paired_metric_bootstrap,
 )
-from bayesq.suite.metrics import FUNCTIONS, Metric, measure
 from bayesq.suite.results import PREDICTIONS_FILE, settings_of
 
 log = logging.getLogger(__name__)
 
-BASELINE = "gptq"
 # What a baseline must have in common with the runs that are compared with it.
 ALIKE = (
     "correction",
@@ -121,10 +122,10 @@ def alike(run: Mapping[str, Any], keys: Sequence[str] = ALIKE) -> tuple[str, ...
 
 
 def is_seedless(run: Mapping[str, Any]) -> bool:
-    """Whether a run reads no calibration data, so that it is the same under every seed: plain rounding to nearest."""
+    """Whether a run reads no calibration data, so that it is the same under every seed."""
     config = run["config"]
     untouched = config.get("correction") == "none" and not config.get("distill")
-    return bool(run["method"] == "rtn" and config["allocator"] == "uniform" and untouched)
+    return bool(is_data_free(run["method"], config) and config["allocator"] == "uniform" and untouched)
 
 
 def strongest_baseline(runs: pd.DataFrame, workload: str, bits: float, conditions: tuple[str, ...]) -> str | None:
@@ -139,7 +140,7 @@ def strongest_baseline(runs: pd.DataFrame, workload: str, bits: float, condition
     """
     there = runs[(runs["workload"] == workload) & (runs["bits/target"] == bits)]
     there = there.loc[[alike(run) == conditions for run in records(there)]]
-    found, others = there[there["method"] == BASELINE], there[there["method"] != BASELINE]
+    found, others = there[there["method"] == REFERENCE], there[there["method"] != REFERENCE]
     if found.empty:
         return None
     others = others.loc[[not is_seedless(run) for run in records(others)]]
@@ -192,7 +193,7 @@ class Examples:
         for metric in metrics_of(run):
             function, part = _measured_on(metric)
             own = table[table["part"] == part]
-            found = measure(Metric(metric, function), *(own[key].to_numpy() for key in ("q_prediction", "label")))
+            found = measure(function, *(own[key].to_numpy() for key in ("q_prediction", "label")))
             if not abs(found - run[f"q/{metric}"]) <= TOLERANCE:
                 reason = f"{PREDICTIONS_FILE} does not give the {metric} of its result"
                 log.warning("%s: %s; not compared", run["path"], reason)
@@ -282,7 +283,6 @@ def _difference(function: str, first: Floats, second: Floats, labels: Floats) ->
     if function == "accuracy":
         correct = (first == labels).astype(np.float64), (second == labels).astype(np.float64)
         return paired_bootstrap(*correct), mcnemar(*correct)
-    assert function in FUNCTIONS
     delta = paired_metric_bootstrap(function, first, second, labels)
     return delta, delta.p
 

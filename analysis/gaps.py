@@ -10,6 +10,8 @@ import pandas as pd
 from analysis.comparisons import is_seedless
 from analysis.defaults import command_overrides
 from analysis.loading import FINISHED, RUNNING, UNKNOWN, finished, of_finished_workloads, records
+from analysis.methods import is_data_free, suite_methods
+from analysis.paper import BUDGETS
 from bayesq.suite.config import WITHOUT_EFFECT
 
 # Keys that a line for several runs gives values of its own.
@@ -77,7 +79,7 @@ def lacking_seeds(members: pd.DataFrame, variant: str, bits: float) -> tuple[int
     had = {int(seed) for seed in cell[cell["status"].isin([FINISHED, RUNNING])]["seed"]}
     tried = [int(seed) for seed in cell["seed"]]
     usual = usual_seeds(members)
-    if is_seedless(records(own)[0]) if len(own) else variant == "rtn":
+    if is_seedless(records(own)[0]) if len(own) else is_data_free(variant):
         return () if had else tuple((tried or usual)[:1])
     return tuple(sorted({*usual, *tried} - had))
 
@@ -127,6 +129,11 @@ def command(run: Mapping[str, Any], budgets: Sequence[float], seeds: Sequence[in
 def own_overrides(run: Mapping[str, Any]) -> list[str]:
     """What a run was started with, without budget, seed and what does not determine the result."""
     return [o for o in command_overrides(run) if _key(o).partition(".")[0] not in (*SWEPT, *WITHOUT_EFFECT)]
+
+
+def main_sweep() -> str:
+    """The line for the shell that runs every method of the suite at the paper's budgets."""
+    return f"python run.py -m method={','.join(suite_methods())} bits={_listed(BUDGETS, ',')} seed=0,1,2"
 
 
 def workload_command(run: Mapping[str, Any], overrides: Sequence[str], source: str | Path) -> str:

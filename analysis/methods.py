@@ -102,4 +102,6 @@ def _free(choices: tuple[str, ...], taken: set[Any]) -> tuple[str, ...]:
 def _suite_blocks() -> dict[str, dict[str, Any]]:
     """The contents of conf/method/*.yaml by the method's name."""
     files = [OmegaConf.to_container(OmegaConf.load(path)) for path in sorted((conf_dir() / "method").glob("*.yaml"))]
-    return {str(file["name"]): {str(key): value for key, value in file.items()} for file in files if isinstance(file, dict)}
+    return {
+        str(file["name"]): {str(key): value for key, value in file.items()} for file in files if isinstance(file, dict)
+    }

@@ -1,6 +1,7 @@
 """What tables and figures need to know about the metrics of results; nothing else in analysis/ asks the suite."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +23,11 @@ def with_unit(metric: str) -> str:
 def in_words(metric: str) -> str:
     """A metric as a caption spells it: `accuracy in %`, `matthews times 100`."""
     return f"{metric} {'in %' if unit(metric) == '%' else 'times 100'}"
+
+
+def is_better(delta: Any) -> Any:
+    """Whether a difference of scores (or each of a column) is an improvement: of today's metrics more is better."""
+    return delta > 0
 
 
 def function(metric: str) -> Callable[[Floats, Floats, Floats], Floats]:

@@ -12,9 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from bayesq.suite.metrics import FUNCTIONS
-
-Floats = NDArray[np.float64]
+from analysis.metrics import Floats
+from analysis.metrics import function as metric_function
 
 RESAMPLES = 10_000
 # Elements of the weights of one part of the resamples: 32 MiB in float64.
@@ -82,7 +81,7 @@ def paired_metric_bootstrap(
     labels = np.asarray(labels, dtype=np.float64)
     if labels.shape != first.shape[1:]:
         raise ValueError(f"labels of shape {labels.shape} do not go with predictions of shape {first.shape}")
-    seeds, measure = len(first), FUNCTIONS[function]
+    seeds, measure = len(first), metric_function(function)
 
     def statistic(columns: Floats, examples: Floats, chosen: Floats) -> Floats:
         truth, before, after = columns[0], columns[1 : seeds + 1], columns[seeds + 1 :]
@@ -133,7 +132,7 @@ def _task_gain(task: Task, seed: Sequence[int], resamples: int) -> tuple[float, 
         truth, parts, before, after = columns[0], columns[1], columns[2 : seeds + 2], columns[seeds + 2 :]
         gained = np.zeros((len(examples), seeds))
         for function, part in task.metrics:
-            inside, measure = parts == part, FUNCTIONS[function]
+            inside, measure = parts == part, metric_function(function)
             for place in range(seeds):
                 of_second, of_first = (
                     measure(side[place, inside], truth[inside], examples[:, inside]) for side in (after, before)

@@ -9,6 +9,8 @@ from matplotlib.figure import Figure
 from analysis.defaults import command_overrides
 from analysis.figures.shared import KL, mean_and_std
 from analysis.loading import finished, records
+from analysis.methods import methods_of
+from analysis.paper import PROPOSED
 from analysis.style import GREY, SINGLE, look, panels, style
 
 FULL = "full"
@@ -25,7 +27,7 @@ def data(runs: pd.DataFrame) -> pd.DataFrame:
     done = done.assign(ablation=pd.Series([ablation_of(run) for run in records(done)], done.index, dtype="object"))
     # a finished run keeps the overrides of the last command that asked for it, which may not have said ablation=full
     for _, own in done.groupby(["workload", "bits"]):
-        variants = set(own[own["ablation"] == FULL]["variant"]) or {"bayesq"}
+        variants = set(own[own["ablation"] == FULL]["variant"]) or {PROPOSED}
         if own["ablation"].notna().any():
             same = own[own["ablation"].isna() & own["variant"].isin(variants)]
             done.loc[same.index, "ablation"] = FULL
@@ -49,14 +51,15 @@ def ablation_of(run: Mapping[str, Any]) -> str | None:
 def draw(data: pd.DataFrame) -> Figure:
     """KL of each ablation of one workload at one budget, smallest first; the line is the full method's."""
     figure, ((plot,),) = panels(1, 1, SINGLE, 0.7 + 0.15 * len(data))
+    methods = methods_of(data)
     full = data[data["ablation"] == FULL]["q/kl_to_fp"]
     if not full.empty:
         plot.axvline(full.iloc[0], color=GREY, linewidth=0.8, zorder=1)
     for place, (_, row) in enumerate(data.iterrows()):
-        own = look(row["method"], 0 if row["ablation"] == FULL or row["method"] != "bayesq" else 1)
+        own = look(methods[row["method"]], int(row["method"] == PROPOSED and row["ablation"] != FULL))
         spread = row["q/kl_to_fp std"]
         if spread > 0:
-            plot.errorbar(row["q/kl_to_fp"], place, xerr=spread, color=own.colour, linestyle="none", elinewidth=0.8)
+            plot.errorbar(row["q/kl_to_fp"], place, xerr=spread, color=own.color, linestyle="none", elinewidth=0.8)
         plot.plot(row["q/kl_to_fp"], place, **(own.of_line() | {"linestyle": "none"}))
     plot.set_yticks(range(len(data)), [str(name).replace("_", " ") for name in data["ablation"]])
     plot.set_ylim(len(data) - 0.4, -0.6)

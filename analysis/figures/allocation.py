@@ -84,11 +84,10 @@ def row_widths(path: Path) -> dict[str, np.ndarray]:
     return widths
 
 
-def main_variant(data: pd.DataFrame, looks: Mapping[str, Look]) -> str | None:
-    """The first variant in the order of `looks`, plain ones first, that has rows in `data`."""
+def main_variant(data: pd.DataFrame, looks: Mapping[str, Look]) -> str:
+    """The last plain variant in the order of `looks` that has rows in `data`; the last one where none is plain."""
     variants = list(present(data, looks))
-    plain = [variant for variant in variants if " " not in variant]
-    return next(iter([*plain, *variants]), None)
+    return ([variant for variant in variants if " " not in variant] or variants)[-1]
 
 
 @style()

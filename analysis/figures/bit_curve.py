@@ -13,7 +13,6 @@ from analysis.figures.shared import (
     CODE_BITS,
     STORED_BITS,
     bit_ticks,
-    bottom_up,
     complete,
     errorbar,
     few_bits,
@@ -22,8 +21,8 @@ from analysis.figures.shared import (
     with_score,
 )
 from analysis.loading import finished
+from analysis.metrics import with_unit
 from analysis.style import DOUBLE, GREY, Look, legend, panels, present, style
-from bayesq.suite.results import unit
 
 CURVES = ("score", "q/kl_to_fp", "q/nll", "q/ece")
 
@@ -52,7 +51,7 @@ def draw(data: pd.DataFrame, looks: Mapping[str, Look]) -> Figure:
     figure, axes = panels(2, 4, DOUBLE, 1.75)
     metric = data["primary_metric"].iloc[0]
     shown = {
-        "score": (f"{metric} ({unit(metric)})", "fp score"),
+        "score": (with_unit(metric), "fp score"),
         "q/kl_to_fp": ("KL (nats)", None),
         "q/nll": ("NLL (nats)", "fp/nll"),
         "q/ece": ("ECE", "fp/ece"),
@@ -60,7 +59,7 @@ def draw(data: pd.DataFrame, looks: Mapping[str, Look]) -> Figure:
     for row, (x, x_label) in enumerate((("bits/code", CODE_BITS), ("bits/stored", STORED_BITS))):
         for column, (y, (y_label, reference)) in enumerate(shown.items()):
             plot = axes[row][column]
-            for variant, own in bottom_up(data, looks):
+            for variant, own in present(data, looks).items():
                 line = data[data["variant"] == variant]
                 # a missing budget stays in its place on the axis, so that the line breaks there
                 errorbar(plot, line[x].fillna(line["bits"]), positive(line[y], y), line[f"{y} std"], own)

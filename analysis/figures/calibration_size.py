@@ -6,20 +6,10 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from analysis.figures.shared import (
-    KL,
-    bit_ticks,
-    bottom_up,
-    complete,
-    errorbar,
-    mean_and_std,
-    positive,
-    with_score,
-    without,
-)
+from analysis.figures.shared import KL, bit_ticks, complete, errorbar, mean_and_std, positive, with_score, without
 from analysis.loading import finished
+from analysis.metrics import with_unit
 from analysis.style import DOUBLE, GREY, Look, legend, panels, present, style
-from bayesq.suite.results import unit
 
 
 def data(runs: pd.DataFrame) -> pd.DataFrame:
@@ -49,10 +39,10 @@ def draw(data: pd.DataFrame, looks: Mapping[str, Look]) -> Figure:
     """KL and score of one workload at one budget against the number of calibration examples."""
     figure, axes = panels(1, 2, DOUBLE, 2.0)
     metric = data["primary_metric"].iloc[0]
-    shown = (("q/kl_to_fp", KL), ("score", f"{metric} ({unit(metric)})"))
+    shown = (("q/kl_to_fp", KL), ("score", with_unit(metric)))
     sizes = sorted(data["examples"].unique())
     for plot, (key, y_label) in zip(axes[0], shown, strict=True):
-        for variant, own in bottom_up(data, looks):
+        for variant, own in present(data, looks).items():
             line = data[data["variant"] == variant]
             errorbar(plot, line["examples"], positive(line[key], key), line[f"{key} std"], own)
         plot.set_xscale("log", base=2)

@@ -7,7 +7,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from analysis.paper import title
+from analysis.methods import title
+from analysis.paper import REFERENCE, workload_title
 from analysis.style import DOUBLE, GREY, SINGLE, Look, legend, panels, present, style
 from analysis.tables.cost import medians_of, run_costs, with_multiples
 
@@ -37,9 +38,9 @@ def draw(data: pd.DataFrame, looks: Mapping[str, Look]) -> Figure:
     Memory has a panel if any run has a multiple of it.
     """
     workloads = sorted(data["workload"].unique(), reverse=True)
-    keys = {"time x": "preprocessing time (multiples of GPTQ's)"}
+    keys = {"time x": f"preprocessing time (multiples of {title(REFERENCE)}'s)"}
     if data["memory x"].notna().any():
-        keys["memory x"] = "peak memory (multiples of GPTQ's)"
+        keys["memory x"] = f"peak memory (multiples of {title(REFERENCE)}'s)"
     width = DOUBLE if len(keys) > 1 else SINGLE
     figure, axes = panels(1, len(keys), width, 0.8 + 0.55 * len(workloads), sharey=True)
     found = present(data, looks)
@@ -51,7 +52,7 @@ def draw(data: pd.DataFrame, looks: Mapping[str, Look]) -> Figure:
                 values = data[(data["variant"] == variant) & (data["workload"] == workload)][key].dropna()
                 if values.empty:
                     continue
-                plot.plot([values.min(), values.max()], [place - shift] * 2, color=own.colour, linewidth=0.8)
+                plot.plot([values.min(), values.max()], [place - shift] * 2, color=own.color, linewidth=0.8)
                 plot.plot(values.median(), place - shift, **(own.of_line() | {"linestyle": "none"}))
         if key == "time x":
             plot.set_xscale("log")
@@ -59,7 +60,7 @@ def draw(data: pd.DataFrame, looks: Mapping[str, Look]) -> Figure:
         plot.set_xlabel(x_label)
         plot.set_ylim(-0.6, len(workloads) - 0.4)
         plot.grid(axis="y", visible=False)
-    axes[0][0].set_yticks(range(len(workloads)), [title(workload) for workload in workloads])
+    axes[0][0].set_yticks(range(len(workloads)), [workload_title(workload) for workload in workloads])
     legend(figure, found, lines=False)
     return figure
 

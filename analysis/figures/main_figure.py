@@ -5,8 +5,8 @@ from collections.abc import Mapping
 import pandas as pd
 from matplotlib.figure import Figure
 
-from analysis.figures.shared import CODE_BITS, KL, bit_ticks, bottom_up, errorbar, positive
-from analysis.paper import title
+from analysis.figures.shared import CODE_BITS, KL, bit_ticks, errorbar, positive
+from analysis.paper import workload_title
 from analysis.style import DOUBLE, SINGLE, Look, legend, panels, present, style
 
 
@@ -27,11 +27,11 @@ def draw(data: pd.DataFrame, looks: Mapping[str, Look]) -> Figure:
             plot.set_visible(False)
             continue
         own_data = data[data["workload"] == workloads[place]]
-        for variant, own in bottom_up(own_data, looks):
+        for variant, own in present(own_data, looks).items():
             line = own_data[own_data["variant"] == variant]
             errorbar(plot, line["bits"], positive(line["q/kl_to_fp"], "q/kl_to_fp"), line["q/kl_to_fp std"], own)
         plot.set_yscale("log")
-        name = title(workloads[place])
+        name = workload_title(workloads[place])
         plot.set_title(name if columns > 1 else name.replace("\n", ", "), linespacing=0.9)
         plot.set_xlabel("code bits" if columns > 2 else CODE_BITS)
         bit_ticks(plot, sorted(own_data["bits"].unique()))

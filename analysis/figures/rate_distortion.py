@@ -7,16 +7,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from analysis.figures.shared import (
-    CODE_BITS,
-    bit_ticks,
-    bottom_up,
-    complete,
-    errorbar,
-    few_bits,
-    mean_and_std,
-    shown_budgets,
-)
+from analysis.figures.shared import CODE_BITS, bit_ticks, complete, errorbar, few_bits, mean_and_std, shown_budgets
 from analysis.loading import finished
 from analysis.style import DOUBLE, GREY, Look, legend, panels, present, style
 
@@ -79,7 +70,7 @@ def draw(data: pd.DataFrame, layers: pd.DataFrame, looks: Mapping[str, Look]) ->
         ),
         strict=False,
     ):
-        for variant, own in bottom_up(data, looks):
+        for variant, own in present(data, looks).items():
             line = data[data["variant"] == variant]
             errorbar(plot, line["bits"], line[key], line[f"{key} std"], own)
         plot.set_ylabel(name)
@@ -88,7 +79,7 @@ def draw(data: pd.DataFrame, layers: pd.DataFrame, looks: Mapping[str, Look]) ->
         bit_ticks(plot, few_bits(data["bits"]))
     bits = shown_budgets(layers)[0]
     members = layers[layers["bits"] == bits]
-    for variant, own in bottom_up(members, looks):
+    for variant, own in present(members, looks).items():
         line = members[members["variant"] == variant].sort_values("position")
         axes[0][2].plot(line["position"] + 1, line["coding"], **(own.of_line() | {"linewidth": 0.6, "markersize": 2.2}))
     axes[0][2].axhline(0, color=GREY, linewidth=0.8, zorder=1)

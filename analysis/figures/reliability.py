@@ -8,14 +8,14 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from analysis.figures.shared import bottom_up, method_of
+from analysis.figures.shared import method_of
 from analysis.style import DOUBLE, GREY, SINGLE, Look, legend, panels, present, style
 from bayesq.suite.plots import confidence_bins
 
 # The accuracy of fewer examples is noise.
 LEAST_IN_BIN = 10
 FULL_PRECISION = "full precision"
-FULL_PRECISION_LOOK = Look(GREY, "x", "-")
+FULL_PRECISION_LOOK = Look(FULL_PRECISION, GREY, "x", "-")
 
 
 def data(examples: pd.DataFrame) -> pd.DataFrame:
@@ -60,11 +60,11 @@ def draw(data: pd.DataFrame, looks: Mapping[str, Look]) -> Figure:
     for place, (plot, bits) in enumerate(zip(places, budgets, strict=False)):
         members = data[data["bits"] == bits]
         plot.plot([low, 1], [low, 1], color="black", linewidth=0.6, linestyle=":", zorder=1)
-        for variant, own in [(FULL_PRECISION, FULL_PRECISION_LOOK), *bottom_up(members, looks)]:
+        for variant, own in [(FULL_PRECISION, FULL_PRECISION_LOOK), *present(members, looks).items()]:
             line = members[members["variant"] == variant]
-            plot.plot(line["confidence"], line["accuracy"], color=own.colour, linestyle=own.line, linewidth=0.9)
-            face = own.colour if own.marker == "x" else own.face
-            edge = None if own.marker == "x" else own.colour
+            plot.plot(line["confidence"], line["accuracy"], color=own.color, linestyle=own.line, linewidth=0.9)
+            face = own.color if own.marker == "x" else own.face
+            edge = None if own.marker == "x" else own.color
             plot.scatter(
                 line["confidence"], line["accuracy"], s=5 + 25 * line["share"], marker=own.marker, c=face,
                 linewidths=0.6, zorder=3, clip_on=False, edgecolors=edge,
@@ -77,6 +77,6 @@ def draw(data: pd.DataFrame, looks: Mapping[str, Look]) -> Figure:
         if place % columns == 0:
             plot.set_ylabel("accuracy")
     perfect = Line2D([], [], color="black", linewidth=0.6, linestyle=":", label="calibrated")
-    fp = Line2D([], [], label=FULL_PRECISION, **FULL_PRECISION_LOOK.of_line())
+    fp = Line2D([], [], label=FULL_PRECISION_LOOK.label, **FULL_PRECISION_LOOK.of_line())
     legend(figure, present(data, looks), further=[fp, perfect], columns=6)
     return figure

@@ -1,8 +1,7 @@
 """What several figures share: means over seeds, the runs they show, ticks and error bars."""
 
-import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,15 +9,15 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from analysis.comparisons import whole_mean
+from analysis.comparisons import whole_mean, with_scores
 from analysis.loading import UNKNOWN
-from analysis.style import Look, present
+from analysis.metrics import SCALE
+from analysis.paper import BUDGETS
+from analysis.style import Look
 
 KL = "KL to full precision (nats)"
 CODE_BITS, STORED_BITS = "code bits per weight", "stored bits per weight"
 MOST_VARIANTS = 3
-# The paper's budgets; where a workload has others, its lowest, middle and highest are shown.
-SHOWN_BUDGETS = (3.0, 3.5, 4.0)
 
 
 def slug(text: object) -> str:
@@ -56,15 +55,9 @@ def mean_and_std(frame: pd.DataFrame, by: Sequence[str], values: Sequence[str]) 
 
 
 def with_score(runs: pd.DataFrame) -> pd.DataFrame:
-    """`score` and `fp score`: the primary metric of the quantized and of the full-precision network, times 100."""
-    scores = {
-        column: [
-            100 * row[f"{prefix}/{row['primary_metric']}"] if isinstance(row["primary_metric"], str) else math.nan
-            for _, row in runs.iterrows()
-        ]
-        for column, prefix in (("score", "q"), ("fp score", "fp"))
-    }
-    return runs.assign(**scores)
+    """`score` and `fp score`: the primary metric of the quantized and of the full-precision network, times SCALE."""
+    scored = with_scores(runs)
+    return runs.assign(score=SCALE * scored["score"], **{"fp score": SCALE * scored["fp/score"]})
 
 
 def complete(table: pd.DataFrame, axis: str) -> pd.DataFrame:
@@ -89,15 +82,10 @@ def without(variant: str, *keys: str) -> str:
 
 
 def shown_budgets(data: pd.DataFrame) -> list[float]:
-    """At most three budgets."""
+    """The paper's budgets; where a workload has none of them, its lowest, middle and highest."""
     had = sorted(float(bits) for bits in data["bits"].unique())
-    chosen = [bits for bits in had if bits in SHOWN_BUDGETS]
+    chosen = [bits for bits in had if bits in BUDGETS]
     return chosen or sorted({had[0], had[len(had) // 2], had[-1]})
-
-
-def bottom_up(data: pd.DataFrame, looks: Mapping[str, Look]) -> list[tuple[str, Look]]:
-    """`_present` in the order of drawing: the first method lies on top."""
-    return list(reversed(present(data, looks).items()))
 
 
 def positive(values: pd.Series, key: str) -> pd.Series:
@@ -113,12 +101,13 @@ def errorbar(axes: Axes, x: Any, y: Any, spread: Any, own: Look) -> None:
     seen = bars > 0
     if seen.any():
         axes.errorbar(
-            np.asarray(x, dtype=float)[seen], y[seen], bars[seen], linestyle="none", marker="none", color=own.colour,
+            np.asarray(x, dtype=float)[seen], y[seen], bars[seen], linestyle="none", marker="none", color=own.color,
             elinewidth=0.8, zorder=2,
         )  # fmt: skip
 
 
 def bit_ticks(axes: Axes, budgets: Sequence[float]) -> None:
+    """Ticks of the horizontal axis at these values alone."""
     axes.xaxis.set_major_locator(FixedLocator(list(budgets)))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

@@ -14,6 +14,7 @@ from analysis import captions
 from analysis.figures import ablation
 from analysis.figures.shared import slug
 from analysis.notebooks import Page
+from analysis.paper import PROPOSED, REFERENCE
 from analysis.tables.ablation import ablation_table
 
 page = Page("ablation", tables=["ablation"])
@@ -24,7 +25,7 @@ for (workload, bits), own in data.groupby(["workload", "bits"]):
     population = captions.population(own.assign(variant=own["ablation"]), page.runs)
     caption = f"{workload} at {bits:g} bits: KL to full precision of ablations; {population}."
     members = page.runs[(page.runs["workload"] == workload) & (page.runs["bits/target"] == bits)]
-    caption += captions.settings(members[members["variant"].isin(["bayesq", "gptq"])])
+    caption += captions.settings(members[members["variant"].isin([PROPOSED, REFERENCE])])
     page.figure(ablation.draw(own), f"ablation_{slug(workload)}_{bits:g}", caption, own)
 
 # %%

@@ -15,13 +15,14 @@ from analysis import captions
 from analysis.figures import allocation
 from analysis.figures.shared import shown_budgets, slug
 from analysis.notebooks import Page
+from analysis.paper import PROPOSED
 
 page = Page("allocation")
 
 # %%
 data = allocation.data(page.layers)
 for workload, members in data.groupby("workload"):
-    variant = str(allocation.main_variant(members, page.looks))
+    variant = allocation.main_variant(members, page.looks)
     own = members[members["variant"] == variant]
     runs = page.runs[(page.runs["workload"] == workload) & (page.runs["variant"] == variant)]
     widths = allocation.width_frame(runs)
@@ -39,5 +40,5 @@ for workload, members in data.groupby("workload"):
 
 # %%
 for workload in sorted(set(page.workloads) - set(data["workload"])):
-    command = page.command(workload, "method=bayesq", "bits=3,3.5,4")
+    command = page.command(workload, f"method={PROPOSED}", "bits=3,3.5,4")
     page.say(f"{workload}: no run with allocator=knapsack among these; `{command}`")

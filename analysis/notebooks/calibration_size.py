@@ -13,6 +13,7 @@ from analysis import captions
 from analysis.figures import calibration_size
 from analysis.figures.shared import slug
 from analysis.notebooks import Page
+from analysis.paper import PROPOSED, REFERENCE
 
 SIZES = "calibration.examples=16,32,64,128,256,512,1024"  # of sweeps/calibration_size.yaml
 page = Page("calibration_size")
@@ -29,5 +30,5 @@ for (workload, bits), own in data.groupby(["workload", "bits"]):
 
 # %%
 for workload in sorted(set(page.workloads) - set(data["workload"])):
-    command = page.command(workload, "method=gptq,bayesq", "bits=3", "seed=0,1,2", SIZES)
+    command = page.command(workload, f"method={REFERENCE},{PROPOSED}", "bits=3", "seed=0,1,2", SIZES)
     page.say(f"{workload}: no budget has runs with several calibration sizes among these; `{command}`")

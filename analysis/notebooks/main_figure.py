@@ -19,7 +19,7 @@ page = Page("main_figure")
 # %%
 data = bit_curve.data(page.main_runs)
 if data.empty:
-    page.nothing("no finished run", "python run.py -m method=rtn,gptq,awq,bayesq bits=3,3.5,4 seed=0,1,2")
+    page.nothing("no finished run", gaps.main_sweep())
 else:
     population = captions.population(data, page.main_runs)
     caption = f"KL to full precision against code bits, mean and standard deviation; {population}."

@@ -11,6 +11,7 @@
 # differences stand in a column of their own: they are against another GPTQ, on other networks.
 
 # %%
+from analysis import gaps
 from analysis.notebooks import Page
 from analysis.tables.compact import compact_table
 from analysis.tables.main import main_table
@@ -19,7 +20,7 @@ page = Page("main_table", tables=["main_table", "compact_table"])
 
 # %%
 if page.finished.empty:
-    page.nothing("no finished run", "python run.py -m method=rtn,gptq,awq,bayesq bits=3,3.5,4 seed=0,1,2")
+    page.nothing("no finished run", gaps.main_sweep())
 else:
     main = main_table(page.runs)
     page.table(main, "main_table")

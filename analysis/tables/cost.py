@@ -6,13 +6,15 @@ from collections.abc import Mapping
 import pandas as pd
 
 from analysis.captions import failed, known, remarks_of, settings, source_of
-from analysis.comparisons import ALIKE_IN_COST, BASELINE, alike, counted
+from analysis.comparisons import ALIKE_IN_COST, alike, counted
 from analysis.gaps import usual_seeds, workload_command
 from analysis.loading import OWN_MEMORY, finished, records
+from analysis.methods import title
+from analysis.paper import REFERENCE
 from analysis.table import Table, as_number, make_table
 from bayesq.suite.summary import STAGES
 
-# What a GPTQ has in common with the runs whose multiples of its cost are taken.
+# What a run has in common with the reference run whose cost is 1.
 SAME = ["workload", "bits", "size"]
 MEMORY = "Peak memory is given for runs that had a process of their own."
 NO_MEMORY = "No peak memory: one process made several of these runs, and its peak only grows."
@@ -47,13 +49,13 @@ def cost_table(runs: pd.DataFrame) -> Table:
             own = table[(table["workload"] == workload) & (table["bits"] == bits)]
             if own["reference"].isna().all():
                 swept = ",".join(str(seed) for seed in usual_seeds(members))
-                what = ["method=gptq", f"bits={bits:g}", f"seed={swept}"]
+                what = [f"method={REFERENCE}", f"bits={bits:g}", f"seed={swept}"]
                 makes = workload_command(records(members)[0], what, source_of(runs))
-                notes.append(f"{workload} at {bits:g} bits: no GPTQ to compare with: `{makes}`")
+                notes.append(f"{workload} at {bits:g} bits: no {title(REFERENCE)} to compare with: `{makes}`")
     caption = (
         f"Cost: medians over n = {counted(table['n'])} seeds. Seconds of the stages from the loaded model to its "
         "codes, statistics counted at what they took when they were computed; × are multiples of the fastest "
-        "undistilled GPTQ on the same workload, budget and calibration size, quantize × "
+        f"undistilled {title(REFERENCE)} on the same workload, budget and calibration size, quantize × "
         f"without distillation. {MEMORY if memory else NO_MEMORY}{settings(runs)}"
     )
     columns = [
@@ -95,7 +97,7 @@ def with_multiples(costs: pd.DataFrame, medians: pd.DataFrame) -> pd.DataFrame:
     Args:
         medians: over seeds, with the columns of `run_costs`.
     """
-    plain = medians[(medians["method"] == BASELINE) & (medians["distill"].fillna(0) == 0)]
+    plain = medians[(medians["method"] == REFERENCE) & (medians["distill"].fillna(0) == 0)]
     fastest = plain.sort_values(["total", "variant"]).drop_duplicates(SAME)
     fastest = fastest.rename(columns={"total": "base", "memory": "base memory", "variant": "reference"})
     table = costs.merge(fastest[[*SAME, "base", "base memory", "reference"]], "left", SAME)

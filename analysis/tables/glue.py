@@ -8,22 +8,18 @@ from typing import Any
 import pandas as pd
 
 from analysis.captions import failed, known, remarks_of, settings, source_of
-from analysis.comparisons import (
-    BASELINE,
-    Examples,
-    NotComparedError,
-    alike,
-    counted,
-    is_seedless,
-    metrics_of,
-    whole_mean,
-)
+from analysis.comparisons import Examples, NotComparedError, alike, counted, is_seedless, metrics_of, whole_mean
 from analysis.gaps import own_overrides, usual_seeds, workload_command
 from analysis.loading import UNKNOWN, finished, records
-from analysis.paper import CLAIMED_DELTAS, METHODS
+from analysis.methods import methods_of, title
+from analysis.metrics import SCALE, is_better
+from analysis.paper import CLAIMED_DELTAS, PROPOSED, REFERENCE
 from analysis.statistics import holm, mean_std
 from analysis.table import GAP, LEVEL, Table, as_delta, as_number, as_p, as_spread, cells_of, make_table
 
+INDEX = ["model", "bits", "variant"]
+# The column of points over the reference.
+GAIN = f"delta_{REFERENCE}"
 # GLUE's tasks in the order of its leaderboard's columns.
 GLUE_TASKS = ("cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli")
 
@@ -48,80 +44,84 @@ def glue_table(runs: pd.DataFrame) -> Table:
     done = finished(of_glue)
     if not has_glue(runs):
         raise ValueError("no run of a GLUE task")
-    of_tasks = records(done)
+    tasks = _task_means(done)
+    ran = [task for task in GLUE_TASKS if task in set(tasks["task"])]
+    table, notes = _rows(of_glue, tasks, ran)
+    better = (table["p_holm"] < LEVEL) & is_better(table[GAIN])
+    notes += [*_no_task(of_glue, ran), *failed(of_glue), *remarks_of(of_glue)]
+    bold = {f"Δ {title(REFERENCE)}": better}
+    return make_table(_cells(table, ran), table.drop(columns="seeds"), bold, _caption(table, tasks, ran, done), notes)
+
+
+def _task_means(done: pd.DataFrame) -> pd.DataFrame:
+    """Scores `q` and `fp` of every model, budget, variant and task, means over seeds, with `std` and `n`."""
+    runs = records(done)
     scores = pd.DataFrame(
         {
             **{key: list(done[key]) for key in ("model", "variant", "seed")},
             "bits": list(done["bits/target"]),
-            "task": [_task(run) for run in of_tasks],
-            "q": [_task_score(run, "q") for run in of_tasks],
-            "fp": [_task_score(run, "fp") for run in of_tasks],
+            "task": [_task(run) for run in runs],
+            "q": [_task_score(run, "q") for run in runs],
+            "fp": [_task_score(run, "fp") for run in runs],
         }
     )
-    index = ["model", "bits", "variant"]
-    grouped = scores.groupby([*index, "task"])
-    tasks = whole_mean(grouped, ["q", "fp"]).assign(std=grouped["q"].std(), n=grouped.size()).reset_index()
-    ran = [task for task in GLUE_TASKS if task in set(tasks["task"])]
-    examples, rows, notes, lacking = Examples(), [], [], []
-    for key, own in tasks.groupby(index, sort=True):
+    grouped = scores.groupby([*INDEX, "task"])
+    return whole_mean(grouped, ["q", "fp"]).assign(std=grouped["q"].std(), n=grouped.size()).reset_index()
+
+
+def _rows(runs: pd.DataFrame, tasks: pd.DataFrame, ran: Sequence[str]) -> tuple[pd.DataFrame, list[str]]:
+    """The rows as numbers, and notes about intervals and tasks that are not there."""
+    done, examples, rows, notes = finished(runs), Examples(), [], []
+    for key, own in tasks.groupby(INDEX, sort=True):
         by_task = own.set_index("task")
-        row: dict[str, Any] = dict(zip(index, key, strict=True))
+        row: dict[str, Any] = dict(zip(INDEX, key, strict=True))
         for task in ran:
             row[task] = by_task["q"].get(task, math.nan)
             row[f"{task}_std"] = by_task["std"].get(task, math.nan)
         row |= {"GLUE": by_task["q"].mean(), "FP": by_task["fp"].mean(), "n": int(by_task["n"].min())}
         row["seeds"] = counted(by_task["n"])
         row["delta"] = row["GLUE"] - row["FP"]
-        against, said = _glue_against(done, tasks, row, by_task["q"], examples)
-        row |= against
-        notes += said
-        row["paper_delta"] = CLAIMED_DELTAS["text"].get(row["bits"]) if row["variant"].startswith("bayesq") else None
+        gain, said = _gain(done, tasks, row, by_task["q"], examples)
+        proposed = row["variant"].partition(" ")[0] == PROPOSED
+        row |= {**gain, "paper_delta": CLAIMED_DELTAS["text"].get(row["bits"], math.nan) if proposed else math.nan}
         row["missing"] = ", ".join(task for task in GLUE_TASKS if task not in by_task.index)
         rows.append(row)
-        lacking.append([task for task in ran if task not in by_task.index])
-        notes += _glue_gap(of_glue, row, lacking[-1])
+        notes += [*said, *_lacking(runs, row, [task for task in ran if task not in by_task.index])]
     table = pd.DataFrame(rows)
-    table["paper_delta"] = pd.to_numeric(table["paper_delta"])
     table["p_holm"] = holm(table["p"].tolist())
-    gain = cells_of(table, "delta_gptq", "delta_gptq_low", "delta_gptq_high", form=_glue_delta)
-    cells = pd.DataFrame(
+    return table, notes
+
+
+def _cells(table: pd.DataFrame, ran: Sequence[str]) -> pd.DataFrame:
+    missing = [", ".join(task for task in ran if task in names.split(", ")) or GAP for names in table["missing"]]
+    return pd.DataFrame(
         {
             "model": table["model"],
             "bits": table["bits"].map("{:g}".format),
             "method": table["variant"],
-            **{
-                task: [as_spread(*pair) for pair in zip(table[task], table[f"{task}_std"], strict=True)] for task in ran
-            },
+            **{task: cells_of(table, task, f"{task}_std", form=as_spread) for task in ran},
             **{name: table[name].map(lambda value: as_number(value, ".2f")) for name in ("GLUE", "FP")},
             "Δ FP": table["delta"].map(lambda value: as_number(value, "+.2f")),
-            "Δ GPTQ": gain,
+            f"Δ {title(REFERENCE)}": cells_of(table, GAIN, f"{GAIN}_low", f"{GAIN}_high", form=_as_gain),
             "p": table["p_holm"].map(as_p),
             "paper's Δ": table["paper_delta"].map(lambda value: as_number(value, "+.1f")),
             "n": table["seeds"],
-            "missing": [
-                ", ".join(task for task in ran if task in names.split(", ")) or GAP for names in table["missing"]
-            ],
+            "missing": missing,
         }
     )
-    caption = (
+
+
+def _caption(table: pd.DataFrame, tasks: pd.DataFrame, ran: Sequence[str], done: pd.DataFrame) -> str:
+    name = title(REFERENCE)
+    return (
         f"GLUE (dev sets): scores times 100, a task's score is the mean of its metrics; means ± sample standard "
-        f"deviation over n = {counted(tasks['n'])} seeds. GLUE is the mean over the {len(ran)} of 9 tasks that were "
-        "run (a row that misses one of them has the mean of the others), FP the same of the full-precision models. "
-        "Δ GPTQ: points over the GPTQ of highest score on the tasks that both have, with the same correction, "
-        "distillation and calibration size; 95 % interval and p from a paired bootstrap over examples and seeds within "
-        "each task (McNemar's test knows no average of metrics; it stands in the main table, task by task), p "
-        "Holm-corrected "
-        f"over {int(table['p'].notna().sum())} tests; an interval is left out where a task has no predictions for a "
-        f"seed of both. Bold: better than GPTQ at 5 %.{settings(done)}"
-    )
-    better = (table["p_holm"] < LEVEL) & (table["delta_gptq"] > 0)
-    notes += _no_task(of_glue, ran)
-    return make_table(
-        cells,
-        table.drop(columns="seeds"),
-        {"Δ GPTQ": better},
-        caption,
-        [*notes, *failed(of_glue), *remarks_of(of_glue)],
+        f"deviation over n = {counted(tasks['n'])} seeds. GLUE is the mean over the {len(ran)} of {len(GLUE_TASKS)} "
+        "tasks that were run (a row that misses one of them has the mean of the others), FP the same of the "
+        f"full-precision models. Δ {name}: points over the {name} of highest score on the tasks that both have, with "
+        "the same correction, distillation and calibration size; 95 % interval and p from a paired bootstrap over "
+        "examples and seeds within each task (McNemar's test knows no average of metrics; it stands in the main table, "
+        f"task by task), p Holm-corrected over {int(table['p'].notna().sum())} tests; an interval is left out where a "
+        f"task has no predictions for a seed of both. Bold: better than {name} at 5 %.{settings(done)}"
     )
 
 
@@ -138,64 +138,71 @@ def _model(run: Mapping[str, Any]) -> str:
 
 def _task_score(run: Mapping[str, Any], side: str) -> float:
     """Mean of the run's metrics on its task, times 100; `side` is fp or q."""
-    return 100 * mean_std([run[f"{side}/{metric}"] for metric in metrics_of(run)])[0]
+    return SCALE * mean_std([run[f"{side}/{metric}"] for metric in metrics_of(run)])[0]
 
 
-def _glue_against(
+def _gain(
     done: pd.DataFrame, tasks: pd.DataFrame, row: Mapping[str, Any], own: pd.Series, examples: Examples
 ) -> tuple[dict[str, Any], list[str]]:
-    """The gain over the best GPTQ on the tasks that both have, with its interval, which GPTQ it is, and remarks."""
-    nothing = dict.fromkeys(("delta_gptq", "delta_gptq_low", "delta_gptq_high", "p"), math.nan)
+    """The gain over the best reference on the tasks that both have, with its interval, its variant, and remarks.
+
+    Args:
+        done: finished runs of GLUE.
+        tasks: of `_task_means`.
+        row: names the variant.
+        own: its scores by task.
+    """
+    nothing: dict[str, Any] = dict.fromkeys((GAIN, f"{GAIN}_low", f"{GAIN}_high", "p"), math.nan)
     here = done[(done["model"] == row["model"]) & (done["bits/target"] == row["bits"])]
-    mine = here[here["variant"] == row["variant"]]
-    gptq = here[here["method"] == BASELINE]
-    like = set(gptq.loc[[alike(run) == alike(records(mine)[0]) for run in records(gptq)], "variant"])
-    same = tasks[(tasks["model"] == row["model"]) & (tasks["bits"] == row["bits"])]
-    baselines = {
-        str(variant): of.set_index("task")["q"]
-        for variant, of in same.groupby("variant", sort=True)
-        if variant in like and set(own.index) & set(of["task"])
-    }
-    if not baselines:
-        return {**nothing, "reference": None}, []
-
-    def shared(variant: str) -> list[str]:
-        return [task for task in own.index if task in baselines[variant].index]
-
-    best = max(baselines, key=lambda variant: (len(shared(variant)), baselines[variant][shared(variant)].mean()))
-    if best == row["variant"]:
+    ours = here[here["variant"] == row["variant"]]
+    best, shared, theirs_by_task = _best_reference(here, ours, tasks, own)
+    if best is None or best == row["variant"]:
         return {**nothing, "reference": best}, []
     theirs = here[here["variant"] == best]
-    pairs = [tuple(of[[_task(run) == task for run in records(of)]] for of in (theirs, mine)) for task in shared(best)]
-    where = f"{row['model']}, {row['variant']} at {row['bits']:g} bits"
+    pairs = [tuple(of[[_task(run) == task for run in records(of)]] for of in (theirs, ours)) for task in shared]
+    where, what = f"{row['model']}, {row['variant']} at {row['bits']:g} bits", f"Δ {title(REFERENCE)} ({best})"
     try:
         found, seeds = examples.compare_average(pairs)
     except NotComparedError as reason:
-        gain = float((own[shared(best)] - baselines[best][shared(best)]).mean())
-        note = f"{where}: no interval of Δ GPTQ ({best}), {reason}."
-        return {**nothing, "delta_gptq": gain, "reference": best}, [note]
+        gain = float((own[shared] - theirs_by_task[shared]).mean())
+        return {**nothing, GAIN: gain, "reference": best}, [f"{where}: no interval of {what}, {reason}."]
     notes = []
-    for task, (first, second), had in zip(shared(best), pairs, seeds, strict=True):
-        lost = {int(seed) for of in (first, second) if not is_seedless(records(of)[0]) for seed in of["seed"]} - {*had}
-        if lost:
+    for task, pair, had in zip(shared, pairs, seeds, strict=True):
+        if {int(seed) for of in pair if not is_seedless(records(of)[0]) for seed in of["seed"]} - {*had}:
             over = ", ".join(map(str, had))
-            notes.append(
-                f"{where}: Δ GPTQ ({best}) is over seed {over} of {task} alone, of which both have predictions."
-            )
-    return {
-        "delta_gptq": 100 * found.value,
-        "delta_gptq_low": 100 * found.low,
-        "delta_gptq_high": 100 * found.high,
-        "p": found.p,
-        "reference": best,
-    }, notes
+            notes.append(f"{where}: {what} is over seed {over} of {task} alone, of which both have predictions.")
+    interval = zip(("", "_low", "_high"), (found.value, found.low, found.high), strict=True)
+    return {**{f"{GAIN}{end}": SCALE * value for end, value in interval}, "p": found.p, "reference": best}, notes
 
 
-def _glue_delta(value: float, low: float, high: float) -> str:
-    return as_delta(value / 100, low / 100, high / 100)
+def _best_reference(
+    here: pd.DataFrame, ours: pd.DataFrame, tasks: pd.DataFrame, own: pd.Series
+) -> tuple[str | None, list[str], pd.Series]:
+    """The reference's variant of highest score on the tasks that it shares with a row, these tasks, and its scores.
+
+    Args:
+        here: finished runs of the row's model and budget.
+        ours: those of the row.
+        tasks: of `_task_means`.
+        own: the row's scores by task.
+    """
+    conditions, first = alike(records(ours)[0]), records(ours)[0]
+    candidates = here[here["method"] == REFERENCE]
+    like = set(candidates.loc[[alike(run) == conditions for run in records(candidates)], "variant"])
+    same = tasks[(tasks["model"] == first["model"]) & (tasks["bits"] == first["bits/target"])]
+    found: list[tuple[str, list[str], pd.Series]] = []
+    for variant, of in same[same["variant"].isin(like)].groupby("variant", sort=True):
+        scores = of.set_index("task")["q"]
+        found.append((str(variant), [task for task in own.index if task in scores.index], scores))
+    shared = [candidate for candidate in found if candidate[1]]
+    return max(shared, key=lambda best: (len(best[1]), best[2][best[1]].mean()), default=(None, [], pd.Series()))
 
 
-def _glue_gap(runs: pd.DataFrame, row: Mapping[str, Any], lacking: Sequence[str]) -> list[str]:
+def _as_gain(value: float, low: float, high: float) -> str:
+    return as_delta(value / SCALE, low / SCALE, high / SCALE)
+
+
+def _lacking(runs: pd.DataFrame, row: Mapping[str, Any], lacking: Sequence[str]) -> list[str]:
     """The command that makes tasks that a row lacks."""
     if not lacking:
         return []
@@ -204,7 +211,7 @@ def _glue_gap(runs: pd.DataFrame, row: Mapping[str, Any], lacking: Sequence[str]
     seeds = ",".join(map(str, sorted(set(members["seed"]))))
     own = [o for o in own_overrides(records(members)[0]) if o.startswith("method.")]
     what = [f"method={members.iloc[0]['method']}", *own, f"bits={row['bits']:g}", f"seed={seeds}"]
-    makes = _glue_command(members, lacking, what, source_of(runs))
+    makes = _command(members, lacking, what, source_of(runs))
     return [f"{row['model']}, {row['variant']} at {row['bits']:g} bits: no {', '.join(lacking)}: `{makes}`"]
 
 
@@ -212,15 +219,15 @@ def _no_task(runs: pd.DataFrame, ran: Sequence[str]) -> list[str]:
     """One line per model about the tasks that no run of GLUE is of."""
     lines, lacking = [], [task for task in GLUE_TASKS if task not in ran]
     for model, members in runs.groupby("model", sort=True):
-        what = [f"method={','.join(method for method in METHODS if method in set(members['method']))}"]
+        what = [f"method={','.join(method for method in methods_of(runs) if method in set(members['method']))}"]
         what += [f"bits={','.join(f'{bits:g}' for bits in sorted(set(members['bits/target'])))}"]
         what += [f"seed={','.join(map(str, usual_seeds(members)))}"]
-        makes = _glue_command(members, lacking, what, source_of(runs))
+        makes = _command(members, lacking, what, source_of(runs))
         lines.append(f"{model}: no run of {', '.join(lacking)} among these: `{makes}`")
     return lines if lacking else []
 
 
-def _glue_command(members: pd.DataFrame, tasks: Sequence[str], what: Sequence[str], source: str) -> str:
+def _command(members: pd.DataFrame, tasks: Sequence[str], what: Sequence[str], source: str) -> str:
     """The line for the shell that makes tasks; a checkpoint in a folder named after its task is that of each task."""
     run = records(members)[0]
     kept = [o for o in own_overrides(run) if o.startswith("model.checkpoint=") and Path(o).name == _task(run)]

@@ -1,34 +1,18 @@
-"""Methods at the paper's budgets, each against the strongest GPTQ."""
+"""Methods at the paper's budgets, each against the strongest variant of the reference method."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
 
-from analysis.captions import (
-    known,
-    metrics,
-    population_of_rows,
-    remarks_of,
-    settings,
-    source_of,
-)
-from analysis.comparisons import (
-    Examples,
-    alike,
-    strongest_baseline,
-    summarise,
-)
+from analysis.captions import data_free, known, population_of_rows, remarks_of, settings, source_of
+from analysis.comparisons import Examples, alike, strongest_baseline, summarise
 from analysis.gaps import missing
 from analysis.loading import finished, records
-from analysis.paper import BUDGETS, CLAIMED_DELTAS, CLAIMED_FOR, METHODS
-from analysis.table import (
-    GAP,
-    Table,
-    as_number,
-    make_table,
-)
-from analysis.tables.rows import against, compared, measured, measured_cells, pick, shown_in
+from analysis.methods import methods_of, title
+from analysis.paper import BUDGETS, CLAIMED_DELTAS, CLAIMED_FOR, PROPOSED, REFERENCE
+from analysis.table import GAP, Table, as_number, make_table
+from analysis.tables.rows import compared, compared_row, of_scores, of_tests, pick, row_cells, shown_in
 
 
 def main_table(runs: pd.DataFrame) -> Table:
@@ -42,82 +26,73 @@ def main_table(runs: pd.DataFrame) -> Table:
     runs = known(runs)
     done = finished(runs)
     done = done[done["bits/target"].isin(BUDGETS)]
-    means = summarise(done)
-    runs, budgets = _of_workloads(runs, done), sorted(set(done["bits/target"]))
-    methods = [method for method in METHODS if method in set(runs["method"])]
-    examples, rows, notes = Examples(), [], []
+    runs = runs[runs["workload"].isin(set(done["workload"]))]
+    methods = {name: method for name, method in methods_of(runs).items() if name in set(runs["method"])}
+    rows, notes = _rows(runs, done, list(methods))
+    table, name = compared(rows), title(REFERENCE)
+    cells = pd.DataFrame(
+        {
+            **row_cells(table, name),
+            "paper's Δ": table["paper_delta"].map(lambda value: as_number(value, "+.1f")),
+            name: [
+                GAP if not isinstance(reference, str) else "this row" if reference == variant else reference
+                for reference, variant in zip(table["reference"], table["variant"], strict=True)
+            ],
+        }
+    )
+    caption = _caption(table, runs, done, [f"Plain {name}" for name, method in methods.items() if method.data_free])
+    return make_table(cells, table, {f"Δ {name}": table["better"]}, caption, [*notes, *remarks_of(runs)])
+
+
+def _rows(runs: pd.DataFrame, done: pd.DataFrame, methods: Sequence[str]) -> tuple[list[dict[str, Any]], list[str]]:
+    """The rows of all workloads, and notes about variants and runs that are not there."""
+    means, budgets, examples = summarise(done), sorted(set(done["bits/target"])), Examples()
+    rows, notes = [], []
     for workload, members in runs.groupby("workload", sort=True):
-        shown, left_out = _main_variants(members, methods)
+        shown, left_out = _variants(members, methods)
         if left_out:
             notes.append(f"{workload}: not shown, as it ran at one of these budgets only: {', '.join(left_out)}.")
         for bits in budgets:
             for variant in shown:
-                own = pick(done, workload, variant, bits)
-                row = {"workload": workload, "bits": bits, "variant": variant, **measured(means, own)}
-                if not own.empty:
-                    reference = strongest_baseline(done, str(workload), bits, alike(records(own)[0]))
-                    row["reference"] = reference
-                    if reference is not None and reference != variant:
-                        where = f"{workload}, {variant} at {bits:g} bits"
-                        found, said = against(examples, reference, pick(done, workload, reference, bits), own, where)
-                        row |= found
-                        notes += said
-                    if own.iloc[0]["method"] == "bayesq":
-                        row |= _claim(own.iloc[0], bits)
-                rows.append(row)
+                own = records(pick(done, workload, variant, bits))
+                reference = strongest_baseline(done, str(workload), bits, alike(own[0])) if own else None
+                row, said = compared_row(done, means, (workload, variant, bits), reference, examples)
+                rows.append(row | (_claim(own[0]) if row.get("method") == PROPOSED else {}))
+                notes += said
         for variant in shown:
             notes += missing(members, variant, budgets, source_of(runs))
-    table = compared(rows, "GPTQ")
-    cells = pd.DataFrame(
-        {
-            "workload": table["workload"],
-            "bits": table["bits"].map("{:g}".format),
-            "method": table["variant"],
-            **measured_cells(table, "GPTQ"),
-            "paper's Δ": table["paper_delta"].map(lambda value: as_number(value, "+.1f")),
-            "GPTQ": [
-                GAP if not isinstance(name, str) else "this row" if name == own else name
-                for name, own in zip(table["reference"], table["variant"], strict=True)
-            ],
-        }
-    )
-    caption = (
-        f"Methods at {', '.join(f'{bits:g}' for bits in budgets)} bits: {population_of_rows(table)}. "
-        f"Score: primary metric ({metrics(runs)}); score and KL to full precision (nats) are mean ± sample standard "
-        "deviation over calibration seeds. Δ GPTQ: points over the "
-        "strongest GPTQ (lowest mean KL at this budget with the same correction, distillation and calibration size; "
-        "named in the last column), with 95 % interval (paired bootstrap over examples and seeds). p: McNemar's exact "
-        f"test, where the metric is no accuracy the bootstrap's, Holm-corrected over {int(table['p'].notna().sum())} "
-        "tests. Bold: better than GPTQ at 5 %. Plain rtn reads no calibration data: one run of it stands for every "
-        f"seed. Paper's Δ: claimed for {' and '.join(CLAIMED_FOR.values())}, shown beside BayesQ on images and text."
-        f"{settings(shown_in(table, done))}"
-    )
-    return make_table(cells, table, {"Δ GPTQ": table["better"]}, caption, [*notes, *remarks_of(runs)])
+    return rows, notes
 
 
-def _of_workloads(runs: pd.DataFrame, done: pd.DataFrame) -> pd.DataFrame:
-    """The runs of those workloads that `done` has runs of."""
-    kept: pd.DataFrame = runs[runs["workload"].isin(set(done["workload"]))]
-    return kept
-
-
-def _main_variants(members: pd.DataFrame, methods: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Variants with rows in the main table, in the order of METHODS, and those that are left to the ablation.
+def _variants(members: pd.DataFrame, methods: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Variants with rows in the main table, in order, and those that are left to the ablation.
 
     Args:
         members: runs of one workload.
-        methods: that have a row in any case.
+        methods: that have a row in any case, in order.
     """
     here = members[members["bits/target"].isin(BUDGETS)]
     budgets = here.groupby("variant")["bits/target"].nunique()
-    shown = {variant for variant in budgets.index if budgets[variant] > 1 or variant in METHODS}
     of = dict(zip(here["variant"], here["method"], strict=True))
+    shown = {variant for variant in budgets.index if budgets[variant] > 1 or variant == of[variant]}
     shown |= {*methods} - {of[variant] for variant in shown}
-    order = {method: place for place, method in enumerate(METHODS)}
-    place = {variant: order.get(of.get(variant, variant), len(order)) for variant in shown}
-    return sorted(shown, key=lambda name: (place[name], name)), sorted(set(budgets.index) - shown)
+    ordered = sorted(shown, key=lambda variant: (methods.index(of.get(variant, variant)), variant))
+    return ordered, sorted(set(budgets.index) - shown)
 
 
-def _claim(run: Mapping[str, Any] | pd.Series, bits: float) -> dict[str, Any]:
-    modality = run["config"]["dataset"].get("modality")
+def _claim(run: Mapping[str, Any]) -> dict[str, Any]:
+    """What the paper claims for a run's modality at its budget."""
+    modality, bits = run["config"]["dataset"].get("modality"), run["bits/target"]
     return {"paper_delta": CLAIMED_DELTAS.get(modality, {}).get(bits), "paper_workload": CLAIMED_FOR.get(modality)}
+
+
+def _caption(table: pd.DataFrame, runs: pd.DataFrame, done: pd.DataFrame, seedless: Sequence[str]) -> str:
+    name, budgets = title(REFERENCE), ", ".join(f"{bits:g}" for bits in sorted(set(done["bits/target"])))
+    return (
+        f"Methods at {budgets} bits: {population_of_rows(table)}. {of_scores(runs)} Δ {name}: points over the "
+        f"strongest {name} (lowest mean KL at this budget with the same correction, distillation and calibration size; "
+        f"named in the last column), with 95 % interval (paired bootstrap over examples and seeds). {of_tests(table)} "
+        f"Bold: better than {name} at 5 %. {data_free(seedless, 'one run of it')}"
+        f"Paper's Δ: claimed for {' and '.join(CLAIMED_FOR.values())}, shown beside {title(PROPOSED)} on images and "
+        f"text.{settings(shown_in(table, done))}"
+    )

@@ -4,24 +4,10 @@ import math
 
 import pandas as pd
 
-from analysis.captions import (
-    failed,
-    known,
-    metrics,
-    remarks_of,
-    settings,
-)
-from analysis.comparisons import (
-    KL,
-    summarise,
-)
-from analysis.table import (
-    GAP,
-    Table,
-    as_kl,
-    as_number,
-    make_table,
-)
+from analysis.captions import failed, known, metrics, remarks_of, settings
+from analysis.comparisons import KL, summarise
+from analysis.metrics import SCALE
+from analysis.table import GAP, Table, as_kl, as_number, make_table
 
 
 def overview_table(runs: pd.DataFrame) -> Table:
@@ -43,4 +29,4 @@ def overview_table(runs: pd.DataFrame) -> Table:
 
 
 def _overview(row: pd.Series) -> str:
-    return f"{as_number(100 * row['score'], '.2f')} / {as_kl(row[KL], math.nan)} (n={row['n']})"
+    return f"{as_number(SCALE * row['score'], '.2f')} / {as_kl(row[KL], math.nan)} (n={row['n']})"

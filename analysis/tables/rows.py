@@ -6,25 +6,12 @@ from typing import Any
 
 import pandas as pd
 
-from analysis.comparisons import (
-    KL,
-    Examples,
-    NotComparedError,
-    is_seedless,
-)
+from analysis.captions import metrics
+from analysis.comparisons import KL, Examples, NotComparedError, is_seedless
 from analysis.loading import records
+from analysis.metrics import is_better
 from analysis.statistics import holm
-from analysis.table import (
-    GAP,
-    LEVEL,
-    as_delta,
-    as_kl,
-    as_number,
-    as_p,
-    as_ratio,
-    as_score,
-    cells_of,
-)
+from analysis.table import GAP, LEVEL, as_delta, as_kl, as_number, as_p, as_ratio, as_score, cells_of
 
 COLUMNS = {
     **dict.fromkeys(("workload", "bits", "variant", "method", "metric"), "object"),
@@ -39,12 +26,37 @@ ENDS = {"": "value", "_low": "low", "_high": "high"}
 
 
 def pick(runs: pd.DataFrame, workload: Any, variant: str, bits: float) -> pd.DataFrame:
+    """The runs of one variant of a workload at a budget, one for each seed."""
     chosen = (runs["workload"] == workload) & (runs["variant"] == variant) & (runs["bits/target"] == bits)
     picked: pd.DataFrame = runs.loc[chosen]
     return picked
 
 
-def measured(means: pd.DataFrame, own: pd.DataFrame) -> dict[str, Any]:
+def compared_row(
+    done: pd.DataFrame, means: pd.DataFrame, place: tuple[Any, str, float], reference: str | None, examples: Examples
+) -> tuple[dict[str, Any], list[str]]:
+    """What a variant measured and how it compares with a reference, and what there is to say about the comparison.
+
+    Args:
+        done: finished runs.
+        means: `summarise` of them.
+        place: workload, variant and budget.
+        reference: another variant there, the variant itself, or None.
+    """
+    workload, variant, bits = place
+    own = pick(done, *place)
+    row = {"workload": workload, "bits": bits, "variant": variant, **_measured(means, own)}
+    if own.empty or reference is None:
+        return row, []
+    row["reference"] = reference
+    if reference == variant:
+        return row, []
+    where = f"{workload}, {variant} at {bits:g} bits"
+    found, notes = _against(examples, reference, pick(done, workload, reference, bits), own, where)
+    return row | found, notes
+
+
+def _measured(means: pd.DataFrame, own: pd.DataFrame) -> dict[str, Any]:
     """Means of a row's runs; n is 0 where there are none."""
     if own.empty:
         return {"n": 0}
@@ -62,7 +74,7 @@ def measured(means: pd.DataFrame, own: pd.DataFrame) -> dict[str, Any]:
     }
 
 
-def against(
+def _against(
     examples: Examples, reference: str, theirs: pd.DataFrame, own: pd.DataFrame, where: str
 ) -> tuple[dict[str, Any], list[str]]:
     """A row's comparison with its reference, and what there is to say about it.
@@ -95,16 +107,24 @@ def against(
     return row, [f"{where}: compared with {reference} {'; '.join(parts)}."] if parts else []
 
 
-def compared(rows: Sequence[Mapping[str, Any]], name: str) -> pd.DataFrame:
+def compared(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     """The rows as a frame with all COLUMNS, corrected p values, and whether a row is `better` than its reference."""
     table = pd.DataFrame([dict(row) for row in rows], columns=list(COLUMNS)).astype(COLUMNS)
     table["p_holm"] = holm(table["p"].tolist())
-    return table.assign(better=(table["p_holm"] < LEVEL) & (table["delta"] > 0))
+    return table.assign(better=(table["p_holm"] < LEVEL) & is_better(table["delta"]))
 
 
-def measured_cells(table: pd.DataFrame, reference: str) -> dict[str, Any]:
-    """The columns of what a row measured and how it stands to its reference."""
+def row_cells(table: pd.DataFrame, reference: str, head: str = "method") -> dict[str, Any]:
+    """The columns that name a row, what it measured and how it compares with its reference.
+
+    Args:
+        reference: as heads spell it.
+        head: of the column of variants.
+    """
     return {
+        "workload": table["workload"],
+        "bits": table["bits"].map("{:g}".format),
+        head: table["variant"],
         "n": table["n"].map("{:.0f}".format).replace("0", GAP),
         "score": cells_of(table, "score", "std", form=as_score),
         f"Δ {reference}": cells_of(table, "delta", "delta_low", "delta_high", form=as_delta),
@@ -120,3 +140,19 @@ def shown_in(table: pd.DataFrame, done: pd.DataFrame) -> pd.DataFrame:
     rows = set(zip(table["workload"], table["variant"], strict=True))
     kept: pd.DataFrame = done.loc[[pair in rows for pair in zip(done["workload"], done["variant"], strict=True)]]
     return kept
+
+
+def of_scores(runs: pd.DataFrame) -> str:
+    """What a caption says about scores and KL."""
+    return (
+        f"Score: primary metric ({metrics(runs)}); score and KL to full precision (nats) are mean ± sample standard "
+        "deviation over calibration seeds."
+    )
+
+
+def of_tests(table: pd.DataFrame) -> str:
+    """What a caption says about p values."""
+    return (
+        "p: McNemar's exact test, where the metric is no accuracy the bootstrap's, Holm-corrected over "
+        f"{int(table['p'].notna().sum())} tests."
+    )

@@ -9,10 +9,13 @@ import pytest
 from frozen import EXAMPLES, add, config, started
 
 from analysis import captions, gaps, load_runs
-from analysis.glue import glue_table
+from analysis.figures import bit_curve
 from analysis.notebooks import NOTEBOOKS, Page, render_all
-from analysis.plots import bit_curve_data
-from analysis.tables import ablation_table, compact_table, main_table, overview_table
+from analysis.tables.ablation import ablation_table
+from analysis.tables.compact import compact_table
+from analysis.tables.glue import glue_table
+from analysis.tables.main import main_table
+from analysis.tables.overview import overview_table
 from bayesq.suite.files import lock
 
 
@@ -115,7 +118,7 @@ def test_figures_of_several_workloads_have_the_examples_of_each(tmp_path: Path) 
         folder = add(tmp_path, "gptq", 3.0, 0, dataset=dataset)
         changed(folder, **{"evaluation/examples": count})
     runs = load_runs(tmp_path)
-    caption = captions.population(bit_curve_data(runs), runs)
+    caption = captions.population(bit_curve.data(runs), runs)
     assert caption == "n = 1 seed, 10 (ResNet CIFAR-10), 40 (ResNet digits) test examples"
 
 
@@ -316,8 +319,8 @@ def test_a_mean_with_a_result_that_is_no_number_is_left_out(tmp_path: Path, key:
     assert any(f"bayesq at 3 bits, seed 1: its {key} is no number" in note for note in table.footnotes)
     assert "nan" not in overview_table(runs).markdown() + compact_table(table, runs).markdown()
     column = "q/kl_to_fp" if "kl" in key else "score"
-    assert bit_curve_data(runs).set_index("variant").loc["bayesq", column] != pytest.approx(0)
-    assert pd.isna(bit_curve_data(runs).set_index("variant").loc["bayesq", column])
+    assert bit_curve.data(runs).set_index("variant").loc["bayesq", column] != pytest.approx(0)
+    assert pd.isna(bit_curve.data(runs).set_index("variant").loc["bayesq", column])
 
 
 def test_a_gptq_without_a_kl_is_not_the_strongest(tmp_path: Path) -> None:

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from bayesq.posterior import DiagonalPosterior, EkfacPosterior, KroneckerPosterior
 from analysis.rate_distortion import layer_rates, rate, risk_components, water_level
+from bayesq.posterior import DiagonalPosterior, EkfacPosterior, KroneckerPosterior
 
 
 def moment(size: int, seed: int) -> torch.Tensor:

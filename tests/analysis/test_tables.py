@@ -10,12 +10,15 @@ from frozen import EXAMPLES, add, add_ablation, add_glue, add_main
 
 from analysis import load_runs
 from analysis.comparisons import summarise
-from analysis.cost import cost_table
 from analysis.gaps import gaps
-from analysis.glue import glue_table
 from analysis.paper import short_names
 from analysis.table import Table, write_table
-from analysis.tables import ablation_table, compact_table, main_table, overview_table
+from analysis.tables.ablation import ablation_table
+from analysis.tables.compact import compact_table
+from analysis.tables.cost import cost_table
+from analysis.tables.glue import glue_table
+from analysis.tables.main import main_table
+from analysis.tables.overview import overview_table
 
 MAIN = """\
 bits,variant,n,score,std,kl,kl_std,delta,delta_low,delta_high,p,p_holm,kl_ratio,kl_ratio_low,kl_ratio_high,paper_delta
