@@ -284,20 +284,11 @@ def _without_duplicates(records: Iterable[dict[str, Any]], keys: Sequence[str]) 
 
 
 def _tell_processes_apart(records: Sequence[dict[str, Any]]) -> None:
-    """Set OWN_MEMORY of every record.
-
-    Runs of versions that did not record their process are taken for those of one process if two have the same peak, or
-    if the peaks never fall from one run to the next: that is how the peak of a process behaves.
-    """
-    done = sorted((record for record in records if record["status"] == FINISHED), key=lambda record: record["time"])
-    processes = Counter(record.get(PROCESS) for record in done)
-    peaks = [record.get("memory/peak_rss_bytes") for record in done if record.get(PROCESS) is None]
-    known = [peak for peak in peaks if peak is not None]
-    apart = len(peaks) == 1 or (len(set(known)) == len(known) and known != sorted(known))
+    """Set OWN_MEMORY of every record: whether the process that made the run is known and made no other."""
+    processes = Counter(record.get(PROCESS) for record in records if record["status"] == FINISHED)
     for record in records:
         process = record.get(PROCESS)
-        own = apart if process is None else processes[process] == 1
-        record[OWN_MEMORY] = record["status"] == FINISHED and own
+        record[OWN_MEMORY] = record["status"] == FINISHED and process is not None and processes[process] == 1
 
 
 def _name(records: Sequence[dict[str, Any]]) -> None:

@@ -26,6 +26,8 @@ PDF_METADATA = {"CreationDate": None, "Producer": None, "Creator": None}
 PNG_METADATA = {"Software": None}
 SUFFIXES = (".pdf", ".png", ".txt", ".csv")
 GREY = "#6e6e6e"
+# of full precision, a budget or another value to compare with
+GREY_LINE: dict[str, Any] = {"color": GREY, "linewidth": 0.8, "zorder": 1}
 
 
 # Size in points and dashes that go with a marker; a square or a diamond of a circle's width looks larger than it.
@@ -140,6 +142,11 @@ def legend(
         lines_of_text = -(-len(handles) // columns)
         figure.set_figheight(figure.get_figheight() + LINE * (lines_of_text - 1))  # the axes keep their height
         figure.legend(handles=handles, loc="outside lower center", ncols=-(-len(handles) // lines_of_text))
+
+
+def full_precision_line() -> Artist:
+    """The legend's entry of a grey line."""
+    return Line2D([], [], color=GREY, linewidth=0.8, label="full precision")
 
 
 # inches that an entry of a legend takes beside its text, about those of a character, and those of a line

@@ -11,7 +11,7 @@ from analysis.figures.shared import KL, mean_and_std
 from analysis.loading import finished, records
 from analysis.methods import methods_of
 from analysis.paper import PROPOSED
-from analysis.style import GREY, SINGLE, look, panels, style
+from analysis.style import GREY_LINE, SINGLE, look, panels, style
 
 FULL = "full"
 
@@ -54,7 +54,7 @@ def draw(data: pd.DataFrame) -> Figure:
     methods = methods_of(data)
     full = data[data["ablation"] == FULL]["q/kl_to_fp"]
     if not full.empty:
-        plot.axvline(full.iloc[0], color=GREY, linewidth=0.8, zorder=1)
+        plot.axvline(full.iloc[0], **GREY_LINE)
     for place, (_, row) in enumerate(data.iterrows()):
         own = look(methods[row["method"]], int(row["method"] == PROPOSED and row["ablation"] != FULL))
         spread = row["q/kl_to_fp std"]

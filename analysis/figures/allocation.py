@@ -14,7 +14,7 @@ from matplotlib.ticker import MaxNLocator
 
 from analysis.figures.shared import CODE_BITS, mean_and_std, method_of, shown_budgets
 from analysis.loading import finished
-from analysis.style import DOUBLE, GREY, Look, panels, present, style
+from analysis.style import DOUBLE, GREY, GREY_LINE, Look, panels, present, style
 
 WIDTHS = (2, 3, 4, 5, 6, 7, 8)
 
@@ -103,7 +103,7 @@ def draw(data: pd.DataFrame, widths: pd.DataFrame, own: Look) -> Figure:
     shades = [matplotlib.colormaps["cividis"](0.97 - 0.95 * i / (len(WIDTHS) - 1)) for i in range(len(WIDTHS))]
     for row, (bits, (by_layer, by_row, risk)) in enumerate(zip(budgets, axes, strict=True)):
         members = data[data["bits"] == bits].sort_values("position")
-        by_layer.axhline(bits, color=GREY, linewidth=0.8, zorder=1)
+        by_layer.axhline(bits, **GREY_LINE)
         by_layer.plot(
             members["position"] + 1, members["bits/code"], **(own.of_line() | {"linewidth": 0.7, "markersize": 2.5})
         )
@@ -127,7 +127,7 @@ def draw(data: pd.DataFrame, widths: pd.DataFrame, own: Look) -> Figure:
         both = members[(members["predicted_risk"] > 0) & (members["achieved_risk"] > 0)]
         ends = both[["predicted_risk", "achieved_risk"]].to_numpy()
         if len(ends):
-            risk.plot([ends.min(), ends.max()], [ends.min(), ends.max()], color=GREY, linewidth=0.8, zorder=1)
+            risk.plot([ends.min(), ends.max()], [ends.min(), ends.max()], **GREY_LINE)
         risk.plot(
             both["predicted_risk"], both["achieved_risk"], **(own.of_line() | {"linestyle": "none", "markersize": 2.5})
         )

@@ -4,25 +4,22 @@ from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from analysis.figures.shared import (
     CODE_BITS,
     STORED_BITS,
-    bit_ticks,
     complete,
-    errorbar,
     few_bits,
+    lines,
+    log_ticks,
     mean_and_std,
-    positive,
+    ticks,
     with_score,
 )
 from analysis.loading import finished
 from analysis.metrics import with_unit
-from analysis.style import DOUBLE, GREY, Look, legend, panels, present, style
+from analysis.style import DOUBLE, GREY_LINE, Look, full_precision_line, legend, panels, present, style
 
 CURVES = ("score", "q/kl_to_fp", "q/nll", "q/ece")
 
@@ -59,33 +56,19 @@ def draw(data: pd.DataFrame, looks: Mapping[str, Look]) -> Figure:
     for row, (x, x_label) in enumerate((("bits/code", CODE_BITS), ("bits/stored", STORED_BITS))):
         for column, (y, (y_label, reference)) in enumerate(shown.items()):
             plot = axes[row][column]
-            for variant, own in present(data, looks).items():
-                line = data[data["variant"] == variant]
-                # a missing budget stays in its place on the axis, so that the line breaks there
-                errorbar(plot, line[x].fillna(line["bits"]), positive(line[y], y), line[f"{y} std"], own)
+            lines(plot, data, looks, x, y)
             if reference is not None and data[reference].notna().any():
-                plot.axhline(data[reference].mean(), color=GREY, linewidth=0.8, zorder=1)
+                plot.axhline(data[reference].mean(), **GREY_LINE)
             if y == "q/kl_to_fp" or (y != "score" and _spans(data[y], 8)):
                 plot.set_yscale("log")
-                _few_log_ticks(plot)
+                log_ticks(plot.yaxis, 100, ())
             plot.set_xlabel(x_label)
             plot.set_ylabel(y_label)
-            bit_ticks(plot, few_bits(data["bits"]))
-    legend(figure, present(data, looks), further=[Line2D([], [], color=GREY, linewidth=0.8, label="full precision")])
+            ticks(plot.xaxis, few_bits(data["bits"]))
+    legend(figure, present(data, looks), further=[full_precision_line()])
     return figure
 
 
 def _spans(values: pd.Series, factor: float) -> bool:
-    """Whether the largest is more than `factor` times the smallest, and both positive."""
+    """Whether the largest is more than `factor` times the smallest, and both log_ticks."""
     return bool(values.min() > 0 and values.max() > factor * values.min())
-
-
-def _few_log_ticks(axes: Axes) -> None:
-    """An axis of less than two decades gets its labels at 1, 2 and 5, plainly written."""
-    low, high = axes.get_ylim()
-    if high / low >= 100:
-        return
-    ticks = [digit * 10.0**power for power in range(-9, 4) for digit in (1, 2, 5)]
-    axes.yaxis.set_major_locator(FixedLocator([tick for tick in ticks if low <= tick <= high]))
-    axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

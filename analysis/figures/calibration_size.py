@@ -4,12 +4,11 @@ from collections.abc import Mapping
 
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
-from analysis.figures.shared import KL, bit_ticks, complete, errorbar, mean_and_std, positive, with_score, without
+from analysis.figures.shared import KL, complete, lines, mean_and_std, ticks, with_score, without
 from analysis.loading import finished
 from analysis.metrics import with_unit
-from analysis.style import DOUBLE, GREY, Look, legend, panels, present, style
+from analysis.style import DOUBLE, GREY_LINE, Look, full_precision_line, legend, panels, present, style
 
 
 def data(runs: pd.DataFrame) -> pd.DataFrame:
@@ -42,14 +41,12 @@ def draw(data: pd.DataFrame, looks: Mapping[str, Look]) -> Figure:
     shown = (("q/kl_to_fp", KL), ("score", with_unit(metric)))
     sizes = sorted(data["examples"].unique())
     for plot, (key, y_label) in zip(axes[0], shown, strict=True):
-        for variant, own in present(data, looks).items():
-            line = data[data["variant"] == variant]
-            errorbar(plot, line["examples"], positive(line[key], key), line[f"{key} std"], own)
+        lines(plot, data, looks, "examples", key)
         plot.set_xscale("log", base=2)
-        bit_ticks(plot, sizes)
+        ticks(plot.xaxis, sizes)
         plot.set_xlabel("calibration examples")
         plot.set_ylabel(y_label)
     axes[0][0].set_yscale("log")
-    axes[0][1].axhline(data["fp score"].mean(), color=GREY, linewidth=0.8, zorder=1)
-    legend(figure, present(data, looks), further=[Line2D([], [], color=GREY, linewidth=0.8, label="full precision")])
+    axes[0][1].axhline(data["fp score"].mean(), **GREY_LINE)
+    legend(figure, present(data, looks), further=[full_precision_line()])
     return figure

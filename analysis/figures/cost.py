@@ -3,17 +3,13 @@
 from collections.abc import Mapping
 
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
+from analysis.figures.shared import log_ticks
 from analysis.methods import title
 from analysis.paper import REFERENCE, workload_title
-from analysis.style import DOUBLE, GREY, SINGLE, Look, legend, panels, present, style
+from analysis.style import DOUBLE, GREY_LINE, SINGLE, Look, legend, panels, present, style
 from analysis.tables.cost import medians_of, run_costs, with_multiples
-
-# Largest over smallest value of an axis that has no room for three ticks a decade.
-WIDE = 200
 
 
 def data(runs: pd.DataFrame) -> pd.DataFrame:
@@ -45,7 +41,7 @@ def draw(data: pd.DataFrame, looks: Mapping[str, Look]) -> Figure:
     figure, axes = panels(1, len(keys), width, 0.8 + 0.55 * len(workloads), sharey=True)
     found = present(data, looks)
     for plot, (key, x_label) in zip(axes[0], keys.items(), strict=True):
-        plot.axvline(1, color=GREY, linewidth=0.8, zorder=1)
+        plot.axvline(1, **GREY_LINE)
         for number, (variant, own) in enumerate(found.items()):
             shift = 0.6 * ((number + 0.5) / len(found) - 0.5)
             for place, workload in enumerate(workloads):
@@ -56,20 +52,10 @@ def draw(data: pd.DataFrame, looks: Mapping[str, Look]) -> Figure:
                 plot.plot(values.median(), place - shift, **(own.of_line() | {"linestyle": "none"}))
         if key == "time x":
             plot.set_xscale("log")
-            _plain_log_ticks(plot)
+            log_ticks(plot.xaxis, 200, (1,))  # a wider axis has no room for three ticks a decade
         plot.set_xlabel(x_label)
         plot.set_ylim(-0.6, len(workloads) - 0.4)
         plot.grid(axis="y", visible=False)
     axes[0][0].set_yticks(range(len(workloads)), [workload_title(workload) for workload in workloads])
     legend(figure, found, lines=False)
     return figure
-
-
-def _plain_log_ticks(axes: Axes) -> None:
-    """Ticks 0.1, 0.2, 0.5, 1, 2, 5 ... within the data, written out; of a wide range 0.1, 1, 10 ... alone."""
-    low, high = axes.get_xlim()
-    digits = (1,) if high > WIDE * low else (1, 2, 5)
-    ticks = [digit * 10.0**power for power in range(-4, 5) for digit in digits]
-    axes.xaxis.set_major_locator(FixedLocator([tick for tick in ticks if low <= tick <= high]))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

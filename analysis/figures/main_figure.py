@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import pandas as pd
 from matplotlib.figure import Figure
 
-from analysis.figures.shared import CODE_BITS, KL, bit_ticks, errorbar, positive
+from analysis.figures.shared import CODE_BITS, KL, lines, ticks
 from analysis.paper import workload_title
 from analysis.style import DOUBLE, SINGLE, Look, legend, panels, present, style
 
@@ -15,7 +15,7 @@ def draw(data: pd.DataFrame, looks: Mapping[str, Look]) -> Figure:
     """KL to full precision against the budget, one panel per workload.
 
     Args:
-        data: of `bit_curve_data`.
+        data: of `bit_curve.data`.
     """
     workloads = sorted(data["workload"].unique())
     columns = min(len(workloads), 5)
@@ -27,14 +27,12 @@ def draw(data: pd.DataFrame, looks: Mapping[str, Look]) -> Figure:
             plot.set_visible(False)
             continue
         own_data = data[data["workload"] == workloads[place]]
-        for variant, own in present(own_data, looks).items():
-            line = own_data[own_data["variant"] == variant]
-            errorbar(plot, line["bits"], positive(line["q/kl_to_fp"], "q/kl_to_fp"), line["q/kl_to_fp std"], own)
+        lines(plot, own_data, looks, "bits", "q/kl_to_fp")
         plot.set_yscale("log")
         name = workload_title(workloads[place])
         plot.set_title(name if columns > 1 else name.replace("\n", ", "), linespacing=0.9)
         plot.set_xlabel("code bits" if columns > 2 else CODE_BITS)
-        bit_ticks(plot, sorted(own_data["bits"].unique()))
+        ticks(plot.xaxis, sorted(own_data["bits"].unique()))
         plot.margins(x=0.12)
         if place % columns == 0:
             plot.set_ylabel(KL)

@@ -7,9 +7,9 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from analysis.figures.shared import CODE_BITS, bit_ticks, complete, errorbar, few_bits, mean_and_std, shown_budgets
+from analysis.figures.shared import CODE_BITS, complete, few_bits, lines, mean_and_std, shown_budgets, ticks
 from analysis.loading import finished
-from analysis.style import DOUBLE, GREY, Look, legend, panels, present, style
+from analysis.style import DOUBLE, GREY_LINE, Look, legend, panels, present, style
 
 BOUNDS_FILE = "bounds.csv"
 GAPS = {"above": "shared_bound_bits", "coding": "bound_bits"}
@@ -58,31 +58,26 @@ def draw(data: pd.DataFrame, layers: pd.DataFrame, looks: Mapping[str, Look]) ->
     """Bits above the bounds of one workload: of the network, of its layers together, and layer by layer at one budget.
 
     Args:
-        data: of `rate_distortion_data`.
+        data: of `data`.
         layers: of `layer_gaps`.
     """
     figure, axes = panels(1, 3, DOUBLE, 2.1, width_ratios=(1, 1, 1.3))
-    for plot, (key, name) in zip(
-        axes[0],
-        (
-            ("above", "bits per weight above\nthe network's bound"),
-            ("coding", "bits per weight above\nthe layers' bounds"),
-        ),
-        strict=False,
-    ):
-        for variant, own in present(data, looks).items():
-            line = data[data["variant"] == variant]
-            errorbar(plot, line["bits"], line[key], line[f"{key} std"], own)
+    names = {
+        "above": "bits per weight above\nthe network's bound",
+        "coding": "bits per weight above\nthe layers' bounds",
+    }
+    for plot, (key, name) in zip(axes[0], names.items(), strict=False):
+        lines(plot, data, looks, "bits", key)
         plot.set_ylabel(name)
         plot.set_xlabel(CODE_BITS)
         plot.set_ylim(bottom=min(0.0, float(data[["above", "coding"]].min().min())))
-        bit_ticks(plot, few_bits(data["bits"]))
+        ticks(plot.xaxis, few_bits(data["bits"]))
     bits = shown_budgets(layers)[0]
     members = layers[layers["bits"] == bits]
     for variant, own in present(members, looks).items():
         line = members[members["variant"] == variant].sort_values("position")
         axes[0][2].plot(line["position"] + 1, line["coding"], **(own.of_line() | {"linewidth": 0.6, "markersize": 2.2}))
-    axes[0][2].axhline(0, color=GREY, linewidth=0.8, zorder=1)
+    axes[0][2].axhline(0, **GREY_LINE)
     axes[0][2].set_title(f"{bits:g}-bit budget")
     axes[0][2].set_ylabel("bits per weight above\nthe layer's bound")
     axes[0][2].set_xlabel("layer, in forward order")

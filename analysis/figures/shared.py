@@ -1,28 +1,22 @@
 """What several figures share: means over seeds, the runs they show, ticks and error bars."""
 
-import re
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from analysis.comparisons import whole_mean, with_scores
 from analysis.loading import UNKNOWN
 from analysis.metrics import SCALE
 from analysis.paper import BUDGETS
-from analysis.style import Look
+from analysis.style import Look, present
 
 KL = "KL to full precision (nats)"
 CODE_BITS, STORED_BITS = "code bits per weight", "stored bits per weight"
 MOST_VARIANTS = 3
-
-
-def slug(text: object) -> str:
-    """`text` as part of a file name."""
-    return re.sub(r"[^A-Za-z0-9]+", "_", str(text)).strip("_").lower()
 
 
 def main_runs(runs: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
@@ -88,29 +82,42 @@ def shown_budgets(data: pd.DataFrame) -> list[float]:
     return chosen or sorted({had[0], had[len(had) // 2], had[-1]})
 
 
-def positive(values: pd.Series, key: str) -> pd.Series:
-    """Values a logarithmic axis can show; only the KL has one."""
-    return values.where(values > 0) if key == "q/kl_to_fp" else values
+def lines(axes: Axes, data: pd.DataFrame, looks: Mapping[str, Look], x: str, y: str) -> None:
+    """A line per variant with bars of one standard deviation over seeds; it breaks where a point was not measured.
+
+    Args:
+        data: with the columns x, y and `Y std`; a point without x stands at its `bits`. Of the KL, which has a
+            logarithmic axis, only positive values are drawn.
+    """
+    for variant, own in present(data, looks).items():
+        line = data[data["variant"] == variant]
+        places = line[x].fillna(line["bits"]).to_numpy(dtype=float)
+        values, spread = (line[key].to_numpy(dtype=float) for key in (y, f"{y} std"))
+        values = np.where(values > 0, values, np.nan) if y == "q/kl_to_fp" else values
+        axes.plot(places, values, **own.of_line())
+        seen = np.isfinite(values) & (spread > 0)
+        if seen.any():
+            bars = {"linestyle": "none", "marker": "none", "color": own.color, "elinewidth": 0.8, "zorder": 2}
+            axes.errorbar(places[seen], values[seen], spread[seen], **bars)
 
 
-def errorbar(axes: Axes, x: Any, y: Any, spread: Any, own: Look) -> None:
-    """Points, the line between neighbours that were both measured, and bars of one standard deviation over seeds."""
-    y, spread = np.asarray(y, dtype=float), np.asarray(spread, dtype=float)
-    bars = np.where(np.isfinite(spread) & np.isfinite(y), spread, 0.0)
-    axes.plot(x, y, **own.of_line())
-    seen = bars > 0
-    if seen.any():
-        axes.errorbar(
-            np.asarray(x, dtype=float)[seen], y[seen], bars[seen], linestyle="none", marker="none", color=own.color,
-            elinewidth=0.8, zorder=2,
-        )  # fmt: skip
+def ticks(axis: Axis, places: Iterable[float]) -> None:
+    """Ticks at these places alone, plainly written."""
+    axis.set_major_locator(FixedLocator(list(places)))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
-def bit_ticks(axes: Axes, budgets: Sequence[float]) -> None:
-    """Ticks of the horizontal axis at these values alone."""
-    axes.xaxis.set_major_locator(FixedLocator(list(budgets)))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+def log_ticks(axis: Axis, wide: float, digits: Sequence[int]) -> None:
+    """Ticks at 1, 2 and 5 times powers of ten; only at these `digits` where the largest is `wide` times the smallest.
+
+    Without digits a wide axis stays as it is.
+    """
+    low, high = axis.get_view_interval()
+    narrow = high < wide * low
+    if narrow or digits:
+        places = [d * 10.0**power for power in range(-9, 5) for d in ((1, 2, 5) if narrow else digits)]
+        ticks(axis, [place for place in places if low <= place <= high])
 
 
 def few_bits(budgets: pd.Series) -> list[float]:

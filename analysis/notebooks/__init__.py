@@ -26,6 +26,7 @@ from matplotlib.figure import Figure
 
 import analysis
 from analysis import gaps, style
+from analysis.captions import settings
 from analysis.figures.shared import main_runs, without
 from analysis.loading import UNKNOWN, finished, of_finished_workloads, records, without_result
 from analysis.table import Table, remove_table, write_table
@@ -59,6 +60,11 @@ def arguments() -> tuple[str, tuple[str, ...], Path]:
     return given.results, tuple(given.where), given.output
 
 
+def slug(text: str) -> str:
+    """`text` as part of a file name."""
+    return re.sub(r"[^A-Za-z0-9]+", "_", text).strip("_").lower()
+
+
 def in_kernel() -> bool:
     """Whether the code runs in a notebook, where the command line is the kernel's own."""
     return hasattr(builtins, "__IPYTHON__")
@@ -73,6 +79,8 @@ class Page:
         source: a results folder or `wandb:entity/project`.
         where: filters that the runs fit.
         output: folder of figures and tables.
+        results: frames of the source.
+        runs: all runs of workloads that have a result, failed ones included.
     """
 
     def __init__(self, name: str, tables: Sequence[str] = ()) -> None:
@@ -86,16 +94,12 @@ class Page:
         self.parts: list[str] = []
         try:
             self.results = read(self.source, self.where)
+            self.runs = self.results.runs
         except (FileNotFoundError, UserError) as error:
             sys.exit(f"error: {error}")
         self._forget(tables)
         if self.where:
             self.say(self._only())
-
-    @property
-    def runs(self) -> pd.DataFrame:
-        """All runs of workloads that have a result, failed ones included."""
-        return self.results.runs
 
     @property
     def workloads(self) -> list[str]:
@@ -116,16 +120,6 @@ class Page:
         return kept
 
     @property
-    def layers(self) -> pd.DataFrame:
-        """The rows of all layers.csv."""
-        return self.results.layers
-
-    @property
-    def examples(self) -> pd.DataFrame:
-        """The rows of all predictions.csv."""
-        return self.results.examples
-
-    @property
     def looks(self) -> dict[str, style.Look]:
         """Look of every variant."""
         return style.looks(self.runs)
@@ -140,9 +134,17 @@ class Page:
         run = records(self.runs[self.runs["workload"] == workload])[0]
         return gaps.workload_command(run, overrides, self.source)
 
-    def figure(self, drawn: Figure, name: str, caption: str, data: pd.DataFrame | None = None, **options: Any) -> None:
-        """Save a figure with its caption and its data, and show it."""
-        caption += f" {self._only()}" if self.where else ""
+    def figure(
+        self, drawn: Figure, caption: str, data: pd.DataFrame, runs: pd.DataFrame, *of: str | float, **options: Any
+    ) -> None:
+        """Save a figure with its data and its caption, which ends with the settings of its runs, and show it.
+
+        Args:
+            of: what names the file behind the page's name, such as workload and budget.
+            options: `without`, of `captions.settings`, and `dpi`.
+        """
+        name = "_".join([self.name, *(slug(part) if isinstance(part, str) else f"{part:g}" for part in of)])
+        caption += settings(runs, without=options.pop("without", ())) + (f" {self._only()}" if self.where else "")
         path = style.save(drawn, self.output, name, caption, data, **options)
         if in_kernel():
             from IPython.display import Image, display

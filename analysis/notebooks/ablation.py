@@ -1,7 +1,3 @@
-# ---
-# jupyter:
-#   kernelspec: {name: python3, display_name: Python 3, language: python}
-# ---
 # %% [markdown]
 # # What the parts are worth
 #
@@ -12,7 +8,6 @@
 # %%
 from analysis import captions
 from analysis.figures import ablation
-from analysis.figures.shared import slug
 from analysis.notebooks import Page
 from analysis.paper import PROPOSED, REFERENCE
 from analysis.tables.ablation import ablation_table
@@ -25,8 +20,8 @@ for (workload, bits), own in data.groupby(["workload", "bits"]):
     population = captions.population(own.assign(variant=own["ablation"]), page.runs)
     caption = f"{workload} at {bits:g} bits: KL to full precision of ablations; {population}."
     members = page.runs[(page.runs["workload"] == workload) & (page.runs["bits/target"] == bits)]
-    caption += captions.settings(members[members["variant"].isin([PROPOSED, REFERENCE])])
-    page.figure(ablation.draw(own), f"ablation_{slug(workload)}_{bits:g}", caption, own)
+    shown = members[members["variant"].isin([PROPOSED, REFERENCE])]
+    page.figure(ablation.draw(own), caption, own, shown, workload, bits)
 
 # %%
 if page.finished.empty:

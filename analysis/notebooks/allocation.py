@@ -1,7 +1,3 @@
-# ---
-# jupyter:
-#   kernelspec: {name: python3, display_name: Python 3, language: python}
-# ---
 # %% [markdown]
 # # Where the bits go
 #
@@ -13,14 +9,14 @@
 # %%
 from analysis import captions
 from analysis.figures import allocation
-from analysis.figures.shared import shown_budgets, slug
+from analysis.figures.shared import shown_budgets
 from analysis.notebooks import Page
 from analysis.paper import PROPOSED
 
 page = Page("allocation")
 
 # %%
-data = allocation.data(page.layers)
+data = allocation.data(page.results.layers)
 for workload, members in data.groupby("workload"):
     variant = allocation.main_variant(members, page.looks)
     own = members[members["variant"] == variant]
@@ -35,8 +31,7 @@ for workload, members in data.groupby("workload"):
     caption += (
         f" risk over {own['name'].nunique()} layers {rank}; {captions.seeds(own['n'])}. Grey: the budget; equal risks."
     )
-    caption += captions.settings(runs)
-    page.figure(allocation.draw(own, widths, page.looks[variant]), f"allocation_{slug(workload)}", caption, own)
+    page.figure(allocation.draw(own, widths, page.looks[variant]), caption, own, runs, workload)
 
 # %%
 for workload in sorted(set(page.workloads) - set(data["workload"])):

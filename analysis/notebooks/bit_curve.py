@@ -1,7 +1,3 @@
-# ---
-# jupyter:
-#   kernelspec: {name: python3, display_name: Python 3, language: python}
-# ---
 # %% [markdown]
 # # Accuracy and calibration from 2 to 8 bits
 #
@@ -12,7 +8,6 @@
 # %%
 from analysis import captions, gaps
 from analysis.figures import bit_curve
-from analysis.figures.shared import slug
 from analysis.notebooks import Page
 
 BUDGETS = (2, 2.5, 3, 3.5, 4, 5, 6, 7, 8)  # of sweeps/bit_curve.yaml
@@ -24,8 +19,8 @@ for workload, own in data.groupby("workload"):
     caption = (
         f"{workload}: score, KL, NLL and ECE against code and stored bits; {captions.population(own, page.main_runs)}."
     )
-    caption += captions.settings(page.main_runs[page.main_runs["workload"] == workload])
-    page.figure(bit_curve.draw(own, page.looks), f"bit_curve_{slug(workload)}", caption, own)
+    members = page.main_runs[page.main_runs["workload"] == workload]
+    page.figure(bit_curve.draw(own, page.looks), caption, own, members, workload)
 
 # %% [markdown]
 # What the whole curve from 2 to 8 bits lacks, or what is left of it by filters:

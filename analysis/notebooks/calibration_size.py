@@ -1,7 +1,3 @@
-# ---
-# jupyter:
-#   kernelspec: {name: python3, display_name: Python 3, language: python}
-# ---
 # %% [markdown]
 # # How many calibration examples are needed
 #
@@ -11,7 +7,6 @@
 # %%
 from analysis import captions
 from analysis.figures import calibration_size
-from analysis.figures.shared import slug
 from analysis.notebooks import Page
 from analysis.paper import PROPOSED, REFERENCE
 
@@ -24,9 +19,8 @@ for (workload, bits), own in data.groupby(["workload", "bits"]):
     population = captions.population(own, page.runs, "examples")
     caption = f"{workload} at {bits:g} bits: KL and score against calibration examples; {population}."
     members = page.runs[(page.runs["workload"] == workload) & (page.runs["bits/target"] == bits)]
-    caption += captions.settings(members, without=["calibration.examples"])
     drawn = calibration_size.draw(own, page.looks_without("calibration.examples"))
-    page.figure(drawn, f"calibration_size_{slug(workload)}_{bits:g}", caption, own)
+    page.figure(drawn, caption, own, members, workload, bits, without=["calibration.examples"])
 
 # %%
 for workload in sorted(set(page.workloads) - set(data["workload"])):

@@ -1,7 +1,3 @@
-# ---
-# jupyter:
-#   kernelspec: {name: python3, display_name: Python 3, language: python}
-# ---
 # %% [markdown]
 # # What preprocessing costs
 #
@@ -12,7 +8,6 @@
 # so memory is shown only of runs that had a process each (one command a run).
 
 # %%
-from analysis import captions
 from analysis.comparisons import counted
 from analysis.figures import cost
 from analysis.methods import title
@@ -31,8 +26,8 @@ if len(compared):
     caption = f"Preprocessing time{' and peak memory' if memory else ''} as multiples of the fastest "
     caption += f"{title(REFERENCE)}'s, median, smallest and largest over budgets and seeds; n = {points} runs a point."
     caption += f" {MEMORY if memory else NO_MEMORY}"
-    caption += captions.settings(page.main_runs[page.main_runs["workload"].isin(compared["workload"])])
-    page.figure(cost.draw(compared, page.looks), "cost_multiples", caption, data)
+    members = page.main_runs[page.main_runs["workload"].isin(compared["workload"])]
+    page.figure(cost.draw(compared, page.looks), caption, data, members, "multiples")
 
 # %%
 if len(page.finished):

@@ -19,6 +19,7 @@ CELL_SECONDS = 1800
 def convert(name: str) -> NotebookNode:
     """The notebook of a script, not executed; the same script gives the same file."""
     notebook: NotebookNode = jupytext.read(FOLDER / f"{name}.py", fmt="py:percent")
+    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
     for number, cell in enumerate(notebook.cells):
         cell["id"] = f"{name}-{number}"  # jupytext draws them at random
     return notebook

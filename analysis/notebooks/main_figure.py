@@ -1,7 +1,3 @@
-# ---
-# jupyter:
-#   kernelspec: {name: python3, display_name: Python 3, language: python}
-# ---
 # %% [markdown]
 # # KL to full precision against bits
 #
@@ -23,8 +19,7 @@ if data.empty:
 else:
     population = captions.population(data, page.main_runs)
     caption = f"KL to full precision against code bits, mean and standard deviation; {population}."
-    caption += captions.settings(page.main_runs)
-    page.figure(main_figure.draw(data, page.looks), "main_figure", caption, data, dpi=200)
+    page.figure(main_figure.draw(data, page.looks), caption, data, page.main_runs, dpi=200)
 
 # %%
 page.missing(gaps.gaps(page.main_runs, source=page.source))

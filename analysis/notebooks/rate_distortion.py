@@ -1,7 +1,3 @@
-# ---
-# jupyter:
-#   kernelspec: {name: python3, display_name: Python 3, language: python}
-# ---
 # %% [markdown]
 # # Bits above the Gaussian rate-distortion bound
 #
@@ -23,7 +19,6 @@
 # %%
 from analysis import captions
 from analysis.figures import rate_distortion
-from analysis.figures.shared import slug
 from analysis.notebooks import Page
 
 page = Page("rate_distortion")
@@ -35,9 +30,8 @@ for workload, members in bounds.groupby("workload"):
     caption = f"{workload}: code bits per weight above the Gaussian rate-distortion bound at the achieved risk, of the"
     caption += f" network, of its {layers['name'].nunique()} layers, and layer by layer;"
     caption += f" {captions.seeds(own['n'])}."
-    caption += captions.settings(page.main_runs[page.main_runs["run_id"].isin(members["run_id"])])
-    drawn = rate_distortion.draw(own, layers, page.looks)
-    page.figure(drawn, f"rate_distortion_{slug(workload)}", caption, own)
+    runs = page.main_runs[page.main_runs["run_id"].isin(members["run_id"])]
+    page.figure(rate_distortion.draw(own, layers, page.looks), caption, own, runs, workload)
 
 # %%
 without = page.finished[~page.finished["run_id"].isin(rate_distortion.bounds_frame(page.finished)["run_id"])]
