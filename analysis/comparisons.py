@@ -11,10 +11,9 @@ import pandas as pd
 
 from analysis.loading import finished, read_table, records
 from analysis.methods import is_data_free
-from analysis.metrics import measure
+from analysis.metrics import Floats, measure
 from analysis.paper import REFERENCE
 from analysis.statistics import (
-    Floats,
     Interval,
     Task,
     mcnemar,

@@ -10,7 +10,7 @@ import pandas as pd
 from analysis.comparisons import is_seedless
 from analysis.defaults import command_overrides
 from analysis.loading import FINISHED, RUNNING, UNKNOWN, finished, of_finished_workloads, records
-from analysis.methods import is_data_free, suite_methods
+from analysis.methods import is_data_free, methods_of
 from analysis.paper import BUDGETS
 from bayesq.suite.config import WITHOUT_EFFECT
 
@@ -133,7 +133,7 @@ def own_overrides(run: Mapping[str, Any]) -> list[str]:
 
 def main_sweep() -> str:
     """The line for the shell that runs every method of the suite at the paper's budgets."""
-    return f"python run.py -m method={','.join(suite_methods())} bits={_listed(BUDGETS, ',')} seed=0,1,2"
+    return f"python run.py -m method={','.join(methods_of())} bits={_listed(BUDGETS, ',')} seed=0,1,2"
 
 
 def workload_command(run: Mapping[str, Any], overrides: Sequence[str], source: str | Path) -> str:

@@ -5,9 +5,10 @@ Runs of a method that has no file in the suite bring the block along in their co
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import cycle
 from typing import Any
 
 import pandas as pd
@@ -40,44 +41,37 @@ class Method:
     data_free: bool
 
 
-def methods_of(runs: pd.DataFrame) -> dict[str, Method]:
-    """Every method of the suite and of the runs, in order.
+def methods_of(runs: pd.DataFrame | None = None) -> dict[str, Method]:
+    """Every method of the suite, and of runs, in order.
 
     Args:
         runs: with a column `method`; a column `config` describes methods that the suite has no file of.
     """
     blocks = dict(_suite_blocks())
-    for row in runs.dropna(subset="method").drop_duplicates("method").to_dict("records"):
-        config = row.get("config")
-        blocks.setdefault(str(row["method"]), config["method"] if isinstance(config, Mapping) else {})
-    displays = {name: block.get("display") or {} for name, block in blocks.items()}
-    colors = _free(FREE_COLORS, {display.get("color") for display in displays.values()})
-    markers = _free(FREE_MARKERS, {display.get("marker") for display in displays.values()})
-    found, unknown = [], 0
-    for name in sorted(displays):
-        display = displays[name]
-        found.append(
-            Method(
-                name,
-                str(display.get("title", name)),
-                str(display.get("color", colors[unknown % len(colors)])),
-                str(display.get("marker", markers[unknown % len(markers)])),
-                float(display.get("order", math.inf)),
-                blocks[name].get("data_free") is True,
-            )
+    for row in [] if runs is None else runs.dropna(subset="method").to_dict("records"):
+        name, config = str(row["method"]), row.get("config")
+        if name not in _suite_blocks():
+            blocks[name] = blocks.get(name, {}) | (config["method"] if isinstance(config, Mapping) else {})
+    displays = {name: blocks[name].get("display") or {} for name in sorted(blocks)}
+    colors = _free(FREE_COLORS, (display.get("color") for display in displays.values()))
+    markers = _free(FREE_MARKERS, (display.get("marker") for display in displays.values()))
+    found = [
+        Method(
+            name=name,
+            title=str(display.get("title", name)),
+            color=str(display.get("color") or next(colors)),
+            marker=str(display.get("marker") or next(markers)),
+            order=float(display.get("order", math.inf)),
+            data_free=blocks[name].get("data_free") is True,
         )
-        unknown += "color" not in display or "marker" not in display
+        for name, display in displays.items()
+    ]
     return {method.name: method for method in sorted(found, key=lambda method: (method.order, method.name))}
-
-
-def suite_methods() -> dict[str, Method]:
-    """The methods of conf/method, in order."""
-    return methods_of(pd.DataFrame(columns=["method"]))
 
 
 def title(method: str) -> str:
     """The title of a method of the suite; of another one its name."""
-    methods = suite_methods()
+    methods = methods_of()
     return methods[method].title if method in methods else method
 
 
@@ -93,9 +87,10 @@ def label(variant: str, methods: Mapping[str, Method]) -> str:
     return " ".join([methods[name].title if name in methods else name, *settings])
 
 
-def _free(choices: tuple[str, ...], taken: set[Any]) -> tuple[str, ...]:
-    """Those that are not taken; all where none is left."""
-    return tuple(choice for choice in choices if choice not in taken) or choices
+def _free(choices: Sequence[str], taken: Iterable[Any]) -> Iterator[str]:
+    """Those that are not taken, over and over; all where none is left."""
+    used = set(taken)
+    return cycle([choice for choice in choices if choice not in used] or choices)
 
 
 @cache

@@ -61,7 +61,7 @@ def paired_bootstrap(
             return np.asarray(of_second - of_first)
         return np.asarray(np.divide(of_second, of_first, out=np.full_like(of_first, np.nan), where=of_first != 0))
 
-    return _bootstrap(np.concatenate([first, second]), seeds, statistic, float(ratio), seed, resamples)
+    return _interval(*_resampled(np.concatenate([first, second]), seeds, statistic, seed, resamples), float(ratio))
 
 
 def paired_metric_bootstrap(
@@ -77,18 +77,11 @@ def paired_metric_bootstrap(
     Raises:
         ValueError: the arrays differ in shape or are empty.
     """
-    first, second = _paired(first, second)
     labels = np.asarray(labels, dtype=np.float64)
-    if labels.shape != first.shape[1:]:
-        raise ValueError(f"labels of shape {labels.shape} do not go with predictions of shape {first.shape}")
-    seeds, measure = len(first), metric_function(function)
-
-    def statistic(columns: Floats, examples: Floats, chosen: Floats) -> Floats:
-        truth, before, after = columns[0], columns[1 : seeds + 1], columns[seeds + 1 :]
-        gained = [measure(b, truth, examples) - measure(a, truth, examples) for a, b in zip(before, after, strict=True)]
-        return np.asarray((np.stack(gained, axis=1) * chosen).sum(1))
-
-    return _bootstrap(np.concatenate([labels[None], first, second]), seeds, statistic, 0.0, seed, resamples)
+    if labels.shape != np.shape(first)[-1:]:
+        raise ValueError(f"labels of shape {labels.shape} do not go with predictions of shape {np.shape(first)}")
+    task = Task(first, second, labels, np.zeros(len(labels)), [(function, 0)])
+    return _interval(*_task_gain(task, seed, resamples), 0.0)
 
 
 @dataclass(frozen=True)
@@ -123,7 +116,7 @@ def paired_average_bootstrap(tasks: Sequence[Task], seed: int = 0, resamples: in
     return _interval(float(np.mean(values)), np.mean(drawn, axis=0), 0.0)
 
 
-def _task_gain(task: Task, seed: Sequence[int], resamples: int) -> tuple[float, Floats]:
+def _task_gain(task: Task, seed: int | Sequence[int], resamples: int) -> tuple[float, Floats]:
     """score(second) - score(first) of one task, and the same of its resamples."""
     first, second = _paired(task.first, task.second)
     seeds = len(first)
@@ -149,18 +142,6 @@ def _paired(first: Floats, second: Floats) -> tuple[Floats, Floats]:
     if first.shape != second.shape or not first.size:
         raise ValueError(f"values of shapes {first.shape} and {second.shape} are not paired")
     return first, second
-
-
-def _bootstrap(
-    columns: Floats,
-    seeds: int,
-    statistic: Callable[[Floats, Floats, Floats], Floats],
-    null: float,
-    seed: int,
-    resamples: int,
-) -> Interval:
-    """Interval of a statistic over resampled examples and seeds; `null` is the value of no difference."""
-    return _interval(*_resampled(columns, seeds, statistic, seed, resamples), null)
 
 
 def _resampled(

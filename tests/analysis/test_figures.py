@@ -16,7 +16,7 @@ from result_files import add_run, paper
 from analysis import captions, gaps, load_runs, style
 from analysis.figures import ablation, allocation, bit_curve, cost, main_figure, rate_distortion, reliability
 from analysis.figures.shared import main_runs
-from analysis.methods import suite_methods
+from analysis.methods import methods_of
 from analysis.notebooks import NOTEBOOKS, Results, render_all
 
 
@@ -67,7 +67,7 @@ def test_a_missing_budget_breaks_the_line_and_is_named(digits: Path) -> None:
     lines = {
         tuple(line.get_xdata()): list(line.get_ydata())
         for line in drawn.axes[0].lines
-        if line.get_color() == suite_methods()["gptq"].color and len(line.get_xdata()) == 3
+        if line.get_color() == methods_of()["gptq"].color and len(line.get_xdata()) == 3
     }
     (values,) = lines.values()
     assert [value == value for value in values] == [True, False, True]

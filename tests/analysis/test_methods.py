@@ -16,7 +16,7 @@ from analysis import captions, load_runs, methods, style
 from analysis.comparisons import is_seedless
 from analysis.figures import bit_curve, main_figure
 from analysis.loading import records
-from analysis.methods import Method, methods_of, suite_methods
+from analysis.methods import Method, methods_of
 from analysis.notebooks import render_all
 from analysis.tables.compact import compact_table
 from analysis.tables.main import main_table
@@ -40,7 +40,7 @@ def with_two_methods(results: Path, name: str, **changes: Any) -> pd.DataFrame:
 
 
 def test_every_file_of_the_suite_describes_its_method() -> None:
-    found = suite_methods()
+    found = methods_of()
     assert set(found) == {path.stem for path in (conf_dir() / "method").glob("*.yaml")}
     assert [found[name].title for name in ("rtn", "gptq", "awq", "bayesq")] == ["RTN", "GPTQ", "AWQ", "BayesQ"]
     assert sorted(found.values(), key=lambda method: method.order) == list(found.values())
@@ -65,8 +65,8 @@ def test_a_users_file_is_read_from_what_its_runs_recorded(tmp_path: Path) -> Non
 def test_a_method_that_nothing_describes_has_its_name_and_comes_last(tmp_path: Path) -> None:
     runs = with_two_methods(tmp_path, "mystery")
     own = methods_of(runs)["mystery"]
-    assert own.title == "mystery" and own.color not in {method.color for method in suite_methods().values()}
-    assert own.marker not in {method.marker for method in suite_methods().values()}
+    assert own.title == "mystery" and own.color not in {method.color for method in methods_of().values()}
+    assert own.marker not in {method.marker for method in methods_of().values()}
     assert legend_of(runs) == ["GPTQ", "BayesQ", "mystery"]
     assert main_table(runs).cells["method"].tolist() == ["gptq", "bayesq", "mystery"] * 2
     assert "KL, mystery" in compact_table(main_table(runs), runs).cells
@@ -131,7 +131,7 @@ def test_the_display_of_a_method_does_not_tell_its_runs_apart(tmp_path: Path) ->
 
 def test_only_one_place_names_methods() -> None:
     """The proposed method and the reference are constants of analysis.paper; other methods are named nowhere."""
-    named = re.compile(rf"^({'|'.join(suite_methods())})$|\b(GPTQ|BayesQ|AWQ|RTN)\b|^method=\w")
+    named = re.compile(rf"^({'|'.join(methods_of())})$|\b(GPTQ|BayesQ|AWQ|RTN)\b|^method=\w")
     for path in Path(analysis.__file__).parent.rglob("*.py"):
         tree = ast.parse(path.read_text())
         texts = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}

@@ -8,9 +8,9 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from analysis import style
-from analysis.methods import label, suite_methods
+from analysis.methods import label, methods_of
 
-GPTQ = style.look(suite_methods()["gptq"])
+GPTQ = style.look(methods_of()["gptq"])
 
 
 def frame(*variants: str) -> pd.DataFrame:
@@ -18,7 +18,7 @@ def frame(*variants: str) -> pd.DataFrame:
 
 
 def test_methods_differ_in_color_marker_and_line() -> None:
-    for one, other in combinations(map(style.look, suite_methods().values()), 2):
+    for one, other in combinations(map(style.look, methods_of().values()), 2):
         assert one.color != other.color
         assert one.marker != other.marker
         assert one.line != other.line
@@ -62,7 +62,7 @@ def test_a_legend_is_no_wider_than_its_figure(width: float, further: int) -> Non
     variants = ["bayesq", *(f"gptq {setting}" for setting in settings[:further])]
     with style.style():
         figure, _ = style.panels(1, 1, width, 2.0)
-        style.legend(figure, {name: replace(GPTQ, label=label(name, suite_methods())) for name in variants})
+        style.legend(figure, {name: replace(GPTQ, label=label(name, methods_of())) for name in variants})
         canvas = FigureCanvasAgg(figure)
         canvas.draw()
         box = figure.legends[0].get_window_extent(canvas.get_renderer())
