@@ -48,8 +48,8 @@ def methods_of(runs: pd.DataFrame | None = None) -> dict[str, Method]:
         runs: with a column `method`; a column `config` describes methods that the suite has no file of.
     """
     blocks = dict(_suite_blocks())
-    for row in [] if runs is None else runs.dropna(subset="method").to_dict("records"):
-        name, config = str(row["method"]), row.get("config")
+    of_runs = pd.DataFrame(runs, columns=["method", "config"]).dropna(subset="method")
+    for name, config in of_runs.itertuples(index=False, name=None):
         if name not in _suite_blocks():
             blocks[name] = blocks.get(name, {}) | (config["method"] if isinstance(config, Mapping) else {})
     displays = {name: blocks[name].get("display") or {} for name in sorted(blocks)}
