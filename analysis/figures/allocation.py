@@ -85,9 +85,10 @@ def row_widths(path: Path) -> dict[str, np.ndarray]:
 
 
 def main_variant(data: pd.DataFrame, looks: Mapping[str, Look]) -> str:
-    """The last plain variant in the order of `looks` that has rows in `data`; the last one where none is plain."""
+    """The first variant, a plain one if there is one, of the last method in the order of `looks` that is in `data`."""
     variants = list(present(data, looks))
-    return ([variant for variant in variants if " " not in variant] or variants)[-1]
+    method = method_of(pd.DataFrame({"variant": variants}))
+    return variants[list(method).index(method.iloc[-1])]
 
 
 @style()
@@ -95,7 +96,7 @@ def draw(data: pd.DataFrame, widths: pd.DataFrame, own: Look) -> Figure:
     """Bits of each layer, widths of its rows, and its risk as predicted and as achieved; one row of panels per budget.
 
     Args:
-        data: rows of one workload and variant from `allocation_data`.
+        data: rows of one workload and variant of `data`.
         widths: rows of the same from `width_frame`; may be empty.
     """
     budgets = shown_budgets(data)

@@ -58,16 +58,9 @@ def cost_table(runs: pd.DataFrame) -> Table:
         f"undistilled {title(REFERENCE)} on the same workload, budget and calibration size, quantize × "
         f"without distillation. {MEMORY if memory else NO_MEMORY}{settings(runs)}"
     )
-    columns = [
-        "method",
-        *STAGES,
-        "quantize x",
-        "total x",
-        *(["memory", "memory x"] if memory else []),
-        "n",
-        "reference",
-    ]
-    numbers = table[["workload", "bits", "variant", *columns]]
+    of_memory = ["memory", "memory x"] if memory else []
+    columns = ["workload", "bits", "variant", "method", *STAGES, "quantize x", "total x", *of_memory, "n", "reference"]
+    numbers = table[columns]
     return make_table(cells, numbers, {}, caption, [*notes, *machines(runs), *failed(runs), *remarks_of(runs)])
 
 
