@@ -88,9 +88,9 @@ class Judge:
             float(posterior.risk(tensors[problem.name].dequantize() - problem.weight).sum())
             for problem, posterior in zip(self.problems, fitted, strict=True)
         ]
-        own, shared = layer_rates(self.components, risks)
+        own_rates, shared = layer_rates(self.components, risks)
         rows = []
-        for problem, risk, bound, common in zip(self.problems, risks, own, shared, strict=True):
+        for problem, risk, bound, common in zip(self.problems, risks, own_rates, shared, strict=True):
             weights = problem.weight.numel()
             rows.append(
                 {

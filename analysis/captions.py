@@ -19,11 +19,11 @@ from analysis.paper import workload_title
 
 def known(runs: pd.DataFrame) -> pd.DataFrame:
     """The runs of workloads that have a result; what is wrong with runs of no known workload is a remark."""
-    own: pd.DataFrame = of_finished_workloads(runs)
-    own = own[own["workload"] != UNKNOWN].copy()
-    own["seed"] = own["seed"].astype(int)  # where a workload is unknown so is the seed, and NaN made all floats
-    own.attrs["remarks"] = remarks(runs)
-    return own
+    shown: pd.DataFrame = of_finished_workloads(runs)
+    shown = shown[shown["workload"] != UNKNOWN].copy()
+    shown["seed"] = shown["seed"].astype(int)  # where a workload is unknown so is the seed, and NaN made all floats
+    shown.attrs["remarks"] = remarks(runs)
+    return shown
 
 
 def remarks_of(runs: pd.DataFrame) -> list[str]:
@@ -37,8 +37,8 @@ def remarks_of(runs: pd.DataFrame) -> list[str]:
 
 def metrics(runs: pd.DataFrame) -> str:
     """The primary metrics of the finished runs, with their units."""
-    found = sorted({str(metric) for metric in finished(runs)["primary_metric"].dropna()}) if len(finished(runs)) else []
-    return ", ".join(map(in_words, found)) or "none"
+    names = sorted({str(metric) for metric in finished(runs)["primary_metric"].dropna()}) if len(finished(runs)) else []
+    return ", ".join(map(in_words, names)) or "none"
 
 
 def source_of(runs: pd.DataFrame) -> str:
@@ -76,7 +76,7 @@ def settings(runs: pd.DataFrame, names: Mapping[str, str] | None = None, without
         names: of workloads, where the table shows others than theirs.
         without: keys that the table or figure shows anyway.
     """
-    said = {str(workload): _of_workload(own, without) for workload, own in finished(runs).groupby("workload")}
+    said = {str(workload): _of_workload(members, without) for workload, members in finished(runs).groupby("workload")}
     shown = {workload: text for workload, text in said.items() if text}
     if not shown:
         return ""
@@ -92,15 +92,19 @@ def _of_workload(members: pd.DataFrame, without: Iterable[str]) -> str:
     """Settings of one workload's finished runs, those that all share first."""
     methods = methods_of(members)
     by_variant: dict[str, dict[str, str]] = {}
-    for variant, own in members.groupby("variant", sort=False):
-        run = records(own)[0]
+    for variant, of_variant in members.groupby("variant", sort=False):
+        run = records(of_variant)[0]
         named = {word.partition("=")[0] for word in f"{run['workload']} {variant}".split(" ")}
-        found = {key: text for key, text in deviations(run).items() if key not in without}
+        changed = {key: text for key, text in deviations(run).items() if key not in without}
         by_variant[str(variant)] = {
-            key: text for key, text in found.items() if not {key, key.removeprefix("method.")} & named
+            key: text for key, text in changed.items() if not {key, key.removeprefix("method.")} & named
         }
     first = next(iter(by_variant.values()))
-    shared = {key: text for key, text in first.items() if all(own.get(key) == text for own in by_variant.values())}
+    shared = {
+        key: text
+        for key, text in first.items()
+        if all(of_variant.get(key) == text for of_variant in by_variant.values())
+    }
     parts = [f"{key}={text}" for key, text in shared.items()]
     for variant, further in by_variant.items():
         rest = [f"{key}={text}" for key, text in further.items() if key not in shared]
@@ -127,8 +131,8 @@ def population(data: pd.DataFrame, runs: pd.DataFrame, axis: str = "bits") -> st
         runs: those the data are of, for the number of test examples.
         axis: column that names a point of a variant.
     """
-    own = runs[runs["workload"].isin(data["workload"].unique())]
-    done = finished(own)
+    shown = runs[runs["workload"].isin(data["workload"].unique())]
+    done = finished(shown)
     seedless = {
         str(run["variant"]) for run in records(done.drop_duplicates(["workload", "variant"])) if is_seedless(run)
     }
@@ -153,7 +157,9 @@ def population(data: pd.DataFrame, runs: pd.DataFrame, axis: str = "bits") -> st
 
 def _examples(done: pd.DataFrame) -> str:
     """How many test examples, by workload where these differ."""
-    sizes = {str(name): counted(own["evaluation/examples"]) for name, own in done.groupby("workload", sort=True)}
+    sizes = {
+        str(name): counted(members["evaluation/examples"]) for name, members in done.groupby("workload", sort=True)
+    }
     if len(set(sizes.values())) == 1:
         return next(iter(sizes.values()))
     return ", ".join(f"{size} ({' '.join(workload_title(name).split())})" for name, size in sizes.items())
@@ -165,8 +171,8 @@ def population_of_rows(table: pd.DataFrame, names: Mapping[str, str] | None = No
     if there.empty:
         return "no finished run (n = 0)"
     sizes = [
-        f"{(names or {}).get(str(workload), workload)} {counted(own['examples'])}"
-        for workload, own in there.groupby("workload", sort=True)
+        f"{(names or {}).get(str(workload), workload)} {counted(rows['examples'])}"
+        for workload, rows in there.groupby("workload", sort=True)
     ]
     return f"n = {counted(there['n'])} calibration seeds; evaluation examples: {'; '.join(sizes)}"
 
@@ -182,12 +188,12 @@ def other_seeds(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str], met
     counting = [row for row in rows if row["variant"] not in seedless and row["n"] > 0]
     numbers = [int(row["n"]) for row in counting]
     usual = max(sorted(set(numbers), reverse=True), key=numbers.count, default=math.nan)
-    found: dict[tuple[str, str, int], list[str]] = {}
+    others: dict[tuple[str, str, int], list[str]] = {}
     for row in counting:
         if row["n"] != usual:
             key = (names[str(row["workload"])], label(str(row["variant"]), methods), int(row["n"]))
-            found.setdefault(key, []).append(f"{row['bits']:g}")
-    parts = [f"{name}, {variant} at {', '.join(bits)} bits {n}" for (name, variant, n), bits in found.items()]
+            others.setdefault(key, []).append(f"{row['bits']:g}")
+    parts = [f"{name}, {variant} at {', '.join(bits)} bits {n}" for (name, variant, n), bits in others.items()]
     return f" Cells of other than {usual} seeds: {'; '.join(parts)}." if parts else ""
 
 

@@ -55,7 +55,7 @@ def methods_of(runs: pd.DataFrame | None = None) -> dict[str, Method]:
     displays = {name: blocks[name].get("display") or {} for name in sorted(blocks)}
     colors = _free(FREE_COLORS, (display.get("color") for display in displays.values()))
     markers = _free(FREE_MARKERS, (display.get("marker") for display in displays.values()))
-    found = [
+    methods = [
         Method(
             name=name,
             title=str(display.get("title", name)),
@@ -66,7 +66,7 @@ def methods_of(runs: pd.DataFrame | None = None) -> dict[str, Method]:
         )
         for name, display in displays.items()
     ]
-    return {method.name: method for method in sorted(found, key=lambda method: (method.order, method.name))}
+    return {method.name: method for method in sorted(methods, key=lambda method: (method.order, method.name))}
 
 
 def title(method: str) -> str:

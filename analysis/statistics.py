@@ -34,11 +34,11 @@ class Interval:
 
 def mean_std(values: Sequence[float]) -> tuple[float, float, int]:
     """Mean, sample standard deviation (n - 1; NaN for a single value) and n of those values that are numbers."""
-    kept = np.asarray([value for value in values if value is not None], dtype=np.float64)
-    kept = kept[~np.isnan(kept)]
-    if not len(kept):
+    numbers = np.asarray([value for value in values if value is not None], dtype=np.float64)
+    numbers = numbers[~np.isnan(numbers)]
+    if not len(numbers):
         return math.nan, math.nan, 0
-    return float(kept.mean()), float(kept.std(ddof=1)) if len(kept) > 1 else math.nan, len(kept)
+    return float(numbers.mean()), float(numbers.std(ddof=1)) if len(numbers) > 1 else math.nan, len(numbers)
 
 
 def paired_bootstrap(
@@ -164,13 +164,13 @@ def _resampled(
     examples, generator = columns.shape[1], np.random.default_rng(seed)
     value = float(statistic(distinct, counts[None] / examples, np.full((1, seeds), 1 / seeds))[0])
     step = max(PART_ELEMENTS // len(counts), 1)
-    found = []
+    parts = []
     for start in range(0, resamples, step):
         size = min(step, resamples - start)
         weights = _draw(generator, counts, size) / examples
         chosen = generator.multinomial(seeds, np.full(seeds, 1 / seeds), size=size) / seeds
-        found.append(statistic(distinct, weights, chosen))
-    return value, np.concatenate(found)
+        parts.append(statistic(distinct, weights, chosen))
+    return value, np.concatenate(parts)
 
 
 def _interval(value: float, drawn: Floats, null: float) -> Interval:

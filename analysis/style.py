@@ -21,7 +21,7 @@ from analysis.methods import Method, label, methods_of
 STYLE_FILE = Path(__file__).with_name("bayesq.mplstyle")
 # inches: one column and both columns of a page
 SINGLE, DOUBLE = 3.3, 6.9
-# What matplotlib would write of its own accord changes from day to day and from version to version.
+# Metadata that matplotlib adds by itself: it changes from day to day and from version to version.
 PDF_METADATA = {"CreationDate": None, "Producer": None, "Creator": None}
 PNG_METADATA = {"Software": None}
 SUFFIXES = (".pdf", ".png", ".txt", ".csv")
@@ -92,23 +92,23 @@ def looks(runs: pd.DataFrame) -> dict[str, Look]:
     methods = methods_of(known)
     order = list(methods)
     pairs = known[["method", "variant"]].drop_duplicates().itertuples(index=False, name=None)
-    found: dict[str, Look] = {}
+    by_variant: dict[str, Look] = {}
     seen: Counter[str] = Counter()
     for method, variant in sorted(pairs, key=lambda pair: (order.index(pair[0]), pair[1] != pair[0], pair[1])):
-        found[variant] = look(methods[method], seen[method], label(variant, methods))
+        by_variant[variant] = look(methods[method], seen[method], label(variant, methods))
         seen[method] += 1
-    return found
+    return by_variant
 
 
 def present(data: pd.DataFrame, looks: Mapping[str, Look]) -> dict[str, Look]:
     """Looks of the variants in `data`, in the order of `looks`."""
     variants = set(data["variant"])
-    return {variant: own for variant, own in looks.items() if variant in variants}
+    return {variant: look for variant, look in looks.items() if variant in variants}
 
 
 @contextmanager
 def style() -> Iterator[None]:
-    """The shipped style, and nothing of the user's own matplotlibrc."""
+    """The shipped style, without the user's matplotlibrc."""
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.style.use(STYLE_FILE)
@@ -123,18 +123,18 @@ def panels(rows: int, columns: int, width: float, height: float, **options: Any)
 
 
 def legend(
-    figure: Figure, found: Mapping[str, Look], further: Sequence[Artist] = (), columns: int = 5, lines: bool = True
+    figure: Figure, shown: Mapping[str, Look], further: Sequence[Artist] = (), columns: int = 5, lines: bool = True
 ) -> None:
     """One legend below all axes, where no data is; its lines are about equally long.
 
     Args:
-        found: look by variant, those that are drawn.
+        shown: look by variant, those that are drawn.
         further: handles of what is no variant.
         columns: most entries of one line; fewer where these would be wider than the figure.
         lines: False where the markers stand alone.
     """
     bare = {} if lines else {"linestyle": "none"}
-    handles: list[Artist] = [Line2D([], [], label=own.label, **(own.of_line() | bare)) for own in found.values()]
+    handles: list[Artist] = [Line2D([], [], label=look.label, **(look.of_line() | bare)) for look in shown.values()]
     handles += further
     if handles:
         names = [str(handle.get_label()) for handle in handles]

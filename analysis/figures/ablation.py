@@ -26,10 +26,10 @@ def data(runs: pd.DataFrame) -> pd.DataFrame:
     done = finished(runs).rename(columns={"bits/target": "bits"})
     done = done.assign(ablation=pd.Series([ablation_of(run) for run in records(done)], done.index, dtype="object"))
     # a finished run keeps the overrides of the last command that asked for it, which may not have said ablation=full
-    for _, own in done.groupby(["workload", "bits"]):
-        variants = set(own[own["ablation"] == FULL]["variant"]) or {PROPOSED}
-        if own["ablation"].notna().any():
-            same = own[own["ablation"].isna() & own["variant"].isin(variants)]
+    for _, members in done.groupby(["workload", "bits"]):
+        variants = set(members[members["ablation"] == FULL]["variant"]) or {PROPOSED}
+        if members["ablation"].notna().any():
+            same = members[members["ablation"].isna() & members["variant"].isin(variants)]
             done.loc[same.index, "ablation"] = FULL
     done = done[done["ablation"].notna()]
     if done.empty:
@@ -56,11 +56,11 @@ def draw(data: pd.DataFrame) -> Figure:
     if not full.empty:
         plot.axvline(full.iloc[0], **GREY_LINE)
     for place, (_, row) in enumerate(data.iterrows()):
-        own = look(methods[row["method"]], int(row["method"] == PROPOSED and row["ablation"] != FULL))
+        drawn = look(methods[row["method"]], int(row["method"] == PROPOSED and row["ablation"] != FULL))
         spread = row["q/kl_to_fp std"]
         if spread > 0:
-            plot.errorbar(row["q/kl_to_fp"], place, xerr=spread, color=own.color, linestyle="none", elinewidth=0.8)
-        plot.plot(row["q/kl_to_fp"], place, **(own.of_line() | {"linestyle": "none"}))
+            plot.errorbar(row["q/kl_to_fp"], place, xerr=spread, color=drawn.color, linestyle="none", elinewidth=0.8)
+        plot.plot(row["q/kl_to_fp"], place, **(drawn.of_line() | {"linestyle": "none"}))
     plot.set_yticks(range(len(data)), [str(name).replace("_", " ") for name in data["ablation"]])
     plot.set_ylim(len(data) - 0.4, -0.6)
     plot.set_xscale("log")

@@ -45,13 +45,13 @@ def width_frame(runs: pd.DataFrame) -> pd.DataFrame:
         if not isinstance(run.get("path"), str | Path):
             continue
         try:
-            found = row_widths(Path(run["path"]) / "quantized.safetensors")
+            layers = row_widths(Path(run["path"]) / "quantized.safetensors")
         except FileNotFoundError:
             continue
-        for position, widths in enumerate(found.values()):
+        for position, widths in enumerate(layers.values()):
             for width, count in zip(*np.unique(widths, return_counts=True), strict=True):
-                own = (run["workload"], run["variant"], run["bits/target"], run["seed"])
-                rows.append((*own, position, int(width), count / len(widths)))
+                names = (run["workload"], run["variant"], run["bits/target"], run["seed"])
+                rows.append((*names, position, int(width), count / len(widths)))
     return pd.DataFrame(rows, columns=columns)
 
 
@@ -92,7 +92,7 @@ def main_variant(data: pd.DataFrame, looks: Mapping[str, Look]) -> str:
 
 
 @style()
-def draw(data: pd.DataFrame, widths: pd.DataFrame, own: Look) -> Figure:
+def draw(data: pd.DataFrame, widths: pd.DataFrame, look: Look) -> Figure:
     """Bits of each layer, widths of its rows, and its risk as predicted and as achieved; one row of panels per budget.
 
     Args:
@@ -106,7 +106,7 @@ def draw(data: pd.DataFrame, widths: pd.DataFrame, own: Look) -> Figure:
         members = data[data["bits"] == bits].sort_values("position")
         by_layer.axhline(bits, **GREY_LINE)
         by_layer.plot(
-            members["position"] + 1, members["bits/code"], **(own.of_line() | {"linewidth": 0.7, "markersize": 2.5})
+            members["position"] + 1, members["bits/code"], **(look.of_line() | {"linewidth": 0.7, "markersize": 2.5})
         )
         by_layer.set_ylabel(f"{bits:g}-bit budget\n{CODE_BITS}")
         by_layer.set_ylim(1.5, 8.5)
@@ -130,7 +130,7 @@ def draw(data: pd.DataFrame, widths: pd.DataFrame, own: Look) -> Figure:
         if len(ends):
             risk.plot([ends.min(), ends.max()], [ends.min(), ends.max()], **GREY_LINE)
         risk.plot(
-            both["predicted_risk"], both["achieved_risk"], **(own.of_line() | {"linestyle": "none", "markersize": 2.5})
+            both["predicted_risk"], both["achieved_risk"], **(look.of_line() | {"linestyle": "none", "markersize": 2.5})
         )
         risk.set_xscale("log")
         risk.set_yscale("log")

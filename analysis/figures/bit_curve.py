@@ -37,8 +37,8 @@ def data(runs: pd.DataFrame) -> pd.DataFrame:
     done = done.assign(**{key: np.nan for key in values if key not in done})
     done[values] = done[values].astype(float)
     table = mean_and_std(done, ["workload", "method", "variant", "primary_metric", "bits"], values)
-    kept = [name for name in map(str, table) if not (name.startswith(("fp", "bits/")) and name.endswith("std"))]
-    table = complete(table[kept], "bits")
+    columns = [name for name in map(str, table) if not (name.startswith(("fp", "bits/")) and name.endswith("std"))]
+    table = complete(table[columns], "bits")
     return table.assign(primary_metric=table.groupby("workload")["primary_metric"].transform("first"))
 
 

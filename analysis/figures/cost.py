@@ -39,17 +39,17 @@ def draw(data: pd.DataFrame, looks: Mapping[str, Look]) -> Figure:
         keys["memory x"] = f"peak memory (multiples of {title(REFERENCE)}'s)"
     width = DOUBLE if len(keys) > 1 else SINGLE
     figure, axes = panels(1, len(keys), width, 0.8 + 0.55 * len(workloads), sharey=True)
-    found = present(data, looks)
+    shown = present(data, looks)
     for plot, (key, x_label) in zip(axes[0], keys.items(), strict=True):
         plot.axvline(1, **GREY_LINE)
-        for number, (variant, own) in enumerate(found.items()):
-            shift = 0.6 * ((number + 0.5) / len(found) - 0.5)
+        for number, (variant, look) in enumerate(shown.items()):
+            shift = 0.6 * ((number + 0.5) / len(shown) - 0.5)
             for place, workload in enumerate(workloads):
                 values = data[(data["variant"] == variant) & (data["workload"] == workload)][key].dropna()
                 if values.empty:
                     continue
-                plot.plot([values.min(), values.max()], [place - shift] * 2, color=own.color, linewidth=0.8)
-                plot.plot(values.median(), place - shift, **(own.of_line() | {"linestyle": "none"}))
+                plot.plot([values.min(), values.max()], [place - shift] * 2, color=look.color, linewidth=0.8)
+                plot.plot(values.median(), place - shift, **(look.of_line() | {"linestyle": "none"}))
         if key == "time x":
             plot.set_xscale("log")
             log_ticks(plot.xaxis, 200, (1,))  # a wider axis has no room for three ticks a decade
@@ -57,5 +57,5 @@ def draw(data: pd.DataFrame, looks: Mapping[str, Look]) -> Figure:
         plot.set_ylim(-0.6, len(workloads) - 0.4)
         plot.grid(axis="y", visible=False)
     axes[0][0].set_yticks(range(len(workloads)), [workload_title(workload) for workload in workloads])
-    legend(figure, found, lines=False)
+    legend(figure, shown, lines=False)
     return figure

@@ -74,9 +74,11 @@ def draw(data: pd.DataFrame, layers: pd.DataFrame, looks: Mapping[str, Look]) ->
         ticks(plot.xaxis, few_bits(data["bits"]))
     bits = shown_budgets(layers)[0]
     members = layers[layers["bits"] == bits]
-    for variant, own in present(members, looks).items():
+    for variant, look in present(members, looks).items():
         line = members[members["variant"] == variant].sort_values("position")
-        axes[0][2].plot(line["position"] + 1, line["coding"], **(own.of_line() | {"linewidth": 0.6, "markersize": 2.2}))
+        axes[0][2].plot(
+            line["position"] + 1, line["coding"], **(look.of_line() | {"linewidth": 0.6, "markersize": 2.2})
+        )
     axes[0][2].axhline(0, **GREY_LINE)
     axes[0][2].set_title(f"{bits:g}-bit budget")
     axes[0][2].set_ylabel("bits per weight above\nthe layer's bound")

@@ -21,7 +21,7 @@ FULL_PRECISION_LOOK = Look(FULL_PRECISION, GREY, "x", "-")
 def data(examples: pd.DataFrame) -> pd.DataFrame:
     """Mean confidence, accuracy and share of examples in the bins of the ECE, pooled over seeds.
 
-    One row per workload, variant, budget and bin; `full precision` is a variant of its own at every budget. Regressions
+    One row per workload, variant, budget and bin; `full precision` counts as a variant at every budget. Regressions
     and runs without recorded confidences give no rows.
     """
     columns = ["workload", "bits", "method", "variant", "confidence", "accuracy", "share", "n"]
@@ -32,13 +32,14 @@ def data(examples: pd.DataFrame) -> pd.DataFrame:
     for (workload, bits), members in known.groupby(["workload", "bits"], sort=True):
         first = members[members["run_id"] == members["run_id"].iloc[0]]
         series = [("", FULL_PRECISION, "fp", first)]
-        for (method, variant), own in members.groupby(["method", "variant"], sort=True):
-            series.append((str(method), str(variant), "q", own))
-        for method, variant, side, own in series:
-            found = confidence_bins(
-                own[f"{side}_confidence"].to_numpy(dtype=float), own[f"{side}_correct"].to_numpy(dtype=float)
+        for (method, variant), predicted in members.groupby(["method", "variant"], sort=True):
+            series.append((str(method), str(variant), "q", predicted))
+        for method, variant, side, predicted in series:
+            bins = confidence_bins(
+                predicted[f"{side}_confidence"].to_numpy(dtype=float),
+                predicted[f"{side}_correct"].to_numpy(dtype=float),
             )
-            rows += [(workload, bits, method, variant, c, a, n / len(own), n) for c, a, n in found]
+            rows += [(workload, bits, method, variant, c, a, n / len(predicted), n) for c, a, n in bins]
     return pd.DataFrame(rows, columns=columns)
 
 
@@ -60,13 +61,13 @@ def draw(data: pd.DataFrame, looks: Mapping[str, Look]) -> Figure:
     for place, (plot, bits) in enumerate(zip(places, budgets, strict=False)):
         members = data[data["bits"] == bits]
         plot.plot([low, 1], [low, 1], color="black", linewidth=0.6, linestyle=":", zorder=1)
-        for variant, own in [(FULL_PRECISION, FULL_PRECISION_LOOK), *present(members, looks).items()]:
+        for variant, look in [(FULL_PRECISION, FULL_PRECISION_LOOK), *present(members, looks).items()]:
             line = members[members["variant"] == variant]
-            plot.plot(line["confidence"], line["accuracy"], color=own.color, linestyle=own.line, linewidth=0.9)
-            face = own.color if own.marker == "x" else own.face
-            edge = None if own.marker == "x" else own.color
+            plot.plot(line["confidence"], line["accuracy"], color=look.color, linestyle=look.line, linewidth=0.9)
+            face = look.color if look.marker == "x" else look.face
+            edge = None if look.marker == "x" else look.color
             plot.scatter(
-                line["confidence"], line["accuracy"], s=5 + 25 * line["share"], marker=own.marker, c=face,
+                line["confidence"], line["accuracy"], s=5 + 25 * line["share"], marker=look.marker, c=face,
                 linewidths=0.6, zorder=3, clip_on=False, edgecolors=edge,
             )  # fmt: skip
         plot.set_title(f"{bits:g} bits")

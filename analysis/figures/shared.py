@@ -23,19 +23,19 @@ def main_runs(runs: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     """Runs of the variants that a figure of all methods shows, and a line for each method that has more.
 
     A method of a workload with more than MOST_VARIANTS of them is shown by its plain variant alone, or by the one with
-    the most runs where there is no plain one: an ablation has a page of its own.
+    the most runs where there is no plain one: an ablation has a separate page.
     """
-    kept, lines = [runs[runs["workload"] == UNKNOWN]], []
+    shown, left_out = [runs[runs["workload"] == UNKNOWN]], []
     for (workload, method), members in runs.groupby(["workload", "method"], sort=True):
         if workload == UNKNOWN:
             continue
         variants = members["variant"].value_counts(sort=False)
         if len(variants) > MOST_VARIANTS:
             first = min(variants.index, key=lambda variant: (variant != method, -variants[variant], variant))
-            lines.append(f"{workload}: of {len(variants)} variants of {method}, only {first} is shown.")
+            left_out.append(f"{workload}: of {len(variants)} variants of {method}, only {first} is shown.")
             members = members[members["variant"] == first]
-        kept.append(members)
-    return pd.concat(kept).sort_index(), lines
+        shown.append(members)
+    return pd.concat(shown).sort_index(), left_out
 
 
 def mean_and_std(frame: pd.DataFrame, by: Sequence[str], values: Sequence[str]) -> pd.DataFrame:
@@ -89,15 +89,15 @@ def lines(axes: Axes, data: pd.DataFrame, looks: Mapping[str, Look], x: str, y: 
         data: with the columns x, y and `Y std`; a point without x stands at its `bits`. Of the KL, which has a
             logarithmic axis, only positive values are drawn.
     """
-    for variant, own in present(data, looks).items():
+    for variant, look in present(data, looks).items():
         line = data[data["variant"] == variant]
         places = line[x].fillna(line["bits"]).to_numpy(dtype=float)
         values, spread = (line[key].to_numpy(dtype=float) for key in (y, f"{y} std"))
         values = np.where(values > 0, values, np.nan) if y == "q/kl_to_fp" else values
-        axes.plot(places, values, **own.of_line())
+        axes.plot(places, values, **look.of_line())
         seen = np.isfinite(values) & (spread > 0)
         if seen.any():
-            bars = {"linestyle": "none", "marker": "none", "color": own.color, "elinewidth": 0.8, "zorder": 2}
+            bars = {"linestyle": "none", "marker": "none", "color": look.color, "elinewidth": 0.8, "zorder": 2}
             axes.errorbar(places[seen], values[seen], spread[seen], **bars)
 
 

@@ -114,10 +114,10 @@ class Page:
     @cached_property
     def main_runs(self) -> pd.DataFrame:
         """Runs that figures of all methods show; what they leave out is said."""
-        kept, left_out = main_runs(self.runs)
+        shown, left_out = main_runs(self.runs)
         for line in left_out:
             self.say(line)
-        return kept
+        return shown
 
     @property
     def looks(self) -> dict[str, style.Look]:

@@ -16,12 +16,12 @@ page = Page("ablation", tables=["ablation"])
 
 # %%
 data = ablation.data(page.runs)
-for (workload, bits), own in data.groupby(["workload", "bits"]):
-    population = captions.population(own.assign(variant=own["ablation"]), page.runs)
+for (workload, bits), points in data.groupby(["workload", "bits"]):
+    population = captions.population(points.assign(variant=points["ablation"]), page.runs)
     caption = f"{workload} at {bits:g} bits: KL to full precision of ablations; {population}."
     members = page.runs[(page.runs["workload"] == workload) & (page.runs["bits/target"] == bits)]
     shown = members[members["variant"].isin([PROPOSED, REFERENCE])]
-    page.figure(ablation.draw(own), caption, own, shown, workload, bits)
+    page.figure(ablation.draw(points), caption, points, shown, workload, bits)
 
 # %%
 if page.finished.empty:

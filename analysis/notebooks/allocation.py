@@ -19,19 +19,17 @@ page = Page("allocation")
 data = allocation.data(page.results.layers)
 for workload, members in data.groupby("workload"):
     variant = allocation.main_variant(members, page.looks)
-    own = members[members["variant"] == variant]
+    chosen = members[members["variant"] == variant]
     runs = page.runs[(page.runs["workload"] == workload) & (page.runs["variant"] == variant)]
     widths = allocation.width_frame(runs)
     rank = ", ".join(
-        f"{allocation.rank_correlation(own[own['bits'] == bits]):.2f} at {bits:g} bits" for bits in shown_budgets(own)
+        f"{allocation.rank_correlation(chosen[chosen['bits'] == bits]):.2f} at {bits:g} bits"
+        for bits in shown_budgets(chosen)
     )
-    caption = (
-        f"{workload}, {variant}: bits per layer, widths of rows, and risk; rank correlation of predicted and achieved"
-    )
-    caption += (
-        f" risk over {own['name'].nunique()} layers {rank}; {captions.seeds(own['n'])}. Grey: the budget; equal risks."
-    )
-    page.figure(allocation.draw(own, widths, page.looks[variant]), caption, own, runs, workload)
+    caption = f"{workload}, {variant}: bits per layer, widths of rows, and risk; rank correlation of predicted and "
+    caption += f"achieved risk over {chosen['name'].nunique()} layers {rank}; {captions.seeds(chosen['n'])}. "
+    caption += "Grey: the budget; equal risks."
+    page.figure(allocation.draw(chosen, widths, page.looks[variant]), caption, chosen, runs, workload)
 
 # %%
 for workload in sorted(set(page.workloads) - set(data["workload"])):

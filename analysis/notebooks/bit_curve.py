@@ -15,12 +15,11 @@ page = Page("bit_curve")
 
 # %%
 data = bit_curve.data(page.main_runs)
-for workload, own in data.groupby("workload"):
-    caption = (
-        f"{workload}: score, KL, NLL and ECE against code and stored bits; {captions.population(own, page.main_runs)}."
-    )
+for workload, points in data.groupby("workload"):
+    population = captions.population(points, page.main_runs)
+    caption = f"{workload}: score, KL, NLL and ECE against code and stored bits; {population}."
     members = page.main_runs[page.main_runs["workload"] == workload]
-    page.figure(bit_curve.draw(own, page.looks), caption, own, members, workload)
+    page.figure(bit_curve.draw(points, page.looks), caption, points, members, workload)
 
 # %% [markdown]
 # What the whole curve from 2 to 8 bits lacks, or what is left of it by filters:

@@ -15,12 +15,12 @@ page = Page("calibration_size")
 
 # %%
 data = calibration_size.data(page.runs)
-for (workload, bits), own in data.groupby(["workload", "bits"]):
-    population = captions.population(own, page.runs, "examples")
+for (workload, bits), points in data.groupby(["workload", "bits"]):
+    population = captions.population(points, page.runs, "examples")
     caption = f"{workload} at {bits:g} bits: KL and score against calibration examples; {population}."
     members = page.runs[(page.runs["workload"] == workload) & (page.runs["bits/target"] == bits)]
-    drawn = calibration_size.draw(own, page.looks_without("calibration.examples"))
-    page.figure(drawn, caption, own, members, workload, bits, without=["calibration.examples"])
+    drawn = calibration_size.draw(points, page.looks_without("calibration.examples"))
+    page.figure(drawn, caption, points, members, workload, bits, without=["calibration.examples"])
 
 # %%
 for workload in sorted(set(page.workloads) - set(data["workload"])):

@@ -26,7 +26,7 @@ def convert(name: str) -> NotebookNode:
 
 
 def execute(name: str, source: str | Path, output: Path, where: Sequence[str] = ()) -> Path:
-    """Execute a page in a kernel of its own and write OUTPUT/NAME.ipynb, in the folder one is in.
+    """Execute a page in a new kernel, in the current folder, and write OUTPUT/NAME.ipynb.
 
     Args:
         source: a results folder or `wandb:entity/project`.

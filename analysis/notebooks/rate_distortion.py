@@ -26,12 +26,12 @@ page = Page("rate_distortion")
 # %%
 bounds = rate_distortion.bounds_frame(page.main_runs)
 for workload, members in bounds.groupby("workload"):
-    own, layers = rate_distortion.data(members), rate_distortion.layer_gaps(members)
+    points, layers = rate_distortion.data(members), rate_distortion.layer_gaps(members)
     caption = f"{workload}: code bits per weight above the Gaussian rate-distortion bound at the achieved risk, of the"
     caption += f" network, of its {layers['name'].nunique()} layers, and layer by layer;"
-    caption += f" {captions.seeds(own['n'])}."
+    caption += f" {captions.seeds(points['n'])}."
     runs = page.main_runs[page.main_runs["run_id"].isin(members["run_id"])]
-    page.figure(rate_distortion.draw(own, layers, page.looks), caption, own, runs, workload)
+    page.figure(rate_distortion.draw(points, layers, page.looks), caption, points, runs, workload)
 
 # %%
 without = page.finished[~page.finished["run_id"].isin(rate_distortion.bounds_frame(page.finished)["run_id"])]

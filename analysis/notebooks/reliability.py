@@ -16,8 +16,8 @@ page = Page("reliability")
 # %%
 examples = page.results.examples
 data = reliability.data(examples[examples["run_id"].isin(page.main_runs["run_id"])])
-for workload, own in data.groupby("workload"):
-    shown = own[own["bits"].isin(shown_budgets(own))]
+for workload, bins in data.groupby("workload"):
+    shown = bins[bins["bits"].isin(shown_budgets(bins))]
     pooled = counted(shown[shown["method"] != ""].groupby(["bits", "variant"])["n"].sum())
     caption = f"{workload}: accuracy against confidence; n = {pooled} predictions a line, seeds pooled;"
     caption += f" bins of fewer than {reliability.LEAST_IN_BIN} are not drawn, a marker's area is the share of its bin."

@@ -55,5 +55,5 @@ def _ablations(members: pd.DataFrame) -> list[str]:
     """Names of the suite's ablations, without calibration sets larger than the pool of a workload."""
     pool = members.iloc[0]["config"]["dataset"].get("calibration_pool") or math.inf
     names = sorted(path.stem for path in (conf_dir() / "ablation").glob("*.yaml"))
-    kept = [name for name in names if not (name.startswith("examples_") and int(name.partition("_")[2]) > pool)]
-    return sorted(kept, key=lambda name: name != "full")
+    usable = [name for name in names if not (name.startswith("examples_") and int(name.partition("_")[2]) > pool)]
+    return sorted(usable, key=lambda name: name != "full")

@@ -40,8 +40,8 @@ def compact_table(main: Table, runs: pd.DataFrame) -> Table:
     shown_rows: list[Row] = []
     marks: dict[str, str] = {}
     cells, bold = [], []
-    for (workload, bits), own in numbers.groupby(["workload", "bits"], sort=False):
-        shown = _shown(records(own[own["n"] > 0]), list(methods))
+    for (workload, bits), members in numbers.groupby(["workload", "bits"], sort=False):
+        shown = _shown(records(members[members["n"] > 0]), list(methods))
         shown_rows += filter(None, shown.values())
         for row in shown.values():
             if row and row["variant"] != row["method"]:
@@ -70,8 +70,8 @@ def _shown(rows: Sequence[Row], methods: Sequence[str]) -> dict[str, Row]:
 
 def _lowest(rows: Sequence[Row], method: str) -> Row:
     """The row of a method's plain variant, else that of lowest KL, else nothing."""
-    own = [row for row in rows if row["method"] == method and not math.isnan(row["kl"])]
-    return min(own, key=lambda row: (row["variant"] != method, row["kl"], row["variant"]), default={})
+    of_method = [row for row in rows if row["method"] == method and not math.isnan(row["kl"])]
+    return min(of_method, key=lambda row: (row["variant"] != method, row["kl"], row["variant"]), default={})
 
 
 def _compared(

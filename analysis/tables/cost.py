@@ -46,8 +46,8 @@ def cost_table(runs: pd.DataFrame) -> Table:
     notes = []
     for workload, members in runs.groupby("workload", sort=True):
         for bits in sorted(set(finished(members)["bits/target"])):
-            own = table[(table["workload"] == workload) & (table["bits"] == bits)]
-            if own["reference"].isna().all():
+            rows = table[(table["workload"] == workload) & (table["bits"] == bits)]
+            if rows["reference"].isna().all():
                 swept = ",".join(str(seed) for seed in usual_seeds(members))
                 what = [f"method={REFERENCE}", f"bits={bits:g}", f"seed={swept}"]
                 makes = workload_command(records(members)[0], what, source_of(runs))
@@ -112,8 +112,8 @@ def medians_of(costs: pd.DataFrame) -> pd.DataFrame:
 def machines(runs: pd.DataFrame) -> list[str]:
     """One line per workload whose finished runs were made on several kinds of machine: their seconds do not compare."""
     lines = []
-    for workload, own in finished(runs).groupby("workload", sort=True):
-        hosts = [run["host"] if isinstance(run.get("host"), Mapping) else {} for run in records(own)]
+    for workload, members in finished(runs).groupby("workload", sort=True):
+        hosts = [run["host"] if isinstance(run.get("host"), Mapping) else {} for run in records(members)]
         kinds = dict.fromkeys(
             ", ".join(f"{host[key]}" + (" threads" if key == "threads" else "") for key in KIND if key in host)
             for host in hosts

@@ -9,7 +9,7 @@ import pandas as pd
 
 from analysis.captions import failed, known, remarks_of, settings, source_of
 from analysis.comparisons import Examples, NotComparedError, alike, counted, is_seedless, metrics_of, whole_mean
-from analysis.gaps import own_overrides, usual_seeds, workload_command
+from analysis.gaps import run_overrides, usual_seeds, workload_command
 from analysis.loading import UNKNOWN, finished, records
 from analysis.methods import methods_of, title
 from analysis.metrics import SCALE, is_better
@@ -32,8 +32,8 @@ def has_glue(runs: pd.DataFrame) -> bool:
 def glue_table(runs: pd.DataFrame) -> Table:
     """GLUE scores times 100: of each task the mean of its metrics, GLUE the mean over the tasks that were run.
 
-    Every cell is a mean over seeds, each task's own. `delta` is to full precision on the same tasks, `Δ GPTQ` to the
-    GPTQ of highest score on the tasks that both have, with the same correction, distillation and calibration size.
+    Every cell is a mean over the seeds of its task. `delta` is to full precision on the same tasks, `Δ GPTQ` to the GPTQ
+    of highest score on the tasks that both have, with the same correction, distillation and calibration size.
 
     Raises:
         ValueError: no run is of a GLUE task.
@@ -72,8 +72,8 @@ def _task_means(done: pd.DataFrame) -> pd.DataFrame:
 def _rows(runs: pd.DataFrame, tasks: pd.DataFrame, ran: Sequence[str]) -> tuple[pd.DataFrame, list[str]]:
     """The rows as numbers, and notes about intervals and tasks that are not there."""
     done, examples, rows, notes = finished(runs), Examples(), [], []
-    for key, own in tasks.groupby(INDEX, sort=True):
-        by_task = own.set_index("task")
+    for key, members in tasks.groupby(INDEX, sort=True):
+        by_task = members.set_index("task")
         row: dict[str, Any] = dict(zip(INDEX, key, strict=True))
         for task in ran:
             row[task] = by_task["q"].get(task, math.nan)
@@ -142,7 +142,7 @@ def _task_score(run: Mapping[str, Any], side: str) -> float:
 
 
 def _gain(
-    done: pd.DataFrame, tasks: pd.DataFrame, row: Mapping[str, Any], own: pd.Series, examples: Examples
+    done: pd.DataFrame, tasks: pd.DataFrame, row: Mapping[str, Any], scores: pd.Series, examples: Examples
 ) -> tuple[dict[str, Any], list[str]]:
     """The gain over the best reference on the tasks that both have, with its interval, its variant, and remarks.
 
@@ -150,33 +150,33 @@ def _gain(
         done: finished runs of GLUE.
         tasks: of `_task_means`.
         row: names the variant.
-        own: its scores by task.
+        scores: of it, by task.
     """
     nothing: dict[str, Any] = dict.fromkeys((GAIN, f"{GAIN}_low", f"{GAIN}_high", "p"), math.nan)
     here = done[(done["model"] == row["model"]) & (done["bits/target"] == row["bits"])]
     ours = here[here["variant"] == row["variant"]]
-    best, shared, theirs_by_task = _best_reference(here, ours, tasks, own)
+    best, shared, theirs_by_task = _best_reference(here, ours, tasks, scores)
     if best is None or best == row["variant"]:
         return {**nothing, "reference": best}, []
     theirs = here[here["variant"] == best]
     pairs = [tuple(of[[_task(run) == task for run in records(of)]] for of in (theirs, ours)) for task in shared]
     where, what = f"{row['model']}, {row['variant']} at {row['bits']:g} bits", f"Δ {title(REFERENCE)} ({best})"
     try:
-        found, seeds = examples.compare_average(pairs)
+        difference, seeds = examples.compare_average(pairs)
     except NotComparedError as reason:
-        gain = float((own[shared] - theirs_by_task[shared]).mean())
+        gain = float((scores[shared] - theirs_by_task[shared]).mean())
         return {**nothing, GAIN: gain, "reference": best}, [f"{where}: no interval of {what}, {reason}."]
     notes = []
     for task, pair, had in zip(shared, pairs, seeds, strict=True):
         if {int(seed) for of in pair if not is_seedless(records(of)[0]) for seed in of["seed"]} - {*had}:
             over = ", ".join(map(str, had))
             notes.append(f"{where}: {what} is over seed {over} of {task} alone, of which both have predictions.")
-    interval = zip(("", "_low", "_high"), (found.value, found.low, found.high), strict=True)
-    return {**{f"{GAIN}{end}": SCALE * value for end, value in interval}, "p": found.p, "reference": best}, notes
+    interval = zip(("", "_low", "_high"), (difference.value, difference.low, difference.high), strict=True)
+    return {**{f"{GAIN}{end}": SCALE * value for end, value in interval}, "p": difference.p, "reference": best}, notes
 
 
 def _best_reference(
-    here: pd.DataFrame, ours: pd.DataFrame, tasks: pd.DataFrame, own: pd.Series
+    here: pd.DataFrame, ours: pd.DataFrame, tasks: pd.DataFrame, by_task: pd.Series
 ) -> tuple[str | None, list[str], pd.Series]:
     """The reference's variant of highest score on the tasks that it shares with a row, these tasks, and its scores.
 
@@ -184,17 +184,17 @@ def _best_reference(
         here: finished runs of the row's model and budget.
         ours: those of the row.
         tasks: of `_task_means`.
-        own: the row's scores by task.
+        by_task: the row's scores.
     """
     conditions, first = alike(records(ours)[0]), records(ours)[0]
     candidates = here[here["method"] == REFERENCE]
     like = set(candidates.loc[[alike(run) == conditions for run in records(candidates)], "variant"])
     same = tasks[(tasks["model"] == first["model"]) & (tasks["bits"] == first["bits/target"])]
-    found: list[tuple[str, list[str], pd.Series]] = []
+    options: list[tuple[str, list[str], pd.Series]] = []
     for variant, of in same[same["variant"].isin(like)].groupby("variant", sort=True):
         scores = of.set_index("task")["q"]
-        found.append((str(variant), [task for task in own.index if task in scores.index], scores))
-    shared = [candidate for candidate in found if candidate[1]]
+        options.append((str(variant), [task for task in by_task.index if task in scores.index], scores))
+    shared = [candidate for candidate in options if candidate[1]]
     return max(shared, key=lambda best: (len(best[1]), best[2][best[1]].mean()), default=(None, [], pd.Series()))
 
 
@@ -209,8 +209,8 @@ def _lacking(runs: pd.DataFrame, row: Mapping[str, Any], lacking: Sequence[str])
     same = (runs["model"] == row["model"]) & (runs["variant"] == row["variant"]) & (runs["bits/target"] == row["bits"])
     members = runs[same]
     seeds = ",".join(map(str, sorted(set(members["seed"]))))
-    own = [o for o in own_overrides(records(members)[0]) if o.startswith("method.")]
-    what = [f"method={members.iloc[0]['method']}", *own, f"bits={row['bits']:g}", f"seed={seeds}"]
+    options = [o for o in run_overrides(records(members)[0]) if o.startswith("method.")]
+    what = [f"method={members.iloc[0]['method']}", *options, f"bits={row['bits']:g}", f"seed={seeds}"]
     makes = _command(members, lacking, what, source_of(runs))
     return [f"{row['model']}, {row['variant']} at {row['bits']:g} bits: no {', '.join(lacking)}: `{makes}`"]
 
@@ -230,6 +230,6 @@ def _no_task(runs: pd.DataFrame, ran: Sequence[str]) -> list[str]:
 def _command(members: pd.DataFrame, tasks: Sequence[str], what: Sequence[str], source: str) -> str:
     """The line for the shell that makes tasks; a checkpoint in a folder named after its task is that of each task."""
     run = records(members)[0]
-    kept = [o for o in own_overrides(run) if o.startswith("model.checkpoint=") and Path(o).name == _task(run)]
-    checkpoints = [f"{Path(o).parent}/${{dataset.task}}" for o in kept]
+    inherited = [o for o in run_overrides(run) if o.startswith("model.checkpoint=") and Path(o).name == _task(run)]
+    checkpoints = [f"{Path(o).parent}/${{dataset.task}}" for o in inherited]
     return workload_command(run, [f"dataset.task={','.join(tasks)}", *checkpoints, *what], source)

@@ -54,10 +54,10 @@ def _rows(runs: pd.DataFrame, done: pd.DataFrame, methods: Sequence[str]) -> tup
             notes.append(f"{workload}: not shown, as it ran at one of these budgets only: {', '.join(left_out)}.")
         for bits in budgets:
             for variant in shown:
-                own = records(pick(done, workload, variant, bits))
-                reference = strongest_baseline(done, str(workload), bits, alike(own[0])) if own else None
+                ours = records(pick(done, workload, variant, bits))
+                reference = strongest_baseline(done, str(workload), bits, alike(ours[0])) if ours else None
                 row, said = compared_row(done, means, (workload, variant, bits), reference, examples)
-                rows.append(row | (_claim(own[0]) if row.get("method") == PROPOSED else {}))
+                rows.append(row | (_claim(ours[0]) if row.get("method") == PROPOSED else {}))
                 notes += said
         for variant in shown:
             notes += missing(members, variant, budgets, source_of(runs))

@@ -16,13 +16,13 @@ def overview_table(runs: pd.DataFrame) -> Table:
     frame = summarise(runs)
     budgets = sorted(set(runs["bits/target"]))
     rows, notes = [], []
-    for (workload, variant), own in runs.groupby(["workload", "variant"], sort=True):
+    for (workload, variant), members in runs.groupby(["workload", "variant"], sort=True):
         row = {"workload": workload, "method": variant}
         for bits in budgets:
-            found = frame[(frame["workload"] == workload) & (frame["variant"] == variant) & (frame["bits"] == bits)]
-            row[f"{bits:g} bit"] = GAP if found.empty else _overview(found.iloc[0])
+            cell = frame[(frame["workload"] == workload) & (frame["variant"] == variant) & (frame["bits"] == bits)]
+            row[f"{bits:g} bit"] = GAP if cell.empty else _overview(cell.iloc[0])
         rows.append(row)
-        notes += failed(own)
+        notes += failed(members)
     cells = pd.DataFrame(rows, columns=["workload", "method", *(f"{bits:g} bit" for bits in budgets)])
     caption = f"Primary metric ({metrics(runs)}) / KL to full precision in nats, mean over n seeds.{settings(runs)}"
     return make_table(cells, frame, {}, caption, [*notes, *remarks_of(runs)])

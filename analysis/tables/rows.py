@@ -44,64 +44,64 @@ def compared_row(
         reference: another variant there, the variant itself, or None.
     """
     workload, variant, bits = place
-    own = pick(done, *place)
-    row = {"workload": workload, "bits": bits, "variant": variant, **_measured(means, own)}
-    if own.empty or reference is None:
+    ours = pick(done, *place)
+    row = {"workload": workload, "bits": bits, "variant": variant, **_measured(means, ours)}
+    if ours.empty or reference is None:
         return row, []
     row["reference"] = reference
     if reference == variant:
         return row, []
     where = f"{workload}, {variant} at {bits:g} bits"
-    found, notes = _against(examples, reference, pick(done, workload, reference, bits), own, where)
-    return row | found, notes
+    comparison, notes = _against(examples, reference, pick(done, workload, reference, bits), ours, where)
+    return row | comparison, notes
 
 
-def _measured(means: pd.DataFrame, own: pd.DataFrame) -> dict[str, Any]:
+def _measured(means: pd.DataFrame, ours: pd.DataFrame) -> dict[str, Any]:
     """Means of a row's runs; n is 0 where there are none."""
-    if own.empty:
+    if ours.empty:
         return {"n": 0}
-    first = own.iloc[0]
+    first = ours.iloc[0]
     same = (means["workload"] == first["workload"]) & (means["variant"] == first["variant"])
-    found = means[same & (means["bits"] == first["bits/target"])].iloc[0]
+    mean = means[same & (means["bits"] == first["bits/target"])].iloc[0]
     values = {"score": "score", "std": "score/std", "fp": "fp/score", "kl": KL, "kl_std": f"{KL}/std"}
     values |= {"bits_code": "bits/code", "bits_stored": "bits/stored"}
     return {
         "method": first["method"],
         "metric": first["primary_metric"],
-        "n": int(found["n"]),
+        "n": int(mean["n"]),
         "examples": first.get("evaluation/examples"),
-        **{name: found.get(key, math.nan) for name, key in values.items()},
+        **{name: mean.get(key, math.nan) for name, key in values.items()},
     }
 
 
 def _against(
-    examples: Examples, reference: str, theirs: pd.DataFrame, own: pd.DataFrame, where: str
+    examples: Examples, reference: str, theirs: pd.DataFrame, ours: pd.DataFrame, where: str
 ) -> tuple[dict[str, Any], list[str]]:
     """A row's comparison with its reference, and what there is to say about it.
 
     Args:
         reference, theirs: variant and runs of the reference.
-        own: those of the row.
+        ours: those of the row.
         where: names the row.
     """
     try:
-        found = examples.compare(theirs, own)
+        comparison = examples.compare(theirs, ours)
     except NotComparedError as reason:
         return {}, [f"{where}: not compared with {reference}, {reason}."]
     row = {
-        **{f"delta{end}": getattr(found.delta, name) for end, name in ENDS.items()},
-        "p": found.p,
-        **{f"kl_ratio{end}": getattr(found.kl_ratio, name) for end, name in ENDS.items()},
-        "paired_seeds": len(found.seeds),
-        "paired_examples": found.examples,
+        **{f"delta{end}": getattr(comparison.delta, name) for end, name in ENDS.items()},
+        "p": comparison.p,
+        **{f"kl_ratio{end}": getattr(comparison.kl_ratio, name) for end, name in ENDS.items()},
+        "paired_seeds": len(comparison.seeds),
+        "paired_examples": comparison.examples,
     }
     parts = []
-    had = {int(seed) for side in (theirs, own) if not is_seedless(records(side)[0]) for seed in side["seed"]}
-    if had - {*found.seeds}:
-        parts.append(f"over seed {', '.join(map(str, found.seeds))} alone, of which both have predictions")
-    if found.left_out:
-        parts.append(f"without {found.left_out} examples that not all of their runs have")
-    for name, interval in (("Δ", found.delta), ("the ratio of KL", found.kl_ratio)):
+    had = {int(seed) for side in (theirs, ours) if not is_seedless(records(side)[0]) for seed in side["seed"]}
+    if had - {*comparison.seeds}:
+        parts.append(f"over seed {', '.join(map(str, comparison.seeds))} alone, of which both have predictions")
+    if comparison.left_out:
+        parts.append(f"without {comparison.left_out} examples that not all of their runs have")
+    for name, interval in (("Δ", comparison.delta), ("the ratio of KL", comparison.kl_ratio)):
         if math.isnan(interval.low):
             parts.append(f"no interval of {name}, which some resamples leave undefined")
     return row, [f"{where}: compared with {reference} {'; '.join(parts)}."] if parts else []
@@ -138,8 +138,8 @@ def row_cells(table: pd.DataFrame, reference: str, head: str = "method") -> dict
 def shown_in(table: pd.DataFrame, done: pd.DataFrame) -> pd.DataFrame:
     """Those finished runs that a table's rows are of."""
     rows = set(zip(table["workload"], table["variant"], strict=True))
-    kept: pd.DataFrame = done.loc[[pair in rows for pair in zip(done["workload"], done["variant"], strict=True)]]
-    return kept
+    shown: pd.DataFrame = done.loc[[pair in rows for pair in zip(done["workload"], done["variant"], strict=True)]]
+    return shown
 
 
 def of_scores(runs: pd.DataFrame) -> str:
