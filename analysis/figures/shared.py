@@ -1,6 +1,7 @@
 """What several figures share: means over seeds, the runs they show, ticks and error bars."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -97,7 +98,13 @@ def lines(axes: Axes, data: pd.DataFrame, looks: Mapping[str, Look], x: str, y: 
         axes.plot(places, values, **look.of_line())
         seen = np.isfinite(values) & (spread > 0)
         if seen.any():
-            bars = {"linestyle": "none", "marker": "none", "color": look.color, "elinewidth": 0.8, "zorder": 2}
+            bars: dict[str, Any] = {
+                "linestyle": "none",
+                "marker": "none",
+                "color": look.color,
+                "elinewidth": 0.8,
+                "zorder": 2,
+            }
             axes.errorbar(places[seen], values[seen], spread[seen], **bars)
 
 

@@ -32,8 +32,8 @@ def has_glue(runs: pd.DataFrame) -> bool:
 def glue_table(runs: pd.DataFrame) -> Table:
     """GLUE scores times 100: of each task the mean of its metrics, GLUE the mean over the tasks that were run.
 
-    Every cell is a mean over the seeds of its task. `delta` is to full precision on the same tasks, `Δ GPTQ` to the GPTQ
-    of highest score on the tasks that both have, with the same correction, distillation and calibration size.
+    Every cell is a mean over the seeds of its task. `delta` is to full precision on the same tasks, `Δ GPTQ` to the
+    GPTQ of highest score on the tasks that both have, with the same correction, distillation and calibration size.
 
     Raises:
         ValueError: no run is of a GLUE task.
