@@ -1,7 +1,6 @@
 """What several figures share: means over seeds, the runs they show, ticks and error bars."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -98,14 +97,10 @@ def lines(axes: Axes, data: pd.DataFrame, looks: Mapping[str, Look], x: str, y: 
         axes.plot(places, values, **look.of_line())
         seen = np.isfinite(values) & (spread > 0)
         if seen.any():
-            bars: dict[str, Any] = {
-                "linestyle": "none",
-                "marker": "none",
-                "color": look.color,
-                "elinewidth": 0.8,
-                "zorder": 2,
-            }
-            axes.errorbar(places[seen], values[seen], spread[seen], **bars)
+            axes.errorbar(
+                places[seen], values[seen], spread[seen], linestyle="none", marker="none", color=look.color,
+                elinewidth=0.8, zorder=2,
+            )  # fmt: skip
 
 
 def ticks(axis: Axis, places: Iterable[float]) -> None:
