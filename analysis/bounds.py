@@ -156,6 +156,7 @@ def _judge(members: Sequence[tuple[Path, Mapping[str, Any]]], start: Path) -> li
 def main() -> None:
     """Write what is missing; exit code 1 where a run was left out."""
     parser = module_parser("bounds", __doc__)
+    parser.prog = "python -m analysis.bounds"
     parser.add_argument("results_dir", type=Path, help="a results folder, such as results")
     parser.add_argument("--force", action="store_true", help="also where there is a bounds.csv")
     arguments = parser.parse_args()

@@ -135,7 +135,7 @@ class Page:
         return gaps.workload_command(run, overrides, self.source)
 
     def figure(
-        self, drawn: Figure, caption: str, data: pd.DataFrame, runs: pd.DataFrame, *of: str | float, **options: Any
+        self, drawn: Figure, caption: str, data: pd.DataFrame, runs: pd.DataFrame, *of: Any, **options: Any
     ) -> None:
         """Save a figure with its data and its caption, which ends with the settings of its runs, and show it.
 
