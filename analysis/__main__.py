@@ -7,10 +7,12 @@ With `--output DIR` every table and figure goes there instead. RESULTS is a resu
 import argparse
 import sys
 
-from analysis.cost import cost_table
-from analysis.glue import glue_table, has_glue
 from analysis.loading import finished, load_runs, without_result
-from analysis.tables import ablation_table, main_table, overview_table
+from analysis.tables.ablation import ablation_table
+from analysis.tables.cost import cost_table
+from analysis.tables.glue import glue_table, has_glue
+from analysis.tables.main import main_table
+from analysis.tables.overview import overview_table
 from bayesq.suite.errors import UserError
 
 TABLES = {

@@ -10,20 +10,20 @@ import pandas as pd
 
 from analysis.comparisons import counted, is_seedless
 from analysis.defaults import deviations
-from analysis.figures import label
 from analysis.gaps import command, remarks, why
 from analysis.loading import FINISHED, RUNNING, UNKNOWN, WANDB, finished, of_finished_workloads, records
-from analysis.paper import title
-from bayesq.suite.metrics import metric_of
+from analysis.methods import Method, label, methods_of
+from analysis.metrics import in_words
+from analysis.paper import workload_title
 
 
 def known(runs: pd.DataFrame) -> pd.DataFrame:
     """The runs of workloads that have a result; what is wrong with runs of no known workload is a remark."""
-    own: pd.DataFrame = of_finished_workloads(runs)
-    own = own[own["workload"] != UNKNOWN].copy()
-    own["seed"] = own["seed"].astype(int)  # where a workload is unknown so is the seed, and NaN made all floats
-    own.attrs["remarks"] = remarks(runs)
-    return own
+    shown: pd.DataFrame = of_finished_workloads(runs)
+    shown = shown[shown["workload"] != UNKNOWN].copy()
+    shown["seed"] = shown["seed"].astype(int)  # where a workload is unknown so is the seed, and NaN made all floats
+    shown.attrs["remarks"] = remarks(runs)
+    return shown
 
 
 def remarks_of(runs: pd.DataFrame) -> list[str]:
@@ -37,9 +37,8 @@ def remarks_of(runs: pd.DataFrame) -> list[str]:
 
 def metrics(runs: pd.DataFrame) -> str:
     """The primary metrics of the finished runs, with their units."""
-    found = sorted({str(metric) for metric in finished(runs)["primary_metric"].dropna()}) if len(finished(runs)) else []
-    units = {metric: metric_of(metric).unit.replace("x100", "times 100") for metric in found}
-    return ", ".join(f"{metric} {'in %' if unit == '%' else unit}" for metric, unit in units.items()) or "none"
+    names = sorted({str(metric) for metric in finished(runs)["primary_metric"].dropna()}) if len(finished(runs)) else []
+    return ", ".join(map(in_words, names)) or "none"
 
 
 def source_of(runs: pd.DataFrame) -> str:
@@ -77,7 +76,7 @@ def settings(runs: pd.DataFrame, names: Mapping[str, str] | None = None, without
         names: of workloads, where the table shows others than theirs.
         without: keys that the table or figure shows anyway.
     """
-    said = {str(workload): _of_workload(own, without) for workload, own in finished(runs).groupby("workload")}
+    said = {str(workload): _of_workload(members, without) for workload, members in finished(runs).groupby("workload")}
     shown = {workload: text for workload, text in said.items() if text}
     if not shown:
         return ""
@@ -91,20 +90,25 @@ def settings(runs: pd.DataFrame, names: Mapping[str, str] | None = None, without
 
 def _of_workload(members: pd.DataFrame, without: Iterable[str]) -> str:
     """Settings of one workload's finished runs, those that all share first."""
+    methods = methods_of(members)
     by_variant: dict[str, dict[str, str]] = {}
-    for variant, own in members.groupby("variant", sort=False):
-        run = records(own)[0]
+    for variant, of_variant in members.groupby("variant", sort=False):
+        run = records(of_variant)[0]
         named = {word.partition("=")[0] for word in f"{run['workload']} {variant}".split(" ")}
-        found = {key: text for key, text in deviations(run).items() if key not in without}
+        changed = {key: text for key, text in deviations(run).items() if key not in without}
         by_variant[str(variant)] = {
-            key: text for key, text in found.items() if not {key, key.removeprefix("method.")} & named
+            key: text for key, text in changed.items() if not {key, key.removeprefix("method.")} & named
         }
     first = next(iter(by_variant.values()))
-    shared = {key: text for key, text in first.items() if all(own.get(key) == text for own in by_variant.values())}
+    shared = {
+        key: text
+        for key, text in first.items()
+        if all(of_variant.get(key) == text for of_variant in by_variant.values())
+    }
     parts = [f"{key}={text}" for key, text in shared.items()]
     for variant, further in by_variant.items():
         rest = [f"{key}={text}" for key, text in further.items() if key not in shared]
-        parts += [f"{label(variant)} {' '.join(rest)}"] if rest else []
+        parts += [f"{label(variant, methods)} {' '.join(rest)}"] if rest else []
     return ", ".join(parts)
 
 
@@ -127,24 +131,24 @@ def population(data: pd.DataFrame, runs: pd.DataFrame, axis: str = "bits") -> st
         runs: those the data are of, for the number of test examples.
         axis: column that names a point of a variant.
     """
-    own = runs[runs["workload"].isin(data["workload"].unique())]
-    done = finished(own)
+    shown = runs[runs["workload"].isin(data["workload"].unique())]
+    done = finished(shown)
     seedless = {
         str(run["variant"]) for run in records(done.drop_duplicates(["workload", "variant"])) if is_seedless(run)
     }
     measured = data[data["n"] > 0]
     counting = measured[~measured["variant"].isin(seedless)]
     usual = int((measured if counting.empty else counting)["n"].mode().iloc[-1])
-    several = data["workload"].nunique() > 1
+    several, methods = data["workload"].nunique() > 1, methods_of(runs)
     others: list[str] = []
     single: dict[str, None] = {}
     for (workload, variant, n), points in data[data["n"] != usual].groupby(["workload", "variant", "n"], sort=True):
         if n == 1 and variant in seedless:
-            single[label(str(variant))] = None
+            single[label(str(variant), methods)] = None
             continue
-        where = f"{title(str(workload))}, ".replace("\n", " ") if several else ""
+        where = f"{workload_title(str(workload))}, ".replace("\n", " ") if several else ""
         values = ", ".join(f"{value:g}" for value in points[axis])
-        others.append(f"{where}{label(str(variant))} at {values} {axis}: {n or 'none'}")
+        others.append(f"{where}{label(str(variant), methods)} at {values} {axis}: {n or 'none'}")
     if single:
         others.append(f"{', '.join(single)}: 1, no calibration data read")
     exceptions = f" ({'; '.join(others)})" if others else ""
@@ -153,10 +157,12 @@ def population(data: pd.DataFrame, runs: pd.DataFrame, axis: str = "bits") -> st
 
 def _examples(done: pd.DataFrame) -> str:
     """How many test examples, by workload where these differ."""
-    sizes = {str(name): counted(own["evaluation/examples"]) for name, own in done.groupby("workload", sort=True)}
+    sizes = {
+        str(name): counted(members["evaluation/examples"]) for name, members in done.groupby("workload", sort=True)
+    }
     if len(set(sizes.values())) == 1:
         return next(iter(sizes.values()))
-    return ", ".join(f"{size} ({' '.join(title(name).split())})" for name, size in sizes.items())
+    return ", ".join(f"{size} ({' '.join(workload_title(name).split())})" for name, size in sizes.items())
 
 
 def population_of_rows(table: pd.DataFrame, names: Mapping[str, str] | None = None) -> str:
@@ -165,25 +171,33 @@ def population_of_rows(table: pd.DataFrame, names: Mapping[str, str] | None = No
     if there.empty:
         return "no finished run (n = 0)"
     sizes = [
-        f"{(names or {}).get(str(workload), workload)} {counted(own['examples'])}"
-        for workload, own in there.groupby("workload", sort=True)
+        f"{(names or {}).get(str(workload), workload)} {counted(rows['examples'])}"
+        for workload, rows in there.groupby("workload", sort=True)
     ]
     return f"n = {counted(there['n'])} calibration seeds; evaluation examples: {'; '.join(sizes)}"
 
 
-def other_seeds(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> str:
+def other_seeds(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str], methods: Mapping[str, Method]) -> str:
     """A sentence on the rows of a table without a column n that have another n than most; nothing without them.
 
     Args:
-        rows: with workload, bits, variant and n; plain rtn, which is the same under every seed, does not count.
+        rows: with workload, bits, method, variant and n; a plain method that reads no calibration data, and is the
+            same under every seed, does not count.
     """
-    counting = [row for row in rows if row["variant"] != "rtn" and row["n"] > 0]
+    seedless = {name for name, method in methods.items() if method.data_free}
+    counting = [row for row in rows if row["variant"] not in seedless and row["n"] > 0]
     numbers = [int(row["n"]) for row in counting]
     usual = max(sorted(set(numbers), reverse=True), key=numbers.count, default=math.nan)
-    found: dict[tuple[str, str, int], list[str]] = {}
+    others: dict[tuple[str, str, int], list[str]] = {}
     for row in counting:
         if row["n"] != usual:
-            key = (names[str(row["workload"])], label(str(row["variant"])), int(row["n"]))
-            found.setdefault(key, []).append(f"{row['bits']:g}")
-    parts = [f"{name}, {variant} at {', '.join(bits)} bits {n}" for (name, variant, n), bits in found.items()]
+            key = (names[str(row["workload"])], label(str(row["variant"]), methods), int(row["n"]))
+            others.setdefault(key, []).append(f"{row['bits']:g}")
+    parts = [f"{name}, {variant} at {', '.join(bits)} bits {n}" for (name, variant, n), bits in others.items()]
     return f" Cells of other than {usual} seeds: {'; '.join(parts)}." if parts else ""
+
+
+def data_free(names: Sequence[str], one_run: str = "one run") -> str:
+    """A sentence about the methods of a table that read no calibration data; nothing without any."""
+    verb = "reads" if len(names) == 1 else "read"
+    return f"{' and '.join(names)} {verb} no calibration data: {one_run} stands for every seed. " if names else ""

@@ -10,8 +10,10 @@ import numpy as np
 import pandas as pd
 
 from analysis.loading import finished, read_table, records
+from analysis.methods import is_data_free
+from analysis.metrics import Floats, measure
+from analysis.paper import REFERENCE
 from analysis.statistics import (
-    Floats,
     Interval,
     Task,
     mcnemar,
@@ -19,12 +21,10 @@ from analysis.statistics import (
     paired_bootstrap,
     paired_metric_bootstrap,
 )
-from bayesq.suite.metrics import METRICS, measure
 from bayesq.suite.results import PREDICTIONS_FILE, settings_of
 
 log = logging.getLogger(__name__)
 
-BASELINE = "gptq"
 # What a baseline must have in common with the runs that are compared with it.
 ALIKE = (
     "correction",
@@ -116,15 +116,15 @@ def _is_number(column: pd.Series) -> bool:
 
 def alike(run: Mapping[str, Any], keys: Sequence[str] = ALIKE) -> tuple[str, ...]:
     """What a baseline must share with a run, as text."""
-    own = settings_of({"config": run["config"], "seed": run["seed"]})
-    return tuple(str(own.get(key)) for key in keys)
+    settings = settings_of({"config": run["config"], "seed": run["seed"]})
+    return tuple(str(settings.get(key)) for key in keys)
 
 
 def is_seedless(run: Mapping[str, Any]) -> bool:
-    """Whether a run reads no calibration data, so that it is the same under every seed: plain rounding to nearest."""
+    """Whether a run reads no calibration data, so that it is the same under every seed."""
     config = run["config"]
     untouched = config.get("correction") == "none" and not config.get("distill")
-    return bool(run["method"] == "rtn" and config["allocator"] == "uniform" and untouched)
+    return bool(is_data_free(run["method"], config) and config["allocator"] == "uniform" and untouched)
 
 
 def strongest_baseline(runs: pd.DataFrame, workload: str, bits: float, conditions: tuple[str, ...]) -> str | None:
@@ -139,13 +139,13 @@ def strongest_baseline(runs: pd.DataFrame, workload: str, bits: float, condition
     """
     there = runs[(runs["workload"] == workload) & (runs["bits/target"] == bits)]
     there = there.loc[[alike(run) == conditions for run in records(there)]]
-    found, others = there[there["method"] == BASELINE], there[there["method"] != BASELINE]
-    if found.empty:
+    candidates, others = there[there["method"] == REFERENCE], there[there["method"] != REFERENCE]
+    if candidates.empty:
         return None
     others = others.loc[[not is_seedless(run) for run in records(others)]]
-    seeds = set(others["seed"]) & set(found["seed"]) or set(found["seed"])
-    own = found[found["seed"].isin(seeds)].groupby("variant")
-    counts, means = own[KL].count(), own[KL].mean()
+    seeds = set(others["seed"]) & set(candidates["seed"]) or set(candidates["seed"])
+    by_variant = candidates[candidates["seed"].isin(seeds)].groupby("variant")
+    counts, means = by_variant[KL].count(), by_variant[KL].mean()
     return str(min(means.index, key=lambda variant: (-counts[variant], means[variant], variant)))
 
 
@@ -169,7 +169,7 @@ class Examples:
     def of(self, run: Mapping[str, Any]) -> pd.DataFrame | None:
         """A run's `part`, label, q_prediction and kl by name of the example; None where they are missing.
 
-        The part is 0, of MNLI's mismatched examples, which have a metric of their own, 1.
+        The part is 0, or 1 for MNLI's mismatched examples, which have separate metrics.
         """
         path = str(run["path"])
         if path not in self._read:
@@ -191,9 +191,9 @@ class Examples:
         table = table.set_index(names)[["part", "label", "q_prediction", "kl"]].astype("float64")
         for metric in metrics_of(run):
             function, part = _measured_on(metric)
-            own = table[table["part"] == part]
-            found = measure(METRICS[function], *(own[key].to_numpy() for key in ("q_prediction", "label")))
-            if not abs(found - run[f"q/{metric}"]) <= TOLERANCE:
+            examples = table[table["part"] == part]
+            value = measure(function, *(examples[key].to_numpy() for key in ("q_prediction", "label")))
+            if not abs(value - run[f"q/{metric}"]) <= TOLERANCE:
                 reason = f"{PREDICTIONS_FILE} does not give the {metric} of its result"
                 log.warning("%s: %s; not compared", run["path"], reason)
                 self._reasons[str(run["path"])] = reason
@@ -203,7 +203,7 @@ class Examples:
     def compare(self, first: pd.DataFrame, second: pd.DataFrame) -> Comparison:
         """The runs of `second` against those of `first`, seed by seed.
 
-        A run that is the same under every seed stands for those seeds of the other side that its own side lacks.
+        A run that is the same under every seed is also used for the other side's seeds that its side lacks.
 
         Args:
             first, second: finished runs, one per seed each, of one workload.
@@ -282,14 +282,13 @@ def _difference(function: str, first: Floats, second: Floats, labels: Floats) ->
     if function == "accuracy":
         correct = (first == labels).astype(np.float64), (second == labels).astype(np.float64)
         return paired_bootstrap(*correct), mcnemar(*correct)
-    assert function in METRICS
     delta = paired_metric_bootstrap(function, first, second, labels)
     return delta, delta.p
 
 
 def counted(values: Iterable[float]) -> str:
     """`3`, or `2 to 3` where they differ."""
-    found = sorted({int(value) for value in values if not math.isnan(value)})
-    if not found:
+    counts = sorted({int(value) for value in values if not math.isnan(value)})
+    if not counts:
         return "0"
-    return f"{found[0]:,}" if len(found) == 1 else f"{found[0]:,} to {found[-1]:,}"
+    return f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}"

@@ -27,23 +27,27 @@ def command_overrides(run: Mapping[str, Any]) -> list[str]:
     config = run.get("config")
     if not isinstance(config, Mapping):
         return []
-    own = settings_of({"config": config, "seed": run["seed"]})
-    axes = {axis: str(own[axis]) for axis in (*AXES, "posterior") if axis in own}
+    settings = settings_of({"config": config, "seed": run["seed"]})
+    axes = {axis: str(settings[axis]) for axis in (*AXES, "posterior") if axis in settings}
     defaults = _defaults(tuple(axes.items()))
-    task = ["dataset.task"] if "dataset.task" in own else []
-    keys = [*AXES, *task, *(key for key in own if key in defaults and defaults[key] != own[key] and key not in AXES)]
-    chosen = {key: own[key] for key in dict.fromkeys([*keys, "bits"])}
+    task = ["dataset.task"] if "dataset.task" in settings else []
+    keys = [
+        *AXES,
+        *task,
+        *(key for key in settings if key in defaults and defaults[key] != settings[key] and key not in AXES),
+    ]
+    chosen = {key: settings[key] for key in dict.fromkeys([*keys, "bits"])}
     return [*(f"{key}={show(value)}" for key, value in chosen.items() if value is not None), f"seed={run['seed']}"]
 
 
-def named_deviations(own: Mapping[str, Any], keys: Sequence[str]) -> list[str]:
+def named_deviations(settings: Mapping[str, Any], keys: Sequence[str]) -> list[str]:
     """Those of `keys` that are not at the suite's default, as name=value; keys of the method without its prefix."""
-    axes = tuple((axis, str(own[axis])) for axis in ("method", "posterior") if axis in own)
+    axes = tuple((axis, str(settings[axis])) for axis in ("method", "posterior") if axis in settings)
     defaults = _defaults(axes) if keys else {}
     return [
-        f"{key.removeprefix('method.')}={show(own[key])}"
+        f"{key.removeprefix('method.')}={show(settings[key])}"
         for key in keys
-        if key in own and not (key in defaults and defaults[key] == own[key])
+        if key in settings and not (key in defaults and defaults[key] == settings[key])
     ]
 
 
@@ -56,8 +60,8 @@ def deviations(run: Mapping[str, Any]) -> dict[str, str]:
     Args:
         run: a row of `load_runs` with a configuration.
     """
-    own = settings_of({"config": run["config"], "seed": run["seed"]})
-    choices = {axis: str(own[axis]) for axis in (*AXES, "posterior") if axis in own}
+    settings = settings_of({"config": run["config"], "seed": run["seed"]})
+    choices = {axis: str(settings[axis]) for axis in (*AXES, "posterior") if axis in settings}
     defaults = {
         **_defaults(tuple((axis, choices[axis]) for axis in ("method", "posterior") if axis in choices)),
         **{
@@ -68,23 +72,23 @@ def deviations(run: Mapping[str, Any]) -> dict[str, str]:
         },
     }
     strange = [axis for axis in ("model", "dataset") if not (conf_dir() / axis / f"{choices[axis]}.yaml").is_file()]
-    found = {}
-    for key, value in own.items():
+    changed = {}
+    for key, value in settings.items():
         skipped = key in (*AXES, "bits", *PLACES, *DESCRIBED) or key.partition(".")[0] in strange
         if not skipped and key in defaults and defaults[key] != value:
-            found[key] = show(value)
+            changed[key] = show(value)
     for override in command_overrides(run) if strange else []:
         key, _, text = override.lstrip("+").partition("=")
         if key.partition(".")[0] in strange and "." in key and key not in (*PLACES, *DESCRIBED):
-            found[key] = text
-    return found
+            changed[key] = text
+    return changed
 
 
 @cache
 def _defaults(axes: tuple[tuple[str, str], ...]) -> dict[str, Any]:
     """What `settings_of` gives for the suite's YAML files with these choices; of unknown ones without them.
 
-    The posterior's choice is compared with the suite's own, its settings with that posterior's.
+    The choice of a posterior is compared with the suite's default, its settings with the defaults of that posterior.
     """
     choices = [f"{axis}={name}" for axis, name in axes if (conf_dir() / axis / f"{name}.yaml").is_file()]
     choices.append("++dataset.task=null")  # it has no default
@@ -94,5 +98,5 @@ def _defaults(axes: tuple[tuple[str, str], ...]) -> dict[str, Any]:
     for key in OmegaConf.missing_keys(composed):
         OmegaConf.update(composed, key, None)
     config = resolved(composed)
-    own = settings_of({"config": config, "seed": config["seed"]})
-    return {**own, "posterior": _defaults(())["posterior"]} if axes else own
+    settings = settings_of({"config": config, "seed": config["seed"]})
+    return {**settings, "posterior": _defaults(())["posterior"]} if axes else settings

@@ -10,9 +10,11 @@ import pandas as pd
 from analysis.comparisons import is_seedless
 from analysis.defaults import command_overrides
 from analysis.loading import FINISHED, RUNNING, UNKNOWN, finished, of_finished_workloads, records
+from analysis.methods import is_data_free, methods_of
+from analysis.paper import BUDGETS
 from bayesq.suite.config import WITHOUT_EFFECT
 
-# Keys that a line for several runs gives values of its own.
+# Keys that a command for several runs sweeps over.
 SWEPT = ("bits", "seed")
 # Groups of keys that make a workload.
 WORKLOAD = ("experiment", "model", "dataset", "layers", "calibration", "evaluation")
@@ -47,37 +49,39 @@ def missing(members: pd.DataFrame, variant: str, budgets: Iterable[float], sourc
         members: all runs of one workload, failed ones included.
         variant: one of theirs, or a method that none of them is of.
     """
-    own = members[members["variant"] == variant]
+    of_variant = members[members["variant"] == variant]
     where = f"{members.iloc[0]['workload']}, {variant} at {{}} bits"
-    running = own[(own["status"] == RUNNING) & own["bits/target"].isin(list(budgets))]
+    running = of_variant[(of_variant["status"] == RUNNING) & of_variant["bits/target"].isin(list(budgets))]
     lines = []
     for run in records(running):
         at = where.format(f"{run['bits/target']:g}")
         lines.append(f"{at}: seed {int(run['seed'])} is still running.")
     lacking = {bits: lacking_seeds(members, variant, bits) for bits in budgets}
-    for seeds in dict.fromkeys(found for found in lacking.values() if found):
-        of = [bits for bits, found in lacking.items() if found == seeds]
-        if own.empty:
+    for seeds in dict.fromkeys(lacked for lacked in lacking.values() if lacked):
+        of = [bits for bits, lacked in lacking.items() if lacked == seeds]
+        if of_variant.empty:
             what = [f"method={variant}", f"bits={_listed(of, ',')}", f"seed={_listed(seeds, ',')}"]
             makes = workload_command(records(members)[0], what, source)
         else:
-            makes = command(records(own)[0], of, seeds, source)
-        lines.append(f"{where.format(_listed(of))}: no result with seed {_listed(seeds)}{_reasons(own, of)}: `{makes}`")
+            makes = command(records(of_variant)[0], of, seeds, source)
+        lines.append(
+            f"{where.format(_listed(of))}: no result with seed {_listed(seeds)}{_reasons(of_variant, of)}: `{makes}`"
+        )
     return lines
 
 
 def lacking_seeds(members: pd.DataFrame, variant: str, bits: float) -> tuple[int, ...]:
-    """The seeds that a variant lacks at a budget: of its workload's `usual_seeds`, and of runs of its own that failed.
+    """The seeds that a variant lacks at a budget: of its workload's `usual_seeds`, and of its runs that failed.
 
     A run that is still running is not lacking. Of a variant that reads no calibration data one run, under any seed, is
     enough.
     """
-    own = members[members["variant"] == variant]
-    cell = own[own["bits/target"] == bits]
+    of_variant = members[members["variant"] == variant]
+    cell = of_variant[of_variant["bits/target"] == bits]
     had = {int(seed) for seed in cell[cell["status"].isin([FINISHED, RUNNING])]["seed"]}
     tried = [int(seed) for seed in cell["seed"]]
     usual = usual_seeds(members)
-    if is_seedless(records(own)[0]) if len(own) else variant == "rtn":
+    if is_seedless(records(of_variant)[0]) if len(of_variant) else is_data_free(variant):
         return () if had else tuple((tried or usual)[:1])
     return tuple(sorted({*usual, *tried} - had))
 
@@ -89,8 +93,8 @@ def usual_seeds(members: pd.DataFrame) -> list[int]:
     """
     counting = members[[not is_seedless(run) for run in records(members)]]
     grouped = (members if counting.empty else counting).groupby(["variant", "bits/target"])
-    cells = [{int(seed) for seed in own["seed"]} for _, own in grouped]
-    return sorted(seed for seed in set().union(*cells) if 2 * sum(seed in own for own in cells) >= len(cells))
+    cells = [{int(seed) for seed in cell["seed"]} for _, cell in grouped]
+    return sorted(seed for seed in set().union(*cells) if 2 * sum(seed in cell for cell in cells) >= len(cells))
 
 
 def remarks(runs: pd.DataFrame) -> list[str]:
@@ -121,12 +125,17 @@ def command(run: Mapping[str, Any], budgets: Sequence[float], seeds: Sequence[in
     """
     swept = [f"bits={_listed(budgets, ',')}", f"seed={_listed(seeds, ',')}"]
     many = ["-m"] if len(budgets) * len(seeds) > 1 else []
-    return shlex.join(["python", "run.py", *many, *own_overrides(run), *swept, *_folder(source)])
+    return shlex.join(["python", "run.py", *many, *run_overrides(run), *swept, *_folder(source)])
 
 
-def own_overrides(run: Mapping[str, Any]) -> list[str]:
+def run_overrides(run: Mapping[str, Any]) -> list[str]:
     """What a run was started with, without budget, seed and what does not determine the result."""
     return [o for o in command_overrides(run) if _key(o).partition(".")[0] not in (*SWEPT, *WITHOUT_EFFECT)]
+
+
+def main_sweep() -> str:
+    """The line for the shell that runs every method of the suite at the paper's budgets."""
+    return f"python run.py -m method={','.join(methods_of())} bits={_listed(BUDGETS, ',')} seed=0,1,2"
 
 
 def workload_command(run: Mapping[str, Any], overrides: Sequence[str], source: str | Path) -> str:
@@ -137,9 +146,9 @@ def workload_command(run: Mapping[str, Any], overrides: Sequence[str], source: s
         overrides: what the runs are; several values in one of them make a sweep.
     """
     given = {_key(override) for override in overrides}
-    kept = [o for o in own_overrides(run) if _key(o).partition(".")[0] in WORKLOAD and _key(o) not in given]
+    inherited = [o for o in run_overrides(run) if _key(o).partition(".")[0] in WORKLOAD and _key(o) not in given]
     many = ["-m"] if any("," in override for override in overrides) else []
-    return shlex.join(["python", "run.py", *many, *kept, *overrides, *_folder(source)])
+    return shlex.join(["python", "run.py", *many, *inherited, *overrides, *_folder(source)])
 
 
 def _folder(source: str | Path) -> list[str]:
@@ -154,7 +163,7 @@ def _listed(values: Iterable[float], separator: str = ", ") -> str:
     return separator.join(f"{value:g}" for value in values)
 
 
-def _reasons(own: pd.DataFrame, budgets: Sequence[float]) -> str:
-    rest = own[~own["status"].isin([FINISHED, RUNNING]) & own["bits/target"].isin(list(budgets))]
+def _reasons(of_variant: pd.DataFrame, budgets: Sequence[float]) -> str:
+    rest = of_variant[~of_variant["status"].isin([FINISHED, RUNNING]) & of_variant["bits/target"].isin(list(budgets))]
     reasons = dict.fromkeys(f"seed {int(run['seed'])} {why(run)}" for run in records(rest))
     return f" ({'; '.join(reasons)})" if reasons else ""

@@ -48,14 +48,14 @@ def floats(cells: pd.DataFrame, bold: pd.DataFrame, caption: str, footnotes: Seq
     lines = ["% needs \\usepackage{booktabs,graphicx}"]
     parts = list(_parts(cells))
     for number, (name, part) in enumerate(parts, 1):
-        own = f"tab:{label}" if number == 1 else f"tab:{label}-{number}"
+        anchor = f"tab:{label}" if number == 1 else f"tab:{label}-{number}"
         said = escaped(caption) if number == 1 else f"As Table~\\ref{{tab:{label}}}"
         shown = f"{said.removesuffix('.')}. Here: {escaped(name)}." if name else said
         lines += [
             "\\begin{table*}",
             "\\centering\\footnotesize\\setlength{\\tabcolsep}{3pt}",
             f"\\caption{{{shown}}}",
-            f"\\label{{{own}}}\\medskip",
+            f"\\label{{{anchor}}}\\medskip",
             "\\resizebox{\\ifdim\\width>\\textwidth\\textwidth\\else\\width\\fi}{!}{%",
             *_tabular(part, bold.loc[part.index, list(part)]),
             "}",
@@ -73,8 +73,8 @@ def _parts(cells: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
         return
     first = cells.columns[0]
     several = first in NAMING and cells[first].nunique() > 1
-    for name, own in cells.groupby(first, sort=False) if several else [("", cells)]:
-        rows = own.drop(columns=first) if several else own
+    for name, members in cells.groupby(first, sort=False) if several else [("", cells)]:
+        rows = members.drop(columns=first) if several else members
         count = -(-len(rows) // MOST_ROWS)
         for place in range(count):
             part = rows.iloc[place * len(rows) // count : (place + 1) * len(rows) // count]
@@ -120,10 +120,10 @@ def escaped(text: str) -> str:
     parts = []
     for place, part in enumerate(text.split("`")):
         known = CHARACTERS | IN_CODE if place % 2 else CHARACTERS
-        own = "".join(known.get(c, c if (c.isascii() and c.isprintable()) or c in LETTERS else "?") for c in part)
+        safe = "".join(known.get(c, c if (c.isascii() and c.isprintable()) or c in LETTERS else "?") for c in part)
         if place % 2:
-            own = f"\\texttt{{{own.replace('--', '-{}-')}}}"
+            safe = f"\\texttt{{{safe.replace('--', '-{}-')}}}"
         else:
-            own = re.sub(r"(?<![\w.])-(?=\d)", "$-$", own)
-        parts.append("--" if own == NOTHING else own)
+            safe = re.sub(r"(?<![\w.])-(?=\d)", "$-$", safe)
+        parts.append("--" if safe == NOTHING else safe)
     return "".join(parts)

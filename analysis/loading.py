@@ -54,8 +54,8 @@ def load_runs(source: str | Path, where: Sequence[str] = ()) -> pd.DataFrame:
     missing: begun, but without a result), `error` (why there is no result), `path` (folder, or that of the W&B run),
     `overrides` (what the run was started with, where that was recorded) and `duplicates` (further runs of the same
     run id, or with the same settings and seed, that were dropped: the newest finished one counts).
-    `memory/own_process` says whether no other run of the source was made in the same process, so that its peak memory
-    is its own.
+    `memory/own_process` says whether the run's process made no other run of the source; otherwise its peak memory may
+    be another run's.
 
     Args:
         source: a results folder, a folder of results folders, or `wandb:ENTITY/PROJECT`.
@@ -65,16 +65,16 @@ def load_runs(source: str | Path, where: Sequence[str] = ()) -> pd.DataFrame:
         FileNotFoundError: there is no such folder.
         UserError: the W&B project cannot be read, or a filter names what no run has.
     """
-    found = _from_wandb(str(source)) if str(source).startswith(WANDB) else _from_folder(Path(source))
-    _tell_processes_apart(found)
-    found = _without_duplicates(found, ("run_id",))
-    _name(found)
-    found = _without_duplicates(found, ("workload", "variant", "bits/target", "seed"))
+    loaded = _from_wandb(str(source)) if str(source).startswith(WANDB) else _from_folder(Path(source))
+    _tell_processes_apart(loaded)
+    loaded = _without_duplicates(loaded, ("run_id",))
+    _name(loaded)
+    loaded = _without_duplicates(loaded, ("workload", "variant", "bits/target", "seed"))
     if where:
-        found = select(found, where)
-        _name(found)
-    own = dict.fromkeys(key for run in found for key in run if key not in (*FIRST, *LAST, "time"))
-    return pd.DataFrame(found, columns=[*FIRST, *own, *LAST])
+        loaded = select(loaded, where)
+        _name(loaded)
+    columns = dict.fromkeys(key for run in loaded for key in run if key not in (*FIRST, *LAST, "time"))
+    return pd.DataFrame(loaded, columns=[*FIRST, *columns, *LAST])
 
 
 def layer_frame(runs: pd.DataFrame) -> pd.DataFrame:
@@ -95,8 +95,8 @@ def of_finished_workloads(runs: pd.DataFrame) -> pd.DataFrame:
 
     A workload of failed or running runs alone has nothing to show; `bayesq.suite.status` lists them.
     """
-    kept = {*finished(runs)["workload"], UNKNOWN}
-    return runs[runs["workload"].isin(list(kept))]
+    workloads = {*finished(runs)["workload"], UNKNOWN}
+    return runs[runs["workload"].isin(list(workloads))]
 
 
 def without_result(runs: pd.DataFrame) -> str:
@@ -275,29 +275,20 @@ def _without_duplicates(records: Iterable[dict[str, Any]], keys: Sequence[str]) 
     for place, record in enumerate(records):
         key = tuple(record.get(name, f"none {place}") for name in keys)
         groups.setdefault(key, []).append(record)
-    kept = []
+    chosen = []
     for alike in groups.values():
         best = max(alike, key=lambda record: (record["status"] == FINISHED, record["time"], record["path"]))
         dropped = len(alike) - 1 + sum(record.get("duplicates", 0) for record in alike)
-        kept.append({**best, "duplicates": dropped})
-    return sorted(kept, key=lambda record: record["run_id"])
+        chosen.append({**best, "duplicates": dropped})
+    return sorted(chosen, key=lambda record: record["run_id"])
 
 
 def _tell_processes_apart(records: Sequence[dict[str, Any]]) -> None:
-    """Set OWN_MEMORY of every record.
-
-    Runs of versions that did not record their process are taken for those of one process if two have the same peak, or
-    if the peaks never fall from one run to the next: that is how the peak of a process behaves.
-    """
-    done = sorted((record for record in records if record["status"] == FINISHED), key=lambda record: record["time"])
-    processes = Counter(record.get(PROCESS) for record in done)
-    peaks = [record.get("memory/peak_rss_bytes") for record in done if record.get(PROCESS) is None]
-    known = [peak for peak in peaks if peak is not None]
-    apart = len(peaks) == 1 or (len(set(known)) == len(known) and known != sorted(known))
+    """Set OWN_MEMORY of every record: whether the process that made the run is known and made no other."""
+    processes = Counter(record.get(PROCESS) for record in records if record["status"] == FINISHED)
     for record in records:
         process = record.get(PROCESS)
-        own = apart if process is None else processes[process] == 1
-        record[OWN_MEMORY] = record["status"] == FINISHED and own
+        record[OWN_MEMORY] = record["status"] == FINISHED and process is not None and processes[process] == 1
 
 
 def _name(records: Sequence[dict[str, Any]]) -> None:
@@ -312,8 +303,8 @@ def _name(records: Sequence[dict[str, Any]]) -> None:
         base = f"{model} / {dataset}" + (f" {task}" if task else "")
         settings = [settings_of(record) for record in members]
         keys = [key for key in _separating(members, method=None) if key.split(".")[0] in WORKLOAD_AXES]
-        for record, own in zip(members, settings, strict=True):
-            shown = [f"{key}={show(own[key])}" for key in keys if own.get(key) is not None]
+        for record, chosen in zip(members, settings, strict=True):
+            shown = [f"{key}={show(chosen[key])}" for key in keys if chosen.get(key) is not None]
             record["workload"] = " ".join([base, *shown])
         by_place: dict[tuple[str, str], list[int]] = {}
         for place, record in enumerate(members):

@@ -10,8 +10,8 @@ CLAIMED_DELTAS = {
 }
 CLAIMED_FOR = {"image classification": "ResNet-50 on ImageNet", "text classification": "BERT-base on GLUE"}
 BUDGETS = (3.0, 3.5, 4.0)
-METHODS = ("rtn", "gptq", "awq", "bayesq")
-NAMES = {"bayesq": "BayesQ", "gptq": "GPTQ", "awq": "AWQ", "rtn": "RTN"}
+# The method that the paper proposes, and the one that every other is compared with.
+PROPOSED, REFERENCE = "bayesq", "gptq"
 # Names of models, data sets and tasks as titles spell them.
 TITLES = {
     "cifar_resnet56": "ResNet-56",
@@ -41,7 +41,7 @@ def short_names(workloads: Iterable[str]) -> dict[str, str]:
     return {workload: name if names.count(name) == 1 else _long(workload) for workload, name in short.items()}
 
 
-def title(workload: str) -> str:
+def workload_title(workload: str) -> str:
     """A workload in two lines, model over data set; of GLUE the task says enough."""
     model, _, data = workload.partition(" / ")
     words = data.removeprefix("glue ").split()

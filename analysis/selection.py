@@ -30,19 +30,21 @@ def select(runs: Sequence[Mapping[str, Any]], where: Sequence[str]) -> list[dict
             finished run is left.
     """
     facts = [_facts(run) for run in runs]
-    finished = [own for run, own in zip(runs, facts, strict=True) if run["status"] == "finished"]
-    kept = [True] * len(facts)
+    finished = [flat for run, flat in zip(runs, facts, strict=True) if run["status"] == "finished"]
+    fits = [True] * len(facts)
     for text in where:
         key, values = _parsed(text)
-        known = sorted({name for own in facts for name in own})
+        known = sorted({name for flat in facts for name in flat})
         if key not in known:
             raise UserError(f"{text}: no run has the key '{key}'{_nearest(key, known)}")
-        had = {show(own[key]) for own in finished if key in own}
+        had = {show(flat[key]) for flat in finished if key in flat}
         for value in values:
-            if not any(_fits(own, key, value) for own in finished):
+            if not any(_fits(flat, key, value) for flat in finished):
                 raise UserError(f"{text}: no finished run has {key}={value}{_rather(value, had)}")
-        kept = [keep and any(_fits(own, key, value) for value in values) for keep, own in zip(kept, facts, strict=True)]
-    chosen = [dict(run) for run, keep in zip(runs, kept, strict=True) if keep]
+        fits = [
+            keep and any(_fits(flat, key, value) for value in values) for keep, flat in zip(fits, facts, strict=True)
+        ]
+    chosen = [dict(run) for run, keep in zip(runs, fits, strict=True) if keep]
     if not any(run["status"] == "finished" for run in chosen):
         raise UserError(f"no finished run has all of {' '.join(where)}")
     return chosen
@@ -59,10 +61,10 @@ def _facts(run: Mapping[str, Any]) -> dict[str, Any]:
     """The flat keys of a run, and those of its configuration where these are no others; axes have their names alone."""
     config = run.get("config")
     flat = flatten(config) if isinstance(config, Mapping) else {}
-    own = {key.removesuffix(".name"): value for key, value in flat.items()}
-    own |= {key: value for key, value in run.items() if key not in NESTED}
-    own |= {name: run[key] for name, key in ALIASES.items() if key in run}
-    return own
+    facts = {key.removesuffix(".name"): value for key, value in flat.items()}
+    facts |= {key: value for key, value in run.items() if key not in NESTED}
+    facts |= {name: run[key] for name, key in ALIASES.items() if key in run}
+    return facts
 
 
 def _fits(facts: Mapping[str, Any], key: str, text: str) -> bool:

@@ -12,9 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from bayesq.suite.metrics import METRICS
-
-Floats = NDArray[np.float64]
+from analysis.metrics import Floats
+from analysis.metrics import function as metric_function
 
 RESAMPLES = 10_000
 # Elements of the weights of one part of the resamples: 32 MiB in float64.
@@ -35,11 +34,11 @@ class Interval:
 
 def mean_std(values: Sequence[float]) -> tuple[float, float, int]:
     """Mean, sample standard deviation (n - 1; NaN for a single value) and n of those values that are numbers."""
-    kept = np.asarray([value for value in values if value is not None], dtype=np.float64)
-    kept = kept[~np.isnan(kept)]
-    if not len(kept):
+    numbers = np.asarray([value for value in values if value is not None], dtype=np.float64)
+    numbers = numbers[~np.isnan(numbers)]
+    if not len(numbers):
         return math.nan, math.nan, 0
-    return float(kept.mean()), float(kept.std(ddof=1)) if len(kept) > 1 else math.nan, len(kept)
+    return float(numbers.mean()), float(numbers.std(ddof=1)) if len(numbers) > 1 else math.nan, len(numbers)
 
 
 def paired_bootstrap(
@@ -62,7 +61,7 @@ def paired_bootstrap(
             return np.asarray(of_second - of_first)
         return np.asarray(np.divide(of_second, of_first, out=np.full_like(of_first, np.nan), where=of_first != 0))
 
-    return _bootstrap(np.concatenate([first, second]), seeds, statistic, float(ratio), seed, resamples)
+    return _interval(*_resampled(np.concatenate([first, second]), seeds, statistic, seed, resamples), float(ratio))
 
 
 def paired_metric_bootstrap(
@@ -78,18 +77,11 @@ def paired_metric_bootstrap(
     Raises:
         ValueError: the arrays differ in shape or are empty.
     """
-    first, second = _paired(first, second)
     labels = np.asarray(labels, dtype=np.float64)
-    if labels.shape != first.shape[1:]:
-        raise ValueError(f"labels of shape {labels.shape} do not go with predictions of shape {first.shape}")
-    seeds, measure = len(first), METRICS[function].function
-
-    def statistic(columns: Floats, examples: Floats, chosen: Floats) -> Floats:
-        truth, before, after = columns[0], columns[1 : seeds + 1], columns[seeds + 1 :]
-        gained = [measure(b, truth, examples) - measure(a, truth, examples) for a, b in zip(before, after, strict=True)]
-        return np.asarray((np.stack(gained, axis=1) * chosen).sum(1))
-
-    return _bootstrap(np.concatenate([labels[None], first, second]), seeds, statistic, 0.0, seed, resamples)
+    if labels.shape != np.shape(first)[-1:]:
+        raise ValueError(f"labels of shape {labels.shape} do not go with predictions of shape {np.shape(first)}")
+    task = Task(first, second, labels, np.zeros(len(labels)), [(function, 0)])
+    return _interval(*_task_gain(task, seed, resamples), 0.0)
 
 
 @dataclass(frozen=True)
@@ -124,7 +116,7 @@ def paired_average_bootstrap(tasks: Sequence[Task], seed: int = 0, resamples: in
     return _interval(float(np.mean(values)), np.mean(drawn, axis=0), 0.0)
 
 
-def _task_gain(task: Task, seed: Sequence[int], resamples: int) -> tuple[float, Floats]:
+def _task_gain(task: Task, seed: int | Sequence[int], resamples: int) -> tuple[float, Floats]:
     """score(second) - score(first) of one task, and the same of its resamples."""
     first, second = _paired(task.first, task.second)
     seeds = len(first)
@@ -133,7 +125,7 @@ def _task_gain(task: Task, seed: Sequence[int], resamples: int) -> tuple[float, 
         truth, parts, before, after = columns[0], columns[1], columns[2 : seeds + 2], columns[seeds + 2 :]
         gained = np.zeros((len(examples), seeds))
         for function, part in task.metrics:
-            inside, measure = parts == part, METRICS[function].function
+            inside, measure = parts == part, metric_function(function)
             for place in range(seeds):
                 of_second, of_first = (
                     measure(side[place, inside], truth[inside], examples[:, inside]) for side in (after, before)
@@ -150,18 +142,6 @@ def _paired(first: Floats, second: Floats) -> tuple[Floats, Floats]:
     if first.shape != second.shape or not first.size:
         raise ValueError(f"values of shapes {first.shape} and {second.shape} are not paired")
     return first, second
-
-
-def _bootstrap(
-    columns: Floats,
-    seeds: int,
-    statistic: Callable[[Floats, Floats, Floats], Floats],
-    null: float,
-    seed: int,
-    resamples: int,
-) -> Interval:
-    """Interval of a statistic over resampled examples and seeds; `null` is the value of no difference."""
-    return _interval(*_resampled(columns, seeds, statistic, seed, resamples), null)
 
 
 def _resampled(
@@ -184,13 +164,13 @@ def _resampled(
     examples, generator = columns.shape[1], np.random.default_rng(seed)
     value = float(statistic(distinct, counts[None] / examples, np.full((1, seeds), 1 / seeds))[0])
     step = max(PART_ELEMENTS // len(counts), 1)
-    found = []
+    parts = []
     for start in range(0, resamples, step):
         size = min(step, resamples - start)
         weights = _draw(generator, counts, size) / examples
         chosen = generator.multinomial(seeds, np.full(seeds, 1 / seeds), size=size) / seeds
-        found.append(statistic(distinct, weights, chosen))
-    return value, np.concatenate(found)
+        parts.append(statistic(distinct, weights, chosen))
+    return value, np.concatenate(parts)
 
 
 def _interval(value: float, drawn: Floats, null: float) -> Interval:

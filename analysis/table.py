@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 
 from analysis.latex import floats
+from analysis.metrics import SCALE
 
 GAP = "-"
 LEVEL = 0.05
@@ -107,8 +108,8 @@ def as_number(value: Any, form: str) -> str:
 
 
 def as_points(fraction: float) -> str:
-    """A difference in points with its sign; what rounds to 0 has none of its own."""
-    return f"{round(100 * fraction, 2) + 0.0:+.2f}"
+    """A difference in points with its sign; what rounds to 0 has a plus."""
+    return f"{round(SCALE * fraction, 2) + 0.0:+.2f}"
 
 
 def as_spread(mean: float, std: float, form: str = ".2f") -> str:
@@ -119,8 +120,8 @@ def as_spread(mean: float, std: float, form: str = ".2f") -> str:
 
 
 def as_score(mean: float, std: float) -> str:
-    """A fraction with its spread, times 100."""
-    return as_spread(100 * mean, 100 * std)
+    """A score with its spread, times SCALE."""
+    return as_spread(SCALE * mean, SCALE * std)
 
 
 def as_kl(mean: float, std: float) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 # Keys of a choice that describe it and are no arguments of its constructor.
-DESCRIPTIVE = ("name", "modality", "allocator", "uses_posterior", "title", "color", "order")
+DESCRIPTIVE = ("name", "tasks", "allocator", "uses_posterior", "data_free", "display")
 
 
 def conf_dir() -> Path:

@@ -74,6 +74,11 @@ def calibrate(subject: Subject, recipe: Recipe, statistics: Statistics, result: 
     inherited = recipe.whitenings.inherited_seconds if recipe.whitenings else 0.0
     result.seconds["calibrate"] = statistics.total_s
     result.reused_s = statistics.total_s + inherited - spent
+    return layer_order(subject)
+
+
+def layer_order(subject: Subject) -> list[list[str]]:
+    """Names of the layers in forward order, neighbours that read one tensor together."""
     return forward_order(subject.module, subject.layers, next(subject.examples.batches(1, subject.device)))
 
 

@@ -14,8 +14,7 @@ from pathlib import Path
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from bayesq.progress import elapsed
-from bayesq.progress import TICK_S
+from bayesq.progress import TICK_S, elapsed
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = """

@@ -25,7 +25,9 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 import analysis
-from analysis import figures, gaps, plots
+from analysis import gaps, style
+from analysis.captions import settings
+from analysis.figures.shared import main_runs, without
 from analysis.loading import UNKNOWN, finished, of_finished_workloads, records, without_result
 from analysis.table import Table, remove_table, write_table
 from bayesq.suite.errors import UserError
@@ -58,6 +60,11 @@ def arguments() -> tuple[str, tuple[str, ...], Path]:
     return given.results, tuple(given.where), given.output
 
 
+def slug(text: str) -> str:
+    """`text` as part of a file name."""
+    return re.sub(r"[^A-Za-z0-9]+", "_", text).strip("_").lower()
+
+
 def in_kernel() -> bool:
     """Whether the code runs in a notebook, where the command line is the kernel's own."""
     return hasattr(builtins, "__IPYTHON__")
@@ -72,6 +79,8 @@ class Page:
         source: a results folder or `wandb:entity/project`.
         where: filters that the runs fit.
         output: folder of figures and tables.
+        results: frames of the source.
+        runs: all runs of workloads that have a result, failed ones included.
     """
 
     def __init__(self, name: str, tables: Sequence[str] = ()) -> None:
@@ -85,16 +94,12 @@ class Page:
         self.parts: list[str] = []
         try:
             self.results = read(self.source, self.where)
+            self.runs = self.results.runs
         except (FileNotFoundError, UserError) as error:
             sys.exit(f"error: {error}")
         self._forget(tables)
         if self.where:
             self.say(self._only())
-
-    @property
-    def runs(self) -> pd.DataFrame:
-        """All runs of workloads that have a result, failed ones included."""
-        return self.results.runs
 
     @property
     def workloads(self) -> list[str]:
@@ -109,40 +114,38 @@ class Page:
     @cached_property
     def main_runs(self) -> pd.DataFrame:
         """Runs that figures of all methods show; what they leave out is said."""
-        kept, left_out = plots.main_runs(self.runs)
+        shown, left_out = main_runs(self.runs)
         for line in left_out:
             self.say(line)
-        return kept
+        return shown
 
     @property
-    def layers(self) -> pd.DataFrame:
-        """The rows of all layers.csv."""
-        return self.results.layers
-
-    @property
-    def examples(self) -> pd.DataFrame:
-        """The rows of all predictions.csv."""
-        return self.results.examples
-
-    @property
-    def looks(self) -> dict[str, figures.Look]:
+    def looks(self) -> dict[str, style.Look]:
         """Look of every variant."""
-        return figures.looks(self.runs)
+        return style.looks(self.runs)
 
-    def looks_without(self, setting: str) -> dict[str, figures.Look]:
+    def looks_without(self, setting: str) -> dict[str, style.Look]:
         """Looks of variants whose names leave out a setting that is an axis of the figure."""
-        names = [plots.without(variant, setting) for variant in self.runs["variant"]]
-        return figures.looks(self.runs.assign(variant=names))
+        names = [without(variant, setting) for variant in self.runs["variant"]]
+        return style.looks(self.runs.assign(variant=names))
 
     def command(self, workload: str, *overrides: str) -> str:
         """The line for the shell that makes runs of a workload."""
         run = records(self.runs[self.runs["workload"] == workload])[0]
         return gaps.workload_command(run, overrides, self.source)
 
-    def figure(self, drawn: Figure, name: str, caption: str, data: pd.DataFrame | None = None, **options: Any) -> None:
-        """Save a figure with its caption and its data, and show it."""
-        caption += f" {self._only()}" if self.where else ""
-        path = figures.save(drawn, self.output, name, caption, data, **options)
+    def figure(
+        self, drawn: Figure, caption: str, data: pd.DataFrame, runs: pd.DataFrame, *of: Any, **options: Any
+    ) -> None:
+        """Save a figure with its data and its caption, which ends with the settings of its runs, and show it.
+
+        Args:
+            of: what names the file behind the page's name, such as workload and budget.
+            options: `without`, of `captions.settings`, and `dpi`.
+        """
+        name = "_".join([self.name, *(slug(part) if isinstance(part, str) else f"{part:g}" for part in of)])
+        caption += settings(runs, without=options.pop("without", ())) + (f" {self._only()}" if self.where else "")
+        path = style.save(drawn, self.output, name, caption, data, **options)
         if in_kernel():
             from IPython.display import Image, display
 
@@ -196,7 +199,7 @@ class Page:
             remove_table(self.output, name)
         if self.path.is_file():
             for name in re.findall(r"^!\[(.+?)\]\(", self.path.read_text(encoding="utf-8"), re.MULTILINE):
-                figures.remove(self.output, name)
+                style.remove(self.output, name)
             self.path.unlink()
 
     def _say(self, text: str) -> None:

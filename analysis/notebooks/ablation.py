@@ -1,7 +1,3 @@
-# ---
-# jupyter:
-#   kernelspec: {name: python3, display_name: Python 3, language: python}
-# ---
 # %% [markdown]
 # # What the parts are worth
 #
@@ -10,22 +6,25 @@
 # with a component switched, squares are GPTQ.
 
 # %%
-from analysis import captions, plots, tables
+from analysis import captions
+from analysis.figures import ablation
 from analysis.notebooks import Page
+from analysis.paper import PROPOSED, REFERENCE
+from analysis.tables.ablation import ablation_table
 
 page = Page("ablation", tables=["ablation"])
 
 # %%
-data = plots.ablation_data(page.runs)
-for (workload, bits), own in data.groupby(["workload", "bits"]):
-    population = captions.population(own.assign(variant=own["ablation"]), page.runs)
+data = ablation.data(page.runs)
+for (workload, bits), points in data.groupby(["workload", "bits"]):
+    population = captions.population(points.assign(variant=points["ablation"]), page.runs)
     caption = f"{workload} at {bits:g} bits: KL to full precision of ablations; {population}."
     members = page.runs[(page.runs["workload"] == workload) & (page.runs["bits/target"] == bits)]
-    caption += captions.settings(members[members["variant"].isin(["bayesq", "gptq"])])
-    page.figure(plots.ablation(own), f"ablation_{plots.slug(workload)}_{bits:g}", caption, own)
+    shown = members[members["variant"].isin([PROPOSED, REFERENCE])]
+    page.figure(ablation.draw(points), caption, points, shown, workload, bits)
 
 # %%
 if page.finished.empty:
     page.nothing("no finished run", "python run.py -m ablation=full,gptq,allocator_uniform bits=3 seed=0,1,2")
 else:
-    page.table(tables.ablation_table(page.runs), "ablation")
+    page.table(ablation_table(page.runs), "ablation")

@@ -1,7 +1,3 @@
-# ---
-# jupyter:
-#   kernelspec: {name: python3, display_name: Python 3, language: python}
-# ---
 # %% [markdown]
 # # Where the bits go
 #
@@ -11,31 +7,31 @@
 # summed over its rows; on the grey line they agree. Means over calibration seeds.
 
 # %%
-from analysis import captions, packed, plots
+from analysis import captions
+from analysis.figures import allocation
+from analysis.figures.shared import shown_budgets
 from analysis.notebooks import Page
+from analysis.paper import PROPOSED
 
 page = Page("allocation")
 
 # %%
-data = plots.allocation_data(page.layers)
+data = allocation.data(page.results.layers)
 for workload, members in data.groupby("workload"):
-    variant = str(plots.main_variant(members, page.looks))
-    own = members[members["variant"] == variant]
+    variant = allocation.main_variant(members, page.looks)
+    chosen = members[members["variant"] == variant]
     runs = page.runs[(page.runs["workload"] == workload) & (page.runs["variant"] == variant)]
-    widths = packed.width_frame(runs)
+    widths = allocation.width_frame(runs)
     rank = ", ".join(
-        f"{plots.rank_correlation(own[own['bits'] == bits]):.2f} at {bits:g} bits" for bits in plots.shown_budgets(own)
+        f"{allocation.rank_correlation(chosen[chosen['bits'] == bits]):.2f} at {bits:g} bits"
+        for bits in shown_budgets(chosen)
     )
-    caption = (
-        f"{workload}, {variant}: bits per layer, widths of rows, and risk; rank correlation of predicted and achieved"
-    )
-    caption += (
-        f" risk over {own['name'].nunique()} layers {rank}; {captions.seeds(own['n'])}. Grey: the budget; equal risks."
-    )
-    caption += captions.settings(runs)
-    page.figure(plots.allocation(own, widths, page.looks[variant]), f"allocation_{plots.slug(workload)}", caption, own)
+    caption = f"{workload}, {variant}: bits per layer, widths of rows, and risk; rank correlation of predicted and "
+    caption += f"achieved risk over {chosen['name'].nunique()} layers {rank}; {captions.seeds(chosen['n'])}. "
+    caption += "Grey: the budget; equal risks."
+    page.figure(allocation.draw(chosen, widths, page.looks[variant]), caption, chosen, runs, workload)
 
 # %%
 for workload in sorted(set(page.workloads) - set(data["workload"])):
-    command = page.command(workload, "method=bayesq", "bits=3,3.5,4")
+    command = page.command(workload, f"method={PROPOSED}", "bits=3,3.5,4")
     page.say(f"{workload}: no run with allocator=knapsack among these; `{command}`")

@@ -1,7 +1,3 @@
-# ---
-# jupyter:
-#   kernelspec: {name: python3, display_name: Python 3, language: python}
-# ---
 # %% [markdown]
 # # Accuracy and calibration from 2 to 8 bits
 #
@@ -10,20 +6,20 @@
 # (lower row). Means and sample standard deviations over calibration seeds; the grey line is the full-precision network.
 
 # %%
-from analysis import captions, gaps, plots
+from analysis import captions, gaps
+from analysis.figures import bit_curve
 from analysis.notebooks import Page
 
 BUDGETS = (2, 2.5, 3, 3.5, 4, 5, 6, 7, 8)  # of sweeps/bit_curve.yaml
 page = Page("bit_curve")
 
 # %%
-data = plots.bit_curve_data(page.main_runs)
-for workload, own in data.groupby("workload"):
-    caption = (
-        f"{workload}: score, KL, NLL and ECE against code and stored bits; {captions.population(own, page.main_runs)}."
-    )
-    caption += captions.settings(page.main_runs[page.main_runs["workload"] == workload])
-    page.figure(plots.bit_curve(own, page.looks), f"bit_curve_{plots.slug(workload)}", caption, own)
+data = bit_curve.data(page.main_runs)
+for workload, points in data.groupby("workload"):
+    population = captions.population(points, page.main_runs)
+    caption = f"{workload}: score, KL, NLL and ECE against code and stored bits; {population}."
+    members = page.main_runs[page.main_runs["workload"] == workload]
+    page.figure(bit_curve.draw(points, page.looks), caption, points, members, workload)
 
 # %% [markdown]
 # What the whole curve from 2 to 8 bits lacks, or what is left of it by filters:

@@ -1,7 +1,3 @@
-# ---
-# jupyter:
-#   kernelspec: {name: python3, display_name: Python 3, language: python}
-# ---
 # %% [markdown]
 # # How many calibration examples are needed
 #
@@ -9,23 +5,24 @@
 # calibration set is the beginning of a larger one. Means and sample standard deviations over seeds.
 
 # %%
-from analysis import captions, plots
+from analysis import captions
+from analysis.figures import calibration_size
 from analysis.notebooks import Page
+from analysis.paper import PROPOSED, REFERENCE
 
 SIZES = "calibration.examples=16,32,64,128,256,512,1024"  # of sweeps/calibration_size.yaml
 page = Page("calibration_size")
 
 # %%
-data = plots.calibration_size_data(page.runs)
-for (workload, bits), own in data.groupby(["workload", "bits"]):
-    population = captions.population(own, page.runs, "examples")
+data = calibration_size.data(page.runs)
+for (workload, bits), points in data.groupby(["workload", "bits"]):
+    population = captions.population(points, page.runs, "examples")
     caption = f"{workload} at {bits:g} bits: KL and score against calibration examples; {population}."
     members = page.runs[(page.runs["workload"] == workload) & (page.runs["bits/target"] == bits)]
-    caption += captions.settings(members, without=["calibration.examples"])
-    drawn = plots.calibration_size(own, page.looks_without("calibration.examples"))
-    page.figure(drawn, f"calibration_size_{plots.slug(workload)}_{bits:g}", caption, own)
+    drawn = calibration_size.draw(points, page.looks_without("calibration.examples"))
+    page.figure(drawn, caption, points, members, workload, bits, without=["calibration.examples"])
 
 # %%
 for workload in sorted(set(page.workloads) - set(data["workload"])):
-    command = page.command(workload, "method=gptq,bayesq", "bits=3", "seed=0,1,2", SIZES)
+    command = page.command(workload, f"method={REFERENCE},{PROPOSED}", "bits=3", "seed=0,1,2", SIZES)
     page.say(f"{workload}: no budget has runs with several calibration sizes among these; `{command}`")

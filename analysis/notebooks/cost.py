@@ -1,7 +1,3 @@
-# ---
-# jupyter:
-#   kernelspec: {name: python3, display_name: Python 3, language: python}
-# ---
 # %% [markdown]
 # # What preprocessing costs
 #
@@ -12,31 +8,32 @@
 # so memory is shown only of runs that had a process each (one command a run).
 
 # %%
-from analysis import captions, cost
 from analysis.comparisons import counted
+from analysis.figures import cost
+from analysis.methods import title
 from analysis.notebooks import Page
+from analysis.paper import REFERENCE
+from analysis.tables.cost import MEMORY, NO_MEMORY, cost_table
 
 page = Page("cost", tables=["cost"])
 
 # %%
-data = cost.cost_data(page.main_runs)
+data = cost.data(page.main_runs)
 compared = data.dropna(subset=["time x"])
 if len(compared):
     memory = compared["memory x"].notna().any()
-    caption = f"Preprocessing time{' and peak memory' if memory else ''} as multiples of the fastest GPTQ's, median,"
-    caption += (
-        f" smallest and largest over budgets and seeds; n = {counted(compared.groupby(['workload', 'variant']).size())}"
-    )
-    caption += f" runs a point. {cost.MEMORY if memory else cost.NO_MEMORY}"
-    caption += captions.settings(page.main_runs[page.main_runs["workload"].isin(compared["workload"])])
-    page.figure(cost.cost(compared, page.looks), "cost_multiples", caption, data)
+    points = counted(compared.groupby(["workload", "variant"]).size())
+    caption = f"Preprocessing time{' and peak memory' if memory else ''} as multiples of the fastest "
+    caption += f"{title(REFERENCE)}'s, median, smallest and largest over budgets and seeds; n = {points} runs a point."
+    caption += f" {MEMORY if memory else NO_MEMORY}"
+    members = page.main_runs[page.main_runs["workload"].isin(compared["workload"])]
+    page.figure(cost.draw(compared, page.looks), caption, data, members, "multiples")
 
 # %%
 if len(page.finished):
-    page.table(cost.cost_table(page.main_runs), "cost")
+    page.table(cost_table(page.main_runs), "cost")
 
 # %%
 for workload in sorted(set(page.workloads) - set(compared["workload"])):
-    page.say(
-        f"{workload}: no GPTQ to compare with; `{page.command(workload, 'method=gptq', 'bits=3,3.5,4', 'seed=0,1,2')}`"
-    )
+    command = page.command(workload, f"method={REFERENCE}", "bits=3,3.5,4", "seed=0,1,2")
+    page.say(f"{workload}: no {title(REFERENCE)} to compare with; `{command}`")

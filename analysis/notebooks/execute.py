@@ -19,13 +19,14 @@ CELL_SECONDS = 1800
 def convert(name: str) -> NotebookNode:
     """The notebook of a script, not executed; the same script gives the same file."""
     notebook: NotebookNode = jupytext.read(FOLDER / f"{name}.py", fmt="py:percent")
+    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
     for number, cell in enumerate(notebook.cells):
         cell["id"] = f"{name}-{number}"  # jupytext draws them at random
     return notebook
 
 
 def execute(name: str, source: str | Path, output: Path, where: Sequence[str] = ()) -> Path:
-    """Execute a page in a kernel of its own and write OUTPUT/NAME.ipynb, in the folder one is in.
+    """Execute a page in a new kernel, in the current folder, and write OUTPUT/NAME.ipynb.
 
     Args:
         source: a results folder or `wandb:entity/project`.

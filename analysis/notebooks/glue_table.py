@@ -1,7 +1,3 @@
-# ---
-# jupyter:
-#   kernelspec: {name: python3, display_name: Python 3, language: python}
-# ---
 # %% [markdown]
 # # GLUE
 #
@@ -9,13 +5,13 @@
 # is missing. Means and sample standard deviations over calibration seeds.
 
 # %%
-from analysis import glue
 from analysis.notebooks import Page
+from analysis.tables.glue import glue_table, has_glue
 
 page = Page("glue_table", tables=["glue_table"])
 
 # %%
-if not glue.has_glue(page.runs):
+if not has_glue(page.runs):
     page.nothing("no finished run of a GLUE task", "python run.py -m +experiment=glue bits=3,3.5,4 seed=0,1,2")
 else:
-    page.table(glue.glue_table(page.runs), "glue_table")
+    page.table(glue_table(page.runs), "glue_table")

@@ -1,7 +1,3 @@
-# ---
-# jupyter:
-#   kernelspec: {name: python3, display_name: Python 3, language: python}
-# ---
 # %% [markdown]
 # # KL to full precision against bits
 #
@@ -10,20 +6,20 @@
 # bars one sample standard deviation. A line breaks where a budget that other methods have was not run.
 
 # %%
-from analysis import captions, gaps, plots
+from analysis import captions, gaps
+from analysis.figures import bit_curve, main_figure
 from analysis.notebooks import Page
 
 page = Page("main_figure")
 
 # %%
-data = plots.bit_curve_data(page.main_runs)
+data = bit_curve.data(page.main_runs)
 if data.empty:
-    page.nothing("no finished run", "python run.py -m method=rtn,gptq,awq,bayesq bits=3,3.5,4 seed=0,1,2")
+    page.nothing("no finished run", gaps.main_sweep())
 else:
     population = captions.population(data, page.main_runs)
     caption = f"KL to full precision against code bits, mean and standard deviation; {population}."
-    caption += captions.settings(page.main_runs)
-    page.figure(plots.main_figure(data, page.looks), "main_figure", caption, data, dpi=200)
+    page.figure(main_figure.draw(data, page.looks), caption, data, page.main_runs, dpi=200)
 
 # %%
 page.missing(gaps.gaps(page.main_runs, source=page.source))

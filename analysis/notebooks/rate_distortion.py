@@ -1,7 +1,3 @@
-# ---
-# jupyter:
-#   kernelspec: {name: python3, display_name: Python 3, language: python}
-# ---
 # %% [markdown]
 # # Bits above the Gaussian rate-distortion bound
 #
@@ -18,26 +14,26 @@
 # Middle: minus the bounds of the layers, each at its own risk; what the left panel has more is lost by the allocation
 # of bits to layers. Right: layer by layer. All methods are judged by the same risk, taken on the full-precision
 # network's inputs: a GPTQ that rounds behind the quantized prefix minimises another one.
-# `python -m bayesq.suite.bounds` computes the bounds of finished runs.
+# `python -m analysis.bounds` computes the bounds of finished runs.
 
 # %%
-from analysis import captions, plots
+from analysis import captions
+from analysis.figures import rate_distortion
 from analysis.notebooks import Page
 
 page = Page("rate_distortion")
 
 # %%
-bounds = plots.bounds_frame(page.main_runs)
+bounds = rate_distortion.bounds_frame(page.main_runs)
 for workload, members in bounds.groupby("workload"):
-    own, layers = plots.rate_distortion_data(members), plots.layer_gaps(members)
+    points, layers = rate_distortion.data(members), rate_distortion.layer_gaps(members)
     caption = f"{workload}: code bits per weight above the Gaussian rate-distortion bound at the achieved risk, of the"
     caption += f" network, of its {layers['name'].nunique()} layers, and layer by layer;"
-    caption += f" {captions.seeds(own['n'])}."
-    caption += captions.settings(page.main_runs[page.main_runs["run_id"].isin(members["run_id"])])
-    drawn = plots.rate_distortion(own, layers, page.looks)
-    page.figure(drawn, f"rate_distortion_{plots.slug(workload)}", caption, own)
+    caption += f" {captions.seeds(points['n'])}."
+    runs = page.main_runs[page.main_runs["run_id"].isin(members["run_id"])]
+    page.figure(rate_distortion.draw(points, layers, page.looks), caption, points, runs, workload)
 
 # %%
-without = page.finished[~page.finished["run_id"].isin(plots.bounds_frame(page.finished)["run_id"])]
+without = page.finished[~page.finished["run_id"].isin(rate_distortion.bounds_frame(page.finished)["run_id"])]
 if len(without):
-    page.say(f"{len(without)} runs have no bounds.csv; `python -m bayesq.suite.bounds {page.source}`")
+    page.say(f"{len(without)} runs have no bounds.csv; `python -m analysis.bounds {page.source}`")

@@ -1,7 +1,3 @@
-# ---
-# jupyter:
-#   kernelspec: {name: python3, display_name: Python 3, language: python}
-# ---
 # %% [markdown]
 # # Is the network as sure as it is right?
 #
@@ -10,22 +6,23 @@
 # bin's share. Examples of all seeds are pooled. On the dotted line a network is calibrated.
 
 # %%
-from analysis import captions, plots
 from analysis.comparisons import counted
+from analysis.figures import reliability
+from analysis.figures.shared import shown_budgets
 from analysis.notebooks import Page
 
 page = Page("reliability")
 
 # %%
-examples = page.examples
-data = plots.reliability_data(examples[examples["run_id"].isin(page.main_runs["run_id"])])
-for workload, own in data.groupby("workload"):
-    shown = own[own["bits"].isin(plots.shown_budgets(own))]
+examples = page.results.examples
+data = reliability.data(examples[examples["run_id"].isin(page.main_runs["run_id"])])
+for workload, bins in data.groupby("workload"):
+    shown = bins[bins["bits"].isin(shown_budgets(bins))]
     pooled = counted(shown[shown["method"] != ""].groupby(["bits", "variant"])["n"].sum())
     caption = f"{workload}: accuracy against confidence; n = {pooled} predictions a line, seeds pooled;"
-    caption += f" bins of fewer than {plots.LEAST_IN_BIN} are not drawn, a marker's area is the share of its bin."
-    caption += captions.settings(page.main_runs[page.main_runs["workload"] == workload])
-    page.figure(plots.reliability(shown, page.looks), f"reliability_{plots.slug(workload)}", caption, shown)
+    caption += f" bins of fewer than {reliability.LEAST_IN_BIN} are not drawn, a marker's area is the share of its bin."
+    members = page.main_runs[page.main_runs["workload"] == workload]
+    page.figure(reliability.draw(shown, page.looks), caption, shown, members, workload)
 
 # %%
 for workload in sorted(set(page.workloads) - set(data["workload"])):

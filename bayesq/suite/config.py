@@ -21,8 +21,10 @@ import bayesq
 from bayesq.suite import wandb_environment
 from bayesq.suite.errors import UserError
 
+# keys of a method that describe it: neither arguments of its constructor nor part of run_id
+METHOD_METADATA = ("allocator", "uses_posterior", "data_free", "display")
 # keys of a group that describe a choice and are not arguments of its constructor
-DESCRIPTIVE = ("name", "tasks", "allocator", "uses_posterior")
+DESCRIPTIVE = ("name", "tasks", *METHOD_METADATA)
 # where a run happens, how it is logged and whether it is repeated changes nothing about its numbers
 WITHOUT_EFFECT = ("results_dir", "cache_dir", "force", "device", "resources", "wandb", "hydra")
 
@@ -98,7 +100,7 @@ def settings_that_matter(config: Mapping[str, Any]) -> dict[str, Any]:
       * posterior, when neither the method (`uses_posterior: true` in its YAML) nor allocator=knapsack reads it;
       * distillation and monte_carlo, when distill=false and proxy=none do not read them;
       * calibration.offload: where tensors wait;
-      * the method's metadata: its default allocator (the effective one is the key `allocator`), `uses_posterior`.
+      * METHOD_METADATA: the method's default allocator (the effective one is the key `allocator`) and descriptions.
     Order and repetition do not count in allocation.widths and layers.exclude, and 3.0 equals 3. Of the patterns in
     allocation.pinned and allocation.allowed the order does count, so those mappings become lists of pairs.
     """
@@ -116,7 +118,7 @@ def settings_that_matter(config: Mapping[str, Any]) -> dict[str, Any]:
         matter.pop("monte_carlo", None)
     if "calibration" in matter:
         matter["calibration"] = {k: v for k, v in matter["calibration"].items() if k != "offload"}
-    matter["method"] = {k: v for k, v in config["method"].items() if k not in ("allocator", "uses_posterior")}
+    matter["method"] = {k: v for k, v in config["method"].items() if k not in METHOD_METADATA}
     if "exclude" in matter.get("layers", {}):
         matter["layers"] = {**matter["layers"], "exclude": sorted(set(matter["layers"]["exclude"]))}
     canonical: dict[str, Any] = _canonical(matter)

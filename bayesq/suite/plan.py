@@ -98,15 +98,15 @@ def fisher_likelihood(store: WhiteningStore | None, of_data: Likelihood) -> Like
     return LIKELIHOODS[store.posterior.likelihood]
 
 
-def open_statistics(cfg: DictConfig, recipe: Recipe, work: Workload, cache_dir: Path) -> Calibration:
+def open_statistics(cfg: DictConfig, store: WhiteningStore | None, work: Workload, cache_dir: Path) -> Calibration:
     """The calibration statistics that a run reads; nothing is computed yet."""
-    subject, network, posterior = work.subject, work.network, recipe.whitenings and recipe.whitenings.posterior
+    subject, network, posterior = work.subject, work.network, store and store.posterior
     settings = CalibrationSettings(
         1 if subject.usage.alone else int(cfg.calibration.batch_size),
         posterior.samples if posterior else None,
         int(cfg.seed),
         gradient_examples=posterior.examples if posterior else None,
-        likelihood=fisher_likelihood(recipe.whitenings, subject.likelihood),
+        likelihood=fisher_likelihood(store, subject.likelihood),
         draws=posterior.draws if posterior else "signs",
     )
     return Calibration(

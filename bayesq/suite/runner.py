@@ -91,7 +91,7 @@ def execute(cfg: DictConfig, folder: Path, session: Session) -> tuple[dict[str, 
     with elapsed(f"load {cfg.model.name} and {cfg.dataset.name}"):
         work = load_workload(cfg, cache_dir)
     check_patterns(recipe, work)
-    statistics = open_statistics(cfg, recipe, work, cache_dir)
+    statistics = open_statistics(cfg, recipe.whitenings, work, cache_dir)
     place_whitenings(cfg, recipe.whitenings, statistics, folder, session)
     needs = preflight(cfg, recipe, work, statistics, {"cache_dir": cache_dir, "results_dir": folder.parent})
     if recipe.whitenings and needs.spilled:

@@ -83,37 +83,14 @@ def add(
     if error is not None:
         write_json(folder / "status.json", {"status": "failed", "error": error, "overrides": overrides})
         return folder
-    rows = []
-    for i in range(EXAMPLES):
-        label = i % 2
-        place = EXAMPLES - i if method == "bayesq" else i + 1
-        own = kl * 2 * place / (EXAMPLES + 1)  # whose mean is kl
-        rows.append({"label": label, "fp_prediction": label, "q_prediction": label if i < correct else 1 - label})
-        rows[-1] |= {"fp_correct": 1, "q_correct": int(i < correct), "kl": own, "id": f"e{i}"}
-    measured = metrics or {"accuracy": (1.0, correct / EXAMPLES)}
-    scores: dict[str, Any] = {}
-    for metric, (fp, q) in measured.items():
-        scores |= {f"fp/{metric}": fp, f"q/{metric}": q, f"delta/{metric}": q - fp, f"delta/{metric}/ci95": [-1, 1]}
+    rows = predictions_of(method, correct, kl)
     result = {
+        **result_of(content, metrics or {"accuracy": (1.0, correct / EXAMPLES)}),
         "run_id": folder.name,
-        "status": "finished",
-        "model": model,
-        "dataset": dataset,
-        "method": method,
-        "seed": seed,
-        "primary_metric": next(iter(measured)),
-        "bits/target": bits,
-        "bits/code": bits,
-        "bits/stored": bits + 0.125,
-        **scores,
         "q/kl_to_fp": float(np.mean([row["kl"] for row in rows])),
-        "calibration/examples": content["calibration"]["examples"],
-        "evaluation/examples": EXAMPLES,
         "memory/peak_rss_bytes": memory,
         **({} if process is None else {"memory/process": process or folder.name}),
         **{f"time/{stage}_s": value for stage, value in zip(STAGES, seconds, strict=True)},
-        "config": content,
-        "wandb/error": None,
     }
     layer = {"name": "stem", "bits/code": bits, "bits/stored": bits + 0.125, "achieved_risk": None}
     write_csv(folder / "layers.csv", [layer])
@@ -121,6 +98,38 @@ def add(
         write_csv(folder / "predictions.csv", rows)
     write_json(folder / "result.json", result)
     return folder
+
+
+def result_of(content: dict[str, Any], metrics: dict[str, tuple[float, float]]) -> dict[str, Any]:
+    """What a result has of its configuration and its metrics, full-precision and quantized."""
+    result: dict[str, Any] = {axis: content[axis]["name"] for axis in ("model", "dataset", "method")}
+    result |= {
+        "status": "finished",
+        "seed": content["seed"],
+        "primary_metric": next(iter(metrics)),
+        "bits/target": content["bits"],
+        "bits/code": content["bits"],
+        "bits/stored": content["bits"] + 0.125,
+        "calibration/examples": content["calibration"]["examples"],
+        "evaluation/examples": EXAMPLES,
+        "config": content,
+        "wandb/error": None,
+    }
+    for metric, (fp, q) in metrics.items():
+        result |= {f"fp/{metric}": fp, f"q/{metric}": q, f"delta/{metric}": q - fp, f"delta/{metric}/ci95": [-1, 1]}
+    return result
+
+
+def predictions_of(method: str, correct: int, kl: float) -> list[dict[str, Any]]:
+    """Rows of predictions.csv whose mean KL is `kl`, the first ones correct."""
+    rows: list[dict[str, Any]] = []
+    for i in range(EXAMPLES):
+        label = i % 2
+        place = EXAMPLES - i if method == "bayesq" else i + 1
+        rows.append({"label": label, "fp_prediction": label, "q_prediction": label if i < correct else 1 - label})
+        own = kl * 2 * place / (EXAMPLES + 1)
+        rows[-1] |= {"fp_correct": 1, "q_correct": int(i < correct), "kl": own, "id": f"e{i}"}
+    return rows
 
 
 def add_main(results: Path, **options: Any) -> None:

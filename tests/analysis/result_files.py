@@ -75,10 +75,18 @@ def add_run(
     if failed is not None:
         write_json(path / "status.json", {"status": "failed", "error": failed, "overrides": overrides, "run_id": name})
         return path
-
     draw = np.random.default_rng(hash_of(name))
     loss = kl if kl is not None else LOSSES[method] * 4 ** (3 - bits) * (1 + 0.1 * draw.standard_normal())
-    predictions = [
+    predictions = predictions_of(draw, loss)
+    write_csv(path / "predictions.csv", predictions)
+    write_tables(path, bits, loss, risky=method == "bayesq")
+    write_json(path / "result.json", {"run_id": name, **result_of(config, predictions, loss, folder)})
+    return path
+
+
+def predictions_of(draw: np.random.Generator, loss: float) -> list[dict[str, Any]]:
+    """Rows of predictions.csv, every one of this KL; about 0.9 of them are right."""
+    rows: list[dict[str, Any]] = [
         {
             "label": int(label),
             "fp_prediction": int(label) if draw.random() < 0.9 else 1 - int(label),
@@ -90,11 +98,14 @@ def add_run(
         }
         for i, label in enumerate(draw.integers(0, 2, EXAMPLES))
     ]
-    for row in predictions:
+    for row in rows:
         row["fp_correct"] = int(row["fp_prediction"] == row["label"])
         row["q_correct"] = int(row["q_prediction"] == row["label"])
-    scores = {side: float(np.mean([row[f"{side}_correct"] for row in predictions])) for side in ("fp", "q")}
-    risky = method == "bayesq"
+    return rows
+
+
+def write_tables(path: Path, bits: float, loss: float, risky: bool) -> None:
+    """layers.csv and bounds.csv; `risky` runs have predicted their risk."""
     layers = [
         {
             "name": f"layer{i}",
@@ -123,18 +134,23 @@ def add_run(
         for i in range(LAYERS)
     ]
     write_csv(path / "layers.csv", layers)
-    write_csv(path / "predictions.csv", predictions)
     write_csv(path / "bounds.csv", bounds)
-    result: dict[str, Any] = {
-        "run_id": name,
+
+
+def result_of(config: dict[str, Any], predictions: list[dict[str, Any]], loss: float, folder: Path) -> dict[str, Any]:
+    """The content of result.json without the run id."""
+    scores = {side: float(np.mean([row[f"{side}_correct"] for row in predictions])) for side in ("fp", "q")}
+    model, method, bits = config["model"]["name"], config["method"]["name"], config["bits"]
+    risky = method == "bayesq"
+    return {
         "status": "finished",
         "model": model,
-        "dataset": dataset,
+        "dataset": config["dataset"]["name"],
         "method": method,
         "posterior": "kfac" if risky else "none",
         "allocator": config["allocator"],
         "correction": "none",
-        "seed": seed,
+        "seed": config["seed"],
         "primary_metric": "accuracy",
         "bits/target": bits,
         "bits/code": bits,
@@ -155,19 +171,17 @@ def add_run(
         **{f"time/{stage}_s": 1.0 for stage in ("calibrate", "posterior", "quantize", "distill", "evaluate", "total")},
         "time/distill_s": 0.0,
         "memory/peak_rss_bytes": 2**30 if risky else 2**29,
-        "memory/process": name,
+        "memory/process": f"{model}{config}",
         "memory/peak_device_bytes": 0,
-        "calibration/examples": examples,
+        "calibration/examples": config["calibration"]["examples"],
         "evaluation/examples": EXAMPLES,
         "fallback/dead_columns": 0,
         "config": config,
         "versions": {"bayesq": "0.0"},
         "host": {"name": "somewhere", "directory": str(folder)},
         "git": {"commit": "0" * 40, "dirty": False},
-        "source": {"weights": f"{model}{task}"},
+        "source": {"weights": f"{model}{config['dataset']['task']}"},
     }
-    write_json(path / "result.json", result)
-    return path
 
 
 def hash_of(text: str) -> int:

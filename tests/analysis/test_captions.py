@@ -9,10 +9,12 @@ import pytest
 from frozen import EXAMPLES, add, config, started
 
 from analysis import captions, gaps, load_runs
-from analysis.glue import glue_table
+from analysis.figures import bit_curve
 from analysis.notebooks import NOTEBOOKS, Page, render_all
-from analysis.plots import bit_curve_data
-from analysis.tables import ablation_table, compact_table, main_table, overview_table
+from analysis.tables.ablation import ablation_table
+from analysis.tables.compact import compact_table
+from analysis.tables.main import main_table
+from analysis.tables.overview import overview_table
 from bayesq.files import lock
 
 
@@ -115,7 +117,7 @@ def test_figures_of_several_workloads_have_the_examples_of_each(tmp_path: Path) 
         folder = add(tmp_path, "gptq", 3.0, 0, dataset=dataset)
         changed(folder, **{"evaluation/examples": count})
     runs = load_runs(tmp_path)
-    caption = captions.population(bit_curve_data(runs), runs)
+    caption = captions.population(bit_curve.data(runs), runs)
     assert caption == "n = 1 seed, 10 (ResNet CIFAR-10), 40 (ResNet digits) test examples"
 
 
@@ -316,8 +318,8 @@ def test_a_mean_with_a_result_that_is_no_number_is_left_out(tmp_path: Path, key:
     assert any(f"bayesq at 3 bits, seed 1: its {key} is no number" in note for note in table.footnotes)
     assert "nan" not in overview_table(runs).markdown() + compact_table(table, runs).markdown()
     column = "q/kl_to_fp" if "kl" in key else "score"
-    assert bit_curve_data(runs).set_index("variant").loc["bayesq", column] != pytest.approx(0)
-    assert pd.isna(bit_curve_data(runs).set_index("variant").loc["bayesq", column])
+    assert bit_curve.data(runs).set_index("variant").loc["bayesq", column] != pytest.approx(0)
+    assert pd.isna(bit_curve.data(runs).set_index("variant").loc["bayesq", column])
 
 
 def test_a_gptq_without_a_kl_is_not_the_strongest(tmp_path: Path) -> None:
@@ -326,40 +328,6 @@ def test_a_gptq_without_a_kl_is_not_the_strongest(tmp_path: Path) -> None:
     add(tmp_path, "gptq", 3.0, 0, 20, 0.3, method__sequential=False)
     row, _ = row_of(tmp_path)
     assert row["reference"] == "gptq sequential=false"
-
-
-# ---------------------------------------------------------------------------------------------------------------- GLUE
-
-
-def test_glue_on_other_examples_is_no_further_seed(tmp_path: Path) -> None:
-    """Runs on 10 examples and on all of them are rows of their own, not one mean."""
-    for limit, score in ((None, 0.8), (10, 0.2)):
-        own = {"dataset__task": "cola", "dataset__limit": limit, "metrics": {"matthews": (0.9, score)}}
-        for method in ("gptq", "bayesq"):
-            add(tmp_path, method, 3.0, 0, model="bert", dataset="glue", **own)
-    numbers = glue_table(load_runs(tmp_path)).numbers
-    assert numbers[["model", "variant", "cola", "n"]].to_numpy().tolist() == [
-        ["bert", "bayesq", 80.0, 1],
-        ["bert", "gptq", 80.0, 1],
-        ["bert dataset.limit=10", "bayesq", 20.0, 1],
-        ["bert dataset.limit=10", "gptq", 20.0, 1],
-    ]
-
-
-def test_glue_says_which_seeds_an_interval_is_over_and_how_many_each_task_has(tmp_path: Path) -> None:
-    for task, seeds in (("sst2", (0, 1)), ("qnli", (0, 1, 2))):
-        for method in ("gptq", "bayesq"):
-            for seed in seeds:
-                add(tmp_path, method, 3.0, seed, model="bert", dataset="glue", dataset__task=task)
-    assert not [note for note in glue_table(load_runs(tmp_path)).footnotes if "alone" in note]
-    (lost,) = tmp_path.glob("*-bayesq-3-1*qnli*/predictions.csv")
-    lost.unlink()
-    table = glue_table(load_runs(tmp_path))
-    assert set(table.cells["n"]) == {"2 to 3"}
-    (note,) = [note for note in table.footnotes if "alone" in note]
-    assert note == (
-        "bert, bayesq at 3 bits: Δ GPTQ (gptq) is over seed 0, 2 of qnli alone, of which both have predictions."
-    )
 
 
 def test_the_page_of_a_kernel_takes_its_filters_from_the_environment(

@@ -3,20 +3,20 @@
 import re
 import shutil
 import statistics
-from itertools import combinations
 from pathlib import Path
 
 import pandas as pd
 import pytest
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from result_files import add_run, paper
 
-from analysis import captions, figures, gaps, load_runs, plots
-from analysis.cost import cost, cost_data
+from analysis import captions, gaps, load_runs, style
+from analysis.figures import ablation, allocation, bit_curve, cost, main_figure, rate_distortion, reliability
+from analysis.figures.shared import main_runs
+from analysis.methods import methods_of
 from analysis.notebooks import NOTEBOOKS, Results, render_all
 
 
@@ -45,47 +45,12 @@ def rendered(source: Path, output: Path, *names: str) -> dict[str, bytes]:
     return {str(path.relative_to(output)): path.read_bytes() for path in output.rglob("*") if path.is_file()}
 
 
-# -------------------------------------------------------------------------------------------------------------- looks
-
-
-def test_methods_differ_in_colour_marker_line_and_grey() -> None:
-    for one, other in combinations(figures.LOOKS.values(), 2):
-        assert one.colour != other.colour
-        assert one.marker != other.marker
-        assert one.line != other.line
-
-
-def test_a_method_looks_the_same_whatever_else_a_source_has(full: Path, digits: Path) -> None:
-    many, few = figures.looks(load_runs(full)), figures.looks(load_runs(digits))
-    assert set(few) <= set(many)
-    assert all(few[variant] == many[variant] for variant in few)
-    assert list(many) == list(figures.LOOKS)
-
-
-def test_variants_keep_colour_and_marker_but_not_filling_and_line() -> None:
-    runs = pd.DataFrame({"method": ["gptq"] * 3, "variant": ["gptq clip=mse", "gptq", "gptq act_order=false"]})
-    found = figures.looks(runs)
-    assert found["gptq"] == figures.LOOKS["gptq"]
-    for variant in ("gptq clip=mse", "gptq act_order=false"):
-        assert (found[variant].colour, found[variant].marker) == (found["gptq"].colour, found["gptq"].marker)
-        assert not found[variant].filled
-        assert found[variant].line != found["gptq"].line
-    assert found["gptq clip=mse"].line != found["gptq act_order=false"].line
-
-
-def test_a_method_of_a_users_own_gets_a_look_of_no_other() -> None:
-    own = figures.look("mine")
-    assert own == figures.look("mine")
-    assert own.colour not in {look.colour for look in figures.LOOKS.values()}
-    assert to_rgb(own.colour)
-
-
 # ---------------------------------------------------------------------------------------------------------------- data
 
 
 def test_means_and_deviations_are_those_of_the_seeds(digits: Path) -> None:
     runs = load_runs(digits)
-    data = plots.bit_curve_data(runs).set_index(["variant", "bits"])
+    data = bit_curve.data(runs).set_index(["variant", "bits"])
     losses = [
         run["q/kl_to_fp"] for run in runs.to_dict("records") if (run["method"], run["bits/target"]) == ("bayesq", 3)
     ]
@@ -97,12 +62,12 @@ def test_means_and_deviations_are_those_of_the_seeds(digits: Path) -> None:
 
 def test_a_missing_budget_breaks_the_line_and_is_named(digits: Path) -> None:
     runs = load_runs(digits)
-    data = plots.bit_curve_data(runs)
-    drawn = plots.main_figure(data, figures.looks(runs))
+    data = bit_curve.data(runs)
+    drawn = main_figure.draw(data, style.looks(runs))
     lines = {
         tuple(line.get_xdata()): list(line.get_ydata())
         for line in drawn.axes[0].lines
-        if line.get_color() == figures.LOOKS["gptq"].colour and len(line.get_xdata()) == 3
+        if line.get_color() == methods_of()["gptq"].color and len(line.get_xdata()) == 3
     }
     (values,) = lines.values()
     assert [value == value for value in values] == [True, False, True]
@@ -136,7 +101,7 @@ def test_settings_that_all_runs_of_a_method_share_are_in_the_caption(tmp_path: P
 
 def test_points_with_another_n_are_named(digits: Path) -> None:
     runs = load_runs(digits)
-    caption = captions.population(plots.bit_curve_data(runs), runs)
+    caption = captions.population(bit_curve.data(runs), runs)
     assert caption == "n = 3 seeds (GPTQ at 3.5 bits: none), 60 test examples"
 
 
@@ -147,7 +112,7 @@ def test_methods_that_read_no_calibration_data_are_named_once(tmp_path: Path) ->
             add_run(tmp_path, method="gptq", bits=bits, seed=seed)
     add_run(tmp_path, method="bayesq", bits=3)
     runs = load_runs(tmp_path)
-    caption = captions.population(plots.bit_curve_data(runs), runs)
+    caption = captions.population(bit_curve.data(runs), runs)
     once = "BayesQ at 4 bits: none; BayesQ at 3 bits: 1; RTN: 1, no calibration data read"
     assert caption == f"n = 2 seeds ({once}), 60 test examples"
 
@@ -162,7 +127,7 @@ def test_a_setting_in_the_name_is_not_told_again(tmp_path: Path) -> None:
 
 def test_reliability_bins_have_the_share_and_accuracy_of_their_examples(digits: Path) -> None:
     examples = Results(str(digits)).examples
-    data = plots.reliability_data(examples)
+    data = reliability.data(examples)
     own = examples[(examples["variant"] == "bayesq") & (examples["bits"] == 4)]
     found = data[(data["variant"] == "bayesq") & (data["bits"] == 4)]
     assert found["share"].sum() == pytest.approx(1)
@@ -179,7 +144,7 @@ def test_cost_is_a_multiple_of_the_median_gptq(tmp_path: Path) -> None:
     for seed in (0, 1, 2):
         add_run(tmp_path, method="gptq", seed=seed)
     add_run(tmp_path, method="bayesq")
-    data = cost_data(load_runs(tmp_path)).set_index("method")
+    data = cost.data(load_runs(tmp_path)).set_index("method")
     assert data.loc["bayesq", "memory x"] == pytest.approx(2)
     assert data.loc["bayesq", "time x"] == pytest.approx(1)
 
@@ -189,7 +154,7 @@ def test_bits_above_the_bound_are_weighted_by_weights(tmp_path: Path) -> None:
     (folder / "bounds.csv").write_text(
         "name,weights,bits/code,risk,bound_bits,shared_bound_bits\na,300,4,1,3,2\nb,100,8,1,4,5\n"
     )
-    data = plots.rate_distortion_data(plots.bounds_frame(load_runs(tmp_path)))
+    data = rate_distortion.data(rate_distortion.bounds_frame(load_runs(tmp_path)))
     assert data["coding"].item() == pytest.approx((300 * 1 + 100 * 4) / 400)
     assert data["above"].item() == pytest.approx((300 * 2 + 100 * 3) / 400)
 
@@ -200,12 +165,12 @@ def test_copies_and_runs_without_any_record_are_named(tmp_path: Path) -> None:
     (tmp_path / "two/lost").mkdir()
     (tmp_path / "two/lost/status.json").write_text('{"status": "failed", "error": "no record"}')
     runs = load_runs(tmp_path)
-    lines = gaps.gaps(plots.main_runs(runs)[0], source=tmp_path)
+    lines = gaps.gaps(main_runs(runs)[0], source=tmp_path)
     assert len(lines) == 2
     assert lines[0].startswith(str(tmp_path / "two/lost"))
     assert "no record" in lines[0]
     assert "1 duplicate run was dropped" in lines[1]
-    assert list(figures.looks(runs)) == ["gptq"]
+    assert list(style.looks(runs)) == ["gptq"]
 
 
 # --------------------------------------------------------------------------------------------------------------- files
@@ -230,11 +195,11 @@ def test_a_changed_result_changes_the_figure_and_its_data(digits: Path, tmp_path
 
 def test_the_readmes_figure_is_small_and_has_a_panel_for_each_workload(full: Path, tmp_path: Path) -> None:
     runs = load_runs(full)
-    data = plots.bit_curve_data(runs)
-    drawn = plots.main_figure(data, figures.looks(runs))
+    data = bit_curve.data(runs)
+    drawn = main_figure.draw(data, style.looks(runs))
     assert len(drawn.axes) == 5
     assert {axes.get_yscale() for axes in drawn.axes} == {"log"}
-    path = figures.save(drawn, tmp_path, "main_figure", "caption", data, dpi=200)
+    path = style.save(drawn, tmp_path, "main_figure", "caption", data, dpi=200)
     assert path.stat().st_size < 200 * 1024
     assert re.search(rb"/Subtype\s*/Type3", (tmp_path / "main_figure.pdf").read_bytes()) is None
     assert b"CreationDate" not in (tmp_path / "main_figure.pdf").read_bytes()
@@ -266,49 +231,25 @@ def test_a_figure_that_is_not_drawn_again_is_removed(digits: Path, tmp_path: Pat
 def drawn(full: Path) -> dict[str, Figure]:
     """One of every figure of the source."""
     results = Results(str(full))
-    looks = figures.looks(results.runs)
-    curve = plots.bit_curve_data(results.runs)
+    looks = style.looks(results.runs)
+    curve = bit_curve.data(results.runs)
     workload = curve["workload"].iloc[0]
 
     def own(data: pd.DataFrame) -> pd.DataFrame:
         return data[data["workload"] == workload]
 
-    bounds = own(plots.bounds_frame(results.runs))
+    bounds = own(rate_distortion.bounds_frame(results.runs))
     widths = pd.DataFrame({"bits": 3.0, "seed": 0, "position": [0, 0, 1], "width": [2, 8, 3], "share": [0.5, 0.5, 1.0]})
     return {
-        "main_figure": plots.main_figure(curve, looks),
-        "bit_curve": plots.bit_curve(own(curve), looks),
-        "allocation": plots.allocation(own(plots.allocation_data(results.layers)), widths, looks["bayesq"]),
-        "cost": cost(cost_data(results.runs), looks),
-        "reliability": plots.reliability(own(plots.reliability_data(results.examples)), looks),
-        "rate_distortion": plots.rate_distortion(plots.rate_distortion_data(bounds), plots.layer_gaps(bounds), looks),
+        "main_figure": main_figure.draw(curve, looks),
+        "bit_curve": bit_curve.draw(own(curve), looks),
+        "allocation": allocation.draw(own(allocation.data(results.layers)), widths, looks["bayesq"]),
+        "cost": cost.draw(cost.data(results.runs), looks),
+        "reliability": reliability.draw(own(reliability.data(results.examples)), looks),
+        "rate_distortion": rate_distortion.draw(
+            rate_distortion.data(bounds), rate_distortion.layer_gaps(bounds), looks
+        ),
     }
-
-
-@pytest.mark.parametrize(("entries", "lengths"), [(3, [3]), (5, [5]), (6, [3, 3]), (7, [4, 3]), (11, [4, 4, 3])])
-def test_lines_of_a_legend_are_about_equally_long(entries: int, lengths: list[int]) -> None:
-    figure, _ = figures.panels(1, 1, figures.DOUBLE, 2.0)
-    figures.legend(figure, {f"m{i}": figures.look("gptq") for i in range(entries)})
-    (found,) = figure.legends
-    with figures.style():
-        canvas = FigureCanvasAgg(figure)
-        canvas.draw()
-        heights = [round(text.get_window_extent(canvas.get_renderer()).y0) for text in found.get_texts()]
-    assert sorted(map(heights.count, set(heights)), reverse=True) == lengths
-
-
-@pytest.mark.parametrize("width", [figures.SINGLE, figures.DOUBLE])
-@pytest.mark.parametrize("further", [1, 4, 6])
-def test_a_legend_is_no_wider_than_its_figure(width: float, further: int) -> None:
-    settings = ["calibration.examples=64", "sequential=false", "clip=mse", "act_order=false", "damping=0.1", "x=1"]
-    variants = ["bayesq", *(f"gptq {setting}" for setting in settings[:further])]
-    with figures.style():
-        figure, _ = figures.panels(1, 1, width, 2.0)
-        figures.legend(figure, {variant: figures.look("gptq") for variant in variants})
-        canvas = FigureCanvasAgg(figure)
-        canvas.draw()
-        box = figure.legends[0].get_window_extent(canvas.get_renderer())
-    assert figure.bbox.x0 - 1 <= box.x0 and box.x1 <= figure.bbox.x1 + 1
 
 
 @pytest.mark.parametrize(("fastest", "ticks"), [(0.5, [0.5, 1, 2, 5]), (0.001, [0.001, 0.01, 0.1, 1])])
@@ -316,7 +257,7 @@ def test_ticks_of_multiples_have_room(fastest: float, ticks: list[float]) -> Non
     rows = [("gptq", 1.0), ("bayesq", 5.0), ("rtn", fastest)]
     data = pd.DataFrame(rows, columns=["variant", "time x"]).assign(**{"memory x": 1.0, "workload": "a / b"})
     data["method"] = data["variant"]
-    drawn = cost(data, figures.looks(data))
+    drawn = cost.draw(data, style.looks(data))
     axes = drawn.axes[0]
     low, high = axes.get_xlim()
     assert [tick for tick in axes.get_xticks() if low <= tick <= high] == pytest.approx(ticks)
@@ -332,8 +273,8 @@ def texts_of(axes: Axes) -> list[Text]:
 
 def test_nothing_is_cut_or_covered(drawn: dict[str, Figure]) -> None:
     for name, figure in drawn.items():
-        assert figure.get_figwidth() in (figures.SINGLE, figures.DOUBLE), name
-        with figures.style():
+        assert figure.get_figwidth() in (style.SINGLE, style.DOUBLE), name
+        with style.style():
             canvas = FigureCanvasAgg(figure)
             canvas.draw()
             renderer = canvas.get_renderer()
@@ -365,7 +306,7 @@ def test_full_runs_asked_for_again_without_the_ablation_stay_the_full_method(tmp
     add_run(tmp_path, seed=1, kl=0.04)  # asked for again by another sweep
     add_run(tmp_path, seed=0, kl=0.06, ablation="codebook_lloyd")
     add_run(tmp_path, seed=0, kl=0.5, bits=4.0)  # a budget without ablations
-    data = plots.ablation_data(load_runs(tmp_path)).set_index("ablation")
+    data = ablation.data(load_runs(tmp_path)).set_index("ablation")
     assert set(data["bits"]) == {3.0} and set(data.index) == {"full", "codebook_lloyd"}
     assert data.loc["full", "n"] == 2 and data.loc["full", "q/kl_to_fp"] == pytest.approx(0.03)
     assert data.loc["codebook_lloyd", "multiple"] == pytest.approx(2.0)

@@ -10,10 +10,13 @@ import pytest
 from frozen import add, add_ablation, add_glue, add_main
 
 from analysis import load_runs
-from analysis.cost import cost_table
-from analysis.glue import glue_table
 from analysis.latex import CHARACTERS, MOST_NOTES, MOST_ROWS, escaped, floats
-from analysis.tables import ablation_table, compact_table, main_table, overview_table
+from analysis.tables.ablation import ablation_table
+from analysis.tables.compact import compact_table
+from analysis.tables.cost import cost_table
+from analysis.tables.glue import glue_table
+from analysis.tables.main import main_table
+from analysis.tables.overview import overview_table
 
 HEAD = "\\documentclass{article}\n\\usepackage{booktabs,graphicx}\n\\begin{document}\n"
 needs_latex = pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no pdflatex on this machine")

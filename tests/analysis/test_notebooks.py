@@ -76,7 +76,7 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
         command = [sys.executable, str(ROOT / "run.py"), "-m", *fixed, *arguments]
         subprocess.run(command, env=environment(), check=True, capture_output=True, cwd=folder.parent)
     subprocess.run(
-        [sys.executable, "-m", "bayesq.suite.bounds", str(folder)], env=environment(), check=True, cwd=folder.parent
+        [sys.executable, "-m", "analysis.bounds", str(folder)], env=environment(), check=True, cwd=folder.parent
     )
     add_run(folder, method="awq", bits=3, failed="the disk was full")
     return folder
@@ -102,7 +102,7 @@ def test_bounds_judge_a_run_by_the_risk_it_recorded(sweep: Path) -> None:
 
 @pytest.mark.slow
 def test_bounds_are_written_once_and_a_lost_file_is_named(sweep: Path, tmp_path: Path) -> None:
-    from bayesq.suite.bounds import write_bounds
+    from analysis.bounds import write_bounds
 
     folder = tmp_path / "results"
     first, second, *_ = sorted(path.parent for path in sweep.glob("*/bounds.csv"))

@@ -9,7 +9,7 @@ from test_module import module, refusal
 from analysis import load_runs
 from analysis.loading import records
 from analysis.notebooks import render_all
-from analysis.tables import main_table
+from analysis.tables.main import main_table
 from bayesq.suite.errors import UserError
 
 

@@ -6,16 +6,18 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from frozen import EXAMPLES, add, add_ablation, add_glue, add_main
+from frozen import EXAMPLES, add, add_ablation, add_main
 
 from analysis import load_runs
 from analysis.comparisons import summarise
-from analysis.cost import cost_table
 from analysis.gaps import gaps
-from analysis.glue import glue_table
 from analysis.paper import short_names
 from analysis.table import Table, write_table
-from analysis.tables import ablation_table, compact_table, main_table, overview_table
+from analysis.tables.ablation import ablation_table
+from analysis.tables.compact import compact_table
+from analysis.tables.cost import cost_table
+from analysis.tables.main import main_table
+from analysis.tables.overview import overview_table
 
 MAIN = """\
 bits,variant,n,score,std,kl,kl_std,delta,delta_low,delta_high,p,p_holm,kl_ratio,kl_ratio_low,kl_ratio_high,paper_delta
@@ -198,61 +200,6 @@ def test_the_numbers_of_the_cost_table(tmp_path):
     assert shown(table, method="bayesq", bits="4")["total ×"] == "-"
     (note,) = [note for note in table.footnotes if "4 bits" in note]
     assert "no GPTQ to compare with: `python run.py" in note and "method=gptq bits=4" in note
-
-
-def test_the_numbers_of_the_glue_table(tmp_path):
-    add_glue(tmp_path)
-    add_main(tmp_path)  # digits are no task of GLUE
-    table = glue_table(load_runs(tmp_path))
-    gaps_of_tasks = [note for note in table.footnotes if "predictions" not in note]
-    numbers = table.numbers.set_index("variant")
-    columns = ["cola", "mrpc", "GLUE", "FP", "delta", "n"]
-    # mrpc: the mean of accuracy and f1, which is 0.1 higher
-    assert numbers.loc["gptq", columns].tolist() == pytest.approx([50.5, 55.5, 53, 90, -37, 2])
-    assert numbers.loc["bayesq", columns].tolist() == pytest.approx([75.5, 80.5, 78, 90, -12, 2])
-    assert numbers.loc["rtn", columns[1:]].tolist() == pytest.approx([30.5, 30.5, 90, -59.5, 2])
-    assert numbers.loc["bayesq", "delta_gptq"] == pytest.approx(25)
-    assert numbers.loc["rtn", "delta_gptq"] == pytest.approx(-25)  # on the task that both have
-    assert shown(table, method="rtn")["cola"] == "-" and shown(table, method="rtn")["missing"] == "cola"
-    assert numbers.loc["rtn", "missing"] == "cola, sst2, stsb, qqp, mnli, qnli, rte, wnli"
-    of_rtn, of_all = gaps_of_tasks
-    assert sum("no interval of Δ GPTQ (gptq), no seed for which both have" in note for note in table.footnotes) == 2
-    assert "bert, rtn at 3 bits: no cola:" in of_rtn and "dataset.task=cola method=rtn bits=3 seed=0,1 " in of_rtn
-    assert "dataset.task=sst2,stsb,qqp,mnli,qnli,rte,wnli method=rtn,gptq,bayesq bits=3 seed=0,1 " in of_all
-    assert shown(table, method="bayesq")["paper's Δ"] == "+1.1"
-
-
-def test_the_average_of_glue_has_an_interval_and_a_corrected_p_value(tmp_path):
-    """Of 40 examples BayesQ has 12 more right than GPTQ in one task and 4 in the other, AWQ as many as GPTQ."""
-    options = {"model": "bert", "dataset": "glue", "dataset__tasks": ["text classification"]}
-    for task, more in (("sst2", 12), ("qnli", 4)):
-        own = {**options, "dataset__task": task, "model__checkpoint": f"models/{task}"}
-        for method, correct in (("gptq", 26), ("bayesq", 26 + more), ("awq", 26)):
-            for seed in (0, 1):
-                add(tmp_path, method, 3.0, seed, correct, 0.1, name=f"{task}-{method}-{seed}", **own)
-        add(tmp_path, "gptq", 3.0, 0, 39, 0.1, **own, calibration__examples=512)  # no baseline of the others
-    table = glue_table(load_runs(tmp_path))
-    numbers = table.numbers.set_index("variant")
-    row = numbers.loc["bayesq"]
-    assert row["delta_gptq"] == pytest.approx(100 * (12 + 4) / 2 / EXAMPLES)
-    step = 100 / 2 / EXAMPLES  # one example of one task
-    # the standard error of a share of examples that only one of the two has right
-    error = 100 * sum(p * (1 - p) / EXAMPLES for p in (12 / EXAMPLES, 4 / EXAMPLES)) ** 0.5 / 2
-    assert row["delta_gptq_low"] == pytest.approx(20 - 1.96 * error, abs=step)
-    assert row["delta_gptq_high"] == pytest.approx(20 + 1.96 * error, abs=step)
-    assert row["p_holm"] == pytest.approx(2 * row["p"]) and row["p"] < 0.001 and numbers.loc["awq", "p_holm"] == 1
-    assert table.cells["method"][table.bold["Δ GPTQ"]].tolist() == ["bayesq"]
-    assert "'model.checkpoint=models/${dataset.task}'" in table.footnotes[-1]
-    (tmp_path / "sst2-awq-0/predictions.csv").unlink()
-    assert glue_table(load_runs(tmp_path)).numbers.set_index("variant").loc["awq", "p"] == 1  # seed 1 is left
-    (tmp_path / "sst2-awq-1/predictions.csv").unlink()
-    row = shown(glue_table(load_runs(tmp_path)), method="awq")
-    assert (row["Δ GPTQ"], row["p"]) == ("+0.00", "-")
-
-
-def test_no_glue_is_an_error(runs):
-    with pytest.raises(ValueError, match="no run of a GLUE task"):
-        glue_table(runs)
 
 
 def test_the_overview_has_means_over_seeds(runs):

@@ -70,6 +70,7 @@ def test_run_id_is_twelve_hexadecimal_digits_and_repeatable(default: DictConfig)
 
 def test_every_key_changes_the_run_id_except_where_how_and_whether(default: DictConfig) -> None:
     metadata = {"method.allocator", "method.uses_posterior", "calibration.offload"}
+    metadata |= {f"method.display.{key}" for key in ("title", "color", "marker", "order")}
     pinned = changed(default, "allocator", "knapsack")
     assert config.run_id(pinned) == config.run_id(default), "the default method allocates by knapsack"
     # sections are read when their stage is on

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
+from analysis.rate_distortion import layer_rates, rate, risk_components, water_level
 from bayesq.posterior import DiagonalPosterior, EkfacPosterior, KroneckerPosterior
-from bayesq.rate_distortion import layer_rates, rate, risk_components, water_level
 
 
 def moment(size: int, seed: int) -> torch.Tensor:

@@ -1,6 +1,6 @@
-"""How many bits above the Gaussian rate-distortion bound finished runs are, layer by layer (`bayesq.rate_distortion`).
+"""How many bits finished runs are above the Gaussian rate-distortion bound, by layer (`analysis.rate_distortion`).
 
-python -m bayesq.suite.bounds results      writes results/<run_id>/bounds.csv wherever there is none
+python -m analysis.bounds results      writes results/<run_id>/bounds.csv wherever there is none
 
 All methods are judged by the same risk, that of the posterior in their configuration (K-FAC unless it says otherwise),
 also those that use none. The codes come from the packed file, the statistics from the cache, or are computed again.
@@ -18,18 +18,18 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from bayesq.calibration.order import forward_order
+from analysis.rate_distortion import layer_rates, risk_components
+from bayesq.pipeline import layer_order, layer_problems
 from bayesq.posterior import WhiteningStore
 from bayesq.quant.accounting import code_bits
 from bayesq.quant.file import read_packed
 from bayesq.quant.method import LayerProblem
-from bayesq.rate_distortion import layer_rates, risk_components
-from bayesq.suite import runner
 from bayesq.suite.arguments import module_parser
 from bayesq.suite.cache import resolve_cache_dir
 from bayesq.suite.config import one_line
 from bayesq.suite.construct import build
 from bayesq.suite.errors import UserError
+from bayesq.suite.plan import load_workload, open_statistics
 from bayesq.suite.reproduce import recorded_config
 from bayesq.suite.results import QUANTIZED_FILE, RESULT_FILE, finished_result, write_csv
 from bayesq.tensor_file import CorruptFile
@@ -62,11 +62,10 @@ class Judge:
         """
         cache_dir = resolve_cache_dir(cfg.cache_dir)
         whitenings = WhiteningStore(build(cfg.posterior))
-        work = runner.load(cfg, cache_dir)
-        calibration = runner.open_calibration(cfg, whitenings.posterior, work, cache_dir)
-        calibration.prepare(whitenings.statistics)
-        batch = next(work.calibration.batches(1, work.device))
-        problems = runner.layer_problems(work, calibration, forward_order(work.network.module, work.layers, batch))
+        work = load_workload(cfg, cache_dir)
+        statistics = open_statistics(cfg, whitenings, work, cache_dir)
+        statistics.prepare(whitenings.statistics)
+        problems = layer_problems(work.subject, statistics, layer_order(work.subject))
         whitenings.prepare(problems)
         try:
             components = [risk_components(whitenings.fit(problem), problem.weight) for problem in problems]
@@ -89,9 +88,9 @@ class Judge:
             float(self.whitenings.fit(problem).risk(error).sum())
             for problem, error in zip(self.problems, errors, strict=True)
         ]
-        own, shared = layer_rates(self.components, risks)
+        separate, shared = layer_rates(self.components, risks)
         rows = []
-        for problem, risk, bound, common in zip(self.problems, risks, own, shared, strict=True):
+        for problem, risk, bound, common in zip(self.problems, risks, separate, shared, strict=True):
             weights = problem.weight.numel()
             rows.append(
                 {
@@ -157,6 +156,7 @@ def _judge(members: Sequence[tuple[Path, Mapping[str, Any]]], start: Path) -> li
 def main() -> None:
     """Write what is missing; exit code 1 where a run was left out."""
     parser = module_parser("bounds", __doc__)
+    parser.prog = "python -m analysis.bounds"
     parser.add_argument("results_dir", type=Path, help="a results folder, such as results")
     parser.add_argument("--force", action="store_true", help="also where there is a bounds.csv")
     arguments = parser.parse_args()

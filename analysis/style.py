@@ -1,6 +1,6 @@
-"""How every figure looks and how it is saved: style, widths, one colour and marker per method, files without a date."""
+"""How every figure looks and how it is saved: style, widths, looks of variants, files without a date."""
 
-import zlib
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,106 +16,99 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from analysis.loading import UNKNOWN
-from analysis.paper import NAMES
+from analysis.methods import Method, label, methods_of
 
 STYLE_FILE = Path(__file__).with_name("bayesq.mplstyle")
 # inches: one column and both columns of a page
 SINGLE, DOUBLE = 3.3, 6.9
-# What matplotlib would write of its own accord changes from day to day and from version to version.
+# Metadata that matplotlib adds by itself: it changes from day to day and from version to version.
 PDF_METADATA = {"CreationDate": None, "Producer": None, "Creator": None}
 PNG_METADATA = {"Software": None}
 SUFFIXES = (".pdf", ".png", ".txt", ".csv")
 GREY = "#6e6e6e"
+# of full precision, a budget or another value to compare with
+GREY_LINE: dict[str, Any] = {"color": GREY, "linewidth": 0.8, "zorder": 1}
 
 
-# points; a square or a diamond of a circle's width looks larger than it
-MARKER_SIZES = {"s": 3.6, "D": 3.2, "^": 4.2, "v": 4.2}
+# Size in points and dashes that go with a marker; a square or a diamond of a circle's width looks larger than it.
+MARKERS: dict[str, tuple[float, Any]] = {
+    "o": (4.0, "-"),
+    "s": (3.6, (0, (5, 1.5))),
+    "^": (4.2, (0, (4, 1.2, 1, 1.2))),
+    "D": (3.2, (0, (1, 1.2))),
+    "v": (4.2, (0, (7, 1.5, 1, 1.5, 1, 1.5))),
+    "P": (4.0, (0, (2, 1))),
+    "X": (4.0, (0, (8, 2))),
+}
+OTHER_MARKER = (4.0, (0, (3, 1, 1, 1)))
+# of a method's second, third ... variant
+VARIANT_LINES: tuple[Any, ...] = ((0, (3, 2)), (0, (1, 2)), (0, (6, 2, 1, 2)))
 
 
 @dataclass(frozen=True)
 class Look:
-    """Colour, marker and line of a method; variants of a method share colour and marker."""
+    """How a variant is drawn; variants of a method share color and marker."""
 
-    colour: str
+    label: str
+    color: str
     marker: str
     line: Any
     filled: bool = True
 
     @property
     def face(self) -> str:
-        """Colour inside the marker."""
-        return self.colour if self.filled else "white"
+        """Color inside the marker."""
+        return self.color if self.filled else "white"
 
     def of_line(self) -> dict[str, Any]:
         """Keyword arguments of `Axes.plot` and `Axes.errorbar`."""
         return {
-            "color": self.colour,
+            "color": self.color,
             "marker": self.marker,
             "linestyle": self.line,
-            "markersize": MARKER_SIZES.get(self.marker, 4.0),
+            "markersize": MARKERS.get(self.marker, OTHER_MARKER)[0],
             "markerfacecolor": self.face,
-            "markeredgecolor": self.colour,
+            "markeredgecolor": self.color,
         }
 
 
-# Colours of Okabe and Ito, which differ for colour-blind readers; markers and lines tell methods apart in grey.
-LOOKS = {
-    "bayesq": Look("#0072B2", "o", "-"),
-    "gptq": Look("#D55E00", "s", (0, (5, 1.5))),
-    "awq": Look("#009E73", "^", (0, (4, 1.2, 1, 1.2))),
-    "rtn": Look("#CC79A7", "D", (0, (1, 1.2))),
-}
-# of methods that have none of their own, by their names
-FURTHER_LOOKS = (
-    Look("#E69F00", "v", (0, (7, 1.5, 1, 1.5, 1, 1.5))),
-    Look("#56B4E9", "P", (0, (2, 1))),
-    Look("#000000", "X", (0, (8, 2))),
-)
-# of a method's second, third ... variant
-VARIANT_LINES: tuple[Any, ...] = ((0, (3, 2)), (0, (1, 2)), (0, (6, 2, 1, 2)))
+def look(method: Method, variant: int = 0, label: str | None = None) -> Look:
+    """How a method is drawn; its variants from the first on keep color and marker, hollow and with other lines.
 
-
-def look(method: str, variant: int = 0) -> Look:
-    """How a method is drawn; its variants from the first on keep colour and marker, hollow and with other lines."""
-    own = LOOKS.get(method) or FURTHER_LOOKS[zlib.crc32(method.encode()) % len(FURTHER_LOOKS)]
-    if variant == 0:
-        return own
-    return Look(own.colour, own.marker, VARIANT_LINES[(variant - 1) % len(VARIANT_LINES)], filled=False)
+    Args:
+        label: in legends; the method's title without it.
+    """
+    line = VARIANT_LINES[(variant - 1) % len(VARIANT_LINES)] if variant else MARKERS.get(method.marker, OTHER_MARKER)[1]
+    return Look(label or method.title, method.color, method.marker, line, filled=variant == 0)
 
 
 def looks(runs: pd.DataFrame) -> dict[str, Look]:
-    """The look of every variant in a frame of runs, methods in the order of LOOKS; plain variants come first.
+    """The look of every variant in a frame of runs, in the order of their methods; plain variants come first.
 
     Args:
         runs: all runs of a source, so that a variant looks the same in each of its figures.
     """
     known = runs[runs["variant"] != UNKNOWN]
+    methods = methods_of(known)
+    order = list(methods)
     pairs = known[["method", "variant"]].drop_duplicates().itertuples(index=False, name=None)
-    order = list(LOOKS)
-    ranked = sorted(pairs, key=lambda pair: (order.index(pair[0]) if pair[0] in order else len(order), *pair))
-    found: dict[str, Look] = {}
-    seen: dict[str, int] = {}
-    for method, variant in sorted(ranked, key=lambda pair: pair[1] != pair[0]):
-        found[variant] = look(method, seen.get(method, 0))
-        seen[method] = seen.get(method, 0) + 1
-    return {variant: found[variant] for _, variant in ranked}
+    by_variant: dict[str, Look] = {}
+    seen: Counter[str] = Counter()
+    for method, variant in sorted(pairs, key=lambda pair: (order.index(pair[0]), pair[1] != pair[0], pair[1])):
+        by_variant[variant] = look(methods[method], seen[method], label(variant, methods))
+        seen[method] += 1
+    return by_variant
 
 
 def present(data: pd.DataFrame, looks: Mapping[str, Look]) -> dict[str, Look]:
     """Looks of the variants in `data`, in the order of `looks`."""
     variants = set(data["variant"])
-    return {variant: own for variant, own in looks.items() if variant in variants}
-
-
-def label(variant: str) -> str:
-    """A variant as a legend spells it: `gptq sequential=false` is `GPTQ sequential=false`."""
-    method, *settings = variant.split(" ")
-    return " ".join([NAMES.get(method, method), *settings])
+    return {variant: look for variant, look in looks.items() if variant in variants}
 
 
 @contextmanager
 def style() -> Iterator[None]:
-    """The shipped style, and nothing of the user's own matplotlibrc."""
+    """The shipped style, without the user's matplotlibrc."""
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.style.use(STYLE_FILE)
@@ -130,20 +123,18 @@ def panels(rows: int, columns: int, width: float, height: float, **options: Any)
 
 
 def legend(
-    figure: Figure, found: Mapping[str, Look], further: Sequence[Artist] = (), columns: int = 5, lines: bool = True
+    figure: Figure, shown: Mapping[str, Look], further: Sequence[Artist] = (), columns: int = 5, lines: bool = True
 ) -> None:
     """One legend below all axes, where no data is; its lines are about equally long.
 
     Args:
-        found: look by variant, those that are drawn.
+        shown: look by variant, those that are drawn.
         further: handles of what is no variant.
         columns: most entries of one line; fewer where these would be wider than the figure.
         lines: False where the markers stand alone.
     """
     bare = {} if lines else {"linestyle": "none"}
-    handles: list[Artist] = [
-        Line2D([], [], label=label(variant), **(own.of_line() | bare)) for variant, own in found.items()
-    ]
+    handles: list[Artist] = [Line2D([], [], label=look.label, **(look.of_line() | bare)) for look in shown.values()]
     handles += further
     if handles:
         names = [str(handle.get_label()) for handle in handles]
@@ -151,6 +142,11 @@ def legend(
         lines_of_text = -(-len(handles) // columns)
         figure.set_figheight(figure.get_figheight() + LINE * (lines_of_text - 1))  # the axes keep their height
         figure.legend(handles=handles, loc="outside lower center", ncols=-(-len(handles) // lines_of_text))
+
+
+def full_precision_line() -> Artist:
+    """The legend's entry of a grey line."""
+    return Line2D([], [], color=GREY, linewidth=0.8, label="full precision")
 
 
 # inches that an entry of a legend takes beside its text, about those of a character, and those of a line

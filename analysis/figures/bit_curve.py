@@ -1,0 +1,74 @@
+"""Score, KL, NLL and ECE against bits."""
+
+from collections.abc import Mapping
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from analysis.figures.shared import (
+    CODE_BITS,
+    STORED_BITS,
+    complete,
+    few_bits,
+    lines,
+    log_ticks,
+    mean_and_std,
+    ticks,
+    with_score,
+)
+from analysis.loading import finished
+from analysis.metrics import with_unit
+from analysis.style import DOUBLE, GREY_LINE, Look, full_precision_line, legend, panels, present, style
+
+CURVES = ("score", "q/kl_to_fp", "q/nll", "q/ece")
+
+
+def data(runs: pd.DataFrame) -> pd.DataFrame:
+    """Means and deviations over seeds of CURVES by workload, variant and budget, and the bits they took.
+
+    `bits` is the budget; `bits/code` and `bits/stored` what was used, `fp ...` the full-precision network's values.
+    """
+    done = finished(runs)
+    if done.empty:
+        return pd.DataFrame(columns=["workload", "method", "variant", "bits", "n"])
+    done = with_score(done).rename(columns={"bits/target": "bits"})
+    values = [*CURVES, "bits/code", "bits/stored", "fp score", "fp/nll", "fp/ece"]
+    done = done.assign(**{key: np.nan for key in values if key not in done})
+    done[values] = done[values].astype(float)
+    table = mean_and_std(done, ["workload", "method", "variant", "primary_metric", "bits"], values)
+    columns = [name for name in map(str, table) if not (name.startswith(("fp", "bits/")) and name.endswith("std"))]
+    table = complete(table[columns], "bits")
+    return table.assign(primary_metric=table.groupby("workload")["primary_metric"].transform("first"))
+
+
+@style()
+def draw(data: pd.DataFrame, looks: Mapping[str, Look]) -> Figure:
+    """Score, KL, NLL and ECE of one workload against code bits (upper row) and stored bits (lower row)."""
+    figure, axes = panels(2, 4, DOUBLE, 1.75)
+    metric = data["primary_metric"].iloc[0]
+    shown = {
+        "score": (with_unit(metric), "fp score"),
+        "q/kl_to_fp": ("KL (nats)", None),
+        "q/nll": ("NLL (nats)", "fp/nll"),
+        "q/ece": ("ECE", "fp/ece"),
+    }
+    for row, (x, x_label) in enumerate((("bits/code", CODE_BITS), ("bits/stored", STORED_BITS))):
+        for column, (y, (y_label, reference)) in enumerate(shown.items()):
+            plot = axes[row][column]
+            lines(plot, data, looks, x, y)
+            if reference is not None and data[reference].notna().any():
+                plot.axhline(data[reference].mean(), **GREY_LINE)
+            if y == "q/kl_to_fp" or (y != "score" and _spans(data[y], 8)):
+                plot.set_yscale("log")
+                log_ticks(plot.yaxis, 100, ())
+            plot.set_xlabel(x_label)
+            plot.set_ylabel(y_label)
+            ticks(plot.xaxis, few_bits(data["bits"]))
+    legend(figure, present(data, looks), further=[full_precision_line()])
+    return figure
+
+
+def _spans(values: pd.Series, factor: float) -> bool:
+    """Whether the largest is more than `factor` times the smallest, and both log_ticks."""
+    return bool(values.min() > 0 and values.max() > factor * values.min())

@@ -1,0 +1,128 @@
+"""What several figures share: means over seeds, the runs they show, ticks and error bars."""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+from analysis.comparisons import whole_mean, with_scores
+from analysis.loading import UNKNOWN
+from analysis.metrics import SCALE
+from analysis.paper import BUDGETS
+from analysis.style import Look, present
+
+KL = "KL to full precision (nats)"
+CODE_BITS, STORED_BITS = "code bits per weight", "stored bits per weight"
+MOST_VARIANTS = 3
+
+
+def main_runs(runs: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
+    """Runs of the variants that a figure of all methods shows, and a line for each method that has more.
+
+    A method of a workload with more than MOST_VARIANTS of them is shown by its plain variant alone, or by the one with
+    the most runs where there is no plain one: an ablation has a separate page.
+    """
+    shown, left_out = [runs[runs["workload"] == UNKNOWN]], []
+    for (workload, method), members in runs.groupby(["workload", "method"], sort=True):
+        if workload == UNKNOWN:
+            continue
+        variants = members["variant"].value_counts(sort=False)
+        if len(variants) > MOST_VARIANTS:
+            first = min(variants.index, key=lambda variant: (variant != method, -variants[variant], variant))
+            left_out.append(f"{workload}: of {len(variants)} variants of {method}, only {first} is shown.")
+            members = members[members["variant"] == first]
+        shown.append(members)
+    return pd.concat(shown).sort_index(), left_out
+
+
+def mean_and_std(frame: pd.DataFrame, by: Sequence[str], values: Sequence[str]) -> pd.DataFrame:
+    """Means over seeds, `VALUE std` (sample standard deviation, NaN of a single seed) and `n`, one row per group.
+
+    A mean is NaN where one of the seeds has no number.
+    """
+    groups = frame.groupby(list(by), sort=True)
+    means, spread = whole_mean(groups, values), groups[list(values)].std(ddof=1)
+    return means.join(spread.add_suffix(" std")).assign(n=groups["seed"].nunique()).reset_index()
+
+
+def with_score(runs: pd.DataFrame) -> pd.DataFrame:
+    """`score` and `fp score`: the primary metric of the quantized and of the full-precision network, times SCALE."""
+    scored = with_scores(runs)
+    return runs.assign(score=SCALE * scored["score"], **{"fp score": SCALE * scored["fp/score"]})
+
+
+def complete(table: pd.DataFrame, axis: str) -> pd.DataFrame:
+    """A row for each variant and each value of `axis` that any variant of its workload has; NaN where none was run."""
+    parts = []
+    for _, members in table.groupby("workload", sort=True):
+        variants = members[["workload", "method", "variant"]].drop_duplicates()
+        full = variants.merge(pd.DataFrame({axis: sorted(members[axis].unique())}), how="cross")
+        parts.append(full.merge(members, how="left", on=["workload", "method", "variant", axis]))
+    whole = pd.concat(parts, ignore_index=True)
+    return whole.assign(n=whole["n"].fillna(0).astype(int))
+
+
+def method_of(frame: pd.DataFrame) -> pd.Series:
+    """The method of each row's variant."""
+    return frame["variant"].str.partition(" ")[0]
+
+
+def without(variant: str, *keys: str) -> str:
+    """A variant's name without some of its settings."""
+    return " ".join(word for word in variant.split(" ") if word.partition("=")[0] not in keys)
+
+
+def shown_budgets(data: pd.DataFrame) -> list[float]:
+    """The paper's budgets; where a workload has none of them, its lowest, middle and highest."""
+    had = sorted(float(bits) for bits in data["bits"].unique())
+    chosen = [bits for bits in had if bits in BUDGETS]
+    return chosen or sorted({had[0], had[len(had) // 2], had[-1]})
+
+
+def lines(axes: Axes, data: pd.DataFrame, looks: Mapping[str, Look], x: str, y: str) -> None:
+    """A line per variant with bars of one standard deviation over seeds; it breaks where a point was not measured.
+
+    Args:
+        data: with the columns x, y and `Y std`; a point without x stands at its `bits`. Of the KL, which has a
+            logarithmic axis, only positive values are drawn.
+    """
+    for variant, look in present(data, looks).items():
+        line = data[data["variant"] == variant]
+        places = line[x].fillna(line["bits"]).to_numpy(dtype=float)
+        values, spread = (line[key].to_numpy(dtype=float) for key in (y, f"{y} std"))
+        values = np.where(values > 0, values, np.nan) if y == "q/kl_to_fp" else values
+        axes.plot(places, values, **look.of_line())
+        seen = np.isfinite(values) & (spread > 0)
+        if seen.any():
+            axes.errorbar(
+                places[seen], values[seen], spread[seen], linestyle="none", marker="none", color=look.color,
+                elinewidth=0.8, zorder=2,
+            )  # fmt: skip
+
+
+def ticks(axis: Axis, places: Iterable[float]) -> None:
+    """Ticks at these places alone, plainly written."""
+    axis.set_major_locator(FixedLocator(list(places)))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+
+
+def log_ticks(axis: Axis, wide: float, digits: Sequence[int]) -> None:
+    """Ticks at 1, 2 and 5 times powers of ten; only at these `digits` where the largest is `wide` times the smallest.
+
+    Without digits a wide axis stays as it is.
+    """
+    low, high = axis.get_view_interval()
+    narrow = high < wide * low
+    if narrow or digits:
+        places = [d * 10.0**power for power in range(-9, 5) for d in ((1, 2, 5) if narrow else digits)]
+        ticks(axis, [place for place in places if low <= place <= high])
+
+
+def few_bits(budgets: pd.Series) -> list[float]:
+    """Where an axis of bits has its ticks: at the budgets, or at whole numbers where those are many."""
+    had = sorted(float(bits) for bits in budgets.unique())
+    return had if len(had) < 6 else [float(bits) for bits in range(2, 9)]

@@ -1,0 +1,102 @@
+"""How methods are called, drawn and ordered: from the block `display` of their YAML files (conf/method).
+
+Runs of a method that has no file in the suite bring the block along in their configuration, from the user's file
+(`--config-dir`). Without any block a method has its name as title, the next free colour and marker, and comes last.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import cycle
+from typing import Any
+
+import pandas as pd
+from omegaconf import OmegaConf
+
+from bayesq.suite.composition import conf_dir
+
+# Colours of Okabe and Ito that no method of the suite has, which differ for colour-blind readers; then others.
+FREE_COLORS = ("#E69F00", "#56B4E9", "#000000", "#8C564B", "#7F3C8D", "#999933")
+FREE_MARKERS = ("v", "P", "X", "<", ">", "p", "h", "*")
+
+
+@dataclass(frozen=True)
+class Method:
+    """What tables and figures need to know about a method.
+
+    Attributes:
+        title: as captions, heads and legends spell it.
+        color: hex code.
+        marker: of matplotlib.
+        order: place in tables and legends, smallest first; the last one is drawn on top.
+        data_free: whether it reads no calibration data, so that every seed gives the same.
+    """
+
+    name: str
+    title: str
+    color: str
+    marker: str
+    order: float
+    data_free: bool
+
+
+def methods_of(runs: pd.DataFrame | None = None) -> dict[str, Method]:
+    """Every method of the suite, and of runs, in order.
+
+    Args:
+        runs: with a column `method`; a column `config` describes methods that the suite has no file of.
+    """
+    blocks = dict(_suite_blocks())
+    of_runs = pd.DataFrame(runs, columns=["method", "config"]).dropna(subset="method")
+    for name, config in of_runs.itertuples(index=False, name=None):
+        if name not in _suite_blocks():
+            blocks[name] = blocks.get(name, {}) | (config["method"] if isinstance(config, Mapping) else {})
+    displays = {name: blocks[name].get("display") or {} for name in sorted(blocks)}
+    colors = _free(FREE_COLORS, (display.get("color") for display in displays.values()))
+    markers = _free(FREE_MARKERS, (display.get("marker") for display in displays.values()))
+    methods = [
+        Method(
+            name=name,
+            title=str(display.get("title", name)),
+            color=str(display.get("color") or next(colors)),
+            marker=str(display.get("marker") or next(markers)),
+            order=float(display.get("order", math.inf)),
+            data_free=blocks[name].get("data_free") is True,
+        )
+        for name, display in displays.items()
+    ]
+    return {method.name: method for method in sorted(methods, key=lambda method: (method.order, method.name))}
+
+
+def title(method: str) -> str:
+    """The title of a method of the suite; of another one its name."""
+    methods = methods_of()
+    return methods[method].title if method in methods else method
+
+
+def is_data_free(method: str, config: Mapping[str, Any] | None = None) -> bool:
+    """Whether a method reads no calibration data, by the suite's file or else by a run's configuration."""
+    block = _suite_blocks().get(method) or (config or {}).get("method", {})
+    return block.get("data_free") is True
+
+
+def label(variant: str, methods: Mapping[str, Method]) -> str:
+    """A variant as a legend spells it: `gptq sequential=false` is `GPTQ sequential=false`."""
+    name, *settings = variant.split(" ")
+    return " ".join([methods[name].title if name in methods else name, *settings])
+
+
+def _free(choices: Sequence[str], taken: Iterable[Any]) -> Iterator[str]:
+    """Those that are not taken, over and over; all where none is left."""
+    used = set(taken)
+    return cycle([choice for choice in choices if choice not in used] or choices)
+
+
+@cache
+def _suite_blocks() -> dict[str, dict[str, Any]]:
+    """The contents of conf/method/*.yaml by the method's name."""
+    files = [OmegaConf.to_container(OmegaConf.load(path)) for path in sorted((conf_dir() / "method").glob("*.yaml"))]
+    return {
+        str(file["name"]): {str(key): value for key, value in file.items()} for file in files if isinstance(file, dict)
+    }

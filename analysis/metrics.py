@@ -1,0 +1,40 @@
+"""What tables and figures need to know about the metrics of results; nothing else in analysis/ asks the suite."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bayesq.suite import metrics
+
+Floats = NDArray[np.float64]
+
+# Shares and correlations are shown times 100.
+SCALE = 100
+
+
+def with_unit(metric: str) -> str:
+    """A metric as an axis spells it: `accuracy (%)`, `matthews (x100)`."""
+    return f"{metric} ({metrics.metric_of(metric).unit})"
+
+
+def in_words(metric: str) -> str:
+    """A metric as a caption spells it: `accuracy in %`, `matthews times 100`."""
+    unit = metrics.metric_of(metric).unit
+    return f"{metric} {'in %' if unit == '%' else unit.replace('x100', 'times 100')}"
+
+
+def is_better(delta: Any) -> Any:
+    """Whether a difference of scores (or each of a column) is an improvement: of shares and correlations, more is."""
+    return delta > 0
+
+
+def function(metric: str) -> Callable[[Floats, Floats, Floats], Floats]:
+    """The metric [resamples] of predictions [n], labels [n] and weights [resamples, n]."""
+    return metrics.METRICS[metric].function
+
+
+def measure(metric: str, predicted: Floats, labels: Floats) -> float:
+    """The metric of predictions [n], classes or numbers; NaN where there are none."""
+    return metrics.measure(metrics.METRICS[metric], predicted, labels)

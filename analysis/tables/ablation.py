@@ -1,0 +1,59 @@
+"""What the parts of the proposed method are worth: each of its variants against the full method."""
+
+import math
+from typing import Any
+
+import pandas as pd
+
+from analysis.captions import known, population_of_rows, remarks_of, settings, source_of
+from analysis.comparisons import Examples, summarise
+from analysis.gaps import missing, workload_command
+from analysis.loading import finished, records
+from analysis.methods import title
+from analysis.paper import PROPOSED, REFERENCE
+from analysis.table import LEVEL, Table, make_table
+from analysis.tables.rows import compared, compared_row, of_scores, of_tests, row_cells, shown_in
+from bayesq.suite.composition import conf_dir
+
+
+def ablation_table(runs: pd.DataFrame) -> Table:
+    """Every variant of BayesQ and GPTQ against the full method, at the budgets where a variant of BayesQ ran."""
+    runs = known(runs)
+    rows, notes = _rows(runs)
+    table = compared(rows)
+    caption = (
+        f"Ablation: {population_of_rows(table)}. Every row switches the named settings of the full method "
+        f"({PROPOSED}). {of_scores(runs)} Δ and the ratio of KL are against the full method, with 95 % intervals "
+        f"(paired bootstrap over examples and seeds). {of_tests(table)} Bold: different from the full method at 5 %."
+        f"{settings(shown_in(table, finished(runs)))}"
+    )
+    significant = {"Δ full": table["p_holm"] < LEVEL}
+    cells = pd.DataFrame(row_cells(table, "full", "variant"))
+    return make_table(cells, table, significant, caption, [*notes, *remarks_of(runs)])
+
+
+def _rows(runs: pd.DataFrame) -> tuple[list[dict[str, Any]], list[str]]:
+    """The rows of all workloads, and notes about variants and runs that are not there."""
+    done, means, examples, rows, notes = finished(runs), summarise(runs), Examples(), [], []
+    for workload, members in runs.groupby("workload", sort=True):
+        ours = done[(done["workload"] == workload) & (done["method"] == PROPOSED) & (done["variant"] != PROPOSED)]
+        if ours.empty:
+            sweep = [f"ablation={','.join(_ablations(members))}", "bits=3", "seed=0,1,2"]
+            makes = workload_command(records(members)[0], sweep, source_of(runs))
+            notes.append(f"{workload}: no variant of {title(PROPOSED)} among these runs: `{makes}`")
+        for bits in sorted(set(ours["bits/target"])):
+            here = members[(members["bits/target"] == bits) & members["method"].isin([PROPOSED, REFERENCE])]
+            for variant in sorted({PROPOSED, *here["variant"]}, key=lambda name: (name != PROPOSED, name)):
+                reference = None if variant == PROPOSED else PROPOSED
+                row, said = compared_row(done, means, (workload, variant, bits), reference, examples)
+                rows.append(row)
+                notes += [*said, *missing(members, variant, [bits], source_of(runs))]
+    return rows, notes
+
+
+def _ablations(members: pd.DataFrame) -> list[str]:
+    """Names of the suite's ablations, without calibration sets larger than the pool of a workload."""
+    pool = members.iloc[0]["config"]["dataset"].get("calibration_pool") or math.inf
+    names = sorted(path.stem for path in (conf_dir() / "ablation").glob("*.yaml"))
+    usable = [name for name in names if not (name.startswith("examples_") and int(name.partition("_")[2]) > pool)]
+    return sorted(usable, key=lambda name: name != "full")
