@@ -65,8 +65,8 @@ def row_widths(path: Path) -> dict[str, np.ndarray]:
     from safetensors import safe_open
 
     from bayesq.quant.grids import MIN_WIDTH
-    from bayesq.quant.packing import WIDTH_MAP_BITS, from_bits
-    from bayesq.suite.cache import HEADER_KEY
+    from bayesq.quant.bits import from_bits
+    from bayesq.tensor_file import HEADER_KEY
 
     if not path.is_file():
         raise FileNotFoundError(path)

@@ -19,6 +19,7 @@ from analysis import example_frame, layer_frame, load_runs
 from analysis.defaults import command_overrides
 from analysis.loading import records
 from analysis.tables.main import main_table
+from bayesq.files import lock
 from bayesq.suite.errors import UserError
 from bayesq.suite.relog import read_rows
 from bayesq.suite.results import read_result
