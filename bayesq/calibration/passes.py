@@ -96,8 +96,8 @@ class Passes:
         module: network in eval mode on its device.
         layers: by name.
         settings: see CalibrationSettings.
-        room: bytes of running sums that may be held at once, save that each layer's own have to be; which layers
-            share a pass over the examples changes no number.
+        room: bytes of running sums that may be held at once; those of one layer are held even if they are larger.
+            Which layers share a pass over the examples changes no number.
         overwritten: see `Collector`.
     """
 

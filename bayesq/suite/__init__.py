@@ -3,7 +3,8 @@
 cli, composition, config   the command line and what a configuration means; nothing here imports torch before a run
 construct, labels, progress, summary   objects of a configuration, names of runs, the place in a sweep, the last table
 models, datasets   networks and examples, one module each
-calibration, fingerprint   statistics, collected once and cached on disk; what decides a network's function
+calibration, sequential, fingerprint   statistics cached on disk, or behind a quantized prefix; what decides a network's
+              function
 coverage, forward   what share of a network is quantized; networks that cannot run
 rehearsal, terminal   compilation before the clock starts; what the terminal shows of long steps
 runner        one experiment from config to result

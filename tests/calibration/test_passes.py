@@ -14,6 +14,7 @@ from tiny_sets import (
     LENGTHS,
     STATISTICS,
     Counting,
+    WithIdleLayers,
     images,
     open_calibration,
     sentences,
@@ -22,9 +23,10 @@ from torch import Tensor, nn
 
 from bayesq.batches import TensorExamples
 from bayesq.calibration.inputs import INPUT_MAGNITUDE, INPUT_MOMENT
-from bayesq.calibration.passes import spread
+from bayesq.calibration.passes import collect, spread
 from bayesq.calibration.statistic import families
 from bayesq.fisher import FISHER_DIAGONAL, FISHER_EIGENVALUES, GRADIENT_MOMENT, GradientDirections
+from bayesq.likelihood import LIKELIHOODS
 from bayesq.quant.layers import quantizable_layers, weight_to_matrix
 
 
@@ -164,3 +166,50 @@ def test_more_examples_than_there_are_mean_all(module, tmp_path):
     assert len({opened.path(GRADIENT_MOMENT) for opened in every}) == 1
     with pytest.raises(ValueError, match=r"posterior\.examples=0"):
         open_calibration(module, tmp_path, gradient_examples=0)
+
+
+# ----------------------------------------------------------------------------------------------------- in memory
+
+
+def in_memory(module, examples, statistics=None, batch_size=2, **options):
+    statistics = statistics or STATISTICS.values()
+    batches = list(examples.batches(batch_size, CPU))
+    return collect(module, quantizable_layers(module), statistics, batches, LIKELIHOODS["categorical"], **options)
+
+
+@pytest.mark.parametrize("gradient_examples", [None, 2])
+@pytest.mark.parametrize(("network", "examples"), [(TinyConvNet, images()), (TinyEncoder, sentences(9))])
+def test_statistics_in_memory_have_the_bits_of_those_on_disk(network, examples, gradient_examples, tmp_path):
+    module = seeded(network(5))
+    options = {"samples": 2, "seed": 3, "gradient_examples": gradient_examples, "draws": "labels"}
+    opened = open_calibration(module, tmp_path, examples, **options)
+    opened.prepare(STATISTICS.values())
+    for room in (2**29, 1):
+        found = in_memory(module, examples, room=room, **options)
+        for name, read in found.items():
+            for kind in STATISTICS:
+                assert torch.equal(read(kind), opened.statistic(name, kind)), (kind, name)
+
+
+class Narrow(TinyConvNet):
+    """Runs out of memory with more than two images at a time."""
+
+    def forward(self, image: Tensor) -> Tensor:
+        if len(image) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return super().forward(image)
+
+
+def test_out_of_memory_batches_are_split():
+    found = in_memory(seeded(Narrow()), images(8), COLLECTED, batch_size=4)
+    expected = in_memory(seeded(TinyConvNet()), images(8), COLLECTED, batch_size=2)
+    for name, read in found.items():
+        for statistic in COLLECTED:
+            assert torch.equal(read(statistic.name), expected[name](statistic.name))
+
+
+def test_no_batches_and_layers_out_of_reach_are_refused():
+    with pytest.raises(ValueError, match="batches: there are none"):
+        collect(seeded(TinyConvNet()), {}, COLLECTED, [], LIKELIHOODS["categorical"])
+    with pytest.raises(ValueError, match="no calibration example reaches unused"):
+        in_memory(seeded(WithIdleLayers()), images(), [INPUT_MOMENT])
