@@ -6,7 +6,6 @@ it ends. What is read back has the bits, shapes and strides of what was put in.
 
 import tempfile
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -46,7 +45,8 @@ class TensorFile:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  closed by `close`
+        # Without a buffer: what a full disk refuses would stay in it, and fail again whenever the file is read.
+        self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115  closed by `close`
         self.nbytes = 0
 
     def write(self, value: T) -> T:
@@ -59,7 +59,6 @@ class TensorFile:
             OSError: the disk is full.
         """
         written: T = _replaced(value, Tensor, lambda tensor: self._write(tensor.detach()))
-        self._file.flush()
         return written
 
     def read(self, written: T) -> T:
@@ -69,8 +68,7 @@ class TensorFile:
 
     def close(self) -> None:
         """Give the space back; values that were read stay valid."""
-        with suppress(OSError):  # what a full disk has refused is tried once more here
-            self._file.close()
+        self._file.close()
 
     def _write(self, tensor: Tensor) -> _Place:
         # Matrix products of a transposed and of a contiguous matrix may differ in their last bits: strides are kept.
@@ -79,7 +77,9 @@ class TensorFile:
         place = _Place(self.nbytes, tensor.dtype, tuple(tensor.shape), order)
         if tensor.numel():
             self._file.seek(self.nbytes)
-            self._file.write(tensor.permute(order).contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            data = tensor.permute(order).contiguous().reshape(-1).view(torch.uint8).numpy().data
+            while len(data):  # a single call writes 2 GiB at most
+                data = data[self._file.write(data) :]
             self.nbytes += tensor.nbytes + -tensor.nbytes % ALIGNMENT
         return place
 

@@ -63,6 +63,7 @@ class WhiteningStore:
         Raises:
             OSError: the folder cannot be written.
         """
+        self.release()
         self.memory_limit, self._file = 0, TensorFile(folder)
 
     def take_over(self, key: str, previous: "WhiteningStore | None") -> None:

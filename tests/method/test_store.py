@@ -108,6 +108,8 @@ def test_use_disk_puts_everything_into_the_file(tmp_path):
         for name in "ab":
             assert same(store.whitening(layer(name), True, DAMPING), expected(name))
     assert posterior.fitted == ["a", "b"] and store.nbytes == 0
+    store.use_disk(tmp_path)  # another file
+    assert same(store.whitening(layer("b"), True, DAMPING), expected("b")) and posterior.fitted[2:] == ["b"]
     with pytest.raises(OSError):
         store.use_disk(tmp_path / "absent")
 

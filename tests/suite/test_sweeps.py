@@ -20,7 +20,7 @@ SWEEPS = sorted((ROOT / "sweeps").glob("*.yaml"))
 HYDRA_LINE = "#   python run.py -m "
 # number of different runs, so that a value that was lost from a file and its comment alike is noticed
 RUNS = {
-    "ablation": 36 * 3,
+    "ablation": 35 * 3,
     "bit_curve": 4 * 9 * 3,
     "calibration_size": 2 * 7 * 3,
     "main_table": 4 * 3 * 3,
