@@ -43,11 +43,11 @@ def width_frame(runs: pd.DataFrame) -> pd.DataFrame:
         if not isinstance(run.get("path"), str | Path):
             continue
         try:
-            found = row_widths(Path(run["path"]) / "quantized.safetensors")
+            by_layer = row_widths(Path(run["path"]) / "quantized.safetensors")
         except FileNotFoundError:
             continue
-        for position, widths in enumerate(found.values()):
+        for position, widths in enumerate(by_layer.values()):
             for width, count in zip(*np.unique(widths, return_counts=True), strict=True):
-                own = (run["workload"], run["variant"], run["bits/target"], run["seed"])
-                rows.append((*own, position, int(width), count / len(widths)))
+                labels = (run["workload"], run["variant"], run["bits/target"], run["seed"])
+                rows.append((*labels, position, int(width), count / len(widths)))
     return pd.DataFrame(rows, columns=columns)

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from bayesq.quant.file import Packed, fill, fill_from
+from bayesq.quant.file import Packed, fill_from
 from bayesq.quant.layers import weight_keys
+from bayesq.quant.network import fill
 from bayesq.suite.cache import resolve_cache_dir
 from bayesq.suite.config import DESCRIPTIVE, flatten, one_line, suggestion
 from bayesq.suite.errors import UserError
@@ -190,9 +191,9 @@ def source(config: Mapping[str, Any], group: str, trusted: Sequence[str]) -> Any
     if any(part.startswith("_") for key in flatten(arguments) for part in key.split(".")):
         raise UserError(f"{group}: keys that begin with an underscore have no place in a file")
     try:
-        found = getattr(importlib.import_module(module), name, None)
+        chosen = getattr(importlib.import_module(module), name, None)
     except ImportError as error:
         raise UserError(f"{group}._target_={target:.100}: there is no such module") from error
-    if not isinstance(found, type) or found.__module__ != module:
+    if not isinstance(chosen, type) or chosen.__module__ != module:
         raise UserError(f"{group}._target_={target:.100} is no class of that module")
-    return found(**arguments)
+    return chosen(**arguments)

@@ -30,7 +30,7 @@ from bayesq.posterior import AUTO, LayerPosterior, Posterior
 from bayesq.proxy import Kappa, measure_kappa
 from bayesq.quant.accounting import code_bits, stored_bytes
 from bayesq.quant.correction import MAX_EXAMPLES, Correction, correct_moments
-from bayesq.quant.file import Packed, fill, read_packed, write_packed
+from bayesq.quant.file import Packed, read_packed, write_packed
 from bayesq.quant.grids import FP16_MAX, FP16_TINY
 from bayesq.quant.layers import (
     Layer,
@@ -41,6 +41,7 @@ from bayesq.quant.layers import (
     weight_to_matrix,
 )
 from bayesq.quant.method import Distortion, LayerProblem, Method, naming, stack_groups
+from bayesq.quant.network import fill
 from bayesq.quant.tensor import QuantizedTensor
 from bayesq.quant.usage import OtherUseError, Usage, usage_of
 from bayesq.stopping import stop_if_asked
