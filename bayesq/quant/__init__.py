@@ -10,8 +10,13 @@ compiled  numba's compilation, kept on disk where that can be written
 in_step   forward passes of several batches that wait for each other at chosen modules
 correction  activation moments matched to the full-precision network's
 feedback  successive rounding with error feedback (the routine GPTQ and BayesQ share)
+trellis   searching codes along a trellis
+codes     what a layer's codes stand for: affine, tables shared or of each row, trellis; weights kept in fp16
 tensor    QuantizedTensor, the one representation every method returns
+bits      streams of bits
 packing   QuantizedTensor <-> bytes
+file      a model's packed file
+network   quantized weights put into a network
 accounting  bits counted on those bytes
 gptq_layout  the same codes in the checkpoint layout of GPTQ tools
 method    the protocol a method fulfils

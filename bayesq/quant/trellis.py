@@ -138,7 +138,7 @@ def _round_column(
     code: Any,
     value: Any,
 ) -> None:
-    """`_search` for entries x [n] in the weights' own units; value [n] receives what the codes stand for."""
+    """`_search` for entries x [n] in the weights' units; value [n] receives what the codes stand for."""
     index = np.empty(len(x), np.int64)
     _search(x / scale + zero, weight, width, levels, middles, subset, code, index)
     for i in range(len(x)):
@@ -225,7 +225,7 @@ class TrellisGrid:
         """Codes and values of a whole matrix [R, C] without feedback.
 
         Args:
-            gain: [R, C] cost of a squared error of each entry; None = the row's own everywhere.
+            gain: [R, C] cost of a squared error of each entry; None = that of its row everywhere.
         """
         weight, width, levels, middles, subset = self._tables
         units = torch.addcdiv(self.zero[:, None], x, self.scale[:, None]).T.contiguous().numpy()

@@ -194,9 +194,9 @@ def source(config: Mapping[str, Any], group: str, trusted: Sequence[str]) -> Any
     if any(part.startswith("_") for key in flatten(arguments) for part in key.split(".")):
         raise UserError(f"{group}: keys that begin with an underscore have no place in a file")
     try:
-        found = getattr(importlib.import_module(module), name, None)
+        chosen = getattr(importlib.import_module(module), name, None)
     except ImportError as error:
         raise UserError(f"{group}._target_={target:.100}: there is no such module") from error
-    if not isinstance(found, type) or found.__module__ != module:
+    if not isinstance(chosen, type) or chosen.__module__ != module:
         raise UserError(f"{group}._target_={target:.100} is no class of that module")
-    return found(**arguments)
+    return chosen(**arguments)

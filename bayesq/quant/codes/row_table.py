@@ -1,4 +1,4 @@
-"""Codes whose levels are weights in a table of the row's own, as row-wise k-means gives them (SqueezeLLM).
+"""Codes whose levels are weights, in a table for each row, as row-wise k-means gives them (SqueezeLLM).
 
     W[r, c] = table_r[code[r, c]],   table_r: 2**width_r levels in fp16
 

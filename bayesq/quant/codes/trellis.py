@@ -103,7 +103,7 @@ def level_indices(codes: Tensor, states: int, groups: int) -> Tensor:
 
     Args:
         states: 2**m.
-        groups: convolution groups; each group's rows begin a path of their own.
+        groups: convolution groups; each group's rows begin a new path.
     """
     code = codes.reshape(groups, -1, codes.shape[1]).contiguous()
     index = torch.empty(code.shape, dtype=torch.int64)
