@@ -18,6 +18,7 @@ from hydra import compose, initialize_config_dir
 from references import TIMER, compare
 
 from bayesq.batches import TensorExamples, two_examples
+from bayesq.likelihood import Categorical
 from bayesq.quant.layers import quantizable_layers
 from bayesq.quant.usage import usage_of
 from bayesq.suite import composition, runner
@@ -69,7 +70,7 @@ def workload(build) -> runner.Workload:
         torch.manual_seed(0)
         module, examples = build()
     network = Network(module.eval(), lambda _: examples, {})
-    data, device = types.SimpleNamespace(likelihood="categorical"), torch.device("cpu")
+    data, device = types.SimpleNamespace(likelihood=Categorical()), torch.device("cpu")
     usage = usage_of(module, quantizable_layers(module), two_examples(examples, device).inputs)
     return runner.Workload(network, data, usage, {}, coverage(module, usage.layers), examples, examples, device)
 

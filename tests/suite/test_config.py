@@ -352,11 +352,18 @@ def test_rules_for_layers_are_added_on_the_command_line(tmp_path: Path) -> None:
     assert job.config["allocation"]["pinned"] == {"conv1": 8}, "no + is needed"
 
 
-@pytest.mark.parametrize(("overrides", "part"), [(["model=resnet"], "image"), (["dataset=digits"], "text")])
-def test_a_text_model_does_not_take_images(overrides: list[str], part: str) -> None:
-    with pytest.raises(
-        UserError, match=rf"takes {part}.*model=minilm dataset=movie_snippets, model=resnet dataset=digits"
-    ):
+IMAGES, TEXTS = "image classification", "text classification"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (["model=resnet"], f"dataset=movie_snippets is for {TEXTS}, but model=resnet is for {IMAGES}"),
+        (["dataset=digits"], f"dataset=digits is for {IMAGES}, but model=minilm is for {TEXTS} or text regression"),
+    ],
+)
+def test_a_model_and_its_data_have_a_task_in_common(overrides: list[str], line: str) -> None:
+    with pytest.raises(UserError, match=f"{line}: .*model=minilm dataset=movie_snippets, model=resnet dataset=digits"):
         schema.validate(compose(*overrides))
 
 

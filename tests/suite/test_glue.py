@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -15,6 +16,8 @@ from bayesq.suite.datasets.glue import TASKS, Glue
 from bayesq.suite.errors import UserError
 from bayesq.suite.hub import HubFiles
 from bayesq.suite.metrics import Metric
+from bayesq.suite.metrics import ACCURACY
+from bayesq.suite.tasks import TEXT_CLASSIFICATION, TEXT_REGRESSION
 
 
 def load(root: Path | None, task: str, **changes):
@@ -55,11 +58,11 @@ def test_every_task_in_every_layout(write, task, tmp_path):
     assert list(data.evaluation.inputs) == inputs
     assert data.evaluation.labels.tolist() == pytest.approx(labels)
     assert data.evaluation.ids == ids
-    assert data.task == task and len(data.calibration_pool) == 4
+    assert data.subset == task and len(data.calibration_pool) == 4
     train_inputs, _ = expected(task, "train")
     assert sorted([*data.train.inputs, *data.calibration_pool.inputs]) == sorted(train_inputs)
     regression = task == "stsb"
-    assert data.likelihood == ("gaussian" if regression else "categorical")
+    assert data.task == (TEXT_REGRESSION if regression else TEXT_CLASSIFICATION)
     assert data.evaluation.labels.dtype == (torch.float32 if regression else torch.int64)
     assert data.num_classes == {"stsb": 1, "mnli": 3}.get(task, 2)
     assert len(data.classes) == (0 if regression else data.num_classes)
@@ -92,8 +95,8 @@ def test_mnli_measures_matched_and_mismatched_apart(tmp_path):
     data = load(tmp_path, "mnli")
     matched = len(ROWS("mnli", "dev_matched"))
     assert data.metrics == (
-        Metric("accuracy", "accuracy", 0, matched),
-        Metric("accuracy_mismatched", "accuracy", matched, len(data.evaluation)),
+        replace(ACCURACY, start=0, stop=matched),
+        replace(ACCURACY, name="accuracy_mismatched", start=matched, stop=len(data.evaluation)),
     )
     limited = load(tmp_path, "mnli", limit=9)
     first, second = (metric.rows for metric in limited.metrics)

@@ -92,7 +92,7 @@ def test_all_files_of_a_set_in_order(whole: tuple) -> None:
     *_, load = whole
     data = load()
     assert len(data.evaluation) == 9 == len(set(data.evaluation.ids))
-    assert data.evaluation.labels.tolist() == ([0, 1, 0] if data.task else [0, 1, 2]) * 3
+    assert data.evaluation.labels.tolist() == ([0, 1, 0] if data.subset else [0, 1, 2]) * 3
 
 
 @pytest.mark.parametrize("number", [0, 1, 2])

