@@ -63,15 +63,20 @@ def conf_dir() -> Path:
     raise UserError(f"no conf/{CONFIG_NAME}.yaml in {package} or beside it: install bayesq again")
 
 
-def for_hydra(override: str) -> str:
-    """An override as Hydra gets it: choices on an axis without `+`, other keys with `++`, Hydra's and `~` as typed."""
+def for_hydra(override: str, config_dir: str | None = None) -> str:
+    """An override as Hydra gets it: a key behind `++`, a choice on an axis without `+`, all else as it is typed.
+
+    Args:
+        override: as it is typed.
+        config_dir: folder with groups that are on no axis.
+    """
     bare = override.lstrip("+")
     key = re.split(r"[=@]", bare)[0]
     if bare.startswith(("~", "hydra.", "hydra/")) or "=" not in bare:
         return override
     if (conf_dir() / key).is_dir():
         return bare
-    return override if "/" in key else f"++{bare}"
+    return override if config_dir is not None and (Path(config_dir) / key).is_dir() else f"++{bare}"
 
 
 def as_typed(overrides: Sequence[str]) -> tuple[str, ...]:
@@ -94,7 +99,7 @@ class Preflight:
     ) -> None:
         if config_dir is not None and not os.path.isdir(config_dir):
             raise UserError(f"--config-dir {config_dir}: there is no such folder")
-        self.config_name = config_name or CONFIG_NAME
+        self.config_name, self.config_dir = config_name or CONFIG_NAME, config_dir
         path = os.path.abspath(config_path or conf_dir())
         with initialize_config_dir(path, job_name="bayesq", version_base=VERSION_BASE):
             self.loader = GlobalHydra.instance().config_loader()
@@ -133,8 +138,10 @@ class Preflight:
 
     def reference(self, choices: Mapping[str, Any]) -> dict[str, Any]:
         """The plain config that the YAML files give for a choice on every axis, without presets and other overrides."""
-        axes = {axis: name for axis, name in sorted(choices.items()) if name and not axis.startswith("hydra/")}
-        cfg = self.compose([f"{axis}={name}" for axis, name in axes.items() if axis not in PRESETS])
+        axes = [axis for axis in sorted(choices) if axis not in PRESETS and not axis.startswith("hydra/")]
+        cfg = self.compose(
+            [f"{axis}={choices[axis]}" for axis in axes if choices[axis] and (conf_dir() / axis).is_dir()]
+        )
         return {key: value for key, value in settings.plain(cfg).items() if key != "hydra"}
 
     def _options(self, group: str) -> list[str]:
@@ -169,7 +176,7 @@ class Preflight:
 
     def _parse_one(self, typed: str) -> Override:
         try:
-            return self.parser.parse_overrides([for_hydra(typed)])[0]
+            return self.parser.parse_overrides([for_hydra(typed, self.config_dir)])[0]
         except Exception as error:  # under python -O the parser fails at any function
             reason = settings.one_line(getattr(error, "message", str(error)).partition("\nSee ")[0])
             if sys.flags.optimize:
@@ -277,9 +284,9 @@ def hydra_argv() -> Iterator[None]:
     Hydra's parser refuses overrides on both sides of an option, and it prints errors unless HYDRA_FULL_ERROR is 1.
     """
     argv, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
-    overrides: list[str] = command_line(argv[1:]).overrides
-    options = [argument for argument in argv[1:] if argument not in overrides]
-    sys.argv = [argv[0], *map(for_hydra, overrides), *options]
+    read = command_line(argv[1:])
+    options = [argument for argument in argv[1:] if argument not in read.overrides]
+    sys.argv = [argv[0], *(for_hydra(override, read.config_dir) for override in read.overrides), *options]
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         yield
