@@ -206,7 +206,7 @@ class Preflight:
             self.check([str(override.input_line) for override in parsed if not override.is_sweep_override()])
             return []
         params = self.parse([f"{key}={value}" for key, value in (master.sweeper.params or {}).items()])
-        # Hydra gives its own overrides to every job; what is typed comes after the parameters of the sweeper
+        # Hydra gives the overrides of hydra.* to every job; what is typed comes after the parameters of the sweeper
         parsed.sort(key=lambda override: not override.is_hydra_override())
         hydra = [override for override in parsed if override.is_hydra_override()]
         several = [*hydra, *params, *parsed[len(hydra) :]]
