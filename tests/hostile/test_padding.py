@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "suite"))
 from glue_files import write_tsv
 from tiny_bert import WORDS
 
-from bayesq.suite import config, runner
+from bayesq.suite import config, runner, schema
 from bayesq.suite.calibration import Collector
 from bayesq.suite.datasets.base import DataSplits, Examples
 from bayesq.suite.errors import UserError
@@ -266,7 +266,7 @@ def run(place: Path, kind: str, *more: str) -> dict:
             ],
         )
     GlobalHydra.instance().clear()
-    config.validate(cfg)
+    schema.validate(cfg)
     runner.run(cfg)
     return json.loads((config.run_dir(cfg) / "result.json").read_text())
 

@@ -20,7 +20,7 @@ from tiny_bert import tiny_bert
 from torch import Tensor, nn
 
 import bayesq
-from bayesq.suite import config, evaluation, export, loading, runner
+from bayesq.suite import config, evaluation, export, loading, runner, schema
 from bayesq.suite.cache import CorruptCache, read_tensors, write_tensors
 from bayesq.suite.datasets.base import DataSplits, Examples
 from bayesq.suite.datasets.glue import TASKS
@@ -76,7 +76,7 @@ def recorded(place: Path, overrides: str, results: str = "results", cache: Path 
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         cfg = compose("config", overrides=[*overrides.format(place=place).split(), *places])
     GlobalHydra.instance().clear()
-    config.validate(cfg)
+    schema.validate(cfg)
     heard: list[tuple] = []
     evaluate = evaluation.logits
 

@@ -21,7 +21,7 @@ from tiny_bert import tiny_bert, tiny_tokenizer
 from bayesq.quant.grids import mse_grid, round_affine
 from bayesq.quant.layers import quantizable_layers
 from bayesq.quant.packing import unpack_model
-from bayesq.suite import config, runner
+from bayesq.suite import config, runner, schema
 from bayesq.suite.cache import read_tensors
 from bayesq.suite.datasets.base import DataSplits, Examples
 from bayesq.suite.datasets.glue import TASKS
@@ -368,7 +368,7 @@ def run_here(place: Path, *more: str) -> dict:
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         cfg = compose("config", overrides=overrides(place, *more))
     GlobalHydra.instance().clear()
-    config.validate(cfg)
+    schema.validate(cfg)
     runner.run(cfg)
     return json.loads((config.run_dir(cfg) / "result.json").read_text())
 
