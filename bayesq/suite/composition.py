@@ -124,24 +124,32 @@ class Preflight:
                 raise UserError(settings.explanation(error)) from error
         return self._composed[key]
 
-    def compose_job(self, parsed: Sequence[Override]) -> tuple[DictConfig, DictConfig]:
-        """The configuration of one of many jobs, and Hydra's node: jobs with the same choices share what files give.
+    def compose_job(self, parsed: Sequence[Override]) -> tuple[DictConfig, DictConfig, dict[str, Any]]:
+        """The configuration of one of many jobs, Hydra's node, and the `reference` of its choices.
 
-        Hydra too sets single keys after it has read the files that were chosen, in the order in which they are typed.
+        Jobs with the same choices share what the YAML files give. Hydra too sets single keys after it has read the
+        files, in the order in which they are typed.
         """
         keys = [o for o in parsed if o.is_force_add() and not o.is_hydra_override() and o.package is None]
         base = self.compose([str(o.input_line) for o in parsed if o not in keys])
+        choices = {group: name for group, name in base.hydra.runtime.choices.items() if not group.startswith("hydra/")}
         cfg = OmegaConf.masked_copy(base, [str(key) for key in base if key != "hydra"])
+        presets = [name for group, name in choices.items() if not self.is_axis(group)]
+        reference = (
+            self.reference(choices) if any(name not in (None, "full") for name in presets) else settings.plain(cfg)
+        )
         for override in keys:
             OmegaConf.update(cfg, override.key_or_group, override.value(), merge=True, force_add=True)
-        return cfg, base.hydra
+        return cfg, base.hydra, reference
+
+    @staticmethod
+    def is_axis(group: str) -> bool:
+        """Whether a choice in this group is needed, and has keys; presets set keys of other groups."""
+        return group not in PRESETS and (conf_dir() / group).is_dir()
 
     def reference(self, choices: Mapping[str, Any]) -> dict[str, Any]:
         """The plain config that the YAML files give for a choice on every axis, without presets and other overrides."""
-        axes = [axis for axis in sorted(choices) if axis not in PRESETS and not axis.startswith("hydra/")]
-        cfg = self.compose(
-            [f"{axis}={choices[axis]}" for axis in axes if choices[axis] and (conf_dir() / axis).is_dir()]
-        )
+        cfg = self.compose([f"{group}={name}" for group, name in sorted(choices.items()) if self.is_axis(group)])
         return {key: value for key, value in settings.plain(cfg).items() if key != "hydra"}
 
     def _options(self, group: str) -> list[str]:
@@ -227,10 +235,10 @@ class Preflight:
             UserError: one line that names what is wrong.
         """
         parsed = self.parse(typed)
-        cfg, hydra = self.compose_job(parsed)
+        cfg, hydra, reference = self.compose_job(parsed)
         choices = hydra.runtime.choices
         try:
-            settings.check_keys(settings.plain(cfg), self.reference(choices))
+            settings.check_keys(settings.plain(cfg), reference)
         except UserError as error:
             if choices.get("ablation") in (None, "full"):
                 raise
