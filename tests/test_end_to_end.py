@@ -24,7 +24,7 @@ from bayesq.allocation import Knapsack
 from bayesq.posterior import KroneckerPosterior, WhiteningStore
 from bayesq.quant.accounting import affine_overhead_bits, buffer_bytes
 from bayesq.quant.packing import PARAMETER_PREFIX, pack_model, unpack_model
-from bayesq.suite import config, evaluation, runner
+from bayesq.suite import config, evaluation, runner, schema
 from bayesq.suite.errors import UserError
 from bayesq.suite.results import load_results
 from bayesq.suite.session import Session
@@ -120,7 +120,7 @@ def run_here(folder: Path, place: str, overrides: str, session: Session | None =
     places = (f"results_dir={folder / place}", f"cache_dir={folder / 'cache'}", "wandb.mode=disabled")
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         cfg = compose("config", overrides=[*DIGITS, *places, "bits=3", *overrides.split()])
-    config.validate(cfg)
+    schema.validate(cfg)
     runner.run(cfg, session)
     return json.loads((config.run_dir(cfg) / "result.json").read_text())
 

@@ -64,8 +64,8 @@ def row_widths(path: Path) -> dict[str, np.ndarray]:
     # torch takes seconds to import, and one page of ten needs it
     from safetensors import safe_open
 
-    from bayesq.quant.grids import MIN_WIDTH
     from bayesq.quant.bits import from_bits
+    from bayesq.quant.grids import MIN_WIDTH
     from bayesq.tensor_file import HEADER_KEY
 
     if not path.is_file():

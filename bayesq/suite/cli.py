@@ -205,7 +205,7 @@ def report_failure(folder: Path, overrides: Sequence[str], error: Exception, ful
 
     Args:
         folder: of the run.
-        overrides: that the run was composed from, without Hydra's own.
+        overrides: that the run was composed from, without those of hydra.*.
         error: what was raised.
         full_error: print the traceback.
     """

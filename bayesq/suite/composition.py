@@ -63,15 +63,20 @@ def conf_dir() -> Path:
     raise UserError(f"no conf/{CONFIG_NAME}.yaml in {package} or beside it: install bayesq again")
 
 
-def for_hydra(override: str) -> str:
-    """An override as Hydra gets it: choices on an axis without `+`, other keys with `++`, Hydra's and `~` as typed."""
+def for_hydra(override: str, config_dir: str | None = None) -> str:
+    """An override as Hydra gets it: a key behind `++`, a choice on an axis without `+`, all else as it is typed.
+
+    Args:
+        override: as it is typed.
+        config_dir: folder with groups that are on no axis.
+    """
     bare = override.lstrip("+")
     key = re.split(r"[=@]", bare)[0]
     if bare.startswith(("~", "hydra.", "hydra/")) or "=" not in bare:
         return override
     if (conf_dir() / key).is_dir():
         return bare
-    return override if "/" in key else f"++{bare}"
+    return override if config_dir is not None and (Path(config_dir) / key).is_dir() else f"++{bare}"
 
 
 def as_typed(overrides: Sequence[str]) -> tuple[str, ...]:
@@ -94,7 +99,7 @@ class Preflight:
     ) -> None:
         if config_dir is not None and not os.path.isdir(config_dir):
             raise UserError(f"--config-dir {config_dir}: there is no such folder")
-        self.config_name = config_name or CONFIG_NAME
+        self.config_name, self.config_dir = config_name or CONFIG_NAME, config_dir
         path = os.path.abspath(config_path or conf_dir())
         with initialize_config_dir(path, job_name="bayesq", version_base=VERSION_BASE):
             self.loader = GlobalHydra.instance().config_loader()
@@ -119,22 +124,32 @@ class Preflight:
                 raise UserError(settings.explanation(error)) from error
         return self._composed[key]
 
-    def compose_job(self, parsed: Sequence[Override]) -> tuple[DictConfig, DictConfig]:
-        """The configuration of one of many jobs, and Hydra's node: jobs with the same choices share what files give.
+    def compose_job(self, parsed: Sequence[Override]) -> tuple[DictConfig, DictConfig, dict[str, Any]]:
+        """The configuration of one of many jobs, Hydra's node, and the `reference` of its choices.
 
-        Hydra too sets single keys after it has read the files that were chosen, in the order in which they are typed.
+        Jobs with the same choices share what the YAML files give. Hydra too sets single keys after it has read the
+        files, in the order in which they are typed.
         """
         keys = [o for o in parsed if o.is_force_add() and not o.is_hydra_override() and o.package is None]
         base = self.compose([str(o.input_line) for o in parsed if o not in keys])
+        choices = {group: name for group, name in base.hydra.runtime.choices.items() if not group.startswith("hydra/")}
         cfg = OmegaConf.masked_copy(base, [str(key) for key in base if key != "hydra"])
+        presets = [name for group, name in choices.items() if not self.is_axis(group)]
+        reference = (
+            self.reference(choices) if any(name not in (None, "full") for name in presets) else settings.plain(cfg)
+        )
         for override in keys:
             OmegaConf.update(cfg, override.key_or_group, override.value(), merge=True, force_add=True)
-        return cfg, base.hydra
+        return cfg, base.hydra, reference
+
+    @staticmethod
+    def is_axis(group: str) -> bool:
+        """Whether a choice in this group is needed, and has keys; presets set keys of other groups."""
+        return group not in PRESETS and (conf_dir() / group).is_dir()
 
     def reference(self, choices: Mapping[str, Any]) -> dict[str, Any]:
         """The plain config that the YAML files give for a choice on every axis, without presets and other overrides."""
-        axes = {axis: name for axis, name in sorted(choices.items()) if name and not axis.startswith("hydra/")}
-        cfg = self.compose([f"{axis}={name}" for axis, name in axes.items() if axis not in PRESETS])
+        cfg = self.compose([f"{group}={name}" for group, name in sorted(choices.items()) if self.is_axis(group)])
         return {key: value for key, value in settings.plain(cfg).items() if key != "hydra"}
 
     def _options(self, group: str) -> list[str]:
@@ -169,7 +184,7 @@ class Preflight:
 
     def _parse_one(self, typed: str) -> Override:
         try:
-            return self.parser.parse_overrides([for_hydra(typed)])[0]
+            return self.parser.parse_overrides([for_hydra(typed, self.config_dir)])[0]
         except Exception as error:  # under python -O the parser fails at any function
             reason = settings.one_line(getattr(error, "message", str(error)).partition("\nSee ")[0])
             if sys.flags.optimize:
@@ -199,7 +214,7 @@ class Preflight:
             self.check([str(override.input_line) for override in parsed if not override.is_sweep_override()])
             return []
         params = self.parse([f"{key}={value}" for key, value in (master.sweeper.params or {}).items()])
-        # Hydra gives its own overrides to every job; what is typed comes after the parameters of the sweeper
+        # Hydra gives the overrides of hydra.* to every job; what is typed comes after the parameters of the sweeper
         parsed.sort(key=lambda override: not override.is_hydra_override())
         hydra = [override for override in parsed if override.is_hydra_override()]
         several = [*hydra, *params, *parsed[len(hydra) :]]
@@ -220,10 +235,10 @@ class Preflight:
             UserError: one line that names what is wrong.
         """
         parsed = self.parse(typed)
-        cfg, hydra = self.compose_job(parsed)
+        cfg, hydra, reference = self.compose_job(parsed)
         choices = hydra.runtime.choices
         try:
-            settings.check_keys(settings.plain(cfg), self.reference(choices))
+            settings.check_keys(settings.plain(cfg), reference)
         except UserError as error:
             if choices.get("ablation") in (None, "full"):
                 raise
@@ -277,9 +292,9 @@ def hydra_argv() -> Iterator[None]:
     Hydra's parser refuses overrides on both sides of an option, and it prints errors unless HYDRA_FULL_ERROR is 1.
     """
     argv, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
-    overrides: list[str] = command_line(argv[1:]).overrides
-    options = [argument for argument in argv[1:] if argument not in overrides]
-    sys.argv = [argv[0], *map(for_hydra, overrides), *options]
+    read = command_line(argv[1:])
+    options = [argument for argument in argv[1:] if argument not in read.overrides]
+    sys.argv = [argv[0], *(for_hydra(override, read.config_dir) for override in read.overrides), *options]
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         yield

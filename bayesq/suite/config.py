@@ -1,6 +1,6 @@
-"""What a configuration means: which part of it determines the result, and whether it can be run at all.
+"""What a configuration means: which part of it determines the result, its run id, and whether this machine can run it.
 
-Nothing here imports torch, so that a mistyped key costs a second and a sweep of finished runs hardly more.
+Nothing here imports torch, so that a mistyped key is reported within a second. `schema` checks values.
 """
 
 import difflib
@@ -92,9 +92,8 @@ def reads_posterior(config: Mapping[str, Any]) -> bool:
 
 
 def settings_that_matter(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a resolved configuration that determines the result.
+    """The part of a resolved configuration that determines the result. It leaves out
 
-    Dropped are
       * WITHOUT_EFFECT: where the run happens, how it is logged, whether it is repeated;
       * allocation, when allocator=uniform does not read it;
       * posterior, when neither the method (`uses_posterior: true` in its YAML) nor allocator=knapsack reads it;
@@ -133,7 +132,7 @@ def _canonical_allocation(allocation: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(content.get("pinned"), Mapping):
         content["pinned"] = [[str(pattern), width] for pattern, width in content["pinned"].items()]
     if isinstance(content.get("allowed"), Mapping):
-        content["allowed"] = [[str(pattern), sorted(set(own))] for pattern, own in content["allowed"].items()]
+        content["allowed"] = [[str(pattern), sorted(set(widths))] for pattern, widths in content["allowed"].items()]
     return content
 
 
@@ -159,12 +158,12 @@ def run_dir(cfg: DictConfig) -> Path:
 
 
 def register_resolvers() -> None:
-    """Make ${run_id:} known to OmegaConf, for Hydra's output folders, and ${wandb:}, for W&B's own variables."""
+    """Make ${run_id:}, for Hydra's output folders, and ${wandb:}, for W&B's variables, known to OmegaConf."""
     OmegaConf.register_new_resolver("run_id", lambda *, _root_: run_id(_root_), replace=True)
     OmegaConf.register_new_resolver("wandb", wandb_environment.default, replace=True)
 
 
-# workers of a parallel launcher import this module when they unpickle the job, and need the resolver from then on
+# workers of a parallel launcher need the resolvers as soon as they unpickle the job, which imports this module
 register_resolvers()
 
 

@@ -23,7 +23,7 @@ from bayesq.calibration.collector import Collector
 from bayesq.calibration.inputs import INPUT_MOMENT
 from bayesq.calibration.statistic import Statistic
 from bayesq.fisher import FISHER_DIAGONAL, GRADIENT_MOMENT
-from bayesq.suite import config, runner
+from bayesq.suite import config, runner, schema
 from bayesq.suite.datasets.base import DataSplits, Examples
 from bayesq.suite.errors import UserError
 from bayesq.suite.evaluation import logits
@@ -269,7 +269,7 @@ def run(place: Path, kind: str, *more: str) -> dict:
             ],
         )
     GlobalHydra.instance().clear()
-    config.validate(cfg)
+    schema.validate(cfg)
     runner.run(cfg)
     return json.loads((config.run_dir(cfg) / "result.json").read_text())
 

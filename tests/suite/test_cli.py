@@ -309,6 +309,10 @@ def test_an_experiment_may_choose_and_set_but_not_invent() -> None:
     assert (jobs[0].config["method"]["name"], jobs[0].config["bits"]) == ("gptq", 3)
     with pytest.raises(UserError, match=r"^unknown key 'bitz'"):
         cli.preflight(["--config-dir", "mine", "+experiment=bad"])
+    (Path("mine/preset")).mkdir()
+    Path("mine/preset/five.yaml").write_text("# @package _global_\nbits: 5\n")
+    (job,) = cli.preflight(["--config-dir", "mine", "+preset=five"]) or []
+    assert job.config["bits"] == 5
     with pytest.raises(UserError, match=r"^experiment=goood: choose one of bad, .*good.*; did you mean 'good'\?"):
         cli.preflight(["--config-dir", "mine", "+experiment=goood"])
 

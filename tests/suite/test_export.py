@@ -23,7 +23,7 @@ import bayesq
 from bayesq.batches import EncodedExamples
 from bayesq.likelihood import Likelihood
 from bayesq.quant.file import read_packed
-from bayesq.suite import config, evaluation, export, loading, runner
+from bayesq.suite import config, evaluation, export, loading, runner, schema
 from bayesq.suite.datasets.base import DataSplits, Examples
 from bayesq.suite.datasets.glue import TASKS
 from bayesq.suite.errors import UserError
@@ -78,7 +78,7 @@ def recorded(place: Path, overrides: str, results: str = "results", cache: Path 
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         cfg = compose("config", overrides=[*overrides.format(place=place).split(), *places])
     GlobalHydra.instance().clear()
-    config.validate(cfg)
+    schema.validate(cfg)
     heard: list[tuple] = []
     evaluate = evaluation.paired_rows
 

@@ -15,7 +15,6 @@ from glue_files import ROWS, write_parquet, write_tsv
 from bayesq.suite.datasets.glue import TASKS, Glue
 from bayesq.suite.errors import UserError
 from bayesq.suite.hub import HubFiles
-from bayesq.suite.metrics import Metric
 from bayesq.suite.metrics import ACCURACY
 from bayesq.suite.tasks import TEXT_CLASSIFICATION, TEXT_REGRESSION
 

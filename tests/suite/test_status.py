@@ -13,7 +13,7 @@ import yaml
 
 from bayesq.files import lock
 from bayesq.suite import results, status
-from bayesq.suite.composition import Job, preflight
+from bayesq.suite.composition import Job, for_hydra, preflight
 from bayesq.suite.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -35,7 +35,8 @@ def jobs(*arguments: str) -> list[Job]:
 def begin(job: Job, *extra: str) -> None:
     """What Hydra writes before a run begins."""
     (job.run_dir / ".hydra").mkdir(parents=True)
-    (job.run_dir / ".hydra" / "overrides.yaml").write_text(yaml.safe_dump([*job.overrides, *extra]))
+    recorded = [for_hydra(override) for override in (*job.overrides, *extra)]
+    (job.run_dir / ".hydra" / "overrides.yaml").write_text(yaml.safe_dump(recorded))
 
 
 def finish(job: Job) -> None:

@@ -21,7 +21,7 @@ from tiny_bert import tiny_bert, tiny_tokenizer
 from bayesq.quant.grids import mse_grid, round_affine
 from bayesq.quant.layers import quantizable_layers
 from bayesq.quant.packing import unpack_model
-from bayesq.suite import config, runner
+from bayesq.suite import config, runner, schema
 from bayesq.suite.datasets.base import DataSplits, Examples
 from bayesq.suite.datasets.glue import TASKS
 from bayesq.suite.errors import UserError
@@ -30,8 +30,8 @@ from bayesq.suite.models.checkpoint import checkpoint_sha256
 from bayesq.suite.models.text import label_order
 from bayesq.suite.models.transformers_model import TransformersClassifier
 from bayesq.suite.runner import build
-from bayesq.tensor_file import read_tensors
 from bayesq.suite.tasks import TEXT_CLASSIFICATION, TEXT_REGRESSION
+from bayesq.tensor_file import read_tensors
 
 ROOT = Path(__file__).parents[2]
 MNLI = ("entailment", "neutral", "contradiction")
@@ -368,7 +368,7 @@ def run_here(place: Path, *more: str) -> dict:
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         cfg = compose("config", overrides=overrides(place, *more))
     GlobalHydra.instance().clear()
-    config.validate(cfg)
+    schema.validate(cfg)
     runner.run(cfg)
     return json.loads((config.run_dir(cfg) / "result.json").read_text())
 

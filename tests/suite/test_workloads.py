@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from bayesq.quant.layers import quantizable_layers
-from bayesq.suite import config
+from bayesq.suite import schema
 from bayesq.suite.datasets.base import DataSplits, Examples, limited
 from bayesq.suite.datasets.cifar10 import Cifar10
 from bayesq.suite.datasets.digits import Digits
@@ -174,7 +174,7 @@ def test_commands_of_the_contract_validate_and_build(command, tmp_path):
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         cfg = compose("config", overrides=[*command, f"results_dir={tmp_path}", f"cache_dir={tmp_path}"])
     GlobalHydra.instance().clear()
-    config.validate(cfg)
+    schema.validate(cfg)
     assert callable(build(cfg.dataset).load) and callable(build(cfg.model).build)
 
 
@@ -382,7 +382,7 @@ class TestCifarResNet:
             cfg = compose("config", overrides=["model=cifar_resnet56", "dataset=digits"])
         GlobalHydra.instance().clear()
         with pytest.raises(UserError, match=r"^model\.checkpoint has no default: add model\.checkpoint=VALUE$"):
-            config.validate(cfg)
+            schema.validate(cfg)
 
 
 # ------------------------------------------------------------------------------------------------------------- ImageNet
