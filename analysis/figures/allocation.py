@@ -66,6 +66,7 @@ def row_widths(path: Path) -> dict[str, np.ndarray]:
 
     from bayesq.quant.bits import from_bits
     from bayesq.quant.grids import MIN_WIDTH
+    from bayesq.quant.packing import WIDTH_MAP_BITS
     from bayesq.tensor_file import HEADER_KEY
 
     if not path.is_file():
