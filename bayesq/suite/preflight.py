@@ -17,7 +17,7 @@ from bayesq.quant.layers import Layer, weight_to_matrix
 from bayesq.suite.calibration import statistic_shape, sum_bytes
 from bayesq.suite.errors import UserError
 from bayesq.suite.memory import available_memory
-from bayesq.suite.replay import KEPT_BYTES
+from bayesq.walker import STORED_BYTES
 
 log = logging.getLogger(__name__)
 # goes to the run's log file only, see hydra.job_logging in conf/config.yaml
@@ -164,7 +164,7 @@ def estimate(
     }
     geometries = sum(_geometry(shape, choices) for shape in shapes) if choices.posterior is not None else 0
     if choices.sequential:
-        inputs = min(KEPT_BYTES, choices.examples * calibration.largest)
+        inputs = min(STORED_BYTES, choices.examples * calibration.largest)
         stages["rounding"] += network + activated * (2 * choices.calibration_batch * calibration.largest + inputs)
     if choices.corrected:
         moved = 3 * activated * choices.corrected * calibration.largest

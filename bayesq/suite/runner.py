@@ -49,7 +49,6 @@ from bayesq.suite.calibration import (
     SUM_BYTES,
     Calibration,
     CalibrationSettings,
-    SequentialInputs,
     forward_order,
 )
 from bayesq.suite.config import resolved, run_dir, run_id
@@ -62,6 +61,7 @@ from bayesq.suite.labels import model_label
 from bayesq.suite.memory import give_back_freed, halving, peak_bytes, resident_bytes
 from bayesq.suite.models.base import EncodedExamples, Network, in_one_batch, needs_no_padding, two_examples
 from bayesq.suite.packed import Packed, fill, read_packed, run_record, write_packed
+from bayesq.suite.prefix import PrefixInputs
 from bayesq.suite.preflight import Choices, Needs, activations, check, estimate
 from bayesq.suite.provenance import git_state, host, process, versions
 from bayesq.suite.rehearsal import rehearse, small_problems
@@ -616,14 +616,14 @@ def quantize(cfg: DictConfig, plan: Plan, work: Workload, calibration: Calibrati
     result.reused_s = calibration.total_s + inherited - (prepared - asked)
     round_embeddings(work, plan.budget, result)
     given: list[LayerProblem] = problems
-    prefix: SequentialInputs | None = None
+    prefix: PrefixInputs | None = None
     if method.sequential:
         # A copy whose layers are replaced one by one. Only the method sees its inputs: bits are allocated before
         # anything is rounded.
         working = quantized_copy(work, result)
         own = {name: same_layer(layer, working, name) for name, layer in layers.items()}
         size, calls = calibration.settings.batch_size, work.usage.calls
-        prefix = SequentialInputs(working, own, groups, examples, size, device, calls)
+        prefix = PrefixInputs(working, work.network.blocks, own, groups, examples, size, device, calls)
         given = [replace(problem, prefix_statistic=partial(prefix.statistic, problem.name)) for problem in problems]
 
     start = time.perf_counter()

@@ -18,6 +18,7 @@ from naive_fisher import Dense, TinyConvNet, TinyEncoder, dense_statistics, seed
 from torch import Tensor, nn
 
 from bayesq.posterior import DRAWS
+from bayesq.quant.blocks import find_blocks
 from bayesq.quant.layers import quantizable_layers, weight_to_matrix
 from bayesq.quant.method import STATISTICS
 from bayesq.suite import calibration
@@ -30,7 +31,6 @@ from bayesq.suite.calibration import (
     Calibration,
     CalibrationSettings,
     Collector,
-    SequentialInputs,
     fisher_directions,
     forward_order,
     sketch_rows,
@@ -40,6 +40,7 @@ from bayesq.suite.calibration import (
     truncate,
 )
 from bayesq.suite.models.base import Batch, TensorExamples, state_checksum
+from bayesq.suite.prefix import PrefixInputs
 
 CPU = torch.device("cpu")
 # Those that one pass collects without the results of another.
@@ -860,7 +861,7 @@ def test_sequential_inputs_see_the_replaced_prefix():
     layers = quantizable_layers(module)
     examples = images()
     groups = forward_order(module, layers, next(iter(examples.batches(2, CPU))))
-    inputs = SequentialInputs(module, layers, groups, examples, 2, CPU)
+    inputs = PrefixInputs(module, find_blocks(module), layers, groups, examples, 2, CPU)
     for group in groups:
         for name in group:
             for kind in ("input_moment", "input_magnitude"):
@@ -881,7 +882,7 @@ def test_sequential_siblings_share_one_pass_that_stops_at_them():
         layer.register_forward_hook(lambda *_, name=name: calls.update({name: calls.get(name, 0) + 1}))
     groups = [["query", "key", "value"], ["out"], ["up"], ["down"], ["head"]]
     layers = quantizable_layers(module)
-    inputs = SequentialInputs(module, layers, groups, sentences(), 2, CPU, dict.fromkeys(layers, 1))
+    inputs = PrefixInputs(module, find_blocks(module), layers, groups, sentences(), 2, CPU, dict.fromkeys(layers, 1))
     found = [inputs.statistic(name, "input_moment") for name in groups[0]]
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
     assert calls == {"query": 3, "key": 3, "value": 3}

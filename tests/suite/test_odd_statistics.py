@@ -8,10 +8,12 @@ import torch
 from odd_networks import seeded, vectors
 from torch import Tensor, nn
 
+from bayesq.quant.blocks import find_blocks
 from bayesq.quant.layers import groups_of, quantizable_layers, same_layer, weight_key, weight_to_matrix
 from bayesq.quant.usage import Usage, usage_of
-from bayesq.suite.calibration import Collector, SequentialInputs, forward_order
+from bayesq.suite.calibration import Collector, forward_order
 from bayesq.suite.models.base import TensorExamples
+from bayesq.suite.prefix import PrefixInputs
 
 CPU = torch.device("cpu")
 NETWORKS = {
@@ -172,7 +174,7 @@ def test_sequential_statistics_are_those_of_all_runs(network):
     size = 1 if found.alone else 4
     expected = collect(module, size, ("input_moment",))["input_moment"]
     for calls in (found.calls, None):
-        inputs = SequentialInputs(module, found.layers, groups, given, size, CPU, calls)
+        inputs = PrefixInputs(module, find_blocks(module), found.layers, groups, given, size, CPU, calls)
         for name in found.layers:
             torch.testing.assert_close(inputs.statistic(name, "input_moment"), expected[name])
 

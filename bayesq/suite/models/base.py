@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from bayesq.quant.blocks import find_blocks
 from bayesq.suite.cache import CorruptCache, digest, read_tensors, write_tensors
 from bayesq.suite.datasets.base import DataSplits, Examples
 from bayesq.suite.files import lock
@@ -163,6 +164,7 @@ class Network:
         checksum: sha256 hex over the module's state (see `state_checksum`).
         description: preprocessing, size and origin for the result file; JSON values only.
         blueprint: what `ModelSource.bare` needs beside the settings; JSON values only.
+        blocks: names of parts that it runs one after the other; found by their containers where none are stated.
         identity: checksum of all that decides the network's outputs: weights, configuration, code. What is cached for
             a network is kept under it.
     """
@@ -172,9 +174,11 @@ class Network:
     checksum: str
     description: dict[str, object]
     blueprint: dict[str, Any] = field(default_factory=dict)
+    blocks: tuple[str, ...] = ()
     identity: str = field(init=False)
 
     def __post_init__(self) -> None:
+        self.blocks = self.blocks or find_blocks(self.module)
         # now, because some networks keep masks or tables of a forward pass as attributes
         parts = (self.checksum, fingerprint(self.module), json.dumps(self.blueprint, sort_keys=True))
         self.identity = hashlib.sha256("|".join(parts).encode()).hexdigest()

@@ -11,10 +11,12 @@ from naive_fisher import TinyConvNet, TinyEncoder, seeded
 from test_calibration import CPU, images, sentences
 from torch import Tensor, nn
 
+from bayesq import walker
+from bayesq.quant.blocks import find_blocks
 from bayesq.quant.layers import quantizable_layers
-from bayesq.suite import replay
-from bayesq.suite.calibration import INPUT_STATISTICS, Collector, SequentialInputs, forward_order
+from bayesq.suite.calibration import INPUT_STATISTICS, Collector, forward_order
 from bayesq.suite.models.base import TensorExamples
+from bayesq.suite.prefix import PrefixInputs
 
 
 class Block(nn.Module):
@@ -103,7 +105,7 @@ def rounded(module: nn.Module, names: list[str]) -> None:
             weight.copy_(torch.round(4 * weight) / 4)
 
 
-def setting(name: str) -> tuple[nn.Module, TensorExamples, list[list[str]], SequentialInputs]:
+def setting(name: str) -> tuple[nn.Module, TensorExamples, list[list[str]], PrefixInputs]:
     build, data = NETWORKS[name]
     module, examples = seeded(build()), data()
     layers = quantizable_layers(module)
@@ -112,14 +114,14 @@ def setting(name: str) -> tuple[nn.Module, TensorExamples, list[list[str]], Sequ
         module,
         examples,
         groups,
-        SequentialInputs(module, layers, groups, examples, 2, CPU, dict.fromkeys(layers, 1)),
+        PrefixInputs(module, find_blocks(module), layers, groups, examples, 2, CPU, dict.fromkeys(layers, 1)),
     )
 
 
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("room", [0, 1500, 2**29])
 def test_statistics_are_those_of_passes_from_the_input(name, room, monkeypatch):
-    monkeypatch.setattr(replay, "KEPT_BYTES", room)
+    monkeypatch.setattr(walker, "STORED_BYTES", room)
     module, examples, groups, inputs = setting(name)
     for group in groups:
         expected = from_the_input(module, group, examples)
@@ -135,7 +137,7 @@ def test_layers_in_any_order_and_weights_that_change_behind_them(name):
     module, examples, groups, inputs = setting(name)
     for i in (0, 2, 5, 3, 3, 6, 7, 1, 5):
         group = groups[i % len(groups)]
-        inputs._held = {}
+        inputs._statistics = {}
         found, expected = inputs.statistic(group[0], "input_moment"), from_the_input(module, group, examples)
         torch.testing.assert_close(found, expected[group[0]]["input_moment"], rtol=1e-5, atol=1e-6)
         rounded(module, groups[(i * 3) % len(groups)])
@@ -158,13 +160,15 @@ def test_blocks_run_a_few_times_not_once_for_every_layer():
     assert calls["first.0"] <= 7 * batches + 4
 
 
+def chains(name: str) -> list[list[str]]:
+    _, _, groups, inputs = setting(name)
+    for group in groups[:3]:
+        inputs.statistic(group[0], "input_moment")
+    return inputs.walker(2)._chains
+
+
 def test_chains_follow_tensors_not_containers():
-    _, _, groups, inputs = setting("deep")
-    for group in groups[:3]:
-        inputs.statistic(group[0], "input_moment")
-    chains = inputs._replay[1]._chains
-    assert sorted(chains) == [["first.0", "first.1", "first.2"], ["second.0", "second.1", "second.2", "pool"]]
-    _, _, groups, inputs = setting("careless")
-    for group in groups[:3]:
-        inputs.statistic(group[0], "input_moment")
-    assert not any("first.0" in chain for chain in inputs._replay[1]._chains)
+    first, second = [f"first.{k}" for k in range(3)], [f"second.{k}" for k in range(3)]
+    assert chains("deep") == [["stem"], first, [*second, "pool"], ["head"]]
+    assert chains("overwrite") == chains("deep")
+    assert not any("first.0" in chain for chain in chains("careless"))  # it overwrites what would be stored

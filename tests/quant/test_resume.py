@@ -4,9 +4,8 @@ import signal
 
 import pytest
 import torch
-from torch import Tensor, nn
-
 from bayesq.quant.in_step import meet, run_in_step
+from torch import Tensor, nn
 
 
 class Steps(nn.Module):
