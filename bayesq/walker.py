@@ -51,12 +51,14 @@ class _Visit:
 
     Attributes:
         spec: structure of the arguments, whose leaves are numbered.
-        sources: of each leaf in the block that ran before this one; None if they are not all there.
+        before: the block that ran last, "" if there is none.
+        sources: of each leaf in that block; None if they are not all there.
         nbytes: of the arguments.
         alone: called once, outside of other blocks, with tensors and constants, and changes neither these nor buffers.
     """
 
     spec: TreeSpec
+    before: str
     sources: list[Source] | None
     nbytes: int
     alone: bool
@@ -71,7 +73,8 @@ class _Watch:
         self.outside: set[str] = set()  # layers that run while the block of their name does not
         self._open: list[str] = []
         self._versions: dict[str, list[int]] = {}
-        # arguments and outputs of the block that ran last, and the versions they were left in
+        # the block that ran last, its outputs and arguments, and the versions they were left in
+        self._before = ""
         self._last: dict[str, tuple[list[Any], list[int]]] = {}
 
     def run(self, inputs: Mapping[str, Tensor]) -> None:
@@ -98,7 +101,7 @@ class _Watch:
         self._versions[name] = _versions([*leaves, *_state(block)])
         nbytes = sum(x.nbytes for x in leaves if isinstance(x, Tensor))
         alone = simple and not again and not self._open
-        self.visits[name] = _Visit(spec, self._sources(leaves), nbytes, alone)
+        self.visits[name] = _Visit(spec, self._before, self._sources(leaves), nbytes, alone)
         self._open.append(name)
 
     def _leave(self, name: str, block: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -106,6 +109,7 @@ class _Watch:
         leaves = tree_leaves((args, kwargs))
         if self._versions.pop(name) != _versions([*leaves, *_state(block)]):
             self.visits[name].alone = False
+        self._before = name
         self._last = {
             kind: (group, _versions(group)) for kind, group in ((OUTPUT, tree_leaves(output)), (ARGUMENT, leaves))
         }
@@ -288,15 +292,14 @@ class Walker(Generic[B]):
         chains: list[list[str]] = []
         if any(list(visits) != order for visits in self._visits):
             return chains
-        before_usable = False
         for name in order:
-            usable = all(visits[name].alone for visits in self._visits)
-            linked = before_usable and all(visits[name].sources is not None for visits in self._visits)
-            if usable and linked:
+            visits = [one[name] for one in self._visits]
+            if not all(visit.alone for visit in visits):
+                continue
+            if chains and all(visit.before == chains[-1][-1] and visit.sources is not None for visit in visits):
                 chains[-1].append(name)
-            elif usable:
+            else:
                 chains.append([name])
-            before_usable = usable
         return chains
 
     def _reproduces(self, chain: Sequence[str], batch: B) -> bool:

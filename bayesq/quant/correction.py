@@ -13,7 +13,7 @@ A related correction from batch normalisation statistics alone is in Nagel et al
 
 import weakref
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
@@ -194,9 +194,7 @@ def _record(
         ValueError: the batches take different ways through the network.
     """
     resumable = Resumable(full, stops, blocks)
-    sums = {
-        name: _Moments(full.get_submodule(name)) for name, which in stops.items() if which == INPUT or name in movable
-    }
+    sums: dict[str, _Moments] = {}
     order: list[str] = []
     read_by: dict[str, str] = {}
     # Weak references: identity can be checked while the tensor lives, and no activation is kept for it.
@@ -217,7 +215,14 @@ def _record(
             if output() is x and x._version == version:
                 read_by[layer] = name
 
-    readers = resumable.learn(parts[0], look_first)
+    def begin() -> Callable[[str, Tensor], None]:
+        for learnt in (order, read_by, outputs):
+            learnt.clear()
+        measured = (name for name, which in stops.items() if which == INPUT or name in movable)
+        sums.update({name: _Moments(full.get_submodule(name)) for name in measured})
+        return look_first
+
+    readers = resumable.learn(parts[0], begin)
     for inputs in parts[1:]:
         way: list[str] = []
         resumable.pass_through(inputs, partial(look, inputs, way))

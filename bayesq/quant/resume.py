@@ -1,9 +1,9 @@
 """Forward passes of several batches that stop at chosen modules together, and go on from there.
 
 A hook that must see the tensors of all batches at once (the moments of an activation, say) needs every pass to come to
-one module before any goes beyond it. A pass is ended there, and later run again from the network's input; a module that
-has finished in it returns the output it gave, so no module computes twice, and padding and the intermediate activations
-are those of one small batch.
+one module before any goes beyond it. A pass is ended there, and later run again from the block under way; a module that
+has finished returns the output that it gave, so no module computes twice. Batches stay small: their sequences need no
+padding beyond the longest of them, and between two stops only one batch has intermediate activations.
 
 What is stored at a stop is what the rest of the pass reads. An output that a module was given which has finished too is
 dropped, unless a first batch showed that something else reads it: an operation between modules, such as a residual sum.
@@ -13,7 +13,7 @@ no wrong number.
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -93,9 +93,10 @@ class _Call:
 
     Attributes:
         path: (name, how many calls of that module came before) of the calls around it and of itself.
-        leaves: its output's; an index is in `dropped` once the tensor there is not needed any more.
-        spec: the output's structure; None until the call has finished.
-        copies: of the leaves, where they are changed in place afterwards.
+        leaves: its output's; a placeholder is in the place of what was dropped.
+        versions: of the leaves when it had finished.
+        spec: the output's structure; None until the call has finished, and where it has to run each time.
+        copied: the leaves are copies, as the output is changed in place afterwards.
     """
 
     path: tuple[tuple[str, int], ...] = ()
@@ -103,7 +104,7 @@ class _Call:
     leaves: list[Any] = field(default_factory=list)
     versions: list[int | None] = field(default_factory=list)
     spec: TreeSpec | None = None
-    copies: list[Any] | None = None
+    copied: bool = False
 
     @property
     def name(self) -> str:
@@ -147,7 +148,11 @@ class _Pass:
         self.waiting: tuple[str, _Call | None, Tensor] | None = None
 
     def advance(self, module: nn.Module) -> str | None:
-        """Run to the next stop: its name, or None at the end of the pass."""
+        """Run to the next stop: its name, or None at the end of the pass.
+
+        Raises:
+            ValueError: the network overwrites its input in this batch, unlike in the one that was learnt from.
+        """
         while True:
             try:
                 block = self.block
@@ -161,17 +166,22 @@ class _Pass:
                 assert self.waiting is not None
                 return self.waiting[0]
             except _Missing:
+                if self.readers.learning:  # from the beginning, as what was looked at is gone too
+                    raise
                 self.root, self.block = _Call(), None
 
     def _from_the_input(self, module: nn.Module) -> None:
         self.frames, self.block = [_Frame(self.root)], None
-        inputs = {name: x.clone() if "" in self.readers.copied else x for name, x in self.inputs.items()}
+        copied = self.readers.learning or "" in self.readers.copied
+        inputs = {name: x.clone() if copied else x for name, x in self.inputs.items()}
         versions = _versions(inputs.values())
         try:
             module(**inputs)
         finally:
-            if _versions(inputs.values()) != versions and "" not in self.readers.copied:
-                raise ValueError("the network overwrites its input")
+            if versions != _versions(inputs.values()):
+                if not copied:
+                    raise ValueError("the network overwrites some of its inputs, and not those of every batch")
+                self.readers.copied.add("")
 
     def release(self) -> Tensor:
         """Leave the stop; what was written into the tensor there is part of the output."""
@@ -224,9 +234,9 @@ class _Pass:
         leaves, spec = ([output], LEAF) if isinstance(output, Tensor) else tree_flatten(output)
         if not all(isinstance(x, (Tensor, *CONSTANTS)) and not isinstance(x, _Absent) for x in leaves):
             return
-        call.leaves, call.spec, call.versions = leaves, spec, _versions(leaves)
-        if call.name in self.readers.copied:
-            call.copies = [x.clone() if isinstance(x, Tensor) else x for x in leaves]
+        call.copied = call.name in self.readers.copied
+        call.leaves = [x.clone() if call.copied and isinstance(x, Tensor) else x for x in leaves]
+        call.spec, call.versions = spec, _versions(call.leaves)
 
     def _remember(self, call: _Call, leaves: Sequence[Any], frame: _Frame) -> None:
         for k, x in enumerate(leaves):
@@ -237,7 +247,9 @@ class _Pass:
         """Let go of what a finished call was given directly by a call beside it."""
         for x in given:
             giver, k = frame.givers.pop(id(x), (None, 0))
-            if giver is not None and giver.leaves[k] is x and giver.name not in self.readers.stored:
+            if giver is None or giver.leaves[k] is not x or giver.name in self.readers.stored:
+                continue
+            if x._version == giver.versions[k]:  # else it was overwritten in between, by something that reads it
                 giver.leaves[k] = _Absent.of(giver.name, self.readers, x if self.readers.learning else None)
 
     def _again(self, call: _Call, frame: _Frame) -> Any:
@@ -247,8 +259,8 @@ class _Pass:
         for k, (x, version) in enumerate(zip(leaves, call.versions, strict=True)):
             if version is None or isinstance(x, _Absent):
                 continue
-            if call.copies is not None:
-                leaves[k] = call.copies[k].clone()
+            if call.copied:
+                leaves[k] = x.clone()
             elif x._version != version:
                 leaves[k] = _Absent.of(call.name, self.readers, None, changed=True)
         self._remember(call, leaves, frame)
@@ -274,13 +286,21 @@ class Resumable:
         """One pass from end to end; `look` is called at every stop."""
         self._pass, self._look = None, look
         with self._intercepted(), torch.no_grad():
-            self.module(**inputs)
+            self.module(**{name: x.clone() for name, x in inputs.items()})  # it may overwrite its input
 
-    def learn(self, inputs: Mapping[str, Tensor], look: Callable[[str, Tensor], None]) -> Readers:
-        """`pass_through` with stops, to see which outputs operations between modules read."""
+    def learn(self, inputs: Mapping[str, Tensor], begin: Callable[[], Callable[[str, Tensor], None]]) -> Readers:
+        """`pass_through` with stops, to see which outputs operations between modules read.
+
+        Args:
+            begin: gives what is called at every stop; called anew when the pass has to begin anew.
+        """
         readers = Readers(learning=True)
-        self._in_step([_Pass(inputs, readers, self.blocks)], lambda name, x: look(name, x[0]))
-        readers.learning = False
+        while readers.learning:
+            look = begin()
+            with suppress(_Missing):
+                together = partial(lambda look, name, x: look(name, x[0]), look)
+                self._in_step([_Pass(inputs, readers, self.blocks)], together)
+                readers.learning = False
         return readers
 
     def in_step(

@@ -5,15 +5,18 @@ from collections.abc import Callable
 from functools import partial
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from naive_fisher import TinyConvNet, TinyEncoder, seeded
 from test_calibration import CPU, images, sentences
 from torch import Tensor, nn
+from transformers import BertConfig, BertForSequenceClassification
 
 from bayesq import walker
 from bayesq.quant.blocks import find_blocks
 from bayesq.quant.layers import quantizable_layers
+from bayesq.quant.watch import watching
 from bayesq.suite.calibration import INPUT_STATISTICS, Collector, forward_order
 from bayesq.suite.models.base import TensorExamples
 from bayesq.suite.prefix import PrefixInputs
@@ -109,12 +112,15 @@ def setting(name: str) -> tuple[nn.Module, TensorExamples, list[list[str]], Pref
     build, data = NETWORKS[name]
     module, examples = seeded(build()), data()
     layers = quantizable_layers(module)
-    groups = forward_order(module, layers, next(iter(examples.batches(2, CPU))))
+    first = next(iter(examples.batches(2, CPU)))
+    groups, calls = forward_order(module, layers, first), Counter[str]()
+    with watching(layers, lambda name, *_: calls.update([name])):
+        module(**first.inputs)
     return (
         module,
         examples,
         groups,
-        PrefixInputs(module, find_blocks(module), layers, groups, examples, 2, CPU, dict.fromkeys(layers, 1)),
+        PrefixInputs(module, find_blocks(module), layers, groups, examples, 2, CPU, calls),
     )
 
 
@@ -172,3 +178,162 @@ def test_chains_follow_tensors_not_containers():
     assert chains("deep") == [["stem"], first, [*second, "pool"], ["head"]]
     assert chains("overwrite") == chains("deep")
     assert not any("first.0" in chain for chain in chains("careless"))  # it overwrites what would be stored
+
+
+class Odd(nn.Module):
+    """Blocks of which one is not to be run alone: `mode` tells why."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(6, 6)
+            self.register_buffer("count", torch.zeros(()))
+            self.mode = ""
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.mode == "state":
+                self.count += 1
+            if self.mode == "noise":
+                x = x + torch.rand(x.shape)
+            return torch.tanh(self.layer(x)) + x * (self.count if self.mode == "state" else 1)
+
+    def __init__(self, mode: str) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(11, 6), nn.Linear(6, 2)
+        self.blocks = nn.ModuleList(self.Block() for _ in range(5))
+        self.blocks[2].mode = self.mode = mode
+        if mode == "shared module":
+            self.blocks[2] = self.blocks[0]
+        if mode == "shared weight":
+            self.blocks[2].layer.weight = self.blocks[0].layer.weight
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        x = self.embed(input_ids)
+        for k, block in enumerate(self.blocks):
+            if self.mode == "between" and k == 3:
+                x = x * 2
+            if self.mode == "skipped" and k == 2 and x.shape[1] < 3:  # the last batch
+                continue
+            x = block(x)
+        if self.mode == "layer outside":
+            x = self.blocks[2].layer(x)
+        if self.mode == "weight outside":
+            x = F.linear(x, self.blocks[2].layer.weight)
+        return self.head(x[:, 0])
+
+
+NETWORKS |= {
+    mode: (partial(Odd, mode), sentences)
+    for mode in ("plain", "shared module", "shared weight", "between", "skipped", "layer outside", "weight outside")
+}
+BLOCKS = [f"blocks.{k}" for k in range(5)]
+
+
+@pytest.mark.parametrize("name", list(NETWORKS)[-7:])
+def test_blocks_that_do_not_stand_alone(name):
+    module, examples, groups, inputs = setting(name)
+    for group in groups:
+        expected = from_the_input(module, group, examples)
+        for kind in INPUT_STATISTICS:
+            torch.testing.assert_close(inputs.statistic(group[0], kind), expected[group[0]][kind])
+        rounded(module, group)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("plain", [["embed", *BLOCKS], ["head"]]),
+        ("between", [["embed", *BLOCKS[:3]], BLOCKS[3:], ["head"]]),
+        ("shared module", [["embed"], BLOCKS[1:2], BLOCKS[3:], ["head"]]),
+        ("skipped", []),
+    ],
+)
+def test_chains_end_where_something_lies_between(name, expected):
+    assert chains(name) == expected
+
+
+@pytest.mark.parametrize("mode", ["state", "noise"])
+def test_a_block_that_gives_something_else_each_time_is_in_no_chain(mode):
+    NETWORKS["changing"] = partial(Odd, mode), sentences
+    assert not any("blocks.2" in chain for chain in chains("changing"))
+
+
+def test_layers_used_outside_of_their_block_are_reached_from_the_input():
+    for name in ("layer outside", "shared module"):
+        _, _, groups, inputs = setting(name)
+        walk = inputs.walker(2)
+        for group in groups[:2]:
+            list(walk.passes(group))
+        shared = "blocks.2.layer" if name == "layer outside" else "blocks.0.layer"
+        assert walk._place([shared]) is None and walk._place(["blocks.3.layer"]) is not None
+
+
+@pytest.mark.parametrize("name", ["deep", "masked", "careless", "encoder", "between"])
+def test_two_networks_in_step(name):
+    """x and x' of the same examples, of a network and of one whose earlier layers are rounded."""
+    module, examples, groups, inputs = setting(name)
+    full = seeded(NETWORKS[name][0]())
+    reference = PrefixInputs(full, find_blocks(full), quantizable_layers(full), groups, examples, 2, CPU, inputs.calls)
+    walks = reference.walker(2), inputs.walker(2)
+    for group in groups:
+        seen = list(walker.walk_pair(*walks, group))
+        assert len(seen) == 3
+        for (batch, x, prefix), whole in zip(seen, examples.batches(2, CPU), strict=True):
+            assert torch.equal(batch.index, whole.index)
+            for network, found in ((full, x), (module, prefix)):
+                for layer in group:
+                    expected = given_to(network, layer, whole.inputs)
+                    assert len(found[layer]) == 1 and torch.equal(found[layer][0], expected)
+        rounded(module, group)
+    assert not any(torch.equal(x[groups[-1][0]][0], prefix[groups[-1][0]][0]) for _, x, prefix in seen)
+
+
+def given_to(module: nn.Module, layer: str, inputs: dict[str, Tensor]) -> Tensor:
+    given: list[Tensor] = []
+    handle = module.get_submodule(layer).register_forward_pre_hook(lambda _, x: given.append(x[0].clone()))
+    with torch.no_grad():
+        module(**inputs)
+    handle.remove()
+    return given[0]
+
+
+def test_a_walk_that_is_left_half_way_begins_anew():
+    module, examples, groups, inputs = setting("plain")
+    walk = inputs.walker(2)
+    for group in groups[:3]:
+        for _, run in walk.passes(group):
+            run()
+    passes = walk.passes(groups[3])
+    next(passes)[1]()
+    passes.close()
+    expected = from_the_input(module, groups[4], examples)[groups[4][0]]["input_moment"]
+    torch.testing.assert_close(inputs.statistic(groups[4][0], "input_moment"), expected)
+
+
+def test_only_one_block_is_stored():
+    _, examples, groups, inputs = setting("plain")
+    walk = inputs.walker(2)
+    for group in groups[:5]:
+        for _, run in walk.passes(group):
+            run()
+        stored = sum(x.nbytes for given in walk._stored.arguments for x in given) if walk._stored else 0
+        assert stored <= sum(batch.inputs["input_ids"].numel() * 6 * 4 for batch in examples.batches(2, CPU))
+    assert stored and walk._stored.at == walk._stored.chain.index("blocks.4")
+
+
+def test_blocks_are_the_children_of_containers_and_what_lies_beside_them():
+    assert find_blocks(Deep()) == (
+        *("stem", "first.0", "first.1", "first.2", "second.0", "second.1", "second.2", "pool", "head"),
+    )
+    resnet = timm.create_model("resnet18", num_classes=3)
+    stages = [f"layer{k}.{j}" for k in (1, 2, 3, 4) for j in (0, 1)]
+    assert find_blocks(resnet) == ("conv1", "bn1", "act1", "maxpool", *stages, "global_pool", "fc")
+    lite = find_blocks(timm.create_model("tf_efficientnet_lite0", num_classes=3))
+    assert lite[:4] == ("conv_stem", "bn1", "blocks.0.0", "blocks.1.0") and lite[-3] == "bn2"
+    convnext = find_blocks(timm.create_model("convnext_atto", num_classes=3))
+    assert "stages.1.blocks.0" in convnext and "stages.1" not in convnext
+    vit = find_blocks(timm.create_model("vit_tiny_patch16_224", num_classes=3))
+    assert [name for name in vit if name.startswith("blocks")] == [f"blocks.{k}" for k in range(12)]
+    bert = BertForSequenceClassification(BertConfig(num_hidden_layers=2, hidden_size=4, num_attention_heads=2))
+    layers = [f"bert.encoder.layer.{k}" for k in range(2)]
+    assert find_blocks(bert) == ("bert.embeddings", *layers, "bert.pooler", "dropout", "classifier")
