@@ -16,6 +16,7 @@ from bayesq.distillation import DistillationSettings
 from bayesq.likelihood import LIKELIHOODS
 from bayesq.pipeline import quantize_network
 from bayesq.posterior import WhiteningStore
+from bayesq.quant.blocks import find_blocks
 from bayesq.quant.layers import MASK, quantizable_layers
 from bayesq.quant.usage import usage_of
 from bayesq.recipe import Distillation, Recipe, Subject
@@ -156,7 +157,7 @@ def _subject(module: nn.Module, batches: Iterable[Any], likelihood: str, exclude
     usage = usage_of(module, layers, two_examples(examples, device).inputs, more)
     if not usage.layers:
         raise ValueError("module: no layer takes part in the forward pass")
-    return Subject(module, usage, examples, LIKELIHOODS[likelihood], device)
+    return Subject(module, usage, examples, LIKELIHOODS[likelihood], device, blocks=find_blocks(module))
 
 
 def _statistics(subject: Subject, recipe: Recipe, batch_size: int, seed: int) -> InMemoryStatistics:

@@ -15,6 +15,7 @@ from torch import Tensor
 from bayesq.allocation import Allocation, Budget, Knapsack, Uniform
 from bayesq.batches import in_one_batch, needs_no_padding
 from bayesq.calibration.order import forward_order
+from bayesq.calibration.prefix import PrefixInputs
 from bayesq.memory import halving
 from bayesq.posterior import WhiteningStore
 from bayesq.progress import bar, elapsed
@@ -25,7 +26,6 @@ from bayesq.quant.method import Context, LayerProblem
 from bayesq.quant.nearest import round_to_nearest
 from bayesq.recipe import Proxy, Quantized, Recipe, Statistics, Subject
 from bayesq.repair import correct, distill_student, posterior_draw
-from bayesq.suite.sequential import SequentialInputs as PrefixInputs
 
 
 def quantize_network(subject: Subject, recipe: Recipe, statistics: Statistics) -> Quantized:
@@ -160,7 +160,14 @@ def round_layers(
         working = result.copy_of(subject.module)
         layers = {name: same_layer(layer, working, name) for name, layer in subject.layers.items()}
         prefix = PrefixInputs(
-            working, layers, groups, subject.examples, statistics.batch_size, subject.device, subject.usage.calls
+            working,
+            subject.blocks,
+            layers,
+            groups,
+            subject.examples,
+            statistics.batch_size,
+            subject.device,
+            subject.usage.calls,
         )
     fits_before = recipe.whitenings.seconds if recipe.whitenings else 0.0
     context = Context.of_seed(recipe.seed, subject.device)

@@ -63,6 +63,7 @@ class Subject:
         likelihood: of the outputs.
         device: where the network is.
         embeddings: tables to round as well, by name.
+        blocks: names of parts that the network runs one after the other, see `bayesq.walker`.
     """
 
     module: nn.Module
@@ -71,6 +72,7 @@ class Subject:
     likelihood: Likelihood
     device: torch.device
     embeddings: Mapping[str, nn.Embedding] = field(default_factory=dict)
+    blocks: tuple[str, ...] = ()
 
     @property
     def layers(self) -> dict[str, Layer]:

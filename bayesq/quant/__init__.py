@@ -7,7 +7,8 @@ usage     how a network uses its layers, found out before the long work
 grids     affine and codebook grids: from a real number to a code and back
 one_by_one  parts of a batch, one example each
 compiled  numba's compilation, kept on disk where that can be written
-in_step   forward passes of several batches that wait for each other at chosen modules
+blocks    parts that a network runs one after the other
+resume    forward passes of several batches that stop at chosen modules together
 correction  activation moments matched to the full-precision network's
 feedback  successive rounding with error feedback (the routine GPTQ and BayesQ share)
 trellis   searching codes along a trellis

@@ -14,15 +14,18 @@ A related correction from batch normalisation statistics alone is in Nagel et al
 import weakref
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
+from itertools import zip_longest
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bayesq.quant.in_step import meet, run_in_step
+from bayesq.quant.blocks import find_blocks
 from bayesq.quant.layers import MASK, find_layer, is_layer, is_plain, mask_samples
 from bayesq.quant.one_by_one import one_by_one
+from bayesq.quant.resume import INPUT, OUTPUT, Readers, Resumable
 
 Norm = nn.BatchNorm1d | nn.BatchNorm2d
 # Bounds of v / v'. Beyond them a variance is an estimate from few active positions rather than an effect of rounding.
@@ -54,12 +57,19 @@ class Correction:
 
 @dataclass
 class _Reference:
-    """Moments [c] float64 of the full-precision network, and which norm reads which layer's output."""
+    """What the full-precision network's passes tell.
 
-    norms: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    layers: dict[str, Tensor] = field(default_factory=dict)
-    calls: Counter[str] = field(default_factory=Counter)
-    read_by: dict[str, str] = field(default_factory=dict)
+    Attributes:
+        moments: at every stop; those of a module that is called several times mean nothing.
+        calls: how often a batch comes there.
+        read_by: which norm reads which layer's output.
+        readers: see `Resumable.learn`.
+    """
+
+    moments: dict[str, "_Moments"]
+    calls: Counter[str]
+    read_by: dict[str, str]
+    readers: Readers
 
 
 @torch.no_grad()
@@ -99,30 +109,35 @@ def correct_moments(
     device = next(full.parameters()).device
     inputs = {name: x.to(device) for name, x in _thin_out(inputs, max_examples).items()}
     parts = one_by_one(inputs) if alone else _parts(inputs)
-    reference = _record(full, layers, parts)
+    stops, blocks = _stops(full, layers), find_blocks(full)
+    reference = _record(full, stops, movable, blocks, parts)
 
-    def own_norm(layer: str) -> bool:
+    def norm_corrects(layer: str) -> bool:
         return reference.calls[reference.read_by.get(layer, "")] == 1
 
     before = {name: tensor.clone() for name, tensor in quantized.state_dict().items()}
 
-    def on_norm(name: str, norm: Norm, x: Sequence[Tensor]) -> None:
-        # Two calls would need two corrections of one set of parameters.
-        if reference.calls[name] == 1:
-            _fold(norm, *reference.norms[name], *_moments(x, 1, parts))
-
-    def on_layer(name: str, layer: Any, output: Sequence[Tensor]) -> None:
-        if reference.calls[name] != 1 or name not in movable or own_norm(name):
+    def correct(name: str, x: Sequence[Tensor]) -> None:
+        module: Any = quantized.get_submodule(name)
+        target, now = reference.moments[name], _Moments.over(x, parts, module)
+        if stops[name] == INPUT:
+            _fold(module, *target.mean_variance(), *now.mean_variance())
             return
-        shift = reference.layers[name] - _mean(output, _channel_dim(layer), parts)
-        layer.bias += shift.to(layer.bias)
-        for own in output:
-            own += _along_channels(shift.to(own), own, _channel_dim(layer))
+        shift = target.mean() - now.mean()
+        module.bias += shift.to(module.bias)
+        for output in x:
+            output += _along_channels(shift.to(output), output, _channel_dim(module))
 
-    _pass(quantized, layers, parts, on_norm, on_layer)
+    # Two calls would need two corrections of one set of parameters.
+    corrected = {
+        name: which
+        for name, which in stops.items()
+        if reference.calls[name] == 1 and (which == INPUT or (name in movable and not norm_corrects(name)))
+    }
+    Resumable(quantized, corrected, blocks).in_step(parts, correct, reference.readers)
     changed = {name: x for name, x in quantized.state_dict().items() if not torch.equal(x, before[name])}
     uncorrected = tuple(
-        name for name in layers if reference.calls[name] != 1 or not (own_norm(name) or name in movable)
+        name for name in layers if reference.calls[name] != 1 or not (norm_corrects(name) or name in movable)
     )
     return Correction({name: tensor.clone() for name, tensor in changed.items()}, uncorrected)
 
@@ -154,63 +169,67 @@ def _parts(inputs: dict[str, Tensor]) -> list[dict[str, Tensor]]:
     return parts
 
 
-def _record(full: nn.Module, layers: Collection[str], parts: Sequence[Mapping[str, Tensor]]) -> _Reference:
-    reference = _Reference()
+def _stops(module: nn.Module, layers: Collection[str]) -> dict[str, str]:
+    """Where activations are looked at: the inputs of every BatchNorm and the outputs of every layer in `layers`."""
+    stops = {}
+    for name, child in module.named_modules():
+        # Without running statistics a norm standardises its own batch: nothing is left to correct.
+        if isinstance(child, nn.BatchNorm1d | nn.BatchNorm2d) and child.running_mean is not None:
+            stops[name] = INPUT
+        elif name in layers and is_layer(child):
+            stops[name] = OUTPUT
+    return stops
+
+
+def _record(
+    full: nn.Module,
+    stops: Mapping[str, str],
+    movable: Collection[str],
+    blocks: Collection[str],
+    parts: Sequence[Mapping[str, Tensor]],
+) -> _Reference:
+    """The moments at every stop that may correct, batch by batch.
+
+    Raises:
+        ValueError: the batches take different ways through the network.
+    """
+    resumable = Resumable(full, stops, blocks)
+    sums: dict[str, _Moments] = {}
+    order: list[str] = []
+    read_by: dict[str, str] = {}
     # Weak references: identity can be checked while the tensor lives, and no activation is kept for it.
     outputs: dict[str, tuple[weakref.ref[Tensor], int]] = {}
 
-    def on_norm(name: str, norm: Norm, x: Sequence[Tensor]) -> None:
-        reference.calls[name] += 1
-        reference.norms[name] = _moments(x, 1, parts)
+    def look(inputs: Mapping[str, Tensor], way: list[str], name: str, x: Tensor) -> None:
+        way.append(name)
+        if name in sums:
+            sums[name].add(x, inputs)
+
+    def look_first(name: str, x: Tensor) -> None:
+        look(parts[0], order, name, x)
+        if stops[name] == OUTPUT:
+            outputs[name] = weakref.ref(x), x._version
+            return
         for layer, (output, version) in outputs.items():
             # An in-place activation keeps the tensor and raises its version: the norm then reads something else.
-            if output() is x[0] and x[0]._version == version:
-                reference.read_by[layer] = name
+            if output() is x and x._version == version:
+                read_by[layer] = name
 
-    def on_layer(name: str, layer: Any, output: Sequence[Tensor]) -> None:
-        reference.calls[name] += 1
-        outputs[name] = weakref.ref(output[0]), output[0]._version
-        if layer.bias is not None:
-            reference.layers[name] = _mean(output, _channel_dim(layer), parts)
+    def begin() -> Callable[[str, Tensor], None]:
+        for learnt in (order, read_by, outputs):
+            learnt.clear()
+        measured = (name for name, which in stops.items() if which == INPUT or name in movable)
+        sums.update({name: _Moments(full.get_submodule(name)) for name in measured})
+        return look_first
 
-    _pass(full, layers, parts, on_norm, on_layer)
-    return reference
-
-
-def _pass(
-    module: nn.Module,
-    layers: Collection[str],
-    parts: Sequence[Mapping[str, Tensor]],
-    on_norm: Callable[[str, Norm, Sequence[Tensor]], None],
-    on_layer: Callable[[str, Any, Sequence[Tensor]], None],
-) -> None:
-    """Call `on_norm` with the inputs of every BatchNorm and `on_layer` with the outputs of every layer in `layers`."""
-
-    def norm_hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(norm: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            assert isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d)
-            meet(name, arguments[0], lambda x: on_norm(name, norm, x))
-
-        return hook
-
-    def layer_hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def hook(layer: nn.Module, _: tuple[Tensor, ...], output: Tensor) -> None:
-            meet(name, output, lambda x: on_layer(name, layer, x))
-
-        return hook
-
-    handles = []
-    try:
-        for name, child in module.named_modules():
-            # Without running statistics a norm standardises its own batch: nothing is left to correct.
-            if isinstance(child, nn.BatchNorm1d | nn.BatchNorm2d) and child.running_mean is not None:
-                handles.append(child.register_forward_pre_hook(norm_hook(name)))
-            elif name in layers and is_layer(child):
-                handles.append(child.register_forward_hook(layer_hook(name)))
-        run_in_step(module, parts)
-    finally:
-        for handle in handles:
-            handle.remove()
+    readers = resumable.learn(parts[0], begin)
+    for inputs in parts[1:]:
+        way: list[str] = []
+        resumable.pass_through(inputs, partial(look, inputs, way))
+        if way != order:
+            name = next(a or b for a, b in zip_longest(way, order) if a != b)
+            raise ValueError(f"{name}: not every batch calls it, or not in the same order")
+    return _Reference(sums, Counter(order), read_by, readers)
 
 
 def _movable(module: nn.Module, layers: Collection[str]) -> set[str]:
@@ -227,8 +246,8 @@ def _movable(module: nn.Module, layers: Collection[str]) -> set[str]:
     }
 
 
-def _channel_dim(layer: nn.Module) -> int:
-    return 1 if isinstance(layer, nn.Conv2d) else -1
+def _channel_dim(module: nn.Module) -> int:
+    return 1 if isinstance(module, nn.Conv2d | nn.BatchNorm1d | nn.BatchNorm2d) else -1
 
 
 def _along_channels(values: Tensor, like: Tensor, channel_dim: int) -> Tensor:
@@ -265,36 +284,49 @@ def _samples(
         yield samples, over, count
 
 
-def _examples(inputs: Mapping[str, Tensor]) -> int:
-    return len(next(iter(inputs.values())))
-
-
-def _mean(x: Sequence[Tensor], channel_dim: int, parts: Sequence[Mapping[str, Tensor]]) -> Tensor:
-    """Mean [c] float64 over examples and positions, padding left out.
+class _Moments:
+    """Sums over examples and positions in float64, padding left out.
 
     Args:
-        x: every part's tensor, as `_samples` takes it.
+        module: what the activations are of: the variance is that of a norm's inputs, the mean of anything's.
     """
-    total = count = torch.zeros((), dtype=widest(x[0].device), device=x[0].device)
-    for own, inputs in zip(x, parts, strict=True):
+
+    def __init__(self, module: nn.Module) -> None:
+        self.channel_dim = _channel_dim(module)
+        self.squared = isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d)
+        self.total = self.squares = self.count = torch.zeros(())
+
+    @classmethod
+    def over(cls, x: Sequence[Tensor], parts: Sequence[Mapping[str, Tensor]], module: nn.Module) -> "_Moments":
+        """Of every part's tensor."""
+        moments = cls(module)
+        for part, inputs in zip(x, parts, strict=True):
+            moments.add(part, inputs)
+        return moments
+
+    def add(self, x: Tensor, inputs: Mapping[str, Tensor]) -> None:
+        """One part's tensor, as `_samples` takes it."""
+        if not self.total.dim():
+            self.total = self.squares = self.count = torch.zeros((), dtype=widest(x.device), device=x.device)
         mask = inputs.get(MASK)
-        if channel_dim == -1 and mask is not None and own.shape[:-1] == mask.shape:
+        if not self.squared and self.channel_dim == -1 and mask is not None and x.shape[:-1] == mask.shape:
             # Tokens of one sequence are added in their own precision, by a product, without float64 copies.
-            total, count = total + (mask.to(own)[:, None] @ own).to(total.dtype).sum((0, 1)), count + mask.sum()
-            continue
-        for samples, over, n in _samples(own, channel_dim, _examples(inputs), mask):
-            total, count = total + samples.sum(over), count + n
-    return total / count
+            self.total = self.total + (mask.to(x)[:, None] @ x).to(self.total.dtype).sum((0, 1))
+            self.count = self.count + mask.sum()
+            return
+        for samples, over, n in _samples(x, self.channel_dim, len(next(iter(inputs.values()))), mask):
+            self.total, self.count = self.total + samples.sum(over), self.count + n
+            if self.squared:
+                self.squares = self.squares + samples.square().sum(over)
 
+    def mean(self) -> Tensor:
+        """[c] float64."""
+        return self.total / self.count
 
-def _moments(x: Sequence[Tensor], channel_dim: int, parts: Sequence[Mapping[str, Tensor]]) -> tuple[Tensor, Tensor]:
-    """`_mean` and variance [c], all in float64: the variance may be a small difference of large numbers."""
-    total = squares = count = torch.zeros((), dtype=widest(x[0].device), device=x[0].device)
-    for own, inputs in zip(x, parts, strict=True):
-        for samples, over, n in _samples(own, channel_dim, _examples(inputs), inputs.get(MASK)):
-            total, squares, count = total + samples.sum(over), squares + samples.square().sum(over), count + n
-    mean = total / count
-    return mean, (squares / count - mean.square()).clamp_(min=0)
+    def mean_variance(self) -> tuple[Tensor, Tensor]:
+        """Two [c], all in float64: the variance may be a small difference of large numbers."""
+        mean = self.mean()
+        return mean, (self.squares / self.count - mean.square()).clamp_(min=0)
 
 
 def widest(device: torch.device) -> torch.dtype:

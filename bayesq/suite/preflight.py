@@ -19,7 +19,7 @@ from bayesq.memory import available_memory
 from bayesq.posterior import Posterior
 from bayesq.quant.layers import Layer, weight_to_matrix
 from bayesq.suite.errors import UserError
-from bayesq.suite.replay import KEPT_BYTES
+from bayesq.walker import STORED_BYTES
 
 log = logging.getLogger(__name__)
 # goes to the run's log file only, see hydra.job_logging in conf/config.yaml
@@ -168,7 +168,7 @@ def estimate(
     }
     whitenings = sum(map(choices.posterior.whitening_bytes, shapes)) if choices.posterior is not None else 0
     if choices.sequential:
-        inputs = min(KEPT_BYTES, choices.examples * calibration.largest)
+        inputs = min(STORED_BYTES, choices.examples * calibration.largest)
         stages["rounding"] += network + activated * (2 * choices.calibration_batch * calibration.largest + inputs)
     if choices.corrected:
         moved = 3 * activated * choices.corrected * calibration.largest

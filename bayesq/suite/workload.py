@@ -99,7 +99,7 @@ def load(
         raise UserError(f"model={name}: no layer takes part in the forward pass: choose another model")
     covered = coverage(module, {**usage.layers, **embeddings})
     report(covered, module, usage.unreached)
-    subject = Subject(module, usage, calibration, data.likelihood, device, embeddings)
+    subject = Subject(module, usage, calibration, data.likelihood, device, embeddings, network.blocks)
     return Workload(network, data, subject, evaluation, covered)
 
 

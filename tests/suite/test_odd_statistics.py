@@ -12,10 +12,11 @@ from bayesq.batches import TensorExamples
 from bayesq.calibration.collector import Collector
 from bayesq.calibration.inputs import INPUT_MAGNITUDE, INPUT_MOMENT
 from bayesq.calibration.order import forward_order
+from bayesq.calibration.prefix import PrefixInputs
 from bayesq.fisher import FISHER_DIAGONAL, FISHER_EIGENVALUES, GRADIENT_MOMENT, GradientDirections
+from bayesq.quant.blocks import find_blocks
 from bayesq.quant.layers import groups_of, quantizable_layers, same_layer, weight_key, weight_to_matrix
 from bayesq.quant.usage import Usage, usage_of
-from bayesq.suite.sequential import SequentialInputs
 
 CPU = torch.device("cpu")
 NETWORKS = {
@@ -177,7 +178,7 @@ def test_sequential_statistics_are_those_of_all_runs(network):
     size = 1 if found.alone else 4
     expected = collect(module, size, [INPUT_MOMENT])["input_moment"]
     for calls in (found.calls, None):
-        inputs = SequentialInputs(module, found.layers, groups, given, size, CPU, calls)
+        inputs = PrefixInputs(module, find_blocks(module), found.layers, groups, given, size, CPU, calls)
         for name in found.layers:
             torch.testing.assert_close(inputs.statistic(name, "input_moment"), expected[name])
 

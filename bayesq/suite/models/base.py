@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from bayesq.batches import EncodedExamples
 from bayesq.files import lock
+from bayesq.quant.blocks import find_blocks
 from bayesq.suite.datasets.base import DataSplits, Examples
 from bayesq.suite.fingerprint import fingerprint
 from bayesq.tensor_file import CorruptFile, digest, read_tensors, write_tensors
@@ -31,6 +32,7 @@ class Network:
         encode: preprocessing from raw examples to batches.
         description: preprocessing and origin for the result file, to which the size is added; JSON values only.
         blueprint: what `ModelSource.bare` needs beside the settings; JSON values only.
+        blocks: names of parts that it runs one after the other; found by their containers where none are stated.
         checksum: sha256 hex over the module's state (see `state_checksum`).
         identity: checksum of all that decides the network's outputs: weights, configuration, code. What is cached for
             a network is kept under it.
@@ -40,10 +42,12 @@ class Network:
     encode: Callable[[Examples], EncodedExamples]
     description: dict[str, object]
     blueprint: dict[str, Any] = field(default_factory=dict)
+    blocks: tuple[str, ...] = ()
     checksum: str = field(init=False)
     identity: str = field(init=False)
 
     def __post_init__(self) -> None:
+        self.blocks = self.blocks or find_blocks(self.module)
         self.checksum = state_checksum(self.module)
         self.description = {**self.description, "parameters": parameter_count(self.module)}
         # now, because some networks keep masks or tables of a forward pass as attributes

@@ -1,0 +1,381 @@
+"""Forward passes of several batches that stop at chosen modules together, and go on from there.
+
+A hook that must see the tensors of all batches at once (the moments of an activation, say) needs every pass to come to
+one module before any goes beyond it. A pass is ended there, and later run again from the block under way; a module that
+has finished returns the output that it gave, so no module computes twice. Batches stay small: their sequences need no
+padding beyond the longest of them, and between two stops only one batch has intermediate activations.
+
+What is stored at a stop is what the rest of the pass reads. An output that a module was given which has finished too is
+dropped, unless a first batch showed that something else reads it: an operation between modules, such as a residual sum.
+A placeholder takes the place of what was dropped. Reading it is noticed, and the pass then computes it again: there is
+no wrong number.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, tree_unflatten
+
+from bayesq.quant.blocks import CONSTANTS
+
+INPUT, OUTPUT = "input", "output"
+LEAF = tree_flatten(0)[1]
+
+
+class _Stopped(BaseException):  # no Exception: a network that catches those must not catch this
+    """A pass has come to a module where it waits."""
+
+
+class _Missing(BaseException):
+    """A pass reads an output that is no longer stored."""
+
+
+@dataclass
+class Readers:
+    """Modules whose output is read by operations between modules, by name.
+
+    Attributes:
+        stored: the output stays until the module around it has finished.
+        copied: it is changed in place afterwards, so a copy is stored; "" stands for the network's input.
+        learning: dropped outputs stay readable, and who reads them is noted.
+    """
+
+    stored: set[str] = field(default_factory=set)
+    copied: set[str] = field(default_factory=set)
+    learning: bool = False
+
+
+class _Absent(Tensor):
+    """Takes the place of an output that is not stored; nothing can be read from it unnoticed.
+
+    Attributes:
+        source: module that gave the output.
+        changed: it was overwritten, not dropped.
+        value: what it was, while it is learnt who reads what, else None.
+    """
+
+    source: str
+    changed: bool
+    value: Tensor | None
+    readers: Readers
+
+    def read(self) -> Tensor:
+        """The value; from now on it is stored."""
+        self.readers.stored.add(self.source)
+        if self.changed:
+            self.readers.copied.add(self.source)
+        if self.value is None:
+            raise _Missing
+        return self.value
+
+    @classmethod
+    def of(cls, source: str, readers: Readers, value: Tensor | None, changed: bool = False) -> "_Absent":
+        """In place of an output of the module `source`."""
+        absent = torch.empty(0).as_subclass(cls)
+        absent.source, absent.readers, absent.value, absent.changed = source, readers, value, changed
+        return absent
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = tree_map(lambda x: x.read() if isinstance(x, _Absent) else x, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+@dataclass
+class _Call:
+    """One call of a module in a pass, with the calls inside it until it has finished.
+
+    Attributes:
+        path: (name, how many calls of that module came before) of the calls around it and of itself.
+        leaves: its output's; a placeholder is in the place of what was dropped.
+        versions: of the leaves when it had finished.
+        spec: the output's structure; None until the call has finished, and where it has to run each time.
+        copied: the leaves are copies, as the output is changed in place afterwards.
+    """
+
+    path: tuple[tuple[str, int], ...] = ()
+    inside: "dict[tuple[str, int], _Call]" = field(default_factory=dict)
+    leaves: list[Any] = field(default_factory=list)
+    versions: list[int | None] = field(default_factory=list)
+    spec: TreeSpec | None = None
+    copied: bool = False
+
+    @property
+    def name(self) -> str:
+        """The module's."""
+        return self.path[-1][0]
+
+
+@dataclass
+class _Frame:
+    """A module that is being run: how often it has called which module, and which call gave a tensor (by id)."""
+
+    call: _Call
+    counts: Counter[str] = field(default_factory=Counter)
+    givers: dict[int, tuple[_Call, int]] = field(default_factory=dict)
+
+
+@dataclass
+class _Block:
+    """A block that is being run, and what it was given: the pass can go on with it, as it does not depend on the rest.
+
+    Attributes:
+        frame: of the module that called it.
+        key: (name, how many calls of it came before).
+    """
+
+    frame: _Frame
+    key: tuple[str, int]
+    args: Any
+    kwargs: Any
+    versions: list[int | None]
+
+
+class _Pass:
+    """One batch's way through the network."""
+
+    def __init__(self, inputs: Mapping[str, Tensor], readers: Readers, blocks: Mapping[str, nn.Module]) -> None:
+        self.inputs, self.readers, self.blocks = inputs, readers, blocks
+        self.root, self.frames = _Call(), [_Frame(_Call())]
+        self.block: _Block | None = None
+        self.left: set[tuple[tuple[str, int], ...]] = set()  # stops that lie behind
+        self.waiting: tuple[str, _Call | None, Tensor] | None = None
+
+    def advance(self, module: nn.Module) -> str | None:
+        """Run to the next stop: its name, or None at the end of the pass.
+
+        Raises:
+            ValueError: the network overwrites its input in this batch, unlike in the one that was learnt from.
+        """
+        while True:
+            try:
+                block = self.block
+                if block is not None and block.versions == _versions(_leaves(block.args, block.kwargs)):
+                    self.frames = [block.frame]
+                    block.frame.counts[block.key[0]] = block.key[1]
+                    self.blocks[block.key[0]](*block.args, **block.kwargs)
+                self._from_the_input(module)
+                return None
+            except _Stopped:
+                assert self.waiting is not None
+                return self.waiting[0]
+            except _Missing:
+                if self.readers.learning:  # from the beginning, as what was looked at is gone too
+                    raise
+                self.root, self.block = _Call(), None
+
+    def _from_the_input(self, module: nn.Module) -> None:
+        self.frames, self.block = [_Frame(self.root)], None
+        copied = self.readers.learning or "" in self.readers.copied
+        inputs = {name: x.clone() if copied else x for name, x in self.inputs.items()}
+        versions = _versions(inputs.values())
+        try:
+            module(**inputs)
+        finally:
+            if versions != _versions(inputs.values()):
+                if not copied:
+                    raise ValueError("the network overwrites some of its inputs, and not those of every batch")
+                self.readers.copied.add("")
+
+    def release(self) -> Tensor:
+        """Leave the stop; what was written into the tensor there is part of the output."""
+        assert self.waiting is not None
+        (_, call, x), self.waiting = self.waiting, None
+        if call is not None:
+            self._store(call, x)
+        return x
+
+    def run(self, name: str, site: str | None, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """A module is called: return what it gave before, or run it; stop where the pass has to wait."""
+        frame = self.frames[-1]
+        key = name, frame.counts[name]
+        frame.counts[name] += 1
+        call = frame.call.inside.get(key)
+        if call is None:
+            call = frame.call.inside[key] = _Call((*frame.call.path, key))
+        if call.spec is not None:
+            return self._again(call, frame)
+        waits = site is not None and call.path not in self.left
+        if waits and site == INPUT:
+            self._wait(name, call, None, first_argument(args, kwargs))
+        given = _leaves(args, kwargs)
+        versions = _versions(given)
+        if name in self.blocks and self.block is None:
+            self.block = _Block(frame, key, args, kwargs, versions)
+        self.frames.append(_Frame(call))
+        try:
+            output = forward(*args, **kwargs)
+        finally:
+            self.frames.pop()
+        if versions == _versions(given):  # what it did to its arguments would not be done again
+            self._store(call, output)
+        if call.spec is not None:
+            call.inside.clear()
+            self._drop(given, frame)
+            self._remember(call, call.leaves, frame)
+        if self.block is not None and self.block.frame is frame and self.block.key == key:
+            self.block = None
+        if waits and site == OUTPUT:
+            self._wait(name, call, call, output)
+        return output
+
+    def _wait(self, name: str, call: _Call, output_of: _Call | None, x: Tensor) -> None:
+        self.left.add(call.path)
+        self.waiting = name, output_of, x.read() if isinstance(x, _Absent) else x
+        raise _Stopped
+
+    def _store(self, call: _Call, output: Any) -> None:
+        leaves, spec = ([output], LEAF) if isinstance(output, Tensor) else tree_flatten(output)
+        if not all(isinstance(x, (Tensor, *CONSTANTS)) and not isinstance(x, _Absent) for x in leaves):
+            return
+        call.copied = call.name in self.readers.copied
+        call.leaves = [x.clone() if call.copied and isinstance(x, Tensor) else x for x in leaves]
+        call.spec, call.versions = spec, _versions(call.leaves)
+
+    def _remember(self, call: _Call, leaves: Sequence[Any], frame: _Frame) -> None:
+        for k, x in enumerate(leaves):
+            if isinstance(x, Tensor) and not isinstance(x, _Absent):
+                frame.givers[id(x)] = call, k
+
+    def _drop(self, given: Sequence[Any], frame: _Frame) -> None:
+        """Let go of what a finished call was given directly by a call beside it."""
+        for x in given:
+            giver, k = frame.givers.pop(id(x), (None, 0))
+            if giver is None or giver.leaves[k] is not x or giver.name in self.readers.stored:
+                continue
+            if x._version == giver.versions[k]:  # else it was overwritten in between, by something that reads it
+                giver.leaves[k] = _Absent.of(giver.name, self.readers, x if self.readers.learning else None)
+
+    def _again(self, call: _Call, frame: _Frame) -> Any:
+        """The output of a call that has finished."""
+        assert call.spec is not None
+        leaves = list(call.leaves)
+        for k, (x, version) in enumerate(zip(leaves, call.versions, strict=True)):
+            if version is None or isinstance(x, _Absent):
+                continue
+            if call.copied:
+                leaves[k] = x.clone()
+            elif x._version != version:
+                leaves[k] = _Absent.of(call.name, self.readers, None, changed=True)
+        self._remember(call, leaves, frame)
+        return tree_unflatten(leaves, call.spec)
+
+
+class Resumable:
+    """A network whose passes stop at some modules until all batches have come there.
+
+    Args:
+        module: called with each batch's tensors as arguments; it must give the same for the same inputs.
+        stops: INPUT or OUTPUT by name of a module: what is looked at there.
+        blocks: names of modules that a pass can go on with, rather than from the network's input.
+    """
+
+    def __init__(self, module: nn.Module, stops: Mapping[str, str], blocks: Collection[str] = ()) -> None:
+        self.module, self.stops = module, stops
+        self.blocks = {name: module.get_submodule(name) for name in blocks}
+        self._pass: _Pass | None = None
+        self._look: Callable[[str, Tensor], None] = lambda name, x: None
+
+    def pass_through(self, inputs: Mapping[str, Tensor], look: Callable[[str, Tensor], None]) -> None:
+        """One pass from end to end; `look` is called at every stop."""
+        self._pass, self._look = None, look
+        with self._intercepted(), torch.no_grad():
+            self.module(**{name: x.clone() for name, x in inputs.items()})  # it may overwrite its input
+
+    def learn(self, inputs: Mapping[str, Tensor], begin: Callable[[], Callable[[str, Tensor], None]]) -> Readers:
+        """`pass_through` with stops, to see which outputs operations between modules read.
+
+        Args:
+            begin: gives what is called at every stop; called anew when the pass has to begin anew.
+        """
+        readers = Readers(learning=True)
+        while readers.learning:
+            look = begin()
+            with suppress(_Missing):
+                together = partial(lambda look, name, x: look(name, x[0]), look)
+                self._in_step([_Pass(inputs, readers, self.blocks)], together)
+                readers.learning = False
+        return readers
+
+    def in_step(
+        self,
+        batches: Sequence[Mapping[str, Tensor]],
+        together: Callable[[str, list[Tensor]], None],
+        readers: Readers,
+    ) -> None:
+        """Take all batches through the network without gradients, in step at every stop.
+
+        Args:
+            batches: one at least.
+            together: called at a stop with the tensors of all batches in their order; may write into outputs.
+            readers: what `learn` gave for a network of the same structure.
+
+        Raises:
+            ValueError: the batches take different ways through the network.
+        """
+        self._in_step([_Pass(batch, readers, self.blocks) for batch in batches], together)
+
+    @torch.no_grad()
+    def _in_step(self, passes: Sequence[_Pass], together: Callable[[str, list[Tensor]], None]) -> None:
+        with self._intercepted():
+            while True:
+                names = []
+                for self._pass in passes:
+                    names.append(self._pass.advance(self.module))
+                name = next((name for name in names if name is not None), None)
+                if name is None:
+                    return
+                if any(other != name for other in names):
+                    raise ValueError(f"{name}: not every batch calls it, or not in the same order")
+                together(name, [one.waiting[2] for one in passes if one.waiting is not None])
+                for one in passes:
+                    one.release()
+
+    @contextmanager
+    def _intercepted(self) -> Iterator[None]:
+        """Calls of modules go through the pass under way."""
+        replaced: list[tuple[nn.Module, Any]] = []
+        try:
+            for name, child in self.module.named_modules():
+                if name and not isinstance(child, torch.jit.ScriptModule):
+                    replaced.append((child, child.__dict__.get("forward")))
+                    child.forward = partial(self._call, name, child.forward)
+            yield
+        finally:
+            self._pass = None
+            for child, own in replaced:
+                if own is None:
+                    del child.forward
+                else:
+                    child.forward = own
+
+    def _call(self, name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        site = self.stops.get(name)
+        if self._pass is not None:
+            return self._pass.run(name, site, forward, args, kwargs)
+        if site == INPUT:
+            self._look(name, first_argument(args, kwargs))
+        output = forward(*args, **kwargs)
+        if site == OUTPUT:
+            self._look(name, output)
+        return output
+
+
+def first_argument(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """What a module with one input was given."""
+    return args[0] if args else next(iter(kwargs.values()))
+
+
+def _leaves(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+    values = [*args, *kwargs.values()]
+    return values if all(isinstance(x, (Tensor, *CONSTANTS)) for x in values) else tree_leaves(values)
+
+
+def _versions(leaves: Iterable[Any]) -> list[int | None]:
+    return [x._version if isinstance(x, Tensor) and not isinstance(x, _Absent) else None for x in leaves]

@@ -1,0 +1,394 @@
+"""The calibration set carried through a network block by block, for statistics behind a prefix that changes.
+
+A network names its blocks: parts that it runs once each, one after the other (bayesq.quant.blocks finds them in most).
+What a block is given is stored for all batches. A pass for the layers inside it then runs that block alone; when layers
+of the next one are asked for, the block turns the stored inputs into its outputs. So a pass costs one block, and the
+memory is that of one block's inputs, never that of the network times the calibration set.
+
+Blocks are carried on only where that is what the network does: one pass over all batches shows that a block is called
+once, leaves its arguments and its buffers alone and gets nothing but outputs and arguments of the block before it, or
+constants; and one batch shows that the blocks by themselves give the network's bits. Everything else, such as a stem, a
+head or a layer that several blocks use, is reached by passes from the network's input.
+"""
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
+
+from bayesq.quant.blocks import CONSTANTS
+from bayesq.quant.layers import Layer, ParameterLayer, groups_of
+from bayesq.quant.watch import watching
+
+# Inputs of one block, for all batches together, kept in memory at most.
+STORED_BYTES = 512 * 2**20
+OUTPUT, ARGUMENT, CONSTANT = "output", "argument", "constant"
+
+# Where an argument of a block comes from: output or argument number k of the block before it, or a constant.
+Source = tuple[str, Any]
+
+
+class HasInputs(Protocol):
+    """A batch: `module(**batch.inputs)` runs the network."""
+
+    @property
+    def inputs(self) -> Mapping[str, Tensor]:
+        """The network's arguments by name."""
+        ...
+
+
+B = TypeVar("B", bound=HasInputs)
+
+
+@dataclass
+class _Visit:
+    """One batch's run of one block.
+
+    Attributes:
+        spec: structure of the arguments, whose leaves are numbered.
+        before: the block that ran last, "" if there is none.
+        sources: of each leaf in that block; None if they are not all there.
+        nbytes: of the arguments.
+        alone: called once, outside of other blocks, with tensors and constants, and changes neither these nor buffers.
+    """
+
+    spec: TreeSpec
+    before: str
+    sources: list[Source] | None
+    nbytes: int
+    alone: bool
+
+
+class _Watch:
+    """Hooks on the blocks, and on the layers inside them, during one batch's pass."""
+
+    def __init__(self, module: nn.Module, blocks: Mapping[str, nn.Module], layers: Mapping[str, Layer]) -> None:
+        self.module, self.blocks, self.layers = module, blocks, layers
+        self.visits: dict[str, _Visit] = {}
+        self.outside: set[str] = set()  # layers that run while the block of their name does not
+        self._open: list[str] = []
+        self._versions: dict[str, list[int]] = {}
+        # the block that ran last, its outputs and arguments, and the versions they were left in
+        self._before = ""
+        self._last: dict[str, tuple[list[Any], list[int]]] = {}
+
+    def run(self, inputs: Mapping[str, Tensor]) -> None:
+        """One pass from end to end."""
+        with ExitStack() as hooks:
+            for name, block in self.blocks.items():
+                enter, leave = partial(self._enter, name), partial(self._leave, name)
+                hooks.callback(block.register_forward_pre_hook(enter, with_kwargs=True).remove)
+                hooks.callback(block.register_forward_hook(leave, with_kwargs=True).remove)
+            hooks.enter_context(watching(self.layers, self._seen))
+            self.module(**inputs)
+        self._last = {}
+
+    def _seen(self, name: str, *_: Any) -> None:
+        if not self._open or not _is_inside(name, self._open[-1]):
+            self.outside.add(name)
+
+    def _enter(self, name: str, block: nn.Module, args: Any, kwargs: Any) -> None:
+        leaves, spec = tree_flatten((args, kwargs))
+        simple = all(isinstance(x, (Tensor, *CONSTANTS)) for x in leaves)
+        for around in self._open:
+            self.visits[around].alone = False
+        again = name in self.visits
+        self._versions[name] = _versions([*leaves, *_state(block)])
+        nbytes = sum(x.nbytes for x in leaves if isinstance(x, Tensor))
+        alone = simple and not again and not self._open
+        self.visits[name] = _Visit(spec, self._before, self._sources(leaves), nbytes, alone)
+        self._open.append(name)
+
+    def _leave(self, name: str, block: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        self._open.pop()
+        leaves = tree_leaves((args, kwargs))
+        if self._versions.pop(name) != _versions([*leaves, *_state(block)]):
+            self.visits[name].alone = False
+        self._before = name
+        self._last = {
+            kind: (group, _versions(group)) for kind, group in ((OUTPUT, tree_leaves(output)), (ARGUMENT, leaves))
+        }
+
+    def _sources(self, leaves: Sequence[Any]) -> list[Source] | None:
+        """Where the leaves lie in the block that ran last; None if one does not, or was overwritten since."""
+        unchanged = {
+            id(x): (kind, k)
+            for kind, (group, versions) in reversed(self._last.items())
+            if versions == _versions(group)
+            for k, x in enumerate(group)
+            if isinstance(x, Tensor)
+        }
+        sources = [unchanged.get(id(x)) if isinstance(x, Tensor) else (CONSTANT, x) for x in leaves]
+        return [source for source in sources if source is not None] if None not in sources else None
+
+
+@dataclass
+class _Stored(Generic[B]):
+    """Arguments of the block chain[at] for every batch, and the state of the network that they belong to."""
+
+    chain: list[str]
+    at: int
+    batches: list[B] = field(default_factory=list)
+    arguments: list[list[Any]] = field(default_factory=list)
+    state: list[tuple[int, int]] = field(default_factory=list)
+
+
+class Walker(Generic[B]):
+    """Passes over the same batches that run one block of a network where that is enough.
+
+        for batch, run in walker.passes(group):
+            run()      # runs all of the layers of `group`, as the network does; hooks on them see what they are given
+
+    Parameters and buffers may change between passes: what was stored is dropped if it depends on them.
+
+    Args:
+        module: the network, in eval mode.
+        blocks: names of parts that run one after the other, see bayesq.quant.blocks.
+        layers: those that passes will be asked for, by name.
+        batches: yields the batches anew.
+        shorten: what to remember of a batch whose inputs are not needed any more.
+        calls: how often a layer runs in a pass, which then ends with the last run of what is asked for.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        blocks: Collection[str],
+        layers: Mapping[str, Layer],
+        batches: Callable[[], Iterable[B]],
+        shorten: Callable[[B], B] = lambda batch: batch,
+        calls: Mapping[str, int] | None = None,
+    ) -> None:
+        self.module, self.layers, self.batches, self.shorten = module, layers, batches, shorten
+        self.calls = calls or {}
+        self._blocks = {name: module.get_submodule(name) for name in blocks}
+        self._visits: list[dict[str, _Visit]] | None = None  # by batch
+        self._outside: set[str] = set()
+        self._chains: list[list[str]] = []
+        self._stored: _Stored[B] | None = None
+        self._asked: Sequence[str] | None = None
+
+    def passes(self, group: Sequence[str]) -> Iterator[tuple[B, Callable[[], Any]]]:
+        """Every batch with a function that runs at least the layers of `group`, without gradients or with."""
+        place = self._place(group)
+        stored, self._stored = self._stored, None  # whoever stops half-way leaves nothing
+        if place is None:
+            for batch in self.batches():
+                yield batch, partial(self._whole, batch)
+            self._stored = stored
+            return
+        chain, begin, end = place
+        if stored is None or not self._serves(stored, chain, begin):
+            stored = _Stored(chain, begin)
+            for batch in self.batches():
+                yield batch, partial(self._record, stored, batch)
+                stored.batches.append(self.shorten(batch))
+            if len(stored.arguments) < len(stored.batches):
+                return
+        else:
+            for i, batch in enumerate(stored.batches):
+                with torch.no_grad():
+                    for k in range(stored.at, begin):
+                        stored.arguments[i] = self._step(i, chain, k, stored.arguments[i])[1]
+                yield batch, partial(self._run, i, chain, begin, end, stored.arguments[i])
+            stored.at = begin
+        stored.state = self._state(chain, begin)
+        self._stored = stored
+
+    def _serves(self, stored: _Stored[B], chain: Sequence[str], begin: int) -> bool:
+        """Whether passes that begin with chain[begin] can go on from what is stored."""
+        return stored.chain is chain and stored.at <= begin and stored.state == self._state(chain, stored.at)
+
+    def last_run(self, group: Sequence[str]) -> tuple[str, int] | None:
+        """The layer and the number of its run after which all of the group has run; None if that is not known.
+
+        Experts run as often as tokens are sent to them.
+        """
+        calls = [self.calls.get(name) for name in group]
+        if any(isinstance(self.layers[name], ParameterLayer) and groups_of(self.layers[name]) > 1 for name in group):
+            return None
+        if len(group) == 1 and calls[0] is not None:
+            return group[0], calls[0]
+        return (group[-1], 1) if set(calls) == {1} else None
+
+    def _whole(self, batch: B) -> Any:
+        return self.module(**batch.inputs)
+
+    def _record(self, stored: _Stored[B], batch: B) -> Any:
+        """A pass of the whole network that stores what a block is given; a copy, since it may be overwritten later."""
+        given: list[list[Any]] = []
+
+        def store(_: nn.Module, args: Any, kwargs: Any) -> None:
+            given.append(_copies((args, kwargs)))
+
+        handle = self._blocks[stored.chain[stored.at]].register_forward_pre_hook(store, with_kwargs=True)
+        try:
+            return self.module(**batch.inputs)
+        finally:  # also when a hook ends the pass
+            handle.remove()
+            stored.arguments += given
+
+    def _run(self, i: int, chain: Sequence[str], begin: int, end: int, arguments: list[Any]) -> Any:
+        output = None
+        for k in range(begin, end + 1):
+            output, arguments = self._step(i, chain, k, arguments)
+        return output
+
+    def _step(self, i: int, chain: Sequence[str], k: int, arguments: list[Any]) -> tuple[Any, list[Any]]:
+        """Run chain[k] for batch i: its output, and the arguments of the block after it."""
+        assert self._visits is not None
+        args, kwargs = tree_unflatten(arguments, self._visits[i][chain[k]].spec)
+        output = self._blocks[chain[k]](*args, **kwargs)
+        if k + 1 == len(chain):
+            return output, []
+        pools = {OUTPUT: tree_leaves(output), ARGUMENT: arguments}
+        sources = self._visits[i][chain[k + 1]].sources
+        assert sources is not None
+        return output, [at if kind == CONSTANT else pools[kind][at] for kind, at in sources]
+
+    def _place(self, group: Sequence[str]) -> tuple[list[str], int, int] | None:
+        """A chain of blocks, and the first and last of them to run for a group of layers; None: run the network."""
+        if self._visits is None:
+            # Of the first pass nothing could be stored yet, and watching is worth it for a second one only.
+            if self._asked in (None, list(group)):
+                self._asked = list(group)
+                return None
+            self._trace()
+        assert self._visits is not None
+        if self._outside & set(group):
+            return None
+        blocks = {next((block for block in self._blocks if _is_inside(name, block)), "") for name in group}
+        for chain in self._chains:
+            if blocks <= set(chain):
+                places = sorted(map(chain.index, blocks))
+                sizes = [sum(visits[name].nbytes for visits in self._visits) for name in chain[: places[0] + 1]]
+                fitting = [k for k, size in enumerate(sizes) if size <= STORED_BYTES]
+                return (chain, fitting[-1], places[-1]) if fitting else None
+        return None
+
+    @torch.no_grad()
+    def _trace(self) -> None:
+        """Watch the network on every batch, and check on one that chains of blocks give what the network does."""
+        first: B | None = None
+        self._visits = []
+        for batch in self.batches():
+            watch = _Watch(self.module, self._blocks, self.layers)
+            watch.run(batch.inputs)
+            first = batch if first is None else first
+            self._visits.append(watch.visits)
+            self._outside |= watch.outside
+        if first is not None:
+            self._chains = [chain for chain in self._linked() if self._reproduces(chain, first)]
+
+    def _linked(self) -> list[list[str]]:
+        """Chains of blocks that every batch runs one after the other with nothing in between."""
+        assert self._visits is not None
+        order = list(self._visits[0])
+        chains: list[list[str]] = []
+        if any(list(visits) != order for visits in self._visits):
+            return chains
+        for name in order:
+            visits = [one[name] for one in self._visits]
+            if not all(visit.alone for visit in visits):
+                continue
+            if chains and all(visit.before == chains[-1][-1] and visit.sources is not None for visit in visits):
+                chains[-1].append(name)
+            else:
+                chains.append([name])
+        return chains
+
+    def _reproduces(self, chain: Sequence[str], batch: B) -> bool:
+        """Whether each block of a chain on its own gives the bits that it gives inside the network."""
+        given: list[Any] = []
+        expected: dict[str, list[Any]] = {}
+        with ExitStack() as hooks:
+            begin = self._blocks[chain[0]].register_forward_pre_hook(
+                lambda _, args, kwargs: given.extend(_copies((args, kwargs))), with_kwargs=True
+            )
+            hooks.callback(begin.remove)
+            for name in chain:
+                keep = partial(lambda name, _, __, output: expected.update({name: _copies(output)}), name)
+                hooks.callback(self._blocks[name].register_forward_hook(keep).remove)
+            self.module(**batch.inputs)
+        for k, name in enumerate(chain):
+            output, given = self._step(0, chain, k, given)
+            leaves = tree_leaves(output)
+            if len(leaves) != len(expected[name]) or not all(map(_same, leaves, expected[name])):
+                return False
+        return True
+
+    def _state(self, chain: Sequence[str], at: int) -> list[tuple[int, int]]:
+        """Memory and versions of all parameters and buffers but those that only chain[at] and later blocks have."""
+        return [
+            (x.data_ptr(), x._version)
+            for name, child in self.module.named_modules(remove_duplicate=False)
+            if not any(name == block or _is_inside(name, block) for block in chain[at:])
+            for x in (*child.parameters(recurse=False), *child.buffers(recurse=False))
+        ]
+
+
+def walk_pair(
+    full: Walker[B], prefix: Walker[B], group: Sequence[str]
+) -> Iterator[tuple[B, dict[str, list[Tensor]], dict[str, list[Tensor]]]]:
+    """Inputs of a group of layers in two networks in step: batch by batch, those of each run of each layer.
+
+    Both walk over the same batches: what a layer is given in the full-precision network, x, and behind the quantized
+    prefix, x', belong to the same examples.
+
+    Args:
+        full, prefix: the two networks; layers have the same names in both.
+        group: what is read in one pass.
+
+    Raises:
+        ValueError: the batches of the two are not the same in number.
+    """
+    for (batch, run), (_, run_prefix) in zip(full.passes(group), prefix.passes(group), strict=True):
+        yield batch, layer_inputs(full, group, run), layer_inputs(prefix, group, run_prefix)
+
+
+@torch.no_grad()
+def layer_inputs(walker: Walker[B], group: Sequence[str], run: Callable[[], Any]) -> dict[str, list[Tensor]]:
+    """What the layers of a group are given in one pass of a walker; copies, since networks change inputs in place."""
+    inputs: dict[str, list[Tensor]] = {name: [] for name in group}
+    last = walker.last_run(group)
+
+    def seen(name: str, _: int | None, x: Tensor, __: Tensor) -> None:
+        inputs[name].append(x.clone())
+        if last == (name, len(inputs[name])):
+            raise _Reached
+
+    with watching({name: walker.layers[name] for name in group}, seen), suppress(_Reached):
+        run()
+    return inputs
+
+
+class _Reached(Exception):
+    """The layers of interest have run; the rest of the pass is not needed."""
+
+
+def _is_inside(name: str, block: str) -> bool:
+    """Whether a layer is the block or a part of it."""
+    return name == block or name.startswith(block + ".")
+
+
+def _state(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
+
+
+def _versions(leaves: Iterable[Any]) -> list[int]:
+    return [x._version for x in leaves if isinstance(x, Tensor)]
+
+
+def _copies(tree: Any) -> list[Any]:
+    return [x.clone() if isinstance(x, Tensor) else x for x in tree_leaves(tree)]
+
+
+def _same(x: Any, expected: Any) -> bool:
+    if isinstance(x, Tensor) and isinstance(expected, Tensor):
+        return torch.equal(x, expected)
+    return type(x) is type(expected)
