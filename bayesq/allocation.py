@@ -10,103 +10,23 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, Protocol
+from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from bayesq.calibration.statistic import Statistic
 from bayesq.codebook import level_kind, normal_distortion
+from bayesq.knapsack import greedy_knapsack
 from bayesq.posterior import WhiteningStore
 from bayesq.quant.accounting import LAYER_BITS, affine_overhead_bits, mixed_overhead_bits
-from bayesq.quant.compiled import compiled
 from bayesq.quant.grids import MAX_WIDTH, MIN_WIDTH, mse_grid, round_affine
 from bayesq.quant.method import Distortion, LayerProblem, check_finite, stack_groups
 from bayesq.rounding import predicted_risk, round_layer
 
 # Damping of the input moment if the method that will round has no such argument.
 DAMPING = 0.01
-
-
-@compiled()
-def _lower_hulls(risk: Any, bits: Any, hull: Any, length: Any) -> None:
-    """`lower_hull` of every block: hull [B, W] its choices in front, length [B] how many."""
-    for block in range(risk.shape[0]):
-        r, b, vertices, n = risk[block], bits[block], hull[block], 0
-        for k in range(len(r)):
-            if not math.isfinite(r[k]) or (n > 0 and r[k] >= r[vertices[n - 1]]):
-                continue
-            while n > 1:
-                i, j = vertices[n - 2], vertices[n - 1]
-                if (r[i] - r[j]) * (b[k] - b[j]) > (r[j] - r[k]) * (b[j] - b[i]):
-                    break
-                n -= 1
-            vertices[n] = k
-            n += 1
-        length[block] = n
-
-
-def lower_hull(risk: np.ndarray, bits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Choices on the lower convex hull of each block's (bits, risk) points, beginning with the cheapest.
-
-    Args:
-        risk: [B, W] finite, or inf for a choice that a block does not have; each has one.
-        bits: [B, W] strictly increasing along W.
-
-    Returns:
-        hull [B, W] int64, the choices in front; how many they are [B] int64.
-    """
-    hull, length = np.zeros(risk.shape, np.int64), np.zeros(len(risk), np.int64)
-    _lower_hulls(risk, bits, hull, length)
-    return hull, length
-
-
-def greedy_knapsack(risk: Tensor, bits: Tensor, capacity: float) -> Tensor:
-    """Spend `capacity` bits on the blocks, always where the risk falls most per bit.
-
-    Every block starts at its cheapest width and moves along its lower convex hull. A step that does not fit ends its
-    block; smaller steps of other blocks may still fit. The result is never over the capacity, its risk exceeds the
-    optimum by less than one step's decrease, and a larger capacity never gives a higher risk. Ties go to the earlier
-    block.
-
-    Args:
-        risk: [B, W] predicted risk of block B at width W; inf where it may not have that width.
-        bits: [B, W] cost, increasing along W.
-        capacity: total bits.
-
-    Returns:
-        [B] chosen index into W.
-
-    Raises:
-        ValueError: even the cheapest widths exceed the capacity, a risk is NaN, or a block may have no width.
-    """
-    if bool(torch.isnan(risk).any()) or not bool(torch.isfinite(risk).any(1).all()):
-        raise ValueError("a predicted risk is NaN, or infinite at every width of a block")
-    r, b = risk.to(torch.float64).numpy(), bits.to(torch.float64).numpy()
-    hull, length = lower_hull(r, b)
-    choice = hull[:, 0].copy()
-    least = float(b[np.arange(len(b)), choice].sum())
-    left = capacity - least
-    if left < 0:
-        raise ValueError(f"the smallest widths need {least:.0f} bits, the budget has {capacity:.0f}")
-    # every step from one choice of a hull to the next
-    block, place = np.nonzero(np.arange(1, hull.shape[1]) < length[:, None])
-    before, after = hull[block, place], hull[block, place + 1]
-    costs = b[block, after] - b[block, before]
-    gain = (r[block, before] - r[block, after]) / costs
-    # Along a hull gains per bit fall, so sorting keeps a block's steps in order; `before` breaks exact ties.
-    order = np.lexsort((before, block, -gain))
-    cheapest = float((b[:, 1:] - b[:, :-1]).min()) if b.shape[1] > 1 else np.inf
-    steps = (part[order].tolist() for part in (block, before, after, costs))
-    for k, i, j, cost in zip(*steps, strict=True):
-        if left < cheapest:
-            break
-        if choice[k] == i and cost <= left:
-            choice[k] = j
-            left -= cost
-    return torch.from_numpy(choice)
 
 
 @dataclass(frozen=True)
