@@ -60,9 +60,9 @@ class Distilled:
 
     Attributes:
         tensors: by layer, codes and shapes as they came.
-        parameters: changed biases and norm parameters by state_dict name; empty if nothing was kept.
+        parameters: changed biases and norm parameters by state_dict name; empty if the network stays as it came.
         steps: steps taken; fewer than asked for where the loss ceased to be finite.
-        best_step: the step that was kept; 0 = none was clearly better than what it started from.
+        best_step: the step whose result this is; 0 = none was clearly better than what it started from.
         started: whether training started from the parameters that `start` gave.
         heldout_kl_before, heldout_kl_after: mean KL(teacher || student) on the held-out examples, in nats.
     """
@@ -96,7 +96,7 @@ def distill(
     likelihood: Likelihood,
     start: Callable[[Tensor], Mapping[str, Tensor]] | None = None,
 ) -> Distilled:
-    """Train scales, codebook levels, biases and norm parameters; keep what is best on held-out examples.
+    """Train scales, codebook levels, biases and norm parameters; return what is best on held-out examples.
 
     Args:
         quantized: the network with its biases and norms as they are before distillation, in eval mode; unchanged.

@@ -13,6 +13,8 @@ their luck. What KL is of the outputs at hand says their `bayesq.likelihood`.
 import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from functools import cache, partial
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -87,31 +89,52 @@ def measure_kappa(
     if missing := [name for name in layers if name not in predicted]:
         raise ValueError(f"no predicted risk for {', '.join(missing)}")
     parts = one_by_one(inputs) if alone else _parts(inputs, batch_size)
-    candidates: dict[str, Tensor] = {}
+
+    @cache
+    def candidate(name: str) -> Tensor:
+        layer = named_layer(full, name)
+        return matrix_to_weight(layer, rounded(name)).to(layer.weight)
+
+    step = partial(_divergences, full, layers, candidate, likelihood)
     measured = dict.fromkeys(layers, 0.0)
     draws = max(samples, 1)
     with tqdm(total=draws * len(parts) * len(layers), desc="proxy", disable=None, leave=False) as bar:
         for _ in range(draws):
             weights = perturbed_weights(full, layers, sample, generator) if samples else {}
-            divergences: dict[str, list[Tensor]] = {name: [] for name in layers}
-            for part in parts:
-                reference, mask = _outputs(full, weights, part), likelihood.counted(part)
-                mask = None if mask is None else mask.cpu()
-                for name in layers:
-                    layer = named_layer(full, name)
-                    if name not in candidates:
-                        candidates[name] = matrix_to_weight(layer, rounded(name)).to(layer.weight)
-                    other = _outputs(full, {**weights, weight_key(name, layer): candidates[name]}, part)
-                    divergences[name].append(likelihood.kl(reference, other, mask))
-                    bar.update()
-            for name, values in divergences.items():
-                measured[name] += float(torch.cat(values).mean()) / draws
+            rows = [step(weights, part, bar) for part in parts]
+            for name in layers:
+                measured[name] += float(torch.cat([of_part[name] for of_part in rows]).mean()) / draws
     factors, fallbacks = {}, {"kappa_undefined": 0, "kappa_clamped": 0}
     for name, divergence in measured.items():
         factors[name], fallback = _factor(divergence, predicted[name])
         if fallback:
             fallbacks[fallback] += 1
     return Kappa(factors, measured, fallbacks)
+
+
+def _divergences(
+    full: nn.Module,
+    layers: Collection[str],
+    candidate: Callable[[str], Tensor],
+    likelihood: Likelihood,
+    weights: Mapping[str, Tensor],
+    inputs: Mapping[str, Tensor],
+    bar: "tqdm[NoReturn]",
+) -> dict[str, Tensor]:
+    """KL [b] between the network with these weights and the same with one layer rounded, by layer.
+
+    Args:
+        candidate: a layer's rounded weight in the layer's shape.
+    """
+    reference, mask = _outputs(full, weights, inputs), likelihood.counted(inputs)
+    mask = None if mask is None else mask.cpu()
+    divergences = {}
+    for name in layers:
+        changed = {**weights, weight_key(name, named_layer(full, name)): candidate(name)}
+        other = _outputs(full, changed, inputs)
+        divergences[name] = likelihood.kl(reference, other, mask)
+        bar.update()
+    return divergences
 
 
 def _factor(measured: float, predicted: float) -> tuple[float, str | None]:

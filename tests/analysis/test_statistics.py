@@ -17,7 +17,7 @@ from analysis.statistics import (
     paired_bootstrap,
     paired_metric_bootstrap,
 )
-from bayesq.suite.metrics import FUNCTIONS
+from bayesq.suite.metrics import METRICS
 
 
 def naive_bootstrap(first, second, measure, resamples, seed=0):
@@ -71,7 +71,7 @@ def test_metrics_are_measured_anew_on_every_resample(function):
             return stats.pearsonr(predicted, truth).statistic
         if function == "spearman":
             return stats.spearmanr(predicted, truth).statistic
-        return float(FUNCTIONS[function](predicted, truth, np.ones((1, len(truth))))[0])
+        return float(METRICS[function].function(predicted, truth, np.ones((1, len(truth))))[0])
 
     def measure(a, b, columns):
         truth = labels[columns]

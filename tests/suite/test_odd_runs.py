@@ -74,7 +74,7 @@ class OddModel:
         return TensorExamples({"x": (pixels - 0.4).reshape(len(pixels), 4, odd.WIDTH) * 4}, examples.labels)
 
 
-def run(kind: str, tmp_path: Path, *overrides: str) -> dict[str, Any]:
+def run(kind: str, tmp_path: Path, *overrides: str, task: str = "image classification") -> dict[str, Any]:
     GlobalHydra.instance().clear()
     (tmp_path / "cache").mkdir(exist_ok=True)
     with initialize_config_dir(str(composition.conf_dir()), version_base="1.3"):
@@ -93,11 +93,17 @@ def run(kind: str, tmp_path: Path, *overrides: str) -> dict[str, Any]:
         )
     cfg.model = {
         "name": kind.replace(" ", "-"),
-        "tasks": ["image classification"],
+        "tasks": [task],
         "_target_": f"{__name__}.OddModel",
         "kind": kind,
     }
     return runner.run(cfg)
+
+
+def test_a_model_is_not_run_on_another_task(tmp_path):
+    line = "dataset=digits is for image classification, but model=loop is for text regression: choose a dataset and"
+    with pytest.raises(UserError, match=line):
+        run("loop", tmp_path, "method=rtn", task="text regression")
 
 
 @pytest.mark.parametrize("kind", NETWORKS)
