@@ -123,8 +123,8 @@ class TensorWriter:
         """
         if self._missing:
             raise ValueError(f"not written: {', '.join(sorted(self._missing))}")
-        found = _digest(_parts(self._file, self._places, self._start), metadata)
-        header = _header(self._places, found, metadata, self._start)
+        actual = _digest(_parts(self._file, self._places, self._start), metadata)
+        header = _header(self._places, actual, metadata, self._start)
         if len(header) > self._start:
             raise ValueError(f"{len(header)} bytes of header do not fit in {self._start}")
         self._file.seek(0)
@@ -167,10 +167,10 @@ def _places(shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> dict[s
     return places
 
 
-def _header(places: Mapping[str, Place], found: str, metadata: Mapping[str, str], size: int = 0) -> bytes:
+def _header(places: Mapping[str, Place], checksum: str, metadata: Mapping[str, str], size: int = 0) -> bytes:
     """Header of a safetensors file, its length included; blanks fill it up to `size` and to a multiple of 8 bytes."""
-    own = json.dumps({"digest": found, "metadata": dict(metadata)}, sort_keys=True)
-    header: dict[str, Any] = {"__metadata__": {HEADER_KEY: own}}
+    record = json.dumps({"digest": checksum, "metadata": dict(metadata)}, sort_keys=True)
+    header: dict[str, Any] = {"__metadata__": {HEADER_KEY: record}}
     for name, (dtype, shape, start, end) in places.items():
         header[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
@@ -220,11 +220,11 @@ def verify(path: Path) -> dict[str, str]:
                 for name, entry in entries.items()
                 if name != "__metadata__"
             }
-            found = _digest(_parts(file, places, 8 + length), metadata)
+            actual = _digest(_parts(file, places, 8 + length), metadata)
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         stop_if_asked()  # a good file must not be taken for a bad one
         raise CorruptCache(f"{path} cannot be read: {error}") from error
-    if expected != found:
+    if expected != actual:
         raise CorruptCache(f"{path} does not match its digest")
     return metadata
 

@@ -69,8 +69,8 @@ def remove_leftovers(folder: Path, name: str = "*") -> None:
     """
     for leftover in folder.glob(f".{name}.*.tmp"):
         try:
-            own = f".{socket.gethostname()}." in leftover.name
-            if own or time.time() - leftover.stat().st_mtime > ABANDONED_S:
+            of_this_machine = f".{socket.gethostname()}." in leftover.name
+            if of_this_machine or time.time() - leftover.stat().st_mtime > ABANDONED_S:
                 leftover.unlink()
         except FileNotFoundError:  # its writer was alive elsewhere and has finished
             continue

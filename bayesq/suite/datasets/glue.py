@@ -194,13 +194,13 @@ class Glue:
         strata = part * (len(self.task.classes) or 1)
         if self.task.classes:
             strata += whole.labels
-        kept = stratified(strata, count, self.split_seed)
-        ends = [0, *torch.bincount(part[kept], minlength=len(dev)).cumsum(0).tolist()]
+        rows = stratified(strata, count, self.split_seed)
+        ends = [0, *torch.bincount(part[rows], minlength=len(dev)).cumsum(0).tolist()]
         metrics = []
         for i, ending in enumerate(self.task.dev):
             suffix = ending if i else ""
             metrics += [Metric(f"{name}{suffix}", name, ends[i], ends[i + 1]) for name in self.task.metrics]
-        return whole.select(kept), tuple(metrics)
+        return whole.select(rows), tuple(metrics)
 
     def _root(self) -> tuple[str, Path, dict[str, str]]:
         """What to call the place in messages, the folder of the tasks, and what the result says of it."""
@@ -208,9 +208,9 @@ class Glue:
             return f"dataset.root={self.root}", self.root, {"origin": f"GLUE {self.name} in {self.root}"}
         where = f"dataset.hub={self.hub}"
         remedy = "give dataset.root=DIR with the TSV or parquet files"
-        found = hub_files(self.hub, [f"{self.name}/*.parquet"], self.revision or MAIN, where, remedy)
-        tell_commit(where, self.revision, found.commit, "dataset.revision")
-        return where, found.folder, {"origin": f"GLUE {self.name} in {self.hub} on the hub", "revision": found.commit}
+        files = hub_files(self.hub, [f"{self.name}/*.parquet"], self.revision or MAIN, where, remedy)
+        tell_commit(where, self.revision, files.commit, "dataset.revision")
+        return where, files.folder, {"origin": f"GLUE {self.name} in {self.hub} on the hub", "revision": files.commit}
 
     def _table(self, split: str, root: Path, where: str) -> _Table:
         """The rows of a split: train, or dev with an ending of the task's.
