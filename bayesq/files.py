@@ -69,8 +69,8 @@ def remove_leftovers(folder: Path, name: str = "*") -> None:
     """
     for leftover in folder.glob(f".{name}.*.tmp"):
         try:
-            from_here = f".{socket.gethostname()}." in leftover.name
-            if from_here or time.time() - leftover.stat().st_mtime > ABANDONED_S:
+            of_this_machine = f".{socket.gethostname()}." in leftover.name
+            if of_this_machine or time.time() - leftover.stat().st_mtime > ABANDONED_S:
                 leftover.unlink()
         except FileNotFoundError:  # its writer was alive elsewhere and has finished
             continue

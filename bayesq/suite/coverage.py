@@ -45,15 +45,15 @@ def coverage(module: nn.Module, layers: Mapping[str, Layer | nn.Embedding]) -> C
     return Coverage(weights / parameter_count(module), {name: left[name] for name in largest})
 
 
-def report(found: Coverage, module: nn.Module, unreached: Iterable[str]) -> None:
+def report(covered: Coverage, module: nn.Module, unreached: Iterable[str]) -> None:
     """One line on what is quantized, a warning below one half, and one on layers that the forward pass never uses."""
     tables = {f"{name}.weight" for name in embedding_tables(module)}
-    names = list(found.left_out)[:SHOWN]
-    left = ", ".join(f"{name} ({_millions(found.left_out[name])})" for name in names)
+    names = list(covered.left_out)[:SHOWN]
+    left = ", ".join(f"{name} ({_millions(covered.left_out[name])})" for name in names)
     hint = "; layers.include_embeddings=true rounds embeddings" if tables.intersection(names) else ""
     rest = f"; largest of the rest: {left}{hint}" if left else ""
-    level = logging.WARNING if found.share < 0.5 else logging.INFO
-    log.log(level, f"quantizes {100 * found.share:.0f} % of {_millions(parameter_count(module))} parameters{rest}")
+    level = logging.WARNING if covered.share < 0.5 else logging.INFO
+    log.log(level, f"quantizes {100 * covered.share:.0f} % of {_millions(parameter_count(module))} parameters{rest}")
     if names := list(unreached):
         more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
         log.warning(

@@ -6,12 +6,10 @@ layers and calibration. Every key that a panel names is one that `bayesq.suite.t
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from bayesq.suite import wandb_environment as environment
 from bayesq.suite.config import has_wandb_key, one_line
@@ -86,8 +84,8 @@ def _quality(metric: str) -> list[Any]:
             chart_strings={"title": title},
         )
 
-    def scatter(title: str, x: Any, key: str, **options: bool) -> Any:
-        return panels.ScatterPlot(title=title, x=x, y=panels.SummaryMetric(key), **options)
+    def scatter(title: str, x: Any, key: str, log_y: bool | None = None) -> Any:
+        return panels.ScatterPlot(title=title, x=x, y=panels.SummaryMetric(key), log_y=log_y)
 
     return [
         by_method(f"{metric} against bits by method", quality),
@@ -128,7 +126,7 @@ def _layers() -> list[Any]:
     return [*charts, panels.WeavePanelSummaryTable(table_name=LAYERS_KEY)]
 
 
-def _bars(title: str, summary: str, *metrics: str) -> Any:
+def _bars(title: str, summary: Literal["mean", "max", "sum"], *metrics: str) -> Any:
     """Bars by method."""
     import wandb_workspaces.reports.v2 as panels
 
@@ -150,10 +148,10 @@ def check_login() -> None:
     """
     remedy = "run 'wandb login' or set WANDB_API_KEY (--dry-run prints the dashboard without an account)"
     try:
-        found = has_wandb_key()
+        logged_in = has_wandb_key()
     except UserError as error:
         raise UserError(f"W&B: {error}; {remedy}") from error
-    if not found:
+    if not logged_in:
         raise UserError(f"no W&B API key found; {remedy}")
 
 
@@ -194,24 +192,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--metric", default=METRIC, help="metric of the task, as in q/<metric> (%(default)s)")
     parser.add_argument("--group", help="show only the runs of one workload: MODEL-DATASET, such as resnet-digits")
-    unsaved = parser.add_mutually_exclusive_group()
-    unsaved.add_argument("--dry-run", action="store_true", help="print the definition as JSON and save nothing")
-    unsaved.add_argument("--output", type=Path, help="write the definition to this JSON file and save nothing")
+    parser.add_argument("--dry-run", action="store_true", help="print the definition as JSON and save nothing")
     given = parser.parse_args(arguments)
     try:
-        if not given.dry_run and given.output is None:
-            print(f"saved: {save(given.project, given.entity, given.metric, given.group)}")
-            return
-        built = workspace(given.project, given.entity or "", given.metric, given.group)
-        text = json.dumps(definition(built), indent=2) + "\n"
-        if given.output is None:
-            sys.stdout.write(text)
+        if given.dry_run:
+            built = workspace(given.project, given.entity or "", given.metric, given.group)
+            print(json.dumps(definition(built), indent=2))
         else:
-            given.output.write_text(text, encoding="utf-8")
+            print(f"saved: {save(given.project, given.entity, given.metric, given.group)}")
     except UserError as error:
         sys.exit(f"error: {one_line(str(error))}")
-    except OSError as error:
-        sys.exit(f"error: --output={given.output}: {os.strerror(error.errno or 0)}")
 
 
 if __name__ == "__main__":

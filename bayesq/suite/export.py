@@ -107,11 +107,11 @@ def write_gptq(packed: "Packed", network: "Network", folder: Path, dtype: str, c
         if tensor is None or not fits_blocks(tensor):
             continue
         try:
-            own = gptq_buffers(tensor, checkpoint_format)
+            packed_layer = gptq_buffers(tensor, checkpoint_format)
         except ValueError as error:
             raise UserError(f"--to gptq cannot hold layer {part.prefix}{name}: {error}") from error
         del plain[f"{name}.weight"]
-        buffers.update({f"{name}.{key}": value for key, value in own.items()})
+        buffers.update({f"{name}.{key}": value for key, value in packed_layer.items()})
         widths[name] = int(tensor.width[0])
     if not widths:
         raise UserError(
@@ -123,13 +123,13 @@ def write_gptq(packed: "Packed", network: "Network", folder: Path, dtype: str, c
     weights = converted(plain, dtype)
     save(weights | buffers, folder / WEIGHTS_FILE)
     write_json(folder / "quantize_config.json", quantization)
-    kept = kinds - Counter(Linear=len(widths))
+    plain_kinds = kinds - Counter(Linear=len(widths))
     bits = ", ".join(f"{count} of {width} bits" for width, count in sorted(Counter(widths.values()).items()))
     lines = [f"{WEIGHTS_FILE}: {len(widths)} layers as GPTQ ({bits}) of {architecture(part, network)}"]
-    if kept:
+    if plain_kinds:
         small = [name for name in layers if name not in widths]
         named = f" (of them Linear: {', '.join(small[:SHOWN])}{', ...' if len(small) > SHOWN else ''})" if small else ""
-        counted = ", ".join(f"{count} {kind}" for kind, count in kept.items())
+        counted = ", ".join(f"{count} {kind}" for kind, count in plain_kinds.items())
         lines.append(f"left as {dtype} weights, because the layout has no place for them: {counted}{named}")
     return lines + write_beside(part, network, folder, {"dtype": dtype, "quantization_config": quantization})
 
@@ -183,8 +183,8 @@ def write_self_contained(packed: "Packed", network: "Network", file: Path) -> li
     record = {**packed.run, "network": {**packed.run["network"], "blueprint": network.blueprint}}
     with atomic_path(file) as temporary:
         sizes = write_packed(temporary, Packed(packed.tensors, state=state, run=record))
-        found = self_contained(read_run(temporary), file, trusted=[_package(record)]).state_dict()
-        if any(not torch.equal(value, found[name]) for name, value in expected.items()):
+        written = self_contained(read_run(temporary), file, trusted=[_package(record)]).state_dict()
+        if any(not torch.equal(value, written[name]) for name, value in expected.items()):
             raise UserError(f"{file}: what was written is not the run's network, which is a defect of the exporter")
     total = file.stat().st_size
     return [f"{file.name}: {total:,} bytes, of them {sizes.packed:,} for {len(packed.tensors)} quantized layers"]
@@ -266,16 +266,16 @@ def _settings(texts: Sequence[str]) -> dict[str, Any]:
     Raises:
         UserError: one is not of this form.
     """
-    found = {}
+    settings = {}
     for text in texts:
         key, equals, value = text.partition("=")
         try:
-            found[key] = yaml.safe_load(value)
+            settings[key] = yaml.safe_load(value)
         except yaml.YAMLError as error:
             raise UserError(f"--set {text}: {one_line(str(error))}") from error
         if not equals:
             raise UserError(f"--set {text}: needs KEY=VALUE, such as model.checkpoint=/new/place")
-    return found
+    return settings
 
 
 def main() -> None:

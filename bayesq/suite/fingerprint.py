@@ -118,11 +118,11 @@ def _plain(value: Any, depth: int, inside: frozenset[int]) -> Any:
         return _name(value)
     if isinstance(value, nn.Module):
         attributes = {key: x for key, x in vars(value).items() if key not in NO_FUNCTION and not _registered(x)}
-        hooks = [list(found.values()) for found in (value._forward_pre_hooks, value._forward_hooks)]
+        hooks = [list(registered.values()) for registered in (value._forward_pre_hooks, value._forward_hooks)]
         # classes made by a function hold its values
         made = [base for base in type(value).__mro__ if "<locals>" in base.__qualname__]
-        own = [{key: x for key, x in vars(base).items() if not key.startswith("__")} for base in made]
-        return [kind, value.extra_repr(), inner(attributes), inner(hooks), inner(own)]
+        values = [{key: x for key, x in vars(base).items() if not key.startswith("__")} for base in made]
+        return [kind, value.extra_repr(), inner(attributes), inner(hooks), inner(values)]
     return [kind, *map(inner, _state(value))]
 
 

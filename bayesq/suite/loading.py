@@ -29,7 +29,7 @@ from bayesq.suite.packed import read_run
 from bayesq.tensor_file import CorruptFile
 
 # Modules whose classes a file may name; what else lies in the suite is no model and no data set.
-OWN = ("bayesq.suite.models.", "bayesq.suite.datasets.")
+NAMEABLE = ("bayesq.suite.models.", "bayesq.suite.datasets.")
 
 
 def load_quantized(
@@ -186,7 +186,7 @@ def source(config: Mapping[str, Any], group: str, trusted: Sequence[str]) -> Any
     if not isinstance(node, dict) or not isinstance(target, str):
         raise ValueError(f"the settings have no {group} with a _target_")
     module, _, name = target.rpartition(".")
-    if not f"{module}.".startswith((*OWN, *(f"{package}." for package in trusted))):
+    if not f"{module}.".startswith((*NAMEABLE, *(f"{package}." for package in trusted))):
         raise UserError(
             f"{group}._target_={target:.100} is no class of the suite: name its package in `trusted` (export: --trust)"
         )
@@ -194,9 +194,9 @@ def source(config: Mapping[str, Any], group: str, trusted: Sequence[str]) -> Any
     if any(part.startswith("_") for key in flatten(arguments) for part in key.split(".")):
         raise UserError(f"{group}: keys that begin with an underscore have no place in a file")
     try:
-        chosen = getattr(importlib.import_module(module), name, None)
+        kind = getattr(importlib.import_module(module), name, None)
     except ImportError as error:
         raise UserError(f"{group}._target_={target:.100}: there is no such module") from error
-    if not isinstance(chosen, type) or chosen.__module__ != module:
+    if not isinstance(kind, type) or kind.__module__ != module:
         raise UserError(f"{group}._target_={target:.100} is no class of that module")
-    return chosen(**arguments)
+    return kind(**arguments)

@@ -36,13 +36,13 @@ PACKAGES = (
 @cache
 def versions() -> dict[str, str]:
     """Version of bayesq, of Python and of every package that can change a number; "absent" if not installed."""
-    found = {"bayesq": bayesq.__version__, "python": platform.python_version()}
+    installed = {"bayesq": bayesq.__version__, "python": platform.python_version()}
     for package in PACKAGES:
         try:
-            found[package] = metadata.version(package)
+            installed[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
-            found[package] = "absent"
-    return found
+            installed[package] = "absent"
+    return installed
 
 
 def host(device: "torch.device") -> dict[str, str | int]:

@@ -33,7 +33,7 @@ CODES = results.QUANTIZED_FILE
 # subfolders of the cache with what --fresh makes again; what was downloaded is not fetched again
 COMPUTED = ("full_precision", "models", "statistics")
 # of the keys without effect on the result: those that a machine needs to get it
-KEPT = ("device", "cache_dir")
+NEEDED_HERE = ("device", "cache_dir")
 AXES = ("model", "dataset", "method", "posterior")
 
 Difference = tuple[str, str, str]  # what, as recorded, as found here
@@ -51,8 +51,8 @@ def compare_results(recorded: Mapping[str, Any], here: Mapping[str, Any]) -> lis
     """Differences between two results, in all but what depends on the machine."""
 
     def numbers(result: Mapping[str, Any]) -> dict[str, Any]:
-        kept = {k: v for k, v in result.items() if k not in RECORDS and not k.startswith(OF_THE_MACHINE)}
-        return settings.flatten(kept)
+        numbers_of_run = {k: v for k, v in result.items() if k not in RECORDS and not k.startswith(OF_THE_MACHINE)}
+        return settings.flatten(numbers_of_run)
 
     return list(differing(numbers(recorded), numbers(here)))
 
@@ -64,11 +64,11 @@ def compare_tables(recorded: Path, here: Path) -> list[Difference]:
     first, second = (_rows(path) for path in (recorded, here))
     if len(first) != len(second):
         return [(recorded.name, f"{len(first)} rows", f"{len(second)} rows")]
-    found = []
+    differences = []
     for number, (row, other) in enumerate(zip(first, second, strict=True), start=1):
         cells = differing(row, other)
-        found += [(f"{recorded.name}, row {number}: {key}", cell, now) for key, cell, now in cells]
-    return found
+        differences += [(f"{recorded.name}, row {number}: {key}", cell, now) for key, cell, now in cells]
+    return differences
 
 
 def _rows(path: Path) -> list[dict[str, str]]:
@@ -92,26 +92,26 @@ def compare_codes(recorded: Path, here: Path) -> list[Difference]:
         return [(recorded.name, f"damaged ({settings.one_line(str(error))})", "whole")]
     second, other_header = read_tensors(here)
     known = {key: text for key, text in other_header.items() if key in header}  # earlier versions kept no settings
-    found = [(f"{recorded.name}, header: {key}", then, now) for key, then, now in differing(header, known)]
+    differences = [(f"{recorded.name}, header: {key}", then, now) for key, then, now in differing(header, known)]
     for name in dict.fromkeys([*first, *second]):
         one, other = first.get(name), second.get(name)
         if one is None or other is None or one.dtype != other.dtype or one.shape != other.shape:
             then, now = ("absent" if x is None else f"{x.dtype} {list(x.shape)}" for x in (one, other))
-            found.append((f"{recorded.name}: {name}", then, now))
+            differences.append((f"{recorded.name}: {name}", then, now))
         elif not torch.equal(one.view(-1).view(torch.uint8), other.view(-1).view(torch.uint8)):
             unequal = int((one != other).sum())
-            found.append((f"{recorded.name}: {name}", f"{one.numel()} elements", f"{unequal} of them differ"))
-    return found or [(recorded.name, "other bytes", "the same tensors")]
+            differences.append((f"{recorded.name}: {name}", f"{one.numel()} elements", f"{unequal} of them differ"))
+    return differences or [(recorded.name, "other bytes", "the same tensors")]
 
 
 def compare_runs(recorded: Path, here: Path) -> list[Difference]:
     """Differences between the files of two finished runs."""
     first, second = (results.finished_result(folder) for folder in (recorded, here))
     assert first is not None and second is not None
-    found = compare_results(first, second)
+    differences = compare_results(first, second)
     for name in TABLES:
-        found += compare_tables(recorded / name, here / name)
-    return found + compare_codes(recorded / CODES, here / CODES)
+        differences += compare_tables(recorded / name, here / name)
+    return differences + compare_codes(recorded / CODES, here / CODES)
 
 
 def warnings(result: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
@@ -150,7 +150,7 @@ def recorded_config(result: Mapping[str, Any]) -> dict[str, Any]:
             f"the record is of another version, bayesq {version} at commit {commit}, which has to be installed to "
             f"reproduce it ({error})"
         ) from error
-    defaults = {key: reference[key] for key in settings.WITHOUT_EFFECT if key in reference and key not in KEPT}
+    defaults = {key: reference[key] for key in settings.WITHOUT_EFFECT if key in reference and key not in NEEDED_HERE}
     return {**config, **defaults}
 
 

@@ -81,8 +81,8 @@ def is_finished(run_dir: Path) -> bool:
 
 def load_results(results_dir: Path) -> list[dict[str, Any]]:
     """Every finished result below `results_dir`, in the order of their run ids."""
-    found = (finished_result(path.parent) for path in sorted(Path(results_dir).glob(f"*/{RESULT_FILE}")))
-    return [result for result in found if result is not None]
+    results = (finished_result(path.parent) for path in sorted(Path(results_dir).glob(f"*/{RESULT_FILE}")))
+    return [result for result in results if result is not None]
 
 
 def settings_of(result: Mapping[str, Any]) -> dict[str, Any]:
@@ -103,10 +103,10 @@ def differing_settings(results: Iterable[Mapping[str, Any]]) -> list[str]:
     """
     seen: dict[tuple[Any, ...], set[str]] = {}
     for result in results:
-        own = settings_of(result)
+        settings = settings_of(result)
         alike = (result["model"], result["dataset"], result["method"], result["bits/target"])
-        for key, value in own.items():
+        for key, value in settings.items():
             axis = key.partition(".")[0]
-            choice = None if axis == key else own.get(axis)
+            choice = None if axis == key else settings.get(axis)
             seen.setdefault((key, *alike, choice), set()).add(json.dumps(value))
     return sorted({place[0] for place, values in seen.items() if len(values) > 1})

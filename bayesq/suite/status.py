@@ -108,8 +108,8 @@ def sweep_runs(results_dir: Path, arguments: Sequence[str]) -> list[Run]:
     jobs = preflight([*multirun, *matter, _in_folder(results_dir)])
     if not jobs:
         raise UserError("these arguments start no sweep whose runs are known beforehand: give those of run.py -m")
-    kept = [argument for argument in extra if _key(argument) != "results_dir"]
-    return [state_of(job.run_dir, [*(o for o in job.overrides if not _is_without_effect(o)), *kept]) for job in jobs]
+    more = [argument for argument in extra if _key(argument) != "results_dir"]
+    return [state_of(job.run_dir, [*(o for o in job.overrides if not _is_without_effect(o)), *more]) for job in jobs]
 
 
 def _key(argument: str) -> str:
@@ -130,9 +130,9 @@ def _in_folder(results_dir: Path) -> str:
 def command(results_dir: Path, overrides: Iterable[str], *options: str) -> str:
     """A line for the shell that starts runs with these overrides in `results_dir`, from the folder one is in."""
     program = ["python", RUN_FILE] if Path(RUN_FILE).is_file() else ["bayesq-run"]
-    own = [override for override in overrides if _key(override) != "results_dir"]
+    given = [override for override in overrides if _key(override) != "results_dir"]
     folder = [] if results_dir == Path("results") else [_in_folder(results_dir)]
-    return shlex.join([*program, *options, *own, *folder])
+    return shlex.join([*program, *options, *given, *folder])
 
 
 def report(runs: Sequence[Run], results_dir: Path) -> str:

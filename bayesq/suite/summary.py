@@ -60,8 +60,8 @@ def results_table(results: Sequence[Result]) -> str:
         sections.setdefault((result["model"], data), []).append(result)
     shown = []
     for (model, data), members in sections.items():
-        for further, own in _workloads(members).items():
-            shown.append(_section(" ".join([f"{model} on {data}", *further]), own))
+        for further, alike in _workloads(members).items():
+            shown.append(_section(" ".join([f"{model} on {data}", *further]), alike))
     return "\n\n".join(shown)
 
 
@@ -74,11 +74,11 @@ def _differing(results: Iterable[Result], **same: Any) -> list[str]:
 def _workloads(results: Sequence[Result]) -> dict[tuple[str, ...], list[Result]]:
     """The results of one model on one data set by those settings of both that differ, written as key=value."""
     keys = [key for key in _differing(results, method=None) if key.partition(".")[0] in WORKLOAD_AXES]
-    found: dict[tuple[str, ...], list[Result]] = {}
+    workloads: dict[tuple[str, ...], list[Result]] = {}
     for result in results:
-        own = settings_of(result)
-        found.setdefault(tuple(f"{key}={show(own.get(key))}" for key in keys), []).append(result)
-    return found
+        settings = settings_of(result)
+        workloads.setdefault(tuple(f"{key}={show(settings.get(key))}" for key in keys), []).append(result)
+    return workloads
 
 
 def _section(head: str, results: Sequence[Result]) -> str:
@@ -95,9 +95,9 @@ def _section(head: str, results: Sequence[Result]) -> str:
     columns: dict[str, list[str]] = {name: [] for name in ("method", "bits", *differing)}
     columns |= {"n": []} if several else {}
     for _, members in ordered:
-        own = settings_of(members[0])
+        settings = settings_of(members[0])
         cells = {"method": members[0]["method"], "bits": f"{members[0]['bits/target']:g}"}
-        cells |= {key: show(own[key]) if key in own else GAP for key in differing}
+        cells |= {key: show(settings[key]) if key in settings else GAP for key in differing}
         done = [result for result in members if result.get("status") == "finished"]
         cells["n"] = f"{len(done)}" if len(done) == len(members) else f"{len(done)}/{len(members)}"
         for name in columns:
@@ -140,12 +140,12 @@ def _measured(groups: Sequence[Sequence[Result]], name: str) -> dict[str, list[s
         "bits/stored": ("bits/stored", lambda mean, _: f"{mean:.3f}"),
         "seconds": ("seconds", lambda mean, _: f"{mean:.1f}"),
     }
-    done = [[_with_seconds(result) for result in own if result.get("status") == "finished"] for own in groups]
-    columns = {head: _aligned([_cell(own, key, form) for own in done]) for head, (key, form) in forms.items()}
+    done = [[_with_seconds(result) for result in group if result.get("status") == "finished"] for group in groups]
+    columns = {name: _aligned([_cell(finished, key, form) for finished in done]) for name, (key, form) in forms.items()}
     first = next(iter(columns))
     columns[first] = [
-        cell if own else str(members[0].get("status", "failed"))
-        for cell, own, members in zip(columns[first], done, groups, strict=True)
+        cell if finished else str(members[0].get("status", "failed"))
+        for cell, finished, members in zip(columns[first], done, groups, strict=True)
     ]
     return columns
 

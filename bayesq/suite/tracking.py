@@ -187,9 +187,13 @@ def _cell(value: Any) -> Any:
 
 
 def reason(error: Exception) -> str:
-    """What W&B raised, as one line."""
-    kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-    return one_line(f"{kind}{error}").rstrip(".")
+    """What W&B raised, as one line; of values that its settings refuse, which one and why."""
+    if isinstance(error, UserError):
+        return one_line(str(error))
+    if not (callable(listed := getattr(error, "errors", None)) and isinstance(error, ValueError)):
+        return one_line(f"{type(error).__name__}: {error}").rstrip(".")
+    refused = (f"{'.'.join(map(str, entry['loc']))}: {entry['msg']}" for entry in listed())
+    return one_line("; ".join(refused)).rstrip(".")
 
 
 def identity(cfg: DictConfig) -> dict[str, Any]:

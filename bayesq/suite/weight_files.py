@@ -29,12 +29,12 @@ def converted(tensors: Mapping[str, "Tensor"], dtype: str) -> dict[str, "Tensor"
     """
     import torch
 
-    found = {}
+    result = {}
     for name, tensor in tensors.items():
-        found[name] = tensor.to(getattr(torch, dtype)) if tensor.is_floating_point() else tensor
-        if bool((torch.isinf(found[name]) & torch.isfinite(tensor)).any()):
+        result[name] = tensor.to(getattr(torch, dtype)) if tensor.is_floating_point() else tensor
+        if bool((torch.isinf(result[name]) & torch.isfinite(tensor)).any()):
             raise UserError(f"{name} has entries beyond the range of {dtype}: use --dtype float32")
-    return found
+    return result
 
 
 @dataclass

@@ -120,7 +120,7 @@ class TestParquetPhotos:
     def test_few_row_groups_stay_in_memory(self, tmp_path: Path) -> None:
         whole = ParquetPhotos([write(tmp_path / "a.parquet", list(range(9)))], "dataset.root=x", 10)
         shades(whole.select(torch.arange(9)))
-        assert len(whole._kept) == parquet_photos.KEPT_GROUPS
+        assert len(whole._groups) == parquet_photos.CACHED_GROUPS
 
     def test_threads_get_their_own_rows(self, tmp_path: Path) -> None:
         whole = ParquetPhotos([write(tmp_path / "a.parquet", [0] * 40)], "dataset.root=x", 10)

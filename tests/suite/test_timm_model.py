@@ -151,16 +151,16 @@ class TestReadCheckpoint:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            (lambda w: w.pop("0.weight"), r"0\.weight is missing"),
-            (lambda w: w.update(extra=torch.zeros(1)), "extra is not part of it"),
-            (lambda w: w.update({"1.bias": torch.zeros(9)}), r"1\.bias has shape \(9,\) instead of \(3,\)"),
+            (lambda w: w.pop("0.weight"), r'Missing key.*"0\.weight"'),
+            (lambda w: w.update(extra=torch.zeros(1)), r'Unexpected key.*"extra"'),
+            (lambda w: w.update({"1.bias": torch.zeros(9)}), r"size mismatch for 1\.bias: .*\[9\].*\[3\]"),
         ],
     )
     def test_the_first_difference_is_named(self, change: Callable[[dict], object], message: str) -> None:
         module = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
         weights = dict(module.state_dict())
         change(weights)
-        with pytest.raises(UserError, match=rf"^model\.checkpoint=x: these are not the weights of y \({message}\)"):
+        with pytest.raises(UserError, match=rf"^model\.checkpoint=x: these are not the weights of y \(.*{message}"):
             load_weights(module, weights, Path("x"), "y")
 
     def test_a_checkpoint_older_than_the_batch_counter(self) -> None:
@@ -194,13 +194,13 @@ class TestCheckpoint:
 
     def test_another_number_of_classes(self, file: str, tmp_path: Path) -> None:
         with pytest.raises(
-            UserError, match=r"not the weights of model=test_resnet.* with 100 classes \(fc\.weight has shape \(10, "
+            UserError, match=r"not the weights of model=test_resnet.* with 100 classes \(.*size mismatch for fc\.weight"
         ) as caught:
             TimmModel(RESNET, file).build(images(100), tmp_path)
         assert one_line(caught).startswith(f"model.checkpoint={file}: ")
 
     def test_another_network(self, file: str, tmp_path: Path) -> None:
-        with pytest.raises(UserError, match=r"not the weights of model=test_vit.* \(cls_token is missing\)"):
+        with pytest.raises(UserError, match=r"not the weights of model=test_vit.* \(Missing key.*cls_token"):
             TimmModel(VIT, file).build(images(), tmp_path)
 
     def test_image_tensors_are_scaled_and_normalised(self, file: str, tmp_path: Path) -> None:

@@ -210,9 +210,9 @@ class Glue:
             return f"dataset.root={self.root}", self.root, {"origin": f"GLUE {self.name} in {self.root}"}
         where = f"dataset.hub={self.hub}"
         remedy = "give dataset.root=DIR with the TSV or parquet files"
-        found = hub_files(self.hub, [f"{self.name}/*.parquet"], self.revision or MAIN, where, remedy)
-        tell_commit(where, self.revision, found.commit, "dataset.revision")
-        return where, found.folder, {"origin": f"GLUE {self.name} in {self.hub} on the hub", "revision": found.commit}
+        files = hub_files(self.hub, [f"{self.name}/*.parquet"], self.revision or MAIN, where, remedy)
+        tell_commit(where, self.revision, files.commit, "dataset.revision")
+        return where, files.folder, {"origin": f"GLUE {self.name} in {self.hub} on the hub", "revision": files.commit}
 
     def _table(self, split: str, root: Path, where: str) -> _Table:
         """The rows of a split: train, or dev with an ending of the task's.

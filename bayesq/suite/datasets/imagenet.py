@@ -137,13 +137,13 @@ class ImageNet:
         where = f"dataset.hub={self.hub}"
         instead = "take files of your own with dataset.root=DIR dataset.hub=null"
         patterns = [self.val_files, *([self.train_files] if self.train_files else [])]
-        found = hub_files(self.hub, patterns, self.revision, where, instead)
-        tell_commit(where, self.revision, found.commit, "dataset.revision")
-        val = self._matching("val_files", found.folder)
-        train = self._matching("train_files", found.folder)
+        files = hub_files(self.hub, patterns, self.revision, where, instead)
+        tell_commit(where, self.revision, files.commit, "dataset.revision")
+        val = self._matching("val_files", files.folder)
+        train = self._matching("train_files", files.folder)
         source = {
             "origin": self.hub,
-            "revision": found.commit,
+            "revision": files.commit,
             "train_files": " ".join(file.name for file in train),
             "val_files": " ".join(file.name for file in val),
         }

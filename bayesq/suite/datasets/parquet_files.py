@@ -13,8 +13,8 @@ SHARD = re.compile(r"(.+?)-(\d+)-of-(\d+)(?!\d)(.*)")
 
 def listed(folder: Path, *patterns: str) -> list[Path]:
     """What matches one of the glob patterns in `folder`, sorted, but nothing hidden (as macOS's `._` files are)."""
-    found = {file for pattern in patterns for file in folder.glob(pattern) if not file.name.startswith(".")}
-    return sorted(found)
+    files = {file for pattern in patterns for file in folder.glob(pattern) if not file.name.startswith(".")}
+    return sorted(files)
 
 
 def of_split(files: Iterable[Path], where: str) -> list[Path]:
@@ -27,15 +27,15 @@ def of_split(files: Iterable[Path], where: str) -> list[Path]:
     Raises:
         UserError: a shard is missing, or a file belongs to something else.
     """
-    found = shards(files, where)
-    if found and not SHARD.match(found[0].name):
-        patterns = {re.sub(r"\d+", "#", file.name): file for file in found}
+    parts = shards(files, where)
+    if parts and not SHARD.match(parts[0].name):
+        patterns = {re.sub(r"\d+", "#", file.name): file for file in parts}
         if len(patterns) > 1:
             one, other, *_ = sorted(file.name for file in patterns.values())
             raise UserError(
-                f"{where}: {one} and {other} in {found[0].parent} are no parts of one set: keep one of them"
+                f"{where}: {one} and {other} in {parts[0].parent} are no parts of one set: keep one of them"
             )
-    return found
+    return parts
 
 
 def shards(files: Iterable[Path], where: str, wanted: Callable[[Path], bool] = lambda _: True) -> list[Path]:

@@ -21,7 +21,7 @@ from bayesq.suite.datasets.base import Examples
 from bayesq.suite.datasets.parquet_files import check_classes, class_names
 from bayesq.suite.errors import UserError
 
-KEPT_GROUPS = 2
+CACHED_GROUPS = 2
 # A writer that was not told otherwise puts a whole file into one row group, and one photo would cost all of it.
 LARGEST_GROUP_BYTES = 2**30
 
@@ -66,12 +66,12 @@ class ParquetPhotos:
         if len(set(self._names)) < len(self._names):  # of several folders, which ids must tell apart
             above = os.path.commonpath(self.files)
             self._names = [file.relative_to(above).as_posix() for file in self.files]
-        self._kept: OrderedDict[tuple[int, int], Any] = OrderedDict()
+        self._groups: OrderedDict[tuple[int, int], Any] = OrderedDict()
         self._lock = threading.Lock()
         labels, self._rows = [], []
         for file in self.files:
-            found, groups = _labels_and_groups(file, where, num_classes, classes)
-            labels.append(found)
+            file_labels, groups = _labels_and_groups(file, where, num_classes, classes)
+            labels.append(file_labels)
             self._rows.append([0, *accumulate(groups)])
         self.labels = torch.cat(labels)
         self._first = [0, *accumulate(rows[-1] for rows in self._rows)]
@@ -97,22 +97,22 @@ class ParquetPhotos:
         content = self._group(photo.file, group)[photo.row - rows[group]].as_py()
         if content is None:
             raise ValueError("its column image has no bytes")
-        found: bytes = content
-        return found
+        photo_bytes: bytes = content
+        return photo_bytes
 
     def _group(self, file: int, group: int) -> Any:
         """The encoded photos of a row group: a chunked array of pyarrow."""
         import pyarrow.parquet as pq
 
         with self._lock:
-            if (file, group) not in self._kept:
+            if (file, group) not in self._groups:
                 with pq.ParquetFile(self.files[file]) as table:
                     images = table.read_row_group(group, columns=["image"]).combine_chunks()["image"]
-                self._kept[file, group] = images.combine_chunks().field("bytes")
-                if len(self._kept) > KEPT_GROUPS:
-                    self._kept.popitem(last=False)
-            self._kept.move_to_end((file, group))
-            return self._kept[file, group]
+                self._groups[file, group] = images.combine_chunks().field("bytes")
+                if len(self._groups) > CACHED_GROUPS:
+                    self._groups.popitem(last=False)
+            self._groups.move_to_end((file, group))
+            return self._groups[file, group]
 
 
 def _labels_and_groups(file: Path, where: str, num_classes: int, classes: Sequence[str]) -> tuple[Tensor, list[int]]:
@@ -140,13 +140,13 @@ def _labels_and_groups(file: Path, where: str, num_classes: int, classes: Sequen
     if labels.null_count:
         raise UserError(f"{where}: {file} has {len(labels)} photos, but {labels.null_count} have no label")
     check_classes(class_names(schema.metadata), num_classes, classes, f"{where}: {file}")
-    found = torch.tensor(labels.to_numpy()).long()
-    if len(found) and not 0 <= int(found.min()) <= int(found.max()) < num_classes:
-        wrong = found[(found < 0) | (found >= num_classes)][0]
+    row_labels = torch.tensor(labels.to_numpy()).long()
+    if len(row_labels) and not 0 <= int(row_labels.min()) <= int(row_labels.max()) < num_classes:
+        wrong = row_labels[(row_labels < 0) | (row_labels >= num_classes)][0]
         raise UserError(f"{where}: {file} must hold labels from 0 to {num_classes - 1}, and has {wrong}")
     if (size := max((group.total_byte_size for group in groups), default=0)) > LARGEST_GROUP_BYTES:
         raise UserError(
             f"{where}: {file} has a row group of {size / 2**30:.1f} GiB, which one photo would cost: write it again "
             "with row_group_size=100"
         )
-    return found, [group.num_rows for group in groups]
+    return row_labels, [group.num_rows for group in groups]

@@ -57,8 +57,8 @@ class PhotoTree:
             raise UserError(f"{where}: {error.filename or split} cannot be read ({error.strerror or error})") from error
         self.left_out = _counted(left_out)
         if not self._names:
-            found = f"; left out: {self.left_out}" if self.left_out else ""
-            raise UserError(f"{where}: no photo ({', '.join(sorted(SUFFIXES))}) in {split}/<wnid>/{found}")
+            rest = f"; left out: {self.left_out}" if self.left_out else ""
+            raise UserError(f"{where}: no photo ({', '.join(sorted(SUFFIXES))}) in {split}/<wnid>/{rest}")
         if self.left_out:
             log.warning(f"{where}: {len(self)} photos of {split}/ are read; left out: {self.left_out}")
         self.labels = torch.tensor([index[wnid] for wnid, _ in self._names])

@@ -101,7 +101,7 @@ def load_weights(module: nn.Module, weights: Mapping[str, Tensor], checkpoint: P
         network: what they should be the weights of, for the message.
 
     Raises:
-        UserError: names, shapes or kinds of numbers differ; the message has the first difference.
+        UserError: names, shapes or kinds of numbers differ; the message has the differences.
     """
     for name, tensor in module.state_dict().items():
         if name in weights and tensor.is_floating_point() != weights[name].is_floating_point():
@@ -111,19 +111,5 @@ def load_weights(module: nn.Module, weights: Mapping[str, Tensor], checkpoint: P
     except RuntimeError as error:
         raise UserError(
             f"model.checkpoint={checkpoint}: these are not the weights of {network} "
-            f"({_first_difference(module.state_dict(), weights)})"
+            f"({one_line(str(error).partition(':')[2])[:300]})"
         ) from error
-
-
-def _first_difference(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:
-    """The first name, in order, that one state lacks or that has another shape."""
-    for name in {**expected, **found}:
-        if name.endswith("num_batches_tracked"):  # older than the counter, checkpoints may do without
-            continue
-        if name not in found:
-            return f"{name} is missing"
-        if name not in expected:
-            return f"{name} is not part of it"
-        if expected[name].shape != found[name].shape:
-            return f"{name} has shape {tuple(found[name].shape)} instead of {tuple(expected[name].shape)}"
-    return "no difference in names and shapes"

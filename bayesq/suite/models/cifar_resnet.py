@@ -132,8 +132,8 @@ def _images(name: str, examples: Examples, data: DataSplits) -> Tensor:
     images = examples.inputs
     if isinstance(images, Tensor) and images.shape[1:] == (3, IMAGE_SIZE, IMAGE_SIZE) and data.num_classes == CLASSES:
         return images
-    found = "x".join(map(str, images.shape[1:])) if isinstance(images, Tensor) else "other inputs"
+    given = "x".join(map(str, images.shape[1:])) if isinstance(images, Tensor) else "other inputs"
     raise UserError(
-        f"{name} reads 3x{IMAGE_SIZE}x{IMAGE_SIZE} images of {CLASSES} classes, but this data set gives {found} and "
+        f"{name} reads 3x{IMAGE_SIZE}x{IMAGE_SIZE} images of {CLASSES} classes, but this data set gives {given} and "
         f"{data.num_classes} classes: choose dataset=cifar10"
     )

@@ -46,10 +46,10 @@ class WeightPackage:
         Raises:
             UserError: it is not the pinned one.
         """
-        found = file_sha256(file) if file.exists() else "no file"
-        if found != sha256:
+        actual = file_sha256(file) if file.exists() else "no file"
+        if actual != sha256:
             raise UserError(
-                f"model={self.model}: {file} has sha256 {found} instead of {sha256}: "
+                f"model={self.model}: {file} has sha256 {actual} instead of {sha256}: "
                 f"run `{self._install} --force-reinstall`"
             )
         return file

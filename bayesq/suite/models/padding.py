@@ -127,10 +127,10 @@ def _recorder(
         shared = input_samples(own_layer, x, 1).abs().double().sum((0, 2)).flatten()
         try:
             samples, _ = mask_samples(input_samples(own_layer, x, examples), batch.inputs.get(MASK))
-            own = list(samples.abs().double().sum(2).flatten(1))
+            sums_by_example = list(samples.abs().double().sum(2).flatten(1))
         except RuntimeError:  # no multiple of the batch
-            own = [torch.full_like(shared, torch.nan)] * examples
-        for k, sums in zip(batch.index.tolist(), own, strict=True):
+            sums_by_example = [torch.full_like(shared, torch.nan)] * examples
+        for k, sums in zip(batch.index.tolist(), sums_by_example, strict=True):
             seen.inputs.setdefault((name, k), []).append((sums, shared))
 
     return record

@@ -31,12 +31,15 @@ from bayesq.suite.errors import UserError
 from bayesq.tensor_file import digest
 
 Photo = Path | StoredPhoto
-T, R = TypeVar("T"), TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R")
 # Image tensors are resized by torch, which has no more filters than these; the others become the finer one.
 FILTERS = ("bilinear", "bicubic")
 # Sets up to this size stay decoded in memory, as bytes: 7,133 photos of 224x224, hence any usual calibration set, which
 # is read several times. The 50,000 of ImageNet's validation set would take 7.5 GB.
 DECODED_BYTES = 2**30
+# Photos that are decoded before they are asked for.
+AHEAD = 64
 
 
 @dataclass(frozen=True)
@@ -117,8 +120,8 @@ class StreamedPhotos(ImageExamples):
 
     def _digest(self) -> str:
         state = hashlib.sha256()
-        for found in in_threads(_content, self.photos, "read photos"):
-            state.update(found.encode())
+        for checksum in in_threads(_content, self.photos, "read photos"):
+            state.update(checksum.encode())
         return digest({"labels": self.labels}, {"photos": state.hexdigest(), "preprocessing": self.preprocessing})
 
     def _images(self, batches: Sequence[Tensor], device: torch.device | str) -> Iterator[Tensor]:
@@ -153,30 +156,28 @@ class ScaledImages(ImageExamples):
             yield images.clamp_(0, 1)  # cubic filters overshoot
 
 
-def in_threads(work: Callable[[T], R], items: Sequence[T], step: str) -> Iterator[R]:
-    """`work` on every item, in order, in threads, with a bar: decoding and resizing release the interpreter's lock."""
-    with (
-        ThreadPoolExecutor(os.cpu_count()) as threads,
-        tqdm(total=len(items), desc=step, unit="", disable=None, leave=False) as bar,
-    ):
-        for found in threads.map(work, items):
-            yield found
-            bar.update()
+def prefetched(items: Sequence[T], work: Callable[[T], R], ahead: int) -> Iterator[R]:
+    """`work` on every item, in order, with up to `ahead` more done in threads before they are asked for.
 
-
-def prefetched(photos: Sequence[Photo], decode: Callable[[Photo], Tensor], ahead: int) -> Iterator[Tensor]:
-    """`decode` of every photo, in order, with up to `ahead` more decoded in threads before they are asked for."""
+    Decoding and resizing release the interpreter's lock.
+    """
     threads = ThreadPoolExecutor(os.cpu_count())
-    waiting: deque[Future[Tensor]] = deque()
+    waiting: deque[Future[R]] = deque()
     try:
-        for photo in photos:
-            waiting.append(threads.submit(decode, photo))
+        for item in items:
+            waiting.append(threads.submit(work, item))
             if len(waiting) > ahead:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
     finally:  # also when whoever iterates stops early
         threads.shutdown(cancel_futures=True)
+
+
+def in_threads(work: Callable[[T], R], items: Sequence[T], step: str) -> Iterator[R]:
+    """`work` on every item, in order, with a bar."""
+    results = prefetched(items, work, AHEAD)
+    yield from tqdm(results, total=len(items), desc=step, unit="", disable=None, leave=False)
 
 
 def _content(photo: Photo) -> str:
@@ -238,17 +239,17 @@ class PhotoEncoder:
             UserError: the inputs are not photos, or one cannot be decoded (of a large set: once its batch comes).
         """
         photos = photos_of(self.model, examples)
-        given = {"labels": examples.labels, "mean": tuple(self.config["mean"]), "std": tuple(self.config["std"])}
+        given = examples.labels, tuple(self.config["mean"]), tuple(self.config["std"])
         if len(photos) * prod(self.config["input_size"]) > DECODED_BYTES:
             preprocessing = json.dumps(self.description, sort_keys=True)
-            return StreamedPhotos(**given, photos=photos, decode=self._pixels, preprocessing=preprocessing)
+            return StreamedPhotos(*given, photos, self._pixels, preprocessing)
         pixels = torch.empty(len(photos), *self.config["input_size"], dtype=torch.uint8)
         # in the order they are stored: of a file of many photos neighbours are read together
         order = sorted(range(len(photos)), key=photos.__getitem__)
         decoded_photos = in_threads(lambda row: self._pixels(photos[row]), order, "decode photos")
         for row, image in zip(order, decoded_photos, strict=True):
             pixels[row] = image
-        return EncodedPhotos(**given, pixels=pixels)
+        return EncodedPhotos(*given, pixels)
 
     def _pixels(self, photo: Photo) -> Tensor:
         """One photo [3, height, width] uint8."""

@@ -140,13 +140,13 @@ class TimmModel:
         file = published.hf_hub_filename or WEIGHTS_FILE
         key = f"model={name}: {repository}"
         asked = key if self.revision is None else f"{key} at model.revision={self.revision}"
-        found = hub_file(repository, file, self.revision, asked, instead)
-        tell_commit(key, self.revision, found.commit, "model.revision")
+        files = hub_file(repository, file, self.revision, asked, instead)
+        tell_commit(key, self.revision, files.commit, "model.revision")
         # by its commit, which timm then finds in the cache without asking the hub again
         module = self._create(
-            published, pretrained=True, pretrained_cfg_overlay={"hf_hub_id": f"{repository}@{found.commit}"}
+            published, pretrained=True, pretrained_cfg_overlay={"hf_hub_id": f"{repository}@{files.commit}"}
         )
-        return module, {"fp_source": repository, "revision": found.commit}
+        return module, {"fp_source": repository, "revision": files.commit}
 
 
 def _unfuse(module: nn.Module) -> None:

@@ -170,14 +170,14 @@ class TransformersClassifier:
         Raises:
             UserError: they say nothing.
         """
-        own = (self.revision, self.label_order, "model.label_order")
+        settings = (self.revision, self.label_order, "model.label_order")
         if self.checkpoint is not None:
-            return Origin(f"model.checkpoint={self.checkpoint}", self.checkpoint, True, *own)
+            return Origin(f"model.checkpoint={self.checkpoint}", self.checkpoint, True, *settings)
         if self.source == UNNAMED:
             raise UserError("model=transformers needs model.name=ID_ON_THE_HUB or model.checkpoint=DIR")
         if self.source is not None:
             local = Path(self.source).is_dir() or self.source.startswith((".", "/", "~")) or self.source.count("/") > 1
-            return Origin(f"model.name={self.source}", self.source, local, *own)
+            return Origin(f"model.name={self.source}", self.source, local, *settings)
         if task not in self.hub:
             raise UserError(
                 "the model needs a checkpoint that was fine-tuned on this data set: add model.checkpoint=DIR (its YAML "
