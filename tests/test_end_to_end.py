@@ -24,10 +24,12 @@ from bayesq.allocation import Knapsack
 from bayesq.posterior import KroneckerPosterior, WhiteningStore
 from bayesq.quant.accounting import affine_overhead_bits, buffer_bytes
 from bayesq.quant.packing import PARAMETER_PREFIX, pack_model, unpack_model
-from bayesq.suite import config, evaluation, runner, schema
+from bayesq.suite import config, evaluation, plan, runner, schema
+from bayesq.suite.calibration import Calibration
 from bayesq.suite.errors import UserError
 from bayesq.suite.results import load_results
 from bayesq.suite.session import Session
+from bayesq.suite.workload import Workload
 from bayesq.tensor_file import read_tensors
 
 ROOT = Path(__file__).parents[1]
@@ -213,7 +215,7 @@ def test_the_evaluated_weights_are_the_stored_ones(sweep: Path, monkeypatch: pyt
     """An evaluation of weights loaded from the file by hand gives the very predictions of the run."""
     result = next(r for r in load_results(sweep / "results") if r["method"] == "bayesq" and r["bits/target"] == 3)
     monkeypatch.chdir(sweep)
-    work = runner.load(OmegaConf.create(result["config"]), sweep / "cache")
+    work = plan.load_workload(OmegaConf.create(result["config"]), sweep / "cache")
     buffers, header = read_tensors(sweep / "results" / result["run_id"] / "quantized.safetensors")
     modules = dict(work.network.module.named_modules())
     for name, tensor in unpack_model(buffers, header).items():
@@ -329,9 +331,9 @@ def test_a_run_that_runs_out_of_memory_goes_on_in_smaller_batches(
     sweep: Path, run: Callable[[str], dict], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every stage: full precision, calibration, proxy and correction of 64 images, distillation, evaluation."""
-    load = runner.load
+    load = runner.load_workload
 
-    def narrow(*arguments: object) -> runner.Workload:
+    def narrow(*arguments: object) -> Workload:
         def refuse(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
             if len(inputs[0]) > 12:
                 raise torch.OutOfMemoryError("CUDA out of memory")
@@ -342,7 +344,7 @@ def test_a_run_that_runs_out_of_memory_goes_on_in_smaller_batches(
 
     switches = "method=bayesq distill=true correction=moments proxy=mc monte_carlo.samples=1 calibration.examples=64"
     enough = run(f"{switches} evaluation.batch_size=32 calibration.batch_size=8 distillation.batch_size=8")
-    monkeypatch.setattr(runner, "load", narrow)
+    monkeypatch.setattr(runner, "load_workload", narrow)
     result = run_here(sweep / "narrow", "here", f"{switches} evaluation.batch_size=32")
     # 32 -> 8 twice, 16 -> 8 twice, and the one batch of the correction and of the proxy 64 -> 8
     assert result["fallback/oom_retries"] == 2 + 2 + 1 + 1 + 3 + 3 and enough["fallback/oom_retries"] == 0
@@ -364,7 +366,7 @@ def test_what_is_slow_once_is_not_the_methods_time(
     """Loading, full-precision predictions and rehearsal are prepared; having statistics counts what it once took."""
     late = [0.0]
     clock = time.perf_counter
-    monkeypatch.setattr(runner.time, "perf_counter", lambda: clock() + late[0])
+    monkeypatch.setattr(time, "perf_counter", lambda: clock() + late[0])
 
     def slow(function: Callable) -> Callable:
         def slowed(*args, **options):
@@ -373,9 +375,9 @@ def test_what_is_slow_once_is_not_the_methods_time(
 
         return slowed
 
-    for place, name in ((runner, "load"), (runner, "rehearse"), (runner.evaluation, "cached_logits")):
+    for place, name in ((runner, "load_workload"), (runner, "rehearse"), (runner, "cached_logits")):
         monkeypatch.setattr(place, name, slow(getattr(place, name)))
-    monkeypatch.setattr(runner.Calibration, "prepare", slow(runner.Calibration.prepare))
+    monkeypatch.setattr(Calibration, "prepare", slow(Calibration.prepare))
     result = run_here(tmp_path, "here", f"method=bayesq cache_dir={sweep / 'cache'}")
     assert 3000 < result["time/prepare_s"] < 4000
     stages = sum(result[f"time/{stage}_s"] for stage in ("calibrate", "posterior", "quantize", "distill", "evaluate"))
@@ -414,9 +416,9 @@ def test_where_whitenings_wait_changes_nothing(
     """In memory, in a file for want of memory or because asked for, or nowhere for want of disk: the same codes."""
     plain = sweep / "here" / run("method=bayesq")["run_id"] / "quantized.safetensors"
     made = count_whitenings(monkeypatch)
-    monkeypatch.setattr(runner, "WhiteningStore", partial(WhiteningStore, memory_limit=0))
+    monkeypatch.setattr(plan, "WhiteningStore", partial(WhiteningStore, memory_limit=0))
     if not fewer:
-        monkeypatch.setattr(runner, "SPARE_DISK", 1e12)
+        monkeypatch.setattr(plan, "SPARE_DISK", 1e12)
     result = run_here(tmp_path, "here", f"method=bayesq cache_dir={sweep / 'cache'}{switch}")
     found = tmp_path / "here" / result["run_id"]
     assert (found / "quantized.safetensors").read_bytes() == plain.read_bytes()
@@ -428,7 +430,7 @@ def test_where_whitenings_wait_changes_nothing(
 def test_a_pattern_without_a_layer_is_refused_before_the_calibration(
     sweep: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runner, "Calibration", lambda *_: pytest.fail("statistics were asked for"))
+    monkeypatch.setattr(plan, "Calibration", lambda *_: pytest.fail("statistics were asked for"))
     with pytest.raises(UserError, match=r"allocation\.pinned: pattern 'nothing\*' matches no layer"):
         run_here(sweep, "refused", "method=bayesq +allocation.pinned={nothing*:8}")
 
@@ -436,7 +438,7 @@ def test_a_pattern_without_a_layer_is_refused_before_the_calibration(
 def test_the_allocator_predicts_with_the_damping_of_the_method() -> None:
     overrides = ("method=bayesq", "method.damping=0.25")
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        allocator = runner.make_plan(compose("config", list(overrides))).allocator
+        allocator = plan.make_recipe(compose("config", list(overrides))).allocator
     assert isinstance(allocator, Knapsack) and allocator.damping == 0.25
 
 

@@ -3,12 +3,12 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from bayesq.quant.method import INPUTS, Allocate, Context, CountedStatistics, Distortion, LayerProblem, Method, naming
+from bayesq.quant.method import INPUTS, Allocate, Context, CountedStatistics, LayerProblem, Method, naming
 from bayesq.quant.tensor import QuantizedTensor
 
 
@@ -94,10 +94,8 @@ def _of_these(layers: Sequence[LayerProblem], allocate: Allocate) -> Allocate:
     """`allocate` for a method's views: the allocator gets the layers themselves, from which it reads what it needs."""
     by_name = {layer.name: layer for layer in layers}
 
-    def allocate_these(
-        layers: Sequence[LayerProblem], codebook_bits: int = 0, distortion: Distortion | None = None
-    ) -> Mapping[str, Tensor]:
-        return allocate([by_name[layer.name] for layer in layers], codebook_bits, distortion)
+    def allocate_these(layers: Sequence[LayerProblem], *rest: Any, **named: Any) -> Mapping[str, Tensor]:
+        return allocate([by_name[layer.name] for layer in layers], *rest, **named)
 
     return allocate_these
 

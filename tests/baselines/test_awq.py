@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from naive_quant import FixedWidths, affine_nearest, problem, range_grid, row_errors
+from rounding_loop import rounded
 from torch import Tensor
 
 from baselines.awq import AWQ
@@ -47,7 +48,7 @@ def inputs(
 
 def quantize(layer: LayerProblem, widths: list[int], exponents: int = 10, clip_steps: int = STEPS) -> QuantizedTensor:
     awq = AWQ(exponents, clip_steps, LOWEST)
-    ((_, tensor),) = awq.quantize([layer], FixedWidths(layer=torch.tensor(widths, dtype=torch.uint8)))
+    ((_, tensor),) = rounded(awq, [layer], FixedWidths(layer=torch.tensor(widths, dtype=torch.uint8)))
     return tensor
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from naive_quant import RULES, FixedWidths, Naive, affine_nearest, moment_of, mse, naive_gptq, problem, row_errors
+from rounding_loop import rounded
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -80,7 +81,7 @@ def test_codes_equal_the_naive_implementation(columns: int, clip: str, act_order
     moments = moment_of(columns, columns + 5, generator)[None]
     widths = [2, 3, 3, 4, 5, 8]
     gptq = GPTQ(clip, act_order, DAMPING, None, False)
-    ((layer, tensor),) = gptq.quantize([problem(weight, moments)], FixedWidths(layer=uint8(widths)))
+    ((layer, tensor),) = rounded(gptq, [problem(weight, moments)], FixedWidths(layer=uint8(widths)))
     check_equal(tensor, [naive_matrix(weight[0], moments[0], widths, clip, act_order)], weight, moments)
     assert layer.fallbacks == {"dead_columns": 0, "damping_retries": 0}
 
@@ -92,7 +93,7 @@ def test_a_grouped_convolution_is_its_groups_one_by_one(act_order: bool) -> None
     moments = torch.stack([moment_of(18, 40, generator) for _ in range(3)])
     widths = [2, 3, 4, 5, 3, 3, 3, 3, 8, 2, 2, 4]
     gptq = GPTQ("mse", act_order, DAMPING, None, False)
-    ((_, tensor),) = gptq.quantize([problem(weight, moments)], FixedWidths(layer=uint8(widths)))
+    ((_, tensor),) = rounded(gptq, [problem(weight, moments)], FixedWidths(layer=uint8(widths)))
     naive = [naive_matrix(weight[g], moments[g], widths[4 * g : 4 * g + 4], "mse", act_order) for g in range(3)]
     assert tensor.groups == 3
     check_equal(tensor, naive, weight, moments)
@@ -102,8 +103,8 @@ def test_a_depthwise_convolution_has_a_matrix_a_channel() -> None:
     generator = torch.Generator().manual_seed(2)
     weight = torch.randn(5, 1, 9, generator=generator)
     moments = torch.stack([moment_of(9, 30, generator) for _ in range(5)])
-    ((_, tensor),) = GPTQ("minmax", True, DAMPING, None, False).quantize(
-        [problem(weight, moments)], FixedWidths(layer=uint8([3] * 5))
+    ((_, tensor),) = rounded(
+        GPTQ("minmax", True, DAMPING, None, False), [problem(weight, moments)], FixedWidths(layer=uint8([3] * 5))
     )
     check_equal(tensor, [naive_matrix(weight[g], moments[g], [3], "minmax", True) for g in range(5)], weight, moments)
 
@@ -117,7 +118,7 @@ def test_auto_clip_is_the_better_rule_of_every_row(act_order: bool, group_size: 
     errors = {}
     for clip in ("minmax", "mse", "auto"):
         gptq = GPTQ(clip, act_order, DAMPING, group_size, False)
-        ((_, tensor),) = gptq.quantize([problem(weight, moments)], FixedWidths(layer=uint8([3] * 48)))
+        ((_, tensor),) = rounded(gptq, [problem(weight, moments)], FixedWidths(layer=uint8([3] * 48)))
         delta = (tensor.dequantize() - weight).double().numpy()
         errors[clip] = np.concatenate([row_errors(delta[g], moments[g].numpy()) for g in range(2)])
     np.testing.assert_allclose(errors["auto"], np.minimum(errors["minmax"], errors["mse"]), rtol=1e-6)
@@ -135,7 +136,7 @@ def test_the_gain_rule_takes_the_gains_of_feedback(shape, act_order, group_size)
     weight = torch.randn(shape, generator=generator) * torch.randn(shape, generator=generator).exp()
     moments = torch.stack([moment_of(shape[2], 3 * shape[2], generator) for _ in range(shape[0])])
     gptq = GPTQ("gain", act_order, DAMPING, group_size, False)
-    ((_, tensor),) = gptq.quantize([problem(weight, moments)], FixedWidths(layer=uint8([3] * shape[0] * shape[1])))
+    ((_, tensor),) = rounded(gptq, [problem(weight, moments)], FixedWidths(layer=uint8([3] * shape[0] * shape[1])))
     size = group_size or shape[2]
     for g in range(shape[0]):
         a = moments[g].double().numpy()
@@ -194,7 +195,7 @@ def test_column_groups_equal_the_naive_implementation(columns: int, size: int, a
     weight = torch.randn(1, 4, columns, generator=generator)
     moments = moment_of(columns, 2 * columns, generator)[None]
     gptq = GPTQ("minmax", act_order, DAMPING, size, False)
-    ((_, tensor),) = gptq.quantize([problem(weight, moments)], FixedWidths(layer=uint8([3] * 4)))
+    ((_, tensor),) = rounded(gptq, [problem(weight, moments)], FixedWidths(layer=uint8([3] * 4)))
     assert tensor.scale.shape == (4, -(-columns // size))
     naive = naive_column_groups(weight[0].double().numpy(), moments[0].numpy(), 3, size, act_order)
     check_equal(tensor, [naive], weight, moments)
@@ -207,7 +208,7 @@ def test_dead_columns_are_counted_and_zeroed(act_order: bool) -> None:
     weight[0, :, 3] = 50  # would widen every grid if it counted
     moments = torch.stack([moment_of(20, 60, generator, dead=(3, 19)), moment_of(20, 60, generator, dead=(0,))])
     gptq = GPTQ("minmax", act_order, DAMPING, None, False)
-    ((layer, tensor),) = gptq.quantize([problem(weight, moments)], FixedWidths(layer=uint8([4] * 6)))
+    ((layer, tensor),) = rounded(gptq, [problem(weight, moments)], FixedWidths(layer=uint8([4] * 6)))
     assert layer.fallbacks["dead_columns"] == 3
     found = tensor.dequantize()
     assert not found[0, :, [3, 19]].any() and not found[1, :, 0].any()
@@ -221,7 +222,7 @@ def test_a_singular_moment_is_damped_and_counted() -> None:
     x = torch.randn(3, 12, generator=generator, dtype=torch.float64)
     moment = x.T @ x - 1e-6 * torch.eye(12, dtype=torch.float64)
     layer = problem(torch.randn(1, 2, 12, generator=generator), moment[None])
-    ((layer, tensor),) = GPTQ("minmax", True, 0.0, None, False).quantize([layer], FixedWidths(layer=uint8([3, 3])))
+    ((layer, tensor),) = rounded(GPTQ("minmax", True, 0.0, None, False), [layer], FixedWidths(layer=uint8([3, 3])))
     assert layer.fallbacks["damping_retries"] >= 1
     assert bool(torch.isfinite(tensor.dequantize()).all())
 
@@ -237,7 +238,7 @@ def test_fractional_budgets_mix_widths_and_stay_within() -> None:
     allocator = Uniform()
     gptq = GPTQ("auto", True, DAMPING, None, False)
     tensors = [
-        t for _, t in gptq.quantize(layers, lambda ls, codebook_bits=0: allocator.allocate(ls, Budget(3.5, "code")))
+        t for _, t in rounded(gptq, layers, lambda ls, codebook_bits=0: allocator.allocate(ls, Budget(3.5, "code")))
     ]
     weights = sum(t.codes.numel() for t in tensors)
     assert {int(w) for t in tensors for w in t.width} == {3, 4}
@@ -249,7 +250,7 @@ def test_rows_of_one_layer_may_have_widths_of_their_own() -> None:
     weight = torch.randn(1, 1, 30, generator=generator).expand(1, 4, 30).contiguous()
     moments = moment_of(30, 50, generator)[None]
     gptq = GPTQ("auto", True, DAMPING, None, False)
-    ((_, tensor),) = gptq.quantize([problem(weight, moments)], FixedWidths(layer=uint8([2, 8, 3, 5])))
+    ((_, tensor),) = rounded(gptq, [problem(weight, moments)], FixedWidths(layer=uint8([2, 8, 3, 5])))
     assert tensor.width.tolist() == [2, 8, 3, 5]
     found = row_errors((tensor.dequantize() - weight)[0].double().numpy(), moments[0].numpy())
     assert found[1] < found[3] < found[2] < found[0]
@@ -263,8 +264,10 @@ def test_layers_are_asked_for_statistics_one_at_a_time() -> None:
         made.name, made.statistic = name, lambda kind: (asked.append(name), torch.eye(3)[None])[1]
         return made
 
-    found = GPTQ("minmax", True, DAMPING, None, True).quantize(
-        [layer("a"), layer("b")], FixedWidths(a=uint8([3, 3]), b=uint8([3, 3]))
+    found = rounded(
+        GPTQ("minmax", True, DAMPING, None, True),
+        [layer("a"), layer("b")],
+        FixedWidths(a=uint8([3, 3]), b=uint8([3, 3])),
     )
     next(found)
     assert asked == ["a"]  # b's inputs may depend on a's codes
@@ -290,13 +293,13 @@ def test_weights_and_moments_that_are_not_finite_are_refused() -> None:
     gptq = GPTQ("auto", True, DAMPING, None, False)
     with pytest.raises(ValueError, match="layer layer: the weights"):
         list(
-            gptq.quantize(
-                [problem(torch.full((1, 1, 2), torch.inf), torch.eye(2)[None])], FixedWidths(layer=uint8([3]))
+            rounded(
+                gptq, [problem(torch.full((1, 1, 2), torch.inf), torch.eye(2)[None])], FixedWidths(layer=uint8([3]))
             )
         )
     with pytest.raises(ValueError, match="NaN or infinite"):
         list(
-            gptq.quantize(
-                [problem(torch.ones(1, 1, 2), torch.full((1, 2, 2), torch.nan))], FixedWidths(layer=uint8([3]))
+            rounded(
+                gptq, [problem(torch.ones(1, 1, 2), torch.full((1, 2, 2), torch.nan))], FixedWidths(layer=uint8([3]))
             )
         )

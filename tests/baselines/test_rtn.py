@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from naive_quant import RULES, FixedWidths, affine_nearest, problem
+from rounding_loop import rounded
 
 from baselines.rtn import RTN
 
@@ -15,7 +16,7 @@ def test_every_weight_goes_to_the_nearest_value_of_its_rows_grid(clip: str, grou
     weight = torch.randn(groups, 4, 11, generator=generator) * 0.2
     weight[0, 1] = 0
     widths = torch.tensor([2, 3, 4, 8] * groups, dtype=torch.uint8)
-    ((layer, tensor),) = RTN(clip).quantize([problem(weight, torch.eye(11))], FixedWidths(layer=widths))
+    ((layer, tensor),) = rounded(RTN(clip), [problem(weight, torch.eye(11))], FixedWidths(layer=widths))
     assert layer.fallbacks == {}
     found = tensor.dequantize()
     assert found.shape == weight.shape
@@ -33,7 +34,7 @@ def test_no_statistic_is_read() -> None:
     layer = problem(torch.randn(1, 2, 3, generator=torch.Generator().manual_seed(2)), torch.eye(3))
     layer.statistic = None  # type: ignore[assignment]
     assert RTN.statistics == frozenset()
-    assert len(list(RTN("mse").quantize([layer], FixedWidths(layer=torch.tensor([3, 3], dtype=torch.uint8))))) == 1
+    assert len(list(rounded(RTN("mse"), [layer], FixedWidths(layer=torch.tensor([3, 3], dtype=torch.uint8))))) == 1
 
 
 def test_bad_input_is_refused() -> None:
@@ -41,4 +42,4 @@ def test_bad_input_is_refused() -> None:
         RTN("best")
     broken = problem(torch.full((1, 1, 2), torch.nan), torch.eye(2))
     with pytest.raises(ValueError, match="layer layer: the weights have NaN"):
-        list(RTN("mse").quantize([broken], FixedWidths(layer=torch.tensor([3], dtype=torch.uint8))))
+        list(rounded(RTN("mse"), [broken], FixedWidths(layer=torch.tensor([3], dtype=torch.uint8))))

@@ -19,11 +19,14 @@ from references import TIMER, compare
 
 from bayesq.batches import TensorExamples, two_examples
 from bayesq.likelihood import Categorical
+from bayesq.pipeline import quantize_network
 from bayesq.quant.layers import quantizable_layers
 from bayesq.quant.usage import usage_of
-from bayesq.suite import composition, runner
+from bayesq.recipe import Quantized, Subject
+from bayesq.suite import composition, plan
 from bayesq.suite.coverage import coverage
 from bayesq.suite.models.base import Network
+from bayesq.suite.workload import Workload
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = 256  # as many as a run takes unless told otherwise
@@ -65,30 +68,28 @@ def bert_base() -> tuple[torch.nn.Module, TensorExamples]:
 
 
 @functools.cache
-def workload(build) -> runner.Workload:
+def workload(build) -> Workload:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         module, examples = build()
     network = Network(module.eval(), lambda _: examples, {})
-    data, device = types.SimpleNamespace(likelihood=Categorical()), torch.device("cpu")
-    usage = usage_of(module, quantizable_layers(module), two_examples(examples, device).inputs)
-    return runner.Workload(network, data, usage, {}, coverage(module, usage.layers), examples, examples, device)
+    data = types.SimpleNamespace(likelihood=Categorical())
+    usage = usage_of(module, quantizable_layers(module), two_examples(examples, "cpu").inputs)
+    subject = Subject(module, usage, examples, Categorical(), torch.device("cpu"), blocks=network.blocks)
+    return Workload(network, data, subject, examples, coverage(module, usage.layers))
 
 
-def quantize(work: runner.Workload, folder: Path, *overrides: str) -> runner.Quantized:
+def quantize(work: Workload, folder: Path, *overrides: str) -> Quantized:
     """From the network to its codes as a run does it, statistics included."""
     folder.mkdir()
     with initialize_config_dir(str(composition.conf_dir()), version_base="1.3"):
         cfg = compose("config", [f"calibration.examples={EXAMPLES}", "bits=4", *overrides])
-    plan = runner.make_plan(cfg)
-    calibration = runner.open_calibration(cfg, plan.posterior, work, folder)
-    needs = runner.preflight(cfg, plan, work, calibration, {"cache_dir": folder, "results_dir": folder})
-    if plan.whitenings and needs.spilled:
-        plan.whitenings.use_disk(folder)
-    quantized = runner.quantize(cfg, plan, work, calibration)
-    if plan.whitenings:
-        plan.whitenings.release()
-    return quantized
+    recipe = plan.make_recipe(cfg)
+    statistics = plan.open_statistics(cfg, recipe.whitenings, work, folder)
+    needs = plan.preflight(cfg, recipe, work, statistics, {"cache_dir": folder, "results_dir": folder})
+    if recipe.whitenings and needs.spilled:
+        recipe.whitenings.use_disk(folder)
+    return quantize_network(work.subject, recipe, statistics)
 
 
 @pytest.mark.parametrize("build", [small, resnet50, bert_base])

@@ -22,7 +22,7 @@ from bayesq.suite.errors import UserError
 from bayesq.suite.models.checkpoint import load_weights, read_checkpoint
 from bayesq.suite.models.minilm import MiniLM
 from bayesq.suite.models.transformers_model import TransformersClassifier
-from bayesq.suite.runner import check_logits, check_network
+from bayesq.suite.workload import check_finite, check_network
 
 
 def network() -> nn.Module:
@@ -225,8 +225,8 @@ def test_pickled_code_is_never_run(tmp_path: Path, pickler: str, ending: str) ->
 
 def test_networks_that_compute_no_numbers_are_refused() -> None:
     with pytest.raises(UserError, match="2 of 3 evaluation examples"):
-        check_logits(torch.tensor([[0.0, math.nan], [1.0, 2.0], [math.inf, 0.0]]), "choose more bits")
-    check_logits(torch.zeros(3, 2), "")
+        check_finite(torch.tensor([[0.0, math.nan], [1.0, 2.0], [math.inf, 0.0]]), "choose more bits")
+    check_finite(torch.zeros(3, 2), "")
 
 
 # -------------------------------------------------------------------------------------------- folders of transformers

@@ -2,12 +2,15 @@
 
 import pytest
 import torch
+from rounding_loop import rounded
 from test_numbers import CHOICES, Choice, problem, quantized
 from torch import Tensor
 
 from baselines.rtn import RTN
 from bayesq.quant.method import LayerProblem
-from bayesq.suite.runner import FALLBACKS, Quantized, clamped_scales, fallbacks
+from bayesq.quant.nearest import clamped_scales
+from bayesq.recipe import Quantized
+from bayesq.suite.record import FALLBACKS, fallbacks
 
 
 def choice(name: str) -> Choice:
@@ -54,7 +57,7 @@ def test_rows_beyond_fp16_are_counted(factor: float, expected: int) -> None:
     layer = problem((1, 9, 20), 0)
     layer.weight = layer.weight * factor
     widths = {layer.name: torch.full((9,), 3, dtype=torch.uint8)}
-    ((_, tensor),) = RTN("minmax").quantize([layer], lambda *_: widths)
+    ((_, tensor),) = rounded(RTN("minmax"), [layer], lambda *_: widths)
     assert clamped_scales(layer.weight, tensor) == expected
 
 

@@ -21,6 +21,7 @@ import torch
 from damage import report
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from rounding_loop import rounded
 from tiny_sets import STATISTICS
 from torch import Tensor
 
@@ -179,7 +180,7 @@ def quantized(choice: Choice, layer: LayerProblem, width: int, allocator: str) -
         allocate = lambda layers, *more: Uniform().allocate(layers, budget, *more)  # noqa: E731
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        ((_, tensor),) = choice.make(whitenings).quantize([layer], allocate)  # type: ignore[attr-defined]
+        ((_, tensor),) = rounded(choice.make(whitenings), [layer], allocate)  # type: ignore[attr-defined]
     assert bool((tensor.codes.int() < 2 ** tensor.width.int()[:, None]).all())
     assert bool(torch.isfinite(tensor.scale).all()) and bool((tensor.scale > 0).all())
     assert layer.fallbacks.get("damping_retries", 0) >= 0

@@ -12,6 +12,7 @@ import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rounding_loop import rounded
 from torch import Tensor
 
 from baselines.rtn import RTN
@@ -554,10 +555,10 @@ def test_uniform_meets_the_budget_on_real_layer_sizes(name, bits, monkeypatch):
 
 def rtn_errors(layers: list[LayerProblem], width: int) -> dict[str, Tensor]:
     """Squared error of every row in what plain rounding stores."""
-    rounded = RTN("mse").quantize(layers, lambda _: uniform_widths(layers, width))
+    done = rounded(RTN("mse"), layers, lambda _: uniform_widths(layers, width))
     return {
         layer.name: (tensor.dequantize().double() - layer.weight.double()).square().sum(2).flatten()
-        for layer, tensor in rounded
+        for layer, tensor in done
     }
 
 

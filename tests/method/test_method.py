@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
+from rounding_loop import rounded as through_the_loop
 from torch import Tensor
 
 import bayesq.method
@@ -108,7 +109,7 @@ def roundings(monkeypatch) -> list[Rounded]:
 
 def achieved_risk(method: BayesQ, layers: list[LayerProblem], widths: Sequence[int]) -> float:
     total = 0.0
-    for one, tensor in method.quantize(layers, Allocator(widths)):
+    for one, tensor in through_the_loop(method, layers, Allocator(widths)):
         delta = tensor.dequantize().double() - one.weight.double()
         total += float(method.whitenings.fit(one).risk(delta).sum())
     return total
@@ -119,7 +120,7 @@ def test_tables_for_single_layers_are_priced_by_the_predicted_risk(risk, paying,
     layers = [one for one in network() if one.rows >= bayesq.method.LEAST_TRELLIS_ROWS]
     layers[0].notes["predicted_risk"] = risk
     with caplog.at_level("INFO", "bayesq.details"):
-        list(bayesq_with(refits=2).quantize(layers, Allocator((2, 3))))
+        list(through_the_loop(bayesq_with(refits=2), layers, Allocator((2, 3))))
     (record,) = caplog.records
     assert f"would pay in {paying} cases" in record.message
     assert record.message.endswith("save 0 % of the predicted risk") == (paying == "0 of 4")
@@ -144,7 +145,7 @@ def test_tensors_stand_for_what_was_rounded(kind, tables, roundings, monkeypatch
     monkeypatch.setattr(codebook, "TABLE_COST", 10.0 if tables else 0.0)
     layers, allocator = network(), Allocator()
     method = bayesq_with(**KINDS[kind])
-    result = list(method.quantize(layers, allocator))
+    result = list(through_the_loop(method, layers, allocator))
     assert [one.name for one, _ in result] == [one.name for one in layers]
     assert len(roundings) == len(layers) * (method.refits + 1)
     for (one, tensor), rounded in zip(result, roundings[-len(layers) :], strict=True):
@@ -165,7 +166,7 @@ def test_tensors_stand_for_what_was_rounded(kind, tables, roundings, monkeypatch
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_file_gives_the_same_weights(kind, cheap_tables):
-    result = {one.name: tensor for one, tensor in bayesq_with(**KINDS[kind]).quantize(network(), Allocator())}
+    result = {one.name: tensor for one, tensor in through_the_loop(bayesq_with(**KINDS[kind]), network(), Allocator())}
     found = unpack_model(*pack_model(result))
     assert all(torch.equal(found[name].dequantize(), tensor.dequantize()) for name, tensor in result.items())
 
@@ -184,7 +185,7 @@ def stored_table_bits(tensors: dict[str, QuantizedTensor]) -> int:
 @pytest.mark.parametrize("widths", [(2, 3, 4, 5, 6), (3,), (2, 7)])
 def test_the_allocator_hears_of_all_tables_that_are_stored(kind, widths, cheap_tables):
     allocator, method = Allocator(widths), bayesq_with(**KINDS[kind])
-    tensors = {one.name: tensor for one, tensor in method.quantize(network(), allocator)}
+    tensors = {one.name: tensor for one, tensor in through_the_loop(method, network(), allocator)}
     stored = stored_table_bits(tensors)
     designed = method.levels != "uniform" and method.refits > 0
     per_level = 32 if method.levels == "trellis" else 16
@@ -199,7 +200,7 @@ def test_tables_are_for_widths_that_can_pay_for_them(levels, allowed):
     """About 75,000 weights: 2 ln 2 bits a weight of a table of 2**k levels fall below 0.005 up to 16 levels."""
     layers = [layer("body", "Linear", (1, 260, 288), 5), layer("head", "Linear", (1, 2, 40), 6)]
     allocator, method = Allocator((2, 3, 4, 5, 6)), bayesq_with(levels=levels, states=4)
-    tensors = {one.name: tensor for one, tensor in method.quantize(layers, allocator)}
+    tensors = {one.name: tensor for one, tensor in through_the_loop(method, layers, allocator)}
     assert set(tables(tensors["body"])) == allowed
     # two rows have scalar codes, which cannot name a trellis' levels
     assert set(tables(tensors["head"])) == (allowed & {2, 3} if levels == "lloyd" else set())
@@ -209,7 +210,7 @@ def test_tables_are_for_widths_that_can_pay_for_them(levels, allowed):
 
 
 def test_one_table_serves_all_layers(cheap_tables):
-    tensors = [tensor for _, tensor in bayesq_with().quantize(network(), Allocator())]
+    tensors = [tensor for _, tensor in through_the_loop(bayesq_with(), network(), Allocator())]
     body, depthwise, grouped, head = (tables(tensor) for tensor in tensors)
     assert set(body) == set(grouped) == set(WIDTHS) and not depthwise and not head
     assert all(torch.equal(body[w].levels, grouped[w].levels) for w in WIDTHS)
@@ -231,7 +232,7 @@ def damped(a: Tensor, fraction: float) -> Tensor:
 def test_trellis_levels_are_the_centroids_of_what_the_first_rounding_met(cheap_tables, roundings):
     layers = [layer("body", "Linear", (1, 40, 48), 30), layer("more", "Linear", (1, 20, 30), 31)]
     method = bayesq_with()
-    result = list(method.quantize(layers, Allocator()))
+    result = list(through_the_loop(method, layers, Allocator()))
     for w in WIDTHS:
         moment, mass = np.zeros(2 ** (w + 1)), np.zeros(2 ** (w + 1))
         for one, rounded in zip(layers, roundings, strict=False):
@@ -250,7 +251,7 @@ def test_the_step_of_uniform_levels_is_folded_into_the_grids(roundings):
     """About the middle of the codes, and by as much as suits what the first rounding met best."""
     one = layer("body", "Linear", (1, 40, 48), 32)
     method = bayesq_with(levels="uniform")
-    ((_, tensor),) = method.quantize([one], Allocator((2, 3)))
+    ((_, tensor),) = through_the_loop(method, [one], Allocator((2, 3)))
     units, cost, scale, zero = met_in_level_units(method, one, roundings[0])
     for w in (2, 3):
         rows, centre = tensor.width == w, (2**w - 1) / 2
@@ -275,7 +276,7 @@ def test_the_allocator_is_told_the_distortion_of_each_layers_codes(cheap_tables)
     told = {}
     for levels in ("trellis", "lloyd", "uniform"):
         allocator = Allocator(ask=range(2, 9))
-        list(bayesq_with(levels=levels).quantize(network(), allocator))
+        list(through_the_loop(bayesq_with(levels=levels), network(), allocator))
         told[levels] = allocator.distortions
         for name in ("body", "depthwise", "grouped", "head"):
             found = [told[levels][name, w] for w in range(2, 9)]
@@ -303,7 +304,7 @@ def test_the_distortion_it_tells_is_about_what_normal_weights_get(cheap_tables):
     one.statistic("input_moment")[0] = torch.diag(0.5 + torch.rand(192, generator=generator)) + 0.5
     for levels, width in (("trellis", 2), ("trellis", 3), ("lloyd", 3), ("uniform", 3)):
         allocator, method = Allocator((width,), ask=(width,)), bayesq_with(levels=levels, damping=0.0, refits=4)
-        ((_, tensor),) = method.quantize([one], allocator)
+        ((_, tensor),) = through_the_loop(method, [one], allocator)
         posterior = method.whitenings.fit(one)
         gain = posterior.gradient_factor[0].diagonal()[:, None] * conditional(posterior.input_factor[0])
         scale = 0.5 * float((gain * one.weight[0].double().var(1, unbiased=False, keepdim=True)).sum())
@@ -346,7 +347,7 @@ def test_refitting_pays(levels, rounding, cheap_tables):
 def test_first_grids_fit_the_levels_that_tables_start_from(levels, cheap_tables, roundings):
     """Rows of 3 bits and more by `first_rows`, weighed by the gain of feedback; others by their affine range."""
     layers, method = network(), bayesq_with(levels=levels)
-    list(method.quantize(layers, Allocator()))
+    list(through_the_loop(method, layers, Allocator()))
     for one, first in zip(layers, roundings, strict=False):
         weight, few = stack_groups(one.weight).double(), one.weight.shape[1] < 4
         a = method.whitenings.fit(one).input_factor
@@ -364,7 +365,7 @@ def test_first_grids_fit_the_levels_that_tables_start_from(levels, cheap_tables,
 
 def test_without_refits_scalar_rows_keep_their_first_grid():
     layers = network()
-    for one, tensor in bayesq_with(levels="lloyd", refits=0).quantize(layers, Allocator()):
+    for one, tensor in through_the_loop(bayesq_with(levels="lloyd", refits=0), layers, Allocator()):
         scale, zero = mse_grid(stack_groups(one.weight).double(), tensor.width)
         assert torch.equal(tensor.scale[:, 0].double(), scale) and not tables(tensor)
         assert tensor.zero[:, 0].tolist() == [
@@ -374,7 +375,7 @@ def test_without_refits_scalar_rows_keep_their_first_grid():
 
 @pytest.mark.parametrize("levels", ["trellis", "lloyd"])
 def test_the_same_problem_gives_the_same_codes(levels, cheap_tables):
-    one, two = ([t for _, t in bayesq_with(levels=levels).quantize(network(), Allocator())] for _ in range(2))
+    one, two = ([t for _, t in through_the_loop(bayesq_with(levels=levels), network(), Allocator())] for _ in range(2))
     assert all(torch.equal(a.codes, b.codes) and torch.equal(a.scale, b.scale) for a, b in zip(one, two, strict=True))
 
 
@@ -382,7 +383,7 @@ def test_weights_no_grid_can_hold_are_refused_before_anything_is_allocated():
     layers, allocator = network(), Allocator()
     layers[2].weight[0, 1, 2] = torch.nan
     with pytest.raises(ValueError, match="layer grouped"):
-        next(iter(bayesq_with().quantize(layers, allocator)))
+        next(iter(through_the_loop(bayesq_with(), layers, allocator)))
     assert allocator.codebook_bits == -1
 
 

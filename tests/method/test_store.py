@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from posterior_layers import N, posterior_of, problem
+from rounding_loop import rounded
 from torch import Tensor, nn
 
 from bayesq.allocation import Budget, Knapsack
@@ -277,7 +278,7 @@ def test_a_posterior_from_outside_fits_whitens_stores_and_quantizes(kind, tmp_pa
     def allocate(given: list[LayerProblem], *more: object) -> dict[str, Tensor]:
         return knapsack.allocate(given, Budget(3, "code"), *more)
 
-    for one, tensor in method.quantize(layers(), allocate):
+    for one, tensor in rounded(method, layers(), allocate):
         delta = tensor.dequantize().double() - one.weight.double()
         found[one.name] = float(method.whitenings.fit(one).risk(delta).sum())
         # the risk of rounding all weights to zero is far larger

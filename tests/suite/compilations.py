@@ -17,12 +17,14 @@ from numba.core.dispatcher import Dispatcher
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from rounding_loop import rounded
 from tiny_sets import STATISTICS
 
-from bayesq.quant.layers import quantizable_layers, weight_to_matrix
+from bayesq.allocation import Allocation
+from bayesq.quant.layers import kernel_positions, quantizable_layers, weight_to_matrix
 from bayesq.quant.method import LayerProblem
-from bayesq.suite import runner
-from bayesq.suite.rehearsal import RandomStatistics, rehearse, small_problems
+from bayesq.suite import plan
+from bayesq.suite.rehearsal import RandomStatistics, rehearse
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -60,22 +62,18 @@ def observe(command: str) -> tuple[list[str], list[str]]:
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         cfg = compose("config", overrides=["model=resnet", "dataset=digits", *command.split()])
     layers = quantizable_layers(network())
-    small = small_problems(layers, runner.kernel_positions, STATISTICS.values())
-    rehearse(runner.make_plan(cfg), small, proxy=cfg.proxy == "mc")
+    rehearse(plan.make_recipe(cfg), layers)
     before = signatures()
 
-    plan, problems = runner.make_plan(cfg), []
+    recipe, problems = plan.make_recipe(cfg), []
     for name, layer in layers.items():
         weight = weight_to_matrix(layer).detach()
         statistic = RandomStatistics(weight.shape, STATISTICS.values())
-        kernel = runner.kernel_positions(layer)
-        problems.append(LayerProblem(name, type(layer).__name__, weight, statistic, kernel, statistic))
-    for _, tensor in plan.method.quantize(
-        problems, lambda *rest: plan.allocator.allocate(rest[0], plan.budget, *rest[1:])
-    ):
+        problems.append(LayerProblem(name, type(layer).__name__, weight, statistic, kernel_positions(layer)))
+    for _, tensor in rounded(recipe.method, problems, Allocation(recipe.allocator, recipe.budget)):
         tensor.dequantize()
     if cfg.proxy == "mc":
-        plan.allocator.rounded(problems[0], 3)
+        recipe.allocator.rounded(problems[0], 3)
     after = signatures()
     return sorted(name for name in before if before[name]), sorted(n for n in after if after[n] != before.get(n, 0))
 

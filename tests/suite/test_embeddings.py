@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from bayesq.allocation import Budget
-from bayesq.suite.errors import UserError
-from bayesq.suite.runner import Quantized, round_embeddings
+from bayesq.pipeline import round_embeddings
+from bayesq.recipe import Quantized
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -19,5 +19,5 @@ def test_a_table_that_is_not_finite_is_named(value):
     assert set(result.tensors) == {"words", "places"}
     with torch.no_grad():
         tables["places"].weight[2, 1] = value
-    with pytest.raises(UserError, match=r"^layer places: the weights have NaN or infinite entries"):
+    with pytest.raises(ValueError, match=r"^layer places: the weights have NaN or infinite entries"):
         round_embeddings(SimpleNamespace(embeddings=tables), Budget(4.0, "code"), Quantized())

@@ -12,7 +12,7 @@ from tiny_bert import tiny_tokenizer
 from torch import Tensor, nn
 
 from bayesq.batches import TensorExamples
-from bayesq.suite import composition, runner
+from bayesq.suite import composition, plan, runner
 from bayesq.suite.errors import UserError
 from bayesq.suite.forward import naming_model
 from bayesq.suite.models.base import Network
@@ -76,11 +76,11 @@ def test_whatever_a_network_raises_at_first_is_a_line_with_its_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: str, step: str, words: str
 ) -> None:
     cfg = configured(tmp_path, "model=resnet", "dataset=digits", "method=rtn", "model.name=mine")
-    build = runner.build
+    build = plan.build
     chosen: Callable[..., object] = lambda node, **more: (  # noqa: E731
         Faulty(error, step) if node is cfg.model else build(node, **more)
     )
-    monkeypatch.setattr(runner, "build", chosen)
+    monkeypatch.setattr(plan, "build", chosen)
     with pytest.raises(UserError) as raised:
         runner.run(cfg)
     line = str(raised.value)
@@ -114,4 +114,4 @@ def test_canine_runs(tmp_path: Path) -> None:
     cfg = configured(
         tmp_path, "model=transformers", f"model.checkpoint={folder}", "model.max_length=32", "method=rtn", *data
     )
-    assert "model.classifier" in runner.load(cfg, tmp_path / "cache").layers
+    assert "model.classifier" in plan.load_workload(cfg, tmp_path / "cache").subject.layers

@@ -4,9 +4,7 @@ import json
 import logging
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import numba
 import numpy as np
@@ -15,12 +13,12 @@ import torch
 from tiny_sets import STATISTICS
 from torch import nn
 
-from bayesq.allocation import Uniform
+from bayesq.allocation import Budget, Uniform
 from bayesq.calibration.inputs import INPUT_MOMENT
 from bayesq.quant.layers import quantizable_layers
 from bayesq.quant.tensor import QuantizedTensor
+from bayesq.recipe import Recipe
 from bayesq.suite.rehearsal import WEIGHTS, RandomStatistics, all_widths, rehearse, small_problems
-from bayesq.suite.runner import kernel_positions
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = {
@@ -68,18 +66,23 @@ class Foreign:
     """A method of somebody else's, with a compiled function of its own."""
 
     statistics = frozenset({INPUT_MOMENT})
-    sequential = False
+    inputs = "prefix"
 
     def __init__(self) -> None:
         self.round = numba.njit(lambda x: np.rint(x).clip(0.0, 3.0))
 
-    def quantize(self, layers, allocate) -> Iterator:
-        widths = allocate(layers)
-        for layer in layers:
-            assert layer.input_statistic("input_moment").shape == (layer.weight.shape[0], *2 * layer.weight.shape[2:])
-            codes = torch.from_numpy(self.round(layer.weight.flatten(0, 1).numpy())).to(torch.uint8)
-            rows = torch.ones(layer.rows, 1, dtype=torch.float16)
-            yield layer, QuantizedTensor(codes, widths[layer.name], rows, rows * 0, layer.weight.shape[0])
+    def prepare(self, layers, allocate, context):
+        return allocate(layers)
+
+    def quantize_layer(self, layer, width, context) -> QuantizedTensor:
+        assert layer.input_statistic("input_moment").shape == (layer.weight.shape[0], *2 * layer.weight.shape[2:])
+        codes = torch.from_numpy(self.round(layer.weight.flatten(0, 1).numpy())).to(torch.uint8)
+        rows = torch.ones(layer.rows, 1, dtype=torch.float16)
+        return QuantizedTensor(codes, width, rows, (rows * 0).to(torch.uint8), layer.weight.shape[0])
+
+
+def recipe(method: Foreign) -> Recipe:
+    return Recipe(method, Uniform(), Budget(3, "code"))
 
 
 def layers() -> dict[str, nn.Module]:
@@ -98,30 +101,23 @@ def layers() -> dict[str, nn.Module]:
 
 def test_methods_of_others_are_rehearsed_too():
     method = Foreign()
-    rehearse(
-        SimpleNamespace(method=method, allocator=Uniform()),
-        small_problems(layers(), kernel_positions, [INPUT_MOMENT]),
-        proxy=False,
-    )
+    rehearse(recipe(method), layers())
     assert len(method.round.nopython_signatures) == 1
 
 
 class Failing(Foreign):
-    def quantize(self, layers, allocate):
-        allocate(layers)
+    def quantize_layer(self, layer, width, context):
         raise RuntimeError("only real layers, please")
-        yield
 
 
 def test_what_a_rehearsal_cannot_do_is_left_to_the_run(caplog):
     with caplog.at_level(logging.INFO):
-        plan = SimpleNamespace(method=Failing(), allocator=Uniform())
-        rehearse(plan, small_problems(layers(), kernel_positions, [INPUT_MOMENT]), proxy=False)
+        rehearse(recipe(Failing()), layers())
     assert not caplog.records
 
 
 def test_small_layers_are_of_every_kind_and_enough_for_tables():
-    problems = {problem.name: problem for problem in small_problems(layers(), kernel_positions, [INPUT_MOMENT])}
+    problems = {problem.name: problem for problem in small_problems(layers(), [INPUT_MOMENT])}
     assert {name: tuple(problem.weight.shape) for name, problem in problems.items()} == {
         "a": (1, 256, 288),
         "c": (1, 3, 288),

@@ -21,9 +21,10 @@ from torch.nn import functional
 
 from bayesq.calibration.inputs import INPUT_MOMENT
 from bayesq.fisher import GRADIENT_MOMENT
-from bayesq.suite import runner
+from bayesq.suite import plan, runner
 from bayesq.suite.calibration import Calibration
 from bayesq.suite.errors import UserError
+from bayesq.suite.workload import Workload
 
 ROOT = Path(__file__).parents[2]
 METHODS = ("rtn", "gptq", "bayesq")
@@ -109,19 +110,18 @@ def check_layers(network: Architecture, result: dict[str, Any], said: str) -> No
 Moments = dict[str, dict[str, torch.Tensor]]
 
 
-def prepared(network: Architecture, folder: Path, batch_size: int) -> tuple[runner.Workload, Calibration]:
+def prepared(network: Architecture, folder: Path, batch_size: int) -> tuple[Workload, Calibration]:
     """A workload and its moments, over the calibration examples in batches of a size."""
     sizes = (f"calibration.batch_size={batch_size}", "posterior.examples=null")
     cfg = configured(network, folder, "method=bayesq", *sizes)
-    work = runner.load(cfg, folder / "cache")
-    calibration = runner.open_calibration(
-        cfg, runner.make_plan(cfg).posterior, work, folder / f"batches of {batch_size}"
-    )
+    work = plan.load_workload(cfg, folder / "cache")
+    store = plan.make_recipe(cfg).whitenings
+    calibration = plan.open_statistics(cfg, store, work, folder / f"batches of {batch_size}")
     calibration.prepare([INPUT_MOMENT, GRADIENT_MOMENT])
     return work, calibration
 
 
-def written_out(work: runner.Workload) -> Moments:
+def written_out(work: Workload) -> Moments:
     """Moments of all Linear layers by their definition: one example after the other, at the products themselves.
 
     Every product of the network is seen where torch multiplies, however the network gets there.
@@ -146,7 +146,7 @@ def written_out(work: runner.Workload) -> Moments:
             return output.clone()  # the network may change it in place
         return output
 
-    for batch in work.calibration.batches(1, "cpu"):
+    for batch in work.subject.examples.batches(1, "cpu"):
         runs.clear()
         with mock.patch("torch.nn.functional.linear", linear), torch.enable_grad():
             logits = module(**{name: x.repeat(copies, *[1] * (x.dim() - 1)) for name, x in batch.inputs.items()})[:1]
@@ -175,7 +175,7 @@ def test_moments_are_right_at_every_batch_size(network: Architecture, tmp_path: 
     by_definition = written_out(work)
     wrong = {}
     for kind in KINDS:
-        first = {name: alone.statistic(name, kind) for name in work.layers}
+        first = {name: alone.statistic(name, kind) for name in work.subject.layers}
         # where the exact value is zero (a softmax over one position), what is found are errors of rounding
         floor = 1e-8 * max(float(moment.norm()) for moment in first.values())
         for name, expected in first.items():
@@ -188,7 +188,7 @@ def test_moments_are_right_at_every_batch_size(network: Architecture, tmp_path: 
                 wrong[f"{kind} of {name}"] = different
     assert not wrong, json.dumps(wrong, indent=1)
     linear = {name for name, part in work.network.module.named_modules() if type(part) is nn.Linear}
-    assert linear & work.layers.keys() <= by_definition["input_moment"].keys()
+    assert linear & work.subject.layers.keys() <= by_definition["input_moment"].keys()
 
 
 def test_the_zoo_is_large_enough() -> None:
