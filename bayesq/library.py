@@ -25,6 +25,7 @@ from bayesq.report import Report
 # Entries of a batch that are no input of the network.
 TARGETS = ("labels", "label", "targets")
 MIN_BITS, MAX_BITS = 2, 8
+ALLOCATORS = ("uniform", "knapsack")
 
 
 def quantize(
@@ -118,6 +119,8 @@ def _recipe(
         if key not in arguments:
             raise ValueError(f"{key}: method={method} has no such switch{suggestion(key, arguments)}")
     allocator = content["allocator"] if allocator is None else allocator
+    if allocator not in ALLOCATORS:
+        raise ValueError(f"allocator={allocator}: choose one of {', '.join(ALLOCATORS)}")
     uses_posterior = content.get("uses_posterior") is True
     store = None
     if uses_posterior or allocator == "knapsack":

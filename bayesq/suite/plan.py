@@ -22,7 +22,7 @@ from bayesq.suite.errors import UserError
 from bayesq.suite.forward import naming_model
 from bayesq.suite.preflight import Choices, Needs, activations, check, estimate
 from bayesq.suite.session import Session
-from bayesq.suite.workload import Selection, Workload, load, select_device
+from bayesq.suite.workload import Names, Selection, Workload, load, select_device
 
 # Whitenings may take this share of the free disk, 1 / SPARE_DISK.
 SPARE_DISK = 4
@@ -69,7 +69,8 @@ def load_workload(cfg: DictConfig, cache_dir: Path) -> Workload:
         batch_size=int(cfg.calibration.batch_size),
         seed=int(cfg.seed),
     )
-    return load(build(cfg.dataset), build(cfg.model), cfg.model.name, selection, select_device(cfg.device), cache_dir)
+    named = Names(cfg.dataset.name, cfg.model.name, list(cfg.model.tasks))
+    return load(build(cfg.dataset), build(cfg.model), named, selection, select_device(cfg.device), cache_dir)
 
 
 def check_patterns(recipe: Recipe, work: Workload) -> None:

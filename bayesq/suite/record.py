@@ -55,6 +55,7 @@ def flat_result(
         estimate_bytes: memory that the preflight expected.
     """
     rows, device, weights = layer_rows(quantized), work.subject.device, work.subject.weights
+    counted = fallbacks(quantized, len(work.subject.usage.unreached))
     return {
         "run_id": run_id(cfg),
         "status": "finished",
@@ -84,7 +85,9 @@ def flat_result(
         "memory/peak_device_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0,
         "calibration/examples": len(work.subject.examples),
         "evaluation/examples": len(work.evaluation),
-        **{f"fallback/{kind}": times for kind, times in fallbacks(quantized, work).items()},
+        **{
+            f"fallback/{kind}": times for kind, times in fallbacks(quantized, len(work.subject.usage.unreached)).items()
+        },
         "config": resolved(cfg),
         "versions": versions(),
         "host": host(device),
@@ -116,10 +119,14 @@ def risk_rank_correlation(rows: Sequence[Mapping[str, Any]]) -> float | None:
     return None if math.isnan(correlation) else correlation
 
 
-def fallbacks(quantized: Quantized, work: Workload) -> dict[str, int]:
-    """How often something else than asked was done, of each kind in FALLBACKS."""
-    total = dict.fromkeys(FALLBACKS, 0)
-    total |= {"oom_retries": quantized.oom_retries, "unseen_layers": len(work.subject.usage.unreached)}
+def fallbacks(quantized: Quantized, unreached: int = 0) -> dict[str, int]:
+    """How often something else than asked was done, of each kind in FALLBACKS.
+
+    Args:
+        quantized: what the recipe made of the network.
+        unreached: layers that take no part in the forward pass and stay in full precision.
+    """
+    total = dict.fromkeys(FALLBACKS, 0) | {"oom_retries": quantized.oom_retries, "unseen_layers": unreached}
     for problem in quantized.problems.values():
         for kind, times in problem.fallbacks.items():
             total[kind] += times

@@ -56,24 +56,48 @@ class Selection:
     seed: int
 
 
+@dataclass(frozen=True)
+class Names:
+    """What messages call a run's parts.
+
+    Attributes:
+        dataset, model: their names.
+        tasks: names of the tasks that the model can do.
+    """
+
+    dataset: str
+    model: str
+    tasks: Sequence[str]
+
+
 def load(
-    dataset: Dataset, model: ModelSource, name: str, selection: Selection, device: torch.device, cache_dir: Path
+    dataset: Dataset,
+    model: ModelSource,
+    named: Names,
+    selection: Selection,
+    device: torch.device,
+    cache_dir: Path,
 ) -> Workload:
     """Load data and network, encode the examples, and look at how the network uses its layers.
 
     Args:
         dataset: of the key dataset.
         model: of the key model.
-        name: of the model, for messages.
+        named: what messages call them.
         selection: see `Selection`.
         device: where the network goes.
         cache_dir: root of the caches.
 
     Raises:
         UserError: the calibration set cannot be drawn, no layer is left to quantize, there are no embeddings to
-            include, or the network has weights that are no numbers.
+            include, the model is not for the data set's task, or the network has weights that are no numbers.
     """
-    data = dataset.load(cache_dir)
+    data, name = dataset.load(cache_dir), named.model
+    if data.task.name not in named.tasks:
+        raise UserError(
+            f"dataset={named.dataset} is for {data.task.name}, but model={name} is for {' or '.join(named.tasks)}: "
+            "choose a dataset and a model of one task"
+        )
     with naming_model(name, "building it"):
         network = model.build(data, cache_dir)
     module = network.module

@@ -166,7 +166,7 @@ def test_they_count_in_the_estimate_of_memory_and_disk(module):
     layers = quantizable_layers(module)
     choices = Choices(
         statistics=Foreign.statistics,
-        posterior="foreign",
+        posterior=Foreign(2.0, 10, None),
         bits=4,
         calibration_batch=1,
         evaluation_batch=1,
@@ -176,8 +176,8 @@ def test_they_count_in_the_estimate_of_memory_and_disk(module):
         examples=1,
         offload=False,
         room=10**9,
-        kept=10**9,
-        scratch=10**9,
+        whitening_memory=10**9,
+        whitening_disk=10**9,
         inherited=0,
     )
     without, found = (

@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "suite"))
 from glue_files import write_tsv
 from tiny_bert import WORDS
 
+from bayesq import pipeline, repair
 from bayesq.batches import ALONE, EQUAL, PADDED, EncodedExamples, Layout, TensorExamples
 from bayesq.calibration.collector import Collector
 from bayesq.calibration.inputs import INPUT_MOMENT
@@ -284,14 +285,14 @@ def test_the_batch_size_of_an_evaluation_changes_nothing(kind, tmp_path):
 def test_every_stage_reads_all_examples_without_padding(tmp_path, monkeypatch):
     """Sequential statistics, correction, proxy and distillation of a network that must see no padding."""
     given: dict[str, list[tuple[int, bool]]] = {"correct_moments": [], "measure_kappa": []}
-    for name, place in (("correct_moments", 3), ("measure_kappa", 5)):
-        original = getattr(runner, name)
+    for home, name, place in ((repair, "correct_moments", 3), (pipeline, "measure_kappa", 5)):
+        original = getattr(home, name)
 
-        def spy(*args, name=name, place=place, original=original):
-            given[name].append((len(args[place]["input_ids"]), args[-1]))
-            return original(*args)
+        def spy(*args, name=name, place=place, original=original, **options):
+            given[name].append((len(args[place]["input_ids"]), options.get("alone", args[-1])))
+            return original(*args, **options)
 
-        monkeypatch.setattr(runner, name, spy)
+        monkeypatch.setattr(home, name, spy)
     seen = []
     forward = nn.Module.__call__
 

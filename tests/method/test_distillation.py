@@ -462,7 +462,8 @@ def test_row_tables_of_a_network_are_distilled(digits):
     student = loaded(network, tensors, {})
     teacher = teacher_of(network, images[:100])
     settings = DistillationSettings(steps=4)
-    result = distill(student, tensors, batches_of(images[:100]), teacher, settings, torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    result = distill(student, tensors, batches_of(images[:100]), teacher, settings, generator, CATEGORICAL)
     assert result.best_step > 0 and result.heldout_kl_after < result.heldout_kl_before
     for name, tensor in tensors.items():
         assert not torch.equal(result.tensors[name].code.levels, tensor.code.levels)
@@ -549,9 +550,9 @@ def test_it_refuses_what_it_cannot_train(digits):
     other = replace(tensors["head"], code=SharedTable({3: Codebook("shared/3", torch.arange(8).half() * 2)}))
     with pytest.raises(ValueError, match="two different codebooks"):
         distill(network, {**tensors, "head": other}, batches, teacher, FAST, generator, CATEGORICAL)
-    for refused in ({"steps": -1}, {"evaluations": 0}):
-        with pytest.raises(ValueError, match="steps >= 0 and evaluations >= 1"):
-            DistillationSettings(**refused)
+    for key, value in (("steps", -1), ("evaluations", 0)):
+        with pytest.raises(ValueError, match=rf"distillation\.{key}={value}: needs a whole number"):
+            DistillationSettings(**{key: value})
     for share in (0.0, 1.0):
         with pytest.raises(ValueError, match="held_out"):
             DistillationSettings(held_out=share)

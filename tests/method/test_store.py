@@ -10,6 +10,7 @@ from rounding_loop import rounded
 from torch import Tensor, nn
 
 from bayesq.allocation import Budget, Knapsack
+from bayesq.calibration.inputs import INPUT_MOMENT
 from bayesq.method import BayesQ
 from bayesq.posterior import Laplace, LayerPosterior, WhiteningStore
 from bayesq.posterior.factors import standard_normal
@@ -225,7 +226,7 @@ class FeedbackInputPosterior(InputPosterior):
 class InputsOnly(Laplace):
     """Fits one of the above; arguments as in `Laplace`."""
 
-    statistics = frozenset({"input_moment"})
+    statistics = frozenset({INPUT_MOMENT})
     structure = InputPosterior
 
     def spectrum(self, layer: LayerProblem) -> Tensor:
@@ -284,7 +285,7 @@ def test_a_posterior_from_outside_fits_whitens_stores_and_quantizes(kind, tmp_pa
         # the risk of rounding all weights to zero is far larger
         assert found[one.name] < 0.2 * float(method.whitenings.fit(one).risk(one.weight).sum())
         assert found[one.name] == pytest.approx(one.notes["predicted_risk"], rel=1)
-    assert set(found) == {"body", "head"} and method.statistics == {"input_moment"}
+    assert set(found) == {"body", "head"} and method.statistics == {INPUT_MOMENT}
 
 
 def test_the_preflight_asks_the_posterior_for_its_memory():
@@ -293,7 +294,7 @@ def test_the_preflight_asks_the_posterior_for_its_memory():
 
     def rounding(posterior: Laplace, **limits: int) -> int:
         choices = Choices(
-            kinds=["input_moment"], posterior=posterior, rank=1, bits=4, calibration_batch=1, evaluation_batch=1,
+            statistics=[INPUT_MOMENT], posterior=posterior, bits=4, calibration_batch=1, evaluation_batch=1,
             distillation_batch=None, corrected=0, sequential=False, examples=1, offload=False, room=10**9,
             whitening_memory=10**9, whitening_disk=0, inherited=0,
         )  # fmt: skip

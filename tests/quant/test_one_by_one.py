@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from bayesq.likelihood import Categorical
 from bayesq.proxy import measure_kappa
 from bayesq.quant.correction import correct_moments
 from bayesq.quant.one_by_one import one_by_one
@@ -93,6 +94,7 @@ def test_the_proxy_does_not_depend_on_padding(alone):
             padded(width),
             0,
             torch.Generator(),
+            Categorical(),
             batch_size=2,
             alone=alone,
         )

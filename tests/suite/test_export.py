@@ -89,7 +89,7 @@ def recorded(place: Path, overrides: str, results: str = "results", cache: Path 
         return evaluate(full, module, examples, likelihood, size, *more)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluation, "paired_rows", listen)
+        patch.setattr(runner, "paired_rows", listen)
         runner.run(cfg)
     folder = config.run_dir(cfg)
     return Recorded(folder, json.loads((folder / "result.json").read_text()), *heard[-1])

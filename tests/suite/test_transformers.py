@@ -478,9 +478,9 @@ def test_a_sweep_over_tasks_through_the_command_line(workplace, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "model", "tasks"),
     [
-        (["+experiment=bert_glue", "dataset.task=rte"], "bert_base", None),
-        (["+experiment=glue", "model=bert_base"], "bert_base", list(TASKS)),
-        (["+experiment=glue"], "minilm", list(TASKS)),
+        (["experiment=bert_glue", "dataset.task=rte"], "bert_base", None),
+        (["experiment=glue", "model=bert_base"], "bert_base", list(TASKS)),
+        (["experiment=glue"], "minilm", list(TASKS)),
     ],
 )
 def test_experiments_compose(arguments, model, tasks):

@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 
 from bayesq.progress import TICK_S, elapsed
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 STEPS = """
 import logging, sys, time
 from tqdm import tqdm

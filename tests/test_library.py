@@ -1,0 +1,153 @@
+"""`bayesq.quantize` on users' own networks: no configuration, no files, no tracking."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import transformers
+from omegaconf import OmegaConf
+from torch import Tensor, nn
+
+import bayesq
+from bayesq.quant.file import read_packed
+from bayesq.quant.network import fill
+
+
+def images(count: int = 24) -> Tensor:
+    return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def resnet() -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return timm.create_model("resnet10t", num_classes=5).eval()
+
+
+def bert() -> nn.Module:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = transformers.BertConfig(vocab_size=50, max_position_embeddings=16, num_labels=3, **sizes)
+        return transformers.BertForSequenceClassification(config).eval()
+
+
+def sentences() -> list[dict[str, Tensor]]:
+    """Two batches of different length, as a tokenizer gives them, with labels beside."""
+    generator, batches = torch.Generator().manual_seed(1), []
+    for length in (9, 6):
+        ids = torch.randint(1, 50, (8, length), generator=generator)
+        mask = (torch.arange(length) < torch.randint(2, length + 1, (8, 1), generator=generator)).long()
+        mask[0] = 1
+        batches.append({"input_ids": ids * mask, "attention_mask": mask, "labels": torch.zeros(8).long()})
+    return batches
+
+
+@pytest.mark.parametrize("method", ["bayesq", "gptq", "awq", "rtn"])
+def test_an_image_network(method):
+    network, x = resnet(), images()
+    before = copy.deepcopy(network.state_dict())
+    quantized, report = bayesq.quantize(network, [x[:16], (x[16:], torch.zeros(8))], bits=3, method=method)
+    assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
+    assert not network._forward_hooks and not quantized._forward_hooks
+    assert (
+        report.code_bits <= 3 < report.stored_bits and report.stored_bytes == report.stored_bits * weights(report) / 8
+    )
+    risks = [row["achieved_risk"] for row in report.layers]
+    assert all(risk > 0 for risk in risks) if method == "bayesq" else risks == [None] * len(risks)
+    with torch.no_grad():
+        error = float((quantized(x) - network(x)).square().mean() / network(x).square().mean())
+    assert 0 < error < 0.5
+    assert f"{report.stored_bytes:,} bytes" in str(report) and "conv1.0" in str(report)
+
+
+def weights(report: bayesq.Report) -> float:
+    return sum(problem.weight.numel() for problem in report.quantized.problems.values())
+
+
+def test_a_network_of_transformers_with_padded_batches():
+    network = bert()
+    quantized, report = bayesq.quantize(network, sentences(), bits=4, correction="moments")
+    assert type(quantized) is type(network) and "bert.encoder.layer.1.output.dense" in {
+        r["name"] for r in report.layers
+    }
+    batch = {name: x for name, x in sentences()[0].items() if name != "labels"}
+    with torch.no_grad():
+        before, after = network(**batch).logits, quantized(**batch).logits
+    assert not torch.equal(before, after)
+    torch.testing.assert_close(before, after, rtol=0.2, atol=0.05)
+
+
+def test_padding_and_the_cut_into_batches_change_nothing():
+    """The same sentences in one padded batch, and padded beyond the longest."""
+    first, second = sentences()
+    longer = {name: nn.functional.pad(x, (0, 9 - x.shape[1])) for name, x in second.items() if name != "labels"}
+    whole = {name: torch.cat([first[name], longer[name]]) for name in longer}
+    one, _ = bayesq.quantize(bert(), sentences(), bits=3)
+    other, _ = bayesq.quantize(bert(), [whole], bits=3)
+    assert all(torch.equal(x, other.state_dict()[name]) for name, x in one.state_dict().items())
+
+
+def test_what_is_saved_is_what_is_returned(tmp_path: Path):
+    network = resnet()
+    quantized, report = bayesq.quantize(network, [images()], bits=2.5, distill=True)
+    report.save(tmp_path / "network.safetensors")
+    packed, loaded = read_packed(tmp_path / "network.safetensors"), resnet()
+    fill(loaded, packed.tensors, packed.parameters)
+    assert all(torch.equal(x, loaded.state_dict()[name]) for name, x in quantized.state_dict().items())
+
+
+def test_the_codes_are_those_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The suite's runner calls the same pipeline: with the same network and examples the codes are the same bits."""
+    from hydra import compose, initialize_config_dir
+
+    from bayesq.suite import composition, plan, runner
+
+    places = [f"results_dir={tmp_path / 'results'}", f"cache_dir={tmp_path / 'cache'}", "wandb.mode=disabled"]
+    data = ["model=resnet", "dataset=digits", "dataset.limit=20", "calibration.examples=32", "bits=3"]
+    with initialize_config_dir(str(composition.conf_dir()), version_base="1.3"):
+        cfg = compose("config", overrides=[*places, *data])
+    result = runner.run(OmegaConf.create(OmegaConf.to_container(cfg, resolve=True)))
+    work = plan.load_workload(cfg, tmp_path / "cache")
+    (batch,) = work.subject.examples.batches(32, "cpu")
+    _, report = bayesq.quantize(work.subject.module, [batch.inputs], bits=3)
+    stored = read_packed(tmp_path / "results" / result["run_id"] / "quantized.safetensors")
+    assert all(torch.equal(stored.tensors[name].codes, x.codes) for name, x in report.quantized.tensors.items())
+    assert report.stored_bytes == result["bytes/packed"]
+
+
+MISTAKES = {
+    "training": (lambda: bayesq.quantize(resnet().train(), [images()]), r"^module: is in training mode"),
+    "bits": (lambda: bayesq.quantize(resnet(), [images()], bits=9), r"^bits=9: needs a number from 2 to 8"),
+    "method": (
+        lambda: bayesq.quantize(resnet(), [images()], method="gtpq"),
+        r"^method=gtpq: choose .* did you mean 'gptq'",
+    ),
+    "switch": (lambda: bayesq.quantize(resnet(), [images()], refit=2), r"^refit: .* did you mean 'refits'"),
+    "value": (lambda: bayesq.quantize(resnet(), [images()], refits=-1), r"refits=-1: needs a whole number"),
+    "posterior": (lambda: bayesq.quantize(resnet(), [images()], posterior="full"), r"^posterior=full: choose one of"),
+    "correction": (lambda: bayesq.quantize(resnet(), [images()], correction="all"), r"^correction=all: choose one of"),
+    "likelihood": (lambda: bayesq.quantize(resnet(), [images()], likelihood="x"), r"^likelihood=x: choose one of"),
+    "no batches": (lambda: bayesq.quantize(resnet(), []), r"^batches: there is none"),
+    "text": (lambda: bayesq.quantize(resnet(), ["a text"]), r"^batches: a str is no batch"),
+    "shapes": (
+        lambda: bayesq.quantize(resnet(), [images(), images()[:, :, :16]]),
+        r"^batches: shapes .* differ; sequences need an attention_mask",
+    ),
+    "inputs": (
+        lambda: bayesq.quantize(bert(), [sentences()[0], {"input_ids": torch.ones(2, 4).long()}]),
+        r"^batches: all need the same inputs",
+    ),
+    "allocator": (
+        lambda: bayesq.quantize(resnet(), [images()], allocator="greedy"),
+        r"^allocator=greedy: choose one of",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_a_value_error_that_names_the_argument(name):
+    call, line = MISTAKES[name]
+    with pytest.raises(ValueError, match=line):
+        call()
