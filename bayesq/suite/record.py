@@ -85,9 +85,7 @@ def flat_result(
         "memory/peak_device_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0,
         "calibration/examples": len(work.subject.examples),
         "evaluation/examples": len(work.evaluation),
-        **{
-            f"fallback/{kind}": times for kind, times in fallbacks(quantized, len(work.subject.usage.unreached)).items()
-        },
+        **{f"fallback/{kind}": times for kind, times in counted.items()},
         "config": resolved(cfg),
         "versions": versions(),
         "host": host(device),
