@@ -19,11 +19,11 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from analysis.rate_distortion import layer_rates, risk_components
+from bayesq.contract import LayerProblem
 from bayesq.pipeline import layer_order, layer_problems
 from bayesq.posterior import WhiteningStore
 from bayesq.quant.accounting import code_bits
 from bayesq.quant.file import read_packed
-from bayesq.quant.method import LayerProblem
 from bayesq.suite.arguments import module_parser
 from bayesq.suite.cache import resolve_cache_dir
 from bayesq.suite.config import one_line

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from bayesq.calibration.inputs import INPUT_MAGNITUDE, INPUT_MOMENT
 from bayesq.calibration.statistic import Statistic
+from bayesq.contract import Allocate, Context, LayerProblem, check_finite, stack_groups
 from bayesq.quant.feedback import output_error
 from bayesq.quant.grids import grid_from_range, round_affine, zero_code
-from bayesq.quant.method import Allocate, Context, LayerProblem, check_finite, stack_groups
 from bayesq.quant.tensor import QuantizedTensor
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bayesq.calibration.inputs import INPUT_MOMENT
 from bayesq.calibration.statistic import Statistic
+from bayesq.contract import Allocate, Context, LayerProblem, check_finite, stack_groups
 from bayesq.quant.feedback import (
     BlockObserver,
     FeedbackFactor,
@@ -19,8 +20,7 @@ from bayesq.quant.feedback import (
     feedback_round_groups,
     output_error,
 )
-from bayesq.quant.grids import CLIP_RULES, AffineGrid, gain_grid, zero_code
-from bayesq.quant.method import Allocate, Context, LayerProblem, check_finite, stack_groups
+from bayesq.quant.grids import CLIP_RULES, AffineGrid, curvature_grid, zero_code
 from bayesq.quant.tensor import QuantizedTensor
 
 
@@ -28,8 +28,9 @@ class GPTQ:
     """The published algorithm.
 
     Args:
-        clip: "minmax", "mse", or "auto": both, and per row the one with the smaller calibrated output error; or "gain",
-            not published: like mse, with each squared error weighed by what it costs once later columns have adapted.
+        clip: "minmax", "mse", or "auto": both, and per row the one with the smaller calibrated output error; or
+            "curvature", not published: like mse, with each squared error weighed by what it costs once later columns
+            have adapted.
         act_order: visit columns in decreasing input energy.
         damping: fraction of the mean diagonal added to the input moment.
         group_size: columns that share a scale and zero; None = one per row. With act-order the groups' grids are set
@@ -49,8 +50,8 @@ class GPTQ:
         sequential: bool,
         scale_dtype: torch.dtype = torch.float16,
     ) -> None:
-        if clip not in (*CLIP_RULES, "gain", "auto"):
-            raise ValueError(f"method.clip={clip}: choose from {', '.join(CLIP_RULES)}, gain, auto")
+        if clip not in (*CLIP_RULES, "curvature", "auto"):
+            raise ValueError(f"method.clip={clip}: choose from {', '.join(CLIP_RULES)}, curvature, auto")
         if not damping >= 0:
             raise ValueError(f"method.damping={damping}: must be 0 or more")
         if group_size is not None and group_size < 1:
@@ -101,17 +102,17 @@ class GPTQ:
         best: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
         least = torch.full((len(width),), torch.inf, dtype=torch.float64)
         for rule in self.rules:
-            found = self._round(weight, factors, width, rule)
+            candidate = self._round(weight, factors, width, rule)
             if len(self.rules) == 1:
-                return found
-            error = output_error(found[3].reshape(weight.shape) - weight, moments).flatten()
+                return candidate
+            error = output_error(candidate[3].reshape(weight.shape) - weight, moments).flatten()
             better = (error < least)[:, None]
             least = torch.minimum(error, least)
             if best is None:
-                best = found
+                best = candidate
             else:
-                kept = (torch.where(better, new, old) for new, old in zip(found, best, strict=True))
-                codes, scale, zero, values = kept
+                better_of_both = (torch.where(better, new, old) for new, old in zip(candidate, best, strict=True))
+                codes, scale, zero, values = better_of_both
                 best = (codes, scale, zero, values)
         assert best is not None
         return best
@@ -121,33 +122,33 @@ class GPTQ:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """`round_layer` under one clip rule."""
         if len(weight) > 1 and self.group_size is None:
-            gain = torch.stack([factor.column_gain for factor in factors])[:, None].expand(weight.shape)
-            grid = self._grid(stack_groups(weight), width, rule, stack_groups(gain))
+            curvature = torch.stack([factor.column_curvature for factor in factors])[:, None].expand(weight.shape)
+            grid = self._grid(stack_groups(weight), width, rule, stack_groups(curvature))
             codes, values, _ = feedback_round_groups(weight, factors, grid)
             return codes, grid.scale, grid.zero, values
         parts = []
-        for matrix, factor, own in zip(weight, factors, width.chunk(len(weight)), strict=True):
-            gain = factor.column_gain.expand(matrix.shape)
-            grid = self._grid(matrix, own, rule, gain)
-            follow = None if self.act_order or self.group_size is None else self._follower(grid, rule, gain)
+        for matrix, factor, widths in zip(weight, factors, width.chunk(len(weight)), strict=True):
+            curvature = factor.column_curvature.expand(matrix.shape)
+            grid = self._grid(matrix, widths, rule, curvature)
+            follow = None if self.act_order or self.group_size is None else self._follower(grid, rule, curvature)
             codes, values, _ = feedback_round(matrix, factor, grid, follow)
             parts.append((codes, grid.scale, grid.zero, values))
         codes, scale, zero, values = (torch.cat(part) for part in zip(*parts, strict=True))
         return codes, scale, zero, values
 
-    def _clip(self, rule: str, weight: Tensor, width: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
-        if rule == "gain":
-            return gain_grid(weight, width, gain, self.scale_dtype)
+    def _clip(self, rule: str, weight: Tensor, width: Tensor, curvature: Tensor) -> tuple[Tensor, Tensor]:
+        if rule == "curvature":
+            return curvature_grid(weight, width, curvature, self.scale_dtype)
         return CLIP_RULES[rule](weight, width, self.scale_dtype)
 
-    def _grid(self, weight: Tensor, width: Tensor, rule: str, gain: Tensor) -> AffineGrid:
+    def _grid(self, weight: Tensor, width: Tensor, rule: str, curvature: Tensor) -> AffineGrid:
         size = self.group_size or weight.shape[1]
-        parts = zip(weight.split(size, dim=1), gain.split(size, dim=1), strict=True)
+        parts = zip(weight.split(size, dim=1), curvature.split(size, dim=1), strict=True)
         pairs = [self._clip(rule, part, width, cost) for part, cost in parts]
         scale, zero = (torch.stack(column, 1) for column in zip(*pairs, strict=True))
         return AffineGrid(scale, zero, width, self.group_size)
 
-    def _follower(self, grid: AffineGrid, rule: str, gain: Tensor) -> BlockObserver:
+    def _follower(self, grid: AffineGrid, rule: str, curvature: Tensor) -> BlockObserver:
         """Grids of column groups from the weights as updated by earlier blocks, as the published code sets them."""
         size = self.group_size
         assert size is not None
@@ -155,7 +156,8 @@ class GPTQ:
         def on_block(weight: Tensor, start: int, stop: int) -> None:
             for first in range(-(-start // size) * size, stop, size):
                 s = first // size
-                own = slice(first, first + size)
-                grid.scale[:, s], grid.zero[:, s] = self._clip(rule, weight[own].T, grid.width, gain[:, own])
+                columns = slice(first, first + size)
+                part, cost = weight[columns].T, curvature[:, columns]
+                grid.scale[:, s], grid.zero[:, s] = self._clip(rule, part, grid.width, cost)
 
         return on_block

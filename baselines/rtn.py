@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from bayesq.calibration.statistic import Statistic
+from bayesq.contract import Allocate, Context, LayerProblem
+from bayesq.nearest import round_to_nearest
 from bayesq.quant.grids import CLIP_RULES
-from bayesq.quant.method import Allocate, Context, LayerProblem
-from bayesq.quant.nearest import round_to_nearest
 from bayesq.quant.tensor import QuantizedTensor
 
 

@@ -1,4 +1,22 @@
-"""BayesQ: post-training quantization that minimises the posterior-expected loss increase."""
+"""BayesQ: post-training quantization that minimises the posterior-expected loss increase.
+
+In the order of the paper:
+
+likelihood, fisher, calibration   what outputs mean, what goes backward, statistics of inputs and gradients
+posterior, whitening              q(w) and the coordinates in which its risk is squared distance (SPEC sections 1, 2)
+codebook, rounding                levels of codes and successive rounding (section 3)
+allocation, knapsack, proxy       which row gets how many bits (sections 4, 5)
+method                            BayesQ itself, which calls them in that order
+distillation, teacher, student    training what is stored in full precision (section 5)
+
+Around it:
+
+contract, loop                    what a method is, and the loop that runs every method
+recipe, pipeline, repair          from a network and examples to quantized tensors; correction and distillation
+library, report                   `bayesq.quantize`
+walker, quant                     inputs carried from block to block; layers, codes, packed files
+suite                             models, data sets, configurations, tracking: everything that makes a run
+"""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

@@ -18,11 +18,11 @@ from tqdm import tqdm
 
 from bayesq.calibration.statistic import Statistic
 from bayesq.codebook import level_kind, normal_distortion
+from bayesq.contract import Distortion, LayerProblem, check_finite, stack_groups
 from bayesq.knapsack import greedy_knapsack
 from bayesq.posterior import WhiteningStore
 from bayesq.quant.accounting import LAYER_BITS, affine_overhead_bits, mixed_overhead_bits
 from bayesq.quant.grids import MAX_WIDTH, MIN_WIDTH, mse_grid, round_affine
-from bayesq.quant.method import Distortion, LayerProblem, check_finite, stack_groups
 from bayesq.rounding import predicted_risk, round_layer
 
 # Damping of the input moment if the method that will round has no such argument.
@@ -66,13 +66,13 @@ class Allocator(Protocol):
         codebook_bits: int = 0,
         distortion: Distortion | None = None,
     ) -> dict[str, Tensor]:
-        """Row widths uint8 [R] of every layer by name; arguments as in `quant.method.Allocate`."""
+        """Row widths uint8 [R] of every layer by name; arguments as in `bayesq.contract.Allocate`."""
         ...
 
 
 @dataclass(frozen=True)
 class Allocation:
-    """A run's allocator with its budget; what methods get as `allocate`, see `quant.method.Allocate`."""
+    """A run's allocator with its budget; what methods get as `allocate`, see `bayesq.contract.Allocate`."""
 
     allocator: Allocator
     budget: Budget
@@ -123,16 +123,16 @@ class Uniform:
         for layer in layers:
             check_finite(layer)
         drops = [_row_errors(layer, low) - _row_errors(layer, low + 1) for layer in layers]
-        gain, size = torch.stack([drop.sum() for drop in drops]), torch.tensor(sizes, dtype=torch.float64)
-        zero = torch.zeros_like(gain)
-        wide = greedy_knapsack(torch.stack([zero, -gain], 1), torch.stack([zero, size], 1), left) == 1
+        saved, size = torch.stack([drop.sum() for drop in drops]), torch.tensor(sizes, dtype=torch.float64)
+        zero = torch.zeros_like(saved)
+        wide = greedy_knapsack(torch.stack([zero, -saved], 1), torch.stack([zero, size], 1), left) == 1
 
         # A layer that did not fit gets the rest, or also what the greedy spent afterwards, on layers that gain less.
-        most, whole, split, some = float(gain[wide].sum()), wide, 0, torch.tensor([], dtype=torch.int64)
+        most, whole, split, some = float(saved[wide].sum()), wide, 0, torch.tensor([], dtype=torch.int64)
         for k in (~wide).nonzero().flatten().tolist():
-            for wider in (wide, wide & (gain / size >= gain[k] / size[k])):
+            for wider in (wide, wide & (saved / size >= saved[k] / size[k])):
                 rows = _affordable_rows(layers[k], drops[k], left - float(size[wider].sum()))
-                total = float(gain[wider].sum() + drops[k][rows].sum())
+                total = float(saved[wider].sum() + drops[k][rows].sum())
                 if total > most:
                     most, whole, split, some = total, wider, k, rows
         for layer, one_more in zip(layers, whole.tolist(), strict=True):

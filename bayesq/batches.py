@@ -119,8 +119,8 @@ class TensorExamples:
             inputs = {name: value[index] for name, value in self.inputs.items()}
             if self.lengths is not None:
                 longest = int(self.lengths[index].max())
-                kept = slice(longest) if self.layout.side == "right" else slice(-longest, None)
-                inputs = {name: value[:, kept] for name, value in inputs.items()}
+                tokens = slice(longest) if self.layout.side == "right" else slice(-longest, None)
+                inputs = {name: value[:, tokens] for name, value in inputs.items()}
             yield Batch(
                 {name: value.to(device) for name, value in inputs.items()},
                 self.labels[index].to(device),

@@ -256,5 +256,5 @@ def _held_out_kl(
 
 def _beats(candidate: Tensor, untouched: Tensor) -> bool:
     """Whether the mean of paired divergences [n] is lower by more than MARGIN standard errors."""
-    gain = untouched - candidate
-    return bool(gain.mean() > MARGIN * gain.std() / math.sqrt(len(gain)))
+    improvement = untouched - candidate
+    return bool(improvement.mean() > MARGIN * improvement.std() / math.sqrt(len(improvement)))

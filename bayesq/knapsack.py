@@ -75,9 +75,9 @@ def greedy_knapsack(risk: Tensor, bits: Tensor, capacity: float) -> Tensor:
     block, place = np.nonzero(np.arange(1, hull.shape[1]) < length[:, None])
     before, after = hull[block, place], hull[block, place + 1]
     costs = b[block, after] - b[block, before]
-    gain = (r[block, before] - r[block, after]) / costs
-    # Along a hull gains per bit fall, so sorting keeps a block's steps in order; `before` breaks exact ties.
-    order = np.lexsort((before, block, -gain))
+    slope = (r[block, before] - r[block, after]) / costs
+    # Along a hull slopes fall, so sorting keeps a block's steps in order; `before` breaks exact ties.
+    order = np.lexsort((before, block, -slope))
     cheapest = float((b[:, 1:] - b[:, :-1]).min()) if b.shape[1] > 1 else np.inf
     steps = (part[order].tolist() for part in (block, before, after, costs))
     for k, i, j, cost in zip(*steps, strict=True):

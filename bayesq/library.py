@@ -25,7 +25,6 @@ from bayesq.report import Report
 # Entries of a batch that are no input of the network.
 TARGETS = ("labels", "label", "targets")
 MIN_BITS, MAX_BITS = 2, 8
-ALLOCATORS = ("uniform", "knapsack")
 
 
 def quantize(
@@ -76,12 +75,8 @@ def quantize(
         raise ValueError("module: is in training mode; call module.eval() first")
     if isinstance(bits, bool) or not MIN_BITS <= bits <= MAX_BITS:
         raise ValueError(f"bits={bits}: needs a number from {MIN_BITS} to {MAX_BITS}")
-    for name, value, choices in (
-        ("likelihood", likelihood, ("categorical", "gaussian")),
-        ("correction", correction, ("none", "moments")),
-    ):
-        if value not in choices:
-            raise ValueError(f"{name}={value}: choose one of {', '.join(choices)}")
+    _one_of("likelihood", likelihood, tuple(LIKELIHOODS))
+    _one_of("correction", correction, ("none", "moments"))
     recipe = _recipe(bits, method, posterior, allocator, correction == "moments", distill, seed, switches)
     hook = module.register_forward_hook(_logits)
     try:
@@ -91,6 +86,16 @@ def quantize(
     finally:
         hook.remove()
     return quantized.copy_of(module), Report.of(bits, quantized, subject.weights)
+
+
+def _one_of(name: str, value: str, choices: Sequence[str]) -> None:
+    """Refuse a value that is none of the choices.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    if value not in choices:
+        raise ValueError(f"{name}={value}: choose one of {', '.join(choices)}")
 
 
 def _logits(module: nn.Module, inputs: Any, output: Any) -> Any:
@@ -119,8 +124,7 @@ def _recipe(
         if key not in arguments:
             raise ValueError(f"{key}: method={method} has no such switch{suggestion(key, arguments)}")
     allocator = content["allocator"] if allocator is None else allocator
-    if allocator not in ALLOCATORS:
-        raise ValueError(f"allocator={allocator}: choose one of {', '.join(ALLOCATORS)}")
+    _one_of("allocator", allocator, ("uniform", "knapsack"))
     uses_posterior = content.get("uses_posterior") is True
     store = None
     if uses_posterior or allocator == "knapsack":

@@ -18,14 +18,14 @@ from bayesq.codebook import (
     table_price,
     table_widths,
 )
+from bayesq.contract import Allocate, Context, LayerProblem, check_finite, stack_groups
 from bayesq.posterior import WhiteningStore
 from bayesq.quant.codes import Codebook, shared_code
 from bayesq.quant.codes.trellis import POLYNOMIALS, uniform_levels
 from bayesq.quant.grids import CLIP_STEPS, FP16_TINY, mse_grid, zero_code
-from bayesq.quant.method import Allocate, Context, LayerProblem, check_finite, stack_groups
 from bayesq.quant.tensor import QuantizedTensor
 from bayesq.quant.trellis import trellis_distortion
-from bayesq.rounding import Rounded, first_rows, refit_rows, round_layer, rounding_gain
+from bayesq.rounding import Rounded, first_rows, refit_rows, round_layer, rounding_curvature
 from bayesq.whitening import Whitening
 
 # goes to the run's log file only, see hydra.job_logging in conf/config.yaml
@@ -59,7 +59,7 @@ class BayesQ:
             minimise the posterior-expected distortion; blurring the cells as well measured worse (README). On a
             trellis the codes decide which level a weight has, so its noise moves no level.
         rounding: "feedback" or "nearest".
-        refits: how often grids are refitted to the values rounding met, and the layers rounded again; 0 keeps each
+        refits: how often grids are refitted to the rounding targets, and the layers rounded again; 0 keeps each
             row's first affine grid.
         damping: fraction of the mean diagonal added to the input moment before it is factored.
     """
@@ -115,27 +115,27 @@ class BayesQ:
         return widths
 
     def _refit(self, layers: Iterable[LayerProblem], widths: Mapping[str, Tensor], report: bool) -> None:
-        """Round all layers once, and refit grids and tables to the values that rounding met."""
-        met: dict[int, LevelSums | Atoms] = {}
-        own: list[tuple[int, LevelSums]] = []
+        """Round all layers once, and refit grids and tables to the rounding targets: weights plus feedback."""
+        seen: dict[int, LevelSums | Atoms] = {}
+        single: list[tuple[int, LevelSums]] = []
         rounded_layers = []
         for layer in layers:
             rounded_layers.append(layer)
             width = widths[layer.name]
             rounded, whitening, _ = self._round(layer, self._grids[layer.name], width, REFIT_STATES)
-            gain = rounding_gain(whitening, layer.weight.shape[1])
-            self._grids[layer.name] = refit_rows(rounded, gain)
-            cost = gain * stack_groups(whitening.row_gain)[:, None]
+            curvature = rounding_curvature(whitening, layer.weight.shape[1])
+            self._grids[layer.name] = refit_rows(rounded, curvature)
+            cost = curvature * stack_groups(whitening.row_curvature)[:, None]
             for w, new in self._collect(layer, rounded, self._grids[layer.name], cost).items():
-                met[w] = met[w].add(new) if w in met else new  # type: ignore[arg-type]
+                seen[w] = seen[w].add(new) if w in seen else new  # type: ignore[arg-type]
                 if isinstance(new, LevelSums):
-                    own.append((w, new))
+                    single.append((w, new))
             del rounded, whitening  # where layers are wide, there is no room for two of them
-        self._levels = {w: self._design(w, weights, self._levels.get(w, _codes(w))) for w, weights in met.items()}
+        self._levels = {w: self._design(w, weights, self._levels.get(w, _codes(w))) for w, weights in seen.items()}
         for layer in rounded_layers:
             self._grids[layer.name] = self._fold_steps(*self._grids[layer.name], widths[layer.name], self._levels)
         if report:
-            self._report_tables(rounded_layers, own, self._levels)
+            self._report_tables(rounded_layers, single, self._levels)
 
     def quantize_layer(self, layer: LayerProblem, width: Tensor, context: Context) -> QuantizedTensor:
         """The layer's last rounding, on the grid and with the tables of `prepare`."""
@@ -190,8 +190,8 @@ class BayesQ:
             scale[affine], zero[affine] = mse_grid(weight[affine], width[affine], steps=steps)
             scale[affine] = scale[affine].masked_fill((weight[affine] == 0).all(1), FP16_TINY)
         if tables:
-            gain = rounding_gain(self._whitening(layer), layer.weight.shape[1])
-            scale[~affine], zero[~affine] = first_rows(weight[~affine], gain[~affine], width[~affine])
+            curvature = rounding_curvature(self._whitening(layer), layer.weight.shape[1])
+            scale[~affine], zero[~affine] = first_rows(weight[~affine], curvature[~affine], width[~affine])
         return scale, zero
 
     def _round(
@@ -215,43 +215,43 @@ class BayesQ:
         return round_layer(layer.weight, whitening, *grid, width, books, states), whitening, tables
 
     def _collect(
-        self, layer: LayerProblem, rounded: Rounded, grid: tuple[Tensor, Tensor], gain: Tensor
+        self, layer: LayerProblem, rounded: Rounded, grid: tuple[Tensor, Tensor], curvature: Tensor
     ) -> dict[int, LevelSums | Atoms]:
-        """What the rows of each width met, in level units, weighted by what an error there costs [R, C]."""
-        met: dict[int, LevelSums | Atoms] = {}
+        """Rounding targets of the rows of each width, in level units, weighted by what an error there costs [R, C]."""
+        by_width: dict[int, LevelSums | Atoms] = {}
         scale, zero = (part[:, None] for part in grid)
-        units, gain = rounded.met / scale + zero, gain * scale.square()
+        units, curvature = rounded.target / scale + zero, curvature * scale.square()
         widths, index = rounded.width, rounded.index()
         for w in _used(widths):
             rows = widths == w
             if self.levels == "trellis":
                 if not self._has_table(layer, w):
                     continue
-                met[w] = LevelSums.of(index[rows], units[rows], gain[rows], 2 ** (w + 1))
+                by_width[w] = LevelSums.of(index[rows], units[rows], curvature[rows], 2 ** (w + 1))
             else:
-                variance = torch.zeros_like(gain[rows])
+                variance = torch.zeros_like(curvature[rows])
                 if self.posterior_noise:
                     variance = stack_groups(self.whitenings.fit(layer).variance())[rows] / scale[rows].square()
-                met[w] = Atoms.of(units[rows], variance, gain[rows], w)
-        return met
+                by_width[w] = Atoms.of(units[rows], variance, curvature[rows], w)
+        return by_width
 
     def _report_tables(
-        self, layers: Sequence[LayerProblem], own: Sequence[tuple[int, LevelSums]], levels: Mapping[int, Tensor]
+        self, layers: Sequence[LayerProblem], single: Sequence[tuple[int, LevelSums]], levels: Mapping[int, Tensor]
     ) -> None:
         """Log what a table for each layer and width would save beyond the shared ones, at equal stored bits."""
         risk = sum(layer.notes.get("predicted_risk", 0.0) for layer in layers)
-        if not own or risk == 0:
+        if not single or risk == 0:
             return
         weights = sum(layer.weight.numel() for layer in layers)
-        gains = [sums.excess(levels[w]) / risk - table_price(w, self.states, weights) for w, sums in own]
-        paying = [gain for gain in gains if gain > 0]
+        savings = [sums.excess(levels[w]) / risk - table_price(w, self.states, weights) for w, sums in single]
+        paying = [saving for saving in savings if saving > 0]
         details.info(
-            f"one table of levels per width; a layer's own would pay in {len(paying)} of {len(gains)} cases and save "
+            f"one table of levels per width; a layer's own would pay in {len(paying)} of {len(savings)} cases and save "
             f"{100 * sum(paying):.2g} % of the predicted risk"
         )
 
     def _design(self, width: int, weights: LevelSums | Atoms, start: Tensor) -> Tensor:
-        """Levels with least posterior-expected distortion for what rounding met, in level units."""
+        """Levels with least posterior-expected distortion for the rounding targets, in level units."""
         if isinstance(weights, LevelSums):
             return weights.centroids(start)
         mean, std, precision = weights.gaussians()

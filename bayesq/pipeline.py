@@ -16,14 +16,14 @@ from bayesq.allocation import Allocation, Budget, Knapsack, Uniform
 from bayesq.batches import in_one_batch, needs_no_padding
 from bayesq.calibration.order import forward_order
 from bayesq.calibration.prefix import PrefixInputs
+from bayesq.contract import Context, LayerProblem
+from bayesq.loop import quantize_layers
 from bayesq.memory import halving
+from bayesq.nearest import round_to_nearest
 from bayesq.posterior import WhiteningStore
 from bayesq.progress import bar, elapsed
 from bayesq.proxy import measure_kappa
 from bayesq.quant.layers import kernel_positions, kind_of, same_layer, weight_to_matrix
-from bayesq.quant.loop import quantize_layers
-from bayesq.quant.method import Context, LayerProblem
-from bayesq.quant.nearest import round_to_nearest
 from bayesq.recipe import Proxy, Quantized, Recipe, Statistics, Subject
 from bayesq.repair import correct, distill_student, posterior_draw
 

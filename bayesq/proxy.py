@@ -104,6 +104,11 @@ def measure_kappa(
             rows = [step(weights, part, bar) for part in parts]
             for name in layers:
                 measured[name] += float(torch.cat([of_part[name] for of_part in rows]).mean()) / draws
+    return _kappa(measured, predicted)
+
+
+def _kappa(measured: dict[str, float], predicted: Mapping[str, float]) -> Kappa:
+    """Factors of all layers from their measured divergences."""
     factors, fallbacks = {}, {"kappa_undefined": 0, "kappa_clamped": 0}
     for name, divergence in measured.items():
         factors[name], fallback = _factor(divergence, predicted[name])

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from bayesq.allocation import Allocator, Budget
 from bayesq.batches import EncodedExamples, needs_no_padding
 from bayesq.calibration.statistic import Statistic
+from bayesq.contract import LayerProblem, Method
 from bayesq.distillation import DistillationSettings
 from bayesq.likelihood import Likelihood
+from bayesq.nearest import clamped_scales
 from bayesq.posterior import WhiteningStore
 from bayesq.quant.layers import Layer
-from bayesq.quant.method import LayerProblem, Method
-from bayesq.quant.nearest import clamped_scales
 from bayesq.quant.network import fill
 from bayesq.quant.tensor import QuantizedTensor
 from bayesq.quant.usage import Usage

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from bayesq.batches import in_one_batch
+from bayesq.contract import LayerProblem
 from bayesq.distillation import Distilled, distill
 from bayesq.memory import halving
 from bayesq.posterior import WhiteningStore
 from bayesq.progress import elapsed
 from bayesq.quant.correction import MAX_EXAMPLES, Correction, correct_moments
-from bayesq.quant.method import LayerProblem
 from bayesq.recipe import Distillation, Quantized, Recipe, Subject
 from bayesq.teacher import posterior_predictive
 

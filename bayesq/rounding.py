@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from bayesq.codebook import level_unit, normal_levels
+from bayesq.contract import stack_groups
 from bayesq.quant.codes.trellis import level_indices
 from bayesq.quant.compiled import compiled
 from bayesq.quant.feedback import feedback_round, feedback_round_groups
 from bayesq.quant.grids import FP16_TINY, CodebookGrid, stored_scale, zero_code, zero_value
-from bayesq.quant.method import stack_groups
 from bayesq.quant.trellis import TrellisGrid
 from bayesq.whitening import Whitening
 
@@ -28,7 +28,7 @@ class Rounded:
         zero: [R] in level units, storable.
         width: [R] bits.
         values: [R, C] what the codes stand for.
-        met: [R, C] what each entry was when it was rounded: the weight plus the feedback of earlier columns.
+        target: [R, C] what each entry was when it was rounded: the weight plus the feedback of earlier columns.
         trellis: states of the trellis the codes run along; None for scalar codes.
         groups: convolution groups g.
     """
@@ -38,7 +38,7 @@ class Rounded:
     zero: Tensor
     width: Tensor
     values: Tensor
-    met: Tensor
+    target: Tensor
     trellis: int | None
     groups: int
 
@@ -69,29 +69,30 @@ def round_layer(
     scale, zero = stored_scale(scale), zero_value(zero_code(zero, width), width, scale.dtype)
     if whitening.factors is not None and len(weight) > 1 and trellis is None:
         grid = CodebookGrid(scale, zero, width, codebooks)
-        codes, values, met = feedback_round_groups(weight, whitening.factors, grid)
-        return Rounded(codes, scale, zero, width, values, met, None, len(weight))
+        codes, values, target = feedback_round_groups(weight, whitening.factors, grid)
+        return Rounded(codes, scale, zero, width, values, target, None, len(weight))
     parts = []
     for g in range(len(weight)):
         group = slice(g * rows, (g + 1) * rows)
         w = weight[g].to(torch.float64)
         affine = scale[group], zero[group], width[group], codebooks
         group_grid: CodebookGrid | TrellisGrid = (
-            CodebookGrid(*affine) if trellis is None else TrellisGrid(*affine, whitening.row_gain[g], trellis)
+            CodebookGrid(*affine) if trellis is None else TrellisGrid(*affine, whitening.row_curvature[g], trellis)
         )
         if whitening.factors is None:
-            codes, values = group_grid.round_matrix(w, whitening.row_gain[g][:, None] * whitening.column_gain[g])
+            curvature = whitening.row_curvature[g][:, None] * whitening.column_curvature[g]
+            codes, values = group_grid.round_matrix(w, curvature)
             parts.append((codes.to(torch.uint8), values, w))
         else:
             parts.append(feedback_round(w, whitening.factors[g], group_grid))
-    codes, values, met = (torch.cat(part) for part in zip(*parts, strict=True))
-    return Rounded(codes, scale, zero, width, values, met, trellis, len(weight))
+    codes, values, target = (torch.cat(part) for part in zip(*parts, strict=True))
+    return Rounded(codes, scale, zero, width, values, target, trellis, len(weight))
 
 
 def predicted_risk(weight: Tensor, whitening: Whitening, distortions: Sequence[float]) -> Tensor:
     """Risk of every row at every width before anything is rounded, nats per example.
 
-        1/2 s_r^2 T_b sum_c gain_rc
+        1/2 s_r^2 T_b sum_c h_rc
 
     with s_r the row's standard deviation and T_b the expected distortion of a b-bit code for unit variance.
 
@@ -104,44 +105,45 @@ def predicted_risk(weight: Tensor, whitening: Whitening, distortions: Sequence[f
     """
     w = weight.to(torch.float64)
     variance = w.var(-1, unbiased=False)
-    energy = 0.5 * whitening.row_gain * whitening.column_gain.sum(-1) * variance
+    energy = 0.5 * whitening.row_curvature * whitening.column_curvature.sum(-1) * variance
     return stack_groups(energy)[:, None] * torch.tensor(distortions, dtype=torch.float64)
 
 
-def rounding_gain(whitening: Whitening, rows: int) -> Tensor:
-    """The column gains as [R, C] for `rows` rows per group; the rows' own factor left out."""
-    groups, _, columns = whitening.column_gain.shape
-    return stack_groups(whitening.column_gain.expand(groups, rows, columns))
+def rounding_curvature(whitening: Whitening, rows: int) -> Tensor:
+    """The column curvatures as [R, C] for `rows` rows per group; the rows' own factor left out."""
+    groups, _, columns = whitening.column_curvature.shape
+    return stack_groups(whitening.column_curvature.expand(groups, rows, columns))
 
 
 # Spreads tried for a row's first grid, from this many standard deviations up to where nothing is clipped.
 SPREADS, LEAST_SPREAD = 24, 0.5
 
 
-def first_rows(weight: Tensor, gain: Tensor, width: Tensor) -> tuple[Tensor, Tensor]:
+def first_rows(weight: Tensor, curvature: Tensor, width: Tensor) -> tuple[Tensor, Tensor]:
     """Scale and zero of each row before anything is rounded, for levels of unit variance in units of `level_unit`.
 
     The row's spread s is the one at which scalar Lloyd-Max levels would cost least without feedback:
 
-        min_s sum_c gain_c (w_c - m - s Q((w_c - m) / s))^2,   m = sum_c gain_c w_c / sum_c gain_c
+        min_s sum_c h_c (w_c - m - s Q((w_c - m) / s))^2,   m = sum_c h_c w_c / sum_c h_c
         scale = s level_unit,   zero = (2**width - 1) / 2 - m / scale
 
     Refits only walk to the next local optimum, and slowly: what the first grid clips or wastes stays so for many.
 
     Args:
         weight: [R, C].
-        gain: [R, C] weights, at least 0.
+        curvature: [R, C] weights, at least 0.
         width: [R] bits.
 
     Returns:
         scale [R], zero [R], float64; a row of zeros has the smallest scale there is.
     """
-    w, gain = weight.to(torch.float64), gain.to(torch.float64)
-    total = gain.sum(1, keepdim=True)
-    gain = torch.where(total > 0, gain / total.clamp(min=torch.finfo(gain.dtype).tiny), 1 / gain.shape[1])
-    mean = (gain * w).sum(1)
+    w, curvature = weight.to(torch.float64), curvature.to(torch.float64)
+    total = curvature.sum(1, keepdim=True)
+    tiny = torch.finfo(curvature.dtype).tiny
+    curvature = torch.where(total > 0, curvature / total.clamp(min=tiny), 1 / curvature.shape[1])
+    mean = (curvature * w).sum(1)
     distance = (w - mean[:, None]).abs()
-    deviation = (gain * distance.square()).sum(1).sqrt()
+    deviation = (curvature * distance.square()).sum(1).sqrt()
     spread = torch.empty_like(mean)
     for bits in width.unique().tolist():
         rows = width == bits
@@ -154,7 +156,7 @@ def first_rows(weight: Tensor, gain: Tensor, width: Tensor) -> tuple[Tensor, Ten
         tried = low[:, None] * ratio[:, None] ** torch.linspace(0, 1, SPREADS, dtype=torch.float64)
         best = np.empty(len(low), np.int64)
         upper = levels[len(levels) // 2 :]
-        _least_error(distance[rows].numpy(), gain[rows].numpy(), tried.numpy(), upper.numpy(), best)
+        _least_error(distance[rows].numpy(), curvature[rows].numpy(), tried.numpy(), upper.numpy(), best)
         spread[rows] = tried.gather(1, torch.from_numpy(best)[:, None])[:, 0]
     unit = torch.tensor([level_unit(bits) for bits in width.tolist()], dtype=torch.float64)
     scale = (spread * unit).clamp(min=FP16_TINY)
@@ -162,11 +164,11 @@ def first_rows(weight: Tensor, gain: Tensor, width: Tensor) -> tuple[Tensor, Ten
 
 
 @compiled()
-def _least_error(distance: Any, gain: Any, tried: Any, levels: Any, best: Any) -> None:
+def _least_error(distance: Any, curvature: Any, tried: Any, levels: Any, best: Any) -> None:
     """best [R]: the column of tried [R, S] whose multiple of the levels [K / 2], mirrored, costs least in its row."""
     error = np.empty(distance.shape[1])
     for r in range(distance.shape[0]):
-        x, g, least = distance[r], gain[r], np.inf
+        x, g, least = distance[r], curvature[r], np.inf
         best[r] = 0
         for s in range(tried.shape[1]):
             error[:] = np.inf
@@ -182,27 +184,27 @@ def _least_error(distance: Any, gain: Any, tried: Any, levels: Any, best: Any) -
                 best[r], least = s, total
 
 
-def refit_rows(rounded: Rounded, gain: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale and zero of each row by least squares on what rounding met, weighted by the gain.
+def refit_rows(rounded: Rounded, curvature: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale and zero of each row by least squares on the rounding targets, weighted by the curvature.
 
-        min_{a, b} sum_c gain_c (met_c - a level_c - b)^2,   scale = a, zero = -b / a
+        min_{a, b} sum_c h_c (target_c - a level_c - b)^2,   scale = a, zero = -b / a
 
     Args:
-        gain: [R, C] weights, positive.
+        curvature: [R, C] weights, positive.
 
     Returns:
         scale [R], zero [R]; a row whose codes are all alike, or whose fit is degenerate, keeps its own.
     """
     scale, zero = rounded.scale[:, None], rounded.zero[:, None]
     level = rounded.values / scale + zero
-    total = gain.sum(1, keepdim=True)
-    mean_level = (gain * level).sum(1, keepdim=True) / total
-    mean_met = (gain * rounded.met).sum(1, keepdim=True) / total
-    covariance = (gain * (level - mean_level) * (rounded.met - mean_met)).sum(1, keepdim=True)
-    variance = (gain * (level - mean_level).square()).sum(1, keepdim=True)
+    total = curvature.sum(1, keepdim=True)
+    mean_level = (curvature * level).sum(1, keepdim=True) / total
+    mean_target = (curvature * rounded.target).sum(1, keepdim=True) / total
+    covariance = (curvature * (level - mean_level) * (rounded.target - mean_target)).sum(1, keepdim=True)
+    variance = (curvature * (level - mean_level).square()).sum(1, keepdim=True)
     slope = covariance / variance.clamp(min=torch.finfo(variance.dtype).tiny)
     # Levels are at least about 1 apart, so a variance this small means one and the same code everywhere.
     usable = (variance > 1e-12 * total) & (slope > 0)
     new_scale = torch.where(usable, slope, scale)
-    new_zero = torch.where(usable, mean_level - mean_met / new_scale, zero)
+    new_zero = torch.where(usable, mean_level - mean_target / new_scale, zero)
     return new_scale[:, 0], new_zero[:, 0]

@@ -1,13 +1,13 @@
 """Whitening: what rounding needs to know of a layer's risk (SPEC section 2).
 
 In whitened coordinates z the risk is plain squared distance, |z - z_hat|^2 = 2 R; each posterior structure has its
-equation in `whiten` (`bayesq.posterior`). Rounding never forms z. It needs the gain: by how much twice the risk grows
-per squared rounding error of a weight, once all feedback has been given. With e the rounding errors at the moment of
-rounding, row r's risk is 1/2 sum_c gain_rc e_rc^2.
+equation in `whiten` (`bayesq.posterior`). Rounding never forms z. It needs the curvature h: by how much twice the risk
+grows per squared rounding error of a weight, once all feedback has been given. With e the rounding errors at the moment
+of rounding, row r's risk is 1/2 sum_c h_rc e_rc^2.
 
-    nearest             gain_rc = P_rc,rc       always for diag and lowrank
-    feedback, kfac      gain_rc = G_rr D_c      U D UT = A, U unit upper, columns visited in decreasing diag(A)
-    feedback, ekfac     gain_rc = g_r D_c       g_r = sum_c P_rc,rc / tr A
+    nearest             h_rc = P_rc,rc       always for diag and lowrank
+    feedback, kfac      h_rc = G_rr D_c      U D UT = A, U unit upper, columns visited in decreasing diag(A)
+    feedback, ekfac     h_rc = g_r D_c       g_r = sum_c P_rc,rc / tr A
 """
 
 from dataclasses import dataclass
@@ -22,17 +22,17 @@ FLOAT64_BYTES = 8
 
 @dataclass
 class Whitening:
-    """Gains of one layer's weights, and the factors for error feedback.
+    """Curvature of one layer's weights, and the factors for error feedback.
 
     Attributes:
-        row_gain: [g, r] the rows' part of the gain (ones where column_gain has all of it).
-        column_gain: [g, r, c], or [g, 1, c] where all rows share it.
+        row_curvature: [g, r] the rows' part of the curvature (ones where column_curvature has all of it).
+        column_curvature: [g, r, c], or [g, 1, c] where all rows share it.
         factors: feedback factor of each group; None where rounding is to nearest.
         seconds: what it took to make, the posterior's fit included.
     """
 
-    row_gain: Tensor
-    column_gain: Tensor
+    row_curvature: Tensor
+    column_curvature: Tensor
     factors: list[FeedbackFactor] | None
     seconds: float = 0.0
 
@@ -44,29 +44,29 @@ class Whitening:
     @property
     def nbytes(self) -> int:
         """Memory its tensors take."""
-        factors = sum(factor.upper.nbytes + factor.column_gain.nbytes for factor in self.factors or [])
-        return self.row_gain.nbytes + self.column_gain.nbytes + factors
+        factors = sum(factor.upper.nbytes + factor.column_curvature.nbytes for factor in self.factors or [])
+        return self.row_curvature.nbytes + self.column_curvature.nbytes + factors
 
 
-def nearest_whitening(gain: Tensor) -> Whitening:
-    """Rounding to nearest, where an error in one weight costs gain [g, r, c], the diagonal of P."""
-    return Whitening(torch.ones_like(gain[..., 0]), gain, None)
+def nearest_whitening(curvature: Tensor) -> Whitening:
+    """Rounding to nearest, where an error in one weight costs curvature [g, r, c], the diagonal of P."""
+    return Whitening(torch.ones_like(curvature[..., 0]), curvature, None)
 
 
-def feedback_whitening(row_gain: Tensor, moment: Tensor, damping: float) -> Whitening:
-    """Rounding with feedback from column to column in the metric row_gain_r A.
+def feedback_whitening(row_curvature: Tensor, moment: Tensor, damping: float) -> Whitening:
+    """Rounding with feedback from column to column in the metric row_curvature_r A.
 
     Args:
-        row_gain: [g, r].
+        row_curvature: [g, r].
         moment: [g, c, c] A.
         damping: fraction of A's mean diagonal added before it is factored, against the noise of few examples.
     """
     factors = feedback_factors(moment, damping)
-    return Whitening(row_gain, torch.stack([factor.column_gain for factor in factors])[:, None, :], factors)
+    return Whitening(row_curvature, torch.stack([factor.column_curvature for factor in factors])[:, None, :], factors)
 
 
 def nearest_bytes(shape: tuple[int, int, int]) -> int:
-    """Memory of a `nearest_whitening` for a layer [g, r, c]: a gain for each weight and each row."""
+    """Memory of a `nearest_whitening` for a layer [g, r, c]: a curvature for each weight and each row."""
     g, r, c = shape
     return FLOAT64_BYTES * g * (r * c + r)
 

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bayesq.contract import LayerProblem
 from bayesq.quant.codes import Affine, Code, RowTable, Trellis
-from bayesq.quant.method import LayerProblem
 from bayesq.quant.tensor import QuantizedTensor
 
 Rounder = Callable[[float, int, int], tuple[int, float]]  # (entry, row, original column) -> code, value
@@ -107,7 +107,7 @@ def naive_gptq(weight: np.ndarray, moment: np.ndarray, damping: float, act_order
         pivot = inverse[j, j]
         result.gain[j] = 1 / pivot
         for r in range(rows):
-            result.met[r, j] = x[r, j]
+            result.target[r, j] = x[r, j]
             result.codes[r, j], result.values[r, j] = rounder(float(x[r, j]), r, j)
         error = (x[:, j] - result.values[:, j]) / pivot
         x[:, free] -= np.outer(error, inverse[j, free])

@@ -5,8 +5,8 @@ from typing import Any
 
 from torch import Tensor
 
-from bayesq.quant.loop import quantize_layers
-from bayesq.quant.method import Context, LayerProblem, Method
+from bayesq.contract import Context, LayerProblem, Method
+from bayesq.loop import quantize_layers
 from bayesq.quant.tensor import QuantizedTensor
 
 

@@ -22,7 +22,7 @@ import torch
 from bayesq.calibration.statistic import Source, Statistic
 from bayesq.likelihood import Categorical
 from bayesq.posterior import DiagonalPosterior, Laplace
-from bayesq.quant.nearest import round_to_nearest
+from bayesq.nearest import round_to_nearest
 from bayesq.suite.datasets.digits import Digits
 from bayesq.suite.tasks import Task
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from bayesq.calibration.statistic import Statistic
+from bayesq.contract import LayerProblem
 from bayesq.likelihood import DRAWS, LIKELIHOODS
 from bayesq.posterior.evidence import effective_parameters, prior_precision_by_evidence
-from bayesq.quant.method import LayerProblem
 from bayesq.whitening import FLOAT64_BYTES, Whitening, nearest_bytes, nearest_whitening
 
 PRIOR_SCOPES = ("layer", "global")
@@ -173,7 +173,7 @@ class Laplace(ABC):
         return FLOAT64_BYTES * g * (5 * c * c + 2 * r * r + 3 * r * c)
 
     def whitening_bytes(self, shape: Shape) -> int:
-        """Memory that a layer's whitening takes: by default a gain for each weight and each row."""
+        """Memory that a layer's whitening takes: by default a curvature for each weight and each row."""
         return nearest_bytes(shape)
 
     def prepare(self, layers: Sequence[LayerProblem]) -> None:

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bayesq.contract import LayerProblem
 from bayesq.fisher import FISHER_DIAGONAL
 from bayesq.posterior.base import Laplace, LayerPosterior, Shape
 from bayesq.posterior.factors import standard_normal
-from bayesq.quant.method import LayerProblem
 from bayesq.whitening import FLOAT64_BYTES
 
 

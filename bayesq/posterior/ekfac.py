@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from bayesq.calibration.inputs import INPUT_BASIS, INPUT_MOMENT
+from bayesq.contract import LayerProblem
 from bayesq.fisher import FISHER_EIGENVALUES, GRADIENT_BASIS
 from bayesq.posterior.base import Laplace, LayerPosterior, Shape
 from bayesq.posterior.factors import standard_normal
-from bayesq.quant.method import LayerProblem
 from bayesq.whitening import Whitening, feedback_bytes, feedback_whitening, nearest_whitening
 
 
@@ -73,7 +73,7 @@ class EkfacPosterior(LayerPosterior):
         return self.eigenvalues.sqrt() * self.rotate(weight)
 
     def whitening(self, feedback: bool, damping: float) -> Whitening:
-        """gain_rc = g_r D_c, U D UT = A, g_r = sum_c P_rc,rc / tr A; to nearest the diagonal of P.
+        """h_rc = g_r D_c, U D UT = A, g_r = sum_c P_rc,rc / tr A; to nearest the diagonal of P.
 
         Each row has a different metric, but rows that share one factor are rounded together: feedback takes A for the
         metric of all of them, times the g_r that leaves the row its trace. This is exact where P = A (x) G.

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from bayesq.calibration.inputs import INPUT_MOMENT
+from bayesq.contract import LayerProblem
 from bayesq.fisher import GRADIENT_MOMENT
 from bayesq.posterior.base import Laplace, LayerPosterior, Shape
 from bayesq.posterior.factors import (
@@ -18,7 +19,6 @@ from bayesq.posterior.factors import (
     standard_normal,
 )
 from bayesq.quant.feedback import output_error
-from bayesq.quant.method import LayerProblem
 from bayesq.whitening import FLOAT64_BYTES, Whitening, feedback_bytes, feedback_whitening
 
 PRIOR_SHARES = ("factored", "gradient")
@@ -81,12 +81,12 @@ class KroneckerPosterior(LayerPosterior):
         return z
 
     def whitening(self, feedback: bool, damping: float) -> Whitening:
-        """gain_rc = G_rr D_c, U D UT = A; to nearest G_rr A_cc."""
+        """h_rc = G_rr D_c, U D UT = A; to nearest G_rr A_cc."""
         # a copy: a view would hold all of G in memory
-        row_gain = self.gradient_factor.diagonal(dim1=-2, dim2=-1).clone()
+        row_curvature = self.gradient_factor.diagonal(dim1=-2, dim2=-1).clone()
         if feedback:
-            return feedback_whitening(row_gain, self.input_factor, damping)
-        return Whitening(row_gain, self.input_factor.diagonal(dim1=-2, dim2=-1)[:, None, :].clone(), None)
+            return feedback_whitening(row_curvature, self.input_factor, damping)
+        return Whitening(row_curvature, self.input_factor.diagonal(dim1=-2, dim2=-1)[:, None, :].clone(), None)
 
 
 class Kfac(Laplace):

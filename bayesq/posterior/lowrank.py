@@ -6,10 +6,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from bayesq.contract import LayerProblem
 from bayesq.fisher import FISHER_DIAGONAL, GradientDirections
 from bayesq.posterior.base import Laplace, LayerPosterior, Shape
 from bayesq.posterior.factors import standard_normal
-from bayesq.quant.method import LayerProblem
 from bayesq.whitening import FLOAT64_BYTES
 
 

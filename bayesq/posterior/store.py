@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bayesq.calibration.statistic import Statistic
+from bayesq.contract import LayerProblem, naming
 from bayesq.memory import give_back_freed
 from bayesq.posterior.base import LayerPosterior, Posterior
 from bayesq.posterior.scratch_file import TensorFile
-from bayesq.quant.method import LayerProblem, naming
 from bayesq.whitening import Whitening
 
 # Where layers are wide, memory is needed for the work on one of them, and reading a whitening is much cheaper than

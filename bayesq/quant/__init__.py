@@ -1,4 +1,4 @@
-"""What every method shares and the only part of bayesq that baselines import.
+"""What every method shares: layers, codes, rounding, files. It knows of no method and of no statistic.
 
 layers    what can be quantized as stacks of matrices, and its inputs as rows of samples
 watch     what layers read and give in a forward pass, called or used through a function
@@ -20,5 +20,4 @@ file      a model's packed file
 network   quantized weights put into a network
 accounting  bits counted on those bytes
 gptq_layout  the same codes in the checkpoint layout of GPTQ tools
-method    the protocol a method fulfils
 """

@@ -65,7 +65,7 @@ def attention(
     if not need_weights:  # torch then gives zeros, not NaN, to a query that may read nothing
         shares = shares.masked_fill(torch.isneginf(scores).all(-1, keepdim=True), 0.0)
     out = F.linear((shares @ v).permute(2, 0, 1, 3).reshape(length, b, e), out_proj_weight, out_proj_bias)
-    found = (shares.mean(1) if more.get("average_attn_weights", True) else shares) if need_weights else None
+    averaged = (shares.mean(1) if more.get("average_attn_weights", True) else shares) if need_weights else None
     if batched:
-        return out, found
-    return out.squeeze(1), None if found is None else found.squeeze(0)
+        return out, averaged
+    return out.squeeze(1), None if averaged is None else averaged.squeeze(0)

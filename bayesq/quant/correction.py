@@ -116,30 +116,48 @@ def correct_moments(
         return reference.calls[reference.read_by.get(layer, "")] == 1
 
     before = {name: tensor.clone() for name, tensor in quantized.state_dict().items()}
-
-    def correct(name: str, x: Sequence[Tensor]) -> None:
-        module: Any = quantized.get_submodule(name)
-        target, now = reference.moments[name], _Moments.over(x, parts, module)
-        if stops[name] == INPUT:
-            _fold(module, *target.mean_variance(), *now.mean_variance())
-            return
-        shift = target.mean() - now.mean()
-        module.bias += shift.to(module.bias)
-        for output in x:
-            output += _along_channels(shift.to(output), output, _channel_dim(module))
-
     # Two calls would need two corrections of one set of parameters.
     corrected = {
         name: which
         for name, which in stops.items()
         if reference.calls[name] == 1 and (which == INPUT or (name in movable and not norm_corrects(name)))
     }
+    correct = partial(_correct, quantized, reference, corrected, parts)
     Resumable(quantized, corrected, blocks).in_step(parts, correct, reference.readers)
     changed = {name: x for name, x in quantized.state_dict().items() if not torch.equal(x, before[name])}
     uncorrected = tuple(
         name for name in layers if reference.calls[name] != 1 or not (norm_corrects(name) or name in movable)
     )
     return Correction({name: tensor.clone() for name, tensor in changed.items()}, uncorrected)
+
+
+def _correct(
+    quantized: nn.Module,
+    reference: _Reference,
+    corrected: Mapping[str, str],
+    parts: Sequence[Mapping[str, Tensor]],
+    name: str,
+    x: Sequence[Tensor],
+) -> None:
+    """Match the moments of one module, and what its outputs are by now.
+
+    Args:
+        quantized: the network; changed in place.
+        reference: moments of the full-precision network.
+        corrected: whether the moments of a module are those of its INPUT or of its output.
+        parts: the batches.
+        name: of the module.
+        x: its inputs or outputs for each batch.
+    """
+    module: Any = quantized.get_submodule(name)
+    target, now = reference.moments[name], _Moments.over(x, parts, module)
+    if corrected[name] == INPUT:
+        _fold(module, *target.mean_variance(), *now.mean_variance())
+        return
+    shift = target.mean() - now.mean()
+    module.bias += shift.to(module.bias)
+    for output in x:
+        output += _along_channels(shift.to(output), output, _channel_dim(module))
 
 
 def _thin_out(inputs: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:

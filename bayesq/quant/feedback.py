@@ -66,14 +66,14 @@ class FeedbackFactor:
     Attributes:
         order: [c] visiting order of the columns.
         upper: [c, c] float64 unit upper triangular U with U D UT = A[order][:, order] + damping.
-        column_gain: [c] D, original order: increase of the layer's error per squared rounding error of a column.
+        column_curvature: [c] D, original order: increase of the layer's error per squared rounding error of a column.
         dead: [c] columns (original order) that no calibration input reached.
         retries: how often the damping had to grow before the factorization succeeded.
     """
 
     order: Tensor
     upper: Tensor
-    column_gain: Tensor
+    column_curvature: Tensor
     dead: Tensor
     retries: int
 
@@ -111,8 +111,8 @@ def feedback_factor(moment: Tensor, damping: float, act_order: bool = True) -> F
             # M = root.flip is upper triangular with M MT = A[order][:, order] + damping: a Cholesky factor from the
             # last column backwards.
             upper = root.flip(0, 1)
-            gain, pivots = upper.diagonal().square()[torch.argsort(order)], upper.diagonal().clone()
-            return FeedbackFactor(order, upper.div_(pivots), gain, dead, retry)
+            curvature, pivots = upper.diagonal().square()[torch.argsort(order)], upper.diagonal().clone()
+            return FeedbackFactor(order, upper.div_(pivots), curvature, dead, retry)
     raise ValueError(f"the input moment is not positive definite even with damping {fraction:g}")
 
 
@@ -146,14 +146,14 @@ def feedback_factors(moments: Tensor, damping: float, act_order: bool = True) ->
     root, info = torch.linalg.cholesky_ex(damped.flip(1, 2))
     root = root.flip(1, 2)
     pivots = root.diagonal(dim1=-2, dim2=-1)
-    gain = pivots.square().gather(1, torch.argsort(order, dim=1))
+    curvature = pivots.square().gather(1, torch.argsort(order, dim=1))
     upper = root / pivots[:, None, :]
     factors = []
     for g, failed in enumerate(info.tolist()):
         if failed:
             factors.append(feedback_factor(moments[g], damping, act_order))
         else:
-            factors.append(FeedbackFactor(order[g], upper[g], gain[g], dead[g], 0))
+            factors.append(FeedbackFactor(order[g], upper[g], curvature[g], dead[g], 0))
     return factors
 
 
@@ -168,7 +168,7 @@ def feedback_round_groups(
         grid: rounds one entry of all R = g * r rows; must not depend on the column.
 
     Returns:
-        codes [R, C] uint8, values [R, C] float64, met [R, C] float64, as `feedback_round`.
+        codes [R, C] uint8, values [R, C] float64, target [R, C] float64, as `feedback_round`.
     """
     groups, rows, columns = weight.shape
     order = torch.stack([factor.order for factor in factors])
@@ -184,8 +184,8 @@ def feedback_round_groups(
         x[j + 1 :] += u[:, j, j + 1 :].T[:, :, None] * (w[j] - values[j])
     back = torch.argsort(order, dim=1)[:, None, :].expand(groups, rows, columns)
     restored = (part.permute(1, 2, 0).gather(2, back).flatten(0, 1) for part in (codes, values, x))
-    codes, values, met = restored
-    return codes, values, met
+    codes, values, target = restored
+    return codes, values, target
 
 
 def feedback_round(
@@ -200,7 +200,7 @@ def feedback_round(
         on_block: see BlockObserver; receives original-order weights only when the factor has no act-order.
 
     Returns:
-        codes [R, C] uint8 in original order; values [R, C] float64 the codes stand for; met [R, C] float64, what each
+        codes [R, C] uint8 in original order; values [R, C] float64 they stand for; target [R, C] float64, what each
         entry was at the moment it was rounded (the weight plus all feedback).
     """
     columns, rows = weight.shape[1], weight.shape[0]
@@ -217,11 +217,11 @@ def feedback_round(
             on_block(_optimum(x, delta, u, start), start, stop)
         for sub in range(start, stop, SUB_BLOCK):
             end = min(sub + SUB_BLOCK, stop)
-            own = slice(sub, end)
+            part = slice(sub, end)
             step = grid.round_block if isinstance(grid, BlockGrid) else partial(_round_block, grid)
-            step(x[own], delta[own], u[own, own].contiguous(), original[own], codes[own], values[own])
+            step(x[part], delta[part], u[part, part].contiguous(), original[part], codes[part], values[part])
             if end < stop:
-                x[end:stop].addmm_(u[own, end:stop].T, delta[own])
+                x[end:stop].addmm_(u[part, end:stop].T, delta[part])
         if stop < columns:
             x[stop:].addmm_(u[start:stop, stop:].T, delta[start:stop])
     back = torch.argsort(factor.order)
@@ -251,7 +251,7 @@ def _round_block(
     """Round the columns x [B, R], feeding each one's error to those after it.
 
     Args:
-        x: becomes what was met.
+        x: becomes the targets.
         delta: [B, R] the weights; becomes weights - values.
         upper: [B, B] U of these columns among each other.
         columns: their original indices.

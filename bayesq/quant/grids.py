@@ -81,14 +81,15 @@ def _affine_block(
     for low in range(0, x.shape[1], TILE):
         high = min(low + TILE, x.shape[1])
         for j in range(x.shape[0]):
-            entry, own, kept, written = x[j, low:high], delta[j, low:high], codes[j, low:high], values[j, low:high]
+            entry, error = x[j, low:high], delta[j, low:high]
+            code_row, written = codes[j, low:high], values[j, low:high]
             step, offset, most = scale[which[j], low:high], zero[which[j], low:high], top[low:high]
             for r in range(high - low):
                 code = min(max(np.rint(entry[r] / step[r]) + offset[r], 0.0), most[r])
                 value = step[r] * (code - offset[r])
-                kept[r] = np.uint8(code)
+                code_row[r] = np.uint8(code)
                 written[r] = value
-                own[r] -= value
+                error[r] -= value
             feed_back(x, delta, upper, j, low, high)
 
 
@@ -192,8 +193,8 @@ class CodebookGrid:
         block = (x.numpy(), delta.numpy(), upper.numpy())
         _codebook_block(*block, scale, zero, levels, bounds, codes.numpy(), values.numpy())
 
-    def round_matrix(self, x: Tensor, gain: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Nearest codes and values of a whole matrix [R, C], whatever its errors cost (`gain`, as `TrellisGrid`)."""
+    def round_matrix(self, x: Tensor, curvature: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Nearest codes and values of a whole matrix [R, C]; `curvature` is read by other grids, see `TrellisGrid`."""
         scale, zero = self.scale[:, None], self.zero[:, None]
         code = torch.searchsorted(self._bounds, torch.addcdiv(zero, x, scale))
         return code, scale * (torch.gather(self._levels, 1, code) - zero)
@@ -224,36 +225,36 @@ def mse_grid(
     return _search_ranges(weight, width, None, scale_dtype, steps)
 
 
-def gain_grid(
-    weight: Tensor, width: Tensor, gain: Tensor, scale_dtype: torch.dtype = torch.float16
+def curvature_grid(
+    weight: Tensor, width: Tensor, curvature: Tensor, scale_dtype: torch.dtype = torch.float16
 ) -> tuple[Tensor, Tensor]:
-    """Scale and zero [R] with the range shrunk to minimise sum_c gain_c (w_c - q(w_c))^2.
+    """Scale and zero [R] with the range shrunk to minimise sum_c h_c (w_c - q(w_c))^2.
 
     Args:
         weight, width, scale_dtype: as in `minmax_grid`.
-        gain: [R, C] what a squared error costs, at least 0, in any unit.
+        curvature: [R, C] what a squared error costs, at least 0, in any unit.
     """
-    return _search_ranges(weight, width, gain, scale_dtype, CLIP_STEPS)
+    return _search_ranges(weight, width, curvature, scale_dtype, CLIP_STEPS)
 
 
 def _search_ranges(
-    weight: Tensor, width: Tensor, gain: Tensor | None, scale_dtype: torch.dtype, steps: int
+    weight: Tensor, width: Tensor, curvature: Tensor | None, scale_dtype: torch.dtype, steps: int
 ) -> tuple[Tensor, Tensor]:
-    """The search of `mse_grid` (no gain) and `gain_grid`, CLIP_ROWS rows at a time."""
-    found = []
+    """The search of `mse_grid` (no curvature) and `curvature_grid`, CLIP_ROWS rows at a time."""
+    ranges = []
     for rows in torch.arange(len(weight)).split(CLIP_ROWS):
-        own = slice(int(rows[0]), int(rows[-1]) + 1)
+        part = slice(int(rows[0]), int(rows[-1]) + 1)
         cost = None
-        if gain is not None:
-            most = gain[own].amax(1, keepdim=True).clamp(min=torch.finfo(gain.dtype).tiny)
-            cost = (gain[own] / most).to(torch.float32)
-        found.append(_search_rows(weight[own].to(torch.float32), width[own], cost, scale_dtype, steps))
-    scales, zeros = zip(*found, strict=True)
+        if curvature is not None:
+            most = curvature[part].amax(1, keepdim=True).clamp(min=torch.finfo(curvature.dtype).tiny)
+            cost = (curvature[part] / most).to(torch.float32)
+        ranges.append(_search_rows(weight[part].to(torch.float32), width[part], cost, scale_dtype, steps))
+    scales, zeros = zip(*ranges, strict=True)
     return torch.cat(scales).to(weight.dtype), torch.cat(zeros).to(weight.dtype)
 
 
 def _search_rows(
-    weight: Tensor, width: Tensor, gain: Tensor | None, scale_dtype: torch.dtype, steps: int
+    weight: Tensor, width: Tensor, curvature: Tensor | None, scale_dtype: torch.dtype, steps: int
 ) -> tuple[Tensor, Tensor]:
     low, high = _range(weight)
     shrink = torch.tensor([1 - step / steps for step in range(round(steps * (1 - CLIP_LOWEST)))], dtype=low.dtype)
@@ -267,7 +268,7 @@ def _search_rows(
         torch.div(weight, s[:, None], out=code)
         code.round_().add_(z[:, None]).clamp_(min=0).clamp_(max=top).sub_(z[:, None]).mul_(s[:, None])
         code.sub_(weight)
-        error = (code.abs_().pow_(CLIP_NORM) if gain is None else code.square_().mul_(gain)).sum(1)
+        error = (code.abs_().pow_(CLIP_NORM) if curvature is None else code.square_().mul_(curvature)).sum(1)
         better = error < best
         best = torch.where(better, error, best)
         scale, zero = torch.where(better, s, scale), torch.where(better, z, zero)

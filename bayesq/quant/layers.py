@@ -79,15 +79,15 @@ def quantizable_layers(module: nn.Module, exclude: Sequence[str] = ()) -> dict[s
     for pattern in exclude:
         if not any(fnmatchcase(name, pattern) for name in (*layers, *tables)):
             raise ValueError(f"layers.exclude: pattern {pattern!r} matches no Linear, Conv2d or Embedding layer")
-    kept = {name: layer for name, layer in layers.items() if not _matches(name, exclude)}
-    if not kept:
+    chosen = {name: layer for name, layer in layers.items() if not _matches(name, exclude)}
+    if not chosen:
         raise ValueError("layers.exclude leaves no Linear or Conv2d layer to quantize")
-    for name, layer in kept.items():
+    for name, layer in chosen.items():
         _check_plain(name, layer)
     # a layer that is excluded keeps the weight it shares with another one
     taken = {id(table.weight) for table in tables.values()}
-    taken |= {id(layer.weight) for name, layer in layers.items() if name not in kept}
-    free = {name: layer for name, layer in kept.items() if id(layer.weight) not in taken}
+    taken |= {id(layer.weight) for name, layer in layers.items() if name not in chosen}
+    free = {name: layer for name, layer in chosen.items() if id(layer.weight) not in taken}
     if not free:
         raise ValueError("all layers share their weights with embeddings or excluded layers: none is left to quantize")
     return _once(free)
@@ -129,11 +129,11 @@ def is_layer(module: nn.Module) -> bool:
 
 def same_layer(layer: Layer, module: nn.Module, name: str) -> Layer:
     """The layer of a copy of the network that is to the copy what `layer` is to the original."""
-    found = find_layer(module, name)
-    if isinstance(layer, ParameterLayer) and isinstance(found, nn.Linear):
-        return function_called(found)
-    assert not isinstance(found, nn.Embedding)
-    return found
+    other = find_layer(module, name)
+    if isinstance(layer, ParameterLayer) and isinstance(other, nn.Linear):
+        return function_called(other)
+    assert not isinstance(other, nn.Embedding)
+    return other
 
 
 def function_called(layer: nn.Linear) -> ParameterLayer:
@@ -173,16 +173,16 @@ def _parameter_layers(owner: nn.Module) -> dict[str, ParameterLayer]:
     Classes of transformers are known by name and attributes, because importing them costs seconds.
     """
     kind = type(owner).__name__
-    own = {name: x for name, x in owner.named_parameters(recurse=False) if x.ndim >= 2}
-    if kind == "Conv1D" and hasattr(owner, "nf") and "weight" in own:
+    matrices = {name: x for name, x in owner.named_parameters(recurse=False) if x.ndim >= 2}
+    if kind == "Conv1D" and hasattr(owner, "nf") and "weight" in matrices:
         return {"": ParameterLayer(owner, "weight", kind, transposed=True, whole=True)}
-    if isinstance(owner, nn.MultiheadAttention) and "in_proj_weight" in own:
+    if isinstance(owner, nn.MultiheadAttention) and "in_proj_weight" in matrices:
         return {"in_proj_weight": ParameterLayer(owner, "in_proj_weight", kind, groups=3)}
     if hasattr(owner, "num_experts"):
         transposed = bool(getattr(owner, "is_transposed", False))
         return {
             name: ParameterLayer(owner, name, "Experts", groups=len(x), transposed=transposed)
-            for name, x in own.items()
+            for name, x in matrices.items()
             if x.ndim == 3
         }
     return {}

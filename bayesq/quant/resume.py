@@ -349,11 +349,11 @@ class Resumable:
             yield
         finally:
             self._pass = None
-            for child, own in replaced:
-                if own is None:
+            for child, forward in replaced:
+                if forward is None:
                     del child.forward
                 else:
-                    child.forward = own
+                    child.forward = forward
 
     def _call(self, name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         site = self.stops.get(name)

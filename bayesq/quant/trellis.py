@@ -180,7 +180,7 @@ class TrellisGrid:
         zero: [R] offset in level units.
         width: [R] bits per code.
         codebooks: width -> increasing levels [2**(width+1)]; a width without one has `uniform_levels`.
-        row_gain: [R] how much a squared error in a row costs, in any unit: rows of one path compete.
+        row_curvature: [R] how much a squared error in a row costs, in any unit: rows of one path compete.
         states: of the trellis.
     """
 
@@ -188,7 +188,7 @@ class TrellisGrid:
     zero: Tensor
     width: Tensor
     codebooks: Mapping[int, Tensor]
-    row_gain: Tensor
+    row_curvature: Tensor
     states: int
     _tables: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray] = field(init=False)
     _rows: tuple[np.ndarray, np.ndarray] = field(init=False)
@@ -200,7 +200,7 @@ class TrellisGrid:
         for w in self.width.unique().tolist():
             book = self.codebooks[w] if w in self.codebooks else uniform_levels(w)
             levels[w, : len(book)] = book.to(torch.float64).numpy()
-        weight = self.row_gain.to(torch.float64) * self.scale.to(torch.float64).square()
+        weight = self.row_curvature.to(torch.float64) * self.scale.to(torch.float64).square()
         # Only ratios matter; around 1 float32 path costs neither overflow nor vanish.
         weight = weight / weight.mean().clamp(min=torch.finfo(torch.float64).tiny)
         subset = subset_table(self.states)[: self.states : 2].astype(np.uint8)
@@ -221,18 +221,18 @@ class TrellisGrid:
         block = (x.numpy(), delta.numpy(), upper.numpy())
         _trellis_block(*block, *self._rows, *self._tables, codes.numpy(), values.numpy())
 
-    def round_matrix(self, x: Tensor, gain: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def round_matrix(self, x: Tensor, curvature: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Codes and values of a whole matrix [R, C] without feedback.
 
         Args:
-            gain: [R, C] cost of a squared error of each entry; None = that of its row everywhere.
+            curvature: [R, C] cost of a squared error of each entry; None = that of its row everywhere.
         """
         weight, width, levels, middles, subset = self._tables
         units = torch.addcdiv(self.zero[:, None], x, self.scale[:, None]).T.contiguous().numpy()
-        if gain is None:
+        if curvature is None:
             weights = np.ascontiguousarray(np.broadcast_to(weight, units.shape))
         else:
-            cost = gain.to(torch.float64).T * self.scale.square()
+            cost = curvature.to(torch.float64).T * self.scale.square()
             weights = (cost / cost.mean(1, keepdim=True).clamp(min=torch.finfo(cost.dtype).tiny)).contiguous().numpy()
         code, index = np.empty(units.shape, np.int64), np.empty(units.shape, np.int64)
         _search_columns(units, weights, width, levels, middles, subset, code, index)

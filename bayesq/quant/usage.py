@@ -111,14 +111,14 @@ def _refuse_hidden_uses(module: nn.Module, unreached: Mapping[str, Layer], input
     """
     if not unreached:
         return
-    before, kept = module(**inputs), {name: layer.weight.clone() for name, layer in unreached.items()}
+    before, weights = module(**inputs), {name: layer.weight.clone() for name, layer in unreached.items()}
     try:
         for layer in unreached.values():
             layer.weight.add_(1.0)
         after = module(**inputs)
     finally:
         for name, layer in unreached.items():
-            layer.weight.copy_(kept[name])
+            layer.weight.copy_(weights[name])
     if (after - before).norm() > ACCELERATOR_TOLERANCE * before.norm():
         raise OtherUseError(
             f"the network computes with weights in a way that cannot be watched (a scripted function, numpy, shared "
@@ -132,37 +132,37 @@ def _reached_by(
     """Those of some layers that one of the batches reaches, as the network uses them."""
     waiting, reached = dict(layers), dict[str, Layer]()
     for inputs in batches if waiting else ():
-        found = _watch(module, waiting, inputs)
-        _refuse_other_uses(waiting, [found])
-        for name, xs in found.inputs.items():
-            reached[name] = _as_used(waiting.pop(name), len(xs), found.called[name])
+        seen = _watch(module, waiting, inputs)
+        _refuse_other_uses(waiting, [seen])
+        for name, xs in seen.inputs.items():
+            reached[name] = _as_used(waiting.pop(name), len(xs), seen.called[name])
         if not waiting:
             break
     return reached
 
 
 def _watch(module: nn.Module, layers: Mapping[str, Layer], inputs: Mapping[str, Tensor]) -> _Pass:
-    found = _Pass()
+    seen = _Pass()
     versions: list[tuple[str, Tensor, int]] = []
 
     def use(name: str, group: int | None, x: Tensor, _: Tensor) -> None:
-        found.inputs.setdefault(name, []).append(x.detach().clone())
+        seen.inputs.setdefault(name, []).append(x.detach().clone())
         versions.append((name, x, x._version))
 
     def call(name: str, *_: object) -> None:
-        found.called[name] += 1
+        seen.called[name] += 1
 
     def other(name: str, function: str) -> None:
-        found.others.setdefault(name, function)
+        seen.others.setdefault(name, function)
 
     modules = {name: layer for name, layer in layers.items() if isinstance(layer, nn.Module)}
     with watching(modules, call), Products(layers, use, other):
         module(**inputs)
-    found.overwritten = {name for name, x, version in versions if x._version != version}
+    seen.overwritten = {name for name, x, version in versions if x._version != version}
     for name, layer in layers.items():
-        if isinstance(layer, nn.Conv2d) and len(found.inputs.get(name, ())) > found.called[name]:
-            found.others.setdefault(name, "conv2d")  # its stride and padding are then not the layer's
-    return found
+        if isinstance(layer, nn.Conv2d) and len(seen.inputs.get(name, ())) > seen.called[name]:
+            seen.others.setdefault(name, "conv2d")  # its stride and padding are then not the layer's
+    return seen
 
 
 def _as_used(layer: Layer, used: int, called: int) -> Layer:

@@ -112,10 +112,10 @@ class Products(TorchFunctionMode):
         if func in PRODUCTS:
             at, keyword, weight_at, weight_keyword, transposed = PRODUCTS[func]
             weight = args[weight_at] if len(args) > weight_at else kwargs.get(weight_keyword)
-            found = self._find(weight, transposed)
-            if found is not None:
+            use = self._find(weight, transposed)
+            if use is not None:
                 x = args[at] if len(args) > at else kwargs[keyword]
-                replaced = self.seen(*found, x, output)
+                replaced = self.seen(*use, x, output)
                 return output if replaced is None else replaced
         if self.other is not None and self._storages:
             self._report(func, args, kwargs, output)

@@ -62,12 +62,12 @@ def bits_per_layer(layers: Rows, predictions: Rows) -> list[list[Any]]:
 
 def risks(layers: Rows, predictions: Rows) -> list[list[Any]]:
     """Decimal logarithms of predicted and achieved risk, for layers that have both; risks span orders of magnitude."""
-    found = []
+    points = []
     for row in layers:
         predicted, achieved = row.get("predicted_risk"), row.get("achieved_risk")
         if predicted and achieved and min(predicted, achieved) > 0:
-            found.append([row["name"], math.log10(predicted), math.log10(achieved)])
-    return found
+            points.append([row["name"], math.log10(predicted), math.log10(achieved)])
+    return points
 
 
 def reliability(layers: Rows, predictions: Rows) -> list[list[Any]]:
@@ -77,14 +77,14 @@ def reliability(layers: Rows, predictions: Rows) -> list[list[Any]]:
     """
     if not predictions or "q_confidence" not in predictions[0]:
         return []
-    found: list[list[Any]] = []
+    points: list[list[Any]] = []
     for prefix, name in NETWORKS.items():
         for confidence, accuracy, examples in confidence_bins(
             np.array([row[f"{prefix}_confidence"] for row in predictions], dtype=np.float64),
             np.array([row[f"{prefix}_correct"] for row in predictions], dtype=np.float64),
         ):
-            found.append([name, confidence, accuracy, examples])
-    return found + [["perfect", edge, edge, 0] for edge in (0.0, 1.0)]
+            points.append([name, confidence, accuracy, examples])
+    return points + [["perfect", edge, edge, 0] for edge in (0.0, 1.0)]
 
 
 def confidence_bins(confidence: np.ndarray, correct: np.ndarray) -> Iterator[tuple[float, float, int]]:

@@ -170,13 +170,7 @@ def estimate(
     if choices.sequential:
         inputs = min(STORED_BYTES, choices.examples * calibration.largest)
         stages["rounding"] += network + activated * (2 * choices.calibration_batch * calibration.largest + inputs)
-    if choices.corrected:
-        moved = 3 * activated * choices.corrected * calibration.largest
-        stages["correction"] = codes + 3 * network + moved
-    if choices.distillation_batch is not None:
-        # the student's copy, decoded weights, their gradients and sums, the teacher's draw; int16 indices
-        backward = 2 * activated * choices.distillation_batch * calibration.total
-        stages["distillation"] = 2 * codes + network + 16 * weights + 2 * weights + backward
+    stages |= _repairs(choices, weights, network, activated, calibration)
     stay = 0
     if not choices.offload:
         if choices.whitening_memory < whitenings <= choices.whitening_disk:
@@ -190,6 +184,25 @@ def estimate(
     needs.disk["cache_dir"] = 4 * sum(math.prod(one.shape(*shape)) for one in missing for shape in shapes)
     needs.disk["results_dir"] = packed + (whitenings if choices.offload else 0)
     return needs
+
+
+def _repairs(choices: Choices, weights: int, network: int, activated: int, calibration: Activations) -> dict[str, int]:
+    """Memory of correction and distillation, if they are asked for.
+
+    Args:
+        weights: number of quantized weights.
+        network: bytes of the network.
+        activated: 0 where activations are in the memory of an accelerator, else 1.
+        calibration: activations of one calibration example.
+    """
+    stages = {}
+    if choices.corrected:
+        stages["correction"] = weights + 3 * network + 3 * activated * choices.corrected * calibration.largest
+    if choices.distillation_batch is not None:
+        # the student's copy, decoded weights, their gradients and sums, the teacher's draw; int16 indices
+        backward = 2 * activated * choices.distillation_batch * calibration.total
+        stages["distillation"] = 2 * weights + network + 16 * weights + 2 * weights + backward
+    return stages
 
 
 def _shape(layer: Layer) -> tuple[int, int, int]:

@@ -46,15 +46,14 @@ def flat_result(
     """The flat result of a run.
 
     Args:
-        cfg: the configuration that is recorded.
-        work: network and data.
+        cfg, work: configuration, network and data.
         quantized: what the recipe made of the network.
         sizes: of the packed file.
         metrics: of the evaluation, under their result keys.
         seconds: evaluate, total and prepare.
         estimate_bytes: memory that the preflight expected.
     """
-    rows, device, weights = layer_rows(quantized), work.subject.device, work.subject.weights
+    device, weights = work.subject.device, work.subject.weights
     counted = fallbacks(quantized, len(work.subject.usage.unreached))
     return {
         "run_id": run_id(cfg),
@@ -77,12 +76,9 @@ def flat_result(
         "bytes/fp32": 4 * weights,
         **metrics,
         **{f"distill/{key}": value for key, value in quantized.distillation.items()},
-        "risk/rank_correlation": risk_rank_correlation(rows),
+        "risk/rank_correlation": risk_rank_correlation(layer_rows(quantized)),
         **{f"time/{stage}_s": value for stage, value in (quantized.seconds | dict(seconds)).items()},
-        "memory/peak_rss_bytes": peak_bytes(),
-        "memory/process": process(),
-        "memory/estimate_bytes": estimate_bytes,
-        "memory/peak_device_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0,
+        **memory(device, estimate_bytes),
         "calibration/examples": len(work.subject.examples),
         "evaluation/examples": len(work.evaluation),
         **{f"fallback/{kind}": times for kind, times in counted.items()},
@@ -98,6 +94,16 @@ def flat_result(
             "calibration": work.subject.examples.checksum(),
             "evaluation": work.evaluation.checksum(),
         },
+    }
+
+
+def memory(device: torch.device, estimate_bytes: int) -> dict[str, Any]:
+    """Peaks of the process and of its device so far, and what the preflight expected, under their result keys."""
+    return {
+        "memory/peak_rss_bytes": peak_bytes(),
+        "memory/process": process(),
+        "memory/estimate_bytes": estimate_bytes,
+        "memory/peak_device_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0,
     }
 
 

@@ -15,10 +15,10 @@ from torch import Tensor
 from bayesq.allocation import Budget, Knapsack
 from bayesq.calibration.samples import Pairs
 from bayesq.calibration.statistic import Source, Statistic, with_required
+from bayesq.contract import Context, Distortion, LayerProblem
+from bayesq.loop import quantize_layers
 from bayesq.quant.grids import MAX_WIDTH, MIN_WIDTH
 from bayesq.quant.layers import Layer, kernel_positions, weight_to_matrix
-from bayesq.quant.loop import quantize_layers
-from bayesq.quant.method import Context, Distortion, LayerProblem
 from bayesq.quant.tensor import QuantizedTensor
 from bayesq.recipe import Recipe
 

@@ -10,8 +10,8 @@ from rounding_loop import rounded
 from torch import Tensor
 
 from baselines.awq import AWQ
+from bayesq.contract import LayerProblem
 from bayesq.quant.accounting import stored_bytes
-from bayesq.quant.method import LayerProblem
 from bayesq.quant.packing import pack
 from bayesq.quant.tensor import QuantizedTensor
 

@@ -135,7 +135,7 @@ def test_the_gain_rule_takes_the_gains_of_feedback(shape, act_order, group_size)
     generator = torch.Generator().manual_seed(4)
     weight = torch.randn(shape, generator=generator) * torch.randn(shape, generator=generator).exp()
     moments = torch.stack([moment_of(shape[2], 3 * shape[2], generator) for _ in range(shape[0])])
-    gptq = GPTQ("gain", act_order, DAMPING, group_size, False)
+    gptq = GPTQ("curvature", act_order, DAMPING, group_size, False)
     ((_, tensor),) = rounded(gptq, [problem(weight, moments)], FixedWidths(layer=uint8([3] * shape[0] * shape[1])))
     size = group_size or shape[2]
     for g in range(shape[0]):
@@ -181,7 +181,7 @@ def naive_column_groups(weight: np.ndarray, moment: np.ndarray, width: int, size
         def until_block(entry: float, r: int, j: int, stop: int = block) -> tuple[int, float]:
             return rounder(entry, r, j) if j < stop else (0, entry)  # no error: later columns stay as they are
 
-        current = naive_gptq(weight, moment, DAMPING, False, until_block).met
+        current = naive_gptq(weight, moment, DAMPING, False, until_block).target
         for first in starts:
             if block <= first < block + 128:
                 set_grids(current, first)

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from bayesq.calibration.inputs import INPUT_MOMENT, InputStatistic
 from bayesq.calibration.passes import collect
 from bayesq.calibration.statistic import Source, Statistic
+from bayesq.contract import LayerProblem
 from bayesq.fisher import FISHER_DIAGONAL
 from bayesq.likelihood import LIKELIHOODS
 from bayesq.posterior import Diagonal
 from bayesq.quant.layers import quantizable_layers, weight_to_matrix
-from bayesq.quant.method import LayerProblem
 from bayesq.suite.preflight import Activations, Choices, estimate
 from bayesq.suite.rehearsal import RandomStatistics
 

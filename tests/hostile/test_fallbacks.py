@@ -7,8 +7,8 @@ from test_numbers import CHOICES, Choice, problem, quantized
 from torch import Tensor
 
 from baselines.rtn import RTN
-from bayesq.quant.method import LayerProblem
-from bayesq.quant.nearest import clamped_scales
+from bayesq.contract import LayerProblem
+from bayesq.nearest import clamped_scales
 from bayesq.recipe import Quantized
 from bayesq.suite.record import FALLBACKS, fallbacks
 

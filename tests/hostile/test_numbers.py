@@ -31,11 +31,11 @@ from baselines.rtn import RTN
 from bayesq.allocation import Budget, Knapsack, Uniform
 from bayesq.calibration.inputs import INPUT_BASIS
 from bayesq.calibration.statistic import LayerStatistics
+from bayesq.contract import LayerProblem
 from bayesq.fisher import GRADIENT_BASIS
 from bayesq.method import BayesQ
 from bayesq.posterior import Diagonal, Ekfac, Kfac, LowRank, Posterior, WhiteningStore
 from bayesq.quant.grids import FP16_TINY
-from bayesq.quant.method import LayerProblem
 from bayesq.quant.packing import pack_model, unpack_model
 
 WIDTHS = (2, 3, 4, 5, 6, 8)

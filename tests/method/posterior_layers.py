@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bayesq.contract import LayerProblem
 from bayesq.posterior import (
     Diagonal,
     DiagonalPosterior,
@@ -15,7 +16,6 @@ from bayesq.posterior import (
     LowRank,
     LowRankPosterior,
 )
-from bayesq.quant.method import LayerProblem
 
 N = 50
 KINDS = ("diag", "kfac", "ekfac", "lowrank")

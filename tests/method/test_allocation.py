@@ -19,11 +19,11 @@ from baselines.rtn import RTN
 from bayesq import allocation
 from bayesq.allocation import Budget, Knapsack, Uniform, make_allocator
 from bayesq.codebook import level_kind, normal_distortion, normal_levels
+from bayesq.contract import LayerProblem
 from bayesq.knapsack import greedy_knapsack
 from bayesq.posterior import Diagonal, Kfac, Posterior, WhiteningStore
 from bayesq.quant.accounting import code_bits
 from bayesq.quant.codes import Codebook, shared_code
-from bayesq.quant.method import LayerProblem
 from bayesq.quant.packing import pack_model
 from bayesq.quant.tensor import QuantizedTensor
 from bayesq.rounding import predicted_risk

@@ -8,10 +8,10 @@ import torch
 from posterior_layers import KINDS, N, dense_precision, fitted, posterior_of, problem
 from scipy import optimize
 
+from bayesq.contract import LayerProblem
 from bayesq.posterior import Kfac
 from bayesq.posterior.evidence import LARGEST_PRIOR_PRECISION, prior_precision_by_evidence
 from bayesq.posterior.factors import shrink
-from bayesq.quant.method import LayerProblem
 
 
 def most_likely_prior(scaled: np.ndarray, squared_norm: float) -> float:

@@ -11,11 +11,11 @@ from torch import Tensor
 
 import bayesq.method
 from bayesq import codebook
+from bayesq.contract import LayerProblem, stack_groups
 from bayesq.method import BayesQ
 from bayesq.posterior import Diagonal, Kfac, Posterior, WhiteningStore
 from bayesq.quant.codes import Affine, Codebook, Trellis
 from bayesq.quant.grids import mse_grid
-from bayesq.quant.method import LayerProblem, stack_groups
 from bayesq.quant.packing import CODEBOOK_PREFIX, pack_model, unpack_model
 from bayesq.quant.tensor import QuantizedTensor
 from bayesq.rounding import Rounded, first_rows, refit_rows
@@ -220,9 +220,9 @@ def met_in_level_units(method: BayesQ, one: LayerProblem, rounded: Rounded) -> t
     """What a layer of one group met, on its refitted grid; what an error of a level unit costs there; that grid."""
     posterior = method.whitenings.fit(one)
     columns = conditional(damped(posterior.input_factor[0], method.damping))
-    scale, zero = refit_rows(rounded, columns.expand_as(rounded.met))
+    scale, zero = refit_rows(rounded, columns.expand_as(rounded.target))
     cost = posterior.gradient_factor[0].diagonal()[:, None] * columns * scale[:, None].square()
-    return rounded.met / scale[:, None] + zero[:, None], cost, scale, zero
+    return rounded.target / scale[:, None] + zero[:, None], cost, scale, zero
 
 
 def damped(a: Tensor, fraction: float) -> Tensor:

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from bayesq.batches import TensorExamples
 from bayesq.calibration.passes import CalibrationSettings
+from bayesq.contract import LayerProblem
 from bayesq.likelihood import LIKELIHOODS
 from bayesq.posterior import Diagonal, Ekfac, Kfac, LowRank, LowRankPosterior
 from bayesq.posterior.factors import factored_damping, proper_root, shrink
 from bayesq.quant.layers import quantizable_layers, weight_to_matrix
-from bayesq.quant.method import LayerProblem
 from bayesq.suite.calibration import Calibration
 from bayesq.suite.models.base import state_checksum
 

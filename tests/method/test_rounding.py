@@ -10,11 +10,11 @@ from torch import Tensor
 
 from baselines.gptq import GPTQ
 from bayesq.codebook import level_unit, normal_distortion, normal_levels
+from bayesq.contract import LayerProblem, stack_groups
 from bayesq.posterior import DiagonalPosterior, Kfac, KroneckerPosterior
 from bayesq.quant.feedback import feedback_factor
 from bayesq.quant.grids import CLIP_RULES, FP16_TINY, minmax_grid, mse_grid, stored_scale, zero_code, zero_value
-from bayesq.quant.method import LayerProblem, stack_groups
-from bayesq.rounding import SPREADS, Rounded, first_rows, predicted_risk, refit_rows, round_layer, rounding_gain
+from bayesq.rounding import SPREADS, Rounded, first_rows, predicted_risk, refit_rows, round_layer, rounding_curvature
 
 DAMPING = 0.01
 
@@ -90,7 +90,7 @@ def test_nearest_takes_the_nearest_of_all_storable_values():
     # what is rounded to is what can be stored
     assert torch.equal(rounded.scale, stored_scale(scale)) and not torch.equal(rounded.scale, scale)
     assert torch.equal(rounded.zero, zero_value(zero_code(zero, widths), widths, torch.float64))
-    assert torch.equal(rounded.met, stack_groups(weight).double())
+    assert torch.equal(rounded.target, stack_groups(weight).double())
     for row, entries in enumerate(stack_groups(weight).tolist()):
         values = [
             float(rounded.scale[row]) * (level - float(rounded.zero[row])) for level in table(int(widths[row]), books)
@@ -261,12 +261,12 @@ def rounded_and_gain() -> tuple[Rounded, Tensor]:
     widths = torch.tensor([2, 3, 4, 2, 3] * 2, dtype=torch.uint8)
     books = {2: normal_levels("lloyd", 2) + 1.5}
     rounded = round_layer(weight, whitening, *minmax_grid(stack_groups(weight).double(), widths), widths, books)
-    return rounded, rounding_gain(whitening, 5)
+    return rounded, rounding_curvature(whitening, 5)
 
 
 def weighted_error(rounded: Rounded, gain: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     levels = rounded.values / rounded.scale[:, None] + rounded.zero[:, None]
-    return (gain * (rounded.met - scale[:, None] * (levels - zero[:, None])).square()).sum(1)
+    return (gain * (rounded.target - scale[:, None] * (levels - zero[:, None])).square()).sum(1)
 
 
 def test_refit_solves_the_weighted_least_squares(rounded_and_gain):
@@ -276,7 +276,7 @@ def test_refit_solves_the_weighted_least_squares(rounded_and_gain):
         level = (rounded.values[row] / rounded.scale[row] + rounded.zero[row]).numpy()
         root = gain[row].sqrt().numpy()
         design = np.stack([level, np.ones(30)], 1) * root[:, None]
-        slope, offset = np.linalg.lstsq(design, rounded.met[row].numpy() * root, rcond=None)[0]
+        slope, offset = np.linalg.lstsq(design, rounded.target[row].numpy() * root, rcond=None)[0]
         assert float(scale[row]) == pytest.approx(slope, rel=1e-8)
         assert float(-scale[row] * zero[row]) == pytest.approx(offset, rel=1e-6, abs=1e-9)
     before = weighted_error(rounded, gain, rounded.scale, rounded.zero)

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from bayesq.allocation import Budget, Knapsack
 from bayesq.calibration.inputs import INPUT_MOMENT
+from bayesq.contract import LayerProblem
 from bayesq.method import BayesQ
 from bayesq.posterior import Laplace, LayerPosterior, WhiteningStore
 from bayesq.posterior.factors import standard_normal
 from bayesq.posterior.scratch_file import TensorFile
-from bayesq.quant.feedback import feedback_factors
+from bayesq.quant.feedback import FeedbackFactor, feedback_factors
 from bayesq.quant.layers import quantizable_layers
-from bayesq.quant.method import LayerProblem
 from bayesq.suite.preflight import Activations, Choices, estimate
 from bayesq.whitening import Whitening
 
@@ -50,10 +50,13 @@ def expected(name: str, feedback: bool = True, damping: float = DAMPING) -> Whit
     return posterior_of("kfac").fit(layer(name)).whitening(feedback, damping)
 
 
+def parts(factor: FeedbackFactor) -> tuple[Tensor, ...]:
+    return factor.upper, factor.order, factor.column_curvature, factor.dead
+
+
 def same(one: Whitening, other: Whitening) -> bool:
     tensors = [
-        [w.row_gain, w.column_gain, *(x for f in w.factors or [] for x in (f.upper, f.order, f.column_gain, f.dead))]
-        for w in (one, other)
+        [w.row_curvature, w.column_curvature, *(x for f in w.factors or [] for x in parts(f))] for w in (one, other)
     ]
     return all(torch.equal(x, y) and x.stride() == y.stride() for x, y in zip(*tensors, strict=True))
 
@@ -219,7 +222,7 @@ class FeedbackInputPosterior(InputPosterior):
 
     def whitening(self, feedback: bool, damping: float) -> Whitening:
         factors = feedback_factors(self.moment, damping)
-        gain = torch.stack([factor.column_gain for factor in factors])[:, None, :]
+        gain = torch.stack([factor.column_curvature for factor in factors])[:, None, :]
         return Whitening(torch.ones(len(factors), self.rows, dtype=torch.float64), gain, factors)
 
 

@@ -5,10 +5,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from bayesq.contract import stack_groups
 from bayesq.posterior import DiagonalPosterior, EkfacPosterior, KroneckerPosterior, LowRankPosterior
 from bayesq.quant.grids import minmax_grid
-from bayesq.quant.method import stack_groups
-from bayesq.rounding import round_layer, rounding_gain
+from bayesq.rounding import round_layer, rounding_curvature
 from bayesq.whitening import Whitening
 
 GROUPS, ROWS, COLUMNS = 2, 5, 24
@@ -91,11 +91,11 @@ def test_gains_turn_feedback_errors_into_one_sided_risk():
     delta = rounded.values.reshape(w.shape) - w
     damped = np.stack([a + DAMPING * np.trace(a) / COLUMNS * np.eye(COLUMNS) for a in posterior.input_factor.numpy()])
     own = np.stack([np.diag(g) for g in posterior.gradient_factor.numpy()])
-    error = (rounded.met - rounded.values).reshape(w.shape)
-    by_gain = 0.5 * (whitening.row_gain[..., None] * whitening.column_gain * error.square()).sum(-1)
+    error = (rounded.target - rounded.values).reshape(w.shape)
+    by_gain = 0.5 * (whitening.row_curvature[..., None] * whitening.column_curvature * error.square()).sum(-1)
     np.testing.assert_allclose(by_gain, one_sided_risk(delta.numpy(), damped, own), rtol=1e-9)
     # feedback did something: what entries met is not the weight
-    assert float((rounded.met.reshape(w.shape) - w).abs().max()) > 0.1
+    assert float((rounded.target.reshape(w.shape) - w).abs().max()) > 0.1
     # and the risk without the extra damping is the posterior's own
     without = one_sided_risk(delta.numpy(), posterior.input_factor.numpy(), own)
     np.testing.assert_allclose(posterior.row_risk(delta), without, rtol=1e-9)
@@ -105,7 +105,7 @@ def test_gains_turn_feedback_errors_into_one_sided_risk():
 def test_nearest_gains_are_the_precisions_diagonal(posterior):
     whitening = posterior.whitening(feedback=False, damping=DAMPING)
     assert whitening.factors is None and whitening.retries == 0
-    gain = whitening.row_gain[..., None] * whitening.column_gain
+    gain = whitening.row_curvature[..., None] * whitening.column_curvature
     # an error of 1 in one weight alone has the risk P_ii / 2
     expected = torch.zeros(GROUPS, ROWS, COLUMNS, dtype=torch.float64)
     for place in np.ndindex(GROUPS, ROWS, COLUMNS):
@@ -113,14 +113,14 @@ def test_nearest_gains_are_the_precisions_diagonal(posterior):
         delta[place] = 1.0
         expected[place] = 2 * posterior.risk(delta).sum()
     torch.testing.assert_close(gain.expand_as(expected), expected)
-    rows = rounding_gain(whitening, ROWS).reshape(GROUPS, ROWS, COLUMNS)
-    torch.testing.assert_close(whitening.row_gain[..., None] * rows, expected)
+    rows = rounding_curvature(whitening, ROWS).reshape(GROUPS, ROWS, COLUMNS)
+    torch.testing.assert_close(whitening.row_curvature[..., None] * rows, expected)
 
 
 @pytest.mark.parametrize("kind", ["diag", "lowrank"])
 def test_diagonal_and_low_rank_posteriors_feed_nothing_back(kind):
     one, other = (POSTERIORS[kind].whitening(feedback=feedback, damping=DAMPING) for feedback in (True, False))
-    assert one.factors is None and torch.equal(one.column_gain, other.column_gain)
+    assert one.factors is None and torch.equal(one.column_curvature, other.column_curvature)
 
 
 def test_ekfac_feedback_is_kfacs_where_the_precision_is_a_kronecker_product():
@@ -130,8 +130,8 @@ def test_ekfac_feedback_is_kfacs_where_the_precision_is_a_kronecker_product():
     eigenvalues = values_g[:, :, None] * values_a[:, None, :]
     same = EkfacPosterior(kfac.input_factor, q_a, q_g, eigenvalues, 100, 1.0, 1.0)
     expected, found = (posterior.whitening(feedback=True, damping=DAMPING) for posterior in (kfac, same))
-    torch.testing.assert_close(found.row_gain, expected.row_gain)
-    torch.testing.assert_close(found.column_gain, expected.column_gain)
+    torch.testing.assert_close(found.row_curvature, expected.row_curvature)
+    torch.testing.assert_close(found.column_curvature, expected.column_curvature)
 
 
 def test_ekfac_feedback_leaves_each_row_its_trace():
@@ -139,16 +139,16 @@ def test_ekfac_feedback_leaves_each_row_its_trace():
     whitening = posterior.whitening(feedback=True, damping=DAMPING)
     for g, r in np.ndindex(GROUPS, ROWS):
         own = sum(float(posterior.diagonal()[g, r, c]) for c in range(COLUMNS))
-        assert float(whitening.row_gain[g, r]) * float(posterior.input_moment[g].trace()) == pytest.approx(own)
-    expected = kronecker().whitening(feedback=True, damping=DAMPING).column_gain
-    torch.testing.assert_close(whitening.column_gain, expected, rtol=1e-10, atol=0)
+        assert float(whitening.row_curvature[g, r]) * float(posterior.input_moment[g].trace()) == pytest.approx(own)
+    expected = kronecker().whitening(feedback=True, damping=DAMPING).column_curvature
+    torch.testing.assert_close(whitening.column_curvature, expected, rtol=1e-10, atol=0)
 
 
 def test_ekfac_without_inputs_keeps_finite_gains():
     posterior = ekfac()
     posterior.input_moment[0] = 0
     whitening = posterior.whitening(feedback=True, damping=DAMPING)
-    assert bool(torch.isfinite(whitening.row_gain[..., None] * whitening.column_gain).all())
+    assert bool(torch.isfinite(whitening.row_curvature[..., None] * whitening.column_curvature).all())
 
 
 def test_feedback_gains_are_conditional_precisions():
@@ -161,7 +161,7 @@ def test_feedback_gains_are_conditional_precisions():
         for position, j in enumerate(order):
             later = order[position + 1 :]
             adapted = a[j, later] @ np.linalg.solve(a[np.ix_(later, later)], a[later, j]) if later else 0.0
-            assert float(whitening.column_gain[g, 0, j]) == pytest.approx(a[j, j] - adapted, rel=1e-8)
+            assert float(whitening.column_curvature[g, 0, j]) == pytest.approx(a[j, j] - adapted, rel=1e-8)
 
 
 def test_retries_are_counted():

@@ -43,7 +43,7 @@ def test_the_factor_is_a_triangular_decomposition_of_the_damped_moment(columns: 
     order = visiting_order(moment.numpy(), act_order)
     assert factor.order.tolist() == order
     a = damped(moment.numpy(), DAMPING)[np.ix_(order, order)]
-    upper, gain = factor.upper.numpy(), factor.column_gain.numpy()[order]
+    upper, gain = factor.upper.numpy(), factor.column_curvature.numpy()[order]
     assert np.array_equal(upper, np.triu(upper)) and (np.diag(upper) == 1).all() and (gain > 0).all()
     assert np.abs(upper @ np.diag(gain) @ upper.T - a).max() < 1e-13 * np.abs(a).max()
     assert factor.retries == 0 and not factor.dead.any()
@@ -74,13 +74,13 @@ def test_rounding_equals_explicit_elimination(columns: int, act_order: bool) -> 
     assert codes.dtype == torch.uint8
     assert np.array_equal(codes.numpy(), naive.codes)
     np.testing.assert_allclose(values.numpy(), naive.values, rtol=1e-12, atol=1e-14)
-    np.testing.assert_allclose(met.numpy(), naive.met, rtol=1e-7, atol=1e-8)
-    np.testing.assert_allclose(factor.column_gain.numpy(), naive.gain, rtol=1e-8)
+    np.testing.assert_allclose(met.numpy(), naive.target, rtol=1e-7, atol=1e-8)
+    np.testing.assert_allclose(factor.column_curvature.numpy(), naive.gain, rtol=1e-8)
     ours, theirs = (row_errors(v - weight.numpy(), moment.numpy()) for v in (values.numpy(), naive.values))
     np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-15)
 
     # sum_j D_j e_j^2 with e_j the error made at column j is the whole damped error
-    by_column = ((met - values).square() * factor.column_gain).sum(1).numpy()
+    by_column = ((met - values).square() * factor.column_curvature).sum(1).numpy()
     whole = row_errors(values.numpy() - weight.numpy(), damped(moment.numpy(), DAMPING))
     np.testing.assert_allclose(by_column, whole, rtol=1e-8, atol=1e-15)
 

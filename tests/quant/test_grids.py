@@ -12,7 +12,7 @@ from bayesq.quant.grids import (
     CLIP_RULES,
     AffineGrid,
     CodebookGrid,
-    gain_grid,
+    curvature_grid,
     minmax_grid,
     mse_grid,
     round_affine,
@@ -51,10 +51,10 @@ def test_the_gain_rule_weighs_every_column(unit: float) -> None:
     weight = rows(seed=2)
     gain = torch.rand(weight.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64) ** 4
     gain[3] = 0  # a row whose errors cost nothing
-    scale, zero = gain_grid(weight, WIDTHS, gain * unit)
+    scale, zero = curvature_grid(weight, WIDTHS, gain * unit)
     for r, width in enumerate(WIDTHS.tolist()):
         assert (float(scale[r]), float(zero[r])) == mse(weight[r].numpy(), width, gain=gain[r].numpy())
-    assert not torch.equal(scale, gain_grid(weight, WIDTHS, torch.ones_like(gain))[0])
+    assert not torch.equal(scale, curvature_grid(weight, WIDTHS, torch.ones_like(gain))[0])
 
 
 def test_the_minmax_grid_reaches_both_ends_and_zero() -> None:

@@ -168,7 +168,7 @@ def test_free_distance_is_ungerboecks(states: int) -> None:
 @pytest.mark.parametrize("seed", range(3))
 def test_the_path_found_is_the_best_of_all(states: int, rows: int, designed: tuple[int, ...], seed: int) -> None:
     grid = trellis_grid(WIDTHS[:rows], states, seed, designed)
-    values, gain = reals(grid), grid.row_gain.tolist()
+    values, gain = reals(grid), grid.row_curvature.tolist()
     x = 1.5 * normal(rows, 4, seed=seed)
     x[0, 3] = 20.0  # beyond the last level
     codes, rounded = grid.round_matrix(x)
@@ -194,7 +194,7 @@ def test_entries_of_unequal_cost_are_weighed_entry_by_entry(states: int) -> None
         assert achieved == pytest.approx(least_of_all_paths(x[:, c].tolist(), values, cost, states), rel=1e-5)
     assert not torch.equal(grid.round_matrix(x, gain)[0], grid.round_matrix(x)[0])
     # a gain that is the rows' own says nothing new
-    assert torch.equal(grid.round_matrix(x, grid.row_gain[:, None].expand_as(x))[0], grid.round_matrix(x)[0])
+    assert torch.equal(grid.round_matrix(x, grid.row_curvature[:, None].expand_as(x))[0], grid.round_matrix(x)[0])
 
 
 @pytest.mark.parametrize("states", [4, 64, 256])
@@ -260,9 +260,9 @@ def test_the_cost_of_rows_counts_in_ratios_only() -> None:
     grid, x = trellis_grid(WIDTHS, 8), normal(8, 20, seed=4)
     codes = grid.round_matrix(x)[0]
     for factor in (1e-200, 2.0**-70, 2.0**90, 1e200):
-        same = TrellisGrid(grid.scale, grid.zero, grid.width, {}, grid.row_gain * factor, 8)
+        same = TrellisGrid(grid.scale, grid.zero, grid.width, {}, grid.row_curvature * factor, 8)
         assert torch.equal(same.round_matrix(x)[0], codes)
-    free = TrellisGrid(grid.scale, grid.zero, grid.width, {}, 0 * grid.row_gain, 8)
+    free = TrellisGrid(grid.scale, grid.zero, grid.width, {}, 0 * grid.row_curvature, 8)
     assert torch.isfinite(free.round_matrix(x)[1]).all()
 
 
@@ -288,7 +288,7 @@ def test_feedback_meets_a_trellis_like_any_grid() -> None:
     for c in range(40):
         code, value = grid.round(met[:, c], c)
         assert torch.equal(code.to(torch.uint8), codes[:, c]) and torch.equal(value, values[:, c])
-    by_column = ((met - values).square() * factor.column_gain).sum(1)
+    by_column = ((met - values).square() * factor.column_curvature).sum(1)
     delta = (values - weight).numpy()
     np.testing.assert_allclose(by_column, [d @ moment.numpy() @ d for d in delta], rtol=1e-8)
 

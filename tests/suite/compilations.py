@@ -21,8 +21,8 @@ from rounding_loop import rounded
 from tiny_sets import STATISTICS
 
 from bayesq.allocation import Allocation
+from bayesq.contract import LayerProblem
 from bayesq.quant.layers import kernel_positions, quantizable_layers, weight_to_matrix
-from bayesq.quant.method import LayerProblem
 from bayesq.suite import plan
 from bayesq.suite.rehearsal import RandomStatistics, rehearse
 

@@ -334,7 +334,7 @@ def test_a_job_for_other_machines_is_not_checked_against_the_devices_of_this_one
 CONSTRUCTORS = [
     (["method=gptq", "method.clip=foo"], "method.clip=foo"),
     (["method=gptq", "method.group_size=0"], "method.group_size=0"),
-    (["method=rtn", "method.clip=gain"], "method.clip=gain"),
+    (["method=rtn", "method.clip=curvature"], "method.clip=curvature"),
     (["method=awq", "method.clip_lowest=7"], "clip_lowest"),
     (["method.states=7"], "method.states=7"),
     (["method.damping=much"], "method.damping=much: needs a number"),

@@ -195,14 +195,14 @@ class Glue:
         strata = part * (len(self.task.classes) or 1)
         if self.task.classes:
             strata += whole.labels
-        kept = stratified(strata, count, self.split_seed)
-        ends = [0, *torch.bincount(part[kept], minlength=len(dev)).cumsum(0).tolist()]
+        rows = stratified(strata, count, self.split_seed)
+        ends = [0, *torch.bincount(part[rows], minlength=len(dev)).cumsum(0).tolist()]
         metrics: list[Metric] = []
         for i, ending in enumerate(self.task.dev):
             suffix = ending if i else ""
             for name in self.task.metrics:
                 metrics.append(replace(METRICS[name], name=f"{name}{suffix}", start=ends[i], stop=ends[i + 1]))
-        return whole.select(kept), tuple(metrics)
+        return whole.select(rows), tuple(metrics)
 
     def _root(self) -> tuple[str, Path, dict[str, str]]:
         """What to call the place in messages, the folder of the tasks, and what the result says of it."""

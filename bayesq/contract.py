@@ -158,7 +158,7 @@ INPUTS = ("full", "prefix")
 
 
 class Method(Protocol):
-    """What a method's YAML instantiates. `bayesq.quant.loop.quantize_layers` calls it.
+    """What a method's YAML instantiates. `bayesq.loop.quantize_layers` calls it.
 
     Attributes:
         statistics: those it reads, see `bayesq.calibration.statistic`; no other can be read.

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
+from bayesq.contract import LayerProblem, check_finite, stack_groups
 from bayesq.quant.grids import CLIP_RULES, FP16_MAX, FP16_TINY, round_affine, zero_code
-from bayesq.quant.method import LayerProblem, check_finite, stack_groups
 from bayesq.quant.tensor import QuantizedTensor
 
 

@@ -7,9 +7,9 @@ from torch import Tensor
 from bayesq.allocation import Allocation, Budget, Uniform
 from bayesq.calibration.inputs import INPUT_MOMENT
 from bayesq.calibration.statistic import Statistic
+from bayesq.contract import Context, LayerProblem, check_finite, stack_groups
+from bayesq.loop import quantize_layers
 from bayesq.quant.grids import mse_grid, round_affine, zero_code
-from bayesq.quant.loop import quantize_layers
-from bayesq.quant.method import Context, LayerProblem, check_finite, stack_groups
 from bayesq.quant.tensor import QuantizedTensor
 
 COLUMNS = 6

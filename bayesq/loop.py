@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from bayesq.quant.method import INPUTS, Allocate, Context, CountedStatistics, LayerProblem, Method, naming
+from bayesq.contract import INPUTS, Allocate, Context, CountedStatistics, LayerProblem, Method, naming
 from bayesq.quant.tensor import QuantizedTensor
 
 
@@ -30,10 +30,10 @@ def quantize_layers(
     """Run a method over all layers.
 
     Args:
-        method: see `bayesq.quant.method.Method`.
+        method: see `bayesq.contract.Method`.
         layers: in forward order; those of this list are yielded, though the method sees copies.
         allocate: the run's allocator with its budget.
-        context: see `bayesq.quant.method.Context`.
+        context: see `bayesq.contract.Context`.
         prefix: needed where `method.inputs` is "prefix".
 
     Yields:
