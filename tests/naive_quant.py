@@ -73,7 +73,7 @@ class Naive:
 
     codes: np.ndarray
     values: np.ndarray
-    met: np.ndarray
+    target: np.ndarray
     gain: np.ndarray  # [c] 1 / [H^-1]_jj with the columns visited before j eliminated
 
 

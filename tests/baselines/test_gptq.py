@@ -278,7 +278,7 @@ def test_layers_are_asked_for_statistics_one_at_a_time() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"clip": "best"}, r"method\.clip=best: choose from minmax, mse, gain, auto"),
+        ({"clip": "best"}, r"method\.clip=best: choose from minmax, mse, curvature, auto"),
         ({"damping": -0.1}, r"method\.damping=-0\.1"),
         ({"damping": float("nan")}, r"method\.damping=nan"),
         ({"group_size": 0}, r"method\.group_size=0"),
