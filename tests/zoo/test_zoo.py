@@ -162,7 +162,7 @@ def written_out(work: Workload) -> Moments:
                     sums["gradient_moment"][name] = sums["gradient_moment"].get(name, 0) + rows.T @ rows
     return {
         "input_moment": {name: total / seen[name] for name, total in sums["input_moment"].items()},
-        "gradient_moment": {name: total / len(work.calibration) for name, total in sums["gradient_moment"].items()},
+        "gradient_moment": {name: total / len(work.subject.examples) for name, total in sums["gradient_moment"].items()},
     }
 
 
