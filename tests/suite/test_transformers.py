@@ -469,7 +469,8 @@ def test_a_sweep_over_tasks_through_the_command_line(workplace, tmp_path):
     scores = subprocess.run(
         [sys.executable, "-m", "analysis", str(place / "results"), "--glue"], cwd=ROOT, capture_output=True, text=True
     )
-    assert scores.returncode == 0 and "cola, mrpc, qqp, qnli, rte, wnli" in scores.stdout, scores.stderr
+    assert scores.returncode == 0, scores.stderr
+    assert "cola, mrpc, qqp, qnli, rte, wnli" in scores.stdout, scores.stdout
 
 
 # ------------------------------------------------------------------------------------------------------- experiments

@@ -160,9 +160,10 @@ def written_out(work: Workload) -> Moments:
                 if gradient is not None:
                     rows = gradient.reshape(-1, gradient.shape[-1])
                     sums["gradient_moment"][name] = sums["gradient_moment"].get(name, 0) + rows.T @ rows
+    examples = len(work.subject.examples)
     return {
         "input_moment": {name: total / seen[name] for name, total in sums["input_moment"].items()},
-        "gradient_moment": {name: total / len(work.subject.examples) for name, total in sums["gradient_moment"].items()},
+        "gradient_moment": {name: total / examples for name, total in sums["gradient_moment"].items()},
     }
 
 
