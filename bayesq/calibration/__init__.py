@@ -6,4 +6,6 @@ samples      a layer's inputs and output gradients as samples, a few examples at
 collector    running sums of all layers, from hooks on a network
 passes       which layers' sums share a pass over the examples; `collect`, in memory
 order        layers in the order of their first call
+memory       statistics that stay in memory, for `bayesq.quantize`
+prefix       statistics of inputs behind the quantized prefix
 """

@@ -1,15 +1,15 @@
 """The suite around the method: what turns a configuration into a result.
 
-cli, composition, config   the command line and what a configuration means; nothing here imports torch before a run
+cli, composition, config, schema   the command line and what a configuration means; nothing here imports torch
 construct, labels, progress, summary   objects of a configuration, names of runs, the place in a sweep, the last table
-models, datasets   networks and examples, one module each
-calibration, sequential, fingerprint   statistics cached on disk, or behind a quantized prefix; what decides a network's
-              function
+models, datasets   networks and examples, one module each; tasks pairs them
+runner        one run in stages, with plan (configuration -> objects), workload (network and data), record (what is
+              written down) and session (what the runs of a command hand on)
+calibration, fingerprint   statistics cached on disk; what decides a network's function
+preflight, rehearsal   memory and disk a run will need; compilation before the clock starts
 coverage, forward   what share of a network is quantized; networks that cannot run
-rehearsal, terminal   compilation before the clock starts; what the terminal shows of long steps
-runner        one experiment from config to result
-evaluation, results, tracking, provenance   metrics, files and tables, Weights & Biases, where a result comes from
+evaluation, metrics, results, tracking, provenance   numbers, files, Weights & Biases, where a result comes from
+export, weight_files, loading, packed   files for other tools, and networks from packed files
 wandb_names, wandb_environment   names within W&B's limits, W&B's variables
 code_digest   the code that a result comes from
-cache, files, errors   whole-or-absent files, and errors that are one clear line
 """
