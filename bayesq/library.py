@@ -73,7 +73,7 @@ def quantize(
     """
     if module.training:
         raise ValueError("module: is in training mode; call module.eval() first")
-    if isinstance(bits, bool) or not MIN_BITS <= bits <= MAX_BITS:
+    if isinstance(bits, bool) or not isinstance(bits, int | float) or not MIN_BITS <= bits <= MAX_BITS:
         raise ValueError(f"bits={bits}: needs a number from {MIN_BITS} to {MAX_BITS}")
     _one_of("likelihood", likelihood, tuple(LIKELIHOODS))
     _one_of("correction", correction, ("none", "moments"))

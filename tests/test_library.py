@@ -120,6 +120,7 @@ def test_the_codes_are_those_of_a_run(tmp_path: Path, monkeypatch: pytest.Monkey
 MISTAKES = {
     "training": (lambda: bayesq.quantize(resnet().train(), [images()]), r"^module: is in training mode"),
     "bits": (lambda: bayesq.quantize(resnet(), [images()], bits=9), r"^bits=9: needs a number from 2 to 8"),
+    "text for bits": (lambda: bayesq.quantize(resnet(), [images()], bits="3"), r"^bits=3: needs a number from 2 to 8"),
     "method": (
         lambda: bayesq.quantize(resnet(), [images()], method="gtpq"),
         r"^method=gtpq: choose .* did you mean 'gptq'",
