@@ -4,10 +4,10 @@ In the order of the paper:
 
 likelihood, fisher, calibration   what outputs mean, what goes backward, statistics of inputs and gradients
 posterior, whitening              q(w) and the coordinates in which its risk is squared distance (SPEC sections 1, 2)
-codebook, rounding                levels of codes and successive rounding (section 3)
+codebook, rounding                levels and tables (section 2); grids, risk, rounding (3), its loop: quant.feedback
 allocation, knapsack, proxy       which row gets how many bits (sections 4, 5)
 method                            BayesQ itself, which calls them in that order
-distillation, teacher, student    training what is stored in full precision (section 5)
+distillation, teacher, student    training scales, levels, biases, norms (section 5); moments: quant.correction
 
 Around it:
 

@@ -6,7 +6,7 @@ A weight is known as a Gaussian w ~ N(m, s^2). For a cell [t0, t1) with level c,
     E[w; cell]    = m P + s (phi(a) - phi(b))
     E[(w-c)^2; cell] = (s^2 + (m-c)^2) P + s ((2(m-c) + s a) phi(a) - (2(m-c) + s b) phi(b))
 
-so the expected distortion of a whole codebook needs no sampling and no quadrature. All of this is float64.
+so a codebook's distortion needs no sampling or quadrature, all in float64. Of a trellis: `bayesq.quant.trellis`.
 """
 
 import math

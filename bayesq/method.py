@@ -1,4 +1,4 @@
-"""BayesQ from calibration statistics to codes, in the order of the paper."""
+"""BayesQ from statistics to codes, in the order of the paper: widths, round, refit, round again (SPEC section 3)."""
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence

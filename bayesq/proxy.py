@@ -7,7 +7,7 @@ The predicted risk is quadratic and sees each layer through its own Fisher block
 
 measured at one reference width with S posterior draws and multiplied into the layer's whole risk curve before bits are
 allocated. All layers share the S draws (common random numbers), so their factors differ by their layers and not by
-their luck. What KL is of the outputs at hand says their `bayesq.likelihood`.
+their luck. KL: `bayesq.likelihood`. Reference width: `pipeline.weigh_by_proxy`. Used by: `Knapsack.allocate`.
 """
 
 import math

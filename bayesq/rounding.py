@@ -92,7 +92,7 @@ def round_layer(
 def predicted_risk(weight: Tensor, whitening: Whitening, distortions: Sequence[float]) -> Tensor:
     """Risk of every row at every width before anything is rounded, nats per example.
 
-        1/2 s_r^2 T_b sum_c h_rc
+        1/2 s_r^2 T_b sum_c h_rc        with feedback h_rc = G_rr D_c, and D_c is 1/U_cc^2 of SPEC section 3
 
     with s_r the row's standard deviation and T_b the expected distortion of a b-bit code for unit variance.
 

@@ -155,7 +155,7 @@ class Passes:
         for layers, taken in self.plan(statistics):
             start = time.perf_counter()
             collector = self._collect(layers, taken, batches, load)
-            again = not collector.needs_inputs and bool(reached)  # without its gradients, the pass would not be there
+            again = not collector.needs_inputs and bool(reached)  # this pass exists only for gradients
             report.backward_s += time.perf_counter() - start if again else collector.backward_s
             report.gradient_examples = max(report.gradient_examples, collector.gradient_examples)
             reached.update(layers.keys() - set(collector.unseen))

@@ -161,7 +161,7 @@ class Laplace(ABC):
 
     @abstractmethod
     def spectrum(self, layer: LayerProblem) -> Tensor:
-        """Eigenvalues f_i of the layer's F, any shape."""
+        """Eigenvalues f_i of the layer's F, any shape; with evidence="diagonal" `Kfac` gives A (x) G's diagonal."""
 
     @abstractmethod
     def fit(self, layer: LayerProblem) -> LayerPosterior:

@@ -1,4 +1,4 @@
-"""Successive rounding with error feedback: the routine GPTQ and BayesQ share.
+"""Successive rounding with error feedback: the routine GPTQ and BayesQ share (SPEC section 3, whose U is V here).
 
 The layer's quadratic error sum_r (w_r - q_r)T A (w_r - q_r) is minimised greedily, column by column: round one column,
 then move the columns not yet rounded to where the optimum lies, given those that are. With U unit upper triangular, D
