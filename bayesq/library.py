@@ -11,7 +11,7 @@ from bayesq.allocation import DAMPING, Budget, make_allocator
 from bayesq.batches import Layout, TensorExamples, two_examples
 from bayesq.calibration.memory import InMemoryStatistics
 from bayesq.calibration.passes import CalibrationSettings
-from bayesq.defaults import DESCRIPTIVE, construct, settings, suggestion
+from bayesq.defaults import DESCRIPTIVE, choices, construct, settings, suggestion
 from bayesq.distillation import DistillationSettings
 from bayesq.likelihood import LIKELIHOODS
 from bayesq.pipeline import quantize_network
@@ -71,21 +71,35 @@ def quantize(
     Raises:
         ValueError: an argument cannot be used; the message names it.
     """
-    if module.training:
-        raise ValueError("module: is in training mode; call module.eval() first")
-    if isinstance(bits, bool) or not isinstance(bits, int | float) or not MIN_BITS <= bits <= MAX_BITS:
-        raise ValueError(f"bits={bits}: needs a number from {MIN_BITS} to {MAX_BITS}")
+    _check(module, bits, batch_size, exclude)
+    _one_of("posterior", posterior, choices("posterior"))
     _one_of("likelihood", likelihood, tuple(LIKELIHOODS))
     _one_of("correction", correction, ("none", "moments"))
     recipe = _recipe(bits, method, posterior, allocator, correction == "moments", distill, seed, switches)
     hook = module.register_forward_hook(_logits)
     try:
-        subject = _subject(module, batches, likelihood, exclude)
+        subject = _subject(module, batches, likelihood, exclude, batch_size)
         statistics = _statistics(subject, recipe, batch_size, seed)
         quantized = quantize_network(subject, recipe, statistics)
     finally:
         hook.remove()
     return quantized.copy_of(module), Report.of(bits, quantized, subject.weights)
+
+
+def _check(module: nn.Module, bits: float, batch_size: int, exclude: Sequence[str]) -> None:
+    """Refuse what no network can be quantized with; see `quantize`.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    if any(part.training for part in module.modules()):
+        raise ValueError("module: is in training mode, or a part of it; call module.eval() first")
+    if isinstance(bits, bool) or not isinstance(bits, int | float) or not MIN_BITS <= bits <= MAX_BITS:
+        raise ValueError(f"bits={bits}: needs a number from {MIN_BITS} to {MAX_BITS}")
+    if type(batch_size) is not int or batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}: needs a whole number of at least 1")
+    if isinstance(exclude, str):
+        raise ValueError(f"exclude={exclude}: needs a list of patterns")
 
 
 def _one_of(name: str, value: str, choices: Sequence[str]) -> None:
@@ -151,7 +165,9 @@ def _recipe(
     )
 
 
-def _subject(module: nn.Module, batches: Iterable[Any], likelihood: str, exclude: Sequence[str]) -> Subject:
+def _subject(
+    module: nn.Module, batches: Iterable[Any], likelihood: str, exclude: Sequence[str], batch_size: int
+) -> Subject:
     """The network with its encoded calibration examples.
 
     Raises:
@@ -160,7 +176,7 @@ def _subject(module: nn.Module, batches: Iterable[Any], likelihood: str, exclude
     examples = encode(module, batches)
     device = next(module.parameters()).device
     layers = quantizable_layers(module, list(exclude))
-    more = (batch.inputs for batch in examples.batches(len(examples), device))
+    more = (batch.inputs for batch in examples.batches(batch_size, device))
     usage = usage_of(module, layers, two_examples(examples, device).inputs, more)
     if not usage.layers:
         raise ValueError("module: no layer takes part in the forward pass")
@@ -188,6 +204,8 @@ def encode(module: nn.Module, batches: Iterable[Any]) -> TensorExamples:
     Raises:
         ValueError: there is no batch, one is of another kind, or their shapes differ without an attention mask.
     """
+    if isinstance(batches, Tensor | Mapping):
+        raise ValueError("batches: is a single batch; put it in a list")
     named = [_named(module, batch) for batch in batches]
     if not named:
         raise ValueError("batches: there is none; a few hundred examples are needed")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from bayesq.allocation import Allocator, Budget
 from bayesq.batches import EncodedExamples, needs_no_padding
+from bayesq.calibration.prefix import STATISTICS as BEHIND_PREFIX
 from bayesq.calibration.statistic import Statistic
 from bayesq.contract import LayerProblem, Method
 from bayesq.distillation import DistillationSettings
@@ -149,8 +150,8 @@ class Recipe:
         """The statistics of full-precision inputs and gradients that it reads."""
         of_posterior = self.whitenings.statistics if self.whitenings else frozenset[Statistic]()
         behind_prefix = self.method.inputs == "prefix" and self.whitenings is None
-        of_method = frozenset[Statistic]() if behind_prefix else self.method.statistics
-        return self.allocator.statistics | of_posterior | of_method
+        of_prefix = frozenset(BEHIND_PREFIX.values()) if behind_prefix else frozenset[Statistic]()
+        return self.allocator.statistics | of_posterior | (self.method.statistics - of_prefix)
 
 
 @dataclass

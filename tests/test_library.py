@@ -130,6 +130,9 @@ MISTAKES = {
     "posterior": (lambda: bayesq.quantize(resnet(), [images()], posterior="full"), r"^posterior=full: choose one of"),
     "correction": (lambda: bayesq.quantize(resnet(), [images()], correction="all"), r"^correction=all: choose one of"),
     "likelihood": (lambda: bayesq.quantize(resnet(), [images()], likelihood="x"), r"^likelihood=x: choose one of"),
+    "one batch": (lambda: bayesq.quantize(resnet(), images()), r"^batches: is a single batch; put it in a list"),
+    "batch size": (lambda: bayesq.quantize(resnet(), [images()], batch_size=0), r"^batch_size=0: needs a whole"),
+    "pattern": (lambda: bayesq.quantize(resnet(), [images()], exclude="fc"), r"^exclude=fc: needs a list"),
     "no batches": (lambda: bayesq.quantize(resnet(), []), r"^batches: there is none"),
     "text": (lambda: bayesq.quantize(resnet(), ["a text"]), r"^batches: a str is no batch"),
     "shapes": (

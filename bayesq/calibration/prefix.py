@@ -61,6 +61,7 @@ class PrefixInputs:
         if name not in self._statistics:
             start = time.perf_counter()
             group = next(group for group in self.groups if name in group)
+            self._statistics = {}  # two groups' moments need not be there at once
             self._statistics, retries = halving(self.batch_size, partial(self._collect, group), "calibration")
             self.oom_retries += retries
             self.batch_size >>= retries  # what did not fit once will not fit the next time

@@ -133,7 +133,7 @@ def fallbacks(quantized: Quantized, unreached: int = 0) -> dict[str, int]:
     total = dict.fromkeys(FALLBACKS, 0) | {"oom_retries": quantized.oom_retries, "unseen_layers": unreached}
     for problem in quantized.problems.values():
         for kind, times in problem.fallbacks.items():
-            total[kind] += times
+            total[kind] = total.get(kind, 0) + times
     return total
 
 
