@@ -81,7 +81,7 @@ class KroneckerPosterior(LayerPosterior):
         return z
 
     def whitening(self, feedback: bool, damping: float) -> Whitening:
-        """h_rc = G_rr D_c, U D UT = A; to nearest G_rr A_cc. No feedback from row to row: it gained nothing."""
+        """h_rc = G_rr D_c, U D UT = A; to nearest G_rr A_cc. No feedback from row to row."""
         # a copy: a view would hold all of G in memory
         row_curvature = self.gradient_factor.diagonal(dim1=-2, dim2=-1).clone()
         if feedback:

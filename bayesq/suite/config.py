@@ -18,13 +18,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 import bayesq
+from bayesq.defaults import METHOD_METADATA
 from bayesq.suite import wandb_environment
 from bayesq.suite.errors import UserError
 
-# keys of a method that describe it: neither arguments of its constructor nor part of run_id
-METHOD_METADATA = ("allocator", "uses_posterior", "data_free", "display")
-# keys of a group that describe a choice and are not arguments of its constructor
-DESCRIPTIVE = ("name", "tasks", *METHOD_METADATA)
 # where a run happens, how it is logged and whether it is repeated changes nothing about its numbers
 WITHOUT_EFFECT = ("results_dir", "cache_dir", "force", "device", "resources", "wandb", "hydra")
 

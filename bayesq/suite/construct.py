@@ -12,7 +12,8 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from bayesq.suite.config import DESCRIPTIVE, one_line, refuse
+from bayesq.defaults import DESCRIPTIVE
+from bayesq.suite.config import one_line, refuse
 from bayesq.suite.errors import UserError
 
 # what a call with wrong arguments raises, and what a target that is not there does

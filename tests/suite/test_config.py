@@ -17,6 +17,7 @@ from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
 import bayesq
+from bayesq import defaults
 from bayesq.suite import cli, composition, config, construct, schema
 from bayesq.suite.errors import UserError
 
@@ -497,7 +498,7 @@ def test_the_constructor_of_every_choice_declares_the_types_of_its_yaml_file(fil
     content = OmegaConf.load(file)
     hints = get_type_hints(get_class(content._target_).__init__)
     for key, value in OmegaConf.to_container(content, resolve=False).items():  # type: ignore[union-attr]
-        if key in (*config.DESCRIPTIVE, "_target_"):
+        if key in (*defaults.DESCRIPTIVE, "_target_"):
             continue
         assert key in hints, key
         assert value == "???" or "${" in str(value) or construct.fits(value, hints[key]), key
