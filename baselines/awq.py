@@ -29,7 +29,6 @@ class AWQ:
     """
 
     statistics: frozenset[Statistic] = frozenset({INPUT_MOMENT, INPUT_MAGNITUDE})
-    inputs = "full"
 
     def __init__(self, exponents: int, clip_steps: int, clip_lowest: float) -> None:
         if exponents < 1 or clip_steps < 0 or not 0 < clip_lowest <= 1:

@@ -35,11 +35,11 @@ class GPTQ:
         damping: fraction of the mean diagonal added to the input moment.
         group_size: columns that share a scale and zero; None = one per row. With act-order the groups' grids are set
             from the original weights beforehand, so that no column permutation has to be stored.
-        sequential: take a layer's inputs from the model whose earlier layers are already quantized.
         scale_dtype: precision of the scales; float16 is what is stored, float32 only compares with published results.
     """
 
     statistics: frozenset[Statistic] = frozenset({INPUT_MOMENT})
+    together = True  # groups of a convolution are rounded in one loop over columns
 
     def __init__(
         self,
@@ -47,7 +47,6 @@ class GPTQ:
         act_order: bool,
         damping: float,
         group_size: int | None,
-        sequential: bool,
         scale_dtype: torch.dtype = torch.float16,
     ) -> None:
         if clip not in (*CLIP_RULES, "curvature", "auto"):
@@ -60,7 +59,6 @@ class GPTQ:
         self.act_order = act_order
         self.damping = damping
         self.group_size = group_size
-        self.inputs = "prefix" if sequential else "full"
         self.scale_dtype = scale_dtype
 
     def prepare(self, layers: Sequence[LayerProblem], allocate: Allocate, context: Context) -> Mapping[str, Tensor]:
@@ -73,6 +71,7 @@ class GPTQ:
         moments = layer.input_statistic("input_moment")
         factors = feedback_factors(moments, self.damping, self.act_order)
         layer.count("damping_retries", sum(factor.retries for factor in factors))
+        self._begin(layer)
         codes, scale, zero, _ = self.round_layer(layer.weight, moments, factors, width)
         return QuantizedTensor(
             codes=codes,
@@ -82,6 +81,20 @@ class GPTQ:
             groups=len(moments),
             group_size=self.group_size,
         )
+
+    def _begin(self, layer: LayerProblem) -> None:
+        """Read what a variant needs of the layer beside its weights and input moment."""
+
+    def _feedback(
+        self, weight: Tensor, group: int, factor: FeedbackFactor, grid: AffineGrid, follow: BlockObserver | None
+    ) -> tuple[Tensor, Tensor]:
+        """Codes and values of one group's matrix."""
+        codes, values, _ = feedback_round(weight, factor, grid, follow)
+        return codes, values
+
+    def _error(self, value: Tensor, weight: Tensor, moments: Tensor) -> Tensor:
+        """Calibrated output error of each row, up to a constant."""
+        return output_error(value - weight, moments)
 
     def round_layer(
         self, weight: Tensor, moments: Tensor, factors: Sequence[FeedbackFactor], width: Tensor
@@ -105,7 +118,7 @@ class GPTQ:
             candidate = self._round(weight, factors, width, rule)
             if len(self.rules) == 1:
                 return candidate
-            error = output_error(candidate[3].reshape(weight.shape) - weight, moments).flatten()
+            error = self._error(candidate[3].reshape(weight.shape), weight, moments).flatten()
             better = (error < least)[:, None]
             least = torch.minimum(error, least)
             if best is None:
@@ -121,17 +134,17 @@ class GPTQ:
         self, weight: Tensor, factors: Sequence[FeedbackFactor], width: Tensor, rule: str
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """`round_layer` under one clip rule."""
-        if len(weight) > 1 and self.group_size is None:
+        if self.together and len(weight) > 1 and self.group_size is None:
             curvature = torch.stack([factor.column_curvature for factor in factors])[:, None].expand(weight.shape)
             grid = self._grid(stack_groups(weight), width, rule, stack_groups(curvature))
             codes, values, _ = feedback_round_groups(weight, factors, grid)
             return codes, grid.scale, grid.zero, values
         parts = []
-        for matrix, factor, widths in zip(weight, factors, width.chunk(len(weight)), strict=True):
+        for g, (matrix, factor, widths) in enumerate(zip(weight, factors, width.chunk(len(weight)), strict=True)):
             curvature = factor.column_curvature.expand(matrix.shape)
             grid = self._grid(matrix, widths, rule, curvature)
             follow = None if self.act_order or self.group_size is None else self._follower(grid, rule, curvature)
-            codes, values, _ = feedback_round(matrix, factor, grid, follow)
+            codes, values = self._feedback(matrix, g, factor, grid, follow)
             parts.append((codes, grid.scale, grid.zero, values))
         codes, scale, zero, values = (torch.cat(part) for part in zip(*parts, strict=True))
         return codes, scale, zero, values

@@ -19,7 +19,6 @@ class RTN:
     """
 
     statistics: frozenset[Statistic] = frozenset()
-    inputs = "full"
 
     def __init__(self, clip: str) -> None:
         if clip not in CLIP_RULES:

@@ -152,9 +152,9 @@ class Context:
         return cls(torch.device(device), torch.Generator().manual_seed(seed))
 
 
-# Which inputs of a layer `LayerProblem.input_statistic` describes: those in the full-precision network, or those behind
-# the layers that are quantized before it.
-INPUTS = ("full", "prefix")
+# Which inputs of a layer `LayerProblem.input_statistic` describes: those in the full-precision network, those behind
+# the layers that are quantized before it, or the latter with the target of `bayesq.target` for a weight.
+INPUTS = ("full", "prefix", "paired")
 
 
 class Method(Protocol):
@@ -162,11 +162,9 @@ class Method(Protocol):
 
     Attributes:
         statistics: those it reads, see `bayesq.calibration.statistic`; no other can be read.
-        inputs: one of INPUTS.
     """
 
     statistics: frozenset[Statistic]
-    inputs: str
 
     def prepare(self, layers: Sequence[LayerProblem], allocate: Allocate, context: Context) -> Mapping[str, Tensor]:
         """Choose the row widths of all layers, and whatever else needs all of them: tables, grids, refits.
@@ -185,7 +183,8 @@ class Method(Protocol):
         """Round one layer; called once for each, in forward order.
 
         Args:
-            layer: its `input_statistic` gives what `inputs` asks for, during this call only.
+            layer: its `input_statistic` gives what the run's `inputs` ask for, during this call only; with paired
+                inputs its weight is the target.
             width: uint8 [R] of `prepare`.
             context: see `Context`.
         """

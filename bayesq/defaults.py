@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 # Keys of a method that describe it: neither arguments of its constructor nor part of run_id.
-METHOD_METADATA = ("allocator", "uses_posterior", "data_free", "display")
+METHOD_METADATA = ("allocator", "inputs", "uses_posterior", "data_free", "display")
 # Keys of a choice that describe it and are no arguments of its constructor.
 DESCRIPTIVE = ("name", "tasks", *METHOD_METADATA)
 

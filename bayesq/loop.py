@@ -8,19 +8,19 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from bayesq.contract import INPUTS, Allocate, Context, CountedStatistics, LayerProblem, Method, naming
+from bayesq.contract import Allocate, Context, CountedStatistics, LayerProblem, Method, naming
 from bayesq.quant.tensor import QuantizedTensor
 
 
 class Prefix(Protocol):
     """The network whose layers are replaced one by one."""
 
-    def statistic(self, name: str, kind: str) -> Tensor:
-        """An input statistic of a layer behind what has been replaced so far."""
+    def take(self, layer: LayerProblem) -> LayerProblem:
+        """The layer with its inputs behind what has been replaced so far, and its target."""
         ...
 
-    def replace(self, name: str, tensor: QuantizedTensor) -> None:
-        """From now on the layer has its quantized weights."""
+    def give(self, layer: LayerProblem, tensor: QuantizedTensor) -> QuantizedTensor:
+        """From now on the layer has its quantized weights, which are returned as they will be stored."""
         ...
 
 
@@ -34,60 +34,60 @@ def quantize_layers(
         layers: in forward order; those of this list are yielded, though the method sees copies.
         allocate: the run's allocator with its budget.
         context: see `bayesq.contract.Context`.
-        prefix: needed where `method.inputs` is "prefix".
+        prefix: the network behind which layers are rounded; None = inputs of the full-precision network.
 
     Yields:
         every layer with its QuantizedTensor, in order.
 
     Raises:
         ValueError: the method reads a statistic that it does not declare, or inputs behind the quantized prefix outside
-            of its turn; it returns no widths, or none for some layer; an unknown kind of inputs.
+            of its turn; it returns no widths, or none for some layer.
     """
-    if method.inputs not in INPUTS:
-        raise ValueError(f"{type(method).__name__}.inputs={method.inputs}: choose one of {', '.join(INPUTS)}")
-    if method.inputs == "prefix" and prefix is None:
-        raise ValueError(f"{type(method).__name__}.inputs=prefix: needs the network whose layers are replaced")
-    turn = _Turn(method, prefix if method.inputs == "prefix" else None)
+    turn = _Turn(method, prefix is not None)
     seen = [turn.view(layer) for layer in layers]
     widths = method.prepare(seen, _of_these(layers, allocate), context)
     _check_widths(method, layers, widths)
     for layer, view in zip(layers, seen, strict=True):
-        turn.layer = layer.name
         with naming(layer):
+            if prefix is not None:
+                view = turn.begin(view, prefix.take(layer))
             tensor = method.quantize_layer(view, widths[layer.name], context)
         if not isinstance(tensor, QuantizedTensor):
             kind = type(tensor).__name__
             raise ValueError(f"layer {layer.name}: {type(method).__name__}.quantize_layer returned {kind}")
         turn.layer = None
-        if turn.prefix is not None:
-            turn.prefix.replace(layer.name, tensor)
-        yield layer, tensor
+        yield layer, tensor if prefix is None else prefix.give(layer, tensor)
 
 
 class _Turn:
     """Hands statistics to a method: those it declares, and inputs behind the prefix for the layer whose turn it is."""
 
-    def __init__(self, method: Method, prefix: Prefix | None) -> None:
-        self.method, self.prefix = method, prefix
-        self.layer: str | None = None
+    def __init__(self, method: Method, has_prefix: bool) -> None:
+        self.method, self.has_prefix = method, has_prefix
+        self.layer: LayerProblem | None = None
 
     def view(self, layer: LayerProblem) -> LayerProblem:
         """The layer as the method sees it."""
         readable = frozenset(statistic.name for statistic in self.method.statistics)
         reader = type(self.method).__name__
         view = replace(layer, statistic=CountedStatistics.of(layer.statistic, layer).limited(readable, reader))
-        if (prefix := self.prefix) is not None:
-            behind = CountedStatistics(partial(self._behind, prefix, layer.name), layer.fallbacks)
+        if self.has_prefix:
+            behind = CountedStatistics(partial(self._behind, layer.name), layer.fallbacks)
             view.prefix_statistic = behind.limited(readable, reader)
         return view
 
-    def _behind(self, prefix: Prefix, layer: str, kind: str) -> Tensor:
-        if self.layer != layer:
+    def begin(self, view: LayerProblem, taken: LayerProblem) -> LayerProblem:
+        """The view of the layer whose turn it is, with its target."""
+        self.layer = taken
+        return replace(view, weight=taken.weight)
+
+    def _behind(self, layer: str, kind: str) -> Tensor:
+        if self.layer is None or self.layer.name != layer or self.layer.prefix_statistic is None:
             raise ValueError(
                 f"layer {layer}: its inputs behind the quantized prefix can only be read by quantize_layer, when "
                 "it is this layer's turn"
             )
-        return prefix.statistic(layer, kind)
+        return self.layer.prefix_statistic(kind)
 
 
 def _of_these(layers: Sequence[LayerProblem], allocate: Allocate) -> Allocate:

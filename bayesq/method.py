@@ -64,8 +64,6 @@ class BayesQ:
         damping: fraction of the mean diagonal added to the input moment before it is factored.
     """
 
-    inputs = "full"
-
     def __init__(
         self,
         whitenings: WhiteningStore,
@@ -139,7 +137,17 @@ class BayesQ:
 
     def quantize_layer(self, layer: LayerProblem, width: Tensor, context: Context) -> QuantizedTensor:
         """The layer's last rounding, on the grid and with the tables of `prepare`."""
-        rounded, whitening, tables = self._round(layer, self._grids.pop(layer.name), width)
+        whitening = None
+        if layer.prefix_statistic is not None:
+            moment = layer.input_statistic("input_moment")
+            whitening = self.whitenings.behind_prefix(layer, self.rounding != "nearest", self.damping, moment)
+        import os
+
+        grid = self._grids.pop(layer.name)
+        if whitening is not None and os.environ.get("BQ_REFIT"):
+            rounded, whitening, _ = self._round(layer, grid, width, REFIT_STATES, whitening=whitening)
+            grid = refit_rows(rounded, rounding_curvature(whitening, layer.weight.shape[1]))
+        rounded, whitening, tables = self._round(layer, grid, width, whitening=whitening)
         layer.count("damping_retries", whitening.retries)
         return self._tensor(layer, rounded, width, tables)
 
@@ -200,9 +208,10 @@ class BayesQ:
         grid: tuple[Tensor, Tensor],
         width: Tensor,
         most_states: int = LARGEST_TRELLIS,
+        whitening: Whitening | None = None,
     ) -> tuple[Rounded, Whitening, dict[int, Codebook]]:
         """One rounding of a layer, its whitening, and the tables it used."""
-        whitening = self._whitening(layer)
+        whitening = self._whitening(layer) if whitening is None else whitening
         kind = "trellis" if self.levels == "trellis" else "lloyd"
         tables = {
             w: Codebook(f"{kind}/{w}", self._levels[w].to(torch.float16))

@@ -15,14 +15,17 @@ from torch import Tensor
 from bayesq.allocation import Allocation, Budget, Knapsack, Uniform
 from bayesq.batches import in_one_batch, needs_no_padding
 from bayesq.calibration.order import forward_order
-from bayesq.calibration.prefix import PrefixInputs
+from bayesq.calibration.paired import CROSS_MOMENT
+from bayesq.calibration.prefix import Network, PrefixInputs
 from bayesq.contract import Context, LayerProblem
+from bayesq.in_step import InStep
 from bayesq.loop import quantize_layers
 from bayesq.memory import halving
 from bayesq.nearest import round_to_nearest
 from bayesq.posterior import WhiteningStore
 from bayesq.progress import bar, elapsed
 from bayesq.proxy import measure_kappa
+from bayesq.quant.correction import mean_takers
 from bayesq.quant.layers import kernel_positions, kind_of, same_layer, weight_to_matrix
 from bayesq.recipe import Proxy, Quantized, Recipe, Statistics, Subject
 from bayesq.repair import correct, distill_student, posterior_draw
@@ -156,19 +159,8 @@ def round_layers(
     """Allocate and round, with inputs behind the quantized prefix where the method asks for them."""
     result.problems |= {problem.name: problem for problem in problems}
     prefix = None
-    if recipe.method.inputs == "prefix":
-        working = result.copy_of(subject.module)
-        layers = {name: same_layer(layer, working, name) for name, layer in subject.layers.items()}
-        prefix = PrefixInputs(
-            working,
-            subject.blocks,
-            layers,
-            groups,
-            subject.examples,
-            statistics.batch_size,
-            subject.device,
-            subject.usage.calls,
-        )
+    if recipe.inputs != "full":
+        prefix = open_prefix(subject, recipe, statistics.batch_size, groups, result)
     fits_before = recipe.whitenings.seconds if recipe.whitenings else 0.0
     context = Context.of_seed(recipe.seed, subject.device)
     allocate = Allocation(recipe.allocator, recipe.budget)
@@ -179,11 +171,37 @@ def round_layers(
         result.add(problem, tensor, now - last)
         last = now
     fits = recipe.whitenings.seconds - fits_before if recipe.whitenings else 0.0
-    behind_prefix = prefix.seconds if prefix else 0.0
-    result.oom_retries += prefix.oom_retries if prefix else 0
+    behind_prefix = prefix.inputs.seconds if prefix else 0.0
+    result.oom_retries += prefix.inputs.oom_retries if prefix else 0
+    result.parameters |= prefix.parameters if prefix else {}
     result.seconds["posterior"] += fits
     result.seconds["calibrate"] += behind_prefix
     result.seconds["quantize"] += last - start - fits - behind_prefix
+
+
+def open_prefix(
+    subject: Subject, recipe: Recipe, batch_size: int, groups: Sequence[Sequence[str]], result: Quantized
+) -> InStep:
+    """The network whose layers are replaced one by one, in step with full precision where the recipe asks for it."""
+    working = result.copy_of(subject.module)
+    layers = {name: same_layer(layer, working, name) for name, layer in subject.layers.items()}
+    calls, keep = subject.usage.calls, recipe.keep
+    full = Network(subject.module, subject.layers, subject.blocks, calls)
+    in_step = recipe.inputs == "paired" or keep.mean or keep.variance
+    inputs = PrefixInputs(
+        Network(working, layers, subject.blocks, calls),
+        groups,
+        subject.examples,
+        batch_size,
+        subject.device,
+        recipe.behind_prefix,
+        full if in_step else None,
+    )
+    takers: dict[str, str] = {}
+    if keep.mean:
+        takers = mean_takers(subject.module, subject.layers, next(subject.examples.batches(1, subject.device)).inputs)
+    targets = recipe.inputs == "paired" and CROSS_MOMENT not in recipe.method.statistics
+    return InStep(inputs, targets, keep, takers)
 
 
 def note_achieved_risk(whitenings: WhiteningStore, problems: Iterable[LayerProblem], result: Quantized) -> None:

@@ -10,10 +10,12 @@ from torch import Tensor, nn
 
 from bayesq.allocation import Allocator, Budget
 from bayesq.batches import EncodedExamples, needs_no_padding
-from bayesq.calibration.prefix import STATISTICS as BEHIND_PREFIX
-from bayesq.calibration.statistic import Statistic
+from bayesq.calibration.inputs import INPUT_MOMENT
+from bayesq.calibration.paired import CROSS_MOMENT
+from bayesq.calibration.statistic import Source, Statistic
 from bayesq.contract import LayerProblem, Method
 from bayesq.distillation import DistillationSettings
+from bayesq.in_step import Keep
 from bayesq.likelihood import Likelihood
 from bayesq.nearest import clamped_scales
 from bayesq.posterior import WhiteningStore
@@ -144,14 +146,26 @@ class Recipe:
     correction: bool = False
     distillation: Distillation | None = None
     seed: int = 0
+    inputs: str = "full"
+    keep: Keep = field(default_factory=Keep)
 
     @property
     def statistics(self) -> frozenset[Statistic]:
         """The statistics of full-precision inputs and gradients that it reads."""
         of_posterior = self.whitenings.statistics if self.whitenings else frozenset[Statistic]()
-        behind_prefix = self.method.inputs == "prefix" and self.whitenings is None
-        of_prefix = frozenset(BEHIND_PREFIX.values()) if behind_prefix else frozenset[Statistic]()
-        return self.allocator.statistics | of_posterior | (self.method.statistics - of_prefix)
+        of_method = self.method.statistics
+        if self.inputs != "full":
+            of_method = of_method - self.behind_prefix - {CROSS_MOMENT}
+        if self.keep.variance:
+            of_method = of_method | {INPUT_MOMENT}
+        return self.allocator.statistics | of_posterior | of_method
+
+    @property
+    def behind_prefix(self) -> frozenset[Statistic]:
+        """The statistics of inputs that are collected behind the quantized prefix."""
+        if self.inputs == "full":
+            return frozenset()
+        return frozenset(one for one in self.method.statistics if one.source is Source.INPUTS)
 
 
 @dataclass

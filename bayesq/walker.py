@@ -12,7 +12,7 @@ head or a layer that several blocks use, is reached by passes from the network's
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
@@ -153,6 +153,7 @@ class Walker(Generic[B]):
         batches: yields the batches anew.
         shorten: what to remember of a batch whose inputs are not needed any more.
         calls: how often a layer runs in a pass, which then ends with the last run of what is asked for.
+        like: a walker of another copy of the network over the same batches, whose watching serves both.
     """
 
     def __init__(
@@ -163,8 +164,9 @@ class Walker(Generic[B]):
         batches: Callable[[], Iterable[B]],
         shorten: Callable[[B], B] = lambda batch: batch,
         calls: Mapping[str, int] | None = None,
+        like: "Walker[B] | None" = None,
     ) -> None:
-        self.module, self.layers, self.batches, self.shorten = module, layers, batches, shorten
+        self.module, self.layers, self.batches, self.shorten, self.like = module, layers, batches, shorten, like
         self.calls = calls or {}
         self._blocks = {name: module.get_submodule(name) for name in blocks}
         self._visits: list[dict[str, _Visit]] | None = None  # by batch
@@ -226,7 +228,8 @@ class Walker(Generic[B]):
         def store(_: nn.Module, args: Any, kwargs: Any) -> None:
             given.append(_copies((args, kwargs)))
 
-        handle = self._blocks[stored.chain[stored.at]].register_forward_pre_hook(store, with_kwargs=True)
+        # in front of hooks that end the pass at this very block
+        handle = self._blocks[stored.chain[stored.at]].register_forward_pre_hook(store, prepend=True, with_kwargs=True)
         try:
             return self.module(**batch.inputs)
         finally:  # also when a hook ends the pass
@@ -274,6 +277,11 @@ class Walker(Generic[B]):
     @torch.no_grad()
     def _trace(self) -> None:
         """Watch the network on every batch, and check on one that chains of blocks give what the network does."""
+        if self.like is not None:
+            if self.like._visits is None:
+                self.like._trace()
+            self._visits, self._outside, self._chains = self.like._visits, self.like._outside, self.like._chains
+            return
         first: B | None = None
         self._visits = []
         for batch in self.batches():
@@ -330,45 +338,6 @@ class Walker(Generic[B]):
             if not any(name == block or _is_inside(name, block) for block in chain[at:])
             for x in (*child.parameters(recurse=False), *child.buffers(recurse=False))
         ]
-
-
-def walk_pair(
-    full: Walker[B], prefix: Walker[B], group: Sequence[str]
-) -> Iterator[tuple[B, dict[str, list[Tensor]], dict[str, list[Tensor]]]]:
-    """Inputs of a group of layers in two networks in step: batch by batch, those of each run of each layer.
-
-    Both walk over the same batches: what a layer is given in the full-precision network, x, and behind the quantized
-    prefix, x', belong to the same examples.
-
-    Args:
-        full, prefix: the two networks; layers have the same names in both.
-        group: what is read in one pass.
-
-    Raises:
-        ValueError: the batches of the two are not the same in number.
-    """
-    for (batch, run), (_, run_prefix) in zip(full.passes(group), prefix.passes(group), strict=True):
-        yield batch, layer_inputs(full, group, run), layer_inputs(prefix, group, run_prefix)
-
-
-@torch.no_grad()
-def layer_inputs(walker: Walker[B], group: Sequence[str], run: Callable[[], Any]) -> dict[str, list[Tensor]]:
-    """What the layers of a group are given in one pass of a walker; copies, since networks change inputs in place."""
-    inputs: dict[str, list[Tensor]] = {name: [] for name in group}
-    last = walker.last_run(group)
-
-    def seen(name: str, _: int | None, x: Tensor, __: Tensor) -> None:
-        inputs[name].append(x.clone())
-        if last == (name, len(inputs[name])):
-            raise _Reached
-
-    with watching({name: walker.layers[name] for name in group}, seen), suppress(_Reached):
-        run()
-    return inputs
-
-
-class _Reached(Exception):
-    """The layers of interest have run; the rest of the pass is not needed."""
 
 
 def _is_inside(name: str, block: str) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bayesq.batches import Batch
-from bayesq.calibration.samples import Run, in_stack, input_parts, paired_parts
+from bayesq.calibration.samples import Run, counted_samples, in_stack, paired_parts
 from bayesq.calibration.statistic import Source, Statistic
 from bayesq.likelihood import LIKELIHOODS, Likelihood
 from bayesq.quant.layers import MASK, Layer, groups_of, mask_samples, output_samples, weight_to_matrix
@@ -224,13 +224,11 @@ class Collector:
         assert self._batch is not None
         layer, state, mask = self.layers[name], self.sums[name], self._batch.inputs.get(MASK)
         groups = groups_of(layer)
-        for part, blocks in input_parts(layer, x, len(self._batch), whole=mask is not None):
-            for _, block in blocks():
-                samples, count = mask_samples(block, None if mask is None else mask[part])
-                state.samples = state.samples + in_stack(groups, group, torch.as_tensor(count).expand(1))
-                rows = samples.transpose(0, 1).flatten(1, 2)  # [g, n, c]
-                for statistic in self.of_inputs:
-                    state.add(statistic, in_stack(groups, group, statistic.contribution(rows)))
+        for _, samples, count in counted_samples(layer, x, len(self._batch), mask):
+            state.samples = state.samples + in_stack(groups, group, torch.as_tensor(count).expand(1))
+            rows = samples.transpose(0, 1).flatten(1, 2)  # [g, n, c]
+            for statistic in self.of_inputs:
+                state.add(statistic, in_stack(groups, group, statistic.contribution(rows)))
 
     def _take_gradient(self, name: str, group: int | None, x: Tensor | None, gradient: Tensor) -> None:
         """The gradient of one run's output; an example's weight gradient is complete with those of all its runs."""

@@ -1,105 +1,246 @@
-"""Input statistics of a layer in a network whose earlier layers are already quantized."""
+"""What layers are given behind the layers that are quantized already, alone or in step with full precision."""
 
+import copy
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bayesq.batches import Batch, EncodedExamples
-from bayesq.calibration.collector import Collector
-from bayesq.calibration.inputs import INPUT_MAGNITUDE, INPUT_MOMENT
-from bayesq.calibration.statistic import LayerStatistics
+from bayesq.calibration.inputs import INPUT_MOMENT
+from bayesq.calibration.paired import PairedSums
+from bayesq.calibration.samples import counted_samples, in_stack
+from bayesq.calibration.statistic import LayerStatistics, Statistic
 from bayesq.memory import halving
-from bayesq.quant.layers import MASK, Layer
+from bayesq.quant.layers import MASK, Layer, ParameterLayer, groups_of, weight_to_matrix
 from bayesq.quant.network import fill
 from bayesq.quant.tensor import QuantizedTensor
+from bayesq.quant.watch import watching_inputs
 from bayesq.walker import Walker
 
-STATISTICS = {statistic.name: statistic for statistic in (INPUT_MOMENT, INPUT_MAGNITUDE)}
+
+@dataclass(frozen=True)
+class Network:
+    """A network of which passes are run.
+
+    Attributes:
+        module: in eval mode.
+        layers: by name.
+        blocks: names of its blocks, see `bayesq.walker`.
+        calls: how often each layer runs in a pass, which then ends with the last run; None: passes run to the end.
+    """
+
+    module: nn.Module
+    layers: Mapping[str, Layer]
+    blocks: Collection[str]
+    calls: Mapping[str, int] | None = None
+
+
+@dataclass
+class _Sums:
+    """Running sums of one layer's inputs.
+
+    Attributes:
+        statistics: behind the prefix.
+        samples: so far; of a stack, of each group [g].
+        paired: in both networks; None where only the prefix runs, or what it is given cannot be paired.
+    """
+
+    statistics: dict[Statistic, Tensor] = field(default_factory=dict)
+    samples: int | Tensor = 0
+    paired: PairedSums | None = None
+
+
+# The group of a stack (None elsewhere) and the input of each run of a layer in one pass.
+Runs = list[tuple[int | None, Tensor]]
 
 
 class PrefixInputs:
-    """Input statistics behind the quantized prefix.
+    """Input statistics behind the quantized prefix, and of both networks in step.
 
-    `replace` puts each QuantizedTensor into `module` as it comes; when a layer's statistic is asked for, the
+    `replace` puts each QuantizedTensor into the network as it comes; when a layer's statistic is asked for, the
     calibration set runs up to that layer, from the block around it (see bayesq.walker). Layers that read the same
-    tensor share one pass.
+    tensor share one pass, and Linear layers among them the sums.
 
     Args:
-        module: a working copy of the network, whose weights change.
-        blocks: its blocks.
-        layers: its layers by name.
-        groups: their names, of `forward_order`.
+        prefix: a working copy of the network, whose weights change.
+        groups: names of the layers, of `forward_order`.
         examples: encoded calibration examples.
         batch_size: examples per forward pass.
         device: where batches go.
-        calls: how often each layer runs in a pass, which then ends with the last run; None: passes run to the end.
+        statistics: of the inputs behind the prefix.
+        full: the full-precision network, which then runs in step; None = the prefix runs alone.
     """
 
     def __init__(
         self,
-        module: nn.Module,
-        blocks: Collection[str],
-        layers: Mapping[str, Layer],
+        prefix: Network,
         groups: Sequence[Sequence[str]],
         examples: EncodedExamples,
         batch_size: int,
         device: torch.device,
-        calls: Mapping[str, int] | None = None,
+        statistics: Iterable[Statistic],
+        full: Network | None = None,
     ) -> None:
-        self.module, self.blocks, self.layers, self.groups, self.calls = module, blocks, layers, groups, calls
-        self.examples, self.batch_size, self.device = examples, batch_size, device
+        self.networks = (prefix,) if full is None else (prefix, full)
+        self.statistics = {statistic.name: statistic for statistic in statistics}
+        self.groups, self.examples, self.batch_size, self.device = groups, examples, batch_size, device
         self.seconds = 0.0
         self.oom_retries = 0
-        self._statistics: dict[str, dict[str, Tensor]] = {}
-        self._walker: tuple[int, Walker[Batch]] | None = None
+        self._sums: dict[str, _Sums] = {}
+        self._unpaired: set[str] = set()
+        self._walkers: tuple[int, list[Walker[Batch]]] | None = None
 
     def statistic(self, name: str, kind: str) -> Tensor:
-        """One layer's input statistic; only the group last asked for is kept in memory."""
-        if name not in self._statistics:
+        """One layer's input statistic behind the prefix."""
+        return LayerStatistics(name, self.statistics, partial(self._finished, name))(kind)
+
+    def paired(self, name: str) -> PairedSums | None:
+        """Sums of a layer's inputs in both networks; None where only the prefix runs, or they cannot be paired."""
+        paired = self._of(name).paired
+        return paired if paired is not None and paired.prefix is not None else None
+
+    def replace(self, name: str, tensor: QuantizedTensor, parameters: Mapping[str, Tensor] | None = None) -> None:
+        """From now on the layer has its quantized weights, and the network these biases and norm parameters."""
+        fill(self.networks[0].module, {name: tensor}, parameters)
+
+    def walkers(self, batch_size: int) -> list[Walker[Batch]]:
+        """The walk of each network over batches of that many examples, where it stands."""
+        if self._walkers is None or self._walkers[0] != batch_size:
+            batches = partial(self.examples.batches, batch_size, self.device)
+            walkers: list[Walker[Batch]] = []
+            for network in self.networks:
+                settings = network.blocks, network.layers, batches, _without_inputs, network.calls
+                walkers.append(Walker(network.module, *settings, like=walkers[0] if walkers else None))
+            self._walkers = batch_size, walkers
+        return self._walkers[1]
+
+    def _of(self, name: str) -> _Sums:
+        """The layer's sums; only the group last asked for stays in memory."""
+        if name not in self._sums:
             start = time.perf_counter()
             group = next(group for group in self.groups if name in group)
-            self._statistics = {}  # two groups' moments need not be there at once
-            self._statistics, retries = halving(self.batch_size, partial(self._collect, group), "calibration")
+            self._sums = {}  # two groups' moments need not be there at once
+            try:
+                self._sums, retries = halving(self.batch_size, partial(self._collect, group), "calibration")
+            except _Unpaired:
+                self._unpaired.update(group)
+                self._sums, retries = halving(self.batch_size, partial(self._collect, group), "calibration")
             self.oom_retries += retries
             self.batch_size >>= retries  # what did not fit once will not fit the next time
             self.seconds += time.perf_counter() - start
-        return LayerStatistics(name, STATISTICS, lambda statistic: self._statistics[name][statistic.name])(kind)
+        return self._sums[name]
 
-    def replace(self, name: str, tensor: QuantizedTensor) -> None:
-        """From now on the layer has its quantized weights."""
-        fill(self.module, {name: tensor})
+    def _finished(self, name: str, statistic: Statistic) -> Tensor:
+        sums = self._of(name)
+        groups, rows, columns = weight_to_matrix(self.networks[0].layers[name]).shape
+        if statistic == INPUT_MOMENT and sums.paired is not None and sums.paired.prefix is not None:
+            return sums.paired.moments(centred=False).prefix.float()
+        if statistic not in sums.statistics:  # no example reached it
+            return statistic.neutral(groups, rows, columns)
+        return statistic.finish(sums.statistics[statistic].clone(), sums.samples, (groups, rows, columns)).cpu()
 
-    def walker(self, batch_size: int) -> Walker[Batch]:
-        """The walk over batches of that many examples, where it stands."""
-        if self._walker is None or self._walker[0] != batch_size:
-            batches = partial(self.examples.batches, batch_size, self.device)
-            walker = Walker(self.module, self.blocks, self.layers, batches, _without_inputs, self.calls)
-            self._walker = batch_size, walker
-        return self._walker[1]
+    @torch.no_grad()
+    def _collect(self, group: Sequence[str], batch_size: int) -> dict[str, _Sums]:
+        walkers, layers = self.walkers(batch_size), self.networks[0].layers
+        sums = _start(group, layers, paired=len(walkers) > 1 and not self._unpaired & set(group))
+        first = 0
+        for passes in zip(*(walker.passes(group) for walker in walkers), strict=True):
+            batch = passes[0][0]
+            given = [inputs_of(walker, group, run) for walker, (_, run) in zip(walkers, passes, strict=True)]
+            _part(sums, group, given)
+            for name in group:
+                if sums[name] is not sums[group[0]] or name == group[0]:
+                    self._add(sums[name], layers[name], batch, first, *(runs[name] for runs in given))
+            first += len(batch)
+        return sums
 
-    def _collect(self, group: Sequence[str], batch_size: int) -> dict[str, dict[str, Tensor]]:
-        walker, part = self.walker(batch_size), _Part(self.module)
-        watched = {name: self.layers[name] for name in group}
-        collector = Collector(part, watched, STATISTICS.values(), None, torch.Generator())
-        for batch, part.run in walker.passes(group):
-            collector.add(batch, stop_after=walker.last_run(group))
-        finished = {kind: dict(collector.finish(statistic)) for kind, statistic in STATISTICS.items()}
-        return {name: {kind: finished[kind][name] for kind in STATISTICS} for name in group}
+    def _add(self, sums: _Sums, layer: Layer, batch: Batch, first: int, runs: Runs, full: Runs | None = None) -> None:
+        """Add what a layer is given in one batch from example `first` on, behind the prefix and in full precision."""
+        mask = batch.inputs.get(MASK)
+        if sums.paired is not None and full is not None and [x.shape for _, x in full] != [x.shape for _, x in runs]:
+            raise _Unpaired
+        for run, (k, x) in enumerate(runs):
+            if not x.numel():
+                continue
+            paired = iter(())
+            if sums.paired is not None and full is not None:
+                paired = counted_samples(layer, full[run][1], len(batch), mask)
+            for part, samples, count in counted_samples(layer, x, len(batch), mask):
+                sums.samples = sums.samples + in_stack(groups_of(layer), k, torch.as_tensor(count).expand(1))
+                rows = samples.transpose(0, 1).flatten(1, 2)  # [g, n, c]
+                for statistic in self.statistics.values():
+                    if sums.paired is not None and statistic == INPUT_MOMENT:
+                        continue  # is among the paired sums
+                    new = in_stack(groups_of(layer), k, statistic.contribution(rows))
+                    sums.statistics[statistic] = statistic.add(sums.statistics.get(statistic), new)
+                if sums.paired is not None and full is not None:
+                    sums.paired.add(next(paired)[1], samples, _each(samples, mask, part), first + part.start)
 
 
-class _Part(nn.Module):
-    """The network, of which a call runs what `run` runs."""
+def _start(group: Sequence[str], layers: Mapping[str, Layer], paired: bool) -> dict[str, _Sums]:
+    """Empty sums; Linear layers that read one tensor share theirs."""
+    sums: dict[str, _Sums] = {}
+    for name in group:
+        layer = layers[name]
+        pair = paired and not (isinstance(layer, ParameterLayer) and groups_of(layer) > 1)  # tokens choose experts anew
+        linear = type(layer) is nn.Linear and type(layers[group[0]]) is nn.Linear
+        sums[name] = sums[group[0]] if sums and linear else _Sums(paired=PairedSums() if pair else None)
+    return sums
 
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module, self.run = module, module.__call__
 
-    def forward(self, **_: Tensor) -> Tensor:
-        output: Tensor = self.run()
-        return output
+def _part(sums: dict[str, _Sums], group: Sequence[str], given: Sequence[Mapping[str, Runs]]) -> None:
+    """Give a layer sums of its own from the first batch on in which it reads another tensor than the first layer."""
+    for name in group[1:]:
+        same = all(
+            len(runs[name]) == len(runs[group[0]])
+            and all(x is y for (_, x), (_, y) in zip(runs[name], runs[group[0]], strict=True))
+            for runs in given
+        )
+        if sums[name] is sums[group[0]] and not same:
+            sums[name] = copy.deepcopy(sums[name])
+
+
+def _each(samples: Tensor, mask: Tensor | None, part: slice) -> Tensor:
+    """Samples that count, of each example [e]."""
+    e, _, length, _ = samples.shape
+    if mask is None or mask.shape[1:] != (length,) or length == 1:
+        return torch.full((e,), length)
+    return mask[part].bool().sum(1).cpu()
+
+
+def inputs_of(walker: Walker[Batch], group: Sequence[str], run: Callable[[], Any]) -> dict[str, Runs]:
+    """What the layers of a group are given in one pass, which ends when the last of them is about to run.
+
+    Copies, since networks change inputs in place; layers that read the same tensor get the same copy.
+    """
+    inputs: dict[str, Runs] = {name: [] for name in group}
+    last = walker.last_run(group)
+    before: list[tuple[Tensor, int, Tensor]] = []  # the tensor read last, its version and its copy
+
+    def seen(name: str, k: int | None, x: Tensor) -> None:
+        if not (before and before[0][0] is x and before[0][1] == x._version):
+            before[:] = [(x, x._version, x.clone())]
+        inputs[name].append((k, before[0][2]))
+        if last == (name, len(inputs[name])):
+            raise _Reached
+
+    with watching_inputs({name: walker.layers[name] for name in group}, seen), suppress(_Reached):
+        run()
+    return inputs
+
+
+class _Unpaired(Exception):
+    """The two networks run a layer differently often, or on other positions."""
+
+
+class _Reached(Exception):
+    """The layers of interest have their inputs; the rest of the pass is not needed."""
 
 
 def _without_inputs(batch: Batch) -> Batch:

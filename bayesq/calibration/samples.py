@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from bayesq.quant.layers import Layer, groups_of, input_blocks, input_samples, sample_shape
+from bayesq.quant.layers import Layer, groups_of, input_blocks, input_samples, mask_samples, sample_shape
 
 # Elements of the largest temporary a hook may build: 16 MiB in float32, near the size of a core's cache.
 PART_ELEMENTS = 2**22
@@ -71,6 +71,21 @@ def input_parts(
         part = slice(start, min(start + step, examples))
         split = size > PART_ELEMENTS and not whole
         yield part, partial(_blocks, layer, by_example[part], split)
+
+
+def counted_samples(
+    layer: Layer, x: Tensor, examples: int, mask: Tensor | None
+) -> Iterator[tuple[slice, Tensor, int | Tensor]]:
+    """A few examples e at a time: which ones, their input samples [e, g, l, c] with zeros for padding, how many count.
+
+    Args:
+        x: input of one run of the layer.
+        examples: in the batch.
+        mask: [examples, positions], 1 for real tokens, or None.
+    """
+    for part, blocks in input_parts(layer, x, examples, whole=mask is not None):
+        for _, block in blocks():
+            yield part, *mask_samples(block, None if mask is None else mask[part])
 
 
 def _blocks(layer: Layer, x: Tensor, split: bool) -> Iterator[tuple[slice, Tensor]]:

@@ -28,6 +28,7 @@ class Source(Enum):
     OUTPUT_GRADIENTS = "output gradients"  # gradients at the output [g, n, r]
     WEIGHT_GRADIENTS = "weight gradients"  # weight gradients of single examples [e, g, r, c]
     STATISTICS = "statistics"  # other statistics; no pass over the examples
+    PAIRED_INPUTS = "paired inputs"  # inputs in full precision and behind the quantized prefix; `inputs=paired` only
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,12 @@
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
+from torch import Tensor
+
+from bayesq.calibration.inputs import INPUT_MOMENT
 from bayesq.calibration.statistic import Statistic
 from bayesq.contract import LayerProblem, naming
 from bayesq.memory import give_back_freed
@@ -128,6 +132,13 @@ class WhiteningStore:
         whitening.seconds = time.perf_counter() - start
         self._store(key, whitening)
         return whitening
+
+    def behind_prefix(self, layer: LayerProblem, feedback: bool, damping: float, moment: Tensor) -> Whitening:
+        """The layer's whitening with another input moment in place of A; read once and not stored."""
+        full = layer.statistic
+        with_moment = replace(layer, statistic=lambda kind: moment if kind == INPUT_MOMENT.name else full(kind))
+        with naming(layer):
+            return self.fit(with_moment).whitening(feedback, damping)
 
     def _store(self, key: tuple[object, ...], whitening: Whitening) -> None:
         if self.nbytes + whitening.nbytes <= self.memory_limit:

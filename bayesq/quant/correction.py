@@ -14,6 +14,7 @@ A related correction from batch normalisation statistics alone is in Nagel et al
 import weakref
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
@@ -262,6 +263,44 @@ def _movable(module: nn.Module, layers: Collection[str]) -> set[str]:
         and users[id(child.bias)] == 1
         and (not isinstance(child, nn.Linear) or is_plain(child))
     }
+
+
+@torch.no_grad()
+def mean_takers(module: nn.Module, layers: Collection[str], inputs: Mapping[str, Tensor]) -> dict[str, str]:
+    """By layer, the module that takes up a shift of its outputs' mean: a BatchNorm that alone reads it, or itself.
+
+    Args:
+        module: in eval mode.
+        layers: names of layers.
+        inputs: one batch.
+    """
+    outputs: list[tuple[str, Tensor, int]] = []
+    read_by: dict[str, str] = {}
+    calls: Counter[str] = Counter()
+
+    def gave(name: str, _: nn.Module, __: Any, output: Tensor) -> None:
+        calls[name] += 1
+        outputs.append((name, output, output._version))
+
+    def read(name: str, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+        calls[name] += 1
+        for layer, output, version in outputs:
+            # An in-place activation keeps the tensor and raises its version: the norm then reads something else.
+            if args and output is args[0] and output._version == version:
+                read_by[layer] = name
+
+    stops = _stops(module, layers)
+    with ExitStack() as hooks:
+        for name, which in stops.items():
+            part = module.get_submodule(name)
+            if which == INPUT:
+                hooks.callback(part.register_forward_pre_hook(partial(read, name)).remove)
+            else:
+                hooks.callback(part.register_forward_hook(partial(gave, name)).remove)
+        module(**inputs)
+    movable = _movable(module, layers)
+    takers = {name: read_by.get(name, name if name in movable else "") for name in layers}
+    return {name: taker for name, taker in takers.items() if taker and calls[name] == 1 and calls[taker] == 1}
 
 
 def _channel_dim(module: nn.Module) -> int:

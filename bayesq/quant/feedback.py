@@ -189,7 +189,11 @@ def feedback_round_groups(
 
 
 def feedback_round(
-    weight: Tensor, factor: FeedbackFactor, grid: Grid, on_block: BlockObserver | None = None
+    weight: Tensor,
+    factor: FeedbackFactor,
+    grid: Grid,
+    on_block: BlockObserver | None = None,
+    drift: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Round all rows of one matrix with error feedback.
 
@@ -198,6 +202,8 @@ def feedback_round(
         factor: of the input moment [C, C].
         grid: rounds one column; asked with the original column index.
         on_block: see BlockObserver; receives original-order weights only when the factor has no act-order.
+        drift: [C, C] float64 in visiting order, strictly upper: when column j is rounded, its target times drift[j, k]
+            is added to the weights of each later column k (GPTAQ); None = 0.
 
     Returns:
         codes [R, C] uint8 in original order; values [R, C] float64 they stand for; target [R, C] float64, what each
@@ -219,13 +225,25 @@ def feedback_round(
             end = min(sub + SUB_BLOCK, stop)
             part = slice(sub, end)
             step = grid.round_block if isinstance(grid, BlockGrid) else partial(_round_block, grid)
+            if drift is not None:
+                step = partial(_round_block, grid, drift=drift[part, part])
             step(x[part], delta[part], u[part, part].contiguous(), original[part], codes[part], values[part])
             if end < stop:
                 x[end:stop].addmm_(u[part, end:stop].T, delta[part])
+                _move(x, delta, drift, part, slice(end, stop))
         if stop < columns:
             x[stop:].addmm_(u[start:stop, stop:].T, delta[start:stop])
+            _move(x, delta, drift, slice(start, stop), slice(stop, columns))
     back = torch.argsort(factor.order)
     return _in_order(codes, back), _in_order(values, back), _in_order(x, back)
+
+
+def _move(x: Tensor, delta: Tensor, drift: Tensor | None, rounded: slice, later: slice) -> None:
+    """Add the drift of rounded columns to the weights of later ones, in x and in delta [C, R]."""
+    if drift is not None:
+        moved = drift[rounded, later].T @ x[rounded]
+        x[later] += moved
+        delta[later] += moved
 
 
 def _in_order(x: Tensor, place: Tensor) -> Tensor:
@@ -246,7 +264,14 @@ def _transpose(x: Any, place: Any, out: Any) -> None:
 
 
 def _round_block(
-    grid: Grid, x: Tensor, delta: Tensor, upper: Tensor, columns: Sequence[int], codes: Tensor, values: Tensor
+    grid: Grid,
+    x: Tensor,
+    delta: Tensor,
+    upper: Tensor,
+    columns: Sequence[int],
+    codes: Tensor,
+    values: Tensor,
+    drift: Tensor | None = None,
 ) -> None:
     """Round the columns x [B, R], feeding each one's error to those after it.
 
@@ -256,12 +281,14 @@ def _round_block(
         upper: [B, B] U of these columns among each other.
         columns: their original indices.
         codes, values: [B, R] written.
+        drift: [B, B] of `feedback_round`.
     """
     for j, column in enumerate(columns):
         code, value = grid.round(x[j], column)
         codes[j], values[j] = code, value
         delta[j] -= value
         x[j + 1 :].addr_(upper[j, j + 1 :], delta[j])
+        _move(x, delta, drift, slice(j, j + 1), slice(j + 1, len(x)))
 
 
 def _optimum(x: Tensor, weight: Tensor, upper: Tensor, start: int) -> Tensor:

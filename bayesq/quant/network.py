@@ -30,11 +30,11 @@ def fill(
             raise ValueError(f"the network has no parameter {name:.100} beside its quantized weights")
         if state[name].shape != value.shape or state[name].dtype != value.dtype:
             raise ValueError(f"parameter {name} has another shape or dtype in the network")
-    for name, tensor in tensors.items():
-        with torch.no_grad():
+    with torch.no_grad():
+        for name, tensor in tensors.items():
             layers[name].weight.copy_(matrix_to_weight(layers[name], tensor.dequantize()))
-    if parameters:
-        module.load_state_dict(dict(parameters), strict=False)
+        for name, value in (parameters or {}).items():  # load_state_dict would touch other buffers of the module too
+            state[name].copy_(value)
 
 
 def quantized_copy(

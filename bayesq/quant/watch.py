@@ -7,6 +7,7 @@ torch multiplies with its weight: `F.linear(x, W)`, `x @ W`, `torch.addmm(b, x, 
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -46,6 +47,27 @@ def watching(layers: Mapping[str, Layer], seen: Seen) -> Iterator[None]:
                 stack.callback(handle.remove)
         if stacked:
             stack.enter_context(Products(stacked, seen))
+        yield
+
+
+@contextmanager
+def watching_inputs(layers: Mapping[str, Layer], seen: Callable[[str, int | None, Tensor], None]) -> Iterator[None]:
+    """Call `seen` with name, group and input whenever a layer is used in the block; a called layer has not run yet."""
+
+    def before(name: str, _: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+        seen(name, None, args[0] if args else next(iter(kwargs.values())))
+
+    def after(name: str, group: int | None, x: Tensor, _: Tensor) -> None:
+        seen(name, group, x)
+
+    stacked = {name: layer for name, layer in layers.items() if isinstance(layer, ParameterLayer)}
+    with ExitStack() as stack:
+        for name, layer in layers.items():
+            if isinstance(layer, nn.Module):
+                handle = layer.register_forward_pre_hook(partial(before, name), with_kwargs=True)
+                stack.callback(handle.remove)
+        if stacked:
+            stack.enter_context(Products(stacked, after))
         yield
 
 

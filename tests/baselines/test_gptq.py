@@ -36,7 +36,6 @@ def test_the_published_codes_weights_are_reproduced(case: int) -> None:
         act_order=settings["act_order"],
         damping=settings["damp"],
         group_size=None if settings["group_size"] == -1 else settings["group_size"],
-        sequential=False,
         scale_dtype=torch.float32,
     )
     factor = feedback_factor(moment, gptq.damping, gptq.act_order)
@@ -80,7 +79,7 @@ def test_codes_equal_the_naive_implementation(columns: int, clip: str, act_order
     weight = torch.randn(1, 6, columns, generator=generator)
     moments = moment_of(columns, columns + 5, generator)[None]
     widths = [2, 3, 3, 4, 5, 8]
-    gptq = GPTQ(clip, act_order, DAMPING, None, False)
+    gptq = GPTQ(clip, act_order, DAMPING, None)
     ((layer, tensor),) = rounded(gptq, [problem(weight, moments)], FixedWidths(layer=uint8(widths)))
     check_equal(tensor, [naive_matrix(weight[0], moments[0], widths, clip, act_order)], weight, moments)
     assert layer.fallbacks == {"dead_columns": 0, "damping_retries": 0}
@@ -92,7 +91,7 @@ def test_a_grouped_convolution_is_its_groups_one_by_one(act_order: bool) -> None
     weight = torch.randn(3, 4, 18, generator=generator)
     moments = torch.stack([moment_of(18, 40, generator) for _ in range(3)])
     widths = [2, 3, 4, 5, 3, 3, 3, 3, 8, 2, 2, 4]
-    gptq = GPTQ("mse", act_order, DAMPING, None, False)
+    gptq = GPTQ("mse", act_order, DAMPING, None)
     ((_, tensor),) = rounded(gptq, [problem(weight, moments)], FixedWidths(layer=uint8(widths)))
     naive = [naive_matrix(weight[g], moments[g], widths[4 * g : 4 * g + 4], "mse", act_order) for g in range(3)]
     assert tensor.groups == 3
@@ -104,7 +103,7 @@ def test_a_depthwise_convolution_has_a_matrix_a_channel() -> None:
     weight = torch.randn(5, 1, 9, generator=generator)
     moments = torch.stack([moment_of(9, 30, generator) for _ in range(5)])
     ((_, tensor),) = rounded(
-        GPTQ("minmax", True, DAMPING, None, False), [problem(weight, moments)], FixedWidths(layer=uint8([3] * 5))
+        GPTQ("minmax", True, DAMPING, None), [problem(weight, moments)], FixedWidths(layer=uint8([3] * 5))
     )
     check_equal(tensor, [naive_matrix(weight[g], moments[g], [3], "minmax", True) for g in range(5)], weight, moments)
 
@@ -117,7 +116,7 @@ def test_auto_clip_is_the_better_rule_of_every_row(act_order: bool, group_size: 
     moments = torch.stack([moment_of(60, 100, generator) for _ in range(2)])
     errors = {}
     for clip in ("minmax", "mse", "auto"):
-        gptq = GPTQ(clip, act_order, DAMPING, group_size, False)
+        gptq = GPTQ(clip, act_order, DAMPING, group_size)
         ((_, tensor),) = rounded(gptq, [problem(weight, moments)], FixedWidths(layer=uint8([3] * 48)))
         delta = (tensor.dequantize() - weight).double().numpy()
         errors[clip] = np.concatenate([row_errors(delta[g], moments[g].numpy()) for g in range(2)])
@@ -135,7 +134,7 @@ def test_the_gain_rule_takes_the_gains_of_feedback(shape, act_order, group_size)
     generator = torch.Generator().manual_seed(4)
     weight = torch.randn(shape, generator=generator) * torch.randn(shape, generator=generator).exp()
     moments = torch.stack([moment_of(shape[2], 3 * shape[2], generator) for _ in range(shape[0])])
-    gptq = GPTQ("curvature", act_order, DAMPING, group_size, False)
+    gptq = GPTQ("curvature", act_order, DAMPING, group_size)
     ((_, tensor),) = rounded(gptq, [problem(weight, moments)], FixedWidths(layer=uint8([3] * shape[0] * shape[1])))
     size = group_size or shape[2]
     for g in range(shape[0]):
@@ -194,7 +193,7 @@ def test_column_groups_equal_the_naive_implementation(columns: int, size: int, a
     generator = torch.Generator().manual_seed(columns + size)
     weight = torch.randn(1, 4, columns, generator=generator)
     moments = moment_of(columns, 2 * columns, generator)[None]
-    gptq = GPTQ("minmax", act_order, DAMPING, size, False)
+    gptq = GPTQ("minmax", act_order, DAMPING, size)
     ((_, tensor),) = rounded(gptq, [problem(weight, moments)], FixedWidths(layer=uint8([3] * 4)))
     assert tensor.scale.shape == (4, -(-columns // size))
     naive = naive_column_groups(weight[0].double().numpy(), moments[0].numpy(), 3, size, act_order)
@@ -207,7 +206,7 @@ def test_dead_columns_are_counted_and_zeroed(act_order: bool) -> None:
     weight = torch.randn(2, 3, 20, generator=generator)
     weight[0, :, 3] = 50  # would widen every grid if it counted
     moments = torch.stack([moment_of(20, 60, generator, dead=(3, 19)), moment_of(20, 60, generator, dead=(0,))])
-    gptq = GPTQ("minmax", act_order, DAMPING, None, False)
+    gptq = GPTQ("minmax", act_order, DAMPING, None)
     ((layer, tensor),) = rounded(gptq, [problem(weight, moments)], FixedWidths(layer=uint8([4] * 6)))
     assert layer.fallbacks["dead_columns"] == 3
     found = tensor.dequantize()
@@ -222,7 +221,7 @@ def test_a_singular_moment_is_damped_and_counted() -> None:
     x = torch.randn(3, 12, generator=generator, dtype=torch.float64)
     moment = x.T @ x - 1e-6 * torch.eye(12, dtype=torch.float64)
     layer = problem(torch.randn(1, 2, 12, generator=generator), moment[None])
-    ((layer, tensor),) = rounded(GPTQ("minmax", True, 0.0, None, False), [layer], FixedWidths(layer=uint8([3, 3])))
+    ((layer, tensor),) = rounded(GPTQ("minmax", True, 0.0, None), [layer], FixedWidths(layer=uint8([3, 3])))
     assert layer.fallbacks["damping_retries"] >= 1
     assert bool(torch.isfinite(tensor.dequantize()).all())
 
@@ -236,7 +235,7 @@ def test_fractional_budgets_mix_widths_and_stay_within() -> None:
         )
         layers[-1].name = f"layer{k}"
     allocator = Uniform()
-    gptq = GPTQ("auto", True, DAMPING, None, False)
+    gptq = GPTQ("auto", True, DAMPING, None)
     tensors = [
         t for _, t in rounded(gptq, layers, lambda ls, codebook_bits=0: allocator.allocate(ls, Budget(3.5, "code")))
     ]
@@ -249,7 +248,7 @@ def test_rows_of_one_layer_may_have_widths_of_their_own() -> None:
     generator = torch.Generator().manual_seed(7)
     weight = torch.randn(1, 1, 30, generator=generator).expand(1, 4, 30).contiguous()
     moments = moment_of(30, 50, generator)[None]
-    gptq = GPTQ("auto", True, DAMPING, None, False)
+    gptq = GPTQ("auto", True, DAMPING, None)
     ((_, tensor),) = rounded(gptq, [problem(weight, moments)], FixedWidths(layer=uint8([2, 8, 3, 5])))
     assert tensor.width.tolist() == [2, 8, 3, 5]
     found = row_errors((tensor.dequantize() - weight)[0].double().numpy(), moments[0].numpy())
@@ -286,11 +285,11 @@ def test_layers_are_asked_for_statistics_one_at_a_time() -> None:
 )
 def test_impossible_settings_name_their_key(change: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        GPTQ(**({"clip": "auto", "act_order": True, "damping": 0.01, "group_size": None, "sequential": False} | change))
+        GPTQ(**({"clip": "auto", "act_order": True, "damping": 0.01, "group_size": None} | change))
 
 
 def test_weights_and_moments_that_are_not_finite_are_refused() -> None:
-    gptq = GPTQ("auto", True, DAMPING, None, False)
+    gptq = GPTQ("auto", True, DAMPING, None)
     with pytest.raises(ValueError, match="layer layer: the weights"):
         list(
             rounded(

@@ -16,11 +16,14 @@ from transformers import BertConfig, BertForSequenceClassification
 from bayesq import walker
 from bayesq.batches import TensorExamples
 from bayesq.calibration.collector import Collector
+from bayesq.calibration.inputs import INPUT_MAGNITUDE, INPUT_MOMENT
 from bayesq.calibration.order import forward_order
-from bayesq.calibration.prefix import STATISTICS, PrefixInputs
+from bayesq.calibration.prefix import Network, PrefixInputs, inputs_of
 from bayesq.quant.blocks import find_blocks
 from bayesq.quant.layers import quantizable_layers
 from bayesq.quant.watch import watching
+
+STATISTICS = {statistic.name: statistic for statistic in (INPUT_MOMENT, INPUT_MAGNITUDE)}
 
 
 class Block(nn.Module):
@@ -121,7 +124,9 @@ def setting(name: str) -> tuple[nn.Module, TensorExamples, list[list[str]], Pref
         module,
         examples,
         groups,
-        PrefixInputs(module, find_blocks(module), layers, groups, examples, 2, CPU, calls),
+        PrefixInputs(
+            Network(module, layers, find_blocks(module), calls), groups, examples, 2, CPU, STATISTICS.values()
+        ),
     )
 
 
@@ -144,7 +149,7 @@ def test_layers_in_any_order_and_weights_that_change_behind_them(name):
     module, examples, groups, inputs = setting(name)
     for i in (0, 2, 5, 3, 3, 6, 7, 1, 5):
         group = groups[i % len(groups)]
-        inputs._statistics = {}
+        inputs._sums = {}
         found, expected = inputs.statistic(group[0], "input_moment"), from_the_input(module, group, examples)
         torch.testing.assert_close(found, expected[group[0]]["input_moment"], rtol=1e-5, atol=1e-6)
         rounded(module, groups[(i * 3) % len(groups)])
@@ -171,7 +176,7 @@ def chains(name: str) -> list[list[str]]:
     _, _, groups, inputs = setting(name)
     for group in groups[:3]:
         inputs.statistic(group[0], "input_moment")
-    return inputs.walker(2)._chains
+    return inputs.walkers(2)[0]._chains
 
 
 def test_chains_follow_tensors_not_containers():
@@ -262,7 +267,7 @@ def test_a_block_that_gives_something_else_each_time_is_in_no_chain(mode):
 def test_layers_used_outside_of_their_block_are_reached_from_the_input():
     for name in ("layer outside", "shared module"):
         _, _, groups, inputs = setting(name)
-        walk = inputs.walker(2)
+        walk = inputs.walkers(2)[0]
         for group in groups[:2]:
             list(walk.passes(group))
         shared = "blocks.2.layer" if name == "layer outside" else "blocks.0.layer"
@@ -271,22 +276,26 @@ def test_layers_used_outside_of_their_block_are_reached_from_the_input():
 
 @pytest.mark.parametrize("name", ["deep", "masked", "careless", "encoder", "between"])
 def test_two_networks_in_step(name):
-    """x and x' of the same examples, of a network and of one whose earlier layers are rounded."""
+    """x and x' of the same examples, behind rounded layers and in full precision; one of the networks is watched."""
     module, examples, groups, inputs = setting(name)
     full = seeded(NETWORKS[name][0]())
-    reference = PrefixInputs(full, find_blocks(full), quantizable_layers(full), groups, examples, 2, CPU, inputs.calls)
-    walks = reference.walker(2), inputs.walker(2)
+    first = inputs.walkers(2)[0]
+    layers = quantizable_layers(full)
+    other = walker.Walker(full, find_blocks(full), layers, first.batches, calls=first.calls, like=first)
     for group in groups:
-        seen = list(walker.walk_pair(*walks, group))
+        seen = list(zip(first.passes(group), other.passes(group), strict=True))
         assert len(seen) == 3
-        for (batch, x, prefix), whole in zip(seen, examples.batches(2, CPU), strict=True):
+    for group in groups:
+        for (batch, run), (_, run_full), whole in zip(
+            first.passes(group), other.passes(group), examples.batches(2, CPU), strict=True
+        ):
             assert torch.equal(batch.index, whole.index)
-            for network, found in ((full, x), (module, prefix)):
+            for network, found in ((full, inputs_of(other, group, run_full)), (module, inputs_of(first, group, run))):
                 for layer in group:
                     expected = given_to(network, layer, whole.inputs)
-                    assert len(found[layer]) == 1 and torch.equal(found[layer][0], expected)
+                    assert len(found[layer]) == 1 and torch.equal(found[layer][0][1], expected)
         rounded(module, group)
-    assert not any(torch.equal(x[groups[-1][0]][0], prefix[groups[-1][0]][0]) for _, x, prefix in seen)
+    assert other._visits is first._visits
 
 
 def given_to(module: nn.Module, layer: str, inputs: dict[str, Tensor]) -> Tensor:
@@ -300,7 +309,7 @@ def given_to(module: nn.Module, layer: str, inputs: dict[str, Tensor]) -> Tensor
 
 def test_a_walk_that_is_left_half_way_begins_anew():
     module, examples, groups, inputs = setting("plain")
-    walk = inputs.walker(2)
+    walk = inputs.walkers(2)[0]
     for group in groups[:3]:
         for _, run in walk.passes(group):
             run()
@@ -313,7 +322,7 @@ def test_a_walk_that_is_left_half_way_begins_anew():
 
 def test_only_one_block_is_stored():
     _, examples, groups, inputs = setting("plain")
-    walk = inputs.walker(2)
+    walk = inputs.walkers(2)[0]
     for group in groups[:5]:
         for _, run in walk.passes(group):
             run()

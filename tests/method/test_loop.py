@@ -1,8 +1,9 @@
 """The loop that runs every method: what a method may read, when, and what it must return (SPEC section 11)."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from torch import Tensor
 
 from bayesq.allocation import Allocation, Budget, Uniform
 from bayesq.calibration.inputs import INPUT_MOMENT
@@ -24,7 +25,6 @@ class Nearest:
     """The smallest method there is."""
 
     statistics: frozenset[Statistic] = frozenset()
-    inputs = "full"
 
     def prepare(self, layers, allocate, context):
         return allocate(layers)
@@ -43,11 +43,13 @@ class Prefix:
     def __init__(self) -> None:
         self.replaced: list[str] = []
 
-    def statistic(self, name: str, kind: str) -> Tensor:
-        return (1.0 + len(self.replaced)) * torch.eye(COLUMNS)[None]
+    def take(self, layer: LayerProblem) -> LayerProblem:
+        moment = (1.0 + len(self.replaced)) * torch.eye(COLUMNS)[None]
+        return replace(layer, weight=2 * layer.weight, prefix_statistic=lambda kind: moment)
 
-    def replace(self, name: str, tensor: QuantizedTensor) -> None:
-        self.replaced.append(name)
+    def give(self, layer: LayerProblem, tensor: QuantizedTensor) -> QuantizedTensor:
+        self.replaced.append(layer.name)
+        return replace(tensor, scale=2 * tensor.scale)
 
 
 def run(method, layers=None, allocate=None, prefix=None):
@@ -60,36 +62,28 @@ def test_every_layer_is_rounded_once_in_order():
     assert [layer.name for layer, _ in run(Nearest())] == ["a", "b", "c"]
 
 
-def test_a_method_that_asks_for_the_prefix_reads_inputs_behind_what_is_replaced_so_far():
-    seen = {}
+def test_behind_the_prefix_a_method_reads_inputs_behind_what_is_replaced_so_far_and_rounds_the_target():
+    seen, targets = {}, {}
 
     class Reading(Nearest):
         statistics = frozenset({INPUT_MOMENT})
-        inputs = "prefix"
 
         def quantize_layer(self, layer, width, context):
             seen[layer.name] = float(layer.input_statistic("input_moment")[0, 0, 0])
+            targets[layer.name] = layer.weight
             return super().quantize_layer(layer, width, context)
 
     prefix = Prefix()
-    run(Reading(), prefix=prefix)
+    rounded = run(Reading(), prefix=prefix)
     assert seen == {"a": 1.0, "b": 2.0, "c": 3.0} and prefix.replaced == ["a", "b", "c"]
-
-
-def test_a_method_cannot_be_handed_full_precision_inputs_in_place_of_the_prefix():
-    method = Nearest()
-    method.inputs = "prefix"
-    with pytest.raises(ValueError, match=r"Nearest\.inputs=prefix: needs the network"):
-        run(method)
-    method.inputs = "behind"
-    with pytest.raises(ValueError, match=r"Nearest\.inputs=behind: choose one of full, prefix"):
-        run(method)
+    for layer, tensor in rounded:  # what is stored is what the prefix made of the rounded target
+        assert torch.equal(targets[layer.name], 2 * layer.weight)
+        assert float((tensor.dequantize() - 4 * layer.weight).abs().max()) < float(layer.weight.abs().max())
 
 
 def test_a_method_that_rounds_everything_in_prepare_cannot_read_prefix_inputs():
     class Early(Nearest):
         statistics = frozenset({INPUT_MOMENT})
-        inputs = "prefix"
 
         def prepare(self, layers, allocate, context):
             self.moments = [layer.input_statistic("input_moment") for layer in layers]
@@ -102,7 +96,6 @@ def test_a_method_that_rounds_everything_in_prepare_cannot_read_prefix_inputs():
 def test_inputs_of_another_layer_cannot_be_read():
     class Peeking(Nearest):
         statistics = frozenset({INPUT_MOMENT})
-        inputs = "prefix"
 
         def prepare(self, layers, allocate, context):
             self.layers = layers

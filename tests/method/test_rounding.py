@@ -50,7 +50,7 @@ def test_with_input_moment_and_identity_it_is_gptq(clip, width, groups, rows, co
     scale, zero = CLIP_RULES[clip](stack_groups(weight).double(), widths)
     rounded = round_layer(weight, posterior.whitening(True, DAMPING), scale, zero, widths, {})
 
-    gptq = GPTQ(clip, act_order=True, damping=DAMPING, group_size=None, sequential=False)
+    gptq = GPTQ(clip, act_order=True, damping=DAMPING, group_size=None)
     for g in range(groups):  # group by group there, all at once here
         moment, own = statistics["input_moment"][g : g + 1], slice(g * rows, (g + 1) * rows)
         factor = feedback_factor(moment[0], DAMPING)

@@ -12,7 +12,7 @@ from bayesq.batches import TensorExamples
 from bayesq.calibration.collector import Collector
 from bayesq.calibration.inputs import INPUT_MAGNITUDE, INPUT_MOMENT
 from bayesq.calibration.order import forward_order
-from bayesq.calibration.prefix import PrefixInputs
+from bayesq.calibration.prefix import Network, PrefixInputs
 from bayesq.fisher import FISHER_DIAGONAL, FISHER_EIGENVALUES, GRADIENT_MOMENT, GradientDirections
 from bayesq.quant.blocks import find_blocks
 from bayesq.quant.layers import groups_of, quantizable_layers, same_layer, weight_key, weight_to_matrix
@@ -178,9 +178,13 @@ def test_sequential_statistics_are_those_of_all_runs(network):
     size = 1 if found.alone else 4
     expected = collect(module, size, [INPUT_MOMENT])["input_moment"]
     for calls in (found.calls, None):
-        inputs = PrefixInputs(module, find_blocks(module), found.layers, groups, given, size, CPU, calls)
+        network = Network(module, found.layers, find_blocks(module), calls)
+        inputs = PrefixInputs(network, groups, given, size, CPU, [INPUT_MOMENT], network)
         for name in found.layers:
             torch.testing.assert_close(inputs.statistic(name, "input_moment"), expected[name])
+            paired = inputs.paired(name)
+            if paired is not None:  # tokens choose experts anew: those are not paired
+                torch.testing.assert_close(paired.moments(centred=False).cross.float(), expected[name])
 
 
 def test_names_of_weights_are_those_of_the_state_dict():

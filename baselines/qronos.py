@@ -1,0 +1,75 @@
+"""Qronos (Zhang et al., arXiv 2505.11695): correct the past with the first column, then shape the future.
+
+With H = E[x' x'T] behind the quantized prefix and C = E[x x'T] from both networks, in visiting order:
+
+    q_1 = Q[(w C[:, 1] - w_2: H[2:, 1]) / H_11],   w_2: = (w (C + l I)[:, 2:] - q_1 H[1, 2:]) (H_22 + l I)^-1
+
+with l = 1e-6 of the largest eigenvalue of H; the remaining columns are rounded as GPTQ does.
+"""
+
+import torch
+from torch import Tensor
+
+from baselines.gptaq import paired_error
+from baselines.gptq import GPTQ
+from bayesq.calibration.inputs import INPUT_MOMENT
+from bayesq.calibration.paired import CROSS_MOMENT
+from bayesq.contract import LayerProblem
+from bayesq.quant.feedback import BlockObserver, FeedbackFactor, feedback_round
+from bayesq.quant.grids import AffineGrid
+
+
+class Qronos(GPTQ):
+    """The published algorithm, with the grids and clip rules of `GPTQ`.
+
+    Args:
+        ridge: l as a fraction of the largest eigenvalue of H.
+
+    The others as in `GPTQ`.
+    """
+
+    statistics = frozenset({INPUT_MOMENT, CROSS_MOMENT})
+    together = False
+
+    def __init__(self, clip: str, act_order: bool, damping: float, ridge: float) -> None:
+        super().__init__(clip, act_order, damping, group_size=None)
+        if not ridge > 0:
+            raise ValueError(f"method.ridge={ridge}: must be above 0")
+        self.ridge = ridge
+
+    def _begin(self, layer: LayerProblem) -> None:
+        self._moment = layer.input_statistic("input_moment").double()
+        self._cross = layer.input_statistic("cross_moment").double()
+
+    def _feedback(
+        self, weight: Tensor, group: int, factor: FeedbackFactor, grid: AffineGrid, follow: BlockObserver | None
+    ) -> tuple[Tensor, Tensor]:
+        order = factor.order
+        h, c = (x[group][order][:, order] for x in (self._moment, self._cross))
+        w = weight[:, order]
+        corrected = torch.empty_like(w)
+        corrected[:, 0] = self._first(w, h, c, grid, int(order[0]))
+        corrected[:, 1:] = self._rest(w, corrected[:, 0], h, c)
+        codes, values, _ = feedback_round(corrected[:, torch.argsort(order)], factor, grid, follow)
+        return codes, values
+
+    def _first(self, w: Tensor, h: Tensor, c: Tensor, grid: AffineGrid, column: int) -> Tensor:
+        """q_1 [R]: the value that stands for W x best, with the other columns as they are."""
+        if not h[0, 0] > 0:
+            return w[:, 0]
+        best = (w @ c[:, 0] - w[:, 1:] @ h[1:, 0]) / h[0, 0]
+        return grid.round(best, column)[1]
+
+    def _rest(self, w: Tensor, first: Tensor, h: Tensor, c: Tensor) -> Tensor:
+        """w_2: [R, c - 1]: the least squares solution, given q_1."""
+        size = self.ridge * float(torch.linalg.matrix_norm(h, 2)) or 1.0
+        damped = h[1:, 1:].clone()
+        damped.diagonal().add_(size)
+        right = w @ c[:, 1:] + size * w[:, 1:] - first[:, None] * h[0, 1:]
+        solved, failed = torch.linalg.solve_ex(damped, right.T)
+        if int(failed):
+            raise ValueError("H + l I is singular: raise method.ridge")
+        return solved.T
+
+    def _error(self, value: Tensor, weight: Tensor, moments: Tensor) -> Tensor:
+        return paired_error(value, weight, moments, self._cross)

@@ -1,0 +1,115 @@
+"""Second moments of a layer's inputs in two networks in step: the full-precision one, and the one behind the prefix.
+
+x [g, c] is what the layer is given in full precision and x' what it is given behind the layers that are quantized
+already, at the same example and position.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from torch import Tensor
+
+from bayesq.calibration.statistic import Source, Statistic
+
+# One example in so many is held out: lambda is chosen on what the targets were not fitted to.
+HELD_OUT = 4
+
+
+@dataclass
+class PairedSums:
+    """Running sums over the samples of all examples, and of those held out (the first dimension).
+
+    Attributes:
+        prefix: sum of x' x'T [2, g, c, c].
+        cross: sum of x x'T [2, g, c, c].
+        full_sum, prefix_sum: sums of x and of x' [2, g, c].
+        count: samples [2].
+    """
+
+    prefix: Tensor | None = None
+    cross: Tensor | None = None
+    full_sum: Tensor | None = None
+    prefix_sum: Tensor | None = None
+    count: list[int] = field(default_factory=lambda: [0, 0])
+
+    def add(self, x: Tensor, prefix: Tensor, count: Tensor, first: int) -> None:
+        """Add the samples of some examples.
+
+        Args:
+            x, prefix: x and x' [e, g, l, c], zero where padding is.
+            count: samples of each example [e].
+            first: how many examples came before them.
+        """
+        if self.prefix is None:
+            g, c = x.shape[1], x.shape[3]
+            self.prefix, self.cross = x.new_zeros(2, g, c, c), x.new_zeros(2, g, c, c)
+            self.full_sum, self.prefix_sum = x.new_zeros(2, g, c), x.new_zeros(2, g, c)
+        assert self.cross is not None and self.full_sum is not None and self.prefix_sum is not None
+        for k, chosen in enumerate((slice(None), slice((HELD_OUT - 1 - first) % HELD_OUT, None, HELD_OUT))):
+            a, b = (part[chosen].transpose(0, 1).flatten(1, 2) for part in (x, prefix))
+            self.prefix[k] += b.transpose(1, 2) @ b
+            self.cross[k] += a.transpose(1, 2) @ b
+            self.full_sum[k] += a.sum(1)
+            self.prefix_sum[k] += b.sum(1)
+            self.count[k] += int(count[chosen].sum())
+
+    def moments(self, centred: bool) -> "PairedMoments":
+        """Means over all samples."""
+        return self._moments(centred, lambda sums: sums[0], self.count[0])
+
+    def split(self, centred: bool) -> tuple["PairedMoments", "PairedMoments"]:
+        """Means over the samples that are not held out, and over those that are; None are: both are all."""
+        total, held_out = self.count
+        if not 0 < held_out < total:
+            return (self.moments(centred),) * 2
+        return (
+            self._moments(centred, lambda sums: sums[0] - sums[1], total - held_out),
+            self._moments(centred, lambda sums: sums[1], held_out),
+        )
+
+    def _moments(self, centred: bool, part: Callable[[Tensor], Tensor], count: int) -> "PairedMoments":
+        """Means of one part in float64 on the CPU; if asked for, about the means over all samples."""
+        assert self.prefix is not None and self.cross is not None
+        assert self.full_sum is not None and self.prefix_sum is not None
+        m, c, a, b = (part(x.double()).cpu() / count for x in (self.prefix, self.cross, self.full_sum, self.prefix_sum))
+        full_mean, prefix_mean = (x[0].double().cpu() / self.count[0] for x in (self.full_sum, self.prefix_sum))
+        if centred:
+            m = m - _outer(b, prefix_mean) - _outer(prefix_mean, b) + _outer(prefix_mean, prefix_mean)
+            c = c - _outer(a, prefix_mean) - _outer(full_mean, b) + _outer(full_mean, prefix_mean)
+        return PairedMoments(m, c, full_mean, prefix_mean)
+
+
+@dataclass(frozen=True)
+class CrossMoment(Statistic):
+    """C = E[x x'T] [g, c, c]: a method that reads it handles the two inputs itself, and gets W and not a target."""
+
+    name: ClassVar[str] = "cross_moment"
+    source: ClassVar[Source] = Source.PAIRED_INPUTS
+
+    def shape(self, groups: int, rows: int, columns: int) -> tuple[int, ...]:
+        """[g, c, c]."""
+        return groups, columns, columns
+
+
+CROSS_MOMENT = CrossMoment()
+
+
+@dataclass(frozen=True)
+class PairedMoments:
+    """Mean moments of a layer's inputs in two networks, float64 on the CPU.
+
+    Attributes:
+        prefix: M = E[x' x'T] [g, c, c].
+        cross: C = E[x x'T] [g, c, c].
+        full_mean, prefix_mean: E[x] and E[x'] [g, c].
+    """
+
+    prefix: Tensor
+    cross: Tensor
+    full_mean: Tensor
+    prefix_mean: Tensor
+
+
+def _outer(a: Tensor, b: Tensor) -> Tensor:
+    return a[..., :, None] * b[..., None, :]

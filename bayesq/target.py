@@ -1,0 +1,92 @@
+"""What a layer should stand for behind a quantized prefix: its target in step with full precision, and kept moments.
+
+With x the layer's inputs in full precision and x' those behind the prefix, the layer is to reproduce W x from x':
+
+    T = argmin_T E|W x - T x'|^2 + lambda |T - W|^2 = (W C + lambda W)(M + lambda I)^-1
+    M = E[x' x'T],   C = E[x x'T]
+
+Where a bias or a norm takes up the mean of the layer's outputs, M and C are those of the centred inputs.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bayesq.calibration.paired import PairedMoments, PairedSums
+
+# Candidates of lambda as multiples of M's mean diagonal; infinity keeps W.
+LAMBDAS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, math.inf)
+# Rows are scaled within these bounds; a variance beyond them is an estimate from few samples.
+ROW_FACTOR = (0.5, 2.0)
+
+
+@dataclass(frozen=True)
+class Target:
+    """Weights to round in place of W.
+
+    Attributes:
+        weight: T [g, r, c] float32.
+        penalty: the chosen lambda, as a multiple of M's mean diagonal.
+        change: |T - W| / |W|.
+    """
+
+    weight: Tensor
+    penalty: float
+    change: float
+
+
+def choose_target(weight: Tensor, sums: PairedSums, centred: bool, row_weights: Tensor | None = None) -> Target:
+    """T with the lambda of the least error on the held-out examples.
+
+    Args:
+        weight: W [g, r, c].
+        sums: of the layer's inputs.
+        centred: a bias or a norm takes up the mean of the outputs.
+        row_weights: [g, r] what an output's squared error costs; None = all alike.
+    """
+    w = weight.double()
+    fitted, held_out = sums.split(centred)
+    costs = torch.ones_like(w[..., 0]) if row_weights is None else row_weights.double()
+    cross = w @ held_out.cross
+    best, least = math.inf, math.inf
+    import os
+
+    for penalty in reversed(LAMBDAS):
+        if penalty < float(os.environ.get("BQMIN", 0)):
+            continue
+        t = ridge(w, fitted, penalty)
+        error = float((costs[..., None] * ((t @ held_out.prefix - 2 * cross) * t)).sum())
+        if error < least:
+            best, least = penalty, error
+    import os
+
+    t = ridge(w, fitted if "F" in os.environ.get("BQ", "") else sums.moments(centred), best)
+    change = float((t - w).norm() / w.norm().clamp(min=torch.finfo(w.dtype).tiny))
+    return Target(t.to(weight.dtype), best, change)
+
+
+def ridge(weight: Tensor, moments: PairedMoments, penalty: float) -> Tensor:
+    """(W C + lambda W)(M + lambda I)^-1 [g, r, c], lambda = penalty * mean diag M; W for infinite lambda or M = 0."""
+    m = moments.prefix
+    diagonal = m.diagonal(dim1=-2, dim2=-1)
+    size = penalty * diagonal.mean(-1)
+    if math.isinf(penalty) or not bool((size > 0).all()):
+        return weight
+    damped = m.clone()
+    damped.diagonal(dim1=-2, dim2=-1).add_(size[:, None])
+    right = weight @ moments.cross + size[:, None, None] * weight
+    return torch.cholesky_solve(right.mT, torch.linalg.cholesky(damped)).mT
+
+
+def output_variance(weight: Tensor, centred_moment: Tensor) -> Tensor:
+    """Variance of each output, diag(W A WT) [g, r] for centred A [g, c, c]."""
+    w = weight.double()
+    return ((w @ centred_moment.double()) * w).sum(-1).clamp(min=0)
+
+
+def row_factors(full: Tensor, now: Tensor) -> Tensor:
+    """Factors [g, r] that give each output its full-precision variance back."""
+    usable = (now > 0) & (full > 0)
+    return torch.where(usable, full / torch.where(usable, now, 1.0), 1.0).sqrt().clamp(*ROW_FACTOR)
