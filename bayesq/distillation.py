@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from tqdm import tqdm
 
+from bayesq.errors import Refused
 from bayesq.likelihood import Likelihood
 from bayesq.quant.layers import matrix_to_weight, weight_key
 from bayesq.quant.tensor import QuantizedTensor
@@ -49,9 +50,9 @@ class DistillationSettings:
     def __post_init__(self) -> None:
         for key, low in (("steps", 0), ("evaluations", 1)):
             if getattr(self, key) < low:
-                raise ValueError(f"distillation.{key}={getattr(self, key)}: needs a whole number of at least {low}")
+                raise Refused(f"distillation.{key}={getattr(self, key)}: needs a whole number of at least {low}")
         if not 0 < self.held_out < 1:
-            raise ValueError(f"distillation.held_out={self.held_out}: needs a share between 0 and 1")
+            raise Refused(f"distillation.held_out={self.held_out}: needs a share between 0 and 1")
 
 
 @dataclass(frozen=True)
@@ -110,14 +111,14 @@ def distill(
             n examples train (bool [n]).
 
     Raises:
-        ValueError: training mode, too few examples to hold any out, indices that do not match the teacher, or two
+        Refused: training mode, too few examples to hold any out, indices that do not match the teacher, or two
             different codebooks of one name.
     """
     if quantized.training:
-        raise ValueError("the student must be in eval mode: its norms keep their running statistics")
+        raise Refused("the student must be in eval mode: its norms keep their running statistics")
     n = count_examples(batches)
     if len(teacher) != n:
-        raise ValueError(f"the teacher has {len(teacher)} rows for {n} calibration examples")
+        raise Refused(f"the teacher has {len(teacher)} rows for {n} calibration examples")
     held_out = _draw_held_out(n, settings.held_out, generator)
     training, judging = _select(batches, ~held_out, teacher), _select(batches, held_out, teacher)
     judge = partial(_held_out_kl, judging=judging, likelihood=likelihood)
@@ -144,11 +145,11 @@ def _draw_held_out(n: int, share: float, generator: torch.Generator) -> Tensor:
     """Which of n examples only judge, bool [n].
 
     Raises:
-        ValueError: fewer than two would judge, or none would train.
+        Refused: fewer than two would judge, or none would train.
     """
     count = round(share * n)
     if not 2 <= count < n:
-        raise ValueError(f"{n} calibration examples are too few to hold out a share of {share:g}")
+        raise Refused(f"{n} calibration examples are too few to hold out a share of {share:g}")
     held_out = torch.zeros(n, dtype=torch.bool)
     held_out[torch.randperm(n, generator=generator)[:count]] = True
     return held_out

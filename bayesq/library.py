@@ -13,6 +13,7 @@ from bayesq.calibration.memory import InMemoryStatistics
 from bayesq.calibration.passes import CalibrationSettings
 from bayesq.defaults import DESCRIPTIVE, choices, construct, settings, suggestion
 from bayesq.distillation import DistillationSettings
+from bayesq.errors import Refused
 from bayesq.likelihood import LIKELIHOODS
 from bayesq.pipeline import quantize_network
 from bayesq.posterior import WhiteningStore
@@ -69,7 +70,7 @@ def quantize(
         the quantized network, on the device of the original one, and a report.
 
     Raises:
-        ValueError: an argument cannot be used; the message names it.
+        Refused: an argument cannot be used; the message names it.
     """
     _check(module, bits, batch_size, exclude)
     _one_of("posterior", posterior, choices("posterior"))
@@ -90,26 +91,26 @@ def _check(module: nn.Module, bits: float, batch_size: int, exclude: Sequence[st
     """Refuse what no network can be quantized with; see `quantize`.
 
     Raises:
-        ValueError: naming the argument.
+        Refused: naming the argument.
     """
     if any(part.training for part in module.modules()):
-        raise ValueError("module: is in training mode, or a part of it; call module.eval() first")
+        raise Refused("module: is in training mode, or a part of it; call module.eval() first")
     if isinstance(bits, bool) or not isinstance(bits, int | float) or not MIN_BITS <= bits <= MAX_BITS:
-        raise ValueError(f"bits={bits}: needs a number from {MIN_BITS} to {MAX_BITS}")
+        raise Refused(f"bits={bits}: needs a number from {MIN_BITS} to {MAX_BITS}")
     if type(batch_size) is not int or batch_size < 1:
-        raise ValueError(f"batch_size={batch_size}: needs a whole number of at least 1")
+        raise Refused(f"batch_size={batch_size}: needs a whole number of at least 1")
     if isinstance(exclude, str):
-        raise ValueError(f"exclude={exclude}: needs a list of patterns")
+        raise Refused(f"exclude={exclude}: needs a list of patterns")
 
 
 def _one_of(name: str, value: str, choices: Sequence[str]) -> None:
     """Refuse a value that is none of the choices.
 
     Raises:
-        ValueError: naming the argument.
+        Refused: naming the argument.
     """
     if value not in choices:
-        raise ValueError(f"{name}={value}: choose one of {', '.join(choices)}")
+        raise Refused(f"{name}={value}: choose one of {', '.join(choices)}")
 
 
 def _logits(module: nn.Module, inputs: Any, output: Any) -> Any:
@@ -130,13 +131,13 @@ def _recipe(
     """Method, posterior and allocator by their names.
 
     Raises:
-        ValueError: there is no such choice or switch, or a constructor refuses a value.
+        Refused: there is no such choice or switch, or a constructor refuses a value.
     """
     content = settings("method", method)
     arguments = [key for key in content if key not in (*DESCRIPTIVE, "_target_")]
     for key in switches:
         if key not in arguments:
-            raise ValueError(f"{key}: method={method} has no such switch{suggestion(key, arguments)}")
+            raise Refused(f"{key}: method={method} has no such switch{suggestion(key, arguments)}")
     allocator = content["allocator"] if allocator is None else allocator
     _one_of("allocator", allocator, ("uniform", "knapsack"))
     uses_posterior = content.get("uses_posterior") is True
@@ -171,7 +172,7 @@ def _subject(
     """The network with its encoded calibration examples.
 
     Raises:
-        ValueError: no layer can be quantized, or the batches do not fit the network.
+        Refused: no layer can be quantized, or the batches do not fit the network.
     """
     examples = encode(module, batches)
     device = next(module.parameters()).device
@@ -179,7 +180,7 @@ def _subject(
     more = (batch.inputs for batch in examples.batches(batch_size, device))
     usage = usage_of(module, layers, two_examples(examples, device).inputs, more)
     if not usage.layers:
-        raise ValueError("module: no layer takes part in the forward pass")
+        raise Refused("module: no layer takes part in the forward pass")
     return Subject(module, usage, examples, LIKELIHOODS[likelihood], device, blocks=find_blocks(module))
 
 
@@ -202,20 +203,20 @@ def encode(module: nn.Module, batches: Iterable[Any]) -> TensorExamples:
     """Batches in any of the forms of `quantize` as examples of named inputs.
 
     Raises:
-        ValueError: there is no batch, one is of another kind, or their shapes differ without an attention mask.
+        Refused: there is no batch, one is of another kind, or their shapes differ without an attention mask.
     """
     if isinstance(batches, Tensor | Mapping):
-        raise ValueError("batches: is a single batch; put it in a list")
+        raise Refused("batches: is a single batch; put it in a list")
     named = [_named(module, batch) for batch in batches]
     if not named:
-        raise ValueError("batches: there is none; a few hundred examples are needed")
+        raise Refused("batches: there is none; a few hundred examples are needed")
     keys = list(named[0])
     if any(list(batch) != keys for batch in named):
-        raise ValueError("batches: all need the same inputs")
+        raise Refused("batches: all need the same inputs")
     if MASK not in keys:
         shapes = {tuple(x.shape[1:]) for x in (batch[keys[0]] for batch in named)}
         if len(shapes) > 1:
-            raise ValueError(f"batches: shapes {sorted(shapes)} differ; sequences need an {MASK}")
+            raise Refused(f"batches: shapes {sorted(shapes)} differ; sequences need an {MASK}")
         inputs = {key: torch.cat([batch[key] for batch in named]) for key in keys}
         return TensorExamples(inputs, torch.zeros(len(inputs[keys[0]])))
     left = any(bool((batch[MASK][:, 0] == 0).any()) for batch in named)
@@ -241,7 +242,7 @@ def _named(module: nn.Module, batch: Any) -> dict[str, Tensor]:
         name = next(iter(inspect.signature(module.forward).parameters), None)
         inputs = {name: x} if isinstance(x, Tensor) and name is not None else {}
     if not inputs:
-        raise ValueError(
+        raise Refused(
             f"batches: a {type(batch).__name__} is no batch; give tensors, (inputs, labels) pairs or dicts of tensors"
         )
     return {key: value.detach().cpu() for key, value in inputs.items()}

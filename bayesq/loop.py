@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bayesq.contract import INPUTS, Allocate, Context, CountedStatistics, LayerProblem, Method, naming
+from bayesq.errors import Refused
 from bayesq.quant.tensor import QuantizedTensor
 
 
@@ -40,13 +41,13 @@ def quantize_layers(
         every layer with its QuantizedTensor, in order.
 
     Raises:
-        ValueError: the method reads a statistic that it does not declare, or inputs behind the quantized prefix outside
+        Refused: the method reads a statistic that it does not declare, or inputs behind the quantized prefix outside
             of its turn; it returns no widths, or none for some layer; an unknown kind of inputs.
     """
     if method.inputs not in INPUTS:
-        raise ValueError(f"{type(method).__name__}.inputs={method.inputs}: choose one of {', '.join(INPUTS)}")
+        raise Refused(f"{type(method).__name__}.inputs={method.inputs}: choose one of {', '.join(INPUTS)}")
     if method.inputs == "prefix" and prefix is None:
-        raise ValueError(f"{type(method).__name__}.inputs=prefix: needs the network whose layers are replaced")
+        raise Refused(f"{type(method).__name__}.inputs=prefix: needs the network whose layers are replaced")
     turn = _Turn(method, prefix if method.inputs == "prefix" else None)
     seen = [turn.view(layer) for layer in layers]
     widths = method.prepare(seen, _of_these(layers, allocate), context)
@@ -57,7 +58,7 @@ def quantize_layers(
             tensor = method.quantize_layer(view, widths[layer.name], context)
         if not isinstance(tensor, QuantizedTensor):
             kind = type(tensor).__name__
-            raise ValueError(f"layer {layer.name}: {type(method).__name__}.quantize_layer returned {kind}")
+            raise Refused(f"layer {layer.name}: {type(method).__name__}.quantize_layer returned {kind}")
         turn.layer = None
         if turn.prefix is not None:
             turn.prefix.replace(layer.name, tensor)
@@ -83,7 +84,7 @@ class _Turn:
 
     def _behind(self, prefix: Prefix, layer: str, kind: str) -> Tensor:
         if self.layer != layer:
-            raise ValueError(
+            raise Refused(
                 f"layer {layer}: its inputs behind the quantized prefix can only be read by quantize_layer, when "
                 "it is this layer's turn"
             )
@@ -104,12 +105,12 @@ def _check_widths(method: Method, layers: Sequence[LayerProblem], widths: Mappin
     """Refuse widths that do not fit the layers, before anything is rounded.
 
     Raises:
-        ValueError: naming the method and the layer.
+        Refused: naming the method and the layer.
     """
     name = type(method).__name__
     if not isinstance(widths, Mapping):
-        raise ValueError(f"{name}.prepare returned {type(widths).__name__}: it must return row widths by layer name")
+        raise Refused(f"{name}.prepare returned {type(widths).__name__}: it must return row widths by layer name")
     for layer in layers:
         width = widths.get(layer.name)
         if not isinstance(width, Tensor) or width.dtype != torch.uint8 or width.shape != (layer.rows,):
-            raise ValueError(f"{name}.prepare: needs widths uint8 [{layer.rows}] for layer {layer.name}")
+            raise Refused(f"{name}.prepare: needs widths uint8 [{layer.rows}] for layer {layer.name}")

@@ -17,6 +17,7 @@ from bayesq.batches import in_one_batch, needs_no_padding
 from bayesq.calibration.order import forward_order
 from bayesq.calibration.prefix import PrefixInputs
 from bayesq.contract import Context, LayerProblem
+from bayesq.errors import Refused
 from bayesq.loop import quantize_layers
 from bayesq.memory import halving
 from bayesq.nearest import round_to_nearest
@@ -32,7 +33,7 @@ def quantize_network(subject: Subject, recipe: Recipe, statistics: Statistics) -
     """Run a recipe on a network.
 
     Raises:
-        ValueError: no allocation meets the budget, a layer's weights or statistics are not finite, no calibration
+        Refused: no allocation meets the budget, a layer's weights or statistics are not finite, no calibration
             example reaches a layer, or a stage cannot take this network; the message names the layer or the key.
     """
     result = Quantized()
@@ -60,14 +61,14 @@ def calibrate(subject: Subject, recipe: Recipe, statistics: Statistics, result: 
     """Prepare the statistics; returns the layers in forward order, neighbours that read one tensor together.
 
     Raises:
-        ValueError: no calibration example reaches some layer.
+        Refused: no calibration example reaches some layer.
     """
     start = time.perf_counter()
     with elapsed("statistics"):
         statistics.prepare(recipe.statistics)
     spent = time.perf_counter() - start
     if statistics.unseen:  # a statistic that nothing was measured for must not decide widths
-        raise ValueError(
+        raise Refused(
             f"no calibration example reaches {', '.join(sorted(statistics.unseen))}: add them to layers.exclude, or "
             "raise calibration.examples"
         )
@@ -110,7 +111,7 @@ def round_embeddings(subject: Subject, budget: Budget, result: Quantized) -> Non
     gives some rows the next width, those whose error falls most.
 
     Raises:
-        ValueError: a table has NaN or infinite entries, or the budget does not allow the smallest width.
+        Refused: a table has NaN or infinite entries, or the budget does not allow the smallest width.
     """
     problems = [
         LayerProblem(name, type(table).__name__, weight_to_matrix(table).float().cpu(), statistic=_no_statistic)
@@ -129,7 +130,7 @@ def round_embeddings(subject: Subject, budget: Budget, result: Quantized) -> Non
 
 
 def _no_statistic(kind: str) -> Tensor:
-    raise ValueError(f"embeddings have no statistic {kind}")
+    raise Refused(f"embeddings have no statistic {kind}")
 
 
 def fit_posterior(subject: Subject, recipe: Recipe, problems: Sequence[LayerProblem], result: Quantized) -> None:
@@ -200,11 +201,11 @@ def weigh_by_proxy(subject: Subject, recipe: Recipe, proxy: Proxy, problems: Seq
         how often it began again with smaller batches because memory ran out.
 
     Raises:
-        ValueError: nothing is allocated by risk.
+        Refused: nothing is allocated by risk.
     """
     knapsack, whitenings = recipe.allocator, recipe.whitenings
     if not isinstance(knapsack, Knapsack) or whitenings is None:
-        raise ValueError("proxy=mc weighs predicted risks: it needs allocator=knapsack")
+        raise Refused("proxy=mc weighs predicted risks: it needs allocator=knapsack")
     width = min(knapsack.widths, key=lambda w: (abs(w - recipe.budget.bits), w))
     at = knapsack.widths.index(width)
     by_name = {problem.name: problem for problem in problems}

@@ -9,6 +9,7 @@ from torch import Tensor
 from bayesq.batches import in_one_batch
 from bayesq.contract import LayerProblem
 from bayesq.distillation import Distilled, distill
+from bayesq.errors import Refused
 from bayesq.memory import halving
 from bayesq.posterior import WhiteningStore
 from bayesq.progress import elapsed
@@ -28,7 +29,7 @@ def correct(subject: Subject, result: Quantized) -> None:
     """Match activation moments to the full-precision network's (SPEC section 5).
 
     Raises:
-        ValueError: the network does not allow it.
+        Refused: the network does not allow it.
     """
     batch = in_one_batch(subject.examples, len(subject.examples), CPU)
 
@@ -39,8 +40,8 @@ def correct(subject: Subject, result: Quantized) -> None:
     try:
         with elapsed("match moments"):
             correction, retries = halving(min(MAX_EXAMPLES, len(subject.examples)), attempt, "correction")
-    except ValueError as error:
-        raise ValueError(f"correction=moments is not possible ({error}): choose correction=none") from error
+    except Refused as error:
+        raise Refused(f"correction=moments is not possible ({error}): choose correction=none") from error
     result.oom_retries += retries
     result.parameters |= correction.tensors
     for name in correction.uncorrected:
@@ -51,7 +52,7 @@ def distill_student(subject: Subject, recipe: Recipe, settings: Distillation, re
     """Train scales, levels, biases and norms towards the posterior-predictive teacher.
 
     Raises:
-        ValueError: the settings or the calibration set do not allow it.
+        Refused: the settings or the calibration set do not allow it.
     """
     tensors = result.layers(subject)
 
@@ -102,8 +103,8 @@ def moment_start(subject: Subject, result: Quantized, examples: int) -> Callable
         layers, most = list(subject.layers), min(examples, MAX_EXAMPLES)
         try:
             return correct_moments(subject.module, student, layers, inputs, most, subject.alone).tensors
-        except ValueError as error:
-            raise ValueError(f"distillation.moments=true is not possible ({error}): set it to false") from error
+        except Refused as error:
+            raise Refused(f"distillation.moments=true is not possible ({error}): set it to false") from error
 
     return start
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bayesq.errors import Refused
 from bayesq.quant.grids import stored_scale
 from bayesq.quant.layers import Layer, is_layer, matrix_to_weight, weight_key
 from bayesq.quant.tensor import QuantizedTensor
@@ -40,7 +41,7 @@ class Student:
                     continue
                 levels = part.levels.to(device)
                 if not torch.equal(self.levels.setdefault(key, levels), levels):
-                    raise ValueError(f"two different codebooks are named {key}")
+                    raise Refused(f"two different codebooks are named {key}")
                 readers[key] = readers.get(key, 0) + part.rows
                 steps[key] = part.step.to(device) if isinstance(part.step, Tensor) else part.step
         self.level_units = {key: steps[key] * rows**-0.5 for key, rows in readers.items()}

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from tqdm import tqdm
 
+from bayesq.errors import Refused
 from bayesq.likelihood import Likelihood
 from bayesq.quant.layers import Layer, find_layer, matrix_to_weight, weight_key
 
@@ -52,7 +53,7 @@ def posterior_predictive(
         likelihood: of the outputs.
     """
     if full.training:
-        raise ValueError("the teacher must be in eval mode")
+        raise Refused("the teacher must be in eval mode")
     total: Tensor | None = None
     with tqdm(total=max(samples, 1) * len(batches), desc="teacher", disable=None, leave=False) as bar:
         for _ in range(max(samples, 1)):
@@ -65,7 +66,7 @@ def posterior_predictive(
                 total[batch.index] += p
                 bar.update()
     if total is None:
-        raise ValueError("there is no example to distil from")
+        raise Refused("there is no example to distil from")
     return total / max(samples, 1)
 
 
@@ -88,11 +89,11 @@ def named_layer(module: nn.Module, name: str) -> Layer:
     """The layer of that name.
 
     Raises:
-        ValueError: there is none, or it is an embedding.
+        Refused: there is none, or it is an embedding.
     """
     layer = find_layer(module, name)
     if isinstance(layer, nn.Embedding):
-        raise ValueError(f"{name} is an Embedding, not a layer that multiplies its inputs")
+        raise Refused(f"{name} is an Embedding, not a layer that multiplies its inputs")
     return layer
 
 
@@ -100,7 +101,7 @@ def count_examples(batches: Sequence[Batch]) -> int:
     """Number of examples n, checked: every index from 0 to n - 1 once."""
     index = torch.cat([batch.index for batch in batches]) if batches else torch.empty(0)
     if not torch.equal(index.sort().values, torch.arange(len(index))):
-        raise ValueError("the batches must hold every calibration example once")
+        raise Refused("the batches must hold every calibration example once")
     return len(index)
 
 

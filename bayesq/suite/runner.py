@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from bayesq.errors import Refused
 from bayesq.pipeline import quantize_network
 from bayesq.progress import elapsed
 from bayesq.quant.file import Packed, Sizes, read_packed, write_packed
@@ -108,7 +109,7 @@ def execute(cfg: DictConfig, folder: Path, session: Session) -> tuple[dict[str, 
     start = time.perf_counter()
     try:
         quantized = quantize_network(work.subject, recipe, statistics)
-    except ValueError as error:
+    except Refused as error:
         raise UserError(str(error)) from error
     log_decisions(title, quantized)
     sizes, stored = store(folder / QUANTIZED_FILE, quantized, run_record(cfg, work.network))
