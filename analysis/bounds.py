@@ -20,7 +20,8 @@ from torch import Tensor
 
 from analysis.rate_distortion import layer_rates, risk_components
 from bayesq.contract import LayerProblem
-from bayesq.pipeline import layer_order, layer_problems
+from bayesq.errors import Refused
+from bayesq.pipeline import layer_order, layer_problems, refuse_unseen
 from bayesq.posterior import WhiteningStore
 from bayesq.quant.accounting import code_bits
 from bayesq.quant.file import read_packed
@@ -58,13 +59,15 @@ class Judge:
         """Load network and statistics.
 
         Raises:
-            UserError: they cannot be loaded, or the posterior has no closed bound.
+            UserError: network or statistics cannot be loaded, or the posterior has no closed bound.
+            Refused: no calibration example reaches some layer, or the posterior cannot be fitted.
         """
         cache_dir = resolve_cache_dir(cfg.cache_dir)
         whitenings = WhiteningStore(build(cfg.posterior))
         work = load_workload(cfg, cache_dir)
         statistics = open_statistics(cfg, whitenings, work, cache_dir)
         statistics.prepare(whitenings.statistics)
+        refuse_unseen(statistics)
         problems = layer_problems(work.subject, statistics, layer_order(work.subject))
         whitenings.prepare(problems)
         try:
@@ -124,7 +127,7 @@ def write_bounds(results_dir: Path, force: bool = False) -> list[str]:
     for members in groups.values():
         try:
             left += _judge(members, start)
-        except UserError as error:
+        except (UserError, Refused) as error:
             left += [f"{folder.name}: {one_line(str(error))}" for folder, _ in members]
         finally:
             os.chdir(start)
@@ -148,7 +151,7 @@ def _judge(members: Sequence[tuple[Path, Mapping[str, Any]]], start: Path) -> li
     for folder, _ in members:
         try:
             write_csv(folder / BOUNDS_FILE, judge.rows(folder))
-        except (CorruptFile, OSError) as error:
+        except (CorruptFile, Refused, OSError) as error:
             left.append(f"{folder.name}: {one_line(str(error))}")
     return left
 

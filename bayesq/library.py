@@ -1,6 +1,7 @@
 """`bayesq.quantize`: one call for a user's own network, without configuration, files or tracking."""
 
 import inspect
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -26,6 +27,15 @@ from bayesq.report import Report
 # Entries of a batch that are no input of the network.
 TARGETS = ("labels", "label", "targets")
 MIN_BITS, MAX_BITS = 2, 8
+# The configuration's keys in messages of the pipeline, and what a caller of `quantize` has in their place.
+ARGUMENTS = {
+    "layers.exclude": "exclude",
+    "calibration.batch_size": "batch_size",
+    "raise calibration.examples": "give more batches",
+    "distillation.moments=true is not possible": "distill=True is not possible",
+    "set it to false": "set distill=False",
+    "choose another model": "give another module",
+}
 
 
 def quantize(
@@ -76,15 +86,26 @@ def quantize(
     _one_of("posterior", posterior, choices("posterior"))
     _one_of("likelihood", likelihood, tuple(LIKELIHOODS))
     _one_of("correction", correction, ("none", "moments"))
-    recipe = _recipe(bits, method, posterior, allocator, correction == "moments", distill, seed, switches)
     hook = module.register_forward_hook(_logits)
     try:
+        recipe = _recipe(
+            bits, method, posterior, allocator, correction == "moments", distill, batch_size, seed, switches
+        )
         subject = _subject(module, batches, likelihood, exclude, batch_size)
         statistics = _statistics(subject, recipe, batch_size, seed)
         quantized = quantize_network(subject, recipe, statistics)
+    except Refused as error:
+        raise Refused(_with_arguments(str(error))) from error
     finally:
         hook.remove()
-    return quantized.copy_of(module), Report.of(bits, quantized, subject.weights)
+    return quantized.copy_of(module), Report.of(bits, quantized, subject)
+
+
+def _with_arguments(message: str) -> str:
+    """A message with the arguments of `quantize` in place of the configuration's keys."""
+    for key, argument in ARGUMENTS.items():
+        message = message.replace(key, argument)
+    return re.sub(r"(?<![\w.])method\.(?=\w+=)", "", message)
 
 
 def _check(module: nn.Module, bits: float, batch_size: int, exclude: Sequence[str]) -> None:
@@ -113,9 +134,19 @@ def _one_of(name: str, value: str, choices: Sequence[str]) -> None:
         raise Refused(f"{name}={value}: choose one of {', '.join(choices)}")
 
 
-def _logits(module: nn.Module, inputs: Any, output: Any) -> Any:
-    """Forward hook: the logits of networks that return them with other things."""
-    return getattr(output, "logits", output)
+def _logits(module: nn.Module, inputs: Any, output: Any) -> Tensor:
+    """Forward hook: the output, or its `logits` where the network returns them with other things.
+
+    Raises:
+        Refused: neither is a tensor.
+    """
+    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", output)
+    if not isinstance(logits, Tensor):
+        raise Refused(
+            f"module: its output is a {type(output).__name__}, not a tensor or something with `logits`; wrap it in a "
+            "module that returns the logits"
+        )
+    return logits
 
 
 def _recipe(
@@ -125,6 +156,7 @@ def _recipe(
     allocator: str | None,
     correction: bool,
     distill: bool,
+    batch_size: int,
     seed: int,
     switches: Mapping[str, Any],
 ) -> Recipe:
@@ -158,7 +190,7 @@ def _recipe(
             DistillationSettings(options["steps"], options["evaluations"], options["held_out"]),
             options["samples"],
             options["moments"],
-            options["batch_size"],
+            batch_size,
         )
         if distill
         else None,
@@ -211,12 +243,15 @@ def encode(module: nn.Module, batches: Iterable[Any]) -> TensorExamples:
     if not named:
         raise Refused("batches: there is none; a few hundred examples are needed")
     keys = list(named[0])
-    if any(list(batch) != keys for batch in named):
+    if any(batch.keys() != named[0].keys() for batch in named):
         raise Refused("batches: all need the same inputs")
+    for batch in named:
+        _check_sizes(batch)
     if MASK not in keys:
-        shapes = {tuple(x.shape[1:]) for x in (batch[keys[0]] for batch in named)}
-        if len(shapes) > 1:
-            raise Refused(f"batches: shapes {sorted(shapes)} differ; sequences need an {MASK}")
+        for key in keys:
+            shapes = {tuple(batch[key].shape[1:]) for batch in named}
+            if len(shapes) > 1:
+                raise Refused(f"batches: {key}: shapes {sorted(shapes)} differ; sequences need an {MASK}")
         inputs = {key: torch.cat([batch[key] for batch in named]) for key in keys}
         return TensorExamples(inputs, torch.zeros(len(inputs[keys[0]])))
     left = any(bool((batch[MASK][:, 0] == 0).any()) for batch in named)
@@ -227,10 +262,27 @@ def encode(module: nn.Module, batches: Iterable[Any]) -> TensorExamples:
     )
 
 
+def _check_sizes(batch: Mapping[str, Tensor]) -> None:
+    """Refuse inputs that do not have the same examples, or not the tokens of the attention mask.
+
+    Raises:
+        Refused: naming the input.
+    """
+    first, dimensions = (MASK, ("examples", "tokens")) if MASK in batch else (next(iter(batch)), ("examples",))
+    common = batch[first].shape[: len(dimensions)]
+    for key, x in batch.items():
+        if x.ndim < len(dimensions) or x.shape[: len(dimensions)] != common:
+            raise Refused(
+                f"batches: {key} has shape {list(x.shape)}; it must begin with {' and '.join(dimensions)}, "
+                f"{list(common)} as in {first}"
+            )
+
+
 def _padded(x: Tensor, length: int, left: bool) -> Tensor:
-    """[b, t] with zeros up to [b, length]."""
+    """[b, t, ...] with zeros up to [b, length, ...]."""
     missing = length - x.shape[1]
-    return nn.functional.pad(x, (missing, 0) if left else (0, missing)) if missing else x
+    behind = (0, 0) * (x.ndim - 2)
+    return nn.functional.pad(x, (*behind, missing, 0) if left else (*behind, 0, missing)) if missing else x
 
 
 def _named(module: nn.Module, batch: Any) -> dict[str, Tensor]:

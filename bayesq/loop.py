@@ -41,13 +41,15 @@ def quantize_layers(
         every layer with its QuantizedTensor, in order.
 
     Raises:
-        Refused: the method reads a statistic that it does not declare, or inputs behind the quantized prefix outside
-            of its turn; it returns no widths, or none for some layer; an unknown kind of inputs.
+        Refused: the method names an unknown kind of inputs, reads a statistic that it does not declare, or reads inputs
+            behind the quantized prefix outside of the layer's turn; `prepare` returns widths that do not fit the
+            layers, or `quantize_layer` returns a tensor of other widths.
     """
+    reader = type(method).__name__
     if method.inputs not in INPUTS:
-        raise Refused(f"{type(method).__name__}.inputs={method.inputs}: choose one of {', '.join(INPUTS)}")
+        raise Refused(f"{reader}.inputs={method.inputs}: choose one of {', '.join(INPUTS)}")
     if method.inputs == "prefix" and prefix is None:
-        raise Refused(f"{type(method).__name__}.inputs=prefix: needs the network whose layers are replaced")
+        raise Refused(f"{reader}.inputs=prefix: needs the network whose layers are replaced")
     turn = _Turn(method, prefix if method.inputs == "prefix" else None)
     seen = [turn.view(layer) for layer in layers]
     widths = method.prepare(seen, _of_these(layers, allocate), context)
@@ -58,7 +60,11 @@ def quantize_layers(
             tensor = method.quantize_layer(view, widths[layer.name], context)
         if not isinstance(tensor, QuantizedTensor):
             kind = type(tensor).__name__
-            raise Refused(f"layer {layer.name}: {type(method).__name__}.quantize_layer returned {kind}")
+            raise Refused(f"layer {layer.name}: {reader}.quantize_layer returned {kind}")
+        if not torch.equal(tensor.width, widths[layer.name]):
+            raise Refused(
+                f"layer {layer.name}: {reader}.quantize_layer returned other row widths than {reader}.prepare gave"
+            )
         turn.layer = None
         if turn.prefix is not None:
             turn.prefix.replace(layer.name, tensor)

@@ -67,15 +67,24 @@ def calibrate(subject: Subject, recipe: Recipe, statistics: Statistics, result: 
     with elapsed("statistics"):
         statistics.prepare(recipe.statistics)
     spent = time.perf_counter() - start
-    if statistics.unseen:  # a statistic that nothing was measured for must not decide widths
-        raise Refused(
-            f"no calibration example reaches {', '.join(sorted(statistics.unseen))}: add them to layers.exclude, or "
-            "raise calibration.examples"
-        )
+    refuse_unseen(statistics)
     inherited = recipe.whitenings.inherited_seconds if recipe.whitenings else 0.0
     result.seconds["calibrate"] = statistics.total_s
     result.reused_s = statistics.total_s + inherited - spent
     return layer_order(subject)
+
+
+def refuse_unseen(statistics: Statistics) -> None:
+    """Refuse layers that no calibration example reaches: nothing was measured that could decide their widths.
+
+    Raises:
+        Refused: naming them.
+    """
+    if statistics.unseen:
+        raise Refused(
+            f"no calibration example reaches {', '.join(sorted(statistics.unseen))}: add them to layers.exclude, or "
+            "raise calibration.examples"
+        )
 
 
 def layer_order(subject: Subject) -> list[list[str]]:

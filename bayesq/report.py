@@ -1,6 +1,5 @@
-"""What quantizing a network gave: bits, bytes, and the risk of each layer."""
+"""What quantizing a network gave: bits, bytes, fallbacks, and the risk of each layer."""
 
-from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -8,11 +7,44 @@ from typing import Any
 from bayesq.quant.accounting import buffer_bytes, code_bits, stored_bytes
 from bayesq.quant.file import Packed, write_packed
 from bayesq.quant.packing import pack_model
-from bayesq.recipe import Quantized
+from bayesq.recipe import Quantized, Subject
+
+FALLBACKS = (
+    "dead_columns",
+    "damping_retries",
+    "unseen_layers",
+    "clamped_scales",
+    "uncorrected_layers",
+    "kappa_undefined",
+    "kappa_clamped",
+    "oom_retries",
+)
+
+
+def fallbacks(quantized: Quantized, unreached: int = 0) -> dict[str, int]:
+    """How often something else than asked was done, of each kind in FALLBACKS.
+
+    Args:
+        quantized: what the recipe made of the network.
+        unreached: layers that take no part in the forward pass and stay in full precision.
+    """
+    total = dict.fromkeys(FALLBACKS, 0) | {"oom_retries": quantized.oom_retries, "unseen_layers": unreached}
+    for problem in quantized.problems.values():
+        for kind, times in problem.fallbacks.items():
+            total[kind] = total.get(kind, 0) + times
+    return total
 
 
 def layer_rows(quantized: Quantized) -> list[dict[str, Any]]:
-    """The rows of layers.csv; risks in nats per example, None without a posterior."""
+    """The rows of layers.csv, from the tensors and from `LayerProblem.notes`.
+
+    The notes are, by key:
+        predicted_risk: nats per example at the chosen widths; written by the knapsack.
+        achieved_risk: nats per example of the rounded weights; written by the pipeline if there is a posterior.
+        kappa: measured divergence over predicted risk; written by the pipeline with the proxy, 1 without.
+        prior_precision: tau; written by the posterior.
+        effective_parameters: number of weights that the data determine; written by the posterior.
+    """
     rows = []
     for name, tensor in quantized.tensors.items():
         problem = quantized.problems[name]
@@ -45,7 +77,9 @@ class Report:
         stored_bits: bits of everything stored for them: codes, scales, zero points, tables, width maps.
         stored_bytes: the same in bytes.
         layers: one row per layer: name, shape, bits, predicted and achieved risk in nats per example, seconds.
-        fallbacks: how often something else than asked was done, by kind.
+        fallbacks: how often something else than asked was done, of each kind in FALLBACKS.
+        packed: what `save` writes: the quantized layers, and biases and norm parameters that correction or distillation
+            changed.
     """
 
     target_bits: float
@@ -54,28 +88,27 @@ class Report:
     stored_bytes: int
     layers: list[dict[str, Any]]
     fallbacks: dict[str, int]
-    quantized: Quantized = field(repr=False)
+    packed: Packed = field(repr=False)
 
     @classmethod
-    def of(cls, bits: float, quantized: Quantized, weights: int) -> "Report":
+    def of(cls, bits: float, quantized: Quantized, subject: Subject) -> "Report":
         """The report of what was quantized.
 
         Args:
             bits: the budget.
             quantized: what the pipeline returned.
-            weights: number of quantized weights.
+            subject: what it was given.
         """
         buffers, _ = pack_model(quantized.tensors)
-        stored, fallbacks = buffer_bytes(buffers), Counter[str]()
-        for problem in quantized.problems.values():
-            fallbacks.update(problem.fallbacks)
+        stored, weights = buffer_bytes(buffers), subject.weights
         codes = sum(code_bits(tensor) for tensor in quantized.tensors.values())
-        rows = layer_rows(quantized)
-        return cls(bits, codes / weights, 8 * stored / weights, stored, rows, dict(fallbacks), quantized)
+        counted = fallbacks(quantized, len(subject.usage.unreached))
+        packed = Packed(quantized.tensors, quantized.parameters)
+        return cls(bits, codes / weights, 8 * stored / weights, stored, layer_rows(quantized), counted, packed)
 
     def save(self, path: str | Path) -> None:
-        """Write the packed file: codes, tables, and biases and norms that correction or distillation changed."""
-        write_packed(Path(path), Packed(self.quantized.tensors, self.quantized.parameters))
+        """Write the packed file."""
+        write_packed(Path(path), self.packed)
 
     def __str__(self) -> str:
         width = max(len(row["name"]) for row in self.layers)

@@ -125,8 +125,9 @@ def execute(cfg: DictConfig, folder: Path, session: Session) -> tuple[dict[str, 
         "total": time.perf_counter() - start + quantized.reused_s,
         "prepare": start - began,
     }
-    result = flat_result(cfg, work, quantized, sizes, metrics, seconds, needs.memory)
-    return result, layer_rows(quantized), prediction_rows(rows, work.data.evaluation.ids)
+    layers = layer_rows(quantized)
+    result = flat_result(cfg, work, quantized, layers, sizes, metrics, seconds, needs.memory)
+    return result, layers, prediction_rows(rows, work.data.evaluation.ids)
 
 
 def store(path: Path, quantized: Quantized, record: dict[str, Any]) -> tuple[Sizes, Packed]:
