@@ -26,7 +26,7 @@ from bayesq.likelihood import Likelihood
 from bayesq.quant.layers import matrix_to_weight, weight_key
 from bayesq.quant.tensor import QuantizedTensor
 from bayesq.student import Student
-from bayesq.teacher import Batch, beside, count_examples, named_layer
+from bayesq.teacher import Batch, Recomputed, beside, count_examples, named_layer
 
 # A candidate has to beat the untouched network by this many standard errors of the paired difference: divergences have
 # heavy tails, and a hundred held-out examples say little.
@@ -91,7 +91,7 @@ def distill(
     quantized: nn.Module,
     tensors: Mapping[str, QuantizedTensor],
     batches: Sequence[Batch],
-    teacher: Tensor,
+    teacher: Tensor | Recomputed,
     settings: DistillationSettings,
     generator: torch.Generator,
     likelihood: Likelihood,
@@ -155,8 +155,13 @@ def _draw_held_out(n: int, share: float, generator: torch.Generator) -> Tensor:
     return held_out
 
 
-# Inputs of some examples, and the teacher's mean outputs of them.
-_Part = tuple[dict[str, Tensor], Tensor]
+@dataclass(frozen=True)
+class _Part:
+    """Some examples of a batch: their inputs, their number, and the teacher's mean outputs of them when asked."""
+
+    inputs: dict[str, Tensor]
+    examples: int
+    teacher: Callable[[], Tensor]
 
 
 def _train(
@@ -193,10 +198,10 @@ def _training_loss(student: Student, training: Sequence[_Part], likelihood: Like
     weights = {name: x.detach().requires_grad_(True) for name, x in decoded.items()}
     leaves = list(weights.values())
     sums = [torch.zeros_like(x) for x in leaves]
-    examples = sum(len(p) for _, p in training)
+    examples = sum(part.examples for part in training)
     losses = []
-    for inputs, p in training:
-        loss = _divergence(student.module, weights, inputs, p, likelihood).sum() / examples
+    for part in training:
+        loss = _divergence(student.module, weights, part, likelihood).sum() / examples
         # Not backward(): the network's own parameters are no part of this and must not collect gradients.
         for x, gradient in zip(sums, torch.autograd.grad(loss, leaves, allow_unused=True), strict=True):
             if gradient is not None:
@@ -209,33 +214,34 @@ def _training_loss(student: Student, training: Sequence[_Part], likelihood: Like
     return torch.tensor(sum(torch.stack(losses).tolist()), dtype=torch.float64)
 
 
-def _select(batches: Sequence[Batch], chosen: Tensor, teacher: Tensor) -> list[_Part]:
+def _select(batches: Sequence[Batch], chosen: Tensor, teacher: Tensor | Recomputed) -> list[_Part]:
     """The examples of `chosen` [n], batch by batch; batches without any are left out."""
     parts = []
     for batch in batches:
         rows = chosen[batch.index].nonzero()[:, 0]
         if len(rows):
             inputs = {name: x[rows.to(x.device)] for name, x in batch.inputs.items()}
-            parts.append((inputs, teacher[batch.index[rows]]))
+            recomputed = isinstance(teacher, Recomputed)
+            ask = partial(teacher, inputs) if recomputed else partial(teacher.__getitem__, batch.index[rows])
+            parts.append(_Part(inputs, len(rows), ask))
     return parts
 
 
 def _divergence(
     module: nn.Module,
     overrides: Mapping[str, Tensor],
-    inputs: Mapping[str, Tensor],
-    p: Tensor,
+    part: _Part,
     likelihood: Likelihood,
 ) -> Tensor:
     """KL(teacher || student) of each example [b], float32 on the module's device.
 
     Args:
         overrides: the student's weights and parameters by state_dict name.
-        p: the teacher's mean outputs of these inputs.
     """
-    inputs = beside(module, inputs)
+    inputs = beside(module, part.inputs)
     outputs = functional_call(module, dict(overrides), kwargs=inputs).float()
-    return likelihood.kl_from_mean(p.to(outputs.device, torch.float32), outputs, likelihood.counted(inputs))
+    p = part.teacher().to(outputs.device, torch.float32)
+    return likelihood.kl_from_mean(p, outputs, likelihood.counted(inputs))
 
 
 @torch.no_grad()
@@ -251,7 +257,7 @@ def _held_out_kl(
     for name, tensor in tensors.items():
         layer = named_layer(module, name)
         overrides[weight_key(name, layer)] = matrix_to_weight(layer, tensor.dequantize()).to(layer.weight)
-    divergences = [_divergence(module, overrides, inputs, p, likelihood) for inputs, p in judging]
+    divergences = [_divergence(module, overrides, part, likelihood) for part in judging]
     return torch.cat(divergences).cpu().to(torch.float64)
 
 

@@ -6,16 +6,21 @@ The teacher's mean output (see `bayesq.likelihood`) is all that the KL divergenc
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from tqdm import tqdm
 
 from bayesq.errors import Refused
 from bayesq.likelihood import Likelihood
+from bayesq.progress import bar
 from bayesq.quant.layers import Layer, find_layer, matrix_to_weight, weight_key
+
+# Largest stored outputs. A language model with a vocabulary of 50,000 takes 400 kB a token, a classifier with 1,000
+# classes 8 kB an example.
+MOST_BYTES = 2**30
 
 
 class Batch(Protocol):
@@ -32,6 +37,32 @@ class Batch(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Recomputed:
+    """A teacher whose outputs do not fit in memory: each batch's are computed whenever they are needed.
+
+    Attributes:
+        full: full-precision network.
+        draws: weights by state_dict name, of each posterior draw; one empty draw is the network itself.
+        likelihood: of the outputs.
+        examples: their number n.
+    """
+
+    full: nn.Module
+    draws: Sequence[Mapping[str, Tensor]]
+    likelihood: Likelihood
+    examples: int
+
+    def __len__(self) -> int:
+        return self.examples
+
+    @torch.no_grad()
+    def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Mean outputs [b, ...] float64 on the CPU."""
+        outputs = [mean_outputs(self.full, weights, inputs, self.likelihood) for weights in self.draws]
+        return torch.stack(outputs).sum(0) / len(outputs)
+
+
 @torch.no_grad()
 def posterior_predictive(
     full: nn.Module,
@@ -41,8 +72,11 @@ def posterior_predictive(
     samples: int,
     generator: torch.Generator,
     likelihood: Likelihood,
-) -> Tensor:
+) -> Tensor | Recomputed:
     """Teacher's mean outputs [n, ...] float64 on the CPU, in the order of `Batch.index`: class probabilities, or means.
+
+    If they take more than MOST_BYTES, or differ in shape because sequences differ in length, each batch's are computed
+    again whenever they are needed.
 
     Args:
         full: full-precision network, in eval mode.
@@ -51,23 +85,35 @@ def posterior_predictive(
         batches: all n examples, each once, on any device.
         samples: S; 0 = the full-precision network itself.
         likelihood: of the outputs.
+
+    Raises:
+        Refused: the network is in training mode, there is no example, or an example is missing or there twice.
     """
     if full.training:
         raise Refused("the teacher must be in eval mode")
-    total: Tensor | None = None
-    with tqdm(total=max(samples, 1) * len(batches), desc="teacher", disable=None, leave=False) as bar:
-        for _ in range(max(samples, 1)):
-            weights = perturbed_weights(full, layers, sample, generator) if samples else {}
-            for batch in batches:
-                outputs: Tensor = functional_call(full, weights, kwargs=beside(full, batch.inputs))
-                p = likelihood.mean_output(outputs.detach().float()).cpu().to(torch.float64)
-                if total is None:
-                    total = torch.zeros(count_examples(batches), *p.shape[1:], dtype=torch.float64)
-                total[batch.index] += p
-                bar.update()
-    if total is None:
+    if not batches:
         raise Refused("there is no example to distil from")
+    count, total = count_examples(batches), None
+    for drawn in range(max(samples, 1)):
+        weights = perturbed_weights(full, layers, sample, generator) if samples else {}
+        for batch in bar(batches, "teacher"):
+            p = mean_outputs(full, weights, batch.inputs, likelihood)
+            if total is None and count * p[0].nbytes <= MOST_BYTES:
+                total = torch.zeros(count, *p.shape[1:], dtype=torch.float64)
+            if total is None or p.shape[1:] != total.shape[1:]:
+                others = [perturbed_weights(full, layers, sample, generator) for _ in range(drawn + 1, samples)]
+                return Recomputed(full, [weights, *others], likelihood, count)
+            total[batch.index] += p
+    assert total is not None
     return total / max(samples, 1)
+
+
+def mean_outputs(
+    full: nn.Module, weights: Mapping[str, Tensor], inputs: Mapping[str, Tensor], likelihood: Likelihood
+) -> Tensor:
+    """Mean output [b, ...] float64 on the CPU of the network with some of its weights replaced."""
+    outputs: Tensor = functional_call(full, dict(weights), kwargs=beside(full, inputs))
+    return likelihood.mean_output(outputs.detach().float()).cpu().to(torch.float64)
 
 
 def perturbed_weights(
