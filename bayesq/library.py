@@ -1,4 +1,4 @@
-"""`bayesq.quantize`: one call for a user's own network, without configuration, files or tracking."""
+"""`bayesq.quantize`: one call that quantizes a network, without configuration, files or tracking."""
 
 import inspect
 import re
@@ -24,7 +24,7 @@ from bayesq.quant.usage import usage_of
 from bayesq.recipe import Distillation, Recipe, Subject
 from bayesq.report import Report
 
-# Entries of a batch that are no input of the network.
+# Keys of a batch that are labels, not inputs of the network.
 TARGETS = ("labels", "label", "targets")
 MIN_BITS, MAX_BITS = 2, 8
 # The configuration's keys in messages of the pipeline, and what a caller of `quantize` has in their place.
@@ -60,24 +60,25 @@ def quantize(
         quantized, report = bayesq.quantize(bert, [tokenizer(texts, padding=True, return_tensors="pt")], bits=3.5)
 
     Args:
-        module: the network, in evaluation mode; it is not changed. Its output is a tensor, or has `logits`.
+        module: the network, in evaluation mode; it is not changed. Its output is a tensor or has `logits`.
         batches: a few hundred calibration examples in any number of batches: tensors [b, ...], (inputs, labels) pairs,
             of which only the inputs are read, or mappings from argument names to tensors. Sequences of different length
-            need an attention_mask.
+            need an attention_mask [b, t]; all other inputs are then [b, t, ...].
         bits: average code bits per weight, 2 to 8, fractions allowed.
-        method: a file of conf/method: bayesq, gptq, awq, rtn.
-        posterior: a file of conf/posterior: kfac, ekfac, diag, lowrank; read by bayesq and by allocator="knapsack".
+        method: name of a file in conf/method: bayesq, gptq, awq, rtn.
+        posterior: name of a file in conf/posterior: kfac, ekfac, diag, lowrank. Read by method="bayesq" and by
+            allocator="knapsack".
         allocator: "uniform" or "knapsack"; None = the method's default.
-        correction: "moments" matches activation moments to the full-precision network's; "none".
+        correction: "moments" matches activation moments to those of the full-precision network; "none" does not.
         distill: train scales, levels, biases and norms on the calibration inputs.
         likelihood: of the outputs: "categorical", or "gaussian" for regression heads.
         exclude: patterns (fnmatch) of module names that stay in full precision.
         batch_size: examples per forward pass.
-        seed: of everything random.
-        switches: the method's own, as in its file of conf/method.
+        seed: of all random draws.
+        switches: further arguments of the method, as in its file in conf/method.
 
     Returns:
-        the quantized network, on the device of the original one, and a report.
+        the quantized network, on the device of the original network, and a report.
 
     Raises:
         Refused: an argument cannot be used; the message names it.
@@ -109,7 +110,7 @@ def _with_arguments(message: str) -> str:
 
 
 def _check(module: nn.Module, bits: float, batch_size: int, exclude: Sequence[str]) -> None:
-    """Refuse what no network can be quantized with; see `quantize`.
+    """Check arguments that do not depend on the method.
 
     Raises:
         Refused: naming the argument.
@@ -125,7 +126,7 @@ def _check(module: nn.Module, bits: float, batch_size: int, exclude: Sequence[st
 
 
 def _one_of(name: str, value: str, choices: Sequence[str]) -> None:
-    """Refuse a value that is none of the choices.
+    """Check that a value is one of the choices.
 
     Raises:
         Refused: naming the argument.
@@ -135,7 +136,7 @@ def _one_of(name: str, value: str, choices: Sequence[str]) -> None:
 
 
 def _logits(module: nn.Module, inputs: Any, output: Any) -> Tensor:
-    """Forward hook: the output, or its `logits` where the network returns them with other things.
+    """Forward hook: the output, or its `logits` if it holds more than them.
 
     Raises:
         Refused: neither is a tensor.
@@ -163,7 +164,7 @@ def _recipe(
     """Method, posterior and allocator by their names.
 
     Raises:
-        Refused: there is no such choice or switch, or a constructor refuses a value.
+        Refused: a choice or a switch does not exist, or a constructor refuses a value.
     """
     content = settings("method", method)
     arguments = [key for key in content if key not in (*DESCRIPTIVE, "_target_")]
@@ -232,19 +233,19 @@ def _statistics(subject: Subject, recipe: Recipe, batch_size: int, seed: int) ->
 
 
 def encode(module: nn.Module, batches: Iterable[Any]) -> TensorExamples:
-    """Batches in any of the forms of `quantize` as examples of named inputs.
+    """Batches in any form that `quantize` takes, as examples with named inputs.
 
     Raises:
-        Refused: there is no batch, one is of another kind, or their shapes differ without an attention mask.
+        Refused: there is no batch, a batch has another form, or shapes differ and there is no attention mask.
     """
     if isinstance(batches, Tensor | Mapping):
         raise Refused("batches: is a single batch; put it in a list")
     named = [_named(module, batch) for batch in batches]
     if not named:
-        raise Refused("batches: there is none; a few hundred examples are needed")
+        raise Refused("batches: there is none; give a few hundred examples")
     keys = list(named[0])
     if any(batch.keys() != named[0].keys() for batch in named):
-        raise Refused("batches: all need the same inputs")
+        raise Refused("batches: all batches need the same inputs")
     for batch in named:
         _check_sizes(batch)
     if MASK not in keys:
@@ -263,7 +264,7 @@ def encode(module: nn.Module, batches: Iterable[Any]) -> TensorExamples:
 
 
 def _check_sizes(batch: Mapping[str, Tensor]) -> None:
-    """Refuse inputs that do not have the same examples, or not the tokens of the attention mask.
+    """Check that all inputs have the same number of examples and, beside an attention mask, of tokens.
 
     Raises:
         Refused: naming the input.

@@ -1,4 +1,4 @@
-"""The loop over layers that every method is run by, with the inputs it asked for (SPEC section 11)."""
+"""The loop over layers that runs every method with the inputs it asks for (SPEC section 11)."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -17,11 +17,11 @@ class Prefix(Protocol):
     """The network whose layers are replaced one by one."""
 
     def statistic(self, name: str, kind: str) -> Tensor:
-        """An input statistic of a layer behind what has been replaced so far."""
+        """A statistic of a layer's inputs behind the layers replaced so far."""
         ...
 
     def replace(self, name: str, tensor: QuantizedTensor) -> None:
-        """From now on the layer has its quantized weights."""
+        """Give the layer its quantized weights."""
         ...
 
 
@@ -32,13 +32,13 @@ def quantize_layers(
 
     Args:
         method: see `bayesq.contract.Method`.
-        layers: in forward order; those of this list are yielded, though the method sees copies.
+        layers: in forward order; the method gets copies of them.
         allocate: the run's allocator with its budget.
         context: see `bayesq.contract.Context`.
-        prefix: needed where `method.inputs` is "prefix".
+        prefix: needed if `method.inputs` is "prefix".
 
     Yields:
-        every layer with its QuantizedTensor, in order.
+        every layer of `layers` with its QuantizedTensor, in order.
 
     Raises:
         Refused: the method names an unknown kind of inputs, reads a statistic that it does not declare, or reads inputs
@@ -72,7 +72,7 @@ def quantize_layers(
 
 
 class _Turn:
-    """Hands statistics to a method: those it declares, and inputs behind the prefix for the layer whose turn it is."""
+    """Gives a method the statistics it declares, and prefix inputs only of the layer that is being quantized."""
 
     def __init__(self, method: Method, prefix: Prefix | None) -> None:
         self.method, self.prefix = method, prefix
@@ -91,14 +91,14 @@ class _Turn:
     def _behind(self, prefix: Prefix, layer: str, kind: str) -> Tensor:
         if self.layer != layer:
             raise Refused(
-                f"layer {layer}: its inputs behind the quantized prefix can only be read by quantize_layer, when "
-                "it is this layer's turn"
+                f"layer {layer}: its inputs behind the quantized prefix can only be read in the call of "
+                "quantize_layer for this layer"
             )
         return prefix.statistic(layer, kind)
 
 
 def _of_these(layers: Sequence[LayerProblem], allocate: Allocate) -> Allocate:
-    """`allocate` for a method's views: the allocator gets the layers themselves, from which it reads what it needs."""
+    """`allocate` for the method's copies: the allocator gets the original layers and may read all statistics."""
     by_name = {layer.name: layer for layer in layers}
 
     def allocate_these(layers: Sequence[LayerProblem], *rest: Any, **named: Any) -> Mapping[str, Tensor]:
@@ -108,7 +108,7 @@ def _of_these(layers: Sequence[LayerProblem], allocate: Allocate) -> Allocate:
 
 
 def _check_widths(method: Method, layers: Sequence[LayerProblem], widths: Mapping[str, Tensor]) -> None:
-    """Refuse widths that do not fit the layers, before anything is rounded.
+    """Check widths before the first layer is rounded.
 
     Raises:
         Refused: naming the method and the layer.

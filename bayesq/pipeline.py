@@ -1,4 +1,4 @@
-"""From a network and calibration examples to quantized tensors: everything between loading and storing.
+"""From a network and calibration examples to quantized tensors.
 
     statistics -> posterior -> bit allocation -> rounding, layer by layer -> moment correction -> distillation
 
@@ -34,7 +34,7 @@ def quantize_network(subject: Subject, recipe: Recipe, statistics: Statistics) -
 
     Raises:
         Refused: no allocation meets the budget, a layer's weights or statistics are not finite, no calibration
-            example reaches a layer, or a stage cannot take this network; the message names the layer or the key.
+            example reaches a layer, or a stage cannot handle this network. The message names the layer or the key.
     """
     result = Quantized()
     groups = calibrate(subject, recipe, statistics, result)
@@ -58,7 +58,7 @@ def quantize_network(subject: Subject, recipe: Recipe, statistics: Statistics) -
 
 
 def calibrate(subject: Subject, recipe: Recipe, statistics: Statistics, result: Quantized) -> list[list[str]]:
-    """Prepare the statistics; returns the layers in forward order, neighbours that read one tensor together.
+    """Prepare the statistics; return the names of the layers as `layer_order` does.
 
     Raises:
         Refused: no calibration example reaches some layer.
@@ -75,7 +75,7 @@ def calibrate(subject: Subject, recipe: Recipe, statistics: Statistics, result: 
 
 
 def refuse_unseen(statistics: Statistics) -> None:
-    """Refuse layers that no calibration example reaches: nothing was measured that could decide their widths.
+    """Refuse layers that no calibration example reaches: without measurements nothing can decide their widths.
 
     Raises:
         Refused: naming them.
@@ -88,7 +88,7 @@ def refuse_unseen(statistics: Statistics) -> None:
 
 
 def layer_order(subject: Subject) -> list[list[str]]:
-    """Names of the layers in forward order, neighbours that read one tensor together."""
+    """Names of the layers in forward order; successive layers that read the same tensor form one group."""
     return forward_order(subject.module, subject.layers, next(subject.examples.batches(1, subject.device)))
 
 
@@ -97,8 +97,8 @@ def layer_problems(subject: Subject, statistics: Statistics, groups: Sequence[Se
 
     Args:
         subject: network and examples.
-        statistics: prepared.
-        groups: names of the layers, of `forward_order`.
+        statistics: prepared for the posterior, allocator and method.
+        groups: result of `layer_order`.
     """
     return [
         LayerProblem(
@@ -114,10 +114,10 @@ def layer_problems(subject: Subject, statistics: Statistics, groups: Sequence[Se
 
 
 def round_embeddings(subject: Subject, budget: Budget, result: Quantized) -> None:
-    """Round embedding tables to nearest, each row on its own grid, for every method alike.
+    """Round embedding tables to nearest, with one grid per row, in the same way for every method.
 
-    A row is read by itself and multiplies nothing, so there are no input correlations to exploit. A fractional budget
-    gives some rows the next width, those whose error falls most.
+    A lookup reads one row and multiplies nothing, so there are no input correlations to exploit. With a fractional
+    budget, the rows whose error falls most get the next width.
 
     Raises:
         Refused: a table has NaN or infinite entries, or the budget does not allow the smallest width.
@@ -143,7 +143,7 @@ def _no_statistic(kind: str) -> Tensor:
 
 
 def fit_posterior(subject: Subject, recipe: Recipe, problems: Sequence[LayerProblem], result: Quantized) -> None:
-    """What the posterior needs of all layers at once, and the proxy's measurement."""
+    """Prepare the posterior, which may need all layers at once, and measure the proxy."""
     start = time.perf_counter()
     inherited = 0.0
     if recipe.whitenings is not None:
@@ -163,7 +163,7 @@ def round_layers(
     problems: Sequence[LayerProblem],
     result: Quantized,
 ) -> None:
-    """Allocate and round, with inputs behind the quantized prefix where the method asks for them."""
+    """Allocate bits and round; the method may ask for inputs behind the quantized prefix."""
     result.problems |= {problem.name: problem for problem in problems}
     prefix = None
     if recipe.method.inputs == "prefix":
@@ -197,7 +197,7 @@ def round_layers(
 
 
 def note_achieved_risk(whitenings: WhiteningStore, problems: Iterable[LayerProblem], result: Quantized) -> None:
-    """Note in each layer the posterior's risk of what it was rounded to, in nats."""
+    """Note the posterior risk of each rounded layer, in nats."""
     for problem in bar(problems, "achieved risk"):
         delta = result.tensors[problem.name].dequantize() - problem.weight
         problem.notes["achieved_risk"] = float(whitenings.fit(problem).risk(delta).sum())
@@ -207,10 +207,10 @@ def weigh_by_proxy(subject: Subject, recipe: Recipe, proxy: Proxy, problems: Seq
     """Note kappa in each layer: measured divergence over predicted risk at one width (SPEC section 5).
 
     Returns:
-        how often it began again with smaller batches because memory ran out.
+        how often memory ran out and the measurement was repeated with smaller batches.
 
     Raises:
-        Refused: nothing is allocated by risk.
+        Refused: the allocator does not use risks.
     """
     knapsack, whitenings = recipe.allocator, recipe.whitenings
     if not isinstance(knapsack, Knapsack) or whitenings is None:

@@ -1,8 +1,8 @@
-"""The posterior-predictive teacher of a distillation, and networks drawn from the posterior (SPEC section 5).
+"""The posterior-predictive teacher of a distillation, and draws of a network's weights (SPEC section 5).
 
     p(y | x) = 1/S sum_s p(y | f(x; w_s)),   w_s ~ q
 
-The teacher's mean output (see `bayesq.likelihood`) is all that the KL divergence to a student needs.
+The KL divergence to a student needs only the teacher's mean output (see `bayesq.likelihood`).
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -39,13 +39,13 @@ class Batch(Protocol):
 
 @dataclass(frozen=True)
 class Recomputed:
-    """A teacher whose outputs do not fit in memory: each batch's are computed whenever they are needed.
+    """A teacher whose outputs are not stored but computed for each batch whenever they are needed.
 
     Attributes:
         full: full-precision network.
         draws: weights by state_dict name, of each posterior draw; one empty draw is the network itself.
         likelihood: of the outputs.
-        examples: their number n.
+        examples: number n of calibration examples.
     """
 
     full: nn.Module
@@ -87,7 +87,7 @@ def posterior_predictive(
         likelihood: of the outputs.
 
     Raises:
-        Refused: the network is in training mode, there is no example, or an example is missing or there twice.
+        Refused: the network is in training mode, or the batches do not hold every example once.
     """
     if full.training:
         raise Refused("the teacher must be in eval mode")
@@ -135,7 +135,7 @@ def named_layer(module: nn.Module, name: str) -> Layer:
     """The layer of that name.
 
     Raises:
-        Refused: there is none, or it is an embedding.
+        Refused: the network has no such layer, or it is an embedding.
     """
     layer = find_layer(module, name)
     if isinstance(layer, nn.Embedding):
@@ -144,7 +144,11 @@ def named_layer(module: nn.Module, name: str) -> Layer:
 
 
 def count_examples(batches: Sequence[Batch]) -> int:
-    """Number of examples n, checked: every index from 0 to n - 1 once."""
+    """Number of examples n.
+
+    Raises:
+        Refused: the indices are not 0 to n - 1, each once.
+    """
     index = torch.cat([batch.index for batch in batches]) if batches else torch.empty(0)
     if not torch.equal(index.sort().values, torch.arange(len(index))):
         raise Refused("the batches must hold every calibration example once")
@@ -152,6 +156,6 @@ def count_examples(batches: Sequence[Batch]) -> int:
 
 
 def beside(module: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Module arguments on the device of the module's parameters: batches wait elsewhere until it is their turn."""
+    """Module arguments on the device of the module's parameters; batches may be on another device."""
     device = next(module.parameters()).device
     return {name: x.to(device) for name, x in inputs.items()}
