@@ -42,17 +42,14 @@ class EncodedExamples(Protocol):
     @property
     def labels(self) -> Tensor:
         """Labels [n], in the order of the split."""
-        ...
 
     def __len__(self) -> int: ...
 
     def checksum(self) -> str:
         """sha256 hex of everything `batches` yields."""
-        ...
 
     def batches(self, batch_size: int, device: torch.device | str) -> Iterator[Batch]:
         """Every example once, in an order that depends only on the examples."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -21,12 +21,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from tqdm import tqdm
 
+from bayesq.batches import Batch
 from bayesq.errors import Refused
 from bayesq.likelihood import Likelihood
 from bayesq.quant.layers import matrix_to_weight, weight_key
 from bayesq.quant.tensor import QuantizedTensor
 from bayesq.student import Student
-from bayesq.teacher import Batch, Recomputed, beside, count_examples, named_layer
+from bayesq.teacher import Recomputed, beside, count_examples, named_layer
 
 # A candidate must be better than the untouched network by this many standard errors of the paired difference.
 # Divergences have heavy tails, and a hundred held-out examples give a noisy mean.
@@ -142,11 +143,7 @@ def distill(
 
 
 def _draw_held_out(n: int, share: float, generator: torch.Generator) -> Tensor:
-    """Which of n examples are held out, bool [n].
-
-    Raises:
-        Refused: fewer than two would be held out, or none would train.
-    """
+    """Which of n examples are held out, bool [n]: at least two, but not all."""
     count = round(share * n)
     if not 2 <= count < n:
         raise Refused(f"{n} calibration examples are too few to hold out a share of {share:g}")
@@ -236,11 +233,7 @@ def _divergence(
     part: _Part,
     likelihood: Likelihood,
 ) -> Tensor:
-    """KL(teacher || student) of each example [b], float32 on the module's device.
-
-    Args:
-        overrides: the student's weights and parameters by state_dict name.
-    """
+    """KL(teacher || student) of each example [b], float32; `overrides` are weights and parameters of the student."""
     inputs = beside(module, part.inputs)
     outputs = functional_call(module, dict(overrides), kwargs=inputs).float()
     p = part.teacher().to(outputs.device, torch.float32)

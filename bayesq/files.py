@@ -31,24 +31,16 @@ def atomic_path(path: Path) -> Iterator[Path]:
     try:
         temporary.touch()
         permissions = temporary.stat().st_mode
-        with _naming(path):
-            yield temporary
+        yield temporary
         if temporary.stat().st_mode != permissions:  # safetensors makes files that only their owner can read
             temporary.chmod(permissions)
         os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Add the file's name to write errors without one, so that the message tells which disk is full."""
-    try:
-        yield
     except OSError as error:
         if error.filename is not None or error.errno is None:
             raise
-        raise OSError(error.errno, error.strerror, str(path)) from error
+        raise OSError(error.errno, error.strerror, str(path)) from error  # the name tells which disk is full
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def file_sha256(path: Path) -> str:

@@ -103,18 +103,14 @@ def quantize(
 
 
 def _with_arguments(message: str) -> str:
-    """A message with the arguments of `quantize` in place of the configuration's keys."""
+    """The message with arguments of `quantize` in place of configuration keys."""
     for key, argument in ARGUMENTS.items():
         message = message.replace(key, argument)
     return re.sub(r"(?<![\w.])method\.(?=\w+=)", "", message)
 
 
 def _check(module: nn.Module, bits: float, batch_size: int, exclude: Sequence[str]) -> None:
-    """Check arguments that do not depend on the method.
-
-    Raises:
-        Refused: naming the argument.
-    """
+    """Check arguments that do not depend on the method."""
     if any(part.training for part in module.modules()):
         raise Refused("module: is in training mode, or a part of it; call module.eval() first")
     if isinstance(bits, bool) or not isinstance(bits, int | float) or not MIN_BITS <= bits <= MAX_BITS:
@@ -126,21 +122,13 @@ def _check(module: nn.Module, bits: float, batch_size: int, exclude: Sequence[st
 
 
 def _one_of(name: str, value: str, choices: Sequence[str]) -> None:
-    """Check that a value is one of the choices.
-
-    Raises:
-        Refused: naming the argument.
-    """
+    """Check that a value is one of the choices."""
     if value not in choices:
         raise Refused(f"{name}={value}: choose one of {', '.join(choices)}")
 
 
 def _logits(module: nn.Module, inputs: Any, output: Any) -> Tensor:
-    """Forward hook: the output, or its `logits` if it holds more than them.
-
-    Raises:
-        Refused: neither is a tensor.
-    """
+    """Forward hook: the output, or its `logits` if it holds more than them."""
     logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", output)
     if not isinstance(logits, Tensor):
         raise Refused(
@@ -161,11 +149,7 @@ def _recipe(
     seed: int,
     switches: Mapping[str, Any],
 ) -> Recipe:
-    """Method, posterior and allocator by their names.
-
-    Raises:
-        Refused: a choice or a switch does not exist, or a constructor refuses a value.
-    """
+    """Method, posterior and allocator by their names."""
     content = settings("method", method)
     arguments = [key for key in content if key not in (*DESCRIPTIVE, "_target_")]
     for key in switches:
@@ -202,11 +186,7 @@ def _recipe(
 def _subject(
     module: nn.Module, batches: Iterable[Any], likelihood: str, exclude: Sequence[str], batch_size: int
 ) -> Subject:
-    """The network with its encoded calibration examples.
-
-    Raises:
-        Refused: no layer can be quantized, or the batches do not fit the network.
-    """
+    """The network with its encoded calibration examples."""
     examples = encode(module, batches)
     device = next(module.parameters()).device
     layers = quantizable_layers(module, list(exclude))
@@ -250,8 +230,7 @@ def encode(module: nn.Module, batches: Iterable[Any]) -> TensorExamples:
         _check_sizes(batch)
     if MASK not in keys:
         for key in keys:
-            shapes = {tuple(batch[key].shape[1:]) for batch in named}
-            if len(shapes) > 1:
+            if len(shapes := {tuple(batch[key].shape[1:]) for batch in named}) > 1:
                 raise Refused(f"batches: {key}: shapes {sorted(shapes)} differ; sequences need an {MASK}")
         inputs = {key: torch.cat([batch[key] for batch in named]) for key in keys}
         return TensorExamples(inputs, torch.zeros(len(inputs[keys[0]])))
@@ -264,11 +243,7 @@ def encode(module: nn.Module, batches: Iterable[Any]) -> TensorExamples:
 
 
 def _check_sizes(batch: Mapping[str, Tensor]) -> None:
-    """Check that all inputs have the same number of examples and, beside an attention mask, of tokens.
-
-    Raises:
-        Refused: naming the input.
-    """
+    """Check that all inputs have the same number of examples and, beside an attention mask, of tokens."""
     first, dimensions = (MASK, ("examples", "tokens")) if MASK in batch else (next(iter(batch)), ("examples",))
     common = batch[first].shape[: len(dimensions)]
     for key, x in batch.items():

@@ -18,11 +18,9 @@ class Prefix(Protocol):
 
     def statistic(self, name: str, kind: str) -> Tensor:
         """A statistic of a layer's inputs behind the layers replaced so far."""
-        ...
 
     def replace(self, name: str, tensor: QuantizedTensor) -> None:
         """Give the layer its quantized weights."""
-        ...
 
 
 def quantize_layers(
@@ -108,11 +106,7 @@ def _of_these(layers: Sequence[LayerProblem], allocate: Allocate) -> Allocate:
 
 
 def _check_widths(method: Method, layers: Sequence[LayerProblem], widths: Mapping[str, Tensor]) -> None:
-    """Check widths before the first layer is rounded.
-
-    Raises:
-        Refused: naming the method and the layer.
-    """
+    """Check widths before the first layer is rounded."""
     name = type(method).__name__
     if not isinstance(widths, Mapping):
         raise Refused(f"{name}.prepare returned {type(widths).__name__}: it must return row widths by layer name")

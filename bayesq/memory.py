@@ -4,6 +4,7 @@ import ctypes
 import gc
 import logging
 import os
+import re
 import resource
 import sys
 from collections.abc import Callable, Iterator
@@ -88,14 +89,10 @@ def available_memory(root: Path = Path("/")) -> int | None:
 def _meminfo(path: Path) -> int | None:
     """MemAvailable in bytes."""
     try:
-        lines = path.read_text().splitlines()
+        available = re.search(r"^MemAvailable:\s*(\d+)", path.read_text(), re.MULTILINE)
     except OSError:
         return None
-    for line in lines:
-        key, _, value = line.partition(":")
-        if key == "MemAvailable":
-            return int(value.split()[0]) * 1024
-    return None
+    return int(available[1]) * 1024 if available else None
 
 
 def _control_groups(root: Path) -> Iterator[int | None]:

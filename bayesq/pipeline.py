@@ -75,11 +75,7 @@ def calibrate(subject: Subject, recipe: Recipe, statistics: Statistics, result: 
 
 
 def refuse_unseen(statistics: Statistics) -> None:
-    """Refuse layers that no calibration example reaches: without measurements nothing can decide their widths.
-
-    Raises:
-        Refused: naming them.
-    """
+    """Refuse layers that no calibration example reaches: without measurements nothing can decide their widths."""
     if statistics.unseen:
         raise Refused(
             f"no calibration example reaches {', '.join(sorted(statistics.unseen))}: add them to layers.exclude, or "
@@ -93,13 +89,7 @@ def layer_order(subject: Subject) -> list[list[str]]:
 
 
 def layer_problems(subject: Subject, statistics: Statistics, groups: Sequence[Sequence[str]]) -> list[LayerProblem]:
-    """The layers as methods see them, in forward order.
-
-    Args:
-        subject: network and examples.
-        statistics: prepared for the posterior, allocator and method.
-        groups: result of `layer_order`.
-    """
+    """The layers as methods see them, in forward order; `groups` is the result of `layer_order`."""
     return [
         LayerProblem(
             name=name,

@@ -33,13 +33,7 @@ def elapsed(step: str) -> Iterator[None]:
     """
     # With miniters and mininterval 0, update(0) redraws the line once `delay` has passed.
     with tqdm(
-        desc=step,
-        bar_format="{desc}: {elapsed}",
-        delay=TICK_S,
-        miniters=0,
-        mininterval=0,
-        disable=None,
-        leave=False,
+        desc=step, bar_format="{desc}: {elapsed}", delay=TICK_S, miniters=0, mininterval=0, disable=None, leave=False
     ) as line:
         if line.disable:
             yield

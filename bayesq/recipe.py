@@ -42,15 +42,12 @@ class Statistics(Protocol):
 
     def prepare(self, statistics: Iterable[Statistic]) -> None:
         """Compute the statistics that do not exist yet."""
-        ...
 
     def statistic(self, layer: str, name: str) -> Tensor:
         """One layer's statistic by its name."""
-        ...
 
     def out_of_memory(self) -> int:
         """How often memory ran out and a pass was repeated with smaller batches."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -87,12 +87,9 @@ def distill_student(subject: Subject, recipe: Recipe, settings: Distillation, re
 
 
 def moment_start(subject: Subject, result: Quantized, examples: int) -> Callable[[Tensor], Mapping[str, Tensor]]:
-    """A function from the chosen calibration examples (bool [n]) to parameters that match activation moments on them.
+    """A function from chosen calibration examples (bool [n]) to parameters that match activation moments on them.
 
-    Args:
-        subject: network and examples.
-        result: the rounded tensors.
-        examples: largest number of examples that are used.
+    It uses at most `examples` of them.
     """
 
     def start(chosen: Tensor) -> Mapping[str, Tensor]:

@@ -19,6 +19,14 @@ FALLBACKS = (
     "kappa_clamped",
     "oom_retries",
 )
+# Keys of `LayerProblem.notes`, and their values where nothing is written.
+NOTES = {
+    "predicted_risk": None,  # nats per example at the chosen widths; written by the knapsack
+    "achieved_risk": None,  # nats per example of the rounded weights; written by the pipeline with a posterior
+    "kappa": 1.0,  # measured divergence over predicted risk; written by the pipeline with a proxy
+    "prior_precision": None,  # tau; written by the posterior
+    "effective_parameters": None,  # number of weights that the data determine; written by the posterior
+}
 
 
 def fallbacks(quantized: Quantized, unreached: int = 0) -> dict[str, int]:
@@ -36,15 +44,7 @@ def fallbacks(quantized: Quantized, unreached: int = 0) -> dict[str, int]:
 
 
 def layer_rows(quantized: Quantized) -> list[dict[str, Any]]:
-    """The rows of layers.csv, from the tensors and from `LayerProblem.notes`.
-
-    The notes are, by key:
-        predicted_risk: nats per example at the chosen widths; written by the knapsack.
-        achieved_risk: nats per example of the rounded weights; written by the pipeline if there is a posterior.
-        kappa: measured divergence over predicted risk; written by the pipeline with the proxy, 1 without.
-        prior_precision: tau; written by the posterior.
-        effective_parameters: number of weights that the data determine; written by the posterior.
-    """
+    """The rows of layers.csv."""
     rows = []
     for name, tensor in quantized.tensors.items():
         problem = quantized.problems[name]
@@ -56,11 +56,7 @@ def layer_rows(quantized: Quantized) -> list[dict[str, Any]]:
                 "shape": "x".join(str(size) for size in problem.weight.shape),
                 "bits/code": code_bits(tensor) / weights,
                 "bits/stored": 8 * stored_bytes(tensor) / weights,
-                "predicted_risk": problem.notes.get("predicted_risk"),
-                "achieved_risk": problem.notes.get("achieved_risk"),
-                "kappa": problem.notes.get("kappa", 1.0),
-                "prior_precision": problem.notes.get("prior_precision"),
-                "effective_parameters": problem.notes.get("effective_parameters"),
+                **{key: problem.notes.get(key, default) for key, default in NOTES.items()},
                 "seconds": quantized.layer_seconds[name],
             }
         )

@@ -7,12 +7,12 @@ The KL divergence to a student needs only the teacher's mean output (see `bayesq
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from bayesq.batches import Batch
 from bayesq.errors import Refused
 from bayesq.likelihood import Likelihood
 from bayesq.progress import bar
@@ -21,20 +21,6 @@ from bayesq.quant.layers import Layer, find_layer, matrix_to_weight, weight_key
 # Largest stored outputs. A language model with a vocabulary of 50,000 takes 400 kB a token, a classifier with 1,000
 # classes 8 kB an example.
 MOST_BYTES = 2**30
-
-
-class Batch(Protocol):
-    """Some calibration examples: `module(**inputs)` gives outputs [b, ...]; `index` [b] counts from 0 to n - 1."""
-
-    @property
-    def inputs(self) -> Mapping[str, Tensor]:
-        """Module arguments [b, ...]."""
-        ...
-
-    @property
-    def index(self) -> Tensor:
-        """Positions [b] of the examples in the calibration set, on the CPU."""
-        ...
 
 
 @dataclass(frozen=True)

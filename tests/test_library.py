@@ -211,7 +211,7 @@ MISTAKES = {
     ),
     "inputs": (
         lambda: bayesq.quantize(bert(), [sentences()[0], {"input_ids": torch.ones(2, 4).long()}]),
-        r"^batches: all need the same inputs",
+        r"^batches: all batches need the same inputs",
     ),
     "pattern without a layer": (
         lambda: bayesq.quantize(resnet(), [images()], exclude=["head*"]),
