@@ -1,9 +1,9 @@
 """How many bits finished runs are above the Gaussian rate-distortion bound, by layer (`analysis.rate_distortion`).
 
-python -m analysis.bounds results      writes results/<run_id>/bounds.csv wherever there is none
+python -m analysis.bounds results      writes results/<run_id>/bounds.csv for runs without one
 
-All methods are judged by the same risk, that of the posterior in their configuration (K-FAC unless it says otherwise),
-also those that use none. The codes come from the packed file, the statistics from the cache, or are computed again.
+All methods are compared by the risk under the posterior of their configuration (K-FAC by default), also methods without
+a posterior. Codes come from the packed file. Statistics come from the cache or are computed again.
 """
 
 import json
@@ -20,7 +20,8 @@ from torch import Tensor
 
 from analysis.rate_distortion import layer_rates, risk_components
 from bayesq.contract import LayerProblem
-from bayesq.pipeline import layer_order, layer_problems
+from bayesq.errors import Refused
+from bayesq.pipeline import layer_order, layer_problems, refuse_unseen
 from bayesq.posterior import WhiteningStore
 from bayesq.quant.accounting import code_bits
 from bayesq.quant.file import read_packed
@@ -35,13 +36,13 @@ from bayesq.suite.results import QUANTIZED_FILE, RESULT_FILE, finished_result, w
 from bayesq.tensor_file import CorruptFile
 
 BOUNDS_FILE = "bounds.csv"
-# Parts of a configuration that decide about network, calibration examples and posterior.
+# Parts of a configuration that determine network, calibration examples and posterior.
 SHARED = ("model", "dataset", "posterior", "calibration", "layers", "seed", "device", "cache_dir")
 
 
 @dataclass
 class Judge:
-    """What runs of one network, calibration set and posterior have in common.
+    """Statistics and posterior that runs of one network, calibration set and posterior share.
 
     Attributes:
         problems: the layers, in forward order.
@@ -58,13 +59,15 @@ class Judge:
         """Load network and statistics.
 
         Raises:
-            UserError: they cannot be loaded, or the posterior has no closed bound.
+            UserError: network or statistics cannot be loaded, or the posterior has no closed bound.
+            Refused: no calibration example reaches some layer, or the posterior cannot be fitted.
         """
         cache_dir = resolve_cache_dir(cfg.cache_dir)
         whitenings = WhiteningStore(build(cfg.posterior))
         work = load_workload(cfg, cache_dir)
         statistics = open_statistics(cfg, whitenings, work, cache_dir)
         statistics.prepare(whitenings.statistics)
+        refuse_unseen(statistics)
         problems = layer_problems(work.subject, statistics, layer_order(work.subject))
         whitenings.prepare(problems)
         try:
@@ -76,8 +79,8 @@ class Judge:
     def rows(self, folder: Path) -> list[dict[str, Any]]:
         """The rows of bounds.csv for one run; risk in nats, all bits per weight of the layer.
 
-        `bound_bits` is the least for the layer at its own risk; `shared_bound_bits` what the layer gets where one water
-        level serves the whole network at the sum of the risks.
+        `bound_bits` is the bound of the layer at its risk. `shared_bound_bits` is its share of the bound of the whole
+        network at the sum of all risks, with one water level.
 
         Raises:
             CorruptFile, OSError: the packed file cannot be read.
@@ -106,12 +109,16 @@ class Judge:
 
 
 def write_bounds(results_dir: Path, force: bool = False) -> list[str]:
-    """Write bounds.csv for every finished run below `results_dir` that has none; returns a line for each left out.
+    """Write bounds.csv for every finished run below `results_dir` without one.
 
     Network and statistics are loaded once for all runs that share them.
 
     Args:
-        force: also where there is one.
+        results_dir: folder of the runs.
+        force: also replace an existing bounds.csv.
+
+    Returns:
+        one line for each run that was left out, with the reason.
     """
     start = Path.cwd()
     groups: dict[str, list[tuple[Path, Mapping[str, Any]]]] = {}
@@ -124,7 +131,7 @@ def write_bounds(results_dir: Path, force: bool = False) -> list[str]:
     for members in groups.values():
         try:
             left += _judge(members, start)
-        except UserError as error:
+        except (UserError, Refused) as error:
             left += [f"{folder.name}: {one_line(str(error))}" for folder, _ in members]
         finally:
             os.chdir(start)
@@ -137,7 +144,7 @@ def _group(result: Mapping[str, Any]) -> str:
 
 
 def _judge(members: Sequence[tuple[Path, Mapping[str, Any]]], start: Path) -> list[str]:
-    """Bounds of runs that share a judge; relative paths of their configuration begin where they were started."""
+    """Write the bounds of runs that share a judge; paths in their configuration are relative to their start folder."""
     _, result = members[0]
     config = recorded_config(result)
     directory = Path(result["host"].get("directory", start))
@@ -148,17 +155,17 @@ def _judge(members: Sequence[tuple[Path, Mapping[str, Any]]], start: Path) -> li
     for folder, _ in members:
         try:
             write_csv(folder / BOUNDS_FILE, judge.rows(folder))
-        except (CorruptFile, OSError) as error:
+        except (CorruptFile, Refused, OSError) as error:
             left.append(f"{folder.name}: {one_line(str(error))}")
     return left
 
 
 def main() -> None:
-    """Write what is missing; exit code 1 where a run was left out."""
+    """Write missing bounds; exit code 1 if a run was left out."""
     parser = module_parser("bounds", __doc__)
     parser.prog = "python -m analysis.bounds"
     parser.add_argument("results_dir", type=Path, help="a results folder, such as results")
-    parser.add_argument("--force", action="store_true", help="also where there is a bounds.csv")
+    parser.add_argument("--force", action="store_true", help="also replace an existing bounds.csv")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if not arguments.results_dir.is_dir():

@@ -13,6 +13,7 @@ from torch import Tensor
 from bayesq.calibration.inputs import INPUT_MAGNITUDE, INPUT_MOMENT
 from bayesq.calibration.statistic import Statistic
 from bayesq.contract import Allocate, Context, LayerProblem, check_finite, stack_groups
+from bayesq.errors import Refused
 from bayesq.quant.feedback import output_error
 from bayesq.quant.grids import grid_from_range, round_affine, zero_code
 from bayesq.quant.tensor import QuantizedTensor
@@ -32,7 +33,7 @@ class AWQ:
 
     def __init__(self, exponents: int, clip_steps: int, clip_lowest: float) -> None:
         if exponents < 1 or clip_steps < 0 or not 0 < clip_lowest <= 1:
-            raise ValueError(
+            raise Refused(
                 f"method.exponents={exponents} must be at least 1, method.clip_steps={clip_steps} at least 0, "
                 f"method.clip_lowest={clip_lowest} in (0, 1]"
             )

@@ -13,6 +13,7 @@ from baselines.gptq import GPTQ
 from bayesq.calibration.inputs import INPUT_MOMENT
 from bayesq.calibration.paired import CROSS_MOMENT
 from bayesq.contract import LayerProblem
+from bayesq.errors import Refused
 from bayesq.quant.feedback import BlockObserver, FeedbackFactor, feedback_round
 from bayesq.quant.grids import AffineGrid
 
@@ -32,7 +33,7 @@ class GPTAQ(GPTQ):
     def __init__(self, clip: str, act_order: bool, damping: float, group_size: int | None, alpha: float) -> None:
         super().__init__(clip, act_order, damping, group_size)
         if not 0 <= alpha <= 1:
-            raise ValueError(f"method.alpha={alpha}: must be in [0, 1]")
+            raise Refused(f"method.alpha={alpha}: must be in [0, 1]")
         self.alpha = alpha
 
     def _begin(self, layer: LayerProblem) -> None:

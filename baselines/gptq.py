@@ -12,6 +12,7 @@ from torch import Tensor
 from bayesq.calibration.inputs import INPUT_MOMENT
 from bayesq.calibration.statistic import Statistic
 from bayesq.contract import Allocate, Context, LayerProblem, check_finite, stack_groups
+from bayesq.errors import Refused
 from bayesq.quant.feedback import (
     BlockObserver,
     FeedbackFactor,
@@ -50,11 +51,11 @@ class GPTQ:
         scale_dtype: torch.dtype = torch.float16,
     ) -> None:
         if clip not in (*CLIP_RULES, "curvature", "auto"):
-            raise ValueError(f"method.clip={clip}: choose from {', '.join(CLIP_RULES)}, curvature, auto")
+            raise Refused(f"method.clip={clip}: choose from {', '.join(CLIP_RULES)}, curvature, auto")
         if not damping >= 0:
-            raise ValueError(f"method.damping={damping}: must be 0 or more")
+            raise Refused(f"method.damping={damping}: must be 0 or more")
         if group_size is not None and group_size < 1:
-            raise ValueError(f"method.group_size={group_size}: must be at least 1, or null for one grid per row")
+            raise Refused(f"method.group_size={group_size}: must be at least 1, or null for one grid per row")
         self.rules = list(CLIP_RULES) if clip == "auto" else [clip]
         self.act_order = act_order
         self.damping = damping

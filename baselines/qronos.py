@@ -15,6 +15,7 @@ from baselines.gptq import GPTQ
 from bayesq.calibration.inputs import INPUT_MOMENT
 from bayesq.calibration.paired import CROSS_MOMENT
 from bayesq.contract import LayerProblem
+from bayesq.errors import Refused
 from bayesq.quant.feedback import BlockObserver, FeedbackFactor, feedback_round
 from bayesq.quant.grids import AffineGrid
 
@@ -34,7 +35,7 @@ class Qronos(GPTQ):
     def __init__(self, clip: str, act_order: bool, damping: float, ridge: float) -> None:
         super().__init__(clip, act_order, damping, group_size=None)
         if not ridge > 0:
-            raise ValueError(f"method.ridge={ridge}: must be above 0")
+            raise Refused(f"method.ridge={ridge}: must be above 0")
         self.ridge = ridge
 
     def _begin(self, layer: LayerProblem) -> None:
@@ -68,7 +69,7 @@ class Qronos(GPTQ):
         right = w @ c[:, 1:] + size * w[:, 1:] - first[:, None] * h[0, 1:]
         solved, failed = torch.linalg.solve_ex(damped, right.T)
         if int(failed):
-            raise ValueError("H + l I is singular: raise method.ridge")
+            raise Refused("H + l I is singular: raise method.ridge")
         return solved.T
 
     def _error(self, value: Tensor, weight: Tensor, moments: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from bayesq.calibration.statistic import Statistic
 from bayesq.contract import Allocate, Context, LayerProblem
+from bayesq.errors import Refused
 from bayesq.nearest import round_to_nearest
 from bayesq.quant.grids import CLIP_RULES
 from bayesq.quant.tensor import QuantizedTensor
@@ -22,7 +23,7 @@ class RTN:
 
     def __init__(self, clip: str) -> None:
         if clip not in CLIP_RULES:
-            raise ValueError(f"method.clip={clip}: choose from {', '.join(CLIP_RULES)}")
+            raise Refused(f"method.clip={clip}: choose from {', '.join(CLIP_RULES)}")
         self.clip = clip
 
     def prepare(self, layers: Sequence[LayerProblem], allocate: Allocate, context: Context) -> Mapping[str, Tensor]:

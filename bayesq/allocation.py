@@ -19,6 +19,7 @@ from tqdm import tqdm
 from bayesq.calibration.statistic import Statistic
 from bayesq.codebook import level_kind, normal_distortion
 from bayesq.contract import Distortion, LayerProblem, check_finite, stack_groups
+from bayesq.errors import Refused
 from bayesq.knapsack import greedy_knapsack
 from bayesq.posterior import WhiteningStore
 from bayesq.quant.accounting import LAYER_BITS, affine_overhead_bits, mixed_overhead_bits
@@ -106,7 +107,7 @@ class Uniform:
         """Row widths of every layer. An integer budget of codes is met exactly, whatever codebooks the method stores.
 
         Raises:
-            ValueError: the budget does not allow the smallest width, or weights that choose widths are not finite.
+            Refused: the budget does not allow the smallest width, or weights that choose widths are not finite.
         """
         sizes = [layer.weight.numel() for layer in layers]
         padding = sum(LAYER_BITS for size in sizes if size % 8)  # codes need not fill whole bytes
@@ -114,7 +115,7 @@ class Uniform:
         capacity = budget.capacity(layers, plain + padding + codebook_bits)
         low = min(int(budget.bits if budget.count == "code" else capacity / sum(sizes)), MAX_WIDTH)
         if low < MIN_WIDTH:
-            raise ValueError(f"{MIN_WIDTH} bits a weight and what is stored beside them exceed the budget")
+            raise Refused(f"{MIN_WIDTH} bits a weight and what is stored beside them exceed the budget")
         widths = {layer.name: torch.full((layer.rows,), low, dtype=torch.uint8) for layer in layers}
         left = capacity - low * sum(sizes)
         if low == MAX_WIDTH or left <= 0:
@@ -179,7 +180,7 @@ class Knapsack:
         widths: all widths some layer may get, ascending.
 
     Raises:
-        ValueError: an unknown block, or groups that are no multiple of `row_multiple`.
+        Refused: an unknown block, or groups that are no multiple of `row_multiple`.
     """
 
     def __init__(
@@ -196,9 +197,9 @@ class Knapsack:
         allowed: Mapping[str, Sequence[int]] | None = None,
     ) -> None:
         if block not in ("layer", "row", "group"):
-            raise ValueError(f"allocation.block={block}: choose one of layer, row, group")
+            raise Refused(f"allocation.block={block}: choose one of layer, row, group")
         if block == "group" and group_rows % row_multiple:
-            raise ValueError(f"allocation.row_multiple={row_multiple}: is no divisor of group_rows={group_rows}")
+            raise Refused(f"allocation.row_multiple={row_multiple}: is no divisor of group_rows={group_rows}")
         self.whitenings, self.block, self.damping = whitenings, block, damping
         self.group_rows, self.row_multiple = group_rows, row_multiple
         self.min_width = MIN_WIDTH if min_width is None else min_width
@@ -214,21 +215,19 @@ class Knapsack:
         """Widths each layer may get, ascending, by name.
 
         Raises:
-            ValueError: a pattern matches no layer, or min_width leaves a layer no width.
+            Refused: a pattern matches no layer, or min_width leaves a layer no width.
         """
         for key, patterns in (("pinned", self.pinned), ("allowed", self.allowed)):
             for pattern in patterns:
                 if not any(fnmatchcase(name, pattern) for name in names):
-                    raise ValueError(f"allocation.{key}: pattern {pattern!r} matches no layer that is quantized")
+                    raise Refused(f"allocation.{key}: pattern {pattern!r} matches no layer that is quantized")
         rules = [*self.pinned.items(), *self.allowed.items(), ("*", self.default_widths)]
         choices = {}
         for name in names:
             named = next(widths for pattern, widths in rules if fnmatchcase(name, pattern))
             choices[name] = sorted({width for width in named if width >= self.min_width})
             if not choices[name]:
-                raise ValueError(
-                    f"allocation.min_width={self.min_width}: leaves layer {name} none of its widths {named}"
-                )
+                raise Refused(f"allocation.min_width={self.min_width}: leaves layer {name} none of its widths {named}")
         return choices
 
     def allocate(
@@ -243,7 +242,7 @@ class Knapsack:
         A factor kappa among a layer's notes (the task-aware proxy's) multiplies its risks.
 
         Raises:
-            ValueError: no mix of the allowed widths fits the budget, a predicted risk is not finite, or see `choices`.
+            Refused: no mix of the allowed widths fits the budget, a predicted risk is not finite, or see `choices`.
         """
         choices = self.choices([layer.name for layer in layers])
         self.whitenings.prepare(layers)
@@ -253,7 +252,7 @@ class Knapsack:
         for layer in tqdm(layers, desc="predict risk", disable=None, leave=False):
             risk = self.predict(layer, distortion) * layer.notes.get("kappa", 1.0)
             if not bool(torch.isfinite(risk).all()):
-                raise ValueError(f"layer {layer.name}: a predicted risk is NaN or infinite")
+                raise Refused(f"layer {layer.name}: a predicted risk is NaN or infinite")
             block = self._blocks(risk)
             rows = torch.bincount(block)
             total = risk.new_zeros(len(rows), len(widths)).index_add_(0, block, risk)
@@ -278,7 +277,7 @@ class Knapsack:
             if budget.capacity(layers, plain) < least:
                 weights = sum(layer.weight.numel() for layer in layers)
                 needed = (least + (plain if budget.count == "stored" else 0)) / weights
-                raise ValueError(
+                raise Refused(
                     f"bits={budget.bits:g}: the smallest widths that the keys under allocation permit average "
                     f"{math.ceil(needed * 1000) / 1000:g} bits a weight (budget.count={budget.count})"
                 )
@@ -346,12 +345,12 @@ def make_allocator(
         damping: of the method that will round, see `Knapsack`.
 
     Raises:
-        ValueError: allocator=knapsack without a posterior, or see `Knapsack`.
+        Refused: allocator=knapsack without a posterior, or see `Knapsack`.
     """
     if name == "uniform":
         return Uniform()
     if whitenings is None:
-        raise ValueError("allocator=knapsack needs a posterior")
+        raise Refused("allocator=knapsack needs a posterior")
     return Knapsack(
         whitenings,
         block,

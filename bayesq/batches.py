@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from bayesq.tensor_file import digest
 
-# Which sequences share a batch: any, filled up with padding; those of one length; none.
+# Which sequences share a batch: any, with padding; sequences of equal length; none.
 PADDED, EQUAL, ALONE = "padded", "equal", "alone"
 
 
@@ -18,8 +18,8 @@ PADDED, EQUAL, ALONE = "padded", "equal", "alone"
 class Batch:
     """One batch: `module(**inputs)` gives logits [b, classes].
 
-    `labels` [b] lie on the device of the inputs. `index` [b] int64, on the CPU, holds each example's position
-    in the split, because batches need not come in the split's order.
+    `labels` [b] are on the device of the inputs. `index` [b] int64, on the CPU, is each example's position in the
+    split: the order of batches may differ from that of the split.
     """
 
     inputs: dict[str, Tensor]
@@ -42,26 +42,23 @@ class EncodedExamples(Protocol):
     @property
     def labels(self) -> Tensor:
         """Labels [n], in the order of the split."""
-        ...
 
     def __len__(self) -> int: ...
 
     def checksum(self) -> str:
         """sha256 hex of everything `batches` yields."""
-        ...
 
     def batches(self, batch_size: int, device: torch.device | str) -> Iterator[Batch]:
-        """Every example once, in an order that depends on nothing but the examples."""
-        ...
+        """Every example once, in an order that depends only on the examples."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How sequences of different length are put into batches.
+    """How sequences of different length form batches.
 
     Attributes:
-        side: "right" or "left", where padding lies.
-        together: PADDED, EQUAL or ALONE; the last two show a network no padding.
+        side: of the padding, "right" or "left".
+        together: PADDED, EQUAL or ALONE; batches of the last two have no padding.
     """
 
     side: str = "right"
@@ -79,10 +76,10 @@ class TensorExamples:
     Attributes:
         inputs: name of the module's argument -> tensor [n, ...].
         labels: [n].
-        lengths: [n] numbers of tokens for padded sequences [n, length], else None. Sequences are batched by
-            falling length, each batch trimmed to its longest: the first batch needs the most memory, so
-            one that does not fit fails at once.
-        layout: which sequences share a batch, and on which side of `inputs` their padding lies.
+        lengths: [n] numbers of tokens for padded sequences [n, length], else None. Sequences are batched by decreasing
+            length, and each batch is trimmed to its longest sequence. The first batch needs the most memory, so a batch
+            size that is too large fails at once.
+        layout: which sequences share a batch, and the side of the padding.
     """
 
     inputs: dict[str, Tensor]
@@ -94,15 +91,13 @@ class TensorExamples:
         return len(self.labels)
 
     def checksum(self) -> str:
-        """sha256 hex over inputs and labels, and over what shares a batch where that is not any."""
+        """sha256 hex over inputs and labels, and over `layout.together` unless it is PADDED."""
         tensors = {"labels": self.labels, **{f"inputs.{name}": value for name, value in self.inputs.items()}}
         together = self.layout.together
         return digest(tensors, {} if together == PADDED else {"together": together})
 
     def split(self, batch_size: int) -> list[Tensor]:
-        """Positions [b] of the examples of each batch; there are more batches than examples / `batch_size` where
-        sequences of other length are kept apart.
-        """
+        """Positions [b] of the examples of each batch; EQUAL and ALONE give more batches than PADDED."""
         if self.lengths is None:
             return list(torch.arange(len(self)).split(batch_size))
         order = torch.argsort(self.lengths, descending=True, stable=True)
@@ -114,7 +109,7 @@ class TensorExamples:
         return [batch for group in order.split(sizes.tolist()) for batch in group.split(batch_size)]
 
     def batches(self, batch_size: int, device: torch.device | str) -> Iterator[Batch]:
-        """Every example once; no batch has more than `batch_size` examples, some may have fewer."""
+        """Every example once, in batches of at most `batch_size` examples."""
         for index in self.split(batch_size):
             inputs = {name: value[index] for name, value in self.inputs.items()}
             if self.lengths is not None:
@@ -136,19 +131,19 @@ def count_batches(examples: EncodedExamples, batch_size: int) -> int:
 
 
 def needs_no_padding(examples: EncodedExamples) -> bool:
-    """Whether the network may see no padding: who takes a batch of `in_one_batch` apart has to remove it."""
+    """Whether the network must not see padding; parts of a batch of `in_one_batch` then have to be trimmed."""
     return isinstance(examples, TensorExamples) and examples.layout.together != PADDED
 
 
 def two_examples(examples: EncodedExamples, device: torch.device | str) -> Batch:
-    """The first batch of two examples; of one where no two may share a batch."""
+    """The first batch of two examples, or of one example if no two may share a batch."""
     batches = examples.batches(2, device)
     first = next(batches)
     return first if len(first.index) == 2 else next((batch for batch in batches if len(batch.index) == 2), first)
 
 
 def in_one_batch(examples: EncodedExamples, count: int, device: torch.device | str) -> Batch:
-    """The first `count` examples of `batches` as one batch, with padding whether the network may see it or not."""
+    """The first `count` examples of `batches` as one batch, padded even if the network must not see padding."""
     if isinstance(examples, TensorExamples):
         examples = replace(examples, layout=replace(examples.layout, together=PADDED))
     return next(iter(examples.batches(count, device)))
@@ -165,7 +160,7 @@ class EncodedBatches:
 
     @property
     def examples(self) -> int:
-        """In all batches together."""
+        """Number of examples in all batches."""
         return len(self.encoded)
 
     def __len__(self) -> int:

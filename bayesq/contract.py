@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bayesq.calibration.inputs import INPUT_MOMENT
 from bayesq.calibration.statistic import Statistic
+from bayesq.errors import Refused
 from bayesq.progress import bar
 from bayesq.quant.tensor import QuantizedTensor
 
@@ -95,10 +96,10 @@ class CountedStatistics:
         """The statistic of that name.
 
         Raises:
-            ValueError: the reader did not declare it.
+            Refused: the reader did not declare it.
         """
         if self.readable is not None and name not in self.readable:
-            raise ValueError(f"{self.reader} reads {name}: add it to {self.reader}.statistics")
+            raise Refused(f"{self.reader} reads {name}: add it to {self.reader}.statistics")
         tensor = self.load(name)
         if name == INPUT_MOMENT.name:
             self.fallbacks["dead_columns"] = int((tensor.diagonal(dim1=-2, dim2=-1) == 0).sum())
@@ -201,22 +202,22 @@ def naming(layer: LayerProblem) -> Iterator[None]:
     """Put the layer's name before what a numerical routine refuses.
 
     Raises:
-        ValueError: what the block raised, a failed factorization of LAPACK's included.
+        Refused: what the block raised, a failed factorization of LAPACK's included.
     """
     try:
         yield
-    except (ValueError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
+    except (Refused, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
         text = str(error)
         if f"layer {layer.name}" in text:
             raise
-        raise ValueError(f"layer {layer.name}: {text}") from error
+        raise Refused(f"layer {layer.name}: {text}") from error
 
 
 def check_finite(layer: LayerProblem) -> None:
     """Refuse weights no grid can hold.
 
     Raises:
-        ValueError: NaN or infinite weights.
+        Refused: NaN or infinite weights.
     """
     if not torch.isfinite(layer.weight).all():
-        raise ValueError(f"layer {layer.name}: the weights have NaN or infinite entries")
+        raise Refused(f"layer {layer.name}: the weights have NaN or infinite entries")

@@ -8,6 +8,8 @@ from typing import Any
 
 import yaml
 
+from bayesq.errors import Refused
+
 # Keys of a method that describe it: neither arguments of its constructor nor part of run_id.
 METHOD_METADATA = ("allocator", "inputs", "uses_posterior", "data_free", "display")
 # Keys of a choice that describe it and are no arguments of its constructor.
@@ -36,10 +38,10 @@ def settings(group: str, name: str) -> dict[str, Any]:
     """What the file of a choice says.
 
     Raises:
-        ValueError: there is no such file; the message names the group.
+        Refused: there is no such file; the message names the group.
     """
     if name not in choices(group):
-        raise ValueError(f"{group}={name}: choose one of {', '.join(choices(group))}{suggestion(name, choices(group))}")
+        raise Refused(f"{group}={name}: choose one of {', '.join(choices(group))}{suggestion(name, choices(group))}")
     content: dict[str, Any] = yaml.safe_load((conf_dir() / group / f"{name}.yaml").read_text(encoding="utf-8"))
     return content
 

@@ -1,13 +1,13 @@
 """Calibration-only distillation towards the posterior-predictive teacher of `bayesq.teacher` (SPEC section 5).
 
-The student is the quantized network. Its codes are frozen; what turns codes into weights is trained, and with it the
-biases and the affine parameters of the norms, to minimise E_x[KL(p(.|x) || p(.|f(x; student)))] on calibration inputs
-alone. A held-out part of the calibration set decides which step is taken over. Every candidate is judged in the
-precision it will be stored in, and one that does not clearly beat the network as it came is no candidate, so the
-held-out divergence never rises. Shapes and types stay, and so do the stored bits.
+The student is the quantized network. Its codes are frozen. Scales, codebook levels, biases and the affine parameters of
+the norms are trained to minimise E_x[KL(p(.|x) || p(.|f(x; student)))] on calibration inputs. A held-out part of the
+calibration set selects the best step. Each candidate is evaluated in the precision in which it will be stored. A
+candidate is accepted only if it is clearly better than the network before distillation, so the held-out divergence
+never rises. Shapes and dtypes do not change, and neither do the stored bits.
 
-The first candidate costs no gradient: biases and norms that match the activation moments of the full-precision network
-on the training part (`bayesq.quant.correction`). If it beats the untouched network, training goes on from there.
+The first candidate needs no gradient: biases and norms that match the activation moments of the full-precision network
+on the training part (`bayesq.quant.correction`). If it is better, training starts from it.
 """
 
 import copy
@@ -21,14 +21,16 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from tqdm import tqdm
 
+from bayesq.batches import Batch
+from bayesq.errors import Refused
 from bayesq.likelihood import Likelihood
 from bayesq.quant.layers import matrix_to_weight, weight_key
 from bayesq.quant.tensor import QuantizedTensor
 from bayesq.student import Student
-from bayesq.teacher import Batch, beside, count_examples, named_layer
+from bayesq.teacher import Recomputed, beside, count_examples, named_layer
 
-# A candidate has to beat the untouched network by this many standard errors of the paired difference: divergences have
-# heavy tails, and a hundred held-out examples say little.
+# A candidate must be better than the untouched network by this many standard errors of the paired difference.
+# Divergences have heavy tails, and a hundred held-out examples give a noisy mean.
 MARGIN = 0.5
 
 
@@ -37,9 +39,9 @@ class DistillationSettings:
     """The budget of a distillation.
 
     Attributes:
-        steps: L-BFGS steps, each of which is a candidate.
-        evaluations: most passes over the training part that one step may take, besides the very first gradient's.
-        held_out: share of the examples that only judges.
+        steps: number of L-BFGS steps; each gives a candidate.
+        evaluations: largest number of passes over the training part in one step, after the first gradient.
+        held_out: share of the examples that is not trained on and selects the best step.
     """
 
     steps: int = 1
@@ -49,21 +51,21 @@ class DistillationSettings:
     def __post_init__(self) -> None:
         for key, low in (("steps", 0), ("evaluations", 1)):
             if getattr(self, key) < low:
-                raise ValueError(f"distillation.{key}={getattr(self, key)}: needs a whole number of at least {low}")
+                raise Refused(f"distillation.{key}={getattr(self, key)}: needs a whole number of at least {low}")
         if not 0 < self.held_out < 1:
-            raise ValueError(f"distillation.held_out={self.held_out}: needs a share between 0 and 1")
+            raise Refused(f"distillation.held_out={self.held_out}: needs a share between 0 and 1")
 
 
 @dataclass(frozen=True)
 class Distilled:
-    """What a distillation returns.
+    """Result of a distillation.
 
     Attributes:
-        tensors: by layer, codes and shapes as they came.
-        parameters: changed biases and norm parameters by state_dict name; empty if the network stays as it came.
-        steps: steps taken; fewer than asked for where the loss ceased to be finite.
-        best_step: the step whose result this is; 0 = none was clearly better than what it started from.
-        started: whether training started from the parameters that `start` gave.
+        tensors: by layer, with unchanged codes and shapes.
+        parameters: changed biases and norm parameters by state_dict name; empty if the network is unchanged.
+        steps: number of steps; fewer than requested if the loss became NaN or infinite.
+        best_step: the selected step; 0 = no step was clearly better than the start.
+        started: whether training started from the parameters of `start`.
         heldout_kl_before, heldout_kl_after: mean KL(teacher || student) on the held-out examples, in nats.
     """
 
@@ -78,7 +80,7 @@ class Distilled:
 
 @dataclass(frozen=True)
 class _Candidate:
-    """A student after so many steps, and its KL(teacher || student) on each held-out example, float64."""
+    """A student after a number of steps, and its KL(teacher || student) on each held-out example, float64."""
 
     step: int
     kl: Tensor
@@ -90,34 +92,34 @@ def distill(
     quantized: nn.Module,
     tensors: Mapping[str, QuantizedTensor],
     batches: Sequence[Batch],
-    teacher: Tensor,
+    teacher: Tensor | Recomputed,
     settings: DistillationSettings,
     generator: torch.Generator,
     likelihood: Likelihood,
     start: Callable[[Tensor], Mapping[str, Tensor]] | None = None,
 ) -> Distilled:
-    """Train scales, codebook levels, biases and norm parameters; return what is best on held-out examples.
+    """Train scales, codebook levels, biases and norm parameters; return the best candidate on held-out examples.
 
     Args:
-        quantized: the network with its biases and norms as they are before distillation, in eval mode; unchanged.
+        quantized: the network before distillation, in eval mode; it is not changed.
         tensors: the quantized layers by name.
         batches: all n calibration examples, each once; gradients are summed over them.
-        teacher: mean outputs [n, ...] of `posterior_predictive`.
+        teacher: result of `posterior_predictive`.
         settings: the budget.
         generator: CPU generator of the split.
         likelihood: of the outputs.
-        start: gives parameters by state_dict name to start from, if the held-out part agrees; it is told which of the
-            n examples train (bool [n]).
+        start: maps the choice of training examples (bool [n]) to parameters by state_dict name. Training starts from
+            them if they are better on the held-out part.
 
     Raises:
-        ValueError: training mode, too few examples to hold any out, indices that do not match the teacher, or two
-            different codebooks of one name.
+        Refused: the network is in training mode, there are too few examples to hold any out, indices do not match the
+            teacher, or two different codebooks have the same name.
     """
     if quantized.training:
-        raise ValueError("the student must be in eval mode: its norms keep their running statistics")
+        raise Refused("the student must be in eval mode: its norms keep their running statistics")
     n = count_examples(batches)
     if len(teacher) != n:
-        raise ValueError(f"the teacher has {len(teacher)} rows for {n} calibration examples")
+        raise Refused(f"the teacher has {len(teacher)} rows for {n} calibration examples")
     held_out = _draw_held_out(n, settings.held_out, generator)
     training, judging = _select(batches, ~held_out, teacher), _select(batches, held_out, teacher)
     judge = partial(_held_out_kl, judging=judging, likelihood=likelihood)
@@ -141,31 +143,32 @@ def distill(
 
 
 def _draw_held_out(n: int, share: float, generator: torch.Generator) -> Tensor:
-    """Which of n examples only judge, bool [n].
-
-    Raises:
-        ValueError: fewer than two would judge, or none would train.
-    """
+    """Which of n examples are held out, bool [n]: at least two, but not all."""
     count = round(share * n)
     if not 2 <= count < n:
-        raise ValueError(f"{n} calibration examples are too few to hold out a share of {share:g}")
+        raise Refused(f"{n} calibration examples are too few to hold out a share of {share:g}")
     held_out = torch.zeros(n, dtype=torch.bool)
     held_out[torch.randperm(n, generator=generator)[:count]] = True
     return held_out
 
 
-# Inputs of some examples, and the teacher's mean outputs of them.
-_Part = tuple[dict[str, Tensor], Tensor]
+@dataclass(frozen=True)
+class _Part:
+    """Some examples of a batch: inputs, number, and a function that gives the teacher's mean outputs of them."""
+
+    inputs: dict[str, Tensor]
+    examples: int
+    teacher: Callable[[], Tensor]
 
 
 def _train(
     student: Student, training: Sequence[_Part], settings: DistillationSettings, likelihood: Likelihood
 ) -> Iterator[tuple[int, dict[str, QuantizedTensor], dict[str, Tensor]]]:
-    """What is stored after each step (tensors and parameters) with its number, until the loss ceases to be finite.
+    """Yield each step's number, tensors and parameters, until the loss is NaN or infinite.
 
-    A network has thousands of rows and the calibration set hundreds of examples, so the optimizer decides what is
-    learnt. Steps along the gradient of the whole training part move what all examples agree on first; Adam on batches
-    moved every scale alike and overfitted from the first steps (measured on ResNet-20 and MiniLM).
+    A network has thousands of rows, the calibration set only hundreds of examples. L-BFGS on the whole training part
+    first changes what all examples agree on. Adam on batches changed all scales by similar amounts and overfitted from
+    the first steps (measured on ResNet-20 and MiniLM).
     """
     moves = student.moves()
     optimizer = torch.optim.LBFGS(
@@ -187,20 +190,20 @@ def _train(
 
 def _training_loss(student: Student, training: Sequence[_Part], likelihood: Likelihood) -> Tensor:
     """Mean KL(teacher || student) of the training examples, a float64 scalar; sets the gradients of the moves."""
-    # Decoded once for all batches: gradients are summed over weights and go through the decoder together.
+    # Weights are decoded once for all batches; their summed gradient then passes through the decoder once.
     decoded = student.overrides()
     weights = {name: x.detach().requires_grad_(True) for name, x in decoded.items()}
     leaves = list(weights.values())
     sums = [torch.zeros_like(x) for x in leaves]
-    examples = sum(len(p) for _, p in training)
+    examples = sum(part.examples for part in training)
     losses = []
-    for inputs, p in training:
-        loss = _divergence(student.module, weights, inputs, p, likelihood).sum() / examples
-        # Not backward(): the network's own parameters are no part of this and must not collect gradients.
+    for part in training:
+        loss = _divergence(student.module, weights, part, likelihood).sum() / examples
+        # Not backward(), which would also accumulate gradients in the network's parameters.
         for x, gradient in zip(sums, torch.autograd.grad(loss, leaves, allow_unused=True), strict=True):
             if gradient is not None:
                 x += gradient
-        losses.append(loss.detach())  # stays on the device: reading each would wait for it
+        losses.append(loss.detach())  # stays on the device: reading it here would synchronise
     moves = student.moves()
     gradients = torch.autograd.grad(list(decoded.values()), moves, sums, allow_unused=True)
     for x, gradient in zip(moves, gradients, strict=True):
@@ -208,33 +211,33 @@ def _training_loss(student: Student, training: Sequence[_Part], likelihood: Like
     return torch.tensor(sum(torch.stack(losses).tolist()), dtype=torch.float64)
 
 
-def _select(batches: Sequence[Batch], chosen: Tensor, teacher: Tensor) -> list[_Part]:
-    """The examples of `chosen` [n], batch by batch; batches without any are left out."""
+def _select(batches: Sequence[Batch], chosen: Tensor, teacher: Tensor | Recomputed) -> list[_Part]:
+    """The examples of `chosen` (bool [n]), batch by batch; batches without such examples are omitted."""
     parts = []
     for batch in batches:
         rows = chosen[batch.index].nonzero()[:, 0]
         if len(rows):
             inputs = {name: x[rows.to(x.device)] for name, x in batch.inputs.items()}
-            parts.append((inputs, teacher[batch.index[rows]]))
+            outputs: Callable[[], Tensor]
+            if isinstance(teacher, Recomputed):
+                outputs = partial(teacher, inputs)
+            else:
+                outputs = partial(teacher.__getitem__, batch.index[rows])
+            parts.append(_Part(inputs, len(rows), outputs))
     return parts
 
 
 def _divergence(
     module: nn.Module,
     overrides: Mapping[str, Tensor],
-    inputs: Mapping[str, Tensor],
-    p: Tensor,
+    part: _Part,
     likelihood: Likelihood,
 ) -> Tensor:
-    """KL(teacher || student) of each example [b], float32 on the module's device.
-
-    Args:
-        overrides: the student's weights and parameters by state_dict name.
-        p: the teacher's mean outputs of these inputs.
-    """
-    inputs = beside(module, inputs)
+    """KL(teacher || student) of each example [b], float32; `overrides` are weights and parameters of the student."""
+    inputs = beside(module, part.inputs)
     outputs = functional_call(module, dict(overrides), kwargs=inputs).float()
-    return likelihood.kl_from_mean(p.to(outputs.device, torch.float32), outputs, likelihood.counted(inputs))
+    p = part.teacher().to(outputs.device, torch.float32)
+    return likelihood.kl_from_mean(p, outputs, likelihood.counted(inputs))
 
 
 @torch.no_grad()
@@ -245,12 +248,12 @@ def _held_out_kl(
     judging: Sequence[_Part],
     likelihood: Likelihood,
 ) -> Tensor:
-    """KL(teacher || student) of each held-out example, float64, with the very weights that `dequantize` gives."""
+    """KL(teacher || student) of each held-out example, float64, with the weights of `dequantize`."""
     overrides = dict(parameters)
     for name, tensor in tensors.items():
         layer = named_layer(module, name)
         overrides[weight_key(name, layer)] = matrix_to_weight(layer, tensor.dequantize()).to(layer.weight)
-    divergences = [_divergence(module, overrides, inputs, p, likelihood) for inputs, p in judging]
+    divergences = [_divergence(module, overrides, part, likelihood) for part in judging]
     return torch.cat(divergences).cpu().to(torch.float64)
 
 

@@ -1,4 +1,4 @@
-"""Files that appear under their name only when complete, and locks that processes hold on them."""
+"""Atomic writes of files, and locks between processes."""
 
 import hashlib
 import logging
@@ -14,45 +14,33 @@ from filelock import FileLock, Timeout
 
 log = logging.getLogger(__name__)
 
-# No write takes a day: what is older than that and still temporary belongs to nobody.
+# No write takes a day, so an older temporary file has no living writer.
 ABANDONED_S = 24 * 60 * 60
 
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary name beside `path`; it becomes `path` when the block succeeds and vanishes when it raises.
+    """Yield a temporary path beside `path`; it is renamed to `path` if the block succeeds and removed if it raises.
 
-    The name is unique across processes and machines that share the folder, and the file gets the permissions
-    the user's umask gives, so that colleagues can read what a shared results folder holds. A killed process leaves
-    its temporary file behind; `remove_leftovers` finds it by its name.
+    The name is unique across processes and machines that share the folder. The file gets the permissions of the user's
+    umask, so that other users can read a shared results folder. A killed process leaves its temporary file behind;
+    `remove_leftovers` removes it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{uuid.uuid4().hex}.tmp")
     try:
         temporary.touch()
         permissions = temporary.stat().st_mode
-        with _naming(path):
-            yield temporary
-        if temporary.stat().st_mode != permissions:  # safetensors writes files that only their owner can read
+        yield temporary
+        if temporary.stat().st_mode != permissions:  # safetensors makes files that only their owner can read
             temporary.chmod(permissions)
         os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Put the file's name into errors of writing, which know none: which of two disks is full depends on it.
-
-    Raises:
-        OSError: what the block raised.
-    """
-    try:
-        yield
     except OSError as error:
         if error.filename is not None or error.errno is None:
             raise
-        raise OSError(error.errno, error.strerror, str(path)) from error
+        raise OSError(error.errno, error.strerror, str(path)) from error  # the name tells which disk is full
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def file_sha256(path: Path) -> str:
@@ -62,29 +50,29 @@ def file_sha256(path: Path) -> str:
 
 
 def remove_leftovers(folder: Path, name: str = "*") -> None:
-    """Remove what killed processes left of writing `name` (a file name or a pattern) in `folder`.
+    """Remove temporary files of killed processes that wrote `name` (a file name or a pattern) in `folder`.
 
-    Call it holding the lock under which `name` is written: then no living process of this machine is writing it.
-    Whether a lock reaches other machines depends on the file system, so their files go only when a day old.
+    Call it with the lock under which `name` is written: then no living process of this machine writes it. On some file
+    systems locks do not reach other machines, so files of other machines are removed only when a day old.
     """
     for leftover in folder.glob(f".{name}.*.tmp"):
         try:
             of_this_machine = f".{socket.gethostname()}." in leftover.name
             if of_this_machine or time.time() - leftover.stat().st_mtime > ABANDONED_S:
                 leftover.unlink()
-        except FileNotFoundError:  # its writer was alive elsewhere and has finished
+        except FileNotFoundError:  # its writer on another machine has finished
             continue
 
 
 @contextmanager
 def lock(path: Path) -> Iterator[None]:
-    """Hold the inter-process lock of `path`, the file `<path>.lock`; say once, in one line, if it has to be waited for.
+    """Hold the lock `<path>.lock` between processes; log one line if another process holds it.
 
-    The lock is flock(2): the operating system drops it when its holder ends, however it ends. The file stays and means
-    nothing. It reaches other machines over NFS (unless mounted with local_lock=flock) and over file systems with
-    cluster-wide flock. Where it does not, two machines may compute the same entry twice, which harms neither: files are
-    replaced as a whole and have the same content. Without any flock, filelock warns and the file's existence is the
-    lock; the line names the file, so that one left by a killed process can be deleted.
+    The lock is flock(2): the operating system releases it when the process ends, also when it is killed. The file
+    remains and has no meaning. The lock reaches other machines over NFS (unless mounted with local_lock=flock) and over
+    file systems with cluster-wide flock. Elsewhere two machines may compute the same entry twice. This does no harm:
+    files are replaced atomically and have the same content. Without flock, filelock warns and uses the file's existence
+    as the lock; the log line names the file, so that the file of a killed process can be deleted.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     inter_process = FileLock(f"{path}.lock")
@@ -101,7 +89,7 @@ def lock(path: Path) -> Iterator[None]:
 
 
 def is_locked(path: Path) -> bool:
-    """Whether a process holds the `lock` of `path` right now; False where this user may not find out."""
+    """Whether a process holds the `lock` of `path` now; False if this user has no permission to check."""
     file = Path(f"{path}.lock")
     if not file.exists():
         return False
@@ -110,7 +98,7 @@ def is_locked(path: Path) -> bool:
         probe.acquire(timeout=0)
     except Timeout:
         return True
-    except OSError:  # a folder of somebody else's
+    except OSError:  # no permission
         return False
     probe.release()
     return False

@@ -16,6 +16,7 @@ from torch import Tensor
 from bayesq.calibration.inputs import INPUT_BASIS, Eigenbasis, identities
 from bayesq.calibration.samples import Pairs
 from bayesq.calibration.statistic import Source, Statistic
+from bayesq.errors import Refused
 
 # Rows a sketch carries for each direction it keeps. Truncating while streaming costs most with a flat spectrum: where
 # 16 directions held 67 % of a tiny convolution's Fisher, ratios of 1, 2, 3 reached 93.9, 99.2, 99.9 % of the best.
@@ -82,7 +83,7 @@ class GradientDirections(Statistic):
 
     def __post_init__(self) -> None:
         if self.rank < 1:
-            raise ValueError(f"posterior.rank={self.rank}: must be at least 1")
+            raise Refused(f"posterior.rank={self.rank}: must be at least 1")
 
     def shape(self, groups: int, rows: int, columns: int) -> tuple[int, ...]:
         """[k, g, r, c]."""

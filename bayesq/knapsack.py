@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bayesq.errors import Refused
 from bayesq.quant.compiled import compiled
 
 
@@ -60,17 +61,17 @@ def greedy_knapsack(risk: Tensor, bits: Tensor, capacity: float) -> Tensor:
         [B] chosen index into W.
 
     Raises:
-        ValueError: even the cheapest widths exceed the capacity, a risk is NaN, or a block may have no width.
+        Refused: even the cheapest widths exceed the capacity, a risk is NaN, or a block may have no width.
     """
     if bool(torch.isnan(risk).any()) or not bool(torch.isfinite(risk).any(1).all()):
-        raise ValueError("a predicted risk is NaN, or infinite at every width of a block")
+        raise Refused("a predicted risk is NaN, or infinite at every width of a block")
     r, b = risk.to(torch.float64).numpy(), bits.to(torch.float64).numpy()
     hull, length = lower_hull(r, b)
     choice = hull[:, 0].copy()
     least = float(b[np.arange(len(b)), choice].sum())
     left = capacity - least
     if left < 0:
-        raise ValueError(f"the smallest widths need {least:.0f} bits, the budget has {capacity:.0f}")
+        raise Refused(f"the smallest widths need {least:.0f} bits, the budget has {capacity:.0f}")
     # every step from one choice of a hull to the next
     block, place = np.nonzero(np.arange(1, hull.shape[1]) < length[:, None])
     before, after = hull[block, place], hull[block, place + 1]

@@ -1,6 +1,7 @@
-"""`bayesq.quantize`: one call for a user's own network, without configuration, files or tracking."""
+"""`bayesq.quantize`: one call that quantizes a network, without configuration, files or tracking."""
 
 import inspect
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from bayesq.calibration.memory import InMemoryStatistics
 from bayesq.calibration.passes import CalibrationSettings
 from bayesq.defaults import DESCRIPTIVE, choices, construct, settings, suggestion
 from bayesq.distillation import DistillationSettings
+from bayesq.errors import Refused
 from bayesq.likelihood import LIKELIHOODS
 from bayesq.pipeline import quantize_network
 from bayesq.posterior import WhiteningStore
@@ -22,9 +24,18 @@ from bayesq.quant.usage import usage_of
 from bayesq.recipe import Distillation, Recipe, Subject
 from bayesq.report import Report
 
-# Entries of a batch that are no input of the network.
+# Keys of a batch that are labels, not inputs of the network.
 TARGETS = ("labels", "label", "targets")
 MIN_BITS, MAX_BITS = 2, 8
+# The configuration's keys in messages of the pipeline, and what a caller of `quantize` has in their place.
+ARGUMENTS = {
+    "layers.exclude": "exclude",
+    "calibration.batch_size": "batch_size",
+    "raise calibration.examples": "give more batches",
+    "distillation.moments=true is not possible": "distill=True is not possible",
+    "set it to false": "set distill=False",
+    "choose another model": "give another module",
+}
 
 
 def quantize(
@@ -49,72 +60,82 @@ def quantize(
         quantized, report = bayesq.quantize(bert, [tokenizer(texts, padding=True, return_tensors="pt")], bits=3.5)
 
     Args:
-        module: the network, in evaluation mode; it is not changed. Its output is a tensor, or has `logits`.
+        module: the network, in evaluation mode; it is not changed. Its output is a tensor or has `logits`.
         batches: a few hundred calibration examples in any number of batches: tensors [b, ...], (inputs, labels) pairs,
             of which only the inputs are read, or mappings from argument names to tensors. Sequences of different length
-            need an attention_mask.
+            need an attention_mask [b, t]; all other inputs are then [b, t, ...].
         bits: average code bits per weight, 2 to 8, fractions allowed.
-        method: a file of conf/method: bayesq, gptq, awq, rtn.
-        posterior: a file of conf/posterior: kfac, ekfac, diag, lowrank; read by bayesq and by allocator="knapsack".
+        method: name of a file in conf/method: bayesq, gptq, awq, rtn.
+        posterior: name of a file in conf/posterior: kfac, ekfac, diag, lowrank. Read by method="bayesq" and by
+            allocator="knapsack".
         allocator: "uniform" or "knapsack"; None = the method's default.
-        correction: "moments" matches activation moments to the full-precision network's; "none".
+        correction: "moments" matches activation moments to those of the full-precision network; "none" does not.
         distill: train scales, levels, biases and norms on the calibration inputs.
         likelihood: of the outputs: "categorical", or "gaussian" for regression heads.
         exclude: patterns (fnmatch) of module names that stay in full precision.
         batch_size: examples per forward pass.
-        seed: of everything random.
-        switches: the method's own, as in its file of conf/method.
+        seed: of all random draws.
+        switches: further arguments of the method, as in its file in conf/method.
 
     Returns:
-        the quantized network, on the device of the original one, and a report.
+        the quantized network, on the device of the original network, and a report.
 
     Raises:
-        ValueError: an argument cannot be used; the message names it.
+        Refused: an argument cannot be used; the message names it.
     """
     _check(module, bits, batch_size, exclude)
     _one_of("posterior", posterior, choices("posterior"))
     _one_of("likelihood", likelihood, tuple(LIKELIHOODS))
     _one_of("correction", correction, ("none", "moments"))
-    recipe = _recipe(bits, method, posterior, allocator, correction == "moments", distill, seed, switches)
     hook = module.register_forward_hook(_logits)
     try:
+        recipe = _recipe(
+            bits, method, posterior, allocator, correction == "moments", distill, batch_size, seed, switches
+        )
         subject = _subject(module, batches, likelihood, exclude, batch_size)
         statistics = _statistics(subject, recipe, batch_size, seed)
         quantized = quantize_network(subject, recipe, statistics)
+    except Refused as error:
+        raise Refused(_with_arguments(str(error))) from error
     finally:
         hook.remove()
-    return quantized.copy_of(module), Report.of(bits, quantized, subject.weights)
+    return quantized.copy_of(module), Report.of(bits, quantized, subject)
+
+
+def _with_arguments(message: str) -> str:
+    """The message with arguments of `quantize` in place of configuration keys."""
+    for key, argument in ARGUMENTS.items():
+        message = message.replace(key, argument)
+    return re.sub(r"(?<![\w.])method\.(?=\w+=)", "", message)
 
 
 def _check(module: nn.Module, bits: float, batch_size: int, exclude: Sequence[str]) -> None:
-    """Refuse what no network can be quantized with; see `quantize`.
-
-    Raises:
-        ValueError: naming the argument.
-    """
+    """Check arguments that do not depend on the method."""
     if any(part.training for part in module.modules()):
-        raise ValueError("module: is in training mode, or a part of it; call module.eval() first")
+        raise Refused("module: is in training mode, or a part of it; call module.eval() first")
     if isinstance(bits, bool) or not isinstance(bits, int | float) or not MIN_BITS <= bits <= MAX_BITS:
-        raise ValueError(f"bits={bits}: needs a number from {MIN_BITS} to {MAX_BITS}")
+        raise Refused(f"bits={bits}: needs a number from {MIN_BITS} to {MAX_BITS}")
     if type(batch_size) is not int or batch_size < 1:
-        raise ValueError(f"batch_size={batch_size}: needs a whole number of at least 1")
+        raise Refused(f"batch_size={batch_size}: needs a whole number of at least 1")
     if isinstance(exclude, str):
-        raise ValueError(f"exclude={exclude}: needs a list of patterns")
+        raise Refused(f"exclude={exclude}: needs a list of patterns")
 
 
 def _one_of(name: str, value: str, choices: Sequence[str]) -> None:
-    """Refuse a value that is none of the choices.
-
-    Raises:
-        ValueError: naming the argument.
-    """
+    """Check that a value is one of the choices."""
     if value not in choices:
-        raise ValueError(f"{name}={value}: choose one of {', '.join(choices)}")
+        raise Refused(f"{name}={value}: choose one of {', '.join(choices)}")
 
 
-def _logits(module: nn.Module, inputs: Any, output: Any) -> Any:
-    """Forward hook: the logits of networks that return them with other things."""
-    return getattr(output, "logits", output)
+def _logits(module: nn.Module, inputs: Any, output: Any) -> Tensor:
+    """Forward hook: the output, or its `logits` if it holds more than them."""
+    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", output)
+    if not isinstance(logits, Tensor):
+        raise Refused(
+            f"module: its output is a {type(output).__name__}, not a tensor or something with `logits`; wrap it in a "
+            "module that returns the logits"
+        )
+    return logits
 
 
 def _recipe(
@@ -124,19 +145,16 @@ def _recipe(
     allocator: str | None,
     correction: bool,
     distill: bool,
+    batch_size: int,
     seed: int,
     switches: Mapping[str, Any],
 ) -> Recipe:
-    """Method, posterior and allocator by their names.
-
-    Raises:
-        ValueError: there is no such choice or switch, or a constructor refuses a value.
-    """
+    """Method, posterior and allocator by their names."""
     content = settings("method", method)
     arguments = [key for key in content if key not in (*DESCRIPTIVE, "_target_")]
     for key in switches:
         if key not in arguments:
-            raise ValueError(f"{key}: method={method} has no such switch{suggestion(key, arguments)}")
+            raise Refused(f"{key}: method={method} has no such switch{suggestion(key, arguments)}")
     allocator = content["allocator"] if allocator is None else allocator
     _one_of("allocator", allocator, ("uniform", "knapsack"))
     uses_posterior = content.get("uses_posterior") is True
@@ -157,7 +175,7 @@ def _recipe(
             DistillationSettings(options["steps"], options["evaluations"], options["held_out"]),
             options["samples"],
             options["moments"],
-            options["batch_size"],
+            batch_size,
         )
         if distill
         else None,
@@ -168,18 +186,14 @@ def _recipe(
 def _subject(
     module: nn.Module, batches: Iterable[Any], likelihood: str, exclude: Sequence[str], batch_size: int
 ) -> Subject:
-    """The network with its encoded calibration examples.
-
-    Raises:
-        ValueError: no layer can be quantized, or the batches do not fit the network.
-    """
+    """The network with its encoded calibration examples."""
     examples = encode(module, batches)
     device = next(module.parameters()).device
     layers = quantizable_layers(module, list(exclude))
     more = (batch.inputs for batch in examples.batches(batch_size, device))
     usage = usage_of(module, layers, two_examples(examples, device).inputs, more)
     if not usage.layers:
-        raise ValueError("module: no layer takes part in the forward pass")
+        raise Refused("module: no layer takes part in the forward pass")
     return Subject(module, usage, examples, LIKELIHOODS[likelihood], device, blocks=find_blocks(module))
 
 
@@ -199,23 +213,25 @@ def _statistics(subject: Subject, recipe: Recipe, batch_size: int, seed: int) ->
 
 
 def encode(module: nn.Module, batches: Iterable[Any]) -> TensorExamples:
-    """Batches in any of the forms of `quantize` as examples of named inputs.
+    """Batches in any form that `quantize` takes, as examples with named inputs.
 
     Raises:
-        ValueError: there is no batch, one is of another kind, or their shapes differ without an attention mask.
+        Refused: there is no batch, a batch has another form, or shapes differ and there is no attention mask.
     """
     if isinstance(batches, Tensor | Mapping):
-        raise ValueError("batches: is a single batch; put it in a list")
+        raise Refused("batches: is a single batch; put it in a list")
     named = [_named(module, batch) for batch in batches]
     if not named:
-        raise ValueError("batches: there is none; a few hundred examples are needed")
+        raise Refused("batches: there is none; give a few hundred examples")
     keys = list(named[0])
-    if any(list(batch) != keys for batch in named):
-        raise ValueError("batches: all need the same inputs")
+    if any(batch.keys() != named[0].keys() for batch in named):
+        raise Refused("batches: all batches need the same inputs")
+    for batch in named:
+        _check_sizes(batch)
     if MASK not in keys:
-        shapes = {tuple(x.shape[1:]) for x in (batch[keys[0]] for batch in named)}
-        if len(shapes) > 1:
-            raise ValueError(f"batches: shapes {sorted(shapes)} differ; sequences need an {MASK}")
+        for key in keys:
+            if len(shapes := {tuple(batch[key].shape[1:]) for batch in named}) > 1:
+                raise Refused(f"batches: {key}: shapes {sorted(shapes)} differ; sequences need an {MASK}")
         inputs = {key: torch.cat([batch[key] for batch in named]) for key in keys}
         return TensorExamples(inputs, torch.zeros(len(inputs[keys[0]])))
     left = any(bool((batch[MASK][:, 0] == 0).any()) for batch in named)
@@ -226,10 +242,23 @@ def encode(module: nn.Module, batches: Iterable[Any]) -> TensorExamples:
     )
 
 
+def _check_sizes(batch: Mapping[str, Tensor]) -> None:
+    """Check that all inputs have the same number of examples and, beside an attention mask, of tokens."""
+    first, dimensions = (MASK, ("examples", "tokens")) if MASK in batch else (next(iter(batch)), ("examples",))
+    common = batch[first].shape[: len(dimensions)]
+    for key, x in batch.items():
+        if x.ndim < len(dimensions) or x.shape[: len(dimensions)] != common:
+            raise Refused(
+                f"batches: {key} has shape {list(x.shape)}; it must begin with {' and '.join(dimensions)}, "
+                f"{list(common)} as in {first}"
+            )
+
+
 def _padded(x: Tensor, length: int, left: bool) -> Tensor:
-    """[b, t] with zeros up to [b, length]."""
+    """[b, t, ...] with zeros up to [b, length, ...]."""
     missing = length - x.shape[1]
-    return nn.functional.pad(x, (missing, 0) if left else (0, missing)) if missing else x
+    behind = (0, 0) * (x.ndim - 2)
+    return nn.functional.pad(x, (*behind, missing, 0) if left else (*behind, 0, missing)) if missing else x
 
 
 def _named(module: nn.Module, batch: Any) -> dict[str, Tensor]:
@@ -241,7 +270,7 @@ def _named(module: nn.Module, batch: Any) -> dict[str, Tensor]:
         name = next(iter(inspect.signature(module.forward).parameters), None)
         inputs = {name: x} if isinstance(x, Tensor) and name is not None else {}
     if not inputs:
-        raise ValueError(
+        raise Refused(
             f"batches: a {type(batch).__name__} is no batch; give tensors, (inputs, labels) pairs or dicts of tensors"
         )
     return {key: value.detach().cpu() for key, value in inputs.items()}

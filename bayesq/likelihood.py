@@ -18,6 +18,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from bayesq.errors import Refused
 from bayesq.quant.layers import MASK
 
 # What is drawn from the predictive distribution for the Fisher; see `Categorical.fisher_directions`.
@@ -93,7 +94,7 @@ class Likelihood(ABC):
             mask: as in `kl`.
 
         Raises:
-            ValueError: another kind of draw.
+            Refused: another kind of draw.
         """
 
     @abstractmethod
@@ -189,7 +190,7 @@ class Categorical(Likelihood):
         others carry the whole expectation. With signs every example contributes to every draw.
         """
         if draws not in DRAWS:
-            raise ValueError(f"draws {draws!r}: choose from {', '.join(DRAWS)}")
+            raise Refused(f"draws {draws!r}: choose from {', '.join(DRAWS)}")
         classes, count = outputs.shape[-1], samples or DEFAULT_SAMPLES
         p = torch.softmax(outputs.detach().to(torch.float32), dim=-1)
         if samples is None and classes == 2:
@@ -245,7 +246,7 @@ class Gaussian(Likelihood):
     ) -> list[Tensor]:
         """sum_k v_k v_kT = E_{y ~ N(f, I)}[(y - f)(y - f)T] = I, so that F = E[JT J]."""
         if draws not in DRAWS:
-            raise ValueError(f"draws {draws!r}: choose from {', '.join(DRAWS)}")
+            raise Refused(f"draws {draws!r}: choose from {', '.join(DRAWS)}")
         numbers, count = outputs.shape[-1], samples or DEFAULT_SAMPLES
         if samples is None and numbers <= EXACT_CLASSES:
             identity = torch.eye(numbers, device=outputs.device)

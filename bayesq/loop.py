@@ -1,4 +1,4 @@
-"""The loop over layers that every method is run by, with the inputs it asked for (SPEC section 11)."""
+"""The loop over layers that runs every method with the inputs it asks for (SPEC section 11)."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bayesq.contract import Allocate, Context, CountedStatistics, LayerProblem, Method, naming
+from bayesq.errors import Refused
 from bayesq.quant.tensor import QuantizedTensor
 
 
@@ -16,12 +17,10 @@ class Prefix(Protocol):
     """The network whose layers are replaced one by one."""
 
     def take(self, layer: LayerProblem) -> LayerProblem:
-        """The layer with its inputs behind what has been replaced so far, and its target."""
-        ...
+        """The layer with its inputs behind the layers replaced so far, and its target for a weight."""
 
     def give(self, layer: LayerProblem, tensor: QuantizedTensor) -> QuantizedTensor:
-        """From now on the layer has its quantized weights, which are returned as they will be stored."""
-        ...
+        """Give the layer its quantized weights; returns them as they will be stored."""
 
 
 def quantize_layers(
@@ -31,18 +30,20 @@ def quantize_layers(
 
     Args:
         method: see `bayesq.contract.Method`.
-        layers: in forward order; those of this list are yielded, though the method sees copies.
+        layers: in forward order; the method gets copies of them.
         allocate: the run's allocator with its budget.
         context: see `bayesq.contract.Context`.
         prefix: the network behind which layers are rounded; None = inputs of the full-precision network.
 
     Yields:
-        every layer with its QuantizedTensor, in order.
+        every layer of `layers` with its QuantizedTensor, in order.
 
     Raises:
-        ValueError: the method reads a statistic that it does not declare, or inputs behind the quantized prefix outside
-            of its turn; it returns no widths, or none for some layer.
+        Refused: the method reads a statistic that it does not declare, or reads inputs behind the quantized prefix
+            outside of the layer's turn; `prepare` returns widths that do not fit the layers, or `quantize_layer` returns
+            a tensor of other widths.
     """
+    reader = type(method).__name__
     turn = _Turn(method, prefix is not None)
     seen = [turn.view(layer) for layer in layers]
     widths = method.prepare(seen, _of_these(layers, allocate), context)
@@ -54,13 +55,17 @@ def quantize_layers(
             tensor = method.quantize_layer(view, widths[layer.name], context)
         if not isinstance(tensor, QuantizedTensor):
             kind = type(tensor).__name__
-            raise ValueError(f"layer {layer.name}: {type(method).__name__}.quantize_layer returned {kind}")
+            raise Refused(f"layer {layer.name}: {reader}.quantize_layer returned {kind}")
+        if not torch.equal(tensor.width, widths[layer.name]):
+            raise Refused(
+                f"layer {layer.name}: {reader}.quantize_layer returned other row widths than {reader}.prepare gave"
+            )
         turn.layer = None
         yield layer, tensor if prefix is None else prefix.give(layer, tensor)
 
 
 class _Turn:
-    """Hands statistics to a method: those it declares, and inputs behind the prefix for the layer whose turn it is."""
+    """Gives a method the statistics it declares, and prefix inputs only of the layer that is being quantized."""
 
     def __init__(self, method: Method, has_prefix: bool) -> None:
         self.method, self.has_prefix = method, has_prefix
@@ -83,15 +88,15 @@ class _Turn:
 
     def _behind(self, layer: str, kind: str) -> Tensor:
         if self.layer is None or self.layer.name != layer or self.layer.prefix_statistic is None:
-            raise ValueError(
-                f"layer {layer}: its inputs behind the quantized prefix can only be read by quantize_layer, when "
-                "it is this layer's turn"
+            raise Refused(
+                f"layer {layer}: its inputs behind the quantized prefix can only be read in the call of "
+                "quantize_layer for this layer"
             )
         return self.layer.prefix_statistic(kind)
 
 
 def _of_these(layers: Sequence[LayerProblem], allocate: Allocate) -> Allocate:
-    """`allocate` for a method's views: the allocator gets the layers themselves, from which it reads what it needs."""
+    """`allocate` for the method's copies: the allocator gets the original layers and may read all statistics."""
     by_name = {layer.name: layer for layer in layers}
 
     def allocate_these(layers: Sequence[LayerProblem], *rest: Any, **named: Any) -> Mapping[str, Tensor]:
@@ -101,15 +106,11 @@ def _of_these(layers: Sequence[LayerProblem], allocate: Allocate) -> Allocate:
 
 
 def _check_widths(method: Method, layers: Sequence[LayerProblem], widths: Mapping[str, Tensor]) -> None:
-    """Refuse widths that do not fit the layers, before anything is rounded.
-
-    Raises:
-        ValueError: naming the method and the layer.
-    """
+    """Check widths before the first layer is rounded."""
     name = type(method).__name__
     if not isinstance(widths, Mapping):
-        raise ValueError(f"{name}.prepare returned {type(widths).__name__}: it must return row widths by layer name")
+        raise Refused(f"{name}.prepare returned {type(widths).__name__}: it must return row widths by layer name")
     for layer in layers:
         width = widths.get(layer.name)
         if not isinstance(width, Tensor) or width.dtype != torch.uint8 or width.shape != (layer.rows,):
-            raise ValueError(f"{name}.prepare: needs widths uint8 [{layer.rows}] for layer {layer.name}")
+            raise Refused(f"{name}.prepare: needs widths uint8 [{layer.rows}] for layer {layer.name}")

@@ -1,9 +1,10 @@
-"""How much memory there is, and what to do when it runs out: the same work in smaller batches."""
+"""Available memory, and retries with smaller batches when memory runs out."""
 
 import ctypes
 import gc
 import logging
 import os
+import re
 import resource
 import sys
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ T = TypeVar("T")
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, on an accelerator or on the CPU."""
+    """Whether an error means that memory ran out, on an accelerator or on the CPU."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     text = str(error)
@@ -27,18 +28,18 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def halving(size: int, attempt: Callable[[int], T], what: str) -> tuple[T, int]:
-    """`attempt(size)`; each time memory runs out once more from the beginning, with half the size.
+    """`attempt(size)`, repeated from the start with half the size whenever memory runs out.
 
     Args:
-        size: examples per batch at first.
+        size: first number of examples per batch.
         attempt: does all of the work in batches of a given size.
-        what: names the work in the log.
+        what: name of the work in the log.
 
     Returns:
-        what the attempt that succeeded returned, and how many failed before it.
+        the result of the successful attempt, and the number of failed attempts.
 
     Raises:
-        Exception: what `attempt` raises, out of memory with single examples included.
+        Exception: any other error of `attempt`, and out of memory with single examples.
     """
     retries = 0
     while True:
@@ -47,7 +48,7 @@ def halving(size: int, attempt: Callable[[int], T], what: str) -> tuple[T, int]:
         except (RuntimeError, MemoryError) as error:
             if size == 1 or not out_of_memory(error):
                 raise
-        # Not in the handler: there the traceback keeps the failed attempt's tensors alive.
+        # Outside the handler: inside it, the traceback holds the tensors of the failed attempt.
         log.warning("%s: out of memory with %d examples at a time; again with %d", what, size, size // 2)
         size //= 2
         retries += 1
@@ -57,10 +58,9 @@ def halving(size: int, attempt: Callable[[int], T], what: str) -> tuple[T, int]:
 
 
 def give_back_freed() -> None:
-    """Have the C library return freed memory to the system, where it knows how (glibc).
+    """Return freed memory to the system, with glibc's malloc_trim.
 
-    Of blocks below 32 MiB it keeps what lies between others. After the statistics and some rounds of rounding that was
-    up to 300 MiB with ResNet-50.
+    Without it, glibc does not return freed blocks below 32 MiB between used ones: up to 300 MiB with ResNet-50.
     """
     try:
         ctypes.CDLL(None).malloc_trim(0)
@@ -69,9 +69,9 @@ def give_back_freed() -> None:
 
 
 def available_memory(root: Path = Path("/")) -> int | None:
-    """Bytes this process can still take without swapping or being killed; None where the system does not say.
+    """Bytes this process can still allocate without swapping or being killed; None if the system does not report it.
 
-    The least of what the kernel calls available and of what each control group (v1 and v2) above this process leaves.
+    The minimum of the kernel's available memory and of the free memory of each control group (v1, v2) of this process.
 
     Args:
         root: of the file system with /proc and /sys.
@@ -89,18 +89,14 @@ def available_memory(root: Path = Path("/")) -> int | None:
 def _meminfo(path: Path) -> int | None:
     """MemAvailable in bytes."""
     try:
-        lines = path.read_text().splitlines()
+        available = re.search(r"^MemAvailable:\s*(\d+)", path.read_text(), re.MULTILINE)
     except OSError:
         return None
-    for line in lines:
-        key, _, value = line.partition(":")
-        if key == "MemAvailable":
-            return int(value.split()[0]) * 1024
-    return None
+    return int(available[1]) * 1024 if available else None
 
 
 def _control_groups(root: Path) -> Iterator[int | None]:
-    """What each control group above this process leaves: its limit less what it uses, files it may drop not counted."""
+    """Free memory of each control group of this process: limit less usage, without the inactive file cache."""
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
@@ -132,7 +128,7 @@ def _left(folder: Path, limit: str, usage: str, cache: str) -> int | None:
 
 
 def resident_bytes() -> int:
-    """Memory this process holds now; what it held at most where the system does not tell."""
+    """Resident memory of this process; its peak if the system does not report the current size."""
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except (OSError, ValueError, IndexError):
@@ -140,6 +136,6 @@ def resident_bytes() -> int:
 
 
 def peak_bytes() -> int:
-    """Largest resident size of the process so far (a multirun in one process reports the largest run)."""
+    """Largest resident size of the process so far (in a multirun within one process, of all runs)."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB

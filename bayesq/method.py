@@ -19,6 +19,7 @@ from bayesq.codebook import (
     table_widths,
 )
 from bayesq.contract import Allocate, Context, LayerProblem, check_finite, stack_groups
+from bayesq.errors import Refused
 from bayesq.posterior import WhiteningStore
 from bayesq.quant.codes import Codebook, shared_code
 from bayesq.quant.codes.trellis import POLYNOMIALS, uniform_levels
@@ -76,15 +77,15 @@ class BayesQ:
     ) -> None:
         for key, value, choices in (("levels", levels, LEVELS), ("rounding", rounding, ROUNDINGS)):
             if value not in choices:
-                raise ValueError(f"method.{key}={value}: choose one of {', '.join(choices)}")
+                raise Refused(f"method.{key}={value}: choose one of {', '.join(choices)}")
         if states not in POLYNOMIALS:
-            raise ValueError(f"method.states={states}: choose one of {', '.join(map(str, POLYNOMIALS))}")
+            raise Refused(f"method.states={states}: choose one of {', '.join(map(str, POLYNOMIALS))}")
         if refits < 0 or int(refits) != refits:
-            raise ValueError(f"method.refits={refits}: needs a whole number of at least 0")
+            raise Refused(f"method.refits={refits}: needs a whole number of at least 0")
         if not damping >= 0:
-            raise ValueError(f"method.damping={damping}: must be 0 or more")
+            raise Refused(f"method.damping={damping}: must be 0 or more")
         if levels == "trellis" and posterior_noise:
-            raise ValueError(
+            raise Refused(
                 "method.posterior_noise=true: needs scalar levels, method.levels=lloyd or method.levels=uniform"
             )
         self.whitenings, self.levels, self.posterior_noise = whitenings, levels, posterior_noise

@@ -17,7 +17,7 @@ def round_to_nearest(layer: LayerProblem, width: Tensor, clip: str) -> Quantized
         clip: one of CLIP_RULES.
 
     Raises:
-        ValueError: NaN or infinite weights.
+        Refused: NaN or infinite weights.
     """
     check_finite(layer)
     weight = stack_groups(layer.weight).to(torch.float64)

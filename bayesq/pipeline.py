@@ -1,4 +1,4 @@
-"""From a network and calibration examples to quantized tensors: everything between loading and storing.
+"""From a network and calibration examples to quantized tensors.
 
     statistics -> posterior -> bit allocation -> rounding, layer by layer -> moment correction -> distillation
 
@@ -18,6 +18,7 @@ from bayesq.calibration.order import forward_order
 from bayesq.calibration.paired import CROSS_MOMENT
 from bayesq.calibration.prefix import Network, PrefixInputs
 from bayesq.contract import Context, LayerProblem
+from bayesq.errors import Refused
 from bayesq.in_step import InStep
 from bayesq.loop import quantize_layers
 from bayesq.memory import halving
@@ -35,8 +36,8 @@ def quantize_network(subject: Subject, recipe: Recipe, statistics: Statistics) -
     """Run a recipe on a network.
 
     Raises:
-        ValueError: no allocation meets the budget, a layer's weights or statistics are not finite, no calibration
-            example reaches a layer, or a stage cannot take this network; the message names the layer or the key.
+        Refused: no allocation meets the budget, a layer's weights or statistics are not finite, no calibration
+            example reaches a layer, or a stage cannot handle this network. The message names the layer or the key.
     """
     result = Quantized()
     groups = calibrate(subject, recipe, statistics, result)
@@ -60,39 +61,38 @@ def quantize_network(subject: Subject, recipe: Recipe, statistics: Statistics) -
 
 
 def calibrate(subject: Subject, recipe: Recipe, statistics: Statistics, result: Quantized) -> list[list[str]]:
-    """Prepare the statistics; returns the layers in forward order, neighbours that read one tensor together.
+    """Prepare the statistics; return the names of the layers as `layer_order` does.
 
     Raises:
-        ValueError: no calibration example reaches some layer.
+        Refused: no calibration example reaches some layer.
     """
     start = time.perf_counter()
     with elapsed("statistics"):
         statistics.prepare(recipe.statistics)
     spent = time.perf_counter() - start
-    if statistics.unseen:  # a statistic that nothing was measured for must not decide widths
-        raise ValueError(
-            f"no calibration example reaches {', '.join(sorted(statistics.unseen))}: add them to layers.exclude, or "
-            "raise calibration.examples"
-        )
+    refuse_unseen(statistics)
     inherited = recipe.whitenings.inherited_seconds if recipe.whitenings else 0.0
     result.seconds["calibrate"] = statistics.total_s
     result.reused_s = statistics.total_s + inherited - spent
     return layer_order(subject)
 
 
+def refuse_unseen(statistics: Statistics) -> None:
+    """Refuse layers that no calibration example reaches: without measurements nothing can decide their widths."""
+    if statistics.unseen:
+        raise Refused(
+            f"no calibration example reaches {', '.join(sorted(statistics.unseen))}: add them to layers.exclude, or "
+            "raise calibration.examples"
+        )
+
+
 def layer_order(subject: Subject) -> list[list[str]]:
-    """Names of the layers in forward order, neighbours that read one tensor together."""
+    """Names of the layers in forward order; successive layers that read the same tensor form one group."""
     return forward_order(subject.module, subject.layers, next(subject.examples.batches(1, subject.device)))
 
 
 def layer_problems(subject: Subject, statistics: Statistics, groups: Sequence[Sequence[str]]) -> list[LayerProblem]:
-    """The layers as methods see them, in forward order.
-
-    Args:
-        subject: network and examples.
-        statistics: prepared.
-        groups: names of the layers, of `forward_order`.
-    """
+    """The layers as methods see them, in forward order; `groups` is the result of `layer_order`."""
     return [
         LayerProblem(
             name=name,
@@ -107,13 +107,13 @@ def layer_problems(subject: Subject, statistics: Statistics, groups: Sequence[Se
 
 
 def round_embeddings(subject: Subject, budget: Budget, result: Quantized) -> None:
-    """Round embedding tables to nearest, each row on its own grid, for every method alike.
+    """Round embedding tables to nearest, with one grid per row, in the same way for every method.
 
-    A row is read by itself and multiplies nothing, so there are no input correlations to exploit. A fractional budget
-    gives some rows the next width, those whose error falls most.
+    A lookup reads one row and multiplies nothing, so there are no input correlations to exploit. With a fractional
+    budget, the rows whose error falls most get the next width.
 
     Raises:
-        ValueError: a table has NaN or infinite entries, or the budget does not allow the smallest width.
+        Refused: a table has NaN or infinite entries, or the budget does not allow the smallest width.
     """
     problems = [
         LayerProblem(name, type(table).__name__, weight_to_matrix(table).float().cpu(), statistic=_no_statistic)
@@ -132,11 +132,11 @@ def round_embeddings(subject: Subject, budget: Budget, result: Quantized) -> Non
 
 
 def _no_statistic(kind: str) -> Tensor:
-    raise ValueError(f"embeddings have no statistic {kind}")
+    raise Refused(f"embeddings have no statistic {kind}")
 
 
 def fit_posterior(subject: Subject, recipe: Recipe, problems: Sequence[LayerProblem], result: Quantized) -> None:
-    """What the posterior needs of all layers at once, and the proxy's measurement."""
+    """Prepare the posterior, which may need all layers at once, and measure the proxy."""
     start = time.perf_counter()
     inherited = 0.0
     if recipe.whitenings is not None:
@@ -156,7 +156,7 @@ def round_layers(
     problems: Sequence[LayerProblem],
     result: Quantized,
 ) -> None:
-    """Allocate and round, with inputs behind the quantized prefix where the method asks for them."""
+    """Allocate bits and round; the method may ask for inputs behind the quantized prefix."""
     result.problems |= {problem.name: problem for problem in problems}
     prefix = None
     if recipe.inputs != "full":
@@ -205,7 +205,7 @@ def open_prefix(
 
 
 def note_achieved_risk(whitenings: WhiteningStore, problems: Iterable[LayerProblem], result: Quantized) -> None:
-    """Note in each layer the posterior's risk of what it was rounded to, in nats."""
+    """Note the posterior risk of each rounded layer, in nats."""
     for problem in bar(problems, "achieved risk"):
         delta = result.tensors[problem.name].dequantize() - problem.weight
         problem.notes["achieved_risk"] = float(whitenings.fit(problem).risk(delta).sum())
@@ -215,14 +215,14 @@ def weigh_by_proxy(subject: Subject, recipe: Recipe, proxy: Proxy, problems: Seq
     """Note kappa in each layer: measured divergence over predicted risk at one width (SPEC section 5).
 
     Returns:
-        how often it began again with smaller batches because memory ran out.
+        how often memory ran out and the measurement was repeated with smaller batches.
 
     Raises:
-        ValueError: nothing is allocated by risk.
+        Refused: the allocator does not use risks.
     """
     knapsack, whitenings = recipe.allocator, recipe.whitenings
     if not isinstance(knapsack, Knapsack) or whitenings is None:
-        raise ValueError("proxy=mc weighs predicted risks: it needs allocator=knapsack")
+        raise Refused("proxy=mc weighs predicted risks: it needs allocator=knapsack")
     width = min(knapsack.widths, key=lambda w: (abs(w - recipe.budget.bits), w))
     at = knapsack.widths.index(width)
     by_name = {problem.name: problem for problem in problems}

@@ -1,4 +1,4 @@
-"""What a terminal shows of long work, from its first second; silent where stderr is no terminal."""
+"""Progress of long work on a terminal; silent if stderr is not a terminal."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -9,17 +9,17 @@ from tqdm import tqdm
 
 T = TypeVar("T")
 
-# A step that ends within this time shows nothing; afterwards the line is drawn anew as often.
+# A shorter step shows nothing; a longer step redraws its line at this interval.
 TICK_S = 0.5
 
 
 def bar(items: Iterable[T], what: str, total: int | None = None) -> Iterable[T]:
-    """The items one after the other, with a bar that says `what` on a terminal and goes away at the end.
+    """The items, with a progress bar that disappears at the end.
 
     Args:
-        items: to go through.
-        what: the bar says.
-        total: number of items where they have no length.
+        items: to iterate over.
+        what: title of the bar.
+        total: number of items, if they have no length.
     """
     bars: Iterable[T] = tqdm(items, desc=what, total=total, disable=None, leave=False)
     return bars
@@ -27,19 +27,13 @@ def bar(items: Iterable[T], what: str, total: int | None = None) -> Iterable[T]:
 
 @contextmanager
 def elapsed(step: str) -> Iterator[None]:
-    """Show `step` and the seconds since it began while the block runs; silent where stderr is no terminal.
+    """Show `step` and its elapsed time while the block runs; silent if stderr is not a terminal.
 
-    Bars that the block opens stand below the line, and log lines above it, under `logging_redirect_tqdm`.
+    Bars of the block appear below the line, and log lines above it under `logging_redirect_tqdm`.
     """
-    # miniters and mininterval: an update by nothing draws the line, once `delay` has passed
+    # With miniters and mininterval 0, update(0) redraws the line once `delay` has passed.
     with tqdm(
-        desc=step,
-        bar_format="{desc}: {elapsed}",
-        delay=TICK_S,
-        miniters=0,
-        mininterval=0,
-        disable=None,
-        leave=False,
+        desc=step, bar_format="{desc}: {elapsed}", delay=TICK_S, miniters=0, mininterval=0, disable=None, leave=False
     ) as line:
         if line.disable:
             yield

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from tqdm import tqdm
 
+from bayesq.errors import Refused
 from bayesq.likelihood import Likelihood
 from bayesq.quant.layers import matrix_to_weight, weight_key
 from bayesq.quant.one_by_one import one_by_one
@@ -82,12 +83,12 @@ def measure_kappa(
         alone: each example is a batch of its own, without padding.
 
     Raises:
-        ValueError: training mode, or a layer has no prediction.
+        Refused: training mode, or a layer has no prediction.
     """
     if full.training:
-        raise ValueError("the proxy needs the network in eval mode")
+        raise Refused("the proxy needs the network in eval mode")
     if missing := [name for name in layers if name not in predicted]:
-        raise ValueError(f"no predicted risk for {', '.join(missing)}")
+        raise Refused(f"no predicted risk for {', '.join(missing)}")
     parts = one_by_one(inputs) if alone else _parts(inputs, batch_size)
 
     @cache

@@ -1,4 +1,4 @@
-"""What is quantized, what is done to it, and what comes out: the values that the pipeline's stages pass on."""
+"""Inputs, settings and results of the pipeline: the values that its stages exchange."""
 
 import copy
 from collections.abc import Iterable, Mapping
@@ -26,10 +26,10 @@ from bayesq.quant.usage import Usage
 
 
 class Statistics(Protocol):
-    """Where the calibration statistics of a network come from: computed in memory, or read from a cache.
+    """Source of a network's calibration statistics: computed in memory, or read from a cache.
 
     Attributes:
-        total_s: seconds that the prepared statistics take where none of them is cached.
+        total_s: seconds it takes to compute the prepared statistics, without a cache.
         batch_size: examples per forward pass.
         unseen: layers that no calibration example reached.
     """
@@ -43,30 +43,27 @@ class Statistics(Protocol):
     def batch_size(self) -> int: ...  # noqa: D102
 
     def prepare(self, statistics: Iterable[Statistic]) -> None:
-        """Compute what is not there yet."""
-        ...
+        """Compute the statistics that do not exist yet."""
 
     def statistic(self, layer: str, name: str) -> Tensor:
         """One layer's statistic by its name."""
-        ...
 
     def out_of_memory(self) -> int:
-        """How often a pass began again with smaller batches because memory ran out."""
-        ...
+        """How often memory ran out and a pass was repeated with smaller batches."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What is quantized, and the examples that tell how.
+    """The network to quantize, and its calibration examples.
 
     Attributes:
         module: full-precision network in evaluation mode, on `device`; it is not changed.
-        usage: how it uses its layers; only those that take part in its forward pass are quantized.
+        usage: how it uses its layers; only layers in its forward pass are quantized.
         examples: encoded calibration examples.
         likelihood: of the outputs.
-        device: where the network is.
-        embeddings: tables to round as well, by name.
-        blocks: names of parts that the network runs one after the other, see `bayesq.walker`.
+        device: of the network.
+        embeddings: embedding tables to round, by name.
+        blocks: names of parts that the network runs in sequence, see `bayesq.walker`.
     """
 
     module: nn.Module
@@ -84,7 +81,7 @@ class Subject:
 
     @property
     def alone(self) -> bool:
-        """Whether a padded batch has to be taken apart into its examples before the network sees it."""
+        """Whether the network must see each example of a padded batch alone."""
         return bool(self.usage.alone) or needs_no_padding(self.examples)
 
     @property
@@ -98,8 +95,8 @@ class Proxy:
     """Settings of the task-aware proxy (SPEC section 5).
 
     Attributes:
-        samples: posterior draws, the same for all layers; 0: the posterior mean.
-        examples: calibration examples it is measured on.
+        samples: number of posterior draws, the same for all layers; 0 = the posterior mean.
+        examples: number of calibration examples it is measured on.
     """
 
     samples: int
@@ -112,8 +109,8 @@ class Distillation:
 
     Attributes:
         settings: the optimizer's budget.
-        samples: posterior draws the teacher averages; 0: the full-precision network itself.
-        moments: start from matched activation moments where the held-out part agrees.
+        samples: number of posterior draws that the teacher averages; 0 = the full-precision network.
+        moments: start from matched activation moments if they are better on the held-out part.
         batch_size: examples per forward pass.
     """
 
@@ -125,17 +122,17 @@ class Distillation:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is done to a network.
+    """How a network is quantized.
 
     Attributes:
         method: rounds the layers.
         allocator: chooses row widths.
         budget: average bits per weight.
-        whitenings: the posterior and what has been computed of it; None where neither method nor allocator reads it.
-        proxy: weighs predicted risks by a measured divergence; None = not.
-        correction: match activation moments to the full-precision network's after rounding.
-        distillation: train what is stored in full precision after rounding; None = not.
-        seed: of everything random.
+        whitenings: the posterior and its fits; None if neither method nor allocator reads it.
+        proxy: scales predicted risks by a measured divergence; None = no proxy.
+        correction: match activation moments to those of the full-precision network after rounding.
+        distillation: train scales, levels, biases and norms after rounding; None = no distillation.
+        seed: of all random draws.
     """
 
     method: Method
@@ -151,7 +148,7 @@ class Recipe:
 
     @property
     def statistics(self) -> frozenset[Statistic]:
-        """The statistics of full-precision inputs and gradients that it reads."""
+        """The statistics of full-precision inputs and gradients that the recipe reads."""
         of_posterior = self.whitenings.statistics if self.whitenings else frozenset[Statistic]()
         of_method = self.method.statistics
         if self.inputs != "full":
@@ -170,18 +167,18 @@ class Recipe:
 
 @dataclass
 class Quantized:
-    """What a recipe made of a network.
+    """The result of a recipe.
 
     Attributes:
         tensors: by layer, in forward order.
         parameters: biases and norm parameters that correction and distillation changed, by state_dict name.
-        problems: the layers as the method saw them, with its notes and fallbacks.
+        problems: the layers, with notes and fallbacks.
         layer_seconds: wall time of each layer.
-        seconds: wall time of the stages calibrate, posterior, quantize (with correction) and distill; reused statistics
-            and whitenings count what they once took.
-        reused_s: what reused statistics and whitenings once took, less what reading them took.
-        distillation: numbers of the distillation under their result keys; empty without one.
-        oom_retries: how often a stage began again with smaller batches because memory ran out.
+        seconds: wall time of the stages calibrate, posterior, quantize (with correction) and distill. Reused statistics
+            and whitenings count with the time of their first computation.
+        reused_s: time of the first computation of reused statistics and whitenings, less the time of reading them.
+        distillation: numbers of the distillation under their result keys; empty without distillation.
+        oom_retries: how often memory ran out and a stage was repeated with smaller batches.
     """
 
     tensors: dict[str, QuantizedTensor] = field(default_factory=dict)
@@ -196,17 +193,17 @@ class Quantized:
     oom_retries: int = 0
 
     def layers(self, subject: Subject) -> dict[str, QuantizedTensor]:
-        """The tensors of layers; embeddings are rounded once and stay."""
+        """The tensors of layers, without those of embeddings."""
         return {name: tensor for name, tensor in self.tensors.items() if name in subject.layers}
 
     def add(self, problem: LayerProblem, tensor: QuantizedTensor, seconds: float) -> None:
-        """Keep one rounded layer."""
+        """Add one rounded layer."""
         self.problems[problem.name], self.tensors[problem.name] = problem, tensor
         self.layer_seconds[problem.name] = seconds
         problem.count("clamped_scales", clamped_scales(problem.weight, tensor))
 
     def copy_of(self, module: nn.Module) -> nn.Module:
-        """A copy of the network with what has been quantized, corrected and distilled so far."""
+        """A copy of the network with the current tensors and parameters."""
         quantized = copy.deepcopy(module)
         fill(quantized, self.tensors, self.parameters)
         return quantized

@@ -1,4 +1,4 @@
-"""What follows rounding, for every method alike: moment correction and distillation (SPEC section 5)."""
+"""The stages after rounding, the same for every method: moment correction and distillation (SPEC section 5)."""
 
 import logging
 from collections.abc import Callable, Mapping
@@ -9,6 +9,7 @@ from torch import Tensor
 from bayesq.batches import in_one_batch
 from bayesq.contract import LayerProblem
 from bayesq.distillation import Distilled, distill
+from bayesq.errors import Refused
 from bayesq.memory import halving
 from bayesq.posterior import WhiteningStore
 from bayesq.progress import elapsed
@@ -19,16 +20,16 @@ from bayesq.teacher import posterior_predictive
 log = logging.getLogger(__name__)
 
 CPU = torch.device("cpu")
-# Moment matching before a distillation uses the examples of at most this many of its batches, so that halving the
-# batch size halves its examples.
+# Moment matching before a distillation uses at most this many of its batches, so halving the batch size halves its
+# examples.
 START_BATCHES = 16
 
 
 def correct(subject: Subject, result: Quantized) -> None:
-    """Match activation moments to the full-precision network's (SPEC section 5).
+    """Match activation moments to those of the full-precision network (SPEC section 5).
 
     Raises:
-        ValueError: the network does not allow it.
+        Refused: the moments of this network cannot be matched.
     """
     batch = in_one_batch(subject.examples, len(subject.examples), CPU)
 
@@ -39,8 +40,8 @@ def correct(subject: Subject, result: Quantized) -> None:
     try:
         with elapsed("match moments"):
             correction, retries = halving(min(MAX_EXAMPLES, len(subject.examples)), attempt, "correction")
-    except ValueError as error:
-        raise ValueError(f"correction=moments is not possible ({error}): choose correction=none") from error
+    except Refused as error:
+        raise Refused(f"correction=moments is not possible ({error}): choose correction=none") from error
     result.oom_retries += retries
     result.parameters |= correction.tensors
     for name in correction.uncorrected:
@@ -51,19 +52,19 @@ def distill_student(subject: Subject, recipe: Recipe, settings: Distillation, re
     """Train scales, levels, biases and norms towards the posterior-predictive teacher.
 
     Raises:
-        ValueError: the settings or the calibration set do not allow it.
+        Refused: the calibration set is too small, or the moments cannot be matched.
     """
     tensors = result.layers(subject)
 
     def attempt(batch_size: int) -> Distilled:
-        batches = list(subject.examples.batches(batch_size, CPU))  # each goes to the device in turn
+        batches = list(subject.examples.batches(batch_size, CPU))  # one batch at a time is moved to the device
         generator = torch.Generator().manual_seed(recipe.seed)
-        # Without a posterior the teacher is the full-precision network itself: its mean.
+        # Without a posterior the teacher is the full-precision network.
         samples = settings.samples if recipe.whitenings else 0
         draw = posterior_draw(recipe.whitenings, result.problems)
         teacher = posterior_predictive(subject.module, tensors, draw, batches, samples, generator, subject.likelihood)
         start = None
-        # moments that correction=moments has matched already have no second start to offer
+        # After correction=moments the moments match already.
         if settings.moments and not recipe.correction:
             start = moment_start(subject, result, START_BATCHES * batch_size)
         student = result.copy_of(subject.module)
@@ -80,18 +81,15 @@ def distill_student(subject: Subject, recipe: Recipe, settings: Distillation, re
         "heldout_kl_after": distilled.heldout_kl_after,
     }
     log.info(
-        f"distillation: {'moments matched, ' if distilled.started else ''}step {distilled.best_step} of "
-        f"{distilled.steps} kept, held-out KL {distilled.heldout_kl_before:.2g} -> {distilled.heldout_kl_after:.2g}"
+        f"distillation: {'moments matched, ' if distilled.started else ''}result of step {distilled.best_step} of "
+        f"{distilled.steps}, held-out KL {distilled.heldout_kl_before:.2g} -> {distilled.heldout_kl_after:.2g}"
     )
 
 
 def moment_start(subject: Subject, result: Quantized, examples: int) -> Callable[[Tensor], Mapping[str, Tensor]]:
-    """Biases and norm parameters that match activation moments on some calibration examples, told by bool [n].
+    """A function from chosen calibration examples (bool [n]) to parameters that match activation moments on them.
 
-    Args:
-        subject: network and examples.
-        result: what has been rounded.
-        examples: at most so many of the examples are used.
+    It uses at most `examples` of them.
     """
 
     def start(chosen: Tensor) -> Mapping[str, Tensor]:
@@ -102,8 +100,8 @@ def moment_start(subject: Subject, result: Quantized, examples: int) -> Callable
         layers, most = list(subject.layers), min(examples, MAX_EXAMPLES)
         try:
             return correct_moments(subject.module, student, layers, inputs, most, subject.alone).tensors
-        except ValueError as error:
-            raise ValueError(f"distillation.moments=true is not possible ({error}): set it to false") from error
+        except Refused as error:
+            raise Refused(f"distillation.moments=true is not possible ({error}): set it to false") from error
 
     return start
 
@@ -111,7 +109,7 @@ def moment_start(subject: Subject, result: Quantized, examples: int) -> Callable
 def posterior_draw(
     whitenings: WhiteningStore | None, problems: Mapping[str, LayerProblem]
 ) -> Callable[[str, torch.Generator], Tensor]:
-    """Draws w - mu [g, r, c] of a layer by name; nothing is drawn for runs without a posterior."""
+    """A function that draws w - mu [g, r, c] of a layer, given its name; not called in runs without a posterior."""
 
     def draw(name: str, generator: torch.Generator) -> Tensor:
         assert whitenings is not None

@@ -1,6 +1,5 @@
-"""What quantizing a network gave: bits, bytes, and the risk of each layer."""
+"""What quantizing a network gave: bits, bytes, fallbacks, and the risk of each layer."""
 
-from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -8,11 +7,44 @@ from typing import Any
 from bayesq.quant.accounting import buffer_bytes, code_bits, stored_bytes
 from bayesq.quant.file import Packed, write_packed
 from bayesq.quant.packing import pack_model
-from bayesq.recipe import Quantized
+from bayesq.recipe import Quantized, Subject
+
+FALLBACKS = (
+    "dead_columns",
+    "damping_retries",
+    "unseen_layers",
+    "clamped_scales",
+    "uncorrected_layers",
+    "kappa_undefined",
+    "kappa_clamped",
+    "oom_retries",
+)
+# Keys of `LayerProblem.notes`, and their values where nothing is written.
+NOTES = {
+    "predicted_risk": None,  # nats per example at the chosen widths; written by the knapsack
+    "achieved_risk": None,  # nats per example of the rounded weights; written by the pipeline with a posterior
+    "kappa": 1.0,  # measured divergence over predicted risk; written by the pipeline with a proxy
+    "prior_precision": None,  # tau; written by the posterior
+    "effective_parameters": None,  # number of weights that the data determine; written by the posterior
+}
+
+
+def fallbacks(quantized: Quantized, unreached: int = 0) -> dict[str, int]:
+    """How often something else than asked was done, of each kind in FALLBACKS.
+
+    Args:
+        quantized: what the recipe made of the network.
+        unreached: layers that take no part in the forward pass and stay in full precision.
+    """
+    total = dict.fromkeys(FALLBACKS, 0) | {"oom_retries": quantized.oom_retries, "unseen_layers": unreached}
+    for problem in quantized.problems.values():
+        for kind, times in problem.fallbacks.items():
+            total[kind] = total.get(kind, 0) + times
+    return total
 
 
 def layer_rows(quantized: Quantized) -> list[dict[str, Any]]:
-    """The rows of layers.csv; risks in nats per example, None without a posterior."""
+    """The rows of layers.csv."""
     rows = []
     for name, tensor in quantized.tensors.items():
         problem = quantized.problems[name]
@@ -24,11 +56,7 @@ def layer_rows(quantized: Quantized) -> list[dict[str, Any]]:
                 "shape": "x".join(str(size) for size in problem.weight.shape),
                 "bits/code": code_bits(tensor) / weights,
                 "bits/stored": 8 * stored_bytes(tensor) / weights,
-                "predicted_risk": problem.notes.get("predicted_risk"),
-                "achieved_risk": problem.notes.get("achieved_risk"),
-                "kappa": problem.notes.get("kappa", 1.0),
-                "prior_precision": problem.notes.get("prior_precision"),
-                "effective_parameters": problem.notes.get("effective_parameters"),
+                **{key: problem.notes.get(key, default) for key, default in NOTES.items()},
                 "seconds": quantized.layer_seconds[name],
             }
         )
@@ -45,7 +73,9 @@ class Report:
         stored_bits: bits of everything stored for them: codes, scales, zero points, tables, width maps.
         stored_bytes: the same in bytes.
         layers: one row per layer: name, shape, bits, predicted and achieved risk in nats per example, seconds.
-        fallbacks: how often something else than asked was done, by kind.
+        fallbacks: how often something else than asked was done, of each kind in FALLBACKS.
+        packed: what `save` writes: the quantized layers, and biases and norm parameters that correction or distillation
+            changed.
     """
 
     target_bits: float
@@ -54,28 +84,27 @@ class Report:
     stored_bytes: int
     layers: list[dict[str, Any]]
     fallbacks: dict[str, int]
-    quantized: Quantized = field(repr=False)
+    packed: Packed = field(repr=False)
 
     @classmethod
-    def of(cls, bits: float, quantized: Quantized, weights: int) -> "Report":
+    def of(cls, bits: float, quantized: Quantized, subject: Subject) -> "Report":
         """The report of what was quantized.
 
         Args:
             bits: the budget.
             quantized: what the pipeline returned.
-            weights: number of quantized weights.
+            subject: what it was given.
         """
         buffers, _ = pack_model(quantized.tensors)
-        stored, fallbacks = buffer_bytes(buffers), Counter[str]()
-        for problem in quantized.problems.values():
-            fallbacks.update(problem.fallbacks)
+        stored, weights = buffer_bytes(buffers), subject.weights
         codes = sum(code_bits(tensor) for tensor in quantized.tensors.values())
-        rows = layer_rows(quantized)
-        return cls(bits, codes / weights, 8 * stored / weights, stored, rows, dict(fallbacks), quantized)
+        counted = fallbacks(quantized, len(subject.usage.unreached))
+        packed = Packed(quantized.tensors, quantized.parameters)
+        return cls(bits, codes / weights, 8 * stored / weights, stored, layer_rows(quantized), counted, packed)
 
     def save(self, path: str | Path) -> None:
-        """Write the packed file: codes, tables, and biases and norms that correction or distillation changed."""
-        write_packed(Path(path), Packed(self.quantized.tensors, self.quantized.parameters))
+        """Write the packed file."""
+        write_packed(Path(path), self.packed)
 
     def __str__(self) -> str:
         width = max(len(row["name"]) for row in self.layers)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bayesq.errors import Refused
 from bayesq.quant.grids import stored_scale
 from bayesq.quant.layers import Layer, is_layer, matrix_to_weight, weight_key
 from bayesq.quant.tensor import QuantizedTensor
@@ -20,11 +21,11 @@ class Student:
 
         W = scale * exp(factor) * (level(code) - zero) / column_scale
 
-    Trained are factor [R, S] per row and column group, the levels that are stored (tables shared by layers, or of each
-    row), biases and norm parameters, each as a move from where it was: in logarithms, in level units over the square
-    root of the number of rows that read the level, and in root mean squares of the tensor, so that moves of one size
-    matter alike. (In plain level units a gradient step moves the few shared levels and little else: on MRPC the
-    divergence rose fivefold.) Codes, zeros, column scales and overlays stay.
+    Trained are the factors [R, S] (one per row and column group), the stored levels (tables of layers or rows), biases
+    and norm parameters. Each is trained as a move from its start value. The units make moves of equal size matter
+    equally: logarithms for factors; level steps over the square root of the number of rows that read the level; root
+    mean squares of the tensor for biases and norms. (In plain level steps, a gradient step changes almost only the few
+    shared levels: on MRPC the divergence rose fivefold.) Codes, zeros, column scales and overlays do not change.
     """
 
     def __init__(self, module: nn.Module, tensors: Mapping[str, QuantizedTensor]) -> None:
@@ -40,7 +41,7 @@ class Student:
                     continue
                 levels = part.levels.to(device)
                 if not torch.equal(self.levels.setdefault(key, levels), levels):
-                    raise ValueError(f"two different codebooks are named {key}")
+                    raise Refused(f"two different codebooks are named {key}")
                 readers[key] = readers.get(key, 0) + part.rows
                 steps[key] = part.step.to(device) if isinstance(part.step, Tensor) else part.step
         self.level_units = {key: steps[key] * rows**-0.5 for key, rows in readers.items()}
@@ -57,11 +58,11 @@ class Student:
         return [*self.factors.values(), *self.level_moves.values(), *self.affine_moves.values()]
 
     def moved_levels(self) -> dict[str, Tensor]:
-        """Levels of each codebook where training has taken them."""
+        """Levels of each codebook after the moves."""
         return {name: x + self.level_units[name] * self.level_moves[name] for name, x in self.levels.items()}
 
     def moved_affine(self) -> dict[str, Tensor]:
-        """Biases and norm parameters where training has taken them."""
+        """Biases and norm parameters after the moves."""
         return {name: x + _size(x) * self.affine_moves[name] for name, x in self.affine.items()}
 
     def overrides(self) -> dict[str, Tensor]:
@@ -94,8 +95,8 @@ class _Decoder:
     """Differentiable dequantization of one layer; see `Student`.
 
     Attributes:
-        parts: what the layer's table is made of: trained levels by name, or levels that stay.
-        index: [R, C] position of each weight's level in the table, int16 unless the table is longer.
+        parts: the parts of the layer's table: names of trained levels, or fixed levels.
+        index: [R, C] position of each weight's level in the table; int16 if the table is short enough.
         scale: [R, S] float32.
     """
 
@@ -112,7 +113,7 @@ class _Decoder:
         """The layer's weight in its shape.
 
         Args:
-            factor: [R, S] logarithm of what multiplies the scale.
+            factor: [R, S] logarithm of the factor on the scale.
             levels: name -> trained levels.
         """
         table = torch.cat([levels[part] if isinstance(part, str) else part for part in self.parts])
@@ -122,7 +123,7 @@ class _Decoder:
 
 
 class _Lookup(torch.autograd.Function):
-    """table[index], keeping only the narrow index for the backward pass: indexing itself keeps eight bytes a weight."""
+    """table[index] that saves only the short index for the backward pass; plain indexing saves 8 bytes per weight."""
 
     @staticmethod
     def forward(ctx: Any, table: Tensor, index: Tensor) -> Tensor:
@@ -133,7 +134,7 @@ class _Lookup(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None]:
-        """Gradient of each table entry: the sum over the places it went to."""
+        """Gradient of each table entry: the sum over all weights that use it."""
         if not ctx.needs_input_grad[0]:
             return None, None
         (index,), (gradient,) = ctx.saved_tensors, gradients
@@ -141,7 +142,7 @@ class _Lookup(torch.autograd.Function):
 
 
 def trained_parameters(module: nn.Module) -> dict[str, Tensor]:
-    """Biases of layers and affine parameters of norms, by state_dict name, each shared one once."""
+    """Biases of layers and affine parameters of norms, by state_dict name; shared parameters appear once."""
     chosen: dict[str, Tensor] = {}
     for name, x in module.named_parameters():
         owner, _, kind = name.rpartition(".")
@@ -152,5 +153,5 @@ def trained_parameters(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _size(x: Tensor) -> float:
-    """Root mean square of a tensor, 1 where all is zero."""
+    """Root mean square of a tensor; 1 for zeros."""
     return float(x.detach().square().mean().sqrt()) or 1.0

@@ -1,34 +1,52 @@
-"""The posterior-predictive teacher of a distillation, and networks drawn from the posterior (SPEC section 5).
+"""The posterior-predictive teacher of a distillation, and draws of a network's weights (SPEC section 5).
 
     p(y | x) = 1/S sum_s p(y | f(x; w_s)),   w_s ~ q
 
-The teacher's mean output (see `bayesq.likelihood`) is all that the KL divergence to a student needs.
+The KL divergence to a student needs only the teacher's mean output (see `bayesq.likelihood`).
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Protocol
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from tqdm import tqdm
 
+from bayesq.batches import Batch
+from bayesq.errors import Refused
 from bayesq.likelihood import Likelihood
+from bayesq.progress import bar
 from bayesq.quant.layers import Layer, find_layer, matrix_to_weight, weight_key
 
+# Largest stored outputs. A language model with a vocabulary of 50,000 takes 400 kB a token, a classifier with 1,000
+# classes 8 kB an example.
+MOST_BYTES = 2**30
 
-class Batch(Protocol):
-    """Some calibration examples: `module(**inputs)` gives outputs [b, ...]; `index` [b] counts from 0 to n - 1."""
 
-    @property
-    def inputs(self) -> Mapping[str, Tensor]:
-        """Module arguments [b, ...]."""
-        ...
+@dataclass(frozen=True)
+class Recomputed:
+    """A teacher whose outputs are not stored but computed for each batch whenever they are needed.
 
-    @property
-    def index(self) -> Tensor:
-        """Positions [b] of the examples in the calibration set, on the CPU."""
-        ...
+    Attributes:
+        full: full-precision network.
+        draws: weights by state_dict name, of each posterior draw; one empty draw is the network itself.
+        likelihood: of the outputs.
+        examples: number n of calibration examples.
+    """
+
+    full: nn.Module
+    draws: Sequence[Mapping[str, Tensor]]
+    likelihood: Likelihood
+    examples: int
+
+    def __len__(self) -> int:
+        return self.examples
+
+    @torch.no_grad()
+    def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Mean outputs [b, ...] float64 on the CPU."""
+        outputs = [mean_outputs(self.full, weights, inputs, self.likelihood) for weights in self.draws]
+        return torch.stack(outputs).sum(0) / len(outputs)
 
 
 @torch.no_grad()
@@ -40,8 +58,11 @@ def posterior_predictive(
     samples: int,
     generator: torch.Generator,
     likelihood: Likelihood,
-) -> Tensor:
+) -> Tensor | Recomputed:
     """Teacher's mean outputs [n, ...] float64 on the CPU, in the order of `Batch.index`: class probabilities, or means.
+
+    If they take more than MOST_BYTES, or differ in shape because sequences differ in length, each batch's are computed
+    again whenever they are needed.
 
     Args:
         full: full-precision network, in eval mode.
@@ -50,23 +71,35 @@ def posterior_predictive(
         batches: all n examples, each once, on any device.
         samples: S; 0 = the full-precision network itself.
         likelihood: of the outputs.
+
+    Raises:
+        Refused: the network is in training mode, or the batches do not hold every example once.
     """
     if full.training:
-        raise ValueError("the teacher must be in eval mode")
-    total: Tensor | None = None
-    with tqdm(total=max(samples, 1) * len(batches), desc="teacher", disable=None, leave=False) as bar:
-        for _ in range(max(samples, 1)):
-            weights = perturbed_weights(full, layers, sample, generator) if samples else {}
-            for batch in batches:
-                outputs: Tensor = functional_call(full, weights, kwargs=beside(full, batch.inputs))
-                p = likelihood.mean_output(outputs.detach().float()).cpu().to(torch.float64)
-                if total is None:
-                    total = torch.zeros(count_examples(batches), *p.shape[1:], dtype=torch.float64)
-                total[batch.index] += p
-                bar.update()
-    if total is None:
-        raise ValueError("there is no example to distil from")
+        raise Refused("the teacher must be in eval mode")
+    if not batches:
+        raise Refused("there is no example to distil from")
+    count, total = count_examples(batches), None
+    for drawn in range(max(samples, 1)):
+        weights = perturbed_weights(full, layers, sample, generator) if samples else {}
+        for batch in bar(batches, "teacher"):
+            p = mean_outputs(full, weights, batch.inputs, likelihood)
+            if total is None and count * p[0].nbytes <= MOST_BYTES:
+                total = torch.zeros(count, *p.shape[1:], dtype=torch.float64)
+            if total is None or p.shape[1:] != total.shape[1:]:
+                others = [perturbed_weights(full, layers, sample, generator) for _ in range(drawn + 1, samples)]
+                return Recomputed(full, [weights, *others], likelihood, count)
+            total[batch.index] += p
+    assert total is not None
     return total / max(samples, 1)
+
+
+def mean_outputs(
+    full: nn.Module, weights: Mapping[str, Tensor], inputs: Mapping[str, Tensor], likelihood: Likelihood
+) -> Tensor:
+    """Mean output [b, ...] float64 on the CPU of the network with some of its weights replaced."""
+    outputs: Tensor = functional_call(full, dict(weights), kwargs=beside(full, inputs))
+    return likelihood.mean_output(outputs.detach().float()).cpu().to(torch.float64)
 
 
 def perturbed_weights(
@@ -88,23 +121,27 @@ def named_layer(module: nn.Module, name: str) -> Layer:
     """The layer of that name.
 
     Raises:
-        ValueError: there is none, or it is an embedding.
+        Refused: the network has no such layer, or it is an embedding.
     """
     layer = find_layer(module, name)
     if isinstance(layer, nn.Embedding):
-        raise ValueError(f"{name} is an Embedding, not a layer that multiplies its inputs")
+        raise Refused(f"{name} is an Embedding, not a layer that multiplies its inputs")
     return layer
 
 
 def count_examples(batches: Sequence[Batch]) -> int:
-    """Number of examples n, checked: every index from 0 to n - 1 once."""
+    """Number of examples n.
+
+    Raises:
+        Refused: the indices are not 0 to n - 1, each once.
+    """
     index = torch.cat([batch.index for batch in batches]) if batches else torch.empty(0)
     if not torch.equal(index.sort().values, torch.arange(len(index))):
-        raise ValueError("the batches must hold every calibration example once")
+        raise Refused("the batches must hold every calibration example once")
     return len(index)
 
 
 def beside(module: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Module arguments on the device of the module's parameters: batches wait elsewhere until it is their turn."""
+    """Module arguments on the device of the module's parameters; batches may be on another device."""
     device = next(module.parameters()).device
     return {name: x.to(device) for name, x in inputs.items()}

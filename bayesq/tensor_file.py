@@ -1,4 +1,4 @@
-"""Files of tensors that are whole or absent: atomic writes, and a digest checked on every load."""
+"""Files of tensors with atomic writes and a digest that is checked on every load."""
 
 import hashlib
 import json
@@ -14,14 +14,14 @@ from torch import Tensor
 
 from bayesq.files import atomic_path
 
-# One header entry for everything: safetensors orders several entries at random, and files should be reproducible.
+# All metadata is one header entry: safetensors writes several entries in random order, and files must be reproducible.
 HEADER_KEY = "bayesq"
-# Bytes read at a time for a digest.
+# Bytes per read for a digest.
 CHUNK = 2**20
 
 
 class CorruptFile(Exception):
-    """A file that cannot be trusted: unreadable, truncated, or its content differs from its digest."""
+    """A file that is unreadable, truncated, or differs from its digest."""
 
 
 # Names of the safetensors format.
@@ -71,9 +71,9 @@ def _bytes(tensor: Tensor) -> bytes | memoryview:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file that appears under `path` only when complete; its digest travels in its header.
+    """Write a safetensors file atomically, with its digest in the header.
 
-    The package's own `save_file` first makes bytes of all tensors, which doubles the memory they take.
+    `safetensors.save_file` first copies all tensors to bytes, which doubles their memory.
     """
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     places = _places({name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in whole.items()})
@@ -84,7 +84,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 
 class TensorWriter:
-    """A file like that of `write_tensors` whose tensors come one at a time, in any order; see `tensor_writer`."""
+    """Writes a file like that of `write_tensors` one tensor at a time, in any order; see `tensor_writer`."""
 
     def __init__(self, file: BinaryIO, shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], room: int) -> None:
         self._file, self._places = file, _places(shapes)
@@ -94,10 +94,10 @@ class TensorWriter:
         self.finished = False
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Put a tensor in its place.
+        """Write one tensor.
 
         Raises:
-            ValueError: the file has no such tensor, or it was written before.
+            ValueError: the tensor is not part of the file, or is written already.
         """
         dtype, shape, start, _ = self._places.get(name, (None, None, 0, 0))
         if name not in self._missing or (tensor.dtype, tuple(tensor.shape)) != (dtype, shape):
@@ -107,10 +107,10 @@ class TensorWriter:
         self._file.write(_bytes(tensor))
 
     def finish(self, metadata: Mapping[str, str]) -> None:
-        """Write the header, with the digest of what the file holds.
+        """Write the header with the digest.
 
         Raises:
-            ValueError: a tensor is missing, or the metadata takes more than the room left for it.
+            ValueError: a tensor is missing, or the metadata is longer than `room`.
         """
         if self._missing:
             raise ValueError(f"not written: {', '.join(sorted(self._missing))}")
@@ -127,14 +127,14 @@ class TensorWriter:
 def tensor_writer(
     path: Path, shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], room: int
 ) -> Iterator[TensorWriter]:
-    """A writer for tensors of known types and shapes; the file appears under `path` when the block has finished it.
+    """A writer for tensors of known dtypes and shapes; the file appears under `path` after `TensorWriter.finish`.
 
     Args:
         shapes: name -> dtype and shape.
-        room: bytes to leave for the metadata as JSON.
+        room: bytes reserved for the metadata as JSON.
 
     Raises:
-        ValueError: the block ended without `TensorWriter.finish`.
+        ValueError: the block did not call `TensorWriter.finish`.
     """
     with atomic_path(path) as temporary, temporary.open("wb+") as file:
         writer = TensorWriter(file, shapes, room)
@@ -143,12 +143,12 @@ def tensor_writer(
             raise ValueError(f"{path} was not finished")
 
 
-# dtype, shape, first byte and the byte after the last, counted from the end of the header.
+# dtype, shape, first byte and end, counted from the end of the header.
 Place = tuple[torch.dtype, tuple[int, ...], int, int]
 
 
 def _places(shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> dict[str, Place]:
-    """Where each tensor lies: wide types first, so that every tensor is aligned, and then by name."""
+    """Place of each tensor, ordered by falling item size and then by name, so that every tensor is aligned."""
     places = {}
     end = 0
     for name in sorted(shapes, key=lambda name: (-shapes[name][0].itemsize, name)):
@@ -159,7 +159,7 @@ def _places(shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> dict[s
 
 
 def _header(places: Mapping[str, Place], checksum: str, metadata: Mapping[str, str], size: int = 0) -> bytes:
-    """Header of a safetensors file, its length included; blanks fill it up to `size` and to a multiple of 8 bytes."""
+    """Header of a safetensors file with its length, padded with blanks to `size` and to a multiple of 8 bytes."""
     ours = json.dumps({"digest": checksum, "metadata": dict(metadata)}, sort_keys=True)
     header: dict[str, Any] = {"__metadata__": {HEADER_KEY: ours}}
     for name, (dtype, shape, start, end) in places.items():
@@ -173,7 +173,7 @@ def _header(places: Mapping[str, Place], checksum: str, metadata: Mapping[str, s
 def _parts(
     file: BinaryIO, places: Mapping[str, Place], base: int
 ) -> Iterator[tuple[str, torch.dtype, tuple[int, ...], Iterator[bytes]]]:
-    """The tensors of a file in name order, their bytes in chunks: a mapped file would count as memory."""
+    """The tensors of a file in name order, in chunks; a memory-mapped file would count as used memory."""
     for name in sorted(places):
         dtype, shape, start, end = places[name]
         yield name, dtype, shape, _chunks(file, base + start, base + end)
@@ -193,8 +193,8 @@ def verify(path: Path) -> dict[str, str]:
     """Check a file of `write_tensors` in chunks, and return its metadata.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        CorruptFile: the file is truncated, not ours, or its content does not match its digest.
+        FileNotFoundError: the file does not exist.
+        CorruptFile: the file is truncated, was not written by `write_tensors`, or does not match its digest.
     """
     if not path.exists():
         raise FileNotFoundError(path)

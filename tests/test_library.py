@@ -1,6 +1,8 @@
 """`bayesq.quantize` on users' own networks: no configuration, no files, no tracking."""
 
 import copy
+import gc
+import weakref
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,9 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 import bayesq
+from baselines.rtn import RTN
+from bayesq import repair
+from bayesq.errors import Refused
 from bayesq.quant.file import read_packed
 from bayesq.quant.network import fill
 
@@ -63,7 +68,7 @@ def test_an_image_network(method):
 
 
 def weights(report: bayesq.Report) -> float:
-    return sum(problem.weight.numel() for problem in report.quantized.problems.values())
+    return sum(tensor.codes.numel() for tensor in report.packed.tensors.values())
 
 
 def test_a_network_of_transformers_with_padded_batches():
@@ -113,8 +118,73 @@ def test_the_codes_are_those_of_a_run(tmp_path: Path, monkeypatch: pytest.Monkey
     (batch,) = work.subject.examples.batches(32, "cpu")
     _, report = bayesq.quantize(work.subject.module, [batch.inputs], bits=3)
     stored = read_packed(tmp_path / "results" / result["run_id"] / "quantized.safetensors")
-    assert all(torch.equal(stored.tensors[name].codes, x.codes) for name, x in report.quantized.tensors.items())
+    assert all(torch.equal(stored.tensors[name].codes, x.codes) for name, x in report.packed.tensors.items())
     assert report.stored_bytes == result["bytes/packed"]
+
+
+class Returning(nn.Module):
+    """A small network that returns what `form` makes of its outputs."""
+
+    def __init__(self, form=lambda y: y) -> None:
+        super().__init__()
+        self.layer, self.form = nn.Linear(32, 4), form
+        self.eval()
+
+    def forward(self, x: Tensor, weight: Tensor | None = None) -> object:
+        y = self.layer(x[:, 0, 0] if x.ndim == 4 else x)
+        return self.form(y if weight is None else y * weight.mean(1, keepdim=True))
+
+
+def pair(length: int) -> dict[str, Tensor]:
+    return {"x": images(4)[:, 0, 0], "weight": torch.ones(4, length)}
+
+
+def test_a_dictionary_with_logits_is_an_output():
+    quantized, report = bayesq.quantize(Returning(lambda y: {"loss": 0, "logits": y}), [images()], method="rtn")
+    assert set(quantized(images())) == {"loss", "logits"} and report.code_bits == 4
+
+
+def test_the_report_keeps_neither_network_nor_statistics_and_counts_every_fallback():
+    network = resnet()
+    network.unused = nn.Linear(3, 3).eval()
+    _, report = bayesq.quantize(network, [images()], method="rtn", bits=4)
+    assert vars(report).keys() == {
+        "target_bits",
+        "code_bits",
+        "stored_bits",
+        "stored_bytes",
+        "layers",
+        "fallbacks",
+        "packed",
+    }
+    assert report.fallbacks["unseen_layers"] == 1 and report.fallbacks["oom_retries"] == 0
+    alive = weakref.ref(network)
+    del network
+    gc.collect()
+    assert alive() is None
+
+
+def test_distillation_takes_the_batches_that_the_caller_asked_for(monkeypatch: pytest.MonkeyPatch):
+    sizes = []
+    given = repair.posterior_predictive
+
+    def teacher(full, layers, draw, batches, *rest):
+        sizes.extend(len(batch) for batch in batches)
+        return given(full, layers, draw, batches, *rest)
+
+    monkeypatch.setattr(repair, "posterior_predictive", teacher)
+    bayesq.quantize(Returning(), [images()], distill=True, batch_size=6)
+    assert max(sizes) == 6
+
+
+def test_a_defect_keeps_its_traceback_and_is_no_refusal(monkeypatch: pytest.MonkeyPatch):
+    def broken(*_: object) -> None:
+        raise ValueError("not enough values to unpack")
+
+    monkeypatch.setattr(RTN, "prepare", broken)
+    with pytest.raises(ValueError, match="not enough values") as raised:
+        bayesq.quantize(resnet(), [images()], method="rtn")
+    assert not isinstance(raised.value, Refused)
 
 
 MISTAKES = {
@@ -137,11 +207,37 @@ MISTAKES = {
     "text": (lambda: bayesq.quantize(resnet(), ["a text"]), r"^batches: a str is no batch"),
     "shapes": (
         lambda: bayesq.quantize(resnet(), [images(), images()[:, :, :16]]),
-        r"^batches: shapes .* differ; sequences need an attention_mask",
+        r"^batches: x: shapes .* differ; sequences need an attention_mask",
     ),
     "inputs": (
         lambda: bayesq.quantize(bert(), [sentences()[0], {"input_ids": torch.ones(2, 4).long()}]),
-        r"^batches: all need the same inputs",
+        r"^batches: all batches need the same inputs",
+    ),
+    "pattern without a layer": (
+        lambda: bayesq.quantize(resnet(), [images()], exclude=["head*"]),
+        r"^exclude: pattern 'head\*' matches no",
+    ),
+    "all excluded": (lambda: bayesq.quantize(resnet(), [images()], exclude=["*"]), r"^exclude leaves no"),
+    "switch value": (lambda: bayesq.quantize(resnet(), [images()], method="gptq", damping=-1), r"^damping=-1: must be"),
+    "dict output": (
+        lambda: bayesq.quantize(Returning(lambda y: {"scores": y}), [images()]),
+        r"^module: its output is a dict, not a tensor or something with `logits`",
+    ),
+    "tuple output": (
+        lambda: bayesq.quantize(Returning(lambda y: (y, y)), [images()]),
+        r"^module: its output is a tuple, not a tensor",
+    ),
+    "second input of another shape": (
+        lambda: bayesq.quantize(Returning(), [pair(8), pair(6)]),
+        r"^batches: weight: shapes \[\(6,\), \(8,\)\] differ",
+    ),
+    "inputs of different length": (
+        lambda: bayesq.quantize(Returning(), [pair(8) | {"weight": torch.ones(3, 8)}]),
+        r"^batches: weight has shape \[3, 8\]; it must begin with examples, \[4\] as in x",
+    ),
+    "input without tokens": (
+        lambda: bayesq.quantize(bert(), [sentences()[0] | {"position_ids": torch.arange(9)}]),
+        r"^batches: position_ids has shape \[9\]; it must begin with examples and tokens, \[8, 9\]",
     ),
     "allocator": (
         lambda: bayesq.quantize(resnet(), [images()], allocator="greedy"),
@@ -153,5 +249,5 @@ MISTAKES = {
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake_is_a_value_error_that_names_the_argument(name):
     call, line = MISTAKES[name]
-    with pytest.raises(ValueError, match=line):
+    with pytest.raises(Refused, match=line):
         call()

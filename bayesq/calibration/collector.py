@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from bayesq.batches import Batch
 from bayesq.calibration.samples import Run, counted_samples, in_stack, paired_parts
 from bayesq.calibration.statistic import Source, Statistic
+from bayesq.errors import Refused
 from bayesq.likelihood import LIKELIHOODS, Likelihood
 from bayesq.quant.layers import MASK, Layer, groups_of, mask_samples, output_samples, weight_to_matrix
 from bayesq.quant.watch import contiguous_gradients, watching
@@ -145,10 +146,10 @@ class Collector:
         had once. A layer that was never called gets `Statistic.neutral`.
 
         Raises:
-            ValueError: the statistic was not collected, or was had before.
+            Refused: the statistic was not collected, or was had before.
         """
         if statistic not in self._left:
-            raise ValueError(f"{statistic.name} was not collected, or its sums were handed over already")
+            raise Refused(f"{statistic.name} was not collected, or its sums were handed over already")
         self._left.remove(statistic)
         return ((name, self._finished(name, layer, statistic)) for name, layer in self.layers.items())
 
@@ -199,23 +200,23 @@ class Collector:
         """Refuse a use of a layer that no statistics can be taken of.
 
         Raises:
-            ValueError: naming the layer.
+            Refused: naming the layer.
         """
         assert self._batch is not None
         examples = len(self._batch)
         if isinstance(self.layers[name], nn.Conv2d) and x.dim() != 4:
-            raise ValueError(
+            raise Refused(
                 f"layer {name}: its input of shape {list(x.shape)} is an image without a batch in front: add {name} to "
                 "layers.exclude"
             )
         rows = len(x) if isinstance(self.layers[name], nn.Conv2d) else x.numel() // x.shape[-1]
         if rows % examples:
-            raise ValueError(
+            raise Refused(
                 f"layer {name}: an input of shape {list(x.shape)} does not hold the {examples} examples of the batch "
                 "one after the other: set calibration.batch_size=1"
             )
         if self._backward and not torch.is_grad_enabled():
-            raise ValueError(
+            raise Refused(
                 f"layer {name} runs where no gradient is taken (torch.no_grad, or a function with a backward pass of "
                 f"its own): add {name} to layers.exclude"
             )

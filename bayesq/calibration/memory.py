@@ -76,7 +76,7 @@ class InMemoryStatistics:
         """One layer's statistic by its name, checked.
 
         Raises:
-            ValueError: it was not prepared, or no method can use its values.
+            Refused: it was not prepared, or no method can use its values.
         """
         return LayerStatistics(layer, self._named, partial(self._load, layer))(name)
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from bayesq.batches import Batch
 from bayesq.calibration.collector import Collector
 from bayesq.calibration.statistic import LayerStatistics, Source, Statistic, families, with_required
+from bayesq.errors import Refused
 from bayesq.likelihood import LIKELIHOODS, Likelihood
 from bayesq.memory import give_back_freed, halving
 from bayesq.quant.layers import Layer, weight_to_matrix
@@ -67,10 +68,10 @@ class CalibrationSettings:
         """Refuse what gives no statistics.
 
         Raises:
-            ValueError: no example is left.
+            Refused: no example is left.
         """
         if self.gradient_examples is not None and self.gradient_examples < 1:
-            raise ValueError(f"posterior.examples={self.gradient_examples}: must be at least 1, or null for all")
+            raise Refused(f"posterior.examples={self.gradient_examples}: must be at least 1, or null for all")
 
 
 @dataclass
@@ -262,11 +263,11 @@ def collect(
         by layer: what reads its statistics by name.
 
     Raises:
-        ValueError: no batches, a layer that no example reaches, or a layer no statistics can be taken of.
+        Refused: no batches, a layer that no example reaches, or a layer no statistics can be taken of.
     """
     whole = _Listed(batches)
     if not whole:
-        raise ValueError("batches: there are none")
+        raise Refused("batches: there are none")
     tensors: dict[tuple[str, str], Tensor] = {}
     settings = CalibrationSettings(whole.batch_size, samples, seed, gradient_examples, likelihood, draws)
     passes = Passes(module, layers, settings, room, overwritten)
@@ -289,5 +290,5 @@ def collect(
             continue
         report, _ = halving(whole.batch_size, partial(attempt, family), "calibration")
         if report.unseen:
-            raise ValueError(f"no calibration example reaches {', '.join(report.unseen)}: exclude these layers")
+            raise Refused(f"no calibration example reaches {', '.join(report.unseen)}: exclude these layers")
     return {name: LayerStatistics(name, named, partial(load, name)) for name in layers}

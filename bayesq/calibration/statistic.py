@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from bayesq.calibration.samples import Pairs
+from bayesq.errors import Refused
 
 
 class Source(Enum):
@@ -129,20 +130,20 @@ class Statistic(ABC):
             tensor: the layer's statistic.
 
         Raises:
-            ValueError: NaN or infinite entries, or a mean square below zero.
+            Refused: NaN or infinite entries, or a mean square below zero.
         """
         if not tensor.numel():
             return
         lowest, highest = torch.aminmax(tensor)
         if not (torch.isfinite(lowest) and torch.isfinite(highest)):
             what = "gradients" if self.backward else "inputs"
-            raise ValueError(
+            raise Refused(
                 f"layer {layer}: its {self.name} has NaN or infinite entries: with these calibration examples its "
                 f"{what} are too large for float32, or the network computes NaN"
             )
         squares = self.squares(tensor)
         if squares is not None and bool((squares < 0).any()):
-            raise ValueError(f"layer {layer}: its {self.name} has a mean square below zero")
+            raise Refused(f"layer {layer}: its {self.name} has a mean square below zero")
 
 
 @dataclass(frozen=True)
@@ -163,10 +164,10 @@ class LayerStatistics:
         """A statistic by its name.
 
         Raises:
-            ValueError: nobody declared it, or its values are of no use (see `Statistic.check`).
+            Refused: nobody declared it, or its values are of no use (see `Statistic.check`).
         """
         if name not in self.statistics:
-            raise ValueError(
+            raise Refused(
                 f"layer {self.layer}: statistic {name} was not computed, only {', '.join(self.statistics) or 'none'}: "
                 "declare it in `statistics` of the method, posterior or allocator"
             )
@@ -179,14 +180,14 @@ def with_required(statistics: Iterable[Statistic]) -> dict[str, Statistic]:
     """The statistics and all they need, by name.
 
     Raises:
-        ValueError: two of them differ and have one name.
+        Refused: two of them differ and have one name.
     """
     by_name: dict[str, Statistic] = {}
     waiting = list(statistics)
     while waiting:
         statistic = waiting.pop()
         if by_name.setdefault(statistic.name, statistic) != statistic:
-            raise ValueError(f"two statistics are called {statistic.name}: {statistic} and {by_name[statistic.name]}")
+            raise Refused(f"two statistics are called {statistic.name}: {statistic} and {by_name[statistic.name]}")
         waiting += statistic.requires
     return by_name
 

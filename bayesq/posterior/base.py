@@ -9,6 +9,7 @@ from torch import Tensor
 
 from bayesq.calibration.statistic import Statistic
 from bayesq.contract import LayerProblem
+from bayesq.errors import Refused
 from bayesq.likelihood import DRAWS, LIKELIHOODS
 from bayesq.posterior.evidence import effective_parameters, prior_precision_by_evidence
 from bayesq.whitening import FLOAT64_BYTES, Whitening, nearest_bytes, nearest_whitening
@@ -127,7 +128,7 @@ class Laplace(ABC):
             `bayesq.likelihood.Categorical.fisher_directions`.
 
     Raises:
-        ValueError: an argument is out of its range.
+        Refused: an argument is out of its range.
     """
 
     statistics: frozenset[Statistic]
@@ -143,19 +144,19 @@ class Laplace(ABC):
         draws: str = "signs",
     ) -> None:
         if likelihood not in (AUTO, *LIKELIHOODS):
-            raise ValueError(f"posterior.likelihood={likelihood}: choose from {', '.join((AUTO, *LIKELIHOODS))}")
+            raise Refused(f"posterior.likelihood={likelihood}: choose from {', '.join((AUTO, *LIKELIHOODS))}")
         if draws not in DRAWS:
-            raise ValueError(f"posterior.draws={draws}: choose from {', '.join(DRAWS)}")
+            raise Refused(f"posterior.draws={draws}: choose from {', '.join(DRAWS)}")
         if samples is not None and samples < 1:
-            raise ValueError(f"posterior.samples={samples}: must be at least 1, or null for the exact Fisher")
+            raise Refused(f"posterior.samples={samples}: must be at least 1, or null for the exact Fisher")
         if examples is not None and examples < 1:
-            raise ValueError(f"posterior.examples={examples}: must be at least 1, or null for all calibration examples")
+            raise Refused(f"posterior.examples={examples}: must be at least 1, or null for all calibration examples")
         if prior_precision is not None and not prior_precision >= 0:
-            raise ValueError(f"posterior.prior_precision={prior_precision}: must be 0 or more, or null for evidence")
+            raise Refused(f"posterior.prior_precision={prior_precision}: must be 0 or more, or null for evidence")
         if num_data < 1:
-            raise ValueError(f"posterior.num_data={num_data}: must be at least 1")
+            raise Refused(f"posterior.num_data={num_data}: must be at least 1")
         if prior_scope not in PRIOR_SCOPES:
-            raise ValueError(f"posterior.prior_scope={prior_scope}: choose from {', '.join(PRIOR_SCOPES)}")
+            raise Refused(f"posterior.prior_scope={prior_scope}: choose from {', '.join(PRIOR_SCOPES)}")
         self.prior_precision, self.num_data, self.prior_scope = prior_precision, num_data, prior_scope
         self.samples, self.examples, self.likelihood, self.draws = samples, examples, likelihood, draws
 

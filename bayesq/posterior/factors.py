@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from bayesq.errors import Refused
 from bayesq.quant.feedback import DAMPING_RETRIES, LEAST_DAMPING
 
 
@@ -30,7 +31,7 @@ def proper_root(moments: Tensor) -> Tensor:
     posterior without bounds. Damping by LEAST_DAMPING of the mean diagonal, tenfold more until it suffices, bounds it.
 
     Raises:
-        ValueError: no retry made a moment positive definite.
+        Refused: no retry made a moment positive definite.
     """
     mean = moments.diagonal(dim1=-2, dim2=-1).mean(-1)
     mean = torch.where(mean > 0, mean, torch.ones_like(mean))
@@ -42,7 +43,7 @@ def proper_root(moments: Tensor) -> Tensor:
             factors: Tensor = root
             return factors
         damping = torch.where(failed > 0, LEAST_DAMPING * 10**retry * mean, damping)
-    raise ValueError("the posterior's factors are not positive definite, whatever is added to their diagonals")
+    raise Refused("the posterior's factors are not positive definite, whatever is added to their diagonals")
 
 
 def shrink(moment: Tensor, amount: float) -> Tensor:

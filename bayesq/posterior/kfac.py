@@ -8,6 +8,7 @@ from torch import Tensor
 
 from bayesq.calibration.inputs import INPUT_MOMENT
 from bayesq.contract import LayerProblem
+from bayesq.errors import Refused
 from bayesq.fisher import GRADIENT_MOMENT
 from bayesq.posterior.base import Laplace, LayerPosterior, Shape
 from bayesq.posterior.factors import (
@@ -122,13 +123,13 @@ class Kfac(Laplace):
     ) -> None:
         super().__init__(prior_precision, num_data, samples, examples, prior_scope, likelihood, draws)
         if evidence not in EVIDENCES:
-            raise ValueError(f"posterior.evidence={evidence}: choose from {', '.join(EVIDENCES)}")
+            raise Refused(f"posterior.evidence={evidence}: choose from {', '.join(EVIDENCES)}")
         self.evidence = evidence
         if prior_share not in PRIOR_SHARES:
-            raise ValueError(f"posterior.prior_share={prior_share}: choose from {', '.join(PRIOR_SHARES)}")
+            raise Refused(f"posterior.prior_share={prior_share}: choose from {', '.join(PRIOR_SHARES)}")
         self.prior_share = prior_share
         if not 0 <= shrinkage <= 1:
-            raise ValueError(f"posterior.shrinkage={shrinkage}: must be in [0, 1]")
+            raise Refused(f"posterior.shrinkage={shrinkage}: must be in [0, 1]")
         self.shrinkage = shrinkage
 
     def _factors(self, layer: LayerProblem) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from bayesq.contract import LayerProblem
+from bayesq.errors import Refused
 from bayesq.fisher import FISHER_DIAGONAL, GradientDirections
 from bayesq.posterior.base import Laplace, LayerPosterior, Shape
 from bayesq.posterior.factors import standard_normal
@@ -104,7 +105,7 @@ class LowRank(Laplace):
     ) -> None:
         super().__init__(prior_precision, num_data, samples, examples, prior_scope, likelihood, draws)
         if prior_precision == 0:
-            raise ValueError("posterior.prior_precision=0: must be above 0 for posterior=lowrank")
+            raise Refused("posterior.prior_precision=0: must be above 0 for posterior=lowrank")
         self.rank = rank
         self.statistics = frozenset({FISHER_DIAGONAL, GradientDirections(rank)})
 
@@ -112,11 +113,11 @@ class LowRank(Laplace):
         """F_ii - sum_k U_ik^2 [g, r, c] and U [k, g, r, c].
 
         Raises:
-            ValueError: the statistic has fewer directions than asked for.
+            Refused: the statistic has fewer directions than asked for.
         """
         directions = layer.statistic("gradient_directions")
         if len(directions) < self.rank:
-            raise ValueError(f"posterior.rank={self.rank}: the calibration kept {len(directions)} gradient directions")
+            raise Refused(f"posterior.rank={self.rank}: the calibration kept {len(directions)} gradient directions")
         directions = directions[: self.rank].to(torch.float64)
         fisher = layer.statistic("fisher_diagonal").to(torch.float64)
         return (fisher - directions.square().sum(0)).clamp(min=0), directions

@@ -105,7 +105,7 @@ class WhiteningStore:
         """Posterior of one layer.
 
         Raises:
-            ValueError: it cannot be fitted; the message names the layer.
+            Refused: it cannot be fitted; the message names the layer.
         """
         start = time.perf_counter()
         give_back_freed()  # the factors of a wide layer are the largest tensors of a run
@@ -118,7 +118,7 @@ class WhiteningStore:
         """The layer's `LayerPosterior.whitening`, made once for the same arguments.
 
         Raises:
-            ValueError: it cannot be made; the message names the layer.
+            Refused: it cannot be made; the message names the layer.
         """
         key = (layer.name, feedback, damping)
         if key in self._in_memory:

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bayesq.errors import Refused
 from bayesq.quant.blocks import find_blocks
 from bayesq.quant.layers import MASK, find_layer, is_layer, is_plain, mask_samples
 from bayesq.quant.one_by_one import one_by_one
@@ -99,11 +100,11 @@ def correct_moments(
             or whose layers do not have the batch in front of their inputs.
 
     Raises:
-        ValueError: a network is in training mode, a name is no layer, there is no example, or
+        Refused: a network is in training mode, a name is no layer, there is no example, or
             batches take different ways through the network.
     """
     if full.training or quantized.training:
-        raise ValueError("moments can only be matched in eval mode")
+        raise Refused("moments can only be matched in eval mode")
     for name in layers:
         find_layer(full, name)
     movable = _movable(full, layers)
@@ -165,7 +166,7 @@ def _thin_out(inputs: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
     """At most `count` examples, evenly spaced: batches may be sorted, by length for instance."""
     total = len(next(iter(inputs.values()))) if inputs else 0
     if not total or count < 1:
-        raise ValueError("there is no example to match moments on")
+        raise Refused("there is no example to match moments on")
     if total <= count:
         return dict(inputs)
     return {name: x[(torch.arange(count) * total // count).to(x.device)] for name, x in inputs.items()}
@@ -210,7 +211,7 @@ def _record(
     """The moments at every stop that may correct, batch by batch.
 
     Raises:
-        ValueError: the batches take different ways through the network.
+        Refused: the batches take different ways through the network.
     """
     resumable = Resumable(full, stops, blocks)
     sums: dict[str, _Moments] = {}
@@ -247,7 +248,7 @@ def _record(
         resumable.pass_through(inputs, partial(look, inputs, way))
         if way != order:
             name = next(a or b for a, b in zip_longest(way, order) if a != b)
-            raise ValueError(f"{name}: not every batch calls it, or not in the same order")
+            raise Refused(f"{name}: not every batch calls it, or not in the same order")
     return _Reference(sums, Counter(order), read_by, readers)
 
 

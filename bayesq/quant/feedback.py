@@ -16,6 +16,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from bayesq.errors import Refused
 from bayesq.quant.compiled import compiled
 
 # Columns updated lazily together, the outer of two levels: twice the published code's, because wide layers gain.
@@ -87,7 +88,7 @@ def feedback_factor(moment: Tensor, damping: float, act_order: bool = True) -> F
         act_order: visit columns in decreasing diag(A), ties in column order.
 
     Raises:
-        ValueError: the moment is not finite, or no retry made it positive definite.
+        Refused: the moment is not finite, or no retry made it positive definite.
     """
     a = moment.to(torch.float64)
     _check_finite(a)
@@ -113,17 +114,17 @@ def feedback_factor(moment: Tensor, damping: float, act_order: bool = True) -> F
             upper = root.flip(0, 1)
             curvature, pivots = upper.diagonal().square()[torch.argsort(order)], upper.diagonal().clone()
             return FeedbackFactor(order, upper.div_(pivots), curvature, dead, retry)
-    raise ValueError(f"the input moment is not positive definite even with damping {fraction:g}")
+    raise Refused(f"the input moment is not positive definite even with damping {fraction:g}")
 
 
 def _check_finite(moment: Tensor) -> None:
     """Refuse NaN and infinities, without a mask of the moment's size.
 
     Raises:
-        ValueError: there are some.
+        Refused: there are some.
     """
     if not all(bool(torch.isfinite(bound)) for bound in torch.aminmax(moment)):
-        raise ValueError("the input moment has NaN or infinite entries")
+        raise Refused("the input moment has NaN or infinite entries")
 
 
 def feedback_factors(moments: Tensor, damping: float, act_order: bool = True) -> list[FeedbackFactor]:

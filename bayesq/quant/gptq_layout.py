@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bayesq.errors import Refused
 from bayesq.quant.grids import ZERO_BITS
 from bayesq.quant.tensor import QuantizedTensor
 
@@ -68,18 +69,18 @@ def gptq_buffers(tensor: QuantizedTensor, checkpoint_format: str) -> dict[str, T
         checkpoint_format: a key of FORMATS.
 
     Raises:
-        ValueError: there is an `obstacle`, inputs or outputs do not come in whole blocks, or a zero point is 0, which
+        Refused: there is an `obstacle`, inputs or outputs do not come in whole blocks, or a zero point is 0, which
             the format "gptq" cannot tell from 2**width: what it makes of -1 depends on the reader.
     """
     if reason := obstacle(tensor):
-        raise ValueError(reason)
+        raise Refused(reason)
     rows, columns = tensor.codes.shape
     if not fits_blocks(tensor):
-        raise ValueError(f"it has {columns} inputs and {rows} outputs, which are not both multiples of {BLOCK}")
+        raise Refused(f"it has {columns} inputs and {rows} outputs, which are not both multiples of {BLOCK}")
     width = int(tensor.width[0])
     zero = tensor.zero.numpy() >> (ZERO_BITS - width)
     if FORMATS[checkpoint_format] and not zero.all():
-        raise ValueError("it has a zero point of 0, which the format gptq cannot hold: use --format gptq_v2")
+        raise Refused("it has a zero point of 0, which the format gptq cannot hold: use --format gptq_v2")
     group = torch.arange(columns, dtype=torch.int32) // (tensor.group_size or columns)
     return {
         "qweight": words(tensor.codes.numpy().T, width),

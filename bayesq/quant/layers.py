@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bayesq.errors import Refused
+
 # The network's input that tells real tokens from padding, [examples, positions].
 MASK = "attention_mask"
 
@@ -70,18 +72,18 @@ def quantizable_layers(module: nn.Module, exclude: Sequence[str] = ()) -> dict[s
             no mistake.
 
     Raises:
-        ValueError: a pattern matches nothing, no layer is left, or a layer is of a kind that cannot be quantized.
+        Refused: a pattern matches nothing, no layer is left, or a layer is of a kind that cannot be quantized.
     """
     layers = _all_layers(module)
     tables = {name: child for name, child in module.named_modules() if isinstance(child, nn.Embedding)}
     if not layers:
-        raise ValueError("the network has no Linear or Conv2d layer to quantize: choose another model")
+        raise Refused("the network has no Linear or Conv2d layer to quantize: choose another model")
     for pattern in exclude:
         if not any(fnmatchcase(name, pattern) for name in (*layers, *tables)):
-            raise ValueError(f"layers.exclude: pattern {pattern!r} matches no Linear, Conv2d or Embedding layer")
+            raise Refused(f"layers.exclude: pattern {pattern!r} matches no Linear, Conv2d or Embedding layer")
     chosen = {name: layer for name, layer in layers.items() if not _matches(name, exclude)}
     if not chosen:
-        raise ValueError("layers.exclude leaves no Linear or Conv2d layer to quantize")
+        raise Refused("layers.exclude leaves no Linear or Conv2d layer to quantize")
     for name, layer in chosen.items():
         _check_plain(name, layer)
     # a layer that is excluded keeps the weight it shares with another one
@@ -89,7 +91,7 @@ def quantizable_layers(module: nn.Module, exclude: Sequence[str] = ()) -> dict[s
     taken |= {id(layer.weight) for name, layer in layers.items() if name not in chosen}
     free = {name: layer for name, layer in chosen.items() if id(layer.weight) not in taken}
     if not free:
-        raise ValueError("all layers share their weights with embeddings or excluded layers: none is left to quantize")
+        raise Refused("all layers share their weights with embeddings or excluded layers: none is left to quantize")
     return _once(free)
 
 
@@ -109,7 +111,7 @@ def find_layer(module: nn.Module, name: str) -> Layer | nn.Embedding:
     """The layer of that name, whatever `quantizable_layers` or `embedding_tables` call it.
 
     Raises:
-        ValueError: there is none.
+        Refused: there is none.
     """
     modules = dict(module.named_modules())
     if isinstance(child := modules.get(name), nn.Linear | nn.Conv2d | nn.Embedding):
@@ -119,7 +121,7 @@ def find_layer(module: nn.Module, name: str) -> Layer | nn.Embedding:
             if parameter == prefix:
                 return layer
     kind = f"is a {type(child).__name__}" if child is not None else "is not part of the network"
-    raise ValueError(f"{name:.100} {kind}, not a layer that can be quantized")
+    raise Refused(f"{name:.100} {kind}, not a layer that can be quantized")
 
 
 def is_layer(module: nn.Module) -> bool:
@@ -192,19 +194,19 @@ def _check_plain(name: str, layer: Layer) -> None:
     """Refuse a layer that multiplies with something else than the weight it stores.
 
     Raises:
-        ValueError: naming the layer.
+        Refused: naming the layer.
     """
     if isinstance(layer, ParameterLayer):
         return
     if "weight" not in dict(layer.named_parameters(recurse=False)):
         # weight_norm, spectral_norm or a parametrization: what a run writes into the weight would be lost
-        raise ValueError(
+        raise Refused(
             f"layer {name} computes its weight from other parameters (weight_norm or the like): "
             f"add {name} to layers.exclude"
         )
     if isinstance(layer, nn.Conv2d) and not is_plain(layer) and not _is_dynamic_same(layer):
         # A weight-standardised convolution, say: its stored weight is not the one it multiplies with.
-        raise ValueError(
+        raise Refused(
             f"layer {name} is a {type(layer).__name__} with a forward pass of its own, which may change its "
             f"weight: add {name} to layers.exclude"
         )

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, tree_unflatten
 
+from bayesq.errors import Refused
 from bayesq.quant.blocks import CONSTANTS
 
 INPUT, OUTPUT = "input", "output"
@@ -151,7 +152,7 @@ class _Pass:
         """Run to the next stop: its name, or None at the end of the pass.
 
         Raises:
-            ValueError: the network overwrites its input in this batch, unlike in the one that was learnt from.
+            Refused: the network overwrites its input in this batch, unlike in the one that was learnt from.
         """
         while True:
             try:
@@ -180,7 +181,7 @@ class _Pass:
         finally:
             if versions != _versions(inputs.values()):
                 if not copied:
-                    raise ValueError("the network overwrites some of its inputs, and not those of every batch")
+                    raise Refused("the network overwrites some of its inputs, and not those of every batch")
                 self.readers.copied.add("")
 
     def release(self) -> Tensor:
@@ -317,7 +318,7 @@ class Resumable:
             readers: what `learn` gave for a network of the same structure.
 
         Raises:
-            ValueError: the batches take different ways through the network.
+            Refused: the batches take different ways through the network.
         """
         self._in_step([_Pass(batch, readers, self.blocks) for batch in batches], together)
 
@@ -332,7 +333,7 @@ class Resumable:
                 if name is None:
                     return
                 if any(other != name for other in names):
-                    raise ValueError(f"{name}: not every batch calls it, or not in the same order")
+                    raise Refused(f"{name}: not every batch calls it, or not in the same order")
                 together(name, [one.waiting[2] for one in passes if one.waiting is not None])
                 for one in passes:
                     one.release()

@@ -13,6 +13,7 @@ from itertools import groupby
 import torch
 from torch import Tensor, nn
 
+from bayesq.errors import Refused
 from bayesq.quant.layers import MASK, Layer, function_called, is_plain
 from bayesq.quant.watch import Products, watching
 
@@ -23,7 +24,7 @@ TOLERANCE = 1e-4
 ACCELERATOR_TOLERANCE = 1e-3
 
 
-class OtherUseError(ValueError):
+class OtherUseError(Refused):
     """Weights take part in a forward pass in a way that no statistics describe."""
 
 

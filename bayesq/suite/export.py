@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 import bayesq
+from bayesq.errors import Refused
 from bayesq.files import atomic_path
 from bayesq.suite.arguments import module_parser
 from bayesq.suite.cli import user_error_in
@@ -108,7 +109,7 @@ def write_gptq(packed: "Packed", network: "Network", folder: Path, dtype: str, c
             continue
         try:
             packed_layer = gptq_buffers(tensor, checkpoint_format)
-        except ValueError as error:
+        except Refused as error:
             raise UserError(f"--to gptq cannot hold layer {part.prefix}{name}: {error}") from error
         del plain[f"{name}.weight"]
         buffers.update({f"{name}.{key}": value for key, value in packed_layer.items()})

@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 from bayesq.allocation import DAMPING, Budget, Knapsack, make_allocator
 from bayesq.calibration.passes import SUM_BYTES, CalibrationSettings
 from bayesq.distillation import DistillationSettings
+from bayesq.errors import Refused
 from bayesq.likelihood import LIKELIHOODS, Likelihood
 from bayesq.memory import resident_bytes
 from bayesq.posterior import AUTO, WhiteningStore
@@ -56,7 +57,7 @@ def make_recipe(cfg: DictConfig) -> Recipe:
             else None,
             seed=int(cfg.seed),
         )
-    except ValueError as error:
+    except Refused as error:
         raise UserError(str(error)) from error
 
 
@@ -82,7 +83,7 @@ def check_patterns(recipe: Recipe, work: Workload) -> None:
     if isinstance(recipe.allocator, Knapsack):
         try:
             recipe.allocator.choices(list(work.subject.layers))
-        except ValueError as error:
+        except Refused as error:
             raise UserError(str(error)) from error
 
 

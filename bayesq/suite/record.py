@@ -13,7 +13,7 @@ from bayesq.memory import peak_bytes
 from bayesq.quant.accounting import code_bits
 from bayesq.quant.file import Sizes
 from bayesq.recipe import Quantized
-from bayesq.report import layer_rows
+from bayesq.report import fallbacks
 from bayesq.suite import code_digest
 from bayesq.suite.config import reads_posterior, resolved, run_id
 from bayesq.suite.labels import model_label
@@ -22,22 +22,12 @@ from bayesq.suite.workload import Workload
 
 log = logging.getLogger(__name__)
 
-FALLBACKS = (
-    "dead_columns",
-    "damping_retries",
-    "unseen_layers",
-    "clamped_scales",
-    "uncorrected_layers",
-    "kappa_undefined",
-    "kappa_clamped",
-    "oom_retries",
-)
-
 
 def flat_result(
     cfg: DictConfig,
     work: Workload,
     quantized: Quantized,
+    layers: Sequence[Mapping[str, Any]],
     sizes: Sizes,
     metrics: Mapping[str, Any],
     seconds: Mapping[str, float],
@@ -48,6 +38,7 @@ def flat_result(
     Args:
         cfg, work: configuration, network and data.
         quantized: what the recipe made of the network.
+        layers: of `layer_rows`.
         sizes: of the packed file.
         metrics: of the evaluation, under their result keys.
         seconds: evaluate, total and prepare.
@@ -76,7 +67,7 @@ def flat_result(
         "bytes/fp32": 4 * weights,
         **metrics,
         **{f"distill/{key}": value for key, value in quantized.distillation.items()},
-        "risk/rank_correlation": risk_rank_correlation(layer_rows(quantized)),
+        "risk/rank_correlation": risk_rank_correlation(layers),
         **{f"time/{stage}_s": value for stage, value in (quantized.seconds | dict(seconds)).items()},
         **memory(device, estimate_bytes),
         "calibration/examples": len(work.subject.examples),
@@ -121,20 +112,6 @@ def risk_rank_correlation(rows: Sequence[Mapping[str, Any]]) -> float | None:
     ranks = pd.DataFrame(pairs).rank().to_numpy()
     correlation = float(np.corrcoef(ranks, rowvar=False)[0, 1])
     return None if math.isnan(correlation) else correlation
-
-
-def fallbacks(quantized: Quantized, unreached: int = 0) -> dict[str, int]:
-    """How often something else than asked was done, of each kind in FALLBACKS.
-
-    Args:
-        quantized: what the recipe made of the network.
-        unreached: layers that take no part in the forward pass and stay in full precision.
-    """
-    total = dict.fromkeys(FALLBACKS, 0) | {"oom_retries": quantized.oom_retries, "unseen_layers": unreached}
-    for problem in quantized.problems.values():
-        for kind, times in problem.fallbacks.items():
-            total[kind] = total.get(kind, 0) + times
-    return total
 
 
 def log_decisions(title: str, quantized: Quantized) -> None:

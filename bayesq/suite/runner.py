@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from bayesq.errors import Refused
 from bayesq.pipeline import quantize_network
 from bayesq.progress import elapsed
 from bayesq.quant.file import Packed, Sizes, read_packed, write_packed
@@ -108,7 +109,7 @@ def execute(cfg: DictConfig, folder: Path, session: Session) -> tuple[dict[str, 
     start = time.perf_counter()
     try:
         quantized = quantize_network(work.subject, recipe, statistics)
-    except ValueError as error:
+    except Refused as error:
         raise UserError(str(error)) from error
     log_decisions(title, quantized)
     sizes, stored = store(folder / QUANTIZED_FILE, quantized, run_record(cfg, work.network))
@@ -124,8 +125,9 @@ def execute(cfg: DictConfig, folder: Path, session: Session) -> tuple[dict[str, 
         "total": time.perf_counter() - start + quantized.reused_s,
         "prepare": start - began,
     }
-    result = flat_result(cfg, work, quantized, sizes, metrics, seconds, needs.memory)
-    return result, layer_rows(quantized), prediction_rows(rows, work.data.evaluation.ids)
+    layers = layer_rows(quantized)
+    result = flat_result(cfg, work, quantized, layers, sizes, metrics, seconds, needs.memory)
+    return result, layers, prediction_rows(rows, work.data.evaluation.ids)
 
 
 def store(path: Path, quantized: Quantized, record: dict[str, Any]) -> tuple[Sizes, Packed]:

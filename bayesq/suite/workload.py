@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from bayesq.batches import EncodedExamples, two_examples
+from bayesq.errors import Refused
 from bayesq.quant.layers import embedding_tables, quantizable_layers
 from bayesq.quant.usage import OtherUseError, usage_of
 from bayesq.recipe import Subject
@@ -106,7 +107,7 @@ def load(
     try:
         examples = data.calibration(selection.examples, selection.seed)
         layers = quantizable_layers(module, list(selection.exclude))
-    except ValueError as error:
+    except Refused as error:
         raise UserError(str(error)) from error
     embeddings = embedding_tables(module, list(selection.exclude)) if selection.include_embeddings else {}
     if selection.include_embeddings and not embeddings:

@@ -10,7 +10,7 @@ from baselines.rtn import RTN
 from bayesq.contract import LayerProblem
 from bayesq.nearest import clamped_scales
 from bayesq.recipe import Quantized
-from bayesq.suite.record import FALLBACKS, fallbacks
+from bayesq.report import FALLBACKS, fallbacks
 
 
 def choice(name: str) -> Choice:

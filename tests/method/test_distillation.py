@@ -8,6 +8,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
+from bayesq import teacher as teachers
 from bayesq.distillation import DistillationSettings, distill
 from bayesq.likelihood import Categorical
 from bayesq.quant.accounting import buffer_bytes
@@ -133,7 +134,7 @@ def identical(a: QuantizedTensor, b: QuantizedTensor) -> bool:
 # -------------------------------------------------------------------------------------------------------- teacher
 
 
-def test_the_teacher_is_the_mean_prediction_of_the_drawn_networks():
+def test_the_teacher_is_the_mean_prediction_of_the_drawn_networks(monkeypatch):
     full = nn.Linear(3, 4).eval()
     x = torch.randn(7, 3, generator=torch.Generator().manual_seed(0))
     order = torch.randperm(7, generator=torch.Generator().manual_seed(1))
@@ -161,6 +162,15 @@ def test_the_teacher_is_the_mean_prediction_of_the_drawn_networks():
         expected += torch.softmax(x.double() @ weight.T + full.bias.detach().double(), 1) / 5
     torch.testing.assert_close(teacher, expected, rtol=1e-5, atol=1e-6)
 
+    monkeypatch.setattr(teachers, "MOST_BYTES", 7 * 4 * 8 - 1)
+    again = posterior_predictive(
+        Model().eval(), ["layer"], sample, batches, 5, torch.Generator().manual_seed(2), CATEGORICAL
+    )
+    assert isinstance(again, teachers.Recomputed) and len(again) == 7
+    for batch in batches:
+        torch.testing.assert_close(again(batch.inputs), teacher[batch.index], rtol=1e-6, atol=1e-7)
+
+    monkeypatch.undo()
     mean = posterior_predictive(Model().eval(), ["layer"], sample, batches, 0, generator, CATEGORICAL)
     torch.testing.assert_close(mean, full(x).detach().double().softmax(1), rtol=1e-5, atol=1e-6)
 

@@ -11,6 +11,7 @@ from torch.distributions import Distribution, Independent, Normal
 from torch.distributions import kl_divergence as reference_kl
 
 from bayesq import likelihood as module
+from bayesq import teacher as teachers
 from bayesq.distillation import DistillationSettings, distill
 from bayesq.likelihood import LIKELIHOODS, Categorical, Gaussian, Likelihood, Tokens
 from bayesq.posterior import Kfac
@@ -375,6 +376,25 @@ def test_kappa_of_a_language_model_is_measured_per_token(speaker, alone, batch_s
     other = loaded(speaker, {}, {"hidden.weight": speaker.hidden.weight + delta})
     expected = naive_tokens_kl(speaker, other, inputs)
     assert kappa.measured["hidden"] == pytest.approx(sum(expected) / len(expected), rel=1e-5)
+
+
+def test_a_language_model_is_distilled_from_outputs_that_are_computed_again(speaker, monkeypatch):
+    """Outputs beyond the bound, and sequences of different length; the result is that of stored outputs."""
+    inputs, tensors = sentences(40), quantize(speaker, {"hidden": 2, "head": 2})
+    given = [Batch({name: x[index] for name, x in inputs.items()}, index) for index in torch.arange(40).split(8)]
+    results = []
+    for most in (2**30, 0):
+        monkeypatch.setattr(teachers, "MOST_BYTES", most)
+        teacher = posterior_predictive(speaker, [], None, given, 0, torch.Generator(), TOKENS)
+        student, generator = loaded(speaker, tensors, {}), torch.Generator().manual_seed(0)
+        results.append(distill(student, tensors, given, teacher, DistillationSettings(1), generator, TOKENS))
+    stored, again = results
+    assert again.heldout_kl_before == pytest.approx(stored.heldout_kl_before, rel=1e-4)
+    assert again.heldout_kl_after == pytest.approx(stored.heldout_kl_after, rel=1e-4)
+    monkeypatch.undo()
+    given[-1] = Batch({name: x[:, :5] for name, x in given[-1].inputs.items()}, given[-1].index)
+    teacher = posterior_predictive(speaker, [], None, given, 0, torch.Generator(), TOKENS)
+    assert [tuple(teacher(batch.inputs).shape[1:]) for batch in given] == [(7, 6)] * 4 + [(5, 6)]
 
 
 def test_a_language_model_is_distilled(speaker):

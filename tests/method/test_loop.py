@@ -9,6 +9,7 @@ from bayesq.allocation import Allocation, Budget, Uniform
 from bayesq.calibration.inputs import INPUT_MOMENT
 from bayesq.calibration.statistic import Statistic
 from bayesq.contract import Context, LayerProblem, check_finite, stack_groups
+from bayesq.errors import Refused
 from bayesq.loop import quantize_layers
 from bayesq.quant.grids import mse_grid, round_affine, zero_code
 from bayesq.quant.tensor import QuantizedTensor
@@ -173,6 +174,25 @@ def test_a_layer_without_a_result_is_refused():
 
     with pytest.raises(ValueError, match=r"layer a: Nothing\.quantize_layer returned NoneType"):
         run(Nothing())
+
+
+def test_a_tensor_of_other_widths_than_prepared_is_refused():
+    class Wider(Nearest):
+        def quantize_layer(self, layer, width, context):
+            return super().quantize_layer(layer, width + 1, context)
+
+    with pytest.raises(Refused, match=r"layer a: Wider\.quantize_layer returned other row widths than Wider\.prepare"):
+        run(Wider())
+
+
+def test_a_defect_in_a_method_is_no_refusal():
+    class Broken(Nearest):
+        def quantize_layer(self, layer, width, context):
+            raise ValueError("not enough values to unpack")
+
+    with pytest.raises(ValueError, match="not enough values") as raised:
+        run(Broken())
+    assert not isinstance(raised.value, Refused)
 
 
 def test_the_context_draws_the_same_from_the_same_seed():

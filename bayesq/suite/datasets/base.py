@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Protocol, cast, runtime_checkable
 import torch
 from torch import Tensor
 
+from bayesq.errors import Refused
 from bayesq.likelihood import Likelihood
 from bayesq.suite.errors import UserError
 from bayesq.suite.metrics import ACCURACY, Metric
@@ -127,7 +128,7 @@ class DataSplits:
         """
         pool = len(self.calibration_pool)
         if not 1 <= examples <= pool:
-            raise ValueError(
+            raise Refused(
                 f"calibration.examples={examples} is not possible: choose 1 to {pool}, "
                 "the size of the data set's calibration pool"
             )
