@@ -53,6 +53,8 @@ def rehearse(recipe: Recipe, layers: Mapping[str, Layer]) -> None:
         return {layer.name: all_widths(layer.rows) for layer in layers}
 
     try:
+        if recipe.whitenings is not None:
+            recipe.whitenings.prepare(problems)
         if isinstance(allocator, Knapsack):
             allocator.pinned, allocator.allowed = {}, {}  # patterns may match none of these layers
             if recipe.proxy is not None:
