@@ -208,7 +208,12 @@ def _statistics(subject: Subject, recipe: Recipe, batch_size: int, seed: int) ->
         posterior.draws if posterior else "signs",
     )
     return InMemoryStatistics(
-        subject.module, subject.layers, subject.examples, settings, subject.device, subject.usage.overwritten
+        subject.module,
+        subject.layers,
+        subject.examples,
+        settings,
+        subject.device,
+        overwritten=subject.usage.overwritten,
     )
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from bayesq.batches import TensorExamples
 from bayesq.calibration.collector import Collector
 from bayesq.calibration.inputs import INPUT_BASIS, INPUT_MAGNITUDE, INPUT_MOMENT
+from bayesq.calibration.memory import InMemoryStatistics
 from bayesq.calibration.passes import CalibrationSettings
 from bayesq.fisher import FISHER_DIAGONAL, FISHER_EIGENVALUES, GRADIENT_BASIS, GRADIENT_MOMENT, GradientDirections
 from bayesq.quant.layers import quantizable_layers, weight_to_matrix
@@ -108,6 +109,14 @@ def open_calibration(module: nn.Module, folder: Path, examples=None, room: int =
         CPU,
         room,
     )
+
+
+def in_memory(module: nn.Module, statistics, examples=None, room: int = 2**29, **changes) -> InMemoryStatistics:
+    """Prepared statistics of the module's layers."""
+    settings = dataclasses.replace(SETTINGS, **changes)
+    opened = InMemoryStatistics(module, quantizable_layers(module), examples or images(), settings, CPU, room)
+    opened.prepare(statistics)
+    return opened
 
 
 class WithIdleLayers(TinyConvNet):

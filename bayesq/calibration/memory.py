@@ -1,21 +1,27 @@
-"""Calibration statistics that stay in memory: for a single call, where a cache on disk would serve nobody."""
+"""Statistics of a network on its calibration examples, computed when they are first needed.
+
+`InMemoryStatistics` serves a single call. The suite stores statistics on disk (`bayesq.suite.calibration`).
+"""
 
 import time
-from collections.abc import Collection, Iterable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bayesq.batches import EncodedBatches, EncodedExamples
-from bayesq.calibration.passes import CalibrationSettings, Passes, Report
+from bayesq.calibration.passes import SUM_BYTES, CalibrationSettings, Passes, Report
 from bayesq.calibration.statistic import LayerStatistics, Source, Statistic, families
 from bayesq.memory import halving
+from bayesq.progress import bar
 from bayesq.quant.layers import Layer
 
 
-class InMemoryStatistics:
-    """Statistics of a network on its calibration examples.
+class NetworkStatistics(ABC):
+    """Computes statistics; subclasses decide when, and where they are stored.
 
     Args:
         module: network in eval mode on its device.
@@ -23,11 +29,11 @@ class InMemoryStatistics:
         examples: encoded calibration examples.
         settings: see CalibrationSettings.
         device: where batches go.
-        overwritten: see `Passes`.
+        room, overwritten: see `Passes`.
 
     Attributes:
+        statistics: those prepared so far, by name.
         unseen: layers that no example reached.
-        total_s: seconds it took.
     """
 
     def __init__(
@@ -37,62 +43,91 @@ class InMemoryStatistics:
         examples: EncodedExamples,
         settings: CalibrationSettings,
         device: torch.device,
+        room: int = SUM_BYTES,
         overwritten: Collection[str] = (),
     ) -> None:
-        self.passes = Passes(module, layers, settings, overwritten=overwritten)
+        self.passes = Passes(module, layers, settings, room, overwritten)
         self.layers, self.examples, self.settings, self.device = layers, examples, settings, device
+        self.statistics: dict[str, Statistic] = {}
         self.unseen: set[str] = set()
-        self.total_s = 0.0
-        self._retries = 0
-        self._named: dict[str, Statistic] = {}
-        self._tensors: dict[tuple[str, str], Tensor] = {}
 
     @property
     def batch_size(self) -> int:
         """Examples per forward pass."""
         return self.settings.batch_size
 
+    def statistic(self, layer: str, name: str) -> Tensor:
+        """One layer's statistic by its name.
+
+        Raises:
+            ValueError: the statistic was not prepared, or it has unusable values (see `Statistic.check`).
+        """
+        return LayerStatistics(layer, self.statistics, partial(self.load, layer))(name)
+
+    @abstractmethod
+    def load(self, layer: str, statistic: Statistic) -> Tensor:
+        """One layer's statistic, not checked."""
+
+    def compute(
+        self, statistics: Sequence[Statistic], write: Callable[[str, Statistic, Tensor], None]
+    ) -> tuple[Report, int]:
+        """Compute statistics of one family; what they require is prepared.
+
+        Args:
+            statistics: of one of `families`.
+            write: takes each layer's finished statistic.
+
+        Returns:
+            the report of the passes, and how often they ran out of memory. Each time all passes begin again with
+            smaller batches, because the random draws of a batch depend on its size.
+        """
+        if statistics[0].source is Source.STATISTICS:
+            for one in statistics:
+                for layer in bar(self.layers, one.name):
+                    required = {other.name: self.statistic(layer, other.name) for other in one.requires}
+                    write(layer, one, one.derive(required))
+            return Report(), 0
+        title = f"calibrate {'+'.join(one.name for one in statistics)}"
+
+        def attempt(batch_size: int) -> Report:
+            batches = EncodedBatches(self.examples, batch_size, self.device, title)
+            return self.passes.run(statistics, batches, write, self.load)
+
+        return halving(self.batch_size, attempt, "calibration")
+
+
+class InMemoryStatistics(NetworkStatistics):
+    """Statistics in memory; the arguments are those of `NetworkStatistics`.
+
+    Attributes:
+        total_s: seconds it took.
+    """
+
+    def __init__(self, *given: Any, **named: Any) -> None:
+        super().__init__(*given, **named)
+        self.total_s = 0.0
+        self._retries = 0
+        self._tensors: dict[tuple[str, str], Tensor] = {}
+
+    def prepare(self, statistics: Iterable[Statistic]) -> None:
+        """Compute the statistics, and those they require, that are not computed yet."""
+        start = time.perf_counter()
+        for family in families(statistics):
+            missing = [one for one in family if one.name not in self.statistics]
+            if missing:
+                report, retries = self.compute(missing, self._write)
+                self.unseen.update(report.unseen)
+                self._retries += retries
+                self.statistics |= {one.name: one for one in missing}
+        self.total_s += time.perf_counter() - start
+
     def out_of_memory(self) -> int:
         """How often passes over the examples ran out of memory."""
         return self._retries
 
-    def prepare(self, statistics: Iterable[Statistic]) -> None:
-        """Compute what is not there yet."""
-        start = time.perf_counter()
-        for family in families(statistics):
-            missing = [one for one in family if one.name not in self._named]
-            if not missing:
-                continue
-            if missing[0].source is Source.STATISTICS:
-                self._derive(missing)
-            else:
-                report, retries = halving(self.batch_size, partial(self._run, missing), "calibration")
-                self.unseen.update(report.unseen)
-                self._retries += retries
-            self._named |= {one.name: one for one in missing}
-        self.total_s += time.perf_counter() - start
-
-    def statistic(self, layer: str, name: str) -> Tensor:
-        """One layer's statistic by its name, checked.
-
-        Raises:
-            Refused: it was not prepared, or no method can use its values.
-        """
-        return LayerStatistics(layer, self._named, partial(self._load, layer))(name)
-
-    def _load(self, layer: str, statistic: Statistic) -> Tensor:
+    def load(self, layer: str, statistic: Statistic) -> Tensor:
+        """One layer's statistic, not checked."""
         return self._tensors[layer, statistic.name]
 
     def _write(self, layer: str, statistic: Statistic, tensor: Tensor) -> None:
         self._tensors[layer, statistic.name] = tensor
-
-    def _run(self, statistics: list[Statistic], batch_size: int) -> Report:
-        title = f"calibrate {'+'.join(one.name for one in statistics)}"
-        batches = EncodedBatches(self.examples, batch_size, self.device, title)
-        return self.passes.run(statistics, batches, self._write, self._load)
-
-    def _derive(self, statistics: list[Statistic]) -> None:
-        for layer in self.layers:
-            for one in statistics:
-                required = {other.name: self._load(layer, other) for other in one.requires}
-                self._write(layer, one, one.derive(required))

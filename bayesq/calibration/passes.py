@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Protocol
 
 import torch
@@ -11,10 +10,10 @@ from torch import Tensor, nn
 
 from bayesq.batches import Batch
 from bayesq.calibration.collector import Collector
-from bayesq.calibration.statistic import LayerStatistics, Source, Statistic, families, with_required
+from bayesq.calibration.statistic import Source, Statistic
 from bayesq.errors import Refused
 from bayesq.likelihood import LIKELIHOODS, Likelihood
-from bayesq.memory import give_back_freed, halving
+from bayesq.memory import give_back_freed
 from bayesq.quant.layers import Layer, weight_to_matrix
 
 # Bytes of all running sums of one pass; more layers than fit take further passes over the examples, which cost time
@@ -221,74 +220,3 @@ def spread(count: int, total: int) -> list[bool]:
 def sum_bytes(layer: Layer, statistics: Iterable[Statistic]) -> int:
     """Memory that the running sums of a layer's statistics take, and what is read while they are collected."""
     return sum(statistic.sum_bytes(*weight_to_matrix(layer).shape) for statistic in statistics)
-
-
-class _Listed(list[Batch]):
-    """`Batches` in memory."""
-
-    @property
-    def examples(self) -> int:
-        return sum(map(len, self))
-
-    @property
-    def batch_size(self) -> int:
-        return max(map(len, self))
-
-
-def collect(
-    module: nn.Module,
-    layers: Mapping[str, Layer],
-    statistics: Iterable[Statistic],
-    batches: Sequence[Batch],
-    likelihood: Likelihood,
-    samples: int | None = None,
-    seed: int = 0,
-    gradient_examples: int | None = None,
-    draws: str = "signs",
-    room: int = SUM_BYTES,
-    overwritten: Collection[str] = (),
-) -> dict[str, LayerStatistics]:
-    """Statistics of every layer, in memory; out of memory, batches are halved.
-
-    Args:
-        module: network in eval mode on its device.
-        layers: by name.
-        statistics: to collect; what they require is collected too.
-        batches: the calibration examples, on the network's device.
-        likelihood: of the network's outputs.
-        samples, seed, gradient_examples, draws: see CalibrationSettings.
-        room, overwritten: see `Passes`.
-
-    Returns:
-        by layer: what reads its statistics by name.
-
-    Raises:
-        Refused: no batches, a layer that no example reaches, or a layer no statistics can be taken of.
-    """
-    whole = _Listed(batches)
-    if not whole:
-        raise Refused("batches: there are none")
-    tensors: dict[tuple[str, str], Tensor] = {}
-    settings = CalibrationSettings(whole.batch_size, samples, seed, gradient_examples, likelihood, draws)
-    passes = Passes(module, layers, settings, room, overwritten)
-
-    def write(name: str, statistic: Statistic, tensor: Tensor) -> None:
-        tensors[name, statistic.name] = tensor
-
-    def load(name: str, statistic: Statistic) -> Tensor:
-        return tensors[name, statistic.name]
-
-    def attempt(family: Sequence[Statistic], size: int) -> Report:
-        return passes.run(family, _Listed(part for batch in whole for part in batch.split(size)), write, load)
-
-    named = with_required(statistics)
-    for family in families(named.values()):
-        if family[0].source is Source.STATISTICS:
-            for name in layers:
-                for statistic in family:
-                    write(name, statistic, statistic.derive({r.name: load(name, r) for r in statistic.requires}))
-            continue
-        report, _ = halving(whole.batch_size, partial(attempt, family), "calibration")
-        if report.unseen:
-            raise Refused(f"no calibration example reaches {', '.join(report.unseen)}: exclude these layers")
-    return {name: LayerStatistics(name, named, partial(load, name)) for name in layers}

@@ -11,49 +11,40 @@ import logging
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from bayesq.batches import EncodedBatches, EncodedExamples
-from bayesq.calibration.passes import SUM_BYTES, CalibrationSettings, Passes, Report
-from bayesq.calibration.statistic import LayerStatistics, Source, Statistic, families, with_required
+from bayesq.batches import EncodedExamples
+from bayesq.calibration.memory import NetworkStatistics
+from bayesq.calibration.passes import SUM_BYTES, CalibrationSettings
+from bayesq.calibration.statistic import Source, Statistic, families, with_required
 from bayesq.files import lock
-from bayesq.memory import halving
 from bayesq.quant.layers import Layer, ParameterLayer, groups_of, kind_of, weight_to_matrix
-from bayesq.tensor_file import CorruptFile, TensorWriter, tensor_writer, verify
+from bayesq.tensor_file import CorruptFile, tensor_writer, verify
 
 log = logging.getLogger(__name__)
 
-# Room in a file's header for what it tells besides the layers no example reached.
+# Space in a file's header for its metadata, except the names of unreached layers.
 METADATA_BYTES = 1024
-# Bytes of running sums in a pass with calibration.offload=disk, or what the largest layer takes.
+# Bytes of running sums in a pass with calibration.offload=disk; a larger layer takes a pass alone.
 OFFLOADED_SUM_BYTES = 64 * 2**20
 
 
-class Calibration:
-    """Statistics of a network on its calibration examples, on disk, computed when first asked for.
+class Calibration(NetworkStatistics):
+    """Statistics on disk.
 
     Args:
-        module: network in eval mode on its device.
         identity: of the network, as `Network.identity`.
-        layers: layers by name.
-        examples: encoded calibration examples.
-        settings: see CalibrationSettings.
         cache_dir: root of the caches.
-        device: where batches go.
-        room, overwritten: see `Passes`.
+        module, layers, examples, settings, device, room, overwritten: see `NetworkStatistics`.
 
     Attributes:
-        statistics: those prepared so far, by name.
-        seconds: what each took when it was computed, besides the shared forward passes.
+        seconds: what each statistic took when it was computed, without the shared forward passes.
         forward_s: what the forward passes took.
-        unseen: layers that no example reached.
-        reused: by name, whether the file was there already.
+        reused: by name, whether the file existed already.
         oom_retries: by name, how often the pass ran out of memory.
     """
 
@@ -69,8 +60,7 @@ class Calibration:
         room: int = SUM_BYTES,
         overwritten: Collection[str] = (),
     ) -> None:
-        self.passes = Passes(module, layers, settings, room, overwritten)
-        self.layers, self.examples, self.settings, self.device = layers, examples, settings, device
+        super().__init__(module, layers, examples, settings, device, room, overwritten)
         self._content = {
             "torch": torch.__version__,
             "device": device.type,
@@ -92,17 +82,10 @@ class Calibration:
         }
         self.folder = cache_dir / "statistics"
         self._paths: dict[Statistic, Path] = {}
-        self.statistics: dict[str, Statistic] = {}
         self.seconds: dict[str, float] = {}
         self.forward_s = 0.0
-        self.unseen: set[str] = set()
         self.reused: dict[str, bool] = {}
         self.oom_retries: dict[str, int] = {}
-
-    @property
-    def batch_size(self) -> int:
-        """Examples per forward pass."""
-        return self.settings.batch_size
 
     def out_of_memory(self) -> int:
         """How often passes over the examples ran out of memory."""
@@ -118,9 +101,9 @@ class Calibration:
         return self._paths[statistic]
 
     def prepare(self, statistics: Iterable[Statistic]) -> None:
-        """Make sure the files of statistics, and of those they require, exist and are whole; compute what is missing.
+        """Compute the statistics, and those they require, that have no file yet or a corrupt one.
 
-        Broken files are reported and computed again. Another process that needs the same file waits for it.
+        Another process that needs the same file waits for it.
 
         Raises:
             ValueError: two statistics that differ have one name.
@@ -129,7 +112,7 @@ class Calibration:
         self.statistics = with_required([*self.statistics.values(), *(one for family in needed for one in family)])
         for family in needed:
             with ExitStack() as locks:
-                # always in the order of `family`, so that two processes never wait for each other
+                # every process locks in the order of `family`, so that no two wait for each other
                 for statistic in family:
                     locks.enter_context(lock(self.path(statistic)))
                 missing = [statistic for statistic in family if not self._check(statistic)]
@@ -137,23 +120,16 @@ class Calibration:
                     self._compute(missing)
 
     def missing(self, statistics: Iterable[Statistic]) -> list[Statistic]:
-        """Those of the statistics, and of what they require, that have no file yet."""
+        """The statistics, and those they require, that have no file yet."""
         return [one for family in families(statistics) for one in family if not self.path(one).exists()]
 
     @property
     def total_s(self) -> float:
-        """What the prepared statistics take in a run that has none of them yet, wherever these came from."""
+        """Seconds that the prepared statistics take in a run without a cache."""
         return self.forward_s + sum(self.seconds.values())
 
-    def statistic(self, layer: str, name: str) -> Tensor:
-        """One layer's statistic, read from disk.
-
-        Raises:
-            ValueError: the statistic was not prepared, or its values are of no use (see `Statistic.check`).
-        """
-        return LayerStatistics(layer, self.statistics, partial(self._load, layer))(name)
-
-    def _load(self, layer: str, statistic: Statistic) -> Tensor:
+    def load(self, layer: str, statistic: Statistic) -> Tensor:
+        """One layer's statistic, read from disk."""
         with safe_open(self.path(statistic), framework="pt") as file:
             tensor: Tensor = file.get_tensor(layer)
         return tensor
@@ -186,14 +162,10 @@ class Calibration:
             writers = {
                 one: files.enter_context(tensor_writer(self.path(one), self._shapes(one), room)) for one in statistics
             }
-            if first.source is Source.STATISTICS:
-                self._derive(writers)
-                report, retries = Report(), 0
-            else:
-                # All passes begin again with smaller batches: the draws of a batch are those of its size.
-                attempt = partial(self._run, statistics, writers)
-                report, retries = halving(self.settings.batch_size, attempt, "calibration")
-            # One forward pass can serve all that requires nothing, whichever of it was asked for first: it counts once.
+            report, retries = self.compute(
+                statistics, lambda layer, statistic, tensor: writers[statistic].write(layer, tensor)
+            )
+            # Statistics that require no others can share one forward pass, so its time is counted once.
             total = time.perf_counter() - start
             shared = not first.requires and not first.alone
             forward = total - report.backward_s if shared else 0.0
@@ -209,25 +181,6 @@ class Calibration:
                 }
                 writer.finish(metadata)
                 self._note(statistic, metadata, reused=False)
-
-    def _derive(self, writers: Mapping[Statistic, TensorWriter]) -> None:
-        """Write statistics that follow from others."""
-        for statistic, writer in writers.items():
-            for name in tqdm(self.layers, desc=statistic.name, disable=None, leave=False):
-                required = {one.name: self.statistic(name, one.name) for one in statistic.requires}
-                writer.write(name, statistic.derive(required))
-
-    def _run(
-        self, statistics: Sequence[Statistic], writers: Mapping[Statistic, TensorWriter], batch_size: int
-    ) -> Report:
-        title = f"calibrate {'+'.join(statistic.name for statistic in statistics)}"
-        batches = EncodedBatches(self.examples, batch_size, self.device, title)
-        return self.passes.run(
-            statistics,
-            batches,
-            write=lambda layer, statistic, tensor: writers[statistic].write(layer, tensor),
-            load=self._load,
-        )
 
     def _shapes(self, statistic: Statistic) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         return {

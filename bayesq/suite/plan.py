@@ -2,12 +2,14 @@
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from omegaconf import DictConfig
 
 from bayesq.allocation import DAMPING, Budget, Knapsack, make_allocator
+from bayesq.batches import two_examples
 from bayesq.calibration.passes import SUM_BYTES, CalibrationSettings
 from bayesq.distillation import DistillationSettings
 from bayesq.errors import Refused
@@ -15,15 +17,18 @@ from bayesq.likelihood import LIKELIHOODS, Likelihood
 from bayesq.memory import resident_bytes
 from bayesq.posterior import AUTO, WhiteningStore
 from bayesq.quant.correction import MAX_EXAMPLES
-from bayesq.recipe import Distillation, Proxy, Recipe
+from bayesq.quant.layers import embedding_tables, quantizable_layers
+from bayesq.quant.usage import OtherUseError, usage_of
+from bayesq.recipe import Distillation, Proxy, Recipe, Subject
 from bayesq.suite.calibration import OFFLOADED_SUM_BYTES, Calibration
 from bayesq.suite.config import reads_posterior, resolved
 from bayesq.suite.construct import build
+from bayesq.suite.coverage import coverage, report
 from bayesq.suite.errors import UserError
 from bayesq.suite.forward import naming_model
 from bayesq.suite.preflight import Choices, Needs, activations, check, estimate
 from bayesq.suite.session import Session
-from bayesq.suite.workload import Names, Selection, Workload, load, select_device
+from bayesq.suite.workload import Workload, check_network, select_device
 
 # Whitenings may take this share of the free disk, 1 / SPARE_DISK.
 SPARE_DISK = 4
@@ -62,16 +67,48 @@ def make_recipe(cfg: DictConfig) -> Recipe:
 
 
 def load_workload(cfg: DictConfig, cache_dir: Path) -> Workload:
-    """`workload.load` of a configuration."""
-    selection = Selection(
-        exclude=list(cfg.layers.exclude),
-        include_embeddings=cfg.layers.include_embeddings,
-        examples=int(cfg.calibration.examples),
-        batch_size=int(cfg.calibration.batch_size),
-        seed=int(cfg.seed),
-    )
-    named = Names(cfg.dataset.name, cfg.model.name, list(cfg.model.tasks))
-    return load(build(cfg.dataset), build(cfg.model), named, selection, select_device(cfg.device), cache_dir)
+    """Load data and network, encode the examples, and find the layers that the forward pass uses.
+
+    Raises:
+        UserError: the calibration set cannot be drawn, no layer is left to quantize, there are no embeddings to
+            include, the model is not for the data set's task, or the network has NaN or infinite weights.
+    """
+    name, exclude, device = cfg.model.name, list(cfg.layers.exclude), select_device(cfg.device)
+    data = build(cfg.dataset).load(cache_dir)
+    if data.task.name not in cfg.model.tasks:
+        raise UserError(
+            f"dataset={cfg.dataset.name} is for {data.task.name}, but model={name} is for "
+            f"{' or '.join(cfg.model.tasks)}: choose a dataset and a model of one task"
+        )
+    source = build(cfg.model)
+    with naming_model(name, "building it"):
+        network = source.build(data, cache_dir)
+    module = network.module
+    check_network(module, name)
+    module.to(device)
+    try:
+        examples = data.calibration(int(cfg.calibration.examples), int(cfg.seed))
+        layers = quantizable_layers(module, exclude)
+    except Refused as error:
+        raise UserError(str(error)) from error
+    embeddings = embedding_tables(module, exclude) if cfg.layers.include_embeddings else {}
+    if cfg.layers.include_embeddings and not embeddings:
+        raise UserError(f"layers.include_embeddings=true: model={name} has no embedding left to quantize")
+    with naming_model(name, "encoding its inputs"):
+        calibration, evaluation = network.encode(examples), network.encode(data.evaluation)
+    with naming_model(name, "its forward pass"):
+        try:
+            batches = calibration.batches(int(cfg.calibration.batch_size), device)
+            more = (batch.inputs for batch in batches)
+            usage = usage_of(module, layers, two_examples(calibration, device).inputs, more)
+        except OtherUseError as error:
+            raise UserError(f"model={name}: {error}") from error
+    if not usage.layers:
+        raise UserError(f"model={name}: no layer takes part in the forward pass: choose another model")
+    covered = coverage(module, {**usage.layers, **embeddings})
+    report(covered, module, usage.unreached)
+    subject = Subject(module, usage, calibration, data.likelihood, device, embeddings, network.blocks)
+    return Workload(network, data, subject, evaluation, covered)
 
 
 def check_patterns(recipe: Recipe, work: Workload) -> None:
@@ -124,18 +161,27 @@ def open_statistics(cfg: DictConfig, store: WhiteningStore | None, work: Workloa
     )
 
 
-def place_whitenings(
+@contextmanager
+def placed_whitenings(
     cfg: DictConfig, store: WhiteningStore | None, statistics: Calibration, folder: Path, session: Session
-) -> None:
-    """Keep whitenings on disk if asked to; else go on with those of the command's previous run that still hold."""
+) -> Iterator[None]:
+    """Write whitenings to a file in `folder` if the configuration says so; else reuse those of the previous run.
+
+    Files are released when the block ends, also after an error.
+    """
     if store is None:
+        yield
         return
     if cfg.calibration.offload == "disk":
         store.use_disk(folder)
-        return
-    files = sorted(str(statistics.path(statistic)) for statistic in store.statistics)
-    store.take_over(json.dumps([resolved(cfg)["posterior"], files]), session.whitenings)
-    session.whitenings = store
+    else:
+        files = sorted(str(statistics.path(statistic)) for statistic in store.statistics)
+        store.take_over(json.dumps([resolved(cfg)["posterior"], files]), session.whitenings)
+        session.whitenings = store
+    try:
+        yield
+    finally:
+        store.release()
 
 
 def preflight(

@@ -1,14 +1,14 @@
-"""What a run will need of memory and disk, said before it begins, and refused where it cannot fit.
+"""The memory and disk that a run will need, logged before it begins; a run that cannot fit is refused.
 
-Memory is what the process holds once model and data are loaded, plus the most that one stage adds. What a stage adds
-follows from the shapes of the layers and from the activations of one example. The factors in front of them are rough.
+Peak memory is what the process holds with model and data loaded, plus the most that one stage adds. Both follow from
+the shapes of the layers and from the activations of one example. The factors in the formulas are rough.
 """
 
 import logging
 import math
 import shutil
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -22,13 +22,13 @@ from bayesq.suite.errors import UserError
 from bayesq.walker import STORED_BYTES
 
 log = logging.getLogger(__name__)
-# goes to the run's log file only, see hydra.job_logging in conf/config.yaml
+# written to the run's log file only, see hydra.job_logging in conf/config.yaml
 details = logging.getLogger("bayesq.details")
 
 MIB, GIB = 2**20, 2**30
-# What libraries load and allocate when they first compute, and what an allocator holds between large tensors.
+# Memory of libraries once they have computed something, and gaps between large tensors.
 RUNTIME_BYTES = 128 * MIB
-# Memory and disk are mentioned on the terminal where a run needs more than this share of what is left of one of them.
+# The estimate is shown on the terminal if a run needs more than this share of the free memory or disk.
 TIGHT = 0.5
 # Stored bytes per code byte: scales, zero points, tables of levels, width maps.
 OVERHEAD = 1.1
@@ -36,26 +36,26 @@ OVERHEAD = 1.1
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes of the modules' outputs for one example: all of them, which a backward pass keeps, and the largest."""
+    """Bytes of the modules' outputs for one example: in total, as a backward pass stores them, and the largest."""
 
     total: int
     largest: int
 
 
-@dataclass
+@dataclass(frozen=True)
 class Needs:
     """What a run will need, in bytes.
 
     Attributes:
-        held: memory the process has before the first stage.
-        stages: memory that each stage adds to it.
-        disk: what is written, by the key of the folder.
-        spilled: whitenings that wait in a file of the run's folder while layers are rounded.
+        held: memory of the process before the first stage.
+        stages: memory that each stage adds.
+        disk: bytes written, by the key of the folder.
+        spilled: whitenings that go to a file in the run's folder, because they exceed the memory limit.
     """
 
     held: int
-    stages: dict[str, int] = field(default_factory=dict)
-    disk: dict[str, int] = field(default_factory=dict)
+    stages: dict[str, int]
+    disk: dict[str, int]
     spilled: int = 0
 
     @property
@@ -71,23 +71,21 @@ class Needs:
 
 @dataclass(frozen=True)
 class Choices:
-    """What of a configuration decides how much is needed.
+    """The settings of a run that decide how much it needs.
 
     Attributes:
-        statistics: to read.
+        statistics: those that the run reads.
         posterior: None without one.
         bits: average width.
-        calibration_batch, evaluation_batch, distillation_batch: examples per forward pass; distillation_batch None
-            without distillation.
-        corrected: examples that match moments together; 0 without correction.
-        sequential: whether inputs come from behind the quantized prefix; a module's are kept for all examples then.
+        calibration_batch, evaluation_batch, distillation_batch: examples per forward pass; None without distillation.
+        corrected: examples of the moment correction; 0 without it.
+        sequential: inputs come from behind the quantized prefix; those of one module are stored for all examples.
         examples: of the calibration set.
-        offload: whether whitenings wait on disk.
+        offload: whitenings go to disk.
         room: bytes of running sums in one pass.
-        whitening_memory: bytes of whitenings that stay in memory; if there are more, all go to a file if it may be so
-            large.
-        whitening_disk: bytes this file may have.
-        inherited: bytes of whitenings that the run before has left in memory.
+        whitening_memory, whitening_disk: bytes that whitenings may take. If they exceed the memory limit and the disk
+            has room, all go to disk.
+        inherited: bytes of whitenings that the previous run left in memory.
     """
 
     statistics: Collection[Statistic]
@@ -135,78 +133,60 @@ def estimate(
     choices: Choices,
     calibration: Activations,
     evaluation: Activations,
-    missing: Iterable[Statistic] = (),
+    missing: Collection[Statistic] = (),
     accelerated: bool = False,
 ) -> Needs:
     """Memory and disk of a run from the shapes of its layers.
 
     Args:
-        held: bytes the process holds with model and data.
+        held: bytes of the process with model and data.
         module: the network.
-        layers: what is quantized.
+        layers: those to quantize.
         calibration, evaluation: activations of one example of each set.
-        missing: statistics that are not on disk yet.
+        missing: statistics that are not cached.
         accelerated: activations and running sums are in the memory of an accelerator.
     """
     shapes = [_shape(layer) for layer in layers.values()]
-    weights = sum(g * r * c for g, r, c in shapes)
+    weights = sum(map(math.prod, shapes))
     network = sum(x.nbytes for x in (*module.parameters(), *module.buffers()))
-    codes, packed = weights, int(OVERHEAD * weights * choices.bits / 8)
-    missing = list(missing)
-    activated = 0 if accelerated else 1
-
+    packed = int(OVERHEAD * weights * choices.bits / 8)
+    # outputs of the process: all of a calibration example, the largest of each kind of example
+    total, small, large = (
+        0 if accelerated else size for size in (calibration.total, calibration.largest, evaluation.largest)
+    )
     sums = [sum(statistic.sum_bytes(*shape) for statistic in missing) for shape in shapes]
-    collected = max(min(sum(sums), choices.room), max(sums, default=0)) if missing else 0
-    needs = Needs(held)
+    widest = max(sums, default=0)
+    collected = 0 if accelerated else max(min(sum(sums), choices.room), widest)
     stages = {
-        "calibration": activated * (collected + choices.calibration_batch * calibration.total) + max(sums, default=0),
-        # the quantized network's weights stand beside the full-precision ones
-        "evaluation": 4 * weights
-        + 2 * (codes + packed)
-        + 3 * activated * choices.evaluation_batch * evaluation.largest,
-        "rounding": codes + max(_work(shape, choices) for shape in shapes),
+        "calibration": collected + choices.calibration_batch * total + widest,
+        # the weights of the quantized network, its codes and the packed file twice
+        "evaluation": 4 * weights + 2 * (weights + packed) + 3 * choices.evaluation_batch * large,
+        "rounding": weights + max(_work(shape, choices) for shape in shapes),
     }
-    whitenings = sum(map(choices.posterior.whitening_bytes, shapes)) if choices.posterior is not None else 0
     if choices.sequential:
-        inputs = min(STORED_BYTES, choices.examples * calibration.largest)
-        stages["rounding"] += network + activated * (2 * choices.calibration_batch * calibration.largest + inputs)
-    stages |= _repairs(choices, weights, network, activated, calibration)
-    stay = 0
-    if not choices.offload:
-        if choices.whitening_memory < whitenings <= choices.whitening_disk:
-            needs.spilled = whitenings
-        else:  # from the rounding on, for the next run too
-            stay = max(min(whitenings, choices.whitening_memory) - choices.inherited, 0)
-    needs.stages = {
-        stage: size + RUNTIME_BYTES + (stay if stage != "calibration" else 0) for stage, size in stages.items()
-    }
-
-    needs.disk["cache_dir"] = 4 * sum(math.prod(one.shape(*shape)) for one in missing for shape in shapes)
-    needs.disk["results_dir"] = packed + (whitenings if choices.offload else 0)
-    return needs
-
-
-def _repairs(choices: Choices, weights: int, network: int, activated: int, calibration: Activations) -> dict[str, int]:
-    """Memory of correction and distillation, if they are asked for.
-
-    Args:
-        weights: number of quantized weights.
-        network: bytes of the network.
-        activated: 0 where activations are in the memory of an accelerator, else 1.
-        calibration: activations of one calibration example.
-    """
-    stages = {}
+        inputs = 0 if accelerated else min(STORED_BYTES, choices.examples * small)
+        stages["rounding"] += network + 2 * choices.calibration_batch * small + inputs
     if choices.corrected:
-        stages["correction"] = weights + 3 * network + 3 * activated * choices.corrected * calibration.largest
+        stages["correction"] = weights + 3 * network + 3 * choices.corrected * small
     if choices.distillation_batch is not None:
-        # the student's copy, decoded weights, their gradients and sums, the teacher's draw; int16 indices
-        backward = 2 * activated * choices.distillation_batch * calibration.total
-        stages["distillation"] = 2 * weights + network + 16 * weights + 2 * weights + backward
-    return stages
+        # the student, and for each weight: value, gradient and two moments in float32, draw and index of 2 bytes each
+        stages["distillation"] = network + 20 * weights + 2 * choices.distillation_batch * total
+
+    whitenings = sum(map(choices.posterior.whitening_bytes, shapes)) if choices.posterior is not None else 0
+    spilled = not choices.offload and choices.whitening_memory < whitenings <= choices.whitening_disk
+    in_memory = 0
+    if not (choices.offload or spilled):
+        in_memory = max(min(whitenings, choices.whitening_memory) - choices.inherited, 0)
+    for stage in stages:  # whitenings stay after the rounding, for the next run
+        stages[stage] += RUNTIME_BYTES + (in_memory if stage != "calibration" else 0)
+    disk = {
+        "cache_dir": 4 * sum(math.prod(one.shape(*shape)) for one in missing for shape in shapes),
+        "results_dir": packed + (whitenings if choices.offload else 0),
+    }
+    return Needs(held, stages, disk, whitenings if spilled else 0)
 
 
 def _shape(layer: Layer) -> tuple[int, int, int]:
-    """g, r, c of a layer."""
     g, r, c = weight_to_matrix(layer).shape
     return g, r, c
 
@@ -231,41 +211,40 @@ REMEDIES = {
 
 
 def check(needs: Needs, folders: Mapping[str, Path], limit: float | None, offload: bool) -> None:
-    """Log what is needed, on the terminal too where it is tight, and refuse what cannot fit.
+    """Log the needs, on the terminal too if memory or disk is tight, and refuse a run that cannot fit.
 
     Args:
-        folders: by key, where the disk of `needs.disk` is; they exist.
-        limit: GiB the process may take (resources.memory); None = what the machine has free.
-        offload: calibration.offload=disk is chosen already.
+        needs: of `estimate`.
+        folders: by the keys of `needs.disk`; they exist.
+        limit: GiB the process may take (resources.memory); None = the machine's free memory.
+        offload: calibration.offload=disk is set.
 
     Raises:
         UserError: naming the key and what to change.
     """
     stage, extra = needs.largest, needs.stages[needs.largest]
-    left = available_memory() if limit is None else int(limit * GIB) - needs.held
+    available = available_memory() if limit is None else max(int(limit * GIB) - needs.held, 0)
+    left = math.inf if available is None else available
     free = {key: shutil.disk_usage(folder).free for key, folder in folders.items()}
-    tight = left is not None and extra > TIGHT * left
-    tight = tight or any(needs.disk[key] > TIGHT * free[key] for key in folders)
+    tight = extra > TIGHT * left or any(needs.disk[key] > TIGHT * free[key] for key in folders)
     (log if tight else details).info(
         f"memory: about {_size(needs.memory)} at most ({_size(needs.held)} now; {stage} adds most), "
-        f"{'unknown' if left is None else _size(max(left, 0))} left; disk: "
+        f"{_size(left)} left; disk: "
         + ", ".join(f"{_size(needs.disk[key])} of {_size(free[key])} free in {key}" for key in folders)
     )
-    if left is not None and extra > left:
-        remedies = [REMEDIES[stage]]
-        if stage in ("calibration", "rounding") and not offload:
-            remedies.insert(0, "set calibration.offload=disk")
-        where = f"resources.memory={limit:g} leaves" if limit is not None else "the machine has"
-        remedies.append("raise resources.memory" if limit is not None else "set resources.memory=GIB to try it")
+    if extra > left:
+        remedies = ["set calibration.offload=disk"] if stage in ("calibration", "rounding") and not offload else []
+        remedies.append(REMEDIES[stage])
+        if limit is None:
+            where, last = "the machine has", "set resources.memory=GIB to try it"
+        else:
+            where, last = f"resources.memory={limit:g} leaves", "raise resources.memory"
         raise UserError(
             f"not enough memory: {stage} needs about {_size(extra)} more than the {_size(needs.held)} held now, "
-            f"{where} {_size(max(left, 0))}: {', or '.join(remedies)}"
+            f"{where} {_size(left)}: {', or '.join([*remedies, last])}"
         )
-    # folders of one file system share what is free there
-    devices: dict[int, list[str]] = {}
-    for key, folder in folders.items():
-        devices.setdefault(folder.stat().st_dev, []).append(key)
-    for keys in devices.values():
+    for device in {folder.stat().st_dev for folder in folders.values()}:  # folders of one file system share its space
+        keys = [key for key, folder in folders.items() if folder.stat().st_dev == device]
         wanted = sum(needs.disk[key] for key in keys)
         if wanted > free[keys[0]]:
             most = max(keys, key=lambda key: needs.disk[key])
@@ -276,6 +255,8 @@ def check(needs: Needs, folders: Mapping[str, Path], limit: float | None, offloa
             )
 
 
-def _size(count: int) -> str:
+def _size(count: float) -> str:
     """Bytes as a short text."""
+    if count == math.inf:
+        return "unknown"
     return f"{count / GIB:.2f} GiB" if count >= GIB / 10 else f"{count / MIB:.1f} MiB"

@@ -1,8 +1,8 @@
-"""A run's method on a few small random layers, before the clock starts.
+"""A run's method on a few small random layers, before its time is measured.
 
-Some things take long only once in a process or an installation: numba compiles a function when it is first called,
-tables of normal codes are designed, libraries start their threads. Whatever comes first in a sweep would be charged
-with them. So each run first quantizes some layers of the kinds its network has, and throws them away.
+Some work is slow only once in a process or an installation: numba compiles functions, tables of normal codes are
+designed, libraries start threads. Otherwise the first run of a sweep would be measured with it. So each run first
+quantizes small random layers of the kinds in its network and discards the result.
 """
 
 import logging
@@ -24,22 +24,22 @@ from bayesq.recipe import Recipe
 
 log = logging.getLogger(__name__)
 
-# Rehearsed layers have no more groups, rows in all groups together, or columns, unless a kernel has more positions.
+# Limits of a rehearsed layer: groups, rows of all groups together, and columns (or one kernel's positions if more).
 GROUPS, ROWS, COLUMNS = 8, 256, 288
-# Weights of all of them, if the network has as many: from about 71,000 on BayesQ stores a table of levels for 3 bits,
-# and finds the first ranges of such rows in another way.
+# Weights of all rehearsed layers, if the network has as many: from about 71,000 weights on, BayesQ stores a table of
+# levels for 3 bits and chooses the initial ranges of such rows differently.
 WEIGHTS = 72_000
-# Layers with fewer rows in a group may be coded in another way, as BayesQ does.
+# BayesQ codes layers with fewer rows in a group differently.
 FEW_ROWS = 4
-# Random examples that the statistics are of; those with a gradient of the weight.
+# Random examples behind the statistics, and how many of them have a gradient of the weight.
 EXAMPLES, GRADIENTS = 320, 16
 
 
 def rehearse(recipe: Recipe, layers: Mapping[str, Layer]) -> None:
-    """Quantize small random layers and decode them; whatever goes wrong is left for the run itself to say.
+    """Quantize small random layers and decode them; errors are left to the run itself.
 
     Args:
-        recipe: of the run, but not the instance that it goes on with.
+        recipe: a second instance of the run's recipe, because the rehearsal changes it.
         layers: of the network, by name.
     """
     method, allocator = recipe.method, recipe.allocator
@@ -48,13 +48,15 @@ def rehearse(recipe: Recipe, layers: Mapping[str, Layer]) -> None:
     def allocate(
         layers: Sequence[LayerProblem], codebook_bits: int = 0, distortion: Distortion | None = None
     ) -> Mapping[str, Tensor]:
-        copies = [replace(layer, notes={}) for layer in layers]  # so that nothing is said of what they predict
+        copies = [replace(layer, notes={}) for layer in layers]  # discards the predicted risks
         allocator.allocate(copies, Budget(MAX_WIDTH, "code"), 0, distortion)
         return {layer.name: all_widths(layer.rows) for layer in layers}
 
     try:
+        if recipe.whitenings is not None:
+            recipe.whitenings.prepare(problems)
         if isinstance(allocator, Knapsack):
-            allocator.pinned, allocator.allowed = {}, {}  # patterns may match none of these layers
+            allocator.pinned, allocator.allowed = {}, {}  # patterns may match no rehearsed layer
             if recipe.proxy is not None:
                 allocator.rounded(problems[0], MIN_WIDTH)
         for _, tensor in quantize_layers(method, problems, allocate, Context.of_seed(0), RandomPrefix(problems)):
@@ -64,18 +66,14 @@ def rehearse(recipe: Recipe, layers: Mapping[str, Layer]) -> None:
 
 
 def all_widths(rows: int) -> Tensor:
-    """Widths uint8 [rows], each as often as any other."""
+    """Widths uint8 [rows] that cycle through all."""
     return (MIN_WIDTH + torch.arange(rows) % (MAX_WIDTH - MIN_WIDTH + 1)).to(torch.uint8)
 
 
 def small_problems(layers: Mapping[str, Layer], statistics: Iterable[Statistic]) -> list[LayerProblem]:
-    """Random layers: one of each kind there is, and more until they have WEIGHTS weights or are as many.
+    """Random layers: one of each kind, then more until they have WEIGHTS weights.
 
-    Kinds differ in type, in having several groups, few rows in each, or several kernel positions.
-
-    Args:
-        layers: of the network, by name.
-        statistics: that are read.
+    Kinds differ in the layer's type, in having several groups or kernel positions, and in few rows in a group.
     """
     generator = torch.Generator().manual_seed(0)
     shapes = {name: tuple(weight_to_matrix(layer).shape) for name, layer in layers.items()}
@@ -100,7 +98,7 @@ def small_problems(layers: Mapping[str, Layer], statistics: Iterable[Statistic])
 
 
 class RandomPrefix:
-    """Inputs behind layers that are not really replaced: the layers' own random ones."""
+    """Stands for the quantized prefix: its inputs are each layer's random ones."""
 
     def __init__(self, problems: Sequence[LayerProblem]) -> None:
         self.problems = {problem.name: problem for problem in problems}
@@ -110,7 +108,7 @@ class RandomPrefix:
         return self.problems[name].statistic(kind)
 
     def replace(self, name: str, tensor: QuantizedTensor) -> None:
-        """Nothing depends on it."""
+        """Does nothing."""
 
 
 class RandomStatistics:
@@ -118,7 +116,7 @@ class RandomStatistics:
 
     Args:
         shape: g, r, c of the layer.
-        statistics: those that can be had, and what they require.
+        statistics: those that can be read; those they require are added.
     """
 
     def __init__(self, shape: Sequence[int], statistics: Iterable[Statistic]) -> None:
@@ -138,7 +136,7 @@ class RandomStatistics:
             values = x
         elif statistic.source is Source.OUTPUT_GRADIENTS:
             values = d
-        else:  # of few examples, each with one position, because each gradient is as large as the weight
+        else:  # few examples of one position, because each gradient is as large as the weight
             one_by_one = [part[:, :GRADIENTS].transpose(0, 1).unsqueeze(2) for part in (d, x)]
             pairs = Pairs(g, 1, True, lambda: iter([(None, one_by_one[0], one_by_one[1])]))
             values = statistic.gradients(pairs, required)

@@ -29,7 +29,7 @@ from bayesq.suite.evaluation import autocast_effect, cached_logits, compare, pai
 from bayesq.suite.forward import naming_model
 from bayesq.suite.metrics import metric_of
 from bayesq.suite.packed import run_record
-from bayesq.suite.plan import check_patterns, load_workload, make_recipe, open_statistics, place_whitenings, preflight
+from bayesq.suite.plan import check_patterns, load_workload, make_recipe, open_statistics, placed_whitenings, preflight
 from bayesq.suite.record import flat_result, log_decisions
 from bayesq.suite.rehearsal import rehearse
 from bayesq.suite.results import LAYERS_FILE, PREDICTIONS_FILE, QUANTIZED_FILE, RESULT_FILE, write_csv, write_json
@@ -66,8 +66,8 @@ def run(cfg: DictConfig, session: Session | None = None) -> dict[str, Any]:
         result[ERROR_KEY] = tracker.error
         try:
             write_json(folder / RESULT_FILE, result)
-        except OSError as error:  # the disk is full by now: the run is finished, the next command logs it again
-            log.warning("%s: what W&B has of it cannot be noted (%s)", folder / RESULT_FILE, error.strerror)
+        except OSError as error:  # the run is finished; the next command logs it again
+            log.warning("%s: cannot note whether W&B has this run (%s)", folder / RESULT_FILE, error.strerror)
     key = result["primary_metric"]
     metric = metric_of(key)
     log.info(
@@ -82,56 +82,55 @@ def run(cfg: DictConfig, session: Session | None = None) -> dict[str, Any]:
 def execute(cfg: DictConfig, folder: Path, session: Session) -> tuple[dict[str, Any], Rows, Rows]:
     """The stages of a run; returns the result, the rows of layers.csv and those of predictions.csv.
 
-    time/prepare_s is what comes before the statistics: libraries, data, network (trained or fetched at first use), its
-    full-precision predictions, compilation. time/total_s is all that follows, with statistics and whitenings at what
-    they once took, so that neither the order of runs nor an empty cache changes it.
+    time/prepare_s is the time before the statistics: libraries, data, network (trained or downloaded at first use),
+    its full-precision predictions, compilation. time/total_s is the time of everything after. Cached statistics and
+    whitenings count with the seconds they first took, so neither the cache nor the order of runs changes it.
     """
     began = time.perf_counter()
     title, cache_dir = f"{cfg.method.name} {cfg.bits:g} bits", resolve_cache_dir(cfg.cache_dir)
-    recipe = make_recipe(cfg)  # first: a value that no constructor accepts must not cost a model's loading
+    recipe = make_recipe(cfg)  # first, so that a wrong value is refused before the network is loaded
     with elapsed(f"load {cfg.model.name} and {cfg.dataset.name}"):
         work = load_workload(cfg, cache_dir)
     check_patterns(recipe, work)
     statistics = open_statistics(cfg, recipe.whitenings, work, cache_dir)
-    place_whitenings(cfg, recipe.whitenings, statistics, folder, session)
-    needs = preflight(cfg, recipe, work, statistics, {"cache_dir": cache_dir, "results_dir": folder.parent})
-    if recipe.whitenings and needs.spilled:
-        recipe.whitenings.use_disk(folder)
-    evaluator = Evaluator(work, int(cfg.evaluation.batch_size), cfg.evaluation.autocast, cache_dir)
-    with naming_model(cfg.model.name, "evaluating it"):
-        evaluator.run_full_precision()
-    overflow = f"model={cfg.model.name} overflows before anything is rounded; choose other weights or data"
-    check_finite(evaluator.full, overflow)
-    with elapsed("compile"):
-        rehearse(make_recipe(cfg), work.subject.layers)
+    with placed_whitenings(cfg, recipe.whitenings, statistics, folder, session):
+        needs = preflight(cfg, recipe, work, statistics, {"cache_dir": cache_dir, "results_dir": folder.parent})
+        if recipe.whitenings and needs.spilled:
+            recipe.whitenings.use_disk(folder)
+        with naming_model(cfg.model.name, "evaluating it"):
+            evaluator = Evaluator(work, int(cfg.evaluation.batch_size), cfg.evaluation.autocast, cache_dir)
+        overflow = f"model={cfg.model.name} overflows before anything is rounded; choose other weights or data"
+        check_finite(evaluator.full, overflow)
+        with elapsed("compile"):
+            rehearse(make_recipe(cfg), work.subject.layers)
 
-    # What is done by now no method is charged with: some or all of it is much faster in a second run.
-    start = time.perf_counter()
-    try:
-        quantized = quantize_network(work.subject, recipe, statistics)
-    except Refused as error:
-        raise UserError(str(error)) from error
-    log_decisions(title, quantized)
-    sizes, stored = store(folder / QUANTIZED_FILE, quantized, run_record(cfg, work.network))
-    stored_at = time.perf_counter()
-    rows = evaluator.run_quantized(stored, f"evaluate {title}")
-    evaluated_at = time.perf_counter()
-    quantized.oom_retries += evaluator.oom_retries
-    no_network = f"bits={cfg.bits:g} leaves no working network; choose more bits or another method"
-    check_finite(rows["kl"], no_network)
-    metrics = evaluator.metrics(rows, int(cfg.seed))
-    seconds = {
-        "evaluate": evaluated_at - stored_at,
-        "total": time.perf_counter() - start + quantized.reused_s,
-        "prepare": start - began,
-    }
-    layers = layer_rows(quantized)
-    result = flat_result(cfg, work, quantized, layers, sizes, metrics, seconds, needs.memory)
-    return result, layers, prediction_rows(rows, work.data.evaluation.ids)
+        # Everything before this line is faster in a second run, so no method's time includes it.
+        start = time.perf_counter()
+        try:
+            quantized = quantize_network(work.subject, recipe, statistics)
+        except Refused as error:
+            raise UserError(str(error)) from error
+        log_decisions(title, quantized)
+        sizes, stored = store(folder / QUANTIZED_FILE, quantized, run_record(cfg, work.network))
+        stored_at = time.perf_counter()
+        rows = evaluator.run_quantized(stored, f"evaluate {title}")
+        evaluated_at = time.perf_counter()
+        quantized.oom_retries += evaluator.oom_retries
+        no_network = f"bits={cfg.bits:g} leaves no working network; choose more bits or another method"
+        check_finite(rows["kl"], no_network)
+        metrics = evaluator.metrics(rows, int(cfg.seed))
+        seconds = {
+            "evaluate": evaluated_at - stored_at,
+            "total": time.perf_counter() - start + quantized.reused_s,
+            "prepare": start - began,
+        }
+        layers = layer_rows(quantized)
+        result = flat_result(cfg, work, quantized, layers, sizes, metrics, seconds, needs.memory)
+        return result, layers, prediction_rows(rows, work.data.evaluation.ids)
 
 
 def store(path: Path, quantized: Quantized, record: dict[str, Any]) -> tuple[Sizes, Packed]:
-    """Write the packed file and read it: everything reported comes from it; what is not stored is not evaluated."""
+    """Write the packed file and read it back, so that the stored network is the evaluated one."""
     with elapsed("pack"):
         sizes = write_packed(path, Packed(quantized.tensors, quantized.parameters, run=record))
         return sizes, read_packed(path)
@@ -146,7 +145,7 @@ class Evaluator:
         batch_size: examples per forward pass.
         autocast: torch dtype of matrix products by name; None = float32 throughout.
         cache_dir: root of the caches, where full-precision outputs are kept.
-        full: outputs [n, ...] of the full-precision network, after `run_full_precision`.
+        full: outputs [n, ...] of the full-precision network.
         full_float32: the same in float32.
         oom_retries: how often memory ran out.
     """
@@ -159,7 +158,7 @@ class Evaluator:
     full_float32: Tensor = field(init=False)
     oom_retries: int = 0
 
-    def run_full_precision(self) -> None:
+    def __post_init__(self) -> None:
         """Compute or read the full-precision outputs."""
         self.full = self._cached(self.autocast)
         self.full_float32 = self.full if self.autocast is None else self._cached(None)

@@ -16,6 +16,7 @@ from tiny_sets import (
     Counting,
     WithIdleLayers,
     images,
+    in_memory,
     open_calibration,
     sentences,
 )
@@ -23,10 +24,9 @@ from torch import Tensor, nn
 
 from bayesq.batches import TensorExamples
 from bayesq.calibration.inputs import INPUT_MAGNITUDE, INPUT_MOMENT
-from bayesq.calibration.passes import collect, spread
+from bayesq.calibration.passes import spread
 from bayesq.calibration.statistic import families
 from bayesq.fisher import FISHER_DIAGONAL, FISHER_EIGENVALUES, GRADIENT_MOMENT, GradientDirections
-from bayesq.likelihood import LIKELIHOODS
 from bayesq.quant.layers import quantizable_layers, weight_to_matrix
 
 
@@ -171,12 +171,6 @@ def test_more_examples_than_there_are_mean_all(module, tmp_path):
 # ----------------------------------------------------------------------------------------------------- in memory
 
 
-def in_memory(module, examples, statistics=None, batch_size=2, **options):
-    statistics = statistics or STATISTICS.values()
-    batches = list(examples.batches(batch_size, CPU))
-    return collect(module, quantizable_layers(module), statistics, batches, LIKELIHOODS["categorical"], **options)
-
-
 @pytest.mark.parametrize("gradient_examples", [None, 2])
 @pytest.mark.parametrize(("network", "examples"), [(TinyConvNet, images()), (TinyEncoder, sentences(9))])
 def test_statistics_in_memory_are_those_on_disk(network, examples, gradient_examples, tmp_path):
@@ -185,13 +179,14 @@ def test_statistics_in_memory_are_those_on_disk(network, examples, gradient_exam
     opened = open_calibration(module, tmp_path, examples, **options)
     opened.prepare(STATISTICS.values())
     for room in (2**29, 1):
-        found = in_memory(module, examples, room=room, **options)
-        for name, read in found.items():
+        found = in_memory(module, STATISTICS.values(), examples, room=room, **options)
+        for name in found.layers:
             for kind in STATISTICS:
                 # a file's tensors lie elsewhere in memory, and products may choose their order by that
                 expected = opened.statistic(name, kind)
                 size = 1e-6 * float(expected.abs().max())
-                torch.testing.assert_close(read(kind), expected, rtol=1e-5, atol=size, msg=f"{kind} of {name}")
+                tensor = found.statistic(name, kind)
+                torch.testing.assert_close(tensor, expected, rtol=1e-5, atol=size, msg=f"{kind} of {name}")
 
 
 class Narrow(TinyConvNet):
@@ -204,15 +199,13 @@ class Narrow(TinyConvNet):
 
 
 def test_out_of_memory_batches_are_split():
-    found = in_memory(seeded(Narrow()), images(8), COLLECTED, batch_size=4)
-    expected = in_memory(seeded(TinyConvNet()), images(8), COLLECTED, batch_size=2)
-    for name, read in found.items():
+    found = in_memory(seeded(Narrow()), COLLECTED, images(8), batch_size=4)
+    expected = in_memory(seeded(TinyConvNet()), COLLECTED, images(8))
+    assert (found.out_of_memory(), expected.out_of_memory()) == (1, 0)
+    for name in found.layers:
         for statistic in COLLECTED:
-            assert torch.equal(read(statistic.name), expected[name](statistic.name))
+            assert torch.equal(found.statistic(name, statistic.name), expected.statistic(name, statistic.name))
 
 
-def test_no_batches_and_layers_out_of_reach_are_refused():
-    with pytest.raises(ValueError, match="batches: there are none"):
-        collect(seeded(TinyConvNet()), {}, COLLECTED, [], LIKELIHOODS["categorical"])
-    with pytest.raises(ValueError, match="no calibration example reaches unused"):
-        in_memory(seeded(WithIdleLayers()), images(), [INPUT_MOMENT])
+def test_layers_out_of_reach_are_named():
+    assert in_memory(seeded(WithIdleLayers()), [INPUT_MOMENT]).unseen == {"unused"}

@@ -8,15 +8,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 from naive_fisher import TinyConvNet, TinyEncoder
+from omegaconf import OmegaConf
 from torch import nn
 
 from bayesq.calibration.inputs import INPUT_MOMENT
 from bayesq.fisher import GRADIENT_MOMENT
-from bayesq.posterior import Diagonal, Ekfac, Kfac, LowRank
+from bayesq.posterior import Diagonal, Ekfac, Kfac, LowRank, WhiteningStore
 from bayesq.quant.layers import quantizable_layers
 from bayesq.suite import preflight
 from bayesq.suite.errors import UserError
+from bayesq.suite.plan import placed_whitenings
 from bayesq.suite.preflight import GIB, RUNTIME_BYTES, Activations, Choices, Needs, activations, check, estimate
+from bayesq.suite.session import Session
 
 POSTERIORS = {
     "diag": Diagonal(None, 1000, None),
@@ -195,3 +198,17 @@ def test_what_does_not_fit_on_disk_is_refused_with_the_key(tmp_path, monkeypatch
         check(want("rounding", 1, cache_dir=2 * GIB, results_dir=3 * GIB // 2), folders, None, False)
     with pytest.raises(UserError, match=r"^results_dir=.*more space or set calibration.offload=memory"):
         check(want("rounding", 1, results_dir=4 * GIB), folders, None, True)
+
+
+@pytest.mark.parametrize("offload", ["disk", "memory"])
+def test_whitenings_on_disk_are_released_after_an_error(offload, tmp_path):
+    store = WhiteningStore(POSTERIORS["diag"])
+    cfg = OmegaConf.create({"calibration": {"offload": offload}, "posterior": {}})
+    statistics = SimpleNamespace(path=lambda statistic: tmp_path / statistic.name)
+    file = None
+    with pytest.raises(KeyError), placed_whitenings(cfg, store, statistics, tmp_path, Session()):
+        if offload == "memory":
+            store.use_disk(tmp_path)  # as a run does whose whitenings exceed the memory
+        file = store._file
+        raise KeyError
+    assert file is not None and file._file.closed and store._file is None

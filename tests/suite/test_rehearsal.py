@@ -10,6 +10,7 @@ import numba
 import numpy as np
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from tiny_sets import STATISTICS
 from torch import nn
 
@@ -18,6 +19,7 @@ from bayesq.calibration.inputs import INPUT_MOMENT
 from bayesq.quant.layers import quantizable_layers
 from bayesq.quant.tensor import QuantizedTensor
 from bayesq.recipe import Recipe
+from bayesq.suite.plan import make_recipe
 from bayesq.suite.rehearsal import WEIGHTS, RandomStatistics, all_widths, rehearse, small_problems
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -141,3 +143,12 @@ def test_statistics_have_their_shapes(shape):
 
 def test_all_widths_are_met():
     assert all_widths(16).tolist() == [2, 3, 4, 5, 6, 7, 8, 2, 3, 4, 5, 6, 7, 8, 2, 3]
+
+
+@pytest.mark.parametrize("override", ["allocator=uniform", "proxy=mc"])
+def test_a_prior_of_all_layers_is_rehearsed(override, caplog):
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        cfg = compose("config", overrides=["posterior.prior_scope=global", override])
+    with caplog.at_level(logging.DEBUG, "bayesq.suite.rehearsal"):
+        rehearse(make_recipe(cfg), layers())
+    assert not caplog.records
