@@ -11,7 +11,7 @@ from bayesq.allocation import DAMPING, Budget, make_allocator
 from bayesq.batches import Layout, TensorExamples, two_examples
 from bayesq.calibration.memory import InMemoryStatistics
 from bayesq.calibration.passes import CalibrationSettings
-from bayesq.defaults import DESCRIPTIVE, choices, construct, settings, suggestion
+from bayesq.defaults import DESCRIPTIVE, MAX_BITS, MIN_BITS, choices, construct, settings, suggestion
 from bayesq.distillation import DistillationSettings
 from bayesq.likelihood import LIKELIHOODS
 from bayesq.pipeline import quantize_network
@@ -24,7 +24,6 @@ from bayesq.report import Report
 
 # Entries of a batch that are no input of the network.
 TARGETS = ("labels", "label", "targets")
-MIN_BITS, MAX_BITS = 2, 8
 
 
 def quantize(

@@ -53,9 +53,6 @@ INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
 FULL_ERROR = "HYDRA_FULL_ERROR"
 
 
-# ---------------------------------------------------------------------------------------------------------- signals
-
-
 class Terminated(KeyboardInterrupt):
     """SIGTERM, as what Ctrl-C raises: whatever is open is closed on the way out, W&B's run too."""
 
@@ -96,9 +93,6 @@ def stoppable() -> Iterator[None]:
         _asked = None
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-# -------------------------------------------------------------------------------------------------------- one job
 
 
 def _label(config: Mapping[str, Any]) -> str:
@@ -225,9 +219,6 @@ def report_failure(folder: Path, overrides: Sequence[str], error: Exception, ful
         if f"({unwritable.strerror})" not in reason:  # else the full disk is what the run failed of
             said = f"error: {folder}: the reason cannot be kept there ({unwritable.strerror})"
             print(said, file=sys.stderr, flush=True)
-
-
-# ------------------------------------------------------------------------------------------------------- afterwards
 
 
 def _outcome(job: Job) -> dict[str, Any]:

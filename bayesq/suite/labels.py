@@ -9,8 +9,7 @@ from typing import Any, cast
 
 from omegaconf import OmegaConf
 
-from bayesq.defaults import DESCRIPTIVE
-from bayesq.suite.composition import conf_dir
+from bayesq.defaults import DESCRIPTIVE, conf_dir
 from bayesq.suite.config import show
 
 # keys of a model that say where its weights come from, how they were trained and what they are fed: the network stays

@@ -73,9 +73,6 @@ def is_local(hydra: DictConfig | HydraConf) -> bool:
     return str(hydra.launcher._target_).endswith(".BasicLauncher") if launcher is None else launcher.local
 
 
-# --------------------------------------------------------------------------------------------- before anything runs
-
-
 def check(hydra: DictConfig, config: Mapping[str, Any]) -> None:
     """Check that the chosen launcher can start anything, and that the machine has what each run is to get.
 
@@ -137,8 +134,6 @@ def jobs_at_once(cpus: int, gpus: int) -> int:
 # the launchers' presets ask for it
 OmegaConf.register_new_resolver("jobs_at_once", lambda cpus, gpus: jobs_at_once(int(cpus), int(gpus)), replace=True)
 
-
-# ------------------------------------------------------------------------------------------------------ in a run
 
 # a process keeps its place until it ends: CUDA cannot change devices once it has begun
 _place: FileLock | None = None

@@ -16,10 +16,9 @@ from typing import Any
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from bayesq.suite.config import cache_folder, refuse, resolved, show, suggestion
+from bayesq.defaults import MAX_BITS, MIN_BITS, suggestion
+from bayesq.suite.config import cache_folder, refuse, resolved, show
 from bayesq.suite.errors import UserError
-
-MIN_BITS, MAX_BITS = 2, 8
 
 
 def value(needs: str, holds: Callable[[Any], bool] | None = None, choices: tuple[str, ...] = ()) -> Any:
