@@ -20,7 +20,7 @@ def conf_dir() -> Path:
     """The folder of the YAML files: inside the installed package, or beside it in a checkout.
 
     Raises:
-        FileNotFoundError: there is none in either place.
+        FileNotFoundError: neither folder exists.
     """
     package = Path(__file__).parent
     for folder in (package / "conf", package.parent / "conf"):
@@ -35,7 +35,7 @@ def choices(group: str) -> list[str]:
 
 
 def settings(group: str, name: str) -> dict[str, Any]:
-    """What the file of a choice says.
+    """The content of the file of a choice.
 
     Raises:
         ValueError: there is no such file; the message names the group.

@@ -1,4 +1,4 @@
-"""What a terminal shows of long work, from its first second; silent where stderr is no terminal."""
+"""Progress bars for long steps; silent if stderr is no terminal."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -9,29 +9,23 @@ from tqdm import tqdm
 
 T = TypeVar("T")
 
-# A step that ends within this time shows nothing; afterwards the line is drawn anew as often.
+# Seconds before a step is shown, and between two updates of its line.
 TICK_S = 0.5
 
 
 def bar(items: Iterable[T], what: str, total: int | None = None) -> Iterable[T]:
-    """The items one after the other, with a bar that says `what` on a terminal and goes away at the end.
-
-    Args:
-        items: to go through.
-        what: the bar says.
-        total: number of items where they have no length.
-    """
+    """Iterate over the items and show a bar with the text `what`; `total` is needed if they have no length."""
     bars: Iterable[T] = tqdm(items, desc=what, total=total, disable=None, leave=False)
     return bars
 
 
 @contextmanager
 def elapsed(step: str) -> Iterator[None]:
-    """Show `step` and the seconds since it began while the block runs; silent where stderr is no terminal.
+    """Show `step` and its elapsed seconds while the block runs; silent if stderr is no terminal.
 
-    Bars that the block opens stand below the line, and log lines above it, under `logging_redirect_tqdm`.
+    Bars of the block appear below the line; log lines appear above it, under `logging_redirect_tqdm`.
     """
-    # miniters and mininterval: an update by nothing draws the line, once `delay` has passed
+    # miniters=0 and mininterval=0: update(0) draws the line as soon as `delay` has passed
     with tqdm(
         desc=step,
         bar_format="{desc}: {elapsed}",
