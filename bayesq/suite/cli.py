@@ -22,6 +22,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from bayesq.defaults import conf_dir
 from bayesq.files import lock, remove_leftovers
 from bayesq.suite import code_digest, launchers, results, schema, wandb_environment
 from bayesq.suite import config as settings
@@ -31,7 +32,6 @@ from bayesq.suite.composition import (
     VERSION_BASE,
     Job,
     as_typed,
-    conf_dir,
     hydra_argv,
     preflight,
 )
