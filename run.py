@@ -1,4 +1,4 @@
-"""Run one quantization experiment, or many with `-m`; `python run.py --help` lists what can be chosen."""
+"""Run one quantization experiment, or many with `-m`; `python run.py --help` lists the choices."""
 
 from bayesq.suite.cli import main
 

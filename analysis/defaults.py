@@ -8,7 +8,8 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
-from bayesq.suite.composition import CONFIG_NAME, conf_dir
+from bayesq.defaults import conf_dir
+from bayesq.suite.composition import CONFIG_NAME
 from bayesq.suite.config import resolved, show
 from bayesq.suite.results import settings_of
 

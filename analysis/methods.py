@@ -14,7 +14,7 @@ from typing import Any
 import pandas as pd
 from omegaconf import OmegaConf
 
-from bayesq.suite.composition import conf_dir
+from bayesq.defaults import conf_dir
 
 # Colours of Okabe and Ito that no method of the suite has, which differ for colour-blind readers; then others.
 FREE_COLORS = ("#E69F00", "#56B4E9", "#000000", "#8C564B", "#7F3C8D", "#999933")

@@ -4,7 +4,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bayesq.suite.config import flatten, show, suggestion
+from bayesq.defaults import suggestion
+from bayesq.suite.config import flatten, show
 from bayesq.suite.errors import UserError
 
 # Mappings of a record whose keys are not part of its flat ones.

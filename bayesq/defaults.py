@@ -1,4 +1,4 @@
-"""The YAML files of conf/: where they are, and what they say of a method or posterior."""
+"""Where the YAML files of conf/ are, what they say about a choice, and the help for a mistyped name."""
 
 import difflib
 import importlib
@@ -10,9 +10,11 @@ import yaml
 
 from bayesq.errors import Refused
 
-# Keys of a method that describe it: neither arguments of its constructor nor part of run_id.
+# Bits per weight that a budget and a layer may have.
+MIN_BITS, MAX_BITS = 2, 8
+# Keys that describe a method: its constructor does not take them, and run_id leaves them out.
 METHOD_METADATA = ("allocator", "inputs", "uses_posterior", "data_free", "display")
-# Keys of a choice that describe it and are no arguments of its constructor.
+# Keys that describe a choice; its constructor does not take them.
 DESCRIPTIVE = ("name", "tasks", *METHOD_METADATA)
 
 
@@ -20,7 +22,7 @@ def conf_dir() -> Path:
     """The folder of the YAML files: inside the installed package, or beside it in a checkout.
 
     Raises:
-        FileNotFoundError: there is none in either place.
+        FileNotFoundError: neither folder exists.
     """
     package = Path(__file__).parent
     for folder in (package / "conf", package.parent / "conf"):
@@ -35,7 +37,7 @@ def choices(group: str) -> list[str]:
 
 
 def settings(group: str, name: str) -> dict[str, Any]:
-    """What the file of a choice says.
+    """The content of the file of a choice.
 
     Raises:
         Refused: there is no such file; the message names the group.
@@ -54,6 +56,14 @@ def construct(content: Mapping[str, Any], **more: Any) -> Any:
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:
-    """`; did you mean 'x'?` for the known word closest to `word`, or nothing."""
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f"; did you mean '{close[0]}'?" if close else ""
+    """`; did you mean 'x'?` for the known word closest to `word`, or nothing.
+
+    Of dotted keys the last parts are compared, those below the same parent first.
+    """
+    parent, _, last = word.rpartition(".")
+    names = sorted(known)
+    for pool in ([name for name in names if name.rpartition(".")[0] == parent], names):
+        by_last = {name.rpartition(".")[2]: name for name in reversed(pool)}
+        if close := difflib.get_close_matches(last, list(by_last), n=1):
+            return f"; did you mean '{by_last[close[0]]}'?"
+    return ""

@@ -12,7 +12,7 @@ from bayesq.allocation import DAMPING, Budget, make_allocator
 from bayesq.batches import Layout, TensorExamples, two_examples
 from bayesq.calibration.memory import InMemoryStatistics
 from bayesq.calibration.passes import CalibrationSettings
-from bayesq.defaults import DESCRIPTIVE, choices, construct, settings, suggestion
+from bayesq.defaults import DESCRIPTIVE, MAX_BITS, MIN_BITS, choices, construct, settings, suggestion
 from bayesq.distillation import DistillationSettings
 from bayesq.errors import Refused
 from bayesq.likelihood import LIKELIHOODS
@@ -26,7 +26,6 @@ from bayesq.report import Report
 
 # Keys of a batch that are labels, not inputs of the network.
 TARGETS = ("labels", "label", "targets")
-MIN_BITS, MAX_BITS = 2, 8
 # The configuration's keys in messages of the pipeline, and what a caller of `quantize` has in their place.
 ARGUMENTS = {
     "layers.exclude": "exclude",

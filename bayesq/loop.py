@@ -40,8 +40,8 @@ def quantize_layers(
 
     Raises:
         Refused: the method reads a statistic that it does not declare, or reads inputs behind the quantized prefix
-            outside of the layer's turn; `prepare` returns widths that do not fit the layers, or `quantize_layer` a tensor
-            of other widths.
+            outside of the layer's turn; `prepare` returns widths that do not fit the layers, or `quantize_layer` a
+            tensor of other widths.
     """
     reader = type(method).__name__
     turn = _Turn(method, prefix is not None)

@@ -1,4 +1,4 @@
-"""Progress of long work on a terminal; silent if stderr is not a terminal."""
+"""Progress bars for long steps; silent if stderr is no terminal."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -9,29 +9,23 @@ from tqdm import tqdm
 
 T = TypeVar("T")
 
-# A shorter step shows nothing; a longer step redraws its line at this interval.
+# Seconds before a step is shown, and between two updates of its line.
 TICK_S = 0.5
 
 
 def bar(items: Iterable[T], what: str, total: int | None = None) -> Iterable[T]:
-    """The items, with a progress bar that disappears at the end.
-
-    Args:
-        items: to iterate over.
-        what: title of the bar.
-        total: number of items, if they have no length.
-    """
+    """Iterate over the items and show a bar with the text `what`; `total` is needed if they have no length."""
     bars: Iterable[T] = tqdm(items, desc=what, total=total, disable=None, leave=False)
     return bars
 
 
 @contextmanager
 def elapsed(step: str) -> Iterator[None]:
-    """Show `step` and its elapsed time while the block runs; silent if stderr is not a terminal.
+    """Show `step` and its elapsed seconds while the block runs; silent if stderr is no terminal.
 
-    Bars of the block appear below the line, and log lines above it under `logging_redirect_tqdm`.
+    Bars of the block appear below the line; log lines appear above it, under `logging_redirect_tqdm`.
     """
-    # With miniters and mininterval 0, update(0) redraws the line once `delay` has passed.
+    # miniters=0 and mininterval=0: update(0) draws the line as soon as `delay` has passed
     with tqdm(
         desc=step, bar_format="{desc}: {elapsed}", delay=TICK_S, miniters=0, mininterval=0, disable=None, leave=False
     ) as line:

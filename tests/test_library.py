@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import bayesq
 from baselines.rtn import RTN
 from bayesq import repair
+from bayesq.defaults import conf_dir
 from bayesq.errors import Refused
 from bayesq.quant.file import read_packed
 from bayesq.quant.network import fill
@@ -107,11 +108,11 @@ def test_the_codes_are_those_of_a_run(tmp_path: Path, monkeypatch: pytest.Monkey
     """The suite's runner calls the same pipeline: with the same network and examples the codes are the same bits."""
     from hydra import compose, initialize_config_dir
 
-    from bayesq.suite import composition, plan, runner
+    from bayesq.suite import plan, runner
 
     places = [f"results_dir={tmp_path / 'results'}", f"cache_dir={tmp_path / 'cache'}", "wandb.mode=disabled"]
     data = ["model=resnet", "dataset=digits", "dataset.limit=20", "calibration.examples=32", "bits=3"]
-    with initialize_config_dir(str(composition.conf_dir()), version_base="1.3"):
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         cfg = compose("config", overrides=[*places, *data])
     result = runner.run(OmegaConf.create(OmegaConf.to_container(cfg, resolve=True)))
     work = plan.load_workload(cfg, tmp_path / "cache")

@@ -13,7 +13,7 @@ from analysis.methods import title
 from analysis.paper import PROPOSED, REFERENCE
 from analysis.table import LEVEL, Table, make_table
 from analysis.tables.rows import compared, compared_row, of_scores, of_tests, row_cells, shown_in
-from bayesq.suite.composition import conf_dir
+from bayesq.defaults import conf_dir
 
 
 def ablation_table(runs: pd.DataFrame) -> Table:

@@ -1,4 +1,4 @@
-"""Command lines: of the suite's modules, described by the text at their head, and of the program, as Hydra reads it."""
+"""Argument parsers: of the suite's modules, and of the program, as Hydra reads its command line."""
 
 import argparse
 from collections.abc import Sequence
@@ -12,12 +12,7 @@ from bayesq.suite.errors import UserError
 
 
 def module_parser(module: str, text: str | None) -> argparse.ArgumentParser:
-    """A parser whose help is a module's docstring as it stands: its first paragraph, then the arguments, then the rest.
-
-    Args:
-        module: as in `python -m bayesq.suite.MODULE`.
-        text: the docstring.
-    """
+    """A parser for `python -m bayesq.suite.MODULE`, with the module's docstring `text` as its help."""
     summary, _, usage = (text or "").partition("\n\n")
     return argparse.ArgumentParser(
         prog=f"python -m bayesq.suite.{module}",
@@ -28,7 +23,11 @@ def module_parser(module: str, text: str | None) -> argparse.ArgumentParser:
 
 
 def command_line(argv: Sequence[str]) -> argparse.Namespace:
-    """Hydra's reading of the command line, with errors that leave by exception instead of a usage text."""
+    """Read the command line with Hydra's parser.
+
+    Raises:
+        UserError: in place of the parser's usage text.
+    """
     parser = argparse.ArgumentParser(parents=[get_args_parser()], add_help=False, conflict_handler="resolve")
     parser.add_argument("--version", action="version", version=f"bayesq {bayesq.__version__}")
 

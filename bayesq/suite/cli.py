@@ -1,7 +1,7 @@
-"""The command line: every job of a command is checked before the first one runs, and a table closes it.
+"""The command line: check every job of a command, run those that are not finished, print a table.
 
-Hydra composes, sweeps and launches; this module adds one-line errors, skipping of finished runs, the clean end after
-Ctrl-C or SIGTERM, and the summary.
+Hydra composes, sweeps and launches. This module adds one-line errors, skips finished runs, ends cleanly after Ctrl-C or
+SIGTERM, and prints the summary.
 """
 
 import logging
@@ -22,6 +22,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from bayesq.defaults import conf_dir
 from bayesq.files import lock, remove_leftovers
 from bayesq.suite import code_digest, launchers, results, schema, wandb_environment
 from bayesq.suite import config as settings
@@ -31,7 +32,6 @@ from bayesq.suite.composition import (
     VERSION_BASE,
     Job,
     as_typed,
-    conf_dir,
     hydra_argv,
     preflight,
 )
@@ -45,26 +45,23 @@ from bayesq.suite.tracking import ERROR_KEY, report_refusal
 log = logging.getLogger(__name__)
 
 TRACEBACK_FILE = "traceback.txt"
-# of a run that was killed, for instance because memory ran out
+# the reason given for a run that was killed, for instance because memory ran out
 NO_REASON = "it ended before it could say why"
-# exit codes of shells for programs that a signal ended
+# exit codes of a shell for programs that a signal ended
 INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
-# Hydra's switch for people who debug the program rather than use it
+# Hydra's variable: 1 prints tracebacks
 FULL_ERROR = "HYDRA_FULL_ERROR"
 
 
-# ---------------------------------------------------------------------------------------------------------- signals
-
-
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, as what Ctrl-C raises: whatever is open is closed on the way out, W&B's run too."""
+    """SIGTERM, handled as Ctrl-C: files and W&B's run are closed before the program ends."""
 
 
 _asked: type[KeyboardInterrupt] | None = None
 
 
 def stop_if_asked() -> None:
-    """Raise what a signal asked for since `stoppable` began: libraries make other errors of it, or ignore it.
+    """Raise the exception of a signal again, because libraries may swallow it or turn it into another error.
 
     Raises:
         KeyboardInterrupt: after SIGINT; `Terminated` after SIGTERM.
@@ -74,7 +71,7 @@ def stop_if_asked() -> None:
 
 
 def _stop(number: int, frame: object) -> NoReturn:
-    """Raise in the main thread; a second signal of the kind has its usual effect, for who cannot wait."""
+    """Raise in the main thread; a second signal of the same kind ends the program at once."""
     global _asked
     interrupt = number == signal.SIGINT
     signal.signal(number, signal.default_int_handler if interrupt else signal.SIG_DFL)
@@ -84,7 +81,7 @@ def _stop(number: int, frame: object) -> NoReturn:
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """Handle SIGINT, unless the process was started to ignore it as in a shell's background, and SIGTERM."""
+    """Handle SIGTERM, and SIGINT unless the process ignores it, as a shell's background processes do."""
     global _asked
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     for number, handler in before.items():
@@ -98,16 +95,13 @@ def stoppable() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-# -------------------------------------------------------------------------------------------------------- one job
-
-
 def _label(config: Mapping[str, Any]) -> str:
     names = f"model={model_label(config)} dataset={config['dataset']['name']} method={config['method']['name']}"
     return f"{names} bits={settings.show(config['bits'])} seed={config['seed']}"
 
 
 def user_error_in(error: BaseException) -> UserError | None:
-    """The UserError that `error` is or was raised from: `instantiate` wraps what a constructor raises."""
+    """The UserError among `error` and its causes; Hydra's `instantiate` wraps errors of constructors."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, UserError):
         cause = cause.__cause__
@@ -115,27 +109,22 @@ def user_error_in(error: BaseException) -> UserError | None:
 
 
 def job(cfg: DictConfig, progress: Progress, session: Session, full_error: bool) -> None:
-    """Run one configuration unless it is finished; report a failure in one line and leave the reason in its folder.
+    """Run one configuration unless it is finished; report a failure in one line and store the reason in its folder.
 
-    Failures are not passed on to Hydra, which would print them again at the end of a sweep: `main` reads them from the
-    folders. Only a sweeper other than Hydra's basic one gets them.
-
-    Args:
-        cfg: the run's, with Hydra's node set.
-        progress: of the command.
-        session: of the command.
-        full_error: print tracebacks.
+    `main` reads failures from the folders. They are raised only for a sweeper that is not Hydra's basic one, which
+    would print them again at the end of a sweep. `full_error` prints tracebacks.
     """
     folder = settings.run_dir(cfg)
-    logging.raiseExceptions = False  # on a full disk the run itself says so, once
-    with ExitStack() as held:
+    logging.raiseExceptions = False  # on a full disk the run reports the error once
+    with ExitStack() as locks:
         try:
-            # two processes that share results_dir must not write one run's files at the same time, the report included
-            held.enter_context(lock(folder / results.RESULT_FILE))
+            # processes that share results_dir must not write the files of one run at the same time; the failure report
+            # below is one of these files
+            locks.enter_context(lock(folder / results.RESULT_FILE))
             stop_if_asked()
             run_unless_finished(cfg, folder, progress, session)
         except Exception as error:
-            stop_if_asked()  # the error may be what a library made of the signal
+            stop_if_asked()  # the signal may have caused the error
             hydra_cfg = HydraConfig.get()
             reason = settings.disk_error(error, settings.resolved(cfg)) or error
             report_failure(folder, as_typed(hydra_cfg.overrides.task), reason, full_error)
@@ -144,7 +133,7 @@ def job(cfg: DictConfig, progress: Progress, session: Session, full_error: bool)
 
 
 def run_unless_finished(cfg: DictConfig, folder: Path, progress: Progress, session: Session) -> None:
-    """Run one configuration in `folder`, which no other process works in, unless its result is there already."""
+    """Run one configuration unless `folder`, which is locked, has its result."""
     finished = results.finished_result(folder)
     config = settings.resolved(cfg)
     if finished is not None and not cfg.force:
@@ -155,17 +144,17 @@ def run_unless_finished(cfg: DictConfig, folder: Path, progress: Progress, sessi
         return
     if place := progress.place(folder):
         log.info("%s", ", ".join(filter(None, (f"run {place}: {_label(config)}", progress.left()))))
-    # what an earlier attempt left must not pass for the outcome of this one
+    # files of an earlier attempt must not be taken for the outcome of this one
     for name in (results.RESULT_FILE, results.FAILURE_FILE, TRACEBACK_FILE):
         (folder / name).unlink(missing_ok=True)
     remove_leftovers(folder)
-    # the preflight has seen neither what a foreign sweeper made up nor the machine a remote job runs on
+    # the preflight could not check the values of another sweeper, or the machine of a remote job
     schema.validate(cfg)
     launchers.occupy(HydraConfig.get(), cfg.resources)
     settings.check_device(cfg)
     from bayesq.suite import construct, provenance, runner
 
-    # while the files are still those this process has loaded; the result asks again
+    # cached now, while the source files are still the ones that this process has loaded
     provenance.git_state()
     code_digest.digest(code_digest.packages(config))
     construct.check([config])
@@ -173,7 +162,7 @@ def run_unless_finished(cfg: DictConfig, folder: Path, progress: Progress, sessi
 
 
 def skip_line(config: Mapping[str, Any], folder: Path, finished: Mapping[str, Any], progress: Progress) -> str:
-    """What is said of a run that is not repeated, and of one whose code has changed since, which is not either."""
+    """The line about a finished run, with a hint if its code has changed since."""
     place = progress.place(folder)
     line = f"skipped (finished): {folder.name} {_label(config)}{f' [{place}]' if place else ''}"
     if code_digest.has_changed(finished):
@@ -181,13 +170,10 @@ def skip_line(config: Mapping[str, Any], folder: Path, finished: Mapping[str, An
     return line
 
 
-def log_what_wandb_lacks(folder: Path, mode: str, agent: bool = False) -> None:
-    """Give W&B a finished run that it failed to log; whatever it says, the run stays finished.
+def log_what_wandb_lacks(folder: Path, mode: str, agent: bool) -> None:
+    """Log a finished run to W&B; an error is logged only.
 
-    Args:
-        folder: of the run.
-        mode: of W&B.
-        agent: it is a sweep agent that has to learn the outcome, which starts the job again otherwise.
+    `agent`: a sweep agent started the run and would start it again if it did not learn the outcome.
     """
     from bayesq.suite.relog import relog_locked
 
@@ -201,13 +187,9 @@ def log_what_wandb_lacks(folder: Path, mode: str, agent: bool = False) -> None:
 
 
 def report_failure(folder: Path, overrides: Sequence[str], error: Exception, full_error: bool) -> None:
-    """Say in one line why a run failed; status.json and, for a defect, traceback.txt keep it in the run's folder.
+    """Print in one line why a run failed, and write status.json; other errors than UserError also get a traceback.txt.
 
-    Args:
-        folder: of the run.
-        overrides: that the run was composed from, without those of hydra.*.
-        error: what was raised.
-        full_error: print the traceback.
+    `overrides` are the run's, without those of hydra.*; `full_error` prints the traceback.
     """
     explained = user_error_in(error)
     reason = settings.one_line(str(explained) if explained else f"{type(error).__name__}: {error}")
@@ -222,16 +204,13 @@ def report_failure(folder: Path, overrides: Sequence[str], error: Exception, ful
             (folder / file).write_text("".join(traceback.format_exception(error)), encoding="utf-8")
         results.write_json(folder / results.FAILURE_FILE, status)
     except OSError as unwritable:
-        if f"({unwritable.strerror})" not in reason:  # else the full disk is what the run failed of
-            said = f"error: {folder}: the reason cannot be kept there ({unwritable.strerror})"
-            print(said, file=sys.stderr, flush=True)
-
-
-# ------------------------------------------------------------------------------------------------------- afterwards
+        if f"({unwritable.strerror})" not in reason:  # otherwise the line above names the full disk
+            line = f"error: {folder}: the reason cannot be written there ({unwritable.strerror})"
+            print(line, file=sys.stderr, flush=True)
 
 
 def _outcome(job: Job) -> dict[str, Any]:
-    """The result of a job, or what the table needs to show that there is none."""
+    """The result of a job, or the columns that the table shows for a job without one."""
     failed = (job.run_dir / results.FAILURE_FILE).exists()
     result = None if failed else results.finished_result(job.run_dir)
     if result is not None:
@@ -249,7 +228,7 @@ def _outcome(job: Job) -> dict[str, Any]:
 
 
 def summarise(jobs: Sequence[Job]) -> bool:
-    """Print the table of exactly these jobs and the reasons of those without a result; whether all have one."""
+    """Print the table of these jobs and why some have no result; returns whether all have one."""
     outcomes = [_outcome(job) for job in jobs]
     print(f"\n{results_table(outcomes)}", flush=True)
     lacking = [(job, outcome) for job, outcome in zip(jobs, outcomes, strict=True) if outcome["status"] != "finished"]
@@ -262,7 +241,7 @@ def summarise(jobs: Sequence[Job]) -> bool:
 def main() -> None:
     """Entry point of `python run.py` and `bayesq-run`.
 
-    Exits with 1 when anything was wrong or failed, with 130 after Ctrl-C and with 143 after SIGTERM.
+    The exit code is 1 after any error, 130 after Ctrl-C and 143 after SIGTERM.
     """
     code: Any = 0
     try:
@@ -276,7 +255,7 @@ def main() -> None:
                 if jobs and not summarise(jobs):
                     code = code or 1
             finally:
-                stop_if_asked()  # an error may be what a library made of the signal
+                stop_if_asked()  # the signal may have caused another error
     except UserError as error:
         if os.environ.get(FULL_ERROR) == "1":
             traceback.print_exc()
@@ -290,18 +269,19 @@ def main() -> None:
 
 
 def _run(jobs: Sequence[Job] | None) -> Any:
-    """Let Hydra run what is not finished; returns its exit code.
+    """Let Hydra run the jobs that are not finished; returns its exit code.
 
     Raises:
-        UserError: a constructor refuses a value of a run that would be computed, or Hydra cannot write or launch.
+        UserError: a constructor refuses a value of a job that would be computed, or Hydra cannot write or launch.
     """
-    finished = {each.run_dir: results.finished_result(each.run_dir) for each in jobs or ()}
-    progress = Progress({each.run_dir: finished[each.run_dir] is None or each.config["force"] for each in jobs or ()})
+    jobs = jobs or ()
+    finished = {each.run_dir: results.finished_result(each.run_dir) for each in jobs}
+    progress = Progress({each.run_dir: finished[each.run_dir] is None or each.config["force"] for each in jobs})
     if jobs and all(_is_settled(each, finished[each.run_dir]) for each in jobs):
         for each in jobs:
             print(skip_line(each.config, each.run_dir, finished[each.run_dir] or {}, progress), flush=True)
         return 0
-    if computed := [each.config for each in jobs or () if progress.runs[each.run_dir]]:
+    if computed := [each.config for each in jobs if progress.runs[each.run_dir]]:
         from bayesq.suite import construct
 
         construct.check(computed)
@@ -323,7 +303,7 @@ def _run(jobs: Sequence[Job] | None) -> Any:
 
 
 def _is_settled(job: Job, finished: Mapping[str, Any] | None) -> bool:
-    """Whether a job needs no more than a line: then Hydra, which composes each twice more, is not asked."""
+    """Whether a job needs no work at all; if all jobs do, Hydra, which composes each twice more, is not started."""
     if finished is None or job.config["force"] or wandb_environment.under_agent():
         return False
     return finished.get(ERROR_KEY) is None or job.config["wandb"]["mode"] == "disabled"

@@ -1,7 +1,7 @@
-"""The configurations of a command: composed the way Hydra will, checked before anything runs.
+"""The configurations of a command, composed as Hydra composes them and checked before anything runs.
 
-Hydra composes and sweeps. Here every key is set as behind `++`, so that any choice of method, data set and so on can
-be combined with any key; which keys there are, the YAML files of the choices say (`config.check_keys`).
+Every key is set as if it was typed behind `++`, so that any choice can be combined with any key. The YAML files of the
+choices say which keys exist (`config.check_keys`).
 """
 
 import itertools
@@ -25,7 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-import bayesq
+from bayesq.defaults import conf_dir, suggestion
 from bayesq.suite import config as settings
 from bayesq.suite import launchers, schema
 from bayesq.suite.arguments import command_line
@@ -33,7 +33,7 @@ from bayesq.suite.errors import UserError
 
 VERSION_BASE = "1.3"
 CONFIG_NAME = "config"
-# what sets keys of other groups, and has no keys in a configuration
+# groups whose files set keys of other groups
 PRESETS = ("ablation", "experiment")
 BASIC_SWEEPER = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, ConfigLoadError, YAMLError, ValueError)
@@ -50,25 +50,10 @@ class Job:
     launcher: launchers.Launcher | None
 
 
-def conf_dir() -> Path:
-    """The folder of the YAML files: inside the installed package, or beside it in a checkout.
-
-    Raises:
-        UserError: there is none in either place.
-    """
-    package = Path(bayesq.__file__).parent
-    for folder in (package / "conf", package.parent / "conf"):
-        if (folder / f"{CONFIG_NAME}.yaml").is_file():
-            return folder.absolute()
-    raise UserError(f"no conf/{CONFIG_NAME}.yaml in {package} or beside it: install bayesq again")
-
-
 def for_hydra(override: str, config_dir: str | None = None) -> str:
-    """An override as Hydra gets it: a key behind `++`, a choice on an axis without `+`, all else as it is typed.
+    """Add `++` to an override of a key; remove `+` from a choice of a group; leave others as they were typed.
 
-    Args:
-        override: as it is typed.
-        config_dir: folder with groups that are on no axis.
+    Groups are folders of conf/ and of `config_dir`.
     """
     bare = override.lstrip("+")
     key = re.split(r"[=@]", bare)[0]
@@ -80,12 +65,12 @@ def for_hydra(override: str, config_dir: str | None = None) -> str:
 
 
 def as_typed(overrides: Sequence[str]) -> tuple[str, ...]:
-    """Overrides without what `for_hydra` adds."""
+    """Overrides without the `++` of `for_hydra`."""
     return tuple(override.removeprefix("++") for override in overrides)
 
 
 class Preflight:
-    """Composes the configurations of a command the way Hydra will, and explains what is wrong with them.
+    """Composes the configurations of a command and explains what is wrong with them.
 
     Args:
         config_name, config_path, config_dir: Hydra's options of these names; None takes the suite's.
@@ -100,7 +85,10 @@ class Preflight:
         if config_dir is not None and not os.path.isdir(config_dir):
             raise UserError(f"--config-dir {config_dir}: there is no such folder")
         self.config_name, self.config_dir = config_name or CONFIG_NAME, config_dir
-        path = os.path.abspath(config_path or conf_dir())
+        try:
+            path = os.path.abspath(config_path or conf_dir())
+        except FileNotFoundError as error:
+            raise UserError(str(error)) from error
         with initialize_config_dir(path, job_name="bayesq", version_base=VERSION_BASE):
             self.loader = GlobalHydra.instance().config_loader()
         self.search_path = [f"hydra.searchpath=[file://{os.path.abspath(config_dir)}]"] if config_dir else []
@@ -109,10 +97,10 @@ class Preflight:
         self._groups: dict[str, list[str]] = {}
 
     def compose(self, overrides: Sequence[str], mode: RunMode = RunMode.RUN) -> DictConfig:
-        """The configuration that Hydra composes, with Hydra's node; read-only, because it is shared.
+        """The configuration that Hydra composes, with Hydra's node. It is cached: do not change it.
 
         Raises:
-            UserError: what Hydra says is wrong.
+            UserError: with Hydra's reason.
         """
         key = (*overrides, mode.name)
         if key not in self._composed:
@@ -125,10 +113,9 @@ class Preflight:
         return self._composed[key]
 
     def compose_job(self, parsed: Sequence[Override]) -> tuple[DictConfig, DictConfig, dict[str, Any]]:
-        """The configuration of one of many jobs, Hydra's node, and the `reference` of its choices.
+        """The configuration of a job, Hydra's node, and the `reference` of its choices.
 
-        Jobs with the same choices share what the YAML files give. Hydra too sets single keys after it has read the
-        files, in the order in which they are typed.
+        Jobs with the same choices share one composition. Single keys are set afterwards in typed order, as Hydra does.
         """
         keys = [o for o in parsed if o.is_force_add() and not o.is_hydra_override() and o.package is None]
         base = self.compose([str(o.input_line) for o in parsed if o not in keys])
@@ -144,11 +131,11 @@ class Preflight:
 
     @staticmethod
     def is_axis(group: str) -> bool:
-        """Whether a choice in this group is needed, and has keys; presets set keys of other groups."""
+        """Whether every run needs a choice of this group; presets are optional."""
         return group not in PRESETS and (conf_dir() / group).is_dir()
 
     def reference(self, choices: Mapping[str, Any]) -> dict[str, Any]:
-        """The plain config that the YAML files give for a choice on every axis, without presets and other overrides."""
+        """The plain configuration of a choice on every axis, without presets and other overrides."""
         cfg = self.compose([f"{group}={name}" for group, name in sorted(choices.items()) if self.is_axis(group)])
         return {key: value for key, value in settings.plain(cfg).items() if key != "hydra"}
 
@@ -161,10 +148,10 @@ class Preflight:
         return self._groups[group]
 
     def parse(self, overrides: Sequence[str]) -> list[Override]:
-        """Hydra's reading of the arguments, each as `for_hydra` has it.
+        """Parse overrides with Hydra's parser, each rewritten by `for_hydra`.
 
         Raises:
-            UserError: naming the argument that cannot be read, removes a key, or chooses what there is not.
+            UserError: naming the override that cannot be read, removes a key, or chooses an unknown file.
         """
         parsed = [self._parse_one(override) for override in overrides]
         for override in parsed:
@@ -178,7 +165,7 @@ class Preflight:
                 raise UserError(f"{typed}: there is no such value, so there is nothing to run")
             for value in values:
                 if (options := self._options(key)) and value not in options:
-                    hint = settings.suggestion(str(value), options)
+                    hint = suggestion(str(value), options)
                     settings.refuse(key, value, f"choose one of {', '.join(options)}{hint}")
         return parsed
 
@@ -192,13 +179,13 @@ class Preflight:
             raise UserError(f"cannot read '{typed}': write key=value ({reason})") from error
 
     def jobs(self, typed: Sequence[str], multirun: bool) -> list[Job]:
-        """Check every job of the command: one without a sweep, the product of all lists of values with one.
+        """Check every job of the command; with `multirun`, every combination of the listed values.
 
-        What a sweeper other than Hydra's basic one will try is its decision: then what it cannot vary is checked and
-        the list is empty.
+        A sweeper other than Hydra's basic one chooses the values later. Then the other keys are checked, and the list
+        is empty.
 
         Raises:
-            UserError: one line that names what is wrong with the first bad job.
+            UserError: one line that says what is wrong with the first bad job.
         """
         parsed = self.parse(typed)
         master = self.compose([str(override.input_line) for override in parsed], RunMode.MULTIRUN).hydra
@@ -229,10 +216,10 @@ class Preflight:
         return jobs
 
     def check(self, typed: Sequence[str]) -> Job:
-        """Compose one job and check all that can be checked before it runs.
+        """Compose one job and check what can be checked before it runs.
 
         Raises:
-            UserError: one line that names what is wrong.
+            UserError: one line that says what is wrong.
         """
         parsed = self.parse(typed)
         cfg, hydra, reference = self.compose_job(parsed)
@@ -248,18 +235,13 @@ class Preflight:
         if launchers.is_local(hydra):
             settings.check_device(cfg)
         settings.check_wandb_login(cfg)
-        run_id = settings.id_of(settings.settings_that_matter(config), bayesq.__version__)
         overrides = [str(override.input_line) for override in parsed if not override.is_hydra_override()]
-        folder = Path(config["results_dir"]).absolute() / run_id
-        return Job(run_id, folder, config, as_typed(overrides), launchers.chosen(hydra))
+        folder = settings.run_dir(cfg)
+        return Job(folder.name, folder, config, as_typed(overrides), launchers.chosen(hydra))
 
 
 def _values(override: Override) -> list[str]:
-    """One override for each value that an override lists.
-
-    Raises:
-        UserError: it gives a range of real numbers.
-    """
+    """One override for each value that an override lists; a range of real numbers is refused."""
     if not override.is_sweep_override():
         return [str(override.input_line)]
     if not override.is_discrete_sweep():
@@ -271,11 +253,12 @@ def _values(override: Override) -> list[str]:
 def preflight(argv: Sequence[str]) -> list[Job] | None:
     """Check every job of a command line before anything runs.
 
-    Returns the distinct jobs in the order they will run, an empty list when a sweeper other than Hydra's decides
-    them, or None when the command only asks Hydra for information (--help, --cfg, --info, ...).
+    Returns:
+        the distinct jobs in the order of the sweep; none if another sweeper than Hydra's chooses them; None if the
+        command only asks for information (--help, --cfg, --info, ...).
 
     Raises:
-        UserError: one line that names what is wrong.
+        UserError: one line that says what is wrong.
     """
     asked = command_line(argv)
     questions = (asked.help, asked.hydra_help, asked.cfg, asked.info, asked.shell_completion)
@@ -287,9 +270,10 @@ def preflight(argv: Sequence[str]) -> list[Job] | None:
 
 @contextmanager
 def hydra_argv() -> Iterator[None]:
-    """Give Hydra the command line with the overrides first, as `for_hydra` has them, and errors as exceptions.
+    """Rewrite sys.argv for Hydra, and make Hydra raise its errors.
 
-    Hydra's parser refuses overrides on both sides of an option, and it prints errors unless HYDRA_FULL_ERROR is 1.
+    Hydra's parser refuses overrides on both sides of an option, so the overrides go first. It prints errors unless
+    HYDRA_FULL_ERROR is 1.
     """
     argv, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     read = command_line(argv[1:])

@@ -1,15 +1,14 @@
-"""What a configuration means: which part of it determines the result, its run id, and whether this machine can run it.
+"""Which part of a configuration determines the result, its run id, and whether this machine can run it.
 
-Nothing here imports torch, so that a mistyped key is reported within a second. `schema` checks values.
+`schema` checks values. Nothing here imports torch, so that a mistyped key is reported within a second.
 """
 
-import difflib
 import errno
 import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,26 +17,26 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 import bayesq
-from bayesq.defaults import METHOD_METADATA
+from bayesq.defaults import METHOD_METADATA, suggestion
 from bayesq.suite import wandb_environment
 from bayesq.suite.errors import UserError
 
-# where a run happens, how it is logged and whether it is repeated changes nothing about its numbers
+# these keys change no number: they say where a run happens, how it is logged and whether it is repeated
 WITHOUT_EFFECT = ("results_dir", "cache_dir", "force", "device", "resources", "wandb", "hydra")
 
 
 def plain(cfg: DictConfig, resolve: bool = False) -> dict[str, Any]:
-    """A configuration as plain containers, with interpolations as they are written or followed."""
+    """A configuration as plain containers; `resolve` follows interpolations."""
     container = OmegaConf.to_container(cfg, resolve=resolve, throw_on_missing=resolve)
     assert isinstance(container, dict)
     return {str(key): value for key, value in container.items()}
 
 
 def resolved(cfg: DictConfig) -> dict[str, Any]:
-    """The configuration as plain containers, without Hydra's own node and with every interpolation followed.
+    """The configuration as plain containers, without Hydra's node and with every interpolation followed.
 
     Raises:
-        UserError: an interpolation leads nowhere, or a mandatory value (`???`) was not given.
+        UserError: an interpolation cannot be followed, or a mandatory value (`???`) is missing.
     """
     if "hydra" in cfg:  # its node cannot be resolved outside a job
         cfg = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
@@ -50,12 +49,12 @@ def resolved(cfg: DictConfig) -> dict[str, Any]:
 
 
 def one_line(text: str) -> str:
-    """`text` with every run of white space, line ends included, as one blank."""
+    """`text` with one blank in place of any white space."""
     return re.sub(r"\s+", " ", text).strip()
 
 
 def explanation(error: Exception) -> str:
-    """What Hydra or OmegaConf said, as one line without the context they append for developers."""
+    """The message of Hydra or OmegaConf in one line, without the context for developers."""
     parts = [str(error), str(error.__cause__ or "")]
     return one_line(" ".join(re.split(r"\n\s*full_key: |\n+Config search path:|\nSee http", part)[0] for part in parts))
 
@@ -89,29 +88,23 @@ def reads_posterior(config: Mapping[str, Any]) -> bool:
 
 
 def settings_that_matter(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a resolved configuration that determines the result. It leaves out
+    """The part of a resolved configuration that determines the result.
 
-      * WITHOUT_EFFECT: where the run happens, how it is logged, whether it is repeated;
-      * allocation, when allocator=uniform does not read it;
-      * posterior, when neither the method (`uses_posterior: true` in its YAML) nor allocator=knapsack reads it;
-      * distillation and monte_carlo, when distill=false and proxy=none do not read them;
-      * calibration.offload: where tensors wait;
-      * METHOD_METADATA: the method's default allocator (the effective one is the key `allocator`) and descriptions.
-    Order and repetition do not count in allocation.widths and layers.exclude, and 3.0 equals 3. Of the patterns in
-    allocation.pinned and allocation.allowed the order does count, so those mappings become lists of pairs.
+    It leaves out the keys WITHOUT_EFFECT, METHOD_METADATA and calibration.offload, and sections that nothing reads:
+    allocation with allocator=uniform, distillation with distill=false, and so on. Order and repetition do not count in
+    allocation.widths and layers.exclude, and 3.0 equals 3. The order of the patterns in allocation.pinned and
+    allocation.allowed does count.
     """
-    matter = {key: value for key, value in config.items() if key not in WITHOUT_EFFECT}
-    knapsack = config["allocator"] == "knapsack"
-    if not knapsack:
-        matter.pop("allocation", None)
-    elif "allocation" in matter:
+    read = {
+        **dict.fromkeys(WITHOUT_EFFECT, False),
+        "allocation": config["allocator"] == "knapsack",
+        "posterior": reads_posterior(config),
+        "distillation": config.get("distill"),
+        "monte_carlo": config.get("proxy") == "mc",
+    }
+    matter = {key: value for key, value in config.items() if read.get(key, True)}
+    if "allocation" in matter:
         matter["allocation"] = _canonical_allocation(matter["allocation"])
-    if not reads_posterior(config):
-        matter.pop("posterior", None)
-    if not config.get("distill"):
-        matter.pop("distillation", None)
-    if config.get("proxy") != "mc":
-        matter.pop("monte_carlo", None)
     if "calibration" in matter:
         matter["calibration"] = {k: v for k, v in matter["calibration"].items() if k != "offload"}
     matter["method"] = {k: v for k, v in config["method"].items() if k not in METHOD_METADATA}
@@ -122,7 +115,7 @@ def settings_that_matter(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _canonical_allocation(allocation: Mapping[str, Any]) -> dict[str, Any]:
-    """`allocation` with sorted widths, and with its patterns as [pattern, value] pairs, which JSON cannot reorder."""
+    """`allocation` with sorted widths, and with patterns as pairs, because sorted JSON loses the order of a mapping."""
     content = dict(allocation)
     if "widths" in content:
         content["widths"] = sorted(set(content["widths"]))
@@ -134,17 +127,17 @@ def _canonical_allocation(allocation: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def determines_result(cfg: DictConfig) -> dict[str, Any]:
-    """`settings_that_matter` of a composed configuration; two configurations that agree in it give one result."""
+    """`settings_that_matter` of a composed configuration."""
     return settings_that_matter(resolved(cfg))
 
 
 def run_id(cfg: DictConfig) -> str:
-    """Twelve hexadecimal digits (48 bits of sha256) of what determines the result, the version of bayesq included."""
+    """Twelve hexadecimal digits of the sha256 of the settings that determine the result and bayesq's version."""
     return id_of(determines_result(cfg), bayesq.__version__)
 
 
 def id_of(settings: Mapping[str, Any], version: str) -> str:
-    """`run_id` of the settings that determine a result, under a version of bayesq."""
+    """`run_id` of `settings_that_matter` and a version of bayesq."""
     text = json.dumps({"bayesq": version, "config": settings}, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -154,18 +147,14 @@ def run_dir(cfg: DictConfig) -> Path:
     return Path(cfg.results_dir).absolute() / run_id(cfg)
 
 
-def register_resolvers() -> None:
-    """Make ${run_id:}, for Hydra's output folders, and ${wandb:}, for W&B's variables, known to OmegaConf."""
-    OmegaConf.register_new_resolver("run_id", lambda *, _root_: run_id(_root_), replace=True)
-    OmegaConf.register_new_resolver("wandb", wandb_environment.default, replace=True)
-
-
-# workers of a parallel launcher need the resolvers as soon as they unpickle the job, which imports this module
-register_resolvers()
+# ${run_id:} names Hydra's output folders, ${wandb:} reads W&B's variables. They are registered at import, because the
+# workers of a parallel launcher need them as soon as they unpickle a job.
+OmegaConf.register_new_resolver("run_id", lambda *, _root_: run_id(_root_), replace=True)
+OmegaConf.register_new_resolver("wandb", wandb_environment.default, replace=True)
 
 
 def show(value: Any) -> str:
-    """`value` as it would be typed on the command line."""
+    """`value` as typed on the command line."""
     if value is None or isinstance(value, bool):
         return json.dumps(value)
     if isinstance(value, list | tuple):
@@ -176,37 +165,17 @@ def show(value: Any) -> str:
 
 
 def refuse(key: str, value: Any, allowed: str) -> NoReturn:
-    """Raise the line about a value that a key does not take.
-
-    Raises:
-        UserError: always.
-    """
+    """Raise the UserError `key=value: allowed`."""
     raise UserError(f"{key}={show(value)}: {allowed}")
 
 
-def suggestion(word: str, known: Iterable[str]) -> str:
-    """`; did you mean 'x'?` for the known word closest to `word`, or nothing.
-
-    Of dotted keys the last parts are compared, those below the same parent first.
-    """
-    parent, _, last = word.rpartition(".")
-    names = sorted(known)
-    for pool in ([name for name in names if name.rpartition(".")[0] == parent], names):
-        by_last = {name.rpartition(".")[2]: name for name in reversed(pool)}
-        if close := difflib.get_close_matches(last, list(by_last), n=1):
-            return f"; did you mean '{by_last[close[0]]}'?"
-    return ""
-
-
 def check_keys(config: Mapping[str, Any], reference: Mapping[str, Any]) -> None:
-    """Check that a configuration has exactly the keys of its YAML files.
+    """Check that a plain configuration has exactly the keys of `reference`, which its YAML files give.
 
-    Args:
-        config: plain.
-        reference: what those files give without any override. A mapping that is empty there takes any key.
+    A mapping that is empty in `reference` takes any key.
 
     Raises:
-        UserError: naming the first key that nothing reads, or that was taken away.
+        UserError: naming the first unknown or missing key.
     """
     given, known = flatten(config), flatten(reference)
     free = tuple(f"{key}." for key, value in known.items() if value == {})
@@ -222,22 +191,20 @@ def check_keys(config: Mapping[str, Any], reference: Mapping[str, Any]) -> None:
 
 
 def cache_folder(config: Mapping[str, Any]) -> Any:
-    """The key cache_dir, or what stands for it where it is null."""
+    """The cache's folder: cache_dir, or its default if that is null."""
     if config["cache_dir"] is not None:
         return config["cache_dir"]
     return os.path.expanduser(os.environ.get("BAYESQ_CACHE_DIR") or platformdirs.user_cache_dir("bayesq"))
 
 
-# errors of a disk that takes no more, or that takes nothing at all
+# a full disk, or a folder without permission to write
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def disk_error(error: BaseException, config: Mapping[str, Any]) -> UserError | None:
-    """The one line for a write that failed below results_dir or cache_dir; None for any other error.
+    """The error for the user if a write below results_dir or cache_dir failed; None for any other error.
 
-    Args:
-        error: what was raised; what it was raised from counts as well.
-        config: plain and resolved.
+    The causes of `error` count too. `config` is resolved.
     """
     cause: BaseException | None = error
     while cause is not None and not (isinstance(cause, OSError) and cause.errno in UNWRITABLE):
@@ -247,7 +214,7 @@ def disk_error(error: BaseException, config: Mapping[str, Any]) -> UserError | N
     name = cause.filename2 or cause.filename
     for key, folder in (("results_dir", config["results_dir"]), ("cache_dir", cache_folder(config))):
         path = Path(folder).absolute()
-        # only Hydra writes files that its errors do not name: run.log and its copies of the configuration
+        # an error without a file name comes from Hydra, which writes run.log and copies of the configuration
         file = Path(name).absolute() if isinstance(name, str) else path / "run.log"
         if file.is_relative_to(path):
             return UserError(
@@ -258,10 +225,10 @@ def disk_error(error: BaseException, config: Mapping[str, Any]) -> UserError | N
 
 
 def check_device(cfg: DictConfig) -> None:
-    """Check that this machine has the accelerator that was asked for; torch is imported only when one was.
+    """Check that this machine has the accelerator of the key `device`; torch is imported only for an accelerator.
 
     Raises:
-        UserError: it has none, or fewer than the index needs.
+        UserError: it does not.
     """
     device = str(cfg.device)
     if device in ("auto", "cpu"):
@@ -280,9 +247,7 @@ def check_device(cfg: DictConfig) -> None:
 
 
 def check_wandb_login(cfg: DictConfig) -> None:
-    """Check, without a prompt and without the network, that wandb.mode=online finds an API key.
-
-    Without a key `wandb.init` would ask for one on a terminal, and wait.
+    """Check without the network that wandb.mode=online finds an API key; `wandb.init` would ask for one and wait.
 
     Raises:
         UserError: there is no key, or it is malformed.

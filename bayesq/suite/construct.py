@@ -1,4 +1,4 @@
-"""The objects that a configuration names, and a check that all of them can be made, before anything is loaded."""
+"""Make the objects that a configuration names; check that all can be made, before anything is loaded."""
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,9 +16,9 @@ from bayesq.defaults import DESCRIPTIVE
 from bayesq.suite.config import one_line, refuse
 from bayesq.suite.errors import UserError
 
-# what a call with wrong arguments raises, and what a target that is not there does
+# errors of a call with wrong arguments, or of a `_target_` that does not exist
 REFUSALS = (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, ImportError)
-# what the constructors below read of a configuration
+# the keys of a configuration that the constructors below read
 READ = ("method", "posterior", "model", "dataset", "allocator", "allocation", "distill", "distillation")
 WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null"}
 
@@ -39,13 +39,10 @@ def build(node: DictConfig | Mapping[str, Any], **more: Any) -> Any:
 
 
 def check(configs: Iterable[Mapping[str, Any]]) -> None:
-    """Make what each configuration names, and drop it again; what several share is made once.
-
-    Args:
-        configs: plain and resolved, after `schema.validate`.
+    """Make the objects of each resolved configuration and drop them; objects of equal settings are made once.
 
     Raises:
-        UserError: a constructor refuses a value, or there is no such class.
+        UserError: a constructor refuses a value, or the class does not exist.
     """
     for config in configs:
         _check(json.dumps({key: config.get(key) for key in READ}, sort_keys=True, default=str))
@@ -55,7 +52,7 @@ def check(configs: Iterable[Mapping[str, Any]]) -> None:
 def _check(text: str) -> None:
     """`check` of one configuration, as JSON."""
     config = json.loads(text)
-    # the numerical libraries are imported for runs only: a command without any has to be quick
+    # imported late, so that a command without runs does not wait for the numerical libraries
     from bayesq.allocation import DAMPING, make_allocator
     from bayesq.distillation import DistillationSettings
     from bayesq.posterior import WhiteningStore
@@ -76,10 +73,10 @@ def _check(text: str) -> None:
 
 
 def _made(group: str, node: Mapping[str, Any], **more: Any) -> Any:
-    """`build` of a group after a check of its keys against the types that the constructor declares."""
+    """Check the values of a group against the types of its constructor, then `build` it."""
     try:
         parameters = signature(resolve_name(node["_target_"]), eval_str=True).parameters
-    except Exception:  # there is no such class, or it cannot be looked into: `instantiate` says what is wrong
+    except Exception:  # the class does not exist or has no signature; `instantiate` explains the error
         parameters = MappingProxyType({})
     for key, value in node.items():
         hint = parameters[key].annotation if key in parameters and key not in DESCRIPTIVE else Any
@@ -90,7 +87,7 @@ def _made(group: str, node: Mapping[str, Any], **more: Any) -> Any:
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Whether a plain value has a declared type; of types that no YAML value has, anything does."""
+    """Whether a plain value has a declared type; a type that no YAML value can have accepts everything."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
         return any(fits(value, each) for each in arguments)
@@ -104,10 +101,9 @@ def fits(value: Any, hint: Any) -> bool:
 
 
 def _attempt(what: str, make: Callable[[], Any]) -> Any:
-    """`make()` with one line for whatever it refuses; other errors are left to the run, which keeps their traceback.
+    """`make()`, with a UserError in place of REFUSALS; other errors are left to the run, which stores a traceback.
 
-    Raises:
-        UserError: naming `what`, unless the refusal names a key itself.
+    A ValueError names its key, so only the line about other errors starts with `what`.
     """
     try:
         return make()

@@ -1,4 +1,4 @@
-"""The one exception whose message is written for the person at the command line."""
+"""The exception whose message is written for the user."""
 
 
 class UserError(Exception):

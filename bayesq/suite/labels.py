@@ -1,6 +1,6 @@
-"""What a run calls its model: the name of its YAML file, and what was changed of the network.
+"""The label of a run's model: the name of its YAML file and the changed keys of the network.
 
-`model=cifar_resnet56 model.depth=44` is no ResNet-56: it is called `cifar_resnet56(depth=44)`.
+The label of `model=cifar_resnet56 model.depth=44` is `cifar_resnet56(depth=44)`.
 """
 
 from collections.abc import Mapping
@@ -9,11 +9,10 @@ from typing import Any, cast
 
 from omegaconf import OmegaConf
 
-from bayesq.defaults import DESCRIPTIVE
-from bayesq.suite.composition import conf_dir
+from bayesq.defaults import DESCRIPTIVE, conf_dir
 from bayesq.suite.config import show
 
-# keys of a model that say where its weights come from, how they were trained and what they are fed: the network stays
+# keys of a model that do not change the network: the source of its weights, their training and the inputs
 NOT_THE_NETWORK = frozenset(
     [
         *DESCRIPTIVE,
@@ -21,15 +20,14 @@ NOT_THE_NETWORK = frozenset(
         *("max_length", "epochs", "training_seed"),
     ]
 )
-# files of the group `model` whose network is the one that is named: model=timm model.name=resnet50
+# files of the group `model` whose key `name` selects the network: model=timm model.name=resnet50
 NAMED = ("timm", "transformers")
 
 
 def model_label(config: Mapping[str, Any]) -> str:
-    """The name of a run's model; with whatever differs from the model's YAML file and makes another network of it.
+    """The name of a model and, in parentheses, the network's keys that differ from its YAML file.
 
-    Args:
-        config: plain and resolved.
+    `config` is plain and resolved.
     """
     model = config["model"]
     name = str(model.get("name"))
@@ -41,7 +39,7 @@ def model_label(config: Mapping[str, Any]) -> str:
 
 
 def _changes(model: Mapping[str, Any], file: Mapping[str, Any]) -> dict[str, Any]:
-    """Keys of the network whose values are not what the file gives a model of this name, with these values."""
+    """The network's keys whose values differ from those of the file, with these values."""
     reference = OmegaConf.create({"model": {**file, "name": model.get("name")}})
     known = cast(dict[str, Any], OmegaConf.to_container(reference, resolve=True))["model"]
     keys = [key for key in model if key in known and key not in NOT_THE_NETWORK]
@@ -50,7 +48,7 @@ def _changes(model: Mapping[str, Any], file: Mapping[str, Any]) -> dict[str, Any
 
 @cache
 def _file(name: str) -> dict[str, Any]:
-    """What conf/model/<name>.yaml gives, unresolved, with the files it builds on; nothing where there is none."""
+    """The unresolved content of conf/model/<name>.yaml and its defaults; empty if there is no such file."""
     file = next((file for file in (conf_dir() / "model").glob("*.yaml") if file.stem == name), None)
     if file is None:
         return {}

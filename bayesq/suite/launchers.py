@@ -1,7 +1,7 @@
-"""Threads and GPUs of the runs of a sweep, whichever of Hydra's launchers starts them (conf/hydra/launcher/*.yaml).
+"""Threads and GPUs of the runs of a sweep, under each of Hydra's launchers (conf/hydra/launcher/*.yaml).
 
-Launchers differ in what they give a run, so every run takes what the key `resources` grants, before torch is imported.
-Nothing here imports torch.
+Launchers give their runs different resources. So every run takes the share that the key `resources` names, before torch
+is imported. Nothing here imports torch.
 """
 
 import importlib.util
@@ -26,31 +26,24 @@ from omegaconf import DictConfig, OmegaConf
 
 from bayesq.suite.errors import UserError
 
-# read by the numerical libraries when they are imported
+# the numerical libraries read these when they are imported
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
-# the GPUs of a command, for its runs on this machine: submitit overwrites CUDA_VISIBLE_DEVICES
+# the GPUs of a command, for its runs; submitit overwrites CUDA_VISIBLE_DEVICES
 GPUS_VARIABLE = "BAYESQ_GPUS"
 POLL_S = 1.0
 
-# the files of conf/hydra/launcher have the names of the plugins' defaults, whose types check them
+# Hydra warns because our launcher files have the names of the plugins' defaults
 warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/\w+' is validated against ConfigStore schema")
 
 
 @dataclass(frozen=True)
 class Launcher:
-    """One of the presets in conf/hydra/launcher.
-
-    Attributes:
-        name: as it is chosen.
-        package: the distribution that brings it.
-        extra: of bayesq, which installs it.
-        local: its runs are on the machine of the command.
-    """
+    """One of the presets in conf/hydra/launcher."""
 
     name: str
-    package: str
-    extra: str
-    local: bool
+    package: str  # the distribution with its class
+    extra: str  # of bayesq, which installs the package
+    local: bool  # its runs are on the machine of the command
 
 
 # by the class that the preset names
@@ -63,25 +56,20 @@ LAUNCHERS = {
 
 
 def chosen(hydra: DictConfig | HydraConf) -> Launcher | None:
-    """The preset in Hydra's node; None for Hydra's own launcher, one run after the other, and for unknown ones."""
+    """The preset in Hydra's node; None for Hydra's basic launcher and for unknown ones."""
     return LAUNCHERS.get(str(hydra.launcher._target_).rpartition(".")[2])
 
 
 def is_local(hydra: DictConfig | HydraConf) -> bool:
-    """Whether the runs are on the machine of the command, so that its accelerators are theirs."""
+    """Whether the runs are on the machine of the command and use its accelerators."""
     launcher = chosen(hydra)
     return str(hydra.launcher._target_).endswith(".BasicLauncher") if launcher is None else launcher.local
 
 
-# --------------------------------------------------------------------------------------------- before anything runs
-
-
 def check(hydra: DictConfig, config: Mapping[str, Any]) -> None:
-    """Check that the chosen launcher can start anything, and that the machine has what each run is to get.
+    """Check that the chosen launcher can start runs, and that the machine has the GPUs of each.
 
-    Args:
-        hydra: Hydra's node.
-        config: plain and resolved, after `schema.validate`.
+    `config` is resolved and valid.
 
     Raises:
         UserError: its package or Slurm's commands are missing, or resources do not fit the device or the machine.
@@ -118,7 +106,7 @@ def visible_gpus() -> list[str]:
     for variable in (GPUS_VARIABLE, "CUDA_VISIBLE_DEVICES"):
         if variable in os.environ:
             return [name for name in os.environ[variable].split(",") if name]
-    # torch would tell too, but then CUDA could not be told any more which of them to use
+    # torch could count them too, but then CUDA would ignore a later CUDA_VISIBLE_DEVICES
     if not shutil.which("nvidia-smi"):
         return []
     listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=False)
@@ -128,26 +116,24 @@ def visible_gpus() -> list[str]:
 
 def jobs_at_once(cpus: int, gpus: int) -> int:
     """How many runs the cores and GPUs of this machine allow at the same time, at least one."""
-    import joblib  # counts what cgroups and CPU affinity leave, not what the machine has
+    import joblib  # its count of cores respects cgroups and CPU affinity
 
     most: int = joblib.cpu_count() // cpus
     return max(1, most if gpus == 0 else min(most, len(visible_gpus()) // gpus))
 
 
-# the launchers' presets ask for it
+# read by the launchers' presets
 OmegaConf.register_new_resolver("jobs_at_once", lambda cpus, gpus: jobs_at_once(int(cpus), int(gpus)), replace=True)
 
 
-# ------------------------------------------------------------------------------------------------------ in a run
-
-# a process keeps its place until it ends: CUDA cannot change devices once it has begun
+# a process has one place until it ends, because CUDA cannot change devices after its start
 _place: FileLock | None = None
 
 
 def occupy(hydra: DictConfig | HydraConf, resources: DictConfig) -> None:
-    """Take what a run may use of its machine: threads, and with a launcher on one machine its place and its GPUs.
+    """Take a run's share of its machine: threads and, with a local launcher, a place and its GPUs.
 
-    Called before the numerical libraries are imported. Runs of submitit_local wait here until a place is free.
+    Call it before the numerical libraries are imported. Runs of submitit_local wait here for a free place.
     """
     launcher = chosen(hydra)
     if launcher is None:
@@ -155,13 +141,13 @@ def occupy(hydra: DictConfig | HydraConf, resources: DictConfig) -> None:
     cpus, gpus = int(resources.cpus), int(resources.gpus)
     for variable in THREAD_VARIABLES:
         os.environ[variable] = str(cpus)
-    if "torch" in sys.modules:  # a process that has run before
+    if "torch" in sys.modules:  # this process has had a run before
         sys.modules["torch"].set_num_threads(cpus)
     if gpus == 0:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     global _place
     if launcher.local and _place is None:
-        # submitit starts all runs at once; joblib starts only as many as there are places
+        # submitit starts all runs at once; joblib starts no more than there are places
         limit = jobs_at_once(cpus, gpus) if launcher.name == "submitit_local" else None
         place, _place = _take_place(launcher.name, limit)
         if gpus:
@@ -171,9 +157,9 @@ def occupy(hydra: DictConfig | HydraConf, resources: DictConfig) -> None:
 
 
 def _take_place(name: str, places: int | None) -> tuple[int, FileLock]:
-    """The first free one of so many places on this machine, numbered from 0; None: there is always one more.
+    """Lock and return the first free place of this machine, numbered from 0; `places` limits their number.
 
-    The operating system frees a place when the process that holds it dies.
+    The operating system frees a place when its process ends.
     """
     folder = Path(tempfile.gettempdir()) / f"bayesq-{os.getuid()}"
     folder.mkdir(exist_ok=True)
@@ -190,10 +176,10 @@ def _take_place(name: str, places: int | None) -> tuple[int, FileLock]:
 
 @contextmanager
 def tolerating_lost_runs(launcher: Launcher | None) -> Iterator[None]:
-    """Have the launchers of submitit and Ray wait for every run, also after one was killed.
+    """Let the launchers of submitit and Ray wait for every run, even after one was killed.
 
-    They have no hook for it, and would end the command with runs still in the queue, or stop those. So the function
-    that they ask for results is replaced: a killed run gives a line, and an empty return. Its folder has no result.
+    Without this they end the command and leave or stop the runs in the queue, and they have no option for it. So their
+    function for results is replaced: a killed run prints a line and returns nothing.
     """
     if launcher is None or launcher.name == "joblib":
         yield

@@ -1,4 +1,4 @@
-"""How far a sweep is: which of its runs this one is, and how long the others will take."""
+"""The progress of a sweep: the place of a run in it, and the time that is left."""
 
 import time
 from collections.abc import Mapping
@@ -8,10 +8,10 @@ from bayesq.suite.results import FAILURE_FILE, RESULT_FILE, read_result
 
 
 class Progress:
-    """The runs of a command; it says what the results folder tells, so that every process of a launcher can ask.
+    """The runs of a command. All processes of a launcher can use it, because it reads only the results folder.
 
     Args:
-        runs: each run's folder in the order of the sweep, and whether it will be computed rather than skipped.
+        runs: the folder of each run in the order of the sweep, and whether it will be computed.
     """
 
     def __init__(self, runs: Mapping[Path, bool]) -> None:
@@ -19,15 +19,15 @@ class Progress:
         self.start = time.time()
 
     def place(self, folder: Path) -> str:
-        """`k of n`; nothing for a single run, and for one that a sweeper of another package made up."""
+        """`k of n`; empty for a single run and for a run that another sweeper chose."""
         if len(self.runs) < 2 or folder not in self.runs:
             return ""
         return f"{list(self.runs).index(folder) + 1} of {len(self.runs)}"
 
     def left(self) -> str:
-        """`about 12 min left`, at the rate of what this command has computed so far; at first nothing.
+        """`about 12 min left`, from the mean time of the runs so far; empty before the first one has ended.
 
-        What the first run alone prepares (downloads, training, compilation) is no part of the rate.
+        The mean leaves out preparations that only the first run makes (downloads, training, compilation).
         """
         computed = [folder for folder, computes in self.runs.items() if computes]
         done = [folder for folder in computed if self._done(folder)]
@@ -51,7 +51,7 @@ class Progress:
 
 
 def duration(seconds: float) -> str:
-    """Seconds in the unit that a person would choose: `40 s`, `12 min`, `3.5 h`."""
+    """Seconds in a readable unit: `40 s`, `12 min`, `3.5 h`."""
     if seconds < 90:
         return f"{max(1, round(seconds))} s"
     if seconds < 90 * 60:

@@ -1,8 +1,8 @@
-"""The schema of conf/config.yaml: the type of every key, the values it takes, and which values go together.
+"""The schema of conf/config.yaml: the type of every key, its allowed values, and which values fit together.
 
-The YAML file has the defaults and says what each key is for; a test compares the two. Keys of the groups model,
-dataset, method and posterior are arguments of a constructor, which checks them itself (`construct.check`); only the
-sizes of a data set are here, because other keys are compared with them. Nothing here imports torch.
+The YAML file has the defaults and explains each key. Constructors check the keys of the groups model, dataset, method
+and posterior (`construct.check`); only the sizes of a data set are here too, because other keys are compared with them.
+Nothing here imports torch.
 """
 
 import os
@@ -16,19 +16,18 @@ from typing import Any
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from bayesq.suite.config import cache_folder, refuse, resolved, show, suggestion
+from bayesq.defaults import MAX_BITS, MIN_BITS, suggestion
+from bayesq.suite.config import cache_folder, refuse, resolved, show
 from bayesq.suite.errors import UserError
-
-MIN_BITS, MAX_BITS = 2, 8
 
 
 def value(needs: str, holds: Callable[[Any], bool] | None = None, choices: tuple[str, ...] = ()) -> Any:
-    """A field: what its key needs, in words, and as a condition on values of the field's type (null always holds)."""
+    """A field, with the rule for its key in words and as a condition, which null need not fulfil."""
     return field(default=MISSING, metadata={"needs": needs, "holds": holds, "choices": choices})
 
 
 def whole(low: int, high: int | None = None, null: str = "") -> Any:
-    """A whole number from `low` to `high`; `null` says what null means where the field takes it."""
+    """A whole number from `low` to `high`; `null` explains null where it is allowed."""
     span = f"of at least {low}" if high is None else f"from {low} to {high}"
     text = f"needs a whole number {span}{f', or null {null}' if null else ''}"
     return value(text, lambda number: low <= number and (high is None or number <= high))
@@ -169,15 +168,12 @@ class Settings:
 
 
 def check(config: Mapping[str, Any], schema: Any = Settings, prefix: str = "") -> None:
-    """Check the type and the range of every key of a resolved configuration that the schema describes.
+    """Check the type and range of every key of a resolved configuration that the schema describes.
 
-    OmegaConf checks types. What it would convert ("3" to 3, 1 to true) is refused, because it is mostly a mistake.
-
-    Args:
-        schema: dataclass of the keys below `prefix`.
+    OmegaConf checks types. Values that it would convert ("3" to 3, 1 to true) are refused, as they are mostly mistakes.
 
     Raises:
-        UserError: naming the first key whose value is not one it takes.
+        UserError: naming the first key with a wrong value.
     """
     typed = _typed(schema)
     for each in fields(schema):
@@ -200,7 +196,7 @@ def check(config: Mapping[str, Any], schema: Any = Settings, prefix: str = "") -
 
 @cache
 def _typed(schema: Any) -> DictConfig:
-    """A node with the types of a dataclass, made once because that takes milliseconds."""
+    """A node with the types of a dataclass; cached, because making it takes milliseconds."""
     node: DictConfig = OmegaConf.structured(schema)
     return node
 
@@ -208,10 +204,8 @@ def _typed(schema: Any) -> DictConfig:
 def validate(cfg: DictConfig) -> dict[str, Any]:
     """Check every value that can be checked without loading anything; returns the resolved configuration.
 
-    Devices and W&B keys belong to the machine that runs the job: see `config.check_device` and `check_wandb_login`.
-
     Raises:
-        UserError: one line with the key as it is typed, its value and what is allowed.
+        UserError: one line with the key, its value and the allowed values.
     """
     config = resolved(cfg)
     check(config)
@@ -227,7 +221,7 @@ def validate(cfg: DictConfig) -> dict[str, Any]:
 
 
 def _check_sizes(config: Mapping[str, Any]) -> None:
-    """The numbers of examples fit the data set, and a distillation can hold some out."""
+    """Check that the data set has enough examples, and that a distillation can hold some out."""
     dataset, examples = config["dataset"], config["calibration"]["examples"]
     pool, available, limit = (dataset.get(key) for key in ("calibration_pool", "evaluation", "limit"))
     if pool is not None and examples > pool:
@@ -241,7 +235,7 @@ def _check_sizes(config: Mapping[str, Any]) -> None:
 
 
 def _check_reach(bits: float, allocation: Mapping[str, Any]) -> None:
-    """Every rule for layers leaves a width, and the budget lies between the extremes of what layers may get."""
+    """Check that every layer rule allows a width, and that the allowed widths can average to the budget."""
     low = MIN_BITS if allocation["min_width"] is None else allocation["min_width"]
     pinned = {pattern: [width] for pattern, width in allocation["pinned"].items()}
     reach: set[int] = set()
@@ -251,7 +245,7 @@ def _check_reach(bits: float, allocation: Mapping[str, Any]) -> None:
             if max(widths) < low:
                 refuse(f"allocation.{key}", allocation[key], f"allocation.min_width={low} leaves '{pattern}' no width")
             reach.update(width for width in widths if width >= low)
-        if "*" in rules:  # no layer gets to a later rule; which layers other patterns take is not known yet
+        if "*" in rules:  # later rules apply to no layer; which layers other patterns match is not known yet
             break
     if not min(reach) <= bits <= max(reach):
         key = "min_width" if bits < low else key
@@ -260,7 +254,7 @@ def _check_reach(bits: float, allocation: Mapping[str, Any]) -> None:
 
 
 def _check_pairing(config: Mapping[str, Any]) -> None:
-    """Model and data set have a task in common."""
+    """Check that model and data set have a task in common."""
     model, dataset = config["model"], config["dataset"]
     if not set(model["tasks"]) & set(dataset["tasks"]):
         raise UserError(
@@ -273,7 +267,7 @@ def _check_pairing(config: Mapping[str, Any]) -> None:
 
 
 def _check_writable(key: str, folder: str) -> None:
-    """Really create `folder` and a file in it: permission bits alone miss read-only mounts and full disks."""
+    """Create `folder` and a file in it, because permission bits do not show read-only mounts and full disks."""
     if folder.startswith("~"):
         refuse(key, folder, "'~' is not expanded after '='; write $HOME instead")
     try:

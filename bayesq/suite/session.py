@@ -1,4 +1,4 @@
-"""What the runs of one command leave to each other."""
+"""Objects that the runs of one command share."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -9,10 +9,10 @@ if TYPE_CHECKING:  # the numerical libraries are imported for runs only
 
 @dataclass
 class Session:
-    """Made by the command, handed from run to run.
+    """One object per command; every run gets it.
 
     Attributes:
-        whitenings: of the last run that has any in memory.
+        whitenings: of the last run that has some in memory.
     """
 
     whitenings: "WhiteningStore | None" = None

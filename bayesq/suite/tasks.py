@@ -1,4 +1,4 @@
-"""Tasks: what pairs models with data sets, and what the outputs of a network mean there."""
+"""Tasks pair models with data sets and define the likelihood of the outputs."""
 
 from dataclasses import dataclass
 
@@ -7,10 +7,10 @@ from bayesq.likelihood import Categorical, Gaussian, Likelihood, Tokens
 
 @dataclass(frozen=True)
 class Task:
-    """What a network is to do with its inputs.
+    """A task that models and data sets have in common.
 
     Attributes:
-        name: as the YAML files of models and data sets list it under `tasks`.
+        name: as under `tasks` in the YAML files of models and data sets.
         likelihood: of the outputs.
     """
 

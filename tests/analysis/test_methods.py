@@ -20,7 +20,7 @@ from analysis.methods import Method, methods_of
 from analysis.notebooks import render_all
 from analysis.tables.compact import compact_table
 from analysis.tables.main import main_table
-from bayesq.suite.composition import conf_dir
+from bayesq.defaults import conf_dir
 
 THEIRS = {"title": "SuperQuant", "color": "#123456", "marker": "v", "order": 25}
 

@@ -18,12 +18,13 @@ from hydra import compose, initialize_config_dir
 from references import TIMER, compare
 
 from bayesq.batches import TensorExamples, two_examples
+from bayesq.defaults import conf_dir
 from bayesq.likelihood import Categorical
 from bayesq.pipeline import quantize_network
 from bayesq.quant.layers import quantizable_layers
 from bayesq.quant.usage import usage_of
 from bayesq.recipe import Quantized, Subject
-from bayesq.suite import composition, plan
+from bayesq.suite import plan
 from bayesq.suite.coverage import coverage
 from bayesq.suite.models.base import Network
 from bayesq.suite.workload import Workload
@@ -82,7 +83,7 @@ def workload(build) -> Workload:
 def quantize(work: Workload, folder: Path, *overrides: str) -> Quantized:
     """From the network to its codes as a run does it, statistics included."""
     folder.mkdir()
-    with initialize_config_dir(str(composition.conf_dir()), version_base="1.3"):
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         cfg = compose("config", [f"calibration.examples={EXAMPLES}", "bits=4", *overrides])
     recipe = plan.make_recipe(cfg)
     statistics = plan.open_statistics(cfg, recipe.whitenings, work, folder)

@@ -566,7 +566,7 @@ def test_a_failure_that_cannot_be_written_down_is_still_reported_and_stops_no_ot
     done = command("-m", "method=rtn", "seed=16,0")
     assert done.returncode == 1
     assert "error: results_dir=results: run.log cannot be written (No space left on device)" in done.stderr
-    assert "the reason cannot be kept there" in done.stderr
+    assert "the reason cannot be written there" in done.stderr
     assert runs() == ["rtn 4 0"]
     assert "missing: " in done.stdout
 

@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 
 import bayesq
 from bayesq import defaults
+from bayesq.defaults import conf_dir
 from bayesq.suite import cli, composition, config, construct, schema
 from bayesq.suite.errors import UserError
 
@@ -482,7 +483,7 @@ def leaves(node: Any, prefix: str = "") -> Iterator[str]:
 
 
 def test_the_schema_has_the_keys_of_the_yaml_file_and_takes_its_defaults() -> None:
-    written = OmegaConf.to_container(OmegaConf.load(composition.conf_dir() / "config.yaml"), resolve=False)
+    written = OmegaConf.to_container(OmegaConf.load(conf_dir() / "config.yaml"), resolve=False)
     assert isinstance(written, dict)
     written = {str(key): value for key, value in written.items() if key not in ("defaults", "hydra")}
     described = {key for key in leaves(schema.Settings) if not key.startswith("dataset.")}
@@ -490,7 +491,7 @@ def test_the_schema_has_the_keys_of_the_yaml_file_and_takes_its_defaults() -> No
     schema.check(config.resolved(compose()))
 
 
-CLASSES = sorted(file for file in composition.conf_dir().glob("*/*.yaml") if "\n_target_:" in file.read_text())
+CLASSES = sorted(file for file in conf_dir().glob("*/*.yaml") if "\n_target_:" in file.read_text())
 
 
 @pytest.mark.parametrize("file", CLASSES, ids=lambda file: file.stem)
@@ -524,7 +525,7 @@ def test_values_are_compared_with_declared_types(hint: Any, good: list[Any], bad
 
 
 def test_null_is_documented_exactly_where_a_posterior_takes_it() -> None:
-    for file in (composition.conf_dir() / "posterior").glob("*.yaml"):
+    for file in (conf_dir() / "posterior").glob("*.yaml"):
         hints = get_type_hints(get_class(OmegaConf.load(file)._target_).__init__)
         documented = {
             line.split(":")[0] for line in file.read_text().splitlines() if re.match(r"\w+: .*# .*null: ", line)

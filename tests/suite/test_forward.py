@@ -12,7 +12,8 @@ from tiny_bert import tiny_tokenizer
 from torch import Tensor, nn
 
 from bayesq.batches import TensorExamples
-from bayesq.suite import composition, plan, runner
+from bayesq.defaults import conf_dir
+from bayesq.suite import plan, runner
 from bayesq.suite.errors import UserError
 from bayesq.suite.forward import naming_model
 from bayesq.suite.models.base import Network
@@ -57,7 +58,7 @@ class Faulty:
 
 def configured(tmp_path: Path, *overrides: str) -> DictConfig:
     places = [f"results_dir={tmp_path / 'results'}", f"cache_dir={tmp_path / 'cache'}", "wandb.mode=disabled"]
-    with initialize_config_dir(str(composition.conf_dir()), version_base="1.3"):
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         return compose("config", overrides=[*places, *overrides])
 
 

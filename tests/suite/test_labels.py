@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
+from bayesq.defaults import conf_dir
 from bayesq.suite import composition
 from bayesq.suite.labels import model_label
 from bayesq.suite.tracking import identity
@@ -34,7 +35,7 @@ def data(model: str) -> list[str]:
     return FILES["text" if model in TEXT else kind]
 
 
-@pytest.mark.parametrize("model", sorted(file.stem for file in (composition.conf_dir() / "model").glob("*.yaml")))
+@pytest.mark.parametrize("model", sorted(file.stem for file in (conf_dir() / "model").glob("*.yaml")))
 def test_a_model_as_its_file_has_it_is_called_by_its_name(model: str) -> None:
     given = ["model.name=resnet34"] if model == "timm" else []
     name = "resnet34" if model == "timm" else model

@@ -21,6 +21,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
+from bayesq.defaults import conf_dir
 from bayesq.suite import cli, composition, config, launchers
 from bayesq.suite.errors import UserError
 from bayesq.suite.results import load_results
@@ -83,7 +84,7 @@ def stand_in(tmp_path: Path) -> str:
 
 
 def composed(*overrides: str) -> DictConfig:
-    with initialize_config_dir(str(composition.conf_dir()), version_base=composition.VERSION_BASE):
+    with initialize_config_dir(str(conf_dir()), version_base=composition.VERSION_BASE):
         return compose("config", list(overrides), return_hydra_config=True)
 
 

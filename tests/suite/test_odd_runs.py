@@ -16,6 +16,7 @@ from test_odd_statistics import NETWORKS
 from torch import nn
 
 from bayesq.batches import TensorExamples
+from bayesq.defaults import conf_dir
 from bayesq.quant.file import read_packed
 from bayesq.suite import composition, runner
 from bayesq.suite.errors import UserError
@@ -77,7 +78,7 @@ class OddModel:
 def run(kind: str, tmp_path: Path, *overrides: str, task: str = "image classification") -> dict[str, Any]:
     GlobalHydra.instance().clear()
     (tmp_path / "cache").mkdir(exist_ok=True)
-    with initialize_config_dir(str(composition.conf_dir()), version_base="1.3"):
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         cfg = compose(
             composition.CONFIG_NAME,
             [

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import yaml
 
+from bayesq.defaults import MAX_BITS, MIN_BITS
 from bayesq.suite.composition import Job, Preflight, preflight
 from bayesq.suite.config import flatten
-from bayesq.suite.schema import MAX_BITS, MIN_BITS
 
 ROOT = Path(__file__).parents[2]
 ABLATIONS = sorted(path.stem for path in (ROOT / "conf" / "ablation").glob("*.yaml"))
