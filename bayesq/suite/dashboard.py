@@ -136,7 +136,8 @@ def _bars(title: str, summary: Literal["mean", "max", "sum"], *metrics: str) -> 
 
 def definition(built: "Workspace") -> dict[str, Any]:
     """The workspace as W&B stores it."""
-    return built._to_model().spec.model_dump(mode="json", by_alias=True, exclude_none=True)
+    content: dict[str, Any] = built._to_model().spec.model_dump(mode="json", by_alias=True, exclude_none=True)
+    return content
 
 
 def check_login() -> None:

@@ -157,7 +157,7 @@ def _silence() -> Exception | None:
 
 
 def _reason(error: Exception) -> str:
-    """Why a file cannot be loaded. The causes of the error are searched too, because libraries wrap the hub's errors."""
+    """Why a file cannot be loaded. It searches the causes of the error too: libraries wrap the hub's errors."""
     from huggingface_hub import errors
 
     cause: BaseException | None = error
