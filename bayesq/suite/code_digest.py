@@ -1,7 +1,7 @@
 """Whether the code that computes a run has been edited since it ran: a digest of its sources, kept in result.json.
 
-The sources are those of bayesq and baselines, and of the packages that the configuration names (`_target_`). Which of
-them a run reads is not asked: an edit that changes no number costs a needless remark, never a missing one.
+The sources are those of bayesq and baselines, and of the packages that the configuration names (`_target_`). All of
+them count, also those that a run does not read: a remark may be needless, but none is missing.
 """
 
 import hashlib

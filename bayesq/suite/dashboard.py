@@ -25,9 +25,9 @@ NAME = "BayesQ suite"
 # as in conf/config.yaml
 PROJECT = "bayesq"
 METRIC, DIVERGENCE = "accuracy", "q/kl_to_fp"
-# what a run costs before it is evaluated
+# The costs of a run before its evaluation.
 PREPARATION = ("time/calibrate_s", "time/posterior_s", "time/quantize_s", "time/distill_s")
-# counted where something else than asked was done
+# Each counts how often a run did something else than asked.
 FALLBACKS = ("fallback/damping_retries", "fallback/dead_columns", "fallback/unseen_layers", "fallback/oom_retries")
 
 
@@ -136,7 +136,7 @@ def _bars(title: str, summary: Literal["mean", "max", "sum"], *metrics: str) -> 
 
 def definition(built: "Workspace") -> dict[str, Any]:
     """The workspace as W&B stores it."""
-    content: dict[str, Any] = json.loads(built._to_model().spec.model_dump_json(by_alias=True, exclude_none=True))
+    content: dict[str, Any] = built._to_model().spec.model_dump(mode="json", by_alias=True, exclude_none=True)
     return content
 
 
@@ -182,7 +182,7 @@ def save(project: str, entity: str | None, metric: str, group: str | None) -> st
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line; exits with 1 and one line where something is wrong."""
+    """Command line; an error is one line and exit code 1."""
     parser = argparse.ArgumentParser(prog="python -m bayesq.suite.dashboard", description=__doc__)
     project = environment.default("project", PROJECT)
     parser.add_argument("--project", default=project, help="W&B project, as wandb.project (%(default)s)")

@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# The hub's own client repeats a failed request for most of a minute, and does so for each file it looks for.
+# One short request decides whether the hub is reachable: its client would retry for most of a minute for each file.
 PROBE_TIMEOUT_S = 5.0
 MAIN = "main"
 NOT_CACHED = "and the files are not in its cache here"
@@ -146,7 +146,7 @@ def _absence() -> str | None:
 
 
 def _silence() -> Exception | None:
-    """What became of one request without repetition; None if there was any answer at all."""
+    """The error of one request without retries; None if the hub answered at all."""
     from huggingface_hub import constants, get_session
 
     try:
@@ -157,7 +157,7 @@ def _silence() -> Exception | None:
 
 
 def _reason(error: Exception) -> str:
-    """What keeps a file from being had, looked for among the causes of an error as well: libraries wrap the hub's."""
+    """Why a file cannot be loaded. It searches the causes of the error too: libraries wrap the hub's errors."""
     from huggingface_hub import errors
 
     cause: BaseException | None = error

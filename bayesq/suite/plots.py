@@ -5,7 +5,7 @@ Nothing here needs W&B: `bayesq.suite.tracking` logs the charts, `bayesq.suite.d
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,9 +14,9 @@ from bayesq.suite.metrics import ECE_BINS
 
 Rows = Sequence[Mapping[str, Any]]
 
-# divergences of logits that agree to the last bit have no logarithm; float32 softmax does not resolve less
+# A KL of zero has no logarithm; a float32 softmax resolves no smaller KL than this.
 SMALLEST_KL = 1e-12
-# a histogram is as good from so many quantiles, and an evaluation set can exceed what a W&B chart takes
+# An evaluation set can exceed the limit of a W&B chart; this many quantiles give the same histogram.
 MAX_QUANTILES = 1000
 NETWORKS = {"fp": "full precision", "q": "quantized"}
 
@@ -41,7 +41,7 @@ class Chart:
     fields: Mapping[str, str]
     columns: tuple[str, ...]
     rows: Callable[[Rows, Rows], list[list[Any]]]
-    labels: Mapping[str, str]
+    labels: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def table_key(self) -> str:
@@ -117,7 +117,6 @@ CHARTS = (
         fields={"label": "layer", "value": "code_bits"},
         columns=("layer", "code_bits", "stored_bits"),
         rows=bits_per_layer,
-        labels={},
     ),
     Chart(
         key="plots/risk",
@@ -126,7 +125,6 @@ CHARTS = (
         fields={"x": "log10_predicted", "y": "log10_achieved"},
         columns=("layer", "log10_predicted", "log10_achieved"),
         rows=risks,
-        labels={},
     ),
     Chart(
         key="plots/reliability",
@@ -144,6 +142,5 @@ CHARTS = (
         fields={"value": "log10_kl"},
         columns=("log10_kl",),
         rows=divergences,
-        labels={},
     ),
 )

@@ -112,7 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for folder in folders:
         try:
             error = relog(folder, given.mode)
-        except UserError as reason:  # the next run would meet the same
+        except UserError as reason:  # every further run would fail alike
             sys.exit(f"error: {one_line(str(reason))}")
         failed |= error is not None
         print(f"logged: {folder.name}" if error is None else f"failed: {folder.name}: {error}", flush=True)

@@ -23,9 +23,9 @@ from bayesq.suite.cli import user_error_in
 from bayesq.suite.composition import Preflight
 from bayesq.suite.errors import UserError
 
-# config is what is run, the others are compared beforehand and only warned about
+# The run uses `config`. The others are compared before the run, and a difference is only a warning.
 RECORDS = ("config", "versions", "host", "git")
-# what depends on the machine, its load and its connections, not on the run
+# Prefixes of keys that depend on the machine and its load.
 OF_THE_MACHINE = ("time/", "memory/", "fallback/oom_retries", "wandb/")
 TABLES = ("layers.csv", "predictions.csv")
 SECONDS = "seconds"

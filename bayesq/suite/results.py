@@ -88,7 +88,7 @@ def load_results(results_dir: Path) -> list[dict[str, Any]]:
 def settings_of(result: Mapping[str, Any]) -> dict[str, Any]:
     """What tells two runs apart, save the seed, as flat keys: means are taken over results that agree in all of it.
 
-    A data set that the run's seed is passed on to (imagenet) is no other data set for it.
+    ImageNet's split depends on the run's seed; runs with different seeds still count as one data set.
     """
     settings = flatten(settings_that_matter(result["config"]))
     if settings.get("dataset.seed") == settings["seed"]:

@@ -26,7 +26,7 @@ from bayesq.suite.errors import UserError
 RUN_FILE = "run.py"
 OVERRIDES_FILE = ".hydra/overrides.yaml"
 STATES = ("done", "failed", "running", "missing")
-# What needs a look stands last, where a long list on a terminal ends.
+# Failed and missing runs are printed last, where a long list on a terminal ends.
 LISTED = ("done", "running", "missing", "failed")
 MULTIRUN = ("-m", "--multirun")
 NEVER_STARTED = "it was not started yet"

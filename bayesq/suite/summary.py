@@ -88,7 +88,12 @@ def _section(head: str, results: Sequence[Result]) -> str:
     groups: dict[str, list[Result]] = {}
     for result in results:
         groups.setdefault(json.dumps(settings_of(result), sort_keys=True), []).append(result)
-    ordered = sorted(groups.items(), key=lambda item: (*_place(item[1][0], methods), item[0]))
+
+    def place(item: tuple[str, list[Result]]) -> tuple[int, float, str]:
+        first = item[1][0]
+        return methods.index(first["method"]), first["bits/target"], item[0]
+
+    ordered = sorted(groups.items(), key=place)
     finished = [result for result in results if result.get("status") == "finished"]
     primary = finished[0]["primary_metric"] if finished else "accuracy"
     several = any(len(members) > 1 for _, members in ordered)
@@ -114,10 +119,6 @@ def _lines(columns: Mapping[str, Sequence[str]]) -> list[str]:
         padded.append([f"{cell:{'>' if padded else '<'}{width}}" for cell in (name, *cells)])
         padded[-1].insert(1, "-" * width)
     return ["  ".join(line).rstrip() for line in zip(*padded, strict=True)]
-
-
-def _place(result: Result, methods: Sequence[str]) -> tuple[int, float]:
-    return methods.index(result["method"]), result["bits/target"]
 
 
 def _full_precision(head: str, finished: Sequence[Result], name: str) -> str:

@@ -27,21 +27,21 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# seconds until wandb.mode=online gives up on reaching the server: the client's own 90 at the start make a wrong
-# address look like a hang, and at the end it would retry an upload for ever while the sweep stands still
+# Seconds until wandb.mode=online stops trying to reach the server. With the client's default of 90 at the start a
+# wrong address looks like a hang. At the end the client would retry an upload without limit and block the sweep.
 INIT_TIMEOUT_S = 20.0
 FINISH_TIMEOUT_S = 60.0
-# what the table of layers is logged under
+# Key of the table of layers.
 LAYERS_KEY = "layers"
-# folder beside the client's own for what offline runs upload later, by run id
+# Folder in the client's folder with the data that offline runs upload later, by run id.
 DATA_FOLDER = "data"
-# more than the client's background process may still have to write when it says that a run is finished
+# The client's background process writes less than this after it has said that a run is finished.
 SPARE_BYTES = 256 * 2**10
-# the client refuses an artifact that is described by more
+# The client refuses an artifact with more metadata keys.
 ARTIFACT_KEYS = 100
-# flat key of result.json: null once W&B has the result, else why it does not
+# Key of result.json: null once W&B has the result, else the reason why it does not.
 ERROR_KEY = "wandb/error"
-# what ERROR_KEY says until W&B has the result: a process that is killed in between cannot say it any more
+# Value of ERROR_KEY until W&B has the result: a killed process cannot write a reason.
 UNFINISHED = "the process ended before W&B had the result"
 
 
@@ -134,7 +134,7 @@ class Tracker:
 
 
 def _check_disk(folder: Path) -> None:
-    """Check that a run's folder takes more: the client's background process drops what does not fit without a word.
+    """Check that the disk is not full: the client's background process drops data silently when it is.
 
     Raises:
         OSError: the disk or the quota is full.
@@ -175,7 +175,7 @@ def _artifact(run_id: str, result: Mapping[str, Any], checkpoint: Path) -> "wand
     scalars = [(key, value) for key, value in plain(result).items() if not isinstance(value, dict | list)]
     metadata = dict(scalars[:ARTIFACT_KEYS])
     artifact = wandb.Artifact(f"quantized-{run_id}", type="quantized-model", metadata=metadata)
-    # the file stays where it is: copies of offline runs that are never synced would fill the home folder
+    # "immutable" makes no copy: copies of offline runs that are never synced would fill the home folder.
     artifact.add_file(str(checkpoint), policy="immutable")
     return artifact
 
@@ -307,7 +307,7 @@ def _start(cfg: DictConfig, run_id: str, folder: Path) -> "wandb.Run":
 def report_refusal(error: str) -> None:
     """Under a sweep agent, log a failed run for a command that was refused before it could log one.
 
-    The agent takes a job that never began a W&B run for one that never ran, and starts it again.
+    The agent restarts a job that began no W&B run.
     """
     if not environment.under_agent() or environment.default("mode", None) != "online":
         return

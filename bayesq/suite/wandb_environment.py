@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-# what the client calls a mode, and what the suite does then
+# The client's names of its modes, and the suite's name for each.
 MODES = {
     "online": "online",
     "run": "online",
@@ -24,7 +24,7 @@ ON = ("1", "true", "t", "yes", "y", "on")
 SWEEP = "WANDB_SWEEP_ID"
 # a run's W&B id is its run id, and a repeated run replaces its record
 UNUSED = ("WANDB_RUN_ID", "WANDB_RESUME", "WANDB_RESUME_FROM", "WANDB_FORK_FROM")
-# with these the agent tells the client which run of which sweep a job is
+# The agent sets these to tell the client which run of which sweep a job is.
 OF_AN_AGENT = ("WANDB_PROJECT", "WANDB_ENTITY", "WANDB_RUN_ID")
 DECIDED = (
     "WANDB_MODE",
@@ -62,11 +62,8 @@ def default(key: str, fallback: Any) -> Any:
 
 def _mode() -> str | None:
     """The mode that the environment asks for."""
-    return "disabled" if (value("WANDB_DISABLED") or "").lower() in ON else _mode_named()
-
-
-def _mode_named() -> str | None:
-    """The mode that WANDB_MODE names, in the suite's words."""
+    if (value("WANDB_DISABLED") or "").lower() in ON:
+        return "disabled"
     return MODES.get((value("WANDB_MODE") or "").lower())
 
 
@@ -85,7 +82,7 @@ def _remarks(settings: Mapping[str, Any]) -> Iterator[str]:
     if asked is None and named:
         yield f"WANDB_MODE={named} is none of online, offline, disabled: wandb.mode={mode} is used"
     if asked is not None and asked != mode:
-        variable = "WANDB_MODE" if _mode_named() == asked else "WANDB_DISABLED"
+        variable = "WANDB_MODE" if MODES.get((named or "").lower()) == asked else "WANDB_DISABLED"
         yield f"wandb.mode={mode} is used, not {variable}={value(variable)}"
     if under_agent():
         if mode != "online":
@@ -104,7 +101,7 @@ def _remarks(settings: Mapping[str, Any]) -> Iterator[str]:
 
 @contextmanager
 def decided() -> Iterator[None]:
-    """Keep from the client, while it reads the environment, what has been decided here."""
+    """Hide the variables in DECIDED from the client inside the block."""
     names = [name for name in DECIDED if not (under_agent() and name in OF_AN_AGENT)]
     hidden = {name: os.environ.pop(name) for name in names if name in os.environ}
     try:

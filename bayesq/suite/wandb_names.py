@@ -1,4 +1,4 @@
-"""Labels of W&B runs within the limits that its client or its server refuse a run beyond."""
+"""Labels of W&B runs, shortened to the limits of W&B's client and server."""
 
 import hashlib
 
@@ -9,9 +9,9 @@ GAP = ".."
 
 
 def label(text: str, characters: int = LABEL_CHARACTERS, forbidden: str = "") -> str:
-    """`text` where W&B takes it, else as much of both its ends as fits, and a digest of it.
+    """`text` if W&B accepts it, else its beginning, its end and a digest of it.
 
-    Labels that had to be changed stay different where their texts are; the end of a path says more than its middle.
+    The digest keeps the labels of different texts different. The middle of a path says the least, so it is cut.
 
     Args:
         text: any text, paths that are no UTF-8 included.
@@ -24,8 +24,8 @@ def label(text: str, characters: int = LABEL_CHARACTERS, forbidden: str = "") ->
     digest = "-" + hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:6]
     room = characters - len(digest)
     if len(clean) > room:
-        kept = room - len(GAP)
-        clean = clean[: kept // 2] + GAP + clean[-(kept - kept // 2) :]
+        length = room - len(GAP)
+        clean = clean[: length // 2] + GAP + clean[-(length - length // 2) :]
     return clean + digest
 
 
