@@ -37,7 +37,7 @@ class StoredPhoto(Protocol):
 
 # Raw inputs, before any model-specific encoding: sentences, sentence pairs, photos of any size (files of their own or
 # inside larger ones), or images [n, channels, height, width] as floats in [0, 1]. Only `select`, `checksum` and the
-# model's `encode` look inside, so another kind of input concerns nobody else.
+# model's `encode` look inside, so a new kind of input changes only these three.
 Inputs = Sequence[str] | Sequence[tuple[str, str]] | Sequence[Path] | Sequence[StoredPhoto] | Tensor
 
 
@@ -115,7 +115,7 @@ class DataSplits:
 
     @property
     def likelihood(self) -> Likelihood:
-        """Of the outputs of a network for this task."""
+        """Likelihood of the network's outputs for this task."""
         return self.task.likelihood
 
     def calibration(self, examples: int, seed: int) -> Examples:
@@ -152,7 +152,7 @@ def limited(available: int, limit: int | None) -> int:
     """Number of evaluation examples that `dataset.limit` leaves of those available; None leaves all.
 
     Raises:
-        UserError: there are not so many, or none is asked for.
+        UserError: `limit` is below 1 or exceeds `available`.
     """
     if limit is None:
         return available

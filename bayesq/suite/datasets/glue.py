@@ -5,7 +5,7 @@ They are read from the published TSV files, from parquet files in the layout of 
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -94,10 +94,10 @@ class _Table:
     """Rows of one split before they are examples.
 
     Attributes:
-        where: for messages.
+        where: the beginning of every error line.
         header: names of the columns.
-        rows: what to call a row in messages, and its cells.
-        files: that they come from.
+        rows: each row's name in messages, and its cells.
+        files: the files that were read.
     """
 
     where: str
@@ -190,7 +190,9 @@ class Glue:
     def _evaluation(self, dev: list[Examples]) -> tuple[Examples, tuple[Metric, ...]]:
         """The evaluation examples of all parts, within the limit, and the metrics of each part."""
         part = torch.cat([torch.full((len(examples),), i) for i, examples in enumerate(dev)])
-        whole = _joined(dev)
+        inputs: list[Any] = [item for examples in dev for item in examples.inputs]
+        labels = torch.cat([examples.labels for examples in dev])
+        whole = Examples(inputs, labels, [name for examples in dev for name in examples.ids])
         count = limited(len(whole), self.limit)
         strata = part * (len(self.task.classes) or 1)
         if self.task.classes:
@@ -205,7 +207,7 @@ class Glue:
         return whole.select(rows), tuple(metrics)
 
     def _root(self) -> tuple[str, Path, dict[str, str]]:
-        """What to call the place in messages, the folder of the tasks, and what the result says of it."""
+        """The beginning of every error line, the folder of the tasks, and the provenance for the result."""
         if self.root is not None:
             return f"dataset.root={self.root}", self.root, {"origin": f"GLUE {self.name} in {self.root}"}
         where = f"dataset.hub={self.hub}"
@@ -218,7 +220,7 @@ class Glue:
         """The rows of a split: train, or dev with an ending of the task's.
 
         Raises:
-            UserError: they are nowhere, or not readable.
+            UserError: the split has no file, or its file cannot be read.
         """
         on_hub = split.replace("dev", "validation")
         for folder in (root / self.task.folder, root / self.name):
@@ -287,21 +289,22 @@ class Glue:
         if twice := [name for name in layout if table.header.count(name) > 1]:
             raise UserError(f"{table.where} has more than one column '{twice[0]}'")
         places = [table.header.index(name) for name in layout]
-        parse = _class_parser(self.task.classes) if self.task.classes else _score
+        by_name = {name: label for label, name in enumerate(self.task.classes)}
+        by_name |= {str(label): label for label in range(len(self.task.classes))}
         texts, labels, left_out = [], [], 0
         empty: list[str] = []
         for number, row in table.rows:
             if len(row) <= max(places) and self.task.incomplete:
                 left_out += 1
                 continue
-            # one cell more or less, as of a text with a tab, and the columns would hold one another's content
+            # A tab inside a text adds a cell and shifts the later columns.
             ragged = len(row) < len(table.header) or any(row[len(table.header) :])
             if ragged and not self.task.incomplete:
                 raise _bad_row(table.where, number, layout, row)
             *text, label = (row[place] for place in places)
             try:
-                labels.append(parse(label))
-            except ValueError as error:
+                labels.append(by_name[str(label).strip()] if self.task.classes else _score(label))
+            except (KeyError, ValueError) as error:
                 raise _bad_row(table.where, number, layout, row) from error
             if not all(isinstance(part, str) for part in text):
                 raise _bad_row(table.where, number, layout, row)
@@ -321,20 +324,6 @@ class Glue:
         return Examples([sentence for (sentence,) in texts], targets, ids), left_out
 
 
-def _class_parser(classes: tuple[str, ...]) -> Callable[[Any], int]:
-    """Reads labels that are numbers or names of classes; ValueError for others."""
-    known = {name: label for label, name in enumerate(classes)}
-    known |= {str(label): label for label in range(len(classes))}
-
-    def parse(label: Any) -> int:
-        try:
-            return known[str(label).strip()]
-        except KeyError:
-            raise ValueError(label) from None
-
-    return parse
-
-
 def _score(label: Any) -> float:
     """A score within SCORES; ValueError for anything else."""
     score = float(label)
@@ -345,11 +334,3 @@ def _score(label: Any) -> float:
 
 def _bad_row(where: str, number: str, layout: tuple[str, ...], row: Sequence[Any]) -> UserError:
     return UserError(f"{where}, {number}: expected {', '.join(layout)}, got {list(row)}")
-
-
-def _joined(parts: Sequence[Examples]) -> Examples:
-    """All parts, one after the other."""
-    if len(parts) == 1:
-        return parts[0]
-    inputs: list[Any] = [item for part in parts for item in part.inputs]
-    return Examples(inputs, torch.cat([part.labels for part in parts]), [name for part in parts for name in part.ids])

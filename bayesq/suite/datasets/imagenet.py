@@ -124,15 +124,14 @@ class ImageNet:
             return train, val, origin | left_out
         for folder in (self.root / "data", self.root):
             if files := listed(folder, "*.parquet"):
-                train_files, val_files = _by_split(files, where)
-                return _opened(train_files, where), _validation(val_files, where), origin
+                return *_opened(*_by_split(files, where), where), origin
         raise UserError(
             f"{where}: there is no folder {self.root / 'val'} of val/<wnid>/<photo>, and there are no parquet files "
             "such as validation.parquet or data/validation-*.parquet"
         )
 
     def _from_hub(self) -> tuple[Photos | None, Photos, dict[str, str]]:
-        """As `_from_root`, of files that are fetched unless the hub's cache has them."""
+        """Like `_from_root`, for files on the hub; files in the hub's cache are not fetched again."""
         assert self.hub is not None
         where = f"dataset.hub={self.hub}"
         instead = "take files of your own with dataset.root=DIR dataset.hub=null"
@@ -147,10 +146,10 @@ class ImageNet:
             "train_files": " ".join(file.name for file in train),
             "val_files": " ".join(file.name for file in val),
         }
-        return _opened(train, where), _validation(val, where), source
+        return *_opened(train, val, where), source
 
     def _matching(self, key: str, folder: Path) -> list[Path]:
-        """The files of `folder`, where those of the hub lie, that match the pattern under `key`; none if it is null.
+        """The hub's files in `folder` that match the pattern under `key`; none if the pattern is null.
 
         Raises:
             UserError: there are none, or some that the pattern asks for are missing (offline, of a part in the cache).
@@ -184,21 +183,16 @@ def _by_split(files: Sequence[Path], where: str) -> tuple[list[Path], list[Path]
     return of_split(train, where), of_split(val, where)
 
 
-def _opened(files: Sequence[Path], where: str) -> Photos | None:
-    """The photos of parquet files; None of no files."""
-    return ParquetPhotos(files, where, len(wnids()), wnids()) if files else None
-
-
-def _validation(files: Sequence[Path], where: str) -> Photos:
-    """The photos of validation files.
+def _opened(train: Sequence[Path], val: Sequence[Path], where: str) -> tuple[Photos | None, Photos]:
+    """The train photos (None: there are no train files) and the validation photos of parquet files.
 
     Raises:
-        UserError: there are none.
+        UserError: there are no validation photos.
     """
-    photos = _opened(files, where)
-    if photos is None or not len(photos):
+    photos = [ParquetPhotos(files, where, len(wnids()), wnids()) if files else None for files in (train, val)]
+    if not photos[1]:
         raise UserError(f"{where}: no photo in val*.parquet")
-    return photos
+    return photos[0], photos[1]
 
 
 @cache

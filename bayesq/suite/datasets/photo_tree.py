@@ -1,4 +1,4 @@
-"""Photos in a tree of folders: what is listed, what it is called, and what is left out, which is said."""
+"""Photos in a tree of folders: their list, their ids, and a warning about files that are left out."""
 
 import logging
 import os
@@ -31,7 +31,7 @@ class PhotoTree:
 
     Attributes:
         labels: [n] int64.
-        left_out: what else there is and is not read, in words; "" for nothing. A warning says it as well.
+        left_out: description of the files that are not read; "" if there are none. It is also logged as a warning.
 
     Raises:
         UserError: a folder is no wnid of ImageNet, something cannot be read, or there is no photo.
@@ -79,7 +79,7 @@ class PhotoTree:
         """Take in the photos of one class, and yield what else its folder holds."""
         names = []
         for entry in _visible(folder.path):
-            # a link that leads nowhere counts as a photo, which cannot be read then
+            # A broken link counts as a photo; reading it fails later.
             if _suffix(entry.name) in SUFFIXES and not entry.is_dir():
                 names.append(entry.name)
             else:
