@@ -70,7 +70,8 @@ class Qronos(GPTQ):
         solved, failed = torch.linalg.solve_ex(damped, right.T)
         if int(failed):
             raise Refused("H + l I is singular: raise method.ridge")
-        return solved.T
+        rest: Tensor = solved.T
+        return rest
 
     def _error(self, value: Tensor, weight: Tensor, moments: Tensor) -> Tensor:
         return paired_error(value, weight, moments, self._cross)

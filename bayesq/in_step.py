@@ -1,7 +1,8 @@
 """Layers behind the quantized prefix: each gets its inputs and target when its turn comes, and leaves kept moments."""
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -9,26 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from bayesq.calibration.inputs import INPUT_MOMENT
-from bayesq.calibration.paired import CROSS_MOMENT
+from bayesq.calibration.paired import CROSS_MOMENT, PairedMoments
 from bayesq.calibration.prefix import PrefixInputs
 from bayesq.contract import LayerProblem
 from bayesq.quant.tensor import QuantizedTensor
 from bayesq.target import choose_target, output_variance, row_factors
 
-
-@dataclass(frozen=True)
-class Keep:
-    """Moments of a layer's outputs that are kept at no stored bit.
-
-    Attributes:
-        mean: by biases and norms.
-        variance: by row scales.
-        centred: round in the metric of centred inputs where the mean is kept.
-    """
-
-    mean: bool = False
-    variance: bool = False
-    centred: bool = False
+# Moments of a layer's outputs that are kept: by biases and norms the means, by row scales the variances.
+KEPT = ("none", "mean", "moments")
 
 
 class InStep:
@@ -37,26 +26,33 @@ class InStep:
     Args:
         inputs: statistics behind the prefix.
         targets: round the target of `bayesq.target` in place of W.
-        keep: see `Keep`.
+        keep: one of KEPT: which moments of each layer's outputs stay those of full precision.
         takers: by layer, the module whose bias or running mean takes up the mean of its outputs.
+
+    Attributes:
+        parameters: biases and running means that keep the means, by state_dict name.
     """
 
-    def __init__(self, inputs: PrefixInputs, targets: bool, keep: Keep, takers: Mapping[str, str]) -> None:
+    def __init__(self, inputs: PrefixInputs, targets: bool, keep: str, takers: Mapping[str, str]) -> None:
         self.inputs, self.targets, self.keep, self.takers = inputs, targets, keep, takers
         self.parameters: dict[str, Tensor] = {}
 
-    def take(self, layer: LayerProblem, row_weights: Tensor | None = None) -> LayerProblem:
-        """The layer with the target for its weight, and with its inputs behind the prefix."""
+    def take(self, layer: LayerProblem) -> LayerProblem:
+        """The layer with the target for its weight, and with its inputs behind the prefix.
+
+        Where the mean of its outputs is kept, its input moment is that of the centred inputs.
+        """
         sums = self.inputs.paired(layer.name)
         statistic = partial(self.inputs.statistic, layer.name)
         if sums is None:
             return replace(layer, prefix_statistic=statistic)
-        centred = self.keep.centred and layer.name in self.takers
+        centred = layer.name in self.takers
         weight = layer.weight
         if self.targets:
-            target = choose_target(weight, sums, centred, row_weights)
-            layer.notes["target_lambda"], layer.notes["target_change"] = target.penalty, target.change
-            weight = target.weight
+            target = choose_target(weight, sums, centred)
+            weight, layer.notes["target_change"] = target.weight, target.change
+            if math.isfinite(target.penalty):
+                layer.notes["target_lambda"] = target.penalty
 
         def load(kind: str) -> Tensor:
             if kind == CROSS_MOMENT.name:
@@ -67,24 +63,32 @@ class InStep:
 
     def give(self, layer: LayerProblem, tensor: QuantizedTensor) -> QuantizedTensor:
         """Put the rounded layer into the network; returns it with the row scales that keep its outputs' variance."""
-        sums, parameters = self.inputs.paired(layer.name), {}
+        sums = self.inputs.paired(layer.name)
+        parameters: dict[str, Tensor] = {}
         if sums is not None:
             moments = sums.moments(centred=True)
-            full_mean, mean = moments.full_mean, moments.prefix_mean
-            if self.keep.variance:
-                a = layer.statistic(INPUT_MOMENT.name).double()
-                a = a - full_mean[:, :, None] * full_mean[:, None, :]
-                now = output_variance(tensor.dequantize(), moments.prefix)
-                factors = row_factors(output_variance(layer.weight, a), now)
-                layer.notes["variance_ratio"] = float(factors.square().mean())
-                tensor = scaled(tensor, factors.flatten())
-            shift = torch.einsum("grc,gc->gr", layer.weight.double(), full_mean)
-            shift = (shift - torch.einsum("grc,gc->gr", tensor.dequantize().double(), mean)).flatten()
-            if self.keep.mean and layer.name in self.takers:
-                parameters = taken_up(self.inputs.networks[0].module, self.takers[layer.name], shift)
+            if self.keep == "moments":
+                tensor = self._with_variance(layer, tensor, moments)
+            full, now = (
+                torch.einsum("grc,gc->gr", w.double(), mean).flatten()
+                for w, mean in ((layer.weight, moments.full_mean), (tensor.dequantize(), moments.prefix_mean))
+            )
+            if layer.name in self.takers:
+                parameters = taken_up(self.inputs.networks[0].module, self.takers[layer.name], full - now)
+            else:
+                layer.notes["mean_shift"] = float((now - full).square().mean().sqrt())
         self.inputs.replace(layer.name, tensor, parameters)
         self.parameters |= parameters
         return tensor
+
+    def _with_variance(self, layer: LayerProblem, tensor: QuantizedTensor, moments: PairedMoments) -> QuantizedTensor:
+        """The tensor with row scales that give each output its full-precision variance."""
+        mean = moments.full_mean
+        centred = layer.statistic(INPUT_MOMENT.name).double() - mean[:, :, None] * mean[:, None, :]
+        full = output_variance(layer.weight, centred)
+        now = output_variance(tensor.dequantize(), moments.prefix)
+        layer.notes["variance_ratio"] = float(now.sum() / full.sum()) if bool(full.any()) else 1.0
+        return scaled(tensor, row_factors(full, now).flatten())
 
 
 def scaled(tensor: QuantizedTensor, factors: Tensor) -> QuantizedTensor:

@@ -15,6 +15,7 @@ from bayesq.calibration.passes import CalibrationSettings
 from bayesq.defaults import DESCRIPTIVE, MAX_BITS, MIN_BITS, choices, construct, settings, suggestion
 from bayesq.distillation import DistillationSettings
 from bayesq.errors import Refused
+from bayesq.in_step import KEPT
 from bayesq.likelihood import LIKELIHOODS
 from bayesq.pipeline import quantize_network
 from bayesq.posterior import WhiteningStore
@@ -45,6 +46,7 @@ def quantize(
     *,
     posterior: str = "kfac",
     allocator: str | None = None,
+    inputs: str | None = None,
     correction: str = "none",
     distill: bool = False,
     likelihood: str = "categorical",
@@ -64,11 +66,14 @@ def quantize(
             of which only the inputs are read, or mappings from argument names to tensors. Sequences of different length
             need an attention_mask [b, t]; all other inputs are then [b, t, ...].
         bits: average code bits per weight, 2 to 8, fractions allowed.
-        method: name of a file in conf/method: bayesq, gptq, awq, rtn.
+        method: name of a file in conf/method: bayesq, gptq, gptaq, qronos, awq, rtn.
         posterior: name of a file in conf/posterior: kfac, ekfac, diag, lowrank. Read by method="bayesq" and by
             allocator="knapsack".
         allocator: "uniform" or "knapsack"; None = the method's default.
-        correction: "moments" matches activation moments to those of the full-precision network; "none" does not.
+        inputs: a layer's inputs are those in the "full"-precision network, those behind the quantized "prefix", or
+            "paired": both; None = the method's default.
+        correction: "moments" matches activation moments to those of the full-precision network, "mean" their means
+            (with inputs="prefix" or "paired"); "none" does not.
         distill: train scales, levels, biases and norms on the calibration inputs.
         likelihood: of the outputs: "categorical", or "gaussian" for regression heads.
         exclude: patterns (fnmatch) of module names that stay in full precision.
@@ -85,12 +90,10 @@ def quantize(
     _check(module, bits, batch_size, exclude)
     _one_of("posterior", posterior, choices("posterior"))
     _one_of("likelihood", likelihood, tuple(LIKELIHOODS))
-    _one_of("correction", correction, ("none", "moments"))
+    _one_of("correction", correction, KEPT)
     hook = module.register_forward_hook(_logits)
     try:
-        recipe = _recipe(
-            bits, method, posterior, allocator, correction == "moments", distill, batch_size, seed, switches
-        )
+        recipe = _recipe(bits, method, posterior, allocator, inputs, correction, distill, batch_size, seed, switches)
         subject = _subject(module, batches, likelihood, exclude, batch_size)
         statistics = _statistics(subject, recipe, batch_size, seed)
         quantized = quantize_network(subject, recipe, statistics)
@@ -142,7 +145,8 @@ def _recipe(
     method: str,
     posterior: str,
     allocator: str | None,
-    correction: bool,
+    inputs: str | None,
+    correction: str,
     distill: bool,
     batch_size: int,
     seed: int,
@@ -179,6 +183,7 @@ def _recipe(
         if distill
         else None,
         seed=seed,
+        inputs=content["inputs"] if inputs is None else inputs,
     )
 
 

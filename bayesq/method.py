@@ -142,13 +142,7 @@ class BayesQ:
         if layer.prefix_statistic is not None:
             moment = layer.input_statistic("input_moment")
             whitening = self.whitenings.behind_prefix(layer, self.rounding != "nearest", self.damping, moment)
-        import os
-
-        grid = self._grids.pop(layer.name)
-        if whitening is not None and os.environ.get("BQ_REFIT"):
-            rounded, whitening, _ = self._round(layer, grid, width, REFIT_STATES, whitening=whitening)
-            grid = refit_rows(rounded, rounding_curvature(whitening, layer.weight.shape[1]))
-        rounded, whitening, tables = self._round(layer, grid, width, whitening=whitening)
+        rounded, whitening, tables = self._round(layer, self._grids.pop(layer.name), width, whitening=whitening)
         layer.count("damping_retries", whitening.retries)
         return self._tensor(layer, rounded, width, tables)
 

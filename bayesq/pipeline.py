@@ -49,7 +49,7 @@ def quantize_network(subject: Subject, recipe: Recipe, statistics: Statistics) -
         note_achieved_risk(recipe.whitenings, problems, result)
         recipe.whitenings.release()
     result.oom_retries += statistics.out_of_memory()
-    if recipe.correction:
+    if recipe.correction != "none" and recipe.inputs == "full":
         start = time.perf_counter()
         correct(subject, result)
         result.seconds["quantize"] += time.perf_counter() - start
@@ -185,9 +185,9 @@ def open_prefix(
     """The network whose layers are replaced one by one, in step with full precision where the recipe asks for it."""
     working = result.copy_of(subject.module)
     layers = {name: same_layer(layer, working, name) for name, layer in subject.layers.items()}
-    calls, keep = subject.usage.calls, recipe.keep
+    calls, keep = subject.usage.calls, recipe.correction
     full = Network(subject.module, subject.layers, subject.blocks, calls)
-    in_step = recipe.inputs == "paired" or keep.mean or keep.variance
+    in_step = recipe.inputs == "paired" or keep != "none"
     inputs = PrefixInputs(
         Network(working, layers, subject.blocks, calls),
         groups,
@@ -198,8 +198,10 @@ def open_prefix(
         full if in_step else None,
     )
     takers: dict[str, str] = {}
-    if keep.mean:
+    if keep != "none":
         takers = mean_takers(subject.module, subject.layers, next(subject.examples.batches(1, subject.device)).inputs)
+        for name in subject.layers.keys() - takers:
+            result.problems[name].count("uncorrected_layers")
     targets = recipe.inputs == "paired" and CROSS_MOMENT not in recipe.method.statistics
     return InStep(inputs, targets, keep, takers)
 

@@ -13,9 +13,9 @@ from bayesq.batches import EncodedExamples, needs_no_padding
 from bayesq.calibration.inputs import INPUT_MOMENT
 from bayesq.calibration.paired import CROSS_MOMENT
 from bayesq.calibration.statistic import Source, Statistic
-from bayesq.contract import LayerProblem, Method
+from bayesq.contract import INPUTS, LayerProblem, Method
 from bayesq.distillation import DistillationSettings
-from bayesq.in_step import Keep
+from bayesq.errors import Refused
 from bayesq.likelihood import Likelihood
 from bayesq.nearest import clamped_scales
 from bayesq.posterior import WhiteningStore
@@ -140,11 +140,25 @@ class Recipe:
     budget: Budget
     whitenings: WhiteningStore | None = None
     proxy: Proxy | None = None
-    correction: bool = False
+    correction: str = "none"
     distillation: Distillation | None = None
     seed: int = 0
     inputs: str = "full"
-    keep: Keep = field(default_factory=Keep)
+
+    def __post_init__(self) -> None:
+        """Refuse inputs that the method cannot use.
+
+        Raises:
+            Refused: naming the key.
+        """
+        if self.inputs not in INPUTS:
+            raise Refused(f"inputs={self.inputs}: choose one of {', '.join(INPUTS)}")
+        if CROSS_MOMENT in self.method.statistics and self.inputs != "paired":
+            raise Refused(f"inputs={self.inputs}: this method compares both networks' inputs; choose inputs=paired")
+        if self.inputs != "full" and not self.behind_prefix:
+            raise Refused(f"inputs={self.inputs}: this method reads no inputs; choose inputs=full")
+        if self.correction == "mean" and self.inputs == "full":
+            raise Refused("correction=mean: needs inputs=prefix or inputs=paired; choose correction=moments")
 
     @property
     def statistics(self) -> frozenset[Statistic]:
@@ -153,8 +167,8 @@ class Recipe:
         of_method = self.method.statistics
         if self.inputs != "full":
             of_method = of_method - self.behind_prefix - {CROSS_MOMENT}
-        if self.keep.variance:
-            of_method = of_method | {INPUT_MOMENT}
+            if self.correction == "moments":
+                of_method = of_method | {INPUT_MOMENT}
         return self.allocator.statistics | of_posterior | of_method
 
     @property

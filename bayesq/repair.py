@@ -65,7 +65,7 @@ def distill_student(subject: Subject, recipe: Recipe, settings: Distillation, re
         teacher = posterior_predictive(subject.module, tensors, draw, batches, samples, generator, subject.likelihood)
         start = None
         # After correction=moments the moments match already.
-        if settings.moments and not recipe.correction:
+        if settings.moments and recipe.correction == "none":
             start = moment_start(subject, result, START_BATCHES * batch_size)
         student = result.copy_of(subject.module)
         return distill(student, tensors, batches, teacher, settings.settings, generator, subject.likelihood, start)

@@ -24,6 +24,10 @@ NOTES = {
     "predicted_risk": None,  # nats per example at the chosen widths; written by the knapsack
     "achieved_risk": None,  # nats per example of the rounded weights; written by the pipeline with a posterior
     "kappa": 1.0,  # measured divergence over predicted risk; written by the pipeline with a proxy
+    "target_lambda": None,  # of inputs=paired, a multiple of the inputs' mean square; empty: the weights are the target
+    "target_change": None,  # |T - W| / |W| of the target T of inputs=paired
+    "mean_shift": None,  # root mean square of the outputs' shifts of mean that no bias takes up; not with inputs=full
+    "variance_ratio": None,  # of the outputs to full precision, before correction=moments scales the rows
     "prior_precision": None,  # tau; written by the posterior
     "effective_parameters": None,  # number of weights that the data determine; written by the posterior
 }

@@ -51,18 +51,12 @@ def choose_target(weight: Tensor, sums: PairedSums, centred: bool, row_weights: 
     costs = torch.ones_like(w[..., 0]) if row_weights is None else row_weights.double()
     cross = w @ held_out.cross
     best, least = math.inf, math.inf
-    import os
-
     for penalty in reversed(LAMBDAS):
-        if penalty < float(os.environ.get("BQMIN", 0)):
-            continue
         t = ridge(w, fitted, penalty)
         error = float((costs[..., None] * ((t @ held_out.prefix - 2 * cross) * t)).sum())
         if error < least:
             best, least = penalty, error
-    import os
-
-    t = ridge(w, fitted if "F" in os.environ.get("BQ", "") else sums.moments(centred), best)
+    t = ridge(w, sums.moments(centred), best)
     change = float((t - w).norm() / w.norm().clamp(min=torch.finfo(w.dtype).tiny))
     return Target(t.to(weight.dtype), best, change)
 

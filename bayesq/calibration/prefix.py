@@ -2,7 +2,7 @@
 
 import copy
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -168,7 +168,7 @@ class PrefixInputs:
         for run, (k, x) in enumerate(runs):
             if not x.numel():
                 continue
-            paired = iter(())
+            paired: Iterator[tuple[slice, Tensor, int | Tensor]] = iter(())
             if sums.paired is not None and full is not None:
                 paired = counted_samples(layer, full[run][1], len(batch), mask)
             for part, samples, count in counted_samples(layer, x, len(batch), mask):

@@ -147,9 +147,16 @@ def run_dir(cfg: DictConfig) -> Path:
     return Path(cfg.results_dir).absolute() / run_id(cfg)
 
 
+def inputs_of(default: str, sequential: Any) -> str:
+    """The method's default of `inputs`, unless method.sequential, its old name, is given."""
+    by_old_name = {None: default, True: "prefix", False: "full"}
+    return by_old_name.get(sequential, str(sequential))
+
+
 # ${run_id:} names Hydra's output folders, ${wandb:} reads W&B's variables. They are registered at import, because the
 # workers of a parallel launcher need them as soon as they unpickle a job.
 OmegaConf.register_new_resolver("run_id", lambda *, _root_: run_id(_root_), replace=True)
+OmegaConf.register_new_resolver("inputs_of", inputs_of, replace=True)
 OmegaConf.register_new_resolver("wandb", wandb_environment.default, replace=True)
 
 

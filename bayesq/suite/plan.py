@@ -51,7 +51,7 @@ def make_recipe(cfg: DictConfig) -> Recipe:
             budget=Budget(float(cfg.bits), cfg.budget.count),
             whitenings=store,
             proxy=Proxy(int(cfg.monte_carlo.samples), int(cfg.monte_carlo.examples)) if cfg.proxy == "mc" else None,
-            correction=cfg.correction == "moments",
+            correction=cfg.correction,
             distillation=Distillation(
                 DistillationSettings(options.steps, options.evaluations, options.held_out),
                 int(options.samples),
@@ -61,6 +61,7 @@ def make_recipe(cfg: DictConfig) -> Recipe:
             if cfg.distill
             else None,
             seed=int(cfg.seed),
+            inputs=cfg.inputs,
         )
     except Refused as error:
         raise UserError(str(error)) from error
@@ -204,8 +205,8 @@ def preflight(
         calibration_batch=statistics.batch_size,
         evaluation_batch=int(cfg.evaluation.batch_size),
         distillation_batch=recipe.distillation.batch_size if recipe.distillation else None,
-        corrected=min(MAX_EXAMPLES, len(subject.examples)) if recipe.correction else 0,
-        sequential=recipe.method.inputs == "prefix",
+        corrected=min(MAX_EXAMPLES, len(subject.examples)) if recipe.correction != "none" else 0,
+        sequential=recipe.inputs != "full",
         examples=len(subject.examples),
         offload=offload,
         room=statistics.passes.room,

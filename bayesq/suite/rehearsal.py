@@ -59,7 +59,8 @@ def rehearse(recipe: Recipe, layers: Mapping[str, Layer]) -> None:
             allocator.pinned, allocator.allowed = {}, {}  # patterns may match no rehearsed layer
             if recipe.proxy is not None:
                 allocator.rounded(problems[0], MIN_WIDTH)
-        for _, tensor in quantize_layers(method, problems, allocate, Context.of_seed(0), RandomPrefix(problems)):
+        prefix = RandomPrefix() if recipe.inputs != "full" else None
+        for _, tensor in quantize_layers(method, problems, allocate, Context.of_seed(0), prefix):
             tensor.dequantize()
     except Exception as error:
         log.debug("the rehearsal ended early: %s", error)
@@ -100,15 +101,13 @@ def small_problems(layers: Mapping[str, Layer], statistics: Iterable[Statistic])
 class RandomPrefix:
     """Stands for the quantized prefix: its inputs are each layer's random ones."""
 
-    def __init__(self, problems: Sequence[LayerProblem]) -> None:
-        self.problems = {problem.name: problem for problem in problems}
+    def take(self, layer: LayerProblem) -> LayerProblem:
+        """The layer with the same inputs behind the prefix."""
+        return replace(layer, prefix_statistic=layer.statistic)
 
-    def statistic(self, name: str, kind: str) -> Tensor:
-        """An input statistic of a layer."""
-        return self.problems[name].statistic(kind)
-
-    def replace(self, name: str, tensor: QuantizedTensor) -> None:
-        """Does nothing."""
+    def give(self, layer: LayerProblem, tensor: QuantizedTensor) -> QuantizedTensor:
+        """The tensor as it is."""
+        return tensor
 
 
 class RandomStatistics:
@@ -129,6 +128,8 @@ class RandomStatistics:
         required = {one.name: self(one.name) for one in statistic.requires}
         if statistic.source is Source.STATISTICS:
             return statistic.derive(required)
+        if statistic.source is Source.PAIRED_INPUTS:
+            return statistic.neutral(*self.shape)
         generator = torch.Generator().manual_seed(0)
         g, r, c = self.shape
         d, x = (torch.randn(g, EXAMPLES, size, generator=generator) for size in (r, c))
