@@ -82,7 +82,7 @@ def is_data_free(method: str, config: Mapping[str, Any] | None = None) -> bool:
 
 
 def label(variant: str, methods: Mapping[str, Method]) -> str:
-    """A variant as a legend spells it: `gptq sequential=false` is `GPTQ sequential=false`."""
+    """A variant as a legend spells it: `gptq inputs=full` is `GPTQ inputs=full`."""
     name, *settings = variant.split(" ")
     return " ".join([methods[name].title if name in methods else name, *settings])
 

@@ -51,7 +51,7 @@ class GPTAQ(GPTQ):
         """P [c, c] in visiting order; change is C - H in the columns' own order."""
         v = inverse_factor(factor)
         change = change[factor.order][:, factor.order]
-        drift: Tensor = self.alpha * (change @ v.T).triu(1) @ v
+        drift: Tensor = (change @ v.T).triu(1).mul(self.alpha) @ v
         return drift
 
     def _error(self, value: Tensor, weight: Tensor, moments: Tensor) -> Tensor:

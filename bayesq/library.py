@@ -183,7 +183,7 @@ def _recipe(
         if distill
         else None,
         seed=seed,
-        inputs=content["inputs"] if inputs is None else inputs,
+        inputs=content.get("inputs", "full") if inputs is None else inputs,
     )
 
 

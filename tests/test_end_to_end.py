@@ -83,7 +83,7 @@ SWITCHES = {
     ],
     f"{SPREAD} method.levels=lloyd": ["method.posterior_noise=true"],
     "method=gptq": [
-        "method.sequential=false",
+        "inputs=full",
         "method.group_size=32",
         "method.act_order=false",
         "method.clip=minmax",

@@ -59,9 +59,9 @@ def test_a_setting_stands_behind_the_workload_that_has_it(tmp_path: Path) -> Non
 
 def test_a_setting_stands_behind_the_method_that_has_it(tmp_path: Path) -> None:
     for seed in (0, 1):
-        add(tmp_path, "gptq", 3.0, seed, method__sequential=False, correction="moments")
+        add(tmp_path, "gptq", 3.0, seed, inputs="full", correction="moments")
         add(tmp_path, "bayesq", 3.0, seed, correction="moments")
-    assert said(load_runs(tmp_path)) == "correction=moments, GPTQ method.sequential=false."
+    assert said(load_runs(tmp_path)) == "correction=moments, GPTQ inputs=full."
 
 
 def test_what_a_name_says_is_not_said_again(tmp_path: Path) -> None:
@@ -70,7 +70,7 @@ def test_what_a_name_says_is_not_said_again(tmp_path: Path) -> None:
     for limit in (100, None):
         add(tmp_path, "gptq", 3.0, 0, dataset="cifar10", dataset__limit=limit)
     runs = load_runs(tmp_path)
-    assert {"gptq sequential=false"} < set(runs["variant"])
+    assert {"gptq inputs=full"} < set(runs["variant"])
     assert "resnet / cifar10 dataset.limit=100" in set(runs["workload"])
     assert captions.settings(runs) == ""
 
@@ -324,10 +324,10 @@ def test_a_mean_with_a_result_that_is_no_number_is_left_out(tmp_path: Path, key:
 
 def test_a_gptq_without_a_kl_is_not_the_strongest(tmp_path: Path) -> None:
     add(tmp_path, "bayesq", 3.0, 0)
-    changed(add(tmp_path, "gptq", 3.0, 0, 20, 0.5, method__sequential=True), **{"q/kl_to_fp": None})
-    add(tmp_path, "gptq", 3.0, 0, 20, 0.3, method__sequential=False)
+    changed(add(tmp_path, "gptq", 3.0, 0, 20, 0.5, inputs="prefix"), **{"q/kl_to_fp": None})
+    add(tmp_path, "gptq", 3.0, 0, 20, 0.3, inputs="full")
     row, _ = row_of(tmp_path)
-    assert row["reference"] == "gptq sequential=false"
+    assert row["reference"] == "gptq inputs=full"
 
 
 def test_the_page_of_a_kernel_takes_its_filters_from_the_environment(

@@ -80,15 +80,15 @@ def test_a_run_that_did_not_record_its_process_has_no_memory(tmp_path: Path) -> 
 
 def test_the_figure_compares_with_the_gptq_of_the_table(tmp_path: Path) -> None:
     """Time and memory of one variant, with as many calibration examples; not the least of each over all variants."""
-    add(tmp_path, "gptq", 3.0, 0, seconds=(1, 0, 1, 0), memory=4 * GIB, method__sequential=False)
-    add(tmp_path, "gptq", 3.0, 0, seconds=(1, 0, 9, 0), memory=1 * GIB, method__sequential=True)
+    add(tmp_path, "gptq", 3.0, 0, seconds=(1, 0, 1, 0), memory=4 * GIB, inputs="full")
+    add(tmp_path, "gptq", 3.0, 0, seconds=(1, 0, 9, 0), memory=1 * GIB, inputs="prefix")
     add(tmp_path, "gptq", 3.0, 0, seconds=(0, 0, 0.1, 0), memory=0.5 * GIB, calibration__examples=16)
     add(tmp_path, "bayesq", 3.0, 0, seconds=(1, 1, 2, 0), memory=8 * GIB)
     runs = load_runs(tmp_path)
     row = cost.data(runs).set_index("variant").loc["bayesq"]
-    assert (row["time x"], row["memory x"], row["reference"]) == (2.0, 2.0, "gptq sequential=false")
+    assert (row["time x"], row["memory x"], row["reference"]) == (2.0, 2.0, "gptq inputs=full")
     numbers = cost_table(runs).numbers.set_index("variant").loc["bayesq"]
-    assert (numbers["total x"], numbers["memory x"], numbers["reference"]) == (2.0, 2.0, "gptq sequential=false")
+    assert (numbers["total x"], numbers["memory x"], numbers["reference"]) == (2.0, 2.0, "gptq inputs=full")
 
 
 def test_seconds_that_were_not_recorded_are_no_zeros(tmp_path: Path) -> None:

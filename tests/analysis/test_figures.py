@@ -96,7 +96,7 @@ def test_settings_that_all_runs_of_a_method_share_are_in_the_caption(tmp_path: P
     add_run(tmp_path, method="gptq", bits=3, options=["sequential=false"])
     add_run(tmp_path, method="gptq", bits=4, options=["sequential=false"])
     add_run(tmp_path, method="bayesq", bits=3)
-    assert captions.settings(load_runs(tmp_path)) == " Settings beyond the defaults: GPTQ method.sequential=false."
+    assert captions.settings(load_runs(tmp_path)) == " Settings beyond the defaults: GPTQ inputs=full."
 
 
 def test_points_with_another_n_are_named(digits: Path) -> None:
@@ -121,7 +121,7 @@ def test_a_setting_in_the_name_is_not_told_again(tmp_path: Path) -> None:
     for options in ([], ["sequential=false"]):
         add_run(tmp_path, method="gptq", bits=3, options=options)
     runs = load_runs(tmp_path)
-    assert set(runs["variant"]) == {"gptq", "gptq sequential=false"}
+    assert set(runs["variant"]) == {"gptq", "gptq inputs=full"}
     assert captions.settings(runs) == ""
 
 

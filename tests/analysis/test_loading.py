@@ -100,8 +100,8 @@ def test_damaged_files_are_named_once_and_stop_nothing(tmp_path, caplog):
 
 def test_settings_that_differ_and_are_no_default_name_a_variant(tmp_path):
     for seed in (0, 1):
-        add(tmp_path, "gptq", 3.0, seed, method__sequential=True)
-        add(tmp_path, "gptq", 3.0, seed, method__sequential=False)
+        add(tmp_path, "gptq", 3.0, seed, inputs="prefix")
+        add(tmp_path, "gptq", 3.0, seed, inputs="full")
         add(tmp_path, "bayesq", 3.0, seed)
         add(tmp_path, "bayesq", 3.0, seed, distill=True)
         add(tmp_path, "bayesq", 3.5, seed, calibration__examples=64)  # nothing at its budget differs from it
@@ -109,7 +109,7 @@ def test_settings_that_differ_and_are_no_default_name_a_variant(tmp_path):
     runs = load_runs(tmp_path)
     assert runs.groupby("variant").size().to_dict() == {
         "gptq": 2,
-        "gptq sequential=false": 2,
+        "gptq inputs=full": 2,
         "bayesq": 2,
         "bayesq distill=true": 2,
         "bayesq calibration.examples=64": 2,
@@ -173,9 +173,9 @@ def test_no_folder_is_an_error(tmp_path):
 
 
 def test_overrides_can_be_told_from_the_config_where_they_were_not_recorded(tmp_path):
-    add(tmp_path, "gptq", 3.5, 2, calibration__examples=64, correction="moments", method__sequential=True)
+    add(tmp_path, "gptq", 3.5, 2, calibration__examples=64, correction="moments", inputs="prefix")
     (run,) = records(load_runs(tmp_path))
-    expected = {*run["overrides"]} - {"method.sequential=True"}
+    expected = {*run["overrides"]} - {"inputs=prefix"}
     assert {*command_overrides({**run, "overrides": []})} == expected
 
 

@@ -150,15 +150,15 @@ def test_readme_has_the_head_of_the_compact_table(runs):
 def test_the_compact_table_marks_the_gptq_that_is_compared(tmp_path):
     for bits, plain, other in ((3.0, 0.2, 0.3), (4.0, 0.2, 0.1)):
         for seed in (0, 1):
-            add(tmp_path, "gptq", bits, seed, 20, plain, method__sequential=True)
-            add(tmp_path, "gptq", bits, seed, 30, other, method__sequential=False)
+            add(tmp_path, "gptq", bits, seed, 20, plain, inputs="prefix")
+            add(tmp_path, "gptq", bits, seed, 30, other, inputs="full")
             add(tmp_path, "bayesq", bits, seed)
         add(tmp_path, "rtn", bits, 0)
     table = compact_table(main_table(load_runs(tmp_path)), load_runs(tmp_path))
     assert list(table.cells["KL, GPTQ"]) == [".2000", ".1000 †"]  # no spread: the seeds are alike
     assert list(table.cells["GPTQ"]) == ["50.00", "75.00"]
     assert "KL, AWQ" not in table.cells, "no run of it on any workload"
-    assert "†: gptq sequential=false." in table.caption
+    assert "†: gptq inputs=full." in table.caption
 
 
 def test_workloads_have_short_names_that_tell_them_apart():
@@ -184,8 +184,8 @@ def test_the_numbers_of_the_ablation_table(runs):
 
 def test_the_numbers_of_the_cost_table(tmp_path):
     for seed, calibrate in enumerate((1.0, 2.0, 9.0)):
-        add(tmp_path, "gptq", 3.0, seed, 20, 0.5, (calibrate, 0.0, 2.0, 0.0), method__sequential=False)
-        add(tmp_path, "gptq", 3.0, seed, 20, 0.5, (0.0, 0.0, 50.0, 0.0), method__sequential=True)
+        add(tmp_path, "gptq", 3.0, seed, 20, 0.5, (calibrate, 0.0, 2.0, 0.0), inputs="full")
+        add(tmp_path, "gptq", 3.0, seed, 20, 0.5, (0.0, 0.0, 50.0, 0.0), inputs="prefix")
         add(tmp_path, "gptq", 3.0, seed, 20, 0.5, (0.0, 0.0, 0.5, 0.0), calibration__examples=16)  # smaller calibration
         add(tmp_path, "bayesq", 3.0, seed, 20, 0.5, (calibrate + 1, 1.0, 2.0, 4.0 * seed), memory=3 * 2**30)
     add(tmp_path, "gptq", 4.0, 0, 20, 0.5, (0.0, 0.0, 1.0, 1.0), distill=True)  # distilled: no baseline
@@ -236,14 +236,14 @@ def test_the_strongest_gptq_of_the_same_settings_is_what_counts(tmp_path):
     for seed in (0, 1):
         add(tmp_path, "bayesq", 3.0, seed)
         add(tmp_path, "bayesq", 3.0, seed, distill=True)
-        add(tmp_path, "gptq", 3.0, seed, 20, 0.3, method__sequential=True)
-        add(tmp_path, "gptq", 3.0, seed, 20, 0.2, method__sequential=False)
+        add(tmp_path, "gptq", 3.0, seed, 20, 0.3, inputs="prefix")
+        add(tmp_path, "gptq", 3.0, seed, 20, 0.2, inputs="full")
         add(tmp_path, "gptq", 3.0, seed, 20, 0.1, distill=True)
         add(tmp_path, "gptq", 3.0, seed, 20, 0.01, calibration__examples=512)
         for method in ("gptq", "bayesq"):  # so that the variants are in the table
             add(tmp_path, method, 4.0, seed, distill=True)
     numbers = main_table(load_runs(tmp_path)).numbers.set_index(["variant", "bits"])
-    assert numbers.loc[("bayesq", 3.0), "reference"] == "gptq sequential=false"
+    assert numbers.loc[("bayesq", 3.0), "reference"] == "gptq inputs=full"
     assert numbers.loc[("bayesq", 3.0), "kl_ratio"] == pytest.approx(0.0525 / 0.2)
     assert numbers.loc[("bayesq distill=true", 3.0), "reference"] == "gptq distill=true"
 
@@ -252,11 +252,11 @@ def test_no_gptq_is_the_strongest_by_lacking_a_bad_seed(tmp_path):
     for seed, kl in ((0, 0.1), (1, 0.5), (2, 0.001)):
         if seed < 2:
             add(tmp_path, "bayesq", 3.0, seed)
-        add(tmp_path, "gptq", 3.0, seed, 20, kl, method__sequential=False)
-    add(tmp_path, "gptq", 3.0, 0, 20, 0.11, method__sequential=True)
-    for other, seeds in (("gptq sequential=false", ()), ("gptq", (1,))):
+        add(tmp_path, "gptq", 3.0, seed, 20, kl, inputs="full")
+    add(tmp_path, "gptq", 3.0, 0, 20, 0.11, inputs="prefix")
+    for other, seeds in (("gptq inputs=full", ()), ("gptq", (1,))):
         for seed in seeds:  # with both seeds it has the lower mean, whatever the other's third seed
-            add(tmp_path, "gptq", 3.0, seed, 20, 0.48, method__sequential=True)
+            add(tmp_path, "gptq", 3.0, seed, 20, 0.48, inputs="prefix")
         numbers = main_table(load_runs(tmp_path)).numbers.set_index(["variant", "bits"])
         assert numbers.loc[("bayesq", 3.0), "reference"] == other
 

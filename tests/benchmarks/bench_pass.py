@@ -101,7 +101,7 @@ def test_pass(benchmark, build, tmp_path):
     def run(*overrides: str) -> None:
         quantize(work, tmp_path / str(next(number)), *overrides)
 
-    gptq = {"gptq": lambda: run("method=gptq", "method.sequential=false")}
+    gptq = {"gptq": lambda: run("method=gptq", "inputs=full")}
     compare(benchmark, lambda: run("method=bayesq"), gptq, rounds=1)
 
 

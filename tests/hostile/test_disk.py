@@ -11,7 +11,7 @@ import pytest
 from program import Program
 
 COMMAND = (
-    *("model=resnet", "dataset=digits", "method=gptq", "method.sequential=false", "bits=3", "model.epochs=1"),
+    *("model=resnet", "dataset=digits", "method=gptq", "inputs=full", "bits=3", "model.epochs=1"),
     *("dataset.limit=50", "calibration.examples=16", "wandb.mode=disabled"),
 )
 

@@ -16,7 +16,7 @@ import pytest
 from program import Program
 
 COMMAND = (
-    *("model=resnet", "dataset=digits", "model.epochs=1", "method=gptq", "method.sequential=false"),
+    *("model=resnet", "dataset=digits", "model.epochs=1", "method=gptq", "inputs=full"),
     *("calibration.batch_size=1", "evaluation.batch_size=1"),  # slow enough to be met in the middle
 )
 CODES = {"interrupted": (signal.SIGINT, 130), "terminated": (signal.SIGTERM, 143)}

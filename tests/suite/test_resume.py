@@ -19,7 +19,7 @@ from kill_sweep import ROOT, compare, content
 
 SWEEP = (
     *("-m", "model=resnet", "dataset=digits", "model.epochs=1", "dataset.limit=50", "calibration.examples=32"),
-    *("method=gptq", "method.sequential=false", "allocator=knapsack,uniform", "bits=3"),
+    *("method=gptq", "inputs=full", "allocator=knapsack,uniform", "bits=3"),
 )
 
 # Every attempt is a fork that runs the command line of the program. `kill_at` is part of a file's name: just before the
