@@ -1,4 +1,4 @@
-"""Calibration statistics that stay in memory: for a single call, where a cache on disk would serve nobody."""
+"""Calibration statistics in memory, for a single call that needs no cache on disk."""
 
 import time
 from collections.abc import Collection, Iterable, Mapping
@@ -22,12 +22,12 @@ class InMemoryStatistics:
         layers: layers by name.
         examples: encoded calibration examples.
         settings: see CalibrationSettings.
-        device: where batches go.
+        device: of the batches.
         overwritten: see `Passes`.
 
     Attributes:
         unseen: layers that no example reached.
-        total_s: seconds it took.
+        total_s: seconds spent in `prepare`.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class InMemoryStatistics:
         return self._retries
 
     def prepare(self, statistics: Iterable[Statistic]) -> None:
-        """Compute what is not there yet."""
+        """Compute the statistics that are still missing."""
         start = time.perf_counter()
         for family in families(statistics):
             missing = [one for one in family if one.name not in self._named]
@@ -76,7 +76,7 @@ class InMemoryStatistics:
         """One layer's statistic by its name, checked.
 
         Raises:
-            ValueError: it was not prepared, or no method can use its values.
+            ValueError: it was not prepared, or see `Statistic.check`.
         """
         return LayerStatistics(layer, self._named, partial(self._load, layer))(name)
 
