@@ -108,7 +108,7 @@ class Likelihood(ABC):
         """
 
     def agreement(self, reference: Tensor, other: Tensor, mask: Tensor | None = None) -> Tensor | None:
-        """Share of an example's predictions on which both networks agree, [b] float64; None if predictions are numbers."""
+        """Share of an example's predictions on which both networks agree, [b] float64; None for regression."""
         return None
 
     def predictions(self, outputs: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -1,9 +1,9 @@
-"""What every method shares: layers, codes, rounding, files. It knows of no method and of no statistic.
+"""What every method shares: layers, codes, rounding, files. It imports no method and no statistic.
 
 layers    what can be quantized as stacks of matrices, and its inputs as rows of samples
 watch     what layers read and give in a forward pass, called or used through a function
 attention  multi-head attention written out, so that its products can be watched
-usage     how a network uses its layers, found out before the long work
+usage     how a network uses its layers, checked before the long work
 grids     affine and codebook grids: from a real number to a code and back
 one_by_one  parts of a batch, one example each
 compiled  numba's compilation, kept on disk where that can be written

@@ -1,4 +1,4 @@
-"""A padded batch taken apart, for networks that must see no padding."""
+"""Split a padded batch into examples, for networks that must not see padding."""
 
 from collections.abc import Mapping
 
