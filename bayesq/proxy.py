@@ -79,7 +79,7 @@ def measure_kappa(
         samples: S.
         likelihood: of the outputs.
         batch_size: examples per forward pass; None = all at once.
-        alone: each example is a batch of its own, without padding.
+        alone: each example is a separate batch, without padding.
 
     Raises:
         ValueError: training mode, or a layer has no prediction.

@@ -71,7 +71,8 @@ class TensorFile:
         self._file.close()
 
     def _write(self, tensor: Tensor) -> _Place:
-        # Matrix products of a transposed and of a contiguous matrix may differ in their last bits: strides are kept.
+        # Matrix products of a transposed and of a contiguous matrix may differ in their last bits, so the file
+        # preserves strides.
         strides = tensor.stride()
         order = tuple(sorted(range(tensor.dim()), key=lambda axis: -strides[axis]))
         place = _Place(self.nbytes, tensor.dtype, tuple(tensor.shape), order)

@@ -161,7 +161,7 @@ def feedback_factors(moments: Tensor, damping: float, act_order: bool = True) ->
 def feedback_round_groups(
     weight: Tensor, factors: Sequence[FeedbackFactor], grid: Grid
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`feedback_round` of all groups at once, each in its own column order: one step per column, not per group.
+    """`feedback_round` of all groups at once, each in its column order: one step per column for all groups.
 
     Args:
         weight: [g, r, c] in original column order.

@@ -47,7 +47,7 @@ def obstacle(tensor: QuantizedTensor) -> str | None:
     if not tensor.code.uniform:
         return "its levels are not uniform: choose method=gptq or method=rtn"
     if tensor.overlay is not None:
-        return "some of its weights are kept in fp16 beside the codes: choose method=gptq or method=rtn"
+        return "some of its weights are in fp16 beside the codes: choose method=gptq or method=rtn"
     if tensor.column_scale is not None:
         return "it has scales for its inputs: choose method=gptq or method=rtn"
     if bool((tensor.zero % 2 ** (ZERO_BITS - widths[0]) != 0).any()):

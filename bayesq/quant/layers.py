@@ -204,7 +204,7 @@ def _check_plain(name: str, layer: Layer) -> None:
     if isinstance(layer, nn.Conv2d) and not is_plain(layer) and not _is_dynamic_same(layer):
         # For example a weight-standardised convolution, which does not multiply with its stored weight.
         raise ValueError(
-            f"layer {name} is a {type(layer).__name__} with a forward pass of its own, which may change its "
+            f"layer {name} is a {type(layer).__name__} with another forward pass than Conv2d, which may change its "
             f"weight: add {name} to layers.exclude"
         )
 
@@ -248,7 +248,7 @@ def weight_to_matrix(layer: Layer | nn.Embedding) -> Tensor:
 
 
 def matrix_to_weight(layer: Layer | nn.Embedding, matrix: Tensor) -> Tensor:
-    """Inverse of `weight_to_matrix`: [g, r, c] -> the layer's own weight shape."""
+    """Inverse of `weight_to_matrix`: [g, r, c] -> the shape of the layer's weight."""
     if isinstance(layer, ParameterLayer) and layer.transposed:
         matrix = matrix.transpose(1, 2)
     return matrix.reshape(layer.weight.shape)
@@ -336,7 +336,7 @@ def output_samples(layer: Layer, gradient: Tensor, examples: int) -> Tensor:
 
 
 def _pad(layer: nn.Conv2d, x: Tensor) -> Tensor:
-    """Apply the convolution's own padding, so that unfolding needs none."""
+    """Apply the convolution's padding, so that unfolding needs none."""
     if _is_dynamic_same(layer):
         pads = [_same_padding(x.shape[-1 - i], layer, 1 - i) for i in range(2)]
         return F.pad(x, [*pads[0], *pads[1]])

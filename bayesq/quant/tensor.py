@@ -26,7 +26,7 @@ class QuantizedTensor:
         code: which level a code stands for.
         column_scale: [groups, C / k] fp16 per-input-channel factor folded out of the codes (AWQ), or None; each covers
             the k = kh * kw neighbouring columns that read the channel.
-        overlay: weights kept in fp16, or None.
+        overlay: single weights in fp16, or None.
     """
 
     codes: Tensor
