@@ -21,8 +21,8 @@ def known(runs: pd.DataFrame) -> pd.DataFrame:
     """The runs of workloads that have a result; runs of unknown workloads become remarks."""
     shown: pd.DataFrame = of_finished_workloads(runs)
     shown = shown[shown["workload"] != UNKNOWN].copy()
-    shown["seed"] = shown["seed"].astype(int)  # runs of unknown workloads have no seed, and their NaN makes the column
-    float shown.attrs["remarks"] = remarks(runs)
+    shown["seed"] = shown["seed"].astype(int)  # unknown workloads have no seed: NaN makes the column float
+    shown.attrs["remarks"] = remarks(runs)
     return shown
 
 
