@@ -82,8 +82,8 @@ def layer_rates(components: Sequence[Tensor], risks: Sequence[float]) -> tuple[l
         bits of each layer at its risk; and bits of each layer with one water level for the whole network at the sum of
         the risks. No allocation between layers has a smaller total than the latter.
     """
-    own_levels = [
+    separate = [
         rate(v, water_level(v, risk)) if risk > 0 else float("inf") for v, risk in zip(components, risks, strict=True)
     ]
     common = water_level(torch.cat(list(components)), sum(risks)) if sum(risks) > 0 else 0.0
-    return own_levels, [rate(v, common) if common > 0 else float("inf") for v in components]
+    return separate, [rate(v, common) if common > 0 else float("inf") for v in components]

@@ -33,7 +33,7 @@ def bounds_frame(runs: pd.DataFrame) -> pd.DataFrame:
 def data(bounds: pd.DataFrame) -> pd.DataFrame:
     """Bits per weight above the bound at the achieved risk, of whole networks, means and deviations over seeds.
 
-    `above` is over the bound of the network at its total risk; `coding` over the bounds of its layers at their own
+    `above` is over the bound of the network at its total risk; `coding` over the bounds of its layers at their
     risks; the difference of the two is what the allocation of bits to layers loses.
     """
     rows = []
@@ -48,7 +48,7 @@ def data(bounds: pd.DataFrame) -> pd.DataFrame:
 
 
 def layer_gaps(bounds: pd.DataFrame) -> pd.DataFrame:
-    """Bits per weight of each layer above its bound at its own risk, means over seeds."""
+    """Bits per weight of each layer above its bound at its risk, means over seeds."""
     table = bounds.assign(coding=bounds["bits/code"] - bounds["bound_bits"])
     return mean_and_std(table, ["workload", "method", "variant", "bits", "position", "name"], ["coding"])
 
