@@ -34,7 +34,7 @@ LETTERS = frozenset("ÀÁÂÃÄÅÆÇÈÉÊËÌÍÎÏÑÒÓÔÕÖØÙÚÛÜÝß�
 
 
 def floats(cells: pd.DataFrame, bold: pd.DataFrame, caption: str, footnotes: Sequence[str], label: str) -> str:
-    r"""A table as one or more `table*` for booktabs and graphicx, which scales what is wider than the text.
+    r"""A table as one or more `table*` for booktabs and graphicx, scaled down if wider than the text.
 
     A table of more than MOST_ROWS rows has a float for each value of its first column, or more if needed. The first
     float has the caption and the label `tab:LABEL`; the others refer to it and are `tab:LABEL-2` and so on. Footnotes

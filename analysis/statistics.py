@@ -68,7 +68,7 @@ def paired_bootstrap(
 def paired_metric_bootstrap(
     function: str, first: Floats, second: Floats, labels: Floats, seed: int = 0, resamples: int = RESAMPLES
 ) -> Interval:
-    """metric(second) - metric(first), a mean over seeds, measured anew on every resample.
+    """metric(second) - metric(first), a mean over seeds, measured on every resample.
 
     Args:
         function: key of bayesq.suite.metrics.METRICS: accuracy, f1, matthews, pearson or spearman.

@@ -18,7 +18,7 @@ ENDINGS = (".md", ".csv", ".tex")
 
 @dataclass(frozen=True)
 class Table:
-    """A table as it is shown and as numbers.
+    """A table as text and as numbers.
 
     Attributes:
         cells: the text of each cell; column names are the heads.

@@ -35,7 +35,7 @@ class GPTQ:
         group_size: columns that share a scale and zero; None = one per row. With act-order the groups' grids are set
             from the original weights beforehand, so that no column permutation has to be stored.
         sequential: take a layer's inputs from the model whose earlier layers are already quantized.
-        scale_dtype: precision of the scales; float16 is what is stored, float32 only compares with published results.
+        scale_dtype: precision of the scales; float16 is stored, float32 is for comparison with published results only.
     """
 
     statistics: frozenset[Statistic] = frozenset({INPUT_MOMENT})

@@ -100,7 +100,7 @@ class BayesQ:
         for layer in layers:
             check_finite(layer)
 
-        # Posterior, whitening and closed-form risk decide the widths before anything is rounded: `bayesq.allocation`.
+        # Posterior, whitening and closed-form risk decide the widths before the first rounding: `bayesq.allocation`.
         self.tables = self._table_widths(layers)
         widths = allocate(layers, table_bits(self.tables, self.states), self.distortion)
 

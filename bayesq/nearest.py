@@ -36,7 +36,7 @@ def clamped_scales(weight: Tensor, tensor: QuantizedTensor) -> int:
     """Number of rows whose step is clamped to the largest or smallest number of fp16.
 
     Args:
-        weight: [g, r, c] that `tensor` stands for; rows that are all zero need no step.
+        weight: [g, r, c] before rounding; rows of zeros do not count.
         tensor: the rounded layer.
     """
     scale = tensor.scale.to(torch.float32)

@@ -56,7 +56,7 @@ def round_layer(
     codebooks: Mapping[int, Tensor],
     trellis: int | None = None,
 ) -> Rounded:
-    """Round a layer once, to nearest or with feedback as its whitening says.
+    """Round a layer once, to nearest or with feedback, depending on its whitening.
 
     Args:
         weight: [g, r, c].
@@ -90,7 +90,7 @@ def round_layer(
 
 
 def predicted_risk(weight: Tensor, whitening: Whitening, distortions: Sequence[float]) -> Tensor:
-    """Risk of every row at every width before anything is rounded, nats per example.
+    """Predicted risk of every row at every width, nats per example.
 
         1/2 s_r^2 T_b sum_c h_rc        with the curvature h of `bayesq.whitening`, for example G_rr D_c
 
@@ -120,7 +120,7 @@ SPREADS, LEAST_SPREAD = 24, 0.5
 
 
 def first_rows(weight: Tensor, curvature: Tensor, width: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale and zero of each row before anything is rounded, for levels of unit variance in units of `level_unit`.
+    """Scale and zero of each row before the first rounding, for levels of unit variance in units of `level_unit`.
 
     The row's spread s is the one at which scalar Lloyd-Max levels would cost least without feedback:
 

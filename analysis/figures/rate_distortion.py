@@ -34,7 +34,7 @@ def data(bounds: pd.DataFrame) -> pd.DataFrame:
     """Bits per weight above the bound at the achieved risk, of whole networks, means and deviations over seeds.
 
     `above` is over the bound of the network at its total risk; `coding` over the bounds of its layers at their
-    risks; the difference of the two is what the allocation of bits to layers loses.
+    risks; their difference is the loss by the allocation of bits to layers.
     """
     rows = []
     keys = ["workload", "method", "variant", "bits", "seed"]

@@ -61,7 +61,8 @@ def input_parts(
         whole: keep an example's positions together, however many there are.
 
     Yields:
-        the examples e of a part, and what iterates over its samples in blocks: the positions, and [e, g, l, c]. There
+        the examples e of a part, and a function that iterates over its blocks: positions, and samples [e, g, l, c].
+            There
         is one block, unless a part is one example that is larger than a part should be.
     """
     by_example = x.reshape(examples, -1, *x.shape[1:])

@@ -36,7 +36,7 @@ def affine_overhead_bits(rows: Iterable[int]) -> int:
 
 
 def mixed_overhead_bits(rows: Iterable[int]) -> int:
-    """As `affine_overhead_bits` where rows have different widths; never less than what is stored.
+    """As `affine_overhead_bits`, for rows of different widths; an upper bound of the stored bits.
 
     The width map replaces the layer's width byte. The map and the codes are each padded by less than a byte.
     """

@@ -201,8 +201,8 @@ def feedback_round(
         on_block: see BlockObserver; receives original-order weights only when the factor has no act-order.
 
     Returns:
-        codes [R, C] uint8 in original order; values [R, C] float64 they stand for; target [R, C] float64, what each
-        entry was at the moment it was rounded (the weight plus all feedback).
+        codes [R, C] uint8 in original order; their values [R, C] float64; target [R, C] float64, each entry when it
+        was rounded (the weight plus all feedback).
     """
     columns, rows = weight.shape[1], weight.shape[0]
     u = factor.upper

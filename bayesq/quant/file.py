@@ -56,7 +56,7 @@ class Sizes:
 
 
 def write_packed(path: Path, packed: Packed) -> Sizes:
-    """Write a packed file, atomically, and tell what its buffers take.
+    """Write a packed file, atomically, and return the sizes of its buffers.
 
     Raises:
         ValueError: names of layers or codebooks clash.

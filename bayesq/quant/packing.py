@@ -200,7 +200,7 @@ def unpack_model(buffers: Mapping[str, Tensor], header: Mapping[str, str]) -> di
     """Inverse of `pack_model`; buffers with PARAMETER_PREFIX or STATE_PREFIX are ignored.
 
     Raises:
-        ValueError: the header is not that of these buffers; names the layer and what is wrong with it.
+        ValueError: the header does not fit these buffers; names the layer and the mistake.
     """
     books = {}
     for key, levels in buffers.items():

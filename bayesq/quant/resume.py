@@ -119,7 +119,7 @@ class _Frame:
 
     call: _Call
     counts: Counter[str] = field(default_factory=Counter)
-    givers: dict[int, tuple[_Call, int]] = field(default_factory=dict)
+    sources: dict[int, tuple[_Call, int]] = field(default_factory=dict)
 
 
 @dataclass
@@ -145,7 +145,7 @@ class _Pass:
         self.inputs, self.readers, self.blocks = inputs, readers, blocks
         self.root, self.frames = _Call(), [_Frame(_Call())]
         self.block: _Block | None = None
-        self.left: set[tuple[tuple[str, int], ...]] = set()  # stops that were left
+        self.left_stops: set[tuple[tuple[str, int], ...]] = set()
         self.waiting: tuple[str, _Call | None, Tensor] | None = None
 
     def advance(self, module: nn.Module) -> str | None:
@@ -161,7 +161,7 @@ class _Pass:
                     self.frames = [block.frame]
                     block.frame.counts[block.key[0]] = block.key[1]
                     self.blocks[block.key[0]](*block.args, **block.kwargs)
-                self._from_the_input(module)
+                self._run_from_input(module)
                 return None
             except _Stopped:
                 assert self.waiting is not None
@@ -171,7 +171,7 @@ class _Pass:
                     raise
                 self.root, self.block = _Call(), None
 
-    def _from_the_input(self, module: nn.Module) -> None:
+    def _run_from_input(self, module: nn.Module) -> None:
         self.frames, self.block = [_Frame(self.root)], None
         copied = self.readers.learning or "" in self.readers.copied
         inputs = {name: x.clone() if copied else x for name, x in self.inputs.items()}
@@ -201,12 +201,12 @@ class _Pass:
         if call is None:
             call = frame.call.inside[key] = _Call((*frame.call.path, key))
         if call.spec is not None:
-            return self._again(call, frame)
-        waits = site is not None and call.path not in self.left
-        if waits and site == INPUT:
-            self._wait(name, call, None, first_argument(args, kwargs))
-        given = _leaves(args, kwargs)
-        versions = _versions(given)
+            return self._stored_output(call, frame)
+        stops_here = site is not None and call.path not in self.left_stops
+        if stops_here and site == INPUT:
+            self._stop(name, call, None, first_argument(args, kwargs))
+        arguments = _leaves(args, kwargs)
+        versions = _versions(arguments)
         if name in self.blocks and self.block is None:
             self.block = _Block(frame, key, args, kwargs, versions)
         self.frames.append(_Frame(call))
@@ -214,20 +214,20 @@ class _Pass:
             output = forward(*args, **kwargs)
         finally:
             self.frames.pop()
-        if versions == _versions(given):  # a stored output would not repeat changes to the arguments
+        if versions == _versions(arguments):  # a stored output would not repeat changes to the arguments
             self._store(call, output)
         if call.spec is not None:
             call.inside.clear()
-            self._drop(given, frame)
-            self._remember(call, call.leaves, frame)
+            self._drop(arguments, frame)
+            self._note_source(call, call.leaves, frame)
         if self.block is not None and self.block.frame is frame and self.block.key == key:
             self.block = None
-        if waits and site == OUTPUT:
-            self._wait(name, call, call, output)
+        if stops_here and site == OUTPUT:
+            self._stop(name, call, call, output)
         return output
 
-    def _wait(self, name: str, call: _Call, output_of: _Call | None, x: Tensor) -> None:
-        self.left.add(call.path)
+    def _stop(self, name: str, call: _Call, output_of: _Call | None, x: Tensor) -> None:
+        self.left_stops.add(call.path)
         self.waiting = name, output_of, x.read() if isinstance(x, _Absent) else x
         raise _Stopped
 
@@ -239,21 +239,21 @@ class _Pass:
         call.leaves = [x.clone() if call.copied and isinstance(x, Tensor) else x for x in leaves]
         call.spec, call.versions = spec, _versions(call.leaves)
 
-    def _remember(self, call: _Call, leaves: Sequence[Any], frame: _Frame) -> None:
+    def _note_source(self, call: _Call, leaves: Sequence[Any], frame: _Frame) -> None:
         for k, x in enumerate(leaves):
             if isinstance(x, Tensor) and not isinstance(x, _Absent):
-                frame.givers[id(x)] = call, k
+                frame.sources[id(x)] = call, k
 
-    def _drop(self, given: Sequence[Any], frame: _Frame) -> None:
+    def _drop(self, arguments: Sequence[Any], frame: _Frame) -> None:
         """Drop the outputs that a finished call got as arguments directly from other calls of the same module."""
-        for x in given:
-            giver, k = frame.givers.pop(id(x), (None, 0))
-            if giver is None or giver.leaves[k] is not x or giver.name in self.readers.stored:
+        for x in arguments:
+            source_call, k = frame.sources.pop(id(x), (None, 0))
+            if source_call is None or source_call.leaves[k] is not x or source_call.name in self.readers.stored:
                 continue
-            if x._version == giver.versions[k]:  # else an operation that also reads it has overwritten it
-                giver.leaves[k] = _Absent.of(giver.name, self.readers, x if self.readers.learning else None)
+            if x._version == source_call.versions[k]:  # else an operation that also reads it has overwritten it
+                source_call.leaves[k] = _Absent.of(source_call.name, self.readers, x if self.readers.learning else None)
 
-    def _again(self, call: _Call, frame: _Frame) -> Any:
+    def _stored_output(self, call: _Call, frame: _Frame) -> Any:
         """The stored output of a finished call."""
         assert call.spec is not None
         leaves = list(call.leaves)
@@ -264,7 +264,7 @@ class _Pass:
                 leaves[k] = x.clone()
             elif x._version != version:
                 leaves[k] = _Absent.of(call.name, self.readers, None, changed=True)
-        self._remember(call, leaves, frame)
+        self._note_source(call, leaves, frame)
         return tree_unflatten(leaves, call.spec)
 
 
@@ -310,7 +310,7 @@ class Resumable:
         together: Callable[[str, list[Tensor]], None],
         readers: Readers,
     ) -> None:
-        """Pass all batches through the network without gradients; at every stop each waits for the others.
+        """Pass all batches through the network without gradients; at every stop each pass waits for the others.
 
         Args:
             batches: one at least.

@@ -23,7 +23,7 @@ class QuantizedTensor:
         zero: [R, S] uint8 zero point in units of 2**(width - 8) levels, see `grids.zero_code`.
         groups: convolution groups g (Linear: 1).
         group_size: columns per column group; None = whole row.
-        code: which level a code stands for.
+        code: decodes codes to levels.
         column_scale: [groups, C / k] fp16 per-input-channel factor folded out of the codes (AWQ), or None; each covers
             the k = kh * kw neighbouring columns that read the channel.
         overlay: single weights in fp16, or None.
