@@ -205,8 +205,8 @@ def normal_distortion(kind: str, width: int, noise: float = 0.0) -> float:
 # Non-uniform levels are stored as fp16 tables, one per width for the whole model. Wider codes than this get none:
 # Lloyd-Max gains 0.24 bit at 5 bits on a normal source, and few rows are much wider.
 TABLE_MAX_WIDTH = 6
-# Largest share of the risk that a table may cost. Taking x bits per weight from the codes raises the risk by the share
-# 2 ln 2 x. The limit is low, because few rows may have the width of the table.
+# Largest relative increase of the risk that a table may cost: x bits per weight less for the codes raise the risk by
+# the factor 1 + 2 ln 2 x. The limit is low, because few rows may have the width of the table.
 TABLE_COST = 0.005
 
 
@@ -226,13 +226,13 @@ def table_bits(widths: Iterable[int], states: int | None) -> int:
 
 
 def table_price(width: int, states: int | None, weights: int) -> float:
-    """Share of the risk that the table of a width costs, because its bits are taken from the codes of all weights."""
+    """Relative increase of the risk by the table of a width, whose bits are taken from the codes of all weights."""
     return 2 * math.log(2) * table_bits((width,), states) / weights
 
 
 # The levels of a trellis start at quantiles of a normal distribution with this standard deviation. The high-rate
-# optimum, sqrt(3) (Panter and Dite), is too wide, and refits correct that only slowly. At 3 bits, the risk after one
-# refit is 1.12 times that of 1.4 with 1.73 (SST-2 and ResNet-56), and 1.04 and 1.07 times with 1.2.
+# optimum, sqrt(3) (Panter and Dite), is too wide, and refits correct that only slowly: with 1.73 the risk at 3
+# bits after one refit is 1.12 times that with 1.4 on SST-2 and on ResNet-56; with 1.2 it is 1.04 and 1.07 times.
 TRELLIS_SPREAD = 1.4
 
 
