@@ -1,4 +1,4 @@
-"""From runs to tables and figures: what runs left behind as data frames, statistics, and files for a paper."""
+"""From runs to tables and figures: results as data frames, statistics, and files for a paper."""
 
 from analysis.loading import example_frame, layer_frame, load_runs
 

@@ -1,7 +1,7 @@
 """`python -m analysis RESULTS [KEY=VALUE ...] [--cost | --glue | --main | --ablation]`: a table on the terminal.
 
 With `--output DIR` every table and figure goes there instead. RESULTS is a results folder or `wandb:ENTITY/PROJECT`;
-`dataset=digits method=bayesq,gptq` and the like leave only the runs that fit all of it.
+Filters such as `dataset=digits method=bayesq,gptq` select the runs that fit all of them.
 """
 
 import argparse
@@ -24,7 +24,7 @@ TABLES = {
 
 
 def main() -> None:
-    """Print the table or write all files; one line on stderr and exit code 1 where there is nothing to show."""
+    """Print the table or write all files; one line on stderr and exit code 1 if there is nothing to show."""
     parser = argparse.ArgumentParser(prog="python -m analysis", description=__doc__)
     parser.add_argument("results", help="a results folder, such as results/, or wandb:ENTITY/PROJECT")
     parser.add_argument("where", nargs="*", metavar="KEY=VALUE", help="only runs with this, such as method=bayesq,gptq")

@@ -1,4 +1,4 @@
-"""What captions and footnotes say: how many runs and examples, which settings are whose, and what is not there."""
+"""Texts of captions and footnotes: numbers of runs and examples, settings, and missing runs."""
 
 import math
 import os
@@ -18,16 +18,16 @@ from analysis.paper import workload_title
 
 
 def known(runs: pd.DataFrame) -> pd.DataFrame:
-    """The runs of workloads that have a result; what is wrong with runs of no known workload is a remark."""
+    """The runs of workloads that have a result; runs of unknown workloads become remarks."""
     shown: pd.DataFrame = of_finished_workloads(runs)
     shown = shown[shown["workload"] != UNKNOWN].copy()
-    shown["seed"] = shown["seed"].astype(int)  # where a workload is unknown so is the seed, and NaN made all floats
+    shown["seed"] = shown["seed"].astype(int)  # unknown workloads have no seed: NaN makes the column float
     shown.attrs["remarks"] = remarks(runs)
     return shown
 
 
 def remarks_of(runs: pd.DataFrame) -> list[str]:
-    """What is wrong with the runs as a whole: unreadable ones and duplicates.
+    """Remarks on all runs: unreadable ones and duplicates.
 
     Args:
         runs: of `known`.
@@ -66,15 +66,15 @@ def failed(runs: pd.DataFrame) -> list[str]:
 
 
 def settings(runs: pd.DataFrame, names: Mapping[str, str] | None = None, without: Iterable[str] = ()) -> str:
-    """A sentence with the settings that are neither defaults nor part of a name, by workload; nothing without them.
+    """A sentence with the settings that are neither defaults nor part of a name, by workload; "" if there are none.
 
-    What all variants of a workload share stands alone, what some of them have stands behind their labels. Runs that
-    share a setting are not told apart by it, so that it is in no variant's name, and in a workload's only where other
-    runs of its model and data set have another.
+    Settings that all variants of a workload share come without a label, those of some variants after their labels.
+    Settings that all runs share are in no variant's name, and in a workload's name only if other runs of its model and
+    data set differ in them.
 
     Args:
-        names: of workloads, where the table shows others than theirs.
-        without: keys that the table or figure shows anyway.
+        names: of workloads, if the table shows other names.
+        without: keys that the table or figure shows in another place.
     """
     said = {str(workload): _of_workload(members, without) for workload, members in finished(runs).groupby("workload")}
     shown = {workload: text for workload, text in said.items() if text}
@@ -89,7 +89,7 @@ def settings(runs: pd.DataFrame, names: Mapping[str, str] | None = None, without
 
 
 def _of_workload(members: pd.DataFrame, without: Iterable[str]) -> str:
-    """Settings of one workload's finished runs, those that all share first."""
+    """Settings of one workload's finished runs, first those that all variants share."""
     methods = methods_of(members)
     by_variant: dict[str, dict[str, str]] = {}
     for variant, of_variant in members.groupby("variant", sort=False):
@@ -124,11 +124,11 @@ def seeds(numbers: pd.Series) -> str:
 def population(data: pd.DataFrame, runs: pd.DataFrame, axis: str = "bits") -> str:
     """`n = 3 seeds, 872 test examples`, with the points that have another n.
 
-    Variants that read no calibration data are named once: one run of them is all there is.
+    Variants that read no calibration data are named once, because they have a single run.
 
     Args:
         data: with a column n.
-        runs: those the data are of, for the number of test examples.
+        runs: runs of the data, for the number of test examples.
         axis: column that names a point of a variant.
     """
     shown = runs[runs["workload"].isin(data["workload"].unique())]
@@ -156,7 +156,7 @@ def population(data: pd.DataFrame, runs: pd.DataFrame, axis: str = "bits") -> st
 
 
 def _examples(done: pd.DataFrame) -> str:
-    """How many test examples, by workload where these differ."""
+    """Number of test examples, by workload if the numbers differ."""
     sizes = {
         str(name): counted(members["evaluation/examples"]) for name, members in done.groupby("workload", sort=True)
     }
@@ -166,7 +166,7 @@ def _examples(done: pd.DataFrame) -> str:
 
 
 def population_of_rows(table: pd.DataFrame, names: Mapping[str, str] | None = None) -> str:
-    """n of a table's rows: seeds, and examples by workload, under other names where some are given."""
+    """n of a table's rows: seeds, and examples by workload; `names` are other names of workloads."""
     there = table[table["n"] > 0]
     if there.empty:
         return "no finished run (n = 0)"
@@ -178,7 +178,7 @@ def population_of_rows(table: pd.DataFrame, names: Mapping[str, str] | None = No
 
 
 def other_seeds(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str], methods: Mapping[str, Method]) -> str:
-    """A sentence on the rows of a table without a column n that have another n than most; nothing without them.
+    """A sentence on the rows with another n than most, for a table without a column n; "" if there are none.
 
     Args:
         rows: with workload, bits, method, variant and n; a plain method that reads no calibration data, and is the
@@ -198,6 +198,6 @@ def other_seeds(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str], met
 
 
 def data_free(names: Sequence[str], one_run: str = "one run") -> str:
-    """A sentence about the methods of a table that read no calibration data; nothing without any."""
+    """A sentence about the methods of a table that read no calibration data; "" if there are none."""
     verb = "reads" if len(names) == 1 else "read"
     return f"{' and '.join(names)} {verb} no calibration data: {one_run} stands for every seed. " if names else ""

@@ -25,7 +25,7 @@ from bayesq.suite.results import PREDICTIONS_FILE, settings_of
 
 log = logging.getLogger(__name__)
 
-# What a baseline must have in common with the runs that are compared with it.
+# Settings that a baseline must share with the runs that are compared with it.
 ALIKE = (
     "correction",
     "distill",
@@ -35,11 +35,11 @@ ALIKE = (
     "layers.include_embeddings",
 )
 KL = "q/kl_to_fp"
-# The same of a baseline for times, which distillation and correction are part of.
+# The same for comparisons of time, which includes distillation and correction.
 ALIKE_IN_COST = tuple(key for key in ALIKE if key not in ("correction", "distill"))
-# KL is different for every example, so its resamples cost what the examples are; intervals need fewer than p values.
+# Fewer resamples for KL: it differs in every example, so each resample is slow, and intervals need fewer than p values.
 KL_RESAMPLES = 2_000
-# How far a metric of predictions.csv may be from that of result.json, which has seen more digits of the labels.
+# Largest difference of a metric between predictions.csv and result.json, which was computed from more digits.
 TOLERANCE = 1e-5
 # Ending of the metrics of MNLI's second dev set.
 MISMATCHED = "_mismatched"
@@ -54,9 +54,9 @@ class Comparison:
         delta: primary metric, second minus first, as a fraction.
         kl_ratio: KL to full precision, second over first.
         p: two-sided; McNemar's exact test where the metric is an accuracy, else that of the bootstrap.
-        seeds: those that both have.
-        examples: how many both have.
-        left_out: examples that some of the runs have and others lack.
+        seeds: seeds of both.
+        examples: number of examples of both.
+        left_out: number of examples that only some of the runs have.
     """
 
     delta: Interval
@@ -75,9 +75,9 @@ def summarise(runs: pd.DataFrame, by: Sequence[str] = BY) -> pd.DataFrame:
         by: columns of `runs`; `bits` is the budget, `examples` the size of the calibration set.
 
     Returns:
-        one row per group: `by`, `n` (runs with a result), and for each numeric key of result.json KEY (mean; NaN where
-        one of the runs has no number: the mean of the others would pass for that of all) and KEY/std (NaN for one run).
-        `score` is the primary metric and `fp/score` the full-precision model's, as
+        one row per group: `by`, `n` (runs with a result), and for each numeric key of result.json KEY (mean; NaN if
+        one of the runs has no number, because the mean of the others could be mistaken for that of all) and KEY/std
+        (NaN for one run). `score` is the primary metric and `fp/score` the full-precision model's, as
         fractions.
     """
     done = with_scores(finished(runs))
@@ -115,13 +115,13 @@ def _is_number(column: pd.Series) -> bool:
 
 
 def alike(run: Mapping[str, Any], keys: Sequence[str] = ALIKE) -> tuple[str, ...]:
-    """What a baseline must share with a run, as text."""
+    """Settings of a run that its baseline must share, as text."""
     settings = settings_of({"config": run["config"], "seed": run["seed"]})
     return tuple(str(settings.get(key)) for key in keys)
 
 
 def is_seedless(run: Mapping[str, Any]) -> bool:
-    """Whether a run reads no calibration data, so that it is the same under every seed."""
+    """Whether a run reads no calibration data, so that every seed gives the same result."""
     config = run["config"]
     untouched = config.get("correction") == "none" and not config.get("distill")
     return bool(is_data_free(run["method"], config) and config["allocator"] == "uniform" and untouched)
@@ -130,12 +130,12 @@ def is_seedless(run: Mapping[str, Any]) -> bool:
 def strongest_baseline(runs: pd.DataFrame, workload: str, bits: float, conditions: tuple[str, ...]) -> str | None:
     """The GPTQ variant of lowest mean KL on a workload at a budget, or None.
 
-    Means are over the seeds that other methods have there under the same conditions, so that no variant wins by lacking
-    a bad one; a variant that lacks more of them than another does not count.
+    Means are over the seeds of the other methods there under the same conditions, so that no variant wins because a bad
+    seed is missing; a variant with more missing seeds than another does not count.
 
     Args:
-        runs: finished ones.
-        conditions: `alike` of the runs that it is compared with.
+        runs: finished runs.
+        conditions: `alike` of the runs that are compared with it.
     """
     there = runs[(runs["workload"] == workload) & (runs["bits/target"] == bits)]
     there = there.loc[[alike(run) == conditions for run in records(there)]]
@@ -150,7 +150,7 @@ def strongest_baseline(runs: pd.DataFrame, workload: str, bits: float, condition
 
 
 def metrics_of(run: Mapping[str, Any]) -> list[str]:
-    """Names of the metrics in a run's result; a frame of runs has those of all of them in every row."""
+    """Names of the metrics in a run's result; other metrics of a frame of runs are NaN in its row."""
     names = [key.split("/")[1] for key in run if key.startswith("delta/") and key.count("/") == 1]
     return [name for name in names if not pd.isna(run[f"delta/{name}"])]
 
@@ -186,7 +186,7 @@ class Examples:
             first = table["id"].str.split("/").str[0]
             table["part"] = (first != first.iloc[0]).astype(int)
         names = table["id"] if "id" in table else pd.Series(range(len(table)), index=table.index).astype(str)
-        # examples that share a name are told apart by their order, which is that of the data set in every run
+        # examples with the same name are numbered; their order is that of the data set in every run
         names = names.astype(str) + "#" + names.groupby(names).cumcount().astype(str)
         table = table.set_index(names)[["part", "label", "q_prediction", "kl"]].astype("float64")
         for metric in metrics_of(run):
@@ -203,7 +203,7 @@ class Examples:
     def compare(self, first: pd.DataFrame, second: pd.DataFrame) -> Comparison:
         """The runs of `second` against those of `first`, seed by seed.
 
-        A run that is the same under every seed is also used for the other side's seeds that its side lacks.
+        A run that is the same under every seed also serves the seeds that only the other side has.
 
         Args:
             first, second: finished runs, one per seed each, of one workload.
@@ -221,13 +221,14 @@ class Examples:
         return Comparison(delta, ratio, p, tuple(seeds), len(labels), left_out)
 
     def compare_average(self, pairs: Sequence[tuple[pd.DataFrame, pd.DataFrame]]) -> tuple[Interval, list[list[int]]]:
-        """The gain in the average of several tasks, each with the mean of its metrics, and the seeds of each task.
+        """The gain in the average over tasks, where a task's score is the mean of its metrics, and the seeds of each
+        task.
 
         Args:
             pairs: for each task, runs as for `compare`.
 
         Raises:
-            NotComparedError: as `compare`, of the first task for which that is so.
+            NotComparedError: as `compare`, for the first task that cannot be compared.
         """
         tasks, had = [], []
         for first, second in pairs:
@@ -241,9 +242,9 @@ class Examples:
         return paired_average_bootstrap(tasks), had
 
     def _paired(self, first: pd.DataFrame, second: pd.DataFrame) -> tuple[list[int], list[pd.DataFrame], int]:
-        """The seeds that both have, tables of the examples that all have, and how many examples only some have.
+        """The common seeds, tables of the common examples, and the number of examples that only some tables have.
 
-        Tables are those of `first` by seed and then of `second`.
+        The tables of `first` come first, by seed, then those of `second`.
         """
         before, after = self._by_seed(first), self._by_seed(second)
         if before and is_seedless(records(first)[0]):
@@ -287,7 +288,7 @@ def _difference(function: str, first: Floats, second: Floats, labels: Floats) ->
 
 
 def counted(values: Iterable[float]) -> str:
-    """`3`, or `2 to 3` where they differ."""
+    """`3`, or `2 to 3` if the values differ."""
     counts = sorted({int(value) for value in values if not math.isnan(value)})
     if not counts:
         return "0"

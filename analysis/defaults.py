@@ -14,15 +14,15 @@ from bayesq.suite.config import resolved, show
 from bayesq.suite.results import settings_of
 
 AXES = ("model", "dataset", "method")
-# Where files lie says nothing about what is in them, and the task stands in the workload's name anyway.
+# Places of files do not change results, and the task is part of the workload's name.
 NOT_NAMED = ("dataset.root", "dataset.hub", "dataset.task")
 PLACES = (*NOT_NAMED, "model.checkpoint", "model.name")
-# What a network can do and data are for is no setting.
+# Descriptions of networks and data sets are no settings.
 DESCRIBED = ("model.tasks", "dataset.tasks")
 
 
 def command_overrides(run: Mapping[str, Any]) -> list[str]:
-    """Overrides that start a run again: the recorded ones, else those that separate its config from the defaults."""
+    """Overrides that start a run again: the recorded ones, else the differences between its config and the defaults."""
     if run.get("overrides"):
         return list(run["overrides"])
     config = run.get("config")
@@ -53,10 +53,10 @@ def named_deviations(settings: Mapping[str, Any], keys: Sequence[str]) -> list[s
 
 
 def deviations(run: Mapping[str, Any]) -> dict[str, str]:
-    """Every setting of a run that is not the suite's default for its choices on the axes, as it would be typed.
+    """Every setting of a run that differs from the suite's default for its model, data set and method, as typed.
 
-    Left out are the axes themselves, budget and seed, and where files lie. Of a model or data set that is no file of
-    the suite under its own name (`model=timm`), the settings are those the run was started with.
+    The axes, budget, seed and places of files are left out. If no YAML file of the suite has the name of the model or
+    data set (`model=timm`), its settings are those in the overrides of the run.
 
     Args:
         run: a row of `load_runs` with a configuration.
@@ -87,9 +87,9 @@ def deviations(run: Mapping[str, Any]) -> dict[str, str]:
 
 @cache
 def _defaults(axes: tuple[tuple[str, str], ...]) -> dict[str, Any]:
-    """What `settings_of` gives for the suite's YAML files with these choices; of unknown ones without them.
+    """`settings_of` the suite's YAML files with these choices; unknown choices are ignored.
 
-    The choice of a posterior is compared with the suite's default, its settings with the defaults of that posterior.
+    The name of the posterior is the suite's default; its settings are the defaults of the chosen posterior.
     """
     choices = [f"{axis}={name}" for axis, name in axes if (conf_dir() / axis / f"{name}.yaml").is_file()]
     choices.append("++dataset.task=null")  # it has no default

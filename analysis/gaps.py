@@ -1,4 +1,4 @@
-"""What a table or a figure lacks: runs that others of their workload have, failed ones, and commands that make them."""
+"""Missing runs of a table or figure, failed runs, and the commands that make them."""
 
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,12 +23,12 @@ WORKLOAD = ("experiment", "model", "dataset", "layers", "calibration", "evaluati
 def gaps(runs: pd.DataFrame, budgets: Iterable[float] = (), source: str | Path = "results") -> list[str]:
     """One line for each variant of each workload that lacks runs, with the command that makes them, and `remarks`.
 
-    What is expected of every variant are the budgets that any variant of its workload has and those given, with the
-    seeds of `lacking_seeds`. A workload without any result lacks nothing: there is nothing to show it in.
+    Each variant should have all budgets of its workload and the given ones, with the seeds of `lacking_seeds`. A
+    workload without any result is not shown, so it lacks nothing.
 
     Args:
-        runs: finished and failed ones.
-        budgets: code bits a weight that are expected besides.
+        runs: finished and failed runs.
+        budgets: further expected code bits per weight.
         source: where the runs were read from; the commands write there if it is a folder.
     """
     lines = []
@@ -41,13 +41,13 @@ def gaps(runs: pd.DataFrame, budgets: Iterable[float] = (), source: str | Path =
 
 
 def missing(members: pd.DataFrame, variant: str, budgets: Iterable[float], source: str | Path) -> list[str]:
-    """Lines about the runs that a variant lacks at some budgets: why, where that is known, and the command.
+    """Lines about the missing runs of a variant at some budgets: the reason, if known, and the command.
 
     Budgets that lack the same seeds share a line.
 
     Args:
         members: all runs of one workload, failed ones included.
-        variant: one of theirs, or a method that none of them is of.
+        variant: one of these runs, or a method without runs.
     """
     of_variant = members[members["variant"] == variant]
     where = f"{members.iloc[0]['workload']}, {variant} at {{}} bits"
@@ -71,10 +71,9 @@ def missing(members: pd.DataFrame, variant: str, budgets: Iterable[float], sourc
 
 
 def lacking_seeds(members: pd.DataFrame, variant: str, bits: float) -> tuple[int, ...]:
-    """The seeds that a variant lacks at a budget: of its workload's `usual_seeds`, and of its runs that failed.
+    """The missing seeds of a variant at a budget: those of `usual_seeds` and of failed runs without a result.
 
-    A run that is still running is not lacking. Of a variant that reads no calibration data one run, under any seed, is
-    enough.
+    A run that is still running is not missing. A variant that reads no calibration data needs one run with any seed.
     """
     of_variant = members[members["variant"] == variant]
     cell = of_variant[of_variant["bits/target"] == bits]
@@ -87,9 +86,9 @@ def lacking_seeds(members: pd.DataFrame, variant: str, bits: float) -> tuple[int
 
 
 def usual_seeds(members: pd.DataFrame) -> list[int]:
-    """The seeds that every variant of a workload is expected to have: those that at least half of its cells have.
+    """The seeds that every variant of a workload should have: those of at least half of its cells.
 
-    A cell is a variant at a budget; those that read no calibration data do not count.
+    A cell is a variant at a budget; variants that read no calibration data do not count.
     """
     counting = members[[not is_seedless(run) for run in records(members)]]
     grouped = (members if counting.empty else counting).groupby(["variant", "bits/target"])
@@ -98,7 +97,7 @@ def usual_seeds(members: pd.DataFrame) -> list[int]:
 
 
 def remarks(runs: pd.DataFrame) -> list[str]:
-    """What is wrong with the runs as a whole: unreadable ones, results that are no numbers, and duplicates."""
+    """Remarks on all runs: unreadable ones, results that are no numbers, and duplicates."""
     unknown = records(runs[runs["workload"] == UNKNOWN])
     lines = [f"{run['path']}: {why(run)}" for run in unknown]
     for run in records(finished(runs)):
@@ -129,7 +128,7 @@ def command(run: Mapping[str, Any], budgets: Sequence[float], seeds: Sequence[in
 
 
 def run_overrides(run: Mapping[str, Any]) -> list[str]:
-    """What a run was started with, without budget, seed and what does not determine the result."""
+    """Overrides of a run, without budget, seed and keys that do not change the result."""
     return [o for o in command_overrides(run) if _key(o).partition(".")[0] not in (*SWEPT, *WITHOUT_EFFECT)]
 
 
@@ -143,7 +142,7 @@ def workload_command(run: Mapping[str, Any], overrides: Sequence[str], source: s
 
     Args:
         run: a row of `load_runs`.
-        overrides: what the runs are; several values in one of them make a sweep.
+        overrides: of the other runs; several values in one of them make a sweep.
     """
     given = {_key(override) for override in overrides}
     inherited = [o for o in run_overrides(run) if _key(o).partition(".")[0] in WORKLOAD and _key(o) not in given]

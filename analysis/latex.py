@@ -1,11 +1,11 @@
-"""Tables as LaTeX: floats that fit a page, whatever is in their cells."""
+"""Tables as LaTeX: floats that fit a page, with any text in their cells."""
 
 import re
 from collections.abc import Iterator, Sequence
 
 import pandas as pd
 
-# What a float may hold so that caption, rows and notes are no higher than a page.
+# Limits of a float, so that caption, rows and notes fit a page.
 MOST_ROWS, MOST_NOTES = 24, 8
 NAMING = ("", "workload", "method", "bits", "variant", "model")
 NOTHING = "-"
@@ -34,16 +34,15 @@ LETTERS = frozenset("ÀÁÂÃÄÅÆÇÈÉÊËÌÍÎÏÑÒÓÔÕÖØÙÚÛÜÝß�
 
 
 def floats(cells: pd.DataFrame, bold: pd.DataFrame, caption: str, footnotes: Sequence[str], label: str) -> str:
-    r"""A table as one or more `table*` for booktabs and graphicx, which scales what is wider than the text.
+    r"""A table as one or more `table*` for booktabs and graphicx, scaled down if wider than the text.
 
-    A table of more than MOST_ROWS rows has a float for each value of its first column, and more of them where that is
-    not enough. The first one has the caption and the label `tab:LABEL`, the next ones refer to it and are
-    `tab:LABEL-2` and so on. Footnotes stand below the last one without the commands at their ends; whole they are
-    comments.
+    A table of more than MOST_ROWS rows has a float for each value of its first column, or more if needed. The first
+    float has the caption and the label `tab:LABEL`; the others refer to it and are `tab:LABEL-2` and so on. Footnotes
+    without their commands are below the last float; complete ones are comments.
 
     Args:
-        cells: text; code stands in backquotes.
-        bold: of the same shape, True where a cell is set in bold.
+        cells: text; code is in backquotes.
+        bold: of the same shape, True for bold cells.
     """
     lines = ["% needs \\usepackage{booktabs,graphicx}"]
     parts = list(_parts(cells))
@@ -67,7 +66,7 @@ def floats(cells: pd.DataFrame, bold: pd.DataFrame, caption: str, footnotes: Seq
 
 
 def _parts(cells: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
-    """The rows of each float, and what tells them from the others'; nothing where there is one float."""
+    """The name and the rows of each float; the name is "" if there is one float."""
     if len(cells) <= MOST_ROWS:
         yield "", cells
         return
@@ -103,7 +102,7 @@ def _tabular(cells: pd.DataFrame, bold: pd.DataFrame) -> list[str]:
 
 
 def _notes(footnotes: Sequence[str]) -> list[str]:
-    """The lines below a table, so many as it has room for."""
+    """The lines below a table, at most MOST_NOTES."""
     shown = list(dict.fromkeys(re.sub(r"[:;,]? `[^`]*`$", "", line) for line in footnotes))
     if len(shown) > MOST_NOTES:
         rest = len(shown) - MOST_NOTES + 1

@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 WANDB = "wandb:"
 CONFIG_FILE = ".hydra/config.yaml"
-# What a run's network and data are; other settings make variants of a method.
+# Parts of a configuration that make a workload; other settings make variants of a method.
 WORKLOAD_AXES = ("model", "dataset", "evaluation")
 UNKNOWN = "unknown"
 FINISHED, RUNNING = "finished", "running"
@@ -41,7 +41,7 @@ FINISHED, RUNNING = "finished", "running"
 FIRST = ("run_id", "status", "workload", "variant", "model", "dataset", "method", "bits/target", "seed")
 PROCESS, OWN_MEMORY = "memory/process", "memory/own_process"
 LAST = (OWN_MEMORY, "error", "duplicates", "path", "overrides")
-# Columns of `runs` that stand beside every row of the long frames.
+# Columns of `runs` that are repeated in every row of the long frames.
 BESIDE = {"run_id": "run_id", "workload": "workload", "variant": "variant", "bits/target": "bits", "seed": "seed"}
 
 
@@ -52,18 +52,18 @@ def load_runs(source: str | Path, where: Sequence[str] = ()) -> pd.DataFrame:
     `git` hold mappings. Added are `workload` (model, data set and task), `variant` (the method and those of its
     settings that differ among this workload's runs and are not the default), `status` (finished, failed, running or
     missing: begun, but without a result), `error` (why there is no result), `path` (folder, or that of the W&B run),
-    `overrides` (what the run was started with, where that was recorded) and `duplicates` (further runs of the same
+    `overrides` (of the command, if recorded) and `duplicates` (further runs of the same
     run id, or with the same settings and seed, that were dropped: the newest finished one counts).
-    `memory/own_process` says whether the run's process made no other run of the source; otherwise its peak memory may
-    be another run's.
+    `memory/own_process` is True if the run's process made no other run of the source; otherwise the peak memory may be
+    that of another run.
 
     Args:
         source: a results folder, a folder of results folders, or `wandb:ENTITY/PROJECT`.
-        where: filters such as `method=bayesq,gptq`, see `analysis.selection`. Names are those of what is left.
+        where: filters such as `method=bayesq,gptq`, see `analysis.selection`. Names depend on the selected runs.
 
     Raises:
         FileNotFoundError: there is no such folder.
-        UserError: the W&B project cannot be read, or a filter names what no run has.
+        UserError: the W&B project cannot be read, or a filter fits no run.
     """
     loaded = _from_wandb(str(source)) if str(source).startswith(WANDB) else _from_folder(Path(source))
     _tell_processes_apart(loaded)
@@ -93,14 +93,14 @@ def example_frame(runs: pd.DataFrame) -> pd.DataFrame:
 def of_finished_workloads(runs: pd.DataFrame) -> pd.DataFrame:
     """The rows of workloads that have a result, and of runs whose workload is unknown.
 
-    A workload of failed or running runs alone has nothing to show; `bayesq.suite.status` lists them.
+    Workloads without a finished run have nothing to show; `bayesq.suite.status` lists their runs.
     """
     workloads = {*finished(runs)["workload"], UNKNOWN}
     return runs[runs["workload"].isin(list(workloads))]
 
 
 def without_result(runs: pd.DataFrame) -> str:
-    """A line that names the workloads that `of_finished_workloads` leaves out; nothing where there are none."""
+    """A line that names the workloads that `of_finished_workloads` leaves out; "" if there are none."""
     left_out = sorted(set(runs["workload"]) - set(of_finished_workloads(runs)["workload"]))
     return f"not shown, as no run of it is finished: {'; '.join(left_out)}\n" if left_out else ""
 
@@ -116,7 +116,7 @@ def records(runs: pd.DataFrame) -> list[dict[str, Any]]:
 
 
 def read_table(run: Mapping[str, Any], file: str) -> pd.DataFrame | None:
-    """A run's layers.csv or predictions.csv, or None, with a line in the log, where it cannot be read."""
+    """A run's layers.csv or predictions.csv; None, with a line in the log, if it cannot be read."""
     if str(run["path"]).startswith(WANDB):
         return _wandb_table(run, file)
     path = Path(run["path"]) / file
@@ -150,7 +150,7 @@ def _run_folders(source: Path, deeper: bool = True) -> Iterator[Path]:
 
 
 def _read_run(folder: Path) -> dict[str, Any]:
-    """What the files of a run's folder say; a run without a result gets its names from the recorded config."""
+    """The record of a run's folder; a run without a result gets its names from the recorded config."""
     overrides = recorded_overrides(folder)
     place = {"path": str(folder), "overrides": overrides, "time": _modified(folder)}
     result = read_result(folder / RESULT_FILE)
@@ -182,7 +182,7 @@ def _recorded_config(folder: Path) -> dict[str, Any] | None:
 
 
 def _names(config: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The keys of result.json that a configuration alone determines; none where a part of it is missing."""
+    """The keys of result.json that follow from a configuration; none if a part of it is missing."""
     try:
         assert config is not None
         names = {axis: config[axis]["name"] for axis in AXES} | {"model": model_label(config)}
@@ -225,7 +225,7 @@ def _wandb_record(run: Any, project: str) -> dict[str, Any]:
 
 
 def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration whose keys W&B has joined by slashes, with the name of an axis under its own key."""
+    """The nested configuration from W&B's keys, which are joined by slashes; an axis gets its name under `name`."""
     config: dict[str, Any] = {}
     for key, value in flat.items():
         *parents, last = key.split("/")
@@ -284,7 +284,7 @@ def _without_duplicates(records: Iterable[dict[str, Any]], keys: Sequence[str]) 
 
 
 def _tell_processes_apart(records: Sequence[dict[str, Any]]) -> None:
-    """Set OWN_MEMORY of every record: whether the process that made the run is known and made no other."""
+    """Set OWN_MEMORY of every record: whether the run's process is known and made no other run."""
     processes = Counter(record.get(PROCESS) for record in records if record["status"] == FINISHED)
     for record in records:
         process = record.get(PROCESS)
@@ -316,7 +316,7 @@ def _name(records: Sequence[dict[str, Any]]) -> None:
 
 
 def _separating(records: Sequence[Mapping[str, Any]], **same: Any) -> list[str]:
-    """`differing_settings` whatever the budget, and whatever `same` names."""
+    """`differing_settings` except for the budget and the keys of `same`."""
     alike = [{**record, "bits/target": None, **same} for record in records]
     return [key for key in differing_settings(alike) if key != "bits" and key not in AXES and key not in NOT_NAMED]
 

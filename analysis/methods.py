@@ -1,7 +1,7 @@
-"""How methods are called, drawn and ordered: from the block `display` of their YAML files (conf/method).
+"""Titles, colours, markers and order of methods, from the block `display` of their YAML files (conf/method).
 
-Runs of a method that has no file in the suite bring the block along in their configuration, from the user's file
-(`--config-dir`). Without any block a method has its name as title, the next free colour and marker, and comes last.
+For a method without a file in the suite, the block is in the configuration of its runs, from the user's file
+(`--config-dir`). Without a block, a method has its name as title, the next free colour and marker, and comes last.
 """
 
 import math
@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 
 from bayesq.defaults import conf_dir
 
-# Colours of Okabe and Ito that no method of the suite has, which differ for colour-blind readers; then others.
+# Colours of Okabe and Ito, distinct for colour-blind readers, that no method of the suite uses; then others.
 FREE_COLORS = ("#E69F00", "#56B4E9", "#000000", "#8C564B", "#7F3C8D", "#999933")
 FREE_MARKERS = ("v", "P", "X", "<", ">", "p", "h", "*")
 
@@ -26,11 +26,11 @@ class Method:
     """What tables and figures need to know about a method.
 
     Attributes:
-        title: as captions, heads and legends spell it.
+        title: in captions, heads and legends.
         color: hex code.
         marker: of matplotlib.
         order: place in tables and legends, smallest first; the last one is drawn on top.
-        data_free: whether it reads no calibration data, so that every seed gives the same.
+        data_free: whether it reads no calibration data, so that every seed gives the same result.
     """
 
     name: str
@@ -88,7 +88,7 @@ def label(variant: str, methods: Mapping[str, Method]) -> str:
 
 
 def _free(choices: Sequence[str], taken: Iterable[Any]) -> Iterator[str]:
-    """Those that are not taken, over and over; all where none is left."""
+    """Endless: the choices that are not taken, or all if none is left."""
     used = set(taken)
     return cycle([choice for choice in choices if choice not in used] or choices)
 

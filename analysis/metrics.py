@@ -1,4 +1,4 @@
-"""What tables and figures need to know about the metrics of results; nothing else in analysis/ asks the suite."""
+"""Properties of metrics for tables and figures; only this module of analysis/ imports the suite's metrics."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,18 +15,18 @@ SCALE = 100
 
 
 def with_unit(metric: str) -> str:
-    """A metric as an axis spells it: `accuracy (%)`, `matthews (x100)`."""
+    """A metric's name on an axis: `accuracy (%)`, `matthews (x100)`."""
     return f"{metric} ({metrics.metric_of(metric).unit})"
 
 
 def in_words(metric: str) -> str:
-    """A metric as a caption spells it: `accuracy in %`, `matthews times 100`."""
+    """A metric's name in a caption: `accuracy in %`, `matthews times 100`."""
     unit = metrics.metric_of(metric).unit
     return f"{metric} {'in %' if unit == '%' else unit.replace('x100', 'times 100')}"
 
 
 def is_better(delta: Any) -> Any:
-    """Whether a difference of scores (or each of a column) is an improvement: of shares and correlations, more is."""
+    """Whether a difference of scores (or each of a column) is an improvement: shares and correlations should grow."""
     return delta > 0
 
 

@@ -1,4 +1,4 @@
-"""What the paper claims, to stand beside what was measured, and the names that tables and figures spell out."""
+"""Claims of the paper, to compare with the measurements, and names for tables and figures."""
 
 from collections.abc import Iterable
 
@@ -10,9 +10,9 @@ CLAIMED_DELTAS = {
 }
 CLAIMED_FOR = {"image classification": "ResNet-50 on ImageNet", "text classification": "BERT-base on GLUE"}
 BUDGETS = (3.0, 3.5, 4.0)
-# The method that the paper proposes, and the one that every other is compared with.
+# The method that the paper proposes, and the method that all others are compared with.
 PROPOSED, REFERENCE = "bayesq", "gptq"
-# Names of models, data sets and tasks as titles spell them.
+# Names of models, data sets and tasks in titles.
 TITLES = {
     "cifar_resnet56": "ResNet-56",
     "cifar_resnet20": "ResNet-20",
@@ -30,19 +30,19 @@ TITLES = {
     "mrpc": "MRPC",
     "digits": "digits",
 }
-# Data sets that a short name of a workload is taken from; of others it is the model.
+# Data sets whose workloads have the task as short name; the others have the model.
 TEXTS = ("glue", "movie_snippets")
 
 
 def short_names(workloads: Iterable[str]) -> dict[str, str]:
-    """A short name for each workload: of texts the task, of images the model; both where two would be alike."""
+    """A short name for each workload: the task for texts, the model for images; both if two would be equal."""
     short = {workload: _short(workload) for workload in workloads}
     names = list(short.values())
     return {workload: name if names.count(name) == 1 else _long(workload) for workload, name in short.items()}
 
 
 def workload_title(workload: str) -> str:
-    """A workload in two lines, model over data set; of GLUE the task says enough."""
+    """A workload in two lines, model over data set; for GLUE the task alone."""
     model, _, data = workload.partition(" / ")
     words = data.removeprefix("glue ").split()
     return "\n".join([TITLES.get(model, model), " ".join(TITLES.get(word, word) for word in words)]).strip()

@@ -1,7 +1,7 @@
-"""The fewest bits any code needs for a layer at a given risk, were its weights Gaussian.
+"""Lower bound on the bits of any code for a layer at a given risk, if its weights were Gaussian.
 
-Each row of a layer is taken for a draw from a normal source with that row's mean and variance s_r^2, all weights
-independent. The distortion is the risk 1/2 deltaT P delta of `bayesq.posterior`. With P = A (x) G,
+Each row of a layer is treated as a sample of a normal source with the row's mean and variance s_r^2 and independent
+weights. The distortion is the risk 1/2 deltaT P delta of `bayesq.posterior`. With P = A (x) G,
 
     1/2 tr(G delta A deltaT),   delta = S^1/2 E,   S = diag(s_r^2),   E of unit variance,
 
@@ -14,8 +14,8 @@ section 10.3.3): components above the water level theta are coded with distortio
 
     D = sum_ij min(theta, v_ij),   R(D) = sum_ij 1/2 log2(v_ij / theta) over v_ij > theta   bits.
 
-A single component gives D = v 2^(-2R). Row means are side information, as the zero points that hold them are. Trained
-weights are no Gaussian source: at a given variance that source is the hardest, so a real layer may need fewer bits.
+A single component gives D = v 2^(-2R). Row means are side information, like zero points. A Gaussian source needs the
+most bits of all sources with its variance, so a real layer may need fewer.
 """
 
 from collections.abc import Sequence
@@ -30,8 +30,8 @@ def risk_components(posterior: LayerPosterior, weight: Tensor) -> Tensor:
     """Variances v of the independent components of a layer's risk, float64 [n] for its n weights, in nats.
 
     Args:
-        posterior: diagonal or Kronecker; the components of others have no closed form.
-        weight: [g, r, c], whose row variances the source has.
+        posterior: diagonal or Kronecker; others have no components in closed form.
+        weight: [g, r, c]; its row variances are those of the source.
 
     Raises:
         TypeError: another posterior.
@@ -49,7 +49,7 @@ def risk_components(posterior: LayerPosterior, weight: Tensor) -> Tensor:
 
 
 def water_level(variances: Tensor, distortion: float) -> float:
-    """theta with sum min(theta, v) = distortion; the largest variance where all of them add up to no more.
+    """theta with sum min(theta, v) = distortion; the largest variance if their sum is at most D.
 
     Args:
         variances: v [n].
@@ -58,7 +58,7 @@ def water_level(variances: Tensor, distortion: float) -> float:
     v = variances.to(torch.float64).sort(descending=True).values
     if float(v.sum()) <= distortion:
         return float(v[0])
-    # with the k largest above the water it stands at (D - sum of the others) / k; the largest k that is consistent
+    # with the k largest above it, the level is (D - sum of the others) / k; take the largest k for which that is true
     below = v.sum() - v.cumsum(0)
     level = (distortion - below) / torch.arange(1, len(v) + 1, dtype=torch.float64)
     consistent = (level > 0) & (level <= v)
@@ -79,11 +79,11 @@ def layer_rates(components: Sequence[Tensor], risks: Sequence[float]) -> tuple[l
         risks: achieved by each layer, nats.
 
     Returns:
-        bits of each layer at its own risk; and bits of each layer where one water level serves the whole network at
-        the sum of the risks, whose total no allocation between layers can undercut.
+        bits of each layer at its risk; and bits of each layer with one water level for the whole network at the sum of
+        the risks. No allocation between layers has a smaller total than the latter.
     """
-    own_levels = [
+    separate = [
         rate(v, water_level(v, risk)) if risk > 0 else float("inf") for v, risk in zip(components, risks, strict=True)
     ]
     common = water_level(torch.cat(list(components)), sum(risks)) if sum(risks) > 0 else 0.0
-    return own_levels, [rate(v, common) if common > 0 else float("inf") for v in components]
+    return separate, [rate(v, common) if common > 0 else float("inf") for v in components]

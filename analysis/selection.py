@@ -8,21 +8,21 @@ from bayesq.defaults import suggestion
 from bayesq.suite.config import flatten, show
 from bayesq.suite.errors import UserError
 
-# Mappings of a record whose keys are not part of its flat ones.
+# Mappings in a record, which are no keys of result.json.
 NESTED = ("config", "versions", "host", "git", "source")
-# Names of a record's keys that the command line has other names for.
+# Names on the command line that differ from those in a record.
 ALIASES = {"bits": "bits/target"}
-# Values that an error lists at most.
+# Largest number of values that an error lists.
 MOST_VALUES = 12
 # A comma that does not stand inside brackets.
 COMMA = re.compile(r",(?![^\[{]*[\]}])")
 
 
 def select(runs: Sequence[Mapping[str, Any]], where: Sequence[str]) -> list[dict[str, Any]]:
-    """The runs that every filter fits; runs without a result stay if what is known of them fits.
+    """The runs that fit every filter; for runs without a result, known keys are compared.
 
     Args:
-        runs: what `load_runs` has of each run.
+        runs: records of `load_runs`.
         where: `KEY=VALUE` or `KEY=VALUE,VALUE`. KEY is one of result.json or of the configuration, as on the command
             line; numbers are compared as numbers.
 
@@ -59,7 +59,7 @@ def _parsed(text: str) -> tuple[str, list[str]]:
 
 
 def _facts(run: Mapping[str, Any]) -> dict[str, Any]:
-    """The flat keys of a run, and those of its configuration where these are no others; axes have their names alone."""
+    """The flat keys of a run, and those of its configuration that do not clash; an axis has its name as value."""
     config = run.get("config")
     flat = flatten(config) if isinstance(config, Mapping) else {}
     facts = {key.removesuffix(".name"): value for key, value in flat.items()}
@@ -82,7 +82,7 @@ def _fits(facts: Mapping[str, Any], key: str, text: str) -> bool:
 
 
 def _rather(value: str, had: set[str]) -> str:
-    """What there is instead of a value that no run has."""
+    """Existing values, for an error about a value that no run has."""
     names = sorted(had, key=_order)
     more = f" and {len(names) - MOST_VALUES} others" if len(names) > MOST_VALUES else ""
     near = suggestion(value, [name for name in names if not name.replace(".", "").isdigit()])

@@ -1,8 +1,9 @@
-"""Paired comparisons of two methods on the same examples and seeds, and what many of them at once do to p values.
+"""Paired comparisons of two methods on the same examples and seeds, and corrected p values for many comparisons.
 
 Values and predictions are arrays [seeds, examples]: every seed, a draw of the calibration set, is measured on the same
 examples. Both are resampled, crossed: an example that is drawn twice counts twice under every seed (Owen, 2007, the
-pigeonhole bootstrap). Drawing examples anew for each seed would take them for independent, and intervals for too short.
+pigeonhole bootstrap). Drawing other examples for each seed would treat them as independent; intervals would be too
+short.
 """
 
 import math
@@ -18,7 +19,7 @@ from analysis.metrics import function as metric_function
 RESAMPLES = 10_000
 # Elements of the weights of one part of the resamples: 32 MiB in float64.
 PART_ELEMENTS = 2**22
-# Drawing an example costs about as much as drawing the counts of a tenth of a distinct one.
+# Drawing the count of a distinct example takes about as long as drawing this many examples.
 COUNTED = 10
 
 
@@ -33,7 +34,7 @@ class Interval:
 
 
 def mean_std(values: Sequence[float]) -> tuple[float, float, int]:
-    """Mean, sample standard deviation (n - 1; NaN for a single value) and n of those values that are numbers."""
+    """Mean, sample standard deviation (n - 1; NaN for a single value) and n of the values that are not NaN or None."""
     numbers = np.asarray([value for value in values if value is not None], dtype=np.float64)
     numbers = numbers[~np.isnan(numbers)]
     if not len(numbers):
@@ -46,7 +47,7 @@ def paired_bootstrap(
 ) -> Interval:
     """mean(second) - mean(first) of values [seeds, examples], or mean(second) / mean(first).
 
-    A ratio is compared with 1 by its logarithm's sign; where a mean of the first is 0 it is NaN.
+    A ratio is compared with 1; it is NaN if the first mean is 0.
 
     Raises:
         ValueError: the arrays differ in shape or are empty.
@@ -67,7 +68,7 @@ def paired_bootstrap(
 def paired_metric_bootstrap(
     function: str, first: Floats, second: Floats, labels: Floats, seed: int = 0, resamples: int = RESAMPLES
 ) -> Interval:
-    """metric(second) - metric(first), a mean over seeds, measured anew on every resample.
+    """metric(second) - metric(first), a mean over seeds, measured on every resample.
 
     Args:
         function: key of bayesq.suite.metrics.METRICS: accuracy, f1, matthews, pearson or spearman.
@@ -79,14 +80,14 @@ def paired_metric_bootstrap(
     """
     labels = np.asarray(labels, dtype=np.float64)
     if labels.shape != np.shape(first)[-1:]:
-        raise ValueError(f"labels of shape {labels.shape} do not go with predictions of shape {np.shape(first)}")
+        raise ValueError(f"labels of shape {labels.shape} do not fit predictions of shape {np.shape(first)}")
     task = Task(first, second, labels, np.zeros(len(labels)), [(function, 0)])
     return _interval(*_task_gain(task, seed, resamples), 0.0)
 
 
 @dataclass(frozen=True)
 class Task:
-    """Predictions on one of several tasks whose average counts.
+    """Predictions on one of several tasks, for the average over tasks.
 
     Attributes:
         first, second: predictions [seeds, examples].
@@ -154,9 +155,10 @@ def _resampled(
     """A statistic, and the same over resampled examples and seeds [resamples].
 
     Args:
-        columns: [k, examples], all that the statistic needs to know of an example. Examples that are alike in it are
-            drawn together: their counts are multinomial.
-        seeds: how many of them.
+        columns: [k, examples], all numbers of an example that the statistic reads. Examples with equal numbers are
+            drawn
+            together: their counts are multinomial.
+        seeds: number of seeds.
         statistic: of distinct columns [k, m], weights [resamples, m] and weights [resamples, seeds], which sum to 1.
         seed: of the resampling.
     """
@@ -183,7 +185,7 @@ def _interval(value: float, drawn: Floats, null: float) -> Interval:
 
 
 def _draw(generator: np.random.Generator, counts: NDArray[np.int64], size: int) -> NDArray[np.int64]:
-    """How often each distinct example occurs [size, m] among as many draws as there are examples."""
+    """Counts [size, m] of each distinct example, for as many draws as there are examples."""
     examples, distinct = int(counts.sum()), len(counts)
     if COUNTED * distinct < examples:
         return generator.multinomial(examples, counts / examples, size=size)
@@ -195,10 +197,10 @@ def _draw(generator: np.random.Generator, counts: NDArray[np.int64], size: int) 
 def mcnemar(first: NDArray[np.generic], second: NDArray[np.generic]) -> float:
     """Exact two-sided p value of equal accuracy, of correctness (0 or 1) [seeds, examples] or [examples].
 
-    For one seed it is McNemar's: of the examples that only one of the two gets right, each is as likely to be the
-    first's as the second's. Over seeds the examples stay the units, because they are the same: each contributes the sum
-    of its differences, whose sign is as likely to be either, and the sum over the examples is compared with its exact
-    distribution under all such signs.
+    For one seed it is McNemar's test: an example that only one of the two gets right is equally likely to be the
+    first's or the second's. With several seeds the examples remain the units, because they are the same for all seeds:
+    each contributes the sum of its differences, both signs of which are equally likely. The sum over the examples is
+    compared with its exact distribution under all such signs.
 
     Raises:
         ValueError: the arrays differ in shape or are empty.
@@ -223,9 +225,9 @@ def _binomial_half(n: int) -> Floats:
 
 
 def holm(p: Sequence[float]) -> list[float]:
-    """Holm's step-down adjusted p values in the order given; NaN stays NaN and is no test.
+    """Holm's step-down adjusted p values in the order given; NaN stays NaN and does not count as a test.
 
-    The i-th smallest of m, from 0, is multiplied by m - i, and none is smaller than those before it.
+    The i-th smallest of m, from 0, is multiplied by m - i; then each is at least as large as those before it.
     """
     order = sorted((value, place) for place, value in enumerate(p) if not math.isnan(value))
     adjusted, largest = [math.nan] * len(p), 0.0

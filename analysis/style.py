@@ -1,4 +1,4 @@
-"""How every figure looks and how it is saved: style, widths, looks of variants, files without a date."""
+"""Look and files of all figures: style, widths, looks of variants, files without a date."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,16 +21,16 @@ from analysis.methods import Method, label, methods_of
 STYLE_FILE = Path(__file__).with_name("bayesq.mplstyle")
 # inches: one column and both columns of a page
 SINGLE, DOUBLE = 3.3, 6.9
-# Metadata that matplotlib adds by itself: it changes from day to day and from version to version.
+# Metadata that matplotlib adds, left out because it depends on the date and the version.
 PDF_METADATA = {"CreationDate": None, "Producer": None, "Creator": None}
 PNG_METADATA = {"Software": None}
 SUFFIXES = (".pdf", ".png", ".txt", ".csv")
 GREY = "#6e6e6e"
-# of full precision, a budget or another value to compare with
+# line of full precision, a budget or another value to compare with
 GREY_LINE: dict[str, Any] = {"color": GREY, "linewidth": 0.8, "zorder": 1}
 
 
-# Size in points and dashes that go with a marker; a square or a diamond of a circle's width looks larger than it.
+# Size in points and dashes for each marker; a square or a diamond looks larger than a circle of the same width.
 MARKERS: dict[str, tuple[float, Any]] = {
     "o": (4.0, "-"),
     "s": (3.6, (0, (5, 1.5))),
@@ -41,13 +41,13 @@ MARKERS: dict[str, tuple[float, Any]] = {
     "X": (4.0, (0, (8, 2))),
 }
 OTHER_MARKER = (4.0, (0, (3, 1, 1, 1)))
-# of a method's second, third ... variant
+# dashes of a method's second, third ... variant
 VARIANT_LINES: tuple[Any, ...] = ((0, (3, 2)), (0, (1, 2)), (0, (6, 2, 1, 2)))
 
 
 @dataclass(frozen=True)
 class Look:
-    """How a variant is drawn; variants of a method share color and marker."""
+    """Style of a variant; variants of a method share color and marker."""
 
     label: str
     color: str
@@ -73,7 +73,7 @@ class Look:
 
 
 def look(method: Method, variant: int = 0, label: str | None = None) -> Look:
-    """How a method is drawn; its variants from the first on keep color and marker, hollow and with other lines.
+    """Style of a method's plain variant, or of a further one: the same color and marker, hollow, with other lines.
 
     Args:
         label: in legends; the method's title without it.
@@ -86,7 +86,7 @@ def looks(runs: pd.DataFrame) -> dict[str, Look]:
     """The look of every variant in a frame of runs, in the order of their methods; plain variants come first.
 
     Args:
-        runs: all runs of a source, so that a variant looks the same in each of its figures.
+        runs: all runs of a source, so that a variant looks the same in all figures.
     """
     known = runs[runs["variant"] != UNKNOWN]
     methods = methods_of(known)
@@ -125,13 +125,13 @@ def panels(rows: int, columns: int, width: float, height: float, **options: Any)
 def legend(
     figure: Figure, shown: Mapping[str, Look], further: Sequence[Artist] = (), columns: int = 5, lines: bool = True
 ) -> None:
-    """One legend below all axes, where no data is; its lines are about equally long.
+    """One legend below all axes, with lines of about equal length.
 
     Args:
-        shown: look by variant, those that are drawn.
-        further: handles of what is no variant.
-        columns: most entries of one line; fewer where these would be wider than the figure.
-        lines: False where the markers stand alone.
+        shown: looks of the drawn variants, by variant.
+        further: handles of further entries.
+        columns: most entries of one line; fewer if they would be wider than the figure.
+        lines: False for markers without lines.
     """
     bare = {} if lines else {"linestyle": "none"}
     handles: list[Artist] = [Line2D([], [], label=look.label, **(look.of_line() | bare)) for look in shown.values()]
@@ -149,12 +149,12 @@ def full_precision_line() -> Artist:
     return Line2D([], [], color=GREY, linewidth=0.8, label="full precision")
 
 
-# inches that an entry of a legend takes beside its text, about those of a character, and those of a line
+# inches: width of a legend's entry without its text, of a character (about), and height of a line
 ENTRY, CHARACTER, LINE = 0.47, 0.047, 0.15
 
 
 def _fits(names: Sequence[str], columns: int, figure: Figure) -> bool:
-    """Whether a legend of so many columns, filled one after the other, is no wider than the figure."""
+    """Whether a legend with this number of columns, filled one after the other, fits the figure."""
     lines = -(-len(names) // columns)
     parts = [names[place : place + lines] for place in range(0, len(names), lines)]
     return sum(ENTRY + CHARACTER * max(map(len, part)) for part in parts) <= figure.get_figwidth()
@@ -163,7 +163,7 @@ def _fits(names: Sequence[str], columns: int, figure: Figure) -> bool:
 def save(
     figure: Figure, folder: Path, name: str, caption: str, data: pd.DataFrame | None = None, dpi: int = 300
 ) -> Path:
-    """Write NAME.pdf, NAME.png, the caption as NAME.txt and what is drawn as NAME.csv; the same input, the same bytes.
+    """Write NAME.pdf, NAME.png, the caption as NAME.txt and the data as NAME.csv; the same input gives the same bytes.
 
     Returns:
         the path of the PNG file.
@@ -179,6 +179,6 @@ def save(
 
 
 def remove(folder: Path, name: str) -> None:
-    """Remove the files of a figure that there is nothing to draw for: an old one would be taken for the new."""
+    """Remove the files of a figure without data, so that old ones are not mistaken for new ones."""
     for suffix in SUFFIXES:
         (folder / f"{name}{suffix}").unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""A table: what it holds, how its numbers are spelled, and how it is written as Markdown, CSV and LaTeX."""
+"""A table: its contents, the formats of its numbers, and its files in Markdown, CSV and LaTeX."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -18,15 +18,15 @@ ENDINGS = (".md", ".csv", ".tex")
 
 @dataclass(frozen=True)
 class Table:
-    """A table as it is shown and as numbers.
+    """A table as text and as numbers.
 
     Attributes:
-        cells: what is shown, text only; column names are the heads.
+        cells: the text of each cell; column names are the heads.
         numbers: the same rows unrounded: the columns that name a row, then one column per number.
-        bold: of the shape of `cells`, True where a cell is set in bold.
-        caption: what is shown, with n.
+        bold: of the shape of `cells`, True for bold cells.
+        caption: with n.
         footnotes: a line each; those about missing cells name the command that fills them, in backquotes.
-        padded: whether the columns of the Markdown are lined up.
+        padded: whether the columns of the Markdown are aligned by spaces.
     """
 
     cells: pd.DataFrame
@@ -71,7 +71,7 @@ def write_table(table: Table, folder: str | Path, name: str) -> list[Path]:
 
 
 def remove_table(folder: str | Path, name: str) -> None:
-    """Remove the files of a table that there is nothing to show in: an old one would be taken for the new."""
+    """Remove the files of a table without rows, so that old ones are not mistaken for new ones."""
     for ending in ENDINGS:
         (Path(folder) / f"{name}{ending}").unlink(missing_ok=True)
 
@@ -84,10 +84,10 @@ def make_table(
     footnotes: Iterable[str],
     padded: bool = True,
 ) -> Table:
-    """A table whose footnotes are each said once.
+    """A table without repeated footnotes.
 
     Args:
-        bold: by column, where its cells are set in bold.
+        bold: by column, True for bold cells.
     """
     marks = pd.DataFrame(False, index=cells.index, columns=cells.columns)
     for column, where in bold.items():
@@ -98,22 +98,22 @@ def make_table(
 
 
 def cells_of(table: pd.DataFrame, *columns: str, form: Callable[..., str]) -> list[str]:
-    """One cell for each row, of what the row has in these columns."""
+    """One cell for each row, from the row's values in these columns."""
     return [form(*values) for values in zip(*(table[column] for column in columns), strict=True)]
 
 
 def as_number(value: Any, form: str) -> str:
-    """A number in a format of `format`; a gap where there is none."""
+    """A number in a format of `format`; a gap for NaN."""
     return GAP if value is None or math.isnan(value) else format(value, form)
 
 
 def as_points(fraction: float) -> str:
-    """A difference in points with its sign; what rounds to 0 has a plus."""
+    """A difference in points with its sign; a plus if it rounds to 0."""
     return f"{round(SCALE * fraction, 2) + 0.0:+.2f}"
 
 
 def as_spread(mean: float, std: float, form: str = ".2f") -> str:
-    """`mean ± std`, the mean alone where there is no spread."""
+    """`mean ± std`, or the mean alone without a standard deviation."""
     if math.isnan(mean):
         return GAP
     return format(mean, form) if math.isnan(std) else f"{mean:{form}} ± {std:{form}}"
@@ -125,7 +125,7 @@ def as_score(mean: float, std: float) -> str:
 
 
 def as_kl(mean: float, std: float) -> str:
-    """Four decimals, more where these would leave fewer than two digits."""
+    """Four decimals, or more if fewer than two digits would be left."""
     digits = 1 - math.floor(math.log10(mean)) if mean > 0 else 4
     return as_spread(mean, std, f".{max(digits, 4)}f")
 

@@ -1,1 +1,1 @@
-"""Strong baselines: one module and one YAML each. They use bayesq.quant and never the BayesQ method itself."""
+"""Strong baselines: one module and one YAML each. They import bayesq.quant, never the BayesQ method."""

@@ -1,7 +1,7 @@
 """AWQ (Lin et al., arXiv 2306.00978): scale salient input channels up before rounding, and down again afterwards.
 
-The per-channel scales cannot be folded into a neighbour in an arbitrary network, so they are stored with the layer and
-counted. Exponent and clip range are both searched on the calibrated output error tr(dW A dWT), which equals the
+In an arbitrary network the per-channel scales cannot be folded into the layer before, so they are stored with the layer
+and counted. Exponent and clip range are both searched on the calibrated output error tr(dW A dWT), which equals the
 published search on sample outputs over the whole calibration set.
 """
 
@@ -25,7 +25,7 @@ class AWQ:
     Args:
         exponents: candidates alpha in [0, 1] are k / exponents, k = 0..exponents; 0 is the identity (no scales stored).
         clip_steps: candidate ranges of a row are its range times 1 - k / clip_steps * (1 - clip_lowest),
-            k = 0..clip_steps; 0 keeps the whole range.
+            k = 0..clip_steps; 0 = no clipping.
         clip_lowest: smallest range tried, as a fraction.
     """
 
@@ -42,7 +42,7 @@ class AWQ:
         self.clip_lowest = clip_lowest
 
     def prepare(self, layers: Sequence[LayerProblem], allocate: Allocate, context: Context) -> Mapping[str, Tensor]:
-        """Nothing but the widths needs all layers."""
+        """Choose the widths; nothing else needs all layers."""
         return allocate(layers)
 
     def quantize_layer(self, layer: LayerProblem, width: Tensor, context: Context) -> QuantizedTensor:
@@ -52,7 +52,7 @@ class AWQ:
         magnitude = layer.input_statistic("input_magnitude").to(torch.float64)
         weight = layer.weight.to(torch.float64)
         searched = self.search_scale(weight, moment, magnitude, width, layer.positions_per_channel)
-        # The exponent was chosen on unclipped ranges; clipped, the identity may still be the better one.
+        # The exponent was chosen with unclipped ranges. With clipping, the identity may be better.
         column_scale = torch.ones_like(searched)
         spread = _spread(column_scale, layer.positions_per_channel)
         error, scale, zero = self.search_clip(weight, moment, spread, width)
@@ -84,7 +84,7 @@ class AWQ:
             positions_per_channel: k neighbouring columns per input channel.
         """
         channel = magnitude.unflatten(1, (-1, positions_per_channel)).mean(2)
-        # A channel that never fires would get scale 0 and its weights would be lost.
+        # A channel that is always zero would get scale 0, and its weights would be lost.
         channel = channel.clamp(min=float(channel.amax()) * 1e-4 or 1.0)
         best, least = torch.ones_like(channel), torch.inf
         for k in range(self.exponents + 1):

@@ -1,7 +1,7 @@
-"""GPTQ (Frantar et al., arXiv 2210.17323): round column by column, feed each error to the columns that follow.
+"""GPTQ (Frantar et al., arXiv 2210.17323): round column by column, feed each error to the later columns.
 
-Strong on purpose: act-order, 1 % damping, per-row asymmetric grids whose clip rule is chosen per row by calibrated
-output error, optional column groups, inputs from the full-precision or from the already quantized prefix.
+With everything that makes it strong: act-order, 1 % damping, per-row asymmetric grids whose clip rule is chosen per row
+by calibrated output error, optional column groups, inputs from the full-precision or from the already quantized prefix.
 """
 
 from collections.abc import Mapping, Sequence
@@ -30,13 +30,12 @@ class GPTQ:
 
     Args:
         clip: "minmax", "mse", or "auto": both, and per row the one with the smaller calibrated output error; or
-            "curvature", not published: like mse, with each squared error weighed by what it costs once later columns
-            have adapted.
+            "curvature", not published: least squared error, weighted by the curvature after feedback to later columns.
         act_order: visit columns in decreasing input energy.
         damping: fraction of the mean diagonal added to the input moment.
         group_size: columns that share a scale and zero; None = one per row. With act-order the groups' grids are set
             from the original weights beforehand, so that no column permutation has to be stored.
-        scale_dtype: precision of the scales; float16 is what is stored, float32 only compares with published results.
+        scale_dtype: precision of the scales; float16 is stored, float32 is for comparison with published results only.
     """
 
     statistics: frozenset[Statistic] = frozenset({INPUT_MOMENT})
@@ -63,7 +62,7 @@ class GPTQ:
         self.scale_dtype = scale_dtype
 
     def prepare(self, layers: Sequence[LayerProblem], allocate: Allocate, context: Context) -> Mapping[str, Tensor]:
-        """Nothing but the widths needs all layers."""
+        """Choose the widths; nothing else needs all layers."""
         return allocate(layers)
 
     def quantize_layer(self, layer: LayerProblem, width: Tensor, context: Context) -> QuantizedTensor:
@@ -104,7 +103,7 @@ class GPTQ:
 
         Args:
             weight: [g, r, c]. A dead column's weights become zero, as published.
-            moments: [g, c, c] input moments, which judge the clip rules.
+            moments: [g, c, c] input moments, by which the clip rules are compared.
             factors: of `moments`.
             width: [R] bits.
 

@@ -27,7 +27,7 @@ class RTN:
         self.clip = clip
 
     def prepare(self, layers: Sequence[LayerProblem], allocate: Allocate, context: Context) -> Mapping[str, Tensor]:
-        """Nothing but the widths needs all layers."""
+        """Choose the widths; nothing else needs all layers."""
         return allocate(layers)
 
     def quantize_layer(self, layer: LayerProblem, width: Tensor, context: Context) -> QuantizedTensor:

@@ -1,13 +1,13 @@
 """BayesQ: post-training quantization that minimises the posterior-expected loss increase.
 
-In the order of the paper:
+The paper is "BayesQ: Uncertainty-Guided Bayesian Quantization" (arXiv 2511.08821). In its order:
 
 likelihood, fisher, calibration   what outputs mean, what goes backward, statistics of inputs and gradients
-posterior, whitening              q(w) and the coordinates in which its risk is squared distance (SPEC sections 1, 2)
-codebook, rounding                levels and tables (section 2); grids, risk, rounding (3), its loop: quant.feedback
-allocation, knapsack, proxy       which row gets how many bits (sections 4, 5)
+posterior, whitening              q(w) and the coordinates in which its risk is squared distance
+codebook, rounding                levels and their tables; grids, risk, rounding (the loop over columns: quant.feedback)
+allocation, knapsack, proxy       which row gets how many bits
 method                            BayesQ itself, which calls them in that order
-distillation, teacher, student    training scales, levels, biases, norms (section 5); moments: quant.correction
+distillation, teacher, student    training of scales, levels, biases, norms (matching of moments: quant.correction)
 
 Around it:
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from bayesq.suite.loading import load_quantized as load_quantized
 
 __version__ = "0.1.0"
-# What is imported when it is first asked for: the command line checks its keys without torch.
+# Imported on first use, so that the command line can check its keys without importing torch.
 _PUBLIC = {"quantize": "bayesq.library", "Report": "bayesq.report", "load_quantized": "bayesq.suite.loading"}
 
 

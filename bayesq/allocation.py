@@ -1,9 +1,9 @@
-"""Bit allocation: which block gets how many bits (SPEC section 4).
+"""Bit allocation: which block gets how many bits.
 
 A block is a layer, a row or a group of rows. Every allocator turns an average budget into one width per row; every
-method accepts every allocator. The budget is counted in code bits per weight, and a method whose format stores more
-beside its codes than a plain affine layer pays for the difference with code bits: nobody stores more than the baseline
-at the same budget.
+method accepts every allocator. The budget is counted in code bits per weight. A method that stores more beside its
+codes than a plain affine layer gets that many code bits less, so no method stores more than the baseline at the same
+budget.
 """
 
 import math
@@ -26,7 +26,7 @@ from bayesq.quant.accounting import LAYER_BITS, affine_overhead_bits, mixed_over
 from bayesq.quant.grids import MAX_WIDTH, MIN_WIDTH, mse_grid, round_affine
 from bayesq.rounding import predicted_risk, round_layer
 
-# Damping of the input moment if the method that will round has no such argument.
+# Damping of the input moment for methods that have no such argument.
 DAMPING = 0.01
 
 
@@ -48,7 +48,7 @@ class Budget:
         Args:
             overhead: bits the method stores beside its codes.
         """
-        # 4.35 bits of 100 weights are 435, not the 434.99999999999994 of floating point
+        # rounded, because 4.35 * 100 is 434.99999999999994 in floating point
         total = round(self.bits * sum(layer.weight.numel() for layer in layers), 6)
         if self.count == "stored":
             return total - overhead
@@ -81,18 +81,18 @@ class Allocation:
     def __call__(
         self, layers: Sequence[LayerProblem], codebook_bits: int = 0, distortion: Distortion | None = None
     ) -> dict[str, Tensor]:
-        """Row widths uint8 [R] of the layers that are given, by name; the budget is an average over these."""
+        """Row widths uint8 [R] of these layers by name; the budget is an average over them."""
         return self.allocator.allocate(layers, self.budget, codebook_bits, distortion)
 
 
 class Uniform:
     """One width for all; a fractional budget mixes the two neighbouring widths by plain weight MSE.
 
-    The wider codes go to whole layers, by `greedy_knapsack`. What these leave unspent, much where layers are few and
-    large, widens some rows of one more layer: the rows whose error falls most, in the layer where that is worth most.
-    A mix pays with code bits for what it stores beyond plain affine layers: that layer's width map, padding, codebooks.
+    `greedy_knapsack` chooses whole layers for the wider codes. Leftover bits widen rows of one further layer: the layer
+    and the rows where the error falls most. With few large layers many bits may be left over. What the mix stores
+    beyond plain affine layers (the width map of that layer, padding, codebooks) is paid with code bits.
 
-    It is the plain baseline: the constraints under `allocation` are the knapsack's and mean nothing here.
+    This is the plain baseline: the keys under `allocation` apply to the knapsack only.
     """
 
     statistics: frozenset[Statistic] = frozenset()
@@ -104,10 +104,11 @@ class Uniform:
         codebook_bits: int = 0,
         distortion: Distortion | None = None,
     ) -> dict[str, Tensor]:
-        """Row widths of every layer. An integer budget of codes is met exactly, whatever codebooks the method stores.
+        """Row widths of every layer. An integer budget of code bits is met exactly, with any codebooks.
 
         Raises:
-            Refused: the budget does not allow the smallest width, or weights that choose widths are not finite.
+            Refused: the budget does not allow the smallest width, or weights are not finite and the budget is
+                fractional.
         """
         sizes = [layer.weight.numel() for layer in layers]
         padding = sum(LAYER_BITS for size in sizes if size % 8)  # codes need not fill whole bytes
@@ -115,7 +116,9 @@ class Uniform:
         capacity = budget.capacity(layers, plain + padding + codebook_bits)
         low = min(int(budget.bits if budget.count == "code" else capacity / sum(sizes)), MAX_WIDTH)
         if low < MIN_WIDTH:
-            raise Refused(f"{MIN_WIDTH} bits a weight and what is stored beside them exceed the budget")
+            raise Refused(
+                f"bits={budget.bits:g}: {MIN_WIDTH} bits a weight and what is stored beside them exceed the budget"
+            )
         widths = {layer.name: torch.full((layer.rows,), low, dtype=torch.uint8) for layer in layers}
         left = capacity - low * sum(sizes)
         if low == MAX_WIDTH or left <= 0:
@@ -128,7 +131,7 @@ class Uniform:
         zero = torch.zeros_like(saved)
         wide = greedy_knapsack(torch.stack([zero, -saved], 1), torch.stack([zero, size], 1), left) == 1
 
-        # A layer that did not fit gets the rest, or also what the greedy spent afterwards, on layers that gain less.
+        # Try each remaining layer with the leftover bits, and also with those of all layers that gain less per bit.
         most, whole, split, some = float(saved[wide].sum()), wide, 0, torch.tensor([], dtype=torch.int64)
         for k in (~wide).nonzero().flatten().tolist():
             for wider in (wide, wide & (saved / size >= saved[k] / size[k])):
@@ -143,44 +146,44 @@ class Uniform:
 
 
 def _affordable_rows(layer: LayerProblem, drop: Tensor, bits: float) -> Tensor:
-    """Rows that `bits` make one bit wider, width map included: those of largest drop [R] in error, none of a rise."""
+    """Rows that `bits` can widen by one bit, width map included: those with the largest drop [R] >= 0 in error."""
     bits -= mixed_overhead_bits([layer.rows]) - affine_overhead_bits([layer.rows])
     rows = drop.argsort(descending=True, stable=True)[: max(0, int(bits // layer.columns))]
     return rows[drop[rows] >= 0]
 
 
 def _row_errors(layer: LayerProblem, width: int) -> Tensor:
-    """Squared error [R] of each row rounded plainly."""
+    """Squared error [R] of each row rounded to nearest."""
     weight = stack_groups(layer.weight).to(torch.float64)
     rows = torch.full((layer.rows,), width)
     return (round_affine(weight, *mse_grid(weight, rows), rows)[1] - weight).square().sum(1)
 
 
 class Knapsack:
-    """Greedy knapsack on the closed-form predicted risk, whatever method rounds afterwards.
+    """Greedy knapsack on the closed-form predicted risk, for any method that rounds afterwards.
 
-    What hardware asks for is in the blocks and in their widths. Rows that must share a width form one block:
-    neighbours for kernels that work on tiles of rows (block="group"), rows of like risk for `row_multiple`, which only
-    counts rows. With curves of one shape, risk_rb = e_r T_b, the latter costs nothing beyond the multiples themselves:
-    for given counts the least sum_r e_r T_{b_r} gives wide codes to large e_r, so sorted rows never need to part.
+    Rows of one block share a width, as hardware asks: neighbouring rows for kernels that work on tiles of rows
+    (block="group"), rows of similar risk for `row_multiple`, which only restricts how many rows have each width. With
+    risk_rb = e_r T_b (e_r of the row, T_b of the width) and given numbers of rows per width, the least risk gives the
+    widest codes to the rows with the largest e_r. So blocks of rows sorted by risk lose nothing.
 
     Args:
-        whitenings: give the risk.
+        whitenings: the risk is predicted from these.
         block: "layer", "row" or "group".
-        widths: bits of layers that no pattern of `pinned` or `allowed` names.
+        widths: candidate bits of layers that match no pattern of `pinned` or `allowed`.
         damping: of the input moment, see `WhiteningStore.whitening`.
         group_rows: consecutive rows of a layer in one block of block="group"; the last one may have fewer.
-        row_multiple: the rows a layer has at each width are a multiple of it, but for one width that also has the
-            layer's rows % row_multiple left over.
+        row_multiple: the number of a layer's rows at each width is a multiple of it; one width also has the remaining
+            rows % row_multiple rows.
         min_width: no row gets fewer bits; None = no such limit.
-        pinned: layer name pattern (fnmatch) -> its width; the first match counts, and before `allowed`.
+        pinned: layer name pattern (fnmatch) -> its width; the first match counts; read before `allowed`.
         allowed: layer name pattern -> its widths in place of `widths`; the first match counts.
 
     Attributes:
-        widths: all widths some layer may get, ascending.
+        widths: all widths that any layer may get, ascending.
 
     Raises:
-        Refused: an unknown block, or groups that are no multiple of `row_multiple`.
+        Refused: an unknown block, or `group_rows` is no multiple of `row_multiple`.
     """
 
     def __init__(
@@ -199,7 +202,7 @@ class Knapsack:
         if block not in ("layer", "row", "group"):
             raise Refused(f"allocation.block={block}: choose one of layer, row, group")
         if block == "group" and group_rows % row_multiple:
-            raise Refused(f"allocation.row_multiple={row_multiple}: is no divisor of group_rows={group_rows}")
+            raise Refused(f"allocation.row_multiple={row_multiple}: must divide allocation.group_rows={group_rows}")
         self.whitenings, self.block, self.damping = whitenings, block, damping
         self.group_rows, self.row_multiple = group_rows, row_multiple
         self.min_width = MIN_WIDTH if min_width is None else min_width
@@ -239,7 +242,7 @@ class Knapsack:
     ) -> dict[str, Tensor]:
         """Row widths of every layer; notes each layer's predicted risk.
 
-        A factor kappa among a layer's notes (the task-aware proxy's) multiplies its risks.
+        The note `kappa` of a layer, the factor of the task-aware proxy, multiplies its risks.
 
         Raises:
             Refused: no mix of the allowed widths fits the budget, a predicted risk is not finite, or see `choices`.
@@ -270,7 +273,7 @@ class Knapsack:
                 overhead += affine_overhead_bits([layer.rows]) + (LAYER_BITS if layer.weight.numel() % 8 else 0)
         capacity = budget.capacity(layers, overhead + codebook_bits)
         if capacity < least:
-            # no room for a width map, and layers that have their smallest width all over need none
+            # no bits are left for width maps, and layers with a single width need none
             plain = affine_overhead_bits(layer.rows for layer in layers)
             if budget.count == "stored":
                 plain += padding + codebook_bits
@@ -299,16 +302,16 @@ class Knapsack:
         if self.block == "group":
             return rows // self.group_rows
         if self.row_multiple == 1:
-            return rows  # sorted they would be the same blocks, but ties should go to the earlier row
+            return rows  # not sorted, so that ties go to the earlier row
         rank = torch.empty_like(rows)
         rank[risk[:, 0].argsort(descending=True, stable=True)] = rows
         return rank // self.row_multiple
 
     def predict(self, layer: LayerProblem, distortion: Distortion | None = None) -> Tensor:
-        """Predicted risk [R, widths] of one layer under feedback rounding (nearest without input correlations).
+        """Predicted risk [R, widths] of one layer under feedback rounding (to nearest without input correlations).
 
         Args:
-            distortion: T_b of the method's codes; None = of scalar ones, non-uniform up to 4 bits.
+            distortion: T_b of the method's codes; None = `scalar_distortion`.
         """
         whitening = self.whitenings.whitening(layer, feedback=True, damping=self.damping)
         expected = scalar_distortion if distortion is None else distortion
@@ -339,7 +342,7 @@ def make_allocator(
     allowed: Mapping[str, Sequence[int]] | None = None,
     damping: float = DAMPING,
 ) -> Allocator:
-    """The allocator a config names: the key allocator, and the keys under allocation as they are called there.
+    """The allocator of a config: `name` is the key allocator, the others have the names of the keys under allocation.
 
     Args:
         damping: of the method that will round, see `Knapsack`.

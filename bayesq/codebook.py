@@ -1,4 +1,4 @@
-"""Codebooks that minimise posterior-expected distortion, and their closed-form distortion tables (SPEC section 2).
+"""Codebooks that minimise posterior-expected distortion, and their closed-form distortion tables.
 
 A weight is known as a Gaussian w ~ N(m, s^2). For a cell [t0, t1) with level c, a = (t0 - m)/s, b = (t1 - m)/s:
 
@@ -6,7 +6,8 @@ A weight is known as a Gaussian w ~ N(m, s^2). For a cell [t0, t1) with level c,
     E[w; cell]    = m P + s (phi(a) - phi(b))
     E[(w-c)^2; cell] = (s^2 + (m-c)^2) P + s ((2(m-c) + s a) phi(a) - (2(m-c) + s b) phi(b))
 
-so a codebook's distortion needs no sampling or quadrature, all in float64. Of a trellis: `bayesq.quant.trellis`.
+so a codebook's distortion needs no sampling or quadrature. All numbers are float64. Distortion of a trellis:
+`bayesq.quant.trellis`.
 """
 
 import math
@@ -20,7 +21,7 @@ from torch import Tensor
 LLOYD_STEPS = 200
 # Relative change of the distortion below which Lloyd has converged; levels are stored in fp16 anyway.
 LLOYD_TOLERANCE = 1e-7
-# Cells with less count as empty: below, float64 runs out of digits and a centroid may leave its cell.
+# A cell with less mass counts as empty: float64 has too few digits there, and a centroid might leave its cell.
 LEAST_MASS = 1e-300
 # Steps of the search for a uniform grid's clip range (a coarse scan, then a finer one around its best).
 RANGE_STEPS = 48
@@ -37,7 +38,7 @@ def normal_interval(a: Tensor, b: Tensor) -> Tensor:
     # In the upper tail Phi is 1 minus a tiny number: mirror the interval into the lower tail, where nothing cancels.
     upper = a > 0
     low, high = torch.where(upper, -b, a), torch.where(upper, -a, b)
-    # torch.special.ndtr is (1 + erf) / 2, which knows nothing beyond 8 standard deviations; erfc does.
+    # torch.special.ndtr is (1 + erf) / 2, which has no digits beyond 8 standard deviations; erfc has.
     interval: Tensor = (torch.special.erfc(-high / math.sqrt(2)) - torch.special.erfc(-low / math.sqrt(2))) / 2
     return interval
 
@@ -58,7 +59,7 @@ def cell_integrals(mean: Tensor, std: Tensor, lower: Tensor, upper: Tensor) -> t
     phi_a, phi_b = normal_density(a), normal_density(b)
     p = normal_interval(a, b)
     first = mean * p + std * (phi_a - phi_b)
-    # inf * 0 at the outer cells stands for a limit that is 0.
+    # a phi(a) is inf * 0 at the outer bounds; its limit is 0.
     edge_a = torch.where(torch.isinf(a), torch.zeros_like(a), a * phi_a)
     edge_b = torch.where(torch.isinf(b), torch.zeros_like(b), b * phi_b)
     second = std.square() * (p + edge_a - edge_b)
@@ -101,7 +102,7 @@ def expected_lloyd(mean: Tensor, std: Tensor, precision: Tensor, levels: Tensor)
         levels: [K] starting point, increasing.
 
     Returns:
-        [K] increasing; a cell that nothing falls into keeps its level.
+        [K] increasing; the level of an empty cell does not move.
     """
     last = math.inf
     for _ in range(LLOYD_STEPS):
@@ -110,7 +111,7 @@ def expected_lloyd(mean: Tensor, std: Tensor, precision: Tensor, levels: Tensor)
         weight = precision[:, None]
         mass, moment = (weight * p).sum(0), (weight * first).sum(0)
         levels = torch.where(mass > LEAST_MASS, moment / mass.clamp(min=LEAST_MASS), levels)
-        # E[w^2; cell] summed, minus what the centroids explain, is the distortion of the new levels in the old cells.
+        # sum E[w^2; cell] - sum mass_k c_k^2 is the distortion of the new levels c in the old cells.
         energy = (weight * (second + mean[:, None] * (2 * first - mean[:, None] * p))).sum()
         distortion = float((energy - (levels * moment).sum()) / precision.sum())
         if last - distortion < LLOYD_TOLERANCE * distortion:
@@ -201,11 +202,11 @@ def normal_distortion(kind: str, width: int, noise: float = 0.0) -> float:
     return float(expected_distortion(_STANDARD["mean"], _STANDARD["std"] * spread, _STANDARD["precision"], levels))
 
 
-# Non-uniform levels are stored as a table of fp16 levels, once for the model. Widest codes that may have one: 0.24 bit
-# is what Lloyd-Max gains at 5 bits on a normal source, and rows much wider are few.
+# Non-uniform levels are stored as fp16 tables, one per width for the whole model. Wider codes than this get none:
+# Lloyd-Max gains 0.24 bit at 5 bits on a normal source, and few rows are much wider.
 TABLE_MAX_WIDTH = 6
-# A table may take this much of the risk's own scale: spending x bits a weight on something else than codes raises the
-# risk by 2 ln 2 x, and a table has to be worth it in every model, also where few rows have its width.
+# Largest relative increase of the risk that a table may cost: x bits per weight less for the codes raise the risk by
+# the factor 1 + 2 ln 2 x. The limit is low, because few rows may have the width of the table.
 TABLE_COST = 0.005
 
 
@@ -215,7 +216,7 @@ def table_levels(width: int, states: int | None) -> int:
 
 
 def table_widths(weights: int, states: int | None) -> tuple[int, ...]:
-    """Widths that get a table of levels in a model of so many quantized weights; the others have uniform levels."""
+    """Widths with a table of levels in a model of that many quantized weights; the others have uniform levels."""
     return tuple(width for width in range(2, TABLE_MAX_WIDTH + 1) if table_price(width, states, weights) <= TABLE_COST)
 
 
@@ -225,13 +226,13 @@ def table_bits(widths: Iterable[int], states: int | None) -> int:
 
 
 def table_price(width: int, states: int | None, weights: int) -> float:
-    """Share of the risk that the table of a width costs: its bits, spent on the codes of so many weights instead."""
+    """Relative increase of the risk by the table of a width, whose bits are taken from the codes of all weights."""
     return 2 * math.log(2) * table_bits((width,), states) / weights
 
 
-# A trellis starts from quantiles of a normal distribution with this standard deviation. The high-rate optimum, sqrt(3)
-# (Panter and Dite), is too wide: risk after one refit, 3 bits, as a multiple of that with 1.4: 1.12 on SST-2 and on
-# ResNet-56 with 1.73, 1.04 and 1.07 with 1.2. The refits move the levels on, but slowly where they start too wide.
+# The levels of a trellis start at quantiles of a normal distribution with this standard deviation. The high-rate
+# optimum, sqrt(3) (Panter and Dite), is too wide, and refits correct that only slowly: with 1.73 the risk at 3
+# bits after one refit is 1.12 times that with 1.4 on SST-2 and on ResNet-56; with 1.2 it is 1.04 and 1.07 times.
 TRELLIS_SPREAD = 1.4
 
 
@@ -245,19 +246,19 @@ def start_levels(width: int, states: int | None) -> Tensor:
 
 
 def level_unit(width: int) -> float:
-    """Standard deviations in a level unit: the step of the best uniform code for a standard normal source."""
+    """The level unit in standard deviations: the step of the best uniform code for a standard normal source."""
     levels = normal_levels("uniform", width)
     return float(levels[1] - levels[0])
 
 
 def level_kind(width: int) -> str:
-    """The kind of levels assumed at a width where no method says its own: "lloyd" while tables are small."""
+    """Kind of levels assumed at a width if the method names none: "lloyd" while tables are small."""
     return "lloyd" if width <= 4 else "uniform"
 
 
 @dataclass(frozen=True)
 class LevelSums:
-    """What the weights of each level amount to, enough to move the levels to where they belong.
+    """Sums over the weights of each level, from which the optimal levels follow.
 
     Attributes:
         mass: [K] sum of p_i over the weights of a level.
@@ -281,32 +282,32 @@ class LevelSums:
         return cls(mass, zeros.index_add(0, index.flatten(), p * mean.flatten()))
 
     def add(self, other: "LevelSums") -> "LevelSums":
-        """These and another layer's weights together."""
+        """Sums over these and another layer's weights."""
         return LevelSums(self.mass + other.mass, self.moment + other.moment)
 
     def centroids(self, levels: Tensor) -> Tensor:
-        """Levels [K] with least posterior-expected distortion for codes that stay: c_k = sum p_i E[w_i] / sum p_i.
+        """Levels [K] with least posterior-expected distortion for fixed codes: c_k = sum p_i E[w_i] / sum p_i.
 
-        Given its level, E[(w_i - c)^2] = (E[w_i] - c)^2 + Var w_i: the noise of a weight moves no level.
+        E[(w_i - c)^2] = (E[w_i] - c)^2 + Var w_i, so the variance of a weight moves no level.
 
         Args:
-            levels: kept where no weight is.
+            levels: [K] returned for levels without weights.
         """
         moved = torch.where(self.mass > LEAST_MASS, self.moment / self.mass.clamp(min=LEAST_MASS), levels)
         return moved.cummax(0).values
 
     def excess(self, levels: Tensor) -> float:
-        """Risk 1/2 sum_k mass_k (c_k - centroid_k)^2 that these weights would save with centroids of their own."""
+        """Risk 1/2 sum_k mass_k (c_k - centroid_k)^2 that these weights would save with their centroids as levels."""
         return 0.5 * float((self.mass * (levels - self.centroids(levels)).square()).sum())
 
 
-# Cells of the compressed distribution that codebooks are designed on.
+# Codebooks are designed on a distribution that is compressed to this many cells.
 ATOMS = 1024
 
 
 @dataclass(frozen=True)
 class Atoms:
-    """A distribution of weights in level units, compressed to at most ATOMS Gaussians with its moments kept.
+    """A distribution of weights in level units, compressed to at most ATOMS Gaussians with the same moments.
 
     Attributes:
         moments: [4, ATOMS] sums over a cell of p, p m, p m^2 and p s^2 for weights w_i ~ N(m_i, s_i^2), precision p_i.
@@ -318,10 +319,10 @@ class Atoms:
 
     @classmethod
     def of(cls, mean: Tensor, variance: Tensor, precision: Tensor, width: int) -> "Atoms":
-        """Compress weights that are to become codes of `width` bits.
+        """Compress weights that will be rounded to `width` bits.
 
-        Cells cover the codes 0 .. 2**width - 1 and half that range on either side; what lies further out joins the
-        outermost cells.
+        Cells cover the codes 0 .. 2**width - 1 and half that range on either side; weights beyond go to the outermost
+        cells.
 
         Args:
             mean, variance, precision: of the weights, all of one shape, in level units.
@@ -335,13 +336,13 @@ class Atoms:
         return cls(moments, span / ATOMS)
 
     def add(self, other: "Atoms") -> "Atoms":
-        """These and another layer's weights together."""
+        """Moments of these and another layer's weights."""
         return Atoms(self.moments + other.moments, self.cell)
 
     def gaussians(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Means, standard deviations and precisions [n] of the cells that hold anything."""
+        """Means, standard deviations and precisions [n] of the cells that are not empty."""
         p, pm, pmm, pv = self.moments[:, self.moments[0] > 0]
         mean = pm / p
-        # The spread of the means inside a cell counts like posterior spread; a floor keeps every Gaussian proper.
+        # The variance of the means inside a cell adds to the posterior variance; the floor keeps it above 0.
         spread = (pmm / p - mean.square()).clamp(min=(1e-2 * self.cell) ** 2)
         return mean, (spread + pv / p).sqrt(), p

@@ -2,8 +2,9 @@
 
     F = E_example E_{y ~ p(.|x)}[grad gradT],   grad = dl/dW = sum_positions d xT
 
-d [g, r] is the gradient at the layer's output, x [g, c] its input. What goes backward through the network are the
-`fisher_directions` of the outputs' likelihood: the model's own predictive distribution decides, never the labels.
+d [g, r] is the gradient at the layer's output, x [g, c] its input. The vectors that
+are propagated backward are the `fisher_directions` of the outputs' likelihood: they come from the model's predictive
+distribution, never from the labels.
 """
 
 from collections.abc import Mapping
@@ -18,8 +19,9 @@ from bayesq.calibration.samples import Pairs
 from bayesq.calibration.statistic import Source, Statistic
 from bayesq.errors import Refused
 
-# Rows a sketch carries for each direction it keeps. Truncating while streaming costs most with a flat spectrum: where
-# 16 directions held 67 % of a tiny convolution's Fisher, ratios of 1, 2, 3 reached 93.9, 99.2, 99.9 % of the best.
+# Rows of the sketch per direction of the result. Truncating while streaming loses most with a flat spectrum: for a tiny
+# convolution whose best 16 directions hold 67 % of its Fisher, ratios of 1, 2, 3 reached 93.9, 99.2, 99.9 % of that
+# best.
 OVERSAMPLING = 2
 
 
@@ -69,7 +71,7 @@ class FisherDiagonal(Statistic):
 
 @dataclass(frozen=True)
 class GradientDirections(Statistic):
-    """U [k, g, r, c] with U UT close to the best rank-k part of F, and never above F.
+    """U [k, g, r, c] with U UT close to the best rank-k part of F; U UT never exceeds F.
 
     Attributes:
         rank: k.
@@ -140,7 +142,7 @@ class FisherEigenvalues(FisherDiagonal):
     requires: ClassVar[tuple[Statistic, ...]] = (INPUT_BASIS, GRADIENT_BASIS)
 
     def gradients(self, pairs: Pairs, required: Mapping[str, Tensor]) -> Tensor:
-        """Q_GT dl/dW Q_A of each example, by the cheaper of two ways: turn the samples, or the gradients."""
+        """Q_GT dl/dW Q_A of each example, in the cheaper order: rotate the samples, or the gradients."""
         q_a, q_g = required[INPUT_BASIS.name], required[GRADIENT_BASIS.name]
         r, c = q_g.shape[-1], q_a.shape[-1]
         if pairs.whole and pairs.positions * (r * r + c * c) < r * c * (r + c):

@@ -1,4 +1,4 @@
-"""Greedy knapsack on lower convex hulls: always the largest decrease in risk per bit (SPEC section 4)."""
+"""Greedy knapsack on lower convex hulls: always the largest decrease in risk per bit."""
 
 import math
 from typing import Any
@@ -13,7 +13,7 @@ from bayesq.quant.compiled import compiled
 
 @compiled()
 def _lower_hulls(risk: Any, bits: Any, hull: Any, length: Any) -> None:
-    """`lower_hull` of every block: hull [B, W] its choices in front, length [B] how many."""
+    """Write `lower_hull` of every block into hull [B, W] and length [B]."""
     for block in range(risk.shape[0]):
         r, b, vertices, n = risk[block], bits[block], hull[block], 0
         for k in range(len(r)):
@@ -33,11 +33,11 @@ def lower_hull(risk: np.ndarray, bits: np.ndarray) -> tuple[np.ndarray, np.ndarr
     """Choices on the lower convex hull of each block's (bits, risk) points, beginning with the cheapest.
 
     Args:
-        risk: [B, W] finite, or inf for a choice that a block does not have; each has one.
+        risk: [B, W] finite, or inf for a choice that a block does not have; each block has a choice.
         bits: [B, W] strictly increasing along W.
 
     Returns:
-        hull [B, W] int64, the choices in front; how many they are [B] int64.
+        hull [B, W] int64 and length [B] int64: the choices of block b are the first length[b] entries of hull[b].
     """
     hull, length = np.zeros(risk.shape, np.int64), np.zeros(len(risk), np.int64)
     _lower_hulls(risk, bits, hull, length)
@@ -61,7 +61,7 @@ def greedy_knapsack(risk: Tensor, bits: Tensor, capacity: float) -> Tensor:
         [B] chosen index into W.
 
     Raises:
-        Refused: even the cheapest widths exceed the capacity, a risk is NaN, or a block may have no width.
+        Refused: even the cheapest widths exceed the capacity, a risk is NaN, or a block has no choice.
     """
     if bool(torch.isnan(risk).any()) or not bool(torch.isfinite(risk).any(1).all()):
         raise Refused("a predicted risk is NaN, or infinite at every width of a block")

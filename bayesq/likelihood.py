@@ -1,12 +1,12 @@
-"""What a network's outputs mean: classes, means of unit-variance Gaussians, or next tokens (SPEC section 10).
+"""What a network's outputs mean: classes, means of unit-variance Gaussians, or next tokens.
 
     Categorical   logits [b, K]       y ~ softmax(f)                     one prediction per example
     Gaussian      means [b, d]        y ~ N(f, I), for regression heads  one prediction per example
     Tokens        logits [b, t, V]    y_i ~ softmax(f_i) at each position i that the mask counts
 
-Everything that compares two networks does so in nats per prediction under the likelihood of their data set: per example
-for the first two, per predicted token for the third, where a whole sequence is one example. A likelihood works over the
-last dimension of the outputs; `Tokens` then takes the mean over an example's counted positions.
+Two networks are compared in nats per prediction: per example for the first two, per predicted token for the third,
+where one example is a whole sequence. A likelihood works over the last dimension of the outputs; `Tokens` then takes
+the mean over the positions that count.
 """
 
 import math
@@ -21,15 +21,15 @@ from torch import Tensor
 from bayesq.errors import Refused
 from bayesq.quant.layers import MASK
 
-# What is drawn from the predictive distribution for the Fisher; see `Categorical.fisher_directions`.
+# Kinds of draws from the predictive distribution for the Fisher; see `Categorical.fisher_directions`.
 DRAWS = ("signs", "labels")
-# Up to this many classes the expectation over labels is exact (one backward pass per class, one in all for two
-# classes); with more classes it is drawn.
+# Up to this many classes the expectation over labels is exact: one backward pass per class, or a single one for two
+# classes. With more classes it is estimated from draws.
 EXACT_CLASSES = 4
 DEFAULT_SAMPLES = 1
-# `Tokens` compares so many numbers at a time: 128 MiB in float64 for each array, whatever the vocabulary.
+# `Tokens` compares at most this many logits at a time: 128 MiB in float64 for each array, for any vocabulary.
 CHUNK_ELEMENTS = 2**24
-# The input of a language model that holds its tokens, [b, t].
+# Name of the input of a language model that holds its tokens, [b, t].
 TOKENS = "input_ids"
 
 
@@ -37,7 +37,7 @@ class Likelihood(ABC):
     """Meaning of a network's outputs.
 
     Attributes:
-        name: as the key posterior.likelihood names it.
+        name: its value of the key posterior.likelihood.
         unit: of KL, negative log-likelihood and risk.
     """
 
@@ -82,8 +82,8 @@ class Likelihood(ABC):
     ) -> list[Tensor]:
         """Vectors v_k, of the outputs' shape, whose outer products sum to the Fisher of the outputs.
 
-        Their pullbacks through the network are the output gradients of the true Fisher: what is drawn follows the
-        network's own predictive distribution, never the labels of the data.
+        Their pullbacks through the network are the output gradients of the true Fisher: draws come from the network's
+        predictive distribution, never from the labels of the data.
 
         Args:
             outputs: of the network.
@@ -94,22 +94,22 @@ class Likelihood(ABC):
             mask: as in `kl`.
 
         Raises:
-            Refused: another kind of draw.
+            Refused: `draws` is not one of DRAWS.
         """
 
     @abstractmethod
     def summary(self, outputs: Tensor, target: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
-        """What evaluation keeps of one network's outputs, one number per example under each name [b].
+        """Numbers [b] by name that evaluation stores for each example of one network.
 
-        Every likelihood gives `nll`. `prediction` [b] is there if an example has one prediction, `correct` if it is
-        right or wrong (the share of right ones for `Tokens`), `confidence` if it has a probability.
+        Always `nll`. Also `prediction` if an example has one prediction, `correct` if that is right or wrong (for
+        `Tokens` the share of right tokens), and `confidence` if it has a probability.
 
         Args:
             outputs, target, mask: as in `nll`.
         """
 
     def agreement(self, reference: Tensor, other: Tensor, mask: Tensor | None = None) -> Tensor | None:
-        """Share of an example's predictions on which both networks agree, [b] float64; None for numbers."""
+        """Share of an example's predictions on which both networks agree, [b] float64; None for regression."""
         return None
 
     def predictions(self, outputs: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -125,7 +125,7 @@ class Likelihood(ABC):
         return None
 
     def target(self, inputs: Mapping[str, Tensor], labels: Tensor) -> Tensor:
-        """What a batch's outputs are to predict: its labels [b], or the next tokens [b, t].
+        """Targets of a batch: its labels [b], or the next tokens [b, t].
 
         Args:
             inputs: the module's arguments.
@@ -186,8 +186,8 @@ class Categorical(Likelihood):
             signs    v = s - p sum_k s_k,  s_k = +-sqrt(p_k) with fair signs,
                      E[v vT] = (D - p sqrt(p)T)(D - p sqrt(p)T)T with D = diag(sqrt(p)), which is diag(p) - p pT
 
-        Where the network is sure, nearly all drawn labels are its favourite class and carry no information; the rare
-        others carry the whole expectation. With signs every example contributes to every draw.
+        If the network is sure, nearly all drawn labels are its most probable class and carry no information; a few rare
+        draws carry the whole expectation. With signs, every example contributes to every draw.
         """
         if draws not in DRAWS:
             raise Refused(f"draws {draws!r}: choose from {', '.join(DRAWS)}")
@@ -259,7 +259,7 @@ class Gaussian(Likelihood):
 class Tokens(Categorical):
     """Next tokens: outputs are logits [b, t, V], with a mask bool [b, t] of the positions that count (None = all).
 
-    What the network gives at other positions is never read: padding may well leave NaN there.
+    Outputs at other positions are never read: padding may leave NaN there.
     """
 
     name: ClassVar[str] = "tokens"
@@ -302,9 +302,9 @@ class Tokens(Categorical):
         draws: str = "signs",
         mask: Tensor | None = None,
     ) -> list[Tensor]:
-        """Drawn at every position; one backward pass sums over a sequence's t counted positions, each over sqrt(t).
+        """Independent draws at every position that counts, each over sqrt(t) if t positions of its sequence count.
 
-        Positions are drawn independently, so that the expected outer product is the mean Fisher of the positions.
+        So one backward pass gives an outer product whose expectation is the mean Fisher of the positions.
         """
         mask = _all_positions(outputs) if mask is None else mask
         drawn = super().fisher_directions(outputs.detach()[mask], samples or DEFAULT_SAMPLES, generator, draws)
@@ -335,7 +335,7 @@ class Tokens(Categorical):
         return inputs[TOKENS].roll(-1, 1)
 
 
-# What the key posterior.likelihood may name; `Tokens` goes with its data sets alone.
+# Values of the key posterior.likelihood; `Tokens` is chosen by data sets only.
 LIKELIHOODS: dict[str, Likelihood] = {one.name: one for one in (Categorical(), Gaussian())}
 
 
@@ -347,7 +347,7 @@ def _mean_over_positions(per_position: Callable[..., Tensor], mask: Tensor | Non
     """Means over each sequence's counted positions, [b]; 0 where none counts.
 
     Args:
-        per_position: a number for each of the positions [p, ...] of its arguments.
+        per_position: from arguments [p, ...] at p positions to one number for each, [p].
         mask: bool [b, t]; None = all.
         values: the arguments at all positions, [b, t, ...].
     """

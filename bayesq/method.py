@@ -1,4 +1,4 @@
-"""BayesQ from statistics to codes, in the order of the paper: widths, round, refit, round again (SPEC section 3)."""
+"""BayesQ from statistics to codes, in the order of the paper: widths, round, refit, round again."""
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
@@ -29,20 +29,20 @@ from bayesq.quant.trellis import trellis_distortion
 from bayesq.rounding import Rounded, first_rows, refit_rows, round_layer, rounding_curvature
 from bayesq.whitening import Whitening
 
-# goes to the run's log file only, see hydra.job_logging in conf/config.yaml
+# logs to the run's log file only, see hydra.job_logging in conf/config.yaml
 details = logging.getLogger("bayesq.details")
 
 LEVELS = ("trellis", "lloyd", "uniform")
 ROUNDINGS = ("feedback", "nearest")
-# A trellis runs down the rows of a group; with fewer rows it has no choice to make that a scalar code lacks.
+# A trellis runs down the rows of a group; with fewer rows it offers no more choices than a scalar code.
 LEAST_TRELLIS_ROWS = 4
 LARGEST_TRELLIS = max(POLYNOMIALS)
-# Roundings that are only refitted get a short trellis, which meets much the same values as a long one at an eighth of
-# the search, and affine rows first ranges from a coarse scan.
+# All roundings but the last only serve the refits: a short trellis gives them nearly the same values as a long one for
+# an eighth of the search, and a coarse scan is enough for the first ranges of affine rows.
 REFIT_STATES = 8
 FIRST_GRID_STEPS = 20
-# Rows of fewer bits start on an affine range even where a table awaits them. Started like the others, all 2-bit rows
-# have much the same risk (SST-2, seed 0: 1.04 times) and far more divergence (.148 against .056 nats).
+# Rows of fewer bits start on an affine grid, even if they use a table later. With designed first levels, 2-bit rows
+# reach nearly the same risk (SST-2, seed 0: 1.04 times) but far more divergence (.148 against .056 nats).
 LEAST_DESIGNED_START = 3
 
 
@@ -53,12 +53,12 @@ class BayesQ:
         whitenings: fit q(w) of a layer and whiten by it; see `bayesq.posterior`.
         levels: "trellis" lets each column's codes choose among twice as many levels along a trellis, with one table
             of levels per width shared by the whole model (`bayesq.quant.trellis`); "lloyd" designs non-uniform levels
-            for scalar codes, shared alike; "uniform" designs step sizes only.
+            for scalar codes, shared in the same way; "uniform" designs step sizes only.
         states: of the trellis; read by levels=trellis.
         posterior_noise: design scalar levels for weights drawn from the posterior rather than for its mean. The risk
             of deploying w_hat is 1/2 (mu - w_hat)T P (mu - w_hat) + const, so codes chosen for the mean already
-            minimise the posterior-expected distortion; blurring the cells as well measured worse (README). On a
-            trellis the codes decide which level a weight has, so its noise moves no level.
+            minimise the posterior-expected distortion; levels for draws measured worse (README). On a trellis the codes
+            fix the level of each weight, so noise moves no level.
         rounding: "feedback" or "nearest".
         refits: how often grids are refitted to the rounding targets, and the layers rounded again; 0 keeps each
             row's first affine grid.
@@ -99,7 +99,7 @@ class BayesQ:
         for layer in layers:
             check_finite(layer)
 
-        # Posterior, whitening and closed-form risk decide the widths before anything is rounded: `bayesq.allocation`.
+        # Posterior, whitening and closed-form risk decide the widths before the first rounding: `bayesq.allocation`.
         self.tables = self._table_widths(layers)
         widths = allocate(layers, table_bits(self.tables, self.states), self.distortion)
 
@@ -129,7 +129,7 @@ class BayesQ:
                 seen[w] = seen[w].add(new) if w in seen else new  # type: ignore[arg-type]
                 if isinstance(new, LevelSums):
                     single.append((w, new))
-            del rounded, whitening  # where layers are wide, there is no room for two of them
+            del rounded, whitening  # two wide layers would not fit in memory
         self._levels = {w: self._design(w, weights, self._levels.get(w, _codes(w))) for w, weights in seen.items()}
         for layer in rounded_layers:
             self._grids[layer.name] = self._fold_steps(*self._grids[layer.name], widths[layer.name], self._levels)
@@ -181,8 +181,8 @@ class BayesQ:
     def _first_grid(self, layer: LayerProblem, width: Tensor) -> tuple[Tensor, Tensor]:
         """Scale and zero [R] of each row before the first rounding.
 
-        Not every level of a trellis or of a table is within reach, and zero may be none of them: rows that are all zero
-        get the smallest step there is, and stay zero to within it.
+        A table need not contain zero, and a trellis may not reach it. So a row of zeros gets the smallest fp16 step,
+        and its values differ from zero by less than that step.
         """
         weight = stack_groups(layer.weight).to(torch.float64)
         scale, zero = torch.empty_like(weight[:, 0]), torch.empty_like(weight[:, 0])
@@ -221,7 +221,7 @@ class BayesQ:
     def _collect(
         self, layer: LayerProblem, rounded: Rounded, grid: tuple[Tensor, Tensor], curvature: Tensor
     ) -> dict[int, LevelSums | Atoms]:
-        """Rounding targets of the rows of each width, in level units, weighted by what an error there costs [R, C]."""
+        """Rounding targets of the rows of each width, in level units, weighted by the curvature [R, C]."""
         by_width: dict[int, LevelSums | Atoms] = {}
         scale, zero = (part[:, None] for part in grid)
         units, curvature = rounded.target / scale + zero, curvature * scale.square()
@@ -242,7 +242,7 @@ class BayesQ:
     def _report_tables(
         self, layers: Sequence[LayerProblem], single: Sequence[tuple[int, LevelSums]], levels: Mapping[int, Tensor]
     ) -> None:
-        """Log what a table for each layer and width would save beyond the shared ones, at equal stored bits."""
+        """Log how much risk separate tables for each layer would save at equal stored bits."""
         risk = sum(layer.notes.get("predicted_risk", 0.0) for layer in layers)
         if not single or risk == 0:
             return
@@ -250,7 +250,7 @@ class BayesQ:
         savings = [sums.excess(levels[w]) / risk - table_price(w, self.states, weights) for w, sums in single]
         paying = [saving for saving in savings if saving > 0]
         details.info(
-            f"one table of levels per width; a layer's own would pay in {len(paying)} of {len(savings)} cases and save "
+            f"one table of levels per width: one per layer would pay in {len(paying)} of {len(savings)} cases and save "
             f"{100 * sum(paying):.2g} % of the predicted risk"
         )
 
@@ -259,7 +259,7 @@ class BayesQ:
         if isinstance(weights, LevelSums):
             return weights.centroids(start)
         mean, std, precision = weights.gaussians()
-        if not len(mean):  # errors in these rows cost nothing, and any levels are as good
+        if not len(mean):  # errors in these rows cost nothing, so all levels are equally good
             return start
         if width in self.tables:
             return expected_lloyd(mean, std, precision, start)

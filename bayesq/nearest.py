@@ -1,4 +1,4 @@
-"""Rounding to nearest on per-row affine grids, and what fp16 scales cannot hold."""
+"""Rounding to nearest on per-row affine grids, and a count of the steps that fp16 cannot hold."""
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ def round_to_nearest(layer: LayerProblem, width: Tensor, clip: str) -> Quantized
     """Round every weight to the nearest level of its row's grid.
 
     Args:
-        layer: its weights are all that is read.
+        layer: only its weights are read.
         width: uint8 [R] bits.
         clip: one of CLIP_RULES.
 
@@ -33,10 +33,10 @@ def round_to_nearest(layer: LayerProblem, width: Tensor, clip: str) -> Quantized
 
 
 def clamped_scales(weight: Tensor, tensor: QuantizedTensor) -> int:
-    """Rows whose weights need a larger or a smaller step than fp16 has, and got the last one there is.
+    """Number of rows whose step is clamped to the largest or smallest number of fp16.
 
     Args:
-        weight: [g, r, c] that `tensor` stands for; rows that are all zero need no step.
+        weight: [g, r, c] before rounding; rows of zeros do not count.
         tensor: the rounded layer.
     """
     scale = tensor.scale.to(torch.float32)

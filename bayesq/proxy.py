@@ -1,13 +1,13 @@
 """Task-aware proxy by short Monte Carlo: how far a layer's predicted risk is from the divergence it causes.
 
-The predicted risk is quadratic and sees each layer through its own Fisher block. One factor per layer corrects it
-(SPEC section 5):
+The predicted risk is quadratic and uses one Fisher block per layer. One factor per layer corrects it:
 
     kappa_l = E_{w~q, x}[ KL( p(.|x, w) || p(.|x, w with layer l rounded) ) ] / predicted_l
 
 measured at one reference width with S posterior draws and multiplied into the layer's whole risk curve before bits are
-allocated. All layers share the S draws (common random numbers), so their factors differ by their layers and not by
-their luck. KL: `bayesq.likelihood`. Reference width: `pipeline.weigh_by_proxy`. Used by: `Knapsack.allocate`.
+allocated. All layers share the S draws (common random numbers), so differences between factors come
+from the layers, not from the draws. KL: `bayesq.likelihood`. Reference width: `pipeline.weigh_by_proxy`. Used by:
+`Knapsack.allocate`.
 """
 
 import math
@@ -27,7 +27,7 @@ from bayesq.quant.layers import matrix_to_weight, weight_key
 from bayesq.quant.one_by_one import one_by_one
 from bayesq.teacher import named_layer, perturbed_weights
 
-# A factor outside says that a few draws or examples are no basis for one, not that a layer matters that much more.
+# A factor outside this range comes from too few draws or examples, not from the layer.
 KAPPA_RANGE = (0.05, 20.0)
 
 
@@ -63,24 +63,24 @@ def measure_kappa(
 ) -> Kappa:
     """The factor kappa of every layer.
 
-    A draw differs from the rounded weights by the posterior's noise too. To second order the measured divergence is
+    A draw also differs from the rounded weights by the posterior's noise. To second order the measured divergence is
 
         1/2 deltaT F delta + gamma / (2 N),   delta = w_hat - mu,
 
-    gamma the layer's effective number of parameters, so that `predicted` should hold both terms. samples=0 measures
-    on the mean weights instead, where only the first term is left.
+    with gamma the layer's effective number of parameters; `predicted` should contain both terms. With samples=0 the
+    mean weights replace the draws, and only the first term remains.
 
     Args:
         full: full-precision network, in eval mode; unchanged.
         layers: names of the layers to quantize.
-        rounded: a layer's weights [g, r, c] rounded at the reference width; asked for once a layer.
+        rounded: a layer's weights [g, r, c] rounded at the reference width; called once per layer.
         sample: draws a layer's weight perturbation [g, r, c], w - mu.
         predicted: predicted risk of each layer at the reference width, in the likelihood's unit.
         inputs: module arguments [n, ...] of a few calibration examples.
         samples: S.
         likelihood: of the outputs.
         batch_size: examples per forward pass; None = all at once.
-        alone: each example is a batch of its own, without padding.
+        alone: each example is a separate batch, without padding.
 
     Raises:
         Refused: training mode, or a layer has no prediction.
@@ -159,6 +159,6 @@ def _parts(inputs: Mapping[str, Tensor], batch_size: int | None) -> list[dict[st
 
 
 def _outputs(module: nn.Module, weights: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> Tensor:
-    """Of one part, float32 on the CPU."""
+    """Outputs of one part, float32 on the CPU."""
     outputs: Tensor = functional_call(module, dict(weights), kwargs=dict(inputs))
     return outputs.float().cpu()

@@ -1,4 +1,4 @@
-"""Rounding in the whitened space, what it will cost, and rows' grids before it and after it (SPEC section 3)."""
+"""Rounding a layer by its whitening, its predicted risk, and the rows' grids before and after rounding."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,8 +27,8 @@ class Rounded:
         scale: [R] fp16-exact.
         zero: [R] in level units, storable.
         width: [R] bits.
-        values: [R, C] what the codes stand for.
-        target: [R, C] what each entry was when it was rounded: the weight plus the feedback of earlier columns.
+        values: [R, C] the decoded codes.
+        target: [R, C] each entry when it was rounded: the weight plus the feedback of earlier columns.
         trellis: states of the trellis the codes run along; None for scalar codes.
         groups: convolution groups g.
     """
@@ -56,7 +56,7 @@ def round_layer(
     codebooks: Mapping[int, Tensor],
     trellis: int | None = None,
 ) -> Rounded:
-    """Round a layer once, to nearest or with feedback as its whitening says.
+    """Round a layer once, to nearest or with feedback, depending on its whitening.
 
     Args:
         weight: [g, r, c].
@@ -90,9 +90,9 @@ def round_layer(
 
 
 def predicted_risk(weight: Tensor, whitening: Whitening, distortions: Sequence[float]) -> Tensor:
-    """Risk of every row at every width before anything is rounded, nats per example.
+    """Predicted risk of every row at every width, nats per example.
 
-        1/2 s_r^2 T_b sum_c h_rc        with feedback h_rc = G_rr D_c, and D_c is 1/U_cc^2 of SPEC section 3
+        1/2 s_r^2 T_b sum_c h_rc        with the curvature h of `bayesq.whitening`, for example G_rr D_c
 
     with s_r the row's standard deviation and T_b the expected distortion of a b-bit code for unit variance.
 
@@ -110,24 +110,24 @@ def predicted_risk(weight: Tensor, whitening: Whitening, distortions: Sequence[f
 
 
 def rounding_curvature(whitening: Whitening, rows: int) -> Tensor:
-    """The column curvatures as [R, C] for `rows` rows per group; the rows' own factor left out."""
+    """The column curvatures as [R, C] for `rows` rows per group, without the factor row_curvature."""
     groups, _, columns = whitening.column_curvature.shape
     return stack_groups(whitening.column_curvature.expand(groups, rows, columns))
 
 
-# Spreads tried for a row's first grid, from this many standard deviations up to where nothing is clipped.
+# Number of spreads tried for a row's first grid, from LEAST_SPREAD standard deviations up to no clipping.
 SPREADS, LEAST_SPREAD = 24, 0.5
 
 
 def first_rows(weight: Tensor, curvature: Tensor, width: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale and zero of each row before anything is rounded, for levels of unit variance in units of `level_unit`.
+    """Scale and zero of each row before the first rounding, for levels of unit variance in units of `level_unit`.
 
     The row's spread s is the one at which scalar Lloyd-Max levels would cost least without feedback:
 
         min_s sum_c h_c (w_c - m - s Q((w_c - m) / s))^2,   m = sum_c h_c w_c / sum_c h_c
         scale = s level_unit,   zero = (2**width - 1) / 2 - m / scale
 
-    Refits only walk to the next local optimum, and slowly: what the first grid clips or wastes stays so for many.
+    The first grid matters, because refits move only slowly and only to the nearest local optimum.
 
     Args:
         weight: [R, C].
@@ -135,7 +135,7 @@ def first_rows(weight: Tensor, curvature: Tensor, width: Tensor) -> tuple[Tensor
         width: [R] bits.
 
     Returns:
-        scale [R], zero [R], float64; a row of zeros has the smallest scale there is.
+        scale [R], zero [R], float64; a row of zeros has the smallest fp16 scale.
     """
     w, curvature = weight.to(torch.float64), curvature.to(torch.float64)
     total = curvature.sum(1, keepdim=True)
@@ -148,7 +148,7 @@ def first_rows(weight: Tensor, curvature: Tensor, width: Tensor) -> tuple[Tensor
     for bits in width.unique().tolist():
         rows = width == bits
         levels, centre = normal_levels("lloyd", bits), (2**bits - 1) / 2
-        # Zero points lie within the codes: a narrower grid would lose a mean that is far from zero.
+        # A stored zero point lies within 0 .. 2**bits - 1, so the grid has to reach from the mean to zero.
         reach = mean[rows].abs() / (centre * level_unit(bits))
         low = torch.maximum(LEAST_SPREAD * deviation[rows], reach)
         high = torch.maximum(distance[rows].amax(1) / levels[-1], low)
@@ -165,7 +165,7 @@ def first_rows(weight: Tensor, curvature: Tensor, width: Tensor) -> tuple[Tensor
 
 @compiled()
 def _least_error(distance: Any, curvature: Any, tried: Any, levels: Any, best: Any) -> None:
-    """best [R]: the column of tried [R, S] whose multiple of the levels [K / 2], mirrored, costs least in its row."""
+    """best [R]: the s for which the levels +-tried[r, s] levels[k] have the least weighted squared error in row r."""
     error = np.empty(distance.shape[1])
     for r in range(distance.shape[0]):
         x, g, least = distance[r], curvature[r], np.inf
@@ -193,7 +193,7 @@ def refit_rows(rounded: Rounded, curvature: Tensor) -> tuple[Tensor, Tensor]:
         curvature: [R, C] weights, positive.
 
     Returns:
-        scale [R], zero [R]; a row whose codes are all alike, or whose fit is degenerate, keeps its own.
+        scale [R], zero [R]; a row with a single code, or with a degenerate fit, keeps its grid.
     """
     scale, zero = rounded.scale[:, None], rounded.zero[:, None]
     level = rounded.values / scale + zero
@@ -203,7 +203,7 @@ def refit_rows(rounded: Rounded, curvature: Tensor) -> tuple[Tensor, Tensor]:
     covariance = (curvature * (level - mean_level) * (rounded.target - mean_target)).sum(1, keepdim=True)
     variance = (curvature * (level - mean_level).square()).sum(1, keepdim=True)
     slope = covariance / variance.clamp(min=torch.finfo(variance.dtype).tiny)
-    # Levels are at least about 1 apart, so a variance this small means one and the same code everywhere.
+    # Levels are at least about 1 apart, so a variance this small means that all codes are equal.
     usable = (variance > 1e-12 * total) & (slope > 0)
     new_scale = torch.where(usable, slope, scale)
     new_zero = torch.where(usable, mean_level - mean_target / new_scale, zero)

@@ -1,9 +1,9 @@
-"""Whitening: what rounding needs to know of a layer's risk (SPEC section 2).
+"""Whitening: the part of a layer's risk that rounding needs.
 
 In whitened coordinates z the risk is plain squared distance, |z - z_hat|^2 = 2 R; each posterior structure has its
-equation in `whiten` (`bayesq.posterior`). Rounding never forms z. It needs the curvature h: by how much twice the risk
-grows per squared rounding error of a weight, once all feedback has been given. With e the rounding errors at the moment
-of rounding, row r's risk is 1/2 sum_c h_rc e_rc^2.
+equation in `whiten` (`bayesq.posterior`). Rounding does not compute z, only the curvature h: the risk of row r
+is 1/2 sum_c h_rc e_rc^2, where e_rc is the error of weight (r, c) when it is rounded, after all feedback from earlier
+columns.
 
     nearest             h_rc = P_rc,rc       always for diag and lowrank
     feedback, kfac      h_rc = G_rr D_c      U D UT = A, U unit upper, columns visited in decreasing diag(A)
@@ -25,10 +25,10 @@ class Whitening:
     """Curvature of one layer's weights, and the factors for error feedback.
 
     Attributes:
-        row_curvature: [g, r] the rows' part of the curvature (ones where column_curvature has all of it).
+        row_curvature: [g, r] factor of each row: h = row_curvature * column_curvature.
         column_curvature: [g, r, c], or [g, 1, c] where all rows share it.
         factors: feedback factor of each group; None where rounding is to nearest.
-        seconds: what it took to make, the posterior's fit included.
+        seconds: time to make it, including the posterior's fit.
     """
 
     row_curvature: Tensor
@@ -38,7 +38,7 @@ class Whitening:
 
     @property
     def retries(self) -> int:
-        """How often a factorization needed more damping than asked for."""
+        """How often a factorization needed more damping than configured."""
         return sum(factor.retries for factor in self.factors or [])
 
     @property
@@ -49,12 +49,12 @@ class Whitening:
 
 
 def nearest_whitening(curvature: Tensor) -> Whitening:
-    """Rounding to nearest, where an error in one weight costs curvature [g, r, c], the diagonal of P."""
+    """Whitening for rounding to nearest: the curvature [g, r, c] is the diagonal of P."""
     return Whitening(torch.ones_like(curvature[..., 0]), curvature, None)
 
 
 def feedback_whitening(row_curvature: Tensor, moment: Tensor, damping: float) -> Whitening:
-    """Rounding with feedback from column to column in the metric row_curvature_r A.
+    """Whitening for feedback from column to column, with the metric row_curvature_r A in row r.
 
     Args:
         row_curvature: [g, r].

@@ -1,4 +1,4 @@
-"""Figures, one module each: `data` makes tidy frames of what is drawn, `draw` draws them.
+"""Figures, one module each: `data` makes tidy frames of the points, `draw` draws them.
 
-Frames have one row per drawn point; a point that no run gives is a row of NaN, where lines break.
+Frames have one row per point; a point without a run is a row of NaN, where lines break.
 """

@@ -19,13 +19,12 @@ FULL = "full"
 def data(runs: pd.DataFrame) -> pd.DataFrame:
     """KL of each ablation, means and deviations over seeds, and as a multiple of the full method's.
 
-    Only runs started with `ablation=` and, of runs without, those whose workload and budget have an ablation and that
-    are the full method.
+    These are runs started with `ablation=`, and runs of the full method at workloads and budgets with an ablation.
     """
     columns = ["workload", "bits", "ablation", "method", "q/kl_to_fp", "q/kl_to_fp std", "n", "multiple"]
     done = finished(runs).rename(columns={"bits/target": "bits"})
     done = done.assign(ablation=pd.Series([ablation_of(run) for run in records(done)], done.index, dtype="object"))
-    # a finished run keeps the overrides of the last command that asked for it, which may not have said ablation=full
+    # a finished run has the overrides of the last command that skipped it, perhaps without ablation=full
     for _, members in done.groupby(["workload", "bits"]):
         variants = set(members[members["ablation"] == FULL]["variant"]) or {PROPOSED}
         if members["ablation"].notna().any():
@@ -43,13 +42,13 @@ def data(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def ablation_of(run: Mapping[str, Any]) -> str | None:
-    """The file of conf/ablation a run was started with; None where there was none, or no record of it."""
+    """The file of conf/ablation that a run was started with; None if there was none, or it was not recorded."""
     return next((o.partition("=")[2] for o in command_overrides(run) if o.startswith("ablation=")), None)
 
 
 @style()
 def draw(data: pd.DataFrame) -> Figure:
-    """KL of each ablation of one workload at one budget, smallest first; the line is the full method's."""
+    """KL of each ablation of one workload at one budget, smallest first; the line is that of the full method."""
     figure, ((plot,),) = panels(1, 1, SINGLE, 0.7 + 0.15 * len(data))
     methods = methods_of(data)
     full = data[data["ablation"] == FULL]["q/kl_to_fp"]

@@ -37,7 +37,7 @@ def data(layers: pd.DataFrame) -> pd.DataFrame:
 def width_frame(runs: pd.DataFrame) -> pd.DataFrame:
     """Share of each layer's rows at each width: workload, variant, bits, seed, position (forward order), width, share.
 
-    Runs whose packed file is not at hand (read from W&B, or deleted) give no rows.
+    Runs without their packed file (read from W&B, or deleted) give no rows.
     """
     columns = ["workload", "variant", "bits", "seed", "position", "width", "share"]
     rows = []
@@ -61,7 +61,7 @@ def row_widths(path: Path) -> dict[str, np.ndarray]:
     Raises:
         FileNotFoundError: there is no such file.
     """
-    # torch takes seconds to import, and one page of ten needs it
+    # importing torch takes seconds, and only one of ten pages needs it
     from safetensors import safe_open
 
     from bayesq.quant.bits import from_bits
@@ -98,7 +98,7 @@ def draw(data: pd.DataFrame, widths: pd.DataFrame, look: Look) -> Figure:
 
     Args:
         data: rows of one workload and variant of `data`.
-        widths: rows of the same from `width_frame`; may be empty.
+        widths: rows of `width_frame` for the same; may be empty.
     """
     budgets = shown_budgets(data)
     figure, axes = panels(len(budgets), 3, DOUBLE, 1.65, width_ratios=(1.15, 1.15, 0.9))

@@ -25,7 +25,7 @@ CURVES = ("score", "q/kl_to_fp", "q/nll", "q/ece")
 
 
 def data(runs: pd.DataFrame) -> pd.DataFrame:
-    """Means and deviations over seeds of CURVES by workload, variant and budget, and the bits they took.
+    """Means and deviations over seeds of CURVES by workload, variant and budget, and the bits used.
 
     `bits` is the budget; `bits/code` and `bits/stored` what was used, `fp ...` the full-precision network's values.
     """

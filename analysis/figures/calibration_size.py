@@ -14,7 +14,7 @@ from analysis.style import DOUBLE, GREY_LINE, Look, full_precision_line, legend,
 def data(runs: pd.DataFrame) -> pd.DataFrame:
     """Means and deviations over seeds of the KL and the score by workload, variant, budget and calibration examples.
 
-    Only budgets of a workload that were run with several sizes count.
+    Only budgets that were run with several sizes on a workload count.
     """
     done = finished(runs)
     if done.empty:

@@ -26,13 +26,13 @@ def draw(data: pd.DataFrame, looks: Mapping[str, Look]) -> Figure:
         if place >= len(workloads):
             plot.set_visible(False)
             continue
-        own_data = data[data["workload"] == workloads[place]]
-        lines(plot, own_data, looks, "bits", "q/kl_to_fp")
+        points = data[data["workload"] == workloads[place]]
+        lines(plot, points, looks, "bits", "q/kl_to_fp")
         plot.set_yscale("log")
         name = workload_title(workloads[place])
         plot.set_title(name if columns > 1 else name.replace("\n", ", "), linespacing=0.9)
         plot.set_xlabel("code bits" if columns > 2 else CODE_BITS)
-        ticks(plot.xaxis, sorted(own_data["bits"].unique()))
+        ticks(plot.xaxis, sorted(points["bits"].unique()))
         plot.margins(x=0.12)
         if place % columns == 0:
             plot.set_ylabel(KL)

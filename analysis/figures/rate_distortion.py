@@ -33,8 +33,8 @@ def bounds_frame(runs: pd.DataFrame) -> pd.DataFrame:
 def data(bounds: pd.DataFrame) -> pd.DataFrame:
     """Bits per weight above the bound at the achieved risk, of whole networks, means and deviations over seeds.
 
-    `above` is over the bound of the network at its total risk; `coding` over the bounds of its layers at their own
-    risks; the difference of the two is what the allocation of bits to layers loses.
+    `above` is over the bound of the network at its total risk; `coding` over the bounds of its layers at their
+    risks; their difference is the loss by the allocation of bits to layers.
     """
     rows = []
     keys = ["workload", "method", "variant", "bits", "seed"]
@@ -48,7 +48,7 @@ def data(bounds: pd.DataFrame) -> pd.DataFrame:
 
 
 def layer_gaps(bounds: pd.DataFrame) -> pd.DataFrame:
-    """Bits per weight of each layer above its bound at its own risk, means over seeds."""
+    """Bits per weight of each layer above its bound at its risk, means over seeds."""
     table = bounds.assign(coding=bounds["bits/code"] - bounds["bound_bits"])
     return mean_and_std(table, ["workload", "method", "variant", "bits", "position", "name"], ["coding"])
 

@@ -12,7 +12,7 @@ from analysis.figures.shared import method_of
 from analysis.style import DOUBLE, GREY, SINGLE, Look, legend, panels, present, style
 from bayesq.suite.plots import confidence_bins
 
-# The accuracy of fewer examples is noise.
+# With fewer examples the accuracy is mostly noise.
 LEAST_IN_BIN = 10
 FULL_PRECISION = "full precision"
 FULL_PRECISION_LOOK = Look(FULL_PRECISION, GREY, "x", "-")

@@ -1,4 +1,4 @@
-"""What several figures share: means over seeds, the runs they show, ticks and error bars."""
+"""Parts of several figures: means over seeds, shown runs, ticks and error bars."""
 
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -22,8 +22,9 @@ MOST_VARIANTS = 3
 def main_runs(runs: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     """Runs of the variants that a figure of all methods shows, and a line for each method that has more.
 
-    A method of a workload with more than MOST_VARIANTS of them is shown by its plain variant alone, or by the one with
-    the most runs where there is no plain one: an ablation has a separate page.
+    A method with more than MOST_VARIANTS variants on a workload is shown by its plain variant alone, or by the one with
+    the
+    most runs if there is no plain one: an ablation has a separate page.
     """
     shown, left_out = [runs[runs["workload"] == UNKNOWN]], []
     for (workload, method), members in runs.groupby(["workload", "method"], sort=True):
@@ -86,8 +87,8 @@ def lines(axes: Axes, data: pd.DataFrame, looks: Mapping[str, Look], x: str, y: 
     """A line per variant with bars of one standard deviation over seeds; it breaks where a point was not measured.
 
     Args:
-        data: with the columns x, y and `Y std`; a point without x stands at its `bits`. Of the KL, which has a
-            logarithmic axis, only positive values are drawn.
+        data: with the columns x, y and `Y std`; a point without x is at its `bits`. Only positive values of KL are
+            drawn, because its axis is logarithmic.
     """
     for variant, look in present(data, looks).items():
         line = data[data["variant"] == variant]
@@ -104,16 +105,16 @@ def lines(axes: Axes, data: pd.DataFrame, looks: Mapping[str, Look], x: str, y: 
 
 
 def ticks(axis: Axis, places: Iterable[float]) -> None:
-    """Ticks at these places alone, plainly written."""
+    """Ticks at these places only, as plain numbers."""
     axis.set_major_locator(FixedLocator(list(places)))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 def log_ticks(axis: Axis, wide: float, digits: Sequence[int]) -> None:
-    """Ticks at 1, 2 and 5 times powers of ten; only at these `digits` where the largest is `wide` times the smallest.
+    """Ticks at 1, 2 and 5 times powers of ten; only at these `digits` if the largest is `wide` times the smallest.
 
-    Without digits a wide axis stays as it is.
+    Without digits a wide axis does not change.
     """
     low, high = axis.get_view_interval()
     narrow = high < wide * low
@@ -123,6 +124,6 @@ def log_ticks(axis: Axis, wide: float, digits: Sequence[int]) -> None:
 
 
 def few_bits(budgets: pd.Series) -> list[float]:
-    """Where an axis of bits has its ticks: at the budgets, or at whole numbers where those are many."""
+    """Ticks of an axis of bits: at the budgets, or at whole numbers if there are many budgets."""
     had = sorted(float(bits) for bits in budgets.unique())
     return had if len(had) < 6 else [float(bits) for bits in range(2, 9)]

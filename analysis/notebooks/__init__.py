@@ -3,8 +3,8 @@
 python analysis/notebooks/bit_curve.py results --output paper     one page as a script
 python -m analysis.notebooks results --output paper               all pages as executed .ipynb files
 
-Both take filters behind the folder, such as `dataset=digits method=bayesq,gptq`. In a kernel the arguments come from
-the environment: BAYESQ_RESULTS, BAYESQ_OUTPUT and BAYESQ_WHERE, one filter a line.
+Both take filters after the folder, such as `dataset=digits method=bayesq,gptq`. In a kernel the arguments come from
+the environment: BAYESQ_RESULTS, BAYESQ_OUTPUT and BAYESQ_WHERE with one filter per line.
 """
 
 import argparse
@@ -51,7 +51,7 @@ PAGES = "pages"
 
 
 def arguments() -> tuple[str, tuple[str, ...], Path]:
-    """Where results come from, their filters, and where files go; in a kernel all of it is in the environment."""
+    """Source of results, filters and output folder; in a kernel they come from the environment."""
     parser = argparse.ArgumentParser(description="Figures and tables of a results folder or a W&B project.")
     parser.add_argument("results", nargs="?", default=os.environ.get(RESULTS_VARIABLE, "results"))
     parser.add_argument("where", nargs="*", default=os.environ.get(WHERE_VARIABLE, "").splitlines())
@@ -66,12 +66,12 @@ def slug(text: str) -> str:
 
 
 def in_kernel() -> bool:
-    """Whether the code runs in a notebook, where the command line is the kernel's own."""
+    """Whether the code runs in a notebook, where the command line belongs to the kernel."""
     return hasattr(builtins, "__IPYTHON__")
 
 
 class Page:
-    """What one notebook reads and writes.
+    """Input and output of one notebook.
 
     Everything shown also goes to OUTPUT/pages/NAME.md: figures with their captions, tables, and what is missing.
 
@@ -84,10 +84,10 @@ class Page:
     """
 
     def __init__(self, name: str, tables: Sequence[str] = ()) -> None:
-        """Read the runs, and remove what an earlier page of this name has left.
+        """Read the runs, and remove files of an earlier page of this name.
 
         Args:
-            tables: names of those that the page may write.
+            tables: names of tables that the page may write.
         """
         self.name = name
         self.source, self.where, self.output = arguments()
@@ -113,7 +113,7 @@ class Page:
 
     @cached_property
     def main_runs(self) -> pd.DataFrame:
-        """Runs that figures of all methods show; what they leave out is said."""
+        """Runs for figures of all methods; a line names those left out."""
         shown, left_out = main_runs(self.runs)
         for line in left_out:
             self.say(line)
@@ -140,7 +140,7 @@ class Page:
         """Save a figure with its data and its caption, which ends with the settings of its runs, and show it.
 
         Args:
-            of: what names the file behind the page's name, such as workload and budget.
+            of: parts of the file's name after the page's name, such as workload and budget.
             options: `without`, of `captions.settings`, and `dpi`.
         """
         name = "_".join([self.name, *(slug(part) if isinstance(part, str) else f"{part:g}" for part in of)])
@@ -154,7 +154,7 @@ class Page:
         self.say(caption)
 
     def table(self, table: Table, name: str) -> None:
-        """Write a table as .md, .csv and .tex, and show it; of one without rows, its footnotes alone."""
+        """Write a table as .md, .csv and .tex, and show it; without rows, show its footnotes only."""
         if table.empty:
             self.say(
                 "\n".join(["No run that this table shows.", "", *(f"* {line}" for line in table.footnotes)]).strip()
@@ -180,11 +180,11 @@ class Page:
         self._say(text)
 
     def nothing(self, why: str, command: str) -> None:
-        """Say that there is nothing to show, and what makes it."""
+        """Say that there is nothing to show, and the command that makes it."""
         self.say(f"Nothing to show: {why}; `{command}`")
 
     def missing(self, lines: Sequence[str]) -> None:
-        """Say what is not there and how to get it."""
+        """Show lines about missing runs, with their commands."""
         if lines:
             self.say("Missing:\n\n" + "\n".join(f"* {line}" for line in lines))
 
@@ -194,7 +194,7 @@ class Page:
         return self.output / PAGES / f"{self.name}.md"
 
     def _forget(self, tables: Sequence[str]) -> None:
-        """Remove figures and tables of an earlier page: one that is not made again would be taken for this one's."""
+        """Remove figures and tables of an earlier page, so that old ones are not mistaken for new ones."""
         for name in tables:
             remove_table(self.output, name)
         if self.path.is_file():
@@ -209,7 +209,7 @@ class Page:
 
 
 class Results:
-    """The frames of a source, each read when it is asked for; without workloads of which no run is finished."""
+    """The frames of a source, each read on first use; without workloads that have no finished run."""
 
     def __init__(self, source: str, where: Sequence[str] = ()) -> None:
         runs = analysis.load_runs(source, where)
@@ -235,7 +235,7 @@ def read(source: str, where: tuple[str, ...]) -> Results:
 
 @contextmanager
 def _given(source: str | Path, where: Sequence[str], output: Path) -> Iterator[None]:
-    """Arguments as a script finds them."""
+    """Set the arguments of a script for the block."""
     before = sys.argv
     sys.argv = [before[0], str(source), *where, "--output", str(output)]
     try:

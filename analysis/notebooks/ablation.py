@@ -1,5 +1,5 @@
 # %% [markdown]
-# # What the parts are worth
+# # Ablation
 #
 # One component switched at a time from the full method (`conf/ablation`). KL to full precision in nats, mean and sample
 # standard deviation over calibration seeds, smallest first; the line is the full method's. Hollow markers are BayesQ

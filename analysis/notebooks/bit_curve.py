@@ -22,7 +22,7 @@ for workload, points in data.groupby("workload"):
     page.figure(bit_curve.draw(points, page.looks), caption, points, members, workload)
 
 # %% [markdown]
-# What the whole curve from 2 to 8 bits lacks, or what is left of it by filters:
+# Missing runs of the whole curve from 2 to 8 bits, within the filters:
 
 # %%
 page.missing(gaps.gaps(page.main_runs, () if page.where else BUDGETS, page.source))

@@ -4,8 +4,8 @@
 # Seconds from the loaded model to its codes, calibration statistics, posterior, rounding and distillation included, and
 # peak memory of the process, as multiples of GPTQ's on the same workload and budget (the fastest GPTQ that was run, its
 # median over seeds). Points are medians over budgets and seeds, bars reach from the smallest to the largest. Statistics
-# count what they cost when they were computed. Processes that made several runs report the peak of the largest so far,
-# so memory is shown only of runs that had a process each (one command a run).
+# count with the time of their first computation. A process that made several runs reports the peak of all runs so far,
+# so memory is shown only for runs with a separate process (one command per run).
 
 # %%
 from analysis.comparisons import counted

@@ -21,7 +21,7 @@ def convert(name: str) -> NotebookNode:
     notebook: NotebookNode = jupytext.read(FOLDER / f"{name}.py", fmt="py:percent")
     notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
     for number, cell in enumerate(notebook.cells):
-        cell["id"] = f"{name}-{number}"  # jupytext draws them at random
+        cell["id"] = f"{name}-{number}"  # jupytext's ids are random
     return notebook
 
 

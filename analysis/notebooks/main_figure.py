@@ -1,9 +1,9 @@
 # %% [markdown]
 # # KL to full precision against bits
 #
-# How far the quantized network's predictions are from the full-precision network's, for every method and budget: the KL
-# divergence in nats, averaged over the test examples, on a logarithmic axis. Points are means over calibration seeds,
-# bars one sample standard deviation. A line breaks where a budget that other methods have was not run.
+# Distance of the quantized network's predictions from those of the full-precision network, for every method and budget:
+# the KL divergence in nats, averaged over the test examples, on a logarithmic axis. Points are means over calibration
+# seeds, bars one sample standard deviation. A line breaks where a budget that other methods have was not run.
 
 # %%
 from analysis import captions, gaps

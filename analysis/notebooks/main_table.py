@@ -3,7 +3,7 @@
 #
 # The primary metric of every method at 3, 3.5 and 4 bits, mean and sample standard deviation over calibration seeds,
 # and the difference to the strongest GPTQ with its 95 % interval from a paired bootstrap over test examples and seeds.
-# P values are Holm-corrected across the table; what is bold is significantly better than that GPTQ. The paper's
+# P values are Holm-corrected across the table; bold is significantly better than that GPTQ. The paper's
 # differences are in a separate column: they are against another GPTQ, on other networks.
 
 # %%

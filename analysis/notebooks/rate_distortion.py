@@ -1,8 +1,8 @@
 # %% [markdown]
 # # Bits above the Gaussian rate-distortion bound
 #
-# How many bits per weight a code takes beyond the least that any code could at the same risk. Each row of a layer
-# counts as a normal source of that row's variance $s_r^2$, the distortion is the risk $\frac12\delta^\top P\delta$ of
+# Bits per weight of a code above the lower bound of any code at the same risk. Each row of a layer is treated
+# as a normal source of that row's variance $s_r^2$, the distortion is the risk $\frac12\delta^\top P\delta$ of
 # the posterior with $P = A \otimes G$. It separates into independent components of variances
 # $v_{ij} = \frac12\,\mathrm{eig}_i(S^{1/2} G S^{1/2})\,\mathrm{eig}_j(A)$, $S = \mathrm{diag}(s_r^2)$, and reverse
 # water-filling gives
@@ -11,9 +11,9 @@
 # R(D) = \sum_{ij} \max\left(0, \tfrac12\log_2\frac{v_{ij}}{\theta}\right).$$
 #
 # Left: code bits minus the network's bound, one water level $\theta$ for all layers at the sum of their risks.
-# Middle: minus the bounds of the layers, each at its own risk; what the left panel has more is lost by the allocation
-# of bits to layers. Right: layer by layer. All methods are judged by the same risk, taken on the full-precision
-# network's inputs: a GPTQ that rounds behind the quantized prefix minimises another one.
+# Middle: minus the bounds of the layers, each at its risk; the left panel exceeds this by the loss of the allocation of
+# bits to layers. Right: layer by layer. All methods are compared by the same risk, on the inputs of the full-precision
+# network: sequential GPTQ minimises another risk, on the inputs from the quantized prefix.
 # `python -m analysis.bounds` computes the bounds of finished runs.
 
 # %%

@@ -1,5 +1,5 @@
 # %% [markdown]
-# # Is the network as sure as it is right?
+# # Reliability: accuracy against confidence
 #
 # Reliability diagrams: test examples are sorted into the 15 bins of the expected calibration error by the probability
 # of the predicted class; each point is a bin's mean probability against its accuracy, with an area that grows with the

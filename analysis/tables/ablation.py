@@ -1,4 +1,4 @@
-"""What the parts of the proposed method are worth: each of its variants against the full method."""
+"""The gain of each part of the proposed method: each of its variants against the full method."""
 
 import math
 from typing import Any
@@ -33,7 +33,7 @@ def ablation_table(runs: pd.DataFrame) -> Table:
 
 
 def _rows(runs: pd.DataFrame) -> tuple[list[dict[str, Any]], list[str]]:
-    """The rows of all workloads, and notes about variants and runs that are not there."""
+    """The rows of all workloads, and notes about missing variants and runs."""
     done, means, examples, rows, notes = finished(runs), summarise(runs), Examples(), [], []
     for workload, members in runs.groupby("workload", sort=True):
         ours = done[(done["workload"] == workload) & (done["method"] == PROPOSED) & (done["variant"] != PROPOSED)]

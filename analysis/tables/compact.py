@@ -15,7 +15,7 @@ from analysis.paper import PROPOSED, REFERENCE, short_names
 from analysis.table import LEVEL, Table, as_delta, as_kl, as_number, as_ratio, make_table
 from analysis.tables.rows import ENDS, shown_in
 
-# What names a variant beside a number, in order of appearance.
+# Marks of variants beside a number, in order of appearance.
 MARKS = ("†", "‡", "§", "¶")
 NOT_RUN = "not run"
 
@@ -26,9 +26,9 @@ Row = Mapping[str, Any]
 def compact_table(main: Table, runs: pd.DataFrame) -> Table:
     """One row per workload and budget of a `main_table`: KL of every method, and BayesQ against the strongest GPTQ.
 
-    A method that has a row is shown by its plain variant, where there is none by that of lowest KL, and GPTQ by the one
-    that BayesQ is compared with; a mark names a variant that is not the plain one. Of BayesQ the plain method counts.
-    Bold: an interval of the KL ratio below 1, a significantly better score.
+    A method is shown by its plain variant, else by the one of lowest KL; GPTQ is shown by the one that BayesQ is
+    compared with, and BayesQ always by the plain method. A mark names a variant that is not plain. Bold: an interval of
+    the KL ratio below 1, or a significantly better score.
 
     Args:
         main: of these runs.
@@ -60,7 +60,7 @@ def compact_table(main: Table, runs: pd.DataFrame) -> Table:
 
 
 def _shown(rows: Sequence[Row], methods: Sequence[str]) -> dict[str, Row]:
-    """The row that stands for each method at a workload and budget; an empty one where there is none."""
+    """The row that represents each method at a workload and budget; empty if there is none."""
     shown = {method: _lowest(rows, method) for method in methods}
     shown[PROPOSED] = next((row for row in rows if row["variant"] == PROPOSED), {})
     compared = [row for row in rows if row["variant"] == shown[PROPOSED].get("reference")]
@@ -112,7 +112,7 @@ def _caption(
 
 
 def _compact_kl(row: Mapping[str, Any], marks: Mapping[str, str]) -> str:
-    """KL without the zeros before the point, nor a spread of runs that are all the same; with its variant's mark."""
+    """KL with its variant's mark, without the zero before the point, and without a spread if all runs are equal."""
     if not row:
         return NOT_RUN
     spread = row["kl_std"] if row["kl_std"] > 0 else math.nan
@@ -121,6 +121,6 @@ def _compact_kl(row: Mapping[str, Any], marks: Mapping[str, str]) -> str:
 
 
 def _one_metric(numbers: pd.DataFrame) -> str:
-    """The metric of all rows, `score` where they differ."""
+    """The metric of all rows, or `score` if they differ."""
     metrics = set(numbers["metric"].dropna())
     return str(*metrics) if len(metrics) == 1 else "score"

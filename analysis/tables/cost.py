@@ -1,4 +1,4 @@
-"""What quantizing costs: seconds of the stages and peak memory, and multiples of GPTQ's."""
+"""Cost of quantizing: seconds of the stages and peak memory, also as multiples of GPTQ's."""
 
 import math
 from collections.abc import Mapping
@@ -14,9 +14,9 @@ from analysis.paper import REFERENCE
 from analysis.table import Table, as_number, make_table
 from bayesq.suite.summary import STAGES
 
-# What a run has in common with the reference run whose cost is 1.
+# Columns that a run shares with the reference run, whose cost is 1.
 SAME = ["workload", "bits", "size"]
-MEMORY = "Peak memory is given for runs that had a process of their own."
+MEMORY = "Peak memory is given for runs that had a separate process."
 NO_MEMORY = "No peak memory: one process made several of these runs, and its peak only grows."
 KIND = ("processor", "device", "threads")
 
@@ -24,8 +24,8 @@ KIND = ("processor", "device", "threads")
 def cost_table(runs: pd.DataFrame) -> Table:
     """Seconds from the loaded model to its codes and peak memory, medians over seeds, and as multiples of GPTQ's.
 
-    Statistics count what they cost when they were computed, so runs that are to be compared need caches of their own.
-    `quantize x` is all but distillation. Without a run that had its own process there are no columns for memory.
+    Statistics count with the time of their first computation, so compared runs need separate caches. `quantize x` is
+    all but distillation. Without a run in a separate process there are no columns for memory.
     """
     runs = known(runs)
     medians = medians_of(run_costs(runs))
@@ -67,8 +67,8 @@ def cost_table(runs: pd.DataFrame) -> Table:
 def run_costs(runs: pd.DataFrame) -> pd.DataFrame:
     """Seconds of the stages of every finished run, their sums with and without distillation, and its peak memory.
 
-    `memory` (bytes) is NaN for a run whose process made others: that peak may be another run's. `size` is what else a
-    GPTQ must have in common with a run.
+    `memory` (bytes) is NaN for a run whose process made other runs: the peak may be theirs. `size` are the other
+    settings that a GPTQ must share with a run.
     """
     done = finished(runs)
     seconds = {stage: pd.to_numeric(done.get(f"time/{stage}_s", pd.Series(math.nan, done.index))) for stage in STAGES}
@@ -83,7 +83,7 @@ def run_costs(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def with_multiples(costs: pd.DataFrame, medians: pd.DataFrame) -> pd.DataFrame:
-    """`costs` beside the `base` seconds and `base memory` of their `reference`, and `... x`, the multiples of these.
+    """`costs` beside the `base` seconds and `base memory` of their `reference`, and `... x`, the multiples of both.
 
     The reference is the fastest undistilled GPTQ on the same workload, budget and calibration size.
 
@@ -110,7 +110,7 @@ def medians_of(costs: pd.DataFrame) -> pd.DataFrame:
 
 
 def machines(runs: pd.DataFrame) -> list[str]:
-    """One line per workload whose finished runs were made on several kinds of machine: their seconds do not compare."""
+    """One line per workload with finished runs on several kinds of machine, whose seconds cannot be compared."""
     lines = []
     for workload, members in finished(runs).groupby("workload", sort=True):
         hosts = [run["host"] if isinstance(run.get("host"), Mapping) else {} for run in records(members)]

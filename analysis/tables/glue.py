@@ -30,7 +30,7 @@ def has_glue(runs: pd.DataFrame) -> bool:
 
 
 def glue_table(runs: pd.DataFrame) -> Table:
-    """GLUE scores times 100: of each task the mean of its metrics, GLUE the mean over the tasks that were run.
+    """GLUE scores times 100: for a task the mean of its metrics, GLUE is the mean over the tasks that were run.
 
     Every cell is a mean over the seeds of its task. `delta` is to full precision on the same tasks, `Δ GPTQ` to the
     GPTQ of highest score on the tasks that both have, with the same correction, distillation and calibration size.
@@ -70,7 +70,7 @@ def _task_means(done: pd.DataFrame) -> pd.DataFrame:
 
 
 def _rows(runs: pd.DataFrame, tasks: pd.DataFrame, ran: Sequence[str]) -> tuple[pd.DataFrame, list[str]]:
-    """The rows as numbers, and notes about intervals and tasks that are not there."""
+    """The rows as numbers, and notes about missing intervals and tasks."""
     done, examples, rows, notes = finished(runs), Examples(), [], []
     for key, members in tasks.groupby(INDEX, sort=True):
         by_task = members.set_index("task")
@@ -134,7 +134,7 @@ def _task(run: Mapping[str, Any]) -> str | None:
 
 
 def _model(run: Mapping[str, Any]) -> str:
-    """A run's model, with the settings that its workload's name has: other examples are no further seeds of these."""
+    """A run's model with the settings in its workload's name, because other settings are no further seeds."""
     base = f"{run['model']} / {run['dataset']} {_task(run)}"
     return f"{run['model']}{str(run['workload']).removeprefix(base)}"
 
@@ -147,13 +147,13 @@ def _task_score(run: Mapping[str, Any], side: str) -> float:
 def _gain(
     done: pd.DataFrame, tasks: pd.DataFrame, row: Mapping[str, Any], scores: pd.Series, examples: Examples
 ) -> tuple[dict[str, Any], list[str]]:
-    """The gain over the best reference on the tasks that both have, with its interval, its variant, and remarks.
+    """The gain over the best reference on the common tasks, with its interval, its variant, and remarks.
 
     Args:
         done: finished runs of GLUE.
-        tasks: of `_task_means`.
+        tasks: result of `_task_means`.
         row: names the variant.
-        scores: of it, by task.
+        scores: of the variant, by task.
     """
     nothing: dict[str, Any] = dict.fromkeys((GAIN, f"{GAIN}_low", f"{GAIN}_high", "p"), math.nan)
     here = done[(done["model"] == row["model"]) & (done["bits/target"] == row["bits"])]
@@ -181,7 +181,7 @@ def _gain(
 def _best_reference(
     here: pd.DataFrame, ours: pd.DataFrame, tasks: pd.DataFrame, by_task: pd.Series
 ) -> tuple[str | None, list[str], pd.Series]:
-    """The reference's variant of highest score on the tasks that it shares with a row, these tasks, and its scores.
+    """The reference's variant of highest score on the tasks common with a row, these tasks, and its scores.
 
     Args:
         here: finished runs of the row's model and budget.
@@ -206,7 +206,7 @@ def _as_gain(value: float, low: float, high: float) -> str:
 
 
 def _lacking(runs: pd.DataFrame, row: Mapping[str, Any], lacking: Sequence[str]) -> list[str]:
-    """The command that makes tasks that a row lacks."""
+    """The command that runs the missing tasks of a row."""
     if not lacking:
         return []
     same = (runs["model"] == row["model"]) & (runs["variant"] == row["variant"]) & (runs["bits/target"] == row["bits"])
@@ -219,7 +219,7 @@ def _lacking(runs: pd.DataFrame, row: Mapping[str, Any], lacking: Sequence[str])
 
 
 def _no_task(runs: pd.DataFrame, ran: Sequence[str]) -> list[str]:
-    """One line per model about the tasks that no run of GLUE is of."""
+    """One line per model about the tasks of GLUE without a run."""
     lines, lacking = [], [task for task in GLUE_TASKS if task not in ran]
     for model, members in runs.groupby("model", sort=True):
         what = [f"method={','.join(method for method in methods_of(runs) if method in set(members['method']))}"]
@@ -231,7 +231,7 @@ def _no_task(runs: pd.DataFrame, ran: Sequence[str]) -> list[str]:
 
 
 def _command(members: pd.DataFrame, tasks: Sequence[str], what: Sequence[str], source: str) -> str:
-    """The line for the shell that makes tasks; a checkpoint in a folder named after its task is that of each task."""
+    """The shell command that runs tasks; a checkpoint in a folder named after its task becomes one per task."""
     run = records(members)[0]
     inherited = [o for o in run_overrides(run) if o.startswith("model.checkpoint=") and Path(o).name == _task(run)]
     checkpoints = [f"{Path(o).parent}/${{dataset.task}}" for o in inherited]

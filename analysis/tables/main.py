@@ -16,11 +16,11 @@ from analysis.tables.rows import compared, compared_row, of_scores, of_tests, pi
 
 
 def main_table(runs: pd.DataFrame) -> Table:
-    """Methods at 3, 3.5 and 4 bits on every workload, each against the strongest GPTQ that was run in its place.
+    """Methods at 3, 3.5 and 4 bits on every workload, each against the strongest GPTQ at the same place.
 
-    A variant has rows if it ran at more than one of the budgets, or is the plain method; a method that has no run on a
-    workload but on another one is a gap. Budgets that no workload has a result at have no rows, nor have workloads
-    without a result at one of these. p values are Holm-corrected over all rows; bold is what is better than GPTQ at
+    A variant has rows if it ran at more than one of the budgets, or is the plain method. A method without a run on a
+    workload, but with one on another, is a gap. Budgets without a result on a workload have no rows, and neither have
+    workloads without a result at these budgets. p values are Holm-corrected over all rows; bold is better than GPTQ at
     5 %.
     """
     runs = known(runs)
@@ -45,7 +45,7 @@ def main_table(runs: pd.DataFrame) -> Table:
 
 
 def _rows(runs: pd.DataFrame, done: pd.DataFrame, methods: Sequence[str]) -> tuple[list[dict[str, Any]], list[str]]:
-    """The rows of all workloads, and notes about variants and runs that are not there."""
+    """The rows of all workloads, and notes about missing variants and runs."""
     means, budgets, examples = summarise(done), sorted(set(done["bits/target"])), Examples()
     rows, notes = [], []
     for workload, members in runs.groupby("workload", sort=True):
@@ -65,11 +65,11 @@ def _rows(runs: pd.DataFrame, done: pd.DataFrame, methods: Sequence[str]) -> tup
 
 
 def _variants(members: pd.DataFrame, methods: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Variants with rows in the main table, in order, and those that are left to the ablation.
+    """Variants with rows in the main table, in order, and those for the ablation.
 
     Args:
         members: runs of one workload.
-        methods: that have a row in any case, in order.
+        methods: methods that always have a row, in order.
     """
     here = members[members["bits/target"].isin(BUDGETS)]
     budgets = here.groupby("variant")["bits/target"].nunique()
@@ -81,7 +81,7 @@ def _variants(members: pd.DataFrame, methods: Sequence[str]) -> tuple[list[str],
 
 
 def _claim(run: Mapping[str, Any]) -> dict[str, Any]:
-    """What the paper claims for a run's task at its budget."""
+    """The paper's claim for a run's task at its budget."""
     task, bits = run["config"]["dataset"].get("tasks", [""])[0], run["bits/target"]
     return {"paper_delta": CLAIMED_DELTAS.get(task, {}).get(bits), "paper_workload": CLAIMED_FOR.get(task)}
 

@@ -1,4 +1,4 @@
-"""Rows and cells that several tables share: what a variant measured, and how it compares with a reference."""
+"""Rows and cells of several tables: the results of a variant, and its comparison with a reference."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -35,7 +35,7 @@ def pick(runs: pd.DataFrame, workload: Any, variant: str, bits: float) -> pd.Dat
 def compared_row(
     done: pd.DataFrame, means: pd.DataFrame, place: tuple[Any, str, float], reference: str | None, examples: Examples
 ) -> tuple[dict[str, Any], list[str]]:
-    """What a variant measured and how it compares with a reference, and what there is to say about the comparison.
+    """The results of a variant, its comparison with a reference, and remarks on the comparison.
 
     Args:
         done: finished runs.
@@ -57,7 +57,7 @@ def compared_row(
 
 
 def _measured(means: pd.DataFrame, ours: pd.DataFrame) -> dict[str, Any]:
-    """Means of a row's runs; n is 0 where there are none."""
+    """Means of a row's runs; n is 0 without runs."""
     if ours.empty:
         return {"n": 0}
     first = ours.iloc[0]
@@ -77,7 +77,7 @@ def _measured(means: pd.DataFrame, ours: pd.DataFrame) -> dict[str, Any]:
 def _against(
     examples: Examples, reference: str, theirs: pd.DataFrame, ours: pd.DataFrame, where: str
 ) -> tuple[dict[str, Any], list[str]]:
-    """A row's comparison with its reference, and what there is to say about it.
+    """A row's comparison with its reference, and remarks on it.
 
     Args:
         reference, theirs: variant and runs of the reference.
@@ -115,10 +115,10 @@ def compared(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
 
 
 def row_cells(table: pd.DataFrame, reference: str, head: str = "method") -> dict[str, Any]:
-    """The columns that name a row, what it measured and how it compares with its reference.
+    """The columns of a row's names, its results and its comparison with the reference.
 
     Args:
-        reference: as heads spell it.
+        reference: its name in the heads.
         head: of the column of variants.
     """
     return {
@@ -136,14 +136,14 @@ def row_cells(table: pd.DataFrame, reference: str, head: str = "method") -> dict
 
 
 def shown_in(table: pd.DataFrame, done: pd.DataFrame) -> pd.DataFrame:
-    """Those finished runs that a table's rows are of."""
+    """The finished runs of a table's rows."""
     rows = set(zip(table["workload"], table["variant"], strict=True))
     shown: pd.DataFrame = done.loc[[pair in rows for pair in zip(done["workload"], done["variant"], strict=True)]]
     return shown
 
 
 def of_scores(runs: pd.DataFrame) -> str:
-    """What a caption says about scores and KL."""
+    """A caption's sentences about scores and KL."""
     return (
         f"Score: primary metric ({metrics(runs)}); score and KL to full precision (nats) are mean ± sample standard "
         "deviation over calibration seeds."
@@ -151,7 +151,7 @@ def of_scores(runs: pd.DataFrame) -> str:
 
 
 def of_tests(table: pd.DataFrame) -> str:
-    """What a caption says about p values."""
+    """A caption's sentence about p values."""
     return (
         "p: McNemar's exact test, where the metric is no accuracy the bootstrap's, Holm-corrected over "
         f"{int(table['p'].notna().sum())} tests."

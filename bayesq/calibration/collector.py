@@ -25,8 +25,8 @@ class _Sums:
         sums: running sums by statistic.
         samples: input samples so far; of a stack, of each group [g].
         called: runs so far.
-        calls_now: runs in the forward pass under way.
-        waiting: runs whose output gradient has come; an example's weight gradient needs all of them.
+        calls_now: runs in the current forward pass.
+        waiting: runs whose output gradient has arrived; an example's weight gradient is the sum over all runs.
     """
 
     sums: dict[Statistic, Tensor] = field(default_factory=dict)
@@ -45,17 +45,17 @@ class Collector:
     Args:
         module: the network, in eval mode.
         layers: the layers to watch, by name.
-        statistics: to collect; none that follows from other statistics.
+        statistics: to collect; none with Source.STATISTICS.
         samples, generator, draws: see `Likelihood.fisher_directions`.
         likelihood: of the network's outputs.
         required: by layer and name, the values of statistics that those to collect require.
-        others: further layers that gradients go through, by name, though nothing of them is collected: what is
-            collected has the same bits whether they are watched or not.
-        overwritten: layers whose inputs are changed in place later: statistics that need them until the backward pass
-            keep a copy.
+        others: further layers by name that gradients pass through. They are watched without being collected, so that
+            the bits of a statistic do not depend on which layers share the pass.
+        overwritten: layers whose inputs are changed in place later; where the backward pass needs them, they are
+            copied.
 
-    A layer that runs several times in one forward pass adds up its runs: samples of all of them enter the moments, and
-    an example's weight gradient is the sum over them.
+    If a layer runs several times in one forward pass, samples of all runs enter the moments, and an example's weight
+    gradient is the sum over the runs.
     """
 
     def __init__(
@@ -124,12 +124,12 @@ class Collector:
         directions = self.likelihood.fisher_directions(
             outputs, self.samples, self.generator, self.draws, None if mask is None else mask.bool()
         )
-        self._recomputing = True  # a checkpointed part runs once more, with the same inputs
+        self._recomputing = True  # gradient checkpointing runs parts again on the same inputs
         for k, direction in enumerate(directions):
-            # The sum over the batch gives each example its own gradient: rows of the outputs are independent.
+            # One sum over the batch is enough: each example's outputs depend on that example only.
             (outputs * direction.to(outputs.dtype)).sum().backward(retain_graph=k + 1 < len(directions))
             for name, state in self.sums.items():
-                if state.waiting:  # runs whose gradient did not come add nothing
+                if state.waiting:  # runs without a gradient add nothing
                     self._take_weight_gradients(name)
         self._recomputing = False
         self.backward_s += time.perf_counter() - start
@@ -142,14 +142,14 @@ class Collector:
     def finish(self, statistic: Statistic) -> Iterator[tuple[str, Tensor]]:
         """Each layer with its finished statistic, float32 on the CPU.
 
-        The running sums turn into the statistic one by one, so that no second copy needs memory: each statistic can be
-        had once. A layer that was never called gets `Statistic.neutral`.
+        The running sums are overwritten one by one, which saves the memory of a copy; so each statistic can be read
+        once. A layer that was never called gets `Statistic.neutral`.
 
         Raises:
-            Refused: the statistic was not collected, or was had before.
+            Refused: the statistic was not collected, or was read before.
         """
         if statistic not in self._left:
-            raise Refused(f"{statistic.name} was not collected, or its sums were handed over already")
+            raise Refused(f"{statistic.name} was not collected, or was read before")
         self._left.remove(statistic)
         return ((name, self._finished(name, layer, statistic)) for name, layer in self.layers.items())
 
@@ -176,7 +176,7 @@ class Collector:
                 p.requires_grad_(True)
 
     def _seen(self, name: str, group: int | None, x: Tensor, output: Tensor) -> Tensor | None:
-        """A layer has run: take what its input tells, and wait for the gradient of its output."""
+        """A layer has run: add its input, and wait for the gradient of its output."""
         if name not in self.layers or not x.numel():
             return _leaf(output)[1] if self._backward else None
         state, x = self.sums[name], x.detach()
@@ -197,7 +197,7 @@ class Collector:
         return replaced
 
     def _check_use(self, name: str, x: Tensor) -> None:
-        """Refuse a use of a layer that no statistics can be taken of.
+        """Refuse a use of a layer that has no statistics.
 
         Raises:
             Refused: naming the layer.
@@ -217,8 +217,8 @@ class Collector:
             )
         if self._backward and not torch.is_grad_enabled():
             raise Refused(
-                f"layer {name} runs where no gradient is taken (torch.no_grad, or a function with a backward pass of "
-                f"its own): add {name} to layers.exclude"
+                f"layer {name} runs where no gradient is taken (torch.no_grad, or a custom autograd "
+                f"function): add {name} to layers.exclude"
             )
 
     def _take_inputs(self, name: str, group: int | None, x: Tensor) -> None:
@@ -232,7 +232,7 @@ class Collector:
                 state.add(statistic, in_stack(groups, group, statistic.contribution(rows)))
 
     def _take_gradient(self, name: str, group: int | None, x: Tensor | None, gradient: Tensor) -> None:
-        """The gradient of one run's output; an example's weight gradient is complete with those of all its runs."""
+        """Take the gradient of one run's output; the last run completes each example's weight gradient."""
         assert self._batch is not None
         layer, state, mask = self.layers[name], self.sums[name], self._batch.inputs.get(MASK)
         samples = output_samples(layer, gradient, len(self._batch))
@@ -263,10 +263,10 @@ class _Reached(Exception):
 
 
 def _leaf(output: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Where the gradient of a layer's output arrives, and what takes the output's place, if anything has to.
+    """The tensor that receives the gradient of a layer's output, and the output's replacement (None: not replaced).
 
-    Where nothing before the layer needs gradients, the graph begins there. The clone keeps later in-place activations
-    off the leaf.
+    If nothing before the layer needs gradients, the graph begins at its output. The clone protects that leaf from later
+    in-place activations.
     """
     if output.requires_grad:
         return output, None

@@ -78,16 +78,16 @@ INPUT_MOMENT, INPUT_MAGNITUDE = InputMoment(), InputMagnitude()
 
 @dataclass(frozen=True)
 class Eigenbasis(Statistic):
-    """Q, the eigenvectors of the one moment it requires, in its columns.
+    """Q, whose columns are the eigenvectors of the one moment it requires.
 
-    They are stored, not recomputed: where eigenvalues nearly coincide, any rotation among them is as good, and
-    eigenvalues measured in one basis mean nothing in another.
+    They are stored, not recomputed: eigenvectors of nearly equal eigenvalues are arbitrary up to a rotation, and the
+    Fisher's eigenvalues are only valid in the basis in which they were measured.
     """
 
     source: ClassVar[Source] = Source.STATISTICS
 
     def shape(self, groups: int, rows: int, columns: int) -> tuple[int, ...]:
-        """The moment's."""
+        """The shape of the moment."""
         return self.requires[0].shape(groups, rows, columns)
 
     def neutral(self, groups: int, rows: int, columns: int) -> Tensor:
@@ -113,5 +113,5 @@ INPUT_BASIS = InputBasis()
 
 
 def identities(groups: int, size: int) -> Tensor:
-    """[g, n, n]"""
+    """Identity matrices [g, n, n]."""
     return torch.eye(size).expand(groups, size, size).contiguous()

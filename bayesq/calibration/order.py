@@ -11,13 +11,13 @@ from bayesq.quant.watch import watching
 
 
 def forward_order(module: nn.Module, layers: Mapping[str, Layer], batch: Batch) -> list[list[str]]:
-    """Layers in the order of their first call, neighbours that read the very same tensor together.
+    """Layers in the order of their first call; consecutive layers that read the same tensor form one group.
 
     Layers the batch does not reach come last, in definition order.
     """
     order: list[list[str]] = []
     reached: set[str] = set()
-    inputs: list[Tensor] = []  # held, so that identity means identity
+    inputs: list[Tensor] = []  # references: a freed tensor could give its place to another
 
     def seen(name: str, _: int | None, x: Tensor, __: Tensor) -> None:
         if name in reached:

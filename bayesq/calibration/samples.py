@@ -61,7 +61,8 @@ def input_parts(
         whole: keep an example's positions together, however many there are.
 
     Yields:
-        the examples e of a part, and what iterates over its samples in blocks: the positions, and [e, g, l, c]. There
+        the examples e of a part, and a function that iterates over its blocks: positions, and samples [e, g, l, c].
+            There
         is one block, unless a part is one example that is larger than a part should be.
     """
     by_example = x.reshape(examples, -1, *x.shape[1:])
@@ -99,7 +100,7 @@ def _blocks(layer: Layer, x: Tensor, split: bool) -> Iterator[tuple[slice, Tenso
 
 
 def paired_parts(layer: Layer, runs: Sequence[Run], examples: int) -> Iterator[Pairs]:
-    """Output gradients and inputs of all runs of a layer in one pass: of a few examples, or one if there are more runs.
+    """Output gradients and inputs of all runs of a layer: a few examples at a time, or one if there are several runs.
 
     Args:
         runs: of one forward pass.
@@ -129,7 +130,7 @@ def _with_gradients(runs: Sequence[tuple[int | None, Blocks, Tensor]]) -> Iterat
 
 
 def in_stack(groups: int, group: int | None, value: Tensor, dim: int = 0) -> Tensor:
-    """What belongs to one group of a stack [.., 1, ..], with zeros for the other groups: [.., g, ..] in `dim`."""
+    """The value [.., 1, ..] of one group of a stack, with zeros for the other groups: [.., g, ..] in `dim`."""
     if group is None:
         return value
     shape = list(value.shape)

@@ -3,9 +3,9 @@
 A layer is a stack of matrices W[g, r, c]. At a sample n = (example, position) it reads x [g, c], and d [g, r] is the
 gradient at its output. An example's weight gradient is dl/dW = sum_positions d xT, [g, r, c].
 
-A statistic is a sum over samples or examples, and what `finish` makes of it; or it follows from other statistics. To
-add one, write a class and declare an instance in the `statistics` of a method, posterior or allocator, which then reads
-it by name: `layer.statistic("input_moment")`. Nothing else needs to know of it.
+A statistic is a sum over samples or examples, turned into the result by `finish`; or it follows from other statistics.
+To add one, write a class and declare an instance in the `statistics` of a method, posterior or allocator, which then
+reads it by name: `layer.statistic("input_moment")`. No other code has to change.
 """
 
 import math
@@ -23,7 +23,7 @@ from bayesq.errors import Refused
 
 
 class Source(Enum):
-    """What a statistic is taken from, and the shape in which `Statistic.contribution` is given it."""
+    """What a statistic is computed from, with the shape of the argument of `Statistic.contribution`."""
 
     INPUTS = "inputs"  # input samples [g, n, c]
     OUTPUT_GRADIENTS = "output gradients"  # gradients at the output [g, n, r]
@@ -38,8 +38,8 @@ class Statistic(ABC):
 
     Attributes:
         name: as methods ask for it; also names its file.
-        source: what it is taken from.
-        requires: statistics that are computed before it: those it follows from, or whose values it reads while it is
+        source: what it is computed from.
+        requires: statistics that are computed first: this one follows from them, or reads their values while it is
             collected.
         alone: its sums are many times larger than others'; it gets passes of its own.
         format: part of the cache's key. Change it when the statistic's numbers change.
@@ -56,7 +56,7 @@ class Statistic(ABC):
         """Shape of the finished statistic of a layer W[g, r, c]."""
 
     def neutral(self, groups: int, rows: int, columns: int) -> Tensor:
-        """Statistic of a layer that no example reached: ones, so that all its columns are alike."""
+        """Statistic of a layer that no example reached: ones, so that all its columns are equal."""
         return torch.ones(self.shape(groups, rows, columns))
 
     def derive(self, required: Mapping[str, Tensor]) -> Tensor:
@@ -64,7 +64,7 @@ class Statistic(ABC):
         raise NotImplementedError(f"{type(self).__name__} does not follow from other statistics")
 
     def gradients(self, pairs: Pairs, required: Mapping[str, Tensor]) -> Tensor:
-        """Weight gradients [e, g, r, c] that `contribution` is given, in any coordinates; the caller may change them.
+        """Weight gradients [e, g, r, c] for `contribution`, in any coordinates; the caller may change them.
 
         Args:
             pairs: inputs and output gradients of a few examples.
@@ -75,7 +75,7 @@ class Statistic(ABC):
     def contribution(self, values: Tensor) -> Tensor:
         """What some samples or examples add to the running sum; `Source` has the shape of `values`.
 
-        Of INPUTS and OUTPUT_GRADIENTS the result is [g, ...]. Weight gradients may be overwritten.
+        The result is [g, ...] for INPUTS and OUTPUT_GRADIENTS. Weight gradients may be overwritten.
         """
         raise NotImplementedError(f"{type(self).__name__} is not a sum over samples or examples")
 
@@ -87,7 +87,7 @@ class Statistic(ABC):
         return total
 
     def finish(self, total: Tensor, count: Tensor | int, shape: tuple[int, int, int]) -> Tensor:
-        """The statistic, made of the running sum; by default the mean.
+        """The statistic from the running sum; by default the mean.
 
         Args:
             total: running sum; may be overwritten.
@@ -97,24 +97,24 @@ class Statistic(ABC):
         return total.div_(count)
 
     def squares(self, tensor: Tensor) -> Tensor | None:
-        """The entries of the statistic that cannot be negative; None: there are none."""
+        """The entries of the statistic that cannot be negative, if any."""
         return None
 
     def sum_bytes(self, groups: int, rows: int, columns: int) -> int:
-        """Memory of a layer's running sum, and of what it reads while it is collected."""
+        """Memory of a layer's running sum, and of the statistics read while it is collected."""
         reads = self.requires if self.source is not Source.STATISTICS else ()
         shapes = [statistic.shape(groups, rows, columns) for statistic in (self, *reads)]
         return 4 * sum(map(math.prod, shapes))
 
     @property
     def backward(self) -> bool:
-        """Whether it depends on gradients, and so on everything that decides about them."""
+        """Whether it depends on gradients, and so on all settings of the backward passes."""
         gradients = self.source in (Source.OUTPUT_GRADIENTS, Source.WEIGHT_GRADIENTS)
         return gradients or any(statistic.backward for statistic in self.requires)
 
     @property
     def depth(self) -> int:
-        """How many statistics have to be computed one after the other before it."""
+        """How many statistics have to be computed before it, one after the other."""
         return max((1 + statistic.depth for statistic in self.requires), default=0)
 
     @property
@@ -123,7 +123,7 @@ class Statistic(ABC):
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
     def check(self, layer: str, tensor: Tensor) -> None:
-        """Refuse values that no method can use, without a mask of their size.
+        """Refuse values that no method can use, without the memory of a mask.
 
         Args:
             layer: its name, for the message.
@@ -164,7 +164,7 @@ class LayerStatistics:
         """A statistic by its name.
 
         Raises:
-            Refused: nobody declared it, or its values are of no use (see `Statistic.check`).
+            Refused: it was not declared, or see `Statistic.check`.
         """
         if name not in self.statistics:
             raise Refused(
@@ -180,7 +180,7 @@ def with_required(statistics: Iterable[Statistic]) -> dict[str, Statistic]:
     """The statistics and all they need, by name.
 
     Raises:
-        Refused: two of them differ and have one name.
+        Refused: two different statistics have the same name.
     """
     by_name: dict[str, Statistic] = {}
     waiting = list(statistics)
@@ -193,7 +193,7 @@ def with_required(statistics: Iterable[Statistic]) -> dict[str, Statistic]:
 
 
 def families(statistics: Iterable[Statistic]) -> list[list[Statistic]]:
-    """The statistics and all they need, in groups that are computed together, in an order that serves all needs.
+    """The statistics and all they need, in groups that are computed together, each after those it needs.
 
     Within a family, those of inputs come first, then those of output gradients, then by name.
     """

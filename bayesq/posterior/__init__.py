@@ -1,21 +1,21 @@
-"""Gaussian posteriors over weights: Laplace approximations with the true Fisher (SPEC section 1).
+"""Gaussian posteriors over weights: Laplace approximations with the true Fisher.
 
     q(w) = N(mu, (N P)^-1),   P = F + (tau / N) I
 
-mu are the trained weights, F the Fisher of the loss in nats per example, N the number of data the posterior counts,
-tau the prior precision. Deploying w_hat instead of w ~ q raises the expected loss by
+mu are the trained weights, F the Fisher of the loss in nats per example, N the number of data, tau the prior
+precision. Deploying w_hat instead of w ~ q raises the expected loss by
 
     R(w_hat) = 1/2 E_q[(w - w_hat)T P (w - w_hat)] = 1/2 (mu - w_hat)T P (mu - w_hat) + const   nats per example,
 
-the risk that every later stage speaks of. Structures of P, with weights flattened from W[g, r, c]:
+the risk of all later stages. Structures of P, with weights flattened from W[g, r, c]:
 
     diag      diag(F_ii + tau/N)                                                             diagonal.py
     kfac      (A + pi sqrt(tau/N) I) (x) (G + sqrt(tau/N)/pi I)                              kfac.py
     ekfac     (Q_A (x) Q_G) diag(lambda + tau/N) (Q_A (x) Q_G)T                              ekfac.py
     lowrank   diag(max(F_ii - sum_k U_ik^2, 0) + tau/N) + U UT                               lowrank.py
 
-A structure is two classes, and one from outside the package needs no more: a `Laplace` that fits a layer and says what
-memory that takes, and a `LayerPosterior` with risk, draws and whitening. `WhiteningStore` makes each layer's whitening
+A structure is two classes, also outside this package: a `Laplace` that fits a layer and estimates its memory, and a
+`LayerPosterior` with risk, draws and whitening. `WhiteningStore` makes each layer's whitening
 once for allocation and rounding.
 """
 

@@ -15,7 +15,7 @@ from bayesq.posterior.evidence import effective_parameters, prior_precision_by_e
 from bayesq.whitening import FLOAT64_BYTES, Whitening, nearest_bytes, nearest_whitening
 
 PRIOR_SCOPES = ("layer", "global")
-# The likelihood is the data set's.
+# The likelihood of the data set.
 AUTO = "auto"
 # Convolution groups g, rows r and columns c of a layer.
 Shape = tuple[int, int, int]
@@ -44,7 +44,7 @@ class LayerPosterior(ABC):
 
     @abstractmethod
     def risk(self, delta: Tensor) -> Tensor:
-        """[g, r] contributions of the rows to R = 1/2 deltaT P delta, in nats per example (SPEC section 1).
+        """[g, r] contributions of the rows to R = 1/2 deltaT P delta, in nats per example.
 
         Args:
             delta: [g, r, c] weight error w_hat - mu.
@@ -64,13 +64,13 @@ class LayerPosterior(ABC):
 
     @abstractmethod
     def whiten(self, weight: Tensor) -> Tensor:
-        """Whitened coordinates z [g, r, c], float64, of weights [g, r, c]: |z - z_hat|^2 = 2 R (SPEC section 2)."""
+        """Whitened coordinates z [g, r, c], float64, of weights [g, r, c]: |z - z_hat|^2 = 2 R."""
 
     def whitening(self, feedback: bool, damping: float) -> Whitening:
-        """What rounding needs of the layer; by default rounding to nearest, with the diagonal of P for gains.
+        """What rounding needs of the layer; by default for rounding to nearest, with the diagonal of P as curvature.
 
         Args:
-            feedback: whether rounding errors are fed to later columns, where the structure couples columns.
+            feedback: whether rounding errors are fed to later columns, if the structure couples columns.
             damping: fraction of the mean diagonal added to the input moment before it is factored, against the noise
                 of few calibration examples; on top of the prior's share.
         """
@@ -82,8 +82,8 @@ class Posterior(Protocol):
 
     Attributes:
         statistics: the calibration statistics it reads.
-        samples: draws per example for the Fisher; None = exact where classes are few.
-        examples: so many calibration examples, spread over the set, give the Fisher; None = all.
+        samples: draws per example for the Fisher; None = exact if classes are few.
+        examples: number of calibration examples for the Fisher, spread over the set; None = all.
         likelihood: of the outputs, one of LIKELIHOODS, or AUTO.
         draws: one of DRAWS.
     """
@@ -95,7 +95,7 @@ class Posterior(Protocol):
     draws: str
 
     def prepare(self, layers: Sequence[LayerProblem]) -> None:
-        """What needs all layers at once; to be called before the first `fit`."""
+        """Work that needs all layers at once; called before the first `fit`."""
         ...
 
     def fit(self, layer: LayerProblem) -> LayerPosterior:
@@ -103,11 +103,11 @@ class Posterior(Protocol):
         ...
 
     def fit_bytes(self, shape: Shape) -> int:
-        """Memory that fitting a layer of this shape takes."""
+        """Memory for fitting a layer of this shape."""
         ...
 
     def whitening_bytes(self, shape: Shape) -> int:
-        """Memory that the whitening of a layer of this shape takes."""
+        """Memory of the whitening of a layer of this shape."""
         ...
 
 
@@ -119,12 +119,12 @@ class Laplace(ABC):
     Args:
         prior_precision: tau; None = by evidence.
         num_data: N.
-        samples: draws per example for the Fisher; None = the exact expectation where classes are few.
-        examples: so many calibration examples, spread over the set, give the Fisher; None = all.
+        samples: draws per example for the Fisher; None = the exact expectation if classes are few.
+        examples: number of calibration examples for the Fisher, spread over the set; None = all.
         prior_scope: "layer" maximises the evidence of each layer, "global" that of all layers together.
         likelihood: of the outputs: "categorical" for classifiers, "gaussian" of unit variance for regression heads,
-            "auto" for what the data set says.
-        draws: what stands for the model's predictive where it is not summed exactly: "signs" or "labels"; see
+            "auto" for that of the data set.
+        draws: how the predictive distribution is sampled where its expectation is not exact: "signs" or "labels"; see
             `bayesq.likelihood.Categorical.fisher_directions`.
 
     Raises:
@@ -169,12 +169,12 @@ class Laplace(ABC):
         """Posterior of one layer from its calibration statistics."""
 
     def fit_bytes(self, shape: Shape) -> int:
-        """Memory that fitting a layer takes: by default both factors, [c, c] and [r, r], a few times over."""
+        """Memory for fitting a layer: by default several copies of both factors, [c, c] and [r, r]."""
         g, r, c = shape
         return FLOAT64_BYTES * g * (5 * c * c + 2 * r * r + 3 * r * c)
 
     def whitening_bytes(self, shape: Shape) -> int:
-        """Memory that a layer's whitening takes: by default a curvature for each weight and each row."""
+        """Memory of a layer's whitening: by default a curvature for each weight and each row."""
         return nearest_bytes(shape)
 
     def prepare(self, layers: Sequence[LayerProblem]) -> None:
@@ -192,7 +192,7 @@ class Laplace(ABC):
             self._note(layer, spectrum, tau)
 
     def prior(self, layer: LayerProblem) -> tuple[float, float | None]:
-        """tau, and gamma where the evidence chose it: a tau that is given needs no eigenvalues.
+        """tau, and gamma; gamma is None if tau is given, which needs no eigenvalues.
 
         The first fit of a layer computes both and notes them.
 

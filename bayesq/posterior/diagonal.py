@@ -14,7 +14,7 @@ from bayesq.whitening import FLOAT64_BYTES
 
 @dataclass
 class DiagonalPosterior(LayerPosterior):
-    """P_i = F_ii + tau / N (SPEC section 1).
+    """P_i = F_ii + tau / N.
 
     Attributes:
         precision: [g, r, c] P, float64.
@@ -46,7 +46,7 @@ class DiagonalPosterior(LayerPosterior):
         return standard_normal(self.precision.shape, generator) * self.variance().sqrt()
 
     def whiten(self, weight: Tensor) -> Tensor:
-        """z_i = sqrt(P_i) w_i (SPEC section 2)."""
+        """z_i = sqrt(P_i) w_i."""
         return self.precision.sqrt() * weight.to(torch.float64)
 
 

@@ -18,7 +18,7 @@ class EkfacPosterior(LayerPosterior):
     """P = (Q_A (x) Q_G) diag(lambda + tau / N) (Q_A (x) Q_G)T, lambda_i = E_example[(Q_GT dl/dW Q_A)_i^2].
 
     Attributes:
-        input_moment: [g, c, c] A, undamped, float64; error feedback works with it, see `whitening`.
+        input_moment: [g, c, c] A, undamped, float64; read by `whitening` for error feedback.
         input_basis: [g, c, c] Q_A.
         gradient_basis: [g, r, r] Q_G.
         eigenvalues: [g, r, c] lambda + tau / N.
@@ -69,27 +69,28 @@ class EkfacPosterior(LayerPosterior):
         return self.rotate_back(noise / (self.num_data * self.eigenvalues).sqrt())
 
     def whiten(self, weight: Tensor) -> Tensor:
-        """z_i = sqrt(eigenvalue_i) (Q_GT W Q_A)_i (SPEC section 2)."""
+        """z_i = sqrt(eigenvalue_i) (Q_GT W Q_A)_i."""
         return self.eigenvalues.sqrt() * self.rotate(weight)
 
     def whitening(self, feedback: bool, damping: float) -> Whitening:
         """h_rc = g_r D_c, U D UT = A, g_r = sum_c P_rc,rc / tr A; to nearest the diagonal of P.
 
-        Each row has a different metric, but rows that share one factor are rounded together: feedback takes A for the
-        metric of all of them, times the g_r that leaves the row its trace. This is exact where P = A (x) G.
+        In P each row has a different metric, but feedback needs one factor for all rows of a group. So row r gets the
+        metric g_r A, with the trace that the row has in P. This is exact if P = A (x) G.
         """
         if not feedback:
             return nearest_whitening(self.diagonal())
         trace = self.input_moment.diagonal(dim1=-2, dim2=-1).sum(-1)
-        # A group without inputs is factored as the identity.
+        # `feedback_factors` treats a group without inputs as the identity.
         trace = torch.where(trace > 0, trace, float(self.input_moment.shape[-1]))
         return feedback_whitening(self.diagonal().sum(-1) / trace[:, None], self.input_moment, damping)
 
 
 class Ekfac(Laplace):
-    """Eigenvalue-corrected K-FAC (George et al., arXiv 1806.03884): K-FAC's eigenvectors, the diagonal of F in them.
+    """Eigenvalue-corrected K-FAC (George et al., arXiv 1806.03884): K-FAC's eigenvectors, with the diagonal of F in
+    them.
 
-    The prior adds tau / N to each eigenvalue, exactly, where `Kfac` has to split it over two factors and so changes A.
+    The prior adds exactly tau / N to each eigenvalue; `Kfac` has to split it over two factors, which changes A.
     Arguments as in `Laplace`.
     """
 

@@ -1,4 +1,4 @@
-"""Prior precision by evidence (SPEC section 1): MacKay's fixed point tau <- gamma / ||mu||^2."""
+"""Prior precision by evidence: MacKay's fixed point tau <- gamma / ||mu||^2."""
 
 import math
 
@@ -7,12 +7,12 @@ from torch import Tensor
 
 EVIDENCE_STEPS = 100
 EVIDENCE_TOLERANCE = 1e-6
-# A layer whose weights are all zero says nothing about its prior; any finite precision keeps P invertible.
+# Weights that are all zero do not determine the prior precision; any finite one keeps P invertible.
 LARGEST_PRIOR_PRECISION = 1e12
 
 
 def prior_precision_by_evidence(eigenvalues: Tensor, squared_norm: float, num_data: int) -> tuple[float, float]:
-    """Prior precision tau that maximises the Laplace evidence, by MacKay's fixed point (SPEC section 1).
+    """Prior precision tau that maximises the Laplace evidence, by MacKay's fixed point.
 
         tau <- gamma / ||mu||^2,   gamma = sum_i N f_i / (N f_i + tau)
 
@@ -22,7 +22,7 @@ def prior_precision_by_evidence(eigenvalues: Tensor, squared_norm: float, num_da
         num_data: N.
 
     Returns:
-        tau, and gamma: how many parameters the data determine.
+        tau, and gamma: how many parameters the data determine. If all f_i are 0, tau is 1 / ||mu||^2 and gamma is 0.
     """
     scaled = (num_data * eigenvalues.clamp(min=0)).flatten()
     if squared_norm <= 0 or float(scaled.amax()) <= 0:
@@ -31,9 +31,9 @@ def prior_precision_by_evidence(eigenvalues: Tensor, squared_norm: float, num_da
     gamma = 0.0
     for _ in range(EVIDENCE_STEPS):
         gamma = effective_parameters(scaled, tau)
-        # gamma falls as tau grows, so the plain iteration swings about its fixed point, almost undamped where tau
-        # outweighs the data. The geometric mean of old and new has the same fixed point and at least halves the error.
-        # gamma vanishes when the likelihood is flat; the prior then keeps the scale of one parameter's evidence.
+        # gamma falls as tau grows, so the plain iteration oscillates about its fixed point, almost undamped if tau
+        # outweighs the data. The geometric mean of old and new tau has the same fixed point and at least halves the
+        # error. The floor of gamma keeps tau above 0 if the Fisher is nearly 0.
         updated = min(math.sqrt(tau * max(gamma, 1e-6) / squared_norm), LARGEST_PRIOR_PRECISION)
         done = abs(updated - tau) <= EVIDENCE_TOLERANCE * tau
         tau = updated

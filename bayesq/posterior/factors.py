@@ -10,10 +10,10 @@ from bayesq.quant.feedback import DAMPING_RETRIES, LEAST_DAMPING
 
 
 def eigenvalues(moments: Tensor) -> Tensor:
-    """Eigenvalues [g, n] float64 of moments [g, n, n], to a float32 of the largest entry.
+    """Eigenvalues [g, n] float64 of moments [g, n, n], with float32 precision relative to the largest entry.
 
-    The evidence sums over all of them, and in float64 they would cost as much as a rounding. LAPACK's float32 routine
-    gives up on some matrices of low rank, which float64 then solves.
+    This is enough for the evidence, a sum over all of them; in float64 they would take as long as a rounding. Where
+    LAPACK's float32 routine fails, as for some matrices of low rank, float64 is used.
     """
     size = moments.abs().amax().clamp(min=torch.finfo(torch.float64).tiny)
     values: Tensor
@@ -27,8 +27,8 @@ def eigenvalues(moments: Tensor) -> Tensor:
 def proper_root(moments: Tensor) -> Tensor:
     """Lower Cholesky factors of moments [g, n, n], damped where singular.
 
-    Inputs that no example reached leave A singular where the prior does not reach it (prior_share=gradient), and the
-    posterior without bounds. Damping by LEAST_DAMPING of the mean diagonal, tenfold more until it suffices, bounds it.
+    With prior_share=gradient the prior does not damp A. If some inputs are always zero, A is singular and the posterior
+    variance infinite, so LEAST_DAMPING of the mean diagonal is added, ten times more in each retry.
 
     Raises:
         Refused: no retry made a moment positive definite.
@@ -43,7 +43,7 @@ def proper_root(moments: Tensor) -> Tensor:
             factors: Tensor = root
             return factors
         damping = torch.where(failed > 0, LEAST_DAMPING * 10**retry * mean, damping)
-    raise Refused("the posterior's factors are not positive definite, whatever is added to their diagonals")
+    raise Refused("the posterior's factors are not positive definite, even with damping")
 
 
 def shrink(moment: Tensor, amount: float) -> Tensor:
@@ -55,9 +55,9 @@ def shrink(moment: Tensor, amount: float) -> Tensor:
 
 
 def gradient_damping(a: Tensor, g: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-    """(A, G + damping / (mean eig A) I) of each group: the prior's share as the rows feel it on average.
+    """(A, G + damping / (mean eig A) I) of each group: all of the prior goes to G.
 
-    Trace and row traces of A (x) G + damping I are kept exactly, and the input correlations stay what they are.
+    The trace, and the trace of each row, are those of A (x) G + damping I, and A does not change.
 
     Args:
         a: [g, c, c].
@@ -73,7 +73,7 @@ def gradient_damping(a: Tensor, g: Tensor, damping: float) -> tuple[Tensor, Tens
 def factored_damping(a: Tensor, g: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     """(A + pi sqrt(damping) I, G + sqrt(damping)/pi I), pi = sqrt(mean eig A / mean eig G), of each group.
 
-    The factored damping of SPEC section 1.
+    Martens and Grosse, arXiv 1503.05671, section 6.3.
 
     Args:
         a: [g, c, c].
@@ -81,7 +81,7 @@ def factored_damping(a: Tensor, g: Tensor, damping: float) -> tuple[Tensor, Tens
         damping: tau / N.
     """
     mean_a, mean_g = (factor.diagonal(dim1=-2, dim2=-1).mean(-1) for factor in (a, g))
-    # A group without inputs or without gradients has no ratio to keep.
+    # A group without inputs or without gradients has no such ratio.
     pi = torch.where((mean_a > 0) & (mean_g > 0), mean_a / mean_g, 1.0).sqrt()
     root = damping**0.5
     return _plus_diagonal(a, pi * root), _plus_diagonal(g, root / pi)

@@ -28,7 +28,7 @@ EVIDENCES = ("diagonal", "eigenvalues")
 
 @dataclass
 class KroneckerPosterior(LayerPosterior):
-    """P = (A + pi sqrt(tau/N) I) (x) (G + sqrt(tau/N)/pi I), pi = sqrt(mean eig A / mean eig G) (SPEC section 1).
+    """P = (A + pi sqrt(tau/N) I) (x) (G + sqrt(tau/N)/pi I), pi = sqrt(mean eig A / mean eig G).
 
     Below, A and G stand for these damped factors; the variant prior_share=gradient damps G alone.
 
@@ -49,7 +49,7 @@ class KroneckerPosterior(LayerPosterior):
         return g[:, :, None] * a[:, None, :]
 
     def variance(self) -> Tensor:
-        """[g, r, c] posterior variance of each weight: the inverse of a Kronecker product is that of its factors."""
+        """[g, r, c] posterior variance of each weight: the inverse of A (x) G is A^-1 (x) G^-1."""
         factors = (self.input_factor, self.gradient_factor)
         a, g = (torch.cholesky_inverse(proper_root(x)).diagonal(dim1=-2, dim2=-1) for x in factors)
         return g[:, :, None] * a[:, None, :] / self.num_data
@@ -57,7 +57,7 @@ class KroneckerPosterior(LayerPosterior):
     def risk(self, delta: Tensor) -> Tensor:
         """[g, r] contributions of the rows to 1/2 tr(G delta A deltaT).
 
-        The products are as precise as delta: float64 takes twice as long as float32, and wide layers feel it.
+        The products have the precision of delta: float64 takes twice as long as float32, which matters in wide layers.
         """
         g, a = self.gradient_factor.to(delta.dtype), self.input_factor.to(delta.dtype)
         return 0.5 * ((g @ delta @ a) * delta).sum(-1, dtype=torch.float64)
@@ -76,7 +76,7 @@ class KroneckerPosterior(LayerPosterior):
         return draw / math.sqrt(self.num_data)
 
     def whiten(self, weight: Tensor) -> Tensor:
-        """Z = L_GT W L_A with A = L_A L_AT, G = L_G L_GT (SPEC section 2)."""
+        """Z = L_GT W L_A with A = L_A L_AT, G = L_G L_GT."""
         l_a, l_g = proper_root(self.input_factor), proper_root(self.gradient_factor)
         z: Tensor = l_g.transpose(-1, -2) @ weight.to(torch.float64) @ l_a
         return z
@@ -93,15 +93,15 @@ class KroneckerPosterior(LayerPosterior):
 class Kfac(Laplace):
     """Kronecker-factored Laplace (Martens and Grosse, arXiv 1503.05671), the whole Fisher of a layer as A (x) G.
 
-    With few examples G is noisy, and an allocation that trusts its diagonal overfits; `shrinkage` pulls G towards the
-    mean of its diagonal before anything else is done with it.
+    With few examples G is noisy, and an allocation by its diagonal overfits; `shrinkage` first pulls G towards the mean
+    of its diagonal.
 
     Args:
         shrinkage: weight in [0, 1] of mean(diag G) I in G.
-        prior_share: where tau / N goes: "factored" splits it over both factors (SPEC section 1), whose cross terms
-            damp A as well; "gradient" gives it to G alone, see `gradient_damping`.
-        evidence: whose evidence chooses tau: that of the "diagonal" of A (x) G, or that of all of it by its
-            "eigenvalues", which take more time.
+        prior_share: where tau / N goes: "factored" damps A and G, see `factored_damping`; "gradient" damps G alone, see
+            `gradient_damping`.
+        evidence: the numbers f_i from which the evidence chooses tau: the "diagonal" of A (x) G, or its "eigenvalues",
+            which take more time.
 
     The others as in `Laplace`.
     """
@@ -140,7 +140,7 @@ class Kfac(Laplace):
         """[g, r, c] products of the factors' eigenvalues, or of their diagonals."""
         if self.evidence == "eigenvalues":
             values_a, values_g = map(eigenvalues, self._factors(layer))
-        else:  # taken first: a wide layer's factors take as long to convert as the rest of this
+        else:  # diagonal first: converting the whole factors of a wide layer would double the time
             values_a, values_g = (
                 layer.statistic(kind).diagonal(dim1=-2, dim2=-1).to(torch.float64)
                 for kind in ("input_moment", "gradient_moment")

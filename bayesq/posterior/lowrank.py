@@ -16,7 +16,7 @@ from bayesq.whitening import FLOAT64_BYTES
 
 @dataclass
 class LowRankPosterior(LayerPosterior):
-    """P = D + U UT, D = diag(max(F_ii - sum_k U_ik^2, 0) + tau/N) (SPEC section 1).
+    """P = D + U UT, D = diag(max(F_ii - sum_k U_ik^2, 0) + tau/N).
 
     With V = D^-1/2 U it is D^1/2 (I + V VT) D^1/2, whose powers only need the eigenvalues s and eigenvectors Q of the
     small matrix VT V [k, k]:  f(I + V VT) = f(1) I + V Q diag((f(1 + s) - f(1)) / s) QT VT.
@@ -47,7 +47,7 @@ class LowRankPosterior(LayerPosterior):
         """[g, r, c] posterior variance of each weight, (1 - sum_k (V Q)_ik^2 / (1 + s_k)) / (N d_i)."""
         v, s, q = self._inner
         explained = ((q / (1 + s).sqrt()).T @ v).square().sum(0).reshape(self.residual.shape)
-        # The subtraction loses all digits of a weight that the directions determine: 1 / P_ii bounds it from below.
+        # The subtraction may lose all digits of a weight that the directions determine; 1 / P_ii is a lower bound.
         return torch.maximum((1 - explained) / self.residual, 1 / self.diagonal()) / self.num_data
 
     def risk(self, delta: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ class LowRankPosterior(LayerPosterior):
         return 0.5 * ((self.residual * d.square()).sum(-1) + (self.directions * d).sum(-1).square().sum(0))
 
     def whiten(self, weight: Tensor) -> Tensor:
-        """z = (I + V VT)^1/2 D^1/2 w, V = D^-1/2 U (SPEC section 2)."""
+        """z = (I + V VT)^1/2 D^1/2 w, V = D^-1/2 U."""
         scaled = self.residual.sqrt() * weight.to(torch.float64)
         _, s, _ = self._inner
         return self._along_directions(scaled, 1 / (1 + (1 + s).sqrt()))
@@ -88,8 +88,8 @@ class LowRank(Laplace):
     Args:
         rank: k, directions of each layer.
 
-    The others as in `Laplace`; prior_precision must not be 0, which would leave P singular wherever the directions
-    explain a weight's whole Fisher.
+    The others as in `Laplace`; prior_precision must not be 0: P would be singular where the directions explain all of a
+    weight's Fisher.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class LowRank(Laplace):
         """
         directions = layer.statistic("gradient_directions")
         if len(directions) < self.rank:
-            raise Refused(f"posterior.rank={self.rank}: the calibration kept {len(directions)} gradient directions")
+            raise Refused(f"posterior.rank={self.rank}: the calibration has {len(directions)} gradient directions")
         directions = directions[: self.rank].to(torch.float64)
         fisher = layer.statistic("fisher_diagonal").to(torch.float64)
         return (fisher - directions.square().sum(0)).clamp(min=0), directions
@@ -125,8 +125,8 @@ class LowRank(Laplace):
     def spectrum(self, layer: LayerProblem) -> Tensor:
         """[D + k] eigenvalues of the two parts of F = D + U UT, one after the other.
 
-        gamma is the trace of a concave function of F that vanishes at 0, and it grows with F. So that of the parts'
-        eigenvalues exceeds the true one (Rotfel'd's inequality), by no more than the k that the directions contribute.
+        gamma = tr f(F) with f(x) = N x / (N x + tau), which is concave and rises from f(0) = 0. So the gamma of these
+        eigenvalues is at least that of F (Rotfel'd's inequality), and at most k larger, since U UT adds at most k.
         """
         residual, directions = self._parts(layer)
         flat = directions.flatten(1)

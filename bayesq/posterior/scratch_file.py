@@ -1,7 +1,7 @@
-"""Tensors that wait on disk, in a file without a name, and are mapped when they are read.
+"""Tensors in a temporary file without a name, memory-mapped when they are read.
 
-The file is unlinked as soon as it is open, so that the operating system frees its space when the process ends, however
-it ends. What is read back has the bits, shapes and strides of what was put in.
+The file is unlinked as soon as it is open, so that the operating system frees its space when the process ends for any
+reason. Tensors are read back with the same bits, shapes and strides.
 """
 
 import tempfile
@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a tensor lies; its bytes are those of the contiguous tensor that `order` permutes it to."""
+    """Position of a tensor in the file; its bytes are those of the contiguous tensor that `order` permutes it to."""
 
     offset: int
     dtype: torch.dtype
@@ -45,7 +45,7 @@ class TensorFile:
     """
 
     def __init__(self, folder: Path) -> None:
-        # Without a buffer: what a full disk refuses would stay in it, and fail again whenever the file is read.
+        # Unbuffered: data that a full disk refused would stay in a buffer, and fail again at every read.
         self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115  closed by `close`
         self.nbytes = 0
 
@@ -67,11 +67,12 @@ class TensorFile:
         return value
 
     def close(self) -> None:
-        """Give the space back; values that were read stay valid."""
+        """Free the disk space; values that were read stay valid."""
         self._file.close()
 
     def _write(self, tensor: Tensor) -> _Place:
-        # Matrix products of a transposed and of a contiguous matrix may differ in their last bits: strides are kept.
+        # Matrix products of a transposed and of a contiguous matrix may differ in their last bits, so the file
+        # preserves strides.
         strides = tensor.stride()
         order = tuple(sorted(range(tensor.dim()), key=lambda axis: -strides[axis]))
         place = _Place(self.nbytes, tensor.dtype, tuple(tensor.shape), order)
@@ -94,7 +95,7 @@ class TensorFile:
 
 
 def _replaced(value: Any, kind: type, replace: Callable[[Any], Any]) -> Any:
-    """`value` with everything of one kind replaced, in lists and dataclasses as deep as they go."""
+    """`value` with all objects of one kind replaced, also inside nested lists and dataclasses."""
     if isinstance(value, kind):
         return replace(value)
     if isinstance(value, list):

@@ -15,27 +15,27 @@ from bayesq.posterior.base import LayerPosterior, Posterior
 from bayesq.posterior.scratch_file import TensorFile
 from bayesq.whitening import Whitening
 
-# Where layers are wide, memory is needed for the work on one of them, and reading a whitening is much cheaper than
-# making it again. All of MiniLM's fit.
+# Larger whitenings go to disk: the work on a wide layer needs the memory, and reading a whitening is much faster than
+# making it again. All whitenings of MiniLM fit.
 MEMORY_LIMIT = 160 * 2**20
 
 
 class WhiteningStore:
     """A posterior whose whitenings are made once: their factorization is the most expensive part of a fit.
 
-    A whitening stays in memory up to a limit. Beyond that it goes to a file if there is one; else it is made again.
-    Whitenings are told apart by the layer's name, so a store is for the layers of one network.
+    A whitening stays in memory up to a limit. Beyond that it goes to the file, if there is one, or is made again at
+    each use. The layer's name is part of a whitening's key, so a store serves one network.
 
     Args:
         posterior: of the run.
         memory_limit: bytes of whitenings in memory.
-        folder: where the file is, existing; None = no file.
+        folder: existing folder of the file; None = no file.
 
     Attributes:
         seconds: time spent in `prepare` and in fits.
-        key: of everything that whitenings depend on beside layer and damping; see `take_over`.
-        inherited_seconds: what the whitenings that another store left once took to make.
-        inherited_bytes: what they take.
+        key: identifies all that whitenings depend on, except layer and damping; see `take_over`.
+        inherited_seconds: time that another store took for the whitenings of `take_over`.
+        inherited_bytes: memory of those whitenings.
 
     Raises:
         OSError: the folder cannot be written.
@@ -58,11 +58,11 @@ class WhiteningStore:
 
     @property
     def nbytes(self) -> int:
-        """Memory that the whitenings take."""
+        """Memory of the whitenings."""
         return sum(whitening.nbytes for whitening in self._in_memory.values())
 
     def use_disk(self, folder: Path) -> None:
-        """Put all whitenings made from now on into a file of `folder`, as long as the disk has room.
+        """Write all further whitenings to a file in `folder`, as long as the disk has space.
 
         Raises:
             OSError: the folder cannot be written.
@@ -71,13 +71,13 @@ class WhiteningStore:
         self.memory_limit, self._file = 0, TensorFile(folder)
 
     def take_over(self, key: str, previous: "WhiteningStore | None") -> None:
-        """Go on with the whitenings that the store of an earlier run has in memory, if they depend on the same.
+        """Use the whitenings that the store of an earlier run has in memory, if its key is the same.
 
-        The earlier store is empty afterwards in any case: a sweep over seeds must not fill the memory.
+        The earlier store is always emptied: a sweep over seeds must not fill the memory.
 
         Args:
-            key: of everything that whitenings depend on beside layer and damping.
-            previous: the earlier run's store; None = there is none.
+            key: identifies all that whitenings depend on, except layer and damping.
+            previous: the earlier run's store, if any.
         """
         self.key = key
         if previous is None:
@@ -89,14 +89,14 @@ class WhiteningStore:
         previous._in_memory.clear()
 
     def release(self) -> None:
-        """Give back the disk space: everything is rounded. What is in memory waits for `take_over`."""
+        """Free the disk space after the last rounding. Whitenings in memory stay for `take_over`."""
         self._on_disk.clear()
         if self._file is not None:
             self._file.close()
             self._file = None
 
     def prepare(self, layers: Sequence[LayerProblem]) -> None:
-        """What the posterior needs of all layers at once; before the first fit."""
+        """The posterior's `prepare`; before the first fit."""
         start = time.perf_counter()
         self.posterior.prepare(layers)
         self.seconds += time.perf_counter() - start
@@ -124,7 +124,7 @@ class WhiteningStore:
         if key in self._in_memory:
             return self._in_memory[key]
         if self._file is not None and key in self._on_disk:
-            give_back_freed()  # what waits on disk is large, and so is what will be computed with it
+            give_back_freed()  # a whitening on disk is large, and so is the work with it
             return self._file.read(self._on_disk[key])
         start = time.perf_counter()
         with naming(layer):
@@ -146,5 +146,5 @@ class WhiteningStore:
         elif self._file is not None and not self._disk_is_full:
             try:
                 self._on_disk[key] = self._file.write(whitening)
-            except OSError:  # what is made again costs time only
+            except OSError:  # later whitenings are made again, which only costs time
                 self._disk_is_full = True

@@ -1,18 +1,18 @@
-"""What every method shares: layers, codes, rounding, files. It knows of no method and of no statistic.
+"""What every method shares: layers, codes, rounding, files. It imports no method and no statistic.
 
 layers    what can be quantized as stacks of matrices, and its inputs as rows of samples
 watch     what layers read and give in a forward pass, called or used through a function
 attention  multi-head attention written out, so that its products can be watched
-usage     how a network uses its layers, found out before the long work
+usage     how a network uses its layers, checked before the long work
 grids     affine and codebook grids: from a real number to a code and back
 one_by_one  parts of a batch, one example each
-compiled  numba's compilation, kept on disk where that can be written
+compiled  numba's compilation, cached on disk if possible
 blocks    parts that a network runs one after the other
 resume    forward passes of several batches that stop at chosen modules together
 correction  activation moments matched to the full-precision network's
 feedback  successive rounding with error feedback (the routine GPTQ and BayesQ share)
 trellis   searching codes along a trellis
-codes     what a layer's codes stand for: affine, tables shared or of each row, trellis; weights kept in fp16
+codes     decoding of a layer's codes: affine, tables shared or of each row, trellis; single weights in fp16
 tensor    QuantizedTensor, the one representation every method returns
 bits      streams of bits
 packing   QuantizedTensor <-> bytes

@@ -1,4 +1,4 @@
-"""Honest sizes: bits counted on packed buffers, and what a plain affine layer costs beside its codes."""
+"""Sizes: bits counted on packed buffers, and what a plain affine layer stores beside its codes."""
 
 from collections.abc import Iterable, Mapping
 
@@ -7,7 +7,7 @@ from torch import Tensor
 from bayesq.quant.packing import WIDTH_MAP_BITS, pack
 from bayesq.quant.tensor import QuantizedTensor
 
-# Per row of an affine layer: fp16 scale and uint8 zero point. Per layer: one byte that says the width.
+# Per row of an affine layer: fp16 scale and uint8 zero point. Per layer: one byte for the width.
 AFFINE_ROW_BITS = 16 + 8
 LAYER_BITS = 8
 
@@ -30,16 +30,14 @@ def stored_bytes(tensor: QuantizedTensor) -> int:
 def affine_overhead_bits(rows: Iterable[int]) -> int:
     """Bits that layers with these row counts store beside their codes in the plain affine per-row format.
 
-    This is the yardstick of the stored-bits promise: a format that costs more than this has to save the difference on
-    its codes.
+    A format that stores more than this has to save the difference on its codes (`Budget.capacity`).
     """
     return sum(count * AFFINE_ROW_BITS + LAYER_BITS for count in rows)
 
 
 def mixed_overhead_bits(rows: Iterable[int]) -> int:
-    """As `affine_overhead_bits` where rows have different widths; never less than what is stored.
+    """As `affine_overhead_bits`, for rows of different widths; an upper bound of the stored bits.
 
-    The map replaces the layer's width byte. It and the codes, whose bits need not fill bytes any more even where one
-    width's do, are each padded by less than a byte.
+    The width map replaces the layer's width byte. The map and the codes are each padded by less than a byte.
     """
     return sum(count * (AFFINE_ROW_BITS + WIDTH_MAP_BITS) + 2 * LAYER_BITS for count in rows)

@@ -1,7 +1,7 @@
 """Multi-head attention written out, so that the products with its weights can be watched one by one.
 
 It computes what `torch.nn.functional.multi_head_attention_forward` does, and takes the same arguments. The query, key
-and value parts of in_proj_weight are three matrices of their own here.
+and value parts of in_proj_weight are three separate matrices here.
 """
 
 import math
@@ -62,7 +62,7 @@ def attention(
             shaped = mask.reshape(b, num_heads, length, source) if mask.dim() == 3 else mask
             scores = scores.masked_fill(shaped, -math.inf) if mask.dtype == torch.bool else scores + shaped
     shares = scores.softmax(-1)
-    if not need_weights:  # torch then gives zeros, not NaN, to a query that may read nothing
+    if not need_weights:  # torch then gives zeros, not NaN, to a query that may read no key
         shares = shares.masked_fill(torch.isneginf(scores).all(-1, keepdim=True), 0.0)
     out = F.linear((shares @ v).permute(2, 0, 1, 3).reshape(length, b, e), out_proj_weight, out_proj_bias)
     averaged = (shares.mean(1) if more.get("average_attn_weights", True) else shares) if need_weights else None

@@ -10,7 +10,7 @@ def to_bits(values: np.ndarray, width: int) -> np.ndarray:
 
 
 def from_bits(bits: np.ndarray, width: int) -> np.ndarray:
-    """Inverse of `to_bits`: [n * width] -> [n], uint8 where that holds the width and else uint64."""
+    """Inverse of `to_bits`: [n * width] -> [n], uint8 up to 8 bits, else uint64."""
     dtype = np.uint8 if width <= 8 else np.uint64
     weights = (1 << np.arange(width - 1, -1, -1)).astype(dtype)
     return np.asarray((bits.reshape(-1, width) * weights).sum(1, dtype=dtype))

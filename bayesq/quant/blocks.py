@@ -6,14 +6,15 @@ import torch
 from torch import nn
 
 CONTAINERS = (nn.ModuleList, nn.Sequential)
-# Arguments of a block that are no tensors and that nothing can change.
+# Types of arguments that are no tensors and cannot be changed in place.
 CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device)
 
 
 def find_blocks(module: nn.Module) -> tuple[str, ...]:
-    """Names of the parts that a network seems to run one after the other, in the order of their definition.
+    """Names of the parts that a network probably runs one after the other, in the order of their definition.
 
-    These are the children of its ModuleLists and Sequentials, stages of several blocks taken apart, and the modules
+    These are the children of its ModuleLists and Sequentials, the blocks of a stage instead of the stage, and the
+    modules
     beside these containers: in transformers' BERT bert.embeddings, bert.encoder.layer.0, .., bert.pooler, classifier,
     in timm's EfficientNet conv_stem, bn1, blocks.0.0, .., classifier.
     """
@@ -23,7 +24,7 @@ def find_blocks(module: nn.Module) -> tuple[str, ...]:
 def _parts(module: nn.Module, prefix: str) -> Iterator[str]:
     for name, child in module.named_children():
         inside = [x for x in child.modules() if isinstance(x, CONTAINERS)]
-        if isinstance(module, CONTAINERS):  # a block may have containers of its own; a stage has blocks in them
+        if isinstance(module, CONTAINERS):  # containers inside a block do not count; those of a stage hold blocks
             inside = [x for x in inside if x is child or _holds_blocks(x)]
         if inside:
             yield from _parts(child, f"{prefix}{name}.")

@@ -9,10 +9,10 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def compiled(**options: Any) -> Callable[[F], F]:
-    """Decorator: machine code of a function, which other threads may run beside.
+    """Decorator: compile a function to machine code that runs without Python's global lock.
 
-    The code is kept for the next process, in NUMBA_CACHE_DIR, beside the module or in the user's cache folder; where
-    none of them can be written, each process compiles anew.
+    The code is cached in NUMBA_CACHE_DIR, beside the module or in the user's cache folder; if none of them can be
+    written, each process compiles again.
 
     Args:
         options: further ones of numba.njit.

@@ -1,11 +1,11 @@
-"""Successive rounding with error feedback: the routine GPTQ and BayesQ share (SPEC section 3, whose U is V here).
+"""Successive rounding with error feedback: the routine that GPTQ and BayesQ share.
 
 The layer's quadratic error sum_r (w_r - q_r)T A (w_r - q_r) is minimised greedily, column by column: round one column,
-then move the columns not yet rounded to where the optimum lies, given those that are. With U unit upper triangular, D
-diagonal and U D UT = A, column k has moved by sum_{j<k} (w_j - q_j) U_jk when its turn comes, and the total error is
-sum_k D_k (x_k - q_k)^2, x_k being what column k had become. These are the codes of Frantar et al. (GPTQ, arXiv
-2210.17323, section 3), who feed (x_j - q_j) / V_jj through the rows of V, VT V = A^-1; but no inverse is needed, which
-is three quarters of the work of a wide layer's factorization.
+then move the other columns to their optimum, given the rounded ones. With U unit upper triangular, D
+diagonal and U D UT = A, column k has moved by sum_{j<k} (w_j - q_j) U_jk when it is rounded, and the total error is
+sum_k D_k (x_k - q_k)^2, where x_k is the moved column. These are the codes of Frantar et al. (GPTQ, arXiv
+2210.17323, section 3), who feed (x_j - q_j) / V_jj through the rows of V, VT V = A^-1. Without the inverse the
+factorization of a wide layer takes a quarter of the time.
 """
 
 from collections.abc import Sequence
@@ -19,17 +19,18 @@ from torch import Tensor
 from bayesq.errors import Refused
 from bayesq.quant.compiled import compiled
 
-# Columns updated lazily together, the outer of two levels: twice the published code's, because wide layers gain.
+# Columns of an outer block, which updates all later columns by one matrix product. Twice the published code's value,
+# because it is faster for wide layers.
 BLOCK = 256
-# The same where an observer follows the updated weights: the published code's value.
+# The same with an observer of the updated weights: the published code's value.
 OBSERVED_BLOCK = 128
 # Columns inside a block that are rounded in one compiled step; the rest of the block gets one matrix product.
 SUB_BLOCK = 16
-# Columns that are put back into their order together: as many lines as fit the nearest cache, which rows of 512 or 1024
-# numbers all want to occupy the same part of.
+# Columns that `_transpose` copies together. Rows of 512 or 1024 numbers share the same sets of the nearest cache, which
+# hold this many lines.
 TILE = 8
 DAMPING_RETRIES = 8
-# Retries start from here when the configured damping is smaller (0, say): well above float64 round-off.
+# Retries start at least here, if the configured damping is smaller (0, for example): well above float64 round-off.
 LEAST_DAMPING = 1e-8
 
 
@@ -53,7 +54,7 @@ class BlockGrid(Grid, Protocol):
 
 
 class BlockObserver(Protocol):
-    """Called with the state of all columns when a block begins; grids that follow the updated weights hook in here."""
+    """Called with all columns when a block begins, for grids that depend on the updated weights."""
 
     def __call__(self, weight: Tensor, start: int, stop: int) -> None:
         """Weights [C, R] in visiting order; columns start..stop are about to be rounded."""
@@ -94,7 +95,7 @@ def feedback_factor(moment: Tensor, damping: float, act_order: bool = True) -> F
     _check_finite(a)
     diagonal = a.diagonal().clone()
     dead = diagonal == 0
-    # A dead column touches no other, so its pivot only has to keep the mean, and with it the damping, what it was.
+    # A dead column interacts with no other. The mean as its diagonal entry does not change the damping.
     diagonal[dead] = 1.0 if bool(dead.all()) else diagonal[~dead].mean()
     order = torch.argsort(diagonal, descending=True, stable=True) if act_order else torch.arange(len(a))
     mean = float(diagonal[order].mean())
@@ -102,8 +103,8 @@ def feedback_factor(moment: Tensor, damping: float, act_order: bool = True) -> F
     for retry in range(DAMPING_RETRIES):
         fraction = damping if retry == 0 else max(damping, LEAST_DAMPING) * 10**retry
         # Factors of wide layers take hundreds of megabytes. LAPACK works in place on matrices stored by columns, so
-        # that there are never more than two of them besides A. Rows first, then columns: one gather of both takes
-        # three times as long. A is symmetric, so that the transpose of its rows will do.
+        # there are never more than two copies besides A. Gathering rows and columns at once would take three times as
+        # long. The transpose is right because A is symmetric.
         root = a.index_select(0, last_first).index_select(1, last_first).T
         root.diagonal().copy_(diagonal[last_first] + fraction * mean)
         failed = torch.empty((), dtype=torch.int32)
@@ -118,17 +119,17 @@ def feedback_factor(moment: Tensor, damping: float, act_order: bool = True) -> F
 
 
 def _check_finite(moment: Tensor) -> None:
-    """Refuse NaN and infinities, without a mask of the moment's size.
+    """Refuse NaN and infinities, without the memory of a mask.
 
     Raises:
-        Refused: there are some.
+        Refused: the moment has some.
     """
     if not all(bool(torch.isfinite(bound)) for bound in torch.aminmax(moment)):
         raise Refused("the input moment has NaN or infinite entries")
 
 
 def feedback_factors(moments: Tensor, damping: float, act_order: bool = True) -> list[FeedbackFactor]:
-    """`feedback_factor` of each group's moment [g, c, c], in one batch: a depthwise convolution has hundreds."""
+    """`feedback_factor` of each group's moment [g, c, c] in one batch, since a depthwise convolution has hundreds."""
     if len(moments) == 1:
         return [feedback_factor(moments[0], damping, act_order)]
     a = moments.to(torch.float64)
@@ -161,7 +162,7 @@ def feedback_factors(moments: Tensor, damping: float, act_order: bool = True) ->
 def feedback_round_groups(
     weight: Tensor, factors: Sequence[FeedbackFactor], grid: Grid
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`feedback_round` of all groups at once, each in its own column order: one step per column, not per group.
+    """`feedback_round` of all groups at once, each in its column order: one step per column for all groups.
 
     Args:
         weight: [g, r, c] in original column order.
@@ -207,8 +208,8 @@ def feedback_round(
             is added to the weights of each later column k (GPTAQ); None = 0.
 
     Returns:
-        codes [R, C] uint8 in original order; values [R, C] float64 they stand for; target [R, C] float64, what each
-        entry was at the moment it was rounded (the weight plus all feedback).
+        codes [R, C] uint8 in original order; their values [R, C] float64; target [R, C] float64, each entry when it
+        was rounded (the weight plus all feedback).
     """
     columns, rows = weight.shape[1], weight.shape[0]
     u = factor.upper
@@ -293,10 +294,10 @@ def _round_block(
 
 
 def _optimum(x: Tensor, weight: Tensor, upper: Tensor, start: int) -> Tensor:
-    """Where the columns [C, R] from `start` on would best be, given those before.
+    """The optimum of the columns [C, R] from `start` on, given those before.
 
-    x has only what earlier columns add to each, x = weight + V; what a column does to the rest when it moves along
-    comes on top: the optimum is weight + U^-T V.
+    x = weight + F contains only the feedback F of rounded columns. The columns that are not yet rounded also feed their
+    shifts to each other, so the optimum is weight + U^-T F.
     """
     best = x.clone()
     rest = upper[start:, start:].T

@@ -1,13 +1,13 @@
 """The packed file: quantized tensors, changed parameters, and a record of where they come from.
 
-A packed file needs the network that was quantized: what is not quantized (norms, biases, heads) is not in it, save what
-correction or distillation changed. A self-contained file has all of that as well.
+A packed file needs the network that was quantized: what is not quantized (norms, biases, heads) is not in it, except
+what correction or distillation changed. A self-contained file contains the rest of the network too.
 
 The header, one JSON text, holds a digest over everything else and under "metadata"
     layers   shapes and the like, see `bayesq.quant.packing`
     run      the record of a run, see `bayesq.suite.packed`; absent in files that no run wrote
 
-Sizes: everything behind the header is buffers, without a gap. With h the header's length, told by the first 8 bytes,
+Sizes: after the header come buffers only, without gaps. With h the header's length, stored in the first 8 bytes,
 
     file size - 8 - h = bytes/packed + bytes/parameters,     bits/stored = 8 bytes/packed / quantized weights
 
@@ -56,7 +56,7 @@ class Sizes:
 
 
 def write_packed(path: Path, packed: Packed) -> Sizes:
-    """Write a packed file, atomically, and tell what its buffers take.
+    """Write a packed file, atomically, and return the sizes of its buffers.
 
     Raises:
         ValueError: names of layers or codebooks clash.
@@ -71,10 +71,10 @@ def write_packed(path: Path, packed: Packed) -> Sizes:
 
 
 def read_packed(path: Path) -> Packed:
-    """Read and check a packed file; what its record says about a run is not looked at.
+    """Read and check a packed file; the record of the run is not checked.
 
-    The digest finds damage. A digest can be made anew, so everything the file says is checked against the rest of it
-    as well: what is returned has one meaning.
+    The digest detects damage. Anyone can compute a new digest, so the parts of the file are also checked against each
+    other.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -103,7 +103,7 @@ def _behind(prefix: str, buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def fill_from(module: nn.Module, packed: Packed, path: Path) -> None:
-    """`fill` with what a file from anywhere holds.
+    """`fill` from a file of any origin.
 
     Raises:
         CorruptFile: its layers or parameters are not the module's.

@@ -1,7 +1,7 @@
 """The checkpoint layout of GPTQ tools for one linear layer of R outputs and C inputs, b bits, S column groups.
 
     qweight  int32 [C b / 32, R]   codes
-    qzeros   int32 [S, R b / 32]   zero points, less one in checkpoint_format "gptq", as they are in "gptq_v2"
+    qzeros   int32 [S, R b / 32]   zero points; minus one in checkpoint_format "gptq", unchanged in "gptq_v2"
     scales   fp16  [S, R]
     g_idx    int32 [C]             column group of each input
     weight[r, c] = scales[g_idx[c], r] (code[c, r] - zero[g_idx[c], r])
@@ -21,7 +21,7 @@ from bayesq.quant.tensor import QuantizedTensor
 
 WIDTHS = (2, 3, 4, 8)
 BLOCK = 32
-# Checkpoint formats and what they take off the zero points.
+# Checkpoint formats and what they subtract from the zero points.
 FORMATS = {"gptq": 1, "gptq_v2": 0}
 
 
@@ -35,7 +35,7 @@ def words(values: np.ndarray, width: int) -> Tensor:
 
 
 def obstacle(tensor: QuantizedTensor) -> str | None:
-    """Why a linear layer's grid has no place in the layout, and which settings give one that has; None if it has.
+    """Why the layout cannot hold a linear layer's grid, and settings that avoid this; None if it can.
 
     A zero point of 0 is no obstacle in itself, see `gptq_buffers`.
     """
@@ -48,7 +48,7 @@ def obstacle(tensor: QuantizedTensor) -> str | None:
     if not tensor.code.uniform:
         return "its levels are not uniform: choose method=gptq or method=rtn"
     if tensor.overlay is not None:
-        return "some of its weights are kept in fp16 beside the codes: choose method=gptq or method=rtn"
+        return "some of its weights are in fp16 beside the codes: choose method=gptq or method=rtn"
     if tensor.column_scale is not None:
         return "it has scales for its inputs: choose method=gptq or method=rtn"
     if bool((tensor.zero % 2 ** (ZERO_BITS - widths[0]) != 0).any()):
@@ -70,7 +70,7 @@ def gptq_buffers(tensor: QuantizedTensor, checkpoint_format: str) -> dict[str, T
 
     Raises:
         Refused: there is an `obstacle`, inputs or outputs do not come in whole blocks, or a zero point is 0, which
-            the format "gptq" cannot tell from 2**width: what it makes of -1 depends on the reader.
+            the format "gptq" cannot tell from 2**width: readers differ in how they decode -1.
     """
     if reason := obstacle(tensor):
         raise Refused(reason)

@@ -4,8 +4,8 @@ A grid has R rows (all groups' rows stacked) and turns a column x[R] into codes 
 
     value = scale * (level(code) - zero),     level(code) = code (affine) or codebook[width][code]
 
-Scales are kept in fp16 precision from the start, because that is how they are stored: codes are chosen against the
-very values that will be deployed.
+Scales have fp16 precision from the start, because they are stored in fp16: so codes are chosen for the values that will
+be deployed.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,12 +20,12 @@ from bayesq.quant.compiled import compiled
 
 MIN_WIDTH, MAX_WIDTH = 2, 8
 ZERO_BITS = 8
-# Smallest (subnormal) and largest fp16: a scale outside is moved there, never to zero or infinity. From 2**-14 down
-# fp16 loses digits, which costs far less than a step that is too large for the row.
+# Smallest (subnormal) and largest fp16: scales are clamped to them, never zero or infinite. Below 2**-14 fp16 loses
+# digits, which costs far less than a step that is too large for the row.
 FP16_TINY, FP16_MAX = 2.0**-24, 65504.0
 # Search of the published GPTQ quantizer: shrink the range in steps of 1/100 down to 0.2, error norm 2.4.
 CLIP_STEPS, CLIP_LOWEST, CLIP_NORM = 100, 0.2, 2.4
-# Rows searched together: few enough that their temporaries stay in a core's cache.
+# Rows that are searched together: their temporaries fit a core's cache.
 CLIP_ROWS = 128
 
 
@@ -60,13 +60,13 @@ def round_affine(weight: Tensor, scale: Tensor, zero: Tensor, width: Tensor) -> 
     return code, scale[:, None] * (code - zero[:, None])
 
 
-# Entries of a column worked on together: with their block's other columns they stay in a core's nearest cache.
+# Entries of a column that are processed together: with the other columns of the block they fit the nearest cache.
 TILE = 256
 
 
 @compiled(error_model="numpy")
 def feed_back(x: Any, delta: Any, upper: Any, j: Any, low: Any, high: Any) -> None:
-    """Move the columns after j, entries low to high, to where the error of column j puts them (`_round_block`)."""
+    """Add the feedback of column j to the entries low to high of all later columns (see `_round_block`)."""
     for k in range(j + 1, x.shape[0]):
         share, error, later = upper[j, k], delta[j, low:high], x[k, low:high]
         for r in range(high - low):
@@ -77,7 +77,7 @@ def feed_back(x: Any, delta: Any, upper: Any, j: Any, low: Any, high: Any) -> No
 def _affine_block(
     x: Any, delta: Any, upper: Any, scale: Any, zero: Any, which: Any, top: Any, codes: Any, values: Any
 ) -> None:
-    """`AffineGrid.round_block`; scale and zero [S, R], `which` of them each column has."""
+    """`AffineGrid.round_block`; scale and zero [S, R], and `which` row of these each column uses."""
     for low in range(0, x.shape[1], TILE):
         high = min(low + TILE, x.shape[1])
         for j in range(x.shape[0]):
@@ -164,7 +164,7 @@ class CodebookGrid:
     def __post_init__(self) -> None:
         widths = [int(w) for w in torch.unique(self.width)]
         longest = 2 ** max(widths)
-        # Padding with infinity keeps short codebooks in one table: nothing lies beyond it.
+        # Infinite bounds pad short codebooks: no entry is rounded to a level beyond them.
         levels = self.scale.new_zeros(MAX_WIDTH + 1, longest)
         bounds = self.scale.new_full((MAX_WIDTH + 1, longest - 1), torch.inf)
         for w in widths:
@@ -216,7 +216,8 @@ def mse_grid(
 ) -> tuple[Tensor, Tensor]:
     """Scale and zero [R] with the range shrunk to minimise sum |w - q(w)|^2.4 (published GPTQ's mse option).
 
-    Errors are compared in float32, as in the published code: half the memory traffic of the costliest search here.
+    Errors are compared in float32, as in the published code: half the memory traffic of the slowest search of this
+        module.
 
     Args:
         weight, width, scale_dtype: as in `minmax_grid`.
@@ -232,7 +233,7 @@ def curvature_grid(
 
     Args:
         weight, width, scale_dtype: as in `minmax_grid`.
-        curvature: [R, C] what a squared error costs, at least 0, in any unit.
+        curvature: [R, C] weights of squared errors, at least 0, in any unit.
     """
     return _search_ranges(weight, width, curvature, scale_dtype, CLIP_STEPS)
 

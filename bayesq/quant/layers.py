@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from bayesq.errors import Refused
 
-# The network's input that tells real tokens from padding, [examples, positions].
+# The network's input that marks real tokens (1) and padding (0), [examples, positions].
 MASK = "attention_mask"
 
 
@@ -61,15 +61,14 @@ Layer = nn.Linear | nn.Conv2d | ParameterLayer
 
 
 def quantizable_layers(module: nn.Module, exclude: Sequence[str] = ()) -> dict[str, Layer]:
-    """What can be quantized in `module`, in definition order, by name, without what matches a pattern.
+    """Layers of `module` that can be quantized and match no pattern, by name, in definition order.
 
-    These are Linear and Conv2d layers, and the weights that `ParameterLayer` tells of. A weight that several layers
+    These are Linear and Conv2d layers, and the weights of `ParameterLayer`. A weight that several layers
     share is listed once, under the first name; one that an embedding shares is not listed, because a changed table
     would change the embedding too.
 
     Args:
-        exclude: fnmatch patterns on layer names (config key layers.exclude); one that matches an embedding only is
-            no mistake.
+        exclude: fnmatch patterns on layer names (config key layers.exclude); a pattern may match embeddings only.
 
     Raises:
         Refused: a pattern matches nothing, no layer is left, or a layer is of a kind that cannot be quantized.
@@ -86,7 +85,7 @@ def quantizable_layers(module: nn.Module, exclude: Sequence[str] = ()) -> dict[s
         raise Refused("layers.exclude leaves no Linear or Conv2d layer to quantize")
     for name, layer in chosen.items():
         _check_plain(name, layer)
-    # a layer that is excluded keeps the weight it shares with another one
+    # a weight that an excluded layer shares is not quantized
     taken = {id(table.weight) for table in tables.values()}
     taken |= {id(layer.weight) for name, layer in layers.items() if name not in chosen}
     free = {name: layer for name, layer in chosen.items() if id(layer.weight) not in taken}
@@ -108,10 +107,10 @@ def embedding_tables(module: nn.Module, exclude: Sequence[str] = ()) -> dict[str
 
 
 def find_layer(module: nn.Module, name: str) -> Layer | nn.Embedding:
-    """The layer of that name, whatever `quantizable_layers` or `embedding_tables` call it.
+    """The layer of that name, as `quantizable_layers` or `embedding_tables` name it.
 
     Raises:
-        Refused: there is none.
+        Refused: no layer has this name.
     """
     modules = dict(module.named_modules())
     if isinstance(child := modules.get(name), nn.Linear | nn.Conv2d | nn.Embedding):
@@ -130,7 +129,7 @@ def is_layer(module: nn.Module) -> bool:
 
 
 def same_layer(layer: Layer, module: nn.Module, name: str) -> Layer:
-    """The layer of a copy of the network that is to the copy what `layer` is to the original."""
+    """The layer of a copy of the network that corresponds to `layer` of the original."""
     other = find_layer(module, name)
     if isinstance(layer, ParameterLayer) and isinstance(other, nn.Linear):
         return function_called(other)
@@ -149,13 +148,13 @@ def weight_key(name: str, layer: Layer | nn.Embedding) -> str:
 
 
 def weight_keys(module: nn.Module, names: Iterable[str]) -> set[str]:
-    """Names in the state_dict of the weights of some layers, and of whatever shares one of them (tied tables)."""
+    """Names in the state_dict of the weights of some layers, and of all that share one of them (tied tables)."""
     weights = {id(find_layer(module, name).weight) for name in names}
     return {key for key, x in module.named_parameters(remove_duplicate=False) if id(x) in weights}
 
 
 def kind_of(layer: Layer | nn.Embedding) -> str:
-    """What the layer is, for layers.csv."""
+    """The kind of layer, for layers.csv."""
     return layer.kind if isinstance(layer, ParameterLayer) else type(layer).__name__
 
 
@@ -170,7 +169,7 @@ def _all_layers(module: nn.Module) -> dict[str, Layer]:
 
 
 def _parameter_layers(owner: nn.Module) -> dict[str, ParameterLayer]:
-    """Weights of a module that are no modules of their own: name behind the module's, "" for the module's own name.
+    """Weights of a module that are not modules, by the name after the module's, or "" for the module's name itself.
 
     Classes of transformers are known by name and attributes, because importing them costs seconds.
     """
@@ -199,15 +198,15 @@ def _check_plain(name: str, layer: Layer) -> None:
     if isinstance(layer, ParameterLayer):
         return
     if "weight" not in dict(layer.named_parameters(recurse=False)):
-        # weight_norm, spectral_norm or a parametrization: what a run writes into the weight would be lost
+        # weight_norm, spectral_norm or a parametrization would overwrite the quantized weight
         raise Refused(
             f"layer {name} computes its weight from other parameters (weight_norm or the like): "
             f"add {name} to layers.exclude"
         )
     if isinstance(layer, nn.Conv2d) and not is_plain(layer) and not _is_dynamic_same(layer):
-        # A weight-standardised convolution, say: its stored weight is not the one it multiplies with.
+        # For example a weight-standardised convolution, which does not multiply with its stored weight.
         raise Refused(
-            f"layer {name} is a {type(layer).__name__} with a forward pass of its own, which may change its "
+            f"layer {name} is a {type(layer).__name__} with another forward pass than Conv2d, which may change its "
             f"weight: add {name} to layers.exclude"
         )
 
@@ -251,7 +250,7 @@ def weight_to_matrix(layer: Layer | nn.Embedding) -> Tensor:
 
 
 def matrix_to_weight(layer: Layer | nn.Embedding, matrix: Tensor) -> Tensor:
-    """Inverse of `weight_to_matrix`: [g, r, c] -> the layer's own weight shape."""
+    """Inverse of `weight_to_matrix`: [g, r, c] -> the shape of the layer's weight."""
     if isinstance(layer, ParameterLayer) and layer.transposed:
         matrix = matrix.transpose(1, 2)
     return matrix.reshape(layer.weight.shape)
@@ -289,8 +288,8 @@ def sample_shape(layer: Layer, x: Tensor, examples: int) -> tuple[int, int, int,
 def input_blocks(layer: Layer, x: Tensor, elements: int) -> Iterator[tuple[slice, Tensor]]:
     """`input_samples` of one example, some of its positions at a time.
 
-    A convolution's are whole rows of output pixels, as many as give at most `elements` elements, at least one; the
-    samples of other inputs, and of a convolution whose batch is larger than one, come at once.
+    A convolution's blocks are whole rows of output pixels: at least one, and as many as have at most `elements`
+    elements. Other inputs, and those of a convolution whose batch is larger than one, are a single block.
 
     Args:
         x: input as the layer receives it, of one example.
@@ -314,7 +313,7 @@ def input_blocks(layer: Layer, x: Tensor, elements: int) -> Iterator[tuple[slice
 
 
 def _unfold(layer: nn.Conv2d, padded: Tensor) -> Tensor:
-    """[b, g, l, c]"""
+    """Samples [b, g, l, c] of a padded input."""
     columns = F.unfold(padded, layer.kernel_size, dilation=layer.dilation, stride=layer.stride)
     return columns.reshape(len(columns), layer.groups, -1, columns.shape[-1]).transpose(2, 3)
 
@@ -339,13 +338,13 @@ def output_samples(layer: Layer, gradient: Tensor, examples: int) -> Tensor:
 
 
 def _pad(layer: nn.Conv2d, x: Tensor) -> Tensor:
-    """Apply the convolution's own padding, so that unfolding needs none."""
+    """Apply the convolution's padding, so that unfolding needs none."""
     if _is_dynamic_same(layer):
         pads = [_same_padding(x.shape[-1 - i], layer, 1 - i) for i in range(2)]
         return F.pad(x, [*pads[0], *pads[1]])
     if layer.padding == "valid":
         return x
-    # nn.Conv2d keeps the padding it resolved from "same", numbers and modes in this list, in F.pad's order.
+    # nn.Conv2d stores the padding that results from "same", numbers and modes in this list, in F.pad's order.
     pad = list(layer._reversed_padding_repeated_twice)
     if not any(pad):
         return x
@@ -373,8 +372,8 @@ def mask_samples(samples: Tensor, mask: Tensor | None) -> tuple[Tensor, int | Te
             (a pooled input, for instance, has one position an example).
 
     Returns:
-        samples with padding set to zero, and the number of (example, position) pairs that count; where a mask decides
-        it, a tensor on its device, because reading it would wait for the device.
+        samples with padding set to zero, and the number of (example, position) pairs that count: with a mask a tensor
+        on its device, because reading the number would wait for the device.
     """
     b, _, length, _ = samples.shape
     if mask is None or mask.shape != (b, length) or length == 1:

@@ -1,4 +1,4 @@
-"""Quantized weights in a network: in place of its full-precision ones, or in a copy beside it."""
+"""Put quantized weights into a network, or into a copy of it."""
 
 import copy
 from collections.abc import Mapping
@@ -13,10 +13,10 @@ from bayesq.quant.tensor import QuantizedTensor
 def fill(
     module: nn.Module, tensors: Mapping[str, QuantizedTensor], parameters: Mapping[str, Tensor] | None = None
 ) -> None:
-    """Replace layers' weights by what their QuantizedTensors stand for, and `parameters` by state_dict name.
+    """Replace layers' weights by the decoded QuantizedTensors, and `parameters` by state_dict name.
 
     Raises:
-        ValueError: the module has no such layer or parameter, or one of another shape or dtype. It stays as it was.
+        ValueError: the module has no such layer or parameter, or one of another shape or dtype. It is not changed.
     """
     layers = {name: find_layer(module, name) for name in tensors}
     state = module.state_dict() if parameters else {}
@@ -40,11 +40,10 @@ def fill(
 def quantized_copy(
     module: nn.Module, tensors: Mapping[str, QuantizedTensor], parameters: Mapping[str, Tensor] | None = None
 ) -> nn.Module:
-    """The quantized network beside the full-precision one, which stays as it is.
+    """A quantized copy of the full-precision network, which does not change.
 
-    Parameters that neither `tensors` nor `parameters` replaces are the same tensors in both networks, so the copy takes
-    no more memory than what it replaces, and its buffers. It is to be evaluated: training it or writing into it would
-    change the other network.
+    Parameters that are not replaced are the same tensors in both networks, so the copy only takes the memory of its
+    buffers and of the replaced parameters. Use it for evaluation only: training it would change the other network.
 
     Args:
         tensors: the quantized layers and embeddings by name.

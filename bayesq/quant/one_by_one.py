@@ -1,4 +1,4 @@
-"""A padded batch taken apart, for networks that must see no padding."""
+"""Split a padded batch into examples, for networks that must not see padding."""
 
 from collections.abc import Mapping
 
@@ -8,7 +8,7 @@ from bayesq.quant.layers import MASK
 
 
 def one_by_one(inputs: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
-    """Each example as a batch of its own, the positions of its padding removed.
+    """Each example as a separate batch, without the positions of its padding.
 
     Args:
         inputs: module arguments [n, ...]; sequences [n, length, ...] have padding where the attention_mask among them

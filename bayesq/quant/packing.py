@@ -1,12 +1,12 @@
-"""QuantizedTensor <-> packed buffers: what a checkpoint holds, to the byte.
+"""QuantizedTensor <-> packed buffers: the bytes of a checkpoint.
 
 Buffers of a layer NAME: NAME/codes (one bit stream), NAME/width, NAME/scale, NAME/zero, and where the layer has them
 NAME/column_scale, NAME/overlay_index, NAME/overlay_value and those of its code (`bayesq.quant.codes`). Shared codebooks
 are stored once per model as codebook/ID. Shapes and the like go to the file's header as JSON and are not counted, like
-any tensor's shape. The width is one byte, or where rows differ three bits a row.
+any tensor's shape. The width is one byte, or three bits per row if rows differ.
 
-One model has one packed form, and reading takes nothing else: what `unpack_model` accepts is what `pack_model` writes,
-so a file cannot say one thing to a reader and another to the next.
+A model has exactly one packed form: `unpack_model` accepts only what `pack_model` writes, so two readers cannot decode
+a file differently.
 """
 
 import json
@@ -25,7 +25,7 @@ from bayesq.quant.tensor import QuantizedTensor, column_groups
 # Widths 2..8 fit three bits as width - 2.
 WIDTH_MAP_BITS = 3
 CODEBOOK_PREFIX = "codebook/"
-# Buffers that are no layer's: parameters that a run changed, and the rest of a network in a file that has all of it.
+# Buffers that belong to no layer: parameters that a run changed, and the rest of the network in a self-contained file.
 PARAMETER_PREFIX, STATE_PREFIX = "parameter/", "state/"
 RESERVED = (CODEBOOK_PREFIX, PARAMETER_PREFIX, STATE_PREFIX)
 # Of each buffer: its dtype and number of dimensions.
@@ -66,7 +66,7 @@ def pack(tensor: QuantizedTensor) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def unpack(
     buffers: Mapping[str, Tensor], facts: Mapping[str, Any], codebooks: Mapping[str, Codebook]
 ) -> QuantizedTensor:
-    """Inverse of `pack`. Nothing larger than a small multiple of the buffers is allocated, whatever the facts say.
+    """Inverse of `pack`. For any facts, no more than a small multiple of the buffers' size is allocated.
 
     Raises:
         ValueError: buffers and facts do not fit each other, or a named codebook or buffer is missing.
@@ -98,7 +98,7 @@ def row_widths(stored: np.ndarray, rows: int, mixed: bool) -> np.ndarray:
         mixed: whether rows differ.
 
     Raises:
-        ValueError: the buffer has another length, or the rows do not differ though `mixed` says so.
+        ValueError: the buffer has another length, or `mixed` is true and the rows do not differ.
     """
     if not mixed:
         if len(stored) != 1:
@@ -114,7 +114,7 @@ def _kind(facts: Mapping[str, Any]) -> type[Code]:
     """The class of a layer's code.
 
     Raises:
-        ValueError: there is none, or the facts are not those of such a layer.
+        ValueError: there is no such class, or the facts are not those of its layers.
     """
     if not isinstance(facts, Mapping):
         raise ValueError(f"the facts of a layer are {', '.join(FACTS)}, not {shown(facts)}")
@@ -126,10 +126,10 @@ def _kind(facts: Mapping[str, Any]) -> type[Code]:
 
 
 def _checked_shape(facts: Mapping[str, Any]) -> tuple[int, int]:
-    """Rows and columns of a layer whose facts under FACTS are of the right kind.
+    """Rows and columns of a layer, after a check of its facts under FACTS.
 
     Raises:
-        ValueError: they are not.
+        ValueError: a fact is of the wrong kind.
     """
     shape, groups, group_size = facts["shape"], facts["groups"], facts["group_size"]
     if not isinstance(shape, list) or len(shape) != 2 or not all(map(is_count, shape)):
@@ -165,7 +165,7 @@ def _check_buffers(buffers: Mapping[str, Tensor], kind: type[Code], facts: Mappi
     for key in ("scale", "zero"):
         if list(buffers[key].shape) != expected:
             raise ValueError(f"{key}: needs {expected}, not {list(buffers[key].shape)}")
-    # rows without scales are bounded by nothing else before their widths are laid out
+    # for rows without scales, only this bounds the memory of their widths
     if rows * columns * MIN_WIDTH > 8 * len(buffers["codes"]):
         raise ValueError(f"codes: {len(buffers['codes'])} bytes cannot hold {rows} rows of {columns} codes")
     if "column_scale" in buffers:
@@ -180,7 +180,7 @@ def pack_model(layers: Mapping[str, QuantizedTensor]) -> tuple[dict[str, Tensor]
     """All buffers of a model by name, each shared codebook once, and the header that `unpack_model` needs.
 
     Raises:
-        ValueError: two different codebooks have the same name, or a layer's name is taken by the format.
+        ValueError: two different codebooks have the same name, or the format reserves a layer's name.
     """
     buffers: dict[str, Tensor] = {}
     facts: dict[str, Any] = {}
@@ -197,10 +197,10 @@ def pack_model(layers: Mapping[str, QuantizedTensor]) -> tuple[dict[str, Tensor]
 
 
 def unpack_model(buffers: Mapping[str, Tensor], header: Mapping[str, str]) -> dict[str, QuantizedTensor]:
-    """Inverse of `pack_model`; buffers behind PARAMETER_PREFIX and STATE_PREFIX are left alone.
+    """Inverse of `pack_model`; buffers with PARAMETER_PREFIX or STATE_PREFIX are ignored.
 
     Raises:
-        ValueError: the header is not that of these buffers; names the layer and what is wrong with it.
+        ValueError: the header does not fit these buffers; names the layer and the mistake.
     """
     books = {}
     for key, levels in buffers.items():

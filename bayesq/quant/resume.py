@@ -1,14 +1,15 @@
-"""Forward passes of several batches that stop at chosen modules together, and go on from there.
+"""Forward passes of several batches that stop together at chosen modules, and continue from there.
 
-A hook that must see the tensors of all batches at once (the moments of an activation, say) needs every pass to come to
-one module before any goes beyond it. A pass is ended there, and later run again from the block under way; a module that
-has finished returns the output that it gave, so no module computes twice. Batches stay small: their sequences need no
-padding beyond the longest of them, and between two stops only one batch has intermediate activations.
+A hook that needs the tensors of all batches at once (the moments of an activation, for example) needs every pass to
+reach a module before any pass goes beyond it. A pass is ended there, and later run again from its current block; a
+module that has finished returns its earlier output, so no module computes twice. Batches stay small: their sequences
+are padded to their own longest one, and between two stops only one batch has intermediate activations.
 
-What is stored at a stop is what the rest of the pass reads. An output that a module was given which has finished too is
-dropped, unless a first batch showed that something else reads it: an operation between modules, such as a residual sum.
-A placeholder takes the place of what was dropped. Reading it is noticed, and the pass then computes it again: there is
-no wrong number.
+At a stop only what the rest of the pass reads is stored. The output of a module is dropped once the module that takes
+it
+as argument has finished, unless a first batch showed that something else reads it: an operation between modules, such
+as a residual sum. A placeholder replaces a dropped output. If the placeholder is read, the pass computes the output
+again, so no number is wrong.
 """
 
 from collections import Counter
@@ -30,7 +31,7 @@ LEAF = tree_flatten(0)[1]
 
 
 class _Stopped(BaseException):  # no Exception: a network that catches those must not catch this
-    """A pass has come to a module where it waits."""
+    """A pass has reached a stop."""
 
 
 class _Missing(BaseException):
@@ -42,9 +43,9 @@ class Readers:
     """Modules whose output is read by operations between modules, by name.
 
     Attributes:
-        stored: the output stays until the module around it has finished.
-        copied: it is changed in place afterwards, so a copy is stored; "" stands for the network's input.
-        learning: dropped outputs stay readable, and who reads them is noted.
+        stored: their outputs are stored until the enclosing module has finished.
+        copied: their outputs are changed in place later, so a copy is stored; "" stands for the network's input.
+        learning: dropped outputs can still be read, and `stored` and `copied` record their readers.
     """
 
     stored: set[str] = field(default_factory=set)
@@ -53,12 +54,12 @@ class Readers:
 
 
 class _Absent(Tensor):
-    """Takes the place of an output that is not stored; nothing can be read from it unnoticed.
+    """Placeholder of an output that is not stored; every read of it is noticed.
 
     Attributes:
-        source: module that gave the output.
-        changed: it was overwritten, not dropped.
-        value: what it was, while it is learnt who reads what, else None.
+        source: module that returned the output.
+        changed: the output was overwritten, not dropped.
+        value: the output while `Readers.learning`, else None.
     """
 
     source: str
@@ -67,7 +68,7 @@ class _Absent(Tensor):
     readers: Readers
 
     def read(self) -> Tensor:
-        """The value; from now on it is stored."""
+        """The value; later passes store it."""
         self.readers.stored.add(self.source)
         if self.changed:
             self.readers.copied.add(self.source)
@@ -77,7 +78,7 @@ class _Absent(Tensor):
 
     @classmethod
     def of(cls, source: str, readers: Readers, value: Tensor | None, changed: bool = False) -> "_Absent":
-        """In place of an output of the module `source`."""
+        """A placeholder of an output of the module `source`."""
         absent = torch.empty(0).as_subclass(cls)
         absent.source, absent.readers, absent.value, absent.changed = source, readers, value, changed
         return absent
@@ -90,14 +91,14 @@ class _Absent(Tensor):
 
 @dataclass
 class _Call:
-    """One call of a module in a pass, with the calls inside it until it has finished.
+    """One call of a module in a pass; it holds its inner calls until it has finished.
 
     Attributes:
-        path: (name, how many calls of that module came before) of the calls around it and of itself.
-        leaves: its output's; a placeholder is in the place of what was dropped.
-        versions: of the leaves when it had finished.
-        spec: the output's structure; None until the call has finished, and where it has to run each time.
-        copied: the leaves are copies, as the output is changed in place afterwards.
+        path: (name, number of earlier calls of that module) of the enclosing calls and of this one.
+        leaves: tensors of its output, with placeholders for dropped ones.
+        versions: of the leaves when the call finished.
+        spec: structure of the output; None until the call has finished, or if it has to run each time.
+        copied: the leaves are copies, because the output is changed in place later.
     """
 
     path: tuple[tuple[str, int], ...] = ()
@@ -109,26 +110,26 @@ class _Call:
 
     @property
     def name(self) -> str:
-        """The module's."""
+        """Name of the module."""
         return self.path[-1][0]
 
 
 @dataclass
 class _Frame:
-    """A module that is being run: how often it has called which module, and which call gave a tensor (by id)."""
+    """A running module: its number of calls of each module, and the call that returned each tensor (by id)."""
 
     call: _Call
     counts: Counter[str] = field(default_factory=Counter)
-    givers: dict[int, tuple[_Call, int]] = field(default_factory=dict)
+    sources: dict[int, tuple[_Call, int]] = field(default_factory=dict)
 
 
 @dataclass
 class _Block:
-    """A block that is being run, and what it was given: the pass can go on with it, as it does not depend on the rest.
+    """A running block and its arguments, from which a pass can continue without the blocks before it.
 
     Attributes:
         frame: of the module that called it.
-        key: (name, how many calls of it came before).
+        key: (name, number of earlier calls of it).
     """
 
     frame: _Frame
@@ -145,14 +146,14 @@ class _Pass:
         self.inputs, self.readers, self.blocks = inputs, readers, blocks
         self.root, self.frames = _Call(), [_Frame(_Call())]
         self.block: _Block | None = None
-        self.left: set[tuple[tuple[str, int], ...]] = set()  # stops that lie behind
+        self.left_stops: set[tuple[tuple[str, int], ...]] = set()
         self.waiting: tuple[str, _Call | None, Tensor] | None = None
 
     def advance(self, module: nn.Module) -> str | None:
-        """Run to the next stop: its name, or None at the end of the pass.
+        """Run to the next stop; returns its name, or None at the end of the pass.
 
         Raises:
-            Refused: the network overwrites its input in this batch, unlike in the one that was learnt from.
+            Refused: the network overwrites its input in this batch, but did not in that of `Resumable.learn`.
         """
         while True:
             try:
@@ -161,17 +162,17 @@ class _Pass:
                     self.frames = [block.frame]
                     block.frame.counts[block.key[0]] = block.key[1]
                     self.blocks[block.key[0]](*block.args, **block.kwargs)
-                self._from_the_input(module)
+                self._run_from_input(module)
                 return None
             except _Stopped:
                 assert self.waiting is not None
                 return self.waiting[0]
             except _Missing:
-                if self.readers.learning:  # from the beginning, as what was looked at is gone too
+                if self.readers.learning:  # the caller starts again, because what it saw at the stops is lost too
                     raise
                 self.root, self.block = _Call(), None
 
-    def _from_the_input(self, module: nn.Module) -> None:
+    def _run_from_input(self, module: nn.Module) -> None:
         self.frames, self.block = [_Frame(self.root)], None
         copied = self.readers.learning or "" in self.readers.copied
         inputs = {name: x.clone() if copied else x for name, x in self.inputs.items()}
@@ -185,7 +186,7 @@ class _Pass:
                 self.readers.copied.add("")
 
     def release(self) -> Tensor:
-        """Leave the stop; what was written into the tensor there is part of the output."""
+        """Leave the stop, and store its tensor, which may have been overwritten there."""
         assert self.waiting is not None
         (_, call, x), self.waiting = self.waiting, None
         if call is not None:
@@ -193,7 +194,7 @@ class _Pass:
         return x
 
     def run(self, name: str, site: str | None, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """A module is called: return what it gave before, or run it; stop where the pass has to wait."""
+        """Call a module: return its stored output or run it, and stop if it is a stop."""
         frame = self.frames[-1]
         key = name, frame.counts[name]
         frame.counts[name] += 1
@@ -201,12 +202,12 @@ class _Pass:
         if call is None:
             call = frame.call.inside[key] = _Call((*frame.call.path, key))
         if call.spec is not None:
-            return self._again(call, frame)
-        waits = site is not None and call.path not in self.left
-        if waits and site == INPUT:
-            self._wait(name, call, None, first_argument(args, kwargs))
-        given = _leaves(args, kwargs)
-        versions = _versions(given)
+            return self._stored_output(call, frame)
+        stops_here = site is not None and call.path not in self.left_stops
+        if stops_here and site == INPUT:
+            self._stop(name, call, None, first_argument(args, kwargs))
+        arguments = _leaves(args, kwargs)
+        versions = _versions(arguments)
         if name in self.blocks and self.block is None:
             self.block = _Block(frame, key, args, kwargs, versions)
         self.frames.append(_Frame(call))
@@ -214,20 +215,20 @@ class _Pass:
             output = forward(*args, **kwargs)
         finally:
             self.frames.pop()
-        if versions == _versions(given):  # what it did to its arguments would not be done again
+        if versions == _versions(arguments):  # a stored output would not repeat changes to the arguments
             self._store(call, output)
         if call.spec is not None:
             call.inside.clear()
-            self._drop(given, frame)
-            self._remember(call, call.leaves, frame)
+            self._drop(arguments, frame)
+            self._note_source(call, call.leaves, frame)
         if self.block is not None and self.block.frame is frame and self.block.key == key:
             self.block = None
-        if waits and site == OUTPUT:
-            self._wait(name, call, call, output)
+        if stops_here and site == OUTPUT:
+            self._stop(name, call, call, output)
         return output
 
-    def _wait(self, name: str, call: _Call, output_of: _Call | None, x: Tensor) -> None:
-        self.left.add(call.path)
+    def _stop(self, name: str, call: _Call, output_of: _Call | None, x: Tensor) -> None:
+        self.left_stops.add(call.path)
         self.waiting = name, output_of, x.read() if isinstance(x, _Absent) else x
         raise _Stopped
 
@@ -239,22 +240,22 @@ class _Pass:
         call.leaves = [x.clone() if call.copied and isinstance(x, Tensor) else x for x in leaves]
         call.spec, call.versions = spec, _versions(call.leaves)
 
-    def _remember(self, call: _Call, leaves: Sequence[Any], frame: _Frame) -> None:
+    def _note_source(self, call: _Call, leaves: Sequence[Any], frame: _Frame) -> None:
         for k, x in enumerate(leaves):
             if isinstance(x, Tensor) and not isinstance(x, _Absent):
-                frame.givers[id(x)] = call, k
+                frame.sources[id(x)] = call, k
 
-    def _drop(self, given: Sequence[Any], frame: _Frame) -> None:
-        """Let go of what a finished call was given directly by a call beside it."""
-        for x in given:
-            giver, k = frame.givers.pop(id(x), (None, 0))
-            if giver is None or giver.leaves[k] is not x or giver.name in self.readers.stored:
+    def _drop(self, arguments: Sequence[Any], frame: _Frame) -> None:
+        """Drop the outputs that a finished call got as arguments directly from other calls of the same module."""
+        for x in arguments:
+            source_call, k = frame.sources.pop(id(x), (None, 0))
+            if source_call is None or source_call.leaves[k] is not x or source_call.name in self.readers.stored:
                 continue
-            if x._version == giver.versions[k]:  # else it was overwritten in between, by something that reads it
-                giver.leaves[k] = _Absent.of(giver.name, self.readers, x if self.readers.learning else None)
+            if x._version == source_call.versions[k]:  # else an operation that also reads it has overwritten it
+                source_call.leaves[k] = _Absent.of(source_call.name, self.readers, x if self.readers.learning else None)
 
-    def _again(self, call: _Call, frame: _Frame) -> Any:
-        """The output of a call that has finished."""
+    def _stored_output(self, call: _Call, frame: _Frame) -> Any:
+        """The stored output of a finished call."""
         assert call.spec is not None
         leaves = list(call.leaves)
         for k, (x, version) in enumerate(zip(leaves, call.versions, strict=True)):
@@ -264,17 +265,17 @@ class _Pass:
                 leaves[k] = x.clone()
             elif x._version != version:
                 leaves[k] = _Absent.of(call.name, self.readers, None, changed=True)
-        self._remember(call, leaves, frame)
+        self._note_source(call, leaves, frame)
         return tree_unflatten(leaves, call.spec)
 
 
 class Resumable:
-    """A network whose passes stop at some modules until all batches have come there.
+    """A network whose passes stop at some modules until all batches have reached them.
 
     Args:
-        module: called with each batch's tensors as arguments; it must give the same for the same inputs.
-        stops: INPUT or OUTPUT by name of a module: what is looked at there.
-        blocks: names of modules that a pass can go on with, rather than from the network's input.
+        module: called with each batch's tensors as arguments; it must be deterministic.
+        stops: by name of a module INPUT or OUTPUT, the tensor that is shown there.
+        blocks: names of modules from which a pass can continue, instead of from the network's input.
     """
 
     def __init__(self, module: nn.Module, stops: Mapping[str, str], blocks: Collection[str] = ()) -> None:
@@ -290,10 +291,10 @@ class Resumable:
             self.module(**{name: x.clone() for name, x in inputs.items()})  # it may overwrite its input
 
     def learn(self, inputs: Mapping[str, Tensor], begin: Callable[[], Callable[[str, Tensor], None]]) -> Readers:
-        """`pass_through` with stops, to see which outputs operations between modules read.
+        """`pass_through` with stops, to learn which outputs are read by operations between modules.
 
         Args:
-            begin: gives what is called at every stop; called anew when the pass has to begin anew.
+            begin: returns the function for the stops; called again whenever the pass starts again.
         """
         readers = Readers(learning=True)
         while readers.learning:
@@ -310,15 +311,15 @@ class Resumable:
         together: Callable[[str, list[Tensor]], None],
         readers: Readers,
     ) -> None:
-        """Take all batches through the network without gradients, in step at every stop.
+        """Pass all batches through the network without gradients; at every stop each pass waits for the others.
 
         Args:
             batches: one at least.
             together: called at a stop with the tensors of all batches in their order; may write into outputs.
-            readers: what `learn` gave for a network of the same structure.
+            readers: result of `learn` for a network of the same structure.
 
         Raises:
-            Refused: the batches take different ways through the network.
+            Refused: the batches call the stops in different orders.
         """
         self._in_step([_Pass(batch, readers, self.blocks) for batch in batches], together)
 
@@ -340,7 +341,7 @@ class Resumable:
 
     @contextmanager
     def _intercepted(self) -> Iterator[None]:
-        """Calls of modules go through the pass under way."""
+        """Route calls of modules through the current pass."""
         replaced: list[tuple[nn.Module, Any]] = []
         try:
             for name, child in self.module.named_modules():
@@ -369,7 +370,7 @@ class Resumable:
 
 
 def first_argument(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """What a module with one input was given."""
+    """The argument of a module with one input."""
     return args[0] if args else next(iter(kwargs.values()))
 
 

@@ -1,4 +1,4 @@
-"""QuantizedTensor: the one representation every method returns and everything reported comes from."""
+"""QuantizedTensor: what every method returns, and what all results are computed from."""
 
 from dataclasses import dataclass, field
 
@@ -11,22 +11,22 @@ from bayesq.quant.grids import MAX_WIDTH, MIN_WIDTH, zero_value
 
 @dataclass(frozen=True)
 class QuantizedTensor:
-    """Integer codes of one layer and what turns them back into weights.
+    """Integer codes of one layer and all that is needed to decode them.
 
-        W[g, r, c] = scale * (level(code) - zero) / column_scale[c],   or overlay's weight where it has one
+        W[g, r, c] = scale * (level(code) - zero) / column_scale[c],   or the overlay's weight
 
     Attributes:
         codes: [R, C] uint8, R = groups * rows per group; codes of row i are below 2**width[i].
         width: [R] uint8 bits per code.
-        scale: [R, S] fp16, S column groups. S = 0 where the code's levels are weights (`Code.absolute`), and then
+        scale: [R, S] fp16, S column groups. S = 0 if the code's levels are weights (`Code.absolute`); then
             W = level(code) / column_scale.
         zero: [R, S] uint8 zero point in units of 2**(width - 8) levels, see `grids.zero_code`.
         groups: convolution groups g (Linear: 1).
         group_size: columns per column group; None = whole row.
-        code: which level a code stands for.
+        code: decodes codes to levels.
         column_scale: [groups, C / k] fp16 per-input-channel factor folded out of the codes (AWQ), or None; each covers
             the k = kh * kw neighbouring columns that read the channel.
-        overlay: weights kept in fp16, or None.
+        overlay: single weights in fp16, or None.
     """
 
     codes: Tensor
@@ -67,7 +67,7 @@ class QuantizedTensor:
             self.overlay.check(rows, columns)
 
     def positions(self) -> Tensor:
-        """Where in the code's table each weight's level is, int64 [R, C]."""
+        """Position of each weight's level in the code's table, int64 [R, C]."""
         return self.code.positions(self.codes, self.width, self.groups)
 
     def table(self) -> Tensor:
@@ -101,14 +101,14 @@ class QuantizedTensor:
 
 
 def column_groups(code: Code | type[Code], columns: int, group_size: int | None) -> int:
-    """Scales of a row.
+    """Number of scales of a row.
 
     Raises:
-        ValueError: column groups are asked for where there is no scale.
+        ValueError: a group size for rows without scales.
     """
     if code.absolute:
         if group_size is not None:
             raise ValueError(f"group_size={group_size} has no meaning where rows have no scale")
         return 0
-    # ceil of a quotient of whole numbers, which floats could not hold
+    # integer division, because floats are not exact for large numbers
     return 1 if group_size is None else -(-columns // group_size)

@@ -1,6 +1,6 @@
-"""Searching a trellis: the codes of a column whose levels have the least distortion, and levels for it.
+"""Searching a trellis: the codes of a column with the least distortion, and the design of levels.
 
-What codes along a trellis stand for is `bayesq.quant.codes.trellis`. The path with the least distortion comes from the
+`bayesq.quant.codes.trellis` defines the codes. The path with the least distortion comes from the
 Viterbi algorithm over its states.
 """
 
@@ -17,18 +17,19 @@ from bayesq.quant.codes.trellis import SUBSETS, subset_table, uniform_levels
 from bayesq.quant.compiled import compiled
 from bayesq.quant.grids import MAX_WIDTH, feed_back
 
-# Path costs are compared in float32; they start again from zero after so many rows, before digits run out.
+# Path costs are float32. After this many rows their minimum is subtracted, before they lose digits.
 RENORMALIZE = 64
-# Up to this width levels are compared one by one; beyond, they are halved.
+# Up to this width the nearest level is searched one by one, beyond it by bisection.
 FEW_BITS = 5
 
 
 @compiled()
 def _nearest(units: Any, weight: Any, width: Any, levels: Any, middles: Any, nearest: Any, distance: Any) -> None:
-    """Of each subset, the level nearest to an entry, and its distortion.
+    """The nearest level of each subset to each entry, and its distortion.
 
-    The subsets stand side by side, and arrays are indexed whole: with slices, loops over four and branches this was
-    most of a search.
+    The four subsets are written out and arrays are not sliced, for speed: with loops, slices and branches this took
+        most
+    of the time of a search.
 
     Args:
         units, weight, width, levels, middles: as of `_search`.
@@ -64,21 +65,21 @@ def _search(units: Any, weight: Any, width: Any, levels: Any, middles: Any, subs
     """The path with the least distortion down one column, by the Viterbi algorithm.
 
     Old states p and p + half lead to new states 2 p and 2 p + 1; the newest and the oldest bit of a window each flip
-    the high bit of its subset, so one table entry serves all four branches.
+    the high bit of its subset, so one table entry gives all four branches.
 
     Args:
         units: [n] float64 entries in level units.
         weight: [n] float64 cost of a squared error of one level unit.
         width: [n] int64.
         levels: [9, 512] float64, levels of each width.
-        middles: [9, 127, 4] float64, half-way between neighbouring levels of each width's subsets.
+        middles: [9, 127, 4] float64, midpoints between neighbouring levels of each width's subsets.
         subset: [states / 2] uint8, subset of window 2 p.
         code, index: [n] int64, written: codes, and level indices.
     """
     n, half = units.shape[0], subset.shape[0]
     nearest, distance = np.empty((n, SUBSETS), np.int64), np.empty((n, SUBSETS), np.float32)
     _nearest(units, weight, width, levels, middles, nearest, distance)
-    # Whole arrays, no slices, and selections in place of table look-ups: so the loops over states become vector code.
+    # Whole arrays, and selections instead of table look-ups, so that the loops over states compile to vector code.
     lower, upper = np.full(half, np.float32(1e30)), np.full(half, np.float32(1e30))
     lower[0] = 0
     even, odd = np.empty(half, np.float32), np.empty(half, np.float32)
@@ -138,7 +139,7 @@ def _round_column(
     code: Any,
     value: Any,
 ) -> None:
-    """`_search` for entries x [n] in the weights' units; value [n] receives what the codes stand for."""
+    """`_search` for entries x [n] in the weights' units; value [n] receives the decoded codes."""
     index = np.empty(len(x), np.int64)
     _search(x / scale + zero, weight, width, levels, middles, subset, code, index)
     for i in range(len(x)):
@@ -180,7 +181,7 @@ class TrellisGrid:
         zero: [R] offset in level units.
         width: [R] bits per code.
         codebooks: width -> increasing levels [2**(width+1)]; a width without one has `uniform_levels`.
-        row_curvature: [R] how much a squared error in a row costs, in any unit: rows of one path compete.
+        row_curvature: [R] weight of each row's squared errors, in any unit, because a path runs through several rows.
         states: of the trellis.
     """
 
@@ -201,7 +202,7 @@ class TrellisGrid:
             book = self.codebooks[w] if w in self.codebooks else uniform_levels(w)
             levels[w, : len(book)] = book.to(torch.float64).numpy()
         weight = self.row_curvature.to(torch.float64) * self.scale.to(torch.float64).square()
-        # Only ratios matter; around 1 float32 path costs neither overflow nor vanish.
+        # Only ratios matter; with weights around 1 float32 path costs neither overflow nor underflow.
         weight = weight / weight.mean().clamp(min=torch.finfo(torch.float64).tiny)
         subset = subset_table(self.states)[: self.states : 2].astype(np.uint8)
         by_subset = levels.reshape(len(levels), -1, SUBSETS)
@@ -240,16 +241,17 @@ class TrellisGrid:
         return torch.from_numpy(code).T, self.scale[:, None] * (value - self.zero[:, None])
 
 
-# Draws and rounds of the design below: the distortion is then known to about half a percent, and the levels far better
-# than the weights of a network fit them.
+# Draws and rounds of the design below. They give the distortion to about half a percent. The error of the levels is far
+# below the misfit between a network's weights and the normal distribution.
 DESIGN_SAMPLES, DESIGN_COLUMNS, DESIGN_STEPS = 4096, 8, 25
-# A round that gains less ends the design.
+# The design ends with the first round that gains less.
 DESIGN_TOLERANCE = 5e-4
-# Ranges of uniform levels, as parts of the widest that can pay; every COARSE-th is tried, then those about the best.
+# Number of candidate ranges of uniform levels; every COARSE-th is tried, then those around the best.
 STEP_FACTORS, COARSE = 60, 5
 
 
-# What `normal_trellis` finds with 64 states, the default, where finding it takes a second: levels designed, or uniform.
+# Results of `normal_trellis` for 64 states, the default, because the search takes a second: designed and uniform
+# levels.
 DESIGNED_64 = {
     2: 0.08204861118782844,
     3: 0.022680922702705646,
@@ -278,8 +280,8 @@ def trellis_distortion(width: int, states: int, designed: bool) -> float:
 def normal_trellis(width: int, states: int, designed: bool) -> tuple[Tensor, float]:
     """Levels [2**(width+1)] for a standard normal source and their distortion per weight.
 
-    No closed form is known for the best path, so both come from draws of a fixed seed: designed levels by Lloyd's
-    iteration, each moving to the mean of what the best paths gave it; uniform levels by trying steps.
+    No closed form is known, so both come from draws with a fixed seed. Lloyd's iteration designs levels: each moves to
+    the mean of the draws that the best paths assign to it. For uniform levels, several steps are tried.
 
     Args:
         width: bits.
@@ -297,7 +299,7 @@ def normal_trellis(width: int, states: int, designed: bool) -> tuple[Tensor, flo
     count = 2 ** (width + 1)
     if not designed:
         half = uniform_levels(width) - (2**width - 1) / 2
-        # 2 sqrt(width) + 1 standard deviations hold a normal row's best range from 2 to 8 bits with room on both sides.
+        # The best range of a normal row is well inside 2 sqrt(width) + 1 standard deviations from 2 to 8 bits.
         unit = half * (2 * width**0.5 + 1) / STEP_FACTORS / half[-1]
         tried: dict[int, float] = {}
         for step in (COARSE, 1):

@@ -1,8 +1,8 @@
-"""How a network uses the weights of its layers, found by watching it on two examples before any long work.
+"""How a network uses the weights of its layers, observed on two examples before any long work.
 
-A layer can be called, or its weight can be passed to a function; it can run once or several times; its input can have
-the batch in front, or not: relative positions are shared by all examples, a mixture of experts sends tokens of all
-examples to one expert, and some networks put positions before the batch. Each decides how its statistics are taken.
+A layer can be called, or its weight can be passed to a function. It can run once or several times. Its input need not
+have the batch as first dimension: all examples may share relative positions, a mixture of experts sends tokens of all
+examples to one expert, and some networks put positions before the batch. All this decides how statistics are taken.
 """
 
 from collections import Counter
@@ -17,15 +17,15 @@ from bayesq.errors import Refused
 from bayesq.quant.layers import MASK, Layer, function_called, is_plain
 from bayesq.quant.watch import Products, watching
 
-# Largest difference of an input between an example alone and in a batch, relative to its norm: float32 sums in another
-# order stay far below, inputs of another example far above.
+# Largest difference of an input between an example alone and in a batch, relative to its norm: other orders of float32
+# sums differ far less, inputs of other examples far more.
 TOLERANCE = 1e-4
 # The same on accelerators, whose products may be of lower precision.
 ACCELERATOR_TOLERANCE = 1e-3
 
 
 class OtherUseError(Refused):
-    """Weights take part in a forward pass in a way that no statistics describe."""
+    """A network uses weights in a way that no statistics describe."""
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,11 @@ class Usage:
     """How a network uses its layers.
 
     Attributes:
-        layers: those that take part in the forward pass, by name; as ParameterLayer where a function uses the weight.
+        layers: those that a forward pass uses, by name; a ParameterLayer if a function uses the weight.
         calls: how often each runs in a forward pass of one example.
-        unreached: layers that take no part.
-        alone: layers whose statistics need one example at a time: the batch is not in front of their input, or
-            padding cannot be told from tokens there.
+        unreached: layers that no forward pass uses.
+        alone: layers whose statistics need one example at a time: the batch is not the first dimension of their input,
+            or the mask does not fit its positions.
         overwritten: layers whose inputs the network changes in place later, or may change.
     """
 
@@ -50,7 +50,7 @@ class Usage:
 
 @dataclass
 class _Pass:
-    """What a forward pass showed: inputs by layer, one a call; how often hooks fired; other uses of weights."""
+    """Observations of a forward pass: inputs by layer, one per call; number of hook calls; other uses of weights."""
 
     inputs: dict[str, list[Tensor]] = field(default_factory=dict)
     called: Counter[str] = field(default_factory=Counter)
@@ -69,13 +69,13 @@ def usage_of(
 
     Args:
         layers: of `quantizable_layers`.
-        inputs: module arguments of two examples [2, ...], padded to one length; of one example [1, ...], nothing is
-            known about batches, and every layer is said to need examples alone.
-        more: further examples in batches, looked at for as long as there is a layer that nothing has reached. A layer
-            that only they reach needs examples alone, and how often it runs is not known.
+        inputs: module arguments of two examples [2, ...], padded to one length; with one example [1, ...] nothing is
+            known about batches, so every layer is in `alone`.
+        more: further examples in batches, used as long as some layer is not reached. A layer that only they reach is in
+            `alone`, and not in `calls`.
 
     Raises:
-        OtherUseError: a weight takes part in another way than as the matrix of a product; the message names the layers.
+        OtherUseError: a weight is used in another way than as the matrix of a product; the message names the layers.
     """
     count = len(next(iter(inputs.values())))
     single = [_watch(module, layers, {name: x[k : k + 1] for name, x in inputs.items()}) for k in range(count)]
@@ -105,10 +105,10 @@ def usage_of(
 
 
 def _refuse_hidden_uses(module: nn.Module, unreached: Mapping[str, Layer], inputs: Mapping[str, Tensor]) -> None:
-    """Refuse layers that seem to take no part, but whose weights the outputs depend on.
+    """Refuse layers that seem unused, but whose weights change the outputs.
 
-    A scripted function or numpy may compute with a weight, and another parameter may lie in the same memory: no product
-    is seen, but a change of the weights is.
+    A scripted function or numpy may compute with a weight, and another parameter may share its memory. Then no product
+    is seen, but the outputs change with the weights.
     """
     if not unreached:
         return
@@ -130,7 +130,7 @@ def _refuse_hidden_uses(module: nn.Module, unreached: Mapping[str, Layer], input
 def _reached_by(
     module: nn.Module, layers: Mapping[str, Layer], batches: Iterable[Mapping[str, Tensor]]
 ) -> dict[str, Layer]:
-    """Those of some layers that one of the batches reaches, as the network uses them."""
+    """The layers that at least one of the batches reaches, as the network uses them."""
     waiting, reached = dict(layers), dict[str, Layer]()
     for inputs in batches if waiting else ():
         seen = _watch(module, waiting, inputs)
@@ -162,7 +162,7 @@ def _watch(module: nn.Module, layers: Mapping[str, Layer], inputs: Mapping[str, 
     seen.overwritten = {name for name, x, version in versions if x._version != version}
     for name, layer in layers.items():
         if isinstance(layer, nn.Conv2d) and len(seen.inputs.get(name, ())) > seen.called[name]:
-            seen.others.setdefault(name, "conv2d")  # its stride and padding are then not the layer's
+            seen.others.setdefault(name, "conv2d")  # stride and padding may then differ from the layer's
     return seen
 
 
@@ -173,7 +173,7 @@ def _as_used(layer: Layer, used: int, called: int) -> Layer:
 
 
 def _refuse_other_uses(layers: Mapping[str, Layer], passes: list[_Pass]) -> None:
-    """Refuse layers whose weights take part in a way that no statistics describe."""
+    """Refuse layers whose weights are used in a way that no statistics describe."""
     others: dict[str, str] = {}
     for one in passes:
         others |= one.others
@@ -191,9 +191,9 @@ def _refuse_other_uses(layers: Mapping[str, Layer], passes: list[_Pass]) -> None
 
 
 def _batch_first(name: str, layer: Layer, single: list[_Pass], together: _Pass, mask: Tensor | None) -> bool:
-    """Whether every input of the layer, in a batch, is those of the examples one after the other.
+    """Whether every input of the layer in a batch is the concatenation of the inputs of its examples.
 
-    With a mask, an input's positions must be those of the mask too, or one for each example.
+    With a mask, each example must also have as many positions as the mask, or a single one.
     """
     count = len(single)
     calls = [together.inputs[name], *(one.inputs.get(name, []) for one in single)]

@@ -1,4 +1,4 @@
-"""What the layers of a network read and give in a forward pass, whichever way the network uses their weights.
+"""Watch the inputs and outputs of layers in a forward pass, for any way of using their weights.
 
 A Linear or Conv2d that is called is watched by a hook. A `ParameterLayer` is not called, so its use is recognised where
 torch multiplies with its weight: `F.linear(x, W)`, `x @ W`, `torch.addmm(b, x, W)`.
@@ -19,12 +19,12 @@ from torch.utils._pytree import tree_leaves
 from bayesq.quant.attention import attention
 from bayesq.quant.layers import Layer, ParameterLayer
 
-# (name, group, input, output) -> what takes the output's place, or None. The group is that of a stack, None elsewhere.
+# (name, group, input, output) -> replacement of the output, or None. The group is that of a stack, None elsewhere.
 Seen = Callable[[str, int | None, Tensor, Tensor], Tensor | None]
 # Functions that take a weight and read its shape or type only.
 READS_NO_VALUES = re.compile(r"new_\w+|\w+_like|__get__")
-# Functions that multiply an input with a weight: place and name of the input, place and name of the weight, and
-# whether that is the stored matrix transposed, [columns, rows].
+# Functions that multiply an input with a weight: position and name of the input, position and name of the weight, and
+# whether the function expects the weight transposed, [columns, rows].
 PRODUCTS: dict[Any, tuple[int, str, int, str, bool]] = {
     F.linear: (0, "input", 1, "weight", False),
     F.conv2d: (0, "input", 1, "weight", False),
@@ -73,10 +73,10 @@ def watching_inputs(layers: Mapping[str, Layer], seen: Callable[[str, int | None
 
 @contextmanager
 def contiguous_gradients(module: nn.Module) -> Iterator[None]:
-    """Right backward passes of batch norms for one example, in the block.
+    """Inside the block, give batch norms contiguous gradients.
 
-    On the CPU, torch's own in evaluation mode reads a gradient as if it were contiguous where the batch is one example:
-    wrong where tokens are made of the norm's output, whose gradient then has another order in memory.
+    On the CPU in evaluation mode, torch's backward pass reads the gradient of a batch of one example as if it were
+    contiguous. This is wrong if tokens are made from the norm's output, because its gradient is then not contiguous.
     """
 
     def hook(_: nn.Module, __: object, output: Tensor) -> None:
@@ -100,7 +100,7 @@ def _hook(name: str, seen: Seen) -> Callable[..., Tensor | None]:
 
 
 class Products(TorchFunctionMode):
-    """Recognises products with the weights of some layers by the memory that the weights lie in.
+    """Recognises products with the weights of some layers by the memory addresses of the weights.
 
     Args:
         layers: by name; their weights must not move while the mode is active.
@@ -126,7 +126,7 @@ class Products(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is F.multi_head_attention_forward:
-            with self:  # torch's own would hide its products
+            with self:  # torch's function would hide its products
                 written_out = attention(*args, **kwargs)
             if written_out is not None:
                 return written_out
@@ -144,14 +144,14 @@ class Products(TorchFunctionMode):
         return output
 
     def _find(self, weight: Any, transposed: bool) -> tuple[str, int | None] | None:
-        """The layer and group whose matrix this is, as stored or as a transposed view."""
+        """Layer and group of this matrix, as stored or as a transposed view."""
         if not isinstance(weight, Tensor) or not weight.numel():
             return None
         known = self._weights.get(weight.data_ptr())
         if known is None:
             return None
         name, group, shape, stride, stored_transposed = known
-        if transposed != stored_transposed:  # x @ W.T is as good as F.linear(x, W)
+        if transposed != stored_transposed:  # x @ W.T equals F.linear(x, W)
             shape, stride = shape[::-1], stride[::-1]
         return (name, group) if (tuple(weight.shape), weight.stride()) == (shape, stride) else None
 

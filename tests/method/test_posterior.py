@@ -288,7 +288,7 @@ def test_the_posterior_stays_proper_where_inputs_never_came():
 
 
 def test_more_directions_than_calibration_kept_are_refused():
-    with pytest.raises(ValueError, match=r"posterior\.rank=4: the calibration kept 3"):
+    with pytest.raises(ValueError, match=r"posterior\.rank=4: the calibration has 3"):
         LowRank(None, N, None, rank=4).fit(problem())
 
 

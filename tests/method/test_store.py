@@ -171,7 +171,7 @@ def test_errors_name_the_layer():
     with pytest.raises(ValueError, match=r"^layer conv1: the input moment has NaN"):
         store.whitening(one, True, DAMPING)
     one.statistic = lambda kind: problem().statistic(kind)[:2]
-    with pytest.raises(ValueError, match=r"^layer conv1: posterior\.rank=3: the calibration kept 2"):
+    with pytest.raises(ValueError, match=r"^layer conv1: posterior\.rank=3: the calibration has 2"):
         WhiteningStore(posterior_of("lowrank", 1.0)).fit(one)
 
 

@@ -68,7 +68,7 @@ def test_a_reader_finds_the_weights(
         (replace(affine(32, 32, 3), code=SharedTable({3: codebook(3)})), "levels are not uniform"),
         (replace(affine(32, 32, 3), code=Trellis({}, 8)), "levels are not uniform"),
         (tensor_of(32, 32, [3] * 32, code=row_table([3] * 32)), "levels are not uniform"),
-        (replace(affine(32, 32, 3), overlay=overlay_of(32, 32, 4)), "some of its weights are kept in fp16"),
+        (replace(affine(32, 32, 3), overlay=overlay_of(32, 32, 4)), "some of its weights are in fp16"),
         (replace(affine(32, 32, 3), column_scale=torch.ones(1, 32).half()), "scales for its inputs"),
         (tensor_of(32, 32, [4] * 32), "zero points lie between levels: .*distill=false"),
         (affine(32, 48, 4), "48 inputs and 32 outputs, which are not both multiples of 32"),

@@ -1,11 +1,11 @@
-"""What the codes of a layer stand for: one class, in a module of its own, for each kind.
+"""How the codes of a layer are decoded: one class and one module for each kind.
 
-base          Code, what all of them do: decode, pack, count
+base          Code, the base class: decode, pack, count
 affine        level(k) = k
 shared_table  tables of levels that all layers of a model share
 row_table     a table of levels for each row
 trellis       the level depends on the codes above it too
-overlay       a few weights kept in fp16, beside codes of any kind
+overlay       a few weights in fp16, beside codes of any kind
 """
 
 from collections.abc import Mapping
@@ -33,8 +33,8 @@ __all__ = [
     "shown",
 ]
 
-# What a header says under `code`. Affine codes, shared tables and trellises are older than that entry: `trellis` and
-# `codebooks` tell them apart.
+# Values of `code` in a header. Affine codes, shared tables and trellises have no such entry: `trellis` and `codebooks`
+# identify them.
 CODES: Mapping[str, type[Code]] = {"row_table": RowTable}
 
 
@@ -42,7 +42,7 @@ def code_class(facts: Mapping[str, Any]) -> type[Code]:
     """The kind of code that a layer's entry in a header describes.
 
     Raises:
-        ValueError: none has that name.
+        ValueError: no code has that name.
     """
     if "code" in facts:
         if not isinstance(facts["code"], str) or facts["code"] not in CODES:

@@ -1,4 +1,4 @@
-"""Affine codes: the level of a code is the code, level(k) = k; scale and zero point of a row do the rest."""
+"""Affine codes: the level of a code is the code itself, level(k) = k."""
 
 from collections.abc import Mapping
 from typing import Any, Self

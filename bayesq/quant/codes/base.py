@@ -1,7 +1,7 @@
-"""Code: what turns the integers of a layer into levels, how they are packed, and what is stored beside them.
+"""Code: how the integers of a layer are decoded to levels and packed, and what is stored beside them.
 
-A layer's rows read levels from one list, the layer's table: parts of it, side by side. `positions` says where in the
-table the level of each weight is, so decoding is one look-up, and distillation trains the parts that are stored.
+A layer has one table of levels, which consists of parts. `positions` gives the position of each weight's level in the
+table, so decoding is one look-up, and distillation trains the parts that are stored.
 """
 
 from abc import ABC, abstractmethod
@@ -43,7 +43,7 @@ class LevelPart:
     Attributes:
         levels: [K] float32.
         name: under which they are stored; None for levels that follow from the width.
-        shared: whether parts of this name are one table for all layers of a model, or each layer has its own.
+        shared: whether parts of this name are one table for all layers of a model, or one per layer.
         rows: how many rows read each level.
         step: length of a level unit, in the units of the levels; a number or [K].
     """
@@ -55,18 +55,18 @@ class LevelPart:
     step: float | Tensor = 1.0
 
     def key(self, layer: str) -> str | None:
-        """What tells these levels from all others of a model: parts with one key are one table; None: not stored."""
+        """Identifies these levels in a model: parts with the same key are one table; None: not stored."""
         return self.name if self.name is None or self.shared else f"{layer}/{self.name}"
 
 
 class Code(ABC):
-    """What the codes [R, C] of a layer stand for, with R rows of `width` [R] bits.
+    """Decodes the codes [R, C] of a layer with R rows of `width` [R] bits.
 
     Attributes:
         uniform: whether the level of a code is the code itself.
         absolute: whether levels are weights, so that rows have neither scale nor zero point.
-        FACTS: what the code adds to a packed file's header.
-        BUFFERS: what `pack` adds to the codes, by name: dtype and number of dimensions.
+        FACTS: entries of the code in a packed file's header.
+        BUFFERS: buffers of `pack` besides the codes: dtype and number of dimensions by name.
     """
 
     uniform: ClassVar[bool] = False
@@ -76,10 +76,10 @@ class Code(ABC):
 
     @abstractmethod
     def check(self, width: Tensor) -> None:
-        """Check that the code serves rows of these widths.
+        """Check that the code fits rows of these widths.
 
         Raises:
-            ValueError: it does not.
+            ValueError: it does not fit.
         """
 
     @abstractmethod
@@ -88,7 +88,7 @@ class Code(ABC):
 
     @abstractmethod
     def positions(self, codes: Tensor, width: Tensor, groups: int) -> Tensor:
-        """Where in the table each weight's level is: int64 [R, C].
+        """Position of each weight's level in the table: int64 [R, C].
 
         Args:
             codes: [R, C] uint8.
@@ -97,7 +97,7 @@ class Code(ABC):
         """
 
     def with_levels(self, levels: Mapping[str, Tensor], width: Tensor) -> Self:
-        """The same code with other levels, by name of the stored part; they are put in order and rounded to fp16."""
+        """The same code with other levels, by name of the stored part, made non-decreasing and rounded to fp16."""
         return self
 
     def codebooks(self) -> tuple[Codebook, ...]:
@@ -126,7 +126,7 @@ class Code(ABC):
         """Codes [R, C] of the buffers of `pack`.
 
         Raises:
-            ValueError: the stream does not have the length that the widths need.
+            ValueError: the stream's length does not fit the widths.
         """
         count = int(width.sum(dtype=torch.int64)) * columns
         stream = unpack_stream(buffers["codes"].numpy(), count, "codes")
@@ -151,14 +151,14 @@ class Code(ABC):
             codebooks: of the model, by name.
 
         Raises:
-            ValueError: a fact is of another kind, or names a codebook that is not there.
+            ValueError: a fact has the wrong kind, or names a codebook that is missing.
         """
 
 
 class WidthCode(Code):
     """A code whose levels depend on a row's width alone.
 
-    The header has said `trellis` and `codebooks` of these codes since before codes were classes, and still does.
+    The header has the entries `trellis` and `codebooks` for these codes, so that old files can be read.
     """
 
     FACTS = ("trellis", "codebooks")
@@ -176,10 +176,10 @@ class WidthCode(Code):
         return None
 
     def check(self, width: Tensor) -> None:
-        """As of `Code`: computed levels serve rows of any width."""
+        """As of `Code`: computed levels fit rows of any width."""
 
     def parts(self, width: Tensor) -> tuple[LevelPart, ...]:
-        """The levels of each width that occurs, in level units, narrow widths first."""
+        """The levels of each width of the rows, in level units, narrow widths first."""
         parts = []
         for w, rows in zip(*(column.tolist() for column in width.unique(return_counts=True)), strict=True):
             table = self.table(w)
@@ -190,7 +190,7 @@ class WidthCode(Code):
         return tuple(parts)
 
     def level_indices(self, codes: Tensor, groups: int) -> Tensor:
-        """Which of its row's levels each weight has: int64 [R, C], not sharing memory with `codes`."""
+        """Index of each weight's level among those of its row: int64 [R, C], in other memory than `codes`."""
         return codes.long()
 
     def positions(self, codes: Tensor, width: Tensor, groups: int) -> Tensor:
@@ -209,7 +209,7 @@ def stored_levels(levels: Tensor) -> Tensor:
     """Levels as they are stored: fp16 on the CPU, non-decreasing along the last dimension.
 
     Levels out of order become the mean of the running maximum from below and the running minimum from above; both are
-    non-decreasing, and both leave ordered levels as they are.
+    non-decreasing, and both do not change ordered levels.
     """
     below, above = levels.cummax(-1).values, levels.flip(-1).cummin(-1).values.flip(-1)
     return ((below + above) / 2).clamp(-FP16_MAX, FP16_MAX).to("cpu", torch.float16)

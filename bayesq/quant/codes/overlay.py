@@ -1,11 +1,11 @@
-"""SparseOverlay: a few weights of a layer kept in fp16, whatever its codes say (SpQR, SqueezeLLM).
+"""SparseOverlay: a few weights of a layer in fp16, in place of their decoded values (SpQR, SqueezeLLM).
 
-Packed as compressed sparse rows: of each row how many weights are kept, then their columns, as one stream of bits, and
-their values. R rows of C columns with n kept weights take
+Packed as compressed sparse rows: the number of fp16 weights in each row, then their columns, as one stream of bits, and
+their values. With n such weights in R rows of C columns this takes
 
     ceil((R b(C) + n max(b(C - 1), 1)) / 8) + 2 n bytes,   b(x) = number of binary digits of x
 
-beside the codes, which those positions have as well.
+beside the codes, which also exist at those positions.
 """
 
 from collections.abc import Mapping
@@ -24,7 +24,8 @@ class SparseOverlay:
     """Weights that replace the decoded ones.
 
     Attributes:
-        row, column: [n] int64 positions in the codes [R, C], ordered by row and then by column, each once; n >= 1.
+        row, column: [n] int64 positions in the codes [R, C], without duplicates, ordered by row and then by column; n
+            >= 1.
         value: [n] fp16 weights.
     """
 
@@ -34,7 +35,7 @@ class SparseOverlay:
 
     @classmethod
     def of(cls, weight: Tensor, chosen: Tensor) -> "SparseOverlay":
-        """The chosen entries of a matrix, moved into the range of fp16.
+        """The chosen entries of a matrix, clamped to the range of fp16.
 
         Args:
             weight: [R, C], all groups' rows stacked.
@@ -47,7 +48,7 @@ class SparseOverlay:
         """Check that the positions lie in a matrix [rows, columns].
 
         Raises:
-            ValueError: they do not, are out of order, or something is of another kind.
+            ValueError: they do not, are out of order, or a tensor has the wrong type or shape.
         """
         count = len(self.value)
         if self.value.dtype != torch.float16 or not count or not bool(torch.isfinite(self.value).all()):
@@ -61,7 +62,7 @@ class SparseOverlay:
             raise ValueError("overlay: positions must increase")
 
     def replace_in(self, weight: Tensor) -> Tensor:
-        """A copy of a layer's weights [g, r, c] with these in place; gradients pass through the others."""
+        """A copy of a layer's weights [g, r, c] with these values; gradients pass through the others."""
         places, value = self._places(weight.shape[-1]).to(weight.device), self.value.to(weight)
         return weight.flatten().index_copy(0, places, value).reshape(weight.shape)
 
@@ -80,7 +81,7 @@ class SparseOverlay:
         """Inverse of `pack`.
 
         Raises:
-            ValueError: the stream has another length than rows, columns and values need, or counts other values.
+            ValueError: the stream's length or its counts do not fit rows, columns and values.
         """
         count_bits, column_bits = _index_bits(columns)
         value = buffers["overlay_value"]

@@ -1,9 +1,9 @@
-"""Codes whose levels are weights, in a table for each row, as row-wise k-means gives them (SqueezeLLM).
+"""Codes whose levels are weights, in a table for each row, for example from row-wise k-means (SqueezeLLM).
 
     W[r, c] = table_r[code[r, c]],   table_r: 2**width_r levels in fp16
 
-A row stores 16 * 2**width bits for its table and, because levels are weights, neither scale nor zero point: at 3 bits
-128 bits a row where an affine row stores 24.
+A row stores 16 * 2**width bits for its table and, because levels are weights, neither scale nor zero point: 128 bits
+per row at 3 bits, where an affine row stores 24.
 """
 
 from collections.abc import Mapping
@@ -45,7 +45,7 @@ class RowTable(Code):
             raise ValueError("table: the levels of a row must not decrease")
 
     def parts(self, width: Tensor) -> tuple[LevelPart, ...]:
-        """One part, which each layer has for itself; a level unit is the row's mean distance between levels."""
+        """One part, not shared between layers; a level unit is the row's mean distance between levels."""
         levels, size = self.levels.to(torch.float32), sizes(width)
         first = starts(width)
         step = (levels[first + size - 1] - levels[first]) / (size - 1)
@@ -65,7 +65,7 @@ class RowTable(Code):
 
     @staticmethod
     def table_bits(width: Tensor) -> int:
-        """Bits that the tables of rows with these widths take."""
+        """Bits of the tables of rows with these widths."""
         return LEVEL_BITS * int(sizes(width).sum())
 
     def pack(self, codes: Tensor, width: Tensor) -> dict[str, Tensor]:
@@ -85,10 +85,10 @@ class RowTable(Code):
 
 
 def sizes(width: Tensor) -> Tensor:
-    """How many levels each row has: int64 [R]."""
+    """Number of levels of each row: int64 [R]."""
     return 2 ** width.long()
 
 
 def starts(width: Tensor) -> Tensor:
-    """Where in the table each row's levels begin: int64 [R]."""
+    """Position of each row's first level in the table: int64 [R]."""
     return sizes(width).cumsum(0) - sizes(width)

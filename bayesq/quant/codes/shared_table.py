@@ -14,7 +14,7 @@ class TableCode(WidthCode):
     """A code that reads shared tables at some widths and computes its levels at the others.
 
     Attributes:
-        tables: width -> table, for widths that rows have.
+        tables: width -> table; each width occurs in the rows.
     """
 
     tables: Mapping[int, Codebook]
@@ -66,7 +66,7 @@ def named_tables(named: Any, codebooks: Mapping[str, Codebook], width: Tensor) -
     """The tables of a layer by width.
 
     Args:
-        named: what the header says under `codebooks`: names by width.
+        named: names by width, the header's entry `codebooks`.
         codebooks: of the model, by name.
         width: [R] bits of the layer's rows.
 

@@ -1,8 +1,8 @@
-"""Trellis codes: at the same bits better than scalar codes, because a column's codes choose among twice as many levels.
+"""Trellis codes: better than scalar codes at the same bits, because a column's codes choose among twice as many levels.
 
-A row of width w has 2**(w+1) levels, twice as many as its codes can name. The levels, in increasing order, belong in
-turn to four subsets 0 1 2 3 0 1 ...; a code is one bit b and the number k of a level inside a subset, and which subset
-is meant follows from the bits of this row and of the m rows above it in the same column:
+A row of width w has 2**(w+1) levels, twice as many as it has codes. The levels, in increasing order, belong in turn to
+four subsets 0 1 2 3 0 1 ... A code is one bit b and the number k of a level in a subset. The subset follows from the
+bits b of this row and of the m rows above it in the same column:
 
     window_r = sum_i b_{r-i} 2**i,  i = 0..m        level index = subset(window_r) + 4 k,   code = 2 k + b
 
