@@ -13,9 +13,8 @@ from typing import Any
 import torch
 
 from bayesq.files import file_sha256
-from bayesq.suite.config import one_line
 from bayesq.suite.datasets.base import DataSplits, Examples, limited, stratified
-from bayesq.suite.datasets.parquet_files import check_classes, listed, of_split, recorded_classes
+from bayesq.suite.datasets.parquet_files import listed, of_split, read_parquet
 from bayesq.suite.errors import UserError
 from bayesq.suite.hub import MAIN, hub_files, tell_commit
 from bayesq.suite.metrics import METRICS, Metric
@@ -255,25 +254,15 @@ class Glue:
         return _Table(where, header, [*rows[1:]], [file])
 
     def _parquet(self, files: list[Path], where: str) -> _Table:
-        import pandas as pd
-
         header: list[str] = []
         rows: list[tuple[str, Sequence[Any]]] = []
         for file in files:
-            here = f"{where}: {file.parent.name}/{file.name}"
-            try:
-                frame = pd.read_parquet(file)
-                names = recorded_classes(file)
-            except ImportError as error:
-                raise UserError(f"{here} needs pyarrow: run `python -m pip install pyarrow`") from error
-            except Exception as error:  # of a damaged file pandas and pyarrow raise more than they document
-                raise UserError(f"{here} cannot be read ({one_line(str(error))[:200]})") from error
-            check_classes(names, len(self.task.classes), self.task.classes, here)
-            header = header or list(frame.columns)
-            if set(header) != set(frame.columns):
-                raise UserError(f"{here} has other columns than {files[0].name}")
+            table, _ = read_parquet(file, where, self.task.classes)
+            header = header or table.column_names
+            if set(header) != set(table.column_names):
+                raise UserError(f"{where}: {file} has other columns than {files[0].name}")
             of = f" of {file.name}" if len(files) > 1 else ""
-            columns = (frame[name].tolist() for name in header)
+            columns = (table[name].to_pylist() for name in header)
             rows += ((f"row {number}{of}", row) for number, row in enumerate(zip(*columns, strict=True)))
         return _Table(f"{where}: {files[0].parent.name}/{files[0].name}", header, rows, files)
 
@@ -304,7 +293,7 @@ class Glue:
             *text, label = (row[place] for place in places)
             try:
                 labels.append(by_name[str(label).strip()] if self.task.classes else _score(label))
-            except (KeyError, ValueError) as error:
+            except (KeyError, TypeError, ValueError) as error:
                 raise _bad_row(table.where, number, layout, row) from error
             if not all(isinstance(part, str) for part in text):
                 raise _bad_row(table.where, number, layout, row)
