@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import cache
@@ -122,13 +122,13 @@ class ImageNet:
             )
         strays = [file for file in files if not file.name.startswith(SPLITS)]
         if strays == files:
-            return *_opened([], shards(files, where), where), source
+            return *_opened([[], shards(files, where)], where), source
         if strays:
             raise UserError(
                 f"{where}: {strays[0]} begins with none of {', '.join(SPLITS)}, as others there do: move it away"
             )
-        parts = (of_split([file for file in files if file.name.startswith(split)], where) for split in SPLITS[:2])
-        return *_opened(*parts, where), source
+        parts = [of_split([file for file in files if file.name.startswith(split)], where) for split in SPLITS[:2]]
+        return *_opened(parts, where), source
 
     def _from_hub(self, hub: str) -> tuple[Photos | None, Photos, dict[str, str]]:
         """Like `_from_root`, for files on the hub; files in the hub's cache are not fetched again."""
@@ -141,7 +141,7 @@ class ImageNet:
         for key, pattern in patterns.items():
             files.append(self._matching(there.folder, pattern, f"dataset.{key}={pattern}") if pattern else [])
             source[key] = " ".join(file.name for file in files[-1])
-        return *_opened(*files, where), source
+        return *_opened(files, where), source
 
     def _matching(self, folder: Path, pattern: str, where: str) -> list[Path]:
         """The files in `folder` that match the pattern.
@@ -157,12 +157,12 @@ class ImageNet:
         return files
 
 
-def _opened(train: Sequence[Path], val: Sequence[Path], where: str) -> tuple[Photos | None, Photos]:
-    """The train photos (None: there are no train files) and the validation photos of parquet files."""
-    photos = [ParquetPhotos(files, where, wnids()) if files else None for files in (train, val)]
-    if not photos[1]:
+def _opened(parts: Iterable[Sequence[Path]], where: str) -> tuple[Photos | None, Photos]:
+    """The photos in the train files (None: there are no files) and in the validation files."""
+    train, val = (ParquetPhotos(files, where, wnids()) if files else None for files in parts)
+    if not val:
         raise UserError(f"{where}: no photo in val*.parquet")
-    return photos[0], photos[1]
+    return train, val
 
 
 @cache
