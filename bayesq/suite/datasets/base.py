@@ -181,13 +181,9 @@ def stratified(labels: Tensor, size: int, seed: int) -> Tensor:
     tie = torch.randperm(len(classes), generator=generator)
     first = tie[remainder[tie].argsort(descending=True, stable=True)]
     places[first[: size - int(places.sum())]] += 1
-    # the rank of each drawn example within its class, in the drawn order
     drawn = number[order]
-    by_class = drawn.argsort(stable=True)
-    start = counts.cumsum(0) - counts
-    rank = torch.empty_like(order)
-    rank[by_class] = torch.arange(len(labels)) - start[drawn[by_class]]
-    return order[rank < places[drawn]].sort().values
+    chosen = [order[drawn == index][:count] for index, count in enumerate(places.tolist())]
+    return torch.cat(chosen).sort().values
 
 
 @dataclass(frozen=True)

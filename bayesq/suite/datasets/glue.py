@@ -48,33 +48,29 @@ class Task:
     incomplete: bool = False
 
 
-ENTAILMENT = ("entailment", "not_entailment")
 SENTENCE = ("sentence", "label")
 PAIR = ("sentence1", "sentence2", "label")
-
+ENTAILMENT = ("entailment", "not_entailment")
 TASKS = {
     "cola": Task(
         "CoLA",
         (SENTENCE,),
         ("unacceptable", "acceptable"),
-        metrics=("matthews",),
+        ("matthews",),
         headerless=("source", "label", "mark", "sentence"),
     ),
     "sst2": Task("SST-2", (SENTENCE,), ("negative", "positive")),
     "mrpc": Task(
-        "MRPC",
-        (("#1 String", "#2 String", "Quality"), PAIR),
-        ("not_equivalent", "equivalent"),
-        metrics=("accuracy", "f1"),
+        "MRPC", (("#1 String", "#2 String", "Quality"), PAIR), ("not_equivalent", "equivalent"), ("accuracy", "f1")
     ),
     "qqp": Task(
         "QQP",
         (("question1", "question2", "is_duplicate"), ("question1", "question2", "label")),
         ("not_duplicate", "duplicate"),
-        metrics=("accuracy", "f1"),
+        ("accuracy", "f1"),
         incomplete=True,
     ),
-    "stsb": Task("STS-B", (("sentence1", "sentence2", "score"), PAIR), (), metrics=("pearson", "spearman")),
+    "stsb": Task("STS-B", (("sentence1", "sentence2", "score"), PAIR), (), ("pearson", "spearman")),
     "mnli": Task(
         "MNLI",
         (("sentence1", "sentence2", "gold_label"), ("premise", "hypothesis", "label"), PAIR),
