@@ -160,18 +160,24 @@ def limited(available: int, limit: int | None) -> int:
     return limit
 
 
-def stratified(labels: Tensor, size: int, seed: int) -> Tensor:
+def stratified(labels: Tensor, limit: int | None, seed: int) -> Tensor:
     """Positions [size] int64, in increasing order, of a seeded subset in which every class keeps its share.
 
-    A class of n_c among n examples gets floor(size n_c / n) places; those left over go to the largest remainders, equal
-    ones in an order that the seed draws: otherwise a subset smaller than the number of classes would hold the first
-    classes only. Labels that are no integers (regression) have no classes: then it is a plain draw.
+    A class with n_c of the n examples gets floor(size n_c / n) places. The places left over go to the largest
+    remainders. The seed orders equal remainders: otherwise a subset smaller than the number of classes would hold the
+    first classes only. Labels that are not integers (regression) have no classes: the draw is a plain one.
 
     Args:
         labels: [n].
-        size: from 1 to n (see `limited`).
+        limit: the size, from 1 to n (see `limited`); None: all n.
         seed: of the draw.
+
+    Raises:
+        UserError: `limit` is not possible.
     """
+    if limit is None:
+        return torch.arange(len(labels))
+    size = limited(len(labels), limit)
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(labels), generator=generator)
     if labels.is_floating_point():

@@ -52,8 +52,10 @@ class Cifar10:
                 installed, or `limit` is not possible.
         """
         train, test = self._photos("train"), self._photos("test")
-        size = limited(len(test), self.limit)
-        rows = stratified(test.labels, size, self.split_seed) if self.subset == "stratified" else torch.arange(size)
+        if self.subset == "stratified":
+            rows = stratified(test.labels, self.limit, self.split_seed)
+        else:
+            rows = torch.arange(limited(len(test), self.limit))
         pool = self._examples("train", train, torch.arange(len(train)))
         return DataSplits(
             train=pool.select(torch.arange(0)),

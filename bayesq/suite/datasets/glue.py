@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from bayesq.files import file_sha256
-from bayesq.suite.datasets.base import DataSplits, Examples, limited, stratified
+from bayesq.suite.datasets.base import DataSplits, Examples, stratified
 from bayesq.suite.datasets.parquet_files import listed, of_split, read_parquet
 from bayesq.suite.errors import UserError
 from bayesq.suite.hub import MAIN, hub_files, tell_commit
@@ -95,15 +95,15 @@ class _Table:
 
 @dataclass(frozen=True)
 class Glue:
-    """One task; evaluated are its dev examples in their order, of MNLI the matched ones and then the mismatched.
+    """One task, evaluated on its dev examples in their order; MNLI has the matched ones, then the mismatched ones.
 
-    The pool is drawn from the training examples, and the rest of them is the train split of models that fit a head
-    here. A checkpoint fine-tuned elsewhere has seen the pool as well: it stands for unlabelled training text.
+    The pool is drawn from the training examples; a model that fits a head here trains on the others. A checkpoint that
+    was fine-tuned elsewhere has trained on the pool also, so the pool stands for unlabelled training text.
 
     Attributes:
         root: folder that holds the tasks' folders (SST-2/ or sst2/, ...) with train.tsv and dev.tsv, or with parquet
-            files (train.parquet or train-*.parquet, and validation); a TSV file is read in place of parquet, and its
-            quotation marks are part of the text, as in the published files. None: the hub.
+            files (train.parquet or train-*.parquet, and validation). TSV files come first; their quotation marks are
+            part of the text, as in the published files. None: the hub.
         task: one of TASKS.
         split_seed: seed that draws the calibration pool and the evaluation examples of `limit`.
         calibration_pool: number of training examples calibration sets are drawn from; at most half of them, so that
@@ -138,26 +138,21 @@ class Glue:
                 limit is not possible.
         """
         where, root, source = self._root()
-        files, parts, incomplete = [], [], 0
-        for split in ("train", *(f"dev{ending}" for ending in self._task.dev)):
-            table = self._table(split, root, where)
-            examples, left_out = self._examples(split, table)
-            files += table.files
-            parts.append(examples)
-            incomplete += left_out
-        rows, *dev = parts
+        splits = ["train", *(f"dev{ending}" for ending in self._task.dev)]
+        parts = (self._examples(split, self._table(split, root, where)) for split in splits)
+        (rows, *dev), files, left_out = zip(*parts, strict=True)
         pool = min(self.calibration_pool, len(rows) // 2)
         if pool < 1:
             raise UserError(
                 f"dataset.calibration_pool={self.calibration_pool} is not possible: choose at least 1, of at least 2 "
                 f"training examples ({self._task.folder} has {len(rows)})"
             )
-        source["sha256"] = ", ".join(map(file_sha256, files))
+        source["sha256"] = ", ".join(file_sha256(file) for part in files for file in part)
         source["split_seed"] = str(self.split_seed)
         if pool < self.calibration_pool:
             source["calibration_pool"] = f"{pool}, half of the training examples"
         if self._task.incomplete:
-            source["incomplete_rows"] = str(incomplete)
+            source["incomplete_rows"] = str(sum(left_out))
         evaluation, metrics = self._evaluation(dev)
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(self.split_seed))
         return DataSplits(
@@ -179,11 +174,10 @@ class Glue:
         inputs: list[Any] = [item for examples in dev for item in examples.inputs]
         labels = torch.cat([examples.labels for examples in dev])
         whole = Examples(inputs, labels, [name for examples in dev for name in examples.ids])
-        count = limited(len(whole), self.limit)
         strata = part * (len(self._task.classes) or 1)
         if self._task.classes:
             strata += whole.labels
-        rows = stratified(strata, count, self.split_seed)
+        rows = stratified(strata, self.limit, self.split_seed)
         ends = [0, *torch.bincount(part[rows], minlength=len(dev)).cumsum(0).tolist()]
         metrics = (
             replace(METRICS[name], name=f"{name}{ending if i else ''}", start=ends[i], stop=ends[i + 1])
@@ -254,8 +248,8 @@ class Glue:
             rows += ((f"row {number}{of}", row) for number, row in enumerate(zip(*columns, strict=True)))
         return _Table(f"{where}: {files[0].parent.name}/{files[0].name}", header, rows, files)
 
-    def _examples(self, split: str, table: _Table) -> tuple[Examples, int]:
-        """The rows as examples, ids being `split` and the number of the row, from 0; and how many were left out.
+    def _examples(self, split: str, table: _Table) -> tuple[Examples, list[Path], int]:
+        """The rows as examples with ids <split>/<row from 0>, the files, and the number of incomplete rows left out.
 
         Raises:
             UserError: no known layout, a bad row, or no rows.
@@ -296,7 +290,8 @@ class Glue:
             raise UserError(f"{table.where} has no rows")
         targets = torch.tensor(labels, dtype=torch.int64 if classes else torch.float32)
         inputs: list[Any] = texts if len(layout) == 3 else [sentence for (sentence,) in texts]
-        return Examples(inputs, targets, [f"{split}/{row}" for row in range(len(texts))]), left_out
+        examples = Examples(inputs, targets, [f"{split}/{row}" for row in range(len(texts))])
+        return examples, table.files, left_out
 
 
 def _score(cell: Any) -> float | None:

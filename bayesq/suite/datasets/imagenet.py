@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from bayesq.suite.datasets.base import DataSplits, limited, stratified
+from bayesq.suite.datasets.base import DataSplits, stratified
 from bayesq.suite.datasets.parquet_files import listed, of_split, shards
 from bayesq.suite.datasets.parquet_photos import ParquetPhotos
 from bayesq.suite.datasets.photo_tree import PhotoTree
@@ -23,15 +23,14 @@ SPLITS = ("train", "val", "test")  # beginnings of the names of parquet files
 
 @dataclass(frozen=True)
 class ImageNet:
-    """Photos with ImageNet's labels; the class is the wnid's place among all 1,000, however many there are.
+    """Photos with ImageNet's labels: a class is the place of its wnid among all 1,000, even if some classes are empty.
 
-    Evaluated is the validation split. With a train split beside it, `seed` draws the calibration pool from there, and
-    every seed has the same evaluation set. Without one, as for the 1,000 photos at hand, the pool is taken out of the
-    validation split: **every seed then has its own evaluation set**, the photos that it does not calibrate on. With a
-    pool drawn by `split_seed` instead, a pool as small as these data allow would give every seed the same calibration
-    set.
+    The validation split is evaluated. If there is a train split, `seed` draws the calibration pool from it, and every
+    seed has the same evaluation set. Otherwise `seed` draws the pool from the validation split, and the other photos
+    are evaluated: **every seed then has another evaluation set**. (If `split_seed` drew the pool, a small data set
+    would give every seed nearly the same calibration set.)
 
-    Nothing is fitted on ImageNet here, so DataSplits.train is empty: these networks bring their weights.
+    DataSplits.train is empty: these networks bring their weights.
 
     Attributes:
         root: folder with val/<wnid>/<photo> and perhaps train/<wnid>/<photo> (see PhotoTree), or with train*.parquet
@@ -86,9 +85,7 @@ class ImageNet:
             evaluated = torch.randperm(len(val), generator=torch.Generator().manual_seed(self.split_seed))
         if train is None:
             evaluated = evaluated[~torch.isin(evaluated, drawn)]
-        if self.limit is not None:
-            size = limited(len(evaluated), self.limit)
-            evaluated = evaluated[stratified(val.labels[evaluated], size, self.split_seed)]
+        evaluated = evaluated[stratified(val.labels[evaluated], self.limit, self.split_seed)]
         ids = val.select(torch.arange(len(val))).ids
         return DataSplits(
             train=val.select(torch.arange(0)),
