@@ -1,4 +1,4 @@
-"""What every data set gives: raw examples in three disjoint splits, one of them for calibration draws."""
+"""The common form of the data sets: raw examples in three disjoint splits, one of them for calibration draws."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ from bayesq.tensor_file import digest
 
 @runtime_checkable
 class StoredPhoto(Protocol):
-    """A photo kept inside a larger file, in the encoding it was stored with; `str` says where it is."""
+    """An encoded photo inside a larger file; `str` says where it is."""
 
     def read(self) -> bytes:
         """The encoded photo.
@@ -34,9 +34,9 @@ class StoredPhoto(Protocol):
         ...
 
 
-# Raw inputs, before any model-specific encoding: sentences, sentence pairs, photos of any size (files of their own or
-# inside larger ones), or images [n, channels, height, width] as floats in [0, 1]. Only `select`, `checksum` and the
-# model's `encode` look inside, so a new kind of input changes only these three.
+# Raw inputs, before any model-specific encoding: sentences, sentence pairs, photos of any size, or images
+# [n, channels, height, width] as floats in [0, 1]. A new kind of input changes `select`, `checksum` and the model's
+# `encode` only.
 Inputs = Sequence[str] | Sequence[tuple[str, str]] | Sequence[Path] | Sequence[StoredPhoto] | Tensor
 
 
@@ -52,7 +52,7 @@ class Examples:
     ids: list[str]
 
     def __post_init__(self) -> None:
-        """Reject parts of different length, which would pair inputs with foreign labels."""
+        """Reject parts of different lengths: they would give inputs the labels of other examples."""
         if not len(self.inputs) == len(self.labels) == len(self.ids):
             raise ValueError(
                 f"{len(self.inputs)} inputs, {len(self.labels)} labels and {len(self.ids)} ids do not match"
@@ -71,7 +71,7 @@ class Examples:
         return Examples(inputs, self.labels[indices], [self.ids[i] for i in positions])
 
     def checksum(self) -> str:
-        """sha256 hex over inputs (of photos their files' content), labels and ids, order included."""
+        """sha256 hex of inputs (of photos: the encoded bytes), labels and ids in their order."""
         ids = json.dumps(self.ids)
         if isinstance(self.inputs, Tensor):
             return digest({"inputs": self.inputs, "labels": self.labels}, {"ids": ids})
@@ -97,8 +97,8 @@ class DataSplits:
         source: provenance (origin, versions, checksums) for the result file.
         metrics: what is measured; the primary metric is one of them.
         task: what a model has to do with the inputs.
-        classes: names of the classes in the order of their labels, where they have any.
-        subset: which of the data set's parts it is, for models with a checkpoint for each; "" where there is one only.
+        classes: names of the classes in the order of their labels; () if they have none.
+        subset: name of the part of the data set, for models with a checkpoint for each part; "" without parts.
     """
 
     train: Examples
@@ -131,8 +131,7 @@ class DataSplits:
                 f"calibration.examples={examples} is not possible: choose 1 to {pool}, "
                 "the size of the data set's calibration pool"
             )
-        order = torch.randperm(pool, generator=torch.Generator().manual_seed(seed))
-        return self.calibration_pool.select(order[:examples])
+        return self.calibration_pool.select(shuffled(pool, seed)[:examples])
 
 
 class Dataset(Protocol):
@@ -141,10 +140,15 @@ class Dataset(Protocol):
     def load(self, cache_dir: Path) -> DataSplits:
         """Load the splits, fetching or caching files under `cache_dir` where needed.
 
-        Membership depends on the data set's own `split_seed` only, never on the run's `seed`; a data set whose YAML
-        passes the seed on (imagenet) is the exception and says what it does with it.
+        The splits depend on `split_seed` only, not on the run's `seed`. The exception is a data set whose YAML passes
+        the seed on (imagenet); its docstring says how the seed is used.
         """
         ...
+
+
+def shuffled(count: int, seed: int) -> Tensor:
+    """The positions [count] int64 in an order drawn by the seed."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
 
 
 def limited(available: int, limit: int | None) -> int:
@@ -194,13 +198,13 @@ def stratified(labels: Tensor, limit: int | None, seed: int) -> Tensor:
 
 @dataclass(frozen=True)
 class SeededSplits:
-    """A data set without splits of its own, cut by a seed.
+    """A data set that comes without splits; a seed draws them.
 
     Attributes:
         split_seed: seed of the shuffle that assigns examples to splits.
         calibration_pool: number of examples calibration sets are drawn from.
-        evaluation: number of evaluation examples; what remains is the train split.
-        limit: keep only the first `limit` evaluation examples; this moves no example to another split.
+        evaluation: number of evaluation examples; the remaining examples are the train split.
+        limit: evaluate only the first `limit` evaluation examples; no example moves to another split.
     """
 
     split_seed: int
@@ -225,7 +229,7 @@ class SeededSplits:
                 f"dataset.evaluation={self.evaluation} and dataset.calibration_pool={self.calibration_pool} leave "
                 f"nothing to train on: their sum must stay below {len(examples)}, the size of the data set"
             )
-        order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(self.split_seed))
+        order = shuffled(len(examples), self.split_seed)
         evaluated, pool, train = order.tensor_split([self.evaluation, self.evaluation + self.calibration_pool])
         return DataSplits(
             train=examples.select(train),

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from bayesq.files import file_sha256
-from bayesq.suite.datasets.base import DataSplits, Examples, stratified
+from bayesq.suite.datasets.base import DataSplits, Examples, shuffled, stratified
 from bayesq.suite.datasets.parquet_files import listed, of_split, read_parquet
 from bayesq.suite.errors import UserError
 from bayesq.suite.hub import MAIN, hub_files, tell_commit
@@ -29,14 +29,13 @@ class Task:
     """How a task is read and what is measured on it.
 
     Attributes:
-        folder: of its published TSV files; files may also lie in a folder of the task's own name.
-        layouts: known sets of columns, the published TSV's first: those of the one or two texts, then the label's.
-        classes: names in the order of the labels 0, 1, ...; none: the labels are scores.
+        folder: of its published TSV files; a folder with the task's name is read also.
+        layouts: known sets of columns (one or two texts, then the label), first the set of the published TSV files.
+        classes: names in the order of the labels 0, 1, ...; (): the labels are scores.
         metrics: keys of bayesq.suite.metrics.METRICS, the primary one first.
-        dev: endings of the names of the evaluation files. The first has the metrics under their plain names, others
-            with their ending added.
-        headerless: columns of the published files if those begin without a line of names.
-        incomplete: the published files hold rows that break off; they are left out and counted.
+        dev: endings of the names of the evaluation files; metrics of the second file have the ending in their names.
+        headerless: columns of the published files if these have no header line.
+        incomplete: whether the published files have incomplete rows, which are left out and counted.
     """
 
     folder: str
@@ -154,7 +153,7 @@ class Glue:
         if self._task.incomplete:
             source["incomplete_rows"] = str(sum(left_out))
         evaluation, metrics = self._evaluation(dev)
-        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(self.split_seed))
+        order = shuffled(len(rows), self.split_seed)
         return DataSplits(
             train=rows.select(order[pool:]),
             calibration_pool=rows.select(order[:pool]),

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from bayesq.suite.datasets.base import DataSplits, stratified
+from bayesq.suite.datasets.base import DataSplits, shuffled, stratified
 from bayesq.suite.datasets.parquet_files import listed, of_split, shards
 from bayesq.suite.datasets.parquet_photos import ParquetPhotos
 from bayesq.suite.datasets.photo_tree import PhotoTree
@@ -78,11 +78,9 @@ class ImageNet:
                 f"dataset.calibration_pool={self.calibration_pool} is not possible: {source['origin']} has "
                 f"{len(pool_from)} {kind}"
             )
-        drawn = torch.randperm(len(pool_from), generator=torch.Generator().manual_seed(self.seed))
-        drawn = drawn[: self.calibration_pool]
-        evaluated = torch.arange(len(val))
-        if isinstance(val, PhotoTree):  # files are read in any order; a parquet file from its beginning to its end
-            evaluated = torch.randperm(len(val), generator=torch.Generator().manual_seed(self.split_seed))
+        drawn = shuffled(len(pool_from), self.seed)[: self.calibration_pool]
+        # A parquet file is read from its beginning to its end; the files of a tree may be read in any order.
+        evaluated = shuffled(len(val), self.split_seed) if isinstance(val, PhotoTree) else torch.arange(len(val))
         if train is None:
             evaluated = evaluated[~torch.isin(evaluated, drawn)]
         evaluated = evaluated[stratified(val.labels[evaluated], self.limit, self.split_seed)]
