@@ -15,7 +15,7 @@ from torch import nn
 
 from bayesq.batches import EncodedExamples
 from bayesq.suite.datasets import parquet_photos
-from bayesq.suite.datasets.base import Examples, StoredPhoto, stratified
+from bayesq.suite.datasets.base import Examples, Photo, stratified
 from bayesq.suite.datasets.cifar10 import CLASSES
 from bayesq.suite.datasets.imagenet import ImageNet, wnids
 from bayesq.suite.datasets.parquet_photos import ParquetPhotos
@@ -103,7 +103,7 @@ def imagenet(root: Path, **changes: object) -> ImageNet:
 
 def shades(examples: Examples) -> list[int]:
     """Shade of every photo, which tells what row it is."""
-    return [Image.open(io.BytesIO(photo.read())).getpixel((0, 0))[0] for photo in examples.inputs]
+    return [Image.open(io.BytesIO(photo.read_bytes())).getpixel((0, 0))[0] for photo in examples.inputs]
 
 
 class TestParquetPhotos:
@@ -115,7 +115,7 @@ class TestParquetPhotos:
         assert examples.labels.tolist() == [7, 5, 4, 9, 3]
         assert examples.ids == ["b.parquet/2", "a.parquet/0", "a.parquet/4", "b.parquet/0", "a.parquet/3"]
         assert shades(examples) == [52, 0, 4, 50, 3]
-        assert all(isinstance(photo, StoredPhoto) for photo in examples.inputs)
+        assert all(isinstance(photo, Photo) for photo in examples.inputs)
         assert [str(photo) for photo in sorted(examples.inputs)][-1] == f"row 2 of {files[1]}"
 
     def test_few_row_groups_stay_in_memory(self, tmp_path: Path) -> None:

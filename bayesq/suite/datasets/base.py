@@ -18,15 +18,11 @@ from bayesq.tensor_file import digest
 
 
 @runtime_checkable
-class StoredPhoto(Protocol):
-    """An encoded photo inside a larger file; `str` says where it is."""
+class Photo(Protocol):
+    """An encoded photo: a file, or a part of a larger file; `str` says where it is."""
 
-    def read(self) -> bytes:
-        """The encoded photo.
-
-        Raises:
-            OSError, ValueError: it cannot be read.
-        """
+    def read_bytes(self) -> bytes:
+        """The encoded photo; OSError or ValueError if it cannot be read."""
         ...
 
     def __lt__(self, other: Any, /) -> bool:
@@ -37,7 +33,7 @@ class StoredPhoto(Protocol):
 # Raw inputs, before any model-specific encoding: sentences, sentence pairs, photos of any size, or images
 # [n, channels, height, width] as floats in [0, 1]. A new kind of input changes `select`, `checksum` and the model's
 # `encode` only.
-Inputs = Sequence[str] | Sequence[tuple[str, str]] | Sequence[Path] | Sequence[StoredPhoto] | Tensor
+Inputs = Sequence[str] | Sequence[tuple[str, str]] | Sequence[Photo] | Tensor
 
 
 @dataclass(frozen=True)
@@ -75,13 +71,13 @@ class Examples:
         ids = json.dumps(self.ids)
         if isinstance(self.inputs, Tensor):
             return digest({"inputs": self.inputs, "labels": self.labels}, {"ids": ids})
-        inputs = [photo_sha256(item) if isinstance(item, Path | StoredPhoto) else item for item in self.inputs]
+        inputs = [photo_sha256(item) if isinstance(item, Photo) else item for item in self.inputs]
         return digest({"labels": self.labels}, {"ids": ids, "inputs": json.dumps(inputs)})
 
 
-def photo_sha256(photo: Path | StoredPhoto) -> str:
+def photo_sha256(photo: Photo) -> str:
     """sha256 hex of a photo's encoded bytes."""
-    return hashlib.sha256(photo.read_bytes() if isinstance(photo, Path) else photo.read()).hexdigest()
+    return hashlib.sha256(photo.read_bytes()).hexdigest()
 
 
 @dataclass(frozen=True)

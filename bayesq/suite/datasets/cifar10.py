@@ -1,6 +1,5 @@
 """CIFAR-10 from parquet files in the layout of the `datasets` library: 32x32 colour images, ten classes."""
 
-import io
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,7 +82,7 @@ class Cifar10:
         images = torch.empty(len(rows), 3, SIZE, SIZE)
         for image, photo in zip(images, map(photos.__getitem__, rows.tolist()), strict=True):
             try:
-                pixels = torch.tensor(np.asarray(decoded(io.BytesIO(photo.read()))))
+                pixels = torch.tensor(np.asarray(decoded(photo.read_bytes())))
                 if pixels.shape != (SIZE, SIZE, 3):  # copy_ would stretch a single row or column
                     raise ValueError(f"it has {pixels.shape[1]}x{pixels.shape[0]} pixels")
             except (OSError, ValueError) as error:

@@ -34,7 +34,7 @@ class ParquetPhoto:
     row: int
     of: "ParquetPhotos" = field(compare=False, repr=False)
 
-    def read(self) -> bytes:
+    def read_bytes(self) -> bytes:
         """The encoded photo.
 
         Raises:
@@ -85,7 +85,7 @@ class ParquetPhotos:
         return Examples(photos, self.labels[indices], [f"{self._names[photo.file]}/{photo.row}" for photo in photos])
 
     def read(self, photo: ParquetPhoto) -> bytes:
-        """The encoded photo; raises as ParquetPhoto.read does."""
+        """The encoded photo; raises as ParquetPhoto.read_bytes does."""
         starts = self._group_starts[photo.file]
         group = bisect_right(starts, photo.row) - 1
         with self._lock:  # threads that want one group read it once

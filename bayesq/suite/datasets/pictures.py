@@ -5,9 +5,9 @@ transparency and colour profiles are ignored, and an animation gives its first f
 scaled to 8 bits; Pillow alone would make all values above 255 white.
 """
 
+import io
 import struct
-from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -17,14 +17,14 @@ SIXTEEN_BITS = ("PNG", "PPM")
 BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # two tags of TIFF, and a value of the second
 
 
-def decoded(source: Path | IO[bytes]) -> Image.Image:
-    """The photo in mode RGB.
+def decoded(content: bytes) -> Image.Image:
+    """An encoded photo in mode RGB.
 
     Raises:
         ValueError: it cannot be read or decoded, or its pixels have no known white.
     """
     try:
-        with Image.open(source) as image:
+        with Image.open(io.BytesIO(content)) as image:
             return as_rgb(image)
     except UnidentifiedImageError as error:  # Pillow's message contains a memory address
         raise ValueError("it is not an image of a kind that Pillow reads") from error
