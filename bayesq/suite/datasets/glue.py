@@ -197,7 +197,7 @@ class Glue:
         return where, files.folder, {"origin": f"GLUE {self.task} in {self.hub} on the hub", "revision": files.commit}
 
     def _table(self, split: str, root: Path, where: str) -> _Table:
-        """The rows of a split: train, or dev with an ending of the task's.
+        """The rows of a split: train, or dev with one of the endings of the task.
 
         Raises:
             UserError: the split has no file, or its file cannot be read.
@@ -226,7 +226,7 @@ class Glue:
             raise UserError(f"{where} is not UTF-8 text") from error
         if "\0" in text:
             raise UserError(f"{where} is not text: it holds NUL bytes")
-        # Neither splitlines() nor the csv module: texts hold rarer line separators and unpaired quotation marks.
+        # splitlines() and the csv module would be wrong: texts hold rarer line separators and unpaired quotation marks.
         lines = enumerate(text.split("\n"), 1)
         rows = [(f"line {number}", line.rstrip("\r").split("\t")) for number, line in lines if line.strip()]
         header = rows[0][1] if rows else []

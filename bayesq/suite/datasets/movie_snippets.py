@@ -91,7 +91,7 @@ def parse_snippets(sdist: bytes) -> list[Snippet]:
     except (tarfile.TarError, zlib.error, EOFError, KeyError, UnicodeDecodeError, OSError) as error:
         raise ValueError(f"{SDIST} does not hold a readable {SNIPPETS}: {error}") from error
     snippets = []
-    # Not splitlines(): that would also cut sentences at rarer separators such as U+0085.
+    # splitlines() would also cut sentences at rarer separators such as U+0085.
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue

@@ -1,4 +1,4 @@
-"""Photos inside parquet files in the layout of the `datasets` library, read when they are asked for.
+"""Photos inside parquet files in the layout of the `datasets` library, each read when it is needed.
 
 Columns: `image`, a struct whose `bytes` is the encoded photo, and `label`. Such files have row groups of about a
 hundred photos. A group is read as a whole, and the last few groups stay in memory for neighbouring photos.
@@ -88,7 +88,7 @@ class ParquetPhotos:
         """The encoded photo; raises as ParquetPhoto.read_bytes does."""
         starts = self._group_starts[photo.file]
         group = bisect_right(starts, photo.row) - 1
-        with self._lock:  # threads that want one group read it once
+        with self._lock:  # several threads that need one group read it once
             images = self._group(photo.file, group)
         content: bytes | None = images[photo.row - starts[group]].as_py()
         if content is None:

@@ -16,7 +16,7 @@ from bayesq.suite.errors import UserError
 log = logging.getLogger(__name__)
 
 SUFFIXES = {".jpg", ".jpeg", ".png"}
-CLUTTER = {"thumbs.db", "desktop.ini"}  # what Windows leaves in folders; other systems' files are hidden
+CLUTTER = {"thumbs.db", "desktop.ini"}  # files that Windows adds to folders; those of other systems are hidden
 
 
 class PhotoTree:
@@ -106,5 +106,5 @@ def _visible(folder: str | Path) -> list["os.DirEntry[str]"]:
 
 
 def _storable(name: str) -> str:
-    """`name` with escapes for what a text file or a CSV reader cannot keep: bytes that are no UTF-8, and returns."""
+    """`name` with escapes for bytes that are not UTF-8 and for carriage returns, which text or CSV files cannot keep."""
     return name.encode("utf-8", "backslashreplace").decode().replace("\r", "\\r")
