@@ -106,5 +106,5 @@ def _visible(folder: str | Path) -> list["os.DirEntry[str]"]:
 
 
 def _storable(name: str) -> str:
-    """`name` with escapes for bytes that are not UTF-8 and for carriage returns, which text or CSV files cannot keep."""
+    """`name` with escapes for bytes that are not UTF-8 and for carriage returns, which a CSV file cannot hold."""
     return name.encode("utf-8", "backslashreplace").decode().replace("\r", "\\r")
