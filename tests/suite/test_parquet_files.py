@@ -229,7 +229,7 @@ def test_two_editions_in_one_pattern(hub: Path) -> None:
 
 def test_ids_of_files_of_one_name_hold_their_folders(tmp_path: Path) -> None:
     files = [write(tmp_path / folder / "val.parquet", images(0)) for folder in ("a", "b")]
-    ids = ParquetPhotos(files, "x", 10).select(torch.arange(6)).ids
+    ids = ParquetPhotos(files, "x", CLASSES).select(torch.arange(6)).ids
     assert ids[0] == "a/val.parquet/0" and len(set(ids)) == 6
 
 

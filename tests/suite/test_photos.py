@@ -15,7 +15,8 @@ from torch import nn
 
 from bayesq.batches import EncodedExamples
 from bayesq.suite.datasets import parquet_photos
-from bayesq.suite.datasets.base import Examples, StoredPhoto, stratified
+from bayesq.suite.datasets.base import Examples, Photo, stratified
+from bayesq.suite.datasets.cifar10 import CLASSES
 from bayesq.suite.datasets.imagenet import ImageNet, wnids
 from bayesq.suite.datasets.parquet_photos import ParquetPhotos
 from bayesq.suite.errors import UserError
@@ -102,28 +103,28 @@ def imagenet(root: Path, **changes: object) -> ImageNet:
 
 def shades(examples: Examples) -> list[int]:
     """Shade of every photo, which tells what row it is."""
-    return [Image.open(io.BytesIO(photo.read())).getpixel((0, 0))[0] for photo in examples.inputs]
+    return [Image.open(io.BytesIO(photo.read_bytes())).getpixel((0, 0))[0] for photo in examples.inputs]
 
 
 class TestParquetPhotos:
     def test_rows_of_several_files_and_row_groups(self, tmp_path: Path) -> None:
         files = [write(tmp_path / "a.parquet", [5, 1, 2, 3, 4]), write(tmp_path / "b.parquet", [9, 8, 7], first=50)]
-        whole = ParquetPhotos(files, "dataset.root=x", 10)
+        whole = ParquetPhotos(files, "dataset.root=x", CLASSES)
         assert whole.labels.tolist() == [5, 1, 2, 3, 4, 9, 8, 7] and len(whole) == 8
         examples = whole.select(torch.tensor([7, 0, 4, 5, 3]))
         assert examples.labels.tolist() == [7, 5, 4, 9, 3]
         assert examples.ids == ["b.parquet/2", "a.parquet/0", "a.parquet/4", "b.parquet/0", "a.parquet/3"]
         assert shades(examples) == [52, 0, 4, 50, 3]
-        assert all(isinstance(photo, StoredPhoto) for photo in examples.inputs)
+        assert all(isinstance(photo, Photo) for photo in examples.inputs)
         assert [str(photo) for photo in sorted(examples.inputs)][-1] == f"row 2 of {files[1]}"
 
     def test_few_row_groups_stay_in_memory(self, tmp_path: Path) -> None:
-        whole = ParquetPhotos([write(tmp_path / "a.parquet", list(range(9)))], "dataset.root=x", 10)
+        whole = ParquetPhotos([write(tmp_path / "a.parquet", list(range(9)))], "dataset.root=x", CLASSES)
         shades(whole.select(torch.arange(9)))
-        assert len(whole._groups) == parquet_photos.CACHED_GROUPS
+        assert whole._group.cache_info().currsize == parquet_photos.CACHED_GROUPS
 
     def test_threads_get_their_own_rows(self, tmp_path: Path) -> None:
-        whole = ParquetPhotos([write(tmp_path / "a.parquet", [0] * 40)], "dataset.root=x", 10)
+        whole = ParquetPhotos([write(tmp_path / "a.parquet", [0] * 40)], "dataset.root=x", CLASSES)
         examples = whole.select(torch.arange(40))
         found: dict[int, list[int]] = {}
         threads = [
@@ -157,13 +158,13 @@ class TestParquetPhotos:
         else:
             pq.write_table(pa.table(table), file)
         with pytest.raises(UserError, match=rf"^dataset\.root=x: .*{message}") as caught:
-            ParquetPhotos([file], "dataset.root=x", 10)
+            ParquetPhotos([file], "dataset.root=x", CLASSES)
         assert str(file) in one_line(caught)
 
     def test_one_huge_row_group_is_refused(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(parquet_photos, "LARGEST_GROUP_BYTES", 1000)
         with pytest.raises(UserError, match="write it again with row_group_size=100"):
-            ParquetPhotos([write(tmp_path / "a.parquet", [1] * 30, group=30)], "dataset.root=x", 10)
+            ParquetPhotos([write(tmp_path / "a.parquet", [1] * 30, group=30)], "dataset.root=x", CLASSES)
 
 
 class TestImageNetFromParquet:
@@ -335,13 +336,13 @@ class TestStreaming:
         monkeypatch.setattr(photos, "DECODED_BYTES", limit)
         table = pa.table({"image": [{"bytes": jpeg(3)}, {"bytes": None}], "label": [0, 1]})
         pq.write_table(table, tmp_path / "val.parquet")
-        examples = ParquetPhotos([tmp_path / "val.parquet"], "dataset.root=x", 10).select(torch.arange(2))
+        examples = ParquetPhotos([tmp_path / "val.parquet"], "dataset.root=x", CLASSES).select(torch.arange(2))
         with pytest.raises(UserError, match=r"^row 1 of .*val\.parquet is not a readable photo: .*no bytes"):
             list(encoder()(examples).batches(2, "cpu"))
 
     def test_photos_in_memory_keep_the_order_of_the_examples(self, tmp_path: Path) -> None:
         files = [write(tmp_path / "a.parquet", [0] * 6), write(tmp_path / "b.parquet", [1] * 6, first=100)]
-        whole = ParquetPhotos(files, "dataset.root=x", 10)
+        whole = ParquetPhotos(files, "dataset.root=x", CLASSES)
         order = torch.randperm(12, generator=torch.Generator().manual_seed(0))
         encoded = encoder()(whole.select(order))
         assert isinstance(encoded, EncodedPhotos)
@@ -351,7 +352,7 @@ class TestStreaming:
 
 def test_examples_of_stored_photos_hash_their_content(tmp_path: Path) -> None:
     def checksum(first: int) -> str:
-        whole = ParquetPhotos([write(tmp_path / "a.parquet", [0, 1], first)], "dataset.root=x", 10)
+        whole = ParquetPhotos([write(tmp_path / "a.parquet", [0, 1], first)], "dataset.root=x", CLASSES)
         return whole.select(torch.arange(2)).checksum()
 
     assert checksum(3) == checksum(3) != checksum(4)

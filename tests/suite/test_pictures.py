@@ -24,7 +24,7 @@ def encoded(pixels: np.ndarray | Image.Image, kind: str, **options: object) -> i
 
 
 def pixels_of(file: io.BytesIO) -> np.ndarray:
-    image = decoded(file)
+    image = decoded(file.getvalue())
     assert image.mode == "RGB"
     return np.asarray(image)
 
@@ -109,7 +109,7 @@ def test_white_may_be_zero() -> None:
 )
 def test_numbers_without_a_white_are_refused(file: io.BytesIO) -> None:
     with pytest.raises(ValueError, match="which of its grey levels is white"):
-        decoded(file)
+        decoded(file.getvalue())
 
 
 @pytest.mark.parametrize("mode", ["LA", "1", "L", "CMYK", "RGBA", "P", "YCbCr", "PA", "LAB"])
@@ -151,5 +151,5 @@ def test_exif_orientation_is_not_applied(kind: str, orientation: int) -> None:
 @pytest.mark.parametrize("content", [b"", b"text", b"\x89PNG\r\n\x1a\n", encoded(COLOUR, "JPEG").getvalue()[:400]])
 def test_what_is_no_photo_is_one_kind_of_error(content: bytes) -> None:
     with pytest.raises(ValueError) as caught:
-        decoded(io.BytesIO(content))
+        decoded(content)
     assert str(caught.value) and " at 0x" not in str(caught.value)

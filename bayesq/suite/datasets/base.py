@@ -1,4 +1,4 @@
-"""What every data set gives: raw examples in three disjoint splits, one of them for calibration draws."""
+"""The common form of the data sets: raw examples in three disjoint splits, one of them for calibration draws."""
 
 import hashlib
 import json
@@ -19,15 +19,11 @@ from bayesq.tensor_file import digest
 
 
 @runtime_checkable
-class StoredPhoto(Protocol):
-    """A photo kept inside a larger file, in the encoding it was stored with; `str` says where it is."""
+class Photo(Protocol):
+    """An encoded photo: a file, or a part of a larger file; `str` says where it is."""
 
-    def read(self) -> bytes:
-        """The encoded photo.
-
-        Raises:
-            OSError, ValueError: it cannot be read.
-        """
+    def read_bytes(self) -> bytes:
+        """The encoded photo; OSError or ValueError if it cannot be read."""
         ...
 
     def __lt__(self, other: Any, /) -> bool:
@@ -35,10 +31,10 @@ class StoredPhoto(Protocol):
         ...
 
 
-# Raw inputs, before any model-specific encoding: sentences, sentence pairs, photos of any size (files of their own or
-# inside larger ones), or images [n, channels, height, width] as floats in [0, 1]. Only `select`, `checksum` and the
-# model's `encode` look inside, so a new kind of input changes only these three.
-Inputs = Sequence[str] | Sequence[tuple[str, str]] | Sequence[Path] | Sequence[StoredPhoto] | Tensor
+# Raw inputs, before any model-specific encoding: sentences, sentence pairs, photos of any size, or images
+# [n, channels, height, width] as floats in [0, 1]. A new kind of input changes `select`, `checksum` and the model's
+# `encode` only.
+Inputs = Sequence[str] | Sequence[tuple[str, str]] | Sequence[Photo] | Tensor
 
 
 @dataclass(frozen=True)
@@ -53,7 +49,7 @@ class Examples:
     ids: list[str]
 
     def __post_init__(self) -> None:
-        """Reject parts of different length, which would pair inputs with foreign labels."""
+        """Reject parts of different lengths: they would give inputs the labels of other examples."""
         if not len(self.inputs) == len(self.labels) == len(self.ids):
             raise ValueError(
                 f"{len(self.inputs)} inputs, {len(self.labels)} labels and {len(self.ids)} ids do not match"
@@ -72,17 +68,17 @@ class Examples:
         return Examples(inputs, self.labels[indices], [self.ids[i] for i in positions])
 
     def checksum(self) -> str:
-        """sha256 hex over inputs (of photos their files' content), labels and ids, order included."""
+        """sha256 hex of inputs (of photos: the encoded bytes), labels and ids in their order."""
         ids = json.dumps(self.ids)
         if isinstance(self.inputs, Tensor):
             return digest({"inputs": self.inputs, "labels": self.labels}, {"ids": ids})
-        inputs = [photo_sha256(item) if isinstance(item, Path | StoredPhoto) else item for item in self.inputs]
+        inputs = [photo_sha256(item) if isinstance(item, Photo) else item for item in self.inputs]
         return digest({"labels": self.labels}, {"ids": ids, "inputs": json.dumps(inputs)})
 
 
-def photo_sha256(photo: Path | StoredPhoto) -> str:
+def photo_sha256(photo: Photo) -> str:
     """sha256 hex of a photo's encoded bytes."""
-    return hashlib.sha256(photo.read_bytes() if isinstance(photo, Path) else photo.read()).hexdigest()
+    return hashlib.sha256(photo.read_bytes()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -98,8 +94,8 @@ class DataSplits:
         source: provenance (origin, versions, checksums) for the result file.
         metrics: what is measured; the primary metric is one of them.
         task: what a model has to do with the inputs.
-        classes: names of the classes in the order of their labels, where they have any.
-        subset: which of the data set's parts it is, for models with a checkpoint for each; "" where there is one only.
+        classes: names of the classes in the order of their labels; () if they have none.
+        subset: name of the part of the data set, for models with a checkpoint for each part; "" without parts.
     """
 
     train: Examples
@@ -132,8 +128,7 @@ class DataSplits:
                 f"calibration.examples={examples} is not possible: choose 1 to {pool}, "
                 "the size of the data set's calibration pool"
             )
-        order = torch.randperm(pool, generator=torch.Generator().manual_seed(seed))
-        return self.calibration_pool.select(order[:examples])
+        return self.calibration_pool.select(shuffled(pool, seed)[:examples])
 
 
 class Dataset(Protocol):
@@ -142,10 +137,15 @@ class Dataset(Protocol):
     def load(self, cache_dir: Path) -> DataSplits:
         """Load the splits, fetching or caching files under `cache_dir` where needed.
 
-        Membership depends on the data set's own `split_seed` only, never on the run's `seed`; a data set whose YAML
-        passes the seed on (imagenet) is the exception and says what it does with it.
+        The splits depend on `split_seed` only, not on the run's `seed`. The exception is a data set whose YAML passes
+        the seed on (imagenet); its docstring says how the seed is used.
         """
         ...
+
+
+def shuffled(count: int, seed: int) -> Tensor:
+    """The positions [count] int64 in an order drawn by the seed."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
 
 
 def limited(available: int, limit: int | None) -> int:
@@ -161,18 +161,24 @@ def limited(available: int, limit: int | None) -> int:
     return limit
 
 
-def stratified(labels: Tensor, size: int, seed: int) -> Tensor:
+def stratified(labels: Tensor, limit: int | None, seed: int) -> Tensor:
     """Positions [size] int64, in increasing order, of a seeded subset in which every class keeps its share.
 
-    A class of n_c among n examples gets floor(size n_c / n) places; those left over go to the largest remainders, equal
-    ones in an order that the seed draws: otherwise a subset smaller than the number of classes would hold the first
-    classes only. Labels that are no integers (regression) have no classes: then it is a plain draw.
+    A class with n_c of the n examples gets floor(size n_c / n) places. The places left over go to the largest
+    remainders. The seed orders equal remainders: otherwise a subset smaller than the number of classes would hold the
+    first classes only. Labels that are not integers (regression) have no classes: the draw is a plain one.
 
     Args:
         labels: [n].
-        size: from 1 to n (see `limited`).
+        limit: the size, from 1 to n (see `limited`); None: all n.
         seed: of the draw.
+
+    Raises:
+        UserError: `limit` is not possible.
     """
+    if limit is None:
+        return torch.arange(len(labels))
+    size = limited(len(labels), limit)
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(labels), generator=generator)
     if labels.is_floating_point():
@@ -182,24 +188,20 @@ def stratified(labels: Tensor, size: int, seed: int) -> Tensor:
     tie = torch.randperm(len(classes), generator=generator)
     first = tie[remainder[tie].argsort(descending=True, stable=True)]
     places[first[: size - int(places.sum())]] += 1
-    # the rank of each drawn example within its class, in the drawn order
     drawn = number[order]
-    by_class = drawn.argsort(stable=True)
-    start = counts.cumsum(0) - counts
-    rank = torch.empty_like(order)
-    rank[by_class] = torch.arange(len(labels)) - start[drawn[by_class]]
-    return order[rank < places[drawn]].sort().values
+    chosen = [order[drawn == index][:count] for index, count in enumerate(places.tolist())]
+    return torch.cat(chosen).sort().values
 
 
 @dataclass(frozen=True)
 class SeededSplits:
-    """A data set without splits of its own, cut by a seed.
+    """A data set that comes without splits; a seed draws them.
 
     Attributes:
         split_seed: seed of the shuffle that assigns examples to splits.
         calibration_pool: number of examples calibration sets are drawn from.
-        evaluation: number of evaluation examples; what remains is the train split.
-        limit: keep only the first `limit` evaluation examples; this moves no example to another split.
+        evaluation: number of evaluation examples; the remaining examples are the train split.
+        limit: evaluate only the first `limit` evaluation examples; no example moves to another split.
     """
 
     split_seed: int
@@ -224,7 +226,7 @@ class SeededSplits:
                 f"dataset.evaluation={self.evaluation} and dataset.calibration_pool={self.calibration_pool} leave "
                 f"nothing to train on: their sum must stay below {len(examples)}, the size of the data set"
             )
-        order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(self.split_seed))
+        order = shuffled(len(examples), self.split_seed)
         evaluated, pool, train = order.tensor_split([self.evaluation, self.evaluation + self.calibration_pool])
         return DataSplits(
             train=examples.select(train),

@@ -2,14 +2,15 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import cache
 from pathlib import Path
 
 import torch
 
-from bayesq.suite.datasets.base import DataSplits, limited, stratified
+from bayesq.suite.datasets.base import DataSplits, shuffled, stratified
 from bayesq.suite.datasets.parquet_files import listed, of_split, shards
 from bayesq.suite.datasets.parquet_photos import ParquetPhotos
 from bayesq.suite.datasets.photo_tree import PhotoTree
@@ -17,57 +18,49 @@ from bayesq.suite.errors import UserError
 from bayesq.suite.hub import hub_files, tell_commit
 
 Photos = PhotoTree | ParquetPhotos
+SPLITS = ("train", "val", "test")  # beginnings of the names of parquet files
 
 
+@dataclass(frozen=True)
 class ImageNet:
-    """Photos with ImageNet's labels; the class is the wnid's place among all 1,000, however many there are.
+    """Photos with ImageNet's labels: a class is the place of its wnid among all 1,000, even if some classes are empty.
 
-    Evaluated is the validation split. With a train split beside it, `seed` draws the calibration pool from there, and
-    every seed has the same evaluation set. Without one, as for the 1,000 photos at hand, the pool is taken out of the
-    validation split: **every seed then has its own evaluation set**, the photos that it does not calibrate on. With a
-    pool drawn by `split_seed` instead, a pool as small as these data allow would give every seed the same calibration
-    set.
+    The validation split is evaluated. If there is a train split, `seed` draws the calibration pool from it, and every
+    seed has the same evaluation set. Otherwise `seed` draws the pool from the validation split, and the other photos
+    are evaluated: **every seed then has another evaluation set**. (If `split_seed` drew the pool, a small data set
+    would give every seed nearly the same calibration set.)
 
-    Nothing is fitted on ImageNet here, so DataSplits.train is empty: these networks bring their weights.
+    DataSplits.train is empty: these networks bring their weights.
 
-    Args:
-        root: folder with val/<wnid>/<photo> and perhaps train/<wnid>/<photo>, or with train*.parquet and val*.parquet,
-            in its folder data or in it; where no file is named so, all are evaluation photos. Files that say how many
-            they are (`-of-00014`) must all be there, and a split's files must differ in a number only. Of a tree
-            PhotoTree tells what is left out.
+    Attributes:
+        root: folder with val/<wnid>/<photo> and perhaps train/<wnid>/<photo> (see PhotoTree), or with train*.parquet
+            and val*.parquet, in the folder itself or in its folder data; if no file there begins with train, val or
+            test, all files hold evaluation photos. Files that state their number (`-of-00014`) must all be there, and
+            the names of a split's files must differ in a number only.
         split_seed: order of the evaluation photos of a tree, and the draw of `limit`.
         calibration_pool: number of photos calibration sets are drawn from.
         seed: the run's seed, which draws the pool.
-        limit: evaluate only so many photos, every class keeping its share.
+        limit: number of evaluation photos, every class keeping its share; None: all.
         hub: data set repository on the hub that holds such parquet files, in place of `root`.
         revision: its commit, tag or branch.
-        train_files, val_files: patterns of the files to fetch from there; no `train_files`: calibrate on validation
-            photos.
+        train_files: pattern of the training files to fetch from there; None: calibrate on validation photos.
+        val_files: pattern of the validation files to fetch from there.
     """
 
-    def __init__(
-        self,
-        root: str | None,
-        split_seed: int,
-        calibration_pool: int,
-        seed: int,
-        limit: int | None = None,
-        hub: str | None = None,
-        revision: str = "main",
-        train_files: str | None = None,
-        val_files: str = "data/validation-*.parquet",
-    ) -> None:
-        if (root is None) == (hub is None):
+    root: str | None
+    split_seed: int
+    calibration_pool: int
+    seed: int
+    limit: int | None = None
+    hub: str | None = None
+    revision: str = "main"
+    train_files: str | None = None
+    val_files: str = "data/validation-*.parquet"
+
+    def __post_init__(self) -> None:
+        """Refuse two origins, or none."""
+        if (self.root is None) == (self.hub is None):
             raise UserError("dataset=imagenet needs either dataset.root=DIR or dataset.hub=REPOSITORY")
-        self.root = None if root is None else Path(root)
-        self.split_seed = split_seed
-        self.calibration_pool = calibration_pool
-        self.seed = seed
-        self.limit = limit
-        self.hub = hub
-        self.revision = revision
-        self.train_files = train_files
-        self.val_files = val_files
 
     def load(self, cache_dir: Path) -> DataSplits:
         """Splits with photos as inputs, not opened yet; `cache_dir` stays untouched.
@@ -77,7 +70,7 @@ class ImageNet:
                 not possible, the hub does not give the files, a parquet file is missing or one too many, or the pool or
                 the limit is not possible.
         """
-        train, val, source = self._from_hub() if self.hub else self._from_root()
+        train, val, source = self._from_hub(self.hub) if self.hub else self._from_root(Path(self.root or "."))
         pool_from = val if train is None else train
         if not 1 <= self.calibration_pool <= len(pool_from) - (1 if train is None else 0):
             kind = "photos, of which some must remain to evaluate" if train is None else "training photos"
@@ -85,16 +78,12 @@ class ImageNet:
                 f"dataset.calibration_pool={self.calibration_pool} is not possible: {source['origin']} has "
                 f"{len(pool_from)} {kind}"
             )
-        drawn = torch.randperm(len(pool_from), generator=torch.Generator().manual_seed(self.seed))
-        drawn = drawn[: self.calibration_pool]
-        evaluated = torch.arange(len(val))
-        if isinstance(val, PhotoTree):  # files are read in any order; a parquet file from its beginning to its end
-            evaluated = torch.randperm(len(val), generator=torch.Generator().manual_seed(self.split_seed))
+        drawn = shuffled(len(pool_from), self.seed)[: self.calibration_pool]
+        # A parquet file is read from its beginning to its end; the files of a tree may be read in any order.
+        evaluated = shuffled(len(val), self.split_seed) if isinstance(val, PhotoTree) else torch.arange(len(val))
         if train is None:
             evaluated = evaluated[~torch.isin(evaluated, drawn)]
-        if self.limit is not None:
-            size = limited(len(evaluated), self.limit)
-            evaluated = evaluated[stratified(val.labels[evaluated], size, self.split_seed)]
+        evaluated = evaluated[stratified(val.labels[evaluated], self.limit, self.split_seed)]
         ids = val.select(torch.arange(len(val))).ids
         return DataSplits(
             train=val.select(torch.arange(0)),
@@ -113,51 +102,48 @@ class ImageNet:
             },
         )
 
-    def _from_root(self) -> tuple[Photos | None, Photos, dict[str, str]]:
+    def _from_root(self, root: Path) -> tuple[Photos | None, Photos, dict[str, str]]:
         """Train (None: there is none) and validation photos below `root`, and their origin."""
-        assert self.root is not None
-        where, origin = f"dataset.root={self.root}", {"origin": str(self.root)}
-        if (self.root / "val").is_dir():
-            train = PhotoTree(self.root, "train", wnids()) if (self.root / "train").is_dir() else None
-            val = PhotoTree(self.root, "val", wnids())
-            left_out = {"left_out": val.left_out} if val.left_out else {}
-            return train, val, origin | left_out
-        for folder in (self.root / "data", self.root):
-            if files := listed(folder, "*.parquet"):
-                return *_opened(*_by_split(files, where), where), origin
-        raise UserError(
-            f"{where}: there is no folder {self.root / 'val'} of val/<wnid>/<photo>, and there are no parquet files "
-            "such as validation.parquet or data/validation-*.parquet"
-        )
+        where, source = f"dataset.root={root}", {"origin": str(root)}
+        if (root / "val").is_dir():
+            train = PhotoTree(root, "train", wnids()) if (root / "train").is_dir() else None
+            val = PhotoTree(root, "val", wnids())
+            return train, val, source | ({"left_out": val.left_out} if val.left_out else {})
+        files = listed(root / "data", "*.parquet") or listed(root, "*.parquet")
+        if not files:
+            raise UserError(
+                f"{where}: there is no folder {root / 'val'} of val/<wnid>/<photo>, and there are no parquet files "
+                "such as validation.parquet or data/validation-*.parquet"
+            )
+        strays = [file for file in files if not file.name.startswith(SPLITS)]
+        if strays == files:
+            return *_opened([[], shards(files, where)], where), source
+        if strays:
+            raise UserError(
+                f"{where}: {strays[0]} begins with none of {', '.join(SPLITS)}, as others there do: move it away"
+            )
+        parts = [of_split([file for file in files if file.name.startswith(split)], where) for split in SPLITS[:2]]
+        return *_opened(parts, where), source
 
-    def _from_hub(self) -> tuple[Photos | None, Photos, dict[str, str]]:
+    def _from_hub(self, hub: str) -> tuple[Photos | None, Photos, dict[str, str]]:
         """Like `_from_root`, for files on the hub; files in the hub's cache are not fetched again."""
-        assert self.hub is not None
-        where = f"dataset.hub={self.hub}"
+        where = f"dataset.hub={hub}"
         instead = "take files of your own with dataset.root=DIR dataset.hub=null"
-        patterns = [self.val_files, *([self.train_files] if self.train_files else [])]
-        files = hub_files(self.hub, patterns, self.revision, where, instead)
-        tell_commit(where, self.revision, files.commit, "dataset.revision")
-        val = self._matching("val_files", files.folder)
-        train = self._matching("train_files", files.folder)
-        source = {
-            "origin": self.hub,
-            "revision": files.commit,
-            "train_files": " ".join(file.name for file in train),
-            "val_files": " ".join(file.name for file in val),
-        }
-        return *_opened(train, val, where), source
+        patterns = {"train_files": self.train_files, "val_files": self.val_files}
+        there = hub_files(hub, [pattern for pattern in patterns.values() if pattern], self.revision, where, instead)
+        tell_commit(where, self.revision, there.commit, "dataset.revision")
+        source, files = {"origin": hub, "revision": there.commit}, []
+        for key, pattern in patterns.items():
+            files.append(self._matching(there.folder, pattern, f"dataset.{key}={pattern}") if pattern else [])
+            source[key] = " ".join(file.name for file in files[-1])
+        return *_opened(files, where), source
 
-    def _matching(self, key: str, folder: Path) -> list[Path]:
-        """The hub's files in `folder` that match the pattern under `key`; none if the pattern is null.
+    def _matching(self, folder: Path, pattern: str, where: str) -> list[Path]:
+        """The files in `folder` that match the pattern.
 
         Raises:
-            UserError: there are none, or some that the pattern asks for are missing (offline, of a part in the cache).
+            UserError: there are none, or the hub's cache holds a part only and is read offline.
         """
-        pattern: str | None = getattr(self, key)
-        if not pattern:
-            return []
-        where = f"dataset.{key}={pattern}"
         files = shards(
             listed(folder, pattern), where, lambda file: fnmatch(file.relative_to(folder).as_posix(), pattern)
         )
@@ -166,33 +152,12 @@ class ImageNet:
         return files
 
 
-def _by_split(files: Sequence[Path], where: str) -> tuple[list[Path], list[Path]]:
-    """Train and validation files by the beginning of their names; without any such name all are validation files.
-
-    Raises:
-        UserError: a file of a split is missing, or one belongs to something else.
-    """
-    splits = ("train", "val", "test")
-    train, val, test = ([file for file in files if file.name.startswith(split)] for split in splits)
-    if not (train or val or test):
-        return [], shards(files, where)
-    if strays := [file for file in files if not file.name.startswith(splits)]:
-        raise UserError(
-            f"{where}: {strays[0]} begins with none of {', '.join(splits)}, as others there do: move it away"
-        )
-    return of_split(train, where), of_split(val, where)
-
-
-def _opened(train: Sequence[Path], val: Sequence[Path], where: str) -> tuple[Photos | None, Photos]:
-    """The train photos (None: there are no train files) and the validation photos of parquet files.
-
-    Raises:
-        UserError: there are no validation photos.
-    """
-    photos = [ParquetPhotos(files, where, len(wnids()), wnids()) if files else None for files in (train, val)]
-    if not photos[1]:
+def _opened(parts: Iterable[Sequence[Path]], where: str) -> tuple[Photos | None, Photos]:
+    """The photos in the train files (None: there are no files) and in the validation files."""
+    train, val = (ParquetPhotos(files, where, wnids()) if files else None for files in parts)
+    if not val:
         raise UserError(f"{where}: no photo in val*.parquet")
-    return photos[0], photos[1]
+    return train, val
 
 
 @cache

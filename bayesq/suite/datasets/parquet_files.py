@@ -1,10 +1,12 @@
-"""Parquet files as data sets come in: which of them make up a split, and what they call their classes."""
+"""Parquet files in the layout of the `datasets` library: the files of a split, and one file with its class names."""
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
+from bayesq.suite.config import one_line
 from bayesq.suite.errors import UserError
 
 # name-00000-of-00012.parquet; older releases of `datasets` add a hash, which differs from file to file
@@ -12,39 +14,36 @@ SHARD = re.compile(r"(.+?)-(\d+)-of-(\d+)(?!\d)(.*)")
 
 
 def listed(folder: Path, *patterns: str) -> list[Path]:
-    """What matches one of the glob patterns in `folder`, sorted, but nothing hidden (as macOS's `._` files are)."""
+    """The files in `folder` that match a glob pattern, sorted, without hidden ones (such as macOS's `._` files)."""
     files = {file for pattern in patterns for file in folder.glob(pattern) if not file.name.startswith(".")}
     return sorted(files)
 
 
 def of_split(files: Iterable[Path], where: str) -> list[Path]:
-    """The files of one split in order: a set of `shards`, a single file, or files that only a number tells apart.
+    """The files of one split in order: all `shards` of a set, a single file, or files whose names differ in a number.
 
     Args:
         files: those whose names say that they belong to the split.
         where: key and value that led to them, the beginning of every error line.
 
     Raises:
-        UserError: a shard is missing, or a file belongs to something else.
+        UserError: a shard is missing, or a file belongs to another set.
     """
     parts = shards(files, where)
-    if parts and not SHARD.match(parts[0].name):
-        patterns = {re.sub(r"\d+", "#", file.name): file for file in parts}
-        if len(patterns) > 1:
-            one, other, *_ = sorted(file.name for file in patterns.values())
-            raise UserError(
-                f"{where}: {one} and {other} in {parts[0].parent} are no parts of one set: keep one of them"
-            )
+    names = {} if not parts or SHARD.match(parts[0].name) else {re.sub(r"\d+", "#", part.name): part for part in parts}
+    if len(names) > 1:
+        one, other, *_ = sorted(part.name for part in names.values())
+        raise UserError(f"{where}: {one} and {other} in {parts[0].parent} are no parts of one set: keep one of them")
     return parts
 
 
 def shards(files: Iterable[Path], where: str, wanted: Callable[[Path], bool] = lambda _: True) -> list[Path]:
-    """`files` in order, none being amiss where a name says how many there are (`train-00000-of-00012.parquet`).
+    """`files` in order; if a name states their number (`train-00000-of-00012.parquet`), the set must be complete.
 
     Args:
         files: in one folder or several.
         where: key and value that led to them, the beginning of every error line.
-        wanted: tells whether a missing file was asked for.
+        wanted: whether a missing file is an error.
 
     Raises:
         UserError: a wanted file of the set is missing, or a file is no part of it.
@@ -57,13 +56,14 @@ def shards(files: Iterable[Path], where: str, wanted: Callable[[Path], bool] = l
     numbers: dict[int, Path] = {}
     for file in files:
         mark = SHARD.match(file.name)
-        of_set = mark is not None and (file.parent, mark[1], int(mark[3])) == (first.parent, stem, count)
-        number = int(mark[2]) if mark is not None and of_set else count
-        if number >= count or (twin := numbers.setdefault(number, file)) != file:
-            which = f"{file}" if number >= count else f"{twin} or {file.name}"
+        same_set = mark is not None and (file.parent, mark[1], int(mark[3])) == (first.parent, stem, count)
+        number = int(mark[2]) if mark is not None and same_set else count
+        if number >= count or number in numbers:
+            which = file if number >= count else f"{numbers[number]} or {file.name}"
             raise UserError(
                 f"{where}: {which} is not one of the {count} files that {first.name} says there are: move it away"
             )
+        numbers[number] = file
     for number in range(count):
         missing = first.parent / f"{stem}-{number:0{len(digits)}}-of-{total}{end}"
         if number not in numbers and wanted(missing):
@@ -74,45 +74,46 @@ def shards(files: Iterable[Path], where: str, wanted: Callable[[Path], bool] = l
     return [numbers[number] for number in sorted(numbers)]
 
 
-def class_names(metadata: Mapping[bytes, bytes] | None) -> list[str] | None:
-    """Names of the labels 0, 1, ... as `datasets` records them in the schema of a parquet file; None: unknown."""
-    try:
-        names = json.loads((metadata or {})[b"huggingface"])["info"]["features"]["label"]["names"]
-    except (LookupError, TypeError, ValueError):
-        return None
-    return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
-
-
-def recorded_classes(file: Path) -> list[str] | None:
-    """`class_names` of a file's column `label`.
-
-    Raises:
-        ImportError: pyarrow is not installed.
-        Exception: the file is damaged; pyarrow raises more than it documents.
-    """
-    from pyarrow.parquet import read_schema
-
-    return class_names(read_schema(file).metadata)
-
-
-def check_classes(names: Sequence[str] | None, count: int, expected: Sequence[str], where: str) -> None:
-    """Refuse recorded names of classes that show labels of another meaning.
+def read_parquet(file: Path, where: str, classes: Sequence[str], columns: list[str] | None = None) -> tuple[Any, Any]:
+    """A parquet file's table and metadata, as pyarrow has them.
 
     Args:
-        names: of the classes 0, 1, ... as recorded; None: nothing is recorded.
-        count: number of classes.
-        expected: what they may be called; others than these may well be synonyms.
-        where: the beginning of the error line.
+        file: to read.
+        where: key and value that led to it, the beginning of every error line.
+        classes: names of the labels 0, 1, ...; the file may record synonyms of them.
+        columns: to read; a column that the file lacks is left out. None: all columns.
 
     Raises:
-        UserError: there are more or fewer, or an expected name stands at another place.
+        UserError: pyarrow is not installed, the file cannot be read, or it records other classes.
     """
-    if names is None:
-        return
-    if len(names) != count:
-        raise UserError(f"{where} names {len(names)} classes in place of {count}: its labels mean something else")
-    places = {name.casefold(): place for place, name in enumerate(expected)}
+    try:
+        import pyarrow.parquet as pq
+    except ImportError as error:
+        raise UserError(f"{where}: parquet files need pyarrow: run `python -m pip install pyarrow`") from error
+    try:
+        with pq.ParquetFile(file) as opened:
+            table, metadata = opened.read(columns), opened.metadata
+        table.validate(full=True)
+    except OSError as error:
+        raise UserError(f"{where}: {file} cannot be read ({one_line(error.strerror or str(error))[:200]})") from error
+    except Exception as error:  # pyarrow raises more for a damaged file than it documents
+        raise UserError(f"{where}: {file} is not parquet ({one_line(str(error))[:200]})") from error
+    try:
+        names = json.loads((table.schema.metadata or {})[b"huggingface"])["info"]["features"]["label"]["names"]
+    except (LookupError, TypeError, ValueError):  # no class names are recorded
+        names = None
+    if isinstance(names, list) and all(isinstance(name, str) for name in names):
+        _check_classes(names, classes, f"{where}: {file}")
+    return table, metadata
+
+
+def _check_classes(names: Sequence[str], classes: Sequence[str], where: str) -> None:
+    """Refuse recorded class names of another number, and names of `classes` in another order."""
+    if len(names) != len(classes):
+        raise UserError(
+            f"{where} names {len(names)} classes in place of {len(classes)}: its labels mean something else"
+        )
+    labels = {name.casefold(): label for label, name in enumerate(classes)}
     for label, name in enumerate(names):
-        place = places.get(name.casefold(), label)
-        if place != label:
-            raise UserError(f"{where} calls label {label} {name!r}, which must be label {place}: number the classes so")
+        if (right := labels.get(name.casefold(), label)) != label:
+            raise UserError(f"{where} calls label {label} {name!r}, which must be label {right}: number the classes so")

@@ -1,14 +1,15 @@
-"""Photos inside parquet files in the layout of the `datasets` library, read when they are asked for.
+"""Photos inside parquet files in the layout of the `datasets` library, each read when it is needed.
 
-Columns: `image`, a struct whose `bytes` is the encoded photo, and `label`. Such files come in row groups of about a
-hundred photos; one is read whole, and the last few read are kept, for neighbours.
+Columns: `image`, a struct whose `bytes` is the encoded photo, and `label`. Such files have row groups of about a
+hundred photos. A group is read as a whole, and the last few groups stay in memory for neighbouring photos.
 """
 
 import os
 import threading
-from collections import OrderedDict
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -16,25 +17,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bayesq.suite.config import one_line
 from bayesq.suite.datasets.base import Examples
-from bayesq.suite.datasets.parquet_files import check_classes, class_names
+from bayesq.suite.datasets.parquet_files import read_parquet
 from bayesq.suite.errors import UserError
 
 CACHED_GROUPS = 2
-# A writer that was not told otherwise puts a whole file into one row group, and one photo would cost all of it.
+# By default a writer may put a whole file into one row group; reading one photo would then read the whole file.
 LARGEST_GROUP_BYTES = 2**30
 
 
 @dataclass(frozen=True, order=True)
 class ParquetPhoto:
-    """One photo: its file's place among all, and its row there."""
+    """One photo: the number of its file, and its row there."""
 
     file: int
     row: int
     of: "ParquetPhotos" = field(compare=False, repr=False)
 
-    def read(self) -> bytes:
+    def read_bytes(self) -> bytes:
         """The encoded photo.
 
         Raises:
@@ -52,101 +52,79 @@ class ParquetPhotos:
     Args:
         files: the split's files.
         where: key and value that led to them, the beginning of every error line.
-        num_classes: labels must lie below.
-        classes: names that a file may record for its labels, if they are known (see `check_classes`).
+        classes: names of the labels 0, 1, ... (see `read_parquet`).
 
     Raises:
         UserError: pyarrow is not installed, a file cannot be read or has another layout or other classes, or a label is
             not possible.
     """
 
-    def __init__(self, files: Sequence[Path], where: str, num_classes: int, classes: Sequence[str] = ()) -> None:
+    def __init__(self, files: Sequence[Path], where: str, classes: Sequence[str]) -> None:
         self.files = list(files)
         self._names = [file.name for file in self.files]
-        if len(set(self._names)) < len(self._names):  # of several folders, which ids must tell apart
+        if len(set(self._names)) < len(self._names):  # equal names in several folders: ids need the folders
             above = os.path.commonpath(self.files)
             self._names = [file.relative_to(above).as_posix() for file in self.files]
-        self._groups: OrderedDict[tuple[int, int], Any] = OrderedDict()
-        self._lock = threading.Lock()
-        labels, self._rows = [], []
-        for file in self.files:
-            file_labels, groups = _labels_and_groups(file, where, num_classes, classes)
-            labels.append(file_labels)
-            self._rows.append([0, *accumulate(groups)])
+        labels, groups = zip(*(_labels_and_groups(file, where, classes) for file in self.files), strict=True)
         self.labels = torch.cat(labels)
-        self._first = [0, *accumulate(rows[-1] for rows in self._rows)]
+        self._group_starts = [[0, *accumulate(rows)] for rows in groups]
+        self._file_starts = [0, *accumulate(map(len, labels))]
+        self._lock = threading.Lock()
+        self._group = lru_cache(CACHED_GROUPS)(self._read_group)
 
     def __len__(self) -> int:
         return len(self.labels)
 
+    def __getitem__(self, position: int) -> ParquetPhoto:
+        file = bisect_right(self._file_starts, position) - 1
+        return ParquetPhoto(file, position - self._file_starts[file], self)
+
     def select(self, indices: Tensor) -> Examples:
         """The photos at `indices` [k] int64, in that order."""
-        bounds = torch.tensor(self._first[1:])
-        files = torch.bucketize(indices, bounds, right=True).tolist()
-        photos = [
-            ParquetPhoto(file, position - self._first[file], self)
-            for position, file in zip(indices.tolist(), files, strict=True)
-        ]
-        ids = [f"{self._names[photo.file]}/{photo.row}" for photo in photos]
-        return Examples(photos, self.labels[indices], ids)
+        photos = [self[position] for position in indices.tolist()]
+        return Examples(photos, self.labels[indices], [f"{self._names[photo.file]}/{photo.row}" for photo in photos])
 
     def read(self, photo: ParquetPhoto) -> bytes:
-        """The encoded photo; raises as ParquetPhoto.read does."""
-        rows = self._rows[photo.file]
-        group = next(number for number, end in enumerate(rows[1:]) if photo.row < end)
-        content = self._group(photo.file, group)[photo.row - rows[group]].as_py()
+        """The encoded photo; raises as ParquetPhoto.read_bytes does."""
+        starts = self._group_starts[photo.file]
+        group = bisect_right(starts, photo.row) - 1
+        with self._lock:  # several threads that need one group read it once
+            images = self._group(photo.file, group)
+        content: bytes | None = images[photo.row - starts[group]].as_py()
         if content is None:
             raise ValueError("its column image has no bytes")
-        photo_bytes: bytes = content
-        return photo_bytes
+        return content
 
-    def _group(self, file: int, group: int) -> Any:
-        """The encoded photos of a row group: a chunked array of pyarrow."""
+    def _read_group(self, file: int, group: int) -> Any:
+        """The encoded photos of a row group: an array of pyarrow."""
         import pyarrow.parquet as pq
 
-        with self._lock:
-            if (file, group) not in self._groups:
-                with pq.ParquetFile(self.files[file]) as table:
-                    images = table.read_row_group(group, columns=["image"]).combine_chunks()["image"]
-                self._groups[file, group] = images.combine_chunks().field("bytes")
-                if len(self._groups) > CACHED_GROUPS:
-                    self._groups.popitem(last=False)
-            self._groups.move_to_end((file, group))
-            return self._groups[file, group]
+        with pq.ParquetFile(self.files[file]) as table:
+            images = table.read_row_group(group, columns=["image"]).combine_chunks()["image"]
+        return images.combine_chunks().field("bytes")
 
 
-def _labels_and_groups(file: Path, where: str, num_classes: int, classes: Sequence[str]) -> tuple[Tensor, list[int]]:
+def _labels_and_groups(file: Path, where: str, classes: Sequence[str]) -> tuple[Tensor, list[int]]:
     """Labels [rows] int64 of a file and the number of rows in each of its row groups."""
-    try:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-    except ImportError as error:
-        raise UserError(f"{where}: parquet files need pyarrow: run `python -m pip install pyarrow`") from error
-    try:
-        with pq.ParquetFile(file) as table:
-            schema, metadata = table.schema_arrow, table.metadata
-            fields = {name: schema.field(name).type for name in ("image", "label") if name in schema.names}
-            groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
-            labels = table.read(columns=["label"])["label"] if "label" in fields else None
-    except OSError as error:
-        raise UserError(f"{where}: {file} cannot be read ({error.strerror or error})") from error
-    except Exception as error:  # of a damaged file pyarrow raises more than it documents
-        raise UserError(f"{where}: {file} is not parquet ({one_line(str(error))[:200]})") from error
-    image = fields.get("image")
+    table, metadata = read_parquet(file, where, classes, ["label"])
+    import pyarrow as pa
+
+    where = f"{where}: {file}"
+    schema = metadata.schema.to_arrow_schema()
+    image = schema.field("image").type if "image" in schema.names else None
     if image is None or not pa.types.is_struct(image) or image.get_field_index("bytes") < 0:
-        raise UserError(f"{where}: {file} has no column image with the encoded photo under bytes")
-    if labels is None or not pa.types.is_integer(labels.type):
-        raise UserError(f"{where}: {file} has no column label of whole numbers")
-    if labels.null_count:
-        raise UserError(f"{where}: {file} has {len(labels)} photos, but {labels.null_count} have no label")
-    check_classes(class_names(schema.metadata), num_classes, classes, f"{where}: {file}")
-    row_labels = torch.tensor(labels.to_numpy()).long()
-    if len(row_labels) and not 0 <= int(row_labels.min()) <= int(row_labels.max()) < num_classes:
-        wrong = row_labels[(row_labels < 0) | (row_labels >= num_classes)][0]
-        raise UserError(f"{where}: {file} must hold labels from 0 to {num_classes - 1}, and has {wrong}")
+        raise UserError(f"{where} has no column image with the encoded photo under bytes")
+    if "label" not in schema.names or not pa.types.is_integer(schema.field("label").type):
+        raise UserError(f"{where} has no column label of whole numbers")
+    if (column := table["label"]).null_count:
+        raise UserError(f"{where} has {len(column)} photos, but {column.null_count} have no label")
+    labels = torch.tensor(column.to_numpy()).long()
+    if len(wrong := labels[(labels < 0) | (labels >= len(classes))]):
+        raise UserError(f"{where} must hold labels from 0 to {len(classes) - 1}, and has {wrong[0]}")
+    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
     if (size := max((group.total_byte_size for group in groups), default=0)) > LARGEST_GROUP_BYTES:
         raise UserError(
-            f"{where}: {file} has a row group of {size / 2**30:.1f} GiB, which one photo would cost: write it again "
+            f"{where} has a row group of {size / 2**30:.1f} GiB, which has to be read for each photo: write it again "
             "with row_group_size=100"
         )
-    return row_labels, [group.num_rows for group in groups]
+    return labels, [group.num_rows for group in groups]

@@ -1,40 +1,40 @@
-"""Encoded photos to 8-bit RGB, the way published accuracies are measured, whatever kind of file it is.
+"""Encoded photos of any kind of file to 8-bit RGB, the way published accuracies are measured.
 
-As in the usual evaluation code (torchvision's and timm's), the EXIF orientation of a JPEG, PNG or WebP is not applied,
-transparency and colour profiles are ignored, and of an animation the first frame counts. Unlike there, 16-bit greys are
-scaled to 8 bits; Pillow alone would make everything above 255 white.
+As in the evaluation code of torchvision and timm, the EXIF orientation of a JPEG, PNG or WebP is not applied,
+transparency and colour profiles are ignored, and an animation gives its first frame. Unlike there, 16-bit greys are
+scaled to 8 bits; Pillow alone would make all values above 255 white.
 """
 
+import io
 import struct
-from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-# whose 16-bit greys some releases of Pillow give as mode I, from 0 to 65535
+# Some releases of Pillow give the 16-bit greys of these formats as mode I, from 0 to 65535.
 SIXTEEN_BITS = ("PNG", "PPM")
-BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # tags of TIFF and a value
+BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # two tags of TIFF, and a value of the second
 
 
-def decoded(source: Path | IO[bytes]) -> Image.Image:
-    """The photo in mode RGB.
+def decoded(content: bytes) -> Image.Image:
+    """An encoded photo in mode RGB.
 
     Raises:
         ValueError: it cannot be read or decoded, or its pixels have no known white.
     """
     try:
-        with Image.open(source) as image:
+        with Image.open(io.BytesIO(content)) as image:
             return as_rgb(image)
-    except UnidentifiedImageError as error:  # its own message has an address of this process's memory
-        raise ValueError("it is no image of a kind that Pillow reads") from error
-    # what Pillow raises for damaged files of one format or another
+    except UnidentifiedImageError as error:  # Pillow's message contains a memory address
+        raise ValueError("it is not an image of a kind that Pillow reads") from error
+    # Pillow raises these for damaged files, depending on the format.
     except (OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError) as error:
         raise ValueError(str(error) or type(error).__name__) from error
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
-    """An opened photo in mode RGB; of 16 bits the upper 8 are kept, as Pillow does where there are colours.
+    """An opened photo in mode RGB; 16 bits are cut to the upper 8, as Pillow cuts those of colour images.
 
     Raises:
         OSError, ValueError, SyntaxError: it cannot be decoded, or its pixels have no known white.
@@ -46,6 +46,8 @@ def as_rgb(image: Image.Image) -> Image.Image:
         inverted = tags.get(PHOTOMETRIC) == WHITE_IS_ZERO
         return Image.fromarray(255 - grey if inverted else grey).convert("RGB")
     if image.mode in ("I", "F"):
-        raise ValueError("nothing says which of its grey levels is white: save it with 8 bits, or 16 without sign")
-    image.info.pop("transparency", None)  # of a palette Pillow would warn that it is ignored
+        raise ValueError(
+            "nothing says which of its grey levels is white: save it with 8 bits, or with 16 unsigned bits"
+        )
+    image.info.pop("transparency", None)  # Pillow would warn that it ignores the transparency of a palette
     return image.convert("RGB")

@@ -4,7 +4,6 @@ What becomes of 16-bit greys, transparency and EXIF orientation: see bayesq.suit
 """
 
 import hashlib
-import io
 import json
 import os
 from abc import ABC, abstractmethod
@@ -15,7 +14,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
-from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -25,12 +23,11 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from bayesq.batches import Batch, EncodedExamples
-from bayesq.suite.datasets.base import Examples, StoredPhoto, photo_sha256
+from bayesq.suite.datasets.base import Examples, Photo, photo_sha256
 from bayesq.suite.datasets.pictures import decoded
 from bayesq.suite.errors import UserError
 from bayesq.tensor_file import digest
 
-Photo = Path | StoredPhoto
 T = TypeVar("T")
 R = TypeVar("R")
 # Image tensors are resized by torch, which has no more filters than these; the others become the finer one.
@@ -254,7 +251,7 @@ class PhotoEncoder:
     def _pixels(self, photo: Photo) -> Tensor:
         """One photo [3, height, width] uint8."""
         with _named(photo):
-            return self.crop(decoded(photo if isinstance(photo, Path) else io.BytesIO(photo.read())))
+            return self.crop(decoded(photo.read_bytes()))
 
 
 def photos_of(model: str, examples: Examples) -> Sequence[Photo]:
