@@ -1,8 +1,7 @@
 """From a configuration to the objects of a run: recipe, workload, statistics, and what they will need."""
 
 import json
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,9 +12,7 @@ from bayesq.batches import two_examples
 from bayesq.calibration.passes import SUM_BYTES, CalibrationSettings
 from bayesq.distillation import DistillationSettings
 from bayesq.likelihood import LIKELIHOODS, Likelihood
-from bayesq.memory import resident_bytes
 from bayesq.posterior import AUTO, WhiteningStore
-from bayesq.quant.correction import MAX_EXAMPLES
 from bayesq.quant.layers import embedding_tables, quantizable_layers
 from bayesq.quant.usage import OtherUseError, usage_of
 from bayesq.recipe import Distillation, Proxy, Recipe, Subject
@@ -25,12 +22,8 @@ from bayesq.suite.construct import build
 from bayesq.suite.coverage import coverage, report
 from bayesq.suite.errors import UserError
 from bayesq.suite.forward import naming_model
-from bayesq.suite.preflight import Choices, Needs, activations, check, estimate
 from bayesq.suite.session import Session
 from bayesq.suite.workload import Workload, check_network, select_device
-
-# Whitenings may take this share of the free disk, 1 / SPARE_DISK.
-SPARE_DISK = 4
 
 
 def make_recipe(cfg: DictConfig) -> Recipe:
@@ -138,7 +131,7 @@ def fisher_likelihood(store: WhiteningStore | None, of_data: Likelihood) -> Like
 
 def open_statistics(cfg: DictConfig, store: WhiteningStore | None, work: Workload, cache_dir: Path) -> Calibration:
     """The calibration statistics that a run reads; nothing is computed yet."""
-    subject, network, posterior = work.subject, work.network, store and store.posterior
+    subject, posterior = work.subject, store and store.posterior
     settings = CalibrationSettings(
         1 if subject.usage.alone else int(cfg.calibration.batch_size),
         posterior.samples if posterior else None,
@@ -148,15 +141,15 @@ def open_statistics(cfg: DictConfig, store: WhiteningStore | None, work: Workloa
         draws=posterior.draws if posterior else "signs",
     )
     return Calibration(
-        network.module,
-        network.identity,
+        subject.module,
         subject.layers,
         subject.examples,
         settings,
-        cache_dir,
         subject.device,
         OFFLOADED_SUM_BYTES if cfg.calibration.offload == "disk" else SUM_BYTES,
         subject.usage.overwritten,
+        identity=work.network.identity,
+        cache_dir=cache_dir,
     )
 
 
@@ -181,38 +174,3 @@ def placed_whitenings(
         yield
     finally:
         store.release()
-
-
-def preflight(
-    cfg: DictConfig, recipe: Recipe, work: Workload, statistics: Calibration, folders: Mapping[str, Path]
-) -> Needs:
-    """Say what memory and disk the run will need, and return it.
-
-    Raises:
-        UserError: it cannot fit.
-    """
-    subject, module, store = work.subject, work.network.module, recipe.whitenings
-    first = [next(examples.batches(1, subject.device)).inputs for examples in (subject.examples, work.evaluation)]
-    with naming_model(cfg.model.name, "its forward pass"):
-        small, large = (activations(module, inputs) for inputs in first)
-    offload = cfg.calibration.offload == "disk"
-    choices = Choices(
-        statistics=recipe.statistics,
-        posterior=store.posterior if store else None,
-        bits=float(cfg.bits),
-        calibration_batch=statistics.batch_size,
-        evaluation_batch=int(cfg.evaluation.batch_size),
-        distillation_batch=recipe.distillation.batch_size if recipe.distillation else None,
-        corrected=min(MAX_EXAMPLES, len(subject.examples)) if recipe.correction else 0,
-        sequential=recipe.method.inputs == "prefix",
-        examples=len(subject.examples),
-        offload=offload,
-        room=statistics.passes.room,
-        whitening_memory=store.memory_limit if store else 0,
-        whitening_disk=int(shutil.disk_usage(folders["results_dir"]).free // SPARE_DISK),
-        inherited=store.inherited_bytes if store else 0,
-    )
-    missing, accelerated = statistics.missing(recipe.statistics), subject.device.type != "cpu"
-    needs = estimate(resident_bytes(), module, subject.layers, choices, small, large, missing, accelerated)
-    check(needs, folders, cfg.resources.memory, offload)
-    return needs

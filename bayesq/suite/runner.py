@@ -28,7 +28,8 @@ from bayesq.suite.evaluation import autocast_effect, cached_logits, compare, pai
 from bayesq.suite.forward import naming_model
 from bayesq.suite.metrics import metric_of
 from bayesq.suite.packed import run_record
-from bayesq.suite.plan import check_patterns, load_workload, make_recipe, open_statistics, placed_whitenings, preflight
+from bayesq.suite.plan import check_patterns, load_workload, make_recipe, open_statistics, placed_whitenings
+from bayesq.suite.preflight import preflight
 from bayesq.suite.record import flat_result, log_decisions
 from bayesq.suite.rehearsal import rehearse
 from bayesq.suite.results import LAYERS_FILE, PREDICTIONS_FILE, QUANTIZED_FILE, RESULT_FILE, write_csv, write_json

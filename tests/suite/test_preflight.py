@@ -1,12 +1,12 @@
 """The estimate before a run: sizes against sums over shapes, and refusals that name the key."""
 
-import dataclasses
 import logging
 import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
+from estimates import needs_of
 from naive_fisher import TinyConvNet, TinyEncoder
 from omegaconf import OmegaConf
 from torch import nn
@@ -14,46 +14,29 @@ from torch import nn
 from bayesq.calibration.inputs import INPUT_MOMENT
 from bayesq.fisher import GRADIENT_MOMENT
 from bayesq.posterior import Diagonal, Ekfac, Kfac, LowRank, WhiteningStore
-from bayesq.quant.layers import quantizable_layers
 from bayesq.suite import preflight
 from bayesq.suite.errors import UserError
 from bayesq.suite.plan import placed_whitenings
-from bayesq.suite.preflight import GIB, RUNTIME_BYTES, Activations, Choices, Needs, activations, check, estimate
+from bayesq.suite.preflight import GIB, RUNTIME_BYTES, Activations, Needs, activations, check
 from bayesq.suite.session import Session
 
+STATISTICS = [GRADIENT_MOMENT, INPUT_MOMENT]
 POSTERIORS = {
     "diag": Diagonal(None, 1000, None),
     "kfac": Kfac(None, 1000, None, 0.5),
     "ekfac": Ekfac(None, 1000, None),
     "lowrank": LowRank(None, 1000, None, 16),
 }
-CHOICES = Choices(
-    statistics=[GRADIENT_MOMENT, INPUT_MOMENT],
-    posterior=POSTERIORS["kfac"],
-    bits=4,
-    calibration_batch=4,
-    evaluation_batch=8,
-    distillation_batch=None,
-    corrected=0,
-    sequential=False,
-    examples=16,
-    offload=False,
-    room=10**9,
-    whitening_memory=10**9,
-    whitening_disk=10**9,
-    inherited=0,
-)
-SMALL, LARGE = Activations(total=1000, largest=100), Activations(total=3000, largest=700)
+SMALL, LARGE = Activations(total=1000, largest=100), 700
 
 
 def network() -> nn.Module:
     return nn.Sequential(nn.Linear(30, 20), nn.ReLU(), nn.Linear(20, 5))
 
 
-def needs(accelerated: bool = False, missing=(INPUT_MOMENT, GRADIENT_MOMENT), **changes) -> Needs:
-    module = network()
-    choices = dataclasses.replace(CHOICES, **changes)
-    return estimate(10**6, module, quantizable_layers(module), choices, SMALL, LARGE, missing, accelerated)
+def needs(module: nn.Module | None = None, posterior=POSTERIORS["kfac"], **changes) -> Needs:
+    settings = {"missing": STATISTICS, "calibration": SMALL, "evaluation": 8 * LARGE, "batch": 4, "examples": 16}
+    return needs_of(module or network(), posterior, STATISTICS, **settings | {"held": 10**6} | changes)
 
 
 def test_activations_are_the_outputs_of_the_leaves():
@@ -80,7 +63,7 @@ def test_statistics_take_their_sums_and_their_files():
     assert needs(room=1).stages["calibration"] == RUNTIME_BYTES + 2 * widest + 4 * SMALL.total
     assert needs(missing=()).disk["cache_dir"] == 0
     assert needs(missing=()).stages["calibration"] == RUNTIME_BYTES + 4 * SMALL.total
-    assert needs(accelerated=True).stages["calibration"] == RUNTIME_BYTES + widest
+    assert needs(device="cuda").stages["calibration"] == RUNTIME_BYTES + widest
 
 
 def test_factors_wait_in_memory_or_on_disk():
@@ -104,10 +87,10 @@ def test_factors_wait_in_memory_or_on_disk():
 def test_every_stage_that_is_chosen_counts():
     parameters = 4 * (31 * 20 + 21 * 5)
     assert set(needs().stages) == {"calibration", "evaluation", "rounding"}
-    more = needs(corrected=16, distillation_batch=2, sequential=True)
+    more = needs(correction=True, distillation_batch=2, inputs="prefix")
     assert set(more.stages) - set(needs().stages) == {"correction", "distillation"}
     assert more.stages["rounding"] - needs().stages["rounding"] == parameters + (2 * 4 + 16) * SMALL.largest
-    assert needs(evaluation_batch=9).stages["evaluation"] - needs().stages["evaluation"] == 3 * LARGE.largest
+    assert needs(evaluation=9 * LARGE).stages["evaluation"] - needs().stages["evaluation"] == 3 * LARGE
     assert more.memory == 10**6 + max(more.stages.values())
 
 
@@ -124,13 +107,8 @@ def test_each_posterior_knows_what_its_fit_and_its_whitening_take():
 
 @pytest.mark.parametrize("kind", [*POSTERIORS, None])
 def test_wider_layers_never_need_less(kind):
-    module = TinyConvNet()
-    layers = quantizable_layers(module)
     wide = nn.ModuleDict({"a": nn.Conv2d(8, 16, 3), "b": nn.Linear(100, 50)})
-    small, large = (
-        estimate(0, m, x, dataclasses.replace(CHOICES, posterior=POSTERIORS.get(kind)), SMALL, LARGE)
-        for m, x in ((module, layers), (wide, quantizable_layers(wide)))
-    )
+    small, large = (needs(module, POSTERIORS.get(kind), missing=()) for module in (TinyConvNet(), wide))
     assert all(small.stages[stage] <= large.stages[stage] for stage in small.stages)
 
 
