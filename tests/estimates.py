@@ -9,7 +9,6 @@ from bayesq.posterior import Posterior, WhiteningStore
 from bayesq.quant.layers import quantizable_layers
 from bayesq.suite.preflight import SPARE_DISK, Activations, Needs, estimate
 
-
 NOTHING = Activations(0, 0)
 
 
