@@ -1,7 +1,8 @@
-"""What a run writes down: the flat result of the contract (SPEC section 8) and the rows of layers.csv."""
+"""The flat result of a run, as the contract names its keys (SPEC section 8)."""
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -53,8 +54,7 @@ def flat_result(
         seconds: evaluate, total and prepare.
         estimate_bytes: memory that the preflight expected.
     """
-    device, weights = work.subject.device, work.subject.weights
-    counted = fallbacks(quantized, len(work.subject.usage.unreached))
+    device, weights, unreached = work.subject.device, work.subject.weights, len(work.subject.usage.unreached)
     return {
         "run_id": run_id(cfg),
         "status": "finished",
@@ -78,10 +78,13 @@ def flat_result(
         **{f"distill/{key}": value for key, value in quantized.distillation.items()},
         "risk/rank_correlation": risk_rank_correlation(layer_rows(quantized)),
         **{f"time/{stage}_s": value for stage, value in (quantized.seconds | dict(seconds)).items()},
-        **memory(device, estimate_bytes),
+        "memory/peak_rss_bytes": peak_bytes(),
+        "memory/process": process(),
+        "memory/estimate_bytes": estimate_bytes,
+        "memory/peak_device_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0,
         "calibration/examples": len(work.subject.examples),
         "evaluation/examples": len(work.evaluation),
-        **{f"fallback/{kind}": times for kind, times in counted.items()},
+        **{f"fallback/{kind}": times for kind, times in fallbacks(quantized, unreached).items()},
         "config": resolved(cfg),
         "versions": versions(),
         "host": host(device),
@@ -94,16 +97,6 @@ def flat_result(
             "calibration": work.subject.examples.checksum(),
             "evaluation": work.evaluation.checksum(),
         },
-    }
-
-
-def memory(device: torch.device, estimate_bytes: int) -> dict[str, Any]:
-    """Peaks of the process and of its device so far, and what the preflight expected, under their result keys."""
-    return {
-        "memory/peak_rss_bytes": peak_bytes(),
-        "memory/process": process(),
-        "memory/estimate_bytes": estimate_bytes,
-        "memory/peak_device_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0,
     }
 
 
@@ -124,10 +117,9 @@ def risk_rank_correlation(rows: Sequence[Mapping[str, Any]]) -> float | None:
 
 
 def fallbacks(quantized: Quantized, unreached: int = 0) -> dict[str, int]:
-    """How often something else than asked was done, of each kind in FALLBACKS.
+    """How often a stage fell back to another computation, by kind; each kind of FALLBACKS is present.
 
     Args:
-        quantized: what the recipe made of the network.
         unreached: layers that take no part in the forward pass and stay in full precision.
     """
     total = dict.fromkeys(FALLBACKS, 0) | {"oom_retries": quantized.oom_retries, "unseen_layers": unreached}
@@ -138,17 +130,12 @@ def fallbacks(quantized: Quantized, unreached: int = 0) -> dict[str, int]:
 
 
 def log_decisions(title: str, quantized: Quantized) -> None:
-    """Log in one line how many weights got which width, and the prior precisions.
-
-    Args:
-        title: method and bits.
-        quantized: what the method made of the network.
-    """
-    share: dict[int, int] = {}
+    """Log in one line how many weights have which width, and the prior precisions."""
+    share = Counter[int]()
     for tensor in quantized.tensors.values():
-        for width, rows in zip(*(column.tolist() for column in tensor.width.unique(return_counts=True)), strict=True):
-            share[width] = share.get(width, 0) + rows * tensor.codes.shape[1]
-    total = sum(share.values())
+        for width in tensor.width.tolist():
+            share[width] += tensor.codes.shape[1]
+    total = share.total()
     widths = ", ".join(f"{width}: {100 * share[width] / total:.1f} %" for width in sorted(share))
     tau = sorted(p.notes["prior_precision"] for p in quantized.problems.values() if "prior_precision" in p.notes)
     prior = f"; prior precision {tau[0]:.3g} to {tau[-1]:.3g}, median {tau[len(tau) // 2]:.3g}" if tau else ""
