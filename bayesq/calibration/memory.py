@@ -22,7 +22,7 @@ from bayesq.quant.layers import Layer
 
 @dataclass(eq=False)
 class NetworkStatistics(ABC):
-    """Computes statistics; subclasses decide when, and where they are stored.
+    """Computes statistics; subclasses decide when to compute them and where to store them.
 
     Attributes:
         module: network in eval mode on its device.
@@ -70,7 +70,7 @@ class NetworkStatistics(ABC):
     def compute(
         self, statistics: Sequence[Statistic], write: Callable[[str, Statistic, Tensor], None]
     ) -> tuple[Report, int]:
-        """Compute statistics of one family; what they require is prepared.
+        """Compute statistics of one family; the statistics that they require must be prepared.
 
         Args:
             statistics: of one of `families`.
@@ -100,7 +100,7 @@ class InMemoryStatistics(NetworkStatistics):
     """Statistics in memory.
 
     Attributes:
-        total_s: seconds it took.
+        total_s: seconds that computing them took.
     """
 
     total_s: float = field(init=False, default=0.0)

@@ -1,4 +1,4 @@
-"""Passes of a network over its calibration examples: which layers' sums share one, and what comes of them."""
+"""Passes of a network over its calibration examples; each collects the sums of as many layers as memory holds."""
 
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -15,8 +15,8 @@ from bayesq.likelihood import LIKELIHOODS, Likelihood
 from bayesq.memory import give_back_freed
 from bayesq.quant.layers import Layer, weight_to_matrix
 
-# Bytes of all running sums of one pass; more layers than fit take further passes over the examples, which cost time
-# and change no number. Those of MiniLM (142 MiB) and ResNet-50 fit, those of BERT-base (1139 MiB) take two passes.
+# Bytes of all running sums in one pass. Larger sums take several passes, which cost time and change no number.
+# The sums of MiniLM (142 MiB) and ResNet-50 fit; those of BERT-base (1139 MiB) take two passes.
 SUM_BYTES = 640 * 2**20
 # The same for passes of statistics that are collected alone.
 ALONE_SUM_BYTES = 2 * 2**30
@@ -48,9 +48,9 @@ class CalibrationSettings:
     Attributes:
         batch_size: examples per forward pass (changes float32 sums in the last digits).
         samples: see `Likelihood.fisher_directions`.
-        seed: of what is drawn from the model's predictive distribution.
-        gradient_examples: so many examples, rounded up to whole batches spread over the set, give the gradient
-            statistics, which cost backward passes; None = all of them. Input statistics always come from all.
+        seed: of the draws from the model's predictive distribution.
+        gradient_examples: number of examples with a backward pass, for the gradient statistics; it is rounded up to
+            whole batches, which are spread over the set. None = all. Input statistics always use all examples.
         likelihood: of the network's outputs.
         draws: see `Likelihood.fisher_directions`.
     """
@@ -63,10 +63,10 @@ class CalibrationSettings:
     draws: str = "signs"
 
     def __post_init__(self) -> None:
-        """Refuse what gives no statistics.
+        """Check the number of gradient examples.
 
         Raises:
-            ValueError: no example is left.
+            ValueError: it is below 1.
         """
         if self.gradient_examples is not None and self.gradient_examples < 1:
             raise ValueError(f"posterior.examples={self.gradient_examples}: must be at least 1, or null for all")
@@ -74,7 +74,7 @@ class CalibrationSettings:
 
 @dataclass
 class Report:
-    """What passes over the examples tell besides the statistics.
+    """Counts and times of the passes over the examples.
 
     Attributes:
         unseen: layers that no example reached.
@@ -95,8 +95,7 @@ class Passes:
         module: network in eval mode on its device.
         layers: by name.
         settings: see CalibrationSettings.
-        room: bytes of running sums that may be held at once; those of one layer are held even if they are larger.
-            Which layers share a pass over the examples changes no number.
+        room: bytes of running sums in one pass; a larger layer takes a pass alone. It changes no number.
         overwritten: see `Collector`.
     """
 
@@ -107,10 +106,10 @@ class Passes:
     overwritten: Collection[str] = ()
 
     def plan(self, statistics: Sequence[Statistic]) -> list[tuple[dict[str, Layer], list[Statistic]]]:
-        """The layers of each pass over the examples, and their statistics: all in one, unless the sums would not fit.
+        """The layers and statistics of each pass; one pass if all sums fit.
 
-        Then gradients take passes of their own, which run the network on fewer examples, and of both kinds of passes
-        each has as many layers as fit.
+        Otherwise inputs and gradients take separate passes, because gradients need fewer examples. Each pass has as
+        many layers as fit.
         """
         inputs = [statistic for statistic in statistics if statistic.source is Source.INPUTS]
         gradients = [statistic for statistic in statistics if statistic.source is not Source.INPUTS]
@@ -120,7 +119,7 @@ class Passes:
         return self._fill(inputs) + self._fill(gradients)
 
     def _fill(self, statistics: list[Statistic]) -> list[tuple[dict[str, Layer], list[Statistic]]]:
-        """`plan` of statistics that are taken together."""
+        """Distribute the layers over passes that all collect these statistics."""
         passes: list[dict[str, Layer]] = [{}]
         alone = self.room >= SUM_BYTES and any(statistic.alone for statistic in statistics)
         most = max(self.room, ALONE_SUM_BYTES) if alone else self.room
@@ -141,13 +140,13 @@ class Passes:
         write: Callable[[str, Statistic, Tensor], None],
         load: Callable[[str, Statistic], Tensor],
     ) -> Report:
-        """All passes over the examples; each one's statistics are written before the next begins.
+        """Run all passes; the statistics of a pass are written before the next begins.
 
         Args:
             statistics: of one of `families`.
             batches: of at most `settings.batch_size` examples; smaller ones after running out of memory.
             write: takes each layer's finished statistic.
-            load: gives a layer's statistic that others require.
+            load: returns a layer's statistic that others require.
         """
         report = Report()
         reached: set[str] = set()
@@ -159,7 +158,7 @@ class Passes:
             report.gradient_examples = max(report.gradient_examples, collector.gradient_examples)
             reached.update(layers.keys() - set(collector.unseen))
             for name in reached & layers.keys():
-                collector.sums[name].called += 1  # if only by examples whose gradients are not asked for
+                collector.sums[name].called += 1  # also if only examples without gradients reached it
             for statistic in taken:
                 for name, tensor in collector.finish(statistic):
                     write(name, statistic, tensor)
@@ -174,7 +173,7 @@ class Passes:
         batches: Batches,
         load: Callable[[str, Statistic], Tensor],
     ) -> Collector:
-        """One pass; each draws the same."""
+        """Run one pass; all passes draw the same random numbers."""
         requires = {required for statistic in statistics for required in statistic.requires}
         collector = Collector(
             self.module,
@@ -196,26 +195,26 @@ class Passes:
         return collector
 
     def gradient_examples(self, examples: int) -> int:
-        """How many of so many examples the settings ask gradients of, before rounding up to whole batches."""
+        """How many of `examples` have a backward pass, before rounding up to whole batches."""
         return min(self.settings.gradient_examples or examples, examples)
 
     def _with_gradients(self, batches: Batches) -> list[bool]:
-        """Which batches give gradients."""
+        """Which batches have a backward pass."""
         count, total = len(batches), batches.examples
         wanted = -(-self.gradient_examples(total) // batches.batch_size)
-        if count > -(-total // batches.batch_size):  # sequences of other length are kept apart, in smaller batches
+        if count > -(-total // batches.batch_size):  # sequences of different length are in separate, smaller batches
             wanted = -(-self.gradient_examples(total) * count // total)
         return spread(wanted, count)
 
 
 def spread(count: int, total: int) -> list[bool]:
-    """Which of `total` places hold one of `count` marks that lie as evenly as they can; the last place has one.
+    """Mark `count` of `total` places at even distances; the last place is marked.
 
-    Batches may come ordered (by falling length, say), so the batches that stand for all are taken from everywhere.
+    Batches may be ordered, for example by length, so the marked ones must come from the whole range.
     """
     return [(i + 1) * count // total > i * count // total for i in range(total)]
 
 
 def sum_bytes(layer: Layer, statistics: Iterable[Statistic]) -> int:
-    """Memory that the running sums of a layer's statistics take, and what is read while they are collected."""
+    """Bytes of a layer's running sums, and of the statistics that are read meanwhile."""
     return sum(statistic.sum_bytes(*weight_to_matrix(layer).shape) for statistic in statistics)

@@ -1,4 +1,4 @@
-"""From a configuration to the objects of a run: recipe, workload, statistics, and what they will need."""
+"""From a configuration to the objects of a run: recipe, workload, statistics, and the place of whitenings."""
 
 import json
 from collections.abc import Iterator
@@ -117,10 +117,10 @@ def check_patterns(recipe: Recipe, work: Workload) -> None:
 
 
 def fisher_likelihood(store: WhiteningStore | None, of_data: Likelihood) -> Likelihood:
-    """The likelihood that the Fisher is of: the data set's, unless posterior.likelihood names one.
+    """The likelihood whose Fisher is computed: the data set's, unless posterior.likelihood names another.
 
     Raises:
-        UserError: a categorical likelihood of a single output has no Fisher.
+        UserError: posterior.likelihood=categorical for a regression.
     """
     if store is None or store.posterior.likelihood == AUTO:
         return of_data

@@ -48,7 +48,7 @@ def flat_result(
 
     Args:
         cfg, work: configuration, network and data.
-        quantized: what the recipe made of the network.
+        quantized: result of the pipeline.
         sizes: of the packed file.
         metrics: of the evaluation, under their result keys.
         seconds: evaluate, total and prepare.
@@ -122,10 +122,9 @@ def fallbacks(quantized: Quantized, unreached: int = 0) -> dict[str, int]:
     Args:
         unreached: layers that take no part in the forward pass and stay in full precision.
     """
-    total = dict.fromkeys(FALLBACKS, 0) | {"oom_retries": quantized.oom_retries, "unseen_layers": unreached}
+    total = Counter(dict.fromkeys(FALLBACKS, 0), oom_retries=quantized.oom_retries, unseen_layers=unreached)
     for problem in quantized.problems.values():
-        for kind, times in problem.fallbacks.items():
-            total[kind] = total.get(kind, 0) + times
+        total.update(problem.fallbacks)
     return total
 
 

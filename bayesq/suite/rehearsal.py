@@ -1,8 +1,8 @@
-"""A run's method on a few small random layers, before its time is measured.
+"""Rehearsal: a run's method quantizes a few small random layers before its time is measured.
 
-Some work is slow only once in a process or an installation: numba compiles functions, tables of normal codes are
-designed, libraries start threads. Otherwise the first run of a sweep would be measured with it. So each run first
-quantizes small random layers of the kinds in its network and discards the result.
+Some work is done once in a process or an installation: numba compiles functions, tables of normal codes are designed,
+libraries start threads. Without a rehearsal, this time would count for the first run of a sweep. The layers are of the
+kinds in the run's network; the result is discarded.
 """
 
 import logging
@@ -26,8 +26,8 @@ log = logging.getLogger(__name__)
 
 # Limits of a rehearsed layer: groups, rows of all groups together, and columns (or one kernel's positions if more).
 GROUPS, ROWS, COLUMNS = 8, 256, 288
-# Weights of all rehearsed layers, if the network has as many: from about 71,000 weights on, BayesQ stores a table of
-# levels for 3 bits and chooses the initial ranges of such rows differently.
+# Least number of weights of all rehearsed layers, if the network has as many: from about 71,000 weights on, BayesQ
+# stores a table of levels for 3 bits and chooses the initial ranges of such rows differently.
 WEIGHTS = 72_000
 # BayesQ codes layers with fewer rows in a group differently.
 FEW_ROWS = 4
@@ -36,7 +36,7 @@ EXAMPLES, GRADIENTS = 320, 16
 
 
 def rehearse(recipe: Recipe, layers: Mapping[str, Layer]) -> None:
-    """Quantize small random layers and decode them; errors are left to the run itself.
+    """Quantize small random layers and decode them. Errors are ignored, because the run itself reports them.
 
     Args:
         recipe: a second instance of the run's recipe, because the rehearsal changes it.
@@ -98,7 +98,7 @@ def small_problems(layers: Mapping[str, Layer], statistics: Iterable[Statistic])
 
 
 class RandomPrefix:
-    """Stands for the quantized prefix: its inputs are each layer's random ones."""
+    """Replaces the quantized prefix: the inputs of each layer stay its random ones."""
 
     def __init__(self, problems: Sequence[LayerProblem]) -> None:
         self.problems = {problem.name: problem for problem in problems}

@@ -45,7 +45,7 @@ def run(cfg: DictConfig, session: Session | None = None) -> dict[str, Any]:
 
     Args:
         cfg: composed and validated.
-        session: of the command; None = the run stands alone.
+        session: shared by the runs of one command; None for a single run.
 
     Raises:
         UserError: the configuration cannot be run; the message names the key.
@@ -57,7 +57,7 @@ def run(cfg: DictConfig, session: Session | None = None) -> dict[str, Any]:
         write_csv(folder / LAYERS_FILE, layers)
         write_csv(folder / PREDICTIONS_FILE, predictions)
         result[ERROR_KEY] = tracker.error
-        write_json(folder / RESULT_FILE, result)  # last: a run that has it is finished
+        write_json(folder / RESULT_FILE, result)  # written last: it marks the run as finished
         tracker.log_result(result, layers, predictions, folder / QUANTIZED_FILE)
     if tracker.error != result[ERROR_KEY]:
         result[ERROR_KEY] = tracker.error

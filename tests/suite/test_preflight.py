@@ -40,8 +40,8 @@ def needs(module: nn.Module | None = None, posterior=POSTERIORS["kfac"], **chang
 
 
 def test_activations_are_the_outputs_of_the_leaves():
-    found = activations(network(), {"input": torch.zeros(1, 30)})
-    assert found == Activations(total=4 * (20 + 20 + 5), largest=4 * 20)
+    measured = activations(network(), {"input": torch.zeros(1, 30)})
+    assert measured == Activations(total=4 * (20 + 20 + 5), largest=4 * 20)
     ids = {"input_ids": torch.zeros(1, 5, dtype=torch.long), "attention_mask": torch.ones(1, 5)}
     inner = activations(TinyEncoder(), ids)
     assert inner.largest == 4 * 5 * 8 and inner.total == 4 * (5 * (6 + 6 * 5 + 8) + 2)
@@ -57,16 +57,16 @@ def test_hooks_are_gone_after_an_error():
 def test_statistics_take_their_sums_and_their_files():
     sums = 4 * (30**2 + 20**2 + 20**2 + 5**2)
     widest = 4 * (30**2 + 20**2)
-    found = needs()
-    assert found.stages["calibration"] == RUNTIME_BYTES + sums + widest + 4 * SMALL.total
-    assert found.disk["cache_dir"] == sums
+    usual = needs()
+    assert usual.stages["calibration"] == RUNTIME_BYTES + sums + widest + 4 * SMALL.total
+    assert usual.disk["cache_dir"] == sums
     assert needs(room=1).stages["calibration"] == RUNTIME_BYTES + 2 * widest + 4 * SMALL.total
     assert needs(missing=()).disk["cache_dir"] == 0
     assert needs(missing=()).stages["calibration"] == RUNTIME_BYTES + 4 * SMALL.total
     assert needs(device="cuda").stages["calibration"] == RUNTIME_BYTES + widest
 
 
-def test_factors_wait_in_memory_or_on_disk():
+def test_whitenings_are_in_memory_or_on_disk():
     factors = 8 * (30 * 30 + 20 + 90 + 20 * 20 + 5 + 60)
     in_memory, offloaded, spilled = needs(), needs(offload=True), needs(whitening_memory=factors - 1)
     assert (in_memory.spilled, offloaded.spilled, spilled.spilled) == (0, 0, factors)
@@ -79,7 +79,7 @@ def test_factors_wait_in_memory_or_on_disk():
         stays = stage != "calibration"
         assert in_memory.stages[stage] - spilled.stages[stage] == stays * factors
         assert crowded.stages[stage] - spilled.stages[stage] == stays * 100
-    # what the run before has left is held already
+    # whitenings of the previous run are already in the memory of the process
     assert needs(inherited=factors).stages == spilled.stages
     assert in_memory.stages["rounding"] - needs(inherited=100).stages["rounding"] == 100
 
@@ -142,14 +142,14 @@ def test_what_does_not_fit_in_memory_is_refused_with_a_remedy(stage, offload, re
 @pytest.mark.parametrize(
     ("memory", "disk", "said"),
     [
-        (GIB, 0, False),  # half of what is left
+        (GIB, 0, False),  # half of the free memory
         (GIB + 1, 0, True),
         (1, 3 * GIB // 2, False),
         (1, 3 * GIB // 2 + 1, True),
     ],
 )
-def test_needs_are_said_on_the_terminal_where_they_are_tight(memory, disk, said, tmp_path, monkeypatch, caplog):
-    """And in the log file always, by the logger that conf/config.yaml keeps from the terminal."""
+def test_the_terminal_shows_tight_needs(memory, disk, said, tmp_path, monkeypatch, caplog):
+    """The log file has them always: its logger does not write to the terminal, see conf/config.yaml."""
     monkeypatch.setattr(preflight, "available_memory", lambda: 2 * GIB)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=3 * GIB))
     with caplog.at_level(logging.INFO, "bayesq"):
@@ -159,7 +159,7 @@ def test_needs_are_said_on_the_terminal_where_they_are_tight(memory, disk, said,
     assert record.name == ("bayesq.suite.preflight" if said else "bayesq.details")
 
 
-def test_memory_that_the_system_does_not_tell_is_no_reason_to_refuse(tmp_path, monkeypatch, caplog):
+def test_unknown_free_memory_refuses_no_run(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(preflight, "available_memory", lambda: None)
     with caplog.at_level(logging.INFO, "bayesq"):
         check(want("rounding", 10**18), {"cache_dir": tmp_path, "results_dir": tmp_path}, None, False)

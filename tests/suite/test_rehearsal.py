@@ -45,8 +45,8 @@ def compilations() -> dict[str, list[list[str]]]:
         timeout=900,
     )
     assert done.returncode == 0, done.stderr
-    found: dict[str, list[list[str]]] = json.loads(done.stdout)
-    return found
+    functions: dict[str, list[list[str]]] = json.loads(done.stdout)
+    return functions
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -65,7 +65,7 @@ def test_only_what_a_method_needs_is_compiled(compilations):
 
 
 class Foreign:
-    """A method of somebody else's, with a compiled function of its own."""
+    """A method from outside the project, with a compiled function."""
 
     statistics = frozenset({INPUT_MOMENT})
     inputs = "prefix"
@@ -135,13 +135,13 @@ def test_small_layers_are_of_every_kind_and_enough_for_tables():
 def test_statistics_have_their_shapes(shape):
     random = RandomStatistics(shape, STATISTICS.values())
     for kind, statistic in STATISTICS.items():
-        found = random(kind)
-        assert tuple(found.shape) == statistic.shape(*shape) and found.dtype == torch.float32, kind
-        statistic.check("layer", found)
-        assert found.any() and torch.equal(found, random(kind))
+        values = random(kind)
+        assert tuple(values.shape) == statistic.shape(*shape) and values.dtype == torch.float32, kind
+        statistic.check("layer", values)
+        assert values.any() and torch.equal(values, random(kind))
 
 
-def test_all_widths_are_met():
+def test_all_widths_occur():
     assert all_widths(16).tolist() == [2, 3, 4, 5, 6, 7, 8, 2, 3, 4, 5, 6, 7, 8, 2, 3]
 
 
