@@ -122,7 +122,8 @@ def fallbacks(quantized: Quantized, unreached: int = 0) -> dict[str, int]:
     Args:
         unreached: layers that take no part in the forward pass and stay in full precision.
     """
-    total = Counter(dict.fromkeys(FALLBACKS, 0), oom_retries=quantized.oom_retries, unseen_layers=unreached)
+    start = {"oom_retries": quantized.oom_retries, "unseen_layers": unreached}
+    total = Counter(dict.fromkeys(FALLBACKS, 0) | start)
     for problem in quantized.problems.values():
         total.update(problem.fallbacks)
     return total

@@ -8,13 +8,14 @@ kinds in the run's network; the result is discarded.
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from bayesq.allocation import Budget, Knapsack
 from bayesq.calibration.samples import Pairs
-from bayesq.calibration.statistic import Source, Statistic, with_required
+from bayesq.calibration.statistic import LayerStatistics, Source, Statistic, with_required
 from bayesq.contract import Context, Distortion, LayerProblem
 from bayesq.loop import quantize_layers
 from bayesq.quant.grids import MAX_WIDTH, MIN_WIDTH
@@ -88,12 +89,12 @@ def small_problems(layers: Mapping[str, Layer], statistics: Iterable[Statistic])
         kinds.add(kind)
         channels = min(c // kernel, max(COLUMNS // kernel, 1))
         g = min(g, GROUPS)
-        weight = torch.randn(g, min(r, ROWS // g), kernel * channels, generator=generator)
+        shape = (g, min(r, ROWS // g), kernel * channels)
+        weight = torch.randn(shape, generator=generator)
         weights += weight.numel()
-        statistic = RandomStatistics(weight.shape, statistics)
-        problems.append(
-            LayerProblem(name, type(layers[name]).__name__, weight, statistic, positions_per_channel=kernel)
-        )
+        read = LayerStatistics(name, with_required(statistics), partial(random_statistic, shape))
+        kind_name = type(layers[name]).__name__
+        problems.append(LayerProblem(name, kind_name, weight, read, positions_per_channel=kernel))
     return problems
 
 
@@ -111,34 +112,21 @@ class RandomPrefix:
         """Does nothing."""
 
 
-class RandomStatistics:
-    """Statistics of random inputs and gradients; the same for every call.
-
-    Args:
-        shape: g, r, c of the layer.
-        statistics: those that can be read; those they require are added.
-    """
-
-    def __init__(self, shape: Sequence[int], statistics: Iterable[Statistic]) -> None:
-        groups, rows, columns = shape
-        self.shape, self.statistics = (groups, rows, columns), with_required(statistics)
-
-    def __call__(self, name: str) -> Tensor:
-        """A statistic by its name."""
-        statistic = self.statistics[name]
-        required = {one.name: self(one.name) for one in statistic.requires}
-        if statistic.source is Source.STATISTICS:
-            return statistic.derive(required)
-        generator = torch.Generator().manual_seed(0)
-        g, r, c = self.shape
-        d, x = (torch.randn(g, EXAMPLES, size, generator=generator) for size in (r, c))
-        if statistic.source is Source.INPUTS:
-            values = x
-        elif statistic.source is Source.OUTPUT_GRADIENTS:
-            values = d
-        else:  # few examples of one position, because each gradient is as large as the weight
-            one_by_one = [part[:, :GRADIENTS].transpose(0, 1).unsqueeze(2) for part in (d, x)]
-            pairs = Pairs(g, 1, True, lambda: iter([(None, one_by_one[0], one_by_one[1])]))
-            values = statistic.gradients(pairs, required)
-        count = GRADIENTS if statistic.source is Source.WEIGHT_GRADIENTS else EXAMPLES
-        return statistic.finish(statistic.add(None, statistic.contribution(values)), count, self.shape)
+def random_statistic(shape: tuple[int, int, int], statistic: Statistic) -> Tensor:
+    """A statistic of random inputs and gradients for a layer of shape g, r, c; the same in every call."""
+    required = {one.name: random_statistic(shape, one) for one in statistic.requires}
+    if statistic.source is Source.STATISTICS:
+        return statistic.derive(required)
+    generator = torch.Generator().manual_seed(0)
+    g, r, c = shape
+    d, x = (torch.randn(g, EXAMPLES, size, generator=generator) for size in (r, c))
+    if statistic.source is Source.INPUTS:
+        values = x
+    elif statistic.source is Source.OUTPUT_GRADIENTS:
+        values = d
+    else:  # few examples of one position, because each gradient is as large as the weight
+        one_by_one = [part[:, :GRADIENTS].transpose(0, 1).unsqueeze(2) for part in (d, x)]
+        pairs = Pairs(g, 1, True, lambda: iter([(None, one_by_one[0], one_by_one[1])]))
+        values = statistic.gradients(pairs, required)
+    count = GRADIENTS if statistic.source is Source.WEIGHT_GRADIENTS else EXAMPLES
+    return statistic.finish(statistic.add(None, statistic.contribution(values)), count, shape)

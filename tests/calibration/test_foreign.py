@@ -18,7 +18,7 @@ from bayesq.contract import LayerProblem
 from bayesq.fisher import FISHER_DIAGONAL
 from bayesq.posterior import Diagonal
 from bayesq.quant.layers import quantizable_layers, weight_to_matrix
-from bayesq.suite.rehearsal import RandomStatistics
+from bayesq.suite.rehearsal import random_statistic
 
 
 @dataclass(frozen=True)
@@ -170,8 +170,7 @@ def test_they_count_in_the_estimate_of_memory_and_disk(module):
 
 
 def test_a_rehearsal_has_them():
-    random = RandomStatistics((2, 3, 4), Foreign.statistics)
     for statistic in Foreign.statistics:
-        found = random(statistic.name)
-        assert tuple(found.shape) == statistic.shape(2, 3, 4)
-        statistic.check("layer", found)
+        values = random_statistic((2, 3, 4), statistic)
+        assert tuple(values.shape) == statistic.shape(2, 3, 4)
+        statistic.check("layer", values)

@@ -20,7 +20,7 @@ from bayesq.quant.layers import quantizable_layers
 from bayesq.quant.tensor import QuantizedTensor
 from bayesq.recipe import Recipe
 from bayesq.suite.plan import make_recipe
-from bayesq.suite.rehearsal import WEIGHTS, RandomStatistics, all_widths, rehearse, small_problems
+from bayesq.suite.rehearsal import WEIGHTS, all_widths, random_statistic, rehearse, small_problems
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = {
@@ -133,12 +133,11 @@ def test_small_layers_are_of_every_kind_and_enough_for_tables():
 
 @pytest.mark.parametrize("shape", [(1, 5, 7), (3, 1, 4), (2, 4, 1)])
 def test_statistics_have_their_shapes(shape):
-    random = RandomStatistics(shape, STATISTICS.values())
     for kind, statistic in STATISTICS.items():
-        values = random(kind)
+        values = random_statistic(shape, statistic)
         assert tuple(values.shape) == statistic.shape(*shape) and values.dtype == torch.float32, kind
         statistic.check("layer", values)
-        assert values.any() and torch.equal(values, random(kind))
+        assert values.any() and torch.equal(values, random_statistic(shape, statistic))
 
 
 def test_all_widths_occur():
