@@ -187,7 +187,6 @@ def open_prefix(
     layers = {name: same_layer(layer, working, name) for name, layer in subject.layers.items()}
     calls, keep = subject.usage.calls, recipe.correction
     full = Network(subject.module, subject.layers, subject.blocks, calls)
-    in_step = recipe.inputs == "paired" or keep != "none"
     inputs = PrefixInputs(
         Network(working, layers, subject.blocks, calls),
         groups,
@@ -195,7 +194,7 @@ def open_prefix(
         batch_size,
         subject.device,
         recipe.behind_prefix,
-        full if in_step else None,
+        full if recipe.in_step else None,
     )
     takers: dict[str, str] = {}
     if keep != "none":

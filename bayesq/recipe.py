@@ -172,6 +172,11 @@ class Recipe:
         return self.allocator.statistics | of_posterior | of_method
 
     @property
+    def in_step(self) -> bool:
+        """Whether the full-precision network runs in step with the quantized prefix."""
+        return self.inputs == "paired" or (self.inputs == "prefix" and self.correction != "none")
+
+    @property
     def behind_prefix(self) -> frozenset[Statistic]:
         """The statistics of inputs that are collected behind the quantized prefix."""
         if self.inputs == "full":

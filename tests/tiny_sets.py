@@ -101,13 +101,13 @@ SETTINGS = CalibrationSettings(batch_size=2, samples=None, seed=0)
 def open_calibration(module: nn.Module, folder: Path, examples=None, room: int = 2**29, **changes) -> Calibration:
     return Calibration(
         module,
-        state_checksum(module),
         quantizable_layers(module),
         examples or images(),
         dataclasses.replace(SETTINGS, **changes),
-        folder,
         CPU,
         room,
+        identity=state_checksum(module),
+        cache_dir=folder,
     )
 
 

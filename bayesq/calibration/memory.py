@@ -6,8 +6,8 @@
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,36 +20,35 @@ from bayesq.progress import bar
 from bayesq.quant.layers import Layer
 
 
+@dataclass(eq=False)
 class NetworkStatistics(ABC):
-    """Computes statistics; subclasses decide when, and where they are stored.
+    """Computes statistics; subclasses decide when to compute them and where to store them.
 
-    Args:
+    Attributes:
         module: network in eval mode on its device.
-        layers: layers by name.
+        layers: by name.
         examples: encoded calibration examples.
         settings: see CalibrationSettings.
         device: where batches go.
         room, overwritten: see `Passes`.
-
-    Attributes:
         statistics: those prepared so far, by name.
         unseen: layers that no example reached.
     """
 
-    def __init__(
-        self,
-        module: nn.Module,
-        layers: Mapping[str, Layer],
-        examples: EncodedExamples,
-        settings: CalibrationSettings,
-        device: torch.device,
-        room: int = SUM_BYTES,
-        overwritten: Collection[str] = (),
-    ) -> None:
-        self.passes = Passes(module, layers, settings, room, overwritten)
-        self.layers, self.examples, self.settings, self.device = layers, examples, settings, device
-        self.statistics: dict[str, Statistic] = {}
-        self.unseen: set[str] = set()
+    module: nn.Module
+    layers: Mapping[str, Layer]
+    examples: EncodedExamples
+    settings: CalibrationSettings
+    device: torch.device
+    room: int = SUM_BYTES
+    overwritten: Collection[str] = ()
+    statistics: dict[str, Statistic] = field(init=False, default_factory=dict)
+    unseen: set[str] = field(init=False, default_factory=set)
+
+    @property
+    def passes(self) -> Passes:
+        """The passes over the examples."""
+        return Passes(self.module, self.layers, self.settings, self.room, self.overwritten)
 
     @property
     def batch_size(self) -> int:
@@ -71,7 +70,7 @@ class NetworkStatistics(ABC):
     def compute(
         self, statistics: Sequence[Statistic], write: Callable[[str, Statistic, Tensor], None]
     ) -> tuple[Report, int]:
-        """Compute statistics of one family; what they require is prepared.
+        """Compute statistics of one family; the statistics that they require must be prepared.
 
         Args:
             statistics: of one of `families`.
@@ -96,18 +95,17 @@ class NetworkStatistics(ABC):
         return halving(self.batch_size, attempt, "calibration")
 
 
+@dataclass(eq=False)
 class InMemoryStatistics(NetworkStatistics):
-    """Statistics in memory; the arguments are those of `NetworkStatistics`.
+    """Statistics in memory.
 
     Attributes:
-        total_s: seconds it took.
+        total_s: seconds that computing them took.
     """
 
-    def __init__(self, *given: Any, **named: Any) -> None:
-        super().__init__(*given, **named)
-        self.total_s = 0.0
-        self._retries = 0
-        self._tensors: dict[tuple[str, str], Tensor] = {}
+    total_s: float = field(init=False, default=0.0)
+    _retries: int = field(init=False, default=0)
+    _tensors: dict[tuple[str, str], Tensor] = field(init=False, default_factory=dict)
 
     def prepare(self, statistics: Iterable[Statistic]) -> None:
         """Compute the statistics, and those they require, that are not computed yet."""

@@ -148,7 +148,7 @@ class Passes:
             statistics: of one of `families`.
             batches: of at most `settings.batch_size` examples; smaller ones after running out of memory.
             write: takes each layer's finished statistic.
-            load: gives a layer's statistic that others require.
+            load: returns a layer's statistic that others require.
         """
         report = Report()
         reached: set[str] = set()
@@ -201,7 +201,7 @@ class Passes:
         return min(self.settings.gradient_examples or examples, examples)
 
     def _with_gradients(self, batches: Batches) -> list[bool]:
-        """Which batches give gradients."""
+        """Which batches have a backward pass."""
         count, total = len(batches), batches.examples
         wanted = -(-self.gradient_examples(total) // batches.batch_size)
         if count > -(-total // batches.batch_size):  # sequences of different lengths are in separate, smaller batches

@@ -9,20 +9,21 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
-from bayesq.batches import EncodedExamples
 from bayesq.calibration.memory import NetworkStatistics
-from bayesq.calibration.passes import SUM_BYTES, CalibrationSettings
 from bayesq.calibration.statistic import Source, Statistic, families, with_required
 from bayesq.files import lock
-from bayesq.quant.layers import Layer, ParameterLayer, groups_of, kind_of, weight_to_matrix
+from bayesq.quant.layers import ParameterLayer, groups_of, kind_of, weight_to_matrix
 from bayesq.tensor_file import CorruptFile, tensor_writer, verify
 
 log = logging.getLogger(__name__)
@@ -33,59 +34,54 @@ METADATA_BYTES = 1024
 OFFLOADED_SUM_BYTES = 64 * 2**20
 
 
+@dataclass(eq=False)
 class Calibration(NetworkStatistics):
     """Statistics on disk.
 
-    Args:
+    Attributes:
         identity: of the network, as `Network.identity`.
         cache_dir: root of the caches.
-        module, layers, examples, settings, device, room, overwritten: see `NetworkStatistics`.
-
-    Attributes:
         seconds: what each statistic took when it was computed, without the shared forward passes.
         forward_s: what the forward passes took.
         reused: by name, whether the file existed already.
         oom_retries: by name, how often the pass ran out of memory.
     """
 
-    def __init__(
-        self,
-        module: nn.Module,
-        identity: str,
-        layers: Mapping[str, Layer],
-        examples: EncodedExamples,
-        settings: CalibrationSettings,
-        cache_dir: Path,
-        device: torch.device,
-        room: int = SUM_BYTES,
-        overwritten: Collection[str] = (),
-    ) -> None:
-        super().__init__(module, layers, examples, settings, device, room, overwritten)
-        self._content = {
+    identity: str = field(kw_only=True)
+    cache_dir: Path = field(kw_only=True)
+    seconds: dict[str, float] = field(init=False, default_factory=dict)
+    forward_s: float = field(init=False, default=0.0)
+    reused: dict[str, bool] = field(init=False, default_factory=dict)
+    oom_retries: dict[str, int] = field(init=False, default_factory=dict)
+    _paths: dict[Statistic, Path] = field(init=False, default_factory=dict)
+
+    @cached_property
+    def _content(self) -> dict[str, Any]:
+        """The part of a file's key that all statistics share."""
+        return {
             "torch": torch.__version__,
-            "device": device.type,
-            "model": identity,
-            "architecture": repr(module),
-            "examples": examples.checksum(),
+            "device": self.device.type,
+            "model": self.identity,
+            "architecture": repr(self.module),
+            "examples": self.examples.checksum(),
             "layers": [
                 (name, kind_of(layer), isinstance(layer, ParameterLayer), list(layer.weight.shape), groups_of(layer))
-                for name, layer in layers.items()
+                for name, layer in self.layers.items()
             ],
-            "batch_size": settings.batch_size,
+            "batch_size": self.batch_size,
         }
-        self._fisher = {
+
+    @property
+    def _fisher(self) -> dict[str, Any]:
+        """The settings of gradients."""
+        settings = self.settings
+        return {
             "samples": settings.samples,
             "seed": settings.seed,
-            "gradient_batches": -(-self.passes.gradient_examples(len(examples)) // settings.batch_size),
+            "gradient_batches": -(-self.passes.gradient_examples(len(self.examples)) // settings.batch_size),
             "likelihood": settings.likelihood.name,
             "draws": settings.draws,
         }
-        self.folder = cache_dir / "statistics"
-        self._paths: dict[Statistic, Path] = {}
-        self.seconds: dict[str, float] = {}
-        self.forward_s = 0.0
-        self.reused: dict[str, bool] = {}
-        self.oom_retries: dict[str, int] = {}
 
     def out_of_memory(self) -> int:
         """How often passes over the examples ran out of memory."""
@@ -97,7 +93,7 @@ class Calibration(NetworkStatistics):
             kind = {"format": statistic.format, "kind": statistic.name, **statistic.parameters}
             content = {**self._content, **(self._fisher if statistic.backward else {}), **kind}
             key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:24]
-            self._paths[statistic] = self.folder / key / f"{statistic.name}.safetensors"
+            self._paths[statistic] = self.cache_dir / "statistics" / key / f"{statistic.name}.safetensors"
         return self._paths[statistic]
 
     def prepare(self, statistics: Iterable[Statistic]) -> None:

@@ -1,8 +1,7 @@
-"""From a configuration to the objects of a run: recipe, workload, statistics, and what they will need."""
+"""From a configuration to the objects of a run: recipe, workload, statistics, and the place of whitenings."""
 
 import json
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,9 +13,7 @@ from bayesq.calibration.passes import SUM_BYTES, CalibrationSettings
 from bayesq.distillation import DistillationSettings
 from bayesq.errors import Refused
 from bayesq.likelihood import LIKELIHOODS, Likelihood
-from bayesq.memory import resident_bytes
 from bayesq.posterior import AUTO, WhiteningStore
-from bayesq.quant.correction import MAX_EXAMPLES
 from bayesq.quant.layers import embedding_tables, quantizable_layers
 from bayesq.quant.usage import OtherUseError, usage_of
 from bayesq.recipe import Distillation, Proxy, Recipe, Subject
@@ -26,12 +23,8 @@ from bayesq.suite.construct import build
 from bayesq.suite.coverage import coverage, report
 from bayesq.suite.errors import UserError
 from bayesq.suite.forward import naming_model
-from bayesq.suite.preflight import Choices, Needs, activations, check, estimate
 from bayesq.suite.session import Session
 from bayesq.suite.workload import Workload, check_network, select_device
-
-# Whitenings may take this share of the free disk, 1 / SPARE_DISK.
-SPARE_DISK = 4
 
 
 def make_recipe(cfg: DictConfig) -> Recipe:
@@ -126,10 +119,10 @@ def check_patterns(recipe: Recipe, work: Workload) -> None:
 
 
 def fisher_likelihood(store: WhiteningStore | None, of_data: Likelihood) -> Likelihood:
-    """The likelihood that the Fisher is of: the data set's, unless posterior.likelihood names one.
+    """The likelihood whose Fisher is computed: the data set's, unless posterior.likelihood names another.
 
     Raises:
-        UserError: a categorical likelihood of a single output has no Fisher.
+        UserError: posterior.likelihood=categorical for a regression.
     """
     if store is None or store.posterior.likelihood == AUTO:
         return of_data
@@ -140,7 +133,7 @@ def fisher_likelihood(store: WhiteningStore | None, of_data: Likelihood) -> Like
 
 def open_statistics(cfg: DictConfig, store: WhiteningStore | None, work: Workload, cache_dir: Path) -> Calibration:
     """The calibration statistics that a run reads; nothing is computed yet."""
-    subject, network, posterior = work.subject, work.network, store and store.posterior
+    subject, posterior = work.subject, store and store.posterior
     settings = CalibrationSettings(
         1 if subject.usage.alone else int(cfg.calibration.batch_size),
         posterior.samples if posterior else None,
@@ -150,15 +143,15 @@ def open_statistics(cfg: DictConfig, store: WhiteningStore | None, work: Workloa
         draws=posterior.draws if posterior else "signs",
     )
     return Calibration(
-        network.module,
-        network.identity,
+        subject.module,
         subject.layers,
         subject.examples,
         settings,
-        cache_dir,
         subject.device,
         OFFLOADED_SUM_BYTES if cfg.calibration.offload == "disk" else SUM_BYTES,
         subject.usage.overwritten,
+        identity=work.network.identity,
+        cache_dir=cache_dir,
     )
 
 
@@ -183,38 +176,3 @@ def placed_whitenings(
         yield
     finally:
         store.release()
-
-
-def preflight(
-    cfg: DictConfig, recipe: Recipe, work: Workload, statistics: Calibration, folders: Mapping[str, Path]
-) -> Needs:
-    """Say what memory and disk the run will need, and return it.
-
-    Raises:
-        UserError: it cannot fit.
-    """
-    subject, module, store = work.subject, work.network.module, recipe.whitenings
-    first = [next(examples.batches(1, subject.device)).inputs for examples in (subject.examples, work.evaluation)]
-    with naming_model(cfg.model.name, "its forward pass"):
-        small, large = (activations(module, inputs) for inputs in first)
-    offload = cfg.calibration.offload == "disk"
-    choices = Choices(
-        statistics=recipe.statistics,
-        posterior=store.posterior if store else None,
-        bits=float(cfg.bits),
-        calibration_batch=statistics.batch_size,
-        evaluation_batch=int(cfg.evaluation.batch_size),
-        distillation_batch=recipe.distillation.batch_size if recipe.distillation else None,
-        corrected=min(MAX_EXAMPLES, len(subject.examples)) if recipe.correction != "none" else 0,
-        sequential=recipe.inputs != "full",
-        examples=len(subject.examples),
-        offload=offload,
-        room=statistics.passes.room,
-        whitening_memory=store.memory_limit if store else 0,
-        whitening_disk=int(shutil.disk_usage(folders["results_dir"]).free // SPARE_DISK),
-        inherited=store.inherited_bytes if store else 0,
-    )
-    missing, accelerated = statistics.missing(recipe.statistics), subject.device.type != "cpu"
-    needs = estimate(resident_bytes(), module, subject.layers, choices, small, large, missing, accelerated)
-    check(needs, folders, cfg.resources.memory, offload)
-    return needs

@@ -7,18 +7,22 @@ the shapes of the layers and from the activations of one example. The factors in
 import logging
 import math
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from bayesq.calibration.statistic import Statistic
-from bayesq.memory import available_memory
-from bayesq.posterior import Posterior
+from bayesq.memory import available_memory, resident_bytes
+from bayesq.quant.correction import MAX_EXAMPLES
 from bayesq.quant.layers import Layer, weight_to_matrix
+from bayesq.recipe import Recipe, Subject
+from bayesq.suite.calibration import Calibration
 from bayesq.suite.errors import UserError
+from bayesq.suite.forward import naming_model
+from bayesq.suite.workload import Workload
 from bayesq.walker import STORED_BYTES
 
 log = logging.getLogger(__name__)
@@ -32,6 +36,8 @@ RUNTIME_BYTES = 128 * MIB
 TIGHT = 0.5
 # Stored bytes per code byte: scales, zero points, tables of levels, width maps.
 OVERHEAD = 1.1
+# Whitenings may take this share of the free disk, 1 / SPARE_DISK.
+SPARE_DISK = 4
 
 
 @dataclass(frozen=True)
@@ -69,41 +75,6 @@ class Needs:
         return self.held + self.stages[self.largest]
 
 
-@dataclass(frozen=True)
-class Choices:
-    """The settings of a run that decide how much it needs.
-
-    Attributes:
-        statistics: those that the run reads.
-        posterior: None without one.
-        bits: average width.
-        calibration_batch, evaluation_batch, distillation_batch: examples per forward pass; None without distillation.
-        corrected: examples of the moment correction; 0 without it.
-        sequential: inputs come from behind the quantized prefix; those of one module are stored for all examples.
-        examples: of the calibration set.
-        offload: whitenings go to disk.
-        room: bytes of running sums in one pass.
-        whitening_memory, whitening_disk: bytes that whitenings may take. If they exceed the memory limit and the disk
-            has room, all go to disk.
-        inherited: bytes of whitenings that the previous run left in memory.
-    """
-
-    statistics: Collection[Statistic]
-    posterior: Posterior | None
-    bits: float
-    calibration_batch: int
-    evaluation_batch: int
-    distillation_batch: int | None
-    corrected: int
-    sequential: bool
-    examples: int
-    offload: bool
-    room: int
-    whitening_memory: int
-    whitening_disk: int
-    inherited: int
-
-
 @torch.no_grad()
 def activations(module: nn.Module, inputs: Mapping[str, Tensor]) -> Activations:
     """Measure the outputs of modules without children in a forward pass of one example.
@@ -127,61 +98,63 @@ def activations(module: nn.Module, inputs: Mapping[str, Tensor]) -> Activations:
 
 
 def estimate(
-    held: int,
-    module: nn.Module,
-    layers: Mapping[str, Layer],
-    choices: Choices,
+    recipe: Recipe,
+    subject: Subject,
+    statistics: Calibration,
     calibration: Activations,
-    evaluation: Activations,
-    missing: Collection[Statistic] = (),
-    accelerated: bool = False,
+    evaluation: int,
+    held: int,
+    offload: bool,
+    free: int,
 ) -> Needs:
     """Memory and disk of a run from the shapes of its layers.
 
     Args:
+        statistics: of the calibration examples; those without a file are computed.
+        calibration: activations of one calibration example.
+        evaluation: bytes of the largest output of an evaluation batch.
         held: bytes of the process with model and data.
-        module: the network.
-        layers: those to quantize.
-        calibration, evaluation: activations of one example of each set.
-        missing: statistics that are not cached.
-        accelerated: activations and running sums are in the memory of an accelerator.
+        offload: whitenings go to disk.
+        free: bytes on the disk of the results.
     """
-    shapes = [_shape(layer) for layer in layers.values()]
+    shapes = [_shape(layer) for layer in subject.layers.values()]
     weights = sum(map(math.prod, shapes))
-    network = sum(x.nbytes for x in (*module.parameters(), *module.buffers()))
-    packed = int(OVERHEAD * weights * choices.bits / 8)
-    # outputs of the process: all of a calibration example, the largest of each kind of example
-    total, small, large = (
-        0 if accelerated else size for size in (calibration.total, calibration.largest, evaluation.largest)
-    )
+    network = sum(x.nbytes for x in (*subject.module.parameters(), *subject.module.buffers()))
+    packed = int(OVERHEAD * weights * recipe.budget.bits / 8)
+    missing, batch = statistics.missing(recipe.statistics), statistics.batch_size
     sums = [sum(statistic.sum_bytes(*shape) for statistic in missing) for shape in shapes]
     widest = max(sums, default=0)
-    collected = 0 if accelerated else max(min(sum(sums), choices.room), widest)
+    collected = max(min(sum(sums), statistics.room), widest)
+    total, largest, examples = calibration.total, calibration.largest, len(subject.examples)
+    inputs = min(STORED_BYTES, examples * largest)
+    if subject.device.type != "cpu":  # running sums and activations are in the memory of the accelerator
+        collected = total = largest = evaluation = inputs = 0
     stages = {
-        "calibration": collected + choices.calibration_batch * total + widest,
+        "calibration": collected + batch * total + widest,
         # the weights of the quantized network, its codes and the packed file twice
-        "evaluation": 4 * weights + 2 * (weights + packed) + 3 * choices.evaluation_batch * large,
-        "rounding": weights + max(_work(shape, choices) for shape in shapes),
+        "evaluation": 4 * weights + 2 * (weights + packed) + 3 * evaluation,
+        "rounding": weights + max(_work(shape, recipe) for shape in shapes),
     }
-    if choices.sequential:
-        inputs = 0 if accelerated else min(STORED_BYTES, choices.examples * small)
-        stages["rounding"] += network + 2 * choices.calibration_batch * small + inputs
-    if choices.corrected:
-        stages["correction"] = weights + 3 * network + 3 * choices.corrected * small
-    if choices.distillation_batch is not None:
+    if recipe.inputs != "full":  # inputs of one module are stored for all examples
+        networks = 2 if recipe.in_step else 1
+        stages["rounding"] += network + networks * (2 * batch * largest + inputs)
+    if recipe.correction != "none" and recipe.inputs == "full":
+        stages["correction"] = weights + 3 * network + 3 * min(MAX_EXAMPLES, examples) * largest
+    if recipe.distillation is not None:
         # the student, and for each weight: value, gradient and two moments in float32, draw and index of 2 bytes each
-        stages["distillation"] = network + 20 * weights + 2 * choices.distillation_batch * total
+        stages["distillation"] = network + 20 * weights + 2 * recipe.distillation.batch_size * total
 
-    whitenings = sum(map(choices.posterior.whitening_bytes, shapes)) if choices.posterior is not None else 0
-    spilled = not choices.offload and choices.whitening_memory < whitenings <= choices.whitening_disk
-    in_memory = 0
-    if not (choices.offload or spilled):
-        in_memory = max(min(whitenings, choices.whitening_memory) - choices.inherited, 0)
+    store, whitenings, in_memory, spilled = recipe.whitenings, 0, 0, False
+    if store is not None:
+        whitenings = sum(map(store.posterior.whitening_bytes, shapes))
+        spilled = not offload and store.memory_limit < whitenings <= free // SPARE_DISK
+        if not (offload or spilled):
+            in_memory = max(min(whitenings, store.memory_limit) - store.inherited_bytes, 0)
     for stage in stages:  # whitenings stay after the rounding, for the next run
         stages[stage] += RUNTIME_BYTES + (in_memory if stage != "calibration" else 0)
     disk = {
         "cache_dir": 4 * sum(math.prod(one.shape(*shape)) for one in missing for shape in shapes),
-        "results_dir": packed + (whitenings if choices.offload else 0),
+        "results_dir": packed + (whitenings if offload else 0),
     }
     return Needs(held, stages, disk, whitenings if spilled else 0)
 
@@ -191,14 +164,16 @@ def _shape(layer: Layer) -> tuple[int, int, int]:
     return g, r, c
 
 
-def _work(shape: tuple[int, int, int], choices: Choices) -> int:
+def _work(shape: tuple[int, int, int], recipe: Recipe) -> int:
     """Bytes of fitting and rounding one layer in float64."""
     g, r, c = shape
-    inputs = g * c * c if choices.statistics else 0
-    rounding = 8 * (10 * g * r * c + 2 * inputs)
-    if choices.posterior is not None:
-        return max(choices.posterior.fit_bytes(shape), rounding)
-    return max(8 * (inputs + 2 * c * c), rounding) if choices.statistics else rounding
+    inputs = g * c * c if recipe.statistics else 0
+    fit = 8 * (inputs + 2 * c * c) if recipe.statistics else 0
+    if recipe.whitenings is not None:
+        fit = recipe.whitenings.posterior.fit_bytes(shape)
+    # float32 sums of M and C, of all examples and of those held out, and their float64 means
+    paired = (4 * 4 + 8 * 6) * g * c * c if recipe.in_step else 0
+    return paired + max(fit, 8 * (10 * g * r * c + 2 * inputs))
 
 
 REMEDIES = {
@@ -208,6 +183,30 @@ REMEDIES = {
     "correction": "choose correction=none",
     "distillation": "lower distillation.batch_size or choose distill=false",
 }
+
+
+def preflight(
+    cfg: DictConfig, recipe: Recipe, work: Workload, statistics: Calibration, folders: Mapping[str, Path]
+) -> Needs:
+    """Log what memory and disk the run will need, and return it.
+
+    Args:
+        folders: cache_dir and results_dir; they exist.
+
+    Raises:
+        UserError: it cannot fit.
+    """
+    subject, offload = work.subject, cfg.calibration.offload == "disk"
+    with naming_model(cfg.model.name, "its forward pass"):
+        calibration, evaluation = (
+            activations(subject.module, next(examples.batches(1, subject.device)).inputs)
+            for examples in (subject.examples, work.evaluation)
+        )
+    largest = int(cfg.evaluation.batch_size) * evaluation.largest
+    free = shutil.disk_usage(folders["results_dir"]).free
+    needs = estimate(recipe, subject, statistics, calibration, largest, resident_bytes(), offload, free)
+    check(needs, folders, cfg.resources.memory, offload)
+    return needs
 
 
 def check(needs: Needs, folders: Mapping[str, Path], limit: float | None, offload: bool) -> None:

@@ -1,7 +1,8 @@
-"""What a run writes down: the flat result of the contract (SPEC section 8) and the rows of layers.csv."""
+"""The flat result of a run, as the contract names its keys (SPEC section 8)."""
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -44,8 +45,7 @@ def flat_result(
         seconds: evaluate, total and prepare.
         estimate_bytes: memory that the preflight expected.
     """
-    device, weights = work.subject.device, work.subject.weights
-    counted = fallbacks(quantized, len(work.subject.usage.unreached))
+    device, weights, unreached = work.subject.device, work.subject.weights, len(work.subject.usage.unreached)
     return {
         "run_id": run_id(cfg),
         "status": "finished",
@@ -54,6 +54,7 @@ def flat_result(
         "method": cfg.method.name,
         "posterior": cfg.posterior.name if reads_posterior(resolved(cfg)) else "none",
         "allocator": cfg.allocator,
+        "inputs": cfg.inputs,
         "correction": cfg.correction,
         "seed": cfg.seed,
         "primary_metric": work.data.primary_metric,
@@ -68,11 +69,15 @@ def flat_result(
         **metrics,
         **{f"distill/{key}": value for key, value in quantized.distillation.items()},
         "risk/rank_correlation": risk_rank_correlation(layers),
+        "risk/explained": explained_risk(layers, metrics["q/kl_to_fp"]),
         **{f"time/{stage}_s": value for stage, value in (quantized.seconds | dict(seconds)).items()},
-        **memory(device, estimate_bytes),
+        "memory/peak_rss_bytes": peak_bytes(),
+        "memory/process": process(),
+        "memory/estimate_bytes": estimate_bytes,
+        "memory/peak_device_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0,
         "calibration/examples": len(work.subject.examples),
         "evaluation/examples": len(work.evaluation),
-        **{f"fallback/{kind}": times for kind, times in counted.items()},
+        **{f"fallback/{kind}": times for kind, times in fallbacks(quantized, unreached).items()},
         "config": resolved(cfg),
         "versions": versions(),
         "host": host(device),
@@ -85,16 +90,6 @@ def flat_result(
             "calibration": work.subject.examples.checksum(),
             "evaluation": work.evaluation.checksum(),
         },
-    }
-
-
-def memory(device: torch.device, estimate_bytes: int) -> dict[str, Any]:
-    """Peaks of the process and of its device so far, and what the preflight expected, under their result keys."""
-    return {
-        "memory/peak_rss_bytes": peak_bytes(),
-        "memory/process": process(),
-        "memory/estimate_bytes": estimate_bytes,
-        "memory/peak_device_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0,
     }
 
 
@@ -114,18 +109,19 @@ def risk_rank_correlation(rows: Sequence[Mapping[str, Any]]) -> float | None:
     return None if math.isnan(correlation) else correlation
 
 
-def log_decisions(title: str, quantized: Quantized) -> None:
-    """Log in one line how many weights got which width, and the prior precisions.
+def explained_risk(rows: Sequence[Mapping[str, Any]], kl: float) -> float | None:
+    """Share of the measured KL to full precision that the layers' achieved risks add up to; None without risks."""
+    risks = [row["achieved_risk"] for row in rows if row["achieved_risk"] is not None]
+    return sum(risks) / kl if risks and kl > 0 else None
 
-    Args:
-        title: method and bits.
-        quantized: what the method made of the network.
-    """
-    share: dict[int, int] = {}
+
+def log_decisions(title: str, quantized: Quantized) -> None:
+    """Log in one line how many weights have which width, and the prior precisions."""
+    share = Counter[int]()
     for tensor in quantized.tensors.values():
-        for width, rows in zip(*(column.tolist() for column in tensor.width.unique(return_counts=True)), strict=True):
-            share[width] = share.get(width, 0) + rows * tensor.codes.shape[1]
-    total = sum(share.values())
+        for width in tensor.width.tolist():
+            share[width] += tensor.codes.shape[1]
+    total = share.total()
     widths = ", ".join(f"{width}: {100 * share[width] / total:.1f} %" for width in sorted(share))
     tau = sorted(p.notes["prior_precision"] for p in quantized.problems.values() if "prior_precision" in p.notes)
     prior = f"; prior precision {tau[0]:.3g} to {tau[-1]:.3g}, median {tau[len(tau) // 2]:.3g}" if tau else ""

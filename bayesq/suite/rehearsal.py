@@ -1,20 +1,21 @@
-"""A run's method on a few small random layers, before its time is measured.
+"""Rehearsal: a run's method quantizes a few small random layers before its time is measured.
 
-Some work is slow only once in a process or an installation: numba compiles functions, tables of normal codes are
-designed, libraries start threads. Otherwise the first run of a sweep would be measured with it. So each run first
-quantizes small random layers of the kinds in its network and discards the result.
+Some work is done once in a process or an installation: numba compiles functions, tables of normal codes are designed,
+libraries start threads. Without a rehearsal, this time would count for the first run of a sweep. The layers are of the
+kinds in the run's network; the result is discarded.
 """
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from bayesq.allocation import Budget, Knapsack
 from bayesq.calibration.samples import Pairs
-from bayesq.calibration.statistic import Source, Statistic, with_required
+from bayesq.calibration.statistic import LayerStatistics, Source, Statistic, with_required
 from bayesq.contract import Context, Distortion, LayerProblem
 from bayesq.loop import quantize_layers
 from bayesq.quant.grids import MAX_WIDTH, MIN_WIDTH
@@ -26,8 +27,8 @@ log = logging.getLogger(__name__)
 
 # Limits of a rehearsed layer: groups, rows of all groups together, and columns (or one kernel's positions if more).
 GROUPS, ROWS, COLUMNS = 8, 256, 288
-# Weights of all rehearsed layers, if the network has as many: from about 71,000 weights on, BayesQ stores a table of
-# levels for 3 bits and chooses the initial ranges of such rows differently.
+# Least number of weights of all rehearsed layers, if the network has as many: from about 71,000 weights on, BayesQ
+# stores a table of levels for 3 bits and chooses the initial ranges of such rows differently.
 WEIGHTS = 72_000
 # BayesQ codes layers with fewer rows in a group differently.
 FEW_ROWS = 4
@@ -36,7 +37,7 @@ EXAMPLES, GRADIENTS = 320, 16
 
 
 def rehearse(recipe: Recipe, layers: Mapping[str, Layer]) -> None:
-    """Quantize small random layers and decode them; errors are left to the run itself.
+    """Quantize small random layers and decode them. Errors are ignored, because the run itself reports them.
 
     Args:
         recipe: a second instance of the run's recipe, because the rehearsal changes it.
@@ -89,17 +90,17 @@ def small_problems(layers: Mapping[str, Layer], statistics: Iterable[Statistic])
         kinds.add(kind)
         channels = min(c // kernel, max(COLUMNS // kernel, 1))
         g = min(g, GROUPS)
-        weight = torch.randn(g, min(r, ROWS // g), kernel * channels, generator=generator)
+        shape = (g, min(r, ROWS // g), kernel * channels)
+        weight = torch.randn(shape, generator=generator)
         weights += weight.numel()
-        statistic = RandomStatistics(weight.shape, statistics)
-        problems.append(
-            LayerProblem(name, type(layers[name]).__name__, weight, statistic, positions_per_channel=kernel)
-        )
+        read = LayerStatistics(name, with_required(statistics), partial(random_statistic, shape))
+        kind_name = type(layers[name]).__name__
+        problems.append(LayerProblem(name, kind_name, weight, read, positions_per_channel=kernel))
     return problems
 
 
 class RandomPrefix:
-    """Stands for the quantized prefix: its inputs are each layer's random ones."""
+    """Replaces the quantized prefix: the inputs of each layer stay its random ones."""
 
     def take(self, layer: LayerProblem) -> LayerProblem:
         """The layer with the same inputs behind the prefix."""
@@ -110,36 +111,23 @@ class RandomPrefix:
         return tensor
 
 
-class RandomStatistics:
-    """Statistics of random inputs and gradients; the same for every call.
-
-    Args:
-        shape: g, r, c of the layer.
-        statistics: those that can be read; those they require are added.
-    """
-
-    def __init__(self, shape: Sequence[int], statistics: Iterable[Statistic]) -> None:
-        groups, rows, columns = shape
-        self.shape, self.statistics = (groups, rows, columns), with_required(statistics)
-
-    def __call__(self, name: str) -> Tensor:
-        """A statistic by its name."""
-        statistic = self.statistics[name]
-        required = {one.name: self(one.name) for one in statistic.requires}
-        if statistic.source is Source.STATISTICS:
-            return statistic.derive(required)
-        if statistic.source is Source.PAIRED_INPUTS:
-            return statistic.neutral(*self.shape)
-        generator = torch.Generator().manual_seed(0)
-        g, r, c = self.shape
-        d, x = (torch.randn(g, EXAMPLES, size, generator=generator) for size in (r, c))
-        if statistic.source is Source.INPUTS:
-            values = x
-        elif statistic.source is Source.OUTPUT_GRADIENTS:
-            values = d
-        else:  # few examples of one position, because each gradient is as large as the weight
-            one_by_one = [part[:, :GRADIENTS].transpose(0, 1).unsqueeze(2) for part in (d, x)]
-            pairs = Pairs(g, 1, True, lambda: iter([(None, one_by_one[0], one_by_one[1])]))
-            values = statistic.gradients(pairs, required)
-        count = GRADIENTS if statistic.source is Source.WEIGHT_GRADIENTS else EXAMPLES
-        return statistic.finish(statistic.add(None, statistic.contribution(values)), count, self.shape)
+def random_statistic(shape: tuple[int, int, int], statistic: Statistic) -> Tensor:
+    """A statistic of random inputs and gradients for a layer of shape g, r, c; the same in every call."""
+    required = {one.name: random_statistic(shape, one) for one in statistic.requires}
+    if statistic.source is Source.STATISTICS:
+        return statistic.derive(required)
+    if statistic.source is Source.PAIRED_INPUTS:
+        return statistic.neutral(*shape)
+    generator = torch.Generator().manual_seed(0)
+    g, r, c = shape
+    d, x = (torch.randn(g, EXAMPLES, size, generator=generator) for size in (r, c))
+    if statistic.source is Source.INPUTS:
+        values = x
+    elif statistic.source is Source.OUTPUT_GRADIENTS:
+        values = d
+    else:  # few examples of one position, because each gradient is as large as the weight
+        one_by_one = [part[:, :GRADIENTS].transpose(0, 1).unsqueeze(2) for part in (d, x)]
+        pairs = Pairs(g, 1, True, lambda: iter([(None, one_by_one[0], one_by_one[1])]))
+        values = statistic.gradients(pairs, required)
+    count = GRADIENTS if statistic.source is Source.WEIGHT_GRADIENTS else EXAMPLES
+    return statistic.finish(statistic.add(None, statistic.contribution(values)), count, shape)

@@ -6,20 +6,17 @@ config -> dataset and model -> calibration statistics -> method (posterior, allo
 
 import logging
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
-from torch import Tensor
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from bayesq.errors import Refused
 from bayesq.pipeline import quantize_network
 from bayesq.progress import elapsed
-from bayesq.quant.file import Packed, Sizes, read_packed, write_packed
+from bayesq.quant.file import Packed, read_packed, write_packed
 from bayesq.quant.network import quantized_copy
-from bayesq.recipe import Quantized
 from bayesq.report import layer_rows
 from bayesq.suite.cache import resolve_cache_dir
 from bayesq.suite.config import run_dir, run_id
@@ -29,7 +26,8 @@ from bayesq.suite.evaluation import autocast_effect, cached_logits, compare, pai
 from bayesq.suite.forward import naming_model
 from bayesq.suite.metrics import metric_of
 from bayesq.suite.packed import run_record
-from bayesq.suite.plan import check_patterns, load_workload, make_recipe, open_statistics, placed_whitenings, preflight
+from bayesq.suite.plan import check_patterns, load_workload, make_recipe, open_statistics, placed_whitenings
+from bayesq.suite.preflight import preflight
 from bayesq.suite.record import flat_result, log_decisions
 from bayesq.suite.rehearsal import rehearse
 from bayesq.suite.results import LAYERS_FILE, PREDICTIONS_FILE, QUANTIZED_FILE, RESULT_FILE, write_csv, write_json
@@ -48,7 +46,7 @@ def run(cfg: DictConfig, session: Session | None = None) -> dict[str, Any]:
 
     Args:
         cfg: composed and validated.
-        session: of the command; None = the run stands alone.
+        session: shared by the runs of one command; None for a single run.
 
     Raises:
         UserError: the configuration cannot be run; the message names the key.
@@ -60,7 +58,7 @@ def run(cfg: DictConfig, session: Session | None = None) -> dict[str, Any]:
         write_csv(folder / LAYERS_FILE, layers)
         write_csv(folder / PREDICTIONS_FILE, predictions)
         result[ERROR_KEY] = tracker.error
-        write_json(folder / RESULT_FILE, result)  # last: a run that has it is finished
+        write_json(folder / RESULT_FILE, result)  # written last: it marks the run as finished
         tracker.log_result(result, layers, predictions, folder / QUANTIZED_FILE)
     if tracker.error != result[ERROR_KEY]:
         result[ERROR_KEY] = tracker.error
@@ -111,7 +109,10 @@ def execute(cfg: DictConfig, folder: Path, session: Session) -> tuple[dict[str, 
         except Refused as error:
             raise UserError(str(error)) from error
         log_decisions(title, quantized)
-        sizes, stored = store(folder / QUANTIZED_FILE, quantized, run_record(cfg, work.network))
+        record = run_record(cfg, work.network)
+        with elapsed("pack"):
+            sizes = write_packed(folder / QUANTIZED_FILE, Packed(quantized.tensors, quantized.parameters, run=record))
+            stored = read_packed(folder / QUANTIZED_FILE)  # the stored network is the evaluated one
         stored_at = time.perf_counter()
         rows = evaluator.run_quantized(stored, f"evaluate {title}")
         evaluated_at = time.perf_counter()
@@ -129,68 +130,34 @@ def execute(cfg: DictConfig, folder: Path, session: Session) -> tuple[dict[str, 
         return result, layers, prediction_rows(rows, work.data.evaluation.ids)
 
 
-def store(path: Path, quantized: Quantized, record: dict[str, Any]) -> tuple[Sizes, Packed]:
-    """Write the packed file and read it back, so that the stored network is the evaluated one."""
-    with elapsed("pack"):
-        sizes = write_packed(path, Packed(quantized.tensors, quantized.parameters, run=record))
-        return sizes, read_packed(path)
-
-
-@dataclass
 class Evaluator:
     """Evaluates the full-precision and the quantized network of a run on the same examples.
 
-    Attributes:
+    Args:
         work: network and data.
         batch_size: examples per forward pass.
         autocast: torch dtype of matrix products by name; None = float32 throughout.
-        cache_dir: root of the caches, where full-precision outputs are kept.
+        cache_dir: root of the caches, where full-precision outputs are stored.
+
+    Attributes:
         full: outputs [n, ...] of the full-precision network.
-        full_float32: the same in float32.
         oom_retries: how often memory ran out.
     """
 
-    work: Workload
-    batch_size: int
-    autocast: str | None
-    cache_dir: Path
-    full: Tensor = field(init=False)
-    full_float32: Tensor = field(init=False)
-    oom_retries: int = 0
-
-    def __post_init__(self) -> None:
-        """Compute or read the full-precision outputs."""
-        self.full = self._cached(self.autocast)
-        self.full_float32 = self.full if self.autocast is None else self._cached(None)
-
-    def _cached(self, autocast: str | None) -> Tensor:
-        network, subject = self.work.network, self.work.subject
-        outputs, retries = cached_logits(
-            network.module,
-            network.identity,
-            self.work.evaluation,
-            self.batch_size,
-            subject.device,
-            self.cache_dir,
-            autocast,
-        )
-        if autocast == self.autocast:
-            self.oom_retries += retries
-        return outputs
+    def __init__(self, work: Workload, batch_size: int, autocast: str | None, cache_dir: Path) -> None:
+        self.work, self.batch_size, self.autocast = work, batch_size, autocast
+        network = work.network
+        network_and_data = network.module, network.identity, work.evaluation, batch_size, work.subject.device, cache_dir
+        self.full, self.oom_retries = cached_logits(*network_and_data, autocast)
+        self._float32 = self.full if autocast is None else cached_logits(*network_and_data)[0]
 
     def run_quantized(self, stored: Packed, title: str) -> EvaluationRows:
         """The numbers of each example, of both networks."""
-        subject = self.work.subject
+        work, subject = self.work, self.work.subject
         student = quantized_copy(subject.module, stored.tensors, stored.parameters)
+        likelihood, device = subject.likelihood, subject.device
         rows, retries = paired_rows(
-            self.full,
-            student,
-            self.work.evaluation,
-            subject.likelihood,
-            self.batch_size,
-            subject.device,
-            title,
-            self.autocast,
+            self.full, student, work.evaluation, likelihood, self.batch_size, device, title, self.autocast
         )
         self.oom_retries += retries
         return rows
@@ -200,5 +167,5 @@ class Evaluator:
         with elapsed("compare"):
             metrics = compare(rows, seed, self.work.data.metrics)
         if self.autocast is not None:
-            metrics |= autocast_effect(self.full_float32, self.full, self.work.subject.likelihood)
+            metrics |= autocast_effect(self._float32, self.full, self.work.subject.likelihood)
         return metrics

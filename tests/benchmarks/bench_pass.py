@@ -27,6 +27,7 @@ from bayesq.recipe import Quantized, Subject
 from bayesq.suite import plan
 from bayesq.suite.coverage import coverage
 from bayesq.suite.models.base import Network
+from bayesq.suite.preflight import preflight
 from bayesq.suite.workload import Workload
 
 ROOT = Path(__file__).parents[2]
@@ -87,7 +88,7 @@ def quantize(work: Workload, folder: Path, *overrides: str) -> Quantized:
         cfg = compose("config", [f"calibration.examples={EXAMPLES}", "bits=4", *overrides])
     recipe = plan.make_recipe(cfg)
     statistics = plan.open_statistics(cfg, recipe.whitenings, work, folder)
-    needs = plan.preflight(cfg, recipe, work, statistics, {"cache_dir": folder, "results_dir": folder})
+    needs = preflight(cfg, recipe, work, statistics, {"cache_dir": folder, "results_dir": folder})
     if recipe.whitenings and needs.spilled:
         recipe.whitenings.use_disk(folder)
     return quantize_network(work.subject, recipe, statistics)

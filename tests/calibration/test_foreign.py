@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+from estimates import needs_of
 from naive_fisher import TinyConvNet, seeded
 from tiny_sets import images, in_memory, open_calibration
 from torch import Tensor, nn
@@ -17,8 +18,7 @@ from bayesq.contract import LayerProblem
 from bayesq.fisher import FISHER_DIAGONAL
 from bayesq.posterior import Diagonal
 from bayesq.quant.layers import quantizable_layers, weight_to_matrix
-from bayesq.suite.preflight import Activations, Choices, estimate
-from bayesq.suite.rehearsal import RandomStatistics
+from bayesq.suite.rehearsal import random_statistic
 
 
 @dataclass(frozen=True)
@@ -160,24 +160,8 @@ def test_a_posterior_reads_them_by_name(module, tmp_path):
 
 def test_they_count_in_the_estimate_of_memory_and_disk(module):
     layers = quantizable_layers(module)
-    choices = Choices(
-        statistics=Foreign.statistics,
-        posterior=Foreign(2.0, 10, None),
-        bits=4,
-        calibration_batch=1,
-        evaluation_batch=1,
-        distillation_batch=None,
-        corrected=0,
-        sequential=False,
-        examples=1,
-        offload=False,
-        room=10**9,
-        whitening_memory=10**9,
-        whitening_disk=10**9,
-        inherited=0,
-    )
     without, found = (
-        estimate(0, module, layers, choices, Activations(0, 0), Activations(0, 0), missing)
+        needs_of(module, Foreign(2.0, 10, None), Foreign.statistics, missing)
         for missing in ([], [GradientPower(3.0), InputTrace()])
     )
     sizes = [math.prod(weight_to_matrix(layer).shape) + weight_to_matrix(layer).shape[0] for layer in layers.values()]
@@ -186,8 +170,7 @@ def test_they_count_in_the_estimate_of_memory_and_disk(module):
 
 
 def test_a_rehearsal_has_them():
-    random = RandomStatistics((2, 3, 4), Foreign.statistics)
     for statistic in Foreign.statistics:
-        found = random(statistic.name)
-        assert tuple(found.shape) == statistic.shape(2, 3, 4)
-        statistic.check("layer", found)
+        values = random_statistic((2, 3, 4), statistic)
+        assert tuple(values.shape) == statistic.shape(2, 3, 4)
+        statistic.check("layer", values)

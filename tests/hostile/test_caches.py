@@ -123,7 +123,8 @@ def test_statistics_are_computed_again(tmp_path: Path, damage: str, caplog: pyte
     settings = CalibrationSettings(4, None, 0)
 
     def calibration() -> Calibration:
-        found = Calibration(module, "checksum", layers, EXAMPLES, settings, tmp_path, torch.device("cpu"))
+        cpu = torch.device("cpu")
+        found = Calibration(module, layers, EXAMPLES, settings, cpu, identity="checksum", cache_dir=tmp_path)
         found.prepare([INPUT_MOMENT, GRADIENT_MOMENT])
         return found
 

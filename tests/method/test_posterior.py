@@ -31,12 +31,12 @@ def collected(
     layers = quantizable_layers(module)
     calibration = Calibration(
         module,
-        state_checksum(module),
         layers,
         examples,
         CalibrationSettings(batch_size=2, samples=None, seed=0, likelihood=LIKELIHOODS[likelihood]),
-        folder,
         torch.device("cpu"),
+        identity=state_checksum(module),
+        cache_dir=folder,
     )
     lowrank = LowRank(1.0, N, None, rank=16)
     calibration.prepare(Diagonal.statistics | Kfac.statistics | Ekfac.statistics | lowrank.statistics)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from estimates import needs_of
 from posterior_layers import N, posterior_of, problem
 from rounding_loop import rounded
 from torch import Tensor, nn
@@ -17,8 +18,6 @@ from bayesq.posterior import Laplace, LayerPosterior, WhiteningStore
 from bayesq.posterior.factors import standard_normal
 from bayesq.posterior.scratch_file import TensorFile
 from bayesq.quant.feedback import FeedbackFactor, feedback_factors
-from bayesq.quant.layers import quantizable_layers
-from bayesq.suite.preflight import Activations, Choices, estimate
 from bayesq.whitening import Whitening
 
 DAMPING = 0.01
@@ -293,15 +292,9 @@ def test_a_posterior_from_outside_fits_whitens_stores_and_quantizes(kind, tmp_pa
 
 def test_the_preflight_asks_the_posterior_for_its_memory():
     module = nn.Sequential(nn.Linear(30, 20), nn.Linear(20, 5))
-    small = Activations(100, 100)
 
-    def rounding(posterior: Laplace, **limits: int) -> int:
-        choices = Choices(
-            statistics=[INPUT_MOMENT], posterior=posterior, bits=4, calibration_batch=1, evaluation_batch=1,
-            distillation_batch=None, corrected=0, sequential=False, examples=1, offload=False, room=10**9,
-            whitening_memory=10**9, whitening_disk=0, inherited=0,
-        )  # fmt: skip
-        return estimate(0, module, quantizable_layers(module), choices, small, small).stages["rounding"]
+    def rounding(posterior: Laplace) -> int:
+        return needs_of(module, posterior, [INPUT_MOMENT], whitening_disk=0).stages["rounding"]
 
     plain, told = (kind(None, N, None) for kind in (InputsOnly, FeedbackInputsOnly))
     difference = rounding(told) - rounding(plain)

@@ -9,6 +9,7 @@ machine code after the rehearsal, functions that got more of it later].
 import json
 import multiprocessing
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,10 +22,11 @@ from rounding_loop import rounded
 from tiny_sets import STATISTICS
 
 from bayesq.allocation import Allocation
+from bayesq.calibration.statistic import LayerStatistics
 from bayesq.contract import LayerProblem
 from bayesq.quant.layers import kernel_positions, quantizable_layers, weight_to_matrix
 from bayesq.suite import plan
-from bayesq.suite.rehearsal import RandomStatistics, rehearse
+from bayesq.suite.rehearsal import random_statistic, rehearse
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -68,8 +70,8 @@ def observe(command: str) -> tuple[list[str], list[str]]:
     recipe, problems = plan.make_recipe(cfg), []
     for name, layer in layers.items():
         weight = weight_to_matrix(layer).detach()
-        statistic = RandomStatistics(weight.shape, STATISTICS.values())
-        problems.append(LayerProblem(name, type(layer).__name__, weight, statistic, kernel_positions(layer)))
+        read = LayerStatistics(name, STATISTICS, partial(random_statistic, tuple(weight.shape)))
+        problems.append(LayerProblem(name, type(layer).__name__, weight, read, kernel_positions(layer)))
     for _, tensor in rounded(recipe.method, problems, Allocation(recipe.allocator, recipe.budget)):
         tensor.dequantize()
     if cfg.proxy == "mc":

@@ -12,8 +12,6 @@ import pytest
 import torch
 from naive_fisher import seeded
 from tiny_sets import (
-    CPU,
-    SETTINGS,
     STATISTICS,
     Counting,
     WithIdleLayers,
@@ -28,8 +26,6 @@ from bayesq.calibration.passes import sum_bytes
 from bayesq.fisher import FISHER_DIAGONAL, GRADIENT_MOMENT, GradientDirections
 from bayesq.likelihood import LIKELIHOODS, Categorical
 from bayesq.quant.layers import quantizable_layers
-from bayesq.suite.calibration import Calibration
-from bayesq.suite.models.base import state_checksum
 
 KINDS = frozenset({INPUT_MOMENT, GRADIENT_MOMENT})
 NAMES = {statistic.name for statistic in KINDS}
@@ -172,9 +168,8 @@ def test_running_out_of_memory_halves_the_batch_begins_again_and_is_remembered(t
 def test_what_changes_a_number_changes_the_file(module, tmp_path):
     base = open_calibration(module, tmp_path)
     other_weights = seeded(Counting(), seed=1)
-    excluded = Calibration(
-        module, state_checksum(module), quantizable_layers(module, ["head"]), images(), SETTINGS, tmp_path, CPU
-    )
+    excluded = open_calibration(module, tmp_path)
+    excluded.layers = quantizable_layers(module, ["head"])
     everything = {
         "weights": open_calibration(other_weights, tmp_path),
         "examples": open_calibration(module, tmp_path, images(4)),

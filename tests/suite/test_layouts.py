@@ -183,6 +183,6 @@ def test_gradients_come_from_as_many_examples_as_asked_for(together, asked, used
     layers = {"layer": module.layer, "head": module.head}
     examples = replace(encoded(together), inputs={k: v % 90 for k, v in encoded(together).inputs.items()})
     settings = CalibrationSettings(4, None, 0, gradient_examples=asked)
-    calibration = Calibration(module, "weights", layers, examples, settings, tmp_path, CPU)
+    calibration = Calibration(module, layers, examples, settings, CPU, identity="weights", cache_dir=tmp_path)
     calibration.prepare([INPUT_MOMENT, GRADIENT_MOMENT])
     assert int(verify(calibration.path(GRADIENT_MOMENT))["examples"]) == used

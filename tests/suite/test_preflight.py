@@ -1,12 +1,12 @@
 """The estimate before a run: sizes against sums over shapes, and refusals that name the key."""
 
-import dataclasses
 import logging
 import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
+from estimates import needs_of
 from naive_fisher import TinyConvNet, TinyEncoder
 from omegaconf import OmegaConf
 from torch import nn
@@ -14,51 +14,34 @@ from torch import nn
 from bayesq.calibration.inputs import INPUT_MOMENT
 from bayesq.fisher import GRADIENT_MOMENT
 from bayesq.posterior import Diagonal, Ekfac, Kfac, LowRank, WhiteningStore
-from bayesq.quant.layers import quantizable_layers
 from bayesq.suite import preflight
 from bayesq.suite.errors import UserError
 from bayesq.suite.plan import placed_whitenings
-from bayesq.suite.preflight import GIB, RUNTIME_BYTES, Activations, Choices, Needs, activations, check, estimate
+from bayesq.suite.preflight import GIB, RUNTIME_BYTES, Activations, Needs, activations, check
 from bayesq.suite.session import Session
 
+STATISTICS = [GRADIENT_MOMENT, INPUT_MOMENT]
 POSTERIORS = {
     "diag": Diagonal(None, 1000, None),
     "kfac": Kfac(None, 1000, None, 0.5),
     "ekfac": Ekfac(None, 1000, None),
     "lowrank": LowRank(None, 1000, None, 16),
 }
-CHOICES = Choices(
-    statistics=[GRADIENT_MOMENT, INPUT_MOMENT],
-    posterior=POSTERIORS["kfac"],
-    bits=4,
-    calibration_batch=4,
-    evaluation_batch=8,
-    distillation_batch=None,
-    corrected=0,
-    sequential=False,
-    examples=16,
-    offload=False,
-    room=10**9,
-    whitening_memory=10**9,
-    whitening_disk=10**9,
-    inherited=0,
-)
-SMALL, LARGE = Activations(total=1000, largest=100), Activations(total=3000, largest=700)
+SMALL, LARGE = Activations(total=1000, largest=100), 700
 
 
 def network() -> nn.Module:
     return nn.Sequential(nn.Linear(30, 20), nn.ReLU(), nn.Linear(20, 5))
 
 
-def needs(accelerated: bool = False, missing=(INPUT_MOMENT, GRADIENT_MOMENT), **changes) -> Needs:
-    module = network()
-    choices = dataclasses.replace(CHOICES, **changes)
-    return estimate(10**6, module, quantizable_layers(module), choices, SMALL, LARGE, missing, accelerated)
+def needs(module: nn.Module | None = None, posterior=POSTERIORS["kfac"], **changes) -> Needs:
+    settings = {"missing": STATISTICS, "calibration": SMALL, "evaluation": 8 * LARGE, "batch": 4, "examples": 16}
+    return needs_of(module or network(), posterior, STATISTICS, **settings | {"held": 10**6} | changes)
 
 
 def test_activations_are_the_outputs_of_the_leaves():
-    found = activations(network(), {"input": torch.zeros(1, 30)})
-    assert found == Activations(total=4 * (20 + 20 + 5), largest=4 * 20)
+    measured = activations(network(), {"input": torch.zeros(1, 30)})
+    assert measured == Activations(total=4 * (20 + 20 + 5), largest=4 * 20)
     ids = {"input_ids": torch.zeros(1, 5, dtype=torch.long), "attention_mask": torch.ones(1, 5)}
     inner = activations(TinyEncoder(), ids)
     assert inner.largest == 4 * 5 * 8 and inner.total == 4 * (5 * (6 + 6 * 5 + 8) + 2)
@@ -74,16 +57,16 @@ def test_hooks_are_gone_after_an_error():
 def test_statistics_take_their_sums_and_their_files():
     sums = 4 * (30**2 + 20**2 + 20**2 + 5**2)
     widest = 4 * (30**2 + 20**2)
-    found = needs()
-    assert found.stages["calibration"] == RUNTIME_BYTES + sums + widest + 4 * SMALL.total
-    assert found.disk["cache_dir"] == sums
+    usual = needs()
+    assert usual.stages["calibration"] == RUNTIME_BYTES + sums + widest + 4 * SMALL.total
+    assert usual.disk["cache_dir"] == sums
     assert needs(room=1).stages["calibration"] == RUNTIME_BYTES + 2 * widest + 4 * SMALL.total
     assert needs(missing=()).disk["cache_dir"] == 0
     assert needs(missing=()).stages["calibration"] == RUNTIME_BYTES + 4 * SMALL.total
-    assert needs(accelerated=True).stages["calibration"] == RUNTIME_BYTES + widest
+    assert needs(device="cuda").stages["calibration"] == RUNTIME_BYTES + widest
 
 
-def test_factors_wait_in_memory_or_on_disk():
+def test_whitenings_are_in_memory_or_on_disk():
     factors = 8 * (30 * 30 + 20 + 90 + 20 * 20 + 5 + 60)
     in_memory, offloaded, spilled = needs(), needs(offload=True), needs(whitening_memory=factors - 1)
     assert (in_memory.spilled, offloaded.spilled, spilled.spilled) == (0, 0, factors)
@@ -96,7 +79,7 @@ def test_factors_wait_in_memory_or_on_disk():
         stays = stage != "calibration"
         assert in_memory.stages[stage] - spilled.stages[stage] == stays * factors
         assert crowded.stages[stage] - spilled.stages[stage] == stays * 100
-    # what the run before has left is held already
+    # whitenings of the previous run are already in the memory of the process
     assert needs(inherited=factors).stages == spilled.stages
     assert in_memory.stages["rounding"] - needs(inherited=100).stages["rounding"] == 100
 
@@ -104,10 +87,10 @@ def test_factors_wait_in_memory_or_on_disk():
 def test_every_stage_that_is_chosen_counts():
     parameters = 4 * (31 * 20 + 21 * 5)
     assert set(needs().stages) == {"calibration", "evaluation", "rounding"}
-    more = needs(corrected=16, distillation_batch=2, sequential=True)
+    more = needs(correction=True, distillation_batch=2, inputs="prefix")
     assert set(more.stages) - set(needs().stages) == {"correction", "distillation"}
     assert more.stages["rounding"] - needs().stages["rounding"] == parameters + (2 * 4 + 16) * SMALL.largest
-    assert needs(evaluation_batch=9).stages["evaluation"] - needs().stages["evaluation"] == 3 * LARGE.largest
+    assert needs(evaluation=9 * LARGE).stages["evaluation"] - needs().stages["evaluation"] == 3 * LARGE
     assert more.memory == 10**6 + max(more.stages.values())
 
 
@@ -124,13 +107,8 @@ def test_each_posterior_knows_what_its_fit_and_its_whitening_take():
 
 @pytest.mark.parametrize("kind", [*POSTERIORS, None])
 def test_wider_layers_never_need_less(kind):
-    module = TinyConvNet()
-    layers = quantizable_layers(module)
     wide = nn.ModuleDict({"a": nn.Conv2d(8, 16, 3), "b": nn.Linear(100, 50)})
-    small, large = (
-        estimate(0, m, x, dataclasses.replace(CHOICES, posterior=POSTERIORS.get(kind)), SMALL, LARGE)
-        for m, x in ((module, layers), (wide, quantizable_layers(wide)))
-    )
+    small, large = (needs(module, POSTERIORS.get(kind), missing=()) for module in (TinyConvNet(), wide))
     assert all(small.stages[stage] <= large.stages[stage] for stage in small.stages)
 
 
@@ -164,14 +142,14 @@ def test_what_does_not_fit_in_memory_is_refused_with_a_remedy(stage, offload, re
 @pytest.mark.parametrize(
     ("memory", "disk", "said"),
     [
-        (GIB, 0, False),  # half of what is left
+        (GIB, 0, False),  # half of the free memory
         (GIB + 1, 0, True),
         (1, 3 * GIB // 2, False),
         (1, 3 * GIB // 2 + 1, True),
     ],
 )
-def test_needs_are_said_on_the_terminal_where_they_are_tight(memory, disk, said, tmp_path, monkeypatch, caplog):
-    """And in the log file always, by the logger that conf/config.yaml keeps from the terminal."""
+def test_the_terminal_shows_tight_needs(memory, disk, said, tmp_path, monkeypatch, caplog):
+    """The log file has them always: its logger does not write to the terminal, see conf/config.yaml."""
     monkeypatch.setattr(preflight, "available_memory", lambda: 2 * GIB)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=3 * GIB))
     with caplog.at_level(logging.INFO, "bayesq"):
@@ -181,7 +159,7 @@ def test_needs_are_said_on_the_terminal_where_they_are_tight(memory, disk, said,
     assert record.name == ("bayesq.suite.preflight" if said else "bayesq.details")
 
 
-def test_memory_that_the_system_does_not_tell_is_no_reason_to_refuse(tmp_path, monkeypatch, caplog):
+def test_unknown_free_memory_refuses_no_run(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(preflight, "available_memory", lambda: None)
     with caplog.at_level(logging.INFO, "bayesq"):
         check(want("rounding", 10**18), {"cache_dir": tmp_path, "results_dir": tmp_path}, None, False)

@@ -20,7 +20,7 @@ from bayesq.quant.layers import quantizable_layers
 from bayesq.quant.tensor import QuantizedTensor
 from bayesq.recipe import Recipe
 from bayesq.suite.plan import make_recipe
-from bayesq.suite.rehearsal import WEIGHTS, RandomStatistics, all_widths, rehearse, small_problems
+from bayesq.suite.rehearsal import WEIGHTS, all_widths, random_statistic, rehearse, small_problems
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = {
@@ -45,8 +45,8 @@ def compilations() -> dict[str, list[list[str]]]:
         timeout=900,
     )
     assert done.returncode == 0, done.stderr
-    found: dict[str, list[list[str]]] = json.loads(done.stdout)
-    return found
+    functions: dict[str, list[list[str]]] = json.loads(done.stdout)
+    return functions
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -65,7 +65,7 @@ def test_only_what_a_method_needs_is_compiled(compilations):
 
 
 class Foreign:
-    """A method of somebody else's, with a compiled function of its own."""
+    """A method from outside the project, with a compiled function."""
 
     statistics = frozenset({INPUT_MOMENT})
     inputs = "prefix"
@@ -133,15 +133,14 @@ def test_small_layers_are_of_every_kind_and_enough_for_tables():
 
 @pytest.mark.parametrize("shape", [(1, 5, 7), (3, 1, 4), (2, 4, 1)])
 def test_statistics_have_their_shapes(shape):
-    random = RandomStatistics(shape, STATISTICS.values())
     for kind, statistic in STATISTICS.items():
-        found = random(kind)
-        assert tuple(found.shape) == statistic.shape(*shape) and found.dtype == torch.float32, kind
-        statistic.check("layer", found)
-        assert found.any() and torch.equal(found, random(kind))
+        values = random_statistic(shape, statistic)
+        assert tuple(values.shape) == statistic.shape(*shape) and values.dtype == torch.float32, kind
+        statistic.check("layer", values)
+        assert values.any() and torch.equal(values, random_statistic(shape, statistic))
 
 
-def test_all_widths_are_met():
+def test_all_widths_occur():
     assert all_widths(16).tolist() == [2, 3, 4, 5, 6, 7, 8, 2, 3, 4, 5, 6, 7, 8, 2, 3]
 
 
