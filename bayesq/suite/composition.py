@@ -8,8 +8,7 @@ import itertools
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -261,29 +260,9 @@ def preflight(argv: Sequence[str]) -> list[Job] | None:
         UserError: one line that says what is wrong.
     """
     asked = command_line(argv)
-    questions = (asked.help, asked.hydra_help, asked.cfg, asked.info, asked.shell_completion)
-    if any(questions) or asked.experimental_rerun:
+    if asked.experimental_rerun:
+        raise UserError("--experimental-rerun is not supported: python -m bayesq.suite.reproduce repeats a run")
+    if any((asked.help, asked.hydra_help, asked.cfg, asked.info, asked.shell_completion)):
         return None
     jobs = Preflight(asked.config_name, asked.config_path, asked.config_dir).jobs(asked.overrides, asked.multirun)
     return list({job.run_dir: job for job in jobs}.values())
-
-
-@contextmanager
-def hydra_argv() -> Iterator[None]:
-    """Rewrite sys.argv for Hydra, and make Hydra raise its errors.
-
-    Hydra's parser refuses overrides on both sides of an option, so the overrides go first. It prints errors unless
-    HYDRA_FULL_ERROR is 1.
-    """
-    argv, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
-    read = command_line(argv[1:])
-    options = [argument for argument in argv[1:] if argument not in read.overrides]
-    sys.argv = [argv[0], *(for_hydra(override, read.config_dir) for override in read.overrides), *options]
-    os.environ["HYDRA_FULL_ERROR"] = "1"
-    try:
-        yield
-    finally:
-        sys.argv = argv
-        os.environ.pop("HYDRA_FULL_ERROR")
-        if full_error is not None:
-            os.environ["HYDRA_FULL_ERROR"] = full_error

@@ -8,34 +8,27 @@ from pkgutil import resolve_name
 from types import MappingProxyType, NoneType, UnionType
 from typing import Any, Union, get_args, get_origin
 
-from hydra.errors import InstantiationException
-from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from bayesq.defaults import DESCRIPTIVE
-from bayesq.suite.config import one_line, refuse
+from bayesq.defaults import DESCRIPTIVE, construct
+from bayesq.suite.config import one_line, plain, refuse
 from bayesq.suite.errors import UserError
 
-# errors of a call with wrong arguments, or of a `_target_` that does not exist
-REFUSALS = (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, ImportError)
 # the keys of a configuration that the constructors below read
 READ = ("method", "posterior", "model", "dataset", "allocator", "allocation", "distill", "distillation")
 WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null"}
 
 
-def build(node: DictConfig | Mapping[str, Any], **more: Any) -> Any:
-    """Instantiate a config group without its descriptive keys.
+def build(node: DictConfig, **more: Any) -> Any:
+    """The object that a config group describes.
 
     Raises:
         UserError: the constructor refused a value.
     """
-    arguments = {key: value for key, value in node.items() if key not in DESCRIPTIVE}
     try:
-        return instantiate(arguments, **more)
-    except InstantiationException as error:
-        if isinstance(error.__cause__, ValueError | UserError):
-            raise UserError(str(error.__cause__)) from error
-        raise
+        return construct(plain(node, resolve=True), **more)
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def check(configs: Iterable[Mapping[str, Any]]) -> None:
@@ -73,17 +66,17 @@ def _check(text: str) -> None:
 
 
 def _made(group: str, node: Mapping[str, Any], **more: Any) -> Any:
-    """Check the values of a group against the types of its constructor, then `build` it."""
+    """Check the values of a group against the types of its constructor, then call it."""
     try:
         parameters = signature(resolve_name(node["_target_"]), eval_str=True).parameters
-    except Exception:  # the class does not exist or has no signature; `instantiate` explains the error
+    except Exception:  # the class does not exist or has no signature; `construct` raises the error
         parameters = MappingProxyType({})
     for key, value in node.items():
         hint = parameters[key].annotation if key in parameters and key not in DESCRIPTIVE else Any
         if not fits(value, hint):
             needed = [WORDS.get(each, str(each)) for each in get_args(hint) or [hint]]
             refuse(f"{group}.{key}", value, f"needs {' or '.join(needed)}")
-    return _attempt(f"{group}={node.get('name')}", partial(build, OmegaConf.create(dict(node)), **more))
+    return _attempt(f"{group}={node.get('name')}", partial(construct, node, **more))
 
 
 def fits(value: Any, hint: Any) -> bool:
@@ -101,17 +94,13 @@ def fits(value: Any, hint: Any) -> bool:
 
 
 def _attempt(what: str, make: Callable[[], Any]) -> Any:
-    """`make()`, with a UserError in place of REFUSALS; other errors are left to the run, which stores a traceback.
-
-    A ValueError names its key, so only the line about other errors starts with `what`.
-    """
+    """`make()`, with a UserError in place of its errors. A ValueError names its key; `what` introduces the others."""
     try:
         return make()
+    except UserError:
+        raise
     except ValueError as error:
         raise UserError(str(error)) from error
-    except (InstantiationException, *REFUSALS) as error:
-        cause = (error.__cause__ or error) if isinstance(error, InstantiationException) else error
-        if isinstance(cause, (InstantiationException, *REFUSALS)):
-            reason = one_line(f"{type(cause).__name__}: {cause}".partition("full_key:")[0])
-            raise UserError(f"{what} cannot be made with these values ({reason})") from error
-        return None
+    except Exception as error:
+        reason = one_line(f"{type(error).__name__}: {error}")
+        raise UserError(f"{what} cannot be made with these values ({reason})") from error

@@ -12,8 +12,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -21,7 +20,6 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 from hydra.conf import HydraConf
-from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import DictConfig, OmegaConf
 
 from bayesq.suite.errors import UserError
@@ -172,42 +170,3 @@ def _take_place(name: str, places: int | None) -> tuple[int, FileLock]:
                 continue
             return place, lock
         time.sleep(POLL_S)
-
-
-@contextmanager
-def tolerating_lost_runs(launcher: Launcher | None) -> Iterator[None]:
-    """Let the launchers of submitit and Ray wait for every run, even after one was killed.
-
-    Without this they end the command and leave or stop the runs in the queue, and they have no option for it. So their
-    function for results is replaced: a killed run prints a line and returns nothing.
-    """
-    if launcher is None or launcher.name == "joblib":
-        yield
-        return
-    owner: Any
-    lost: tuple[type[Exception], ...]
-    if launcher.name == "ray":
-        import ray
-
-        owner, name, lost = ray, "get", (ray.exceptions.RayError,)
-    else:
-        import submitit
-        from submitit.core.utils import FailedJobError, UncompletedJobError
-
-        owner, name, lost = submitit.Job, "results", (FailedJobError, UncompletedJobError)
-    original = getattr(owner, name)
-
-    def tolerant(*arguments: Any, **options: Any) -> Any:
-        try:
-            return original(*arguments, **options)
-        except lost as error:
-            reason = str(error).partition("\n")[0]
-            print(f"error: a run ended before it could say why [{type(error).__name__}: {reason}]", file=sys.stderr)
-            ended = JobReturn(_return_value=None, status=JobStatus.COMPLETED)
-            return ended if name == "get" else [ended]
-
-    setattr(owner, name, tolerant)
-    try:
-        yield
-    finally:
-        setattr(owner, name, original)
