@@ -4,7 +4,6 @@ Every key is set as if it was typed behind `++`, so that any choice can be combi
 choices say which keys exist (`config.check_keys`).
 """
 
-import itertools
 import os
 import re
 import sys
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra import initialize_config_dir
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -204,13 +204,18 @@ class Preflight:
         parsed.sort(key=lambda override: not override.is_hydra_override())
         hydra = [override for override in parsed if override.is_hydra_override()]
         several = [*hydra, *params, *parsed[len(hydra) :]]
+        lists = {override.get_key_element(): override for override in several if override.is_sweep_override()}
+        for override in lists.values():
+            if not override.is_discrete_sweep():
+                (typed_range,) = as_typed([str(override.input_line)])
+                raise UserError(f"{typed_range}: list the values, such as {override.key_or_group}=2,3,4")
         jobs = []
-        for combination in itertools.product(*map(_values, several)):
+        (combinations,) = BasicSweeper.split_arguments(several, None)
+        for combination in combinations:
             try:
                 jobs.append(self.check(combination))
             except UserError as error:
-                pairs = zip(several, combination, strict=True)
-                swept = as_typed([value for override, value in pairs if override.is_sweep_override()])
+                swept = as_typed([value for value in combination if value.partition("=")[0] in lists])
                 raise UserError(f"{error} [{' '.join(swept)}]" if swept else str(error)) from error
         return jobs
 
@@ -237,16 +242,6 @@ class Preflight:
         overrides = [str(override.input_line) for override in parsed if not override.is_hydra_override()]
         folder = settings.run_dir(cfg)
         return Job(folder.name, folder, config, as_typed(overrides), launchers.chosen(hydra))
-
-
-def _values(override: Override) -> list[str]:
-    """One override for each value that an override lists; a range of real numbers is refused."""
-    if not override.is_sweep_override():
-        return [str(override.input_line)]
-    if not override.is_discrete_sweep():
-        typed = str(override.input_line).removeprefix("++")
-        raise UserError(f"{typed}: list the values, such as {override.key_or_group}=2,3,4")
-    return [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
 
 
 def preflight(argv: Sequence[str]) -> list[Job] | None:

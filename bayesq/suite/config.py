@@ -231,19 +231,15 @@ def check_device(cfg: DictConfig) -> None:
         UserError: it does not.
     """
     device = str(cfg.device)
-    if device in ("auto", "cpu"):
+    kind, _, index = device.partition(":")
+    if kind in ("auto", "cpu"):
         return
     import torch
 
-    if device == "mps":
-        if not torch.backends.mps.is_available():
-            refuse("device", device, "no Metal device is available here; choose auto or cpu")
-        return
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if count == 0:
-        refuse("device", device, "no CUDA device is available here; choose auto or cpu")
-    if int(device.partition(":")[2] or 0) >= count:
-        refuse("device", device, f"this machine has cuda:0 to cuda:{count - 1}" if count > 1 else "only cuda:0 exists")
+    count = torch.mps.device_count() if kind == "mps" else torch.cuda.device_count()
+    if int(index or 0) >= count:
+        available = ", ".join(f"{kind}:{k}" for k in range(count)) or f"no device {kind}"
+        refuse("device", device, f"this machine has {available}; choose auto or cpu")
 
 
 def check_wandb_login(cfg: DictConfig) -> None:

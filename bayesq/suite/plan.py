@@ -4,11 +4,13 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig
 
 from bayesq.allocation import DAMPING, Budget, Knapsack, make_allocator
 from bayesq.calibration.passes import SUM_BYTES, CalibrationSettings
+from bayesq.defaults import construct
 from bayesq.distillation import DistillationSettings
 from bayesq.likelihood import LIKELIHOODS, Likelihood
 from bayesq.memory import resident_bytes
@@ -16,8 +18,7 @@ from bayesq.posterior import AUTO, WhiteningStore
 from bayesq.quant.correction import MAX_EXAMPLES
 from bayesq.recipe import Distillation, Proxy, Recipe
 from bayesq.suite.calibration import OFFLOADED_SUM_BYTES, Calibration
-from bayesq.suite.config import reads_posterior, resolved
-from bayesq.suite.construct import build
+from bayesq.suite.config import plain, reads_posterior, resolved
 from bayesq.suite.errors import UserError
 from bayesq.suite.forward import naming_model
 from bayesq.suite.preflight import Choices, Needs, activations, check, estimate
@@ -26,6 +27,18 @@ from bayesq.suite.workload import Names, Selection, Workload, load, select_devic
 
 # Whitenings may take this share of the free disk, 1 / SPARE_DISK.
 SPARE_DISK = 4
+
+
+def build(node: DictConfig, **more: Any) -> Any:
+    """The object that a config group describes.
+
+    Raises:
+        UserError: the constructor refused a value.
+    """
+    try:
+        return construct(plain(node, resolve=True), **more)
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def make_recipe(cfg: DictConfig) -> Recipe:
