@@ -290,8 +290,8 @@ def _run(jobs: Sequence[Job] | None) -> Any:
     except Exception as error:
         if not jobs or jobs[0].launcher is None:
             raise
-        reason = settings.one_line(f"{type(error).__name__}: {error}".partition("\n")[0])
-        line = f"error: hydra/launcher={jobs[0].launcher.name} lost a run [{reason}]"
+        first_line = str(error).partition("\n")[0]
+        line = f"error: hydra/launcher={jobs[0].launcher.name} lost a run [{type(error).__name__}: {first_line}]"
         print(f"{line}; the same command continues with what is not finished", file=sys.stderr, flush=True)
         return 1
     finally:

@@ -4,7 +4,6 @@ Launchers give their runs different resources. So every run takes the share that
 is imported. Nothing here imports torch.
 """
 
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -14,6 +13,7 @@ import time
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, distribution
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -76,9 +76,11 @@ def check(hydra: DictConfig, config: Mapping[str, Any]) -> None:
     if launcher is None:
         return
     choice = f"hydra/launcher={launcher.name}"
-    if not _importable(f"hydra_plugins.{launcher.package.replace('-', '_')}"):
+    try:
+        distribution(launcher.package)
+    except PackageNotFoundError:
         install = f"pip install -c constraints.txt -e '.{launcher.extra}'"
-        raise UserError(f"{choice}: {launcher.package} is not installed; {install}")
+        raise UserError(f"{choice}: {launcher.package} is not installed; {install}") from None
     if launcher.name == "submitit_slurm" and not (shutil.which("sbatch") and shutil.which("srun")):
         raise UserError(f"{choice}: there is no sbatch here; start it on a machine of the cluster that can submit jobs")
     gpus = int(config["resources"]["gpus"])
@@ -90,13 +92,6 @@ def check(hydra: DictConfig, config: Mapping[str, Any]) -> None:
         if gpus > len(names):
             raise UserError(f"resources.gpus={gpus}: this machine has {len(names)} CUDA devices to give to runs")
         os.environ[GPUS_VARIABLE] = ",".join(names)  # the runs inherit it
-
-
-def _importable(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # its parent is missing
-        return False
 
 
 def visible_gpus() -> list[str]:
