@@ -28,9 +28,8 @@ from bayesq.quant.file import read_packed
 from bayesq.suite.arguments import module_parser
 from bayesq.suite.cache import resolve_cache_dir
 from bayesq.suite.config import one_line
-from bayesq.suite.construct import build
 from bayesq.suite.errors import UserError
-from bayesq.suite.plan import load_workload, open_statistics
+from bayesq.suite.plan import build, load_workload, open_statistics
 from bayesq.suite.reproduce import recorded_config
 from bayesq.suite.results import QUANTIZED_FILE, RESULT_FILE, finished_result, write_csv
 from bayesq.tensor_file import CorruptFile

@@ -61,7 +61,7 @@ class GPTAQ(GPTQ):
 def inverse_factor(factor: FeedbackFactor) -> Tensor:
     """V [c, c], upper triangular, VT V = H^-1 in visiting order: D^-1/2 U^-1 of H = U D UT."""
     eye = torch.eye(len(factor.upper), dtype=factor.upper.dtype)
-    inverse = torch.linalg.solve_triangular(factor.upper, eye, upper=True, unitriangular=True)
+    inverse: Tensor = torch.linalg.solve_triangular(factor.upper, eye, upper=True, unitriangular=True)
     return inverse / factor.column_curvature[factor.order].sqrt()[:, None]
 
 

@@ -1,9 +1,9 @@
 """Where the YAML files of conf/ are, what they say about a choice, and the help for a mistyped name."""
 
 import difflib
-import importlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import yaml
@@ -50,9 +50,8 @@ def settings(group: str, name: str) -> dict[str, Any]:
 
 def construct(content: Mapping[str, Any], **more: Any) -> Any:
     """The object that a choice's `_target_` names, made with the other keys as arguments."""
-    module, _, name = content["_target_"].rpartition(".")
     arguments = {key: value for key, value in content.items() if key not in (*DESCRIPTIVE, "_target_")}
-    return getattr(importlib.import_module(module), name)(**arguments, **more)
+    return resolve_name(content["_target_"])(**arguments, **more)
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:

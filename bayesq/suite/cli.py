@@ -16,7 +16,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-import hydra
+from hydra import version
+from hydra._internal.utils import _run_hydra, get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig
@@ -26,15 +27,8 @@ from bayesq.defaults import conf_dir
 from bayesq.files import lock, remove_leftovers
 from bayesq.suite import code_digest, launchers, results, schema, wandb_environment
 from bayesq.suite import config as settings
-from bayesq.suite.composition import (
-    BASIC_SWEEPER,
-    CONFIG_NAME,
-    VERSION_BASE,
-    Job,
-    as_typed,
-    hydra_argv,
-    preflight,
-)
+from bayesq.suite.arguments import command_line
+from bayesq.suite.composition import BASIC_SWEEPER, CONFIG_NAME, VERSION_BASE, Job, as_typed, for_hydra, preflight
 from bayesq.suite.errors import UserError
 from bayesq.suite.labels import model_label
 from bayesq.suite.progress import Progress
@@ -49,7 +43,7 @@ TRACEBACK_FILE = "traceback.txt"
 NO_REASON = "it ended before it could say why"
 # exit codes of a shell for programs that a signal ended
 INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
-# Hydra's variable: 1 prints tracebacks
+# Hydra's variable: 1 prints tracebacks, because Hydra then raises its errors
 FULL_ERROR = "HYDRA_FULL_ERROR"
 
 
@@ -98,14 +92,6 @@ def stoppable() -> Iterator[None]:
 def _label(config: Mapping[str, Any]) -> str:
     names = f"model={model_label(config)} dataset={config['dataset']['name']} method={config['method']['name']}"
     return f"{names} bits={settings.show(config['bits'])} seed={config['seed']}"
-
-
-def user_error_in(error: BaseException) -> UserError | None:
-    """The UserError among `error` and its causes; Hydra's `instantiate` wraps errors of constructors."""
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, UserError):
-        cause = cause.__cause__
-    return cause
 
 
 def job(cfg: DictConfig, progress: Progress, session: Session, full_error: bool) -> None:
@@ -191,8 +177,8 @@ def report_failure(folder: Path, overrides: Sequence[str], error: Exception, ful
 
     `overrides` are the run's, without those of hydra.*; `full_error` prints the traceback.
     """
-    explained = user_error_in(error)
-    reason = settings.one_line(str(explained) if explained else f"{type(error).__name__}: {error}")
+    explained = isinstance(error, UserError)
+    reason = settings.one_line(str(error) if explained else f"{type(error).__name__}: {error}")
     file = None if explained else TRACEBACK_FILE
     where = f"{folder.name}: {shlex.join(overrides) or 'no overrides'}{f'; {folder / file}' if file else ''}"
     print(f"error: {reason} [{where}]", file=sys.stderr, flush=True)
@@ -288,10 +274,12 @@ def _run(jobs: Sequence[Job] | None) -> Any:
 
     full_error = os.environ.get(FULL_ERROR) == "1"
     task = partial(job, progress=progress, session=Session(), full_error=full_error)
-    run = hydra.main(config_path=str(conf_dir()), config_name=CONFIG_NAME, version_base=VERSION_BASE)(task)
+    asked = command_line(sys.argv[1:])
+    asked.overrides = [for_hydra(override, asked.config_dir) for override in asked.overrides]
+    version.setbase(VERSION_BASE)
+    os.environ[FULL_ERROR] = "1"
     try:
-        with hydra_argv(), launchers.tolerating_lost_runs(jobs[0].launcher if jobs else None):
-            run()
+        _run_hydra(asked, get_args_parser(), task, str(conf_dir()), CONFIG_NAME)
     except SystemExit as left:
         return left.code
     except (HydraException, OmegaConfBaseException, OSError) as error:
@@ -299,6 +287,15 @@ def _run(jobs: Sequence[Job] | None) -> Any:
         if reason is None and isinstance(error, OSError):
             raise
         raise reason or UserError(settings.explanation(error)) from error
+    except Exception as error:
+        if not jobs or jobs[0].launcher is None:
+            raise
+        first_line = str(error).partition("\n")[0]
+        line = f"error: hydra/launcher={jobs[0].launcher.name} lost a run [{type(error).__name__}: {first_line}]"
+        print(f"{line}; the same command continues with what is not finished", file=sys.stderr, flush=True)
+        return 1
+    finally:
+        os.environ[FULL_ERROR] = str(int(full_error))
     return 0
 
 

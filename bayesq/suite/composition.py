@@ -4,17 +4,16 @@ Every key is set as if it was typed behind `++`, so that any choice can be combi
 choices say which keys exist (`config.check_keys`).
 """
 
-import itertools
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hydra import initialize_config_dir
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -205,13 +204,18 @@ class Preflight:
         parsed.sort(key=lambda override: not override.is_hydra_override())
         hydra = [override for override in parsed if override.is_hydra_override()]
         several = [*hydra, *params, *parsed[len(hydra) :]]
+        lists = {override.get_key_element(): override for override in several if override.is_sweep_override()}
+        for override in lists.values():
+            if not override.is_discrete_sweep():
+                (typed_range,) = as_typed([str(override.input_line)])
+                raise UserError(f"{typed_range}: list the values, such as {override.key_or_group}=2,3,4")
         jobs = []
-        for combination in itertools.product(*map(_values, several)):
+        (combinations,) = BasicSweeper.split_arguments(several, None)
+        for combination in combinations:
             try:
                 jobs.append(self.check(combination))
             except UserError as error:
-                pairs = zip(several, combination, strict=True)
-                swept = as_typed([value for override, value in pairs if override.is_sweep_override()])
+                swept = as_typed([value for value in combination if value.partition("=")[0] in lists])
                 raise UserError(f"{error} [{' '.join(swept)}]" if swept else str(error)) from error
         return jobs
 
@@ -240,16 +244,6 @@ class Preflight:
         return Job(folder.name, folder, config, as_typed(overrides), launchers.chosen(hydra))
 
 
-def _values(override: Override) -> list[str]:
-    """One override for each value that an override lists; a range of real numbers is refused."""
-    if not override.is_sweep_override():
-        return [str(override.input_line)]
-    if not override.is_discrete_sweep():
-        typed = str(override.input_line).removeprefix("++")
-        raise UserError(f"{typed}: list the values, such as {override.key_or_group}=2,3,4")
-    return [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
-
-
 def preflight(argv: Sequence[str]) -> list[Job] | None:
     """Check every job of a command line before anything runs.
 
@@ -261,29 +255,9 @@ def preflight(argv: Sequence[str]) -> list[Job] | None:
         UserError: one line that says what is wrong.
     """
     asked = command_line(argv)
-    questions = (asked.help, asked.hydra_help, asked.cfg, asked.info, asked.shell_completion)
-    if any(questions) or asked.experimental_rerun:
+    if asked.experimental_rerun:
+        raise UserError("--experimental-rerun is not supported: python -m bayesq.suite.reproduce repeats a run")
+    if any((asked.help, asked.hydra_help, asked.cfg, asked.info, asked.shell_completion)):
         return None
     jobs = Preflight(asked.config_name, asked.config_path, asked.config_dir).jobs(asked.overrides, asked.multirun)
     return list({job.run_dir: job for job in jobs}.values())
-
-
-@contextmanager
-def hydra_argv() -> Iterator[None]:
-    """Rewrite sys.argv for Hydra, and make Hydra raise its errors.
-
-    Hydra's parser refuses overrides on both sides of an option, so the overrides go first. It prints errors unless
-    HYDRA_FULL_ERROR is 1.
-    """
-    argv, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
-    read = command_line(argv[1:])
-    options = [argument for argument in argv[1:] if argument not in read.overrides]
-    sys.argv = [argv[0], *(for_hydra(override, read.config_dir) for override in read.overrides), *options]
-    os.environ["HYDRA_FULL_ERROR"] = "1"
-    try:
-        yield
-    finally:
-        sys.argv = argv
-        os.environ.pop("HYDRA_FULL_ERROR")
-        if full_error is not None:
-            os.environ["HYDRA_FULL_ERROR"] = full_error

@@ -241,49 +241,36 @@ def check_device(cfg: DictConfig) -> None:
         UserError: it does not.
     """
     device = str(cfg.device)
-    if device in ("auto", "cpu"):
+    kind, _, index = device.partition(":")
+    if kind in ("auto", "cpu"):
         return
     import torch
 
-    if device == "mps":
-        if not torch.backends.mps.is_available():
-            refuse("device", device, "no Metal device is available here; choose auto or cpu")
-        return
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if count == 0:
-        refuse("device", device, "no CUDA device is available here; choose auto or cpu")
-    if int(device.partition(":")[2] or 0) >= count:
-        refuse("device", device, f"this machine has cuda:0 to cuda:{count - 1}" if count > 1 else "only cuda:0 exists")
+    count = torch.mps.device_count() if kind == "mps" else torch.cuda.device_count()
+    if int(index or 0) >= count:
+        available = ", ".join(f"{kind}:{k}" for k in range(count)) or f"no device {kind}"
+        refuse("device", device, f"this machine has {available}; choose auto or cpu")
 
 
 def check_wandb_login(cfg: DictConfig) -> None:
-    """Check without the network that wandb.mode=online finds an API key; `wandb.init` would ask for one and wait.
+    """`require_wandb_key` if wandb.mode=online."""
+    if cfg.wandb.mode == "online":
+        require_wandb_key("wandb.mode=online", "use wandb.mode=offline")
+
+
+def require_wandb_key(what: str, alternative: str) -> None:
+    """Check without the network that W&B's client finds an API key; `wandb.init` would ask for one and wait.
 
     Raises:
-        UserError: there is no key, or it is malformed.
-    """
-    if cfg.wandb.mode != "online":
-        return
-    remedy = "or use wandb.mode=offline"
-    try:
-        available = has_wandb_key()
-    except UserError as error:
-        raise UserError(f"wandb.mode=online: {error}; correct it, {remedy}") from error
-    if not available:
-        refuse("wandb.mode", "online", f"no W&B API key found; run 'wandb login', set WANDB_API_KEY, {remedy}")
-
-
-def has_wandb_key() -> bool:
-    """Whether W&B's client finds an API key in the environment, its settings or a netrc file.
-
-    Raises:
-        UserError: it is malformed.
+        UserError: there is no key, or it is malformed. The message starts with `what` and ends with `alternative`.
     """
     import wandb
 
     try:
         with wandb_environment.decided():
             wandb.setup(settings=wandb.Settings(silent=True, mode="online"))
-            return bool(wandb.login(prompt=False, verify=False))
-    except (wandb.Error, ValueError) as error:  # it may also refuse other settings of the environment
-        raise UserError(one_line(str(error))) from error
+            available = wandb.login(prompt=False, verify=False)
+    except (wandb.Error, ValueError) as error:  # the client may also refuse other settings of the environment
+        raise UserError(f"{what}: {one_line(str(error))}; correct it, or {alternative}") from error
+    if not available:
+        raise UserError(f"{what}: no W&B API key found; run 'wandb login', set WANDB_API_KEY, or {alternative}")

@@ -1,89 +1,63 @@
-"""Make the objects that a configuration names; check that all can be made, before anything is loaded."""
+"""Check that the objects of a configuration can be made, before anything is loaded."""
 
-import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cache, partial
+from collections.abc import Iterable, Mapping, Sequence
 from inspect import signature
 from pkgutil import resolve_name
-from types import MappingProxyType, NoneType, UnionType
+from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin
 
-from hydra.errors import InstantiationException
-from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
 from bayesq.defaults import DESCRIPTIVE
-from bayesq.suite.config import one_line, refuse
+from bayesq.suite.config import one_line, reads_posterior, refuse
 from bayesq.suite.errors import UserError
+from bayesq.suite.plan import build, make_recipe
 
-# errors of a call with wrong arguments, or of a `_target_` that does not exist
-REFUSALS = (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, ImportError)
-# the keys of a configuration that the constructors below read
-READ = ("method", "posterior", "model", "dataset", "allocator", "allocation", "distill", "distillation")
 WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null"}
 
 
-def build(node: DictConfig | Mapping[str, Any], **more: Any) -> Any:
-    """Instantiate a config group without its descriptive keys.
-
-    Raises:
-        UserError: the constructor refused a value.
-    """
-    arguments = {key: value for key, value in node.items() if key not in DESCRIPTIVE}
-    try:
-        return instantiate(arguments, **more)
-    except InstantiationException as error:
-        if isinstance(error.__cause__, ValueError | UserError):
-            raise UserError(str(error.__cause__)) from error
-        raise
-
-
 def check(configs: Iterable[Mapping[str, Any]]) -> None:
-    """Make the objects of each resolved configuration and drop them; objects of equal settings are made once.
+    """Make the objects of each resolved configuration and drop them.
 
     Raises:
-        UserError: a constructor refuses a value, or the class does not exist.
+        UserError: a constructor refuses a value, or a class does not exist.
     """
     for config in configs:
-        _check(json.dumps({key: config.get(key) for key in READ}, sort_keys=True, default=str))
+        try:
+            _make(config)
+        except UserError:
+            raise
+        except Exception as error:
+            names = " ".join(f"{group}={config[group].get('name')}" for group in ("model", "dataset", "method"))
+            raise UserError(f"{names} cannot be made ({one_line(f'{type(error).__name__}: {error}')})") from error
 
 
-@cache
-def _check(text: str) -> None:
-    """`check` of one configuration, as JSON."""
-    config = json.loads(text)
-    # imported late, so that a command without runs does not wait for the numerical libraries
-    from bayesq.allocation import DAMPING, make_allocator
-    from bayesq.distillation import DistillationSettings
-    from bayesq.posterior import WhiteningStore
-
-    method = config["method"]
-    knapsack, uses = config["allocator"] == "knapsack", method.get("uses_posterior") is True
-    whitenings = WhiteningStore(_made("posterior", config["posterior"])) if knapsack or uses else None
-    _made("method", method, **({"whitenings": whitenings} if uses else {}))
-    damping = method.get("damping", DAMPING)
-    _attempt(
-        "allocation", partial(make_allocator, config["allocator"], whitenings, **config["allocation"], damping=damping)
-    )
-    if config["distill"]:
-        options = {key: config["distillation"][key] for key in ("steps", "evaluations", "held_out")}
-        _attempt("distillation", partial(DistillationSettings, **options))
-    for group in ("dataset", "model"):
-        _made(group, config[group])
+def _make(config: Mapping[str, Any]) -> None:
+    """Check the types of the values, then make the objects."""
+    groups = ("method", "posterior", "dataset", "model") if reads_posterior(config) else ("method", "dataset", "model")
+    for group in groups:
+        check_types(group, config[group])
+    cfg = OmegaConf.create(dict(config))
+    make_recipe(cfg)
+    build(cfg.dataset)
+    build(cfg.model)
 
 
-def _made(group: str, node: Mapping[str, Any], **more: Any) -> Any:
-    """Check the values of a group against the types of its constructor, then `build` it."""
+def check_types(group: str, node: Mapping[str, Any]) -> None:
+    """Check the values of a group against the types of its constructor.
+
+    Raises:
+        UserError: naming the first key with a value of another type.
+    """
     try:
         parameters = signature(resolve_name(node["_target_"]), eval_str=True).parameters
-    except Exception:  # the class does not exist or has no signature; `instantiate` explains the error
-        parameters = MappingProxyType({})
+    except Exception:  # the types cannot be read; if the class does not exist, `build` says so
+        return
     for key, value in node.items():
         hint = parameters[key].annotation if key in parameters and key not in DESCRIPTIVE else Any
         if not fits(value, hint):
             needed = [WORDS.get(each, str(each)) for each in get_args(hint) or [hint]]
             refuse(f"{group}.{key}", value, f"needs {' or '.join(needed)}")
-    return _attempt(f"{group}={node.get('name')}", partial(build, OmegaConf.create(dict(node)), **more))
 
 
 def fits(value: Any, hint: Any) -> bool:
@@ -98,20 +72,3 @@ def fits(value: Any, hint: Any) -> bool:
     if isinstance(origin, type) and issubclass(origin, Mapping):
         return isinstance(value, Mapping) and all(fits(item, arguments[1]) for item in value.values())
     return hint not in WORDS or type(value) is hint
-
-
-def _attempt(what: str, make: Callable[[], Any]) -> Any:
-    """`make()`, with a UserError in place of REFUSALS; other errors are left to the run, which stores a traceback.
-
-    A ValueError names its key, so only the line about other errors starts with `what`.
-    """
-    try:
-        return make()
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    except (InstantiationException, *REFUSALS) as error:
-        cause = (error.__cause__ or error) if isinstance(error, InstantiationException) else error
-        if isinstance(cause, (InstantiationException, *REFUSALS)):
-            reason = one_line(f"{type(cause).__name__}: {cause}".partition("full_key:")[0])
-            raise UserError(f"{what} cannot be made with these values ({reason})") from error
-        return None

@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
 
 from bayesq.suite import wandb_environment as environment
-from bayesq.suite.config import has_wandb_key, one_line
+from bayesq.suite.config import one_line, require_wandb_key
 from bayesq.suite.errors import UserError
 from bayesq.suite.plots import CHARTS
 from bayesq.suite.tracking import LAYERS_KEY
@@ -140,21 +140,6 @@ def definition(built: "Workspace") -> dict[str, Any]:
     return content
 
 
-def check_login() -> None:
-    """Check, without a prompt and without the network, that there is an API key.
-
-    Raises:
-        UserError: there is none, or it is malformed.
-    """
-    remedy = "run 'wandb login' or set WANDB_API_KEY (--dry-run prints the dashboard without an account)"
-    try:
-        logged_in = has_wandb_key()
-    except UserError as error:
-        raise UserError(f"W&B: {error}; {remedy}") from error
-    if not logged_in:
-        raise UserError(f"no W&B API key found; {remedy}")
-
-
 def save(project: str, entity: str | None, metric: str, group: str | None) -> str:
     """Build the workspace and save it as a new view of the project; returns its address.
 
@@ -165,7 +150,7 @@ def save(project: str, entity: str | None, metric: str, group: str | None) -> st
         UserError: there is no login, or W&B did not take it.
     """
     built = workspace(project, entity or "", metric, group)
-    check_login()
+    require_wandb_key("dashboard", "add --dry-run, which prints the dashboard without an account")
     import wandb
 
     try:

@@ -19,7 +19,6 @@ import bayesq
 from bayesq.errors import Refused
 from bayesq.files import atomic_path
 from bayesq.suite.arguments import module_parser
-from bayesq.suite.cli import user_error_in
 from bayesq.suite.config import one_line
 from bayesq.suite.errors import UserError
 from bayesq.suite.results import QUANTIZED_FILE, finished_result, write_json
@@ -298,11 +297,8 @@ def main() -> None:
         output, lines = export(given.run, given.to, given.output, settings=_settings(given.set), **options)
     except OSError as error:
         sys.exit(f"error: {error.filename or given.output}: {error.strerror or error}")
-    except Exception as error:
-        explained = user_error_in(error)
-        if explained is None:
-            raise
-        sys.exit(f"error: {one_line(str(explained))}")
+    except UserError as error:
+        sys.exit(f"error: {one_line(str(error))}")
     print("\n".join([f"{output}", *(f"  {line}" for line in lines)]))
 
 

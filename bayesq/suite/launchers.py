@@ -4,7 +4,6 @@ Launchers give their runs different resources. So every run takes the share that
 is imported. Nothing here imports torch.
 """
 
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -12,16 +11,15 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, distribution
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 from hydra.conf import HydraConf
-from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import DictConfig, OmegaConf
 
 from bayesq.suite.errors import UserError
@@ -78,9 +76,11 @@ def check(hydra: DictConfig, config: Mapping[str, Any]) -> None:
     if launcher is None:
         return
     choice = f"hydra/launcher={launcher.name}"
-    if not _importable(f"hydra_plugins.{launcher.package.replace('-', '_')}"):
+    try:
+        distribution(launcher.package)
+    except PackageNotFoundError:
         install = f"pip install -c constraints.txt -e '.{launcher.extra}'"
-        raise UserError(f"{choice}: {launcher.package} is not installed; {install}")
+        raise UserError(f"{choice}: {launcher.package} is not installed; {install}") from None
     if launcher.name == "submitit_slurm" and not (shutil.which("sbatch") and shutil.which("srun")):
         raise UserError(f"{choice}: there is no sbatch here; start it on a machine of the cluster that can submit jobs")
     gpus = int(config["resources"]["gpus"])
@@ -92,13 +92,6 @@ def check(hydra: DictConfig, config: Mapping[str, Any]) -> None:
         if gpus > len(names):
             raise UserError(f"resources.gpus={gpus}: this machine has {len(names)} CUDA devices to give to runs")
         os.environ[GPUS_VARIABLE] = ",".join(names)  # the runs inherit it
-
-
-def _importable(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # its parent is missing
-        return False
 
 
 def visible_gpus() -> list[str]:
@@ -172,42 +165,3 @@ def _take_place(name: str, places: int | None) -> tuple[int, FileLock]:
                 continue
             return place, lock
         time.sleep(POLL_S)
-
-
-@contextmanager
-def tolerating_lost_runs(launcher: Launcher | None) -> Iterator[None]:
-    """Let the launchers of submitit and Ray wait for every run, even after one was killed.
-
-    Without this they end the command and leave or stop the runs in the queue, and they have no option for it. So their
-    function for results is replaced: a killed run prints a line and returns nothing.
-    """
-    if launcher is None or launcher.name == "joblib":
-        yield
-        return
-    owner: Any
-    lost: tuple[type[Exception], ...]
-    if launcher.name == "ray":
-        import ray
-
-        owner, name, lost = ray, "get", (ray.exceptions.RayError,)
-    else:
-        import submitit
-        from submitit.core.utils import FailedJobError, UncompletedJobError
-
-        owner, name, lost = submitit.Job, "results", (FailedJobError, UncompletedJobError)
-    original = getattr(owner, name)
-
-    def tolerant(*arguments: Any, **options: Any) -> Any:
-        try:
-            return original(*arguments, **options)
-        except lost as error:
-            reason = str(error).partition("\n")[0]
-            print(f"error: a run ended before it could say why [{type(error).__name__}: {reason}]", file=sys.stderr)
-            ended = JobReturn(_return_value=None, status=JobStatus.COMPLETED)
-            return ended if name == "get" else [ended]
-
-    setattr(owner, name, tolerant)
-    try:
-        yield
-    finally:
-        setattr(owner, name, original)

@@ -4,12 +4,14 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig
 
 from bayesq.allocation import DAMPING, Budget, Knapsack, make_allocator
 from bayesq.batches import two_examples
 from bayesq.calibration.passes import SUM_BYTES, CalibrationSettings
+from bayesq.defaults import construct
 from bayesq.distillation import DistillationSettings
 from bayesq.errors import Refused
 from bayesq.likelihood import LIKELIHOODS, Likelihood
@@ -18,13 +20,24 @@ from bayesq.quant.layers import embedding_tables, quantizable_layers
 from bayesq.quant.usage import OtherUseError, usage_of
 from bayesq.recipe import Distillation, Proxy, Recipe, Subject
 from bayesq.suite.calibration import OFFLOADED_SUM_BYTES, Calibration
-from bayesq.suite.config import reads_posterior, resolved
-from bayesq.suite.construct import build
+from bayesq.suite.config import plain, reads_posterior, resolved
 from bayesq.suite.coverage import coverage, report
 from bayesq.suite.errors import UserError
 from bayesq.suite.forward import naming_model
 from bayesq.suite.session import Session
 from bayesq.suite.workload import Workload, check_network, select_device
+
+
+def build(node: DictConfig, **more: Any) -> Any:
+    """The object that a config group describes.
+
+    Raises:
+        UserError: the constructor refused a value.
+    """
+    try:
+        return construct(plain(node, resolve=True), **more)
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def make_recipe(cfg: DictConfig) -> Recipe:

@@ -19,7 +19,6 @@ from tabulate import tabulate
 from bayesq.suite import config as settings
 from bayesq.suite import results, schema
 from bayesq.suite.arguments import module_parser
-from bayesq.suite.cli import user_error_in
 from bayesq.suite.composition import Preflight
 from bayesq.suite.errors import UserError
 
@@ -242,11 +241,8 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         differences = reproduce(arguments.run, arguments.fresh)
-    except Exception as error:
-        explained = user_error_in(error)
-        if explained is None:
-            raise
-        sys.exit(f"error: {settings.one_line(str(explained))}")
+    except UserError as error:
+        sys.exit(f"error: {settings.one_line(str(error))}")
     if differences:
         print(show(differences))
         sys.exit(1)

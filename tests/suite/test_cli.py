@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hydra._internal.utils import get_args_parser
 
 import bayesq
 from bayesq.files import lock
@@ -33,10 +32,7 @@ from bayesq.suite.errors import UserError
 
 def run(cfg, session):
     if cfg.seed == 13 and "REPAIRED" not in os.environ:
-        try:
-            raise UserError("model.checkpoint=x: there is no such\\nfile")
-        except UserError as error:
-            raise RuntimeError("Error in call to target 'x'") from error
+        raise UserError("model.checkpoint=x: there is no such\\nfile")
     if cfg.seed == 14 and "REPAIRED" not in os.environ:
         raise ZeroDivisionError("second\\nline")
     if cfg.seed == 15:
@@ -394,15 +390,10 @@ def test_what_is_finished_is_not_constructed(monkeypatch: pytest.MonkeyPatch) ->
         "-m bits=3,4 --config-name config seed=1",
     ],
 )
-def test_options_may_stand_between_overrides(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_options_may_stand_between_overrides(line: str) -> None:
     jobs = cli.preflight(line.split())
     assert jobs is not None
     assert [job.overrides for job in jobs] == [("bits=3", "seed=1"), ("bits=4", "seed=1")]
-    monkeypatch.setattr(sys, "argv", ["run.py", *line.split()])
-    with composition.hydra_argv():
-        read = get_args_parser().parse_args(sys.argv[1:])
-    assert (read.overrides, read.multirun) == (["++bits=3,4", "++seed=1"], True)
-    assert sys.argv[1:] == line.split()
 
 
 def test_the_version_is_that_of_bayesq(capsys: pytest.CaptureFixture[str]) -> None:
@@ -446,7 +437,7 @@ atexit.register(lambda: print("imported:", [name for name in heavy if name in sy
 from bayesq.suite import cli
 def refuse(*_, **__):
     raise AssertionError("Hydra is not needed")
-cli.hydra.main = refuse
+cli._run_hydra = refuse
 cli.main()
 """
 

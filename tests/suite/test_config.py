@@ -402,7 +402,7 @@ def test_a_missing_accelerator_is_named(default: DictConfig, monkeypatch: pytest
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     config.check_device(changed(default, "device", "cuda:1"))
-    with pytest.raises(UserError, match=r"^device=cuda:2: this machine has cuda:0 to cuda:1"):
+    with pytest.raises(UserError, match=r"^device=cuda:2: this machine has cuda:0, cuda:1"):
         config.check_device(changed(default, "device", "cuda:2"))
 
 

@@ -208,7 +208,7 @@ def test_the_definition_can_be_read_without_an_account() -> None:
 def test_without_a_login_there_is_one_line() -> None:
     done = command()
     assert (done.returncode, done.stdout) == (1, "")
-    assert re.fullmatch(r"error: no W&B API key found; run 'wandb login'.*\n", done.stderr)
+    assert re.fullmatch(r"error: dashboard: no W&B API key found; run 'wandb login'.*\n", done.stderr)
 
 
 def test_without_the_extra_there_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:

@@ -22,7 +22,6 @@ from bayesq.quant.grids import mse_grid, round_affine
 from bayesq.quant.layers import quantizable_layers
 from bayesq.quant.packing import unpack_model
 from bayesq.suite import config, runner, schema
-from bayesq.suite.construct import build
 from bayesq.suite.datasets.base import DataSplits, Examples
 from bayesq.suite.datasets.glue import TASKS
 from bayesq.suite.errors import UserError
@@ -30,6 +29,7 @@ from bayesq.suite.hub import COMMIT
 from bayesq.suite.models.checkpoint import checkpoint_sha256
 from bayesq.suite.models.text import label_order
 from bayesq.suite.models.transformers_model import TransformersClassifier
+from bayesq.suite.plan import build
 from bayesq.suite.tasks import TEXT_CLASSIFICATION, TEXT_REGRESSION
 from bayesq.tensor_file import read_tensors
 

@@ -21,7 +21,6 @@ from torch import nn
 
 from bayesq.quant.layers import quantizable_layers
 from bayesq.suite import schema
-from bayesq.suite.construct import build
 from bayesq.suite.datasets.base import DataSplits, Examples, limited
 from bayesq.suite.datasets.cifar10 import Cifar10
 from bayesq.suite.datasets.digits import Digits
@@ -36,6 +35,7 @@ from bayesq.suite.models.efficientnet_lite import EfficientNetLite, renamed
 from bayesq.suite.models.minilm import MiniLM
 from bayesq.suite.models.photos import EncodedPhotos, PhotoEncoder
 from bayesq.suite.models.resnet import SmallResNet
+from bayesq.suite.plan import build
 
 ROOT = Path(__file__).parents[2]
 SHARED = ROOT.parent / "shared"
