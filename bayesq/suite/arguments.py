@@ -1,6 +1,7 @@
 """Command lines: of the suite's modules, described by the text at their head, and of the program, as Hydra reads it."""
 
 import argparse
+import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -25,6 +26,11 @@ def module_parser(module: str, text: str | None) -> argparse.ArgumentParser:
         epilog=usage,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+
+
+def exit_with(error: Exception) -> NoReturn:
+    """End a program with one line about the error and exit code 1."""
+    sys.exit(f"error: {one_line(str(error))}")
 
 
 def command_line(argv: Sequence[str]) -> argparse.Namespace:
