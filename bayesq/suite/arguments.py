@@ -1,6 +1,7 @@
 """Argument parsers: of the suite's modules, and of the program, as Hydra reads its command line."""
 
 import argparse
+import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -20,6 +21,11 @@ def module_parser(module: str, text: str | None) -> argparse.ArgumentParser:
         epilog=usage,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+
+
+def exit_with(error: Exception) -> NoReturn:
+    """End a program with one line about the error and exit code 1."""
+    sys.exit(f"error: {one_line(str(error))}")
 
 
 def command_line(argv: Sequence[str]) -> argparse.Namespace:

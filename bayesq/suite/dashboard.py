@@ -6,13 +6,13 @@ layers and calibration. Every key that a panel names is one that `bayesq.suite.t
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
 
 from bayesq.suite import wandb_environment as environment
-from bayesq.suite.config import one_line, require_wandb_key
+from bayesq.suite.arguments import exit_with
+from bayesq.suite.config import require_wandb_key
 from bayesq.suite.errors import UserError
 from bayesq.suite.plots import CHARTS
 from bayesq.suite.tracking import LAYERS_KEY
@@ -186,7 +186,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         else:
             print(f"saved: {save(given.project, given.entity, given.metric, given.group)}")
     except UserError as error:
-        sys.exit(f"error: {one_line(str(error))}")
+        exit_with(error)
 
 
 if __name__ == "__main__":

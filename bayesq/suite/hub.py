@@ -1,7 +1,7 @@
-"""Files from the Hugging Face hub: from its cache if they are there, else fetched, and every failure is one line.
+"""Files from the Hugging Face hub: from its cache, else downloaded. Every failure is one line.
 
-Nothing of a repository is executed, only files are read. HF_HUB_OFFLINE, HF_ENDPOINT, HF_TOKEN and HF_HOME mean what
-they mean everywhere.
+Nothing of a repository is executed, only files are read. The client reads HF_HUB_OFFLINE, HF_ENDPOINT, HF_TOKEN
+and HF_HOME as usual.
 """
 
 import logging
@@ -100,7 +100,7 @@ def reachable() -> bool:
 
 
 def from_hub(key: str, instead: str, load: Callable[[], T], online: bool = True) -> T:
-    """`load()`; whatever keeps it from finding its files becomes one line.
+    """Call `load()`; any failure becomes a UserError of one line.
 
     Args:
         key: the key and value that were asked for, as typed.
@@ -136,23 +136,15 @@ def _refusal(key: str, reason: str, instead: str) -> UserError:
 
 
 def _absence() -> str | None:
-    """Why the hub is out of reach, if it is."""
-    from huggingface_hub import constants
+    """Why the hub is out of reach, by HF_HUB_OFFLINE or one request without retries; None if it answered."""
+    from huggingface_hub import constants, get_session
 
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set"
-    silence = _silence()
-    return None if silence is None else f"it cannot be reached: {_said(silence)}"
-
-
-def _silence() -> Exception | None:
-    """The error of one request without retries; None if the hub answered at all."""
-    from huggingface_hub import constants, get_session
-
     try:
         get_session().head(constants.ENDPOINT, timeout=PROBE_TIMEOUT_S)
-    except Exception as error:  # the transport's own errors depend on the HTTP library of the client's version
-        return error
+    except Exception as error:  # the kind depends on the HTTP library that the client's version uses
+        return f"it cannot be reached: {_said(error)}"
     return None
 
 

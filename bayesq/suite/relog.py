@@ -4,8 +4,6 @@ A run lacks its W&B record where W&B failed or the process was killed just befor
 result.json says so. Nothing is computed again.
 """
 
-import argparse
-import csv
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +12,8 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from bayesq.files import lock
-from bayesq.suite.config import check_wandb_login, one_line
+from bayesq.suite.arguments import exit_with, module_parser
+from bayesq.suite.config import check_wandb_login
 from bayesq.suite.errors import UserError
 from bayesq.suite.results import (
     LAYERS_FILE,
@@ -22,11 +21,12 @@ from bayesq.suite.results import (
     QUANTIZED_FILE,
     RESULT_FILE,
     finished_result,
+    read_rows,
     write_json,
 )
 from bayesq.suite.tracking import ERROR_KEY, track
 
-# columns of layers.csv and predictions.csv that are no numbers, also where they look like one
+# Columns of layers.csv and predictions.csv that stay text, even if a cell looks like a number.
 TEXT = ("name", "kind", "shape", "id")
 
 
@@ -68,8 +68,8 @@ def relog_locked(folder: Path, mode: str | None = None, again: bool = False) -> 
             raise UserError(tracker.error or "wandb.mode=disabled logs nothing")
         tracker.log_result(
             result,
-            read_rows(folder / LAYERS_FILE),
-            read_rows(folder / PREDICTIONS_FILE),
+            typed_rows(folder / LAYERS_FILE),
+            typed_rows(folder / PREDICTIONS_FILE),
             checkpoint if checkpoint.exists() else None,
         )
     if lacking:
@@ -77,14 +77,9 @@ def relog_locked(folder: Path, mode: str | None = None, again: bool = False) -> 
     return tracker.error
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a CSV file as they were written, empty cells as None; none where there is no file."""
-    if not path.exists():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return [
-            {key: text if key in TEXT else _number(text) for key, text in row.items()} for row in csv.DictReader(file)
-        ]
+def typed_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a CSV file with numbers as numbers and empty cells as None; none if there is no such file."""
+    return [{key: text if key in TEXT else _number(text) for key, text in row.items()} for row in read_rows(path)]
 
 
 def _number(text: str) -> int | float | None:
@@ -98,8 +93,8 @@ def _number(text: str) -> int | float | None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line; exits with 1 where W&B still lacks a run."""
-    parser = argparse.ArgumentParser(prog="python -m bayesq.suite.relog", description=__doc__)
+    """Command line; exits with 1 if W&B still lacks a run."""
+    parser = module_parser("relog", __doc__)
     parser.add_argument("results_dir", type=Path)
     parser.add_argument("--mode", choices=("online", "offline"), help="W&B mode; without it that of each run")
     given = parser.parse_args(arguments)
@@ -113,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         try:
             error = relog(folder, given.mode)
         except UserError as reason:  # every further run would fail alike
-            sys.exit(f"error: {one_line(str(reason))}")
+            exit_with(reason)
         failed |= error is not None
         print(f"logged: {folder.name}" if error is None else f"failed: {folder.name}: {error}", flush=True)
     sys.exit(1 if failed else 0)

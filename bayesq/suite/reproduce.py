@@ -1,10 +1,9 @@
 """Run a recorded result again, in a temporary folder, and compare every number and every code with the record.
 
-python -m bayesq.suite.reproduce results/<run_id>              with cached statistics, where there are any
-python -m bayesq.suite.reproduce results/<run_id> --fresh      with everything that is fitted or computed made again
+python -m bayesq.suite.reproduce results/<run_id>              with cached statistics
+python -m bayesq.suite.reproduce results/<run_id> --fresh      computing all statistics, logits and fitted weights again
 """
 
-import csv
 import logging
 import os
 import sys
@@ -18,7 +17,7 @@ from tabulate import tabulate
 
 from bayesq.suite import config as settings
 from bayesq.suite import results, schema
-from bayesq.suite.arguments import module_parser
+from bayesq.suite.arguments import exit_with, module_parser
 from bayesq.suite.composition import Preflight
 from bayesq.suite.errors import UserError
 
@@ -60,19 +59,16 @@ def compare_tables(recorded: Path, here: Path) -> list[Difference]:
     """Differences between two CSV files, cell by cell, in all columns but the seconds."""
     if not recorded.is_file():
         return [(recorded.name, "no file", "written")]
-    first, second = (_rows(path) for path in (recorded, here))
+    first, second = (results.read_rows(path) for path in (recorded, here))
     if len(first) != len(second):
         return [(recorded.name, f"{len(first)} rows", f"{len(second)} rows")]
     differences = []
     for number, (row, other) in enumerate(zip(first, second, strict=True), start=1):
         cells = differing(row, other)
-        differences += [(f"{recorded.name}, row {number}: {key}", cell, now) for key, cell, now in cells]
+        differences += [
+            (f"{recorded.name}, row {number}: {key}", cell, now) for key, cell, now in cells if key != SECONDS
+        ]
     return differences
-
-
-def _rows(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="", encoding="utf-8") as file:
-        return [{key: cell for key, cell in row.items() if key != SECONDS} for row in csv.DictReader(file)]
 
 
 def compare_codes(recorded: Path, here: Path) -> list[Difference]:
@@ -242,7 +238,7 @@ def main() -> None:
     try:
         differences = reproduce(arguments.run, arguments.fresh)
     except UserError as error:
-        sys.exit(f"error: {settings.one_line(str(error))}")
+        exit_with(error)
     if differences:
         print(show(differences))
         sys.exit(1)

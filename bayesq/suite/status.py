@@ -18,7 +18,7 @@ import yaml
 from bayesq.files import is_locked
 from bayesq.suite import config as settings
 from bayesq.suite import results
-from bayesq.suite.arguments import module_parser
+from bayesq.suite.arguments import exit_with, module_parser
 from bayesq.suite.cli import NO_REASON, TRACEBACK_FILE
 from bayesq.suite.composition import as_typed, preflight
 from bayesq.suite.errors import UserError
@@ -160,7 +160,7 @@ def main() -> None:
     try:
         runs = sweep_runs(results_dir, sweep) if sweep else started_runs(results_dir)
     except UserError as error:
-        sys.exit(f"error: {settings.one_line(str(error))}")
+        exit_with(error)
     print(report(runs, results_dir))
     left = [run for run in runs if run.state in ("failed", "missing")]
     if left and sweep:

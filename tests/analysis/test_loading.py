@@ -21,7 +21,7 @@ from analysis.loading import records
 from analysis.tables.main import main_table
 from bayesq.files import lock
 from bayesq.suite.errors import UserError
-from bayesq.suite.relog import read_rows
+from bayesq.suite.relog import typed_rows
 from bayesq.suite.results import read_result
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "suite"))
@@ -226,7 +226,7 @@ def wandb_project(folders: Sequence[Path], place: Path, monkeypatch: pytest.Monk
                     if result is None:
                         raise RuntimeError("memory ran out")
                     tracker.log_result(
-                        result, *(read_rows(folder / name) for name in ("layers.csv", "predictions.csv"))
+                        result, *(typed_rows(folder / name) for name in ("layers.csv", "predictions.csv"))
                     )
                     assert tracker.error == tracking.UNFINISHED
             except RuntimeError:

@@ -2,12 +2,12 @@
 
 import logging
 import re
+from unittest.mock import Mock
 
 import huggingface_hub
 import pytest
 from huggingface_hub import constants, errors
 
-from bayesq.suite import hub
 from bayesq.suite.errors import UserError
 from bayesq.suite.hub import from_hub, hub_file, reachable, tell_commit
 
@@ -53,7 +53,7 @@ def test_what_the_hub_refuses_is_said_alike_through_every_library(kind, reason, 
 def test_a_hub_out_of_reach_is_not_asked(offline, reason, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_, **__: pytest.fail("asked"))
-    monkeypatch.setattr(hub, "_silence", lambda: OSError("no\nroute"))
+    monkeypatch.setattr("huggingface_hub.get_session", Mock(side_effect=OSError("no\nroute")))
     assert not reachable()
     said = (
         rf"^model=x could not be read from the hub \({re.escape(reason)}, and the files are not in its cache here\): y"

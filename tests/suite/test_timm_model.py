@@ -384,7 +384,7 @@ class TestPublishedWeights:
         from huggingface_hub import constants
 
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-        monkeypatch.setattr(hub, "_silence", None)
+        monkeypatch.setattr("huggingface_hub.get_session", None)
         with pytest.raises(
             UserError, match=r"HF_HUB_OFFLINE is set, and the files are not in its cache here\): .*model\.checkpoint"
         ):
