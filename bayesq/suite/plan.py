@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 from bayesq.allocation import DAMPING, Budget, Knapsack, make_allocator
 from bayesq.batches import two_examples
 from bayesq.calibration.passes import SUM_BYTES, CalibrationSettings
+from bayesq.coverage import coverage, report
 from bayesq.distillation import DistillationSettings
 from bayesq.errors import Refused
 from bayesq.likelihood import LIKELIHOODS, Likelihood
@@ -23,7 +24,6 @@ from bayesq.recipe import Distillation, Proxy, Recipe, Subject
 from bayesq.suite.calibration import OFFLOADED_SUM_BYTES, Calibration
 from bayesq.suite.config import reads_posterior, resolved
 from bayesq.suite.construct import build
-from bayesq.suite.coverage import coverage, report
 from bayesq.suite.errors import UserError
 from bayesq.suite.forward import naming_model
 from bayesq.suite.preflight import Choices, Needs, activations, check, estimate

@@ -20,10 +20,11 @@ from tiny_bert import tiny_bert
 from torch import Tensor, nn
 
 import bayesq
+from bayesq import evaluation
 from bayesq.batches import EncodedExamples
 from bayesq.likelihood import Likelihood
 from bayesq.quant.file import read_packed
-from bayesq.suite import config, evaluation, export, loading, runner, schema
+from bayesq.suite import config, export, loading, runner, schema
 from bayesq.suite.datasets.base import DataSplits, Examples
 from bayesq.suite.datasets.glue import TASKS
 from bayesq.suite.errors import UserError

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 
 from bayesq.files import file_sha256
+from bayesq.metrics import METRICS, Metric
 from bayesq.suite.config import one_line
 from bayesq.suite.datasets.base import DataSplits, Examples, limited, stratified
 from bayesq.suite.datasets.parquet_files import check_classes, listed, of_split, recorded_classes
 from bayesq.suite.errors import UserError
 from bayesq.suite.hub import MAIN, hub_files, tell_commit
-from bayesq.suite.metrics import METRICS, Metric
 from bayesq.suite.tasks import TEXT_CLASSIFICATION, TEXT_REGRESSION
 
 log = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ class Task:
         folder: of its published TSV files; files may also lie in a folder of the task's own name.
         layouts: known sets of columns, the published TSV's first: those of the one or two texts, then the label's.
         classes: names in the order of the labels 0, 1, ...; none: the labels are scores.
-        metrics: keys of bayesq.suite.metrics.METRICS, the primary one first.
+        metrics: keys of bayesq.metrics.METRICS, the primary one first.
         dev: endings of the names of the evaluation files. The first has the metrics under their plain names, others
             with their ending added.
         headerless: columns of the published files if those begin without a line of names.

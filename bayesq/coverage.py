@@ -1,4 +1,4 @@
-"""What share of a network a run quantizes, and what it leaves in full precision."""
+"""What share of a network is quantized, and what stays in full precision."""
 
 import logging
 from collections.abc import Iterable, Mapping
@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from torch import nn
 
 from bayesq.quant.layers import Layer, embedding_tables, weight_key
-from bayesq.suite.models.base import parameter_count
 
 log = logging.getLogger(__name__)
 
@@ -31,8 +30,13 @@ class Coverage:
     left_out: dict[str, int]
 
 
+def parameter_count(module: nn.Module) -> int:
+    """Number of trainable and frozen parameters, each shared tensor once."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
 def coverage(module: nn.Module, layers: Mapping[str, Layer | nn.Embedding]) -> Coverage:
-    """The share of `module` that `layers` are."""
+    """What quantizing `layers`, by name, covers of `module`."""
     quantized = {weight_key(name, layer) for name, layer in layers.items()}
     shared = {id(layer.weight) for layer in layers.values()}
     left = {
