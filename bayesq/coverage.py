@@ -10,10 +10,8 @@ from bayesq.quant.layers import Layer, embedding_tables, weight_key
 
 log = logging.getLogger(__name__)
 
-# Tensors left out that are named: the largest ones.
-NAMED = 5
-# Names on the terminal.
-SHOWN = 2
+# Names of unquantized tensors in the result, the largest first, and in the log line.
+NAMED, SHOWN = 5, 2
 
 
 @dataclass(frozen=True)
@@ -50,7 +48,7 @@ def coverage(module: nn.Module, layers: Mapping[str, Layer | nn.Embedding]) -> C
 
 
 def report(covered: Coverage, module: nn.Module, unreached: Iterable[str]) -> None:
-    """One line on what is quantized, a warning below one half, and one on layers that the forward pass never uses."""
+    """Log the quantized share (a warning below one half), and warn of layers that the forward pass never uses."""
     tables = {f"{name}.weight" for name in embedding_tables(module)}
     names = list(covered.left_out)[:SHOWN]
     left = ", ".join(f"{name} ({_millions(covered.left_out[name])})" for name in names)

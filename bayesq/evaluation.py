@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from bayesq.batches import Batch, EncodedExamples, count_batches
+from bayesq.errors import Refused
 from bayesq.likelihood import Likelihood
 from bayesq.memory import halving
 from bayesq.metrics import ECE_BINS, Metric, difference_interval, measure
@@ -56,7 +57,7 @@ def outputs_of(
     """A network's outputs [b, ...] float32 on the device, batch by batch.
 
     Args:
-        label: what the progress bar says.
+        label: of the progress bar.
         autocast: name of the torch dtype of matrix products, see config.AUTOCAST; None = float32 throughout.
     """
     total = count_batches(examples, batch_size)
@@ -72,10 +73,10 @@ def logits(
     label: str,
     autocast: str | None = None,
 ) -> tuple[Tensor, int]:
-    """All outputs [n, ...] float32 on the CPU, in the order of the examples, and how often memory ran out before.
+    """All outputs [n, ...] float32 on the CPU, in the order of the examples, and how often memory ran out.
 
     Args:
-        label, autocast: as in `outputs_of`.
+        label, autocast: as of `outputs_of`.
     """
 
     def attempt(size: int) -> Tensor:
@@ -83,9 +84,9 @@ def logits(
         for out, batch in outputs_of(module, examples, size, device, label, autocast):
             if collected is None:
                 collected = out.new_empty(len(examples), *out.shape[1:])
-            collected[batch.index.to(device)] = out  # stays on the device: fetching each batch would wait for it
+            collected[batch.index.to(device)] = out  # on the device: copying each batch to the CPU would wait for it
         if collected is None:
-            raise ValueError("there is no example to evaluate")
+            raise Refused("there is no example to evaluate")
         return collected.cpu()
 
     return halving(batch_size, attempt, label)
@@ -138,7 +139,7 @@ def collect_rows(both: Iterable[Pair], count: int, likelihood: Likelihood) -> Ro
     """`batch_rows` of all `count` examples, in their order.
 
     Raises:
-        ValueError: there is none.
+        Refused: there is none.
     """
     collected: Rows = {}
     for full, quantized, batch in both:
@@ -147,7 +148,7 @@ def collect_rows(both: Iterable[Pair], count: int, likelihood: Likelihood) -> Ro
                 collected[name] = torch.empty(count, dtype=values.dtype)
             collected[name][batch.index] = values.cpu()
     if not collected:
-        raise ValueError("there is no example to evaluate")
+        raise Refused("there is no example to evaluate")
     return collected
 
 
@@ -161,12 +162,7 @@ def paired_rows(
     label: str,
     autocast: str | None = None,
 ) -> tuple[Rows, int]:
-    """`collect_rows` of all examples, and how often memory ran out before.
-
-    Args:
-        full: stored outputs [n, ...] of the full-precision network, or that network.
-        label, autocast: as in `outputs_of`.
-    """
+    """`collect_rows` of all examples, and how often memory ran out; arguments as of `pairs`."""
 
     def attempt(size: int) -> Rows:
         both = pairs(full, quantized, examples, size, device, label, autocast)
@@ -206,8 +202,8 @@ def compare(rows: Rows, seed: int, metrics: Sequence[Metric]) -> dict[str, objec
     for prefix in ("q", "fp"):
         result |= {f"{prefix}/nll": mean_nll(rows[f"{prefix}_nll"], rows["predictions"]), f"{prefix}/ece": None}
         if f"{prefix}_confidence" in rows:
-            calibrated = expected_calibration_error(rows[f"{prefix}_confidence"], rows[f"{prefix}_correct"])
-            result[f"{prefix}/ece"] = calibrated
+            error = expected_calibration_error(rows[f"{prefix}_confidence"], rows[f"{prefix}_correct"])
+            result[f"{prefix}/ece"] = error
     return result
 
 
@@ -223,7 +219,7 @@ def mean_nll(nll: Tensor, predictions: Tensor) -> float:
         nll: of each example in nats per prediction [n].
         predictions: of each example [n].
     """
-    # Added up in the order of torch's own cross-entropy, whose mean over examples results have always reported.
+    # Summed in the order of torch's cross-entropy, so that results stay equal to those of earlier versions.
     zeros = torch.zeros(len(nll), dtype=torch.long)
     total = torch.nn.functional.nll_loss(-(nll * predictions)[:, None], zeros, reduction="sum")
     return float(total / predictions.sum())
