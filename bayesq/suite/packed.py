@@ -1,8 +1,8 @@
 """The packed file of a run, results/<run_id>/quantized.safetensors, and the record of the run in it.
 
 The record holds the run_id, the version of bayesq, the settings that determine the result, and the network: the
-checksum of its full-precision weights and, in self-contained files, its blueprint. Equal runs write equal files, wherever they
-ran. `bayesq.quant.file` defines the file itself.
+checksum of its full-precision weights and, in self-contained files, its blueprint. Equal runs write equal
+files, wherever they ran. `bayesq.quant.file` defines the file itself.
 """
 
 from pathlib import Path
