@@ -120,7 +120,8 @@ def write_gptq(
             f"the layout holds Linear layers whose inputs and outputs are multiples of {BLOCK}, and this network has "
             "none that is quantized: write it dequantized"
         )
-    plain, buffers = dict(part.module.state_dict()), {}
+    plain: dict[str, Tensor] = dict(part.module.state_dict())
+    buffers: dict[str, Tensor] = {}
     for name, tensor in held.items():
         try:
             layer = gptq_buffers(tensor, checkpoint_format)

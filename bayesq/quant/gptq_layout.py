@@ -108,7 +108,7 @@ def quantize_config(
     """
     widths = {name: int(tensor.width[0]) for name, tensor in tensors.items()}
     (bits, _), *_ = sorted(Counter(widths.values()).items(), key=lambda item: (-item[1], item[0]))
-    plain = {f"-:^{re.escape(name)}$": {} for name in layers if name not in widths}
+    plain: dict[str, Any] = {f"-:^{re.escape(name)}$": {} for name in layers if name not in widths}
     others = {f"+:^{re.escape(name)}$": {"bits": width} for name, width in widths.items() if width != bits}
     return {
         "quant_method": "gptq",

@@ -121,7 +121,7 @@ def export(
         return output, write_self_contained(packed, network, output)
     from bayesq.export import write_dequantized, write_gptq
 
-    about = {
+    about: dict[str, Any] = {
         "dtype": dtype or "float16",
         "tokenizer": getattr(network.encode, "tokenizer", None),
         "architecture": str(network.description.get("architecture")),
