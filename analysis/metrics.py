@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bayesq.suite import metrics
+from bayesq import metrics
 
 Floats = NDArray[np.float64]
 

@@ -71,7 +71,7 @@ def paired_metric_bootstrap(
     """metric(second) - metric(first), a mean over seeds, measured on every resample.
 
     Args:
-        function: key of bayesq.suite.metrics.METRICS: accuracy, f1, matthews, pearson or spearman.
+        function: key of bayesq.metrics.METRICS: accuracy, f1, matthews, pearson or spearman.
         first, second: predictions [seeds, examples], classes or numbers.
         labels: [examples].
 
@@ -93,7 +93,7 @@ class Task:
         first, second: predictions [seeds, examples].
         labels: [examples].
         parts: [examples], which metrics an example counts for.
-        metrics: keys of bayesq.suite.metrics.METRICS, each with its part; the task's score is their mean.
+        metrics: keys of bayesq.metrics.METRICS, each with its part; the task's score is their mean.
     """
 
     first: Floats

@@ -13,7 +13,9 @@ Around it:
 
 contract, loop                    what a method is, and the loop that runs every method
 recipe, pipeline, repair          from a network and examples to quantized tensors; correction and distillation
-library, report                   `bayesq.quantize`
+library, report                   `bayesq.quantize`, `bayesq.evaluate`
+evaluation, metrics, coverage     both networks' outputs -> rows -> metrics; what share of a network is quantized
+export                            folders that other programs read
 walker, quant                     inputs carried from block to block; layers, codes, packed files
 suite                             models, data sets, configurations, tracking: everything that makes a run
 """
@@ -22,17 +24,23 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from bayesq.library import evaluate as evaluate
     from bayesq.library import quantize as quantize
     from bayesq.report import Report as Report
     from bayesq.suite.loading import load_quantized as load_quantized
 
 __version__ = "0.1.0"
 # Imported on first use, so that the command line can check its keys without importing torch.
-_PUBLIC = {"quantize": "bayesq.library", "Report": "bayesq.report", "load_quantized": "bayesq.suite.loading"}
+_PUBLIC = {
+    "quantize": "bayesq.library",
+    "evaluate": "bayesq.library",
+    "Report": "bayesq.report",
+    "load_quantized": "bayesq.suite.loading",
+}
 
 
 def __getattr__(name: str) -> Any:
-    """`quantize`, `Report` and `load_quantized`."""
+    """The names of _PUBLIC."""
     if name in _PUBLIC:
         return getattr(import_module(_PUBLIC[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

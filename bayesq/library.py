@@ -1,8 +1,9 @@
-"""`bayesq.quantize`: one call that quantizes a network, without configuration, files or tracking."""
+"""`bayesq.quantize` and `bayesq.evaluate`: one call each, without configuration, files or tracking."""
 
 import inspect
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,8 +16,10 @@ from bayesq.calibration.passes import CalibrationSettings
 from bayesq.defaults import DESCRIPTIVE, MAX_BITS, MIN_BITS, choices, construct, settings, suggestion
 from bayesq.distillation import DistillationSettings
 from bayesq.errors import Refused
+from bayesq.evaluation import compare, paired_rows
 from bayesq.in_step import KEPT
 from bayesq.likelihood import LIKELIHOODS
+from bayesq.metrics import METRICS
 from bayesq.pipeline import quantize_network
 from bayesq.posterior import WhiteningStore
 from bayesq.quant.blocks import find_blocks
@@ -102,6 +105,48 @@ def quantize(
     finally:
         hook.remove()
     return quantized.copy_of(module), Report.of(bits, quantized, subject)
+
+
+def evaluate(
+    module: nn.Module,
+    quantized: nn.Module,
+    batches: Iterable[Any],
+    labels: Tensor,
+    *,
+    likelihood: str = "categorical",
+    metrics: Sequence[str] = ("accuracy",),
+    batch_size: int = 32,
+    seed: int = 0,
+) -> dict[str, object]:
+    """Compare a quantized network with the full-precision one, under a run's result keys.
+
+    Args:
+        module, quantized: the two networks, in evaluation mode on one device.
+        batches, likelihood, batch_size: as of `quantize`.
+        labels: of all examples [n], classes or numbers.
+        metrics: names in `bayesq.metrics.METRICS`.
+        seed: of the bootstrap intervals.
+
+    Returns:
+        fp/<metric>, q/<metric>, delta/<metric> and its 95 % interval for each metric; q/kl_to_fp, agreement, nll, ece.
+
+    Raises:
+        Refused: an argument cannot be used; the message names it.
+    """
+    _one_of("likelihood", likelihood, tuple(LIKELIHOODS))
+    for name in metrics:
+        _one_of("metrics", name, tuple(METRICS))
+    examples, device = encode(module, batches), next(module.parameters()).device
+    if labels.shape != (len(examples),):
+        raise Refused(f"labels: have shape {list(labels.shape)}; there are {len(examples)} examples")
+    examples, meaning = replace(examples, labels=labels.cpu()), LIKELIHOODS[likelihood]
+    hooks = [network.register_forward_hook(_logits) for network in (module, quantized)]
+    try:
+        rows, _ = paired_rows(module, quantized, examples, meaning, batch_size, device, "evaluate")
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return compare(rows, seed, [METRICS[name] for name in metrics])
 
 
 def _with_arguments(message: str) -> str:

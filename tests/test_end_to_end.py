@@ -20,11 +20,12 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 from scipy.stats import spearmanr
 
+from bayesq import evaluation
 from bayesq.allocation import Knapsack
 from bayesq.posterior import KroneckerPosterior, WhiteningStore
 from bayesq.quant.accounting import affine_overhead_bits, buffer_bytes
 from bayesq.quant.packing import PARAMETER_PREFIX, pack_model, unpack_model
-from bayesq.suite import config, evaluation, plan, runner, schema
+from bayesq.suite import config, plan, runner, schema
 from bayesq.suite.calibration import Calibration
 from bayesq.suite.errors import UserError
 from bayesq.suite.results import load_results

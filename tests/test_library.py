@@ -252,3 +252,30 @@ def test_a_mistake_is_a_value_error_that_names_the_argument(name):
     call, line = MISTAKES[name]
     with pytest.raises(Refused, match=line):
         call()
+
+
+class TestEvaluate:
+    def test_accuracy_and_kl_are_those_of_both_outputs(self):
+        generator = torch.Generator().manual_seed(0)
+        full, other = nn.Linear(5, 3), nn.Linear(5, 3)
+        x, labels = torch.randn(10, 5, generator=generator), torch.arange(10) % 3
+        with torch.no_grad():
+            p, q = full(x).double().softmax(1), other(x).double().softmax(1)
+        result = bayesq.evaluate(full, other, [x[:6], x[6:]], labels, batch_size=4)
+        assert result["fp/accuracy"] == pytest.approx(float((p.argmax(1) == labels).double().mean()))
+        assert result["q/accuracy"] == pytest.approx(float((q.argmax(1) == labels).double().mean()))
+        assert result["q/kl_to_fp"] == pytest.approx(float((p * (p / q).log()).sum(1).mean()), rel=1e-5)
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"labels": torch.zeros(3)}, r"labels: have shape \[3\]; there are 4 examples"),
+            ({"metrics": ["top5"]}, "metrics=top5: choose one of accuracy, "),
+            ({"likelihood": "poisson"}, "likelihood=poisson: choose one of "),
+        ],
+    )
+    def test_bad_arguments_are_named(self, change, message):
+        network = nn.Linear(2, 2)
+        arguments = {"batches": [torch.zeros(4, 2)], "labels": torch.zeros(4).long(), **change}
+        with pytest.raises(Refused, match=message):
+            bayesq.evaluate(network, network, **arguments)

@@ -11,10 +11,16 @@ code i takes the bits i b to i b + b - 1 of the stream, bit k of it is bit k mod
 may lie across two words. Readers work on blocks of 32 codes, so C and R are multiples of 32.
 """
 
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
 
+import bayesq
 from bayesq.errors import Refused
 from bayesq.quant.grids import ZERO_BITS
 from bayesq.quant.tensor import QuantizedTensor
@@ -87,4 +93,33 @@ def gptq_buffers(tensor: QuantizedTensor, checkpoint_format: str) -> dict[str, T
         "qzeros": words(zero - np.uint8(FORMATS[checkpoint_format]), width).T.contiguous(),
         "scales": tensor.scale.T.contiguous(),
         "g_idx": group,
+    }
+
+
+def quantize_config(
+    tensors: Mapping[str, QuantizedTensor], layers: Sequence[str], checkpoint_format: str
+) -> dict[str, Any]:
+    """Content of quantize_config.json.
+
+    Args:
+        tensors: of the layers in the layout, by name.
+        layers: names of all Linear layers.
+        checkpoint_format: a key of FORMATS.
+    """
+    widths = {name: int(tensor.width[0]) for name, tensor in tensors.items()}
+    (bits, _), *_ = sorted(Counter(widths.values()).items(), key=lambda item: (-item[1], item[0]))
+    plain: dict[str, Any] = {f"-:^{re.escape(name)}$": {} for name in layers if name not in widths}
+    others = {f"+:^{re.escape(name)}$": {"bits": width} for name, width in widths.items() if width != bits}
+    return {
+        "quant_method": "gptq",
+        "checkpoint_format": checkpoint_format,
+        "bits": bits,
+        "group_size": next(iter(tensors.values())).group_size or -1,
+        "desc_act": False,  # columns are stored in the layer's order, whatever order they were rounded in
+        "sym": False,
+        "lm_head": False,
+        "true_sequential": False,
+        "pack_dtype": "int32",
+        "dynamic": {**plain, **others},
+        "meta": {"quantizer": [f"bayesq:{bayesq.__version__}"]},
     }

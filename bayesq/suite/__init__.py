@@ -7,9 +7,9 @@ runner        one run in stages, with plan (configuration -> objects), workload 
               written down) and session (what the runs of a command hand on)
 calibration, fingerprint   statistics cached on disk; what decides a network's function
 preflight, rehearsal   memory and disk a run will need; compilation before the clock starts
-coverage, forward   what share of a network is quantized; networks that cannot run
-evaluation, metrics, results, tracking, provenance   numbers, files, Weights & Biases, where a result comes from
-export, weight_files, loading, packed   files for other tools, and networks from packed files
+forward   networks that cannot run
+full_precision, results, tracking, provenance   cached outputs, files, Weights & Biases, where a result comes from
+export, loading, packed   files for other tools, and networks from packed files
 wandb_names, wandb_environment   names within W&B's limits, W&B's variables
 code_digest   the code that a result comes from
 """

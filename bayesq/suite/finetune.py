@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from bayesq.metrics import measure, metric_of
 from bayesq.suite.config import one_line
 from bayesq.suite.datasets.base import DataSplits, Examples
 from bayesq.suite.datasets.glue import TASKS, Glue
 from bayesq.suite.errors import UserError
-from bayesq.suite.metrics import measure, metric_of
 from bayesq.suite.models import minilm
 from bayesq.suite.models.text import texts_of
 from bayesq.suite.models.transformers_model import Origin

@@ -1,11 +1,11 @@
 """Quantized networks from their packed files.
 
-The file of a run, results/<run_id>/quantized.safetensors, holds what was quantized. The rest comes from where the run
-had it: data set and model of its settings are loaded again, and the checksum of the weights is compared. A
-self-contained file (`python -m bayesq.suite.export ... --to packed`) needs nothing else.
+The file of a run, results/<run_id>/quantized.safetensors, holds the quantized tensors. The rest is loaded again, as the
+run's settings say, and the checksum of the weights is compared. A self-contained file
+(`python -m bayesq.suite.export ... --to packed`) needs nothing else.
 
-A file may come from anyone, so it chooses only among the classes of the suite and of packages that the caller trusts,
-and its settings are plain values: Hydra would follow interpolations and names inside them.
+A file may come from an untrusted person. So it can only name classes of the suite and of packages that the caller
+trusts, and Hydra, which would resolve interpolations and names inside the settings, is not used.
 """
 
 import importlib
@@ -29,7 +29,7 @@ from bayesq.suite.models.base import Network
 from bayesq.suite.packed import read_run
 from bayesq.tensor_file import CorruptFile
 
-# Modules whose classes a file may name; what else lies in the suite is no model and no data set.
+# Modules whose classes a file may name.
 NAMEABLE = ("bayesq.suite.models.", "bayesq.suite.datasets.")
 
 
@@ -41,23 +41,23 @@ def load_quantized(
 ) -> nn.Module:
     """The network that a run evaluated: its outputs are the run's, bit for bit, on the same machine.
 
-    It takes preprocessed inputs: `source.model` of the run's result.json tells size, mean and standard deviation of
-    images, or the length that texts are cut to.
+    It takes preprocessed inputs: `source.model` in the run's result.json has the size, mean and standard deviation of
+    images, or the maximum length of texts.
 
     Args:
         path: `quantized.safetensors` of a run, or a self-contained file.
-        settings: what is elsewhere now, such as {"model.checkpoint": "/new/place"}; relative paths of the run are
-            taken from the current folder. Whatever is given, the weights have to be the run's.
-        cache_dir: as the config key; what the run fitted or fetched is looked for there.
-        trusted: further packages, such as "mypackage", of which the file may name a model or data set.
+        settings: changed settings, such as {"model.checkpoint": "/new/place"}; relative paths are taken from the
+            current folder. The weights must still be those of the run.
+        cache_dir: as the config key; holds what the run trained or downloaded.
+        trusted: further packages, such as "mypackage", whose models and data sets the file may name.
 
     Returns:
         The module in evaluation mode, float32, on the CPU.
 
     Raises:
         FileNotFoundError: there is no such file.
-        CorruptFile: it is damaged, contradicts itself, or was written without its settings.
-        UserError: the network that was quantized is not there any more, or has other weights.
+        CorruptFile: it is damaged, contradicts itself, or has no settings.
+        UserError: the full-precision network is missing, or has other weights.
     """
     path = Path(path)
     packed = read_run(path)
@@ -79,7 +79,7 @@ def base_network(
 
     Raises:
         CorruptFile: the file has no settings, or they describe no network.
-        UserError: data or weights are not there, or the weights are not the run's.
+        UserError: data or weights are missing, or the weights are not those of the run.
     """
     config = changed(_config(packed, path), settings)
     cache = resolve_cache_dir(cache_dir)
@@ -96,7 +96,7 @@ def base_network(
 
 
 def self_contained(packed: Packed, path: Path, trusted: Sequence[str] = ()) -> nn.Module:
-    """The network of a file that holds all of it.
+    """The network of a self-contained file.
 
     Raises:
         CorruptFile: the file's tensors are not those of the network that it describes.
@@ -107,7 +107,7 @@ def self_contained(packed: Packed, path: Path, trusted: Sequence[str] = ()) -> n
         model = source(config, "model", trusted)
         if not hasattr(model, "bare"):
             raise UserError(f"model={config['model'].get('name')} has no method `bare`")
-        with torch.device("meta"):  # the sizes are known before any memory is asked for
+        with torch.device("meta"):  # compare the sizes before memory is allocated
             _check_state(model.bare(blueprint), packed)
         module: nn.Module = model.bare(blueprint)
         module.load_state_dict(packed.state, strict=False)
@@ -117,7 +117,7 @@ def self_contained(packed: Packed, path: Path, trusted: Sequence[str] = ()) -> n
 
 @contextmanager
 def _explained(where: str) -> Iterator[None]:
-    """Put `where` before whatever goes wrong: a file can hold any arguments, and constructors fail in many ways."""
+    """Put `where` before the message of any error: a file can hold any arguments, and constructors raise anything."""
     try:
         yield
     except UserError as error:
@@ -127,11 +127,7 @@ def _explained(where: str) -> Iterator[None]:
 
 
 def _check_state(module: nn.Module, packed: Packed) -> None:
-    """Check that the file has every tensor of the network once, and no other.
-
-    Raises:
-        ValueError: naming the first that is not so.
-    """
+    """Raise ValueError unless the file has every tensor of the network once, and no other."""
     if packed.parameters:
         raise ValueError("changed parameters belong to files that are not self-contained")
     weights = weight_keys(module, packed.tensors)
@@ -145,11 +141,7 @@ def _check_state(module: nn.Module, packed: Packed) -> None:
 
 
 def _config(packed: Packed, path: Path) -> dict[str, Any]:
-    """The settings of the run.
-
-    Raises:
-        CorruptFile: the file keeps none.
-    """
+    """The settings of the run; raises CorruptFile if the file has none."""
     if not packed.run:
         raise CorruptFile(f"{path} keeps no settings, as files of earlier versions: make the run again (force=true)")
     config: dict[str, Any] = packed.run["config"]
@@ -179,8 +171,8 @@ def source(config: Mapping[str, Any], group: str, trusted: Sequence[str]) -> Any
     """The model or data set of a file's settings.
 
     Raises:
-        UserError: the class is not one that a file may name, or there is none of that name.
-        TypeError, ValueError: it does not take these arguments.
+        UserError: the class does not exist, or a file may not name it.
+        TypeError, ValueError: the class does not take these arguments.
     """
     node = config.get(group)
     target = node.get("_target_") if isinstance(node, dict) else None

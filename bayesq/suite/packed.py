@@ -1,8 +1,8 @@
 """The packed file of a run, results/<run_id>/quantized.safetensors, and the record of the run in it.
 
-The record tells run_id, the version of bayesq, the settings that determine the result (not where it was run or logged,
-so that equal runs make equal files), and the network: the checksum of its full-precision weights and, in self-contained
-files, what its architecture cannot be built without. The file itself is `bayesq.quant.file`.
+The record holds the run_id, the version of bayesq, the settings that determine the result, and the network: the
+checksum of its full-precision weights and, in self-contained files, its blueprint. Equal runs write equal
+files, wherever they ran. `bayesq.quant.file` defines the file itself.
 """
 
 from pathlib import Path
@@ -19,7 +19,7 @@ RUN_KEYS = ("bayesq", "config", "network", "run_id")
 
 
 def run_record(cfg: DictConfig, network: Network) -> dict[str, Any]:
-    """What a packed file says about its run: nothing that differs between runs of equal results."""
+    """What a packed file says about its run."""
     config = determines_result(cfg)
     return {
         "run_id": id_of(config, bayesq.__version__),
@@ -30,7 +30,7 @@ def run_record(cfg: DictConfig, network: Network) -> dict[str, Any]:
 
 
 def read_run(path: Path) -> Packed:
-    """Read a packed file and check what it says about its run, if it says anything.
+    """Read a packed file and check its record, if it has one.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -46,15 +46,11 @@ def read_run(path: Path) -> Packed:
 
 
 def _check_run(run: dict[str, Any]) -> None:
-    """Check that a record is what `run_record` makes.
-
-    Raises:
-        ValueError: a part is missing, of another kind, or does not belong to the others.
-    """
+    """Raise ValueError if `run_record` could not have written this record."""
     config, network = run.get("config"), run.get("network")
     if sorted(run) != list(RUN_KEYS) or not isinstance(config, dict) or not isinstance(network, dict):
-        raise ValueError(f"header: run needs {', '.join(RUN_KEYS)}, the middle two with keys in them")
+        raise ValueError(f"header: run needs {', '.join(RUN_KEYS)}, and config and network are mappings")
     if not all(isinstance(text, str) for text in (run["bayesq"], run["run_id"], network.get("weights"))):
-        raise ValueError("header: the version, the run_id and the checksum of the weights are texts")
+        raise ValueError("header: the version, the run_id and the checksum of the weights must be strings")
     if run["run_id"] != id_of(config, run["bayesq"]):
-        raise ValueError(f"header: run_id {run['run_id']:.20} is not that of the config")
+        raise ValueError(f"header: run_id {run['run_id']:.20} does not belong to the config")

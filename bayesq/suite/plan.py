@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 from bayesq.allocation import DAMPING, Budget, Knapsack, make_allocator
 from bayesq.batches import two_examples
 from bayesq.calibration.passes import SUM_BYTES, CalibrationSettings
+from bayesq.coverage import coverage, report
 from bayesq.defaults import construct
 from bayesq.distillation import DistillationSettings
 from bayesq.errors import Refused
@@ -21,7 +22,6 @@ from bayesq.quant.usage import OtherUseError, usage_of
 from bayesq.recipe import Distillation, Proxy, Recipe, Subject
 from bayesq.suite.calibration import OFFLOADED_SUM_BYTES, Calibration
 from bayesq.suite.config import plain, reads_posterior, resolved
-from bayesq.suite.coverage import coverage, report
 from bayesq.suite.errors import UserError
 from bayesq.suite.forward import naming_model
 from bayesq.suite.session import Session

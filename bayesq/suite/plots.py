@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from bayesq.suite.metrics import ECE_BINS
+from bayesq.metrics import ECE_BINS
 
 Rows = Sequence[Mapping[str, Any]]
 

@@ -13,6 +13,9 @@ from omegaconf import DictConfig
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from bayesq.errors import Refused
+from bayesq.evaluation import Rows as EvaluationRows
+from bayesq.evaluation import compare, paired_rows, prediction_rows
+from bayesq.metrics import metric_of
 from bayesq.pipeline import quantize_network
 from bayesq.progress import elapsed
 from bayesq.quant.file import Packed, read_packed, write_packed
@@ -21,10 +24,8 @@ from bayesq.report import layer_rows
 from bayesq.suite.cache import resolve_cache_dir
 from bayesq.suite.config import run_dir, run_id
 from bayesq.suite.errors import UserError
-from bayesq.suite.evaluation import Rows as EvaluationRows
-from bayesq.suite.evaluation import autocast_effect, cached_logits, compare, paired_rows, prediction_rows
 from bayesq.suite.forward import naming_model
-from bayesq.suite.metrics import metric_of
+from bayesq.suite.full_precision import cached_logits
 from bayesq.suite.packed import run_record
 from bayesq.suite.plan import check_patterns, load_workload, make_recipe, open_statistics, placed_whitenings
 from bayesq.suite.preflight import preflight
@@ -167,5 +168,6 @@ class Evaluator:
         with elapsed("compare"):
             metrics = compare(rows, seed, self.work.data.metrics)
         if self.autocast is not None:
-            metrics |= autocast_effect(self._float32, self.full, self.work.subject.likelihood)
+            kl = self.work.subject.likelihood.kl(self._float32, self.full)
+            metrics["autocast/kl_to_float32"] = float(kl.mean())
         return metrics

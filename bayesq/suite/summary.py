@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import fmean, stdev
 from typing import Any
 
+from bayesq.metrics import Metric, metric_of
 from bayesq.suite.config import show
-from bayesq.suite.metrics import Metric, metric_of
 from bayesq.suite.results import differing_settings, settings_of
 
 Result = Mapping[str, Any]

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from bayesq.batches import EncodedExamples
+from bayesq.coverage import Coverage
 from bayesq.recipe import Subject
-from bayesq.suite.coverage import Coverage
 from bayesq.suite.datasets.base import DataSplits
 from bayesq.suite.errors import UserError
 from bayesq.suite.models.base import Network

@@ -17,7 +17,7 @@ from analysis.statistics import (
     paired_bootstrap,
     paired_metric_bootstrap,
 )
-from bayesq.suite.metrics import METRICS
+from bayesq.metrics import METRICS
 
 
 def naive_bootstrap(first, second, measure, resamples, seed=0):

@@ -18,6 +18,7 @@ from hydra import compose, initialize_config_dir
 from references import TIMER, compare
 
 from bayesq.batches import TensorExamples, two_examples
+from bayesq.coverage import coverage
 from bayesq.defaults import conf_dir
 from bayesq.likelihood import Categorical
 from bayesq.pipeline import quantize_network
@@ -25,7 +26,6 @@ from bayesq.quant.layers import quantizable_layers
 from bayesq.quant.usage import usage_of
 from bayesq.recipe import Quantized, Subject
 from bayesq.suite import plan
-from bayesq.suite.coverage import coverage
 from bayesq.suite.models.base import Network
 from bayesq.suite.preflight import preflight
 from bayesq.suite.workload import Workload

@@ -19,7 +19,7 @@ from bayesq.calibration.inputs import INPUT_MOMENT
 from bayesq.calibration.passes import CalibrationSettings
 from bayesq.fisher import GRADIENT_MOMENT
 from bayesq.suite.calibration import Calibration
-from bayesq.suite.evaluation import cached_logits
+from bayesq.suite.full_precision import cached_logits
 from bayesq.suite.models.base import fit_once
 from bayesq.suite.results import FAILURE_FILE, RESULT_FILE, finished_result, load_results, write_json
 from bayesq.tensor_file import CorruptFile, read_tensors, verify, write_tensors

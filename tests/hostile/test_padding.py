@@ -23,11 +23,11 @@ from bayesq.batches import ALONE, EQUAL, PADDED, EncodedExamples, Layout, Tensor
 from bayesq.calibration.collector import Collector
 from bayesq.calibration.inputs import INPUT_MOMENT
 from bayesq.calibration.statistic import Statistic
+from bayesq.evaluation import logits
 from bayesq.fisher import FISHER_DIAGONAL, GRADIENT_MOMENT
 from bayesq.suite import config, runner, schema
 from bayesq.suite.datasets.base import DataSplits, Examples
 from bayesq.suite.errors import UserError
-from bayesq.suite.evaluation import logits
 from bayesq.suite.models.base import Network
 from bayesq.suite.models.transformers_model import TransformersClassifier
 

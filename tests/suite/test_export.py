@@ -20,15 +20,17 @@ from tiny_bert import tiny_bert
 from torch import Tensor, nn
 
 import bayesq
+from bayesq import evaluation
 from bayesq.batches import EncodedExamples
+from bayesq.errors import Refused
+from bayesq.export import converted
 from bayesq.likelihood import Likelihood
 from bayesq.quant.file import read_packed
-from bayesq.suite import config, evaluation, export, loading, runner, schema
+from bayesq.suite import config, export, loading, runner, schema
 from bayesq.suite.datasets.base import DataSplits, Examples
 from bayesq.suite.datasets.glue import TASKS
 from bayesq.suite.errors import UserError
 from bayesq.suite.models.timm_model import TimmModel
-from bayesq.suite.weight_files import converted
 from bayesq.tensor_file import CorruptFile, read_tensors, write_tensors
 
 ROOT = Path(__file__).parents[2]
@@ -375,7 +377,7 @@ def test_transformers_loads_what_is_exported(run: Callable[[str], Recorded], dty
 
 
 def test_weights_beyond_fp16_are_refused() -> None:
-    with pytest.raises(UserError, match="w has entries beyond the range of float16: use --dtype float32"):
+    with pytest.raises(Refused, match=r"w has entries beyond the range of float16: use float32 \(--dtype float32\)"):
         converted({"w": torch.tensor([1e6])}, "float16")
     assert converted({"w": torch.tensor([1e6])}, "float32")["w"] == 1e6
 
@@ -452,7 +454,7 @@ def test_layers_of_other_widths_are_told_apart(run: Callable[[str], Recorded], t
     [
         (FULL, r"layer model\..*: its rows have different widths \(.*\): choose allocator=uniform with a whole"),
         (AWQ, "it has scales for its inputs: choose method=gptq"),
-        (DIGITS_RTN, "and this network has none that is quantized: use --to dequantized"),
+        (DIGITS_RTN, "and this network has none that is quantized: write it dequantized"),
     ],
 )
 def test_what_gptq_cannot_hold_is_one_line(
@@ -565,7 +567,7 @@ def test_the_command_line_exports_the_demo_network(place: Path, tmp_path: Path) 
         capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert refused.returncode == 1 and refused.stdout == "" and refused.stderr.count("\n") == 1
-    assert refused.stderr.startswith("error: --to gptq cannot hold layer encoder.")
+    assert refused.stderr.startswith("error: --to gptq: the layout cannot hold layer encoder.")
 
 
 @needs_shared

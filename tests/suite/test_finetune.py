@@ -10,10 +10,10 @@ import torch
 from glue_files import write_tsv
 from tiny_bert import tiny_bert
 
+from bayesq.evaluation import logits
 from bayesq.suite import finetune
 from bayesq.suite.datasets.glue import Glue
 from bayesq.suite.errors import UserError
-from bayesq.suite.evaluation import logits
 from bayesq.suite.finetune import Recipe
 from bayesq.suite.models.transformers_model import TransformersClassifier
 

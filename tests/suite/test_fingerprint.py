@@ -17,8 +17,8 @@ import transformers
 from torch import nn
 
 from bayesq.batches import TensorExamples
-from bayesq.suite.evaluation import cached_logits
 from bayesq.suite.fingerprint import fingerprint
+from bayesq.suite.full_precision import cached_logits
 from bayesq.suite.models.base import Network, state_checksum
 
 ROOT = Path(__file__).parents[2]

@@ -12,10 +12,10 @@ import pytest
 import torch
 from glue_files import ROWS, write_parquet, write_tsv
 
+from bayesq.metrics import ACCURACY
 from bayesq.suite.datasets.glue import TASKS, Glue
 from bayesq.suite.errors import UserError
 from bayesq.suite.hub import HubFiles
-from bayesq.suite.metrics import ACCURACY
 from bayesq.suite.tasks import TEXT_CLASSIFICATION, TEXT_REGRESSION
 
 

@@ -356,7 +356,7 @@ def test_a_run_id_that_is_not_the_settings_is_found(original: Packed, tmp_path: 
     said = json.loads(header["run"])
     said["config"]["bits"] = 4
     write_tensors(file, buffers, header | {"run": json.dumps(said)})
-    with pytest.raises(CorruptFile, match="is not that of the config"):
+    with pytest.raises(CorruptFile, match="does not belong to the config"):
         read_run(file)
     assert HEADER_KEY.encode() in file.read_bytes()[:100]
     with pytest.raises(FileNotFoundError):

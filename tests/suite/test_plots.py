@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from bayesq import evaluation
 from bayesq.batches import Batch
 from bayesq.likelihood import Categorical, Gaussian
-from bayesq.suite import evaluation, plots
-from bayesq.suite.metrics import ACCURACY
+from bayesq.metrics import ACCURACY
+from bayesq.suite import plots
 
 CATEGORICAL = Categorical()
 LAYERS = [

@@ -19,9 +19,10 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from wandb_server import API_KEY, WandbServer, serving
 
+from bayesq import evaluation
 from bayesq.batches import Batch
 from bayesq.likelihood import LIKELIHOODS
-from bayesq.suite import evaluation, plots, relog, runner, tracking
+from bayesq.suite import plots, relog, runner, tracking
 from bayesq.suite.results import PREDICTIONS_FILE, load_results, read_result, write_csv, write_json
 
 LAYERS = [

@@ -19,6 +19,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
+from bayesq.evaluation import logits
 from bayesq.quant.layers import quantizable_layers
 from bayesq.suite import schema
 from bayesq.suite.datasets.base import DataSplits, Examples, limited
@@ -27,7 +28,6 @@ from bayesq.suite.datasets.digits import Digits
 from bayesq.suite.datasets.glue import Glue
 from bayesq.suite.datasets.imagenet import ImageNet, wnids
 from bayesq.suite.errors import UserError
-from bayesq.suite.evaluation import logits
 from bayesq.suite.models import efficientnet_lite
 from bayesq.suite.models.base import Network, state_checksum
 from bayesq.suite.models.cifar_resnet import CifarResNet, ResNet

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from bayesq.errors import Refused
 from bayesq.likelihood import Likelihood
+from bayesq.metrics import ACCURACY, Metric
 from bayesq.suite.errors import UserError
-from bayesq.suite.metrics import ACCURACY, Metric
 from bayesq.suite.tasks import IMAGE_CLASSIFICATION, Task
 from bayesq.tensor_file import digest
 

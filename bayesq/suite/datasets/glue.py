@@ -12,11 +12,11 @@ from typing import Any
 import torch
 
 from bayesq.files import file_sha256
+from bayesq.metrics import METRICS, Metric
 from bayesq.suite.datasets.base import DataSplits, Examples, shuffled, stratified
 from bayesq.suite.datasets.parquet_files import listed, of_split, read_parquet
 from bayesq.suite.errors import UserError
 from bayesq.suite.hub import MAIN, hub_files, tell_commit
-from bayesq.suite.metrics import METRICS, Metric
 from bayesq.suite.tasks import TEXT_CLASSIFICATION, TEXT_REGRESSION
 
 log = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ class Task:
         folder: of its published TSV files; a folder with the task's name is read also.
         layouts: known sets of columns (one or two texts, then the label), first the set of the published TSV files.
         classes: names in the order of the labels 0, 1, ...; (): the labels are scores.
-        metrics: keys of bayesq.suite.metrics.METRICS, the primary one first.
+        metrics: keys of bayesq.metrics.METRICS, the primary one first.
         dev: endings of the names of the evaluation files; metrics of the second file have the ending in their names.
         headerless: columns of the published files if these have no header line.
         incomplete: whether the published files have incomplete rows, which are left out and counted.

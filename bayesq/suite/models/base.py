@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bayesq.batches import EncodedExamples
+from bayesq.coverage import parameter_count
 from bayesq.files import lock
 from bayesq.quant.blocks import find_blocks
 from bayesq.suite.datasets.base import DataSplits, Examples
@@ -76,11 +77,6 @@ class ModelSource(Protocol):
 def state_checksum(module: nn.Module) -> str:
     """sha256 hex over names, dtypes, shapes and bytes of the module's parameters and persistent buffers."""
     return digest(module.state_dict())
-
-
-def parameter_count(module: nn.Module) -> int:
-    """Number of trainable and frozen parameters, each shared tensor once."""
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def initialised(make: Callable[[], Module]) -> Module:

@@ -1,8 +1,7 @@
 """Task metrics and the uncertainty of their difference between two networks on the same examples.
 
-A metric knows its direction, its scale and its unit, and which numbers of an example it reads. Every metric takes
-weights: how often each example counts, one row per bootstrap resample. That makes resampling a matter of arithmetic on
-whole arrays, also for metrics that are no mean over examples.
+Every metric takes weights: how often each example counts, one row per bootstrap resample. All resamples are then
+computed by operations on whole arrays, also for metrics that are not a mean over examples.
 """
 
 from collections.abc import Callable
@@ -15,7 +14,7 @@ Floats = NDArray[np.float64]
 
 ECE_BINS = 15
 BOOTSTRAP_RESAMPLES = 10_000
-# Elements of the weights of one part of the resamples: 32 MiB in float64.
+# Resamples are drawn in parts; the weights of a part have at most this many elements: 32 MiB in float64.
 PART_ELEMENTS = 2**22
 
 
@@ -30,21 +29,20 @@ def accuracy(predicted: Floats, labels: Floats, weights: Floats) -> Floats:
 
 
 def f1(predicted: Floats, labels: Floats, weights: Floats) -> Floats:
-    """2 TP / (2 TP + FP + FN) [resamples] of class 1; 0 where it is neither predicted nor a label."""
-    hits, false_alarms, misses, _ = _binary_counts(predicted, labels, weights)
-    return _ratio(2 * hits, 2 * hits + false_alarms + misses)
+    """2 TP / (2 TP + FP + FN) [resamples] of class 1; 0 if it is neither predicted nor a label."""
+    tp, fp, fn, _ = _binary_counts(predicted, labels, weights)
+    return _ratio(2 * tp, 2 * tp + fp + fn)
 
 
 def matthews(predicted: Floats, labels: Floats, weights: Floats) -> Floats:
-    """Matthews correlation [resamples] of two classes; 0 where predictions or labels are all alike."""
+    """Matthews correlation [resamples] of two classes; 0 if all predictions or all labels are equal."""
     tp, fp, fn, tn = _binary_counts(predicted, labels, weights)
     return _ratio(tp * tn - fp * fn, np.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)))
 
 
 def pearson(predicted: Floats, labels: Floats, weights: Floats) -> Floats:
-    """Pearson correlation [resamples] of predictions [n] and labels [n]; 0 where either is constant."""
-    shape = (len(weights), 1)
-    return _correlation(np.broadcast_to(predicted, weights.shape), np.tile(labels, shape), weights)
+    """Pearson correlation [resamples] of predictions [n] and labels [n]; 0 if either is constant."""
+    return _correlation(predicted, labels, weights)
 
 
 def spearman(predicted: Floats, labels: Floats, weights: Floats) -> Floats:
@@ -58,7 +56,7 @@ def perplexity(nll: Floats, predictions: Floats, weights: Floats) -> Floats:
     Args:
         nll: nats per token of each sequence [n].
         predictions: tokens of each sequence [n].
-        weights: of the sequences [resamples, n].
+        weights: how often each sequence counts [resamples, n].
     """
     tokens = weights * predictions
     return np.asarray(np.exp(tokens @ nll / tokens.sum(1)))
@@ -70,13 +68,13 @@ class Metric:
 
     Attributes:
         name: its result key, as in fp/<name>.
-        function: of two numbers per example [n] and weights [resamples, n]; the metric on each resample.
-        unit: what `scale` times the metric is counted in.
-        scale: what a table multiplies the metric with: 100 for shares and correlations, else 1.
-        higher_is_better: the direction.
-        reads: the two numbers of an example: the network's (a column of the rows of evaluation without the network's
-            prefix) and the example's, which both networks share.
-        per_example: scores whose mean the metric is, if it is one: resampling them is much cheaper.
+        function: from two numbers per example [n] and weights [resamples, n] to the metric [resamples].
+        unit: of `scale` times the metric.
+        scale: the factor in tables: 100 for shares and correlations, else 1.
+        higher_is_better: whether a larger value is an improvement.
+        reads: columns of the evaluation's rows: one of the network (without its prefix fp_ or q_), and one that both
+            networks share.
+        per_example: scores of the examples, if the metric is their mean; resampling these is much faster.
         start, stop: the evaluation examples it is measured on, as in a slice.
     """
 
@@ -122,20 +120,20 @@ METRICS = {
 
 
 def metric_of(key: str) -> Metric:
-    """The metric that a result names, such as accuracy or accuracy_mismatched; a share in per cent if it is unknown."""
+    """The metric that a result names, such as accuracy or accuracy_mismatched; unknown ones are treated as accuracy."""
     return METRICS.get(key) or METRICS.get(key.partition("_")[0], ACCURACY)
 
 
 def measure(metric: Metric, numbers: Floats, shared: Floats) -> float:
-    """The metric of one network; NaN where none of its examples is there.
+    """The metric of one network; NaN if it has no example.
 
     Args:
-        numbers, shared: of all evaluation examples, as `Metric.reads` names them.
+        numbers, shared: the columns of `Metric.reads` [n] for all evaluation examples.
     """
-    chosen, beside = numbers[metric.rows], shared[metric.rows]
-    if not len(chosen):
+    numbers, shared = numbers[metric.rows], shared[metric.rows]
+    if not len(numbers):
         return float("nan")
-    return float(metric.function(chosen, beside, np.ones((1, len(chosen))))[0])
+    return float(metric.function(numbers, shared, np.ones((1, len(numbers))))[0])
 
 
 def difference_interval(
@@ -143,8 +141,8 @@ def difference_interval(
 ) -> tuple[float, float] | None:
     """95 % percentile interval of metric(after) - metric(before), by resampling examples with replacement.
 
-    Both networks are measured on the same resamples. Examples with the same three numbers are alike, so a resample is a
-    multinomial draw over the distinct triples.
+    Both networks are measured on the same resamples. Examples with the same three numbers are interchangeable, so a
+    resample is a multinomial draw over the distinct triples.
 
     Args:
         before, after: the networks' numbers [n] of all evaluation examples.
@@ -152,7 +150,7 @@ def difference_interval(
         seed: of the resampling.
 
     Returns:
-        None where none of the metric's examples is there.
+        the two ends, or None if the metric has no example.
     """
     triples = np.stack([shared[metric.rows], before[metric.rows], after[metric.rows]])
     count = triples.shape[1]
@@ -196,12 +194,12 @@ def _binary_counts(predicted: Floats, labels: Floats, weights: Floats) -> tuple[
 
 
 def _ratio(numerator: Floats, denominator: Floats) -> Floats:
-    """Quotients, 0 where the denominator is 0."""
+    """Quotient, or 0 if the denominator is 0."""
     return np.divide(numerator, denominator, out=np.zeros_like(numerator), where=denominator != 0)
 
 
 def _correlation(x: Floats, y: Floats, weights: Floats) -> Floats:
-    """Weighted Pearson correlation of the rows of x and y [resamples, n]."""
+    """Weighted Pearson correlations [resamples] of x and y, [n] or [resamples, n]."""
     total = weights.sum(1, keepdims=True)
     x, y = (a - (weights * a).sum(1, keepdims=True) / total for a in (x, y))
     covariance, of_x, of_y = ((weights * a).sum(1) for a in (x * y, x * x, y * y))
@@ -209,7 +207,7 @@ def _correlation(x: Floats, y: Floats, weights: Floats) -> Floats:
 
 
 def _ranks(values: Floats, weights: Floats) -> Floats:
-    """Mean ranks [resamples, n] of values [n] that occur so many times; equal values share the mean of their ranks."""
+    """Ranks [resamples, n] of values [n] that occur `weights` times; equal values share their mean rank."""
     _, place = np.unique(values, return_inverse=True)
     order = np.argsort(place, kind="stable")
     starts = np.flatnonzero(np.diff(place[order], prepend=-1))

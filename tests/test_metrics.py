@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
-from bayesq.suite.metrics import (
+from bayesq.metrics import (
     METRICS,
     PART_ELEMENTS,
     Metric,

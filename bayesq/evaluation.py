@@ -1,37 +1,28 @@
 """Evaluation: both networks' outputs are reduced, batch by batch, to rows of numbers per example, and rows to metrics.
 
-The full-precision outputs of a network with few outputs are computed once and stored (`cached_logits`). Those of a
-language model are too many to store: then both networks run on the same batches (`side_by_side`). Either way memory
-holds the outputs of one batch and a few numbers per example.
+If a network has few outputs, those of the full-precision network are computed once and stored. A language model has too
+many outputs to store: then both networks run on the same batches. Memory holds the outputs of one batch and a few
+numbers per example.
 """
 
-import hashlib
-import json
-import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from bayesq.batches import Batch, EncodedExamples, count_batches
-from bayesq.files import lock
+from bayesq.errors import Refused
 from bayesq.likelihood import Likelihood
 from bayesq.memory import halving
-from bayesq.suite.metrics import ECE_BINS, Metric, difference_interval, measure
-from bayesq.tensor_file import CorruptFile, read_tensors, write_tensors
+from bayesq.metrics import ECE_BINS, Metric, difference_interval, measure
 
-log = logging.getLogger(__name__)
-
-# Raise when `logits` changes numerically, so that cached full-precision logits of older versions are not read.
-FORMAT = "3"
 # Numbers of each example by name, [n] on the CPU.
 Rows = dict[str, Tensor]
 # Outputs of the full-precision and of the quantized network on a batch.
 Pair = tuple[Tensor, Tensor, Batch]
-# Columns of predictions.csv where an example has one label, and where it is a sequence; those that are there.
+# Columns of predictions.csv if an example has one label, and if it is a sequence. Columns without numbers are left out.
 EXAMPLE_COLUMNS = (
     "label",
     "fp_prediction",
@@ -66,7 +57,7 @@ def outputs_of(
     """A network's outputs [b, ...] float32 on the device, batch by batch.
 
     Args:
-        label: what the progress bar says.
+        label: of the progress bar.
         autocast: name of the torch dtype of matrix products, see config.AUTOCAST; None = float32 throughout.
     """
     total = count_batches(examples, batch_size)
@@ -82,10 +73,10 @@ def logits(
     label: str,
     autocast: str | None = None,
 ) -> tuple[Tensor, int]:
-    """All outputs [n, ...] float32 on the CPU, in the order of the examples, and how often memory ran out before.
+    """All outputs [n, ...] float32 on the CPU, in the order of the examples, and how often memory ran out.
 
     Args:
-        label, autocast: as in `outputs_of`.
+        label, autocast: as of `outputs_of`.
     """
 
     def attempt(size: int) -> Tensor:
@@ -93,87 +84,41 @@ def logits(
         for out, batch in outputs_of(module, examples, size, device, label, autocast):
             if collected is None:
                 collected = out.new_empty(len(examples), *out.shape[1:])
-            collected[batch.index.to(device)] = out  # stays on the device: fetching each batch would wait for it
+            collected[batch.index.to(device)] = out  # on the device: copying each batch to the CPU would wait for it
         if collected is None:
-            raise ValueError("there is no example to evaluate")
+            raise Refused("there is no example to evaluate")
         return collected.cpu()
 
     return halving(batch_size, attempt, label)
 
 
-def cached_logits(
-    module: nn.Module,
-    identity: str,
+def pairs(
+    full: Tensor | nn.Module,
+    quantized: nn.Module,
     examples: EncodedExamples,
     batch_size: int,
     device: torch.device,
-    cache_dir: Path,
+    label: str,
     autocast: str | None = None,
-) -> tuple[Tensor, int]:
-    """`logits` of the full-precision network, computed once for all runs on the same evaluation set.
+) -> Iterator[Pair]:
+    """The outputs of both networks, batch by batch: on the CPU if those of the first are stored, else on the device.
 
     Args:
-        identity: of the network, as `Network.identity`.
+        full: stored outputs [n, ...] of the full-precision network, or that network.
+        label, autocast: as in `outputs_of`.
     """
-    content = {
-        "format": FORMAT,
-        "torch": torch.__version__,
-        "device": device.type,
-        "model": identity,
-        "architecture": repr(module),
-        "examples": examples.checksum(),
-        "batch_size": batch_size,
-        "autocast": autocast,
-    }
-    key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:24]
-    path = cache_dir / "full_precision" / f"{key}.safetensors"
-    with lock(path):
-        try:
-            tensors, metadata = read_tensors(path)
-            return tensors["logits"], int(metadata["oom_retries"])
-        except FileNotFoundError:
-            pass
-        except CorruptFile as error:
-            log.warning("full-precision cache: %s; computing it again", error)
-        computed, retries = logits(module, examples, batch_size, device, "evaluate full precision", autocast)
-        write_tensors(path, {"logits": computed}, {"oom_retries": str(retries)})
-        return computed, retries
-
-
-def against_stored(
-    full: Tensor,
-    quantized: nn.Module,
-    examples: EncodedExamples,
-    batch_size: int,
-    device: torch.device,
-    label: str,
-    autocast: str | None = None,
-) -> Iterator[Pair]:
-    """Pairs of stored full-precision outputs [n, ...] and what the quantized network gives, on the CPU."""
+    on_cpu = isinstance(full, Tensor) or device.type == "mps"  # MPS has no float64
+    place = torch.device("cpu") if on_cpu else device
     for out, batch in outputs_of(quantized, examples, batch_size, device, label, autocast):
-        yield full[batch.index], out.cpu(), batch
-
-
-def side_by_side(
-    full: nn.Module,
-    quantized: nn.Module,
-    examples: EncodedExamples,
-    batch_size: int,
-    device: torch.device,
-    label: str,
-    autocast: str | None = None,
-) -> Iterator[Pair]:
-    """Pairs of both networks' outputs, on the device; neither is stored."""
-    place = torch.device("cpu") if device.type == "mps" else device  # MPS has no float64
-    for out, batch in outputs_of(quantized, examples, batch_size, device, label, autocast):
-        yield _forward(full, batch, device, autocast).to(place), out.to(place), batch
+        reference = full[batch.index] if isinstance(full, Tensor) else _forward(full, batch, device, autocast)
+        yield reference.to(place), out.to(place), batch
 
 
 def batch_rows(full: Tensor, quantized: Tensor, batch: Batch, likelihood: Likelihood) -> Rows:
     """The numbers that evaluation keeps of the examples of a batch, [b] each.
 
-    They are kl and agreement of the two networks, the number of predictions, the label if an example has one, and under
-    the prefixes fp_ and q_ what `Likelihood.summary` gives of each network.
+    kl and agreement compare the two networks; predictions counts an example's predictions; label is there if an example
+    has one. The prefixes fp_ and q_ mark what `Likelihood.summary` returns for each network.
 
     Args:
         full, quantized: outputs [b, ...] on one device.
@@ -190,20 +135,20 @@ def batch_rows(full: Tensor, quantized: Tensor, batch: Batch, likelihood: Likeli
     return rows
 
 
-def collect_rows(pairs: Iterable[Pair], count: int, likelihood: Likelihood) -> Rows:
+def collect_rows(both: Iterable[Pair], count: int, likelihood: Likelihood) -> Rows:
     """`batch_rows` of all `count` examples, in their order.
 
     Raises:
-        ValueError: there is none.
+        Refused: there is none.
     """
     collected: Rows = {}
-    for full, quantized, batch in pairs:
+    for full, quantized, batch in both:
         for name, values in batch_rows(full, quantized, batch, likelihood).items():
             if name not in collected:
                 collected[name] = torch.empty(count, dtype=values.dtype)
             collected[name][batch.index] = values.cpu()
     if not collected:
-        raise ValueError("there is no example to evaluate")
+        raise Refused("there is no example to evaluate")
     return collected
 
 
@@ -217,37 +162,19 @@ def paired_rows(
     label: str,
     autocast: str | None = None,
 ) -> tuple[Rows, int]:
-    """`collect_rows` of all examples, and how often memory ran out before.
-
-    Args:
-        full: stored outputs [n, ...] of the full-precision network, or that network.
-        label, autocast: as in `outputs_of`.
-    """
+    """`collect_rows` of all examples, and how often memory ran out; arguments as of `pairs`."""
 
     def attempt(size: int) -> Rows:
-        if isinstance(full, Tensor):
-            pairs = against_stored(full, quantized, examples, size, device, label, autocast)
-        else:
-            pairs = side_by_side(full, quantized, examples, size, device, label, autocast)
-        return collect_rows(pairs, len(examples), likelihood)
+        both = pairs(full, quantized, examples, size, device, label, autocast)
+        return collect_rows(both, len(examples), likelihood)
 
     return halving(batch_size, attempt, label)
-
-
-def autocast_effect(full: Tensor, lower: Tensor, likelihood: Likelihood) -> dict[str, object]:
-    """What evaluation.autocast alone does to the full-precision network, under a key of its own.
-
-    Args:
-        full, lower: stored outputs [n, ...] of the same network in float32 and under autocast.
-        likelihood: of the outputs.
-    """
-    return {"autocast/kl_to_float32": float(likelihood.kl(full, lower).mean())}
 
 
 def compare(rows: Rows, seed: int, metrics: Sequence[Metric]) -> dict[str, object]:
     """All metrics of a quantized network against its full-precision original, under the contract's result keys.
 
-    What the outputs have no meaning for is null: q/agreement, q/ece and fp/ece of a regression.
+    q/agreement, q/ece and fp/ece are None for a regression.
 
     Args:
         rows: of `collect_rows`.
@@ -275,8 +202,8 @@ def compare(rows: Rows, seed: int, metrics: Sequence[Metric]) -> dict[str, objec
     for prefix in ("q", "fp"):
         result |= {f"{prefix}/nll": mean_nll(rows[f"{prefix}_nll"], rows["predictions"]), f"{prefix}/ece": None}
         if f"{prefix}_confidence" in rows:
-            calibrated = expected_calibration_error(rows[f"{prefix}_confidence"], rows[f"{prefix}_correct"])
-            result[f"{prefix}/ece"] = calibrated
+            error = expected_calibration_error(rows[f"{prefix}_confidence"], rows[f"{prefix}_correct"])
+            result[f"{prefix}/ece"] = error
     return result
 
 
@@ -292,7 +219,7 @@ def mean_nll(nll: Tensor, predictions: Tensor) -> float:
         nll: of each example in nats per prediction [n].
         predictions: of each example [n].
     """
-    # Added up in the order of torch's own cross-entropy, whose mean over examples results have always reported.
+    # Summed in the order of torch's cross-entropy, so that results stay equal to those of earlier versions.
     zeros = torch.zeros(len(nll), dtype=torch.long)
     total = torch.nn.functional.nll_loss(-(nll * predictions)[:, None], zeros, reduction="sum")
     return float(total / predictions.sum())

@@ -1,4 +1,4 @@
-"""What share of a network a run quantizes, and what it leaves in full precision."""
+"""What share of a network is quantized, and what stays in full precision."""
 
 import logging
 from collections.abc import Iterable, Mapping
@@ -7,14 +7,11 @@ from dataclasses import dataclass
 from torch import nn
 
 from bayesq.quant.layers import Layer, embedding_tables, weight_key
-from bayesq.suite.models.base import parameter_count
 
 log = logging.getLogger(__name__)
 
-# Tensors left out that are named: the largest ones.
-NAMED = 5
-# Names on the terminal.
-SHOWN = 2
+# Names of unquantized tensors in the result, the largest first, and in the log line.
+NAMED, SHOWN = 5, 2
 
 
 @dataclass(frozen=True)
@@ -31,8 +28,13 @@ class Coverage:
     left_out: dict[str, int]
 
 
+def parameter_count(module: nn.Module) -> int:
+    """Number of trainable and frozen parameters, each shared tensor once."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
 def coverage(module: nn.Module, layers: Mapping[str, Layer | nn.Embedding]) -> Coverage:
-    """The share of `module` that `layers` are."""
+    """What quantizing `layers`, by name, covers of `module`."""
     quantized = {weight_key(name, layer) for name, layer in layers.items()}
     shared = {id(layer.weight) for layer in layers.values()}
     left = {
@@ -46,7 +48,7 @@ def coverage(module: nn.Module, layers: Mapping[str, Layer | nn.Embedding]) -> C
 
 
 def report(covered: Coverage, module: nn.Module, unreached: Iterable[str]) -> None:
-    """One line on what is quantized, a warning below one half, and one on layers that the forward pass never uses."""
+    """Log the quantized share (a warning below one half), and warn of layers that the forward pass never uses."""
     tables = {f"{name}.weight" for name in embedding_tables(module)}
     names = list(covered.left_out)[:SHOWN]
     left = ", ".join(f"{name} ({_millions(covered.left_out[name])})" for name in names)
