@@ -80,7 +80,10 @@ def state_checksum(module: nn.Module) -> str:
 
 
 def initialised(make: Callable[[], Module]) -> Module:
-    """The module from `make`, in evaluation mode; the global generator's state does not change."""
+    """What `make` builds, in evaluation mode, without a draw from the caller's generator.
+
+    The random initialisation is overwritten by weights.
+    """
     with torch.random.fork_rng(devices=[]):
         return make().eval()
 
@@ -91,8 +94,8 @@ def fit_once(
     """Fitted tensors from the cache, or from `fit` on first use.
 
     `recipe` (JSON values) holds all that determines the outcome. Its hash is part of the file name: a changed
-    recipe never meets old weights. If the file is damaged or has another recipe, a warning is logged and `fit`
-    runs again. Processes that want the same entry wait for the first one.
+    recipe never meets old weights. A damaged file, or one of another recipe under this name, costs a warning and
+    another fit. Processes that want the same entry wait for the first one.
     """
     text = json.dumps(recipe, sort_keys=True)
     key = hashlib.sha256(text.encode()).hexdigest()

@@ -20,7 +20,7 @@ from bayesq.suite.models.checkpoint import checkpoint_sha256, load_weights, read
 
 CLASSES = 10
 WIDTHS = (16, 32, 64)
-# Statistics of ImageNet pixels, not of CIFAR: the checkpoints were trained with them.
+# Of the ImageNet, not the CIFAR pixels: what the checkpoints were trained with.
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 IMAGE_SIZE = 32
@@ -119,7 +119,7 @@ class CifarResNet:
         )
 
     def bare(self, blueprint: Mapping[str, Any]) -> nn.Module:
-        """The network at a random initialisation, in evaluation mode."""
+        """The network at a random initialisation, in evaluation mode; its depth is all there is to know."""
         return initialised(lambda: ResNet((self.depth - 2) // 6))
 
 

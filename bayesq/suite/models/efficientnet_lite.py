@@ -76,7 +76,7 @@ class EfficientNetLite:
         )
 
     def bare(self, blueprint: Mapping[str, Any]) -> nn.Module:
-        """The network at a random initialisation, in evaluation mode."""
+        """The network at a random initialisation, in evaluation mode; its variant is all there is to know."""
         import timm
 
         return initialised(lambda: timm.create_model(f"tf_{self.name}", pretrained=False))

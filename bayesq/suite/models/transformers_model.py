@@ -6,7 +6,7 @@ Weights are read from safetensors only, and no code that comes with a checkpoint
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -67,7 +67,7 @@ class Origin:
         return not self.local and reachable()
 
     def load(self, kind: Any, **options: Any) -> Any:
-        """`kind.from_pretrained` of one of the library's classes, with a one-line error.
+        """`kind.from_pretrained` of one of the library's classes, with one line for whatever is wrong.
 
         Raises:
             UserError: a file is unreadable, or the hub does not answer.
@@ -80,11 +80,10 @@ class Origin:
         return from_hub(self.key, remedy, lambda: kind.from_pretrained(self.place, **options), self.online)
 
 
-@dataclass
 class TransformersClassifier:
     """A fine-tuned sequence classifier with its tokenizer.
 
-    Attributes:
+    Args:
         max_length: tokens a sentence (or pair) is truncated to, special ones included.
         source: id on the hub, or folder.
         checkpoint: folder with config.json, *.safetensors and the tokenizer's files; comes before `source` and `hub`.
@@ -95,21 +94,23 @@ class TransformersClassifier:
         hub_label_order: `label_order` of those, by task.
     """
 
-    max_length: int
-    source: str | None = None
-    checkpoint: str | None = None
-    revision: str | None = None
-    label_order: Sequence[str] | None = None
-    hub: Mapping[str, str] = field(default_factory=dict)
-    hub_label_order: Mapping[str, Sequence[str]] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        """Reject impossible settings."""
-        given = self.label_order
-        if self.max_length < SHORTEST:
-            raise UserError(f"model.max_length={self.max_length} is not possible: choose at least {SHORTEST} tokens")
-        if given is not None and (isinstance(given, str) or not given):
-            raise UserError(f"model.label_order={given}: needs a list of class names, such as [no,yes], or null")
+    def __init__(
+        self,
+        max_length: int,
+        source: str | None = None,
+        checkpoint: str | None = None,
+        revision: str | None = None,
+        label_order: Sequence[str] | None = None,
+        hub: Mapping[str, str] | None = None,
+        hub_label_order: Mapping[str, Sequence[str]] | None = None,
+    ) -> None:
+        if max_length < SHORTEST:
+            raise UserError(f"model.max_length={max_length} is not possible: choose at least {SHORTEST} tokens")
+        if label_order is not None and (isinstance(label_order, str) or not label_order):
+            raise UserError(f"model.label_order={label_order}: needs a list of class names, such as [no,yes], or null")
+        self.max_length, self.source, self.checkpoint, self.revision = max_length, source, checkpoint, revision
+        self.label_order = label_order
+        self.hub, self.hub_label_order = hub or {}, hub_label_order or {}
 
     def build(self, data: DataSplits, cache_dir: Path) -> Network:
         """The classifier for `data`; `cache_dir` stays untouched (the hub has its own).
@@ -164,10 +165,10 @@ class TransformersClassifier:
         return SequenceClassifier(model, blueprint["order"]).eval()
 
     def _origin(self, task: str) -> Origin:
-        """Where the configuration and the data set's task place the checkpoint.
+        """What the configuration and the data set's task say about the place.
 
         Raises:
-            UserError: they name no checkpoint.
+            UserError: they say nothing.
         """
         settings = (self.revision, self.label_order, "model.label_order")
         if self.checkpoint is not None:
@@ -199,14 +200,14 @@ def _tokens(origin: Origin, max_length: int) -> Tokens:
     from transformers import AutoTokenizer
 
     tokenizer = origin.load(AutoTokenizer)
-    # without tokenizer files the library builds a tokenizer of special tokens and at most two others
+    # in place of missing files the library makes one up of the special tokens, and sometimes one or two more
     if len(tokenizer) <= len(tokenizer.all_special_tokens) + 2:
         raise UserError(f"{origin.key}: has no tokenizer (tokenizer.json or vocab.txt): save one there")
     return Tokens(tokenizer, max_length, origin.key)
 
 
 def _weights(origin: Origin, config: Any) -> tuple[Any, list[str]]:
-    """The classifier, and the names of the checkpoint's unused weights.
+    """The classifier, and the names of weights that it has no place for.
 
     Raises:
         UserError: it has no weights for a part of the network.
@@ -262,7 +263,7 @@ def check_folder(origin: Origin) -> None:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Turn off the warnings and progress bars of transformers; this module raises the errors itself."""
+    """The transformers library neither warns nor draws progress bars: what matters is raised here."""
     from transformers.utils import logging as library
 
     verbosity, bars = library.get_verbosity(), library.is_progress_bar_enabled()
@@ -277,7 +278,7 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def reading(what: str, load: Callable[[], T]) -> T:
-    """Call `load`; turn any error into one line (a damaged file raises errors of several packages).
+    """`load()` with one line for whatever is wrong: libraries raise errors of several packages for a damaged file.
 
     Raises:
         UserError: it failed.
