@@ -1,4 +1,4 @@
-"""Calibration-only distillation towards the posterior-predictive teacher of `bayesq.teacher` (SPEC section 5).
+"""Calibration-only distillation towards the posterior-predictive teacher of `bayesq.teacher`.
 
 The student is the quantized network. Its codes are frozen. Scales, codebook levels, biases and the affine parameters of
 the norms are trained to minimise E_x[KL(p(.|x) || p(.|f(x; student)))] on calibration inputs. A held-out part of the

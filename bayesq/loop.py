@@ -1,4 +1,4 @@
-"""The loop over layers that runs every method with the inputs it asks for (SPEC section 11)."""
+"""The loop over layers that runs every method with the inputs it asks for."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace

@@ -213,7 +213,7 @@ def note_achieved_risk(whitenings: WhiteningStore, problems: Iterable[LayerProbl
 
 
 def weigh_by_proxy(subject: Subject, recipe: Recipe, proxy: Proxy, problems: Sequence[LayerProblem]) -> int:
-    """Note kappa in each layer: measured divergence over predicted risk at one width (SPEC section 5).
+    """Note kappa in each layer: measured divergence over predicted risk at one width.
 
     Returns:
         how often memory ran out and the measurement was repeated with smaller batches.

@@ -92,7 +92,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Proxy:
-    """Settings of the task-aware proxy (SPEC section 5).
+    """Settings of the task-aware proxy.
 
     Attributes:
         samples: number of posterior draws, the same for all layers; 0 = the posterior mean.

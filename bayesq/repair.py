@@ -1,4 +1,4 @@
-"""The stages after rounding, the same for every method: moment correction and distillation (SPEC section 5)."""
+"""The stages after rounding, the same for every method: moment correction and distillation."""
 
 import logging
 from collections.abc import Callable, Mapping
@@ -26,7 +26,7 @@ START_BATCHES = 16
 
 
 def correct(subject: Subject, result: Quantized) -> None:
-    """Match activation moments to those of the full-precision network (SPEC section 5).
+    """Match activation moments to those of the full-precision network.
 
     Raises:
         Refused: the moments of this network cannot be matched.

@@ -1,4 +1,4 @@
-"""The trained part of a quantized network: scales, codebook levels, biases and norm parameters (SPEC section 5)."""
+"""The trained part of a quantized network: scales, codebook levels, biases and norm parameters."""
 
 from collections.abc import Mapping
 from dataclasses import replace

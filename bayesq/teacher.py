@@ -1,4 +1,4 @@
-"""The posterior-predictive teacher of a distillation, and draws of a network's weights (SPEC section 5).
+"""The posterior-predictive teacher of a distillation, and draws of a network's weights.
 
     p(y | x) = 1/S sum_s p(y | f(x; w_s)),   w_s ~ q
 

@@ -2,7 +2,7 @@
 
 Rounded weights shift and rescale the outputs of their layer. Batch normalisation divides by statistics of the
 full-precision network, so the shift survives it and grows from layer to layer. One pass in forward order repairs this
-for every method alike (SPEC section 5). With m, v the per-channel mean and variance in the full-precision network and
+for every method alike. With m, v the per-channel mean and variance in the full-precision network and
 m', v' those in the quantized network whose earlier part is already corrected:
 
     input of a BatchNorm         x <- (x - m') sqrt(v / v') + m,   folded into the norm's affine parameters

@@ -1,4 +1,4 @@
-"""The flat result of a run, as the contract names its keys (SPEC section 8)."""
+"""The flat result of a run, as the contract names its keys."""
 
 import logging
 import math

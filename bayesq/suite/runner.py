@@ -43,7 +43,7 @@ Rows = list[dict[str, Any]]
 
 
 def run(cfg: DictConfig, session: Session | None = None) -> dict[str, Any]:
-    """Execute one configuration and write its files; returns the flat result of the contract (SPEC section 8).
+    """Execute one configuration and write its files; returns the flat result of the contract.
 
     Args:
         cfg: composed and validated.

@@ -1,4 +1,4 @@
-"""The loop that runs every method: what a method may read, when, and what it must return (SPEC section 11)."""
+"""The loop that runs every method: what a method may read, when, and what it must return."""
 
 from dataclasses import replace
 
