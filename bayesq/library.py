@@ -60,23 +60,20 @@ def quantize(
 ) -> tuple[nn.Module, Report]:
     """Quantize a network after training.
 
-        quantized, report = bayesq.quantize(resnet, [images], bits=3)
         quantized, report = bayesq.quantize(bert, [tokenizer(texts, padding=True, return_tensors="pt")], bits=3.5)
 
     Args:
         module: the network, in evaluation mode; it is not changed. Its output is a tensor or has `logits`.
-        batches: a few hundred calibration examples in any number of batches: tensors [b, ...], (inputs, labels) pairs,
-            of which only the inputs are read, or mappings from argument names to tensors. Sequences of different length
-            need an attention_mask [b, t]; all other inputs are then [b, t, ...].
+        batches: a few hundred calibration examples: tensors [b, ...], (inputs, labels) pairs, whose labels are not
+            read, or mappings of tensors. Sequences of different length need an attention_mask; see `encode`.
         bits: average code bits per weight, 2 to 8, fractions allowed.
         method: name of a file in conf/method: bayesq, gptq, gptaq, qronos, awq, rtn.
         posterior: name of a file in conf/posterior: kfac, ekfac, diag, lowrank. Read by method="bayesq" and by
             allocator="knapsack".
         allocator: "uniform" or "knapsack"; None = the method's default.
-        inputs: a layer's inputs are those in the "full"-precision network, those behind the quantized "prefix", or
-            "paired": both; None = the method's default.
-        correction: "moments" matches activation moments to those of the full-precision network, "mean" their means
-            (with inputs="prefix" or "paired"); "none" does not.
+        inputs: of a layer: those of the "full"-precision network, behind the quantized "prefix", or both, "paired";
+            None = the method's default.
+        correction: match activation "moments" or, behind the prefix, their "mean" to full precision; or "none".
         distill: train scales, levels, biases and norms on the calibration inputs.
         likelihood: of the outputs: "categorical", or "gaussian" for regression heads.
         exclude: patterns (fnmatch) of module names that stay in full precision.
@@ -268,6 +265,8 @@ def _statistics(subject: Subject, recipe: Recipe, batch_size: int, seed: int) ->
 
 def encode(module: nn.Module, batches: Iterable[Any]) -> TensorExamples:
     """Batches in any form that `quantize` takes, as examples with named inputs.
+
+    Sequences of different length need an attention_mask [b, t]; all other inputs are then [b, t, ...].
 
     Raises:
         Refused: there is no batch, a batch has another form, or shapes differ and there is no attention mask.

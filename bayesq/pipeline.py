@@ -26,8 +26,8 @@ from bayesq.nearest import round_to_nearest
 from bayesq.posterior import WhiteningStore
 from bayesq.progress import bar, elapsed
 from bayesq.proxy import measure_kappa
-from bayesq.quant.correction import mean_takers
 from bayesq.quant.layers import kernel_positions, kind_of, same_layer, weight_to_matrix
+from bayesq.quant.mean_takers import mean_takers
 from bayesq.recipe import Proxy, Quantized, Recipe, Statistics, Subject
 from bayesq.repair import correct, distill_student, posterior_draw
 

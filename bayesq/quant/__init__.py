@@ -9,6 +9,7 @@ one_by_one  parts of a batch, one example each
 compiled  numba's compilation, cached on disk if possible
 blocks    parts that a network runs one after the other
 resume    forward passes of several batches that stop at chosen modules together
+mean_takers  what takes up a shift of the mean of a layer's outputs: its bias, or a norm
 correction  activation moments matched to the full-precision network's
 feedback  successive rounding with error feedback (the routine GPTQ and BayesQ share)
 trellis   searching codes along a trellis

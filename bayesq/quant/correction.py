@@ -14,7 +14,6 @@ A related correction from batch normalisation statistics alone is in Nagel et al
 import weakref
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
@@ -25,7 +24,8 @@ from torch import Tensor, nn
 
 from bayesq.errors import Refused
 from bayesq.quant.blocks import find_blocks
-from bayesq.quant.layers import MASK, find_layer, is_layer, is_plain, mask_samples
+from bayesq.quant.layers import MASK, find_layer, mask_samples
+from bayesq.quant.mean_takers import moment_stops, movable_layers
 from bayesq.quant.one_by_one import one_by_one
 from bayesq.quant.resume import INPUT, OUTPUT, Readers, Resumable
 
@@ -107,11 +107,11 @@ def correct_moments(
         raise Refused("moments can only be matched in eval mode")
     for name in layers:
         find_layer(full, name)
-    movable = _movable(full, layers)
+    movable = movable_layers(full, layers)
     device = next(full.parameters()).device
     inputs = {name: x.to(device) for name, x in _thin_out(inputs, max_examples).items()}
     parts = one_by_one(inputs) if alone else _parts(inputs)
-    stops, blocks = _stops(full, layers), find_blocks(full)
+    stops, blocks = moment_stops(full, layers), find_blocks(full)
     reference = _record(full, stops, movable, blocks, parts)
 
     def norm_corrects(layer: str) -> bool:
@@ -189,18 +189,6 @@ def _parts(inputs: dict[str, Tensor]) -> list[dict[str, Tensor]]:
     return parts
 
 
-def _stops(module: nn.Module, layers: Collection[str]) -> dict[str, str]:
-    """Where activations are looked at: the inputs of every BatchNorm and the outputs of every layer in `layers`."""
-    stops = {}
-    for name, child in module.named_modules():
-        # Without running statistics a norm standardises its own batch: nothing is left to correct.
-        if isinstance(child, nn.BatchNorm1d | nn.BatchNorm2d) and child.running_mean is not None:
-            stops[name] = INPUT
-        elif name in layers and is_layer(child):
-            stops[name] = OUTPUT
-    return stops
-
-
 def _record(
     full: nn.Module,
     stops: Mapping[str, str],
@@ -250,58 +238,6 @@ def _record(
             name = next(a or b for a, b in zip_longest(way, order) if a != b)
             raise Refused(f"{name}: not every batch calls it, or not in the same order")
     return _Reference(sums, Counter(order), read_by, readers)
-
-
-def _movable(module: nn.Module, layers: Collection[str]) -> set[str]:
-    """Those of some layers whose output mean moves as their bias does: product plus a bias that no other module has."""
-    biased = {name: child for name, child in module.named_modules() if getattr(child, "bias", None) is not None}
-    users = Counter(id(child.bias) for child in biased.values())
-    return {
-        name
-        for name, child in biased.items()
-        if name in layers
-        and is_layer(child)
-        and users[id(child.bias)] == 1
-        and (not isinstance(child, nn.Linear) or is_plain(child))
-    }
-
-
-@torch.no_grad()
-def mean_takers(module: nn.Module, layers: Collection[str], inputs: Mapping[str, Tensor]) -> dict[str, str]:
-    """By layer, the module that takes up a shift of its outputs' mean: a BatchNorm that alone reads it, or itself.
-
-    Args:
-        module: in eval mode.
-        layers: names of layers.
-        inputs: one batch.
-    """
-    outputs: list[tuple[str, Tensor, int]] = []
-    read_by: dict[str, str] = {}
-    calls: Counter[str] = Counter()
-
-    def gave(name: str, _: nn.Module, __: Any, output: Tensor) -> None:
-        calls[name] += 1
-        outputs.append((name, output, output._version))
-
-    def read(name: str, _: nn.Module, args: tuple[Tensor, ...]) -> None:
-        calls[name] += 1
-        for layer, output, version in outputs:
-            # An in-place activation keeps the tensor and raises its version: the norm then reads something else.
-            if args and output is args[0] and output._version == version:
-                read_by[layer] = name
-
-    stops = _stops(module, layers)
-    with ExitStack() as hooks:
-        for name, which in stops.items():
-            part = module.get_submodule(name)
-            if which == INPUT:
-                hooks.callback(part.register_forward_pre_hook(partial(read, name)).remove)
-            else:
-                hooks.callback(part.register_forward_hook(partial(gave, name)).remove)
-        module(**inputs)
-    movable = _movable(module, layers)
-    takers = {name: read_by.get(name, name if name in movable else "") for name in layers}
-    return {name: taker for name, taker in takers.items() if taker and calls[name] == 1 and calls[taker] == 1}
 
 
 def _channel_dim(module: nn.Module) -> int:

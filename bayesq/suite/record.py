@@ -71,10 +71,7 @@ def flat_result(
         "risk/rank_correlation": risk_rank_correlation(layers),
         "risk/explained": explained_risk(layers, metrics["q/kl_to_fp"]),
         **{f"time/{stage}_s": value for stage, value in (quantized.seconds | dict(seconds)).items()},
-        "memory/peak_rss_bytes": peak_bytes(),
-        "memory/process": process(),
-        "memory/estimate_bytes": estimate_bytes,
-        "memory/peak_device_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0,
+        **memory(device, estimate_bytes),
         "calibration/examples": len(work.subject.examples),
         "evaluation/examples": len(work.evaluation),
         **{f"fallback/{kind}": times for kind, times in fallbacks(quantized, unreached).items()},
@@ -83,13 +80,28 @@ def flat_result(
         "host": host(device),
         "git": git_state(),
         code_digest.KEY: code_digest.digest(code_digest.packages(resolved(cfg))),
-        "source": {
-            "dataset": work.data.source,
-            "model": work.network.description,
-            "weights": work.network.checksum,
-            "calibration": work.subject.examples.checksum(),
-            "evaluation": work.evaluation.checksum(),
-        },
+        "source": sources(work),
+    }
+
+
+def sources(work: Workload) -> dict[str, Any]:
+    """Where data and weights come from, and their checksums."""
+    return {
+        "dataset": work.data.source,
+        "model": work.network.description,
+        "weights": work.network.checksum,
+        "calibration": work.subject.examples.checksum(),
+        "evaluation": work.evaluation.checksum(),
+    }
+
+
+def memory(device: torch.device, estimate_bytes: int) -> dict[str, Any]:
+    """Peaks of the process and of its device so far, and what the preflight expected, under their result keys."""
+    return {
+        "memory/peak_rss_bytes": peak_bytes(),
+        "memory/process": process(),
+        "memory/estimate_bytes": estimate_bytes,
+        "memory/peak_device_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0,
     }
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import bayesq
 from bayesq.errors import Refused
-from bayesq.quant.correction import mean_takers
+from bayesq.quant.mean_takers import mean_takers
 
 EXAMPLES = 48
 
