@@ -40,8 +40,9 @@ def needs_of(
         statistics=statistics,
         whitenings=store,
         budget=SimpleNamespace(bits=4),
-        method=SimpleNamespace(inputs=inputs),
-        correction=correction,
+        inputs=inputs,
+        in_step=inputs == "paired",
+        correction="moments" if correction else "none",
         distillation=SimpleNamespace(batch_size=distillation_batch) if distillation_batch else None,
     )
     subject = SimpleNamespace(

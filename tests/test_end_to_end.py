@@ -25,7 +25,7 @@ from bayesq.allocation import Knapsack
 from bayesq.posterior import KroneckerPosterior, WhiteningStore
 from bayesq.quant.accounting import affine_overhead_bits, buffer_bytes
 from bayesq.quant.packing import PARAMETER_PREFIX, pack_model, unpack_model
-from bayesq.suite import config, plan, runner, schema
+from bayesq.suite import config, plan, preflight, runner, schema
 from bayesq.suite.calibration import Calibration
 from bayesq.suite.errors import UserError
 from bayesq.suite.results import load_results
@@ -419,7 +419,7 @@ def test_where_whitenings_wait_changes_nothing(
     made = count_whitenings(monkeypatch)
     monkeypatch.setattr(plan, "WhiteningStore", partial(WhiteningStore, memory_limit=0))
     if not fewer:
-        monkeypatch.setattr(plan, "SPARE_DISK", 1e12)
+        monkeypatch.setattr(preflight, "SPARE_DISK", 1e12)
     result = run_here(tmp_path, "here", f"method=bayesq cache_dir={sweep / 'cache'}{switch}")
     found = tmp_path / "here" / result["run_id"]
     assert (found / "quantized.safetensors").read_bytes() == plain.read_bytes()

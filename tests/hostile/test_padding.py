@@ -304,10 +304,11 @@ def test_every_stage_reads_all_examples_without_padding(tmp_path, monkeypatch):
     monkeypatch.setattr(nn.Module, "__call__", watch)
     more = ("proxy=mc", "monte_carlo.examples=8", "monte_carlo.samples=1", "distill=true")
     result = run(tmp_path, "FNet", "method=bayesq", *more)
-    run(tmp_path, "FNet", "method=gptq", "correction=moments")
+    run(tmp_path, "FNet", "method=gptq", "inputs=full", "correction=moments")
+    run(tmp_path, "FNet", "method=gptq", "inputs=paired", "correction=moments")
     assert result["status"] == "finished" and result["distill/best_step"] is not None
     assert given["measure_kappa"] == [(8, True)]
     correction = given["correct_moments"][-1]
     assert correction == (16, True) and len(given["correct_moments"]) == 2
     # The probe, while the network is loaded, is all that tries padding: on either side, each time.
-    assert seen.count(False) == 2 * 2
+    assert seen.count(False) == 3 * 2

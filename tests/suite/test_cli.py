@@ -125,7 +125,7 @@ BAD_COMMANDS = [
     (["bits=3,3.5,4"], "add -m"),
     (["-m", "method=bayesq,gptq", "bits=3,11"], "bits=11"),
     (["-m", "bits=3,4", "seed=range(-1,1)"], "seed=-1"),
-    (["method=gtpq"], "method=gtpq: choose one of awq, bayesq, gptq, rtn; did you mean 'gptq'?"),
+    (["method=gtpq"], "method=gtpq: choose one of awq, bayesq, gptaq, gptq, qronos, rtn; did you mean 'gptq'?"),
     (["-m", "method=gptq,foo"], "method=foo"),
     (["method=null"], "method=null"),
     (["model=resnet51"], "model=resnet51"),
@@ -193,7 +193,7 @@ def test_a_missing_accelerator_is_found_before_anything_runs(capsys: pytest.Capt
     with pytest.raises(UserError, match=r"^device=cuda:99: "):
         cli.preflight(["device=cuda:99"])
     if not torch.cuda.is_available():
-        with pytest.raises(UserError, match=r"^device=cuda: no CUDA device"):
+        with pytest.raises(UserError, match=r"^device=cuda: this machine has no device cuda; choose auto or cpu"):
             cli.preflight(["-m", "device=cpu,cuda"])
 
 

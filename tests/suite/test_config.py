@@ -97,7 +97,7 @@ def test_settings_of_a_stage_that_is_off_do_not_count(default: DictConfig, secti
     [
         (["proxy=mcmc"], "proxy=mcmc: choose one of none, mc"),
         (["proxy=mc", "method=gptq"], "proxy=mc: .*allocator=knapsack"),
-        (["correction=moment"], "correction=moment: choose one of none, moments; did you mean 'moments'"),
+        (["correction=moment"], "correction=moment: choose one of none, mean, moments; did you mean 'moments'"),
         (["distill=1"], "distill=1: needs true or false"),
         (["distill=true", "calibration.examples=4"], "calibration.examples=4: distill=true has to hold out"),
         (["monte_carlo.examples=0"], "monte_carlo.examples=0"),

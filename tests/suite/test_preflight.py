@@ -87,9 +87,14 @@ def test_whitenings_are_in_memory_or_on_disk():
 def test_every_stage_that_is_chosen_counts():
     parameters = 4 * (31 * 20 + 21 * 5)
     assert set(needs().stages) == {"calibration", "evaluation", "rounding"}
-    more = needs(correction=True, distillation_batch=2, inputs="prefix")
+    more = needs(correction=True, distillation_batch=2)
     assert set(more.stages) - set(needs().stages) == {"correction", "distillation"}
-    assert more.stages["rounding"] - needs().stages["rounding"] == parameters + (2 * 4 + 16) * SMALL.largest
+    plain, prefix, paired = (needs(inputs=inputs).stages["rounding"] for inputs in ("full", "prefix", "paired"))
+    walk = (2 * 4 + 16) * SMALL.largest
+    assert prefix - plain == parameters + walk
+    assert paired - prefix > walk  # a second network's inputs, and the sums of both
+    # behind the prefix the moments are matched while rounding
+    assert "correction" not in needs(correction=True, inputs="prefix").stages
     assert needs(evaluation=9 * LARGE).stages["evaluation"] - needs().stages["evaluation"] == 3 * LARGE
     assert more.memory == 10**6 + max(more.stages.values())
 

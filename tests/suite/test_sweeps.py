@@ -96,6 +96,6 @@ def test_an_ablation_changes_what_its_file_says_and_nothing_else(name: str, tmp_
     before, after = flatten(full.config), flatten(own.config)
     assert all(after[key] == value for key, value in flatten(content).items())
     changed = {key for key in before.keys() | after.keys() if before.get(key) != after.get(key)}
-    # the allocator of a method is its default unless the file names one
-    allowed = {"allocator"} if "method" in replaced else set()
+    # allocator and inputs are the method's defaults unless the file names them
+    allowed = {"allocator", "inputs"} if "method" in replaced else set()
     assert {key for key in changed - flatten(content).keys() - allowed if key.split(".")[0] not in replaced} == set()
