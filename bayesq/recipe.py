@@ -151,6 +151,9 @@ class Recipe:
         Raises:
             Refused: naming the key.
         """
+        if hasattr(self.method, "inputs"):
+            name = type(self.method).__name__
+            raise Refused(f"{name}.inputs is not read: write `inputs: {self.method.inputs}` in the method's YAML")
         if self.inputs not in INPUTS:
             raise Refused(f"inputs={self.inputs}: choose one of {', '.join(INPUTS)}")
         if CROSS_MOMENT in self.method.statistics and self.inputs != "paired":

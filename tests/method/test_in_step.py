@@ -7,8 +7,11 @@ import torch
 from torch import Tensor, nn
 
 import bayesq
+from baselines.rtn import RTN
+from bayesq.allocation import Budget, Uniform
 from bayesq.errors import Refused
 from bayesq.quant.mean_takers import mean_takers
+from bayesq.recipe import Recipe
 
 EXAMPLES = 48
 
@@ -106,6 +109,13 @@ def test_paired_inputs_say_what_they_did() -> None:
 def test_inputs_that_a_method_cannot_use_are_refused(switches: dict, message: str) -> None:
     with pytest.raises(Refused, match=message):
         quantized(network(), **switches)
+
+
+def test_a_method_cannot_choose_its_inputs_by_an_attribute_that_nobody_reads() -> None:
+    method = RTN("mse")
+    method.inputs = "prefix"
+    with pytest.raises(Refused, match=r"RTN\.inputs is not read: write `inputs: prefix` in the method's YAML"):
+        Recipe(method, Uniform(), Budget(3, "code"))
 
 
 def shared_norm() -> nn.Module:
