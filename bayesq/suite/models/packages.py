@@ -1,4 +1,4 @@
-"""Weights that come in pip packages, their files compared with pinned checksums."""
+"""Weights from pip packages, with pinned checksums."""
 
 import importlib
 from dataclasses import dataclass
@@ -11,10 +11,10 @@ from bayesq.suite.errors import UserError
 
 @dataclass(frozen=True)
 class WeightPackage:
-    """A pip package that a model reads its weights from.
+    """A pip package that holds a model's weights.
 
     Attributes:
-        model: as on the command line.
+        model: its name on the command line, for messages.
         name, version: of the package.
     """
 
@@ -33,7 +33,7 @@ class WeightPackage:
         """The package's module.
 
         Raises:
-            UserError: it is not installed.
+            UserError: the package is not installed.
         """
         try:
             return importlib.import_module(self.name.replace("-", "_"))
@@ -41,10 +41,10 @@ class WeightPackage:
             raise UserError(f"model={self.model} needs the package {self.name}: run `{self._install}`") from None
 
     def verified(self, file: Path, sha256: str) -> Path:
-        """A file of the package.
+        """`file`, after a check of its checksum.
 
         Raises:
-            UserError: it is not the pinned one.
+            UserError: the file is missing, or its checksum is not `sha256`.
         """
         actual = file_sha256(file) if file.exists() else "no file"
         if actual != sha256:
