@@ -1,7 +1,7 @@
 """The CIFAR ResNets of He et al. (2016), section 4.2: three stages of 16, 32 and 64 channels on images of 32x32.
 
 Layer names and shortcuts are those of the published checkpoints of akamaster/pytorch_resnet_cifar10. The shortcuts
-("option A") have no weights, so only 3x3 convolutions and the head are quantized.
+("option A") have no weights: all weights are in 3x3 convolutions and the head.
 """
 
 from collections.abc import Mapping

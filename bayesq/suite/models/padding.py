@@ -1,9 +1,9 @@
-"""Whether a network tells padding from tokens, found out by running it.
+"""Test whether padding changes a network's logits or layer inputs.
 
-Three texts go through the full-precision network alone and in one padded batch. Where all is well, the logits agree,
-and so do the inputs of every layer at the positions that its statistics are taken from. Where it is not (pooled
-positions, Fourier transforms and convolutions over positions, positions counted from the wrong end), what the network
-computes would depend on the batch size, and padding would enter the statistics.
+Three texts go through the full-precision network alone and in one padded batch. Padding is safe if the logits agree,
+and if the inputs of every layer agree at the positions that calibration uses. Otherwise the logits would depend on the
+batch size, or padding would enter the calibration statistics. Causes are pooling, Fourier transforms or convolutions
+over positions, and positions counted from the wrong end.
 """
 
 from collections.abc import Callable
@@ -17,18 +17,18 @@ from bayesq.batches import ALONE, EQUAL, Batch, Layout, TensorExamples
 from bayesq.quant.layers import MASK, Layer, input_samples, is_layer, mask_samples
 from bayesq.suite.config import one_line
 
-# Largest difference relative to the norm that counts as float noise.
+# Largest relative difference that counts as rounding noise.
 TOLERANCE = 1e-4
 
 
 @dataclass
 class _Seen:
-    """What passes over the examples showed.
+    """Logits and layer inputs of some examples.
 
     Attributes:
         logits: [classes] by example.
-        inputs: by layer and example, for each call: sums [c] of |x| over the positions of the example, and over all
-            positions, as if the whole batch shared them.
+        inputs: by layer and example, a pair for each call of the layer: the sums [c] of |x| over the example's
+            positions, and over all positions of the call (for an input that the whole batch shares).
     """
 
     logits: dict[int, Tensor] = field(default_factory=dict)
@@ -36,26 +36,26 @@ class _Seen:
 
 
 def find_layout(module: nn.Module, encode: Callable[[Layout], TensorExamples], side: str) -> tuple[Layout, str | None]:
-    """The first layout that changes nothing: padded on `side`, on the other, batches of equal length, of one example.
+    """The first safe layout: padded on `side`, padded on the other side, of equal length, of one example.
 
     Args:
         module: in evaluation mode.
-        encode: gives the same examples in any layout: some of equal, some of other length.
-        side: of padding, as the tokenizer wants it.
+        encode: gives the same examples in any layout. Some have equal length, and some do not.
+        side: the tokenizer's side of padding.
 
     Returns:
-        the layout, and what speaks against padding on `side`, if anything does.
+        the layout, and the fault of padding on `side` (None: no fault).
 
     Raises:
-        ValueError: the network cannot run one of the examples alone, or draws random numbers.
+        ValueError: the network cannot run an example alone, or its outputs are random.
     """
     single = Layout(side, ALONE)
     try:
         alone = _watch(module, encode(single))
-    except Exception as error:  # anything that a network may raise
+    except Exception as error:  # a network may raise anything
         raise ValueError(f"the network cannot run ({type(error).__name__}: {one_line(str(error))[:200]})") from error
     if not all(bool(torch.isfinite(logits).all()) for logits in alone.logits.values()):
-        return Layout(side), None  # nothing can be compared; the run says what of the network is no number
+        return Layout(side), None  # no comparison is possible; the run reports the NaN or infinity later
     first: str | None = None
     for layout in (Layout(side), Layout("left" if side == "right" else "right"), Layout(side, EQUAL)):
         fault = _fault(module, encode(layout), alone)
@@ -68,7 +68,7 @@ def find_layout(module: nn.Module, encode: Callable[[Layout], TensorExamples], s
 
 
 def _fault(module: nn.Module, examples: TensorExamples, alone: _Seen) -> str | None:
-    """What speaks against batches of these examples; None if nothing does."""
+    """What goes wrong in batches of these examples; None if their logits and layer inputs agree with `alone`."""
     side = examples.layout.side
     try:
         seen = _watch(module, examples)
@@ -76,7 +76,7 @@ def _fault(module: nn.Module, examples: TensorExamples, alone: _Seen) -> str | N
         return f"batches padded on the {side} do not run ({type(error).__name__}: {one_line(str(error))[:200]})"
     largest = max(float(logits.abs().max()) for logits in alone.logits.values())
     difference = max(float((seen.logits[k] - logits).abs().max()) for k, logits in alone.logits.items())
-    if not difference <= TOLERANCE * largest:  # also if it is no number
+    if not difference <= TOLERANCE * largest:  # also for NaN
         return f"padding on the {side} changes its outputs by up to {difference:.2g}"
     keys = seen.inputs.keys() | alone.inputs.keys()
     wrong = {name for name, k in keys if not _agree(seen.inputs.get((name, k), []), alone.inputs.get((name, k), []))}
@@ -88,7 +88,7 @@ def _fault(module: nn.Module, examples: TensorExamples, alone: _Seen) -> str | N
 
 
 def _agree(seen: list[tuple[Tensor, Tensor]], alone: list[tuple[Tensor, Tensor]]) -> bool:
-    """Whether a layer's calls read of an example in a batch what they read of it alone, or what the batch shares."""
+    """Whether a layer's inputs for an example are the same in a batch as alone; they may be shared by the batch."""
     return len(seen) == len(alone) and all(
         any(
             float((x - expected).norm()) <= TOLERANCE * float(expected.norm())
@@ -101,7 +101,7 @@ def _agree(seen: list[tuple[Tensor, Tensor]], alone: list[tuple[Tensor, Tensor]]
 
 @torch.no_grad()
 def _watch(module: nn.Module, examples: TensorExamples) -> _Seen:
-    """Run all examples in batches as large as their layout allows."""
+    """Run all examples, in batches as large as their layout allows."""
     seen = _Seen()
     layers = {name: child for name, child in module.named_modules() if is_layer(child)}
     for batch in examples.batches(len(examples), "cpu"):
@@ -128,7 +128,7 @@ def _recorder(
         try:
             samples, _ = mask_samples(input_samples(own_layer, x, examples), batch.inputs.get(MASK))
             sums_by_example = list(samples.abs().double().sum(2).flatten(1))
-        except RuntimeError:  # no multiple of the batch
+        except RuntimeError:  # its size is not a multiple of the batch size
             sums_by_example = [torch.full_like(shared, torch.nan)] * examples
         for k, sums in zip(batch.index.tolist(), sums_by_example, strict=True):
             seen.inputs.setdefault((name, k), []).append((sums, shared))

@@ -1,6 +1,6 @@
-"""Photos and image tensors to batches of an ImageNet network, with the preprocessing that timm records for it.
+"""Batches of an ImageNet network from photos or image tensors, with the preprocessing that timm records for it.
 
-What becomes of 16-bit greys, transparency and EXIF orientation: see bayesq.suite.datasets.pictures.
+See `bayesq.suite.datasets.pictures` for 16-bit greys, transparency and EXIF orientation.
 """
 
 import hashlib
@@ -30,12 +30,12 @@ from bayesq.tensor_file import digest
 
 T = TypeVar("T")
 R = TypeVar("R")
-# Image tensors are resized by torch, which has no more filters than these; the others become the finer one.
+# The filters that torch has for image tensors. All others are replaced by the last one.
 FILTERS = ("bilinear", "bicubic")
-# Sets up to this size stay decoded in memory, as bytes: 7,133 photos of 224x224, hence any usual calibration set, which
-# is read several times. The 50,000 of ImageNet's validation set would take 7.5 GB.
+# Sets up to this size stay decoded in memory. This is 7,133 photos of 224x224, more than a usual calibration set,
+# which is read several times. The 50,000 photos of ImageNet's validation set would take 7.5 GB.
 DECODED_BYTES = 2**30
-# Photos that are decoded before they are asked for.
+# Number of photos that are decoded in advance.
 AHEAD = 64
 
 
@@ -45,7 +45,7 @@ class ImageExamples(ABC):
 
     Attributes:
         labels: [n].
-        mean, std: of the network's training pixels in [0, 1], per channel.
+        mean, std: per channel, of the network's training pixels in [0, 1].
     """
 
     labels: Tensor
@@ -58,13 +58,13 @@ class ImageExamples(ABC):
 
     @abstractmethod
     def _images(self, batches: Sequence[Tensor], device: torch.device | str) -> Iterator[Tensor]:
-        """Images [b, 3, height, width] in [0, 1], not normalised, at the positions [b] of each batch."""
+        """For each batch of positions [b], the images [b, 3, height, width] in [0, 1], not normalised."""
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def checksum(self) -> str:
-        """sha256 hex over images, labels and what is done to them; computed once."""
+        """sha256 hex of images, labels and preprocessing; computed once."""
         return self._checksum
 
     @cached_property
@@ -85,7 +85,7 @@ class ImageExamples(ABC):
 
 @dataclass(frozen=True)
 class EncodedPhotos(ImageExamples):
-    """Photos that are resized and cropped, held as bytes: a quarter of the memory of floats.
+    """Resized and cropped photos in memory; uint8 takes a quarter of the memory of float32.
 
     Attributes:
         pixels: [n, 3, height, width] uint8.
@@ -103,12 +103,12 @@ class EncodedPhotos(ImageExamples):
 
 @dataclass(frozen=True)
 class StreamedPhotos(ImageExamples):
-    """Photos that are decoded anew in every pass, while the network works on the batch before.
+    """Photos that are decoded again in every pass, while the network works on the previous batch.
 
     Attributes:
         photos: n photos.
-        decode: a photo to [3, height, width] uint8.
-        preprocessing: what `decode` does, for the checksum.
+        decode: turns a photo into [3, height, width] uint8.
+        preprocessing: description of `decode`, for the checksum.
     """
 
     photos: Sequence[Photo]
@@ -129,7 +129,7 @@ class StreamedPhotos(ImageExamples):
 
 @dataclass(frozen=True)
 class ScaledImages(ImageExamples):
-    """Image tensors that are scaled as a whole, batch by batch: at 224 pixels CIFAR-10 takes 6 GB.
+    """Image tensors that are scaled batch by batch, without a crop. At 224 pixels, 10,000 images would take 6 GB.
 
     Attributes:
         images: [n, 3, height, width] in [0, 1].
@@ -154,9 +154,9 @@ class ScaledImages(ImageExamples):
 
 
 def prefetched(items: Sequence[T], work: Callable[[T], R], ahead: int) -> Iterator[R]:
-    """`work` on every item, in order, with up to `ahead` more done in threads before they are asked for.
+    """Results of `work` on every item, in order; threads compute up to `ahead` results in advance.
 
-    Decoding and resizing release the interpreter's lock.
+    Threads are enough, because decoding and resizing release the interpreter's lock.
     """
     threads = ThreadPoolExecutor(os.cpu_count())
     waiting: deque[Future[R]] = deque()
@@ -167,12 +167,12 @@ def prefetched(items: Sequence[T], work: Callable[[T], R], ahead: int) -> Iterat
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
-    finally:  # also when whoever iterates stops early
+    finally:  # also when the consumer stops early
         threads.shutdown(cancel_futures=True)
 
 
 def in_threads(work: Callable[[T], R], items: Sequence[T], step: str) -> Iterator[R]:
-    """`work` on every item, in order, with a bar."""
+    """Results of `work` on every item, in order, with a progress bar."""
     results = prefetched(items, work, AHEAD)
     yield from tqdm(results, total=len(items), desc=step, unit="", disable=None, leave=False)
 
@@ -185,11 +185,7 @@ def _content(photo: Photo) -> str:
 
 @contextmanager
 def _named(photo: Photo) -> Iterator[None]:
-    """Name the photo that cannot be read or decoded.
-
-    Raises:
-        UserError: the block failed.
-    """
+    """Raise a UserError that names the photo if reading or decoding fails."""
     try:
         yield
     except (OSError, ValueError) as error:
@@ -197,12 +193,12 @@ def _named(photo: Photo) -> Iterator[None]:
 
 
 class PhotoEncoder:
-    """Decodes, resizes and crops as a timm network expects it.
+    """Decodes, resizes and crops photos as a timm network expects them.
 
     Args:
         model: the network's name on the command line, for messages.
         module: a timm network; its `pretrained_cfg` holds size, crop, interpolation, mean and std.
-        image_size: pixels a side, if not the network's own.
+        image_size: height and width in pixels; None: the network's own.
     """
 
     def __init__(self, model: str, module: nn.Module, image_size: int | None = None) -> None:
@@ -228,12 +224,10 @@ class PhotoEncoder:
         }
 
     def __call__(self, examples: Examples) -> EncodedExamples:
-        """Decode every photo once.
-
-        A set above DECODED_BYTES is decoded batch by batch instead, in every pass.
+        """Decode every photo once; sets above DECODED_BYTES are decoded batch by batch, in every pass.
 
         Raises:
-            UserError: the inputs are not photos, or one cannot be decoded (of a large set: once its batch comes).
+            UserError: the inputs are not photos, or one cannot be decoded (in a large set: when its batch is read).
         """
         photos = photos_of(self.model, examples)
         given = examples.labels, tuple(self.config["mean"]), tuple(self.config["std"])
@@ -241,7 +235,7 @@ class PhotoEncoder:
             preprocessing = json.dumps(self.description, sort_keys=True)
             return StreamedPhotos(*given, photos, self._pixels, preprocessing)
         pixels = torch.empty(len(photos), *self.config["input_size"], dtype=torch.uint8)
-        # in the order they are stored: of a file of many photos neighbours are read together
+        # in storage order, because neighbours in one file are read together
         order = sorted(range(len(photos)), key=photos.__getitem__)
         decoded_photos = in_threads(lambda row: self._pixels(photos[row]), order, "decode photos")
         for row, image in zip(order, decoded_photos, strict=True):
@@ -258,7 +252,7 @@ def photos_of(model: str, examples: Examples) -> Sequence[Photo]:
     """The inputs, if they are photos.
 
     Raises:
-        UserError: they are something else.
+        UserError: they are not photos.
     """
     inputs = examples.inputs
     photos = [] if isinstance(inputs, Tensor) else [item for item in inputs if isinstance(item, Photo)]

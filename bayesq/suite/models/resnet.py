@@ -15,14 +15,14 @@ from bayesq.suite.datasets.base import DataSplits, Examples
 from bayesq.suite.errors import UserError
 from bayesq.suite.models.base import Network, fit_once
 
-# Training: SGD with Nesterov momentum under a one-cycle schedule. Peak rate 0.1 gave 98.7 to 99.3 % of the
-# evaluation digits over two splits and three seeds, 0.05 gave 97.7 to 99.2 %; wider or deeper networks were no
-# better. Judged on evaluation digits: a choice made for a network to quantize, not for a claim about digits.
+# Training: SGD with Nesterov momentum and a one-cycle schedule. A peak rate of 0.1 gave an accuracy of 98.7 to 99.3 %
+# over two splits and three seeds, and 0.05 gave 97.7 to 99.2 %. Wider or deeper networks were not better. These
+# are accuracies on evaluation digits, so the full-precision accuracy is not an unbiased estimate.
 BATCH_SIZE = 64
 PEAK_LEARNING_RATE = 0.1
 MOMENTUM = 0.9
 WEIGHT_DECAY = 5e-4
-# Random translation in pixels of the raw image; without it 800 digits are learnt by heart.
+# Random translation in pixels of the raw image. Without it, the network memorises the 800 digits.
 MAX_SHIFT = 1
 
 
@@ -32,9 +32,9 @@ class SmallResNet:
     Args:
         depths: blocks in each of the four stages.
         channels: width of each stage; the stem is as wide as the first.
-        image_size: side in pixels that images are scaled to; the network divides it by 32 in total.
+        image_size: images are scaled to this height and width in pixels; the network divides both by 32 in total.
         epochs: passes over the train split.
-        training_seed: seed of initial weights, order and augmentation; the run's own `seed` never reaches the
+        training_seed: seed of initial weights, order and augmentation; the run's own `seed` does not affect the
             full-precision network.
     """
 
@@ -59,7 +59,7 @@ class SmallResNet:
         """The network for `data`, trained on `data.train` once.
 
         Raises:
-            UserError: the data set is not made of images, or has none to train on.
+            UserError: the data set has no image tensors, or no train split.
         """
         train = _images(data.train)
         if not len(train):
@@ -102,11 +102,11 @@ class SmallResNet:
         return self._untrained(blueprint["in_channels"], blueprint["num_classes"]).eval()
 
     def _untrained(self, in_channels: int, num_classes: int) -> nn.Module:
-        """The network at its seeded initialisation; the caller's global generator is left as it was."""
+        """The network at its seeded initialisation; the global generator is left unchanged."""
         from timm.models.resnet import BasicBlock, ResNet
 
         with torch.random.fork_rng(devices=[]):
-            # Not torch.manual_seed: that would reseed every accelerator as well, which the fork does not undo.
+            # torch.manual_seed would also reseed every accelerator, and the fork does not undo that.
             torch.default_generator.manual_seed(self.training_seed)
             return ResNet(
                 BasicBlock,  # type: ignore[arg-type]  # timm annotates the instance and means the class
@@ -148,10 +148,9 @@ class SmallResNet:
 
 @contextmanager
 def _single_thread() -> Iterator[None]:
-    """Let torch compute in one thread, as many as before afterwards.
+    """Limit torch to one thread, so that the trained network does not depend on the number of cores.
 
-    The order of summation, hence the trained network, otherwise depends on the number of cores; for layers this
-    small more threads are not faster anyway.
+    More threads change the order of summation, and are not faster for such small layers.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -162,7 +161,7 @@ def _single_thread() -> Iterator[None]:
 
 
 class _Preprocess:
-    """Images in [0, 1] to what the network was trained on: normalised per channel, `size` pixels a side."""
+    """Normalises images in [0, 1] per channel and scales them to `size` x `size` pixels."""
 
     def __init__(self, mean: Tensor, std: Tensor, size: int) -> None:
         self.mean = mean.view(1, -1, 1, 1)
@@ -170,7 +169,7 @@ class _Preprocess:
         self.size = (size, size)
 
     def scale(self, images: Tensor) -> Tensor:
-        """Normalised images [n, channels, size, size] of raw ones [n, channels, height, width]."""
+        """Normalised images [n, channels, size, size] from raw images [n, channels, height, width]."""
         return functional.interpolate(
             (images - self.mean) / self.std, size=self.size, mode="bilinear", align_corners=False
         )
@@ -180,7 +179,7 @@ class _Preprocess:
 
 
 def random_shift(images: Tensor, reach: int, generator: torch.Generator) -> Tensor:
-    """Each image [n, channels, height, width] moved by up to `reach` pixels either way, black moving in."""
+    """Images [n, channels, height, width], each shifted by up to `reach` pixels per axis and filled with black."""
     count, _, height, width = images.shape
     wide = functional.pad(images, (reach, reach, reach, reach))
     offset = torch.randint(0, 2 * reach + 1, (2, count, 1), generator=generator)
@@ -191,11 +190,7 @@ def random_shift(images: Tensor, reach: int, generator: torch.Generator) -> Tens
 
 
 def _images(examples: Examples) -> Tensor:
-    """The inputs, if they are images.
-
-    Raises:
-        UserError: they are text or files of photos.
-    """
+    """The inputs, if they are image tensors; UserError if they are text or photos."""
     if not isinstance(examples.inputs, Tensor):
         raise UserError(
             "model=resnet reads images of one small size, but this data set gives text or photos: "

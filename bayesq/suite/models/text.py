@@ -1,4 +1,4 @@
-"""What models of text share: raw texts, padded tokens, and classifiers of the transformers library."""
+"""Shared code of the text models: raw texts, padded tokens, and classifiers of the transformers library."""
 
 import inspect
 import json
@@ -18,25 +18,25 @@ from bayesq.suite.errors import UserError
 
 log = logging.getLogger(__name__)
 
-# Keys of a transformers configuration that say nothing about the network.
+# Keys of a transformers configuration that do not describe the network.
 NOTES = ("transformers_version", "architectures", "attn_implementation", "auto_map")
 
 Texts = list[str] | list[tuple[str, str]]
 
 
 class SequenceClassifier(nn.Module):
-    """A transformers model for sequence classification; its logits in the order of the data set's labels.
+    """A transformers model for sequence classification, with logits in the order of the data set's labels.
 
     Args:
         model: called with keyword arguments, returns an object with `logits`.
-        order: position among the model's logits of each of the data set's labels; None: they agree.
+        order: for each label of the data set, the index of the model's logit; None: the orders agree.
     """
 
     def __init__(self, model: nn.Module, order: Sequence[int] | None = None) -> None:
         super().__init__()
         self.model = model
         self.order = None if order is None else [int(k) for k in order]
-        self.masked = MASK in inspect.signature(model.forward).parameters  # FNet's takes none
+        self.masked = MASK in inspect.signature(model.forward).parameters  # FNet takes no mask
         classes = cast(Any, model).config.num_labels
         if self.order is not None and not all(0 <= k < classes for k in self.order):
             raise ValueError(f"order={self.order}: the model has logits 0 to {classes - 1}")
@@ -49,24 +49,21 @@ class SequenceClassifier(nn.Module):
         return logits if self.order is None else logits[:, self.order]
 
     def extra_repr(self) -> str:
-        """The order, which no parameter shows."""
+        """The order of the logits."""
         return "" if self.order is None else f"order={self.order}"
 
 
 def config_of(model: nn.Module) -> dict[str, Any]:
-    """The configuration of a transformers model as JSON values, without the place it was read from.
-
-    What is asked of the library in every build (attention) and what it notes for itself is left out.
-    """
+    """The configuration of a transformers model as JSON values, without private keys and NOTES."""
     content: dict[str, Any] = json.loads(cast(Any, model).config.to_json_string(use_diff=False))
     return {key: value for key, value in content.items() if not key.startswith("_") and key not in NOTES}
 
 
 def texts_of(examples: Examples, model: str) -> Texts:
-    """The sentences, or pairs of them, of the examples.
+    """The sentences (or pairs) of the examples.
 
     Raises:
-        UserError: they hold images.
+        UserError: the examples are images.
     """
     texts = [] if isinstance(examples.inputs, Tensor) else list(examples.inputs)
     if isinstance(examples.inputs, Tensor) or any(isinstance(text, Path) for text in texts):
@@ -83,10 +80,10 @@ def token_examples(
     """Examples of different length, padded to the longest.
 
     Args:
-        rows: name of the module's argument -> numbers of each token of each example; input_ids among them.
+        rows: name of the module's argument -> for each example, one integer per token; must include input_ids.
         labels: [n].
-        padding: what fills up an argument, where that is not 0.
-        layout: where padding lies, and which examples share a batch.
+        padding: name of the module's argument -> its padding value; 0 for all others.
+        layout: side of the padding, and which examples share a batch; None: the default layout.
     """
     layout = layout or Layout()
 
@@ -103,19 +100,19 @@ def token_examples(
 def label_order(
     names: Sequence[str], classes: Sequence[str], given: Sequence[str] | None, key: str
 ) -> tuple[list[int] | None, str]:
-    """Which logit stands for which of the data set's classes, and how that is known.
+    """Match the model's logits to the data set's classes.
 
     Args:
-        names: the checkpoint's names of its logits, in their order.
-        classes: the data set's names, in the order of its labels; none where they have no names.
-        given: names in the order of the logits, from the configuration; None: nothing was given.
-        key: what `given` is or would be called in the configuration.
+        names: the checkpoint's label names, in the order of its logits.
+        classes: the data set's class names, in the order of its labels; empty if the labels have no names.
+        given: label names from the configuration, in the order of the logits; None: not configured.
+        key: configuration key of `given`, for messages.
 
     Returns:
-        position of each class among the logits, None where that is the data set's order; and a phrase for the result.
+        the logit's index for each class (None: the orders agree), and the source of the order, for the result file.
 
     Raises:
-        UserError: what was given are not the data set's classes.
+        UserError: `given` does not name the data set's classes.
     """
     if given is not None:
         order = _positions(given, classes)
@@ -127,7 +124,7 @@ def label_order(
         return None, "the labels have no names"
     order = _positions(names, classes)
     if order is None:
-        if not all(re.fullmatch(r"LABEL_\d+", name) for name in names):  # the library's names where nobody gave any
+        if not all(re.fullmatch(r"LABEL_\d+", name) for name in names):  # the library's default names
             log.warning(
                 f"logits named {', '.join(names)} are taken for {', '.join(classes)}; {key}=[...] tells another order"
             )
@@ -136,7 +133,7 @@ def label_order(
 
 
 def _positions(names: Sequence[str], classes: Sequence[str]) -> list[int] | None:
-    """Place of each class among the names, whatever their case and separators; None if they are not the same set."""
+    """Index of each class in `names`, ignoring case and separators; None if the two sets differ."""
     plain = [re.sub(r"[\W_]+", "", str(name)).lower() for name in names]
     wanted = [re.sub(r"[\W_]+", "", name).lower() for name in classes]
     if sorted(plain) != sorted(wanted):

@@ -1,4 +1,4 @@
-"""Any image classifier of timm by name, with pinned published weights or a checkpoint of the user's."""
+"""Any image classifier of timm, with published weights or a user's checkpoint."""
 
 from collections.abc import Mapping
 from difflib import get_close_matches
@@ -21,13 +21,11 @@ WEIGHTS_FILE = "model.safetensors"
 class TimmModel:
     """An architecture of timm; nothing is trained here.
 
-    Without a checkpoint the weights are the published ones of the name's tag, from the hub or its cache.
-
     Args:
         architecture: name in timm, best with a tag: `resnet50.tv_in1k` pins the weights and their preprocessing.
-        checkpoint: path of a file that `read_checkpoint` can read; None = published weights.
-        revision: commit, tag or branch of the weights' hub repository; None = its main branch.
-        image_size: pixels a side of the network's input; None = its own.
+        checkpoint: path of a file that `read_checkpoint` can read; None: the tag's weights from the hub or its cache.
+        revision: commit, tag or branch of the weights' hub repository; None: its main branch.
+        image_size: height and width of the network's input in pixels; None: the network's own.
     """
 
     def __init__(
@@ -47,10 +45,10 @@ class TimmModel:
         self.image_size = image_size
 
     def build(self, data: DataSplits, cache_dir: Path) -> Network:
-        """The network with its weights; `cache_dir` stays untouched (the hub has a cache of its own).
+        """The network with its weights; `cache_dir` is not used (the hub has its own cache).
 
         Raises:
-            UserError: timm has no such network, the weights cannot be had, or they have other classes than the data.
+            UserError: timm has no such network, its weights are not available, or the data set does not fit it.
         """
         published = self._published()
         if self.checkpoint is None:
@@ -85,11 +83,7 @@ class TimmModel:
         return module
 
     def _published(self) -> Any:
-        """What timm records about the name: a PretrainedCfg.
-
-        Raises:
-            UserError: there is no such name or tag.
-        """
+        """timm's PretrainedCfg of the architecture; UserError if timm does not know the name or tag."""
         import timm
         from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg
 
@@ -104,14 +98,10 @@ class TimmModel:
         return get_pretrained_cfg(self.architecture)
 
     def _create(self, published: Any, **options: Any) -> nn.Module:
-        """The network in evaluation mode.
-
-        Raises:
-            UserError: it cannot be built for that image size.
-        """
+        """The network in evaluation mode; UserError if it cannot be built for the image size."""
         import timm
 
-        if published.fixed_input_size:  # position embeddings or windows depend on it; the others take any size
+        if published.fixed_input_size:  # for position embeddings or windows; other networks take any size
             options["img_size"] = self.image_size
         try:
             return initialised(lambda: timm.create_model(self.architecture, **options))
@@ -123,10 +113,10 @@ class TimmModel:
             ) from error
 
     def _pretrained(self, published: Any, num_classes: int) -> tuple[nn.Module, dict[str, object]]:
-        """The network with published weights, and where those come from.
+        """The network with published weights, and their origin.
 
         Raises:
-            UserError: there are none, they have other classes, or the hub does not give them.
+            UserError: there are no weights, they have other classes, or they cannot be downloaded.
         """
         name, instead = _full_name(published), "give the weights with model.checkpoint=FILE"
         if not published.hf_hub_id:
@@ -142,7 +132,7 @@ class TimmModel:
         asked = key if self.revision is None else f"{key} at model.revision={self.revision}"
         files = hub_file(repository, file, self.revision, asked, instead)
         tell_commit(key, self.revision, files.commit, "model.revision")
-        # by its commit, which timm then finds in the cache without asking the hub again
+        # given the commit, timm finds the file in the cache and does not ask the hub again
         module = self._create(
             published, pretrained=True, pretrained_cfg_overlay={"hf_hub_id": f"{repository}@{files.commit}"}
         )
@@ -150,26 +140,22 @@ class TimmModel:
 
 
 def _unfuse(module: nn.Module) -> None:
-    """Plain matrix products: the fused kernels' backward passes are not deterministic on every device."""
+    """Turn off fused attention: its backward pass is not deterministic on every device."""
     for part in module.modules():
         if hasattr(part, "fused_attn"):
-            setattr(part, "fused_attn", False)  # noqa: B010  # typed as one of torch's own attributes otherwise
+            setattr(part, "fused_attn", False)  # noqa: B010  # mypy wants a tensor or module in an assignment
 
 
 def _full_name(published: Any) -> str:
-    """Architecture and tag, also where the tag was left to timm."""
+    """Architecture and tag; without a tag in the name, timm's default."""
     return f"{published.architecture}.{published.tag}" if published.tag else str(published.architecture)
 
 
 class _Encoder(PhotoEncoder):
-    """Photos as PhotoEncoder reads them, or image tensors scaled to the network's input."""
+    """Encodes photos as PhotoEncoder does, and scales image tensors to the network's input."""
 
     def check(self, examples: Examples) -> None:
-        """Refuse what is neither photos nor colour images.
-
-        Raises:
-            UserError: naming what the data set gives.
-        """
+        """Raise a UserError for image tensors without three channels."""
         images = examples.inputs
         if isinstance(images, Tensor) and (images.ndim != 4 or images.shape[1] != 3):
             raise UserError(
@@ -178,19 +164,19 @@ class _Encoder(PhotoEncoder):
             )
 
     def describe(self, examples: Examples) -> dict[str, object]:
-        """The preprocessing of examples such as these, as JSON values for the result file."""
+        """The preprocessing of these examples, as JSON values for the result file."""
         if not isinstance(examples.inputs, Tensor):
             return self.description
         return self.description | {"crop_pct": 1.0, "crop_mode": "none", "interpolation": self._filter}
 
     @property
     def _filter(self) -> str:
-        """The filter that scales image tensors."""
+        """Interpolation of image tensors."""
         recorded: str = self.config["interpolation"]
         return recorded if recorded in FILTERS else FILTERS[-1]
 
     def __call__(self, examples: Examples) -> EncodedExamples:
-        """Photos or scaled images; raises as PhotoEncoder does."""
+        """Encoded photos or scaled images; raises as PhotoEncoder does."""
         self.check(examples)
         if not isinstance(examples.inputs, Tensor):
             return super().__call__(examples)

@@ -1,4 +1,4 @@
-"""Texts as the tokens of a network of the transformers library, in batches that do not change what it computes."""
+"""Encode texts for a network of the transformers library, in batches that do not change its outputs."""
 
 import inspect
 import logging
@@ -17,19 +17,19 @@ from bayesq.suite.models.text import Texts, texts_of, token_examples
 
 log = logging.getLogger(__name__)
 
-PROBED = 64  # texts whose longest tells whether the network may see padding
+PROBED = 64  # the longest of this many texts tests whether padding is safe
 
 
 class Tokens:
     """Encodes texts with a tokenizer of the transformers library.
 
     Args:
-        tokenizer: with a padding token.
-        max_length: tokens of a text or pair, at most.
-        key: of the model, for messages.
+        tokenizer: must have a padding token.
+        max_length: texts (or pairs) are truncated to this number of tokens.
+        key: the model's name, for messages.
 
     Raises:
-        UserError: it has no padding token, or does not take so many tokens.
+        UserError: the tokenizer has no padding token, or takes fewer than `max_length` tokens.
     """
 
     def __init__(self, tokenizer: Any, max_length: int, key: str) -> None:
@@ -48,36 +48,36 @@ class Tokens:
             raise UserError(f"model.max_length={self.max_length} is not possible: {self.key} takes at most {longest}")
 
     def fit_to(self, model: Any) -> None:
-        """Give the model token_type_ids if it takes them and the tokenizer makes them, and the token for padding.
+        """Pass token_type_ids if model and tokenizer have them, and tell the model the padding token.
 
         Raises:
-            UserError: the model has fewer positions or token embeddings than may be asked for.
+            UserError: the model has too few positions or token embeddings.
         """
         positions = getattr(model.config, "max_position_embeddings", None)
-        if isinstance(positions, int) and positions > 0:  # XLNet's -1: as many as one likes
+        if isinstance(positions, int) and positions > 0:  # XLNet has -1: no limit
             self._check_length(positions)
         if len(self.tokenizer) > _known_tokens(model):
             raise UserError(f"{self.key}: its tokenizer knows more tokens than its embedding table has rows")
         text = model.config.get_text_config()
-        if getattr(text, "pad_token_id", None) is None:  # decoders look for the last token that is no padding
+        if getattr(text, "pad_token_id", None) is None:  # decoders classify at the last token that is not padding
             text.pad_token_id = self.tokenizer.pad_token_id
         takes = inspect.signature(model.forward).parameters
         if "token_type_ids" in takes and "token_type_ids" in self.tokenizer.model_input_names:
             self.names = ("input_ids", "attention_mask", "token_type_ids")
 
     def try_layouts(self, module: nn.Module, examples: Examples) -> None:
-        """Batch texts in the way that changes nothing of what the network computes; see `find_layout`.
+        """Choose the layout of batches that does not change the network's outputs; see `find_layout`.
 
-        It is tried on the longest of a few texts, on its beginning, and on a text of the same length: its second token
-        in place of all in between.
+        Three texts are tried: the longest of a few texts, its beginning, and a text of the same length that repeats its
+        second token.
 
         Raises:
-            UserError: the network cannot run them.
+            UserError: the network cannot run them, or its outputs are random.
         """
         texts = texts_of(examples.select(torch.arange(min(len(examples), PROBED))), "transformers")
         text = max(texts, key=_characters)
         rows = self.rows(cast(Texts, [text, _each(text, self._beginning)]))
-        if len({len(tokens) for tokens in rows["input_ids"]}) == 1:  # of one word, say
+        if len({len(tokens) for tokens in rows["input_ids"]}) == 1:  # for example, texts of one word
             rows = self.rows(cast(Texts, [_each(text, lambda part: f"{part} {part}"), text]))
         for name, numbers in rows.items():
             first, between, last = numbers[0][:1], numbers[0][1:-1], numbers[0][1:][-1:]
@@ -96,11 +96,11 @@ class Tokens:
             log.log(level, f"{self.key}: {fault}; calibration and evaluation use batches {self.layout}")
 
     def _beginning(self, text: str) -> str:
-        """A quarter of what is read of the text, or less."""
+        """The first quarter of the text, at most about `max_length` / 4 characters."""
         return text[: min(len(text), self.max_length) // 4 + 1]
 
     def rows(self, texts: Texts) -> dict[str, list[list[int]]]:
-        """Numbers of the tokens of each text, by name of the module's argument."""
+        """Token numbers of each text, by name of the module's argument."""
         single = [text if isinstance(text, str) else text[0] for text in texts]
         second = [text[1] for text in texts if not isinstance(text, str)]
         encoded = self.tokenizer(
@@ -114,7 +114,7 @@ class Tokens:
         return {name: encoded[name] for name in self.names}
 
     def padded(self, rows: Mapping[str, list[list[int]]], labels: Tensor, layout: Layout) -> TensorExamples:
-        """Padded to the longest."""
+        """Examples from `rows`, padded to the longest."""
         padding = {"input_ids": self.tokenizer.pad_token_id, "token_type_ids": self.tokenizer.pad_token_type_id}
         return token_examples(rows, labels, padding, layout)
 
@@ -128,12 +128,12 @@ def _characters(text: str | tuple[str, str]) -> int:
 
 
 def _each(text: str | tuple[str, str], change: Callable[[str], str]) -> str | tuple[str, str]:
-    """A text, or both of a pair, changed."""
+    """Apply `change` to a text, or to both texts of a pair."""
     return change(text) if isinstance(text, str) else (change(text[0]), change(text[1]))
 
 
 def _known_tokens(model: Any) -> float:
-    """Rows of the embedding table; without limit for networks that have none (CANINE hashes, Perceiver maps bytes)."""
+    """Rows of the embedding table; infinite for networks without one (CANINE hashes, Perceiver maps bytes)."""
     try:
         table = model.get_input_embeddings()
     except NotImplementedError:

@@ -1,6 +1,6 @@
 """Any sequence classifier of the transformers library, from the hub or from a folder.
 
-Weights are read from safetensors only, and no code that comes with a checkpoint is ever run.
+Weights are read from safetensors only, and code from a checkpoint is never run.
 """
 
 import logging
@@ -28,11 +28,11 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-UNNAMED = "transformers"  # the YAML's name of a model that nobody has named
-SHORTEST = 8  # tokens: the special ones and a few words
-# Tables of numbers 0, 1, 2, ... and counters, which are no weights.
+UNNAMED = "transformers"  # the YAML's default for model.name
+SHORTEST = 8  # tokens: special tokens and a few words
+# Tables of integers 0, 1, 2, ... and counters: they are not weights.
 INTEGERS = ("position_ids", "token_type_ids", "num_batches_tracked")
-# Asked of the library in every build. Plain matrix products are deterministic in the backward pass on every device.
+# The library's options in every build. With "eager", the backward pass is deterministic on every device.
 OPTIONS: dict[str, Any] = {
     "attn_implementation": "eager",
     "experts_implementation": "eager",
@@ -46,12 +46,12 @@ class Origin:
     """Where a classifier comes from.
 
     Attributes:
-        key: as typed, for messages.
+        key: the setting as typed, for messages.
         place: folder, or id on the hub.
-        local: whether it is a folder.
+        local: whether `place` is a folder.
         revision: commit, tag or branch on the hub; None: its main branch.
-        order: names of its logits in their order, if they have to be told.
-        order_key: where those come from.
+        order: label names from the configuration, in the order of the logits; None: not configured.
+        order_key: configuration key of `order`.
     """
 
     key: str
@@ -63,11 +63,11 @@ class Origin:
 
     @cached_property
     def online(self) -> bool:
-        """Whether the hub is asked."""
+        """Whether files may be downloaded from the hub."""
         return not self.local and reachable()
 
     def load(self, kind: Any, **options: Any) -> Any:
-        """`kind.from_pretrained` of one of the library's classes, with one line for whatever is wrong.
+        """`kind.from_pretrained` for a class `kind` of the library; any error becomes a UserError of one line.
 
         Raises:
             UserError: a file is unreadable, or the hub does not answer.
@@ -84,14 +84,14 @@ class TransformersClassifier:
     """A fine-tuned sequence classifier with its tokenizer.
 
     Args:
-        max_length: tokens a sentence (or pair) is truncated to, special ones included.
+        max_length: sentences (or pairs) are truncated to this number of tokens, special tokens included.
         source: id on the hub, or folder.
-        checkpoint: folder with config.json, *.safetensors and the tokenizer's files; comes before `source` and `hub`.
-        revision: commit, tag or branch on the hub; None: the one that `hub` names, else its main branch.
-        label_order: names of the data set's classes in the order of the checkpoint's logits; None: the names in the
-            checkpoint's config if they are the data set's, else the data set's order.
-        hub: ids on the hub by task, for models with a checkpoint per task; ID@REVISION pins one.
-        hub_label_order: `label_order` of those, by task.
+        checkpoint: folder with config.json, *.safetensors and the tokenizer's files; overrides `source` and `hub`.
+        revision: commit, tag or branch on the hub; None: the revision in `hub`, else the main branch.
+        label_order: the data set's class names in the order of the checkpoint's logits; None: by the names in the
+            checkpoint's config if they match, else the data set's order.
+        hub: ids on the hub by task, for models with one checkpoint per task; ID@REVISION pins a revision.
+        hub_label_order: `label_order` by task, for the checkpoints in `hub`.
     """
 
     def __init__(
@@ -113,11 +113,11 @@ class TransformersClassifier:
         self.hub, self.hub_label_order = hub or {}, hub_label_order or {}
 
     def build(self, data: DataSplits, cache_dir: Path) -> Network:
-        """The classifier for `data`; `cache_dir` stays untouched (the hub has its own).
+        """The classifier for `data`; `cache_dir` is not used (the hub has its own cache).
 
         Raises:
-            UserError: files are missing or unreadable, the hub cannot be reached, it is no fine-tuned sequence
-                classifier in safetensors, or its outputs are not the data set's.
+            UserError: files are missing or unreadable, the hub cannot be reached, the checkpoint is not a fine-tuned
+                sequence classifier in safetensors, or its outputs do not fit the data set.
         """
         origin = self._origin(data.subset)
         if origin.local:
@@ -165,11 +165,7 @@ class TransformersClassifier:
         return SequenceClassifier(model, blueprint["order"]).eval()
 
     def _origin(self, task: str) -> Origin:
-        """What the configuration and the data set's task say about the place.
-
-        Raises:
-            UserError: they say nothing.
-        """
+        """The origin from the settings and the data set's task; UserError if they name none."""
         settings = (self.revision, self.label_order, "model.label_order")
         if self.checkpoint is not None:
             return Origin(f"model.checkpoint={self.checkpoint}", self.checkpoint, True, *settings)
@@ -192,29 +188,21 @@ class TransformersClassifier:
 
 
 def _tokens(origin: Origin, max_length: int) -> Tokens:
-    """The origin's tokenizer.
-
-    Raises:
-        UserError: there is none.
-    """
+    """The origin's tokenizer; UserError if it has none."""
     from transformers import AutoTokenizer
 
     tokenizer = origin.load(AutoTokenizer)
-    # in place of missing files the library makes one up of the special tokens, and sometimes one or two more
+    # without these files, the library makes a tokenizer from the special tokens and up to two more
     if len(tokenizer) <= len(tokenizer.all_special_tokens) + 2:
         raise UserError(f"{origin.key}: has no tokenizer (tokenizer.json or vocab.txt): save one there")
     return Tokens(tokenizer, max_length, origin.key)
 
 
 def _weights(origin: Origin, config: Any) -> tuple[Any, list[str]]:
-    """The classifier, and the names of weights that it has no place for.
-
-    Raises:
-        UserError: it has no weights for a part of the network.
-    """
+    """The classifier, and the names of unused weights; UserError if a part of the network has no weights."""
     from transformers import AutoModelForSequenceClassification
 
-    # The initialisation, overwritten by the checkpoint, draws from the global generator.
+    # the library initialises with the global generator before it loads the weights
     with torch.random.fork_rng(devices=[]), quiet_transformers():
         model, report = origin.load(
             AutoModelForSequenceClassification, config=config, use_safetensors=True, output_loading_info=True, **OPTIONS
@@ -233,12 +221,12 @@ def _weights(origin: Origin, config: Any) -> tuple[Any, list[str]]:
 
 
 def check_folder(origin: Origin) -> None:
-    """Check that a folder has what a classifier needs, before anything slow is imported.
+    """Check the files of a local classifier before slow imports.
 
-    The library would convert whole numbers to weights, so the headers are checked too.
+    The headers are checked too, because the library would convert integers to weights without an error.
 
     Raises:
-        UserError: a file is missing or cannot be read, or holds whole numbers in place of weights.
+        UserError: a file is missing or unreadable, or holds integers in place of weights.
     """
     from safetensors import safe_open
 
@@ -263,7 +251,7 @@ def check_folder(origin: Origin) -> None:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """The transformers library neither warns nor draws progress bars: what matters is raised here."""
+    """Turn off warnings and progress bars of the transformers library; bayesq reports the problems itself."""
     from transformers.utils import logging as library
 
     verbosity, bars = library.get_verbosity(), library.is_progress_bar_enabled()
@@ -278,10 +266,10 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def reading(what: str, load: Callable[[], T]) -> T:
-    """`load()` with one line for whatever is wrong: libraries raise errors of several packages for a damaged file.
+    """The result of `load()`.
 
     Raises:
-        UserError: it failed.
+        UserError: any error of `load`, in one line; a damaged file can raise errors of several packages.
     """
     try:
         return load()
