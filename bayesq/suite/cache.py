@@ -1,4 +1,4 @@
-"""The folder of what bayesq may recompute."""
+"""The cache folder."""
 
 import os
 from pathlib import Path
@@ -7,6 +7,6 @@ import platformdirs
 
 
 def resolve_cache_dir(cache_dir: str | None) -> Path:
-    """Folder of what bayesq may recompute: the config key, else BAYESQ_CACHE_DIR, else the user's cache folder."""
+    """Absolute cache folder: `cache_dir`, else the variable BAYESQ_CACHE_DIR, else the user's cache folder."""
     chosen = cache_dir or os.environ.get("BAYESQ_CACHE_DIR") or platformdirs.user_cache_dir("bayesq")
     return Path(chosen).expanduser().absolute()

@@ -1,8 +1,8 @@
 """Calibration statistics on disk: computed once per (model, data, settings) and shared by a whole sweep.
 
-Each statistic has a file under <cache_dir>/statistics/<key>/, whose key covers the model's weights, the calibration
-examples, the layers and every setting that changes a number. What the statistics are is in `bayesq.calibration` and
-`bayesq.fisher`.
+Each statistic has a file under <cache_dir>/statistics/<key>/. The key covers the model's weights, the calibration
+examples, the layers and every setting that changes a number. `bayesq.calibration` and `bayesq.fisher` define the
+statistics.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 # Space in a file's header for its metadata, except the names of unreached layers.
 METADATA_BYTES = 1024
-# Bytes of running sums in a pass with calibration.offload=disk; a larger layer takes a pass alone.
+# Bytes of running sums in a pass with calibration.offload=disk; a larger layer gets its own pass.
 OFFLOADED_SUM_BYTES = 64 * 2**20
 
 
@@ -39,10 +39,10 @@ class Calibration(NetworkStatistics):
     """Statistics on disk.
 
     Attributes:
-        identity: of the network, as `Network.identity`.
+        identity: `Network.identity` of the network.
         cache_dir: root of the caches.
-        seconds: what each statistic took when it was computed, without the shared forward passes.
-        forward_s: what the forward passes took.
+        seconds: by name, computing time without the shared forward passes.
+        forward_s: seconds of the shared forward passes.
         reused: by name, whether the file existed already.
         oom_retries: by name, how often the pass ran out of memory.
     """
@@ -73,7 +73,7 @@ class Calibration(NetworkStatistics):
 
     @property
     def _fisher(self) -> dict[str, Any]:
-        """The settings of gradients."""
+        """The settings in the keys of statistics that need gradients."""
         settings = self.settings
         return {
             "samples": settings.samples,
@@ -97,18 +97,18 @@ class Calibration(NetworkStatistics):
         return self._paths[statistic]
 
     def prepare(self, statistics: Iterable[Statistic]) -> None:
-        """Compute the statistics, and those they require, that have no file yet or a corrupt one.
+        """Compute the statistics, and those they require, whose file is missing or corrupt.
 
         Another process that needs the same file waits for it.
 
         Raises:
-            ValueError: two statistics that differ have one name.
+            ValueError: two different statistics have the same name.
         """
         needed = families(statistics)
         self.statistics = with_required([*self.statistics.values(), *(one for family in needed for one in family)])
         for family in needed:
             with ExitStack() as locks:
-                # every process locks in the order of `family`, so that no two wait for each other
+                # every process locks in the order of `family`, which prevents deadlocks
                 for statistic in family:
                     locks.enter_context(lock(self.path(statistic)))
                 missing = [statistic for statistic in family if not self._check(statistic)]
@@ -116,12 +116,12 @@ class Calibration(NetworkStatistics):
                     self._compute(missing)
 
     def missing(self, statistics: Iterable[Statistic]) -> list[Statistic]:
-        """The statistics, and those they require, that have no file yet."""
+        """The statistics, and those they require, whose file is missing."""
         return [one for family in families(statistics) for one in family if not self.path(one).exists()]
 
     @property
     def total_s(self) -> float:
-        """Seconds that the prepared statistics take in a run without a cache."""
+        """Seconds that the prepared statistics would take without a cache."""
         return self.forward_s + sum(self.seconds.values())
 
     def load(self, layer: str, statistic: Statistic) -> Tensor:
@@ -173,7 +173,7 @@ class Calibration(NetworkStatistics):
                     "forward_s": f"{forward:.3f}",
                     "unseen": json.dumps(report.unseen),
                     "examples": str(report.gradient_examples if backward else len(self.examples)),
-                    "oom_retries": str(retries if statistic == first else 0),  # of the pass, once
+                    "oom_retries": str(retries if statistic == first else 0),  # counted once per pass
                 }
                 writer.finish(metadata)
                 self._note(statistic, metadata, reused=False)

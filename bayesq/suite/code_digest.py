@@ -1,7 +1,7 @@
-"""Whether the code that computes a run has been edited since it ran: a digest of its sources, kept in result.json.
+"""A digest of the source code of a run, kept in result.json: it shows whether the code has changed since the run.
 
-The sources are those of bayesq and baselines, and of the packages that the configuration names (`_target_`). All of
-them count, also those that a run does not read: a remark may be needless, but none is missing.
+It covers bayesq, baselines and the packages that the configuration names (`_target_`). It covers all their files, so it
+may also change with a file that the run does not use.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ OURS = ("baselines", "bayesq")
 
 
 def packages(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """Top-level names of the `_target_`s of a resolved config that are not ours."""
+    """Top-level packages of the `_target_`s of a resolved config, without `OURS`."""
     return tuple(sorted({target.partition(".")[0] for target in _targets(config)} - {*OURS}))
 
 
@@ -31,9 +31,9 @@ def _targets(node: Any) -> Iterator[str]:
 
 @cache
 def digest(packages: tuple[str, ...]) -> str | None:
-    """16 hexadecimal digits of our sources and those of `packages`; None where one of these is not there any more.
+    """Digest (16 hexadecimal digits) of the sources of `OURS` and `packages`; None if a package has no sources.
 
-    Computed once a process: what is edited later is not what runs.
+    Cached, because a later edit does not change the code that this process has loaded.
     """
     total = hashlib.sha256()
     for package in (*OURS, *packages):
@@ -47,9 +47,9 @@ def digest(packages: tuple[str, ...]) -> str | None:
 
 
 def has_changed(result: Mapping[str, Any]) -> bool:
-    """Whether the code of a finished run is known to differ from what is there now.
+    """Whether the code has changed since a finished run.
 
-    Results of earlier versions keep no such digest, and a package may not be here any more: then nothing is known.
+    False if that is unknown: the result has no digest (earlier versions), or a package is no longer installed.
     """
     recorded, config = result.get(KEY), result.get("config")
     if not isinstance(recorded, str) or not isinstance(config, Mapping):
@@ -60,13 +60,13 @@ def has_changed(result: Mapping[str, Any]) -> bool:
 
 @cache
 def sources(package: str) -> tuple[Path, ...]:
-    """Source files of a top-level module or package, in order; nothing is imported.
+    """Sorted source files of a top-level module or package, found without an import.
 
-    If it lies in a folder of the user's, then also those of the modules and packages beside it, which it may import.
+    For the user's own code, also the modules and packages in the same folder, because it may import them.
     """
     try:
         spec = find_spec(package)
-    except (ImportError, ValueError):  # __main__, for one
+    except (ImportError, ValueError):  # for example __main__
         spec = None
     if spec is None or not (spec.origin or "").endswith(".py"):
         return ()
@@ -81,6 +81,6 @@ def sources(package: str) -> tuple[Path, ...]:
 
 
 def is_users(package: str, file: Path) -> bool:
-    """Whether a top-level module or package is neither installed, nor Python's, nor ours."""
+    """Whether a top-level module or package is neither installed, nor in the standard library, nor in `OURS`."""
     installed = {"site-packages", "dist-packages"} & set(file.parts)
     return not installed and package not in (*OURS, *sys.stdlib_module_names)

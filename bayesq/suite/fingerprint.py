@@ -1,8 +1,8 @@
-"""What decides a network's function beside its weights, as one checksum: the key of everything that is cached for it.
+"""A checksum of everything but the weights that determines a network's function; the key of its cached files.
 
-`repr` does not tell the number of attention heads, how often a block is called, the epsilon of a norm, or a mask.
-Modules keep such things as plain attributes and in configurations, so these are what is hashed, module by module,
-together with the source files of the modules' classes and the versions of the libraries.
+The `repr` of a network lacks, for example, the number of attention heads, the epsilon of a norm, and masks. Modules
+keep these values in attributes and configurations. The checksum covers both for every module, the source files of the
+modules' classes, and the versions of the libraries.
 """
 
 import functools
@@ -25,7 +25,7 @@ from bayesq.suite.code_digest import is_users, sources
 
 # Libraries whose functions networks call.
 LIBRARIES = ("numpy", "timm", "torch", "torchvision", "transformers")
-# Attributes that every module has and that no forward pass reads; places and notes that differ between equal networks.
+# Attributes that no forward pass reads: those of every module, and paths and notes.
 NO_FUNCTION = frozenset(vars(nn.Module())) | {
     "_commit_hash",
     "_name_or_path",
@@ -36,12 +36,12 @@ NO_FUNCTION = frozenset(vars(nn.Module())) | {
     "transformers_version",
     "warnings_issued",
 }
-# Objects inside objects that are followed.
+# Maximum depth of nested objects.
 DEPTH = 6
 
 
 def fingerprint(module: nn.Module) -> str:
-    """sha256 hex of what decides the module's function and is not in its parameters and persistent buffers."""
+    """sha256 (hex) of everything but parameters and persistent buffers that determines the module's function."""
     state = set(module.state_dict())
     shared: dict[int, str] = {}
     content: list[Any] = [bayesq.__version__, {name: _version(name) for name in LIBRARIES}, sorted(_sources(module))]
@@ -54,14 +54,14 @@ def fingerprint(module: nn.Module) -> str:
 
 
 def _version(name: str) -> str | None:
-    """Version of a library that is loaded."""
+    """Version of a library; None if it is not imported."""
     return getattr(sys.modules.get(name), "__version__", None)
 
 
 def _sources(module: nn.Module) -> set[str]:
-    """Checksums of the files that the modules' classes are written in, and of what the user has beside them.
+    """Checksums of the source files of the modules' classes, and of the user's files in the same folder.
 
-    Torch's files, and those that installed libraries import, are told by the libraries' versions.
+    The versions of the libraries cover torch's files, and the files that installed libraries import.
     """
     files: set[Path] = set()
     for kind in {base for child in module.modules() for base in type(child).__mro__}:
@@ -70,19 +70,19 @@ def _sources(module: nn.Module) -> set[str]:
             continue
         try:
             file = Path(inspect.getfile(kind))
-        except (OSError, TypeError):  # made in a session: its functions' code is hashed below
+        except (OSError, TypeError):  # defined in an interactive session: `_plain` hashes the code of its functions
             continue
         files |= {file, *(sources(package) if is_users(package, file) else ())}
     return {_checksum(str(file), file.stat().st_mtime_ns) for file in files if file.is_file()}
 
 
 @functools.lru_cache(maxsize=512)
-def _checksum(file: str, changed: int) -> str:  # a file that is changed is read again
+def _checksum(file: str, changed: int) -> str:  # `changed` is in the cache key: an edited file is read again
     return hashlib.sha256(Path(file).read_bytes()).hexdigest()
 
 
 def _plain(value: Any, depth: int, inside: frozenset[int]) -> Any:
-    """A value as JSON that is the same for equal values in every process."""
+    """A value in JSON types; equal values give the same JSON in every process."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, Tensor):
@@ -93,7 +93,7 @@ def _plain(value: Any, depth: int, inside: frozenset[int]) -> Any:
     if isinstance(value, torch.dtype | torch.Size | Enum | complex | bytes):
         return str(value)
     if isinstance(value, torch.device | Path | torch.Generator):
-        return type(value).__name__  # where something is decides nothing
+        return type(value).__name__  # its value does not change the function
     kind = _name(type(value))
     if id(value) in inside or depth > DEPTH:
         return kind
@@ -119,7 +119,7 @@ def _plain(value: Any, depth: int, inside: frozenset[int]) -> Any:
     if isinstance(value, nn.Module):
         attributes = {key: x for key, x in vars(value).items() if key not in NO_FUNCTION and not _registered(x)}
         hooks = [list(registered.values()) for registered in (value._forward_pre_hooks, value._forward_hooks)]
-        # classes made by a function hold its values
+        # a class defined in a function may use values of that function
         made = [base for base in type(value).__mro__ if "<locals>" in base.__qualname__]
         values = [{key: x for key, x in vars(base).items() if not key.startswith("__")} for base in made]
         return [kind, value.extra_repr(), inner(attributes), inner(hooks), inner(values)]
@@ -127,7 +127,7 @@ def _plain(value: Any, depth: int, inside: frozenset[int]) -> Any:
 
 
 def _state(value: Any) -> list[Any]:
-    """What pickling would keep of an object; nothing of one that refuses."""
+    """The state that pickle would keep of an object; empty if it cannot be pickled."""
     try:
         reduced = value.__reduce_ex__(2)
     except TypeError:
@@ -139,7 +139,7 @@ def _state(value: Any) -> list[Any]:
 
 
 def _registered(value: Any) -> bool:
-    """Modules and parameters are told of under their own names."""
+    """Whether `fingerprint` covers the value under its own name."""
     return isinstance(value, nn.Module | nn.Parameter)
 
 

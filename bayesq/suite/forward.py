@@ -1,4 +1,4 @@
-"""One line for a network that cannot be built, fed or run, whatever its library raises."""
+"""Errors of a network's own code as one line that names the model."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,17 +10,17 @@ from bayesq.suite.errors import UserError
 
 @contextmanager
 def naming_model(name: str, step: str) -> Iterator[None]:
-    """Turn what a network's own code raises the first time it is used into a line that names the model.
+    """Turn an error in the block into a UserError that names the model.
 
-    Libraries raise anything, from NotImplementedError of a method that an architecture lacks to RuntimeError of shapes
-    that do not fit. Full memory and full disks are not the network's fault and pass as they are.
+    The code of a network can raise any error, for example NotImplementedError, or RuntimeError for shapes that do not
+    fit. UserError, OSError and out-of-memory errors pass unchanged, because the network is not their cause.
 
     Args:
-        name: of the model.
-        step: what the block does, as in "its forward pass".
+        name: name of the model.
+        step: the step in the block, for example "its forward pass".
 
     Raises:
-        UserError: the block raised.
+        UserError: the block raised an error.
     """
     try:
         yield

@@ -1,7 +1,6 @@
-"""Files from the Hugging Face hub: from its cache, else downloaded. Every failure is one line.
+"""Files of the Hugging Face hub, from its cache or downloaded. Every failure is one line.
 
-Nothing of a repository is executed, only files are read. The client reads HF_HUB_OFFLINE, HF_ENDPOINT, HF_TOKEN
-and HF_HOME as usual.
+No code of a repository is executed. HF_HUB_OFFLINE, HF_ENDPOINT, HF_TOKEN and HF_HOME work as usual.
 """
 
 import logging
@@ -19,7 +18,7 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# One short request decides whether the hub is reachable: its client would retry for most of a minute for each file.
+# One short request tests whether the hub is reachable: its client would retry for most of a minute for each file.
 PROBE_TIMEOUT_S = 5.0
 MAIN = "main"
 NOT_CACHED = "and the files are not in its cache here"
@@ -31,8 +30,8 @@ class HubFiles:
     """Files of one commit of a repository.
 
     Attributes:
-        folder: where they lie, under their names in the repository.
-        commit: its full hash, whatever branch or tag was asked for.
+        folder: contains the files under their names in the repository.
+        commit: full hash, also if a branch or tag was requested.
     """
 
     folder: Path
@@ -40,17 +39,17 @@ class HubFiles:
 
 
 def hub_file(repository: str, file: str, revision: str | None, key: str, instead: str) -> HubFiles:
-    """One file of a model repository; a cached one costs no connection.
+    """One file of a model repository; a cached file needs no connection.
 
     Args:
-        repository: as in `organisation/name`.
-        file: its name there.
-        revision: commit, tag or branch; None = the main branch, or of it what the cache holds.
-        key: the key and value that were asked for, as typed.
-        instead: what can be done without the hub.
+        repository: `organisation/name`.
+        file: its name in the repository.
+        revision: commit, tag or branch; None = the main branch, as cached if the file is cached.
+        key: the requested key and value, as typed.
+        instead: what the user can do without the hub.
 
     Raises:
-        UserError: it is not cached, and the hub cannot be reached, refuses or does not have it.
+        UserError: the file is not cached, and the hub cannot be reached, refuses access or does not have the file.
     """
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
@@ -66,14 +65,14 @@ def hub_file(repository: str, file: str, revision: str | None, key: str, instead
 
 
 def hub_files(repository: str, patterns: list[str], revision: str, key: str, instead: str) -> HubFiles:
-    """The files of a data set repository that match `patterns`; offline, those of them that are cached.
+    """The files of a data set repository that match `patterns`; with HF_HUB_OFFLINE=1, only cached files.
 
     Args:
-        patterns: as of fnmatch, on names in the repository.
+        patterns: fnmatch patterns of names in the repository.
         repository, revision, key, instead: see `hub_file`.
 
     Raises:
-        UserError: the hub cannot be reached, refuses, or has no such repository or revision.
+        UserError: the hub cannot be reached, refuses access, or has no such repository or revision.
     """
     from huggingface_hub import constants, snapshot_download
 
@@ -95,37 +94,37 @@ def hub_files(repository: str, patterns: list[str], revision: str, key: str, ins
 
 
 def reachable() -> bool:
-    """Whether the hub answers. HF_HUB_OFFLINE=1 means no without asking."""
+    """Whether the hub answers; with HF_HUB_OFFLINE=1, False without a request."""
     return _absence() is None
 
 
 def from_hub(key: str, instead: str, load: Callable[[], T], online: bool = True) -> T:
-    """Call `load()`; any failure becomes a UserError of one line.
+    """Call `load()` and turn any failure into a UserError of one line.
 
     Args:
-        key: the key and value that were asked for, as typed.
-        instead: what to do without the hub.
-        load: reads the hub, or only the libraries' cache where the hub is out of reach.
+        key: the requested key and value, as typed.
+        instead: what the user can do without the hub.
+        load: reads the hub, or only the libraries' cache if the hub is not reachable.
         online: whether the hub is `reachable`.
 
     Raises:
-        UserError: it failed.
+        UserError: `load()` failed.
     """
     try:
         return load()
-    except Exception as error:  # the libraries raise errors of half a dozen packages
+    except Exception as error:  # the libraries raise errors of many packages
         reason = _reason(error) if online else f"it cannot be reached, or HF_HUB_OFFLINE is set, {NOT_CACHED}"
         raise _refusal(key, reason, instead) from error
 
 
 def tell_commit(key: str, asked: str | None, commit: str, pin: str) -> None:
-    """Say which commit a branch or tag stood for, and how to stay with it.
+    """Log the commit of a branch or tag, and the key that pins it.
 
     Args:
-        key: what was loaded, as typed.
-        asked: the revision that was asked for; nothing is said where it is the commit.
-        commit: the commit that was loaded.
-        pin: the key that takes it.
+        key: the requested key and value, as typed.
+        asked: the requested revision; if it is the commit, nothing is logged.
+        commit: the loaded commit.
+        pin: the config key of the revision.
     """
     if asked != commit and COMMIT.fullmatch(commit):
         log.info(f"{key} is at commit {commit} of {asked or MAIN}; {pin}={commit} stays with it")
@@ -136,25 +135,25 @@ def _refusal(key: str, reason: str, instead: str) -> UserError:
 
 
 def _absence() -> str | None:
-    """Why the hub is out of reach, by HF_HUB_OFFLINE or one request without retries; None if it answered."""
+    """Why the hub cannot be used (HF_HUB_OFFLINE, or one request failed); None if it answered."""
     from huggingface_hub import constants, get_session
 
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set"
     try:
         get_session().head(constants.ENDPOINT, timeout=PROBE_TIMEOUT_S)
-    except Exception as error:  # the kind depends on the HTTP library that the client's version uses
+    except Exception as error:  # its class depends on the HTTP library of the client
         return f"it cannot be reached: {_said(error)}"
     return None
 
 
 def _reason(error: Exception) -> str:
-    """Why a file cannot be loaded. It searches the causes of the error too: libraries wrap the hub's errors."""
+    """Why a file cannot be loaded, from the error or its causes: libraries wrap the hub's errors."""
     from huggingface_hub import errors
 
     cause: BaseException | None = error
     while cause is not None:
-        # subclasses first
+        # The order matters: GatedRepoError is a subclass of RepositoryNotFoundError.
         if isinstance(cause, errors.GatedRepoError):
             return "it is gated: accept its terms on the hub and log in with `hf auth login`"
         if isinstance(cause, errors.RepositoryNotFoundError):
@@ -168,5 +167,5 @@ def _reason(error: Exception) -> str:
 
 
 def _said(error: Exception) -> str:
-    """What an error says, on one line that is not too long, or its kind."""
+    """The message of an error in one line of at most 200 characters, or its class if it has none."""
     return one_line(str(error))[:200] or type(error).__name__

@@ -1,4 +1,4 @@
-"""The label of a run's model: the name of its YAML file and the changed keys of the network.
+"""The label of a run's model: its name and the keys of the network that differ from its YAML file.
 
 The label of `model=cifar_resnet56 model.depth=44` is `cifar_resnet56(depth=44)`.
 """
@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from bayesq.defaults import DESCRIPTIVE, conf_dir
 from bayesq.suite.config import show
 
-# keys of a model that do not change the network: the source of its weights, their training and the inputs
+# Keys that the label leaves out: source and training of the weights, and inputs.
 NOT_THE_NETWORK = frozenset(
     [
         *DESCRIPTIVE,
@@ -20,15 +20,12 @@ NOT_THE_NETWORK = frozenset(
         *("max_length", "epochs", "training_seed"),
     ]
 )
-# files of the group `model` whose key `name` selects the network: model=timm model.name=resnet50
+# Files of the group `model` whose key `name` selects the network: model=timm model.name=resnet50.
 NAMED = ("timm", "transformers")
 
 
 def model_label(config: Mapping[str, Any]) -> str:
-    """The name of a model and, in parentheses, the network's keys that differ from its YAML file.
-
-    `config` is plain and resolved.
-    """
+    """The label of the model in a plain, resolved `config`."""
     model = config["model"]
     name = str(model.get("name"))
     files = [_file(name), *(file for file in map(_file, NAMED) if file.get("_target_") == model.get("_target_"))]
@@ -39,7 +36,7 @@ def model_label(config: Mapping[str, Any]) -> str:
 
 
 def _changes(model: Mapping[str, Any], file: Mapping[str, Any]) -> dict[str, Any]:
-    """The network's keys whose values differ from those of the file, with these values."""
+    """The keys of the network whose values differ from the file, with their values in `model`."""
     reference = OmegaConf.create({"model": {**file, "name": model.get("name")}})
     known = cast(dict[str, Any], OmegaConf.to_container(reference, resolve=True))["model"]
     keys = [key for key in model if key in known and key not in NOT_THE_NETWORK]
@@ -48,7 +45,7 @@ def _changes(model: Mapping[str, Any], file: Mapping[str, Any]) -> dict[str, Any
 
 @cache
 def _file(name: str) -> dict[str, Any]:
-    """The unresolved content of conf/model/<name>.yaml and its defaults; empty if there is no such file."""
+    """The unresolved content of conf/model/<name>.yaml, merged with its defaults; empty if the file does not exist."""
     file = next((file for file in (conf_dir() / "model").glob("*.yaml") if file.stem == name), None)
     if file is None:
         return {}

@@ -1,4 +1,4 @@
-"""What a result says about where it comes from: versions, host, commit."""
+"""Versions, host and git commit of a run, as recorded in its result."""
 
 import os
 import platform
@@ -35,7 +35,7 @@ PACKAGES = (
 
 @cache
 def versions() -> dict[str, str]:
-    """Version of bayesq, of Python and of every package that can change a number; "absent" if not installed."""
+    """Versions of bayesq, Python and `PACKAGES`; "absent" if a package is not installed."""
     installed = {"bayesq": bayesq.__version__, "python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -46,7 +46,7 @@ def versions() -> dict[str, str]:
 
 
 def host(device: "torch.device") -> dict[str, str | int]:
-    """Hardware a run was measured on, and the folder it was started in: relative paths in its config begin there."""
+    """Hardware, number of threads, and the working directory, to which relative paths in the config refer."""
     import torch
 
     accelerator = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
@@ -61,7 +61,7 @@ def host(device: "torch.device") -> dict[str, str | int]:
 
 
 def process() -> str:
-    """A name that no other process has had: runs that share it share a peak of memory."""
+    """A unique name of this process. Runs in one process share their peak memory."""
     return f"{os.getpid()}-{_BEGUN}"
 
 
@@ -78,9 +78,9 @@ def _processor() -> str:
 
 @cache
 def git_state() -> dict[str, str | bool | None]:
-    """Commit of the checkout the code runs from, and whether files differ from it; None outside a checkout.
+    """Commit of the checkout with the code, and whether its files differ from it; None outside a checkout.
 
-    Found once a process: what is edited or committed later is not what runs.
+    Cached, because a later edit or commit does not change the code that this process has loaded.
     """
     root = Path(bayesq.__file__).parents[1]
     if not (root / ".git").exists():

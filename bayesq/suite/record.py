@@ -1,4 +1,4 @@
-"""The flat result of a run, as the contract names its keys."""
+"""The flat result of a run."""
 
 import logging
 import math
@@ -38,12 +38,12 @@ def flat_result(
 
     Args:
         cfg, work: configuration, network and data.
-        quantized: what the recipe made of the network.
-        layers: of `layer_rows`.
-        sizes: of the packed file.
-        metrics: of the evaluation, under their result keys.
-        seconds: evaluate, total and prepare.
-        estimate_bytes: memory that the preflight expected.
+        quantized: output of the recipe.
+        layers: rows of `layer_rows`.
+        sizes: sizes of the packed file.
+        metrics: metrics of the evaluation by result key.
+        seconds: of evaluate, total and prepare.
+        estimate_bytes: memory estimate of the preflight.
     """
     device, weights, unreached = work.subject.device, work.subject.weights, len(work.subject.usage.unreached)
     return {
@@ -85,7 +85,7 @@ def flat_result(
 
 
 def sources(work: Workload) -> dict[str, Any]:
-    """Where data and weights come from, and their checksums."""
+    """Sources and checksums of the data and the weights."""
     return {
         "dataset": work.data.source,
         "model": work.network.description,
@@ -96,7 +96,7 @@ def sources(work: Workload) -> dict[str, Any]:
 
 
 def memory(device: torch.device, estimate_bytes: int) -> dict[str, Any]:
-    """Peaks of the process and of its device so far, and what the preflight expected, under their result keys."""
+    """Peak memory of the process and its device so far, and the estimate of the preflight, by result key."""
     return {
         "memory/peak_rss_bytes": peak_bytes(),
         "memory/process": process(),
@@ -122,13 +122,13 @@ def risk_rank_correlation(rows: Sequence[Mapping[str, Any]]) -> float | None:
 
 
 def explained_risk(rows: Sequence[Mapping[str, Any]], kl: float) -> float | None:
-    """Share of the measured KL to full precision that the layers' achieved risks add up to; None without risks."""
+    """Sum of the layers' achieved risks over the measured KL to full precision; None without risks or if KL <= 0."""
     risks = [row["achieved_risk"] for row in rows if row["achieved_risk"] is not None]
     return sum(risks) / kl if risks and kl > 0 else None
 
 
 def log_decisions(title: str, quantized: Quantized) -> None:
-    """Log in one line how many weights have which width, and the prior precisions."""
+    """Log the percentage of weights of each width, and the range of the prior precisions, in one line."""
     share = Counter[int]()
     for tensor in quantized.tensors.values():
         for width in tensor.width.tolist():

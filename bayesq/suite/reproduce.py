@@ -21,24 +21,24 @@ from bayesq.suite.arguments import exit_with, module_parser
 from bayesq.suite.composition import Preflight
 from bayesq.suite.errors import UserError
 
-# The run uses `config`. The others are compared before the run, and a difference is only a warning.
+# The run uses `config`; a difference in the other records is only a warning.
 RECORDS = ("config", "versions", "host", "git")
-# Prefixes of keys that depend on the machine and its load.
+# Prefixes of result keys that depend on the machine and its load.
 OF_THE_MACHINE = ("time/", "memory/", "fallback/oom_retries", "wandb/")
 TABLES = ("layers.csv", "predictions.csv")
 SECONDS = "seconds"
 CODES = results.QUANTIZED_FILE
-# subfolders of the cache with what --fresh makes again; what was downloaded is not fetched again
+# Subfolders of the cache that --fresh does not reuse; downloads are reused.
 COMPUTED = ("full_precision", "models", "statistics")
-# of the keys without effect on the result: those that a machine needs to get it
+# Keys without effect on the result that keep their recorded values.
 NEEDED_HERE = ("device", "cache_dir")
 AXES = ("model", "dataset", "method", "posterior")
 
-Difference = tuple[str, str, str]  # what, as recorded, as found here
+Difference = tuple[str, str, str]  # name, recorded value, value here
 
 
 def differing(recorded: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[Difference]:
-    """The keys whose values are not equal, those that one side lacks included."""
+    """Each key whose values differ, or that only one side has."""
     for key in dict.fromkeys([*recorded, *here]):
         one, other = recorded.get(key, "absent"), here.get(key, "absent")
         if one != other:
@@ -46,7 +46,7 @@ def differing(recorded: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[
 
 
 def compare_results(recorded: Mapping[str, Any], here: Mapping[str, Any]) -> list[Difference]:
-    """Differences between two results, in all but what depends on the machine."""
+    """Differences between two results, except keys that depend on the machine."""
 
     def numbers(result: Mapping[str, Any]) -> dict[str, Any]:
         numbers_of_run = {k: v for k, v in result.items() if k not in RECORDS and not k.startswith(OF_THE_MACHINE)}
@@ -56,7 +56,7 @@ def compare_results(recorded: Mapping[str, Any], here: Mapping[str, Any]) -> lis
 
 
 def compare_tables(recorded: Path, here: Path) -> list[Difference]:
-    """Differences between two CSV files, cell by cell, in all columns but the seconds."""
+    """Cells that differ between two CSV files, except those of the column `seconds`."""
     if not recorded.is_file():
         return [(recorded.name, "no file", "written")]
     first, second = (results.read_rows(path) for path in (recorded, here))
@@ -72,7 +72,7 @@ def compare_tables(recorded: Path, here: Path) -> list[Difference]:
 
 
 def compare_codes(recorded: Path, here: Path) -> list[Difference]:
-    """Differences between two files of packed codes, tensor by tensor."""
+    """Header entries and tensors that differ between two files of packed codes."""
     import torch
 
     from bayesq.tensor_file import CorruptFile, read_tensors
@@ -86,7 +86,7 @@ def compare_codes(recorded: Path, here: Path) -> list[Difference]:
     except CorruptFile as error:
         return [(recorded.name, f"damaged ({settings.one_line(str(error))})", "whole")]
     second, other_header = read_tensors(here)
-    known = {key: text for key, text in other_header.items() if key in header}  # earlier versions kept no settings
+    known = {key: text for key, text in other_header.items() if key in header}  # older files have fewer keys
     differences = [(f"{recorded.name}, header: {key}", then, now) for key, then, now in differing(header, known)]
     for name in dict.fromkeys([*first, *second]):
         one, other = first.get(name), second.get(name)
@@ -110,7 +110,7 @@ def compare_runs(recorded: Path, here: Path) -> list[Difference]:
 
 
 def warnings(result: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
-    """One line for everything about code, packages and hardware that is not as recorded.
+    """One line for each difference in code, packages and hardware.
 
     Args:
         result: the record.
@@ -128,10 +128,10 @@ def warnings(result: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
 
 
 def recorded_config(result: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration of a result; of what changes nothing about it, only the device and the cache are kept.
+    """The configuration of a result. Keys without effect get their defaults, except the device and the cache.
 
     Raises:
-        UserError: this version of the suite has other keys that determine a result.
+        UserError: in this version of the suite, other keys determine a result.
     """
     config: dict[str, Any] = result["config"]
     reference = Preflight().reference({})
@@ -150,7 +150,7 @@ def recorded_config(result: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def fresh_cache(cache_dir: Path, folder: Path) -> Path:
-    """A cache in `folder` with the downloads of `cache_dir` and nothing that was computed."""
+    """Make a cache in `folder` that links to the downloads of `cache_dir` and has no computed files."""
     folder.mkdir()
     for entry in cache_dir.iterdir() if cache_dir.is_dir() else ():
         if entry.name not in COMPUTED:
@@ -159,10 +159,10 @@ def fresh_cache(cache_dir: Path, folder: Path) -> Path:
 
 
 def run_again(result: Mapping[str, Any], folder: Path, fresh: bool) -> Path:
-    """Run the configuration of `result` below `folder` and return the run's own folder.
+    """Run the configuration of `result` below `folder` and return the folder of the new run.
 
-    The process moves to the folder the run was started in, because relative paths begin there, and computes with as
-    many threads, because the order of summation depends on them.
+    The process changes to the recorded working directory, because the config may have relative paths. It uses the
+    recorded number of threads, because the order of summation depends on it.
 
     Args:
         result: the record.
@@ -170,7 +170,7 @@ def run_again(result: Mapping[str, Any], folder: Path, fresh: bool) -> Path:
         fresh: reuse no cached statistics, logits or fitted weights.
 
     Raises:
-        UserError: the configuration cannot be run here.
+        UserError: the configuration cannot be run on this machine.
     """
     import torch
 
@@ -203,10 +203,10 @@ def run_again(result: Mapping[str, Any], folder: Path, fresh: bool) -> Path:
 
 
 def reproduce(recorded: Path, fresh: bool) -> list[Difference]:
-    """Run the result in `recorded` again and return what differs; empty when nothing does.
+    """Run the result in the folder `recorded` again and return the differences.
 
     Raises:
-        UserError: `recorded` holds no finished run, or its configuration cannot be run here.
+        UserError: `recorded` has no finished run, or its configuration cannot be run on this machine.
     """
     recorded = recorded.absolute()
     result = results.finished_result(recorded)
@@ -221,7 +221,7 @@ def _short(text: str, length: int = 48) -> str:
 
 
 def show(differences: Sequence[Difference], limit: int = 40) -> str:
-    """Text table of the first `limit` differences, and how many more there are."""
+    """Text table of the first `limit` differences, and the number of the others."""
     rows = [[what, _short(one), _short(other)] for what, one, other in differences[:limit]]
     table = tabulate(rows, headers=["differs", "recorded", "here"], disable_numparse=True)
     more = len(differences) - limit
@@ -229,7 +229,7 @@ def show(differences: Sequence[Difference], limit: int = 40) -> str:
 
 
 def main() -> None:
-    """Print what differs; exit code 0 only when nothing does."""
+    """Print the differences; the exit code is 0 if there are none."""
     parser = module_parser("reproduce", __doc__)
     parser.add_argument("run", type=Path, help="the folder of a finished run: results/<run_id>")
     parser.add_argument("--fresh", action="store_true", help="reuse no cached statistics, logits or fitted weights")

@@ -1,4 +1,4 @@
-"""Result files that are whole or absent, and the settings that tell two results apart."""
+"""Reading and atomic writing of result files, and the settings that distinguish results."""
 
 import csv
 import json
@@ -18,7 +18,7 @@ PREDICTIONS_FILE = "predictions.csv"
 
 
 def plain(value: Any) -> Any:
-    """`value` in JSON types; NaN and infinities become null, because JSON has no spelling for them.
+    """`value` in JSON types; NaN and infinities become None, because JSON cannot represent them.
 
     Raises:
         TypeError: a value is neither a JSON type, a numpy or torch scalar, nor a path.
@@ -46,10 +46,10 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write `rows` (all with the keys of the first) as CSV with a header line, atomically; None is an empty cell.
+    """Write `rows` atomically as CSV with the keys of the first row as header; None becomes an empty cell.
 
     Raises:
-        ValueError: a row has a key that the first one lacks, or there are no rows to take the header from.
+        ValueError: there are no rows, or a row has a key that the first row lacks.
     """
     if not rows:
         raise ValueError(f"no rows for {path.name}")
@@ -60,7 +60,7 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
-    """The rows of a CSV file as text; none if there is no such file."""
+    """The rows of a CSV file with text values; empty if the file does not exist."""
     if not path.exists():
         return []
     with path.open(newline="", encoding="utf-8") as file:
@@ -68,7 +68,7 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 
 
 def read_result(path: Path) -> dict[str, Any] | None:
-    """The content of a result.json, or None where there is none or it does not parse."""
+    """The content of a result.json; None if it is missing or does not parse."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -77,7 +77,7 @@ def read_result(path: Path) -> dict[str, Any] | None:
 
 
 def finished_result(run_dir: Path) -> dict[str, Any] | None:
-    """The result of a finished run, or None: a run is finished when its result.json parses and says so."""
+    """The result in `run_dir`; None unless its status is "finished"."""
     result = read_result(run_dir / RESULT_FILE)
     return result if result is not None and result.get("status") == "finished" else None
 
@@ -88,13 +88,13 @@ def is_finished(run_dir: Path) -> bool:
 
 
 def load_results(results_dir: Path) -> list[dict[str, Any]]:
-    """Every finished result below `results_dir`, in the order of their run ids."""
+    """All finished results below `results_dir`, sorted by run id."""
     results = (finished_result(path.parent) for path in sorted(Path(results_dir).glob(f"*/{RESULT_FILE}")))
     return [result for result in results if result is not None]
 
 
 def settings_of(result: Mapping[str, Any]) -> dict[str, Any]:
-    """What tells two runs apart, save the seed, as flat keys: means are taken over results that agree in all of it.
+    """All settings of a result that matter, except the seed, as flat keys. Results with equal settings are averaged.
 
     ImageNet's split depends on the run's seed; runs with different seeds still count as one data set.
     """
@@ -105,9 +105,9 @@ def settings_of(result: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def differing_settings(results: Iterable[Mapping[str, Any]]) -> list[str]:
-    """The keys of `settings_of` that separate results of one model, data set, method and budget.
+    """The keys of `settings_of` that differ between results with the same model, data set, method and budget.
 
-    A posterior's own settings are compared with those of the same posterior only, and so on for every axis.
+    Settings of a posterior are compared only between results with the same posterior; likewise for the other axes.
     """
     seen: dict[tuple[Any, ...], set[str]] = {}
     for result in results:

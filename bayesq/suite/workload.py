@@ -18,11 +18,11 @@ class Workload:
     """Network and data of a run.
 
     Attributes:
-        network: as its source built it; `subject.module` is its module.
+        network: the model with its source; `subject.module` is its module.
         data: all parts of the data set.
-        subject: what is quantized, with the calibration examples.
+        subject: the module to quantize and the calibration examples.
         evaluation: encoded evaluation examples.
-        coverage: what share of the network is quantized.
+        coverage: the share of the network that is quantized.
     """
 
     network: Network
@@ -36,7 +36,7 @@ def check_network(module: nn.Module, name: str) -> None:
     """Refuse weights and normalization statistics that cannot give finite outputs.
 
     Raises:
-        UserError: NaN or infinite entries, or a negative variance; the message names the first.
+        UserError: a tensor has NaN or infinite entries, or a negative variance; the message names the first one.
     """
     running = ("running_mean", "running_var")
     buffers = ((key, buffer) for key, buffer in module.named_buffers() if key.rpartition(".")[2] in running)
@@ -51,7 +51,7 @@ def check_finite(outputs: Tensor, remedy: str) -> None:
     """Refuse outputs [n, ...] with NaN or infinite entries.
 
     Raises:
-        UserError: ending with `remedy`.
+        UserError: an output is not finite; the message ends with `remedy`.
     """
     wrong = int((~torch.isfinite(outputs)).reshape(len(outputs), -1).any(1).sum())
     if wrong:
@@ -59,7 +59,7 @@ def check_finite(outputs: Tensor, remedy: str) -> None:
 
 
 def select_device(name: str) -> torch.device:
-    """The torch device of the key `device`; auto prefers cuda, then mps."""
+    """The torch device `name`; "auto" prefers cuda, then mps, then cpu."""
     if name != "auto":
         return torch.device(name)
     if torch.cuda.is_available():
