@@ -209,8 +209,16 @@ def interrupt(name: str, _: list[Tensor]) -> None:
     signal.raise_signal(signal.SIGINT)
 
 
+@pytest.fixture
+def interruptible():
+    """SIGINT raises KeyboardInterrupt, also where the shell that started the tests ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize(("on_stop", "error"), [(fail, MemoryError), (interrupt, KeyboardInterrupt)])
-def test_an_error_at_a_stop_leaves_the_network_as_it_was(on_stop, error):
+def test_an_error_at_a_stop_leaves_the_network_as_it_was(on_stop, error, interruptible):
     module = network("plain")
     resumable = Resumable(module, stops_of(module, OUTPUT), find_blocks(module))
     with pytest.raises(error):
