@@ -9,16 +9,13 @@ and P = alpha triu((C - H) VT, 1) V, column i moves the later ones by its error 
 import torch
 from torch import Tensor
 
-from baselines.gptq import GPTQ
-from bayesq.calibration.inputs import INPUT_MOMENT
-from bayesq.calibration.paired import CROSS_MOMENT
-from bayesq.contract import LayerProblem
+from baselines.two_inputs import TwoInputs
 from bayesq.errors import Refused
 from bayesq.quant.feedback import BlockObserver, FeedbackFactor, feedback_round
 from bayesq.quant.grids import AffineGrid
 
 
-class GPTAQ(GPTQ):
+class GPTAQ(TwoInputs):
     """The published algorithm, with the grids and clip rules of `GPTQ`.
 
     Args:
@@ -27,18 +24,11 @@ class GPTAQ(GPTQ):
     The others as in `GPTQ`.
     """
 
-    statistics = frozenset({INPUT_MOMENT, CROSS_MOMENT})
-    together = False
-
     def __init__(self, clip: str, act_order: bool, damping: float, group_size: int | None, alpha: float) -> None:
         super().__init__(clip, act_order, damping, group_size)
         if not 0 <= alpha <= 1:
             raise Refused(f"method.alpha={alpha}: must be in [0, 1]")
         self.alpha = alpha
-
-    def _begin(self, layer: LayerProblem) -> None:
-        self._moment = layer.input_statistic("input_moment").double()
-        self._cross = layer.input_statistic("cross_moment").double()
 
     def _feedback(
         self, weight: Tensor, group: int, factor: FeedbackFactor, grid: AffineGrid, follow: BlockObserver | None
@@ -54,22 +44,9 @@ class GPTAQ(GPTQ):
         drift: Tensor = (change @ v.T).triu(1).mul(self.alpha) @ v
         return drift
 
-    def _error(self, value: Tensor, weight: Tensor, moments: Tensor) -> Tensor:
-        return paired_error(value, weight, moments, self._cross)
-
 
 def inverse_factor(factor: FeedbackFactor) -> Tensor:
     """V [c, c], upper triangular, VT V = H^-1 in visiting order: D^-1/2 U^-1 of H = U D UT."""
     eye = torch.eye(len(factor.upper), dtype=factor.upper.dtype)
     inverse: Tensor = torch.linalg.solve_triangular(factor.upper, eye, upper=True, unitriangular=True)
     return inverse / factor.column_curvature[factor.order].sqrt()[:, None]
-
-
-def paired_error(value: Tensor, weight: Tensor, moments: Tensor, cross: Tensor) -> Tensor:
-    """E|w x - q x'|^2 of each row [g, r], up to the constant E|w x|^2.
-
-    Args:
-        value, weight: q and w [g, r, c] float64.
-        moments, cross: H and C [g, c, c].
-    """
-    return ((value @ moments.double() - 2 * weight @ cross) * value).sum(-1)

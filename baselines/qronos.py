@@ -10,17 +10,13 @@ with l = 1e-6 of the largest eigenvalue of H; the remaining columns are rounded 
 import torch
 from torch import Tensor
 
-from baselines.gptaq import paired_error
-from baselines.gptq import GPTQ
-from bayesq.calibration.inputs import INPUT_MOMENT
-from bayesq.calibration.paired import CROSS_MOMENT
-from bayesq.contract import LayerProblem
+from baselines.two_inputs import TwoInputs
 from bayesq.errors import Refused
 from bayesq.quant.feedback import BlockObserver, FeedbackFactor, feedback_round
 from bayesq.quant.grids import AffineGrid
 
 
-class Qronos(GPTQ):
+class Qronos(TwoInputs):
     """The published algorithm, with the grids and clip rules of `GPTQ`.
 
     Args:
@@ -29,18 +25,11 @@ class Qronos(GPTQ):
     The others as in `GPTQ`.
     """
 
-    statistics = frozenset({INPUT_MOMENT, CROSS_MOMENT})
-    together = False
-
     def __init__(self, clip: str, act_order: bool, damping: float, ridge: float) -> None:
         super().__init__(clip, act_order, damping, group_size=None)
         if not ridge > 0:
             raise Refused(f"method.ridge={ridge}: must be above 0")
         self.ridge = ridge
-
-    def _begin(self, layer: LayerProblem) -> None:
-        self._moment = layer.input_statistic("input_moment").double()
-        self._cross = layer.input_statistic("cross_moment").double()
 
     def _feedback(
         self, weight: Tensor, group: int, factor: FeedbackFactor, grid: AffineGrid, follow: BlockObserver | None
@@ -72,6 +61,3 @@ class Qronos(GPTQ):
             raise Refused("H + l I is singular: raise method.ridge")
         rest: Tensor = solved.T
         return rest
-
-    def _error(self, value: Tensor, weight: Tensor, moments: Tensor) -> Tensor:
-        return paired_error(value, weight, moments, self._cross)

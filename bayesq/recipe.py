@@ -130,9 +130,11 @@ class Recipe:
         budget: average bits per weight.
         whitenings: the posterior and its fits; None if neither method nor allocator reads it.
         proxy: scales predicted risks by a measured divergence; None = no proxy.
-        correction: match activation moments to those of the full-precision network after rounding.
+        correction: match activation moments to those of the full-precision network: "none", "mean" or "moments"; after
+            rounding with full inputs, else layer by layer.
         distillation: train scales, levels, biases and norms after rounding; None = no distillation.
         seed: of all random draws.
+        inputs: one of INPUTS.
     """
 
     method: Method

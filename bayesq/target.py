@@ -37,23 +37,21 @@ class Target:
     change: float
 
 
-def choose_target(weight: Tensor, sums: PairedSums, centred: bool, row_weights: Tensor | None = None) -> Target:
+def choose_target(weight: Tensor, sums: PairedSums, centred: bool) -> Target:
     """T with the lambda of the least error on the held-out examples.
 
     Args:
         weight: W [g, r, c].
         sums: of the layer's inputs.
         centred: a bias or a norm takes up the mean of the outputs.
-        row_weights: [g, r] what an output's squared error costs; None = all alike.
     """
     w = weight.double()
     fitted, held_out = sums.split(centred)
-    costs = torch.ones_like(w[..., 0]) if row_weights is None else row_weights.double()
     cross = w @ held_out.cross
     best, least = math.inf, math.inf
     for penalty in reversed(LAMBDAS):
         t = ridge(w, fitted, penalty)
-        error = float((costs[..., None] * ((t @ held_out.prefix - 2 * cross) * t)).sum())
+        error = float(((t @ held_out.prefix - 2 * cross) * t).sum())
         if error < least:
             best, least = penalty, error
     t = ridge(w, sums.moments(centred), best)

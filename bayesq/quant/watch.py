@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.hooks import RemovableHandle
 
 from bayesq.quant.attention import attention
 from bayesq.quant.layers import Layer, ParameterLayer
@@ -39,14 +40,7 @@ PRODUCTS: dict[Any, tuple[int, str, int, str, bool]] = {
 @contextmanager
 def watching(layers: Mapping[str, Layer], seen: Seen) -> Iterator[None]:
     """Call `seen` for every use of a layer in the forward passes of the block."""
-    stacked = {name: layer for name, layer in layers.items() if isinstance(layer, ParameterLayer)}
-    with ExitStack() as stack:
-        for name, layer in layers.items():
-            if isinstance(layer, nn.Module):
-                handle = layer.register_forward_hook(_hook(name, seen), with_kwargs=True)
-                stack.callback(handle.remove)
-        if stacked:
-            stack.enter_context(Products(stacked, seen))
+    with _hooked(layers, lambda name, layer: layer.register_forward_hook(_hook(name, seen), with_kwargs=True), seen):
         yield
 
 
@@ -60,14 +54,25 @@ def watching_inputs(layers: Mapping[str, Layer], seen: Callable[[str, int | None
     def after(name: str, group: int | None, x: Tensor, _: Tensor) -> None:
         seen(name, group, x)
 
-    stacked = {name: layer for name, layer in layers.items() if isinstance(layer, ParameterLayer)}
+    def hook(name: str, layer: nn.Module) -> RemovableHandle:
+        return layer.register_forward_pre_hook(partial(before, name), with_kwargs=True)
+
+    with _hooked(layers, hook, after):
+        yield
+
+
+@contextmanager
+def _hooked(
+    layers: Mapping[str, Layer], hook: Callable[[str, nn.Module], RemovableHandle], seen: Seen
+) -> Iterator[None]:
+    """Hooks on the layers that are modules, and `Products` for the others."""
+    others = {name: layer for name, layer in layers.items() if isinstance(layer, ParameterLayer)}
     with ExitStack() as stack:
         for name, layer in layers.items():
             if isinstance(layer, nn.Module):
-                handle = layer.register_forward_pre_hook(partial(before, name), with_kwargs=True)
-                stack.callback(handle.remove)
-        if stacked:
-            stack.enter_context(Products(stacked, after))
+                stack.callback(hook(name, layer).remove)
+        if others:
+            stack.enter_context(Products(others, seen))
         yield
 
 

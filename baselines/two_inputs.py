@@ -1,0 +1,32 @@
+"""What GPTAQ and Qronos share: GPTQ that reads its inputs in full precision and behind the quantized prefix."""
+
+from torch import Tensor
+
+from baselines.gptq import GPTQ
+from bayesq.calibration.inputs import INPUT_MOMENT
+from bayesq.calibration.paired import CROSS_MOMENT
+from bayesq.contract import LayerProblem
+
+
+class TwoInputs(GPTQ):
+    """GPTQ with H = E[x' x'T] and C = E[x x'T] of the layer at hand; clip rules are judged by E|w x - q x'|^2."""
+
+    statistics = frozenset({INPUT_MOMENT, CROSS_MOMENT})
+    together = False
+
+    def _begin(self, layer: LayerProblem) -> None:
+        self._moment = layer.input_statistic("input_moment").double()
+        self._cross = layer.input_statistic("cross_moment").double()
+
+    def _error(self, value: Tensor, weight: Tensor, moments: Tensor) -> Tensor:
+        return paired_error(value, weight, moments, self._cross)
+
+
+def paired_error(value: Tensor, weight: Tensor, moments: Tensor, cross: Tensor) -> Tensor:
+    """E|w x - q x'|^2 of each row [g, r], up to the constant E|w x|^2.
+
+    Args:
+        value, weight: q and w [g, r, c] float64.
+        moments, cross: H and C [g, c, c].
+    """
+    return ((value @ moments.double() - 2 * weight @ cross) * value).sum(-1)
