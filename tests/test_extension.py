@@ -51,7 +51,6 @@ class Mine:
     """Rounds to nearest after asking how large the inputs are."""
 
     statistics = frozenset({LargestInput()})
-    inputs = "full"
 
     def __init__(self, clip):
         self.clip = clip

@@ -68,7 +68,6 @@ class Foreign:
     """A method from outside the project, with a compiled function."""
 
     statistics = frozenset({INPUT_MOMENT})
-    inputs = "prefix"
 
     def __init__(self) -> None:
         self.round = numba.njit(lambda x: np.rint(x).clip(0.0, 3.0))
@@ -84,7 +83,7 @@ class Foreign:
 
 
 def recipe(method: Foreign) -> Recipe:
-    return Recipe(method, Uniform(), Budget(3, "code"))
+    return Recipe(method, Uniform(), Budget(3, "code"), inputs="prefix")
 
 
 def layers() -> dict[str, nn.Module]:
