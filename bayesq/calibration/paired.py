@@ -6,19 +6,21 @@ already, at the same example and position.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import ClassVar
 
 from torch import Tensor
 
 from bayesq.calibration.statistic import Source, Statistic
 
-# One example in so many is held out: lambda is chosen on what the targets were not fitted to.
-HELD_OUT = 4
+# The second of every four runs of so many examples is held out: lambda is chosen on what the targets were not fitted
+# to. Neighbours stay together, because a product over them copies nothing.
+RUN = 4
 
 
 @dataclass
 class PairedSums:
-    """Running sums over the samples of all examples, and of those held out (the first dimension).
+    """Running sums over the samples that are not held out, and over those that are (the first dimension).
 
     Attributes:
         prefix: sum of x' x'T [2, g, c, c].
@@ -46,7 +48,9 @@ class PairedSums:
             self.prefix, self.cross = x.new_zeros(2, g, c, c), x.new_zeros(2, g, c, c)
             self.full_sum, self.prefix_sum = x.new_zeros(2, g, c), x.new_zeros(2, g, c)
         assert self.cross is not None and self.full_sum is not None and self.prefix_sum is not None
-        for k, chosen in enumerate((slice(None), slice((HELD_OUT - 1 - first) % HELD_OUT, None, HELD_OUT))):
+        for held_out, examples in groupby(range(len(x)), lambda i: is_held_out(first + i)):
+            k, indices = int(held_out), list(examples)
+            chosen = slice(indices[0], indices[-1] + 1)
             a, b = (part[chosen].transpose(0, 1).flatten(1, 2) for part in (x, prefix))
             self.prefix[k] += b.transpose(1, 2) @ b
             self.cross[k] += a.transpose(1, 2) @ b
@@ -56,15 +60,15 @@ class PairedSums:
 
     def moments(self, centred: bool) -> "PairedMoments":
         """Means over all samples."""
-        return self._moments(centred, lambda sums: sums[0], self.count[0])
+        return self._moments(centred, lambda sums: sums[0] + sums[1], sum(self.count))
 
     def split(self, centred: bool) -> tuple["PairedMoments", "PairedMoments"]:
-        """Means over the samples that are not held out, and over those that are; None are: both are all."""
-        total, held_out = self.count
-        if not 0 < held_out < total:
+        """Means over the samples that are not held out, and over those that are; without either, both are over all."""
+        if 0 in self.count:
             return (self.moments(centred),) * 2
+        fitted, held_out = self.count
         return (
-            self._moments(centred, lambda sums: sums[0] - sums[1], total - held_out),
+            self._moments(centred, lambda sums: sums[0], fitted),
             self._moments(centred, lambda sums: sums[1], held_out),
         )
 
@@ -73,7 +77,7 @@ class PairedSums:
         assert self.prefix is not None and self.cross is not None
         assert self.full_sum is not None and self.prefix_sum is not None
         m, c, a, b = (part(x.double()).cpu() / count for x in (self.prefix, self.cross, self.full_sum, self.prefix_sum))
-        full_mean, prefix_mean = (x[0].double().cpu() / self.count[0] for x in (self.full_sum, self.prefix_sum))
+        full_mean, prefix_mean = (x.double().sum(0).cpu() / sum(self.count) for x in (self.full_sum, self.prefix_sum))
         if centred:
             m = m - _outer(b, prefix_mean) - _outer(prefix_mean, b) + _outer(prefix_mean, prefix_mean)
             c = c - _outer(a, prefix_mean) - _outer(full_mean, b) + _outer(full_mean, prefix_mean)
@@ -109,6 +113,11 @@ class PairedMoments:
     cross: Tensor
     full_mean: Tensor
     prefix_mean: Tensor
+
+
+def is_held_out(example: int) -> bool:
+    """Whether an example, by its place among all, is in the part on which lambda is chosen."""
+    return example // RUN % 4 == 1
 
 
 def _outer(a: Tensor, b: Tensor) -> Tensor:

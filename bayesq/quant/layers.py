@@ -313,9 +313,16 @@ def input_blocks(layer: Layer, x: Tensor, elements: int) -> Iterator[tuple[slice
 
 
 def _unfold(layer: nn.Conv2d, padded: Tensor) -> Tensor:
-    """Samples [b, g, l, c] of a padded input."""
-    columns = F.unfold(padded, layer.kernel_size, dilation=layer.dilation, stride=layer.stride)
-    return columns.reshape(len(columns), layer.groups, -1, columns.shape[-1]).transpose(2, 3)
+    """Samples [b, g, l, c] of a padded input, stored as [g, c, b, l]: a product over all samples then copies nothing.
+
+    F.unfold and the copy that it then needs take two to three times as long.
+    """
+    padded = padded.unfold(2, layer.dilation[0] * (layer.kernel_size[0] - 1) + 1, layer.stride[0])
+    padded = padded.unfold(3, layer.dilation[1] * (layer.kernel_size[1] - 1) + 1, layer.stride[1])
+    windows = padded[..., :: layer.dilation[0], :: layer.dilation[1]]  # [b, channel, h, w, kh, kw]
+    b, _, height, width = windows.shape[:4]
+    columns = windows.permute(1, 4, 5, 0, 2, 3).reshape(layer.groups, -1, b, height * width)
+    return columns.permute(2, 0, 3, 1)
 
 
 def _output_size(layer: nn.Conv2d, padded: Tensor) -> tuple[int, int]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from bayesq.calibration.inputs import INPUT_MOMENT
 from bayesq.calibration.order import forward_order
-from bayesq.calibration.paired import HELD_OUT, PairedMoments, PairedSums
+from bayesq.calibration.paired import PairedMoments, PairedSums, is_held_out
 from bayesq.calibration.prefix import Network, PrefixInputs
 from bayesq.quant.blocks import find_blocks
 from bayesq.quant.layers import input_samples, quantizable_layers
@@ -55,7 +55,7 @@ def test_moments_of_both_networks_are_those_of_single_samples(build, data, centr
     inputs = PrefixInputs(network(prefix), order, examples, 2, CPU, [INPUT_MOMENT], network(full))
     single, count = one_by_one(examples), len(examples)
     place = [int(i) for batch in examples.batches(2, CPU) for i in batch.index]  # batches may be sorted by length
-    held_out = [i for k, i in enumerate(place) if k % HELD_OUT == HELD_OUT - 1]
+    held_out = [i for k, i in enumerate(place) if is_held_out(k)]
     for group in order:
         for name in group:
             sums = inputs.paired(name)
