@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -52,14 +53,17 @@ def test_commands_compose(arguments: str, tmp_path: Path, monkeypatch: pytest.Mo
     assert jobs is None or len(jobs) >= 1
 
 
-def test_the_example_of_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_examples_of_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    (example,) = blocks((ROOT / "README.md").read_text(), "python")
+    (example,), (reading,) = (blocks((ROOT / name).read_text(), "python") for name in ("README.md", "bayesq/README.md"))
     make = timm.create_model
     monkeypatch.setattr(timm, "create_model", lambda name, pretrained: make("test_resnet", pretrained=False))
     torch.manual_seed(0)
-    exec(example.replace("224", "32"), {})
-    assert (tmp_path / "network.safetensors").stat().st_size > 0
+    space: dict[str, Any] = {}
+    exec(example.replace("224", "32"), space)
+    exec(reading, space)
+    loaded, quantized = space["network"].state_dict(), space["quantized"].state_dict()
+    assert all(torch.equal(loaded[name], quantized[name]) for name in quantized)
 
 
 def test_the_example_of_a_method_a_data_set_and_a_model(tmp_path: Path) -> None:
@@ -70,10 +74,9 @@ def test_the_example_of_a_method_a_data_set_and_a_model(tmp_path: Path) -> None:
     for name, (content,) in files:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(content)
-    lines = blocks(text, "bash")[-1].replace("bayesq-run", f"{sys.executable} {ROOT / 'run.py'}").splitlines()
-    lines = [line.replace("$PWD", f"$PWD:{ROOT}").replace("python mine", f"{sys.executable} mine") for line in lines]
-    script = "set -e\n" + "\n".join(lines) + " wandb.mode=disabled"
-    environment = os.environ | {"BAYESQ_CACHE_DIR": str(tmp_path / "cache")}
-    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    lines = blocks(text, "bash")[-1].replace("bayesq-run", f"python {ROOT / 'run.py'}")
+    script = lines.replace("$PWD", f"$PWD:{ROOT}").replace("python ", f"{sys.executable} ")
+    environment = os.environ | {"BAYESQ_CACHE_DIR": str(tmp_path / "cache"), "WANDB_MODE": "disabled"}
+    done = subprocess.run(["bash", "-ec", script], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert re.findall(r"^(\w+) +3 +\d+\.\d\d ", done.stdout, re.MULTILINE) == ["mine", "gptq", "bayesq"]
