@@ -188,7 +188,7 @@ def _start(group: Sequence[str], layers: Mapping[str, Layer], paired: bool) -> d
     sums: dict[str, _Sums] = {}
     for name in group:
         layer = layers[name]
-        pair = paired and not (isinstance(layer, ParameterLayer) and groups_of(layer) > 1)  # tokens may go to other experts
+        pair = paired and not (isinstance(layer, ParameterLayer) and groups_of(layer) > 1)  # tokens can change experts
         linear = type(layer) is nn.Linear and type(layers[group[0]]) is nn.Linear
         sums[name] = sums[group[0]] if sums and linear else _Sums(paired=PairedSums() if pair else None)
     return sums
