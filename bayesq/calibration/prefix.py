@@ -1,4 +1,4 @@
-"""What layers are given behind the layers that are quantized already, alone or in step with full precision."""
+"""Inputs of layers behind the layers that are quantized before them, alone or in step with full precision."""
 
 import copy
 import time
@@ -48,7 +48,7 @@ class _Sums:
     Attributes:
         statistics: behind the prefix.
         samples: so far; of a stack, of each group [g].
-        paired: in both networks; None where only the prefix runs, or what it is given cannot be paired.
+        paired: over both networks; None if only the prefix runs, or if the inputs cannot be paired.
     """
 
     statistics: dict[Statistic, Tensor] = field(default_factory=dict)
@@ -63,9 +63,9 @@ Runs = list[tuple[int | None, Tensor]]
 class PrefixInputs:
     """Input statistics behind the quantized prefix, and of both networks in step.
 
-    `replace` puts each QuantizedTensor into the network as it comes; when a layer's statistic is asked for, the
-    calibration set runs up to that layer, from the block around it (see bayesq.walker). Layers that read the same
-    tensor share one pass, and Linear layers among them the sums.
+    `replace` puts a layer's QuantizedTensor into the network. When a layer's statistic is read, the calibration set
+    runs from the start of the layer's block up to the layer (see bayesq.walker). Layers that read the same tensor
+    share one pass, and Linear layers among them share the sums.
 
     Args:
         prefix: a working copy of the network, whose weights change.
@@ -101,7 +101,7 @@ class PrefixInputs:
         return LayerStatistics(name, self.statistics, partial(self._finished, name))(kind)
 
     def paired(self, name: str) -> PairedSums | None:
-        """Sums of a layer's inputs in both networks; None where only the prefix runs, or they cannot be paired."""
+        """Sums of a layer's inputs in both networks; None if only the prefix runs, or they cannot be paired."""
         paired = self._of(name).paired
         return paired if paired is not None and paired.prefix is not None else None
 
@@ -110,7 +110,7 @@ class PrefixInputs:
         fill(self.networks[0].module, {name: tensor}, parameters)
 
     def walkers(self, batch_size: int) -> list[Walker[Batch]]:
-        """The walk of each network over batches of that many examples, where it stands."""
+        """The walker of each network over batches of that many examples, at the block it has reached."""
         if self._walkers is None or self._walkers[0] != batch_size:
             batches = partial(self.examples.batches, batch_size, self.device)
             walkers: list[Walker[Batch]] = []
@@ -121,11 +121,11 @@ class PrefixInputs:
         return self._walkers[1]
 
     def _of(self, name: str) -> _Sums:
-        """The layer's sums; only the group last asked for stays in memory."""
+        """The layer's sums; only those of the group read last stay in memory."""
         if name not in self._sums:
             start = time.perf_counter()
             group = next(group for group in self.groups if name in group)
-            self._sums = {}  # two groups' moments need not be there at once
+            self._sums = {}  # frees one group's moments before the next are collected
             try:
                 self._sums, retries = halving(self.batch_size, partial(self._collect, group), "calibration")
             except _Unpaired:
@@ -161,7 +161,7 @@ class PrefixInputs:
         return sums
 
     def _add(self, sums: _Sums, layer: Layer, batch: Batch, first: int, runs: Runs, full: Runs | None = None) -> None:
-        """Add what a layer is given in one batch from example `first` on, behind the prefix and in full precision."""
+        """Add a layer's inputs behind the prefix and in full precision; `first` is the batch's first example."""
         mask = batch.inputs.get(MASK)
         if sums.paired is not None and full is not None and [x.shape for _, x in full] != [x.shape for _, x in runs]:
             raise _Unpaired
@@ -188,14 +188,14 @@ def _start(group: Sequence[str], layers: Mapping[str, Layer], paired: bool) -> d
     sums: dict[str, _Sums] = {}
     for name in group:
         layer = layers[name]
-        pair = paired and not (isinstance(layer, ParameterLayer) and groups_of(layer) > 1)  # tokens choose experts anew
+        pair = paired and not (isinstance(layer, ParameterLayer) and groups_of(layer) > 1)  # tokens can change experts
         linear = type(layer) is nn.Linear and type(layers[group[0]]) is nn.Linear
         sums[name] = sums[group[0]] if sums and linear else _Sums(paired=PairedSums() if pair else None)
     return sums
 
 
 def _part(sums: dict[str, _Sums], group: Sequence[str], given: Sequence[Mapping[str, Runs]]) -> None:
-    """Give a layer sums of its own from the first batch on in which it reads another tensor than the first layer."""
+    """Separate a layer's sums from those of the first layer as soon as the two read different tensors."""
     for name in group[1:]:
         same = all(
             len(runs[name]) == len(runs[group[0]])
@@ -207,7 +207,7 @@ def _part(sums: dict[str, _Sums], group: Sequence[str], given: Sequence[Mapping[
 
 
 def _each(samples: Tensor, mask: Tensor | None, part: slice) -> Tensor:
-    """Samples that count, of each example [e]."""
+    """Number of samples of each example that count, [e]."""
     e, _, length, _ = samples.shape
     if mask is None or mask.shape[1:] != (length,) or length == 1:
         return torch.full((e,), length)
@@ -215,7 +215,7 @@ def _each(samples: Tensor, mask: Tensor | None, part: slice) -> Tensor:
 
 
 def inputs_of(walker: Walker[Batch], group: Sequence[str], run: Callable[[], Any]) -> dict[str, Runs]:
-    """What the layers of a group are given in one pass, which ends when the last of them is about to run.
+    """The inputs of a group's layers in one pass, which ends when the last of them is about to run.
 
     Copies, since networks change inputs in place; layers that read the same tensor get the same copy.
     """
