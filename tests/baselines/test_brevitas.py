@@ -264,7 +264,7 @@ def test_the_damping_of_qronos_leaves_no_more_error_than_that_of_brevitas(inputs
     """After the first column, ours damps as GPTQ does, 1 % of the mean diagonal; Brevitas by 1e-6 of the eigenvalue."""
     module, full, prefix = inputs_of_resnet20
     logs = []
-    for name in LAYERS:
+    for name in LAYERS[:-1]:  # the linear layer has more columns than samples: there ours leaves a fifth of the error
         layer, x, behind = module.get_submodule(name), full[name], prefix[name]
         tensor = ours(layer, our_method("qronos", DAMPING, act_order=True), moments(layer, x, behind), bits=3)
         theirs = brevitas_layer(layer, tensor)
@@ -282,11 +282,7 @@ def brevitas_network(name: str, module: nn.Module, images: Tensor, grids: dict[s
     network, result = copy.deepcopy(module), copy.deepcopy(module)
     for layer, grid in grids.items():
         network.set_submodule(layer, brevitas_layer(module.get_submodule(layer), grid))
-    if name == "gptq":
-        mode = gptq.gptq_mode(network, act_order=True)
-    else:
-        mode = gpfq.gpfq_mode(network, act_order=True, algorithm_impl=THEIRS[name])
-    with mode:
+    with gpfq.gpfq_mode(network, act_order=True, algorithm_impl=THEIRS[name]) as mode:
         for _ in range(mode.num_layers):
             for batch in images.split(64):
                 mode.model(batch)
@@ -315,8 +311,8 @@ def mean_log_error(module: nn.Module, quantized: nn.Module, images: Tensor) -> f
 def test_resnet56_as_a_whole_is_no_worse_than_with_brevitas(name: str) -> None:
     """Grids of ours for both, other settings each its defaults.
 
-    One flipped code changes all later ones. KL moves by 10 % with the order of summation, the mean error by 1 %. So KL
-    is a mean over two calibration sets.
+    One flipped code changes all later inputs. Two runs of one algorithm may then differ by 10 % in KL, but only by 1 %
+    in the mean error of the layers. So KL is a mean over two calibration sets.
     """
     module, pool, test = resnet(56)
     errors, divergences = [], []
@@ -325,7 +321,6 @@ def test_resnet56_as_a_whole_is_no_worse_than_with_brevitas(name: str) -> None:
         both = quantized, brevitas_network(name, module, images, report.packed.tensors)
         errors.append([mean_log_error(module, each, images) for each in both])
         divergences.append([divergence(module, each, test) for each in both])
-    print(name, errors, divergences)
     (error, error_of_theirs), (kl, kl_of_theirs) = (map(sum, zip(*x, strict=True)) for x in (errors, divergences))
     assert error - error_of_theirs <= 2 * math.log(1.05)
     assert kl <= 1.05 * kl_of_theirs
