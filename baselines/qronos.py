@@ -35,27 +35,27 @@ class Qronos(TwoInputs):
         self, weight: Tensor, group: int, factor: FeedbackFactor, grid: AffineGrid, follow: BlockObserver | None
     ) -> tuple[Tensor, Tensor]:
         order = factor.order
-        h, c = (x[group][order][:, order] for x in (self._moment, self._cross))
-        w = weight[:, order]
+        h = self._moment[group][order][:, order]
+        w, aim = weight[:, order], self._aim[group][:, order]
         corrected = torch.empty_like(w)
-        corrected[:, 0] = self._first(w, h, c, grid, int(order[0]))
-        corrected[:, 1:] = self._rest(w, corrected[:, 0], h, c)
+        corrected[:, 0] = self._first(w, aim, h, grid, int(order[0]))
+        corrected[:, 1:] = self._rest(w, aim, corrected[:, 0], h)
         codes, values, _ = feedback_round(corrected[:, torch.argsort(order)], factor, grid, follow)
         return codes, values
 
-    def _first(self, w: Tensor, h: Tensor, c: Tensor, grid: AffineGrid, column: int) -> Tensor:
-        """q_1 [R]: the value that stands for W x best, with the other columns as they are."""
+    def _first(self, w: Tensor, aim: Tensor, h: Tensor, grid: AffineGrid, column: int) -> Tensor:
+        """q_1 [R]: the value that stands for W x best, with the other columns as they are; aim = W C."""
         if not h[0, 0] > 0:
             return w[:, 0]
-        best = (w @ c[:, 0] - w[:, 1:] @ h[1:, 0]) / h[0, 0]
+        best = (aim[:, 0] - w[:, 1:] @ h[1:, 0]) / h[0, 0]
         return grid.round(best, column)[1]
 
-    def _rest(self, w: Tensor, first: Tensor, h: Tensor, c: Tensor) -> Tensor:
+    def _rest(self, w: Tensor, aim: Tensor, first: Tensor, h: Tensor) -> Tensor:
         """w_2: [R, c - 1]: the least squares solution, given q_1."""
         size = self.ridge * float(torch.linalg.matrix_norm(h, 2)) or 1.0
         damped = h[1:, 1:].clone()
         damped.diagonal().add_(size)
-        right = w @ c[:, 1:] + size * w[:, 1:] - first[:, None] * h[0, 1:]
+        right = aim[:, 1:] + size * w[:, 1:] - first[:, None] * h[0, 1:]
         solved, failed = torch.linalg.solve_ex(damped, right.T)
         if int(failed):
             raise Refused("H + l I is singular: raise method.ridge")

@@ -9,7 +9,10 @@ from bayesq.contract import LayerProblem
 
 
 class TwoInputs(GPTQ):
-    """GPTQ with H = E[x' x'T] and C = E[x x'T] of the layer at hand; clip rules are judged by E|w x - q x'|^2."""
+    """GPTQ with H = E[x' x'T] and C = E[x x'T] of the layer at hand; clip rules are judged by E|w x - q x'|^2.
+
+    A column may be dead in x' and alive in x. Its weights become zero, but what they did to W x stays in E[W x x'T].
+    """
 
     statistics = frozenset({INPUT_MOMENT, CROSS_MOMENT})
     together = False
@@ -17,16 +20,8 @@ class TwoInputs(GPTQ):
     def _begin(self, layer: LayerProblem) -> None:
         self._moment = layer.input_statistic("input_moment").double()
         self._cross = layer.input_statistic("cross_moment").double()
+        self._aim = layer.weight.double() @ self._cross  # E[W x x'T] [g, r, c]
 
     def _error(self, value: Tensor, weight: Tensor, moments: Tensor) -> Tensor:
-        return paired_error(value, weight, moments, self._cross)
-
-
-def paired_error(value: Tensor, weight: Tensor, moments: Tensor, cross: Tensor) -> Tensor:
-    """E|w x - q x'|^2 of each row [g, r], up to the constant E|w x|^2.
-
-    Args:
-        value, weight: q and w [g, r, c] float64.
-        moments, cross: H and C [g, c, c].
-    """
-    return ((value @ moments.double() - 2 * weight @ cross) * value).sum(-1)
+        """E|w x - q x'|^2 of each row [g, r], up to the constant E|w x|^2."""
+        return ((value @ moments.double() - 2 * self._aim) * value).sum(-1)

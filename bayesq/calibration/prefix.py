@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from bayesq.batches import Batch, EncodedExamples
 from bayesq.calibration.inputs import INPUT_MOMENT
-from bayesq.calibration.paired import PairedSums
+from bayesq.calibration.paired import CROSS_MOMENT, PairedSums
 from bayesq.calibration.samples import counted_samples, in_stack
 from bayesq.calibration.statistic import LayerStatistics, Statistic
+from bayesq.errors import Refused
 from bayesq.memory import halving
 from bayesq.quant.layers import MASK, Layer, ParameterLayer, groups_of, weight_to_matrix
 from bayesq.quant.network import fill
@@ -97,7 +98,19 @@ class PrefixInputs:
         self._walkers: tuple[int, list[Walker[Batch]]] | None = None
 
     def statistic(self, name: str, kind: str) -> Tensor:
-        """One layer's input statistic behind the prefix."""
+        """One layer's input statistic behind the prefix.
+
+        Raises:
+            Refused: the method compares the inputs of both networks, and this layer's cannot be paired.
+        """
+        if kind == CROSS_MOMENT.name:
+            layers = self.networks[0].layers
+            names = [each for each, layer in layers.items() if each == name or not _can_be_paired(layer)]
+            raise Refused(
+                f"layer {name}: this method pairs its inputs in both networks, which is not possible for a stack of "
+                f"matrices, such as experts, or where each network runs it at other positions: "
+                f"layers.exclude=[{','.join(names)}], or choose another method"
+            )
         return LayerStatistics(name, self.statistics, partial(self._finished, name))(kind)
 
     def paired(self, name: str) -> PairedSums | None:
@@ -188,10 +201,15 @@ def _start(group: Sequence[str], layers: Mapping[str, Layer], paired: bool) -> d
     sums: dict[str, _Sums] = {}
     for name in group:
         layer = layers[name]
-        pair = paired and not (isinstance(layer, ParameterLayer) and groups_of(layer) > 1)  # tokens can change experts
+        pair = paired and _can_be_paired(layer)
         linear = type(layer) is nn.Linear and type(layers[group[0]]) is nn.Linear
         sums[name] = sums[group[0]] if sums and linear else _Sums(paired=PairedSums() if pair else None)
     return sums
+
+
+def _can_be_paired(layer: Layer) -> bool:
+    """Whether both networks give each matrix the same samples; in each network, tokens choose their experts anew."""
+    return not (isinstance(layer, ParameterLayer) and groups_of(layer) > 1)
 
 
 def _part(sums: dict[str, _Sums], group: Sequence[str], given: Sequence[Mapping[str, Runs]]) -> None:

@@ -1,15 +1,18 @@
 """GPTAQ and Qronos: their equations in loops over columns, and GPTQ as their limit."""
 
 import numpy as np
+import odd_networks as odd
 import pytest
 import torch
 from naive_quant import RULES, FixedWidths, affine_nearest, damped, moment_of, visiting_order
 from rounding_loop import rounded
 
+import bayesq
 from baselines.gptaq import GPTAQ
 from baselines.gptq import GPTQ
 from baselines.qronos import Qronos
 from bayesq.contract import LayerProblem
+from bayesq.errors import Refused
 
 DAMPING, ROWS = 0.01, 6
 WIDTHS = [2, 3, 3, 4, 5, 8]
@@ -121,3 +124,44 @@ def test_both_lower_the_error_that_gptq_leaves_behind_a_changed_prefix() -> None
     plain = error(GPTQ(**settings(True, "auto"), group_size=None))
     assert error(GPTAQ(**settings(True, "auto"), group_size=None, alpha=1.0)) < plain
     assert error(Qronos(**settings(True, "auto"), ridge=1e-6)) < plain
+
+
+def test_qronos_counts_what_a_column_did_that_died_behind_the_prefix() -> None:
+    """x_2 is alive and x'_2 is dead: its share of W x goes into the other columns, and its weights become zero."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(200, 5, generator=generator, dtype=torch.float64) + 1
+    prefix = x.clone()
+    prefix[:, 2] = 0
+    statistics = {"input_moment": (prefix.T @ prefix / 200)[None], "cross_moment": (x.T @ prefix / 200)[None]}
+    w = torch.randn(1, ROWS, 5, generator=generator) * torch.tensor([1, 1, 0.2, 1, 1])
+    problem = LayerProblem("layer", "Linear", w, statistics.__getitem__, 1)
+    widths = torch.full((ROWS,), 8, dtype=torch.uint8)
+    ((_, tensor),) = rounded(Qronos(**settings(True, "minmax"), ridge=1e-9), [problem], FixedWidths(layer=widths))
+    q, target = tensor.dequantize()[0].double(), w[0].double() @ x.T
+    assert not q[:, 2].any()
+    least = (target - torch.linalg.lstsq(prefix, target.T).solution.T @ prefix.T).square().sum()
+    assert (target - q @ prefix.T).square().sum() < 1.3 * least
+
+
+class TwoMixtures(odd.Mixture):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = odd.Experts(3, transposed=False)
+
+    def body(self, x: torch.Tensor) -> torch.Tensor:
+        return self.odd(self.first(x))
+
+
+@pytest.mark.parametrize("method", ["gptaq", "qronos"])
+@pytest.mark.parametrize(
+    ("build", "exclude"), [(TwoMixtures, "odd.up,first.up"), (odd.SelfAttention, "odd.in_proj_weight")]
+)
+def test_stacks_that_cannot_be_paired_are_refused_with_what_to_exclude(build, exclude: str, method: str) -> None:
+    module, x = build().eval(), torch.randn(8, 4, odd.WIDTH, generator=torch.Generator().manual_seed(0))
+    names = exclude.split(",")
+    with pytest.raises(Refused, match=rf"^layer ({'|'.join(names)}): this method pairs .* exclude=\[{exclude}\]"):
+        bayesq.quantize(module, [x], method=method)
+    quantized, _ = bayesq.quantize(module, [x], method=method, exclude=names)
+    weight = module.state_dict()[names[0]]
+    assert torch.equal(quantized.state_dict()[names[0]], weight)
+    assert not torch.equal(quantized.head.weight, module.head.weight)
