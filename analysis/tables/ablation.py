@@ -44,10 +44,7 @@ def no_gain(table: pd.DataFrame) -> str:
     if not by_place:
         return ""
     listed = "; ".join(f"{where}{', '.join(names)}" for where, names in by_place.items())
-    return (
-        " No gain measured: the full method's KL is not lower (the interval of the ratio includes 1 or is below it) than "
-        f"with {listed}."
-    )
+    return f" No gain measured (the interval of the ratio includes 1 or is below it) over {listed}."
 
 
 def _rows(runs: pd.DataFrame) -> tuple[list[dict[str, Any]], list[str]]:

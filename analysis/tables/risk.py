@@ -36,7 +36,8 @@ def risk_table(runs: pd.DataFrame) -> Table:
     for workload, members in done.groupby("workload", sort=True):
         rows += [{"workload": workload, **row} for row in [*_cells(members), *_correlations(members)]]
     numbers = pd.DataFrame(rows, columns=COLUMNS)
-    notes = [f"{without} finished runs have no risk, as they read no posterior."] if without else []
+    several = "runs have no risk, as they" if without > 1 else "run has no risk, as it"
+    notes = [f"{without} finished {several} read no posterior."] if without else []
     caption = (
         f"Achieved risk of all layers over the measured KL to full precision ({EXPLAINED}), mean ± sample standard "
         "deviation over n seeds, and Spearman's rank correlation of achieved risk with KL over n runs (methods, bits "
