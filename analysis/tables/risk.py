@@ -7,7 +7,7 @@ import pandas as pd
 
 from analysis.captions import known, remarks_of, settings
 from analysis.comparisons import KL
-from analysis.loading import finished
+from analysis.loading import finished, records
 from analysis.methods import setting
 from analysis.table import GAP, Table, as_kl, as_number, as_spread, make_table
 
@@ -59,7 +59,7 @@ def _cells(members: pd.DataFrame) -> list[dict[str, Any]]:
 
 def _correlations(members: pd.DataFrame) -> list[dict[str, Any]]:
     """A row for all runs of a workload, and one for those of each value of `inputs`."""
-    inputs = pd.Series([setting(run, "inputs") for run in members.to_dict("records")], members.index)
+    inputs = pd.Series([setting(run, "inputs") for run in records(members)], members.index)
     groups = {"all runs": members} | {f"inputs={value}": group for value, group in members.groupby(inputs)}
     return [
         {"runs": name, "n": len(group), "rank_correlation": _spearman(group[RISK], group[KL])}
@@ -74,7 +74,7 @@ def _spearman(first: pd.Series, second: pd.Series) -> float:
 
 def _shown(numbers: pd.DataFrame) -> pd.DataFrame:
     cells = []
-    for row in numbers.to_dict("records"):
+    for row in records(numbers):
         groups, few = math.isnan(row["bits"]), row["n"] < FEWEST
         cells.append(
             {

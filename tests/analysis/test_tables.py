@@ -116,7 +116,7 @@ def test_the_main_table_by_hand(runs):
 
 
 def add_rivals(folder: Path) -> None:
-    """BayesQ with full inputs, GPTQ with two allocators and inputs, and GPTAQ, the strongest of them but for seed 0."""
+    """BayesQ with full inputs, some variants of GPTQ, GPTAQ as the strongest, and Qronos without one of the seeds."""
     for seed in (0, 1):
         add(folder, "bayesq", 3.0, seed, inputs="full")
         add(folder, "gptq", 3.0, seed, inputs="prefix")
