@@ -317,8 +317,9 @@ def test_an_ablation_to_what_is_the_default_is_the_full_method(tmp_path: Path) -
     """`inputs_full` and the like exist for every value, so one of them has the run of `full`."""
     default = [name for name in ("inputs_full", "inputs_prefix", "inputs_paired") if switches_nothing(name)]
     assert len(default) == 1 and not switches_nothing("codebook_lloyd") and not switches_nothing("gptq")
-    for name, kl, options in ((default[0], 0.02, []), ("codebook_lloyd", 0.06, ["levels=lloyd"])):
-        overrides = add_run(tmp_path, kl=kl, ablation="full", options=options) / ".hydra/overrides.yaml"
+    for name, kl, levels in ((default[0], 0.02, "trellis"), ("codebook_lloyd", 0.06, "lloyd")):
+        run = add_run(tmp_path, kl=kl, ablation="full", options=[f"levels={levels}"], run_id=name)
+        overrides = run / ".hydra/overrides.yaml"
         overrides.write_text(overrides.read_text().replace("ablation=full", f"ablation={name}"))
     data = ablation.data(load_runs(tmp_path)).set_index("ablation")
     assert set(data.index) == {"full", "codebook_lloyd"}
