@@ -1,4 +1,4 @@
-"""`python -m analysis RESULTS [KEY=VALUE ...] [--cost | --glue | --main | --ablation]`: a table on the terminal.
+"""`python -m analysis RESULTS [KEY=VALUE ...] [--main | --ablation | --cost | --risk | --glue]`: a table.
 
 With `--output DIR` every table and figure goes there instead. RESULTS is a results folder or `wandb:ENTITY/PROJECT`;
 Filters such as `dataset=digits method=bayesq,gptq` select the runs that fit all of them.
@@ -13,12 +13,14 @@ from analysis.tables.cost import cost_table
 from analysis.tables.glue import glue_table, has_glue
 from analysis.tables.main import main_table
 from analysis.tables.overview import overview_table
+from analysis.tables.risk import risk_table
 from bayesq.suite.errors import UserError
 
 TABLES = {
     "main": (main_table, "every method against GPTQ, with intervals and tests"),
     "ablation": (ablation_table, "every variant of BayesQ against the full method"),
     "cost": (cost_table, "seconds of the stages, and multiples of GPTQ's"),
+    "risk": (risk_table, "risk of all layers over KL, and their rank correlation over runs"),
     "glue": (glue_table, "means over the tasks of GLUE, and which are missing"),
 }
 

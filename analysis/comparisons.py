@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.loading import finished, read_table, records
-from analysis.methods import is_data_free
+from analysis.methods import is_data_free, setting
 from analysis.metrics import Floats, measure
 from analysis.paper import REFERENCE
 from analysis.statistics import (
@@ -117,7 +117,7 @@ def _is_number(column: pd.Series) -> bool:
 def alike(run: Mapping[str, Any], keys: Sequence[str] = ALIKE) -> tuple[str, ...]:
     """Settings of a run that its baseline must share, as text."""
     settings = settings_of({"config": run["config"], "seed": run["seed"]})
-    return tuple(str(settings.get(key)) for key in keys)
+    return tuple(setting(run, key) if key == "inputs" else str(settings.get(key)) for key in keys)
 
 
 def is_seedless(run: Mapping[str, Any]) -> bool:
@@ -128,18 +128,26 @@ def is_seedless(run: Mapping[str, Any]) -> bool:
 
 
 def strongest_baseline(runs: pd.DataFrame, workload: str, bits: float, conditions: tuple[str, ...]) -> str | None:
-    """The GPTQ variant of lowest mean KL on a workload at a budget, or None.
+    """The GPTQ variant of lowest mean KL on a workload at a budget, or None; see `strongest_of`."""
+    there = runs[(runs["workload"] == workload) & (runs["bits/target"] == bits)]
+    return strongest_of([REFERENCE], there, conditions)
+
+
+def strongest_of(
+    methods: Sequence[str], there: pd.DataFrame, conditions: tuple[str, ...], keys: Sequence[str] = ALIKE
+) -> str | None:
+    """The variant of lowest mean KL among methods, or None.
 
     Means are over the seeds of the other methods there under the same conditions, so that no variant wins because a bad
     seed is missing; a variant with more missing seeds than another does not count.
 
     Args:
-        runs: finished runs.
+        there: finished runs of one workload at one budget.
         conditions: `alike` of the runs that are compared with it.
+        keys: of the conditions.
     """
-    there = runs[(runs["workload"] == workload) & (runs["bits/target"] == bits)]
-    there = there.loc[[alike(run) == conditions for run in records(there)]]
-    candidates, others = there[there["method"] == REFERENCE], there[there["method"] != REFERENCE]
+    there = there.loc[[alike(run, keys) == conditions for run in records(there)]]
+    candidates, others = there[there["method"].isin(methods)], there[~there["method"].isin(methods)]
     if candidates.empty:
         return None
     others = others.loc[[not is_seedless(run) for run in records(others)]]

@@ -85,6 +85,11 @@ def deviations(run: Mapping[str, Any]) -> dict[str, str]:
     return changed
 
 
+def switches_nothing(ablation: str) -> bool:
+    """Whether an ablation of the suite sets only what is the default, such as `inputs_full` for inputs=full."""
+    return _defaults((("ablation", ablation),)) == _defaults(())
+
+
 @cache
 def _defaults(axes: tuple[tuple[str, str], ...]) -> dict[str, Any]:
     """`settings_of` the suite's YAML files with these choices; unknown choices are ignored.

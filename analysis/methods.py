@@ -15,10 +15,13 @@ import pandas as pd
 from omegaconf import OmegaConf
 
 from bayesq.defaults import conf_dir
+from bayesq.suite.results import settings_of
 
 # Colours of Okabe and Ito, distinct for colour-blind readers, that no method of the suite uses; then others.
 FREE_COLORS = ("#E69F00", "#56B4E9", "#000000", "#8C564B", "#7F3C8D", "#999933")
 FREE_MARKERS = ("v", "P", "X", "<", ">", "p", "h", "*")
+# Settings whose values are in labels, with the defaults of methods whose YAML has none.
+DEFAULTS = {"allocator": "uniform", "inputs": "full", "correction": "none"}
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,7 @@ class Method:
         marker: of matplotlib.
         order: place in tables and legends, smallest first; the last one is drawn on top.
         data_free: whether it reads no calibration data, so that every seed gives the same result.
+        rival: the values of `inputs` with which it is a rival of the proposed method; none if it is no rival.
     """
 
     name: str
@@ -39,6 +43,7 @@ class Method:
     marker: str
     order: float
     data_free: bool
+    rival: tuple[str, ...] = ()
 
 
 def methods_of(runs: pd.DataFrame | None = None) -> dict[str, Method]:
@@ -63,6 +68,7 @@ def methods_of(runs: pd.DataFrame | None = None) -> dict[str, Method]:
             marker=str(display.get("marker") or next(markers)),
             order=float(display.get("order", math.inf)),
             data_free=blocks[name].get("data_free") is True,
+            rival=tuple(display.get("rival", ())),
         )
         for name, display in displays.items()
     ]
@@ -81,10 +87,29 @@ def is_data_free(method: str, config: Mapping[str, Any] | None = None) -> bool:
     return block.get("data_free") is True
 
 
+def default_of(method: str, key: str) -> str:
+    """The default of allocator, inputs or correction for a method of the suite; of another one that of most methods."""
+    return str(_suite_blocks().get(method, {}).get(key, DEFAULTS[key]))
+
+
+def setting(run: Mapping[str, Any], key: str) -> str:
+    """The allocator, inputs or correction of a run; the method's default for a record of an older version."""
+    settings = settings_of({"config": run["config"], "seed": run["seed"]})
+    return str(settings.get(key, default_of(run["method"], key)))
+
+
 def label(variant: str, methods: Mapping[str, Method]) -> str:
-    """A variant as a legend spells it: `gptq inputs=full` is `GPTQ inputs=full`."""
+    """A variant as a legend spells it: `gptq allocator=knapsack refits=2` is `GPTQ + knapsack refits=2`."""
     name, *settings = variant.split(" ")
-    return " ".join([methods[name].title if name in methods else name, *settings])
+    return " ".join([methods[name].title if name in methods else name, *map(_in_label, settings)])
+
+
+def _in_label(setting: str) -> str:
+    """A setting as `label` spells it: the value of allocator, inputs or correction alone."""
+    key, _, value = setting.partition("=")
+    if key not in DEFAULTS:
+        return setting
+    return "+ no correction" if setting == "correction=none" else f"+ {value}"
 
 
 def _free(choices: Sequence[str], taken: Iterable[Any]) -> Iterator[str]:

@@ -6,7 +6,7 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
-from analysis.defaults import command_overrides
+from analysis.defaults import command_overrides, switches_nothing
 from analysis.figures.shared import KL, mean_and_std
 from analysis.loading import finished, records
 from analysis.methods import methods_of
@@ -42,8 +42,12 @@ def data(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def ablation_of(run: Mapping[str, Any]) -> str | None:
-    """The file of conf/ablation that a run was started with; None if there was none, or it was not recorded."""
-    return next((o.partition("=")[2] for o in command_overrides(run) if o.startswith("ablation=")), None)
+    """The file of conf/ablation that a run was started with; None if there was none, or it was not recorded.
+
+    An ablation to what is the default anyway, such as `inputs_full`, is the full method.
+    """
+    name = next((o.partition("=")[2] for o in command_overrides(run) if o.startswith("ablation=")), None)
+    return FULL if name and run["variant"] == PROPOSED and switches_nothing(name) else name
 
 
 @style()

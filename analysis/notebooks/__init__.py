@@ -43,6 +43,7 @@ NOTEBOOKS = (
     "allocation",
     "calibration_size",
     "cost",
+    "risk",
     "reliability",
     "rate_distortion",
 )

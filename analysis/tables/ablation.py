@@ -25,11 +25,26 @@ def ablation_table(runs: pd.DataFrame) -> Table:
         f"Ablation: {population_of_rows(table)}. Every row switches the named settings of the full method "
         f"({PROPOSED}). {of_scores(runs)} Δ and the ratio of KL are against the full method, with 95 % intervals "
         f"(paired bootstrap over examples and seeds). {of_tests(table)} Bold: different from the full method at 5 %."
-        f"{settings(shown_in(table, finished(runs)))}"
+        f"{no_gain(table)}{settings(shown_in(table, finished(runs)))}"
     )
     significant = {"Δ full": table["p_holm"] < LEVEL}
     cells = pd.DataFrame(row_cells(table, "full", "variant"))
     return make_table(cells, table, significant, caption, [*notes, *remarks_of(runs)])
+
+
+def no_gain(table: pd.DataFrame) -> str:
+    """A caption's sentence with the variants of the full method whose KL is not higher; "" if there are none."""
+    variants = table[(table["method"] == PROPOSED) & (table["variant"] != PROPOSED)]
+    several = len(table.groupby(["workload", "bits"])) > 1
+    by_place: dict[str, list[str]] = {}
+    for row in records(variants[variants["kl_ratio_low"] <= 1]):
+        where = f"{row['workload']} at {row['bits']:g} bits: " if several else ""
+        lower = " (lower KL)" if row["kl_ratio_high"] < 1 else ""
+        by_place.setdefault(where, []).append(f"{row['variant'].removeprefix(PROPOSED).strip()}{lower}")
+    if not by_place:
+        return ""
+    listed = "; ".join(f"{where}{', '.join(names)}" for where, names in by_place.items())
+    return f" No gain measured (the interval of the ratio includes 1 or is below it) over {listed}."
 
 
 def _rows(runs: pd.DataFrame) -> tuple[list[dict[str, Any]], list[str]]:

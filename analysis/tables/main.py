@@ -12,13 +12,15 @@ from analysis.loading import finished, records
 from analysis.methods import methods_of, title
 from analysis.paper import BUDGETS, CLAIMED_DELTAS, CLAIMED_FOR, PROPOSED, REFERENCE
 from analysis.table import GAP, Table, as_number, make_table
+from analysis.tables.rivals import RIVAL_COLUMNS, of_rivals, rival_cells, rival_columns, strongest_rivals
 from analysis.tables.rows import compared, compared_row, of_scores, of_tests, pick, row_cells, shown_in
 
 
 def main_table(runs: pd.DataFrame) -> Table:
     """Methods at 3, 3.5 and 4 bits on every workload, each against the strongest GPTQ at the same place.
 
-    A variant has rows if it ran at more than one of the budgets, or is the plain method. A method without a run on a
+    A variant has rows if it ran at more than one of the budgets, is the plain method, or is the strongest rival of the
+    proposed method. A method without a run on a
     workload, but with one on another, is a gap. Budgets without a result on a workload have no rows, and neither have
     workloads without a result at these budgets. p values are Holm-corrected over all rows; bold is better than GPTQ at
     5 %.
@@ -29,10 +31,11 @@ def main_table(runs: pd.DataFrame) -> Table:
     runs = runs[runs["workload"].isin(set(done["workload"]))]
     methods = {name: method for name, method in methods_of(runs).items() if name in set(runs["method"])}
     rows, notes = _rows(runs, done, list(methods))
-    table, name = compared(rows), title(REFERENCE)
+    table, name = compared(rows, RIVAL_COLUMNS), title(REFERENCE)
     cells = pd.DataFrame(
         {
             **row_cells(table, name),
+            **rival_cells(table),
             "paper's Δ": table["paper_delta"].map(lambda value: as_number(value, "+.1f")),
             name: [
                 GAP if not isinstance(reference, str) else "this row" if reference == variant else reference
@@ -54,11 +57,14 @@ def _rows(runs: pd.DataFrame, done: pd.DataFrame, methods: Sequence[str]) -> tup
             notes.append(f"{workload}: not shown, as it ran at one of these budgets only: {', '.join(left_out)}.")
         for bits in budgets:
             for variant in shown:
-                ours = records(pick(done, workload, variant, bits))
+                place = (workload, variant, bits)
+                ours = records(pick(done, *place))
                 reference = strongest_baseline(done, str(workload), bits, alike(ours[0])) if ours else None
-                row, said = compared_row(done, means, (workload, variant, bits), reference, examples)
-                rows.append(row | (_claim(ours[0]) if row.get("method") == PROPOSED else {}))
+                row, said = compared_row(done, means, place, reference, examples)
                 notes += said
+                if row.get("method") == PROPOSED:
+                    row |= _claim(ours[0]) | rival_columns(done, place, row, examples)
+                rows.append(row)
         for variant in shown:
             notes += missing(members, variant, budgets, source_of(runs))
     return rows, notes
@@ -76,6 +82,10 @@ def _variants(members: pd.DataFrame, methods: Sequence[str]) -> tuple[list[str],
     of = dict(zip(here["variant"], here["method"], strict=True))
     shown = {variant for variant in budgets.index if budgets[variant] > 1 or variant == of[variant]}
     shown |= {*methods} - {of[variant] for variant in shown}
+    proposed = finished(here[(here["method"] == PROPOSED) & here["variant"].isin(shown)])
+    for run in records(proposed.drop_duplicates(["variant", "bits/target"])):
+        rivals = strongest_rivals(finished(here[here["bits/target"] == run["bits/target"]]), run)
+        shown |= {rival for rival in rivals.values() if rival}
     ordered = sorted(shown, key=lambda variant: (methods.index(of.get(variant, variant)), variant))
     return ordered, sorted(set(budgets.index) - shown)
 
@@ -91,7 +101,8 @@ def _caption(table: pd.DataFrame, runs: pd.DataFrame, done: pd.DataFrame, seedle
     return (
         f"Methods at {budgets} bits: {population_of_rows(table)}. {of_scores(runs)} Δ {name}: points over the "
         f"strongest {name} (lowest mean KL at this budget with the same correction, distillation and calibration size; "
-        f"named in the last column), with 95 % interval (paired bootstrap over examples and seeds). {of_tests(table)} "
+        f"named in the last column), with 95 % interval (paired bootstrap over examples and seeds). "
+        f"{of_rivals(table, done)}{of_tests(table)} "
         f"Bold: better than {name} at 5 %. {data_free(seedless, 'one run of it')}"
         f"Paper's Δ: claimed for {' and '.join(CLAIMED_FOR.values())}, shown beside {title(PROPOSED)} on images and "
         f"text.{settings(shown_in(table, done))}"

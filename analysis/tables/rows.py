@@ -107,9 +107,23 @@ def _against(
     return row, [f"{where}: compared with {reference} {'; '.join(parts)}."] if parts else []
 
 
-def compared(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
-    """The rows as a frame with all COLUMNS, corrected p values, and whether a row is `better` than its reference."""
-    table = pd.DataFrame([dict(row) for row in rows], columns=list(COLUMNS)).astype(COLUMNS)
+def kl_ratio_to(examples: Examples, theirs: pd.DataFrame, ours: pd.DataFrame) -> list[float]:
+    """The ratio of KL of our runs to theirs with its interval, NaN if they cannot be compared."""
+    try:
+        interval = examples.compare(theirs, ours).kl_ratio
+    except NotComparedError:
+        return [math.nan] * len(ENDS)
+    return [getattr(interval, name) for name in ENDS.values()]
+
+
+def compared(rows: Sequence[Mapping[str, Any]], more: Mapping[str, str] | None = None) -> pd.DataFrame:
+    """The rows as a frame with all COLUMNS, corrected p values, and whether a row is `better` than its reference.
+
+    Args:
+        more: further columns with their types.
+    """
+    columns = {**COLUMNS, **(more or {})}
+    table = pd.DataFrame([dict(row) for row in rows], columns=list(columns)).astype(columns)
     table["p_holm"] = holm(table["p"].tolist())
     return table.assign(better=(table["p_holm"] < LEVEL) & is_better(table["delta"]))
 

@@ -14,6 +14,7 @@ from matplotlib.text import Text
 from result_files import add_run, paper
 
 from analysis import captions, gaps, load_runs, style
+from analysis.defaults import switches_nothing
 from analysis.figures import ablation, allocation, bit_curve, cost, main_figure, rate_distortion, reliability
 from analysis.figures.shared import main_runs
 from analysis.methods import methods_of
@@ -310,3 +311,16 @@ def test_full_runs_asked_for_again_without_the_ablation_stay_the_full_method(tmp
     assert set(data["bits"]) == {3.0} and set(data.index) == {"full", "codebook_lloyd"}
     assert data.loc["full", "n"] == 2 and data.loc["full", "q/kl_to_fp"] == pytest.approx(0.03)
     assert data.loc["codebook_lloyd", "multiple"] == pytest.approx(2.0)
+
+
+def test_an_ablation_to_what_is_the_default_is_the_full_method(tmp_path: Path) -> None:
+    """`inputs_full` and the like exist for every value, so one of them has the run of `full`."""
+    default = [name for name in ("inputs_full", "inputs_prefix", "inputs_paired") if switches_nothing(name)]
+    assert len(default) == 1 and not switches_nothing("codebook_lloyd") and not switches_nothing("gptq")
+    for name, kl, levels in ((default[0], 0.02, "trellis"), ("codebook_lloyd", 0.06, "lloyd")):
+        run = add_run(tmp_path, kl=kl, ablation="full", options=[f"levels={levels}"], run_id=name)
+        overrides = run / ".hydra/overrides.yaml"
+        overrides.write_text(overrides.read_text().replace("ablation=full", f"ablation={name}"))
+    data = ablation.data(load_runs(tmp_path)).set_index("ablation")
+    assert set(data.index) == {"full", "codebook_lloyd"}
+    assert data.loc["codebook_lloyd", "multiple"] == pytest.approx(3.0)

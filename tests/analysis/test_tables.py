@@ -1,12 +1,15 @@
 """Contents of the tables on frozen results, how they are written, and what they say about what is missing."""
 
 import io
+import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 from frozen import EXAMPLES, add, add_ablation, add_main
+from scipy.stats import spearmanr
 
 from analysis import load_runs
 from analysis.comparisons import summarise
@@ -18,6 +21,7 @@ from analysis.tables.compact import compact_table
 from analysis.tables.cost import cost_table
 from analysis.tables.main import main_table
 from analysis.tables.overview import overview_table
+from analysis.tables.risk import risk_table
 
 MAIN = """\
 bits,variant,n,score,std,kl,kl_std,delta,delta_low,delta_high,p,p_holm,kl_ratio,kl_ratio_low,kl_ratio_high,paper_delta
@@ -92,6 +96,8 @@ def test_the_numbers_of_the_main_table(runs):
         "KL": "0.0525 ± 0.0035",
         "KL / GPTQ's": "0.25 [0.18, 0.36]",
         "bits stored": "3.125",
+        "KL / strongest rival's": "0.25 [0.18, 0.36]",
+        "KL / equal rival's": "-",
         "paper's Δ": "+1.5",
         "GPTQ": "gptq",
     }
@@ -107,6 +113,50 @@ def test_the_main_table_by_hand(runs):
     assert row["p"] == pytest.approx(2 * 0.5**13)  # 13 examples differ, all in one direction
     assert row["p_holm"] == pytest.approx(9 * 2 * 0.5**13)  # the smallest of 9
     assert row["kl_ratio"] == pytest.approx(0.05 / 0.2)
+
+
+def add_rivals(folder: Path) -> None:
+    """BayesQ with full inputs, some variants of GPTQ, GPTAQ as the strongest, and Qronos without one of the seeds."""
+    for seed in (0, 1):
+        add(folder, "bayesq", 3.0, seed, inputs="full")
+        add(folder, "gptq", 3.0, seed, inputs="prefix")
+        add(folder, "gptq", 3.0, seed, 30, 0.15, inputs="full")
+        add(folder, "gptq", 3.0, seed, 30, 0.125, inputs="full", allocator="knapsack")
+        add(folder, "gptq", 3.0, seed, 30, 0.14, inputs="paired", allocator="knapsack")
+        add(folder, "gptaq", 3.0, seed, 30, 0.1, inputs="paired", correction="moments")
+    add(folder, "qronos", 3.0, 0, 30, 0.01, inputs="paired")  # a seed is missing
+
+
+def test_the_strongest_rival_is_in_the_table(tmp_path):
+    add_rivals(tmp_path)
+    runs = load_runs(tmp_path)
+    table = main_table(runs)
+    row = table.numbers.set_index("variant").loc["bayesq"]
+    assert (row["rival"], row["equal_rival"]) == ("gptaq", "gptq allocator=knapsack inputs=full")
+    assert row["rival_ratio"] == pytest.approx(0.0525 / 0.1)
+    assert row["equal_rival_ratio"] == pytest.approx(0.0525 / 0.125)
+    assert row["rival_ratio_low"] < row["rival_ratio"] < row["rival_ratio_high"]
+    assert {"gptaq", "gptq allocator=knapsack inputs=full"} < set(table.cells["method"])
+    assert set(table.numbers[table.numbers["method"] != "bayesq"]["rival"].dropna()) == set()
+    assert (
+        "BayesQ, resnet / digits at 3 bits: strongest rival: GPTAQ (allocator=uniform, inputs=paired, "
+        "correction=moments); equal rival: GPTQ (allocator=knapsack, inputs=full, correction=none); not run: "
+        "GPTQ + knapsack, GPTQ + paired, GPTAQ + knapsack, Qronos + knapsack."
+    ) in table.caption
+
+
+def test_the_compact_table_has_a_column_for_each_allocator_of_a_rival(tmp_path):
+    add_rivals(tmp_path)
+    runs = load_runs(tmp_path)
+    table = compact_table(main_table(runs), runs)
+    row = shown(table, bits="3")
+    heads = [head.removeprefix("KL, ") for head in row if head.startswith("KL")]
+    assert heads == ["GPTQ", "GPTQ + knapsack", "GPTAQ", "Qronos", "BayesQ"]
+    assert (row["KL, GPTQ"], row["KL, GPTQ + knapsack"]) == (".2100 ± .0141", ".1250 †")
+    assert row["GPTQ"] == "75.00 (GPTQ + knapsack)", "the GPTQ that BayesQ is compared with"
+    assert row["BayesQ / GPTQ"].startswith("0.42 [") and row["BayesQ / strongest rival"].startswith("0.53 [")
+    assert table.bold["BayesQ / strongest rival"].all()
+    assert "†: gptq allocator=knapsack inputs=full." in table.caption and "strongest rival: GPTAQ (" in table.caption
 
 
 def test_bold_is_only_what_is_better_and_significant(runs):
@@ -180,6 +230,37 @@ def test_the_numbers_of_the_ablation_table(runs):
     same(table.numbers, golden(ABLATION))
     marked = table.cells["variant"][table.bold.any(axis=1)]
     assert list(marked) == ["bayesq calibration.examples=16", "gptq"]
+    assert "is below it) over distill=true (lower KL)." in table.caption, "the others raise the KL"
+    assert "or is below it) over" not in ablation_table(runs[runs["variant"] != "bayesq distill=true"]).caption
+
+
+def test_the_numbers_of_the_risk_table(tmp_path):
+    """Six runs with full inputs, whose risk falls with their KL but for two of them; four with paired inputs."""
+    kl = [0.10, 0.20, 0.30, 0.40, 0.50, 0.60]
+    risk = [0.05, 0.08, 0.12, 0.20, 0.16, 0.24]
+    for place, (loss, achieved) in enumerate(zip(kl, risk, strict=True)):
+        bits, seed = (3.0, 4.0)[place % 2], place // 2
+        result = add(tmp_path, "bayesq", bits, seed, 20, loss, inputs="full") / "result.json"
+        explained = achieved / json.loads(result.read_text())["q/kl_to_fp"]
+        result.write_text(json.dumps({**json.loads(result.read_text()), "risk/explained": explained}))
+    for seed in range(4):
+        result = add(tmp_path, "bayesq", 3.0, seed, 20, 0.05, inputs="paired") / "result.json"
+        result.write_text(json.dumps({**json.loads(result.read_text()), "risk/explained": 1.0 + seed / 10}))
+    add(tmp_path, "gptq", 3.0, 0)
+    table = risk_table(load_runs(tmp_path))
+    numbers = table.numbers.set_index(["runs", "bits"])
+    cell = numbers.loc[("bayesq", 3.0)]
+    ratios = [0.05 / 0.10, 0.12 / 0.30, 0.16 / 0.50]
+    assert cell["risk/explained"] == pytest.approx(np.mean(ratios))
+    assert cell["risk/explained/std"] == pytest.approx(np.std(ratios, ddof=1))
+    groups = table.numbers[table.numbers["bits"].isna()].set_index("runs")
+    assert groups["n"].to_dict() == {"all runs": 10, "inputs=full": 6, "inputs=paired": 4}
+    assert groups.loc["inputs=full", "rank_correlation"] == pytest.approx(spearmanr(kl, risk).statistic)
+    together = spearmanr([*kl, *[0.05] * 4], [*risk, *(0.05 * (1 + seed / 10) for seed in range(4))])
+    assert groups.loc["all runs", "rank_correlation"] == pytest.approx(together.statistic)
+    assert shown(table, runs="inputs=paired")["rank correlation"] == "fewer than 5 runs"
+    assert table.footnotes == ["1 finished run has no risk, as it read no posterior."]
+    assert risk_table(load_runs(tmp_path, ["method=gptq"])).empty
 
 
 def test_the_numbers_of_the_cost_table(tmp_path):
