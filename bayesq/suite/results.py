@@ -18,7 +18,7 @@ PREDICTIONS_FILE = "predictions.csv"
 
 
 def plain(value: Any) -> Any:
-    """`value` in JSON types; NaN and infinities become None, because JSON cannot represent them.
+    """`value` in JSON types; NaN and infinities become None, because JSON does not have them.
 
     Raises:
         TypeError: a value is neither a JSON type, a numpy or torch scalar, nor a path.
@@ -68,7 +68,7 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 
 
 def read_result(path: Path) -> dict[str, Any] | None:
-    """The content of a result.json; None if it is missing or does not parse."""
+    """The content of a JSON file; None if there is no such file or it is damaged."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -80,11 +80,6 @@ def finished_result(run_dir: Path) -> dict[str, Any] | None:
     """The result in `run_dir`; None unless its status is "finished"."""
     result = read_result(run_dir / RESULT_FILE)
     return result if result is not None and result.get("status") == "finished" else None
-
-
-def is_finished(run_dir: Path) -> bool:
-    """Whether `run_dir` holds the result of a finished run."""
-    return finished_result(run_dir) is not None
 
 
 def load_results(results_dir: Path) -> list[dict[str, Any]]:
@@ -117,4 +112,4 @@ def differing_settings(results: Iterable[Mapping[str, Any]]) -> list[str]:
             axis = key.partition(".")[0]
             choice = None if axis == key else settings.get(axis)
             seen.setdefault((key, *alike, choice), set()).add(json.dumps(value))
-    return sorted({place[0] for place, values in seen.items() if len(values) > 1})
+    return sorted({key for (key, *_), values in seen.items() if len(values) > 1})
