@@ -1,7 +1,6 @@
-"""A digest of the source code of a run, kept in result.json: it shows whether the code has changed since the run.
+"""A digest of the source code of a run in result.json: it shows whether the code has changed since the run.
 
-It covers bayesq, baselines and the packages that the configuration names (`_target_`). It covers all their files, so it
-may also change with a file that the run does not use.
+It covers all files of bayesq, baselines and the packages that the configuration names (`_target_`), also unused files.
 """
 
 import hashlib
@@ -75,7 +74,7 @@ def sources(package: str) -> tuple[Path, ...]:
     files = {file}
     if is_users(package, file):
         home = file.parents[1] if folders else file.parent
-        files |= {*home.glob("*.py")}
+        files.update(home.glob("*.py"))
         folders = [below.parent for below in home.glob("*/__init__.py")]
     return tuple(sorted(files.union(*(folder.rglob("*.py") for folder in folders))))
 

@@ -34,16 +34,13 @@ FALLBACKS = ("fallback/damping_retries", "fallback/dead_columns", "fallback/unse
 def workspace(project: str, entity: str, metric: str = METRIC, group: str | None = None) -> "Workspace":
     """Build the workspace without saving it; this needs neither a login nor the network.
 
-    Runs are grouped by method and budget, so panels show means over seeds.
+    Runs are grouped by method and budget, so panels show means over seeds. Long names of projects and groups are
+    shortened as in `bayesq.suite.tracking`. Raises UserError if the package wandb-workspaces is missing.
 
     Args:
-        project: W&B project, as in wandb.project; a long name is shortened as in `bayesq.suite.tracking`.
-        entity: W&B user or team.
+        project, entity: W&B project, and W&B user or team.
         metric: the task's metric, as in q/<metric>.
         group: show only the runs of this workload, `<model>-<dataset>`; None shows all runs of the project.
-
-    Raises:
-        UserError: the package wandb-workspaces is missing.
     """
     if find_spec("wandb_workspaces") is None:
         raise UserError("the dashboard needs the package wandb-workspaces: pip install 'bayesq[dashboard]'")
@@ -94,7 +91,7 @@ def _sections(metric: str) -> list[Any]:
             query={"summaryTable": {"tableKey": chart.table_key}},
             chart_name=chart.preset,
             chart_fields=dict(chart.fields),
-            chart_strings=chart.texts,
+            chart_strings=dict(chart.texts),
         )
         for chart in CHARTS
     ]
@@ -132,12 +129,9 @@ def definition(built: "Workspace") -> dict[str, Any]:
 
 
 def save(project: str, entity: str | None, metric: str, group: str | None) -> str:
-    """Save the workspace as a new view of the project and return its URL.
+    """Save the workspace as a new view of the project and return its URL; without an entity, use the account's default.
 
-    Without an entity, the account's default entity is used.
-
-    Raises:
-        UserError: there is no login or no entity, or W&B did not save the workspace.
+    Raises UserError if there is no login or no entity, or if W&B did not save the workspace.
     """
     built = workspace(project, entity or "", metric, group)
     require_wandb_key("dashboard", "add --dry-run, which prints the dashboard without an account")

@@ -5,7 +5,7 @@ This module does not need W&B. `bayesq.suite.tracking` logs the charts, `bayesq.
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -27,31 +27,24 @@ class Chart:
 
     Attributes:
         key: the key under which it is logged.
-        title: text above the chart.
         preset: W&B's name of the chart's type.
         fields: the table's column for each field of the preset.
         columns: columns of the table.
         rows: computes the table from the rows of layers.csv and predictions.csv; no rows: no chart.
-        labels: further texts of the preset.
+        texts: title and labels, by the preset's names.
     """
 
     key: str
-    title: str
+    texts: Mapping[str, str]
     preset: str
     fields: Mapping[str, str]
     columns: tuple[str, ...]
     rows: Callable[[Rows, Rows], list[list[Any]]]
-    labels: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def table_key(self) -> str:
         """The key under which W&B stores the chart's table."""
         return f"{self.key}_table"
-
-    @property
-    def texts(self) -> dict[str, str]:
-        """Title and labels by the preset's names."""
-        return {"title": self.title, **self.labels}
 
 
 def bits_per_layer(layers: Rows, predictions: Rows) -> list[list[Any]]:
@@ -105,7 +98,7 @@ def divergences(layers: Rows, predictions: Rows) -> list[list[Any]]:
 CHARTS = (
     Chart(
         key="plots/bits_per_layer",
-        title="Code bits per weight by layer",
+        texts={"title": "Code bits per weight by layer"},
         preset="wandb/bar/v0",
         fields={"label": "layer", "value": "code_bits"},
         columns=("layer", "code_bits", "stored_bits"),
@@ -113,7 +106,7 @@ CHARTS = (
     ),
     Chart(
         key="plots/risk",
-        title="Risk of each layer, predicted (x) and achieved (y), log10",
+        texts={"title": "Risk of each layer, predicted (x) and achieved (y), log10"},
         preset="wandb/scatter/v0",
         fields={"x": "log10_predicted", "y": "log10_achieved"},
         columns=("layer", "log10_predicted", "log10_achieved"),
@@ -121,16 +114,15 @@ CHARTS = (
     ),
     Chart(
         key="plots/reliability",
-        title="Accuracy by confidence (bins of the ECE)",
+        texts={"title": "Accuracy by confidence (bins of the ECE)", "xname": "confidence"},
         preset="wandb/lineseries/v0",
         fields={"step": "confidence", "lineKey": "network", "lineVal": "accuracy"},
         columns=("network", "confidence", "accuracy", "examples"),
         rows=reliability,
-        labels={"xname": "confidence"},
     ),
     Chart(
         key="plots/kl",
-        title="KL of each example to full precision, log10 nats",
+        texts={"title": "KL of each example to full precision, log10 nats"},
         preset="wandb/histogram/v0",
         fields={"value": "log10_kl"},
         columns=("log10_kl",),

@@ -23,12 +23,6 @@ from bayesq.suite.tracking import ERROR_KEY, track
 TEXT = ("name", "kind", "shape", "id")
 
 
-def unlogged(results_dir: Path) -> list[Path]:
-    """Folders of the finished runs that W&B does not have, sorted by run id."""
-    folders = [path.parent for path in sorted(results_dir.glob(f"*/{RESULT_FILE}"))]
-    return [folder for folder in folders if (finished_result(folder) or {}).get(ERROR_KEY) is not None]
-
-
 def relog(folder: Path, mode: str | None = None) -> str | None:
     """`relog_locked` with the lock of the run, because the process that computed it may still be logging it."""
     with lock(folder / RESULT_FILE):
@@ -36,17 +30,10 @@ def relog(folder: Path, mode: str | None = None) -> str | None:
 
 
 def relog_locked(folder: Path, mode: str | None = None, again: bool = False) -> str | None:
-    """Log the finished run in `folder` to W&B and update `wandb/error` in its result.json.
+    """Log the finished run in `folder` to W&B and update `wandb/error` in its result.json; return the new value.
 
-    The caller holds the lock of the run's result.json. Without a finished run, nothing is done.
-
-    Args:
-        folder: the run's folder.
-        mode: W&B mode; None for that of the run.
-        again: log the run even if W&B has it; result.json then stays as it is.
-
-    Returns:
-        why W&B does not have the run, in one line, or None.
+    Without a finished run that W&B lacks, nothing is done; with `again`, a run that W&B has is logged, too, and its
+    result.json stays as it is. The caller holds the lock of result.json. `mode` replaces the run's W&B mode.
 
     Raises:
         UserError: W&B could not start.
@@ -94,7 +81,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     if not given.results_dir.is_dir():
         sys.exit(f"error: {given.results_dir}: no such folder")
-    folders = unlogged(given.results_dir)
+    folders = [path.parent for path in sorted(given.results_dir.glob(f"*/{RESULT_FILE}"))]
+    folders = [folder for folder in folders if (finished_result(folder) or {}).get(ERROR_KEY) is not None]
     if not folders:
         print("W&B has every finished run")
     failed = False

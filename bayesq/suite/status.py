@@ -62,11 +62,7 @@ def was_started(folder: Path) -> bool:
 
 
 def started_runs(results_dir: Path) -> list[Run]:
-    """Every run that was started in `results_dir`, sorted by overrides; runs without overrides come last.
-
-    Raises:
-        UserError: there is no such folder.
-    """
+    """Every run that was started in `results_dir`, sorted by overrides; UserError if there is no such folder."""
     if not results_dir.is_dir():
         raise UserError(f"{results_dir}: there is no such folder")
     runs = [state_of(folder, recorded_overrides(folder)) for folder in filter(was_started, results_dir.iterdir())]
@@ -89,36 +85,29 @@ def recorded_overrides(folder: Path) -> list[str]:
 
 
 def sweep_runs(results_dir: Path, arguments: Sequence[str]) -> list[Run]:
-    """The runs of the sweep `run.py -m arguments`, in its order and without duplicates.
+    """The runs of the sweep `run.py -m arguments`, in its order; runs that differ only in device, W&B, ... are one run.
 
-    Arguments without effect on results (device, W&B, ...) do not distinguish runs.
-
-    Raises:
-        UserError: the arguments do not start a sweep with known runs, or name another results folder.
+    Raises UserError if the arguments do not start a sweep with known runs, or name another results folder.
     """
     for argument in arguments:
         if _key(argument) == "results_dir" and Path(argument.partition("=")[2]).absolute() != results_dir.absolute():
             raise UserError(f"{argument}: another folder than {results_dir}; leave it out")
-    matter, extra = _partition(arguments)
-    multirun = [] if any(option in matter for option in MULTIRUN) else ["-m"]
-    jobs = preflight([*multirun, *matter, _in_folder(results_dir)])
+    multirun = [] if any(option in arguments for option in MULTIRUN) else ["-m"]
+    jobs = preflight([*multirun, *filter(_matters, arguments), _in_folder(results_dir)])
     if not jobs:
         raise UserError("these arguments start no sweep whose runs are known beforehand: give those of run.py -m")
-    more = [argument for argument in extra if _key(argument) != "results_dir"]
-    return [state_of(job.run_dir, [*_partition(job.overrides)[0], *more]) for job in jobs]
+    more = [argument for argument in arguments if not _matters(argument) and _key(argument) != "results_dir"]
+    return [state_of(job.run_dir, [*filter(_matters, job.overrides), *more]) for job in jobs]
 
 
 def _key(argument: str) -> str:
     return argument.partition("=")[0].lstrip("+")
 
 
-def _partition(arguments: Iterable[str]) -> tuple[list[str], list[str]]:
-    """Split arguments into those that can change a result, with those of Hydra, and those that cannot."""
-    parts: tuple[list[str], list[str]] = ([], [])
-    for argument in arguments:
-        key = _key(argument).partition(".")[0]
-        parts["=" in argument and key in settings.WITHOUT_EFFECT and key != "hydra"].append(argument)
-    return parts
+def _matters(argument: str) -> bool:
+    """Whether an argument can change a result, or belongs to Hydra."""
+    key = _key(argument).partition(".")[0]
+    return "=" not in argument or key not in settings.WITHOUT_EFFECT or key == "hydra"
 
 
 def _in_folder(results_dir: Path) -> str:

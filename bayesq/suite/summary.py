@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import fmean, stdev
 from typing import Any
 
-from bayesq.metrics import Metric, metric_of
+from bayesq.metrics import metric_of
 from bayesq.suite.config import show
 from bayesq.suite.results import differing_settings, settings_of
 
@@ -138,8 +138,12 @@ def _full_precision(head: str, finished: Sequence[Result], name: str) -> str:
 def _measured(groups: Sequence[Sequence[Result]], states: Sequence[str], name: str) -> dict[str, list[str]]:
     """The columns of figures: a cell for each group of finished results, or its state in the first column."""
     metric = metric_of(name)
+
+    def scaled(mean: float, spread: float | None) -> str:
+        return f"{metric.scaled(mean):.2f}" + ("" if spread is None else f" ± {metric.scaled(spread):.2f}")
+
     forms: dict[str, tuple[str, Callable[[float, float | None], str]]] = {
-        f"{name} {metric.unit}": (f"q/{name}", lambda mean, spread: _spread(metric, mean, spread)),
+        f"{name} {metric.unit}": (f"q/{name}", scaled),
         "delta": (f"delta/{name}", lambda mean, _: f"{metric.scaled(mean):+.2f}"),
         "KL": ("q/kl_to_fp", two_digits),
         "bits/code": ("bits/code", lambda mean, _: f"{mean:.3f}"),
@@ -168,10 +172,6 @@ def _cell(results: Sequence[Result], key: str, form: Callable[[float, float | No
     if not known or len(known) < len(values):
         return GAP
     return form(fmean(known), stdev(known) if len(known) > 1 else None)
-
-
-def _spread(metric: Metric, mean: float, spread: float | None) -> str:
-    return f"{metric.scaled(mean):.2f}" + ("" if spread is None else f" ± {metric.scaled(spread):.2f}")
 
 
 def _aligned(cells: Sequence[str]) -> list[str]:

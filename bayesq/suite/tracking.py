@@ -9,8 +9,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
@@ -47,8 +46,6 @@ UNFINISHED = "the process ended before W&B had the result"
 
 class Tracker:
     """The W&B run of a run: `with track(...) as tracker: ...; tracker.log_result(result, layers, predictions)`.
-
-    An exception in the block marks the W&B run as failed.
 
     Attributes:
         started: whether there is a W&B run.
@@ -90,7 +87,7 @@ class Tracker:
             for chart in CHARTS:
                 if rows := chart.rows(layers, predictions):
                     table = _table([*chart.columns], rows)
-                    logged[chart.key] = wandb.plot_table(chart.preset, table, dict(chart.fields), chart.texts)
+                    logged[chart.key] = wandb.plot_table(chart.preset, table, dict(chart.fields), dict(chart.texts))
             with _data_dir(Path(self._run.settings.wandb_dir) / DATA_FOLDER / self._run.id):
                 if logged:
                     self._run.log(logged)
@@ -107,17 +104,12 @@ class Tracker:
         self.error = reason(error) + remedy
         log.warning("W&B could not log this run; its result files are complete: %s", self.error)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Finish the W&B run; it counts as failed if the block raised or `log_result` failed."""
+    def finish(self, raised: bool) -> None:
+        """Finish the W&B run; it counts as failed if the run has `raised` an error or `log_result` failed."""
         if self._run is None:
             return
         logged = self.error == UNFINISHED  # `log_result` did not fail
-        complete = logged and error is None
+        complete = logged and not raised
         try:
             self._run.finish(exit_code=0 if complete else 1)
             if self._run.offline and logged:
@@ -170,8 +162,7 @@ def _artifact(run_id: str, result: Mapping[str, Any], checkpoint: Path) -> "wand
     import wandb
 
     scalars = [(key, value) for key, value in plain(result).items() if not isinstance(value, dict | list)]
-    metadata = dict(scalars[:ARTIFACT_KEYS])
-    artifact = wandb.Artifact(f"quantized-{run_id}", type="quantized-model", metadata=metadata)
+    artifact = wandb.Artifact(f"quantized-{run_id}", "quantized-model", metadata=dict(scalars[:ARTIFACT_KEYS]))
     # With "immutable" the client makes no copy; copies of offline runs would fill the home folder.
     artifact.add_file(str(checkpoint), policy="immutable")
     return artifact
@@ -236,15 +227,19 @@ def track(cfg: DictConfig, run_id: str, run_dir: Path) -> Iterator[Tracker]:
         except Exception as failure:
             error = f"W&B did not start ({reason(failure)})"
             log.warning("wandb.mode=%s: %s; the run goes on without it", cfg.wandb.mode, error)
-    with Tracker(run, bool(cfg.wandb.log_artifact), error) as tracker:
+    tracker = Tracker(run, bool(cfg.wandb.log_artifact), error)
+    raised = True
+    try:
         yield tracker
+        raised = False
+    finally:
+        tracker.finish(raised)
 
 
 def client_folder(results_dir: Path) -> Path:
     """The folder in which the client keeps its wandb/ folder: WANDB_DIR, or the results folder.
 
-    Raises:
-        OSError: it cannot be made or written. The client itself would silently use the system's temporary folder.
+    Raises OSError if it cannot be written. The client itself would silently use the system's temporary folder.
     """
     folder = Path(environment.value("WANDB_DIR") or results_dir).expanduser().absolute()
     folder.mkdir(parents=True, exist_ok=True)

@@ -23,18 +23,8 @@ SWEEP = "WANDB_SWEEP_ID"
 UNUSED = ("WANDB_RUN_ID", "WANDB_RESUME", "WANDB_RESUME_FROM", "WANDB_FORK_FROM")
 # A sweep agent sets these. They tell the client which run of the sweep this process is.
 OF_AN_AGENT = ("WANDB_PROJECT", "WANDB_ENTITY", "WANDB_RUN_ID")
-DECIDED = (
-    "WANDB_MODE",
-    "WANDB_DISABLED",
-    "WANDB_PROJECT",
-    "WANDB_ENTITY",
-    "WANDB_RUN_GROUP",
-    "WANDB_JOB_TYPE",
-    "WANDB_NAME",
-    "WANDB_TAGS",
-    "WANDB_DIR",
-    *UNUSED,
-)
+LABELS = ("WANDB_RUN_GROUP", "WANDB_JOB_TYPE", "WANDB_NAME", "WANDB_TAGS")
+DECIDED = ("WANDB_MODE", "WANDB_DISABLED", "WANDB_PROJECT", "WANDB_ENTITY", "WANDB_DIR", *LABELS, *UNUSED)
 
 
 def value(name: str) -> str | None:

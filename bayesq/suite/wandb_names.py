@@ -11,10 +11,7 @@ GAP = ".."
 def label(text: str, characters: int = LABEL_CHARACTERS, forbidden: str = "") -> str:
     """`text` if W&B accepts it, else its beginning and end with a digest, so that different texts stay different.
 
-    Args:
-        text: any text, also a path that is not valid UTF-8.
-        characters: maximum length of the label.
-        forbidden: characters that become "-".
+    The text may be a path that is not valid UTF-8. Forbidden characters become "-".
     """
     clean = text.encode("utf-8", "backslashreplace").decode().translate(dict.fromkeys(map(ord, forbidden), "-"))
     if clean == text and len(text) <= characters:
