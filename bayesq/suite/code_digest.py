@@ -5,11 +5,13 @@ It covers all files of bayesq, baselines and the packages that the configuration
 
 import hashlib
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+from bayesq.suite.config import flatten
 
 KEY = "code"
 OURS = ("baselines", "bayesq")
@@ -17,15 +19,8 @@ OURS = ("baselines", "bayesq")
 
 def packages(config: Mapping[str, Any]) -> tuple[str, ...]:
     """Top-level packages of the `_target_`s of a resolved config, without `OURS`."""
-    return tuple(sorted({target.partition(".")[0] for target in _targets(config)} - {*OURS}))
-
-
-def _targets(node: Any) -> Iterator[str]:
-    if isinstance(node, Mapping):
-        if isinstance(node.get("_target_"), str):
-            yield node["_target_"]
-        for value in node.values():
-            yield from _targets(value)
+    targets = [value for key, value in flatten(config).items() if key.rpartition(".")[2] == "_target_"]
+    return tuple(sorted({target.partition(".")[0] for target in targets if isinstance(target, str)} - {*OURS}))
 
 
 @cache

@@ -174,18 +174,12 @@ def main() -> None:
     parser.add_argument("--to", dest="target", required=True, help=", ".join(TARGETS))
     parser.add_argument("--output", type=Path, help="file (packed) or folder; default: in the run's folder")
     parser.add_argument("--dtype", help="of plain weights: float16 (default) or float32, which changes nothing")
-    parser.add_argument(
-        "--format",
-        dest="checkpoint_format",
-        help="of gptq: gptq (default), or gptq_v2, which holds zero points of 0 as well",
-    )
+    formats = "of gptq: gptq (default), or gptq_v2, which holds zero points of 0 as well"
+    parser.add_argument("--format", dest="checkpoint_format", help=formats)
     parser.add_argument("--force", action="store_true", help="replace what is there")
-    parser.add_argument(
-        "--set", dest="settings", action="append", default=[], help="KEY=VALUE, where this machine differs"
-    )
-    parser.add_argument(
-        "--trust", dest="trusted", action="append", default=[], help="a package with your model or data set"
-    )
+    lists: dict[str, Any] = {"action": "append", "default": []}
+    parser.add_argument("--set", dest="settings", help="KEY=VALUE: a setting of the run, such as a moved path", **lists)
+    parser.add_argument("--trust", dest="trusted", help="package of a model or data set of your own", **lists)
     given = parser.parse_args()
     try:
         given.settings = _settings(given.settings)

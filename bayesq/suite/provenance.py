@@ -70,7 +70,7 @@ def git_state() -> dict[str, str | bool | None]:
     """
     root = Path(bayesq.__file__).parents[1]
     try:
-        (root / ".git").stat()  # the folder may lie in a checkout of something else
+        (root / ".git").stat()  # fails outside a checkout, also if an outer folder is a checkout
         command = ["git", "status", "--porcelain=v2", "--branch"]
         done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True, timeout=10)
     except (OSError, subprocess.SubprocessError):

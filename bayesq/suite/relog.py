@@ -30,13 +30,10 @@ def relog(folder: Path, mode: str | None = None) -> str | None:
 
 
 def relog_locked(folder: Path, mode: str | None = None, again: bool = False) -> str | None:
-    """Log the finished run in `folder` to W&B and update `wandb/error` in its result.json; return the new value.
+    """Log the finished run in `folder` if W&B lacks it, or always with `again`; return W&B's error in one line, or None.
 
-    Without a finished run that W&B lacks, nothing is done; with `again`, a run that W&B has is logged, too, and its
-    result.json stays as it is. The caller holds the lock of result.json. `mode` replaces the run's W&B mode.
-
-    Raises:
-        UserError: W&B could not start.
+    The caller holds the lock of result.json, in which `wandb/error` is updated if W&B lacked the run. `mode` replaces
+    the run's W&B mode. Raises UserError if W&B could not start.
     """
     result = finished_result(folder)
     if result is None or not (again or result.get(ERROR_KEY) is not None):

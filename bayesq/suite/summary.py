@@ -160,8 +160,7 @@ def _measured(groups: Sequence[Sequence[Result]], states: Sequence[str], name: s
 
 
 def _with_seconds(result: Result) -> dict[str, Any]:
-    stages = [result.get(f"time/{stage}_s") for stage in STAGES]
-    known = [seconds for seconds in stages if seconds is not None]
+    known = [result[key] for key in (f"time/{stage}_s" for stage in STAGES) if result.get(key) is not None]
     return {**result, "seconds": sum(known) if known else None}
 
 

@@ -82,8 +82,7 @@ class Tracker:
             self._run.summary.update(plain({key: value for key, value in result.items() if key != ERROR_KEY}))
             logged: dict[str, Any] = {}
             if layers:
-                rows = [[row.get(column) for column in layers[0]] for row in layers]
-                logged[LAYERS_KEY] = _table([*layers[0]], rows)
+                logged[LAYERS_KEY] = _table([*layers[0]], [[row.get(key) for key in layers[0]] for row in layers])
             for chart in CHARTS:
                 if rows := chart.rows(layers, predictions):
                     table = _table([*chart.columns], rows)
@@ -196,13 +195,12 @@ def identity(cfg: DictConfig) -> dict[str, Any]:
         "name": ("WANDB_NAME", f"{method}-{bits}-s{config['seed']}{changed}"),
     }
     added = (environment.value("WANDB_TAGS") or "").split(",")
-    flat = flatten(config, separator="/")
     return {
         "project": project_label(config["wandb"]["project"]),
         "entity": config["wandb"]["entity"],
         **{key: label(environment.value(variable) or text) for key, (variable, text) in labels.items()},
         "tags": tag_list([*map(str, (model, dataset, method)), f"{bits}-bit", *map(str.strip, added)]),
-        "config": {re.sub(r"^([^/]+)/name$", r"\1", key): value for key, value in flat.items()},
+        "config": {re.sub(r"^([^/]+)/name$", r"\1", key): value for key, value in flatten(config, "/").items()},
     }
 
 
@@ -273,7 +271,7 @@ def _start(cfg: DictConfig, run_id: str, folder: Path) -> "wandb.Run":
     arguments = identity(cfg) | {"id": run_id, "mode": cfg.wandb.mode, "dir": folder}
     if arguments["project"] != cfg.wandb.project:
         project = arguments["project"]
-        log.info("wandb.project=%s: W&B takes no such name, so the project is named %s", cfg.wandb.project, project)
+        log.info("wandb.project=%s: W&B does not accept this name; the project is %s", cfg.wandb.project, project)
     client = folder / "wandb"
     for attempt in (*client.glob(f"*run-*-{run_id}"), client / DATA_FOLDER / run_id):
         shutil.rmtree(attempt, ignore_errors=True)
@@ -296,7 +294,6 @@ def report_refusal(error: str) -> None:
     if not environment.under_agent() or environment.default("mode", None) != "online":
         return
     try:
-        run = _init(dir=client_folder(Path("results")), mode="online", job_type="refused", notes=error)
-        run.finish(exit_code=1)
+        _init(dir=client_folder(Path("results")), mode="online", job_type="refused", notes=error).finish(exit_code=1)
     except Exception as failure:
         log.warning("the sweep agent could not be told: %s", reason(failure))

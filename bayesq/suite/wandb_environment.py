@@ -66,19 +66,16 @@ def _remarks(settings: Mapping[str, Any]) -> Iterator[str]:
     if asked is not None and asked != mode:
         variable = "WANDB_MODE" if MODES.get((named or "").lower()) == asked else "WANDB_DISABLED"
         yield f"wandb.mode={mode} is used, not {variable}={value(variable)}"
-    if under_agent():
-        if mode != "online":
-            yield f"wandb.mode={mode}: the sweep agent does not learn what becomes of this job and may start it again"
-        return
-    if mode == "disabled":
+    if under_agent() and mode != "online":
+        yield f"wandb.mode={mode}: the sweep agent does not learn the outcome of this job and may start it again"
+    if under_agent() or mode == "disabled":
         return
     for key in ("project", "entity"):
         variable = f"WANDB_{key.upper()}"
         if value(variable) not in (None, settings[key]):
             yield f"wandb.{key}={settings[key]} is used, not {variable}={value(variable)}"
-    for variable in UNUSED:
-        if value(variable):
-            yield f"{variable}={value(variable)} is not used: a run's W&B id is its run id, and its record is whole"
+    for variable in filter(value, UNUSED):
+        yield f"{variable}={value(variable)} is not used: a run's W&B id is its run id, and a repeated run replaces it"
 
 
 @contextmanager
