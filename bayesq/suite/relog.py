@@ -30,7 +30,7 @@ def relog(folder: Path, mode: str | None = None) -> str | None:
 
 
 def relog_locked(folder: Path, mode: str | None = None, again: bool = False) -> str | None:
-    """Log the finished run in `folder` if W&B lacks it, or always with `again`; return W&B's error in one line, or None.
+    """Log the finished run in `folder` if W&B lacks it, or always with `again`; return W&B's error, or None.
 
     The caller holds the lock of result.json, in which `wandb/error` is updated if W&B lacked the run. `mode` replaces
     the run's W&B mode. Raises UserError if W&B could not start.
