@@ -1,16 +1,17 @@
-"""A digest of the source code of a run, kept in result.json: it shows whether the code has changed since the run.
+"""A digest of the source code of a run in result.json: it shows whether the code has changed since the run.
 
-It covers bayesq, baselines and the packages that the configuration names (`_target_`). It covers all their files, so it
-may also change with a file that the run does not use.
+It covers all files of bayesq, baselines and the packages that the configuration names (`_target_`), also unused files.
 """
 
 import hashlib
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+from bayesq.suite.config import flatten
 
 KEY = "code"
 OURS = ("baselines", "bayesq")
@@ -18,15 +19,8 @@ OURS = ("baselines", "bayesq")
 
 def packages(config: Mapping[str, Any]) -> tuple[str, ...]:
     """Top-level packages of the `_target_`s of a resolved config, without `OURS`."""
-    return tuple(sorted({target.partition(".")[0] for target in _targets(config)} - {*OURS}))
-
-
-def _targets(node: Any) -> Iterator[str]:
-    if isinstance(node, Mapping):
-        if isinstance(node.get("_target_"), str):
-            yield node["_target_"]
-        for value in node.values():
-            yield from _targets(value)
+    targets = [value for key, value in flatten(config).items() if key.rpartition(".")[2] == "_target_"]
+    return tuple(sorted({target.partition(".")[0] for target in targets if isinstance(target, str)} - {*OURS}))
 
 
 @cache
@@ -75,7 +69,7 @@ def sources(package: str) -> tuple[Path, ...]:
     files = {file}
     if is_users(package, file):
         home = file.parents[1] if folders else file.parent
-        files |= {*home.glob("*.py")}
+        files.update(home.glob("*.py"))
         folders = [below.parent for below in home.glob("*/__init__.py")]
     return tuple(sorted(files.union(*(folder.rglob("*.py") for folder in folders))))
 

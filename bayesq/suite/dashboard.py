@@ -1,7 +1,7 @@
-"""The saved W&B workspace of the suite as code: `python -m bayesq.suite.dashboard --project P --entity E`.
+"""The suite's W&B workspace: `python -m bayesq.suite.dashboard --project P --entity E` saves it.
 
-Accuracy, divergence and stored bits against the budget, by method; what preparing a run costs; tables and plots of
-layers and calibration. Every key that a panel names is one that `bayesq.suite.tracking` logs.
+It shows accuracy, divergence and stored bits against the budget, by method; the time and memory of runs; and tables
+and plots of layers and calibration. `bayesq.suite.tracking` logs every key that a panel uses.
 """
 
 import argparse
@@ -22,27 +22,25 @@ if TYPE_CHECKING:
     from wandb_workspaces.workspaces import Workspace
 
 NAME = "BayesQ suite"
-# as in conf/config.yaml
+# The default of wandb.project in conf/config.yaml.
 PROJECT = "bayesq"
 METRIC, DIVERGENCE = "accuracy", "q/kl_to_fp"
-# The costs of a run before its evaluation.
+# Times of the stages before the evaluation.
 PREPARATION = ("time/calibrate_s", "time/posterior_s", "time/quantize_s", "time/distill_s")
-# Each counts how often a run did something else than asked.
+# Counts of fallbacks: what a run did instead of what was asked.
 FALLBACKS = ("fallback/damping_retries", "fallback/dead_columns", "fallback/unseen_layers", "fallback/oom_retries")
 
 
 def workspace(project: str, entity: str, metric: str = METRIC, group: str | None = None) -> "Workspace":
-    """The workspace, not saved yet; building it needs neither a login nor the network.
+    """Build the workspace without saving it; this needs neither a login nor the network.
 
-    Runs are grouped by method and budget, so that panels show means over seeds.
+    Runs are grouped by method and budget, so panels show means over seeds. Long names of projects and groups are
+    shortened as in `bayesq.suite.tracking`. Raises UserError if the package wandb-workspaces is missing.
 
     Args:
-        project, entity: where it belongs; the project and the group as runs name them, however long.
-        metric: of the task, as in q/<metric>.
-        group: the runs it shows, as `<model>-<dataset>`; None shows all of the project.
-
-    Raises:
-        UserError: the package wandb-workspaces is missing.
+        project, entity: W&B project, and W&B user or team.
+        metric: the task's metric, as in q/<metric>.
+        group: show only the runs of this workload, `<model>-<dataset>`; None shows all runs of the project.
     """
     if find_spec("wandb_workspaces") is None:
         raise UserError("the dashboard needs the package wandb-workspaces: pip install 'bayesq[dashboard]'")
@@ -50,16 +48,11 @@ def workspace(project: str, entity: str, metric: str = METRIC, group: str | None
 
     project, group = project_label(project), group if group is None else label(group)
     shown = [f"q/{metric}", f"delta/{metric}", DIVERGENCE, "bits/code", "bits/stored", "time/total_s"]
-    layout = ws.SectionLayoutSettings(columns=2, rows=2)
     return ws.Workspace(
         entity=entity,
         project=project,
         name=NAME if group is None else label(f"{NAME}: {group}"),
-        sections=[
-            ws.Section(name="Quality against bits", is_open=True, panels=_quality(metric)),
-            ws.Section(name="Cost", is_open=True, panels=_cost()),
-            ws.Section(name="Layers and calibration", is_open=True, layout_settings=layout, panels=_layers()),
-        ],
+        sections=_sections(metric),
         settings=ws.WorkspaceSettings(max_runs=100),
         runset_settings=ws.RunsetSettings(
             filters="" if group is None else ws.And(ws.Metric("Group") == group),
@@ -69,14 +62,15 @@ def workspace(project: str, entity: str, metric: str = METRIC, group: str | None
     )
 
 
-def _quality(metric: str) -> list[Any]:
-    """Panels of accuracy and divergence against the budget."""
+def _sections(metric: str) -> list[Any]:
+    """Sections of quality, cost, and layers."""
     import wandb_workspaces.reports.v2 as panels
+    import wandb_workspaces.workspaces as ws
 
-    quality, bits = f"q/{metric}", panels.Config("bits")
+    quality, bits, stored = f"q/{metric}", panels.Config("bits"), panels.SummaryMetric("bits/stored")
 
-    def by_method(title: str, key: str) -> Any:
-        """A line for each method over the budget."""
+    def lines(title: str, key: str) -> Any:
+        """One line per method."""
         return panels.CustomChart(
             query={"summary": {"keys": ["bits/target", key, "method"]}},
             chart_name="wandb/line/v0",
@@ -87,51 +81,45 @@ def _quality(metric: str) -> list[Any]:
     def scatter(title: str, x: Any, key: str, log_y: bool | None = None) -> Any:
         return panels.ScatterPlot(title=title, x=x, y=panels.SummaryMetric(key), log_y=log_y)
 
-    return [
-        by_method(f"{metric} against bits by method", quality),
-        by_method("KL to full precision (nats) against bits by method", DIVERGENCE),
-        scatter(f"{metric} against bits", bits, quality),
-        scatter("KL (nats) against bits", bits, DIVERGENCE, log_y=True),
-        scatter(f"Stored bits against {metric}", panels.SummaryMetric("bits/stored"), quality),
-        _bars(f"Change of {metric}", "mean", f"delta/{metric}"),
-    ]
-
-
-def _cost() -> list[Any]:
-    """Panels of time and memory."""
-    import wandb_workspaces.reports.v2 as panels
-
-    total = panels.SummaryMetric("time/total_s")
-    return [
-        _bars("Preprocessing time (s)", "mean", *PREPARATION),
-        panels.ScatterPlot(title="Total time (s) against bits", x=panels.Config("bits"), y=total),
-        _bars("Peak memory (bytes)", "max", "memory/peak_rss_bytes", "memory/peak_device_bytes"),
-        _bars("Fallbacks", "sum", *FALLBACKS),
-    ]
-
-
-def _layers() -> list[Any]:
-    """The charts that every run logs, for all runs that are shown, and the table of layers."""
-    import wandb_workspaces.reports.v2 as panels
+    def bars(title: str, summary: Literal["mean", "max", "sum"], *metrics: str) -> Any:
+        """One bar per method."""
+        method = panels.Config("method")
+        return panels.BarPlot(title=title, metrics=[*metrics], groupby=method, groupby_aggfunc=summary)
 
     charts = [
         panels.CustomChart(
             query={"summaryTable": {"tableKey": chart.table_key}},
             chart_name=chart.preset,
             chart_fields=dict(chart.fields),
-            chart_strings=chart.texts,
+            chart_strings=dict(chart.texts),
         )
         for chart in CHARTS
     ]
-    return [*charts, panels.WeavePanelSummaryTable(table_name=LAYERS_KEY)]
-
-
-def _bars(title: str, summary: Literal["mean", "max", "sum"], *metrics: str) -> Any:
-    """Bars by method."""
-    import wandb_workspaces.reports.v2 as panels
-
-    method = panels.Config("method")
-    return panels.BarPlot(title=title, metrics=[*metrics], groupby=method, groupby_aggfunc=summary)
+    sections = {
+        "Quality against bits": [
+            lines(f"{metric} against bits by method", quality),
+            lines("KL to full precision (nats) against bits by method", DIVERGENCE),
+            scatter(f"{metric} against bits", bits, quality),
+            scatter("KL (nats) against bits", bits, DIVERGENCE, log_y=True),
+            scatter(f"Stored bits against {metric}", stored, quality),
+            bars(f"Change of {metric}", "mean", f"delta/{metric}"),
+        ],
+        "Cost": [
+            bars("Preprocessing time (s)", "mean", *PREPARATION),
+            scatter("Total time (s) against bits", bits, "time/total_s"),
+            bars("Peak memory (bytes)", "max", "memory/peak_rss_bytes", "memory/peak_device_bytes"),
+            bars("Fallbacks", "sum", *FALLBACKS),
+        ],
+    }
+    return [
+        *(ws.Section(name=name, is_open=True, panels=content) for name, content in sections.items()),
+        ws.Section(
+            name="Layers and calibration",
+            is_open=True,
+            layout_settings=ws.SectionLayoutSettings(columns=2, rows=2),
+            panels=[*charts, panels.WeavePanelSummaryTable(table_name=LAYERS_KEY)],
+        ),
+    ]
 
 
 def definition(built: "Workspace") -> dict[str, Any]:
@@ -141,13 +129,9 @@ def definition(built: "Workspace") -> dict[str, Any]:
 
 
 def save(project: str, entity: str | None, metric: str, group: str | None) -> str:
-    """Build the workspace and save it as a new view of the project; returns its address.
+    """Save the workspace as a new view of the project and return its URL; without an entity, use the account's default.
 
-    Args:
-        entity: user or team; None takes the account's default.
-
-    Raises:
-        UserError: there is no login, or W&B did not take it.
+    Raises UserError if there is no login or no entity, or if W&B did not save the workspace.
     """
     built = workspace(project, entity or "", metric, group)
     require_wandb_key("dashboard", "add --dry-run, which prints the dashboard without an account")
@@ -162,19 +146,16 @@ def save(project: str, entity: str | None, metric: str, group: str | None) -> st
         return str(built.url)
     except UserError:
         raise
-    except Exception as error:  # the client raises many kinds
+    except Exception as error:  # the client raises errors of many types
         raise UserError(f"W&B did not save the dashboard ({type(error).__name__}: {error})") from error
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line; an error is one line and exit code 1."""
+    """Save the workspace, or print it with --dry-run; on an error, print one line and exit with code 1."""
     parser = argparse.ArgumentParser(prog="python -m bayesq.suite.dashboard", description=__doc__)
-    project = environment.default("project", PROJECT)
+    project, entity = environment.default("project", PROJECT), environment.default("entity", None)
     parser.add_argument("--project", default=project, help="W&B project, as wandb.project (%(default)s)")
-    entity = environment.default("entity", None)
-    parser.add_argument(
-        "--entity", default=entity, help="W&B user or team, as wandb.entity; the account's default without it"
-    )
+    parser.add_argument("--entity", default=entity, help="W&B user or team; default: that of the account")
     parser.add_argument("--metric", default=METRIC, help="metric of the task, as in q/<metric> (%(default)s)")
     parser.add_argument("--group", help="show only the runs of one workload: MODEL-DATASET, such as resnet-digits")
     parser.add_argument("--dry-run", action="store_true", help="print the definition as JSON and save nothing")

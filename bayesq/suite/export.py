@@ -15,16 +15,16 @@ import yaml
 
 from bayesq.errors import Refused
 from bayesq.files import atomic_path
-from bayesq.suite.arguments import module_parser
+from bayesq.suite.arguments import exit_with, module_parser
 from bayesq.suite.config import one_line
 from bayesq.suite.errors import UserError
-from bayesq.suite.results import QUANTIZED_FILE, finished_result
+from bayesq.suite.results import QUANTIZED_FILE, recorded_result
 
 if TYPE_CHECKING:
     from bayesq.quant.file import Packed
     from bayesq.suite.models.base import Network
 
-# What is written, and its name in the run's folder where no other place is given.
+# Default name in the run's folder of what each --to writes.
 TARGETS = {"dequantized": "dequantized", "packed": "packed.safetensors", "gptq": "gptq"}
 DTYPES = ("float16", "float32")
 
@@ -32,15 +32,10 @@ DTYPES = ("float16", "float32")
 def load_run(folder: Path, settings: Mapping[str, Any], trusted: Sequence[str]) -> "tuple[Packed, Network]":
     """The packed file of a run, and its network with the quantized weights.
 
-    Relative paths in the run's settings are taken from the folder in which it was started.
-
-    Raises:
-        UserError: it holds no finished run, its packed file is damaged, or its full-precision weights are missing or
-            have changed.
+    Relative paths in the run's settings start at the folder in which the run was started. Raises UserError if there is
+    no finished run, its packed file is damaged, or its full-precision weights are missing or have changed.
     """
-    result = finished_result(folder)
-    if result is None:
-        raise UserError(f"{folder}: there is no result of a finished run: give a folder results/<run_id>")
+    result = recorded_result(folder)
     from bayesq.quant.file import fill_from
     from bayesq.suite.loading import base_network
     from bayesq.suite.packed import read_run
@@ -65,8 +60,7 @@ def load_run(folder: Path, settings: Mapping[str, Any], trusted: Sequence[str]) 
 def write_self_contained(packed: "Packed", network: "Network", file: Path) -> list[str]:
     """Write the whole network in our format; the file is loaded and compared before it gets its name.
 
-    Raises:
-        UserError: the kind of model cannot be built from a file alone.
+    Raises UserError if this kind of model cannot be built from a file alone.
     """
     import torch
 
@@ -106,7 +100,7 @@ def export(
         run: results/<run_id>.
         target: a key of TARGETS.
         output: a file for packed, else a folder; None: in the run's folder.
-        dtype: of plain weights; None: float16.
+        dtype: of plain weights, one of DTYPES; None: float16.
         checkpoint_format: of gptq: "gptq" (None), or "gptq_v2": fewer tools read it, but it holds every zero point.
         force: replace files of earlier exports.
         settings, trusted: as of `load_quantized`.
@@ -114,7 +108,8 @@ def export(
     Raises:
         UserError: an argument or the run cannot be used; nothing is written.
     """
-    output = _checked(run, target, output, dtype, checkpoint_format, force).absolute()
+    _check_options(target, dtype, checkpoint_format)
+    output = _place(target, run / TARGETS[target] if output is None else output, force).absolute()
     packed, network = load_run(run, settings or {}, trusted)
     if target == "packed":
         return output, write_self_contained(packed, network, output)
@@ -128,21 +123,14 @@ def export(
     try:
         if target == "dequantized":
             return output, write_dequantized(network.module, output, **about)
-        return output, write_gptq(
-            network.module, packed.tensors, output, checkpoint_format=checkpoint_format or "gptq", **about
-        )
+        about["checkpoint_format"] = checkpoint_format or "gptq"
+        return output, write_gptq(network.module, packed.tensors, output, **about)
     except Refused as error:
         raise UserError(f"--to {target}: {error}") from error
 
 
-def _checked(
-    run: Path, target: str, output: Path | None, dtype: str | None, checkpoint_format: str | None, force: bool
-) -> Path:
-    """Where to write.
-
-    Raises:
-        UserError: an argument has an unknown value or does not belong to the target, or the output exists already.
-    """
+def _check_options(target: str, dtype: str | None, checkpoint_format: str | None) -> None:
+    """Raise UserError if an option has an unknown value or does not belong to the target."""
     from bayesq.quant.gptq_layout import FORMATS
 
     if target not in TARGETS:
@@ -155,7 +143,10 @@ def _checked(
             raise UserError(f"{option} {value}: belongs to --to {' or '.join(targets)}")
         if value is not None and value not in values:
             raise UserError(f"{option} {value}: choose {', '.join(values)}")
-    output = run / TARGETS[target] if output is None else output
+
+
+def _place(target: str, output: Path, force: bool) -> Path:
+    """`output`; raises UserError if it exists already and cannot be replaced."""
     if output.exists() and output.is_dir() == (target == "packed"):
         raise UserError(f"--output {output}: {'a folder' if output.is_dir() else 'a file'} is in the way")
     if output.exists() and not force and (target == "packed" or any(output.iterdir())):
@@ -164,7 +155,6 @@ def _checked(
 
 
 def _settings(texts: Sequence[str]) -> dict[str, Any]:
-    """Keys and values of KEY=VALUE texts."""
     settings = {}
     for text in texts:
         key, equals, value = text.partition("=")
@@ -181,31 +171,23 @@ def main() -> None:
     """Export and print what was written; on an error, print one line and exit with code 1."""
     parser = module_parser("export", __doc__)
     parser.add_argument("run", type=Path, help="the folder of a finished run: results/<run_id>")
-    parser.add_argument("--to", required=True, help=", ".join(TARGETS))
+    parser.add_argument("--to", dest="target", required=True, help=", ".join(TARGETS))
     parser.add_argument("--output", type=Path, help="file (packed) or folder; default: in the run's folder")
     parser.add_argument("--dtype", help="of plain weights: float16 (default) or float32, which changes nothing")
-    parser.add_argument("--format", help="of gptq: gptq (default), or gptq_v2, which holds zero points of 0 as well")
+    formats = "of gptq: gptq (default), or gptq_v2, which holds zero points of 0 as well"
+    parser.add_argument("--format", dest="checkpoint_format", help=formats)
     parser.add_argument("--force", action="store_true", help="replace what is there")
-    parser.add_argument(
-        "--set", action="append", default=[], help="KEY=VALUE: what the run read and lies elsewhere now"
-    )
-    parser.add_argument("--trust", action="append", default=[], help="package of a model or data set of your own")
+    lists: dict[str, Any] = {"action": "append", "default": []}
+    parser.add_argument("--set", dest="settings", help="KEY=VALUE: a setting of the run, such as a moved path", **lists)
+    parser.add_argument("--trust", dest="trusted", help="package of a model or data set of your own", **lists)
     given = parser.parse_args()
     try:
-        output, lines = export(
-            given.run,
-            given.to,
-            given.output,
-            dtype=given.dtype,
-            checkpoint_format=given.format,
-            force=given.force,
-            settings=_settings(given.set),
-            trusted=given.trust,
-        )
+        given.settings = _settings(given.settings)
+        output, lines = export(**vars(given))
     except OSError as error:
         sys.exit(f"error: {error.filename or given.output}: {error.strerror or error}")
     except UserError as error:
-        sys.exit(f"error: {one_line(str(error))}")
+        exit_with(error)
     print("\n".join([f"{output}", *(f"  {line}" for line in lines)]))
 
 

@@ -21,21 +21,15 @@ import torch
 from torch import Tensor, nn
 
 import bayesq
+from bayesq.files import file_sha256
 from bayesq.suite.code_digest import is_users, sources
 
 # Libraries whose functions networks call.
 LIBRARIES = ("numpy", "timm", "torch", "torchvision", "transformers")
-# Attributes that no forward pass reads: those of every module, and paths and notes.
-NO_FUNCTION = frozenset(vars(nn.Module())) | {
-    "_commit_hash",
-    "_name_or_path",
-    "default_cfg",
-    "generation_config",
-    "name_or_path",
-    "pretrained_cfg",
-    "transformers_version",
-    "warnings_issued",
-}
+# Attributes that no forward pass reads: of every module, of timm, and of transformers.
+OF_TIMM = {"default_cfg", "pretrained_cfg"}
+OF_TRANSFORMERS = {"_commit_hash", "_name_or_path", "generation_config", "name_or_path", "transformers_version"}
+NO_FUNCTION = {*vars(nn.Module()), *OF_TIMM, *OF_TRANSFORMERS, "warnings_issued"}
 # Maximum depth of nested objects.
 DEPTH = 6
 
@@ -44,18 +38,14 @@ def fingerprint(module: nn.Module) -> str:
     """sha256 (hex) of everything but parameters and persistent buffers that determines the module's function."""
     state = set(module.state_dict())
     shared: dict[int, str] = {}
-    content: list[Any] = [bayesq.__version__, {name: _version(name) for name in LIBRARIES}, sorted(_sources(module))]
+    versions = {name: getattr(sys.modules.get(name), "__version__", None) for name in LIBRARIES}
+    content: list[Any] = [bayesq.__version__, versions, sorted(_sources(module))]
     for name, child in module.named_modules(remove_duplicate=False):
         content.append([name, shared.setdefault(id(child), name), _plain(child, 0, frozenset())])
     for name, x in [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]:
         values = None if name in state else _plain(x, 0, frozenset())
         content.append([name, shared.setdefault(id(x), name), list(x.shape), str(x.dtype), values])
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _version(name: str) -> str | None:
-    """Version of a library; None if it is not imported."""
-    return getattr(sys.modules.get(name), "__version__", None)
 
 
 def _sources(module: nn.Module) -> set[str]:
@@ -73,12 +63,12 @@ def _sources(module: nn.Module) -> set[str]:
         except (OSError, TypeError):  # defined in an interactive session: `_plain` hashes the code of its functions
             continue
         files |= {file, *(sources(package) if is_users(package, file) else ())}
-    return {_checksum(str(file), file.stat().st_mtime_ns) for file in files if file.is_file()}
+    return {_checksum(file, file.stat().st_mtime_ns) for file in files if file.is_file()}
 
 
 @functools.lru_cache(maxsize=512)
-def _checksum(file: str, changed: int) -> str:  # `changed` is in the cache key: an edited file is read again
-    return hashlib.sha256(Path(file).read_bytes()).hexdigest()
+def _checksum(file: Path, changed: int) -> str:  # `changed` is in the cache key: an edited file is read again
+    return file_sha256(file)
 
 
 def _plain(value: Any, depth: int, inside: frozenset[int]) -> Any:
@@ -86,8 +76,9 @@ def _plain(value: Any, depth: int, inside: frozenset[int]) -> Any:
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, Tensor):
-        content = value.detach().cpu().contiguous()
-        return [str(content.dtype), list(content.shape), hashlib.sha256(_bytes(content)).hexdigest()]
+        content = value.detach().cpu().contiguous().reshape(-1)
+        data = content.view(torch.uint8).numpy().data if content.numel() else b""
+        return [str(value.dtype), list(value.shape), hashlib.sha256(data).hexdigest()]
     if isinstance(value, np.ndarray | np.generic):
         return [str(value.dtype), list(value.shape), hashlib.sha256(value.tobytes()).hexdigest()]
     if isinstance(value, torch.dtype | torch.Size | Enum | complex | bytes):
@@ -117,7 +108,8 @@ def _plain(value: Any, depth: int, inside: frozenset[int]) -> Any:
     if isinstance(value, type | types.BuiltinFunctionType | types.ModuleType):
         return _name(value)
     if isinstance(value, nn.Module):
-        attributes = {key: x for key, x in vars(value).items() if key not in NO_FUNCTION and not _registered(x)}
+        named = nn.Module | nn.Parameter  # `fingerprint` covers these under their names
+        attributes = {key: x for key, x in vars(value).items() if key not in NO_FUNCTION and not isinstance(x, named)}
         hooks = [list(registered.values()) for registered in (value._forward_pre_hooks, value._forward_hooks)]
         # a class defined in a function may use values of that function
         made = [base for base in type(value).__mro__ if "<locals>" in base.__qualname__]
@@ -138,14 +130,5 @@ def _state(value: Any) -> list[Any]:
     return [list(part) if isinstance(part, Iterator) else part for part in parts]
 
 
-def _registered(value: Any) -> bool:
-    """Whether `fingerprint` covers the value under its own name."""
-    return isinstance(value, nn.Module | nn.Parameter)
-
-
 def _name(value: Any) -> str:
     return f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', getattr(value, '__name__', ''))}"
-
-
-def _bytes(x: Tensor) -> memoryview | bytes:
-    return x.reshape(-1).view(torch.uint8).numpy().data if x.numel() else b""

@@ -1,8 +1,8 @@
 """The packed file of a run, results/<run_id>/quantized.safetensors, and the record of the run in it.
 
-The record holds the run_id, the version of bayesq, the settings that determine the result, and the network: the
-checksum of its full-precision weights and, in self-contained files, its blueprint. Equal runs write equal
-files, wherever they ran. `bayesq.quant.file` defines the file itself.
+The record has the run_id, the version of bayesq, the settings that determine the result, the checksum of the
+full-precision weights, and in self-contained files the network's blueprint. Equal runs write equal files on every
+machine. `bayesq.quant.file` defines the file itself.
 """
 
 from pathlib import Path
@@ -32,9 +32,7 @@ def run_record(cfg: DictConfig, network: Network) -> dict[str, Any]:
 def read_run(path: Path) -> Packed:
     """Read a packed file and check its record, if it has one.
 
-    Raises:
-        FileNotFoundError: there is no such file.
-        CorruptFile: it is damaged, contradicts itself, or is no packed file.
+    Raises FileNotFoundError, or CorruptFile if the file is damaged, contradicts itself, or is no packed file.
     """
     packed = read_packed(path)
     try:

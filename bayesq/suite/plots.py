@@ -1,11 +1,11 @@
-"""The plots of a run, as tables and W&B's own chart presets: numbers from layers.csv and predictions.csv, no drawing.
+"""The W&B charts of a run: their tables, computed from layers.csv and predictions.csv, and W&B's presets.
 
-Nothing here needs W&B: `bayesq.suite.tracking` logs the charts, `bayesq.suite.dashboard` arranges them.
+This module does not need W&B. `bayesq.suite.tracking` logs the charts, `bayesq.suite.dashboard` arranges them.
 """
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,85 +14,71 @@ from bayesq.metrics import ECE_BINS
 
 Rows = Sequence[Mapping[str, Any]]
 
-# A KL of zero has no logarithm; a float32 softmax resolves no smaller KL than this.
+# Smaller KLs are raised to this: zero has no logarithm, and a float32 softmax is not more precise.
 SMALLEST_KL = 1e-12
-# An evaluation set can exceed the limit of a W&B chart; this many quantiles give the same histogram.
+# More examples than this are replaced by quantiles: a W&B chart has a limit, and the histogram stays the same.
 MAX_QUANTILES = 1000
 NETWORKS = {"fp": "full precision", "q": "quantized"}
 
 
 @dataclass(frozen=True)
 class Chart:
-    """A plot of one run.
+    """A W&B chart of one run.
 
     Attributes:
-        key: what it is logged under.
-        title: shown above it.
-        preset: W&B's name of the kind of chart.
-        fields: columns of the table by the preset's names for them.
-        columns: of the table.
-        rows: the table's rows from those of layers.csv and predictions.csv; none where the run has nothing to plot.
-        labels: further texts of the preset.
+        key: the key under which it is logged.
+        preset: W&B's name of the chart's type.
+        fields: the table's column for each field of the preset.
+        columns: columns of the table.
+        rows: computes the table from the rows of layers.csv and predictions.csv; no rows: no chart.
+        texts: title and labels, by the preset's names.
     """
 
     key: str
-    title: str
+    texts: Mapping[str, str]
     preset: str
     fields: Mapping[str, str]
     columns: tuple[str, ...]
     rows: Callable[[Rows, Rows], list[list[Any]]]
-    labels: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def table_key(self) -> str:
-        """What W&B stores the chart's table under."""
+        """The key under which W&B stores the chart's table."""
         return f"{self.key}_table"
-
-    @property
-    def texts(self) -> dict[str, str]:
-        """Title and labels as the preset takes them."""
-        return {"title": self.title, **self.labels}
 
 
 def bits_per_layer(layers: Rows, predictions: Rows) -> list[list[Any]]:
-    """Code and stored bits per weight of each layer; numbered, because the chart orders layers by their width."""
+    """Code and stored bits per weight of each layer. Names start with a number, because the chart sorts by bits."""
     digits = len(str(len(layers)))
     return [[f"{i:0{digits}} {row['name']}", row["bits/code"], row["bits/stored"]] for i, row in enumerate(layers, 1)]
 
 
 def risks(layers: Rows, predictions: Rows) -> list[list[Any]]:
-    """Decimal logarithms of predicted and achieved risk, for layers that have both; risks span orders of magnitude."""
-    points = []
-    for row in layers:
-        predicted, achieved = row.get("predicted_risk"), row.get("achieved_risk")
-        if predicted and achieved and min(predicted, achieved) > 0:
-            points.append([row["name"], math.log10(predicted), math.log10(achieved)])
-    return points
+    """log10 of predicted and achieved risk of each layer with both above 0."""
+    pairs = [(row["name"], row.get("predicted_risk") or 0, row.get("achieved_risk") or 0) for row in layers]
+    return [[name, math.log10(x), math.log10(y)] for name, x, y in pairs if x > 0 and y > 0]
 
 
 def reliability(layers: Rows, predictions: Rows) -> list[list[Any]]:
-    """Mean confidence and accuracy in the bins of the ECE, of both networks, and the line of perfect calibration.
-
-    A regression has no confidences and gives no rows.
-    """
+    """Confidence and accuracy by bin of the ECE, for both networks, and the diagonal; no rows for a regression."""
     if not predictions or "q_confidence" not in predictions[0]:
         return []
     points: list[list[Any]] = []
     for prefix, name in NETWORKS.items():
-        for confidence, accuracy, examples in confidence_bins(
-            np.array([row[f"{prefix}_confidence"] for row in predictions], dtype=np.float64),
-            np.array([row[f"{prefix}_correct"] for row in predictions], dtype=np.float64),
-        ):
-            points.append([name, confidence, accuracy, examples])
+        confidence, correct = (
+            np.array([row[f"{prefix}_{column}"] for row in predictions], dtype=np.float64)
+            for column in ("confidence", "correct")
+        )
+        points += [[name, *figures] for figures in confidence_bins(confidence, correct)]
     return points + [["perfect", edge, edge, 0] for edge in (0.0, 1.0)]
 
 
 def confidence_bins(confidence: np.ndarray, correct: np.ndarray) -> Iterator[tuple[float, float, int]]:
-    """Mean confidence, accuracy and number of examples in each bin of the ECE that has any, in increasing order.
+    """Mean confidence, accuracy and number of examples of each bin of the ECE, in increasing order, without empty bins.
 
     Args:
         confidence: probability [n] of the predicted class.
-        correct: [n], whether it is the label.
+        correct: [n], whether the predicted class is the label.
     """
     bins = np.clip(np.ceil(confidence * ECE_BINS).astype(np.int64), 1, ECE_BINS)
     for number in np.unique(bins):
@@ -101,7 +87,7 @@ def confidence_bins(confidence: np.ndarray, correct: np.ndarray) -> Iterator[tup
 
 
 def divergences(layers: Rows, predictions: Rows) -> list[list[Any]]:
-    """Decimal logarithms of the per-example KL, or of evenly spaced quantiles where there are many examples."""
+    """log10 of the KL of each example, or MAX_QUANTILES evenly spaced quantiles of it."""
     kl = np.array([row["kl"] for row in predictions], dtype=np.float64)
     kl = np.log10(np.maximum(kl[np.isfinite(kl)], SMALLEST_KL))
     if len(kl) > MAX_QUANTILES:
@@ -112,7 +98,7 @@ def divergences(layers: Rows, predictions: Rows) -> list[list[Any]]:
 CHARTS = (
     Chart(
         key="plots/bits_per_layer",
-        title="Code bits per weight by layer",
+        texts={"title": "Code bits per weight by layer"},
         preset="wandb/bar/v0",
         fields={"label": "layer", "value": "code_bits"},
         columns=("layer", "code_bits", "stored_bits"),
@@ -120,7 +106,7 @@ CHARTS = (
     ),
     Chart(
         key="plots/risk",
-        title="Risk of each layer, predicted (x) and achieved (y), log10",
+        texts={"title": "Risk of each layer, predicted (x) and achieved (y), log10"},
         preset="wandb/scatter/v0",
         fields={"x": "log10_predicted", "y": "log10_achieved"},
         columns=("layer", "log10_predicted", "log10_achieved"),
@@ -128,16 +114,15 @@ CHARTS = (
     ),
     Chart(
         key="plots/reliability",
-        title="Accuracy by confidence (bins of the ECE)",
+        texts={"title": "Accuracy by confidence (bins of the ECE)", "xname": "confidence"},
         preset="wandb/lineseries/v0",
         fields={"step": "confidence", "lineKey": "network", "lineVal": "accuracy"},
         columns=("network", "confidence", "accuracy", "examples"),
         rows=reliability,
-        labels={"xname": "confidence"},
     ),
     Chart(
         key="plots/kl",
-        title="KL of each example to full precision, log10 nats",
+        texts={"title": "KL of each example to full precision, log10 nats"},
         preset="wandb/histogram/v0",
         fields={"value": "log10_kl"},
         columns=("log10_kl",),

@@ -15,22 +15,9 @@ import bayesq
 if TYPE_CHECKING:
     import torch
 
-PACKAGES = (
-    "torch",
-    "torchvision",
-    "timm",
-    "transformers",
-    "tokenizers",
-    "numba",
-    "numpy",
-    "pandas",
-    "pillow",
-    "scikit-learn",
-    "safetensors",
-    "hydra-core",
-    "omegaconf",
-    "wandb",
-)
+NETWORKS = ("torch", "torchvision", "timm", "transformers", "tokenizers")
+NUMBERS_AND_FILES = ("numba", "numpy", "pandas", "pillow", "scikit-learn", "safetensors")
+PACKAGES = (*NETWORKS, *NUMBERS_AND_FILES, "hydra-core", "omegaconf", "wandb")
 
 
 @cache
@@ -49,13 +36,12 @@ def host(device: "torch.device") -> dict[str, str | int]:
     """Hardware, number of threads, and the working directory, to which relative paths in the config refer."""
     import torch
 
-    accelerator = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return {
         "platform": platform.platform(),
         "processor": _processor(),
         "cores": os.cpu_count() or 0,
         "threads": torch.get_num_threads(),
-        "device": accelerator,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "directory": str(Path.cwd()),
     }
 
@@ -83,9 +69,8 @@ def git_state() -> dict[str, str | bool | None]:
     Cached, because a later edit or commit does not change the code that this process has loaded.
     """
     root = Path(bayesq.__file__).parents[1]
-    if not (root / ".git").exists():
-        return {"commit": None, "dirty": None}
     try:
+        (root / ".git").stat()  # fails outside a checkout, also if an outer folder is a checkout
         command = ["git", "status", "--porcelain=v2", "--branch"]
         done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True, timeout=10)
     except (OSError, subprocess.SubprocessError):

@@ -34,29 +34,20 @@ def flat_result(
     seconds: Mapping[str, float],
     estimate_bytes: int,
 ) -> dict[str, Any]:
-    """The flat result of a run.
+    """The flat result of a run, from the rows of layers.csv, the metrics by result key, and the times by stage.
 
-    Args:
-        cfg, work: configuration, network and data.
-        quantized: output of the recipe.
-        layers: rows of `layer_rows`.
-        sizes: sizes of the packed file.
-        metrics: metrics of the evaluation by result key.
-        seconds: of evaluate, total and prepare.
-        estimate_bytes: memory estimate of the preflight.
+    `estimate_bytes` is the memory estimate of the preflight.
     """
+    config = resolved(cfg)
     device, weights, unreached = work.subject.device, work.subject.weights, len(work.subject.usage.unreached)
     return {
         "run_id": run_id(cfg),
         "status": "finished",
-        "model": model_label(resolved(cfg)),
+        "model": model_label(config),
         "dataset": cfg.dataset.name,
         "method": cfg.method.name,
-        "posterior": cfg.posterior.name if reads_posterior(resolved(cfg)) else "none",
-        "allocator": cfg.allocator,
-        "inputs": cfg.inputs,
-        "correction": cfg.correction,
-        "seed": cfg.seed,
+        "posterior": cfg.posterior.name if reads_posterior(config) else "none",
+        **{key: config[key] for key in ("allocator", "inputs", "correction", "seed")},
         "primary_metric": work.data.primary_metric,
         "quantized/share": work.coverage.share,
         "quantized/left_out": work.coverage.left_out,
@@ -71,47 +62,32 @@ def flat_result(
         "risk/rank_correlation": risk_rank_correlation(layers),
         "risk/explained": explained_risk(layers, metrics["q/kl_to_fp"]),
         **{f"time/{stage}_s": value for stage, value in (quantized.seconds | dict(seconds)).items()},
-        **memory(device, estimate_bytes),
-        "calibration/examples": len(work.subject.examples),
-        "evaluation/examples": len(work.evaluation),
-        **{f"fallback/{kind}": times for kind, times in fallbacks(quantized, unreached).items()},
-        "config": resolved(cfg),
-        "versions": versions(),
-        "host": host(device),
-        "git": git_state(),
-        code_digest.KEY: code_digest.digest(code_digest.packages(resolved(cfg))),
-        "source": sources(work),
-    }
-
-
-def sources(work: Workload) -> dict[str, Any]:
-    """Sources and checksums of the data and the weights."""
-    return {
-        "dataset": work.data.source,
-        "model": work.network.description,
-        "weights": work.network.checksum,
-        "calibration": work.subject.examples.checksum(),
-        "evaluation": work.evaluation.checksum(),
-    }
-
-
-def memory(device: torch.device, estimate_bytes: int) -> dict[str, Any]:
-    """Peak memory of the process and its device so far, and the estimate of the preflight, by result key."""
-    return {
         "memory/peak_rss_bytes": peak_bytes(),
         "memory/process": process(),
         "memory/estimate_bytes": estimate_bytes,
         "memory/peak_device_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0,
+        "calibration/examples": len(work.subject.examples),
+        "evaluation/examples": len(work.evaluation),
+        **{f"fallback/{kind}": times for kind, times in fallbacks(quantized, unreached).items()},
+        "config": config,
+        "versions": versions(),
+        "host": host(device),
+        "git": git_state(),
+        code_digest.KEY: code_digest.digest(code_digest.packages(config)),
+        "source": {
+            "dataset": work.data.source,
+            "model": work.network.description,
+            "weights": work.network.checksum,
+            "calibration": work.subject.examples.checksum(),
+            "evaluation": work.evaluation.checksum(),
+        },
     }
 
 
 def risk_rank_correlation(rows: Sequence[Mapping[str, Any]]) -> float | None:
     """Spearman's correlation of predicted and achieved risk over layers; None without predictions."""
-    pairs = [
-        (row["predicted_risk"], row["achieved_risk"])
-        for row in rows
-        if row["predicted_risk"] is not None and row["achieved_risk"] is not None
-    ]
+    pairs = [(row["predicted_risk"], row["achieved_risk"]) for row in rows]
+    pairs = [pair for pair in pairs if None not in pair]
     if len(pairs) < 2:
         return None
     import pandas as pd
@@ -133,8 +109,7 @@ def log_decisions(title: str, quantized: Quantized) -> None:
     for tensor in quantized.tensors.values():
         for width in tensor.width.tolist():
             share[width] += tensor.codes.shape[1]
-    total = share.total()
-    widths = ", ".join(f"{width}: {100 * share[width] / total:.1f} %" for width in sorted(share))
+    widths = ", ".join(f"{width}: {100 * share[width] / share.total():.1f} %" for width in sorted(share))
     tau = sorted(p.notes["prior_precision"] for p in quantized.problems.values() if "prior_precision" in p.notes)
     prior = f"; prior precision {tau[0]:.3g} to {tau[-1]:.3g}, median {tau[len(tau) // 2]:.3g}" if tau else ""
     log.info(f"{title}: weights by width {widths}{prior}")

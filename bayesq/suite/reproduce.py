@@ -25,9 +25,6 @@ from bayesq.suite.errors import UserError
 RECORDS = ("config", "versions", "host", "git")
 # Prefixes of result keys that depend on the machine and its load.
 OF_THE_MACHINE = ("time/", "memory/", "fallback/oom_retries", "wandb/")
-TABLES = ("layers.csv", "predictions.csv")
-SECONDS = "seconds"
-CODES = results.QUANTIZED_FILE
 # Subfolders of the cache that --fresh does not reuse; downloads are reused.
 COMPUTED = ("full_precision", "models", "statistics")
 # Keys without effect on the result that keep their recorded values.
@@ -45,29 +42,20 @@ def differing(recorded: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[
             yield key, str(one), str(other)
 
 
-def compare_results(recorded: Mapping[str, Any], here: Mapping[str, Any]) -> list[Difference]:
-    """Differences between two results, except keys that depend on the machine."""
-
-    def numbers(result: Mapping[str, Any]) -> dict[str, Any]:
-        numbers_of_run = {k: v for k, v in result.items() if k not in RECORDS and not k.startswith(OF_THE_MACHINE)}
-        return settings.flatten(numbers_of_run)
-
-    return list(differing(numbers(recorded), numbers(here)))
+def numbers(result: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a result, except those that depend on the machine."""
+    return settings.flatten({k: v for k, v in result.items() if k not in RECORDS and not k.startswith(OF_THE_MACHINE)})
 
 
 def compare_tables(recorded: Path, here: Path) -> list[Difference]:
     """Cells that differ between two CSV files, except those of the column `seconds`."""
-    if not recorded.is_file():
-        return [(recorded.name, "no file", "written")]
     first, second = (results.read_rows(path) for path in (recorded, here))
     if len(first) != len(second):
         return [(recorded.name, f"{len(first)} rows", f"{len(second)} rows")]
     differences = []
     for number, (row, other) in enumerate(zip(first, second, strict=True), start=1):
-        cells = differing(row, other)
-        differences += [
-            (f"{recorded.name}, row {number}: {key}", cell, now) for key, cell, now in cells if key != SECONDS
-        ]
+        cells = [cell for cell in differing(row, other) if cell[0] != "seconds"]
+        differences += [(f"{recorded.name}, row {number}: {key}", then, now) for key, then, now in cells]
     return differences
 
 
@@ -77,8 +65,6 @@ def compare_codes(recorded: Path, here: Path) -> list[Difference]:
 
     from bayesq.tensor_file import CorruptFile, read_tensors
 
-    if not recorded.is_file():
-        return [(recorded.name, "no file", "written")]
     if recorded.read_bytes() == here.read_bytes():
         return []
     try:
@@ -99,39 +85,40 @@ def compare_codes(recorded: Path, here: Path) -> list[Difference]:
     return differences or [(recorded.name, "other bytes", "the same tensors")]
 
 
+COMPARED = {
+    results.LAYERS_FILE: compare_tables,
+    results.PREDICTIONS_FILE: compare_tables,
+    results.QUANTIZED_FILE: compare_codes,
+}
+
+
 def compare_runs(recorded: Path, here: Path) -> list[Difference]:
     """Differences between the files of two finished runs."""
-    first, second = (results.finished_result(folder) for folder in (recorded, here))
-    assert first is not None and second is not None
-    differences = compare_results(first, second)
-    for name in TABLES:
-        differences += compare_tables(recorded / name, here / name)
-    return differences + compare_codes(recorded / CODES, here / CODES)
+    first, second = (results.recorded_result(folder) for folder in (recorded, here))
+    differences = list(differing(numbers(first), numbers(second)))
+    for name, compare in COMPARED.items():
+        if (recorded / name).is_file():
+            differences += compare(recorded / name, here / name)
+        else:
+            differences.append((name, "no file", "written"))
+    return differences
 
 
 def warnings(result: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
-    """One line for each difference in code, packages and hardware.
-
-    Args:
-        result: the record.
-        here: `git`, `versions` and `host` of this process.
-    """
+    """One line for each difference in code, packages and hardware; `here` has the records of this process."""
     lines = []
     for record in ("git", "versions", "host"):
-        now = {key: value for key, value in here[record].items() if key != "directory"}
-        then = {key: value for key, value in result.get(record, {}).items() if key != "directory"}
-        lines += [f"{record}.{key}: recorded {one}, here {other}" for key, one, other in differing(then, now)]
-    for where, state in (("the record was", result.get("git", {})), ("this checkout is", here["git"])):
-        if state.get("dirty"):
-            lines.append(f"git.dirty: {where} of files that differ from their commit")
-    return lines
+        changed = [entry for entry in differing(result.get(record, {}), here[record]) if entry[0] != "directory"]
+        lines += [f"{record}.{key}: recorded {then}, here {now}" for key, then, now in changed]
+    states = {"the record was": result.get("git", {}), "this checkout is": here["git"]}
+    dirty = [where for where, state in states.items() if state.get("dirty")]
+    return [*lines, *(f"git.dirty: {where} of files that differ from their commit" for where in dirty)]
 
 
 def recorded_config(result: Mapping[str, Any]) -> dict[str, Any]:
     """The configuration of a result. Keys without effect get their defaults, except the device and the cache.
 
-    Raises:
-        UserError: in this version of the suite, other keys determine a result.
+    Raises UserError if other keys determine a result in this version of the suite.
     """
     config: dict[str, Any] = result["config"]
     reference = Preflight().reference({})
@@ -150,7 +137,7 @@ def recorded_config(result: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def fresh_cache(cache_dir: Path, folder: Path) -> Path:
-    """Make a cache in `folder` that links to the downloads of `cache_dir` and has no computed files."""
+    """Make a cache in `folder` with links to the downloads in `cache_dir` and without computed files."""
     folder.mkdir()
     for entry in cache_dir.iterdir() if cache_dir.is_dir() else ():
         if entry.name not in COMPUTED:
@@ -159,18 +146,11 @@ def fresh_cache(cache_dir: Path, folder: Path) -> Path:
 
 
 def run_again(result: Mapping[str, Any], folder: Path, fresh: bool) -> Path:
-    """Run the configuration of `result` below `folder` and return the folder of the new run.
+    """Run the configuration of `result` below the temporary `folder` and return the folder of the new run.
 
     The process changes to the recorded working directory, because the config may have relative paths. It uses the
-    recorded number of threads, because the order of summation depends on it.
-
-    Args:
-        result: the record.
-        folder: a temporary folder.
-        fresh: reuse no cached statistics, logits or fitted weights.
-
-    Raises:
-        UserError: the configuration cannot be run on this machine.
+    recorded number of threads, because the order of summation depends on it. Raises UserError if the configuration
+    cannot be run on this machine.
     """
     import torch
 
@@ -205,24 +185,21 @@ def run_again(result: Mapping[str, Any], folder: Path, fresh: bool) -> Path:
 def reproduce(recorded: Path, fresh: bool) -> list[Difference]:
     """Run the result in the folder `recorded` again and return the differences.
 
-    Raises:
-        UserError: `recorded` has no finished run, or its configuration cannot be run on this machine.
+    Raises UserError if there is no finished run, or if its configuration cannot be run on this machine.
     """
     recorded = recorded.absolute()
-    result = results.finished_result(recorded)
-    if result is None:
-        raise UserError(f"{recorded}: there is no result of a finished run: give a folder results/<run_id>")
+    result = results.recorded_result(recorded)
     with tempfile.TemporaryDirectory(prefix="bayesq-reproduce-") as temporary:
         return compare_runs(recorded, run_again(result, Path(temporary), fresh))
 
 
-def _short(text: str, length: int = 48) -> str:
-    return text if len(text) <= length else f"{text[: length - 3]}..."
+def show(differences: Sequence[Difference], limit: int = 40, length: int = 48) -> str:
+    """Text table of the first `limit` differences with values up to `length` characters, and a count of the others."""
 
+    def short(text: str) -> str:
+        return text if len(text) <= length else f"{text[: length - 3]}..."
 
-def show(differences: Sequence[Difference], limit: int = 40) -> str:
-    """Text table of the first `limit` differences, and the number of the others."""
-    rows = [[what, _short(one), _short(other)] for what, one, other in differences[:limit]]
+    rows = [[key, short(then), short(now)] for key, then, now in differences[:limit]]
     table = tabulate(rows, headers=["differs", "recorded", "here"], disable_numparse=True)
     more = len(differences) - limit
     return f"{table}\n... and {more} more" if more > 0 else table
@@ -242,7 +219,8 @@ def main() -> None:
     if differences:
         print(show(differences))
         sys.exit(1)
-    print(f"identical: every number of {results.RESULT_FILE}, {', '.join(TABLES)} and {CODES}")
+    *tables, codes = COMPARED
+    print(f"identical: every number of {results.RESULT_FILE}, {', '.join(tables)} and {codes}")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from typing import Any
 
 from bayesq.files import atomic_path
 from bayesq.suite.config import flatten, settings_that_matter
+from bayesq.suite.errors import UserError
 
 RESULT_FILE = "result.json"
 FAILURE_FILE = "status.json"
@@ -18,23 +19,17 @@ PREDICTIONS_FILE = "predictions.csv"
 
 
 def plain(value: Any) -> Any:
-    """`value` in JSON types; NaN and infinities become None, because JSON cannot represent them.
-
-    Raises:
-        TypeError: a value is neither a JSON type, a numpy or torch scalar, nor a path.
-    """
+    """Mappings, lists, paths, numpy and torch scalars in JSON types, NaN and infinities as None; else TypeError."""
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
-    if hasattr(value, "item"):  # numpy and torch scalars
-        value = value.item()
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
     if isinstance(value, Path):
         return str(value)
+    if hasattr(value, "item"):  # numpy and torch scalars
+        value = value.item()
+    if value is None or isinstance(value, bool | int | float | str):
+        return None if isinstance(value, float) and not math.isfinite(value) else value
     raise TypeError(f"{type(value).__name__} has no place in a result file")
 
 
@@ -48,8 +43,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write `rows` atomically as CSV with the keys of the first row as header; None becomes an empty cell.
 
-    Raises:
-        ValueError: there are no rows, or a row has a key that the first row lacks.
+    Raises ValueError if there are no rows, or if a row has a key that the first row lacks.
     """
     if not rows:
         raise ValueError(f"no rows for {path.name}")
@@ -68,7 +62,7 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 
 
 def read_result(path: Path) -> dict[str, Any] | None:
-    """The content of a result.json; None if it is missing or does not parse."""
+    """The content of a JSON file; None if there is no such file or it is damaged."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -82,9 +76,12 @@ def finished_result(run_dir: Path) -> dict[str, Any] | None:
     return result if result is not None and result.get("status") == "finished" else None
 
 
-def is_finished(run_dir: Path) -> bool:
-    """Whether `run_dir` holds the result of a finished run."""
-    return finished_result(run_dir) is not None
+def recorded_result(run_dir: Path) -> dict[str, Any]:
+    """`finished_result`; raises UserError if there is none."""
+    result = finished_result(run_dir)
+    if result is None:
+        raise UserError(f"{run_dir}: there is no result of a finished run: give a folder results/<run_id>")
+    return result
 
 
 def load_results(results_dir: Path) -> list[dict[str, Any]]:
@@ -117,4 +114,4 @@ def differing_settings(results: Iterable[Mapping[str, Any]]) -> list[str]:
             axis = key.partition(".")[0]
             choice = None if axis == key else settings.get(axis)
             seen.setdefault((key, *alike, choice), set()).add(json.dumps(value))
-    return sorted({place[0] for place, values in seen.items() if len(values) > 1})
+    return sorted({key for (key, *_), values in seen.items() if len(values) > 1})

@@ -1,16 +1,15 @@
-"""Weights & Biases beside the result files: one W&B run per run, which may fail without costing a result."""
+"""Weights & Biases tracking: each run of the suite is one W&B run. A failure of W&B never costs the run its result."""
 
 import errno
 import logging
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from functools import partial
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
@@ -27,37 +26,34 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Seconds until wandb.mode=online stops trying to reach the server. With the client's default of 90 at the start a
-# wrong address looks like a hang. At the end the client would retry an upload without limit and block the sweep.
+# Seconds until wandb.mode=online gives up. The client's default at the start, 90, makes a wrong address look like a
+# hang. At the end the client would repeat a failed upload forever and block the sweep.
 INIT_TIMEOUT_S = 20.0
 FINISH_TIMEOUT_S = 60.0
 # Key of the table of layers.
 LAYERS_KEY = "layers"
-# Folder in the client's folder with the data that offline runs upload later, by run id.
+# Subfolder of the client's wandb/ folder: files that `wandb sync` uploads later, by run id.
 DATA_FOLDER = "data"
-# The client's background process writes less than this after it has said that a run is finished.
+# After the client reports a run as finished, its background process still writes less than this.
 SPARE_BYTES = 256 * 2**10
 # The client refuses an artifact with more metadata keys.
 ARTIFACT_KEYS = 100
-# Key of result.json: null once W&B has the result, else the reason why it does not.
+# Key of result.json: null if W&B has the result, else the reason why not.
 ERROR_KEY = "wandb/error"
-# Value of ERROR_KEY until W&B has the result: a killed process cannot write a reason.
+# Value of ERROR_KEY until W&B has the result, because a killed process cannot write a reason.
 UNFINISHED = "the process ended before W&B had the result"
 
 
 class Tracker:
-    """Where a run reports to: `with track(...) as tracker: ...; tracker.log_result(result, layers, predictions)`.
-
-    `error` is one line about why W&B does not have the result, and None once it has it or where tracking is disabled.
-    Leaving the block by an exception marks the W&B run as failed.
+    """The W&B run of a run: `with track(...) as tracker: ...; tracker.log_result(result, layers, predictions)`.
 
     Attributes:
         started: whether there is a W&B run.
+        error: why W&B does not have the result, in one line; None once it has it, or if tracking is disabled.
     """
 
     def __init__(self, run: "wandb.Run | None", log_artifact: bool = False, error: str | None = None) -> None:
         self._run, self._log_artifact = run, log_artifact
-        self._failed = False
         self.started = run is not None
         self.error = error if run is None else UNFINISHED
 
@@ -68,17 +64,15 @@ class Tracker:
         predictions: Sequence[Mapping[str, Any]] = (),
         checkpoint: Path | None = None,
     ) -> None:
-        """Log the flat result under its own keys as the run's summary, one table row per layer, plots and predictions.
+        """Log the result as the run's summary, the layers as a table, the charts, and the predictions as a file.
 
-        Predictions are a file of the run, as W&B tables end after 10,000 rows.
-
-        Call it after result.json is written: a failure here becomes a warning and `error`, never an exception.
+        Predictions are a file, because a W&B table has at most 10,000 rows. Call it after result.json is written. A
+        failure becomes a warning and `error`, never an exception.
 
         Args:
-            result: the flat result.
-            layers: rows of layers.csv.
-            predictions: rows of predictions.csv.
-            checkpoint: the packed file, logged as an artifact where wandb.log_artifact=true.
+            result: the flat result; each key is logged under its name.
+            layers, predictions: rows of layers.csv and of predictions.csv.
+            checkpoint: the packed file, logged as an artifact if wandb.log_artifact=true.
         """
         if self._run is None:
             return
@@ -88,16 +82,15 @@ class Tracker:
             self._run.summary.update(plain({key: value for key, value in result.items() if key != ERROR_KEY}))
             logged: dict[str, Any] = {}
             if layers:
-                rows = [[row.get(column) for column in layers[0]] for row in layers]
-                logged[LAYERS_KEY] = _table([*layers[0]], rows)
+                logged[LAYERS_KEY] = _table([*layers[0]], [[row.get(key) for key in layers[0]] for row in layers])
             for chart in CHARTS:
                 if rows := chart.rows(layers, predictions):
                     table = _table([*chart.columns], rows)
-                    logged[chart.key] = wandb.plot_table(chart.preset, table, dict(chart.fields), chart.texts)
+                    logged[chart.key] = wandb.plot_table(chart.preset, table, dict(chart.fields), dict(chart.texts))
             with _data_dir(Path(self._run.settings.wandb_dir) / DATA_FOLDER / self._run.id):
                 if logged:
                     self._run.log(logged)
-                if predictions:  # a copy for `wandb sync` lies in the client's folder
+                if predictions:  # in the client's folder, where `wandb sync` looks for it
                     folder = Path(self._run.settings.files_dir)
                     write_csv(folder / PREDICTIONS_FILE, predictions)
                     self._run.save(folder / PREDICTIONS_FILE, base_path=folder, policy="now")
@@ -107,38 +100,29 @@ class Tracker:
             self._fail(error)
 
     def _fail(self, error: Exception, remedy: str = "") -> None:
-        self._failed = True
         self.error = reason(error) + remedy
-        log.warning("W&B could not log this run (which does not touch its files): %s", self.error)
+        log.warning("W&B could not log this run; its result files are complete: %s", self.error)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Finish the W&B run, as failed when the block raised or W&B lost something."""
+    def finish(self, raised: bool) -> None:
+        """Finish the W&B run; it counts as failed if the run has `raised` an error or `log_result` failed."""
         if self._run is None:
             return
+        logged = self.error == UNFINISHED  # `log_result` did not fail
+        complete = logged and not raised
         try:
-            self._run.finish(exit_code=0 if error is None and not self._failed else 1)
-            if self._run.offline and not self._failed:
+            self._run.finish(exit_code=0 if complete else 1)
+            if self._run.offline and logged:
                 _check_disk(Path(self._run.settings.sync_dir))
         except Exception as failure:
-            complete = error is None and not self._failed and not self._run.offline
             folder = Path(self._run.settings.sync_dir)
             remedy = f"; to upload it: wandb sync --include-online {folder.parent.name}/{folder.name}"
-            self._fail(failure, remedy if complete else "")
-        if not self._failed and error is None:
-            self.error = None
+            self._fail(failure, remedy if complete and not self._run.offline else "")
+        else:
+            self.error = None if complete else self.error
 
 
 def _check_disk(folder: Path) -> None:
-    """Check that the disk is not full: the client's background process drops data silently when it is.
-
-    Raises:
-        OSError: the disk or the quota is full.
-    """
+    """Raise OSError if the disk or the quota is full: the client's background process then drops data silently."""
     if shutil.disk_usage(folder).free < SPARE_BYTES:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
     with tempfile.TemporaryFile(dir=folder) as probe:
@@ -146,98 +130,93 @@ def _check_disk(folder: Path) -> None:
 
 
 def _table(columns: list[str | int], rows: Sequence[Sequence[Any]]) -> "wandb.Table":
-    """A W&B table of `rows`, whose columns may mix types."""
+    """A W&B table; lists such as shapes become text."""
     import wandb
 
-    return wandb.Table(columns=columns, data=[[_cell(x) for x in row] for row in rows], allow_mixed_types=True)
+    def cell(value: Any) -> Any:
+        return str(value) if isinstance(value, dict | list) else value
+
+    return wandb.Table(columns=columns, data=[[cell(plain(x)) for x in row] for row in rows], allow_mixed_types=True)
 
 
 @contextmanager
 def _data_dir(folder: Path) -> Iterator[None]:
-    """Keep what offline runs upload later beside them, unless WANDB_DATA_DIR says where.
+    """Let the client keep tables in `folder` until they are uploaded, unless WANDB_DATA_DIR is set.
 
-    The client would put tables into the home folder, where they pile up, and `wandb sync` would find none of them on
-    another machine that shares the results.
+    By default the client keeps them in the home folder. They would fill it up, and `wandb sync` on another machine
+    would not find them.
     """
-    name = "WANDB_DATA_DIR"
-    chosen = os.environ.setdefault(name, str(folder))
+    if "WANDB_DATA_DIR" in os.environ:
+        yield
+        return
+    os.environ["WANDB_DATA_DIR"] = str(folder)
     try:
         yield
     finally:
-        if chosen == str(folder):
-            del os.environ[name]
+        del os.environ["WANDB_DATA_DIR"]
 
 
 def _artifact(run_id: str, result: Mapping[str, Any], checkpoint: Path) -> "wandb.Artifact":
-    """The packed file as an artifact of its own, described by the scalars of the result."""
+    """The packed file as an artifact, with scalars of the result as metadata."""
     import wandb
 
     scalars = [(key, value) for key, value in plain(result).items() if not isinstance(value, dict | list)]
-    metadata = dict(scalars[:ARTIFACT_KEYS])
-    artifact = wandb.Artifact(f"quantized-{run_id}", type="quantized-model", metadata=metadata)
-    # "immutable" makes no copy: copies of offline runs that are never synced would fill the home folder.
+    artifact = wandb.Artifact(f"quantized-{run_id}", "quantized-model", metadata=dict(scalars[:ARTIFACT_KEYS]))
+    # With "immutable" the client makes no copy; copies of offline runs would fill the home folder.
     artifact.add_file(str(checkpoint), policy="immutable")
     return artifact
 
 
-def _cell(value: Any) -> Any:
-    """`value` as a table shows it: shapes and the like as text."""
-    value = plain(value)
-    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
-
-
 def reason(error: Exception) -> str:
-    """What W&B raised, as one line; of values that its settings refuse, which one and why."""
+    """An error of W&B in one line. A settings error names each refused setting."""
     if isinstance(error, UserError):
         return one_line(str(error))
-    if not (callable(listed := getattr(error, "errors", None)) and isinstance(error, ValueError)):
-        return one_line(f"{type(error).__name__}: {error}").rstrip(".")
-    refused = (f"{'.'.join(map(str, entry['loc']))}: {entry['msg']}" for entry in listed())
-    return one_line("; ".join(refused)).rstrip(".")
+    if callable(listed := getattr(error, "errors", None)) and isinstance(error, ValueError):  # of pydantic
+        text = "; ".join(f"{'.'.join(map(str, entry['loc']))}: {entry['msg']}" for entry in listed())
+    else:
+        text = f"{type(error).__name__}: {error}"
+    return one_line(text).rstrip(".")
 
 
 def identity(cfg: DictConfig) -> dict[str, Any]:
-    """Arguments of `wandb.init` that make runs of a project groupable by method and budget without any clicks.
+    """Arguments of `wandb.init` that name the run: project, entity, group, job type, name, tags and config.
 
-    The config is flat: each axis is its chosen name (`method: gptq`), everything else is joined by slashes like the
-    keys of a result (`calibration/examples`), and nothing in it is shortened. Labels are shortened to W&B's limits;
-    WANDB_RUN_GROUP, WANDB_JOB_TYPE and WANDB_NAME come before the suite's own.
+    The config is flat. A group of the config is its name (`method: gptq`); other keys are joined by slashes, as in a
+    result (`calibration/examples`). Labels are shortened to W&B's limits, the config is not. WANDB_RUN_GROUP,
+    WANDB_JOB_TYPE and WANDB_NAME replace the suite's labels.
     """
     config = resolved(cfg)
-    dataset, method = (config[axis]["name"] for axis in ("dataset", "method"))
+    dataset, method, bits = config["dataset"]["name"], config["method"]["name"], f"{config['bits']:g}"
     model = model_label(config)
-    flat = flatten(config, separator="/")
-    for key in [key for key in flat if key.endswith("/name") and key.count("/") == 1]:
-        flat[key.removesuffix("/name")] = flat.pop(key)
-    changed = model.removeprefix(str(config["model"]["name"]))  # of the network, if anything was
-    named = f"{method}-{config['bits']:g}-s{config['seed']}{changed}"
-    defaults = {"group": f"{model}-{dataset}", "job_type": method, "name": named}
-    variables = {"group": "WANDB_RUN_GROUP", "job_type": "WANDB_JOB_TYPE", "name": "WANDB_NAME"}
+    changed = model.removeprefix(str(config["model"]["name"]))  # what the label adds to the model's name
+    labels = {
+        "group": ("WANDB_RUN_GROUP", f"{model}-{dataset}"),
+        "job_type": ("WANDB_JOB_TYPE", method),
+        "name": ("WANDB_NAME", f"{method}-{bits}-s{config['seed']}{changed}"),
+    }
     added = (environment.value("WANDB_TAGS") or "").split(",")
     return {
         "project": project_label(config["wandb"]["project"]),
         "entity": config["wandb"]["entity"],
-        **{key: label(environment.value(variables[key]) or text) for key, text in defaults.items()},
-        "tags": tag_list([*map(str, (model, dataset, method)), f"{config['bits']:g}-bit", *map(str.strip, added)]),
-        "config": flat,
+        **{key: label(environment.value(variable) or text) for key, (variable, text) in labels.items()},
+        "tags": tag_list([*map(str, (model, dataset, method)), f"{bits}-bit", *map(str.strip, added)]),
+        "config": {re.sub(r"^([^/]+)/name$", r"\1", key): value for key, value in flatten(config, "/").items()},
     }
 
 
 @contextmanager
 def track(cfg: DictConfig, run_id: str, run_dir: Path) -> Iterator[Tracker]:
-    """One W&B run around one run of the suite, as wandb.mode says; `disabled` does not even import wandb.
+    """Track one run of the suite as one W&B run, as wandb.mode says; `disabled` does not even import wandb.
 
-    All offline runs of a results folder share its wandb/ folder (or the one below WANDB_DIR), where `wandb leet` and
-    `wandb sync` find them. The W&B id is the run id, or under a sweep agent the one that the agent has chosen: whatever
-    was synced of an attempt that was killed is replaced, never duplicated, and its local record is removed, because
-    `wandb sync` uploads nothing at all when one record is cut short.
-
-    Where W&B does not start, for whatever reason, the tracker's `error` says why, and the block runs without it.
+    The W&B id is the run id, or the id that a sweep agent chose. A repeated run replaces what a killed attempt has
+    uploaded. The local record of that attempt is removed, because one incomplete record makes `wandb sync` upload
+    nothing. All runs of a results folder share its wandb/ folder, or the one below WANDB_DIR, for `wandb leet` and
+    `wandb sync`. If W&B does not start, the run continues without it and the tracker's `error` says why.
 
     Args:
         cfg: the composed configuration.
         run_id: `bayesq.suite.config.run_id(cfg)`.
-        run_dir: the run's folder; its parent gets the wandb/ folder.
+        run_dir: the run's folder; its parent is the results folder.
     """
     run, error = None, None
     if cfg.wandb.mode != "disabled":
@@ -246,15 +225,19 @@ def track(cfg: DictConfig, run_id: str, run_dir: Path) -> Iterator[Tracker]:
         except Exception as failure:
             error = f"W&B did not start ({reason(failure)})"
             log.warning("wandb.mode=%s: %s; the run goes on without it", cfg.wandb.mode, error)
-    with Tracker(run, bool(cfg.wandb.log_artifact), error) as tracker:
+    tracker = Tracker(run, bool(cfg.wandb.log_artifact), error)
+    raised = True
+    try:
         yield tracker
+        raised = False
+    finally:
+        tracker.finish(raised)
 
 
 def client_folder(results_dir: Path) -> Path:
-    """The folder that gets the client's wandb/ folder: the one of WANDB_DIR, else the results folder.
+    """The folder in which the client keeps its wandb/ folder: WANDB_DIR, or the results folder.
 
-    Raises:
-        OSError: it cannot be made or written; the client would silently take the system's temporary one.
+    Raises OSError if it cannot be written. The client itself would silently use the system's temporary folder.
     """
     folder = Path(environment.value("WANDB_DIR") or results_dir).expanduser().absolute()
     folder.mkdir(parents=True, exist_ok=True)
@@ -263,66 +246,54 @@ def client_folder(results_dir: Path) -> Path:
     return folder
 
 
-def _settings() -> "wandb.Settings":
-    """Settings of every W&B run."""
+def _init(**arguments: Any) -> "wandb.Run":
+    """`wandb.init` with the settings of every W&B run."""
     import wandb
 
-    # every result records commit and versions; the console belongs to the results, not to the client
-    return wandb.Settings(
+    settings = wandb.Settings(
         silent=True,
         console="off",
-        disable_git=True,
+        disable_git=True,  # the result records the commit
         init_timeout=INIT_TIMEOUT_S,
         finish_timeout=FINISH_TIMEOUT_S,
         finish_timeout_raises=True,
-        # a run that could not be finished must not receive what the next one logs
-        reinit="create_new",
+        reinit="create_new",  # a W&B run that could not be finished must not receive the next run's result
     )
+    with environment.decided():
+        return wandb.init(settings=settings, **arguments)
 
 
 def _start(cfg: DictConfig, run_id: str, folder: Path) -> "wandb.Run":
-    """The W&B run, whose files lie in `folder`/wandb."""
+    """Start the W&B run with its files in `folder`/wandb, and remove the files of earlier attempts at the run."""
     import wandb
 
-    mode = cfg.wandb.mode
-    check_wandb_login(cfg)  # on a terminal the client would ask for a key and wait
-    arguments = identity(cfg)
-    project, taken = cfg.wandb.project, arguments["project"]
-    if taken != project:
-        log.info("wandb.project=%s: W&B takes no such name, the run is in %s", project, taken)
-    _remove_attempts(folder / "wandb", run_id)
-    start = partial(wandb.init, **arguments, id=run_id, mode=mode, dir=folder, settings=_settings())
-    with environment.decided():
-        try:
-            return start()
-        except wandb.Error:
-            raise
-        except Exception:
-            # the client's background process has died, as in an earlier run of this sweep; the next gets another
-            with suppress(Exception):
-                wandb.teardown()
-            return start()
+    check_wandb_login(cfg)  # without a key the client would ask for one on a terminal, and wait
+    arguments = identity(cfg) | {"id": run_id, "mode": cfg.wandb.mode, "dir": folder}
+    if arguments["project"] != cfg.wandb.project:
+        project = arguments["project"]
+        log.info("wandb.project=%s: W&B does not accept this name; the project is %s", cfg.wandb.project, project)
+    client = folder / "wandb"
+    for attempt in (*client.glob(f"*run-*-{run_id}"), client / DATA_FOLDER / run_id):
+        shutil.rmtree(attempt, ignore_errors=True)
+    try:
+        return _init(**arguments)
+    except wandb.Error:
+        raise
+    except Exception:
+        # The client's background process died, for example in an earlier run of this sweep. Start another one.
+        with suppress(Exception):
+            wandb.teardown()
+        return _init(**arguments)
 
 
 def report_refusal(error: str) -> None:
-    """Under a sweep agent, log a failed run for a command that was refused before it could log one.
+    """Under a sweep agent, log a failed W&B run for a command that was refused before it started one.
 
-    The agent restarts a job that began no W&B run.
+    Without a W&B run the agent would start the job again.
     """
     if not environment.under_agent() or environment.default("mode", None) != "online":
         return
     try:
-        import wandb
-
-        folder = client_folder(Path("results"))
-        with environment.decided():
-            run = wandb.init(dir=folder, mode="online", settings=_settings(), job_type="refused", notes=error)
-        run.finish(exit_code=1)
+        _init(dir=client_folder(Path("results")), mode="online", job_type="refused", notes=error).finish(exit_code=1)
     except Exception as failure:
         log.warning("the sweep agent could not be told: %s", reason(failure))
-
-
-def _remove_attempts(folder: Path, run_id: str) -> None:
-    """Remove what earlier attempts at a run, offline or online, left in the client's folder."""
-    for attempt in (*folder.glob(f"*run-*-{run_id}"), folder / DATA_FOLDER / run_id):
-        shutil.rmtree(attempt, ignore_errors=True)

@@ -1,9 +1,9 @@
-"""W&B's environment variables: what each of them decides, and a line for each that is not used.
+"""W&B's environment variables: how the suite uses them.
 
-Project, entity, group, job type and name from the environment replace the suite's defaults. Tags are added. WANDB_DIR
-is the folder of the client's files. A key on the command line comes first. Variables that would log several runs as
-one are not used. `remarks` says what is not used. The client reads none of these variables itself (`decided`), because
-it would not log at all where it refuses a value. It reads all others.
+Mode, project, entity, group, job type and name replace the suite's defaults; a key on the command line replaces them.
+Tags are added to the suite's tags. The client's files lie in WANDB_DIR. Variables that would log several runs as one
+W&B run are not used; `remarks` reports this. W&B's client does not see any of these variables (`decided`), because it
+logs nothing if it refuses the value of one. It sees all others.
 """
 
 import os
@@ -11,49 +11,36 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-# The client's names of its modes, and the suite's name for each.
+# The suite's name for each mode that the client knows.
 MODES = {
-    "online": "online",
-    "run": "online",
-    "shared": "online",
-    "offline": "offline",
-    "dryrun": "offline",
+    **dict.fromkeys(("online", "run", "shared"), "online"),
+    **dict.fromkeys(("offline", "dryrun"), "offline"),
     "disabled": "disabled",
 }
 ON = ("1", "true", "t", "yes", "y", "on")
 SWEEP = "WANDB_SWEEP_ID"
-# a run's W&B id is its run id, and a repeated run replaces its record
+# A run's W&B id is its run id, and a repeated run replaces the W&B run.
 UNUSED = ("WANDB_RUN_ID", "WANDB_RESUME", "WANDB_RESUME_FROM", "WANDB_FORK_FROM")
-# The agent sets these to tell the client which run of which sweep a job is.
+# A sweep agent sets these. They tell the client which run of the sweep this process is.
 OF_AN_AGENT = ("WANDB_PROJECT", "WANDB_ENTITY", "WANDB_RUN_ID")
-DECIDED = (
-    "WANDB_MODE",
-    "WANDB_DISABLED",
-    "WANDB_PROJECT",
-    "WANDB_ENTITY",
-    "WANDB_RUN_GROUP",
-    "WANDB_JOB_TYPE",
-    "WANDB_NAME",
-    "WANDB_TAGS",
-    "WANDB_DIR",
-    *UNUSED,
-)
+LABELS = ("WANDB_RUN_GROUP", "WANDB_JOB_TYPE", "WANDB_NAME", "WANDB_TAGS")
+DECIDED = ("WANDB_MODE", "WANDB_DISABLED", "WANDB_PROJECT", "WANDB_ENTITY", "WANDB_DIR", *LABELS, *UNUSED)
 
 
 def value(name: str) -> str | None:
-    """The value of an environment variable; None where it is not set or blank."""
+    """The value of an environment variable; None if it is not set or blank."""
     return os.environ.get(name, "").strip() or None
 
 
 def under_agent() -> bool:
-    """Whether an agent of a W&B sweep has started this process."""
+    """Whether the agent of a W&B sweep started this process."""
     return value(SWEEP) is not None
 
 
 def default(key: str, fallback: Any) -> Any:
-    """What wandb.<key> is unless it is typed; behind ${wandb:key,fallback} in conf/config.yaml.
+    """The default of wandb.<key>: the value of its variable, else `fallback`. It resolves ${wandb:key,fallback}.
 
-    Under an agent the mode is online, because an agent learns nothing else.
+    Under a sweep agent the default mode is online, because the agent sees only online runs.
     """
     if key == "mode":
         return _mode() or ("online" if under_agent() else fallback)
@@ -61,42 +48,34 @@ def default(key: str, fallback: Any) -> Any:
 
 
 def _mode() -> str | None:
-    """The mode that the environment asks for."""
+    """The suite's name of the mode in the environment; None if there is none or it is unknown."""
     if (value("WANDB_DISABLED") or "").lower() in ON:
         return "disabled"
     return MODES.get((value("WANDB_MODE") or "").lower())
 
 
 def remarks(tracking: Iterable[Mapping[str, Any]]) -> list[str]:
-    """One line for each variable that does not decide what its name says.
-
-    Args:
-        tracking: the resolved node `wandb` of every job of a command.
-    """
+    """One line for each variable that is set but not used; `tracking` has the resolved `wandb` node of each job."""
     return list(dict.fromkeys(line for settings in tracking for line in _remarks(settings)))
 
 
 def _remarks(settings: Mapping[str, Any]) -> Iterator[str]:
-    """`remarks` on one job."""
     mode, asked, named = settings["mode"], _mode(), value("WANDB_MODE")
     if asked is None and named:
         yield f"WANDB_MODE={named} is none of online, offline, disabled: wandb.mode={mode} is used"
     if asked is not None and asked != mode:
         variable = "WANDB_MODE" if MODES.get((named or "").lower()) == asked else "WANDB_DISABLED"
         yield f"wandb.mode={mode} is used, not {variable}={value(variable)}"
-    if under_agent():
-        if mode != "online":
-            yield f"wandb.mode={mode}: the sweep agent does not learn what becomes of this job and may start it again"
-        return
-    if mode == "disabled":
+    if under_agent() and mode != "online":
+        yield f"wandb.mode={mode}: the sweep agent does not learn the outcome of this job and may start it again"
+    if under_agent() or mode == "disabled":
         return
     for key in ("project", "entity"):
         variable = f"WANDB_{key.upper()}"
         if value(variable) not in (None, settings[key]):
             yield f"wandb.{key}={settings[key]} is used, not {variable}={value(variable)}"
-    for variable in UNUSED:
-        if value(variable):
-            yield f"{variable}={value(variable)} is not used: a run's W&B id is its run id, and its record is whole"
+    for variable in filter(value, UNUSED):
+        yield f"{variable}={value(variable)} is not used: a run's W&B id is its run id, and a repeated run replaces it"
 
 
 @contextmanager

@@ -2,21 +2,16 @@
 
 import hashlib
 
-# characters; the client checks those of tags and projects, the server's columns end at those of the other labels
+# Limits in characters: of tags and projects by the client, of other labels by the server's database.
 TAG_CHARACTERS, PROJECT_CHARACTERS, LABEL_CHARACTERS = 64, 128, 128
 NOT_IN_PROJECTS = "/\\#?%:"
 GAP = ".."
 
 
 def label(text: str, characters: int = LABEL_CHARACTERS, forbidden: str = "") -> str:
-    """`text` if W&B accepts it, else its beginning, its end and a digest of it.
+    """`text` if W&B accepts it, else its beginning and end with a digest, so that different texts stay different.
 
-    The digest keeps the labels of different texts different. The middle of a path says the least, so it is cut.
-
-    Args:
-        text: any text, paths that are no UTF-8 included.
-        characters: the most that the label may have.
-        forbidden: characters that it must not have.
+    The text may be a path that is not valid UTF-8. Forbidden characters become "-".
     """
     clean = text.encode("utf-8", "backslashreplace").decode().translate(dict.fromkeys(map(ord, forbidden), "-"))
     if clean == text and len(text) <= characters:
@@ -30,7 +25,7 @@ def label(text: str, characters: int = LABEL_CHARACTERS, forbidden: str = "") ->
 
 
 def tag_list(texts: list[str]) -> list[str]:
-    """Tags in their order, each once, without blank ones."""
+    """Labels of the texts, without blank texts and duplicates."""
     return list(dict.fromkeys(label(text, TAG_CHARACTERS) for text in texts if text.strip()))
 
 

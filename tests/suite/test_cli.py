@@ -504,7 +504,7 @@ def test_a_single_run_has_its_log_and_config_beside_its_result() -> None:
     assert (done.returncode, done.stderr) == (0, "")
     (folder,) = (path for path in Path("results").iterdir() if path.is_dir())
     assert {path.name for path in folder.iterdir()} >= {"result.json", "run.log", ".hydra"}
-    assert results.is_finished(folder)
+    assert results.finished_result(folder) is not None
 
 
 def test_one_failing_job_stops_no_other_and_is_reported_once() -> None:

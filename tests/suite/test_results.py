@@ -46,7 +46,7 @@ def test_files_are_as_readable_as_the_umask_says(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["", '{"status": "finis', "[1]", '{"status": "running"}', "\x00"])
 def test_a_broken_or_other_result_is_not_finished(tmp_path: Path, text: str) -> None:
     (tmp_path / "result.json").write_text(text)
-    assert not results.is_finished(tmp_path)
+    assert results.finished_result(tmp_path) is None
 
 
 def test_only_finished_runs_are_loaded(tmp_path: Path) -> None:
