@@ -6,19 +6,18 @@
 import errno
 import hashlib
 import json
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-import platformdirs
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 import bayesq
 from bayesq.defaults import METHOD_METADATA, suggestion
 from bayesq.suite import wandb_environment
+from bayesq.suite.cache import resolve_cache_dir
 from bayesq.suite.errors import UserError
 
 # these keys change no number: they say where a run happens, how it is logged and whether it is repeated
@@ -200,13 +199,6 @@ def check_keys(config: Mapping[str, Any], reference: Mapping[str, Any]) -> None:
             raise UserError(f"'{key}' is missing: every run needs it, so it cannot be removed")
 
 
-def cache_folder(config: Mapping[str, Any]) -> Any:
-    """The cache's folder: cache_dir, or its default if that is null."""
-    if config["cache_dir"] is not None:
-        return config["cache_dir"]
-    return os.path.expanduser(os.environ.get("BAYESQ_CACHE_DIR") or platformdirs.user_cache_dir("bayesq"))
-
-
 # a full disk, or a folder without permission to write
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 
@@ -222,7 +214,10 @@ def disk_error(error: BaseException, config: Mapping[str, Any]) -> UserError | N
     if not isinstance(cause, OSError):
         return None
     name = cause.filename2 or cause.filename
-    for key, folder in (("results_dir", config["results_dir"]), ("cache_dir", cache_folder(config))):
+    for key, folder in (
+        ("results_dir", config["results_dir"]),
+        ("cache_dir", config["cache_dir"] or resolve_cache_dir(None)),
+    ):
         path = Path(folder).absolute()
         # an error without a file name comes from Hydra, which writes run.log and copies of the configuration
         file = Path(name).absolute() if isinstance(name, str) else path / "run.log"

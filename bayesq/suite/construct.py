@@ -1,10 +1,9 @@
 """Check that the objects of a configuration can be made, before anything is loaded."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from inspect import signature
 from pkgutil import resolve_name
-from types import NoneType, UnionType
-from typing import Any, Union, get_args, get_origin
+from typing import Any, get_args
 
 from omegaconf import OmegaConf
 
@@ -12,8 +11,7 @@ from bayesq.defaults import DESCRIPTIVE
 from bayesq.suite.config import one_line, reads_posterior, refuse
 from bayesq.suite.errors import UserError
 from bayesq.suite.plan import build, make_recipe
-
-WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null"}
+from bayesq.suite.schema import WORDS, fits
 
 
 def check(configs: Iterable[Mapping[str, Any]]) -> None:
@@ -58,17 +56,3 @@ def check_types(group: str, node: Mapping[str, Any]) -> None:
         if not fits(value, hint):
             needed = [WORDS.get(each, str(each)) for each in get_args(hint) or [hint]]
             refuse(f"{group}.{key}", value, f"needs {' or '.join(needed)}")
-
-
-def fits(value: Any, hint: Any) -> bool:
-    """Whether a plain value has a declared type; a type that no YAML value can have accepts everything."""
-    origin, arguments = get_origin(hint), get_args(hint)
-    if origin in (Union, UnionType):
-        return any(fits(value, each) for each in arguments)
-    if hint is float:
-        return type(value) in (int, float)
-    if isinstance(origin, type) and issubclass(origin, Sequence):
-        return isinstance(value, list) and all(fits(item, arguments[0]) for item in value)
-    if isinstance(origin, type) and issubclass(origin, Mapping):
-        return isinstance(value, Mapping) and all(fits(item, arguments[1]) for item in value.values())
-    return hint not in WORDS or type(value) is hint
