@@ -32,7 +32,6 @@ from bayesq.suite.composition import BASIC_SWEEPER, CONFIG_NAME, VERSION_BASE, J
 from bayesq.suite.errors import UserError
 from bayesq.suite.labels import model_label
 from bayesq.suite.progress import Progress
-from bayesq.suite.session import Session
 from bayesq.suite.summary import results_table
 from bayesq.suite.tracking import ERROR_KEY, report_refusal
 
@@ -94,7 +93,7 @@ def _label(config: Mapping[str, Any]) -> str:
     return f"{names} bits={settings.show(config['bits'])} seed={config['seed']}"
 
 
-def job(cfg: DictConfig, progress: Progress, session: Session, full_error: bool) -> None:
+def job(cfg: DictConfig, progress: Progress, previous: list[Any], full_error: bool) -> None:
     """Run one configuration unless it is finished; report a failure in one line and store the reason in its folder.
 
     `main` reads failures from the folders. They are raised only for a sweeper that is not Hydra's basic one, which
@@ -108,7 +107,7 @@ def job(cfg: DictConfig, progress: Progress, session: Session, full_error: bool)
             # below is one of these files
             locks.enter_context(lock(folder / results.RESULT_FILE))
             stop_if_asked()
-            run_unless_finished(cfg, folder, progress, session)
+            run_unless_finished(cfg, folder, progress, previous)
         except Exception as error:
             stop_if_asked()  # the signal may have caused the error
             hydra_cfg = HydraConfig.get()
@@ -118,7 +117,7 @@ def job(cfg: DictConfig, progress: Progress, session: Session, full_error: bool)
                 raise
 
 
-def run_unless_finished(cfg: DictConfig, folder: Path, progress: Progress, session: Session) -> None:
+def run_unless_finished(cfg: DictConfig, folder: Path, progress: Progress, previous: list[Any]) -> None:
     """Run one configuration unless `folder`, which is locked, has its result."""
     finished = results.finished_result(folder)
     config = settings.resolved(cfg)
@@ -144,7 +143,7 @@ def run_unless_finished(cfg: DictConfig, folder: Path, progress: Progress, sessi
     provenance.git_state()
     code_digest.digest(code_digest.packages(config))
     construct.check([config])
-    runner.run(cfg, session)
+    runner.run(cfg, previous)
 
 
 def skip_line(config: Mapping[str, Any], folder: Path, finished: Mapping[str, Any], progress: Progress) -> str:
@@ -273,7 +272,7 @@ def _run(jobs: Sequence[Job] | None) -> Any:
         construct.check(computed)
 
     full_error = os.environ.get(FULL_ERROR) == "1"
-    task = partial(job, progress=progress, session=Session(), full_error=full_error)
+    task = partial(job, progress=progress, previous=[], full_error=full_error)
     asked = command_line(sys.argv[1:])
     asked.overrides = [for_hydra(override, asked.config_dir) for override in asked.overrides]
     version.setbase(VERSION_BASE)

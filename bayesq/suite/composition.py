@@ -7,8 +7,9 @@ choices say which keys exist (`config.check_keys`).
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -92,27 +93,24 @@ class Preflight:
             self.loader = GlobalHydra.instance().config_loader()
         self.search_path = [f"hydra.searchpath=[file://{os.path.abspath(config_dir)}]"] if config_dir else []
         self.parser = OverridesParser.create(config_loader=self.loader)
-        self._composed: dict[tuple[str, ...], DictConfig] = {}
-        self._groups: dict[str, list[str]] = {}
+        self._compose, self._options = cache(self._compose), cache(self._options)  # type: ignore[method-assign]
 
-    def compose(self, overrides: Sequence[str], mode: RunMode = RunMode.RUN) -> DictConfig:
+    def compose(self, overrides: Iterable[str], mode: RunMode = RunMode.RUN) -> DictConfig:
         """The configuration that Hydra composes, with Hydra's node. It is cached: do not change it.
 
         Raises:
             UserError: with Hydra's reason.
         """
-        key = (*overrides, mode.name)
-        if key not in self._composed:
-            try:
-                self._composed[key] = self.loader.load_configuration(
-                    self.config_name, [*self.search_path, *overrides], run_mode=mode
-                )
-            except COMPOSITION_ERRORS as error:
-                raise UserError(settings.explanation(error)) from error
-        return self._composed[key]
+        try:
+            return self._compose((*self.search_path, *overrides), mode)
+        except COMPOSITION_ERRORS as error:
+            raise UserError(settings.explanation(error)) from error
+
+    def _compose(self, overrides: tuple[str, ...], mode: RunMode) -> DictConfig:
+        return self.loader.load_configuration(self.config_name, list(overrides), run_mode=mode)
 
     def compose_job(self, parsed: Sequence[Override]) -> tuple[DictConfig, DictConfig, dict[str, Any]]:
-        """The configuration of a job, Hydra's node, and the `reference` of its choices.
+        """The configuration of a job, Hydra's node, and the plain configuration of its axes without presets and keys.
 
         Jobs with the same choices share one composition. Single keys are set afterwards in typed order, as Hydra does.
         """
@@ -120,31 +118,20 @@ class Preflight:
         base = self.compose([str(o.input_line) for o in parsed if o not in keys])
         choices = {group: name for group, name in base.hydra.runtime.choices.items() if not group.startswith("hydra/")}
         cfg = OmegaConf.masked_copy(base, [str(key) for key in base if key != "hydra"])
-        presets = [name for group, name in choices.items() if not self.is_axis(group)]
-        reference = (
-            self.reference(choices) if any(name not in (None, "full") for name in presets) else settings.plain(cfg)
-        )
+        # groups of which every run needs a choice; presets are optional
+        axes = [group for group in sorted(choices) if group not in PRESETS and (conf_dir() / group).is_dir()]
+        if any(name not in (None, "full") for group, name in choices.items() if group not in axes):
+            reference = settings.plain(self.compose(f"{group}={choices[group]}" for group in axes))
+            del reference["hydra"]
+        else:
+            reference = settings.plain(cfg)
         for override in keys:
             OmegaConf.update(cfg, override.key_or_group, override.value(), merge=True, force_add=True)
         return cfg, base.hydra, reference
 
-    @staticmethod
-    def is_axis(group: str) -> bool:
-        """Whether every run needs a choice of this group; presets are optional."""
-        return group not in PRESETS and (conf_dir() / group).is_dir()
-
-    def reference(self, choices: Mapping[str, Any]) -> dict[str, Any]:
-        """The plain configuration of a choice on every axis, without presets and other overrides."""
-        cfg = self.compose([f"{group}={name}" for group, name in sorted(choices.items()) if self.is_axis(group)])
-        return {key: value for key, value in settings.plain(cfg).items() if key != "hydra"}
-
     def _options(self, group: str) -> list[str]:
         """The files of a config group; empty when `group` is no group."""
-        if group not in self._groups:
-            self._groups[group] = list(
-                self.loader.get_group_options(group, config_name=self.config_name, overrides=self.search_path)
-            )
-        return self._groups[group]
+        return self.loader.get_group_options(group, config_name=self.config_name, overrides=self.search_path)
 
     def parse(self, overrides: Sequence[str]) -> list[Override]:
         """Parse overrides with Hydra's parser, each rewritten by `for_hydra`.

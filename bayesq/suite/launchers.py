@@ -29,6 +29,9 @@ THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"
 # the GPUs of a command, for its runs; submitit overwrites CUDA_VISIBLE_DEVICES
 GPUS_VARIABLE = "BAYESQ_GPUS"
 POLL_S = 1.0
+# what Ray appends to its folder, and the longest path that the operating system takes
+RAY_SOCKET = "ray/session_YYYY-MM-DD_HH-MM-SS_ffffff_{pid}/sockets/plasma_store"
+SOCKET_BYTES = 103 if sys.platform == "darwin" else 107
 
 # Hydra warns because our launcher files have the names of the plugins' defaults
 warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/\w+' is validated against ConfigStore schema")
@@ -70,7 +73,8 @@ def check(hydra: DictConfig, config: Mapping[str, Any]) -> None:
     `config` is resolved and valid.
 
     Raises:
-        UserError: its package or Slurm's commands are missing, or resources do not fit the device or the machine.
+        UserError: its package or Slurm's commands are missing, TMPDIR is too long for Ray, or resources do not fit the
+            device or the machine.
     """
     launcher = chosen(hydra)
     if launcher is None:
@@ -83,6 +87,8 @@ def check(hydra: DictConfig, config: Mapping[str, Any]) -> None:
         raise UserError(f"{choice}: {launcher.package} is not installed; {install}") from None
     if launcher.name == "submitit_slurm" and not (shutil.which("sbatch") and shutil.which("srun")):
         raise UserError(f"{choice}: there is no sbatch here; start it on a machine of the cluster that can submit jobs")
+    if launcher.name == "ray":
+        _check_ray_folder(hydra.launcher.ray.init)
     gpus = int(config["resources"]["gpus"])
     if gpus == 0:
         if config["device"] not in ("auto", "cpu"):
@@ -92,6 +98,18 @@ def check(hydra: DictConfig, config: Mapping[str, Any]) -> None:
         if gpus > len(names):
             raise UserError(f"resources.gpus={gpus}: this machine has {len(names)} CUDA devices to give to runs")
         os.environ[GPUS_VARIABLE] = ",".join(names)  # the runs inherit it
+
+
+def _check_ray_folder(init: DictConfig) -> None:
+    """Check that Ray, if it starts on this machine, can put its sockets below the temporary folder."""
+    variable = "RAY_TMPDIR" if "RAY_TMPDIR" in os.environ else "TMPDIR"
+    folder = os.environ.get(variable, "/tmp")
+    longest = SOCKET_BYTES - len(RAY_SOCKET.format(pid=os.getpid())) - 1
+    if init.get("address") or init.get("_temp_dir") or "RAY_ADDRESS" in os.environ:
+        return
+    if len(os.fsencode(folder)) > longest:
+        needs = f"hydra/launcher=ray puts sockets there, so the path may have at most {longest} bytes"
+        raise UserError(f"{variable}={folder}: {needs}; set RAY_TMPDIR to a short folder, such as RAY_TMPDIR=/tmp")
 
 
 def visible_gpus() -> list[str]:
