@@ -54,11 +54,7 @@ _asked: type[KeyboardInterrupt] | None = None
 
 
 def stop_if_asked() -> None:
-    """Raise the exception of a signal again, because libraries may swallow it or turn it into another error.
-
-    Raises:
-        KeyboardInterrupt: after SIGINT; `Terminated` after SIGTERM.
-    """
+    """Raise the KeyboardInterrupt of a signal again, because libraries may swallow it or raise another error."""
     if _asked is not None:
         raise _asked
 
@@ -96,8 +92,8 @@ def _label(config: Mapping[str, Any]) -> str:
 def job(cfg: DictConfig, progress: Progress, previous: list[Any], full_error: bool) -> None:
     """Run one configuration unless it is finished; report a failure in one line and store the reason in its folder.
 
-    `main` reads failures from the folders. They are raised only for a sweeper that is not Hydra's basic one, which
-    would print them again at the end of a sweep. `full_error` prints tracebacks.
+    `main` reads failures from the folders. They are raised only for another sweeper than Hydra's basic one, which would
+    print them again at the end. `full_error` prints tracebacks.
     """
     folder = settings.run_dir(cfg)
     logging.raiseExceptions = False  # on a full disk the run reports the error once
@@ -112,7 +108,7 @@ def job(cfg: DictConfig, progress: Progress, previous: list[Any], full_error: bo
             stop_if_asked()  # the signal may have caused the error
             hydra_cfg = HydraConfig.get()
             reason = settings.disk_error(error, settings.resolved(cfg)) or error
-            report_failure(folder, as_typed(hydra_cfg.overrides.task), reason, full_error)
+            report_failure(folder, [as_typed(override) for override in hydra_cfg.overrides.task], reason, full_error)
             if hydra_cfg.sweeper._target_ != BASIC_SWEEPER:
                 raise
 
@@ -142,7 +138,7 @@ def run_unless_finished(cfg: DictConfig, folder: Path, progress: Progress, previ
     # cached now, while the source files are still the ones that this process has loaded
     provenance.git_state()
     code_digest.digest(code_digest.packages(config))
-    construct.check([config])
+    construct.check(config)
     runner.run(cfg, previous)
 
 
@@ -156,10 +152,7 @@ def skip_line(config: Mapping[str, Any], folder: Path, finished: Mapping[str, An
 
 
 def log_what_wandb_lacks(folder: Path, mode: str, agent: bool) -> None:
-    """Log a finished run to W&B; an error is logged only.
-
-    `agent`: a sweep agent started the run and would start it again if it did not learn the outcome.
-    """
+    """Log a finished run to W&B; a sweep agent would start the run again if it did not learn the outcome."""
     from bayesq.suite.relog import relog_locked
 
     try:
@@ -172,10 +165,7 @@ def log_what_wandb_lacks(folder: Path, mode: str, agent: bool) -> None:
 
 
 def report_failure(folder: Path, overrides: Sequence[str], error: Exception, full_error: bool) -> None:
-    """Print in one line why a run failed, and write status.json; other errors than UserError also get a traceback.txt.
-
-    `overrides` are the run's, without those of hydra.*; `full_error` prints the traceback.
-    """
+    """Print in one line why a run failed and write status.json; unexplained errors also get a traceback.txt."""
     explained = isinstance(error, UserError)
     reason = settings.one_line(str(error) if explained else f"{type(error).__name__}: {error}")
     file = None if explained else TRACEBACK_FILE
@@ -198,9 +188,7 @@ def _outcome(job: Job) -> dict[str, Any]:
     """The result of a job, or the columns that the table shows for a job without one."""
     failed = (job.run_dir / results.FAILURE_FILE).exists()
     result = None if failed else results.finished_result(job.run_dir)
-    if result is not None:
-        return result
-    return {
+    return result or {
         "status": "failed" if failed else "missing",
         "run_id": job.run_id,
         "model": model_label(job.config),
@@ -216,11 +204,11 @@ def summarise(jobs: Sequence[Job]) -> bool:
     """Print the table of these jobs and why some have no result; returns whether all have one."""
     outcomes = [_outcome(job) for job in jobs]
     print(f"\n{results_table(outcomes)}", flush=True)
-    lacking = [(job, outcome) for job, outcome in zip(jobs, outcomes, strict=True) if outcome["status"] != "finished"]
-    for job, outcome in lacking:
-        reason = (results.read_result(job.run_dir / results.FAILURE_FILE) or {}).get("error", NO_REASON)
-        print(f"{outcome['status']}: {job.run_id} {_label(job.config)}: {reason}", flush=True)
-    return not lacking
+    for job, outcome in zip(jobs, outcomes, strict=True):
+        if outcome["status"] != "finished":
+            reason = (results.read_result(job.run_dir / results.FAILURE_FILE) or {}).get("error", NO_REASON)
+            print(f"{outcome['status']}: {job.run_id} {_label(job.config)}: {reason}", flush=True)
+    return all(outcome["status"] == "finished" for outcome in outcomes)
 
 
 def main() -> None:
@@ -232,8 +220,8 @@ def main() -> None:
     try:
         with stoppable():
             try:
-                jobs = preflight(sys.argv[1:])
-                for line in wandb_environment.remarks(job.config["wandb"] for job in jobs or ()):
+                jobs = preflight(sys.argv[1:]) or []
+                for line in wandb_environment.remarks(job.config["wandb"] for job in jobs):
                     print(line, file=sys.stderr, flush=True)
                 code = _run(jobs)
                 stop_if_asked()
@@ -244,33 +232,28 @@ def main() -> None:
     except UserError as error:
         if os.environ.get(FULL_ERROR) == "1":
             traceback.print_exc()
-        print(f"error: {settings.one_line(str(error))}", file=sys.stderr)
-        report_refusal(settings.one_line(str(error)))
-        sys.exit(1)
+        line, code = settings.one_line(str(error)), 1
+        print(f"error: {line}", file=sys.stderr)
+        report_refusal(line)
     except KeyboardInterrupt as error:
         word, code = ("terminated", TERMINATED) if isinstance(error, Terminated) else ("interrupted", INTERRUPTED)
         print(f"{word}: the same command continues with what is not finished", file=sys.stderr, flush=True)
     sys.exit(code)
 
 
-def _run(jobs: Sequence[Job] | None) -> Any:
-    """Let Hydra run the jobs that are not finished; returns its exit code.
-
-    Raises:
-        UserError: a constructor refuses a value of a job that would be computed, or Hydra cannot write or launch.
-    """
-    jobs = jobs or ()
+def _run(jobs: Sequence[Job]) -> Any:
+    """Let Hydra run the jobs that are not finished; returns its exit code."""
     finished = {each.run_dir: results.finished_result(each.run_dir) for each in jobs}
     progress = Progress({each.run_dir: finished[each.run_dir] is None or each.config["force"] for each in jobs})
     if jobs and all(_is_settled(each, finished[each.run_dir]) for each in jobs):
         for each in jobs:
             print(skip_line(each.config, each.run_dir, finished[each.run_dir] or {}, progress), flush=True)
         return 0
-    if computed := [each.config for each in jobs if progress.runs[each.run_dir]]:
-        from bayesq.suite import construct
+    for each in jobs:
+        if progress.runs[each.run_dir]:
+            from bayesq.suite import construct  # imports torch
 
-        construct.check(computed)
-
+            construct.check(each.config)
     full_error = os.environ.get(FULL_ERROR) == "1"
     task = partial(job, progress=progress, previous=[], full_error=full_error)
     asked = command_line(sys.argv[1:])

@@ -64,9 +64,9 @@ def for_hydra(override: str, config_dir: str | None = None) -> str:
     return override if config_dir is not None and (Path(config_dir) / key).is_dir() else f"++{bare}"
 
 
-def as_typed(overrides: Sequence[str]) -> tuple[str, ...]:
-    """Overrides without the `++` of `for_hydra`."""
-    return tuple(override.removeprefix("++") for override in overrides)
+def as_typed(override: object) -> str:
+    """An override, or the line of Hydra's parsed one, without the `++` of `for_hydra`."""
+    return str(getattr(override, "input_line", override)).removeprefix("++")
 
 
 class Preflight:
@@ -96,11 +96,7 @@ class Preflight:
         self._compose, self._options = cache(self._compose), cache(self._options)  # type: ignore[method-assign]
 
     def compose(self, overrides: Iterable[str], mode: RunMode = RunMode.RUN) -> DictConfig:
-        """The configuration that Hydra composes, with Hydra's node. It is cached: do not change it.
-
-        Raises:
-            UserError: with Hydra's reason.
-        """
+        """The configuration that Hydra composes, with its node, or UserError. It is cached: do not change it."""
         try:
             return self._compose((*self.search_path, *overrides), mode)
         except COMPOSITION_ERRORS as error:
@@ -141,7 +137,7 @@ class Preflight:
         """
         parsed = [self._parse_one(override) for override in overrides]
         for override in parsed:
-            key, typed = override.key_or_group, str(override.input_line).removeprefix("++")
+            key, typed = override.key_or_group, as_typed(override)
             if override.is_hydra_override():
                 continue
             if override.is_delete():
@@ -175,7 +171,7 @@ class Preflight:
         """
         parsed = self.parse(typed)
         master = self.compose([str(override.input_line) for override in parsed], RunMode.MULTIRUN).hydra
-        sweeps = as_typed([str(override.input_line) for override in parsed if override.is_sweep_override()])
+        sweeps = [as_typed(override) for override in parsed if override.is_sweep_override()]
         if not multirun and master.mode != RunMode.MULTIRUN:
             if sweeps:
                 raise UserError(f"{sweeps[0]} lists several values: add -m to run every combination")
@@ -194,24 +190,19 @@ class Preflight:
         lists = {override.get_key_element(): override for override in several if override.is_sweep_override()}
         for override in lists.values():
             if not override.is_discrete_sweep():
-                (typed_range,) = as_typed([str(override.input_line)])
-                raise UserError(f"{typed_range}: list the values, such as {override.key_or_group}=2,3,4")
+                raise UserError(f"{as_typed(override)}: list the values, such as {override.key_or_group}=2,3,4")
         jobs = []
         (combinations,) = BasicSweeper.split_arguments(several, None)
         for combination in combinations:
             try:
                 jobs.append(self.check(combination))
             except UserError as error:
-                swept = as_typed([value for value in combination if value.partition("=")[0] in lists])
+                swept = [as_typed(value) for value in combination if value.partition("=")[0] in lists]
                 raise UserError(f"{error} [{' '.join(swept)}]" if swept else str(error)) from error
         return jobs
 
     def check(self, typed: Sequence[str]) -> Job:
-        """Compose one job and check what can be checked before it runs.
-
-        Raises:
-            UserError: one line that says what is wrong.
-        """
+        """Compose one job and check what can be checked before it runs; UserError says in one line what is wrong."""
         parsed = self.parse(typed)
         cfg, hydra, reference = self.compose_job(parsed)
         choices = hydra.runtime.choices
@@ -226,9 +217,9 @@ class Preflight:
         if launchers.is_local(hydra):
             settings.check_device(cfg)
         settings.check_wandb_login(cfg)
-        overrides = [str(override.input_line) for override in parsed if not override.is_hydra_override()]
+        overrides = tuple(as_typed(override) for override in parsed if not override.is_hydra_override())
         folder = settings.run_dir(cfg)
-        return Job(folder.name, folder, config, as_typed(overrides), launchers.chosen(hydra))
+        return Job(folder.name, folder, config, overrides, launchers.chosen(hydra))
 
 
 def preflight(argv: Sequence[str]) -> list[Job] | None:

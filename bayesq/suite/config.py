@@ -6,18 +6,19 @@
 import errno
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
+import platformdirs
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 import bayesq
 from bayesq.defaults import METHOD_METADATA, suggestion
 from bayesq.suite import wandb_environment
-from bayesq.suite.cache import resolve_cache_dir
 from bayesq.suite.errors import UserError
 
 # these keys change no number: they say where a run happens, how it is logged and whether it is repeated
@@ -179,12 +180,9 @@ def refuse(key: str, value: Any, allowed: str) -> NoReturn:
 
 
 def check_keys(config: Mapping[str, Any], reference: Mapping[str, Any]) -> None:
-    """Check that a plain configuration has exactly the keys of `reference`, which its YAML files give.
+    """Raise UserError at the first key that a plain configuration has beside those of `reference`, or lacks.
 
-    A mapping that is empty in `reference` takes any key.
-
-    Raises:
-        UserError: naming the first unknown or missing key.
+    The YAML files give `reference`. A mapping that is empty in it takes any key.
     """
     given, known = flatten(config), flatten(reference)
     free = tuple(f"{key}." for key, value in known.items() if value == {})
@@ -197,6 +195,12 @@ def check_keys(config: Mapping[str, Any], reference: Mapping[str, Any]) -> None:
     for key in known:
         if key not in given and not any(name.startswith(f"{key}.") for name in given):
             raise UserError(f"'{key}' is missing: every run needs it, so it cannot be removed")
+
+
+def resolve_cache_dir(cache_dir: str | None) -> Path:
+    """Absolute cache folder: `cache_dir`, else the variable BAYESQ_CACHE_DIR, else the user's cache folder."""
+    chosen = cache_dir or os.environ.get("BAYESQ_CACHE_DIR") or platformdirs.user_cache_dir("bayesq")
+    return Path(chosen).expanduser().absolute()
 
 
 # a full disk, or a folder without permission to write
@@ -230,11 +234,7 @@ def disk_error(error: BaseException, config: Mapping[str, Any]) -> UserError | N
 
 
 def check_device(cfg: DictConfig) -> None:
-    """Check that this machine has the accelerator of the key `device`; torch is imported only for an accelerator.
-
-    Raises:
-        UserError: it does not.
-    """
+    """Raise UserError if this machine lacks the accelerator of the key `device`; only an accelerator imports torch."""
     device = str(cfg.device)
     kind, _, index = device.partition(":")
     if kind in ("auto", "cpu"):
@@ -254,10 +254,9 @@ def check_wandb_login(cfg: DictConfig) -> None:
 
 
 def require_wandb_key(what: str, alternative: str) -> None:
-    """Check without the network that W&B's client finds an API key; `wandb.init` would ask for one and wait.
+    """Raise UserError if W&B's client finds no well-formed API key; `wandb.init` would ask for one and wait.
 
-    Raises:
-        UserError: there is no key, or it is malformed. The message starts with `what` and ends with `alternative`.
+    The message starts with `what` and ends with `alternative`. The network is not used.
     """
     import wandb
 

@@ -1,6 +1,6 @@
 """Check that the objects of a configuration can be made, before anything is loaded."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from inspect import signature
 from pkgutil import resolve_name
 from typing import Any, get_args
@@ -14,39 +14,29 @@ from bayesq.suite.plan import build, make_recipe
 from bayesq.suite.schema import WORDS, fits
 
 
-def check(configs: Iterable[Mapping[str, Any]]) -> None:
-    """Make the objects of each resolved configuration and drop them.
+def check(config: Mapping[str, Any]) -> None:
+    """Make the objects of a resolved configuration and drop them.
 
     Raises:
         UserError: a constructor refuses a value, or a class does not exist.
     """
-    for config in configs:
-        try:
-            _make(config)
-        except UserError:
-            raise
-        except Exception as error:
-            names = " ".join(f"{group}={config[group].get('name')}" for group in ("model", "dataset", "method"))
-            raise UserError(f"{names} cannot be made ({one_line(f'{type(error).__name__}: {error}')})") from error
-
-
-def _make(config: Mapping[str, Any]) -> None:
-    """Check the types of the values, then make the objects."""
-    groups = ("method", "posterior", "dataset", "model") if reads_posterior(config) else ("method", "dataset", "model")
-    for group in groups:
-        check_types(group, config[group])
-    cfg = OmegaConf.create(dict(config))
-    make_recipe(cfg)
-    build(cfg.dataset)
-    build(cfg.model)
+    try:
+        for group in ("method", "posterior", "dataset", "model"):
+            if group != "posterior" or reads_posterior(config):
+                check_types(group, config[group])
+        cfg = OmegaConf.create(dict(config))
+        make_recipe(cfg)
+        build(cfg.dataset)
+        build(cfg.model)
+    except UserError:
+        raise
+    except Exception as error:
+        names = " ".join(f"{group}={config[group].get('name')}" for group in ("model", "dataset", "method"))
+        raise UserError(f"{names} cannot be made ({one_line(f'{type(error).__name__}: {error}')})") from error
 
 
 def check_types(group: str, node: Mapping[str, Any]) -> None:
-    """Check the values of a group against the types of its constructor.
-
-    Raises:
-        UserError: naming the first key with a value of another type.
-    """
+    """Raise UserError at the first key of a group whose value has not the type that its constructor declares."""
     try:
         parameters = signature(resolve_name(node["_target_"]), eval_str=True).parameters
     except Exception:  # the types cannot be read; if the class does not exist, `build` says so

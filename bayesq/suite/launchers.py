@@ -68,9 +68,7 @@ def is_local(hydra: DictConfig | HydraConf) -> bool:
 
 
 def check(hydra: DictConfig, config: Mapping[str, Any]) -> None:
-    """Check that the chosen launcher can start runs, and that the machine has the GPUs of each.
-
-    `config` is resolved and valid.
+    """Check that the chosen launcher can start runs of the valid `config`, and that the machine has the GPUs of each.
 
     Raises:
         UserError: its package or Slurm's commands are missing, TMPDIR is too long for Ray, or resources do not fit the
@@ -105,9 +103,8 @@ def _check_ray_folder(init: DictConfig) -> None:
     variable = "RAY_TMPDIR" if "RAY_TMPDIR" in os.environ else "TMPDIR"
     folder = os.environ.get(variable, "/tmp")
     longest = SOCKET_BYTES - len(RAY_SOCKET.format(pid=os.getpid())) - 1
-    if init.get("address") or init.get("_temp_dir") or "RAY_ADDRESS" in os.environ:
-        return
-    if len(os.fsencode(folder)) > longest:
+    starts_here = not (init.get("address") or init.get("_temp_dir") or "RAY_ADDRESS" in os.environ)
+    if starts_here and len(os.fsencode(folder)) > longest:
         needs = f"hydra/launcher=ray puts sockets there, so the path may have at most {longest} bytes"
         raise UserError(f"{variable}={folder}: {needs}; set RAY_TMPDIR to a short folder, such as RAY_TMPDIR=/tmp")
 
@@ -135,8 +132,6 @@ def jobs_at_once(cpus: int, gpus: int) -> int:
 
 # read by the launchers' presets
 OmegaConf.register_new_resolver("jobs_at_once", lambda cpus, gpus: jobs_at_once(int(cpus), int(gpus)), replace=True)
-
-
 # a process has one place until it ends, because CUDA cannot change devices after its start
 _place: FileLock | None = None
 
@@ -168,10 +163,7 @@ def occupy(hydra: DictConfig | HydraConf, resources: DictConfig) -> None:
 
 
 def _take_place(name: str, places: int | None) -> tuple[int, FileLock]:
-    """Lock and return the first free place of this machine, numbered from 0; `places` limits their number.
-
-    The operating system frees a place when its process ends.
-    """
+    """Lock the first free of this machine's `places`, numbered from 0; the end of the process frees it."""
     folder = Path(tempfile.gettempdir()) / f"bayesq-{os.getuid()}"
     folder.mkdir(exist_ok=True)
     while True:

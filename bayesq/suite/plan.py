@@ -38,21 +38,13 @@ def for_user(kind: type[ValueError] = Refused) -> Iterator[None]:
 
 @for_user(ValueError)
 def build(node: DictConfig, **more: Any) -> Any:
-    """The object that a config group describes.
-
-    Raises:
-        UserError: the constructor refused a value.
-    """
+    """The object that a config group describes; UserError if its constructor refuses a value."""
     return construct(plain(node, resolve=True), **more)
 
 
 @for_user()
 def make_recipe(cfg: DictConfig) -> Recipe:
-    """Instantiate method, posterior and allocator.
-
-    Raises:
-        UserError: a constructor refused an argument.
-    """
+    """Instantiate method, posterior and allocator; UserError if a constructor refuses an argument."""
     store = WhiteningStore(build(cfg.posterior)) if reads_posterior(resolved(cfg)) else None
     method = build(cfg.method, **({"whitenings": store} if cfg.method.get("uses_posterior") else {}))
     proxy, distillation = None, None
@@ -121,21 +113,13 @@ def load_workload(cfg: DictConfig, cache_dir: Path) -> Workload:
 
 @for_user()
 def check_patterns(recipe: Recipe, work: Workload) -> None:
-    """Refuse patterns of the allocation that match no layer, before the calibration.
-
-    Raises:
-        UserError: naming the pattern.
-    """
+    """Raise UserError if a pattern of the allocation matches no layer, before the calibration."""
     if isinstance(recipe.allocator, Knapsack):
         recipe.allocator.choices(list(work.subject.layers))
 
 
 def open_statistics(cfg: DictConfig, store: WhiteningStore | None, work: Workload, cache_dir: Path) -> Calibration:
-    """The calibration statistics that a run reads; nothing is computed yet.
-
-    Raises:
-        UserError: posterior.likelihood=categorical for a regression.
-    """
+    """The statistics that a run reads, not computed yet; UserError if the likelihood is categorical in a regression."""
     subject, posterior = work.subject, store and store.posterior
     likelihood = subject.likelihood
     if posterior and posterior.likelihood != AUTO:

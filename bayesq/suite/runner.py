@@ -21,8 +21,7 @@ from bayesq.progress import elapsed
 from bayesq.quant.file import Packed, read_packed, write_packed
 from bayesq.quant.network import quantized_copy
 from bayesq.report import layer_rows
-from bayesq.suite.cache import resolve_cache_dir
-from bayesq.suite.config import run_dir, run_id
+from bayesq.suite.config import resolve_cache_dir, run_dir, run_id
 from bayesq.suite.forward import naming_model
 from bayesq.suite.full_precision import cached_logits
 from bayesq.suite.packed import run_record
@@ -131,7 +130,6 @@ class Evaluator:
     """Evaluates the full-precision and the quantized network of a run on the same examples.
 
     Args:
-        work: network and data.
         batch_size: examples per forward pass.
         autocast: torch dtype of matrix products by name; None = float32 throughout.
         cache_dir: root of the caches, where full-precision outputs are stored.
@@ -150,11 +148,11 @@ class Evaluator:
 
     def run_quantized(self, stored: Packed, title: str) -> EvaluationRows:
         """The numbers of each example, of both networks."""
-        work, subject = self.work, self.work.subject
+        examples, subject = self.work.evaluation, self.work.subject
         student = quantized_copy(subject.module, stored.tensors, stored.parameters)
         likelihood, device = subject.likelihood, subject.device
         rows, retries = paired_rows(
-            self.full, student, work.evaluation, likelihood, self.batch_size, device, title, self.autocast
+            self.full, student, examples, likelihood, self.batch_size, device, title, self.autocast
         )
         self.oom_retries += retries
         return rows

@@ -17,8 +17,7 @@ from typing import Any, Union, get_args, get_origin
 from omegaconf import DictConfig
 
 from bayesq.defaults import MAX_BITS, MIN_BITS, suggestion
-from bayesq.suite.cache import resolve_cache_dir
-from bayesq.suite.config import refuse, resolved, show
+from bayesq.suite.config import refuse, resolve_cache_dir, resolved, show
 from bayesq.suite.errors import UserError
 
 WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null"}
@@ -44,12 +43,12 @@ class Rule:
 
     needs: str
     type: Any
-    holds: Callable[[Any], bool] = lambda _: True
+    holds: Callable[[Any], object] = lambda _: True
     choices: tuple[str, ...] = ()
 
     def allows(self, value: Any) -> bool:
         """Whether the value has the type and fulfils the condition."""
-        return fits(value, self.type) and (value is None or self.holds(value))
+        return fits(value, self.type) and (value is None or bool(self.holds(value)))
 
 
 def _whole(low: int, high: float = math.inf, type: Any = int, null: str = "") -> Rule:
@@ -71,6 +70,11 @@ def _in_bits(number: float) -> bool:
     return MIN_BITS <= number <= MAX_BITS
 
 
+def _patterns(each: str, example: str, holds: Callable[[Any], bool]) -> Rule:
+    text = f"needs layer patterns with {each} each, such as allocation.{example}"
+    return Rule(text, dict[Any, Any], lambda rules: all(map(holds, rules.values())))
+
+
 def _is_width(number: object) -> bool:
     return type(number) is int and _in_bits(number)
 
@@ -79,10 +83,10 @@ def _are_widths(numbers: object) -> bool:
     return isinstance(numbers, list) and 0 < len(numbers) == len({*map(repr, numbers)}) and all(map(_is_width, numbers))
 
 
+_DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?|mps")
 _FLAG = Rule("needs true or false", bool)
 _WIDTH = f"a whole number from {MIN_BITS} to {MAX_BITS}"
 _WIDTHS = f"a list of different whole numbers from {MIN_BITS} to {MAX_BITS}"
-_LAYERS = "needs layer patterns with {} each, such as allocation.{}"
 
 # every key of conf/config.yaml; the keys of dataset may be missing
 RULES = {
@@ -91,11 +95,7 @@ RULES = {
     "dataset.limit": _whole(1, type=int | None, null="for all evaluation examples"),
     "bits": Rule(f"needs a number from {MIN_BITS} to {MAX_BITS} (bits per weight)", float, _in_bits),
     "seed": _whole(0, 2**32 - 1),  # scikit-learn, which splits the data sets, takes seeds of 32 bits
-    "device": Rule(
-        "choose auto, cpu, cuda, cuda:N (such as cuda:0) or mps",
-        str,
-        lambda name: re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps", name) is not None,
-    ),
+    "device": Rule("choose auto, cpu, cuda, cuda:N (such as cuda:0) or mps", str, _DEVICE.fullmatch),
     "force": _FLAG,
     "results_dir": _named("the path of a folder, such as ./results"),
     "cache_dir": _named("the path of a folder, such as ./cache, or null for the default", str | None),
@@ -111,14 +111,8 @@ RULES = {
     "allocation.row_multiple": _whole(1),
     "allocation.widths": Rule(f"needs {_WIDTHS}, such as [2,3,4,5,6,8]", list[int], _are_widths),
     "allocation.min_width": _whole(MIN_BITS, MAX_BITS, int | None, null="for no limit"),
-    "allocation.pinned": Rule(
-        _LAYERS.format(_WIDTH, "pinned={conv1:8}"), dict[Any, Any], lambda rules: all(map(_is_width, rules.values()))
-    ),
-    "allocation.allowed": Rule(
-        _LAYERS.format(_WIDTHS, "allowed={conv1:[4,8]}"),
-        dict[Any, Any],
-        lambda rules: all(map(_are_widths, rules.values())),
-    ),
+    "allocation.pinned": _patterns(_WIDTH, "pinned={conv1:8}", _is_width),
+    "allocation.allowed": _patterns(_WIDTHS, "allowed={conv1:[4,8]}", _are_widths),
     "budget.count": _one_of("code", "stored"),
     "proxy": _one_of("none", "mc"),
     "monte_carlo.samples": _whole(0),
@@ -147,11 +141,7 @@ RULES = {
 
 
 def check(config: Mapping[str, Any]) -> None:
-    """Check every key of a resolved configuration that has a rule.
-
-    Raises:
-        UserError: naming the first key with a wrong value.
-    """
+    """Raise UserError at the first key of a resolved configuration whose value breaks its rule."""
     for key, rule in RULES.items():
         group, _, name = key.rpartition(".")
         node = config.get(group, {}) if group else config
