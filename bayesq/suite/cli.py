@@ -115,8 +115,7 @@ def job(cfg: DictConfig, progress: Progress, previous: list[Any], full_error: bo
 
 def run_unless_finished(cfg: DictConfig, folder: Path, progress: Progress, previous: list[Any]) -> None:
     """Run one configuration unless `folder`, which is locked, has its result."""
-    finished = results.finished_result(folder)
-    config = settings.resolved(cfg)
+    finished, config = results.finished_result(folder), settings.resolved(cfg)
     if finished is not None and not cfg.force:
         log.info("%s", skip_line(config, folder, finished, progress))
         agent = wandb_environment.under_agent() and cfg.wandb.mode == "online"

@@ -208,10 +208,7 @@ UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES
 
 
 def disk_error(error: BaseException, config: Mapping[str, Any]) -> UserError | None:
-    """The error for the user if a write below results_dir or cache_dir failed; None for any other error.
-
-    The causes of `error` count too. `config` is resolved.
-    """
+    """The error for the user if `error` or a cause of it is a failed write below results_dir or cache_dir."""
     cause: BaseException | None = error
     while cause is not None and not (isinstance(cause, OSError) and cause.errno in UNWRITABLE):
         cause = cause.__cause__ or cause.__context__

@@ -30,7 +30,7 @@ THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"
 GPUS_VARIABLE = "BAYESQ_GPUS"
 POLL_S = 1.0
 # what Ray appends to its folder, and the longest path that the operating system takes
-RAY_SOCKET = "ray/session_YYYY-MM-DD_HH-MM-SS_ffffff_{pid}/sockets/plasma_store"
+RAY_SOCKET = "/ray/session_YYYY-MM-DD_HH-MM-SS_ffffff_{pid}/sockets/plasma_store"
 SOCKET_BYTES = 103 if sys.platform == "darwin" else 107
 
 # Hydra warns because our launcher files have the names of the plugins' defaults
@@ -102,7 +102,7 @@ def _check_ray_folder(init: DictConfig) -> None:
     """Check that Ray, if it starts on this machine, can put its sockets below the temporary folder."""
     variable = "RAY_TMPDIR" if "RAY_TMPDIR" in os.environ else "TMPDIR"
     folder = os.environ.get(variable, "/tmp")
-    longest = SOCKET_BYTES - len(RAY_SOCKET.format(pid=os.getpid())) - 1
+    longest = SOCKET_BYTES - len(RAY_SOCKET.format(pid=os.getpid()))
     starts_here = not (init.get("address") or init.get("_temp_dir") or "RAY_ADDRESS" in os.environ)
     if starts_here and len(os.fsencode(folder)) > longest:
         needs = f"hydra/launcher=ray puts sockets there, so the path may have at most {longest} bytes"

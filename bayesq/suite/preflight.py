@@ -71,7 +71,7 @@ class Needs:
 @torch.no_grad()
 def activations(module: nn.Module, inputs: Mapping[str, Tensor]) -> Activations:
     """Measure the outputs of modules without children in a forward pass of one example, `inputs` [1, ...]."""
-    sizes: list[int] = []
+    sizes = [0]
 
     def hook(_: nn.Module, __: tuple[Tensor, ...], output: object) -> None:
         if isinstance(output, Tensor):
@@ -83,7 +83,7 @@ def activations(module: nn.Module, inputs: Mapping[str, Tensor]) -> Activations:
     finally:
         for handle in handles:
             handle.remove()
-    return Activations(sum(sizes), max(sizes, default=0))
+    return Activations(sum(sizes), max(sizes))
 
 
 def estimate(

@@ -10,8 +10,7 @@ from bayesq.suite.results import FAILURE_FILE, RESULT_FILE, read_result
 class Progress:
     """The runs of a command. All processes of a launcher can use it, because it reads only the results folder.
 
-    Args:
-        runs: the folder of each run in the order of the sweep, and whether it will be computed.
+    `runs` has the folder of each run, in the order of the sweep, and whether the run will be computed.
     """
 
     def __init__(self, runs: Mapping[Path, bool]) -> None:
