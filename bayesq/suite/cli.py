@@ -93,7 +93,7 @@ def job(cfg: DictConfig, progress: Progress, previous: list[Any], full_error: bo
     """Run one configuration unless it is finished; report a failure in one line and store the reason in its folder.
 
     `main` reads failures from the folders. They are raised only for another sweeper than Hydra's basic one, which would
-    print them again at the end. `full_error` prints tracebacks.
+    print them again at the end. `full_error` prints tracebacks; `previous` is explained in `plan.placed_whitenings`.
     """
     folder = settings.run_dir(cfg)
     logging.raiseExceptions = False  # on a full disk the run reports the error once

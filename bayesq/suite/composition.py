@@ -7,7 +7,7 @@ choices say which keys exist (`config.check_keys`).
 import os
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -69,6 +69,11 @@ def as_typed(override: object) -> str:
     return str(getattr(override, "input_line", override)).removeprefix("++")
 
 
+def is_axis(group: str) -> bool:
+    """Whether every run needs a choice of this group; presets are optional."""
+    return group not in PRESETS and (conf_dir() / group).is_dir()
+
+
 class Preflight:
     """Composes the configurations of a command and explains what is wrong with them.
 
@@ -93,6 +98,7 @@ class Preflight:
             self.loader = GlobalHydra.instance().config_loader()
         self.search_path = [f"hydra.searchpath=[file://{os.path.abspath(config_dir)}]"] if config_dir else []
         self.parser = OverridesParser.create(config_loader=self.loader)
+        # a cache of the class would keep every object
         self._compose, self._options = cache(self._compose), cache(self._options)  # type: ignore[method-assign]
 
     def compose(self, overrides: Iterable[str], mode: RunMode = RunMode.RUN) -> DictConfig:
@@ -106,7 +112,7 @@ class Preflight:
         return self.loader.load_configuration(self.config_name, list(overrides), run_mode=mode)
 
     def compose_job(self, parsed: Sequence[Override]) -> tuple[DictConfig, DictConfig, dict[str, Any]]:
-        """The configuration of a job, Hydra's node, and the plain configuration of its axes without presets and keys.
+        """The configuration of a job, Hydra's node, and the `reference` of its choices.
 
         Jobs with the same choices share one composition. Single keys are set afterwards in typed order, as Hydra does.
         """
@@ -114,16 +120,17 @@ class Preflight:
         base = self.compose([str(o.input_line) for o in parsed if o not in keys])
         choices = {group: name for group, name in base.hydra.runtime.choices.items() if not group.startswith("hydra/")}
         cfg = OmegaConf.masked_copy(base, [str(key) for key in base if key != "hydra"])
-        # groups of which every run needs a choice; presets are optional
-        axes = [group for group in sorted(choices) if group not in PRESETS and (conf_dir() / group).is_dir()]
-        if any(name not in (None, "full") for group, name in choices.items() if group not in axes):
-            reference = settings.plain(self.compose(f"{group}={choices[group]}" for group in axes))
-            del reference["hydra"]
-        else:
-            reference = settings.plain(cfg)
+        presets = [name for group, name in choices.items() if not is_axis(group)]
+        changed = any(name not in (None, "full") for name in presets)
+        reference = self.reference(choices) if changed else settings.plain(cfg)
         for override in keys:
             OmegaConf.update(cfg, override.key_or_group, override.value(), merge=True, force_add=True)
         return cfg, base.hydra, reference
+
+    def reference(self, choices: Mapping[str, Any]) -> dict[str, Any]:
+        """The plain configuration of a choice on every axis, without presets and other overrides."""
+        cfg = self.compose(f"{group}={name}" for group, name in sorted(choices.items()) if is_axis(group))
+        return {key: value for key, value in settings.plain(cfg).items() if key != "hydra"}
 
     def _options(self, group: str) -> list[str]:
         """The files of a config group; empty when `group` is no group."""

@@ -105,7 +105,7 @@ def estimate(
         offload: whitenings go to disk.
         free: bytes on the disk of the results.
     """
-    shapes: list[tuple[int, int, int]] = [weight_to_matrix(layer).shape for layer in subject.layers.values()]
+    shapes = [(g, r, c) for g, r, c in (weight_to_matrix(layer).shape for layer in subject.layers.values())]
     weights = sum(map(math.prod, shapes))
     network = sum(x.nbytes for x in (*subject.module.parameters(), *subject.module.buffers()))
     packed = int(OVERHEAD * weights * recipe.budget.bits / 8)
