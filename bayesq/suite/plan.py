@@ -121,19 +121,15 @@ def check_patterns(recipe: Recipe, work: Workload) -> None:
 def open_statistics(cfg: DictConfig, store: WhiteningStore | None, work: Workload, cache_dir: Path) -> Calibration:
     """The statistics that a run reads, not computed yet; UserError if the likelihood is categorical in a regression."""
     subject, posterior = work.subject, store and store.posterior
-    likelihood = subject.likelihood
-    if posterior and posterior.likelihood != AUTO:
-        if likelihood.name == "gaussian" and posterior.likelihood == "categorical":
-            raise UserError(
-                "posterior.likelihood=categorical: a regression has a gaussian likelihood; leave it at auto"
-            )
-        likelihood = LIKELIHOODS[posterior.likelihood]
+    chosen = posterior.likelihood if posterior else AUTO
+    if subject.likelihood.name == "gaussian" and chosen == "categorical":
+        raise UserError("posterior.likelihood=categorical: a regression has a gaussian likelihood; leave it at auto")
     settings = CalibrationSettings(
         1 if subject.usage.alone else int(cfg.calibration.batch_size),
         posterior.samples if posterior else None,
         int(cfg.seed),
         gradient_examples=posterior.examples if posterior else None,
-        likelihood=likelihood,
+        likelihood=subject.likelihood if chosen == AUTO else LIKELIHOODS[chosen],
         draws=posterior.draws if posterior else "signs",
     )
     return Calibration(

@@ -202,7 +202,6 @@ def _check_reach(bits: float, allocation: Mapping[str, Any]) -> None:
 
 
 def _check_pairing(config: Mapping[str, Any]) -> None:
-    """Check that model and data set have a task in common."""
     model, dataset = config["model"], config["dataset"]
     if not set(model["tasks"]) & set(dataset["tasks"]):
         raise UserError(
