@@ -37,7 +37,7 @@ HAS_RAY = importlib.util.find_spec("ray") is not None
 STAND_IN = """
 import os, signal, sys, time, types
 
-def run(cfg, session):
+def run(cfg, previous):
     from bayesq.suite import config, results
     seen = {name: os.environ.get(name) for name in ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")}
     begun = time.time()
