@@ -26,8 +26,7 @@ from bayesq.posterior import WhiteningStore
 from bayesq.quant.accounting import code_bits
 from bayesq.quant.file import read_packed
 from bayesq.suite.arguments import module_parser
-from bayesq.suite.cache import resolve_cache_dir
-from bayesq.suite.config import one_line
+from bayesq.suite.config import one_line, resolve_cache_dir
 from bayesq.suite.errors import UserError
 from bayesq.suite.plan import build, load_workload, open_statistics
 from bayesq.suite.reproduce import recorded_config

@@ -29,7 +29,6 @@ from bayesq.suite import config, plan, preflight, runner, schema
 from bayesq.suite.calibration import Calibration
 from bayesq.suite.errors import UserError
 from bayesq.suite.results import load_results
-from bayesq.suite.session import Session
 from bayesq.suite.workload import Workload
 from bayesq.tensor_file import read_tensors
 
@@ -118,13 +117,13 @@ def command(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def run_here(folder: Path, place: str, overrides: str, session: Session | None = None) -> dict:
+def run_here(folder: Path, place: str, overrides: str, previous: list[WhiteningStore] | None = None) -> dict:
     """The result of one run in this process: what the command line does, without seconds of imports for each run."""
     places = (f"results_dir={folder / place}", f"cache_dir={folder / 'cache'}", "wandb.mode=disabled")
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         cfg = compose("config", overrides=[*DIGITS, *places, "bits=3", *overrides.split()])
     schema.validate(cfg)
-    runner.run(cfg, session)
+    runner.run(cfg, previous)
     return json.loads((config.run_dir(cfg) / "result.json").read_text())
 
 
@@ -388,7 +387,7 @@ def test_what_is_slow_once_is_not_the_methods_time(
 def test_the_runs_of_a_command_share_their_whitenings(
     sweep: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    made, session = count_whitenings(monkeypatch), Session()
+    made, previous = count_whitenings(monkeypatch), []
     # There 3 bits came first and left its whitenings to 3.5; here it is the other way round.
     reversed_runs = {result["run_id"]: result for result in load_results(sweep / "results")}
     for overrides, anew, known in (
@@ -400,11 +399,11 @@ def test_the_runs_of_a_command_share_their_whitenings(
         ("method=bayesq bits=3 force=true", True, True),  # only the last run's are there
     ):
         before = len(made)
-        result = run_here(tmp_path, "here", f"{overrides} cache_dir={sweep / 'cache'}", session)
+        result = run_here(tmp_path, "here", f"{overrides} cache_dir={sweep / 'cache'}", previous)
         rows = (tmp_path / "here" / result["run_id"] / "layers.csv").read_text().splitlines()
         assert len(made) - before == anew * (len(rows) - 1), overrides
         if not anew:  # what they once took counts
-            assert result["time/posterior_s"] > session.whitenings.inherited_seconds > 0
+            assert result["time/posterior_s"] > previous[0].inherited_seconds > 0
         assert (result["run_id"] in reversed_runs) == known
         if known:
             assert stable(result) == stable(reversed_runs[result["run_id"]])

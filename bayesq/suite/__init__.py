@@ -4,7 +4,7 @@ cli, composition, config, schema   the command line and what a configuration mea
 construct, labels, progress, summary   objects of a configuration, names of runs, the place in a sweep, the last table
 models, datasets   networks and examples, one module each; tasks pairs them
 runner        one run in stages, with plan (configuration -> objects), workload (network and data), record (what is
-              written down) and session (what the runs of a command hand on)
+              written down)
 calibration, fingerprint   statistics cached on disk; what decides a network's function
 preflight, rehearsal   memory and disk a run will need; compilation before the clock starts
 forward   networks that cannot run

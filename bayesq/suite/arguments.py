@@ -29,11 +29,7 @@ def exit_with(error: Exception) -> NoReturn:
 
 
 def command_line(argv: Sequence[str]) -> argparse.Namespace:
-    """Read the command line with Hydra's parser.
-
-    Raises:
-        UserError: in place of the parser's usage text.
-    """
+    """Read the command line with Hydra's parser; errors are UserErrors in place of its usage text."""
     parser = argparse.ArgumentParser(parents=[get_args_parser()], add_help=False, conflict_handler="resolve")
     parser.add_argument("--version", action="version", version=f"bayesq {bayesq.__version__}")
 

@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import safe_open
@@ -36,23 +36,14 @@ OFFLOADED_SUM_BYTES = 64 * 2**20
 
 @dataclass(eq=False)
 class Calibration(NetworkStatistics):
-    """Statistics on disk.
+    """Statistics on disk. The dictionaries are by the name of the statistic."""
 
-    Attributes:
-        identity: `Network.identity` of the network.
-        cache_dir: root of the caches.
-        seconds: by name, computing time without the shared forward passes.
-        forward_s: seconds of the shared forward passes.
-        reused: by name, whether the file existed already.
-        oom_retries: by name, how often the pass ran out of memory.
-    """
-
-    identity: str = field(kw_only=True)
-    cache_dir: Path = field(kw_only=True)
-    seconds: dict[str, float] = field(init=False, default_factory=dict)
-    forward_s: float = field(init=False, default=0.0)
-    reused: dict[str, bool] = field(init=False, default_factory=dict)
-    oom_retries: dict[str, int] = field(init=False, default_factory=dict)
+    identity: str = field(kw_only=True)  # `Network.identity` of the network
+    cache_dir: Path = field(kw_only=True)  # root of the caches
+    seconds: dict[str, float] = field(init=False, default_factory=dict)  # without the shared forward passes
+    forward_s: float = field(init=False, default=0.0)  # of the shared forward passes
+    reused: dict[str, bool] = field(init=False, default_factory=dict)  # whether the file existed already
+    oom_retries: dict[str, int] = field(init=False, default_factory=dict)  # how often memory ran out
     _paths: dict[Statistic, Path] = field(init=False, default_factory=dict)
 
     @cached_property
@@ -127,18 +118,16 @@ class Calibration(NetworkStatistics):
     def load(self, layer: str, statistic: Statistic) -> Tensor:
         """One layer's statistic, read from disk."""
         with safe_open(self.path(statistic), framework="pt") as file:
-            tensor: Tensor = file.get_tensor(layer)
-        return tensor
+            return cast(Tensor, file.get_tensor(layer))
 
     def _check(self, statistic: Statistic) -> bool:
         try:
-            metadata = verify(self.path(statistic))
+            self._note(statistic, verify(self.path(statistic)), reused=True)
         except FileNotFoundError:
             return False
         except CorruptFile as error:
             log.warning("calibration cache: %s; computing it again", error)
             return False
-        self._note(statistic, metadata, reused=True)
         return True
 
     def _note(self, statistic: Statistic, metadata: Mapping[str, str], reused: bool) -> None:
@@ -158,9 +147,7 @@ class Calibration(NetworkStatistics):
             writers = {
                 one: files.enter_context(tensor_writer(self.path(one), self._shapes(one), room)) for one in statistics
             }
-            report, retries = self.compute(
-                statistics, lambda layer, statistic, tensor: writers[statistic].write(layer, tensor)
-            )
+            report, retries = self.compute(statistics, lambda layer, one, tensor: writers[one].write(layer, tensor))
             # Statistics that require no others can share one forward pass, so its time is counted once.
             total = time.perf_counter() - start
             shared = not first.requires and not first.alone

@@ -32,7 +32,6 @@ from bayesq.suite.composition import BASIC_SWEEPER, CONFIG_NAME, VERSION_BASE, J
 from bayesq.suite.errors import UserError
 from bayesq.suite.labels import model_label
 from bayesq.suite.progress import Progress
-from bayesq.suite.session import Session
 from bayesq.suite.summary import results_table
 from bayesq.suite.tracking import ERROR_KEY, report_refusal
 
@@ -55,11 +54,7 @@ _asked: type[KeyboardInterrupt] | None = None
 
 
 def stop_if_asked() -> None:
-    """Raise the exception of a signal again, because libraries may swallow it or turn it into another error.
-
-    Raises:
-        KeyboardInterrupt: after SIGINT; `Terminated` after SIGTERM.
-    """
+    """Raise the KeyboardInterrupt of a signal again, because libraries may swallow it or raise another error."""
     if _asked is not None:
         raise _asked
 
@@ -94,11 +89,11 @@ def _label(config: Mapping[str, Any]) -> str:
     return f"{names} bits={settings.show(config['bits'])} seed={config['seed']}"
 
 
-def job(cfg: DictConfig, progress: Progress, session: Session, full_error: bool) -> None:
+def job(cfg: DictConfig, progress: Progress, previous: list[Any], full_error: bool) -> None:
     """Run one configuration unless it is finished; report a failure in one line and store the reason in its folder.
 
-    `main` reads failures from the folders. They are raised only for a sweeper that is not Hydra's basic one, which
-    would print them again at the end of a sweep. `full_error` prints tracebacks.
+    `main` reads failures from the folders. They are raised only for another sweeper than Hydra's basic one, which would
+    print them again at the end. `full_error` prints tracebacks; `previous` is explained in `plan.placed_whitenings`.
     """
     folder = settings.run_dir(cfg)
     logging.raiseExceptions = False  # on a full disk the run reports the error once
@@ -108,20 +103,19 @@ def job(cfg: DictConfig, progress: Progress, session: Session, full_error: bool)
             # below is one of these files
             locks.enter_context(lock(folder / results.RESULT_FILE))
             stop_if_asked()
-            run_unless_finished(cfg, folder, progress, session)
+            run_unless_finished(cfg, folder, progress, previous)
         except Exception as error:
             stop_if_asked()  # the signal may have caused the error
             hydra_cfg = HydraConfig.get()
             reason = settings.disk_error(error, settings.resolved(cfg)) or error
-            report_failure(folder, as_typed(hydra_cfg.overrides.task), reason, full_error)
+            report_failure(folder, [as_typed(override) for override in hydra_cfg.overrides.task], reason, full_error)
             if hydra_cfg.sweeper._target_ != BASIC_SWEEPER:
                 raise
 
 
-def run_unless_finished(cfg: DictConfig, folder: Path, progress: Progress, session: Session) -> None:
+def run_unless_finished(cfg: DictConfig, folder: Path, progress: Progress, previous: list[Any]) -> None:
     """Run one configuration unless `folder`, which is locked, has its result."""
-    finished = results.finished_result(folder)
-    config = settings.resolved(cfg)
+    finished, config = results.finished_result(folder), settings.resolved(cfg)
     if finished is not None and not cfg.force:
         log.info("%s", skip_line(config, folder, finished, progress))
         agent = wandb_environment.under_agent() and cfg.wandb.mode == "online"
@@ -143,8 +137,8 @@ def run_unless_finished(cfg: DictConfig, folder: Path, progress: Progress, sessi
     # cached now, while the source files are still the ones that this process has loaded
     provenance.git_state()
     code_digest.digest(code_digest.packages(config))
-    construct.check([config])
-    runner.run(cfg, session)
+    construct.check(config)
+    runner.run(cfg, previous)
 
 
 def skip_line(config: Mapping[str, Any], folder: Path, finished: Mapping[str, Any], progress: Progress) -> str:
@@ -157,10 +151,7 @@ def skip_line(config: Mapping[str, Any], folder: Path, finished: Mapping[str, An
 
 
 def log_what_wandb_lacks(folder: Path, mode: str, agent: bool) -> None:
-    """Log a finished run to W&B; an error is logged only.
-
-    `agent`: a sweep agent started the run and would start it again if it did not learn the outcome.
-    """
+    """Log a finished run to W&B; a sweep agent would start the run again if it did not learn the outcome."""
     from bayesq.suite.relog import relog_locked
 
     try:
@@ -173,10 +164,7 @@ def log_what_wandb_lacks(folder: Path, mode: str, agent: bool) -> None:
 
 
 def report_failure(folder: Path, overrides: Sequence[str], error: Exception, full_error: bool) -> None:
-    """Print in one line why a run failed, and write status.json; other errors than UserError also get a traceback.txt.
-
-    `overrides` are the run's, without those of hydra.*; `full_error` prints the traceback.
-    """
+    """Print in one line why a run failed and write status.json; unexplained errors also get a traceback.txt."""
     explained = isinstance(error, UserError)
     reason = settings.one_line(str(error) if explained else f"{type(error).__name__}: {error}")
     file = None if explained else TRACEBACK_FILE
@@ -199,9 +187,7 @@ def _outcome(job: Job) -> dict[str, Any]:
     """The result of a job, or the columns that the table shows for a job without one."""
     failed = (job.run_dir / results.FAILURE_FILE).exists()
     result = None if failed else results.finished_result(job.run_dir)
-    if result is not None:
-        return result
-    return {
+    return result or {
         "status": "failed" if failed else "missing",
         "run_id": job.run_id,
         "model": model_label(job.config),
@@ -217,11 +203,11 @@ def summarise(jobs: Sequence[Job]) -> bool:
     """Print the table of these jobs and why some have no result; returns whether all have one."""
     outcomes = [_outcome(job) for job in jobs]
     print(f"\n{results_table(outcomes)}", flush=True)
-    lacking = [(job, outcome) for job, outcome in zip(jobs, outcomes, strict=True) if outcome["status"] != "finished"]
-    for job, outcome in lacking:
-        reason = (results.read_result(job.run_dir / results.FAILURE_FILE) or {}).get("error", NO_REASON)
-        print(f"{outcome['status']}: {job.run_id} {_label(job.config)}: {reason}", flush=True)
-    return not lacking
+    for job, outcome in zip(jobs, outcomes, strict=True):
+        if outcome["status"] != "finished":
+            reason = (results.read_result(job.run_dir / results.FAILURE_FILE) or {}).get("error", NO_REASON)
+            print(f"{outcome['status']}: {job.run_id} {_label(job.config)}: {reason}", flush=True)
+    return all(outcome["status"] == "finished" for outcome in outcomes)
 
 
 def main() -> None:
@@ -233,8 +219,8 @@ def main() -> None:
     try:
         with stoppable():
             try:
-                jobs = preflight(sys.argv[1:])
-                for line in wandb_environment.remarks(job.config["wandb"] for job in jobs or ()):
+                jobs = preflight(sys.argv[1:]) or []
+                for line in wandb_environment.remarks(job.config["wandb"] for job in jobs):
                     print(line, file=sys.stderr, flush=True)
                 code = _run(jobs)
                 stop_if_asked()
@@ -245,35 +231,30 @@ def main() -> None:
     except UserError as error:
         if os.environ.get(FULL_ERROR) == "1":
             traceback.print_exc()
-        print(f"error: {settings.one_line(str(error))}", file=sys.stderr)
-        report_refusal(settings.one_line(str(error)))
-        sys.exit(1)
+        line, code = settings.one_line(str(error)), 1
+        print(f"error: {line}", file=sys.stderr)
+        report_refusal(line)
     except KeyboardInterrupt as error:
         word, code = ("terminated", TERMINATED) if isinstance(error, Terminated) else ("interrupted", INTERRUPTED)
         print(f"{word}: the same command continues with what is not finished", file=sys.stderr, flush=True)
     sys.exit(code)
 
 
-def _run(jobs: Sequence[Job] | None) -> Any:
-    """Let Hydra run the jobs that are not finished; returns its exit code.
-
-    Raises:
-        UserError: a constructor refuses a value of a job that would be computed, or Hydra cannot write or launch.
-    """
-    jobs = jobs or ()
+def _run(jobs: Sequence[Job]) -> Any:
+    """Let Hydra run the jobs that are not finished; returns its exit code."""
     finished = {each.run_dir: results.finished_result(each.run_dir) for each in jobs}
     progress = Progress({each.run_dir: finished[each.run_dir] is None or each.config["force"] for each in jobs})
     if jobs and all(_is_settled(each, finished[each.run_dir]) for each in jobs):
         for each in jobs:
             print(skip_line(each.config, each.run_dir, finished[each.run_dir] or {}, progress), flush=True)
         return 0
-    if computed := [each.config for each in jobs if progress.runs[each.run_dir]]:
-        from bayesq.suite import construct
+    for each in jobs:
+        if progress.runs[each.run_dir]:
+            from bayesq.suite import construct  # imports torch
 
-        construct.check(computed)
-
+            construct.check(each.config)
     full_error = os.environ.get(FULL_ERROR) == "1"
-    task = partial(job, progress=progress, session=Session(), full_error=full_error)
+    task = partial(job, progress=progress, previous=[], full_error=full_error)
     asked = command_line(sys.argv[1:])
     asked.overrides = [for_hydra(override, asked.config_dir) for override in asked.overrides]
     version.setbase(VERSION_BASE)

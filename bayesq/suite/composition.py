@@ -7,8 +7,9 @@ choices say which keys exist (`config.check_keys`).
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -63,9 +64,14 @@ def for_hydra(override: str, config_dir: str | None = None) -> str:
     return override if config_dir is not None and (Path(config_dir) / key).is_dir() else f"++{bare}"
 
 
-def as_typed(overrides: Sequence[str]) -> tuple[str, ...]:
-    """Overrides without the `++` of `for_hydra`."""
-    return tuple(override.removeprefix("++") for override in overrides)
+def as_typed(override: object) -> str:
+    """An override, or the line of Hydra's parsed one, without the `++` of `for_hydra`."""
+    return str(getattr(override, "input_line", override)).removeprefix("++")
+
+
+def is_axis(group: str) -> bool:
+    """Whether every run needs a choice of this group; presets are optional."""
+    return group not in PRESETS and (conf_dir() / group).is_dir()
 
 
 class Preflight:
@@ -92,24 +98,18 @@ class Preflight:
             self.loader = GlobalHydra.instance().config_loader()
         self.search_path = [f"hydra.searchpath=[file://{os.path.abspath(config_dir)}]"] if config_dir else []
         self.parser = OverridesParser.create(config_loader=self.loader)
-        self._composed: dict[tuple[str, ...], DictConfig] = {}
-        self._groups: dict[str, list[str]] = {}
+        # a cache of the class would keep every object
+        self._compose, self._options = cache(self._compose), cache(self._options)  # type: ignore[method-assign]
 
-    def compose(self, overrides: Sequence[str], mode: RunMode = RunMode.RUN) -> DictConfig:
-        """The configuration that Hydra composes, with Hydra's node. It is cached: do not change it.
+    def compose(self, overrides: Iterable[str], mode: RunMode = RunMode.RUN) -> DictConfig:
+        """The configuration that Hydra composes, with its node, or UserError. It is cached: do not change it."""
+        try:
+            return self._compose((*self.search_path, *overrides), mode)
+        except COMPOSITION_ERRORS as error:
+            raise UserError(settings.explanation(error)) from error
 
-        Raises:
-            UserError: with Hydra's reason.
-        """
-        key = (*overrides, mode.name)
-        if key not in self._composed:
-            try:
-                self._composed[key] = self.loader.load_configuration(
-                    self.config_name, [*self.search_path, *overrides], run_mode=mode
-                )
-            except COMPOSITION_ERRORS as error:
-                raise UserError(settings.explanation(error)) from error
-        return self._composed[key]
+    def _compose(self, overrides: tuple[str, ...], mode: RunMode) -> DictConfig:
+        return self.loader.load_configuration(self.config_name, list(overrides), run_mode=mode)
 
     def compose_job(self, parsed: Sequence[Override]) -> tuple[DictConfig, DictConfig, dict[str, Any]]:
         """The configuration of a job, Hydra's node, and the `reference` of its choices.
@@ -120,31 +120,21 @@ class Preflight:
         base = self.compose([str(o.input_line) for o in parsed if o not in keys])
         choices = {group: name for group, name in base.hydra.runtime.choices.items() if not group.startswith("hydra/")}
         cfg = OmegaConf.masked_copy(base, [str(key) for key in base if key != "hydra"])
-        presets = [name for group, name in choices.items() if not self.is_axis(group)]
-        reference = (
-            self.reference(choices) if any(name not in (None, "full") for name in presets) else settings.plain(cfg)
-        )
+        presets = [name for group, name in choices.items() if not is_axis(group)]
+        changed = any(name not in (None, "full") for name in presets)
+        reference = self.reference(choices) if changed else settings.plain(cfg)
         for override in keys:
             OmegaConf.update(cfg, override.key_or_group, override.value(), merge=True, force_add=True)
         return cfg, base.hydra, reference
 
-    @staticmethod
-    def is_axis(group: str) -> bool:
-        """Whether every run needs a choice of this group; presets are optional."""
-        return group not in PRESETS and (conf_dir() / group).is_dir()
-
     def reference(self, choices: Mapping[str, Any]) -> dict[str, Any]:
         """The plain configuration of a choice on every axis, without presets and other overrides."""
-        cfg = self.compose([f"{group}={name}" for group, name in sorted(choices.items()) if self.is_axis(group)])
+        cfg = self.compose(f"{group}={name}" for group, name in sorted(choices.items()) if is_axis(group))
         return {key: value for key, value in settings.plain(cfg).items() if key != "hydra"}
 
     def _options(self, group: str) -> list[str]:
         """The files of a config group; empty when `group` is no group."""
-        if group not in self._groups:
-            self._groups[group] = list(
-                self.loader.get_group_options(group, config_name=self.config_name, overrides=self.search_path)
-            )
-        return self._groups[group]
+        return self.loader.get_group_options(group, config_name=self.config_name, overrides=self.search_path)
 
     def parse(self, overrides: Sequence[str]) -> list[Override]:
         """Parse overrides with Hydra's parser, each rewritten by `for_hydra`.
@@ -154,7 +144,7 @@ class Preflight:
         """
         parsed = [self._parse_one(override) for override in overrides]
         for override in parsed:
-            key, typed = override.key_or_group, str(override.input_line).removeprefix("++")
+            key, typed = override.key_or_group, as_typed(override)
             if override.is_hydra_override():
                 continue
             if override.is_delete():
@@ -188,7 +178,7 @@ class Preflight:
         """
         parsed = self.parse(typed)
         master = self.compose([str(override.input_line) for override in parsed], RunMode.MULTIRUN).hydra
-        sweeps = as_typed([str(override.input_line) for override in parsed if override.is_sweep_override()])
+        sweeps = [as_typed(override) for override in parsed if override.is_sweep_override()]
         if not multirun and master.mode != RunMode.MULTIRUN:
             if sweeps:
                 raise UserError(f"{sweeps[0]} lists several values: add -m to run every combination")
@@ -207,24 +197,19 @@ class Preflight:
         lists = {override.get_key_element(): override for override in several if override.is_sweep_override()}
         for override in lists.values():
             if not override.is_discrete_sweep():
-                (typed_range,) = as_typed([str(override.input_line)])
-                raise UserError(f"{typed_range}: list the values, such as {override.key_or_group}=2,3,4")
+                raise UserError(f"{as_typed(override)}: list the values, such as {override.key_or_group}=2,3,4")
         jobs = []
         (combinations,) = BasicSweeper.split_arguments(several, None)
         for combination in combinations:
             try:
                 jobs.append(self.check(combination))
             except UserError as error:
-                swept = as_typed([value for value in combination if value.partition("=")[0] in lists])
+                swept = [as_typed(value) for value in combination if value.partition("=")[0] in lists]
                 raise UserError(f"{error} [{' '.join(swept)}]" if swept else str(error)) from error
         return jobs
 
     def check(self, typed: Sequence[str]) -> Job:
-        """Compose one job and check what can be checked before it runs.
-
-        Raises:
-            UserError: one line that says what is wrong.
-        """
+        """Compose one job and check what can be checked before it runs; UserError says in one line what is wrong."""
         parsed = self.parse(typed)
         cfg, hydra, reference = self.compose_job(parsed)
         choices = hydra.runtime.choices
@@ -239,9 +224,9 @@ class Preflight:
         if launchers.is_local(hydra):
             settings.check_device(cfg)
         settings.check_wandb_login(cfg)
-        overrides = [str(override.input_line) for override in parsed if not override.is_hydra_override()]
+        overrides = tuple(as_typed(override) for override in parsed if not override.is_hydra_override())
         folder = settings.run_dir(cfg)
-        return Job(folder.name, folder, config, as_typed(overrides), launchers.chosen(hydra))
+        return Job(folder.name, folder, config, overrides, launchers.chosen(hydra))
 
 
 def preflight(argv: Sequence[str]) -> list[Job] | None:

@@ -180,12 +180,9 @@ def refuse(key: str, value: Any, allowed: str) -> NoReturn:
 
 
 def check_keys(config: Mapping[str, Any], reference: Mapping[str, Any]) -> None:
-    """Check that a plain configuration has exactly the keys of `reference`, which its YAML files give.
+    """Raise UserError at the first key that a plain configuration has beside those of `reference`, or lacks.
 
-    A mapping that is empty in `reference` takes any key.
-
-    Raises:
-        UserError: naming the first unknown or missing key.
+    The YAML files give `reference`. A mapping that is empty in it takes any key.
     """
     given, known = flatten(config), flatten(reference)
     free = tuple(f"{key}." for key, value in known.items() if value == {})
@@ -200,11 +197,10 @@ def check_keys(config: Mapping[str, Any], reference: Mapping[str, Any]) -> None:
             raise UserError(f"'{key}' is missing: every run needs it, so it cannot be removed")
 
 
-def cache_folder(config: Mapping[str, Any]) -> Any:
-    """The cache's folder: cache_dir, or its default if that is null."""
-    if config["cache_dir"] is not None:
-        return config["cache_dir"]
-    return os.path.expanduser(os.environ.get("BAYESQ_CACHE_DIR") or platformdirs.user_cache_dir("bayesq"))
+def resolve_cache_dir(cache_dir: str | None) -> Path:
+    """Absolute cache folder: `cache_dir`, else the variable BAYESQ_CACHE_DIR, else the user's cache folder."""
+    chosen = cache_dir or os.environ.get("BAYESQ_CACHE_DIR") or platformdirs.user_cache_dir("bayesq")
+    return Path(chosen).expanduser().absolute()
 
 
 # a full disk, or a folder without permission to write
@@ -212,17 +208,17 @@ UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES
 
 
 def disk_error(error: BaseException, config: Mapping[str, Any]) -> UserError | None:
-    """The error for the user if a write below results_dir or cache_dir failed; None for any other error.
-
-    The causes of `error` count too. `config` is resolved.
-    """
+    """The error for the user if `error` or a cause of it is a failed write below results_dir or cache_dir."""
     cause: BaseException | None = error
     while cause is not None and not (isinstance(cause, OSError) and cause.errno in UNWRITABLE):
         cause = cause.__cause__ or cause.__context__
     if not isinstance(cause, OSError):
         return None
     name = cause.filename2 or cause.filename
-    for key, folder in (("results_dir", config["results_dir"]), ("cache_dir", cache_folder(config))):
+    for key, folder in (
+        ("results_dir", config["results_dir"]),
+        ("cache_dir", config["cache_dir"] or resolve_cache_dir(None)),
+    ):
         path = Path(folder).absolute()
         # an error without a file name comes from Hydra, which writes run.log and copies of the configuration
         file = Path(name).absolute() if isinstance(name, str) else path / "run.log"
@@ -235,11 +231,7 @@ def disk_error(error: BaseException, config: Mapping[str, Any]) -> UserError | N
 
 
 def check_device(cfg: DictConfig) -> None:
-    """Check that this machine has the accelerator of the key `device`; torch is imported only for an accelerator.
-
-    Raises:
-        UserError: it does not.
-    """
+    """Raise UserError if this machine lacks the accelerator of the key `device`; only an accelerator imports torch."""
     device = str(cfg.device)
     kind, _, index = device.partition(":")
     if kind in ("auto", "cpu"):
@@ -259,10 +251,9 @@ def check_wandb_login(cfg: DictConfig) -> None:
 
 
 def require_wandb_key(what: str, alternative: str) -> None:
-    """Check without the network that W&B's client finds an API key; `wandb.init` would ask for one and wait.
+    """Raise UserError if W&B's client finds no well-formed API key; `wandb.init` would ask for one and wait.
 
-    Raises:
-        UserError: there is no key, or it is malformed. The message starts with `what` and ends with `alternative`.
+    The message starts with `what` and ends with `alternative`. The network is not used.
     """
     import wandb
 

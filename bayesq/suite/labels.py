@@ -30,9 +30,8 @@ def model_label(config: Mapping[str, Any]) -> str:
     name = str(model.get("name"))
     files = [_file(name), *(file for file in map(_file, NAMED) if file.get("_target_") == model.get("_target_"))]
     differences = min((_changes(model, file) for file in files if file), key=len, default={})
-    if not differences:
-        return name
-    return f"{name}({','.join(f'{key}={show(value)}' for key, value in differences.items())})"
+    changed = ",".join(f"{key}={show(value)}" for key, value in differences.items())
+    return f"{name}({changed})" if changed else name
 
 
 def _changes(model: Mapping[str, Any], file: Mapping[str, Any]) -> dict[str, Any]:

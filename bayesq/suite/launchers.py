@@ -29,6 +29,9 @@ THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"
 # the GPUs of a command, for its runs; submitit overwrites CUDA_VISIBLE_DEVICES
 GPUS_VARIABLE = "BAYESQ_GPUS"
 POLL_S = 1.0
+# what Ray appends to its folder, and the longest path that the operating system takes
+RAY_SOCKET = "/ray/session_YYYY-MM-DD_HH-MM-SS_ffffff_{pid}/sockets/plasma_store"
+SOCKET_BYTES = 103 if sys.platform == "darwin" else 107
 
 # Hydra warns because our launcher files have the names of the plugins' defaults
 warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/\w+' is validated against ConfigStore schema")
@@ -65,12 +68,11 @@ def is_local(hydra: DictConfig | HydraConf) -> bool:
 
 
 def check(hydra: DictConfig, config: Mapping[str, Any]) -> None:
-    """Check that the chosen launcher can start runs, and that the machine has the GPUs of each.
-
-    `config` is resolved and valid.
+    """Check that the chosen launcher can start runs of the valid `config`, and that the machine has the GPUs of each.
 
     Raises:
-        UserError: its package or Slurm's commands are missing, or resources do not fit the device or the machine.
+        UserError: its package or Slurm's commands are missing, TMPDIR is too long for Ray, or resources do not fit the
+            device or the machine.
     """
     launcher = chosen(hydra)
     if launcher is None:
@@ -83,6 +85,8 @@ def check(hydra: DictConfig, config: Mapping[str, Any]) -> None:
         raise UserError(f"{choice}: {launcher.package} is not installed; {install}") from None
     if launcher.name == "submitit_slurm" and not (shutil.which("sbatch") and shutil.which("srun")):
         raise UserError(f"{choice}: there is no sbatch here; start it on a machine of the cluster that can submit jobs")
+    if launcher.name == "ray":
+        _check_ray_folder(hydra.launcher.ray.init)
     gpus = int(config["resources"]["gpus"])
     if gpus == 0:
         if config["device"] not in ("auto", "cpu"):
@@ -92,6 +96,17 @@ def check(hydra: DictConfig, config: Mapping[str, Any]) -> None:
         if gpus > len(names):
             raise UserError(f"resources.gpus={gpus}: this machine has {len(names)} CUDA devices to give to runs")
         os.environ[GPUS_VARIABLE] = ",".join(names)  # the runs inherit it
+
+
+def _check_ray_folder(init: DictConfig) -> None:
+    """Check that Ray, if it starts on this machine, can put its sockets below the temporary folder."""
+    variable = "RAY_TMPDIR" if "RAY_TMPDIR" in os.environ else "TMPDIR"
+    folder = os.environ.get(variable, "/tmp")
+    longest = SOCKET_BYTES - len(RAY_SOCKET.format(pid=os.getpid()))
+    starts_here = not (init.get("address") or init.get("_temp_dir") or "RAY_ADDRESS" in os.environ)
+    if starts_here and len(os.fsencode(folder)) > longest:
+        needs = f"hydra/launcher=ray puts sockets there, so the path may have at most {longest} bytes"
+        raise UserError(f"{variable}={folder}: {needs}; set RAY_TMPDIR to a short folder, such as RAY_TMPDIR=/tmp")
 
 
 def visible_gpus() -> list[str]:
@@ -117,8 +132,6 @@ def jobs_at_once(cpus: int, gpus: int) -> int:
 
 # read by the launchers' presets
 OmegaConf.register_new_resolver("jobs_at_once", lambda cpus, gpus: jobs_at_once(int(cpus), int(gpus)), replace=True)
-
-
 # a process has one place until it ends, because CUDA cannot change devices after its start
 _place: FileLock | None = None
 
@@ -150,10 +163,7 @@ def occupy(hydra: DictConfig | HydraConf, resources: DictConfig) -> None:
 
 
 def _take_place(name: str, places: int | None) -> tuple[int, FileLock]:
-    """Lock and return the first free place of this machine, numbered from 0; `places` limits their number.
-
-    The operating system frees a place when its process ends.
-    """
+    """Lock the first free of this machine's `places`, numbered from 0; the end of the process frees it."""
     folder = Path(tempfile.gettempdir()) / f"bayesq-{os.getuid()}"
     folder.mkdir(exist_ok=True)
     while True:

@@ -22,8 +22,7 @@ from bayesq.defaults import DESCRIPTIVE, suggestion
 from bayesq.quant.file import Packed, fill_from
 from bayesq.quant.layers import weight_keys
 from bayesq.quant.network import fill
-from bayesq.suite.cache import resolve_cache_dir
-from bayesq.suite.config import flatten, one_line
+from bayesq.suite.config import flatten, one_line, resolve_cache_dir
 from bayesq.suite.errors import UserError
 from bayesq.suite.models.base import Network
 from bayesq.suite.packed import read_run

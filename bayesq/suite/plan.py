@@ -15,7 +15,7 @@ from bayesq.coverage import coverage, report
 from bayesq.defaults import construct
 from bayesq.distillation import DistillationSettings
 from bayesq.errors import Refused
-from bayesq.likelihood import LIKELIHOODS, Likelihood
+from bayesq.likelihood import LIKELIHOODS
 from bayesq.posterior import AUTO, WhiteningStore
 from bayesq.quant.layers import embedding_tables, quantizable_layers
 from bayesq.quant.usage import OtherUseError, usage_of
@@ -24,53 +24,48 @@ from bayesq.suite.calibration import OFFLOADED_SUM_BYTES, Calibration
 from bayesq.suite.config import plain, reads_posterior, resolved
 from bayesq.suite.errors import UserError
 from bayesq.suite.forward import naming_model
-from bayesq.suite.session import Session
 from bayesq.suite.workload import Workload, check_network, select_device
 
 
-def build(node: DictConfig, **more: Any) -> Any:
-    """The object that a config group describes.
-
-    Raises:
-        UserError: the constructor refused a value.
-    """
+@contextmanager
+def for_user(kind: type[ValueError] = Refused) -> Iterator[None]:
+    """Turn an error of the library into a UserError with its text."""
     try:
-        return construct(plain(node, resolve=True), **more)
-    except ValueError as error:
+        yield
+    except kind as error:
         raise UserError(str(error)) from error
 
 
-def make_recipe(cfg: DictConfig) -> Recipe:
-    """Instantiate method, posterior and allocator.
+@for_user(ValueError)
+def build(node: DictConfig, **more: Any) -> Any:
+    """The object that a config group describes; UserError if its constructor refuses a value."""
+    return construct(plain(node, resolve=True), **more)
 
-    Raises:
-        UserError: a constructor refused an argument.
-    """
+
+@for_user()
+def make_recipe(cfg: DictConfig) -> Recipe:
+    """Instantiate method, posterior and allocator; UserError if a constructor refuses an argument."""
     store = WhiteningStore(build(cfg.posterior)) if reads_posterior(resolved(cfg)) else None
     method = build(cfg.method, **({"whitenings": store} if cfg.method.get("uses_posterior") else {}))
-    options = cfg.distillation
-    try:
-        damping = cfg.method.get("damping", DAMPING)
-        return Recipe(
-            method=method,
-            allocator=make_allocator(cfg.allocator, store, **resolved(cfg)["allocation"], damping=damping),
-            budget=Budget(float(cfg.bits), cfg.budget.count),
-            whitenings=store,
-            proxy=Proxy(int(cfg.monte_carlo.samples), int(cfg.monte_carlo.examples)) if cfg.proxy == "mc" else None,
-            correction=cfg.correction,
-            distillation=Distillation(
-                DistillationSettings(options.steps, options.evaluations, options.held_out),
-                int(options.samples),
-                bool(options.moments),
-                int(options.batch_size),
-            )
-            if cfg.distill
-            else None,
-            seed=int(cfg.seed),
-            inputs=cfg.inputs,
-        )
-    except Refused as error:
-        raise UserError(str(error)) from error
+    proxy, distillation = None, None
+    if cfg.proxy == "mc":
+        proxy = Proxy(cfg.monte_carlo.samples, cfg.monte_carlo.examples)
+    if cfg.distill:
+        options = cfg.distillation
+        settings = DistillationSettings(options.steps, options.evaluations, options.held_out)
+        distillation = Distillation(settings, options.samples, options.moments, options.batch_size)
+    damping = cfg.method.get("damping", DAMPING)
+    return Recipe(
+        method=method,
+        allocator=make_allocator(cfg.allocator, store, **resolved(cfg)["allocation"], damping=damping),
+        budget=Budget(float(cfg.bits), cfg.budget.count),
+        whitenings=store,
+        proxy=proxy,
+        correction=cfg.correction,
+        distillation=distillation,
+        seed=int(cfg.seed),
+        inputs=cfg.inputs,
+    )
 
 
 def load_workload(cfg: DictConfig, cache_dir: Path) -> Workload:
@@ -93,11 +88,9 @@ def load_workload(cfg: DictConfig, cache_dir: Path) -> Workload:
     module = network.module
     check_network(module, name)
     module.to(device)
-    try:
+    with for_user():
         examples = data.calibration(int(cfg.calibration.examples), int(cfg.seed))
         layers = quantizable_layers(module, exclude)
-    except Refused as error:
-        raise UserError(str(error)) from error
     embeddings = embedding_tables(module, exclude) if cfg.layers.include_embeddings else {}
     if cfg.layers.include_embeddings and not embeddings:
         raise UserError(f"layers.include_embeddings=true: model={name} has no embedding left to quantize")
@@ -118,41 +111,25 @@ def load_workload(cfg: DictConfig, cache_dir: Path) -> Workload:
     return Workload(network, data, subject, evaluation, covered)
 
 
+@for_user()
 def check_patterns(recipe: Recipe, work: Workload) -> None:
-    """Refuse patterns of the allocation that match no layer, before the calibration.
-
-    Raises:
-        UserError: naming the pattern.
-    """
+    """Raise UserError if a pattern of the allocation matches no layer, before the calibration."""
     if isinstance(recipe.allocator, Knapsack):
-        try:
-            recipe.allocator.choices(list(work.subject.layers))
-        except Refused as error:
-            raise UserError(str(error)) from error
-
-
-def fisher_likelihood(store: WhiteningStore | None, of_data: Likelihood) -> Likelihood:
-    """The likelihood whose Fisher is computed: the data set's, unless posterior.likelihood names another.
-
-    Raises:
-        UserError: posterior.likelihood=categorical for a regression.
-    """
-    if store is None or store.posterior.likelihood == AUTO:
-        return of_data
-    if of_data.name == "gaussian" and store.posterior.likelihood == "categorical":
-        raise UserError("posterior.likelihood=categorical: a regression has a gaussian likelihood; leave it at auto")
-    return LIKELIHOODS[store.posterior.likelihood]
+        recipe.allocator.choices(list(work.subject.layers))
 
 
 def open_statistics(cfg: DictConfig, store: WhiteningStore | None, work: Workload, cache_dir: Path) -> Calibration:
-    """The calibration statistics that a run reads; nothing is computed yet."""
+    """The statistics that a run reads, not computed yet; UserError if the likelihood is categorical in a regression."""
     subject, posterior = work.subject, store and store.posterior
+    chosen = posterior.likelihood if posterior else AUTO
+    if subject.likelihood.name == "gaussian" and chosen == "categorical":
+        raise UserError("posterior.likelihood=categorical: a regression has a gaussian likelihood; leave it at auto")
     settings = CalibrationSettings(
         1 if subject.usage.alone else int(cfg.calibration.batch_size),
         posterior.samples if posterior else None,
         int(cfg.seed),
         gradient_examples=posterior.examples if posterior else None,
-        likelihood=fisher_likelihood(store, subject.likelihood),
+        likelihood=subject.likelihood if chosen == AUTO else LIKELIHOODS[chosen],
         draws=posterior.draws if posterior else "signs",
     )
     return Calibration(
@@ -170,11 +147,12 @@ def open_statistics(cfg: DictConfig, store: WhiteningStore | None, work: Workloa
 
 @contextmanager
 def placed_whitenings(
-    cfg: DictConfig, store: WhiteningStore | None, statistics: Calibration, folder: Path, session: Session
+    cfg: DictConfig, store: WhiteningStore | None, statistics: Calibration, folder: Path, previous: list[WhiteningStore]
 ) -> Iterator[None]:
     """Write whitenings to a file in `folder` if the configuration says so; else reuse those of the previous run.
 
-    Files are released when the block ends, also after an error.
+    Files are released when the block ends, also after an error. `previous` has the store of the last run with
+    whitenings in memory, or nothing; this run's store takes its place.
     """
     if store is None:
         yield
@@ -183,8 +161,8 @@ def placed_whitenings(
         store.use_disk(folder)
     else:
         files = sorted(str(statistics.path(statistic)) for statistic in store.statistics)
-        store.take_over(json.dumps([resolved(cfg)["posterior"], files]), session.whitenings)
-        session.whitenings = store
+        store.take_over(json.dumps([resolved(cfg)["posterior"], files]), previous[0] if previous else None)
+        previous[:] = [store]
     try:
         yield
     finally:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from bayesq.memory import available_memory, resident_bytes
 from bayesq.quant.correction import MAX_EXAMPLES
-from bayesq.quant.layers import Layer, weight_to_matrix
+from bayesq.quant.layers import weight_to_matrix
 from bayesq.recipe import Recipe, Subject
 from bayesq.suite.calibration import Calibration
 from bayesq.suite.errors import UserError
@@ -50,19 +50,12 @@ class Activations:
 
 @dataclass(frozen=True)
 class Needs:
-    """What a run will need, in bytes.
+    """What a run will need, in bytes."""
 
-    Attributes:
-        held: memory of the process before the first stage.
-        stages: memory that each stage adds.
-        disk: bytes written, by the key of the folder.
-        spilled: whitenings that go to a file in the run's folder, because they exceed the memory limit.
-    """
-
-    held: int
-    stages: dict[str, int]
-    disk: dict[str, int]
-    spilled: int = 0
+    held: int  # memory of the process before the first stage
+    stages: dict[str, int]  # memory that each stage adds
+    disk: dict[str, int]  # bytes written, by the key of the folder
+    spilled: int = 0  # whitenings that go to a file in the run's folder, because they exceed the memory limit
 
     @property
     def largest(self) -> str:
@@ -77,12 +70,8 @@ class Needs:
 
 @torch.no_grad()
 def activations(module: nn.Module, inputs: Mapping[str, Tensor]) -> Activations:
-    """Measure the outputs of modules without children in a forward pass of one example.
-
-    Args:
-        inputs: module arguments [1, ...].
-    """
-    sizes: list[int] = []
+    """Measure the outputs of modules without children in a forward pass of one example, `inputs` [1, ...]."""
+    sizes = [0]
 
     def hook(_: nn.Module, __: tuple[Tensor, ...], output: object) -> None:
         if isinstance(output, Tensor):
@@ -94,7 +83,7 @@ def activations(module: nn.Module, inputs: Mapping[str, Tensor]) -> Activations:
     finally:
         for handle in handles:
             handle.remove()
-    return Activations(sum(sizes), max(sizes, default=0))
+    return Activations(sum(sizes), max(sizes))
 
 
 def estimate(
@@ -110,14 +99,13 @@ def estimate(
     """Memory and disk of a run from the shapes of its layers.
 
     Args:
-        statistics: of the calibration examples; those without a file are computed.
         calibration: activations of one calibration example.
         evaluation: bytes of the largest output of an evaluation batch.
         held: bytes of the process with model and data.
         offload: whitenings go to disk.
         free: bytes on the disk of the results.
     """
-    shapes = [_shape(layer) for layer in subject.layers.values()]
+    shapes = [(g, r, c) for g, r, c in (weight_to_matrix(layer).shape for layer in subject.layers.values())]
     weights = sum(map(math.prod, shapes))
     network = sum(x.nbytes for x in (*subject.module.parameters(), *subject.module.buffers()))
     packed = int(OVERHEAD * weights * recipe.budget.bits / 8)
@@ -159,11 +147,6 @@ def estimate(
     return Needs(held, stages, disk, whitenings if spilled else 0)
 
 
-def _shape(layer: Layer) -> tuple[int, int, int]:
-    g, r, c = weight_to_matrix(layer).shape
-    return g, r, c
-
-
 def _work(shape: tuple[int, int, int], recipe: Recipe) -> int:
     """Bytes of fitting and rounding one layer in float64."""
     g, r, c = shape
@@ -188,10 +171,7 @@ REMEDIES = {
 def preflight(
     cfg: DictConfig, recipe: Recipe, work: Workload, statistics: Calibration, folders: Mapping[str, Path]
 ) -> Needs:
-    """Log what memory and disk the run will need, and return it.
-
-    Args:
-        folders: cache_dir and results_dir; they exist.
+    """Log what memory and disk the run will need, and return it; cache_dir and results_dir, the `folders`, exist.
 
     Raises:
         UserError: it cannot fit.
@@ -213,7 +193,6 @@ def check(needs: Needs, folders: Mapping[str, Path], limit: float | None, offloa
     """Log the needs, on the terminal too if memory or disk is tight, and refuse a run that cannot fit.
 
     Args:
-        needs: of `estimate`.
         folders: by the keys of `needs.disk`; they exist.
         limit: GiB the process may take (resources.memory); None = the machine's free memory.
         offload: calibration.offload=disk is set.
@@ -233,14 +212,12 @@ def check(needs: Needs, folders: Mapping[str, Path], limit: float | None, offloa
     )
     if extra > left:
         remedies = ["set calibration.offload=disk"] if stage in ("calibration", "rounding") and not offload else []
-        remedies.append(REMEDIES[stage])
-        if limit is None:
-            where, last = "the machine has", "set resources.memory=GIB to try it"
-        else:
+        where, last = "the machine has", "set resources.memory=GIB to try it"
+        if limit is not None:
             where, last = f"resources.memory={limit:g} leaves", "raise resources.memory"
         raise UserError(
             f"not enough memory: {stage} needs about {_size(extra)} more than the {_size(needs.held)} held now, "
-            f"{where} {_size(left)}: {', or '.join([*remedies, last])}"
+            f"{where} {_size(left)}: {', or '.join([*remedies, REMEDIES[stage], last])}"
         )
     for device in {folder.stat().st_dev for folder in folders.values()}:  # folders of one file system share its space
         keys = [key for key, folder in folders.items() if folder.stat().st_dev == device]
@@ -255,7 +232,6 @@ def check(needs: Needs, folders: Mapping[str, Path], limit: float | None, offloa
 
 
 def _size(count: float) -> str:
-    """Bytes as a short text."""
     if count == math.inf:
         return "unknown"
     return f"{count / GIB:.2f} GiB" if count >= GIB / 10 else f"{count / MIB:.1f} MiB"

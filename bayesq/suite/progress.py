@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from bayesq.suite.results import FAILURE_FILE, RESULT_FILE, read_result
@@ -10,8 +11,7 @@ from bayesq.suite.results import FAILURE_FILE, RESULT_FILE, read_result
 class Progress:
     """The runs of a command. All processes of a launcher can use it, because it reads only the results folder.
 
-    Args:
-        runs: the folder of each run in the order of the sweep, and whether it will be computed.
+    `runs` has the folder of each run, in the order of the sweep, and whether the run will be computed.
     """
 
     def __init__(self, runs: Mapping[Path, bool]) -> None:
@@ -42,11 +42,9 @@ class Progress:
     def _done(self, folder: Path) -> bool:
         """Whether the run has ended, well or not, since the command began."""
         for name in (RESULT_FILE, FAILURE_FILE):
-            try:
+            with suppress(OSError):
                 if (folder / name).stat().st_mtime >= self.start:
                     return True
-            except OSError:
-                continue
         return False
 
 

@@ -37,11 +37,9 @@ EXAMPLES, GRADIENTS = 320, 16
 
 
 def rehearse(recipe: Recipe, layers: Mapping[str, Layer]) -> None:
-    """Quantize small random layers and decode them. Errors are ignored, because the run itself reports them.
+    """Quantize and decode random layers like those of the network. The run reports the errors, which are ignored here.
 
-    Args:
-        recipe: a second instance of the run's recipe, because the rehearsal changes it.
-        layers: of the network, by name.
+    `recipe` is a second instance of the run's, because the rehearsal changes it.
     """
     method, allocator = recipe.method, recipe.allocator
     problems = small_problems(layers, recipe.statistics | method.statistics)
@@ -94,8 +92,7 @@ def small_problems(layers: Mapping[str, Layer], statistics: Iterable[Statistic])
         weight = torch.randn(shape, generator=generator)
         weights += weight.numel()
         read = LayerStatistics(name, with_required(statistics), partial(random_statistic, shape))
-        kind_name = type(layers[name]).__name__
-        problems.append(LayerProblem(name, kind_name, weight, read, positions_per_channel=kernel))
+        problems.append(LayerProblem(name, type(layers[name]).__name__, weight, read, positions_per_channel=kernel))
     return problems
 
 
@@ -121,13 +118,9 @@ def random_statistic(shape: tuple[int, int, int], statistic: Statistic) -> Tenso
     generator = torch.Generator().manual_seed(0)
     g, r, c = shape
     d, x = (torch.randn(g, EXAMPLES, size, generator=generator) for size in (r, c))
-    if statistic.source is Source.INPUTS:
-        values = x
-    elif statistic.source is Source.OUTPUT_GRADIENTS:
-        values = d
-    else:  # few examples of one position, because each gradient is as large as the weight
+    values, count = x if statistic.source is Source.INPUTS else d, EXAMPLES
+    if statistic.source is Source.WEIGHT_GRADIENTS:  # few examples, because each gradient is as large as the weight
         one_by_one = [part[:, :GRADIENTS].transpose(0, 1).unsqueeze(2) for part in (d, x)]
         pairs = Pairs(g, 1, True, lambda: iter([(None, one_by_one[0], one_by_one[1])]))
-        values = statistic.gradients(pairs, required)
-    count = GRADIENTS if statistic.source is Source.WEIGHT_GRADIENTS else EXAMPLES
+        values, count = statistic.gradients(pairs, required), GRADIENTS
     return statistic.finish(statistic.add(None, statistic.contribution(values)), count, shape)

@@ -155,7 +155,7 @@ def run_again(result: Mapping[str, Any], folder: Path, fresh: bool) -> Path:
     import torch
 
     from bayesq.suite import provenance, runner, workload
-    from bayesq.suite.cache import resolve_cache_dir
+    from bayesq.suite.config import resolve_cache_dir
 
     config = recorded_config(result)
     directory = Path(result["host"].get("directory", "."))

@@ -12,27 +12,24 @@ from typing import Any
 from omegaconf import DictConfig
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from bayesq.errors import Refused
 from bayesq.evaluation import Rows as EvaluationRows
 from bayesq.evaluation import compare, paired_rows, prediction_rows
 from bayesq.metrics import metric_of
 from bayesq.pipeline import quantize_network
+from bayesq.posterior import WhiteningStore
 from bayesq.progress import elapsed
 from bayesq.quant.file import Packed, read_packed, write_packed
 from bayesq.quant.network import quantized_copy
 from bayesq.report import layer_rows
-from bayesq.suite.cache import resolve_cache_dir
-from bayesq.suite.config import run_dir, run_id
-from bayesq.suite.errors import UserError
+from bayesq.suite.config import resolve_cache_dir, run_dir, run_id
 from bayesq.suite.forward import naming_model
 from bayesq.suite.full_precision import cached_logits
 from bayesq.suite.packed import run_record
-from bayesq.suite.plan import check_patterns, load_workload, make_recipe, open_statistics, placed_whitenings
+from bayesq.suite.plan import check_patterns, for_user, load_workload, make_recipe, open_statistics, placed_whitenings
 from bayesq.suite.preflight import preflight
 from bayesq.suite.record import flat_result, log_decisions
 from bayesq.suite.rehearsal import rehearse
 from bayesq.suite.results import LAYERS_FILE, PREDICTIONS_FILE, QUANTIZED_FILE, RESULT_FILE, write_csv, write_json
-from bayesq.suite.session import Session
 from bayesq.suite.summary import two_digits
 from bayesq.suite.tracking import ERROR_KEY, track
 from bayesq.suite.workload import Workload, check_finite
@@ -42,12 +39,12 @@ log = logging.getLogger(__name__)
 Rows = list[dict[str, Any]]
 
 
-def run(cfg: DictConfig, session: Session | None = None) -> dict[str, Any]:
+def run(cfg: DictConfig, previous: list[WhiteningStore] | None = None) -> dict[str, Any]:
     """Execute one configuration and write its files; returns the flat result of the contract.
 
     Args:
         cfg: composed and validated.
-        session: shared by the runs of one command; None for a single run.
+        previous: shared by the runs of one command, see `placed_whitenings`; None for a single run.
 
     Raises:
         UserError: the configuration cannot be run; the message names the key.
@@ -55,7 +52,7 @@ def run(cfg: DictConfig, session: Session | None = None) -> dict[str, Any]:
     folder, name = run_dir(cfg), run_id(cfg)
     folder.mkdir(parents=True, exist_ok=True)
     with logging_redirect_tqdm(), track(cfg, name, folder) as tracker:
-        result, layers, predictions = execute(cfg, folder, session or Session())
+        result, layers, predictions = execute(cfg, folder, [] if previous is None else previous)
         write_csv(folder / LAYERS_FILE, layers)
         write_csv(folder / PREDICTIONS_FILE, predictions)
         result[ERROR_KEY] = tracker.error
@@ -78,7 +75,7 @@ def run(cfg: DictConfig, session: Session | None = None) -> dict[str, Any]:
     return result
 
 
-def execute(cfg: DictConfig, folder: Path, session: Session) -> tuple[dict[str, Any], Rows, Rows]:
+def execute(cfg: DictConfig, folder: Path, previous: list[WhiteningStore]) -> tuple[dict[str, Any], Rows, Rows]:
     """The stages of a run; returns the result, the rows of layers.csv and those of predictions.csv.
 
     time/prepare_s is the time before the statistics: libraries, data, network (trained or downloaded at first use),
@@ -92,7 +89,7 @@ def execute(cfg: DictConfig, folder: Path, session: Session) -> tuple[dict[str, 
         work = load_workload(cfg, cache_dir)
     check_patterns(recipe, work)
     statistics = open_statistics(cfg, recipe.whitenings, work, cache_dir)
-    with placed_whitenings(cfg, recipe.whitenings, statistics, folder, session):
+    with placed_whitenings(cfg, recipe.whitenings, statistics, folder, previous):
         needs = preflight(cfg, recipe, work, statistics, {"cache_dir": cache_dir, "results_dir": folder.parent})
         if recipe.whitenings and needs.spilled:
             recipe.whitenings.use_disk(folder)
@@ -105,10 +102,8 @@ def execute(cfg: DictConfig, folder: Path, session: Session) -> tuple[dict[str, 
 
         # Everything before this line is faster in a second run, so no method's time includes it.
         start = time.perf_counter()
-        try:
+        with for_user():
             quantized = quantize_network(work.subject, recipe, statistics)
-        except Refused as error:
-            raise UserError(str(error)) from error
         log_decisions(title, quantized)
         record = run_record(cfg, work.network)
         with elapsed("pack"):
@@ -135,7 +130,6 @@ class Evaluator:
     """Evaluates the full-precision and the quantized network of a run on the same examples.
 
     Args:
-        work: network and data.
         batch_size: examples per forward pass.
         autocast: torch dtype of matrix products by name; None = float32 throughout.
         cache_dir: root of the caches, where full-precision outputs are stored.
@@ -154,11 +148,11 @@ class Evaluator:
 
     def run_quantized(self, stored: Packed, title: str) -> EvaluationRows:
         """The numbers of each example, of both networks."""
-        work, subject = self.work, self.work.subject
+        examples, subject = self.work.evaluation, self.work.subject
         student = quantized_copy(subject.module, stored.tensors, stored.parameters)
         likelihood, device = subject.likelihood, subject.device
         rows, retries = paired_rows(
-            self.full, student, work.evaluation, likelihood, self.batch_size, device, title, self.autocast
+            self.full, student, examples, likelihood, self.batch_size, device, title, self.autocast
         )
         self.oom_retries += retries
         return rows

@@ -5,201 +5,148 @@ and posterior (`construct.check`); only the sizes of a data set are here too, be
 Nothing here imports torch.
 """
 
+import math
 import os
 import re
 import tempfile
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
-from functools import cache
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin
 
-from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import DictConfig
 
 from bayesq.defaults import MAX_BITS, MIN_BITS, suggestion
-from bayesq.suite.config import cache_folder, refuse, resolved, show
+from bayesq.suite.config import refuse, resolve_cache_dir, resolved, show
 from bayesq.suite.errors import UserError
 
-
-def value(needs: str, holds: Callable[[Any], bool] | None = None, choices: tuple[str, ...] = ()) -> Any:
-    """A field, with the rule for its key in words and as a condition, which null need not fulfil."""
-    return field(default=MISSING, metadata={"needs": needs, "holds": holds, "choices": choices})
+WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null"}
 
 
-def whole(low: int, high: int | None = None, null: str = "") -> Any:
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a plain value has a declared type; a type that no YAML value can have accepts everything."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return any(fits(value, each) for each in arguments)
+    if hint is float:
+        return type(value) in (int, float)
+    if isinstance(origin, type) and issubclass(origin, Sequence):
+        return isinstance(value, list) and all(fits(item, arguments[0]) for item in value)
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        return isinstance(value, Mapping) and all(fits(item, arguments[1]) for item in value.values())
+    return hint not in WORDS or type(value) is hint
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a key needs: in words, as a type, and as a condition, which null need not fulfil."""
+
+    needs: str
+    type: Any
+    holds: Callable[[Any], object] = lambda _: True
+    choices: tuple[str, ...] = ()
+
+    def allows(self, value: Any) -> bool:
+        """Whether the value has the type and fulfils the condition."""
+        return fits(value, self.type) and (value is None or bool(self.holds(value)))
+
+
+def _whole(low: int, high: float = math.inf, type: Any = int, null: str = "") -> Rule:
     """A whole number from `low` to `high`; `null` explains null where it is allowed."""
-    span = f"of at least {low}" if high is None else f"from {low} to {high}"
+    span = f"of at least {low}" if high == math.inf else f"from {low} to {high}"
     text = f"needs a whole number {span}{f', or null {null}' if null else ''}"
-    return value(text, lambda number: low <= number and (high is None or number <= high))
+    return Rule(text, type, lambda number: low <= number <= high)
 
 
-def _one_of(*choices: str) -> Any:
-    return value(f"choose one of {', '.join(choices)}", choices.__contains__, choices)
+def _one_of(*choices: str, type: Any = str) -> Rule:
+    return Rule(f"choose one of {', '.join(choices)}", type, choices.__contains__, choices)
 
 
-def _flag() -> Any:
-    return value("needs true or false")
+def _named(needs: str, type: Any = str) -> Rule:
+    return Rule(f"needs {needs}", type, lambda text: bool(text.strip()))
+
+
+def _in_bits(number: float) -> bool:
+    return MIN_BITS <= number <= MAX_BITS
+
+
+def _patterns(each: str, example: str, holds: Callable[[Any], bool]) -> Rule:
+    text = f"needs layer patterns with {each} each, such as allocation.{example}"
+    return Rule(text, dict[Any, Any], lambda rules: all(map(holds, rules.values())))
 
 
 def _is_width(number: object) -> bool:
-    return type(number) is int and MIN_BITS <= number <= MAX_BITS
+    return type(number) is int and _in_bits(number)
 
 
 def _are_widths(numbers: object) -> bool:
     return isinstance(numbers, list) and 0 < len(numbers) == len({*map(repr, numbers)}) and all(map(_is_width, numbers))
 
 
-def _is_named(text: str) -> bool:
-    return bool(text.strip())
-
-
+_DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?|mps")
+_FLAG = Rule("needs true or false", bool)
 _WIDTH = f"a whole number from {MIN_BITS} to {MAX_BITS}"
 _WIDTHS = f"a list of different whole numbers from {MIN_BITS} to {MAX_BITS}"
-_LAYERS = "needs layer patterns with {} each, such as allocation.{}"
+
+# every key of conf/config.yaml; the keys of dataset may be missing
+RULES = {
+    "dataset.calibration_pool": _whole(1, type=int | None),
+    "dataset.evaluation": _whole(1, type=int | None),
+    "dataset.limit": _whole(1, type=int | None, null="for all evaluation examples"),
+    "bits": Rule(f"needs a number from {MIN_BITS} to {MAX_BITS} (bits per weight)", float, _in_bits),
+    "seed": _whole(0, 2**32 - 1),  # scikit-learn, which splits the data sets, takes seeds of 32 bits
+    "device": Rule("choose auto, cpu, cuda, cuda:N (such as cuda:0) or mps", str, _DEVICE.fullmatch),
+    "force": _FLAG,
+    "results_dir": _named("the path of a folder, such as ./results"),
+    "cache_dir": _named("the path of a folder, such as ./cache, or null for the default", str | None),
+    "resources.cpus": _whole(1),
+    "resources.gpus": _whole(0),
+    "resources.memory": Rule(
+        "needs a number of GiB above 0, or null for what is free", float | None, lambda number: number > 0
+    ),
+    "allocator": _one_of("uniform", "knapsack"),
+    "inputs": _one_of("full", "prefix", "paired"),
+    "allocation.block": Rule("needs a name", str),  # Knapsack checks it
+    "allocation.group_rows": _whole(1),
+    "allocation.row_multiple": _whole(1),
+    "allocation.widths": Rule(f"needs {_WIDTHS}, such as [2,3,4,5,6,8]", list[int], _are_widths),
+    "allocation.min_width": _whole(MIN_BITS, MAX_BITS, int | None, null="for no limit"),
+    "allocation.pinned": _patterns(_WIDTH, "pinned={conv1:8}", _is_width),
+    "allocation.allowed": _patterns(_WIDTHS, "allowed={conv1:[4,8]}", _are_widths),
+    "budget.count": _one_of("code", "stored"),
+    "proxy": _one_of("none", "mc"),
+    "monte_carlo.samples": _whole(0),
+    "monte_carlo.examples": _whole(1),
+    "correction": _one_of("none", "mean", "moments"),
+    "distill": _FLAG,
+    "distillation.samples": _whole(0),
+    "distillation.moments": _FLAG,
+    # DistillationSettings checks the ranges of the next three
+    "distillation.steps": Rule("needs a whole number", int),
+    "distillation.evaluations": Rule("needs a whole number", int),
+    "distillation.held_out": Rule("needs a share between 0 and 1", float, math.isfinite),
+    "distillation.batch_size": _whole(1),
+    "calibration.examples": _whole(1),
+    "calibration.batch_size": _whole(1),
+    "calibration.offload": _one_of("memory", "disk"),
+    "evaluation.batch_size": _whole(1),
+    "evaluation.autocast": _one_of("bfloat16", "float16", type=str | None),
+    "layers.exclude": Rule("needs a list of module name patterns, such as ['head*']", list[str]),
+    "layers.include_embeddings": _FLAG,
+    "wandb.mode": _one_of("online", "offline", "disabled"),
+    "wandb.project": _named("the name of a W&B project"),
+    "wandb.entity": Rule("needs a W&B user or team, or null for the default", str | None),
+    "wandb.log_artifact": _FLAG,
+}
 
 
-@dataclass
-class _Resources:
-    cpus: int = whole(1)
-    gpus: int = whole(0)
-    memory: float | None = value("needs a number of GiB above 0, or null for what is free", lambda number: number > 0)
-
-
-@dataclass
-class _Allocation:
-    block: str = value("needs a name")  # Knapsack checks it
-    group_rows: int = whole(1)
-    row_multiple: int = whole(1)
-    widths: list[int] = value(f"needs {_WIDTHS}, such as [2,3,4,5,6,8]", _are_widths)
-    min_width: int | None = whole(MIN_BITS, MAX_BITS, null="for no limit")
-    pinned: dict[Any, Any] = value(
-        _LAYERS.format(_WIDTH, "pinned={conv1:8}"), lambda rules: all(map(_is_width, rules.values()))
-    )
-    allowed: dict[Any, Any] = value(
-        _LAYERS.format(_WIDTHS, "allowed={conv1:[4,8]}"), lambda rules: all(map(_are_widths, rules.values()))
-    )
-
-
-@dataclass
-class _Budget:
-    count: str = _one_of("code", "stored")
-
-
-@dataclass
-class _MonteCarlo:
-    samples: int = whole(0)
-    examples: int = whole(1)
-
-
-@dataclass
-class _Distillation:
-    samples: int = whole(0)
-    moments: bool = _flag()
-    # DistillationSettings checks the ranges of these
-    steps: int = value("needs a whole number")
-    evaluations: int = value("needs a whole number")
-    held_out: float = value("needs a share between 0 and 1")
-    batch_size: int = whole(1)
-
-
-@dataclass
-class _Calibration:
-    examples: int = whole(1)
-    batch_size: int = whole(1)
-    offload: str = _one_of("memory", "disk")
-
-
-@dataclass
-class _Evaluation:
-    batch_size: int = whole(1)
-    autocast: str | None = _one_of("bfloat16", "float16")
-
-
-@dataclass
-class _Layers:
-    exclude: list[str] = value("needs a list of module name patterns, such as ['head*']")
-    include_embeddings: bool = _flag()
-
-
-@dataclass
-class _Wandb:
-    mode: str = _one_of("online", "offline", "disabled")
-    project: str = value("needs the name of a W&B project", _is_named)
-    entity: str | None = value("needs a W&B user or team, or null for the default")
-    log_artifact: bool = _flag()
-
-
-@dataclass
-class _Dataset:
-    calibration_pool: int | None = whole(1)
-    evaluation: int | None = whole(1)
-    limit: int | None = whole(1, null="for all evaluation examples")
-
-
-@dataclass
-class Settings:
-    """Every key of conf/config.yaml."""
-
-    dataset: _Dataset = field(default_factory=_Dataset)
-    bits: float = value(
-        f"needs a number from {MIN_BITS} to {MAX_BITS} (bits per weight)", lambda bits: MIN_BITS <= bits <= MAX_BITS
-    )
-    seed: int = whole(0, 2**32 - 1)  # scikit-learn, which splits the data sets, takes seeds of 32 bits
-    device: str = value(
-        "choose auto, cpu, cuda, cuda:N (such as cuda:0) or mps",
-        lambda name: re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps", name) is not None,
-    )
-    force: bool = _flag()
-    results_dir: str = value("needs the path of a folder, such as ./results", _is_named)
-    cache_dir: str | None = value("needs the path of a folder, such as ./cache, or null for the default", _is_named)
-    resources: _Resources = field(default_factory=_Resources)
-    allocator: str = _one_of("uniform", "knapsack")
-    inputs: str = _one_of("full", "prefix", "paired")
-    allocation: _Allocation = field(default_factory=_Allocation)
-    budget: _Budget = field(default_factory=_Budget)
-    proxy: str = _one_of("none", "mc")
-    monte_carlo: _MonteCarlo = field(default_factory=_MonteCarlo)
-    correction: str = _one_of("none", "mean", "moments")
-    distill: bool = _flag()
-    distillation: _Distillation = field(default_factory=_Distillation)
-    calibration: _Calibration = field(default_factory=_Calibration)
-    evaluation: _Evaluation = field(default_factory=_Evaluation)
-    layers: _Layers = field(default_factory=_Layers)
-    wandb: _Wandb = field(default_factory=_Wandb)
-
-
-def check(config: Mapping[str, Any], schema: Any = Settings, prefix: str = "") -> None:
-    """Check the type and range of every key of a resolved configuration that the schema describes.
-
-    OmegaConf checks types. Values that it would convert ("3" to 3, 1 to true) are refused, as they are mostly mistakes.
-
-    Raises:
-        UserError: naming the first key with a wrong value.
-    """
-    typed = _typed(schema)
-    for each in fields(schema):
-        if each.name not in config:
-            continue
-        key, given = f"{prefix}{each.name}", config[each.name]
-        if is_dataclass(each.type):
-            check(given, each.type, f"{key}.")
-            continue
-        needs, holds, choices = (each.metadata[name] for name in ("needs", "holds", "choices"))
-        try:
-            typed[each.name] = given
-            read = typed[each.name]
-            fits = read == given and isinstance(read, bool) == isinstance(given, bool)
-        except OmegaConfBaseException:
-            fits = False
-        if not fits or (given is not None and holds is not None and not holds(given)):
-            refuse(key, given, needs + suggestion(str(given), choices))
-
-
-@cache
-def _typed(schema: Any) -> DictConfig:
-    """A node with the types of a dataclass; cached, because making it takes milliseconds."""
-    node: DictConfig = OmegaConf.structured(schema)
-    return node
+def check(config: Mapping[str, Any]) -> None:
+    """Raise UserError at the first key of a resolved configuration whose value breaks its rule."""
+    for key, rule in RULES.items():
+        group, _, name = key.rpartition(".")
+        node = config.get(group, {}) if group else config
+        if name in node and not rule.allows(node[name]):
+            refuse(key, node[name], rule.needs + suggestion(str(node[name]), rule.choices))
 
 
 def validate(cfg: DictConfig) -> dict[str, Any]:
@@ -217,7 +164,7 @@ def validate(cfg: DictConfig) -> dict[str, Any]:
         refuse("proxy", "mc", "weighs predicted risks, so it needs allocator=knapsack")
     _check_pairing(config)
     _check_writable("results_dir", config["results_dir"])
-    _check_writable("cache_dir", cache_folder(config))
+    _check_writable("cache_dir", config["cache_dir"] or str(resolve_cache_dir(None)))
     return config
 
 
@@ -255,7 +202,6 @@ def _check_reach(bits: float, allocation: Mapping[str, Any]) -> None:
 
 
 def _check_pairing(config: Mapping[str, Any]) -> None:
-    """Check that model and data set have a task in common."""
     model, dataset = config["model"], config["dataset"]
     if not set(model["tasks"]) & set(dataset["tasks"]):
         raise UserError(

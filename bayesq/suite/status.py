@@ -81,7 +81,7 @@ def recorded_overrides(folder: Path) -> list[str]:
         content = yaml.safe_load((folder / OVERRIDES_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
         return []
-    return list(as_typed([str(override) for override in content])) if isinstance(content, list) else []
+    return [as_typed(override) for override in content] if isinstance(content, list) else []
 
 
 def sweep_runs(results_dir: Path, arguments: Sequence[str]) -> list[Run]:

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from bayesq.files import atomic_path, is_locked, lock, remove_leftovers
-from bayesq.suite.cache import resolve_cache_dir
+from bayesq.suite.config import resolve_cache_dir
 from bayesq.tensor_file import CorruptFile, digest, read_tensors, verify, write_tensors
 
 TENSORS = {

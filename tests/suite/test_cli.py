@@ -30,7 +30,7 @@ import os, shutil, signal, sys, types
 from bayesq.suite import config, results
 from bayesq.suite.errors import UserError
 
-def run(cfg, session):
+def run(cfg, previous):
     if cfg.seed == 13 and "REPAIRED" not in os.environ:
         raise UserError("model.checkpoint=x: there is no such\\nfile")
     if cfg.seed == 14 and "REPAIRED" not in os.environ:
@@ -46,8 +46,8 @@ def run(cfg, session):
         file.write(f"{cfg.method.name} {cfg.bits} {cfg.seed}\\n")
     if "INHERITED" in os.environ:
         with open("inherited.txt", "a") as file:
-            file.write(f"{session.whitenings}\\n")
-    session.whitenings = f"of seed {cfg.seed}"
+            file.write(f"{previous[0] if previous else None}\\n")
+    previous[:] = [f"of seed {cfg.seed}"]
     results.write_json(config.run_dir(cfg) / "result.json", {
         "status": "finished", "run_id": config.run_id(cfg), **axes, "seed": cfg.seed, "bits/target": cfg.bits,
         "primary_metric": "accuracy", "q/accuracy": 0.5, "delta/accuracy": -0.25, "fp/accuracy": 0.75,

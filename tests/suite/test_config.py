@@ -4,8 +4,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -19,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 import bayesq
 from bayesq import defaults
 from bayesq.defaults import conf_dir
-from bayesq.suite import cli, composition, config, construct, schema
+from bayesq.suite import cli, composition, config, schema
 from bayesq.suite.errors import UserError
 
 
@@ -473,20 +472,11 @@ def test_a_mapping_that_is_empty_in_the_yaml_takes_any_key() -> None:
     config.check_keys({**REFERENCE, "method": {**REFERENCE["method"], "options": {"depth": {"x": 1}}}}, REFERENCE)  # type: ignore[dict-item]
 
 
-def leaves(node: Any, prefix: str = "") -> Iterator[str]:
-    """The keys of a dataclass, with those of the dataclasses in it."""
-    for each in fields(node):
-        if is_dataclass(each.type):
-            yield from leaves(each.type, f"{prefix}{each.name}.")
-        else:
-            yield f"{prefix}{each.name}"
-
-
 def test_the_schema_has_the_keys_of_the_yaml_file_and_takes_its_defaults() -> None:
     written = OmegaConf.to_container(OmegaConf.load(conf_dir() / "config.yaml"), resolve=False)
     assert isinstance(written, dict)
     written = {str(key): value for key, value in written.items() if key not in ("defaults", "hydra")}
-    described = {key for key in leaves(schema.Settings) if not key.startswith("dataset.")}
+    described = {key for key in schema.RULES if not key.startswith("dataset.")}
     assert described == set(config.flatten(written))
     schema.check(config.resolved(compose()))
 
@@ -502,7 +492,7 @@ def test_the_constructor_of_every_choice_declares_the_types_of_its_yaml_file(fil
         if key in (*defaults.DESCRIPTIVE, "_target_"):
             continue
         assert key in hints, key
-        assert value == "???" or "${" in str(value) or construct.fits(value, hints[key]), key
+        assert value == "???" or "${" in str(value) or schema.fits(value, hints[key]), key
 
 
 @pytest.mark.parametrize(
@@ -520,8 +510,8 @@ def test_the_constructor_of_every_choice_declares_the_types_of_its_yaml_file(fil
     ids=str,
 )
 def test_values_are_compared_with_declared_types(hint: Any, good: list[Any], bad: list[Any]) -> None:
-    assert all(construct.fits(value, hint) for value in good)
-    assert not any(construct.fits(value, hint) for value in bad)
+    assert all(schema.fits(value, hint) for value in good)
+    assert not any(schema.fits(value, hint) for value in bad)
 
 
 def test_null_is_documented_exactly_where_a_posterior_takes_it() -> None:
@@ -530,4 +520,4 @@ def test_null_is_documented_exactly_where_a_posterior_takes_it() -> None:
         documented = {
             line.split(":")[0] for line in file.read_text().splitlines() if re.match(r"\w+: .*# .*null: ", line)
         }
-        assert documented == {key for key, hint in hints.items() if construct.fits(None, hint) and key != "return"}
+        assert documented == {key for key, hint in hints.items() if schema.fits(None, hint) and key != "return"}

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bayesq.suite.cache import resolve_cache_dir
+from bayesq.suite.config import resolve_cache_dir
 from bayesq.suite.datasets import movie_snippets
 from bayesq.suite.datasets.base import DataSplits, Examples, SeededSplits
 from bayesq.suite.datasets.digits import Digits

@@ -37,7 +37,7 @@ HAS_RAY = importlib.util.find_spec("ray") is not None
 STAND_IN = """
 import os, signal, sys, time, types
 
-def run(cfg, session):
+def run(cfg, previous):
     from bayesq.suite import config, results
     seen = {name: os.environ.get(name) for name in ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")}
     begun = time.time()
@@ -144,6 +144,19 @@ def test_what_cannot_be_launched_is_refused_in_one_line(
 def test_a_launcher_that_is_not_installed_is_named_with_its_remedy() -> None:
     with pytest.raises(UserError, match=r"hydra-ray-launcher is not installed; pip install .*\[ray\]"):
         cli.preflight(["-m", "hydra/launcher=ray"])
+
+
+def test_a_temporary_folder_too_long_for_the_sockets_of_ray_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launchers, "distribution", str)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    monkeypatch.setenv("TMPDIR", "/tmp/" + "x" * 60)
+    ray = ["-m", "hydra/launcher=ray", "wandb.mode=disabled"]
+    with pytest.raises(UserError, match=r"^TMPDIR=/tmp/x+: hydra/launcher=ray .* set RAY_TMPDIR to a short folder"):
+        cli.preflight(ray)
+    assert cli.preflight([*ray, "hydra.launcher.ray.init.address=auto"])
+    monkeypatch.setenv("RAY_TMPDIR", "/tmp")
+    assert cli.preflight(ray)
 
 
 def test_the_machine_is_asked_for_gpus_unless_the_environment_names_them(

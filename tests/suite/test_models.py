@@ -12,7 +12,7 @@ from sklearn.linear_model import LogisticRegression
 from torch import nn
 
 from bayesq.batches import TensorExamples
-from bayesq.suite.cache import resolve_cache_dir
+from bayesq.suite.config import resolve_cache_dir
 from bayesq.suite.datasets.base import DataSplits, Examples
 from bayesq.suite.datasets.digits import Digits
 from bayesq.suite.datasets.movie_snippets import MovieSnippets

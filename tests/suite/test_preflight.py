@@ -18,7 +18,6 @@ from bayesq.suite import preflight
 from bayesq.suite.errors import UserError
 from bayesq.suite.plan import placed_whitenings
 from bayesq.suite.preflight import GIB, RUNTIME_BYTES, Activations, Needs, activations, check
-from bayesq.suite.session import Session
 
 STATISTICS = [GRADIENT_MOMENT, INPUT_MOMENT]
 POSTERIORS = {
@@ -189,7 +188,7 @@ def test_whitenings_on_disk_are_released_after_an_error(offload, tmp_path):
     cfg = OmegaConf.create({"calibration": {"offload": offload}, "posterior": {}})
     statistics = SimpleNamespace(path=lambda statistic: tmp_path / statistic.name)
     file = None
-    with pytest.raises(KeyError), placed_whitenings(cfg, store, statistics, tmp_path, Session()):
+    with pytest.raises(KeyError), placed_whitenings(cfg, store, statistics, tmp_path, []):
         if offload == "memory":
             store.use_disk(tmp_path)  # as a run does whose whitenings exceed the memory
         file = store._file
