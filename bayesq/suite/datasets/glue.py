@@ -16,7 +16,7 @@ from bayesq.metrics import METRICS, Metric
 from bayesq.suite.datasets.base import DataSplits, Examples, shuffled, stratified
 from bayesq.suite.datasets.parquet_files import listed, of_split, read_parquet
 from bayesq.suite.errors import UserError
-from bayesq.suite.hub import MAIN, hub_files, tell_commit
+from bayesq.suite.hub import hub_files
 from bayesq.suite.tasks import TEXT_CLASSIFICATION, TEXT_REGRESSION
 
 log = logging.getLogger(__name__)
@@ -192,9 +192,8 @@ class Glue:
             return f"dataset.root={root}", root, {"origin": f"GLUE {self.task} in {root}"}
         where = f"dataset.hub={self.hub}"
         remedy = "give dataset.root=DIR with the TSV or parquet files"
-        files = hub_files(self.hub, [f"{self.task}/*.parquet"], self.revision or MAIN, where, remedy)
-        tell_commit(where, self.revision, files.commit, "dataset.revision")
-        return where, files.folder, {"origin": f"GLUE {self.task} in {self.hub} on the hub", "revision": files.commit}
+        folder = hub_files(self.hub, [f"{self.task}/*.parquet"], self.revision, where, remedy)
+        return where, folder, {"origin": f"GLUE {self.task} in {self.hub} on the hub", "revision": folder.name}
 
     def _table(self, split: str, root: Path, where: str) -> _Table:
         """The rows of a split: train, or dev with one of the endings of the task.

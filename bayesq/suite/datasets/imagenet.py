@@ -15,7 +15,7 @@ from bayesq.suite.datasets.parquet_files import listed, of_split, shards
 from bayesq.suite.datasets.parquet_photos import ParquetPhotos
 from bayesq.suite.datasets.photo_tree import PhotoTree
 from bayesq.suite.errors import UserError
-from bayesq.suite.hub import hub_files, tell_commit
+from bayesq.suite.hub import hub_files
 
 Photos = PhotoTree | ParquetPhotos
 SPLITS = ("train", "val", "test")  # beginnings of the names of parquet files
@@ -130,11 +130,10 @@ class ImageNet:
         where = f"dataset.hub={hub}"
         instead = "take files of your own with dataset.root=DIR dataset.hub=null"
         patterns = {"train_files": self.train_files, "val_files": self.val_files}
-        there = hub_files(hub, [pattern for pattern in patterns.values() if pattern], self.revision, where, instead)
-        tell_commit(where, self.revision, there.commit, "dataset.revision")
-        source, files = {"origin": hub, "revision": there.commit}, []
+        folder = hub_files(hub, [pattern for pattern in patterns.values() if pattern], self.revision, where, instead)
+        source, files = {"origin": hub, "revision": folder.name}, []
         for key, pattern in patterns.items():
-            files.append(self._matching(there.folder, pattern, f"dataset.{key}={pattern}") if pattern else [])
+            files.append(self._matching(folder, pattern, f"dataset.{key}={pattern}") if pattern else [])
             source[key] = " ".join(file.name for file in files[-1])
         return *_opened(files, where), source
 

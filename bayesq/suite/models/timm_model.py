@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from bayesq.batches import EncodedExamples
 from bayesq.suite.datasets.base import DataSplits, Examples
 from bayesq.suite.errors import UserError
-from bayesq.suite.hub import hub_file, tell_commit
+from bayesq.suite.hub import hub_file
 from bayesq.suite.models.base import Network, initialised
 from bayesq.suite.models.checkpoint import checkpoint_sha256, load_weights, read_checkpoint
 from bayesq.suite.models.photos import FILTERS, PhotoEncoder, ScaledImages
@@ -128,15 +128,11 @@ class TimmModel:
             )
         repository, _, _ = published.hf_hub_id.partition("@")
         file = published.hf_hub_filename or WEIGHTS_FILE
-        key = f"model={name}: {repository}"
-        asked = key if self.revision is None else f"{key} at model.revision={self.revision}"
-        files = hub_file(repository, file, self.revision, asked, instead)
-        tell_commit(key, self.revision, files.commit, "model.revision")
+        commit = hub_file(repository, file, self.revision, f"model={name}: {repository}", instead).name
         # given the commit, timm finds the file in the cache and does not ask the hub again
-        module = self._create(
-            published, pretrained=True, pretrained_cfg_overlay={"hf_hub_id": f"{repository}@{files.commit}"}
-        )
-        return module, {"fp_source": repository, "revision": files.commit}
+        overlay = {"hf_hub_id": f"{repository}@{commit}"}
+        module = self._create(published, pretrained=True, pretrained_cfg_overlay=overlay)
+        return module, {"fp_source": repository, "revision": commit}
 
 
 def _unfuse(module: nn.Module) -> None:
