@@ -31,13 +31,7 @@ MAX_SHIFT = 1
 class SmallResNet:
     """A narrow timm ResNet of basic blocks with batch normalisation and a stem of three 3x3 convolutions.
 
-    Attributes:
-        depths: blocks in each of the four stages.
-        channels: width of each stage; the stem is as wide as the first.
-        image_size: images are scaled to this height and width in pixels; the network divides both by 32 in total.
-        epochs: passes over the train split.
-        training_seed: seed of initial weights, order and augmentation; the run's own `seed` does not affect the
-            full-precision network.
+    Attributes: the keys of conf/model/resnet.yaml, which explains them.
     """
 
     depths: Sequence[int]
