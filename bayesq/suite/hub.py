@@ -6,7 +6,6 @@ No code of a repository is executed. HF_HUB_OFFLINE, HF_ENDPOINT, HF_TOKEN and H
 import logging
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -25,21 +24,10 @@ NOT_CACHED = "and the files are not in its cache here"
 COMMIT = re.compile("[0-9a-f]{40}")
 
 
-@dataclass(frozen=True)
-class HubFiles:
-    """Files of one commit of a repository.
+def hub_file(repository: str, file: str, revision: str | None, key: str, instead: str) -> Path:
+    """Folder of one commit of a model repository that holds `file`; a cached file needs no connection.
 
-    Attributes:
-        folder: contains the files under their names in the repository.
-        commit: full hash, also if a branch or tag was requested.
-    """
-
-    folder: Path
-    commit: str
-
-
-def hub_file(repository: str, file: str, revision: str | None, key: str, instead: str) -> HubFiles:
-    """One file of a model repository; a cached file needs no connection.
+    The folder's name is the commit. If a branch or tag was requested, the commit is logged.
 
     Args:
         repository: `organisation/name`.
@@ -55,17 +43,17 @@ def hub_file(repository: str, file: str, revision: str | None, key: str, instead
 
     path = try_to_load_from_cache(repository, file, revision=revision or MAIN)
     if not isinstance(path, str):
+        asked = key if revision is None else f"{key} at model.revision={revision}"
         if absence := _absence():
-            raise _refusal(key, f"{absence}, {NOT_CACHED}", instead)
-        path = from_hub(key, instead, partial(hf_hub_download, repository, file, revision=revision))
-    folder = Path(path)
-    for _ in Path(file).parts:
-        folder = folder.parent
-    return HubFiles(folder, folder.name)
+            raise _refusal(asked, f"{absence}, {NOT_CACHED}", instead)
+        path = from_hub(asked, instead, partial(hf_hub_download, repository, file, revision=revision))
+    folder = Path(path).parents[len(Path(file).parts) - 1]
+    tell_commit(key, revision, folder.name, "model.revision")
+    return folder
 
 
-def hub_files(repository: str, patterns: list[str], revision: str, key: str, instead: str) -> HubFiles:
-    """The files of a data set repository that match `patterns`; with HF_HUB_OFFLINE=1, only cached files.
+def hub_files(repository: str, patterns: list[str], revision: str | None, key: str, instead: str) -> Path:
+    """Like `hub_file`, for the files of a data set repository; with HF_HUB_OFFLINE=1, only cached files.
 
     Args:
         patterns: fnmatch patterns of names in the repository.
@@ -79,18 +67,13 @@ def hub_files(repository: str, patterns: list[str], revision: str, key: str, ins
     offline = constants.HF_HUB_OFFLINE
     if not offline:
         instead = f"{instead}, or set HF_HUB_OFFLINE=1 to use what is cached"
-    load = partial(
-        snapshot_download,
-        repository,
-        repo_type="dataset",
-        revision=revision,
-        allow_patterns=patterns,
-        local_files_only=offline,
-    )
-    if not offline and (absence := _absence()):
-        raise _refusal(key, absence, instead)
+        if absence := _absence():
+            raise _refusal(key, absence, instead)
+    options = {"repo_type": "dataset", "revision": revision or MAIN, "allow_patterns": patterns}
+    load = partial(snapshot_download, repository, local_files_only=offline, **options)
     folder = Path(from_hub(key, instead, load, online=not offline))
-    return HubFiles(folder, folder.name)
+    tell_commit(key, revision, folder.name, "dataset.revision")
+    return folder
 
 
 def reachable() -> bool:

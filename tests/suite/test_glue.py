@@ -15,7 +15,6 @@ from glue_files import ROWS, write_parquet, write_tsv
 from bayesq.metrics import ACCURACY
 from bayesq.suite.datasets.glue import TASKS, Glue
 from bayesq.suite.errors import UserError
-from bayesq.suite.hub import HubFiles
 from bayesq.suite.tasks import TEXT_CLASSIFICATION, TEXT_REGRESSION
 
 
@@ -318,13 +317,17 @@ def test_missing_files_name_both_layouts_and_the_hub(tmp_path):
 def hub(tmp_path, monkeypatch):
     """Stands for the hub's cache: a folder of parquet files, and what was asked of it."""
     asked = []
+    folder = tmp_path / ("ab" * 20)
+    folder.mkdir()
 
-    def hub_files(repository, patterns, revision, key, instead):
-        asked.append((repository, patterns, revision, key, instead))
-        return HubFiles(tmp_path, "ab" * 20)
+    def snapshot_download(repository, *, repo_type, revision, allow_patterns, local_files_only):
+        assert repo_type == "dataset" and not local_files_only
+        asked.append((repository, allow_patterns, revision))
+        return str(folder)
 
-    monkeypatch.setattr("bayesq.suite.datasets.glue.hub_files", hub_files)
-    return tmp_path, asked
+    monkeypatch.setattr("bayesq.suite.hub._absence", lambda: None)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    return folder, asked
 
 
 def test_the_hub_gives_parquet_files(hub, caplog):
@@ -332,13 +335,12 @@ def test_the_hub_gives_parquet_files(hub, caplog):
     write_parquet(root, "mnli")
     with caplog.at_level("INFO"):
         data = load(None, "mnli")
-    ((repository, patterns, revision, key, instead),) = asked
-    assert (repository, patterns, revision) == ("nyu-mll/glue", ["mnli/*.parquet"], "main")
-    assert key == "dataset.hub=nyu-mll/glue" and "dataset.root=DIR" in instead
+    assert asked == [("nyu-mll/glue", ["mnli/*.parquet"], "main")]
     assert data.evaluation.labels.tolist() == [label for split in DEV["mnli"] for *_, label in ROWS("mnli", split)]
     assert data.source["revision"] == "ab" * 20 and len(data.source["sha256"].split(", ")) == 3
     assert data.source["origin"] == "GLUE mnli in nyu-mll/glue on the hub"
-    assert f"dataset.revision={'ab' * 20} stays with it" in caplog.text
+    told = f"dataset.hub=nyu-mll/glue is at commit {'ab' * 20} of main; dataset.revision={'ab' * 20} stays with it"
+    assert told in caplog.text
     load(None, "mnli", revision="abc")
     assert asked[1][2] == "abc"
 

@@ -21,7 +21,6 @@ from bayesq.suite.datasets.imagenet import ImageNet, wnids
 from bayesq.suite.datasets.parquet_files import of_split, shards
 from bayesq.suite.datasets.parquet_photos import ParquetPhotos
 from bayesq.suite.errors import UserError
-from bayesq.suite.hub import HubFiles
 
 
 def message(caught: pytest.ExceptionInfo[UserError]) -> str:
@@ -198,7 +197,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "validation-00001-of-00002",
     ):
         write(tmp_path / "data" / f"{name}.parquet", images(0))
-    monkeypatch.setattr(imagenet, "hub_files", lambda *_: HubFiles(tmp_path, "0" * 40))
+    monkeypatch.setattr(imagenet, "hub_files", lambda *_: tmp_path)
     return tmp_path
 
 

@@ -25,12 +25,9 @@ class Cifar10:
 
     There is no train split: the CIFAR networks bring their weights, and no image may both train and calibrate.
 
-    Attributes:
-        root: folder with train.parquet and test.parquet, or with all of train-00000-of-00002.parquet and so on
-            (columns `image`, a struct with the encoded image under `bytes`, and `label`).
-        limit: number of evaluation images; None: all.
-        subset: which images `limit` leaves: `stratified` (every class keeps its share) or the `first` rows.
-        split_seed: draws the stratified subset.
+    Columns of the files: `image`, a struct with the encoded image under `bytes`, and `label`.
+
+    Attributes: the keys of conf/dataset/cifar10.yaml, which explains them.
     """
 
     root: str
@@ -39,7 +36,6 @@ class Cifar10:
     split_seed: int = 0
 
     def __post_init__(self) -> None:
-        """Refuse an unknown subset."""
         if self.subset not in SUBSETS:
             raise UserError(f"dataset.subset={self.subset}: choose one of {', '.join(SUBSETS)}")
 

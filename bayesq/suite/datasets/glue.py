@@ -16,7 +16,7 @@ from bayesq.metrics import METRICS, Metric
 from bayesq.suite.datasets.base import DataSplits, Examples, shuffled, stratified
 from bayesq.suite.datasets.parquet_files import listed, of_split, read_parquet
 from bayesq.suite.errors import UserError
-from bayesq.suite.hub import MAIN, hub_files, tell_commit
+from bayesq.suite.hub import hub_files
 from bayesq.suite.tasks import TEXT_CLASSIFICATION, TEXT_REGRESSION
 
 log = logging.getLogger(__name__)
@@ -49,33 +49,18 @@ class Task:
 
 SENTENCE = ("sentence", "label")
 PAIR = ("sentence1", "sentence2", "label")
+MRPC = ("#1 String", "#2 String", "Quality")
+QQP = (("question1", "question2", "is_duplicate"), ("question1", "question2", "label"))
+MNLI = (("sentence1", "sentence2", "gold_label"), ("premise", "hypothesis", "label"), PAIR)
+COLA = ("source", "label", "mark", "sentence")  # the columns of its published files, which have no header line
 ENTAILMENT = ("entailment", "not_entailment")
 TASKS = {
-    "cola": Task(
-        "CoLA",
-        (SENTENCE,),
-        ("unacceptable", "acceptable"),
-        ("matthews",),
-        headerless=("source", "label", "mark", "sentence"),
-    ),
+    "cola": Task("CoLA", (SENTENCE,), ("unacceptable", "acceptable"), ("matthews",), headerless=COLA),
     "sst2": Task("SST-2", (SENTENCE,), ("negative", "positive")),
-    "mrpc": Task(
-        "MRPC", (("#1 String", "#2 String", "Quality"), PAIR), ("not_equivalent", "equivalent"), ("accuracy", "f1")
-    ),
-    "qqp": Task(
-        "QQP",
-        (("question1", "question2", "is_duplicate"), ("question1", "question2", "label")),
-        ("not_duplicate", "duplicate"),
-        ("accuracy", "f1"),
-        incomplete=True,
-    ),
+    "mrpc": Task("MRPC", (MRPC, PAIR), ("not_equivalent", "equivalent"), ("accuracy", "f1")),
+    "qqp": Task("QQP", QQP, ("not_duplicate", "duplicate"), ("accuracy", "f1"), incomplete=True),
     "stsb": Task("STS-B", (("sentence1", "sentence2", "score"), PAIR), (), ("pearson", "spearman")),
-    "mnli": Task(
-        "MNLI",
-        (("sentence1", "sentence2", "gold_label"), ("premise", "hypothesis", "label"), PAIR),
-        ("entailment", "neutral", "contradiction"),
-        dev=("_matched", "_mismatched"),
-    ),
+    "mnli": Task("MNLI", MNLI, ("entailment", "neutral", "contradiction"), dev=("_matched", "_mismatched")),
     "qnli": Task("QNLI", (("question", "sentence", "label"),), ENTAILMENT),
     "rte": Task("RTE", (PAIR,), ENTAILMENT),
     "wnli": Task("WNLI", (PAIR,), ("not_entailment", "entailment")),
@@ -99,17 +84,11 @@ class Glue:
     The pool is drawn from the training examples; a model that fits a head here trains on the others. A checkpoint that
     was fine-tuned elsewhere has trained on the pool also, so the pool stands for unlabelled training text.
 
-    Attributes:
-        root: folder that holds the tasks' folders (SST-2/ or sst2/, ...) with train.tsv and dev.tsv, or with parquet
-            files (train.parquet or train-*.parquet, and validation). TSV files come first; their quotation marks are
-            part of the text, as in the published files. None: the hub.
-        task: one of TASKS.
-        split_seed: seed that draws the calibration pool and the evaluation examples of `limit`.
-        calibration_pool: number of training examples calibration sets are drawn from; at most half of them, so that
-            small tasks (WNLI has 635) need no number of their own.
-        limit: number of evaluation examples, each class in proportion; None: all.
-        hub: id of the data set on the hub, with a configuration per task; read when root is None.
-        revision: of the hub's data set, a commit or a tag; None: the newest.
+    A task's folder holds train.tsv and dev.tsv, or parquet files (train.parquet or train-*.parquet, and validation).
+    TSV files come first; their quotation marks are part of the text, as in the published files. The pool has at most
+    half of the training examples, so that small tasks (WNLI has 635) need no number of their own.
+
+    Attributes: the keys of conf/dataset/glue.yaml, which explains them.
     """
 
     root: str | None
@@ -121,7 +100,6 @@ class Glue:
     revision: str | None = None
 
     def __post_init__(self) -> None:
-        """Refuse an unknown task."""
         if self.task not in TASKS:
             raise UserError(f"dataset.task={self.task}: choose one of {', '.join(TASKS)}")
 
@@ -192,16 +170,11 @@ class Glue:
             return f"dataset.root={root}", root, {"origin": f"GLUE {self.task} in {root}"}
         where = f"dataset.hub={self.hub}"
         remedy = "give dataset.root=DIR with the TSV or parquet files"
-        files = hub_files(self.hub, [f"{self.task}/*.parquet"], self.revision or MAIN, where, remedy)
-        tell_commit(where, self.revision, files.commit, "dataset.revision")
-        return where, files.folder, {"origin": f"GLUE {self.task} in {self.hub} on the hub", "revision": files.commit}
+        folder = hub_files(self.hub, [f"{self.task}/*.parquet"], self.revision, where, remedy)
+        return where, folder, {"origin": f"GLUE {self.task} in {self.hub} on the hub", "revision": folder.name}
 
     def _table(self, split: str, root: Path, where: str) -> _Table:
-        """The rows of a split: train, or dev with one of the endings of the task.
-
-        Raises:
-            UserError: the split has no file, or its file cannot be read.
-        """
+        """The rows of a split: train, or dev with one of the endings of the task."""
         on_hub = split.replace("dev", "validation")
         for folder in (root / self._task.folder, root / self.task):
             for stem in (split, on_hub):
@@ -248,11 +221,7 @@ class Glue:
         return _Table(f"{where}: {files[0].parent.name}/{files[0].name}", header, rows, files)
 
     def _examples(self, split: str, table: _Table) -> tuple[Examples, list[Path], int]:
-        """The rows as examples with ids <split>/<row from 0>, the files, and the number of incomplete rows left out.
-
-        Raises:
-            UserError: no known layout, a bad row, or no rows.
-        """
+        """The rows as examples with ids <split>/<row from 0>, the files, and the number of incomplete rows left out."""
         layout = max(self._task.layouts, key=lambda columns: sum(name in table.header for name in columns))
         if missing := [name for name in layout if name not in table.header]:
             raise UserError(f"{table.where} has no column '{missing[0]}'")
@@ -294,10 +263,6 @@ class Glue:
 
 
 def _score(cell: Any) -> float | None:
-    """A score within SCORES; None outside.
-
-    Raises:
-        TypeError, ValueError: the cell holds no number.
-    """
+    """A score within SCORES; None outside."""
     score = float(cell)
     return score if SCORES[0] <= score <= SCORES[1] else None

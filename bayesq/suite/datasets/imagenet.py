@@ -15,7 +15,7 @@ from bayesq.suite.datasets.parquet_files import listed, of_split, shards
 from bayesq.suite.datasets.parquet_photos import ParquetPhotos
 from bayesq.suite.datasets.photo_tree import PhotoTree
 from bayesq.suite.errors import UserError
-from bayesq.suite.hub import hub_files, tell_commit
+from bayesq.suite.hub import hub_files
 
 Photos = PhotoTree | ParquetPhotos
 SPLITS = ("train", "val", "test")  # beginnings of the names of parquet files
@@ -32,19 +32,11 @@ class ImageNet:
 
     DataSplits.train is empty: these networks bring their weights.
 
-    Attributes:
-        root: folder with val/<wnid>/<photo> and perhaps train/<wnid>/<photo> (see PhotoTree), or with train*.parquet
-            and val*.parquet, in the folder itself or in its folder data; if no file there begins with train, val or
-            test, all files hold evaluation photos. Files that state their number (`-of-00014`) must all be there, and
-            the names of a split's files must differ in a number only.
-        split_seed: order of the evaluation photos of a tree, and the draw of `limit`.
-        calibration_pool: number of photos calibration sets are drawn from.
-        seed: the run's seed, which draws the pool.
-        limit: number of evaluation photos, every class keeping its share; None: all.
-        hub: data set repository on the hub that holds such parquet files, in place of `root`.
-        revision: its commit, tag or branch.
-        train_files: pattern of the training files to fetch from there; None: calibrate on validation photos.
-        val_files: pattern of the validation files to fetch from there.
+    `root` holds a tree of photos (see PhotoTree), or train*.parquet and val*.parquet, in the folder itself or in its
+    folder data; if no file there begins with train, val or test, all files hold evaluation photos. Files that state
+    their number (`-of-00014`) must all be there, and the names of a split's files must differ in a number only.
+
+    Attributes: the keys of conf/dataset/imagenet.yaml, which explains them.
     """
 
     root: str | None
@@ -58,7 +50,6 @@ class ImageNet:
     val_files: str = "data/validation-*.parquet"
 
     def __post_init__(self) -> None:
-        """Refuse two origins, or none."""
         if (self.root is None) == (self.hub is None):
             raise UserError("dataset=imagenet needs either dataset.root=DIR or dataset.hub=REPOSITORY")
 
@@ -130,23 +121,20 @@ class ImageNet:
         where = f"dataset.hub={hub}"
         instead = "take files of your own with dataset.root=DIR dataset.hub=null"
         patterns = {"train_files": self.train_files, "val_files": self.val_files}
-        there = hub_files(hub, [pattern for pattern in patterns.values() if pattern], self.revision, where, instead)
-        tell_commit(where, self.revision, there.commit, "dataset.revision")
-        source, files = {"origin": hub, "revision": there.commit}, []
+        folder = hub_files(hub, [pattern for pattern in patterns.values() if pattern], self.revision, where, instead)
+        source, files = {"origin": hub, "revision": folder.name}, []
         for key, pattern in patterns.items():
-            files.append(self._matching(there.folder, pattern, f"dataset.{key}={pattern}") if pattern else [])
+            files.append(self._matching(folder, pattern, f"dataset.{key}={pattern}") if pattern else [])
             source[key] = " ".join(file.name for file in files[-1])
         return *_opened(files, where), source
 
     def _matching(self, folder: Path, pattern: str, where: str) -> list[Path]:
-        """The files in `folder` that match the pattern.
+        """The files in `folder` that match the pattern; UserError if one is missing (a cache may hold a part only)."""
 
-        Raises:
-            UserError: there are none, or the hub's cache holds a part only and is read offline.
-        """
-        files = shards(
-            listed(folder, pattern), where, lambda file: fnmatch(file.relative_to(folder).as_posix(), pattern)
-        )
+        def wanted(file: Path) -> bool:
+            return fnmatch(file.relative_to(folder).as_posix(), pattern)
+
+        files = shards(listed(folder, pattern), where, wanted)
         if not files:
             raise UserError(f"{where}: {self.hub} at {self.revision} has no such file")
         return files

@@ -6,8 +6,9 @@ infinite. The result file holds the sha256 of the checkpoint, to compare with th
 """
 
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +17,26 @@ from bayesq.files import file_sha256
 from bayesq.suite.config import one_line
 from bayesq.suite.errors import UserError
 
+Module = TypeVar("Module", bound=nn.Module)
+T = TypeVar("T")
+
 SAFETENSORS, PYTORCH = (".safetensors",), (".pt", ".pth", ".th", ".bin")
 # Training scripts store the weights under these keys. DataParallel adds the prefix to their names.
 WRAPPERS = ("state_dict", "model")
 PREFIX = "module."
+
+
+def from_checkpoint(make: Callable[[], Module], checkpoint: str, network: str) -> tuple[Module, dict[str, object]]:
+    """The module from `make` with the weights of a file, and their origin for the result file.
+
+    Raises:
+        UserError: as `read_checkpoint` and `load_weights`.
+    """
+    path = Path(checkpoint)
+    weights = read_checkpoint(path)
+    module = make()
+    load_weights(module, weights, path, network)
+    return module, {"fp_source": str(path), "checkpoint_sha256": checkpoint_sha256(path)}
 
 
 def read_checkpoint(path: Path) -> dict[str, Tensor]:
@@ -105,3 +122,11 @@ def load_weights(module: nn.Module, weights: Mapping[str, Tensor], checkpoint: P
             f"model.checkpoint={checkpoint}: these are not the weights of {network} "
             f"({one_line(str(error).partition(':')[2])[:300]})"
         ) from error
+
+
+def reading(what: str, load: Callable[[], T]) -> T:
+    """The result of `load()`; any error becomes a UserError of one line (a damaged file raises many kinds)."""
+    try:
+        return load()
+    except Exception as error:
+        raise UserError(f"{what}: cannot be read ({one_line(str(error))[:300]})") from error

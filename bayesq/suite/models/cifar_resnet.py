@@ -5,6 +5,7 @@ Layer names and shortcuts are those of the published checkpoints of akamaster/py
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from bayesq.batches import EncodedExamples, TensorExamples
 from bayesq.suite.datasets.base import DataSplits, Examples
 from bayesq.suite.errors import UserError
 from bayesq.suite.models.base import Network, initialised
-from bayesq.suite.models.checkpoint import checkpoint_sha256, load_weights, read_checkpoint
+from bayesq.suite.models.checkpoint import from_checkpoint
 
 CLASSES = 10
 WIDTHS = (16, 32, 64)
@@ -74,19 +75,21 @@ def _stage(in_channels: int, out_channels: int, blocks: int, stride: int) -> nn.
     return nn.Sequential(first, *(BasicBlock(out_channels, out_channels, 1) for _ in range(blocks - 1)))
 
 
+@dataclass(frozen=True)
 class CifarResNet:
     """A CIFAR ResNet with the weights of a checkpoint; nothing is trained here.
 
-    Args:
+    Attributes:
         depth: number of layers with weights, 6 n + 2, such as 20 or 56.
         checkpoint: path of a file that `read_checkpoint` can read.
     """
 
-    def __init__(self, depth: int, checkpoint: str) -> None:
-        if depth < 8 or (depth - 2) % 6:
-            raise UserError(f"model.depth={depth} is not possible: choose 6 n + 2, such as 20 or 56")
-        self.depth = depth
-        self.checkpoint = Path(checkpoint)
+    depth: int
+    checkpoint: str
+
+    def __post_init__(self) -> None:
+        if self.depth < 8 or (self.depth - 2) % 6:
+            raise UserError(f"model.depth={self.depth} is not possible: choose 6 n + 2, such as 20 or 56")
 
     def build(self, data: DataSplits, cache_dir: Path) -> Network:
         """The network with the checkpoint's weights; `cache_dir` is not used.
@@ -102,16 +105,13 @@ class CifarResNet:
             return TensorExamples({"x": (_images(name, examples, data) - mean) / std}, examples.labels)
 
         _images(name, data.evaluation, data)
-        state = read_checkpoint(self.checkpoint)
-        module = self.bare({})
-        load_weights(module, state, self.checkpoint, name)
+        module, origin = from_checkpoint(lambda: self.bare({}), self.checkpoint, name)
         return Network(
             module=module,
             encode=encode,
             description={
                 "architecture": f"CIFAR ResNet-{self.depth}, option-A shortcuts",
-                "fp_source": str(self.checkpoint),
-                "checkpoint_sha256": checkpoint_sha256(self.checkpoint),
+                **origin,
                 "mean": list(MEAN),
                 "std": list(STD),
                 "image_size": IMAGE_SIZE,

@@ -6,6 +6,7 @@ With a checkpoint, the network is a fine-tuned BertForSequenceClassification wit
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,11 +16,10 @@ from tqdm import tqdm
 
 from bayesq.batches import EncodedExamples
 from bayesq.progress import elapsed
-from bayesq.suite.config import one_line
 from bayesq.suite.datasets.base import DataSplits, Examples
 from bayesq.suite.errors import UserError
 from bayesq.suite.models.base import Network, fit_once, initialised
-from bayesq.suite.models.checkpoint import checkpoint_sha256, load_weights
+from bayesq.suite.models.checkpoint import checkpoint_sha256, load_weights, reading
 from bayesq.suite.models.packages import WeightPackage
 from bayesq.suite.models.text import SequenceClassifier, config_of, label_order, texts_of, token_examples
 from bayesq.suite.tasks import TEXT_REGRESSION
@@ -63,20 +63,22 @@ class SentenceClassifier(nn.Module):
         return logits
 
 
+@dataclass(frozen=True)
 class MiniLM:
     """MiniLM-L6 with a head fitted by logistic regression on the train split, or from a fine-tuned checkpoint.
 
-    Args:
+    Attributes:
         max_length: sentences (or pairs) are truncated to this number of tokens, special tokens included.
         checkpoint: folder with config.json and model.safetensors of a fine-tuned BertForSequenceClassification, with
             or without the embedding tables; None: the head is fitted.
     """
 
-    def __init__(self, max_length: int, checkpoint: str | None = None) -> None:
-        if not 8 <= max_length <= MAX_POSITIONS:
-            raise UserError(f"model.max_length={max_length} is not possible: choose 8 to {MAX_POSITIONS} tokens")
-        self.max_length = max_length
-        self.checkpoint = None if checkpoint is None else Path(checkpoint)
+    max_length: int
+    checkpoint: str | None = None
+
+    def __post_init__(self) -> None:
+        if not 8 <= self.max_length <= MAX_POSITIONS:
+            raise UserError(f"model.max_length={self.max_length} is not possible: choose 8 to {MAX_POSITIONS} tokens")
 
     def build(self, data: DataSplits, cache_dir: Path) -> Network:
         """The classifier for `data`. Fitting the head takes one pass over the train split; the head is cached.
@@ -87,7 +89,7 @@ class MiniLM:
         """
         folder = package_folder()
         if self.checkpoint is not None:
-            return self._fine_tuned(self.checkpoint, folder, data)
+            return self._fine_tuned(Path(self.checkpoint), folder, data)
         if data.task == TEXT_REGRESSION:
             raise UserError("model=minilm fits a head for classes, not for scores: add model.checkpoint=DIR")
         module = SentenceClassifier(_load_encoder(folder), nn.utils.skip_init(nn.Linear, 384, data.num_classes)).eval()
@@ -133,7 +135,8 @@ class MiniLM:
 
     def _fine_tuned(self, checkpoint: Path, folder: Path, data: DataSplits) -> Network:
         """The network of a checkpoint, with the tokenizer and missing embedding tables of the package in `folder`."""
-        model, names = _load_fine_tuned(checkpoint, folder, data.num_classes)
+        model = _load_fine_tuned(checkpoint, folder, data.num_classes)
+        names = [str(name) for _, name in sorted((model.config.id2label or {}).items())]
         order, _ = label_order(names, data.classes, None, "id2label")
         module = SequenceClassifier(model, order).eval()
         return Network(
@@ -200,12 +203,8 @@ def _load_encoder(folder: Path) -> nn.Module:
     return cast(nn.Module, encoder)
 
 
-def _load_fine_tuned(checkpoint: Path, folder: Path, num_classes: int) -> tuple[nn.Module, list[str]]:
-    """A fine-tuned classifier and the names of its classes; missing embedding tables come from `folder`.
-
-    Raises:
-        UserError: a file is missing or unreadable, or the weights do not fit the config or the number of classes.
-    """
+def _load_fine_tuned(checkpoint: Path, folder: Path, num_classes: int) -> Any:
+    """A fine-tuned classifier of the transformers library; missing embedding tables come from `folder`."""
     from safetensors.torch import load_file
     from transformers import BertConfig, BertForSequenceClassification
 
@@ -213,20 +212,16 @@ def _load_fine_tuned(checkpoint: Path, folder: Path, num_classes: int) -> tuple[
     for name in ("config.json", "model.safetensors"):
         if not (checkpoint / name).is_file():
             raise UserError(f"{where}: needs a folder with config.json and model.safetensors, and has no {name}")
-    try:
-        config = BertConfig.from_pretrained(
-            checkpoint, local_files_only=True, attn_implementation="eager", num_labels=num_classes
-        )
-        weights = load_file(checkpoint / "model.safetensors")
-        model = initialised(lambda: BertForSequenceClassification(config))
-    except Exception as error:  # a damaged file can raise errors of several packages
-        raise UserError(f"{where}: cannot be read ({one_line(str(error))[:300]})") from error
+    options = {"local_files_only": True, "attn_implementation": "eager", "num_labels": num_classes}
+    config = reading(where, lambda: BertConfig.from_pretrained(checkpoint, **options))
+    weights = reading(where, lambda: load_file(checkpoint / "model.safetensors"))
+    model = reading(where, lambda: initialised(lambda: BertForSequenceClassification(config)))
     for name, weight in load_file(folder / "model.safetensors").items():
         if name.startswith("embeddings.") and name not in UNUSED_WEIGHTS:
             weights.setdefault(f"bert.{name}", weight)
     network = f"a BertForSequenceClassification of {num_classes} classes with the sizes in its config.json"
     load_weights(model, weights, checkpoint, network)
-    return cast(nn.Module, model), [str(name) for _, name in sorted((config.id2label or {}).items())]
+    return model
 
 
 def _fit_head(module: SentenceClassifier, train: EncodedExamples, num_classes: int) -> dict[str, Tensor]:

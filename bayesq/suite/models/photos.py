@@ -10,9 +10,8 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from math import prod
 from typing import TypeVar
 
@@ -52,9 +51,9 @@ class ImageExamples(ABC):
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
+    @cached_property
     @abstractmethod
-    def _digest(self) -> str:
-        """sha256 hex of everything `batches` yields."""
+    def _checksum(self) -> str: ...
 
     @abstractmethod
     def _images(self, batches: Sequence[Tensor], device: torch.device | str) -> Iterator[Tensor]:
@@ -66,10 +65,6 @@ class ImageExamples(ABC):
     def checksum(self) -> str:
         """sha256 hex of images, labels and preprocessing; computed once."""
         return self._checksum
-
-    @cached_property
-    def _checksum(self) -> str:
-        return self._digest()
 
     def batches(self, batch_size: int, device: torch.device | str) -> Iterator[Batch]:
         """Every image once, in order; the last batch may be smaller.
@@ -93,7 +88,8 @@ class EncodedPhotos(ImageExamples):
 
     pixels: Tensor
 
-    def _digest(self) -> str:
+    @cached_property
+    def _checksum(self) -> str:
         return digest({"pixels": self.pixels, "labels": self.labels}, {"mean": str(self.mean), "std": str(self.std)})
 
     def _images(self, batches: Sequence[Tensor], device: torch.device | str) -> Iterator[Tensor]:
@@ -115,9 +111,10 @@ class StreamedPhotos(ImageExamples):
     decode: Callable[[Photo], Tensor]
     preprocessing: str
 
-    def _digest(self) -> str:
+    @cached_property
+    def _checksum(self) -> str:
         state = hashlib.sha256()
-        for checksum in in_threads(_content, self.photos, "read photos"):
+        for checksum in in_threads(partial(_named, photo_sha256), self.photos, "read photos"):
             state.update(checksum.encode())
         return digest({"labels": self.labels}, {"photos": state.hexdigest(), "preprocessing": self.preprocessing})
 
@@ -141,7 +138,8 @@ class ScaledImages(ImageExamples):
     size: tuple[int, int]
     interpolation: str
 
-    def _digest(self) -> str:
+    @cached_property
+    def _checksum(self) -> str:
         what = {key: str(getattr(self, key)) for key in ("size", "interpolation", "mean", "std")}
         return digest({"images": self.images, "labels": self.labels}, what)
 
@@ -177,17 +175,10 @@ def in_threads(work: Callable[[T], R], items: Sequence[T], step: str) -> Iterato
     yield from tqdm(results, total=len(items), desc=step, unit="", disable=None, leave=False)
 
 
-def _content(photo: Photo) -> str:
-    """sha256 hex of the encoded photo."""
-    with _named(photo):
-        return photo_sha256(photo)
-
-
-@contextmanager
-def _named(photo: Photo) -> Iterator[None]:
-    """Raise a UserError that names the photo if reading or decoding fails."""
+def _named(work: Callable[[Photo], R], photo: Photo) -> R:
+    """`work(photo)`; if reading or decoding fails, a UserError that names the photo."""
     try:
-        yield
+        return work(photo)
     except (OSError, ValueError) as error:
         raise UserError(f"{photo} is not a readable photo: {error}") from error
 
@@ -214,14 +205,9 @@ class PhotoEncoder:
     def description(self) -> dict[str, object]:
         """The preprocessing, as JSON values for the result file."""
         config = self.config
-        return {
-            "image_size": list(config["input_size"][1:]),
-            "crop_pct": config["crop_pct"],
-            "crop_mode": config["crop_mode"],
-            "interpolation": config["interpolation"],
-            "mean": list(config["mean"]),
-            "std": list(config["std"]),
-        }
+        same = {key: config[key] for key in ("crop_pct", "crop_mode", "interpolation")}
+        lists = {key: list(config[key]) for key in ("mean", "std")}
+        return {"image_size": list(config["input_size"][1:]), **same, **lists}
 
     def __call__(self, examples: Examples) -> EncodedExamples:
         """Decode every photo once; sets above DECODED_BYTES are decoded batch by batch, in every pass.
@@ -229,7 +215,11 @@ class PhotoEncoder:
         Raises:
             UserError: the inputs are not photos, or one cannot be decoded (in a large set: when its batch is read).
         """
-        photos = photos_of(self.model, examples)
+        photos = [] if isinstance(examples.inputs, Tensor) else [x for x in examples.inputs if isinstance(x, Photo)]
+        if not photos or len(photos) != len(examples):
+            raise UserError(
+                f"model={self.model} reads photo files, and this data set gives none: choose dataset=imagenet"
+            )
         given = examples.labels, tuple(self.config["mean"]), tuple(self.config["std"])
         if len(photos) * prod(self.config["input_size"]) > DECODED_BYTES:
             preprocessing = json.dumps(self.description, sort_keys=True)
@@ -244,18 +234,4 @@ class PhotoEncoder:
 
     def _pixels(self, photo: Photo) -> Tensor:
         """One photo [3, height, width] uint8."""
-        with _named(photo):
-            return self.crop(decoded(photo.read_bytes()))
-
-
-def photos_of(model: str, examples: Examples) -> Sequence[Photo]:
-    """The inputs, if they are photos.
-
-    Raises:
-        UserError: they are not photos.
-    """
-    inputs = examples.inputs
-    photos = [] if isinstance(inputs, Tensor) else [item for item in inputs if isinstance(item, Photo)]
-    if not photos or len(photos) != len(inputs):
-        raise UserError(f"model={model} reads photo files, and this data set gives none: choose dataset=imagenet")
-    return photos
+        return _named(lambda photo: self.crop(decoded(photo.read_bytes())), photo)

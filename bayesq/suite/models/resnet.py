@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,34 +27,28 @@ WEIGHT_DECAY = 5e-4
 MAX_SHIFT = 1
 
 
+@dataclass(frozen=True)
 class SmallResNet:
     """A narrow timm ResNet of basic blocks with batch normalisation and a stem of three 3x3 convolutions.
 
-    Args:
-        depths: blocks in each of the four stages.
-        channels: width of each stage; the stem is as wide as the first.
-        image_size: images are scaled to this height and width in pixels; the network divides both by 32 in total.
-        epochs: passes over the train split.
-        training_seed: seed of initial weights, order and augmentation; the run's own `seed` does not affect the
-            full-precision network.
+    Attributes: the keys of conf/model/resnet.yaml, which explains them.
     """
 
-    def __init__(
-        self, depths: Sequence[int], channels: Sequence[int], image_size: int, epochs: int, training_seed: int
-    ) -> None:
-        for key, values in {"depths": depths, "channels": channels}.items():
+    depths: Sequence[int]
+    channels: Sequence[int]
+    image_size: int
+    epochs: int
+    training_seed: int
+
+    def __post_init__(self) -> None:
+        for key, values in {"depths": self.depths, "channels": self.channels}.items():
             if len(values) != 4 or min(values) < 1:
                 raise UserError(f"model.{key}={list(values)} must be four positive numbers, one per stage")
-        if channels[0] % 2:
-            raise UserError(f"model.channels={list(channels)} must begin with an even number: the stem halves it")
-        for key, value in {"image_size": image_size, "epochs": epochs}.items():
+        if self.channels[0] % 2:
+            raise UserError(f"model.channels={list(self.channels)} must begin with an even number: the stem halves it")
+        for key, value in {"image_size": self.image_size, "epochs": self.epochs}.items():
             if value < 1:
                 raise UserError(f"model.{key}={value} must be at least 1")
-        self.depths = tuple(depths)
-        self.channels = tuple(channels)
-        self.image_size = image_size
-        self.epochs = epochs
-        self.training_seed = training_seed
 
     def build(self, data: DataSplits, cache_dir: Path) -> Network:
         """The network for `data`, trained on `data.train` once.
@@ -68,8 +63,8 @@ class SmallResNet:
         encode = _Preprocess(mean, std, self.image_size)
         module = self._untrained(train.shape[1], data.num_classes)
         recipe = {
-            "depths": self.depths,
-            "channels": self.channels,
+            "depths": list(self.depths),
+            "channels": list(self.channels),
             "image_size": self.image_size,
             "epochs": self.epochs,
             "training_seed": self.training_seed,
@@ -110,12 +105,12 @@ class SmallResNet:
             torch.default_generator.manual_seed(self.training_seed)
             return ResNet(
                 BasicBlock,  # type: ignore[arg-type]  # timm annotates the instance and means the class
-                self.depths,
+                tuple(self.depths),
                 num_classes=num_classes,
                 in_chans=in_channels,
                 stem_type="deep",
                 stem_width=self.channels[0] // 2,  # timm makes the stem's output twice as wide
-                channels=self.channels,
+                channels=tuple(self.channels),
             )
 
     def _train(self, module: nn.Module, images: Tensor, labels: Tensor, encode: "_Preprocess") -> dict[str, Tensor]:

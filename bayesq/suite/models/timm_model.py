@@ -1,7 +1,9 @@
 """Any image classifier of timm, with published weights or a user's checkpoint."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,39 +12,34 @@ from torch import Tensor, nn
 from bayesq.batches import EncodedExamples
 from bayesq.suite.datasets.base import DataSplits, Examples
 from bayesq.suite.errors import UserError
-from bayesq.suite.hub import hub_file, tell_commit
+from bayesq.suite.hub import hub_file
 from bayesq.suite.models.base import Network, initialised
-from bayesq.suite.models.checkpoint import checkpoint_sha256, load_weights, read_checkpoint
+from bayesq.suite.models.checkpoint import from_checkpoint
 from bayesq.suite.models.photos import FILTERS, PhotoEncoder, ScaledImages
 
 WEIGHTS_FILE = "model.safetensors"
 
 
+@dataclass(frozen=True)
 class TimmModel:
     """An architecture of timm; nothing is trained here.
 
-    Args:
+    Attributes:
         architecture: name in timm, best with a tag: `resnet50.tv_in1k` pins the weights and their preprocessing.
         checkpoint: path of a file that `read_checkpoint` can read; None: the tag's weights from the hub or its cache.
         revision: commit, tag or branch of the weights' hub repository; None: its main branch.
         image_size: height and width of the network's input in pixels; None: the network's own.
     """
 
-    def __init__(
-        self,
-        architecture: str,
-        checkpoint: str | None = None,
-        revision: str | None = None,
-        image_size: int | None = None,
-    ) -> None:
-        if image_size is not None and (not isinstance(image_size, int) or image_size < 1):
-            raise UserError(
-                f"model.image_size={image_size}: needs a whole number of pixels, or null for the model's own"
-            )
-        self.architecture = str(architecture)
-        self.checkpoint = None if checkpoint is None else Path(checkpoint)
-        self.revision = revision
-        self.image_size = image_size
+    architecture: str
+    checkpoint: str | None = None
+    revision: str | None = None
+    image_size: int | None = None
+
+    def __post_init__(self) -> None:
+        size = self.image_size
+        if size is not None and (not isinstance(size, int) or size < 1):
+            raise UserError(f"model.image_size={size}: needs a whole number of pixels, or null for the model's own")
 
     def build(self, data: DataSplits, cache_dir: Path) -> Network:
         """The network with its weights; `cache_dir` is not used (the hub has its own cache).
@@ -54,25 +51,16 @@ class TimmModel:
         if self.checkpoint is None:
             module, origin = self._pretrained(published, data.num_classes)
         else:
-            weights = read_checkpoint(self.checkpoint)
-            module = self._create(published, num_classes=data.num_classes)
             network = f"model={self.architecture} with {data.num_classes} classes"
-            load_weights(module, weights, self.checkpoint, network)
-            origin = {
-                "fp_source": str(self.checkpoint),
-                "checkpoint_sha256": checkpoint_sha256(self.checkpoint),
-            }
+            make = partial(self._create, published, num_classes=data.num_classes)
+            module, origin = from_checkpoint(make, self.checkpoint, network)
         _unfuse(module)
         encode = _Encoder(self.architecture, module, self.image_size)
         encode.check(data.evaluation)
         return Network(
             module=module,
             encode=encode,
-            description={
-                "architecture": f"timm {_full_name(published)}",
-                **origin,
-                **encode.describe(data.evaluation),
-            },
+            description={"architecture": f"timm {_full_name(published)}"} | origin | encode.describe(data.evaluation),
             blueprint={"num_classes": data.num_classes},
         )
 
@@ -113,11 +101,7 @@ class TimmModel:
             ) from error
 
     def _pretrained(self, published: Any, num_classes: int) -> tuple[nn.Module, dict[str, object]]:
-        """The network with published weights, and their origin.
-
-        Raises:
-            UserError: there are no weights, they have other classes, or they cannot be downloaded.
-        """
+        """The network with published weights, and their origin."""
         name, instead = _full_name(published), "give the weights with model.checkpoint=FILE"
         if not published.hf_hub_id:
             raise UserError(f"model={name} has no published weights on the hub: {instead}")
@@ -128,15 +112,11 @@ class TimmModel:
             )
         repository, _, _ = published.hf_hub_id.partition("@")
         file = published.hf_hub_filename or WEIGHTS_FILE
-        key = f"model={name}: {repository}"
-        asked = key if self.revision is None else f"{key} at model.revision={self.revision}"
-        files = hub_file(repository, file, self.revision, asked, instead)
-        tell_commit(key, self.revision, files.commit, "model.revision")
+        commit = hub_file(repository, file, self.revision, f"model={name}: {repository}", instead).name
         # given the commit, timm finds the file in the cache and does not ask the hub again
-        module = self._create(
-            published, pretrained=True, pretrained_cfg_overlay={"hf_hub_id": f"{repository}@{files.commit}"}
-        )
-        return module, {"fp_source": repository, "revision": files.commit}
+        overlay = {"hf_hub_id": f"{repository}@{commit}"}
+        module = self._create(published, pretrained=True, pretrained_cfg_overlay=overlay)
+        return module, {"fp_source": repository, "revision": commit}
 
 
 def _unfuse(module: nn.Module) -> None:

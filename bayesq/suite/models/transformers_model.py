@@ -4,29 +4,26 @@ Weights are read from safetensors only, and code from a checkpoint is never run.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
 
-from bayesq.suite.config import one_line
 from bayesq.suite.datasets.base import DataSplits
 from bayesq.suite.errors import UserError
 from bayesq.suite.hub import MAIN, from_hub, reachable, tell_commit
 from bayesq.suite.models.base import Network, initialised
-from bayesq.suite.models.checkpoint import checkpoint_sha256
+from bayesq.suite.models.checkpoint import checkpoint_sha256, reading
 from bayesq.suite.models.text import SequenceClassifier, config_of, label_order
 from bayesq.suite.models.tokens import Tokens
 from bayesq.suite.tasks import TEXT_REGRESSION
 
 log = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 UNNAMED = "transformers"  # the YAML's default for model.name
 SHORTEST = 8  # tokens: special tokens and a few words
@@ -80,10 +77,11 @@ class Origin:
         return from_hub(self.key, remedy, lambda: kind.from_pretrained(self.place, **options), self.online)
 
 
+@dataclass(frozen=True)
 class TransformersClassifier:
     """A fine-tuned sequence classifier with its tokenizer.
 
-    Args:
+    Attributes:
         max_length: sentences (or pairs) are truncated to this number of tokens, special tokens included.
         source: id on the hub, or folder.
         checkpoint: folder with config.json, *.safetensors and the tokenizer's files; overrides `source` and `hub`.
@@ -94,23 +92,20 @@ class TransformersClassifier:
         hub_label_order: `label_order` by task, for the checkpoints in `hub`.
     """
 
-    def __init__(
-        self,
-        max_length: int,
-        source: str | None = None,
-        checkpoint: str | None = None,
-        revision: str | None = None,
-        label_order: Sequence[str] | None = None,
-        hub: Mapping[str, str] | None = None,
-        hub_label_order: Mapping[str, Sequence[str]] | None = None,
-    ) -> None:
-        if max_length < SHORTEST:
-            raise UserError(f"model.max_length={max_length} is not possible: choose at least {SHORTEST} tokens")
-        if label_order is not None and (isinstance(label_order, str) or not label_order):
-            raise UserError(f"model.label_order={label_order}: needs a list of class names, such as [no,yes], or null")
-        self.max_length, self.source, self.checkpoint, self.revision = max_length, source, checkpoint, revision
-        self.label_order = label_order
-        self.hub, self.hub_label_order = hub or {}, hub_label_order or {}
+    max_length: int
+    source: str | None = None
+    checkpoint: str | None = None
+    revision: str | None = None
+    label_order: Sequence[str] | None = None
+    hub: Mapping[str, str] | None = None
+    hub_label_order: Mapping[str, Sequence[str]] | None = None
+
+    def __post_init__(self) -> None:
+        length, order = self.max_length, self.label_order
+        if length < SHORTEST:
+            raise UserError(f"model.max_length={length} is not possible: choose at least {SHORTEST} tokens")
+        if order is not None and (isinstance(order, str) or not order):
+            raise UserError(f"model.label_order={order}: needs a list of class names, such as [no,yes], or null")
 
     def build(self, data: DataSplits, cache_dir: Path) -> Network:
         """The classifier for `data`; `cache_dir` is not used (the hub has its own cache).
@@ -174,15 +169,16 @@ class TransformersClassifier:
         if self.source is not None:
             local = Path(self.source).is_dir() or self.source.startswith((".", "/", "~")) or self.source.count("/") > 1
             return Origin(f"model.name={self.source}", self.source, local, *settings)
-        if task not in self.hub:
+        hub, orders = self.hub or {}, self.hub_label_order or {}
+        if task not in hub:
             raise UserError(
                 "the model needs a checkpoint that was fine-tuned on this data set: add model.checkpoint=DIR (its YAML "
-                f"names some on the hub for dataset=glue dataset.task={', '.join(self.hub) or '(none)'})"
+                f"names some on the hub for dataset=glue dataset.task={', '.join(hub) or '(none)'})"
             )
-        repository, _, pinned = self.hub[task].partition("@")
+        repository, _, pinned = hub[task].partition("@")
         order, order_key = self.label_order, "model.label_order"
-        if order is None and task in self.hub_label_order:
-            order, order_key = self.hub_label_order[task], f"model.hub_label_order.{task}"
+        if order is None and task in orders:
+            order, order_key = orders[task], f"model.hub_label_order.{task}"
         revision = self.revision or pinned or None
         return Origin(f"model.hub.{task}={repository}", repository, False, revision, order, order_key)
 
@@ -263,15 +259,3 @@ def quiet_transformers() -> Iterator[None]:
         library.set_verbosity(verbosity)
         if bars:
             library.enable_progress_bar()
-
-
-def reading(what: str, load: Callable[[], T]) -> T:
-    """The result of `load()`.
-
-    Raises:
-        UserError: any error of `load`, in one line; a damaged file can raise errors of several packages.
-    """
-    try:
-        return load()
-    except Exception as error:
-        raise UserError(f"{what}: cannot be read ({one_line(str(error))[:300]})") from error
