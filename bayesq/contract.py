@@ -85,7 +85,7 @@ class CountedStatistics:
 
     @classmethod
     def of(cls, load: Callable[[str], Tensor], layer: LayerProblem) -> "CountedStatistics":
-        """Statistics of a layer; what is one already stays as it is."""
+        """The statistics as CountedStatistics, unless they already are."""
         return load if isinstance(load, cls) else cls(load, layer.fallbacks)
 
     def limited(self, readable: frozenset[str], reader: str) -> "CountedStatistics":

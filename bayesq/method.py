@@ -57,8 +57,8 @@ class BayesQ:
         states: of the trellis; read by levels=trellis.
         posterior_noise: design scalar levels for weights drawn from the posterior rather than for its mean. The risk
             of deploying w_hat is 1/2 (mu - w_hat)T P (mu - w_hat) + const, so codes chosen for the mean already
-            minimise the posterior-expected distortion; levels for draws measured worse (README). On a trellis the codes
-            fix the level of each weight, so noise moves no level.
+            minimise the posterior-expected distortion; levels for draws measured worse (bayesq/README.md).
+            On a trellis the codes fix the level of each weight, so noise moves no level.
         rounding: "feedback" or "nearest".
         refits: how often grids are refitted to the rounding targets, and the layers rounded again; 0 keeps each
             row's first affine grid.

@@ -1,9 +1,9 @@
 """The calibration set carried through a network block by block, for statistics behind a prefix that changes.
 
 A network names its blocks: parts that it runs once each, one after the other (bayesq.quant.blocks finds them in most).
-What a block is given is stored for all batches. A pass for the layers inside it then runs that block alone; when layers
-of the next one are asked for, the block turns the stored inputs into its outputs. So a pass costs one block, and the
-memory is that of one block's inputs, never that of the network times the calibration set.
+The inputs of one block are stored for all batches. A pass for the layers inside it then runs that block alone; when
+layers of the next one are asked for, the block turns the stored inputs into its outputs. So a pass costs one block, and
+the memory is that of one block's inputs, never that of the network times the calibration set.
 
 Blocks are carried on only where that is what the network does: one pass over all batches shows that a block is called
 once, leaves its arguments and its buffers alone and gets nothing but outputs and arguments of the block before it, or
@@ -178,7 +178,7 @@ class Walker(Generic[B]):
     def passes(self, group: Sequence[str]) -> Iterator[tuple[B, Callable[[], Any]]]:
         """Every batch with a function that runs at least the layers of `group`, without gradients or with."""
         place = self._place(group)
-        stored, self._stored = self._stored, None  # whoever stops half-way leaves nothing
+        stored, self._stored = self._stored, None  # dropped if the caller stops before the last batch
         if place is None:
             for batch in self.batches():
                 yield batch, partial(self._whole, batch)
@@ -222,7 +222,7 @@ class Walker(Generic[B]):
         return self.module(**batch.inputs)
 
     def _record(self, stored: _Stored[B], batch: B) -> Any:
-        """A pass of the whole network that stores what a block is given; a copy, since it may be overwritten later."""
+        """A pass of the whole network that stores a copy of a block's inputs, which the network may overwrite later."""
         given: list[list[Any]] = []
 
         def store(_: nn.Module, args: Any, kwargs: Any) -> None:

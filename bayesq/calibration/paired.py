@@ -1,7 +1,7 @@
 """Second moments of a layer's inputs in two networks in step: the full-precision one, and the one behind the prefix.
 
-x [g, c] is what the layer is given in full precision and x' what it is given behind the layers that are quantized
-already, at the same example and position.
+x [g, c] is the layer's input in full precision and x' its input behind the layers that are quantized already, at the
+same example and position.
 """
 
 from collections.abc import Callable
