@@ -212,7 +212,7 @@ def _load_fine_tuned(checkpoint: Path, folder: Path, num_classes: int) -> Any:
     for name in ("config.json", "model.safetensors"):
         if not (checkpoint / name).is_file():
             raise UserError(f"{where}: needs a folder with config.json and model.safetensors, and has no {name}")
-    options = {"local_files_only": True, "attn_implementation": "eager", "num_labels": num_classes}
+    options: dict[str, Any] = {"local_files_only": True, "attn_implementation": "eager", "num_labels": num_classes}
     config = reading(where, lambda: BertConfig.from_pretrained(checkpoint, **options))
     weights = reading(where, lambda: load_file(checkpoint / "model.safetensors"))
     model = reading(where, lambda: initialised(lambda: BertForSequenceClassification(config)))
