@@ -12,6 +12,8 @@ import importlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -159,11 +161,8 @@ def changed(config: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str,
     for key, value in settings.items():
         if key not in known:
             raise UserError(f"unknown key '{key}'{suggestion(key, known)}")
-        node = copied
         *parents, last = key.split(".")
-        for parent in parents:
-            node = node[parent]
-        node[last] = value
+        reduce(getitem, parents, copied)[last] = value
     return copied
 
 

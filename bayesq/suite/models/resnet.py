@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,27 +63,22 @@ class SmallResNet:
         mean, std = train.mean(dim=(0, 2, 3)), train.std(dim=(0, 2, 3))
         encode = _Preprocess(mean, std, self.image_size)
         module = self._untrained(train.shape[1], data.num_classes)
+        sizes = {"depths": list(self.depths), "channels": list(self.channels)}
         recipe = {
-            "depths": list(self.depths),
-            "channels": list(self.channels),
-            "image_size": self.image_size,
-            "epochs": self.epochs,
-            "training_seed": self.training_seed,
+            **vars(self),
+            **sizes,
             "train": data.train.checksum(),
             "num_classes": data.num_classes,
             "optimizer": [BATCH_SIZE, PEAK_LEARNING_RATE, MOMENTUM, WEIGHT_DECAY, MAX_SHIFT],
         }
-        module.load_state_dict(
-            fit_once(cache_dir, "resnet", recipe, lambda: self._train(module, train, data.train.labels, encode))
-        )
-        module.eval()
+        fit = partial(self._train, module, train, data.train.labels, encode)
+        module.load_state_dict(fit_once(cache_dir, "resnet", recipe, fit))
         return Network(
-            module=module,
+            module=module.eval(),
             encode=encode,
             description={
                 "architecture": "timm ResNet of BasicBlocks, deep stem",
-                "depths": list(self.depths),
-                "channels": list(self.channels),
+                **sizes,
                 "fp_source": f"trained on the train split, {self.epochs} epochs, seed {self.training_seed}",
                 "mean": mean.tolist(),
                 "std": std.tolist(),

@@ -57,12 +57,8 @@ class TimmModel:
         _unfuse(module)
         encode = _Encoder(self.architecture, module, self.image_size)
         encode.check(data.evaluation)
-        return Network(
-            module=module,
-            encode=encode,
-            description={"architecture": f"timm {_full_name(published)}"} | origin | encode.describe(data.evaluation),
-            blueprint={"num_classes": data.num_classes},
-        )
+        description = {"architecture": f"timm {_full_name(published)}", **origin, **encode.describe(data.evaluation)}
+        return Network(module, encode, description, {"num_classes": data.num_classes})
 
     def bare(self, blueprint: Mapping[str, Any]) -> nn.Module:
         """The network at a random initialisation, in evaluation mode."""
@@ -147,13 +143,9 @@ class _Encoder(PhotoEncoder):
         """The preprocessing of these examples, as JSON values for the result file."""
         if not isinstance(examples.inputs, Tensor):
             return self.description
-        return self.description | {"crop_pct": 1.0, "crop_mode": "none", "interpolation": self._filter}
-
-    @property
-    def _filter(self) -> str:
-        """Interpolation of image tensors."""
-        recorded: str = self.config["interpolation"]
-        return recorded if recorded in FILTERS else FILTERS[-1]
+        recorded = self.config["interpolation"]
+        interpolation = recorded if recorded in FILTERS else FILTERS[-1]
+        return self.description | {"crop_pct": 1.0, "crop_mode": "none", "interpolation": interpolation}
 
     def __call__(self, examples: Examples) -> EncodedExamples:
         """Encoded photos or scaled images; raises as PhotoEncoder does."""
@@ -161,4 +153,5 @@ class _Encoder(PhotoEncoder):
         if not isinstance(examples.inputs, Tensor):
             return super().__call__(examples)
         mean, std, size = (tuple(self.config[key]) for key in ("mean", "std", "input_size"))
-        return ScaledImages(examples.labels, mean, std, examples.inputs, (size[1], size[2]), self._filter)
+        interpolation = str(self.describe(examples)["interpolation"])
+        return ScaledImages(examples.labels, mean, std, examples.inputs, (size[1], size[2]), interpolation)
