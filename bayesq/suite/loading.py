@@ -73,11 +73,7 @@ def load_quantized(
 def base_network(
     packed: Packed, path: Path, settings: Mapping[str, Any], cache_dir: str | None, trusted: Sequence[str] = ()
 ) -> Network:
-    """The full-precision network that was quantized, loaded as the run did.
-
-    Args:
-        packed: what `path` holds.
-        settings, cache_dir, trusted: as of `load_quantized`.
+    """The full-precision network that was quantized, loaded as the run did; arguments as of `load_quantized`.
 
     Raises:
         CorruptFile: the file has no settings, or they describe no network.
@@ -151,11 +147,7 @@ def _config(packed: Packed, path: Path) -> dict[str, Any]:
 
 
 def changed(config: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of `config` with other values under some dotted keys.
-
-    Raises:
-        UserError: there is no such key.
-    """
+    """A copy of `config` with other values under some dotted keys; UserError if there is no such key."""
     copied = deepcopy(dict(config))
     known = flatten(copied)
     for key, value in settings.items():

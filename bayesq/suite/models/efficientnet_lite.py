@@ -31,11 +31,7 @@ SHA256 = {
 
 @dataclass(frozen=True)
 class EfficientNetLite:
-    """EfficientNet-Lite as published; nothing is trained here.
-
-    Attributes:
-        variant: 0, 1 or 2.
-    """
+    """EfficientNet-Lite 0, 1 or 2 (`variant`) as published; nothing is trained here."""
 
     variant: int
 

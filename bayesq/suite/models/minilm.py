@@ -106,17 +106,14 @@ class MiniLM:
             return _fit_head(module, tokenize(data.train), data.num_classes)
 
         module.classifier.load_state_dict(fit_once(cache_dir, "minilm-head", recipe, fit))
-        return Network(
-            module=module,
-            encode=tokenize,
-            description={
-                "architecture": "BertModel, 6 layers, width 384; mean pooling; linear head",
-                "fp_source": f"{PACKAGE} {PACKAGE_VERSION}; head fitted on the train split (C={HEAD_C})",
-                "encoder_sha256": SHA256["model.safetensors"],
-                "max_length": self.max_length,
-            },
-            blueprint={"encoder": config_of(module.encoder), "num_classes": data.num_classes},
-        )
+        description = {
+            "architecture": "BertModel, 6 layers, width 384; mean pooling; linear head",
+            "fp_source": f"{PACKAGE} {PACKAGE_VERSION}; head fitted on the train split (C={HEAD_C})",
+            "encoder_sha256": SHA256["model.safetensors"],
+            "max_length": self.max_length,
+        }
+        blueprint = {"encoder": config_of(module.encoder), "num_classes": data.num_classes}
+        return Network(module, tokenize, description, blueprint)
 
     def bare(self, blueprint: Mapping[str, Any]) -> nn.Module:
         """The network at a random initialisation, in evaluation mode."""
@@ -173,11 +170,7 @@ class _Tokenizer:
 
 
 def package_folder() -> Path:
-    """Folder of the installed encoder, with verified files.
-
-    Raises:
-        UserError: the package is missing, or a file has another checksum.
-    """
+    """Folder of the installed encoder; UserError if the package is missing or altered."""
     package = WeightPackage("minilm", PACKAGE, PACKAGE_VERSION)
     folder = Path(package.load().get_model_path())
     for name, expected in SHA256.items():

@@ -73,20 +73,17 @@ class SmallResNet:
         }
         fit = partial(self._train, module, train, data.train.labels, encode)
         module.load_state_dict(fit_once(cache_dir, "resnet", recipe, fit))
-        return Network(
-            module=module.eval(),
-            encode=encode,
-            description={
-                "architecture": "timm ResNet of BasicBlocks, deep stem",
-                **sizes,
-                "fp_source": f"trained on the train split, {self.epochs} epochs, seed {self.training_seed}",
-                "mean": mean.tolist(),
-                "std": std.tolist(),
-                "image_size": self.image_size,
-                "interpolation": "bilinear",
-            },
-            blueprint={"in_channels": train.shape[1], "num_classes": data.num_classes},
-        )
+        description = {
+            "architecture": "timm ResNet of BasicBlocks, deep stem",
+            **sizes,
+            "fp_source": f"trained on the train split, {self.epochs} epochs, seed {self.training_seed}",
+            "mean": mean.tolist(),
+            "std": std.tolist(),
+            "image_size": self.image_size,
+            "interpolation": "bilinear",
+        }
+        blueprint = {"in_channels": train.shape[1], "num_classes": data.num_classes}
+        return Network(module.eval(), encode, description, blueprint)
 
     def bare(self, blueprint: Mapping[str, Any]) -> nn.Module:
         """The network at its seeded initialisation, in evaluation mode."""
@@ -139,10 +136,7 @@ class SmallResNet:
 
 @contextmanager
 def _single_thread() -> Iterator[None]:
-    """Limit torch to one thread, so that the trained network does not depend on the number of cores.
-
-    More threads change the order of summation, and are not faster for such small layers.
-    """
+    """One thread: the order of summation must not depend on the number of cores. More are not faster here."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -26,9 +26,7 @@ Texts = list[str] | list[tuple[str, str]]
 class SequenceClassifier(nn.Module):
     """A transformers model for sequence classification, with logits in the order of the data set's labels.
 
-    Args:
-        model: called with keyword arguments, returns an object with `logits`.
-        order: for each label of the data set, the index of the model's logit; None: the orders agree.
+    `order` has the index of the model's logit for each label of the data set; None: the orders agree.
     """
 
     def __init__(self, model: nn.Module, order: Sequence[int] | None = None) -> None:
@@ -59,11 +57,7 @@ def config_of(model: nn.Module) -> dict[str, Any]:
 
 
 def texts_of(examples: Examples, model: str) -> Texts:
-    """The sentences (or pairs) of the examples.
-
-    Raises:
-        UserError: the examples are images.
-    """
+    """The sentences (or pairs) of the examples; UserError if these are images."""
     if isinstance(examples.inputs, Tensor) or any(isinstance(item, Photo) for item in examples.inputs):
         raise UserError(f"model={model} reads text, but this data set gives images: choose another model or dataset")
     return cast(Texts, list(examples.inputs))

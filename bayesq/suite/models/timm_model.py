@@ -54,7 +54,6 @@ class TimmModel:
             network = f"model={self.architecture} with {data.num_classes} classes"
             make = partial(self._create, published, num_classes=data.num_classes)
             module, origin = from_checkpoint(make, self.checkpoint, network)
-        _unfuse(module)
         encode = _Encoder(self.architecture, module, self.image_size)
         encode.check(data.evaluation)
         description = {"architecture": f"timm {_full_name(published)}", **origin, **encode.describe(data.evaluation)}
@@ -62,9 +61,7 @@ class TimmModel:
 
     def bare(self, blueprint: Mapping[str, Any]) -> nn.Module:
         """The network at a random initialisation, in evaluation mode."""
-        module = self._create(self._published(), num_classes=blueprint["num_classes"])
-        _unfuse(module)
-        return module
+        return self._create(self._published(), num_classes=blueprint["num_classes"])
 
     def _published(self) -> Any:
         """timm's PretrainedCfg of the architecture; UserError if timm does not know the name or tag."""
@@ -82,19 +79,23 @@ class TimmModel:
         return get_pretrained_cfg(self.architecture)
 
     def _create(self, published: Any, **options: Any) -> nn.Module:
-        """The network in evaluation mode; UserError if it cannot be built for the image size."""
+        """The network in evaluation mode, without fused attention; UserError if the image size does not suit it."""
         import timm
 
         if published.fixed_input_size:  # for position embeddings or windows; other networks take any size
             options["img_size"] = self.image_size
         try:
-            return initialised(lambda: timm.create_model(self.architecture, **options))
+            module = initialised(lambda: timm.create_model(self.architecture, **options))
         except (AssertionError, ValueError, TypeError) as error:
             if self.image_size is None:
                 raise
             raise UserError(
                 f"model.image_size={self.image_size} does not suit model={self.architecture} ({error})"
             ) from error
+        for part in module.modules():
+            if hasattr(part, "fused_attn"):  # its backward pass is not deterministic on every device
+                setattr(part, "fused_attn", False)  # noqa: B010  # mypy wants a tensor or module in an assignment
+        return module
 
     def _pretrained(self, published: Any, num_classes: int) -> tuple[nn.Module, dict[str, object]]:
         """The network with published weights, and their origin."""
@@ -113,13 +114,6 @@ class TimmModel:
         overlay = {"hf_hub_id": f"{repository}@{commit}"}
         module = self._create(published, pretrained=True, pretrained_cfg_overlay=overlay)
         return module, {"fp_source": repository, "revision": commit}
-
-
-def _unfuse(module: nn.Module) -> None:
-    """Turn off fused attention: its backward pass is not deterministic on every device."""
-    for part in module.modules():
-        if hasattr(part, "fused_attn"):
-            setattr(part, "fused_attn", False)  # noqa: B010  # mypy wants a tensor or module in an assignment
 
 
 def _full_name(published: Any) -> str:

@@ -64,11 +64,7 @@ class Origin:
         return not self.local and reachable()
 
     def load(self, kind: Any, **options: Any) -> Any:
-        """`kind.from_pretrained` for a class `kind` of the library; any error becomes a UserError of one line.
-
-        Raises:
-            UserError: a file is unreadable, or the hub does not answer.
-        """
+        """`kind.from_pretrained` for a class `kind` of the library; any error becomes a UserError of one line."""
         options = {"trust_remote_code": False, "local_files_only": not self.online, **options}
         if self.local:
             return reading(self.key, lambda: kind.from_pretrained(self.place, **options))
@@ -128,20 +124,20 @@ class TransformersClassifier:
         encode.fit_to(model)
         module = SequenceClassifier(model, order).eval()
         encode.try_layouts(module, data.calibration_pool)
-        description: dict[str, object] = {
+        if origin.local:
+            version = {"checkpoint_sha256": checkpoint_sha256(Path(origin.place))}
+        else:
+            version = {"revision": getattr(config, "_commit_hash", None) or origin.revision or MAIN}
+            tell_commit(origin.key, origin.revision, version["revision"], "model.revision")
+        description = {
             "architecture": type(model).__name__,
             "fp_source": origin.place,
             "label_order": known_by,
             "unused_weights": unused,
             "max_length": self.max_length,
             "batches": str(encode.layout),
+            **version,
         }
-        if origin.local:
-            description["checkpoint_sha256"] = checkpoint_sha256(Path(origin.place))
-        else:
-            commit = getattr(config, "_commit_hash", None) or origin.revision or MAIN
-            tell_commit(origin.key, origin.revision, commit, "model.revision")
-            description["revision"] = commit
         return Network(module, encode, description, {"classifier": config_of(model), "order": module.order})
 
     def bare(self, blueprint: Mapping[str, Any]) -> nn.Module:
