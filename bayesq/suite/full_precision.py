@@ -28,12 +28,7 @@ def cached_logits(
     cache_dir: Path,
     autocast: str | None = None,
 ) -> tuple[Tensor, int]:
-    """`bayesq.evaluation.logits` of a network, read from the cache if they are there.
-
-    Args:
-        identity: of the network, as `Network.identity`.
-        cache_dir: root of the caches.
-    """
+    """`bayesq.evaluation.logits` of a network, from the cache if they are there; `identity` is `Network.identity`."""
     content = {
         "format": FORMAT,
         "torch": torch.__version__,

@@ -53,11 +53,9 @@ def hub_file(repository: str, file: str, revision: str | None, key: str, instead
 
 
 def hub_files(repository: str, patterns: list[str], revision: str | None, key: str, instead: str) -> Path:
-    """Like `hub_file`, for the files of a data set repository; with HF_HUB_OFFLINE=1, only cached files.
+    """Like `hub_file`, for the files of a data set repository whose names match one of the fnmatch `patterns`.
 
-    Args:
-        patterns: fnmatch patterns of names in the repository.
-        repository, revision, key, instead: see `hub_file`.
+    With HF_HUB_OFFLINE=1, only cached files are read.
 
     Raises:
         UserError: the hub cannot be reached, refuses access, or has no such repository or revision.
@@ -82,16 +80,9 @@ def reachable() -> bool:
 
 
 def from_hub(key: str, instead: str, load: Callable[[], T], online: bool = True) -> T:
-    """Call `load()` and turn any failure into a UserError of one line.
+    """Call `load()` and turn any failure into a UserError of one line; `key` and `instead` as of `hub_file`.
 
-    Args:
-        key: the requested key and value, as typed.
-        instead: what the user can do without the hub.
-        load: reads the hub, or only the libraries' cache if the hub is not reachable.
-        online: whether the hub is `reachable`.
-
-    Raises:
-        UserError: `load()` failed.
+    If the hub is not `online`, `load` reads only the libraries' cache.
     """
     try:
         return load()
@@ -101,14 +92,7 @@ def from_hub(key: str, instead: str, load: Callable[[], T], online: bool = True)
 
 
 def tell_commit(key: str, asked: str | None, commit: str, pin: str) -> None:
-    """Log the commit of a branch or tag, and the key that pins it.
-
-    Args:
-        key: the requested key and value, as typed.
-        asked: the requested revision; if it is the commit, nothing is logged.
-        commit: the loaded commit.
-        pin: the config key of the revision.
-    """
+    """Log the commit of a requested branch or tag, and the config key `pin` that stays with it."""
     if asked != commit and COMMIT.fullmatch(commit):
         log.info(f"{key} is at commit {commit} of {asked or MAIN}; {pin}={commit} stays with it")
 

@@ -12,6 +12,8 @@ import importlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -70,11 +72,7 @@ def load_quantized(
 def base_network(
     packed: Packed, path: Path, settings: Mapping[str, Any], cache_dir: str | None, trusted: Sequence[str] = ()
 ) -> Network:
-    """The full-precision network that was quantized, loaded as the run did.
-
-    Args:
-        packed: what `path` holds.
-        settings, cache_dir, trusted: as of `load_quantized`.
+    """The full-precision network that was quantized, loaded as the run did; arguments as of `load_quantized`.
 
     Raises:
         CorruptFile: the file has no settings, or they describe no network.
@@ -148,21 +146,14 @@ def _config(packed: Packed, path: Path) -> dict[str, Any]:
 
 
 def changed(config: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of `config` with other values under some dotted keys.
-
-    Raises:
-        UserError: there is no such key.
-    """
+    """A copy of `config` with other values under some dotted keys; UserError if there is no such key."""
     copied = deepcopy(dict(config))
     known = flatten(copied)
     for key, value in settings.items():
         if key not in known:
             raise UserError(f"unknown key '{key}'{suggestion(key, known)}")
-        node = copied
         *parents, last = key.split(".")
-        for parent in parents:
-            node = node[parent]
-        node[last] = value
+        reduce(getitem, parents, copied)[last] = value
     return copied
 
 

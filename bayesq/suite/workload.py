@@ -18,9 +18,7 @@ class Workload:
     """Network and data of a run.
 
     Attributes:
-        network: the model with its source; `subject.module` is its module.
-        data: all parts of the data set.
-        subject: the module to quantize and the calibration examples.
+        subject: the network's module, which is quantized, and the calibration examples.
         evaluation: encoded evaluation examples.
         coverage: the share of the network that is quantized.
     """

@@ -149,11 +149,7 @@ def shuffled(count: int, seed: int) -> Tensor:
 
 
 def limited(available: int, limit: int | None) -> int:
-    """Number of evaluation examples that `dataset.limit` leaves of those available; None leaves all.
-
-    Raises:
-        UserError: `limit` is below 1 or exceeds `available`.
-    """
+    """Number of evaluation examples that `dataset.limit` leaves; None: all. UserError if there are not so many."""
     if limit is None:
         return available
     if not 1 <= limit <= available:
@@ -170,11 +166,7 @@ def stratified(labels: Tensor, limit: int | None, seed: int) -> Tensor:
 
     Args:
         labels: [n].
-        limit: the size, from 1 to n (see `limited`); None: all n.
-        seed: of the draw.
-
-    Raises:
-        UserError: `limit` is not possible.
+        limit: the size, from 1 to n (UserError if it is not); None: all n.
     """
     if limit is None:
         return torch.arange(len(labels))
@@ -197,11 +189,7 @@ def stratified(labels: Tensor, limit: int | None, seed: int) -> Tensor:
 class SeededSplits:
     """A data set that comes without splits; a seed draws them.
 
-    Attributes:
-        split_seed: seed of the shuffle that assigns examples to splits.
-        calibration_pool: number of examples calibration sets are drawn from.
-        evaluation: number of evaluation examples; the remaining examples are the train split.
-        limit: evaluate only the first `limit` evaluation examples; no example moves to another split.
+    Attributes: the keys of conf/dataset/digits.yaml, which explains them. `limit` moves no example to another split.
     """
 
     split_seed: int

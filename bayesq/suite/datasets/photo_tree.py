@@ -25,10 +25,7 @@ class PhotoTree:
     An id is <wnid>/<name without suffix>. If two photos of a class differ in the suffix only, the ids of that class
     have the suffix.
 
-    Args:
-        root: folder of the splits.
-        split: name of the folder below.
-        wnids: the classes in the order of their labels.
+    `wnids` are the classes in the order of their labels.
 
     Attributes:
         labels: [n] int64.

@@ -36,8 +36,7 @@ def decoded(content: bytes) -> Image.Image:
 def as_rgb(image: Image.Image) -> Image.Image:
     """An opened photo in mode RGB; 16 bits are cut to the upper 8, as Pillow cuts those of colour images.
 
-    Raises:
-        OSError, ValueError, SyntaxError: it cannot be decoded, or its pixels have no known white.
+    Raises ValueError if its pixels have no known white, and what Pillow raises for a damaged file.
     """
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in SIXTEEN_BITS):
         tags: dict[int, Any] = getattr(image, "tag_v2", {})

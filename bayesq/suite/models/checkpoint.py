@@ -27,11 +27,7 @@ PREFIX = "module."
 
 
 def from_checkpoint(make: Callable[[], Module], checkpoint: str, network: str) -> tuple[Module, dict[str, object]]:
-    """The module from `make` with the weights of a file, and their origin for the result file.
-
-    Raises:
-        UserError: as `read_checkpoint` and `load_weights`.
-    """
+    """The module from `make` with the weights of a file, and their origin; UserError if the file does not fit."""
     path = Path(checkpoint)
     weights = read_checkpoint(path)
     module = make()
@@ -61,7 +57,9 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     for key in WRAPPERS:
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
-    if not isinstance(content, Mapping) or not content or not all(map(_is_weight, content.items())):
+    if not isinstance(content, Mapping) or not content:
+        raise refused
+    if not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()):
         raise refused
     return {name.removeprefix(PREFIX): tensor for name, tensor in content.items()}
 
@@ -69,10 +67,6 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
 def checkpoint_sha256(path: Path) -> str:
     """sha256 hex of a checkpoint file; for a folder, those of its safetensors files in name order."""
     return ", ".join(map(file_sha256, sorted(path.glob("*.safetensors")) if path.is_dir() else [path]))
-
-
-def _is_weight(item: tuple[object, object]) -> bool:
-    return isinstance(item[0], str) and isinstance(item[1], Tensor)
 
 
 def _load(path: Path) -> object:
@@ -95,19 +89,14 @@ def _check_records(path: Path) -> None:
 
     Files saved after torch.serialization.set_crc32_options(False) are refused too: all their checksums are wrong.
     """
-    if not zipfile.is_zipfile(path):
-        return
-    with zipfile.ZipFile(path) as file:
-        if (damaged := file.testzip()) is not None:
-            raise ValueError(f"the checksum of {damaged} is wrong")
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as file:
+            if (damaged := file.testzip()) is not None:
+                raise ValueError(f"the checksum of {damaged} is wrong")
 
 
 def load_weights(module: nn.Module, weights: Mapping[str, Tensor], checkpoint: Path, network: str) -> None:
-    """Load `weights` into `module`; the names must be the same.
-
-    Args:
-        checkpoint: file of the weights, for the message.
-        network: the expected network, for the message.
+    """Load `weights` into `module`; messages name the file `checkpoint` and the expected `network`.
 
     Raises:
         UserError: names or shapes differ, or integers stand for floats; the message lists the differences.

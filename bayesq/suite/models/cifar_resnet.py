@@ -106,17 +106,9 @@ class CifarResNet:
 
         _images(name, data.evaluation, data)
         module, origin = from_checkpoint(lambda: self.bare({}), self.checkpoint, name)
-        return Network(
-            module=module,
-            encode=encode,
-            description={
-                "architecture": f"CIFAR ResNet-{self.depth}, option-A shortcuts",
-                **origin,
-                "mean": list(MEAN),
-                "std": list(STD),
-                "image_size": IMAGE_SIZE,
-            },
-        )
+        architecture = f"CIFAR ResNet-{self.depth}, option-A shortcuts"
+        preprocessing = {"mean": list(MEAN), "std": list(STD), "image_size": IMAGE_SIZE}
+        return Network(module, encode, {"architecture": architecture, **origin, **preprocessing})
 
     def bare(self, blueprint: Mapping[str, Any]) -> nn.Module:
         """The network at a random initialisation, in evaluation mode; `blueprint` is not used."""

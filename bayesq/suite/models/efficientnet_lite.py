@@ -31,19 +31,14 @@ SHA256 = {
 
 @dataclass(frozen=True)
 class EfficientNetLite:
-    """EfficientNet-Lite as published; nothing is trained here.
-
-    Attributes:
-        variant: 0, 1 or 2.
-    """
+    """EfficientNet-Lite 0, 1 or 2 (`variant`) as published; nothing is trained here."""
 
     variant: int
 
     def __post_init__(self) -> None:
         if self.variant not in SHA256:
-            raise UserError(
-                f"model.variant={self.variant} is not possible: choose one of {', '.join(map(str, SHA256))}"
-            )
+            known = ", ".join(map(str, SHA256))
+            raise UserError(f"model.variant={self.variant} is not possible: choose one of {known}")
 
     def build(self, data: DataSplits, cache_dir: Path) -> Network:
         """The network with its published weights; `cache_dir` is not used.
@@ -63,16 +58,8 @@ class EfficientNetLite:
         weights = torch.load(file, map_location="cpu", weights_only=True)
         module.load_state_dict(renamed(weights, module.state_dict()))
         encode = PhotoEncoder(self.name, module)
-        return Network(
-            module=module,
-            encode=encode,
-            description={
-                "architecture": f"timm tf_{self.name}",
-                "fp_source": str(package),
-                "weights_sha256": SHA256[self.variant],
-                **encode.description,
-            },
-        )
+        origin = {"fp_source": str(package), "weights_sha256": SHA256[self.variant]}
+        return Network(module, encode, {"architecture": f"timm tf_{self.name}", **origin, **encode.description})
 
     def bare(self, blueprint: Mapping[str, Any]) -> nn.Module:
         """The network at a random initialisation, in evaluation mode; `blueprint` is not used."""

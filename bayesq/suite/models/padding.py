@@ -8,6 +8,7 @@ over positions, and positions counted from the wrong end.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import cast
 
 import torch
@@ -23,12 +24,10 @@ TOLERANCE = 1e-4
 
 @dataclass
 class _Seen:
-    """Logits and layer inputs of some examples.
+    """Logits [classes] by example; and by layer and example, a pair for each call of the layer.
 
-    Attributes:
-        logits: [classes] by example.
-        inputs: by layer and example, a pair for each call of the layer: the sums [c] of |x| over the example's
-            positions, and over all positions of the call (for an input that the whole batch shares).
+    The pair has the sums [c] of |x| over the example's positions, and over all positions of the call (for an input that
+    the whole batch shares).
     """
 
     logits: dict[int, Tensor] = field(default_factory=dict)
@@ -39,7 +38,6 @@ def find_layout(module: nn.Module, encode: Callable[[Layout], TensorExamples], s
     """The first safe layout: padded on `side`, padded on the other side, of equal length, of one example.
 
     Args:
-        module: in evaluation mode.
         encode: gives the same examples in any layout. Some have equal length, and some do not.
         side: the tokenizer's side of padding.
 
@@ -122,11 +120,11 @@ def _recorder(
     seen: _Seen, name: str, batch: Batch
 ) -> Callable[[nn.Module, tuple[Tensor, ...], dict[str, Tensor]], None]:
     def record(layer: nn.Module, arguments: tuple[Tensor, ...], keywords: dict[str, Tensor]) -> None:
-        own_layer, x = cast(Layer, layer), arguments[0] if arguments else next(iter(keywords.values()))
-        examples = len(batch.index)
-        shared = input_samples(own_layer, x, 1).abs().double().sum((0, 2)).flatten()
+        x = arguments[0] if arguments else next(iter(keywords.values()))
+        sampled, examples = partial(input_samples, cast(Layer, layer), x), len(batch.index)
+        shared = sampled(1).abs().double().sum((0, 2)).flatten()
         try:
-            samples, _ = mask_samples(input_samples(own_layer, x, examples), batch.inputs.get(MASK))
+            samples, _ = mask_samples(sampled(examples), batch.inputs.get(MASK))
             sums_by_example = list(samples.abs().double().sum(2).flatten(1))
         except RuntimeError:  # its size is not a multiple of the batch size
             sums_by_example = [torch.full_like(shared, torch.nan)] * examples

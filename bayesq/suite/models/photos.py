@@ -186,10 +186,8 @@ def _named(work: Callable[[Photo], R], photo: Photo) -> R:
 class PhotoEncoder:
     """Decodes, resizes and crops photos as a timm network expects them.
 
-    Args:
-        model: the network's name on the command line, for messages.
-        module: a timm network; its `pretrained_cfg` holds size, crop, interpolation, mean and std.
-        image_size: height and width in pixels; None: the network's own.
+    The `pretrained_cfg` of `module` holds size, crop, interpolation, mean and std; `image_size` in pixels replaces the
+    size. Messages name the network by `model`.
     """
 
     def __init__(self, model: str, module: nn.Module, image_size: int | None = None) -> None:

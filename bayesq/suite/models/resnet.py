@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,35 +63,27 @@ class SmallResNet:
         mean, std = train.mean(dim=(0, 2, 3)), train.std(dim=(0, 2, 3))
         encode = _Preprocess(mean, std, self.image_size)
         module = self._untrained(train.shape[1], data.num_classes)
+        sizes = {"depths": list(self.depths), "channels": list(self.channels)}
         recipe = {
-            "depths": list(self.depths),
-            "channels": list(self.channels),
-            "image_size": self.image_size,
-            "epochs": self.epochs,
-            "training_seed": self.training_seed,
+            **vars(self),
+            **sizes,
             "train": data.train.checksum(),
             "num_classes": data.num_classes,
             "optimizer": [BATCH_SIZE, PEAK_LEARNING_RATE, MOMENTUM, WEIGHT_DECAY, MAX_SHIFT],
         }
-        module.load_state_dict(
-            fit_once(cache_dir, "resnet", recipe, lambda: self._train(module, train, data.train.labels, encode))
-        )
-        module.eval()
-        return Network(
-            module=module,
-            encode=encode,
-            description={
-                "architecture": "timm ResNet of BasicBlocks, deep stem",
-                "depths": list(self.depths),
-                "channels": list(self.channels),
-                "fp_source": f"trained on the train split, {self.epochs} epochs, seed {self.training_seed}",
-                "mean": mean.tolist(),
-                "std": std.tolist(),
-                "image_size": self.image_size,
-                "interpolation": "bilinear",
-            },
-            blueprint={"in_channels": train.shape[1], "num_classes": data.num_classes},
-        )
+        fit = partial(self._train, module, train, data.train.labels, encode)
+        module.load_state_dict(fit_once(cache_dir, "resnet", recipe, fit))
+        description = {
+            "architecture": "timm ResNet of BasicBlocks, deep stem",
+            **sizes,
+            "fp_source": f"trained on the train split, {self.epochs} epochs, seed {self.training_seed}",
+            "mean": mean.tolist(),
+            "std": std.tolist(),
+            "image_size": self.image_size,
+            "interpolation": "bilinear",
+        }
+        blueprint = {"in_channels": train.shape[1], "num_classes": data.num_classes}
+        return Network(module.eval(), encode, description, blueprint)
 
     def bare(self, blueprint: Mapping[str, Any]) -> nn.Module:
         """The network at its seeded initialisation, in evaluation mode."""
@@ -143,10 +136,7 @@ class SmallResNet:
 
 @contextmanager
 def _single_thread() -> Iterator[None]:
-    """Limit torch to one thread, so that the trained network does not depend on the number of cores.
-
-    More threads change the order of summation, and are not faster for such small layers.
-    """
+    """One thread: the order of summation must not depend on the number of cores. More are not faster here."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

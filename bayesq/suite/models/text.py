@@ -5,7 +5,6 @@ import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from bayesq.batches import Layout, TensorExamples
 from bayesq.quant.layers import MASK
-from bayesq.suite.datasets.base import Examples
+from bayesq.suite.datasets.base import Examples, Photo
 from bayesq.suite.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -27,9 +26,7 @@ Texts = list[str] | list[tuple[str, str]]
 class SequenceClassifier(nn.Module):
     """A transformers model for sequence classification, with logits in the order of the data set's labels.
 
-    Args:
-        model: called with keyword arguments, returns an object with `logits`.
-        order: for each label of the data set, the index of the model's logit; None: the orders agree.
+    `order` has the index of the model's logit for each label of the data set; None: the orders agree.
     """
 
     def __init__(self, model: nn.Module, order: Sequence[int] | None = None) -> None:
@@ -60,15 +57,10 @@ def config_of(model: nn.Module) -> dict[str, Any]:
 
 
 def texts_of(examples: Examples, model: str) -> Texts:
-    """The sentences (or pairs) of the examples.
-
-    Raises:
-        UserError: the examples are images.
-    """
-    texts = [] if isinstance(examples.inputs, Tensor) else list(examples.inputs)
-    if isinstance(examples.inputs, Tensor) or any(isinstance(text, Path) for text in texts):
+    """The sentences (or pairs) of the examples; UserError if these are images."""
+    if isinstance(examples.inputs, Tensor) or any(isinstance(item, Photo) for item in examples.inputs):
         raise UserError(f"model={model} reads text, but this data set gives images: choose another model or dataset")
-    return cast(Texts, texts)
+    return cast(Texts, list(examples.inputs))
 
 
 def token_examples(
@@ -115,21 +107,21 @@ def label_order(
         UserError: `given` does not name the data set's classes.
     """
     if given is not None:
-        order = _positions(given, classes)
+        order, known_by = _positions(given, classes), key
         if order is None:
             known = f"the data set's classes {', '.join(classes)}" if classes else "nothing: its labels have no names"
             raise UserError(f"{key}=[{','.join(map(str, given))}]: needs, in the order of the logits, {known}")
-        return _unless_identity(order), key
-    if not classes:
+    elif not classes:
         return None, "the labels have no names"
-    order = _positions(names, classes)
+    else:
+        order, known_by = _positions(names, classes), "names in the checkpoint"
     if order is None:
         if not all(re.fullmatch(r"LABEL_\d+", name) for name in names):  # the library's default names
             log.warning(
                 f"logits named {', '.join(names)} are taken for {', '.join(classes)}; {key}=[...] tells another order"
             )
         return None, "the data set's order, because the checkpoint's label names are not its classes"
-    return _unless_identity(order), "names in the checkpoint"
+    return None if order == sorted(order) else order, known_by
 
 
 def _positions(names: Sequence[str], classes: Sequence[str]) -> list[int] | None:
@@ -139,7 +131,3 @@ def _positions(names: Sequence[str], classes: Sequence[str]) -> list[int] | None
     if sorted(plain) != sorted(wanted):
         return None
     return [plain.index(name) for name in wanted]
-
-
-def _unless_identity(order: list[int]) -> list[int] | None:
-    return None if order == list(range(len(order))) else order

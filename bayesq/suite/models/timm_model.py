@@ -54,21 +54,14 @@ class TimmModel:
             network = f"model={self.architecture} with {data.num_classes} classes"
             make = partial(self._create, published, num_classes=data.num_classes)
             module, origin = from_checkpoint(make, self.checkpoint, network)
-        _unfuse(module)
         encode = _Encoder(self.architecture, module, self.image_size)
         encode.check(data.evaluation)
-        return Network(
-            module=module,
-            encode=encode,
-            description={"architecture": f"timm {_full_name(published)}"} | origin | encode.describe(data.evaluation),
-            blueprint={"num_classes": data.num_classes},
-        )
+        description = {"architecture": f"timm {_full_name(published)}", **origin, **encode.describe(data.evaluation)}
+        return Network(module, encode, description, {"num_classes": data.num_classes})
 
     def bare(self, blueprint: Mapping[str, Any]) -> nn.Module:
         """The network at a random initialisation, in evaluation mode."""
-        module = self._create(self._published(), num_classes=blueprint["num_classes"])
-        _unfuse(module)
-        return module
+        return self._create(self._published(), num_classes=blueprint["num_classes"])
 
     def _published(self) -> Any:
         """timm's PretrainedCfg of the architecture; UserError if timm does not know the name or tag."""
@@ -86,19 +79,23 @@ class TimmModel:
         return get_pretrained_cfg(self.architecture)
 
     def _create(self, published: Any, **options: Any) -> nn.Module:
-        """The network in evaluation mode; UserError if it cannot be built for the image size."""
+        """The network in evaluation mode, without fused attention; UserError if the image size does not suit it."""
         import timm
 
         if published.fixed_input_size:  # for position embeddings or windows; other networks take any size
             options["img_size"] = self.image_size
         try:
-            return initialised(lambda: timm.create_model(self.architecture, **options))
+            module = initialised(lambda: timm.create_model(self.architecture, **options))
         except (AssertionError, ValueError, TypeError) as error:
             if self.image_size is None:
                 raise
             raise UserError(
                 f"model.image_size={self.image_size} does not suit model={self.architecture} ({error})"
             ) from error
+        for part in module.modules():
+            if hasattr(part, "fused_attn"):  # its backward pass is not deterministic on every device
+                setattr(part, "fused_attn", False)  # noqa: B010  # mypy wants a tensor or module in an assignment
+        return module
 
     def _pretrained(self, published: Any, num_classes: int) -> tuple[nn.Module, dict[str, object]]:
         """The network with published weights, and their origin."""
@@ -117,13 +114,6 @@ class TimmModel:
         overlay = {"hf_hub_id": f"{repository}@{commit}"}
         module = self._create(published, pretrained=True, pretrained_cfg_overlay=overlay)
         return module, {"fp_source": repository, "revision": commit}
-
-
-def _unfuse(module: nn.Module) -> None:
-    """Turn off fused attention: its backward pass is not deterministic on every device."""
-    for part in module.modules():
-        if hasattr(part, "fused_attn"):
-            setattr(part, "fused_attn", False)  # noqa: B010  # mypy wants a tensor or module in an assignment
 
 
 def _full_name(published: Any) -> str:
@@ -147,13 +137,9 @@ class _Encoder(PhotoEncoder):
         """The preprocessing of these examples, as JSON values for the result file."""
         if not isinstance(examples.inputs, Tensor):
             return self.description
-        return self.description | {"crop_pct": 1.0, "crop_mode": "none", "interpolation": self._filter}
-
-    @property
-    def _filter(self) -> str:
-        """Interpolation of image tensors."""
-        recorded: str = self.config["interpolation"]
-        return recorded if recorded in FILTERS else FILTERS[-1]
+        recorded = self.config["interpolation"]
+        interpolation = recorded if recorded in FILTERS else FILTERS[-1]
+        return self.description | {"crop_pct": 1.0, "crop_mode": "none", "interpolation": interpolation}
 
     def __call__(self, examples: Examples) -> EncodedExamples:
         """Encoded photos or scaled images; raises as PhotoEncoder does."""
@@ -161,4 +147,5 @@ class _Encoder(PhotoEncoder):
         if not isinstance(examples.inputs, Tensor):
             return super().__call__(examples)
         mean, std, size = (tuple(self.config[key]) for key in ("mean", "std", "input_size"))
-        return ScaledImages(examples.labels, mean, std, examples.inputs, (size[1], size[2]), self._filter)
+        interpolation = str(self.describe(examples)["interpolation"])
+        return ScaledImages(examples.labels, mean, std, examples.inputs, (size[1], size[2]), interpolation)

@@ -21,12 +21,7 @@ PROBED = 64  # the longest of this many texts tests whether padding is safe
 
 
 class Tokens:
-    """Encodes texts with a tokenizer of the transformers library.
-
-    Args:
-        tokenizer: must have a padding token.
-        max_length: texts (or pairs) are truncated to this number of tokens.
-        key: the model's name, for messages.
+    """Encodes texts (or pairs) as at most `max_length` tokens; messages name the model by `key`.
 
     Raises:
         UserError: the tokenizer has no padding token, or takes fewer than `max_length` tokens.

@@ -64,11 +64,7 @@ class Origin:
         return not self.local and reachable()
 
     def load(self, kind: Any, **options: Any) -> Any:
-        """`kind.from_pretrained` for a class `kind` of the library; any error becomes a UserError of one line.
-
-        Raises:
-            UserError: a file is unreadable, or the hub does not answer.
-        """
+        """`kind.from_pretrained` for a class `kind` of the library; any error becomes a UserError of one line."""
         options = {"trust_remote_code": False, "local_files_only": not self.online, **options}
         if self.local:
             return reading(self.key, lambda: kind.from_pretrained(self.place, **options))
@@ -81,15 +77,9 @@ class Origin:
 class TransformersClassifier:
     """A fine-tuned sequence classifier with its tokenizer.
 
-    Attributes:
-        max_length: sentences (or pairs) are truncated to this number of tokens, special tokens included.
-        source: id on the hub, or folder.
-        checkpoint: folder with config.json, *.safetensors and the tokenizer's files; overrides `source` and `hub`.
-        revision: commit, tag or branch on the hub; None: the revision in `hub`, else the main branch.
-        label_order: the data set's class names in the order of the checkpoint's logits; None: by the names in the
-            checkpoint's config if they match, else the data set's order.
-        hub: ids on the hub by task, for models with one checkpoint per task; ID@REVISION pins a revision.
-        hub_label_order: `label_order` by task, for the checkpoints in `hub`.
+    Attributes: the keys of conf/model/transformers.yaml and bert_base.yaml, which explain them. `checkpoint` overrides
+    `source`, and both override `hub`. Without a `label_order`, the names in the checkpoint's config give the order of
+    the logits; if they are not the data set's classes, the orders count as equal.
     """
 
     max_length: int
@@ -116,7 +106,7 @@ class TransformersClassifier:
         """
         origin = self._origin(data.subset)
         if origin.local:
-            check_folder(origin)
+            _check_folder(origin)
 
         from transformers import AutoConfig
 
@@ -134,20 +124,20 @@ class TransformersClassifier:
         encode.fit_to(model)
         module = SequenceClassifier(model, order).eval()
         encode.try_layouts(module, data.calibration_pool)
-        description: dict[str, object] = {
+        if origin.local:
+            version = {"checkpoint_sha256": checkpoint_sha256(Path(origin.place))}
+        else:
+            version = {"revision": getattr(config, "_commit_hash", None) or origin.revision or MAIN}
+            tell_commit(origin.key, origin.revision, version["revision"], "model.revision")
+        description = {
             "architecture": type(model).__name__,
             "fp_source": origin.place,
             "label_order": known_by,
             "unused_weights": unused,
             "max_length": self.max_length,
             "batches": str(encode.layout),
+            **version,
         }
-        if origin.local:
-            description["checkpoint_sha256"] = checkpoint_sha256(Path(origin.place))
-        else:
-            commit = getattr(config, "_commit_hash", None) or origin.revision or MAIN
-            tell_commit(origin.key, origin.revision, commit, "model.revision")
-            description["revision"] = commit
         return Network(module, encode, description, {"classifier": config_of(model), "order": module.order})
 
     def bare(self, blueprint: Mapping[str, Any]) -> nn.Module:
@@ -216,13 +206,10 @@ def _weights(origin: Origin, config: Any) -> tuple[Any, list[str]]:
     return model, unused
 
 
-def check_folder(origin: Origin) -> None:
+def _check_folder(origin: Origin) -> None:
     """Check the files of a local classifier before slow imports.
 
     The headers are checked too, because the library would convert integers to weights without an error.
-
-    Raises:
-        UserError: a file is missing or unreadable, or holds integers in place of weights.
     """
     from safetensors import safe_open
 
