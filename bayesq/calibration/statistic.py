@@ -49,7 +49,7 @@ class Statistic(ABC):
     source: ClassVar[Source]
     requires: ClassVar[tuple["Statistic", ...]] = ()
     alone: ClassVar[bool] = False
-    format: ClassVar[str] = "5"
+    format: ClassVar[str] = "6"
 
     @abstractmethod
     def shape(self, groups: int, rows: int, columns: int) -> tuple[int, ...]:
