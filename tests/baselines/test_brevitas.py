@@ -264,7 +264,7 @@ def test_the_damping_of_qronos_leaves_no_more_error_than_that_of_brevitas(inputs
     """After the first column, ours damps as GPTQ does, 1 % of the mean diagonal; Brevitas by 1e-6 of the eigenvalue."""
     module, full, prefix = inputs_of_resnet20
     logs = []
-    for name in LAYERS[:-1]:  # the linear layer has more columns than samples: there ours leaves a fifth of the error
+    for name in LAYERS[:-1]:  # the linear layer has more columns than samples: there ours leaves much less
         layer, x, behind = module.get_submodule(name), full[name], prefix[name]
         tensor = ours(layer, our_method("qronos", DAMPING, act_order=True), moments(layer, x, behind), bits=3)
         theirs = brevitas_layer(layer, tensor)
@@ -311,8 +311,8 @@ def mean_log_error(module: nn.Module, quantized: nn.Module, images: Tensor) -> f
 def test_resnet56_as_a_whole_is_no_worse_than_with_brevitas(name: str, options: dict[str, float]) -> None:
     """Grids of ours for both; Brevitas damps Qronos with 1e-6 of the largest eigenvalue.
 
-    One flipped code changes all later inputs. Two runs of one algorithm then differ by 1 % in the mean error of the
-    layers, and by 15 % in KL, which therefore has the wider bound.
+    One flipped code changes all later inputs. Two runs of one algorithm then differ little in the mean error of the
+    layers, but much more in KL, which therefore has the wider bound.
     """
     module, pool, test = resnet(56)
     images = pool[:128]

@@ -246,7 +246,7 @@ def check_killed(done: subprocess.CompletedProcess[str], launcher: str, error: s
 )
 def test_a_killed_run_is_reported_and_the_same_command_continues(launcher: str, error: str, stand_in: str) -> None:
     # not below tmp_path: Ray puts sockets there, whose paths may have 107 characters
-    with tempfile.TemporaryDirectory() as short:
+    with tempfile.TemporaryDirectory(dir="/tmp") as short:
         place = {"path": stand_in, "TMPDIR": short}
         check_killed(command(f"hydra/launcher={launcher}", "seed=15,1,2", **place), launcher, error)
         assert command(f"hydra/launcher={launcher}", "seed=1,2", **place).returncode == 0
