@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.loading import finished, read_table, records
-from analysis.methods import is_data_free, setting
+from analysis.methods import DEFAULTS, is_data_free, setting
 from analysis.metrics import Floats, measure
 from analysis.paper import REFERENCE
 from analysis.statistics import (
@@ -25,9 +25,9 @@ from bayesq.suite.results import PREDICTIONS_FILE, settings_of
 
 log = logging.getLogger(__name__)
 
-# Settings that a baseline must share with the runs that are compared with it.
+# Settings that a baseline must share with the runs that are compared with it. Allocator, inputs and correction are free:
+# each method has defaults of its own, and the strongest of what was run counts.
 ALIKE = (
-    "correction",
     "distill",
     "calibration.examples",
     "budget.count",
@@ -35,8 +35,8 @@ ALIKE = (
     "layers.include_embeddings",
 )
 KL = "q/kl_to_fp"
-# The same for comparisons of time, which includes distillation and correction.
-ALIKE_IN_COST = tuple(key for key in ALIKE if key not in ("correction", "distill"))
+# The same for comparisons of time, which includes distillation.
+ALIKE_IN_COST = tuple(key for key in ALIKE if key != "distill")
 # Fewer resamples for KL: it differs in every example, so each resample is slow, and intervals need fewer than p values.
 KL_RESAMPLES = 2_000
 # Largest difference of a metric between predictions.csv and result.json, which was computed from more digits.
@@ -117,7 +117,7 @@ def _is_number(column: pd.Series) -> bool:
 def alike(run: Mapping[str, Any], keys: Sequence[str] = ALIKE) -> tuple[str, ...]:
     """Settings of a run that its baseline must share, as text."""
     settings = settings_of({"config": run["config"], "seed": run["seed"]})
-    return tuple(setting(run, key) if key == "inputs" else str(settings.get(key)) for key in keys)
+    return tuple(setting(run, key) if key in DEFAULTS else str(settings.get(key)) for key in keys)
 
 
 def is_seedless(run: Mapping[str, Any]) -> bool:

@@ -50,7 +50,7 @@ def quantize(
     posterior: str = "kfac",
     allocator: str | None = None,
     inputs: str | None = None,
-    correction: str = "none",
+    correction: str | None = None,
     distill: bool = False,
     likelihood: str = "categorical",
     exclude: Sequence[str] = (),
@@ -72,7 +72,8 @@ def quantize(
         allocator: "uniform" or "knapsack"; None = the method's default.
         inputs: of a layer: those of the "full"-precision network, behind the quantized "prefix", or both, "paired";
             None = the method's default.
-        correction: match activation "moments" or, behind the prefix, their "mean" to full precision; or "none".
+        correction: match activation "moments" or, behind the prefix, their "mean" to full precision; or "none";
+            None = the method's default.
         distill: train scales, levels, biases and norms on the calibration inputs.
         likelihood: of the outputs: "categorical", or "gaussian" for regression heads.
         exclude: patterns (fnmatch) of module names that stay in full precision.
@@ -89,7 +90,7 @@ def quantize(
     _check(module, bits, batch_size, exclude)
     _one_of("posterior", posterior, choices("posterior"))
     _one_of("likelihood", likelihood, tuple(LIKELIHOODS))
-    _one_of("correction", correction, KEPT)
+    _one_of("correction", "none" if correction is None else correction, KEPT)
     hook = module.register_forward_hook(_logits)
     try:
         recipe = _recipe(bits, method, posterior, allocator, inputs, correction, distill, batch_size, seed, switches)
@@ -187,7 +188,7 @@ def _recipe(
     posterior: str,
     allocator: str | None,
     inputs: str | None,
-    correction: str,
+    correction: str | None,
     distill: bool,
     batch_size: int,
     seed: int,
@@ -214,7 +215,7 @@ def _recipe(
         ),
         budget=Budget(float(bits), "code"),
         whitenings=store,
-        correction=correction,
+        correction=content.get("correction", "none") if correction is None else correction,
         distillation=Distillation(
             DistillationSettings(options["steps"], options["evaluations"], options["held_out"]),
             options["samples"],

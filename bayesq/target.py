@@ -9,7 +9,9 @@ Where a bias or a norm takes up the mean of the layer's outputs, M and C are tho
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -18,6 +20,8 @@ from bayesq.calibration.paired import PairedMoments, PairedSums
 
 # Candidates of lambda as multiples of M's mean diagonal; infinity keeps W.
 LAMBDAS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, math.inf)
+# The search begins at this one. Each candidate takes a factorization, the most expensive part of a wide layer.
+FIRST_LAMBDA = LAMBDAS.index(0.1)
 # Rows are scaled within these bounds; a variance beyond them is an estimate from few samples.
 ROW_FACTOR = (0.5, 2.0)
 
@@ -48,19 +52,36 @@ def choose_target(weight: Tensor, sums: PairedSums, centred: bool) -> Target:
     w = weight.double()
     fitted, held_out = sums.split(centred)
     cross = w @ held_out.cross
-    best, least = math.inf, math.inf
-    for penalty in reversed(LAMBDAS):
-        t = ridge(w, fitted, penalty)
-        error = float(((t @ held_out.prefix - 2 * cross) * t).sum())
-        if error < least:
-            best, least = penalty, error
+
+    @cache
+    def error(k: int) -> float:
+        t = ridge(w, fitted, LAMBDAS[k])
+        return float(((t @ held_out.prefix - 2 * cross) * t).sum())
+
+    best = LAMBDAS[_local_minimum(error, len(LAMBDAS), FIRST_LAMBDA)]
     t = ridge(w, sums.moments(centred), best)
+    if t is w:
+        best = math.inf
     change = float((t - w).norm() / w.norm().clamp(min=torch.finfo(w.dtype).tiny))
     return Target(t.to(weight.dtype), best, change)
 
 
+def _local_minimum(error: Callable[[int], float], count: int, start: int) -> int:
+    """The place in 0 .. count - 1 at which the way down from `start` ends, or the last place if that is no worse."""
+    k = start
+    while True:
+        low = min((k, *(j for j in (k - 1, k + 1) if 0 <= j < count)), key=error)
+        if low == k:
+            return k if error(k) < error(count - 1) else count - 1
+        k = low
+
+
 def ridge(weight: Tensor, moments: PairedMoments, penalty: float) -> Tensor:
-    """(W C + lambda W)(M + lambda I)^-1 [g, r, c], lambda = penalty * mean diag M; W for infinite lambda or M = 0."""
+    """(W C + lambda W)(M + lambda I)^-1 [g, r, c], lambda = penalty * mean diag M.
+
+    It is W for infinite lambda, for M = 0, and where rounding errors leave M + lambda I indefinite: inputs that hardly
+    vary about a large mean have a centred M with no correct digits.
+    """
     m = moments.prefix
     diagonal = m.diagonal(dim1=-2, dim2=-1)
     size = penalty * diagonal.mean(-1)
@@ -69,7 +90,8 @@ def ridge(weight: Tensor, moments: PairedMoments, penalty: float) -> Tensor:
     damped = m.clone()
     damped.diagonal(dim1=-2, dim2=-1).add_(size[:, None])
     right = weight @ moments.cross + size[:, None, None] * weight
-    return torch.cholesky_solve(right.mT, torch.linalg.cholesky(damped)).mT
+    factor, failed = torch.linalg.cholesky_ex(damped)
+    return weight if bool(failed.any()) else torch.cholesky_solve(right.mT, factor).mT
 
 
 def output_variance(weight: Tensor, centred_moment: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ def glue_table(runs: pd.DataFrame) -> Table:
     """GLUE scores times 100: for a task the mean of its metrics, GLUE is the mean over the tasks that were run.
 
     Every cell is a mean over the seeds of its task. `delta` is to full precision on the same tasks, `Δ GPTQ` to the
-    GPTQ of highest score on the tasks that both have, with the same correction, distillation and calibration size.
+    GPTQ of highest score on the tasks that both have, with the same distillation and calibration size.
 
     Raises:
         ValueError: no run is of a GLUE task.
@@ -121,7 +121,7 @@ def _caption(table: pd.DataFrame, tasks: pd.DataFrame, ran: Sequence[str], done:
         f"deviation over n = {counted(tasks['n'])} seeds. GLUE is the mean over the {len(ran)} of {len(GLUE_TASKS)} "
         "tasks that were run (a row that misses one of them has the mean of the others), FP the same of the "
         f"full-precision models. Δ {name}: points over the {name} of highest score on the tasks that both have, with "
-        "the same correction, distillation and calibration size; 95 % interval and p from a paired bootstrap over "
+        "the same distillation and calibration size; 95 % interval and p from a paired bootstrap over "
         "examples and seeds within each task (McNemar's test knows no average of metrics; it stands in the main table, "
         f"task by task), p Holm-corrected over {int(table['p'].notna().sum())} tests; an interval is left out where a "
         f"task has no predictions for a seed of both. Bold: better than {name} at 5 %.{settings(done)}"

@@ -100,7 +100,7 @@ def _caption(table: pd.DataFrame, runs: pd.DataFrame, done: pd.DataFrame, seedle
     name, budgets = title(REFERENCE), ", ".join(f"{bits:g}" for bits in sorted(set(done["bits/target"])))
     return (
         f"Methods at {budgets} bits: {population_of_rows(table)}. {of_scores(runs)} Δ {name}: points over the "
-        f"strongest {name} (lowest mean KL at this budget with the same correction, distillation and calibration size; "
+        f"strongest {name} (lowest mean KL at this budget with the same distillation and calibration size; "
         f"named in the last column), with 95 % interval (paired bootstrap over examples and seeds). "
         f"{of_rivals(table, done)}{of_tests(table)} "
         f"Bold: better than {name} at 5 %. {data_free(seedless, 'one run of it')}"

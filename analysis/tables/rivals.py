@@ -17,12 +17,11 @@ from analysis.table import as_ratio, cells_of
 from analysis.tables.rows import ENDS, kl_ratio_to, pick
 
 ALLOCATORS = ("uniform", "knapsack")
-# Settings that name a rival, and those that two compared runs share: of all rivals, and of equal ones.
+# Settings that name a rival, and those that a run shares with its equal rivals.
 NAMED = ("allocator", "inputs", "correction")
-ANY = tuple(key for key in ALIKE if key != "correction")
-EQUAL = (*ALIKE, "inputs")
+EQUAL = (*ALIKE, "inputs", "correction")
 # The columns of each kind of rival, and what notes call it.
-KINDS = {"rival": (ANY, "strongest rival"), "equal_rival": (EQUAL, "equal rival")}
+KINDS = {"rival": (ALIKE, "strongest rival"), "equal_rival": (EQUAL, "equal rival")}
 RIVAL_COLUMNS = {
     f"{kind}{column}": "float64" if column else "object"
     for kind in KINDS
@@ -120,7 +119,7 @@ def _not_run(there: pd.DataFrame, run: Mapping[str, Any], methods: Mapping[str, 
         run: that the rivals are compared with.
     """
     inputs_of_run, correction = setting(run, "inputs"), setting(run, "correction")
-    others = [other for other in records(there) if alike(other, ANY) == alike(run, ANY)]
+    others = [other for other in records(there) if alike(other) == alike(run)]
     ran = {(other["method"], *(setting(other, key) for key in NAMED)) for other in others}
     ran_with_any = {key[:3] for key in ran}
     missing = []

@@ -4,11 +4,12 @@ x [g, c] is the layer's input in full precision and x' its input behind the laye
 same example and position.
 """
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from bayesq.calibration.statistic import Source, Statistic
@@ -34,6 +35,7 @@ class PairedSums:
     full_sum: Tensor | None = None
     prefix_sum: Tensor | None = None
     count: list[int] = field(default_factory=lambda: [0, 0])
+    _all: dict[bool, "PairedMoments"] = field(default_factory=dict)
 
     def add(self, x: Tensor, prefix: Tensor, count: Tensor, first: int) -> None:
         """Add the samples of some examples.
@@ -48,6 +50,7 @@ class PairedSums:
             self.prefix, self.cross = x.new_zeros(2, g, c, c), x.new_zeros(2, g, c, c)
             self.full_sum, self.prefix_sum = x.new_zeros(2, g, c), x.new_zeros(2, g, c)
         assert self.cross is not None and self.full_sum is not None and self.prefix_sum is not None
+        self._all = {}
         for held_out, examples in groupby(range(len(x)), lambda i: is_held_out(first + i)):
             k, indices = int(held_out), list(examples)
             chosen = slice(indices[0], indices[-1] + 1)
@@ -59,28 +62,31 @@ class PairedSums:
             self.count[k] += int(count[chosen].sum())
 
     def moments(self, centred: bool) -> "PairedMoments":
-        """Means over all samples."""
-        return self._moments(centred, lambda sums: sums[0] + sums[1], sum(self.count))
+        """Means over all samples, computed once."""
+        if centred not in self._all:
+            self._all[centred] = self._moments(centred, (0, 1))
+        return self._all[centred]
 
     def split(self, centred: bool) -> tuple["PairedMoments", "PairedMoments"]:
         """Means over the samples that are not held out, and over those that are; without either, both are over all."""
         if 0 in self.count:
             return (self.moments(centred),) * 2
-        fitted, held_out = self.count
-        return (
-            self._moments(centred, lambda sums: sums[0], fitted),
-            self._moments(centred, lambda sums: sums[1], held_out),
-        )
+        return self._moments(centred, (0,)), self._moments(centred, (1,))
 
-    def _moments(self, centred: bool, part: Callable[[Tensor], Tensor], count: int) -> "PairedMoments":
-        """Means of one part in float64 on the CPU; if asked for, about the means over all samples."""
+    def _moments(self, centred: bool, parts: Sequence[int]) -> "PairedMoments":
+        """Means of some parts in float64 on the CPU; if asked for, about the means over all samples."""
         assert self.prefix is not None and self.cross is not None
         assert self.full_sum is not None and self.prefix_sum is not None
-        m, c, a, b = (part(x.double()).cpu() / count for x in (self.prefix, self.cross, self.full_sum, self.prefix_sum))
+        count = sum(self.count[k] for k in parts)
+        m, c, a, b = (
+            torch.stack([x[k] for k in parts]).sum(0, dtype=torch.float64).cpu() / count
+            for x in (self.prefix, self.cross, self.full_sum, self.prefix_sum)
+        )
         full_mean, prefix_mean = (x.double().sum(0).cpu() / sum(self.count) for x in (self.full_sum, self.prefix_sum))
-        if centred:
-            m = m - _outer(b, prefix_mean) - _outer(prefix_mean, b) + _outer(prefix_mean, prefix_mean)
-            c = c - _outer(a, prefix_mean) - _outer(full_mean, b) + _outer(full_mean, prefix_mean)
+        if centred:  # E[(x' - p)(x' - p)T] and E[(x - f)(x' - p)T] of a part with means a and b
+            half = b - prefix_mean / 2
+            _subtract(m, (half, prefix_mean), (prefix_mean, half))
+            _subtract(c, (a, full_mean), (prefix_mean, b - prefix_mean))
         return PairedMoments(m, c, full_mean, prefix_mean)
 
 
@@ -120,5 +126,6 @@ def is_held_out(example: int) -> bool:
     return example // RUN % 4 == 1
 
 
-def _outer(a: Tensor, b: Tensor) -> Tensor:
-    return a[..., :, None] * b[..., None, :]
+def _subtract(matrix: Tensor, left: Sequence[Tensor], right: Sequence[Tensor]) -> None:
+    """matrix [g, c, c] -= sum_k left_k right_kT, in place."""
+    matrix.baddbmm_(torch.stack(tuple(left), -1), torch.stack(tuple(right), -2), alpha=-1)

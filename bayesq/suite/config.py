@@ -107,9 +107,8 @@ def settings_that_matter(config: Mapping[str, Any]) -> dict[str, Any]:
         matter["allocation"] = _canonical_allocation(matter["allocation"])
     if "calibration" in matter:
         matter["calibration"] = {k: v for k, v in matter["calibration"].items() if k != "offload"}
-    sequential = config["method"].get("sequential")
-    if "inputs" not in config and sequential is not None:  # a record of an older version
-        matter["inputs"] = inputs_of("full", sequential)
+    if "inputs" not in config:  # a record of an older version
+        matter["inputs"] = inputs_of("full", config["method"].get("sequential"))
     matter["method"] = {k: v for k, v in config["method"].items() if k not in METHOD_METADATA}
     if "exclude" in matter.get("layers", {}):
         matter["layers"] = {**matter["layers"], "exclude": sorted(set(matter["layers"]["exclude"]))}

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from analysis.methods import default_of
 from bayesq.suite.results import write_csv, write_json
 
 STAGES = ("calibrate", "posterior", "quantize", "distill")
@@ -27,7 +28,8 @@ def config(method: str, bits: float, seed: int, model: str, dataset: str, **chan
         "bits": bits,
         "seed": seed,
         "calibration": {"examples": 256},
-        "correction": "none",
+        **({} if "method__sequential" in changes else {"inputs": default_of(method, "inputs")}),
+        "correction": default_of(method, "correction"),
         "distill": False,
     }
     for name, value in changes.items():

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from analysis.methods import default_of
 from bayesq.suite.results import write_csv, write_json
 
 EXAMPLES = 60
@@ -66,7 +67,8 @@ def add_run(
         "posterior": {"name": "kfac"},
         "ablated": ablation or "full",
         "allocator": "knapsack" if method == "bayesq" else "uniform",
-        "correction": "none",
+        "correction": default_of(method, "correction"),
+        **({} if "sequential" in settings else {"inputs": default_of(method, "inputs")}),
         "bits": bits,
         "seed": seed,
         "calibration": {"examples": examples},
@@ -149,7 +151,7 @@ def result_of(config: dict[str, Any], predictions: list[dict[str, Any]], loss: f
         "method": method,
         "posterior": "kfac" if risky else "none",
         "allocator": config["allocator"],
-        "correction": "none",
+        "correction": config["correction"],
         "seed": config["seed"],
         "primary_metric": "accuracy",
         "bits/target": bits,

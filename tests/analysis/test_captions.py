@@ -60,8 +60,8 @@ def test_a_setting_stands_behind_the_workload_that_has_it(tmp_path: Path) -> Non
 def test_a_setting_stands_behind_the_method_that_has_it(tmp_path: Path) -> None:
     for seed in (0, 1):
         add(tmp_path, "gptq", 3.0, seed, inputs="full", correction="moments")
-        add(tmp_path, "bayesq", 3.0, seed, correction="moments")
-    assert said(load_runs(tmp_path)) == "correction=moments, GPTQ inputs=full."
+        add(tmp_path, "bayesq", 3.0, seed, inputs="full", correction="none")
+    assert said(load_runs(tmp_path)) == "inputs=full, BayesQ correction=none, GPTQ correction=moments."
 
 
 def test_what_a_name_says_is_not_said_again(tmp_path: Path) -> None:

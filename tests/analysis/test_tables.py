@@ -118,7 +118,7 @@ def test_the_main_table_by_hand(runs):
 def add_rivals(folder: Path) -> None:
     """BayesQ with full inputs, some variants of GPTQ, GPTAQ as the strongest, and Qronos without one of the seeds."""
     for seed in (0, 1):
-        add(folder, "bayesq", 3.0, seed, inputs="full")
+        add(folder, "bayesq", 3.0, seed, inputs="full", correction="none")
         add(folder, "gptq", 3.0, seed, inputs="prefix")
         add(folder, "gptq", 3.0, seed, 30, 0.15, inputs="full")
         add(folder, "gptq", 3.0, seed, 30, 0.125, inputs="full", allocator="knapsack")
@@ -249,7 +249,7 @@ def test_the_numbers_of_the_risk_table(tmp_path):
     add(tmp_path, "gptq", 3.0, 0)
     table = risk_table(load_runs(tmp_path))
     numbers = table.numbers.set_index(["runs", "bits"])
-    cell = numbers.loc[("bayesq", 3.0)]
+    cell = numbers.loc[("bayesq inputs=full", 3.0)]
     ratios = [0.05 / 0.10, 0.12 / 0.30, 0.16 / 0.50]
     assert cell["risk/explained"] == pytest.approx(np.mean(ratios))
     assert cell["risk/explained/std"] == pytest.approx(np.std(ratios, ddof=1))
