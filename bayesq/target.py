@@ -50,20 +50,25 @@ def choose_target(weight: Tensor, sums: PairedSums, centred: bool) -> Target:
         centred: a bias or a norm takes up the mean of the outputs.
     """
     w = weight.double()
-    fitted, held_out = sums.split(centred)
-    cross = w @ held_out.cross
-
-    @cache
-    def error(k: int) -> float:
-        t = ridge(w, fitted, LAMBDAS[k])
-        return float(((t @ held_out.prefix - 2 * cross) * t).sum())
-
-    best = LAMBDAS[_local_minimum(error, len(LAMBDAS), FIRST_LAMBDA)]
+    best = _choose_penalty(w, sums, centred)
     t = ridge(w, sums.moments(centred), best)
     if t is w:
         best = math.inf
     change = float((t - w).norm() / w.norm().clamp(min=torch.finfo(w.dtype).tiny))
     return Target(t.to(weight.dtype), best, change)
+
+
+def _choose_penalty(weight: Tensor, sums: PairedSums, centred: bool) -> float:
+    """Of LAMBDAS the one with the least error on the held-out examples, searched from FIRST_LAMBDA downhill."""
+    fitted, held_out = sums.split(centred)
+    cross = weight @ held_out.cross
+
+    @cache
+    def error(k: int) -> float:
+        t = ridge(weight, fitted, LAMBDAS[k])
+        return float(((t @ held_out.prefix - 2 * cross) * t).sum())
+
+    return LAMBDAS[_local_minimum(error, len(LAMBDAS), FIRST_LAMBDA)]
 
 
 def _local_minimum(error: Callable[[int], float], count: int, start: int) -> int:

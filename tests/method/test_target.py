@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from bayesq.calibration.paired import PairedSums
+from bayesq.calibration.paired import PairedSums, is_held_out
 from bayesq.target import LAMBDAS, choose_target, output_variance, ridge, row_factors
 
 ROWS, COLUMNS, EXAMPLES, POSITIONS = 3, 5, 40, 6
@@ -64,18 +64,27 @@ def test_a_systematic_change_is_undone_and_pure_noise_is_not_followed():
     assert float(far.weight.norm()) < 0.5 * float(weight().norm())
 
 
-def test_lambda_is_the_one_with_the_least_error_on_the_held_out_examples():
-    x, prefix = samples(0.8)
+@pytest.mark.parametrize("noise", [0.02, 0.3, 0.8, 2.0, 20.0])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_lambda_is_the_one_with_the_least_error_on_the_held_out_examples(noise, seed):
+    x, prefix = samples(noise, seed=seed)
     sums = sums_of(x, prefix)
     found = choose_target(weight(), sums, centred=True)
     w, fitted = weight().double(), sums.split(True)[0]
-    held = torch.arange(EXAMPLES) % 4 == 3
+    held = torch.tensor([is_held_out(i) for i in range(EXAMPLES)])
     a, b = (
         (part[held] - part.mean((0, 2), keepdim=True)).reshape(-1, COLUMNS).double()
         for part in (x.double(), prefix.double())
     )
     errors = {p: float((a @ w[0].T - b @ ridge(w, fitted, p)[0].T).square().sum()) for p in LAMBDAS}
     assert found.penalty == min(errors, key=errors.__getitem__)
+
+
+def test_inputs_without_correct_digits_keep_the_weights():
+    """A mean of 1e4 leaves no digit of a variance of 1e-6 in float32 sums."""
+    x = 1e4 + 1e-3 * samples(0.0)[0]
+    target = choose_target(weight(), sums_of(x, x), centred=True)
+    assert target.penalty == math.inf and target.change == 0 and torch.equal(target.weight, weight())
 
 
 def test_row_factors_restore_each_outputs_variance():
