@@ -203,6 +203,11 @@ def resolve_cache_dir(cache_dir: str | None) -> Path:
     return Path(chosen).expanduser().absolute()
 
 
+def cache_folder(config: Mapping[str, Any]) -> str:
+    """The cache folder as it was given, or the default one."""
+    return config["cache_dir"] or str(resolve_cache_dir(None))
+
+
 # a full disk, or a folder without permission to write
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 
@@ -217,7 +222,7 @@ def disk_error(error: BaseException, config: Mapping[str, Any]) -> UserError | N
     name = cause.filename2 or cause.filename
     for key, folder in (
         ("results_dir", config["results_dir"]),
-        ("cache_dir", config["cache_dir"] or resolve_cache_dir(None)),
+        ("cache_dir", cache_folder(config)),
     ):
         path = Path(folder).absolute()
         # an error without a file name comes from Hydra, which writes run.log and copies of the configuration
