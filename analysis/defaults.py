@@ -16,7 +16,7 @@ from bayesq.suite.results import settings_of
 AXES = ("model", "dataset", "method")
 # Places of files do not change results, and the task is part of the workload's name.
 NOT_NAMED = ("dataset.root", "dataset.hub", "dataset.task")
-PLACES = (*NOT_NAMED, "model.checkpoint", "model.name")
+PLACES = (*NOT_NAMED, "model.checkpoint", "model.name", "dataset.name")
 # Descriptions of networks and data sets are no settings.
 DESCRIBED = ("model.tasks", "dataset.tasks")
 METADATA = tuple(f"method.{key}" for key in METHOD_METADATA)

@@ -25,6 +25,13 @@ from bayesq.suite.errors import UserError
 WITHOUT_EFFECT = ("results_dir", "cache_dir", "force", "device", "resources", "wandb", "hydra")
 
 
+# keys of other libraries, and what does the same here
+DEAD_ENDS = {
+    "pretrained": "; a network has its published weights, or yours with model.checkpoint=FILE",
+    "num_classes": "; the data set tells the number of classes",
+}
+
+
 def plain(cfg: DictConfig, resolve: bool = False) -> dict[str, Any]:
     """A configuration as plain containers; `resolve` follows interpolations."""
     container = OmegaConf.to_container(cfg, resolve=resolve, throw_on_missing=resolve)
@@ -191,7 +198,8 @@ def check_keys(config: Mapping[str, Any], reference: Mapping[str, Any]) -> None:
             continue
         if below := [name for name in known if name.startswith(f"{key}.")]:
             refuse(key, value, f"'{key}' is a group of keys: {', '.join(below)}")
-        raise UserError(f"unknown key '{key}'{suggestion(key, [*known, *reference])}")
+        hint = DEAD_ENDS.get(key.rpartition(".")[2]) or suggestion(key, [*known, *reference])
+        raise UserError(f"unknown key '{key}'{hint}")
     for key in known:
         if key not in given and not any(name.startswith(f"{key}.") for name in given):
             raise UserError(f"'{key}' is missing: every run needs it, so it cannot be removed")
