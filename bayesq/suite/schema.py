@@ -192,7 +192,7 @@ def _check_pairing(config: Mapping[str, Any]) -> None:
             f"{' or '.join(model['tasks'])}: choose a dataset and a model of one task "
             "(the pairs to start from: model=minilm dataset=movie_snippets, model=resnet dataset=digits, "
             "model=minilm dataset=glue, model=cifar_resnet56 dataset=cifar10, model=efficientnet_lite0 "
-            "dataset=imagenet)"
+            "dataset=imagenet; texts of your own: dataset=csv, photos: dataset=image_folder)"
         )
 
 
