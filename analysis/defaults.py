@@ -8,7 +8,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
-from bayesq.defaults import conf_dir
+from bayesq.defaults import METHOD_METADATA, conf_dir
 from bayesq.suite.composition import CONFIG_NAME
 from bayesq.suite.config import resolved, show
 from bayesq.suite.results import settings_of
@@ -16,9 +16,10 @@ from bayesq.suite.results import settings_of
 AXES = ("model", "dataset", "method")
 # Places of files do not change results, and the task is part of the workload's name.
 NOT_NAMED = ("dataset.root", "dataset.hub", "dataset.task")
-PLACES = (*NOT_NAMED, "model.checkpoint", "model.name")
+PLACES = (*NOT_NAMED, "model.checkpoint", "model.name", "dataset.name")
 # Descriptions of networks and data sets are no settings.
 DESCRIBED = ("model.tasks", "dataset.tasks")
+METADATA = tuple(f"method.{key}" for key in METHOD_METADATA)
 
 
 def command_overrides(run: Mapping[str, Any]) -> list[str]:
@@ -41,10 +42,15 @@ def command_overrides(run: Mapping[str, Any]) -> list[str]:
     return [*(f"{key}={show(value)}" for key, value in chosen.items() if value is not None), f"seed={run['seed']}"]
 
 
-def named_deviations(settings: Mapping[str, Any], keys: Sequence[str]) -> list[str]:
-    """Those of `keys` that are not at the suite's default, as name=value; keys of the method without its prefix."""
-    axes = tuple((axis, str(settings[axis])) for axis in ("method", "posterior") if axis in settings)
-    defaults = _defaults(axes) if keys else {}
+def named_deviations(config: Mapping[str, Any], settings: Mapping[str, Any], keys: Sequence[str]) -> list[str]:
+    """Those of `keys` that are not at the default, as name=value; keys of the method without its prefix.
+
+    Args:
+        config: of a run.
+        settings: `settings_of` it.
+        keys: of `settings`.
+    """
+    defaults = _method_defaults(config, settings) if keys else {}
     return [
         f"{key.removeprefix('method.')}={show(settings[key])}"
         for key in keys
@@ -53,10 +59,10 @@ def named_deviations(settings: Mapping[str, Any], keys: Sequence[str]) -> list[s
 
 
 def deviations(run: Mapping[str, Any]) -> dict[str, str]:
-    """Every setting of a run that differs from the suite's default for its model, data set and method, as typed.
+    """Every setting of a run that differs from the default for its model, data set and method, as typed.
 
-    The axes, budget, seed and places of files are left out. If no YAML file of the suite has the name of the model or
-    data set (`model=timm`), its settings are those in the overrides of the run.
+    The axes, budget, seed and places of files are left out. If no YAML file of the suite has the name of the model,
+    data set or method (`model=timm`, a method of the user's), its settings are those in the overrides of the run.
 
     Args:
         run: a row of `load_runs` with a configuration.
@@ -64,7 +70,7 @@ def deviations(run: Mapping[str, Any]) -> dict[str, str]:
     settings = settings_of({"config": run["config"], "seed": run["seed"]})
     choices = {axis: str(settings[axis]) for axis in (*AXES, "posterior") if axis in settings}
     defaults = {
-        **_defaults(tuple((axis, choices[axis]) for axis in ("method", "posterior") if axis in choices)),
+        **_method_defaults(run["config"], settings),
         **{
             key: value
             for axis in ("model", "dataset")
@@ -72,7 +78,7 @@ def deviations(run: Mapping[str, Any]) -> dict[str, str]:
             if key.startswith(f"{axis}.")
         },
     }
-    strange = [axis for axis in ("model", "dataset") if not (conf_dir() / axis / f"{choices[axis]}.yaml").is_file()]
+    strange = [axis for axis in AXES if not _is_of_the_suite(axis, choices[axis])]
     changed = {}
     for key, value in settings.items():
         skipped = key in (*AXES, "bits", *PLACES, *DESCRIBED) or key.partition(".")[0] in strange
@@ -80,7 +86,7 @@ def deviations(run: Mapping[str, Any]) -> dict[str, str]:
             changed[key] = show(value)
     for override in command_overrides(run) if strange else []:
         key, _, text = override.lstrip("+").partition("=")
-        if key.partition(".")[0] in strange and "." in key and key not in (*PLACES, *DESCRIBED):
+        if key.partition(".")[0] in strange and "." in key and key not in (*PLACES, *DESCRIBED, *METADATA):
             changed[key] = text
     return changed
 
@@ -90,13 +96,31 @@ def switches_nothing(ablation: str) -> bool:
     return _defaults((("ablation", ablation),)) == _defaults(())
 
 
+def _is_of_the_suite(axis: str, name: str) -> bool:
+    return (conf_dir() / axis / f"{name}.yaml").is_file()
+
+
+def _method_defaults(config: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The defaults of a run's method and posterior.
+
+    The YAML file of a method that is not the suite's is recorded with the run. It has the defaults of allocator and
+    inputs; those of the method's own keys are not known.
+    """
+    axes = tuple((axis, str(settings[axis])) for axis in ("method", "posterior") if axis in settings)
+    defaults = _defaults(axes)
+    if _is_of_the_suite("method", str(settings["method"])):
+        return defaults
+    of_file = {key: config["method"].get(key, usual) for key, usual in (("allocator", "uniform"), ("inputs", "full"))}
+    return {key: value for key, value in defaults.items() if not key.startswith("method.")} | of_file
+
+
 @cache
 def _defaults(axes: tuple[tuple[str, str], ...]) -> dict[str, Any]:
     """`settings_of` the suite's YAML files with these choices; unknown choices are ignored.
 
     The name of the posterior is the suite's default; its settings are the defaults of the chosen posterior.
     """
-    choices = [f"{axis}={name}" for axis, name in axes if (conf_dir() / axis / f"{name}.yaml").is_file()]
+    choices = [f"{axis}={name}" for axis, name in axes if _is_of_the_suite(axis, name)]
     choices.append("++dataset.task=null")  # it has no default
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):

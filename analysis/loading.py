@@ -312,7 +312,7 @@ def _name(records: Sequence[dict[str, Any]]) -> None:
         for (_, method), places in by_place.items():
             keys = [key for key in _separating([members[i] for i in places]) if key.split(".")[0] not in WORKLOAD_AXES]
             for i in places:
-                members[i]["variant"] = " ".join([method, *named_deviations(settings[i], keys)])
+                members[i]["variant"] = " ".join([method, *named_deviations(members[i]["config"], settings[i], keys)])
 
 
 def _separating(records: Sequence[Mapping[str, Any]], **same: Any) -> list[str]:

@@ -1,10 +1,13 @@
-"""Where the YAML files of conf/ are, what they say about a choice, and the help for a mistyped name."""
+"""Where the YAML files of conf/ are, what they say about a choice, and the help for a mistyped name or value."""
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from importlib import import_module
+from inspect import signature
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin
 
 import yaml
 
@@ -16,6 +19,7 @@ MIN_BITS, MAX_BITS = 2, 8
 METHOD_METADATA = ("allocator", "inputs", "correction", "sequential", "uses_posterior", "data_free", "display")
 # Keys that describe a choice; its constructor does not take them.
 DESCRIPTIVE = ("name", "tasks", *METHOD_METADATA)
+WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null"}
 
 
 def conf_dir() -> Path:
@@ -49,9 +53,67 @@ def settings(group: str, name: str) -> dict[str, Any]:
 
 
 def construct(content: Mapping[str, Any], **more: Any) -> Any:
-    """The object that a choice's `_target_` names, made with the other keys as arguments."""
+    """The object that a choice's `_target_` names, made with the other keys as arguments.
+
+    Raises:
+        Refused: the class cannot be imported; constructors may raise more.
+    """
     arguments = {key: value for key, value in content.items() if key not in (*DESCRIPTIVE, "_target_")}
-    return resolve_name(content["_target_"])(**arguments, **more)
+    return _class_of(content["_target_"])(**arguments, **more)
+
+
+def _class_of(target: str) -> Any:
+    """The class `package.module.Class`.
+
+    Raises:
+        Refused: there is no such module or class; the message says what to do.
+    """
+    try:
+        return resolve_name(target)
+    except (ImportError, AttributeError, ValueError) as error:
+        module, _, name = target.rpartition(".")
+        try:
+            import_module(module)  # resolve_name hides why a module inside a package cannot be imported
+        except ModuleNotFoundError as missing:
+            if f"{module}.".startswith(f"{missing.name}."):
+                raise Refused(
+                    f"_target_={target}: Python finds no module '{missing.name}': add the folder that holds it to "
+                    "PYTHONPATH (in that folder: export PYTHONPATH=$PWD)"
+                ) from missing
+            raise Refused(f"_target_={target}: {module} imports {missing.name}, which is not installed") from missing
+        except (ImportError, ValueError) as broken:
+            raise Refused(f"_target_={target}: {broken}; it needs package.module.Class") from broken
+        raise Refused(f"_target_={target}: module {module} has no {name}") from error
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a plain value has a declared type; a type that no YAML value can have accepts everything."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return any(fits(value, each) for each in arguments)
+    if hint is float:
+        return type(value) in (int, float)
+    if isinstance(origin, type) and issubclass(origin, Sequence):
+        return isinstance(value, list) and all(fits(item, arguments[0]) for item in value)
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        return isinstance(value, Mapping) and all(fits(item, arguments[1]) for item in value.values())
+    return hint not in WORDS or type(value) is hint
+
+
+def misfits(content: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """The keys of a choice whose values have not the types that the constructor declares, with what they need.
+
+    There are none if the types cannot be read; if the class does not exist, `construct` says so.
+    """
+    try:
+        parameters = signature(_class_of(content["_target_"]), eval_str=True).parameters
+    except Exception:
+        return
+    for key, value in content.items():
+        hint = parameters[key].annotation if key in parameters and key not in DESCRIPTIVE else Any
+        if not fits(value, hint):
+            needed = [WORDS.get(each, str(each)) for each in get_args(hint) or [hint]]
+            yield key, f"needs {' or '.join(needed)}"
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:

@@ -13,7 +13,8 @@ from bayesq.allocation import DAMPING, Budget, make_allocator
 from bayesq.batches import Layout, TensorExamples, two_examples
 from bayesq.calibration.memory import InMemoryStatistics
 from bayesq.calibration.passes import CalibrationSettings
-from bayesq.defaults import DESCRIPTIVE, MAX_BITS, MIN_BITS, choices, construct, settings, suggestion
+from bayesq.contract import Method
+from bayesq.defaults import DESCRIPTIVE, MAX_BITS, MIN_BITS, choices, construct, misfits, settings, suggestion
 from bayesq.distillation import DistillationSettings
 from bayesq.errors import Refused
 from bayesq.evaluation import compare, paired_rows
@@ -45,7 +46,7 @@ def quantize(
     module: nn.Module,
     batches: Iterable[Any],
     bits: float = 4,
-    method: str = "bayesq",
+    method: str | Method = "bayesq",
     *,
     posterior: str = "kfac",
     allocator: str | None = None,
@@ -67,19 +68,20 @@ def quantize(
         batches: a few hundred calibration examples: tensors [b, ...], (inputs, labels) pairs, whose labels are not
             read, or mappings of tensors. Sequences of different length need an attention_mask; see `encode`.
         bits: average code bits per weight, 2 to 8, fractions allowed.
-        method: name of a file in conf/method: bayesq, gptq, gptaq, qronos, awq, rtn.
+        method: name of a file in conf/method: bayesq, gptq, gptaq, qronos, awq, rtn; or a method of your own, an object
+            as `bayesq.contract.Method` describes.
         posterior: name of a file in conf/posterior: kfac, ekfac, diag, lowrank; for bayesq and allocator="knapsack".
         allocator: "uniform" or "knapsack"; None = the method's default.
         inputs: of a layer: those of the "full"-precision network, behind the quantized "prefix", or both, "paired";
             None = the method's default.
         correction: match activation "moments" or, behind the prefix, their "mean" to full precision; or "none";
-            None = the method's default.
+            None = the method's default. The defaults of an object are "uniform", "full" and "none".
         distill: train scales, levels, biases and norms on the calibration inputs.
         likelihood: of the outputs: "categorical", or "gaussian" for regression heads.
         exclude: patterns (fnmatch) of module names that stay in full precision.
         batch_size: examples per forward pass.
         seed: of all random draws.
-        switches: further arguments of the method, as in its file in conf/method.
+        switches: further arguments of a named method, as in its file in conf/method.
 
     Returns:
         the quantized network, on the device of the original network, and a report.
@@ -87,7 +89,7 @@ def quantize(
     Raises:
         Refused: an argument cannot be used; the message names it.
     """
-    _check(module, bits, batch_size, exclude)
+    _check(module, bits, batch_size, exclude, seed)
     _one_of("posterior", posterior, choices("posterior"))
     _one_of("likelihood", likelihood, tuple(LIKELIHOODS))
     _one_of("correction", "none" if correction is None else correction, KEPT)
@@ -153,16 +155,20 @@ def _with_arguments(message: str) -> str:
     return re.sub(r"(?<![\w.])method\.(?=\w+=)", "", message)
 
 
-def _check(module: nn.Module, bits: float, batch_size: int, exclude: Sequence[str]) -> None:
+def _check(module: nn.Module, bits: float, batch_size: int, exclude: Sequence[str], seed: int) -> None:
     """Check arguments that do not depend on the method."""
+    if not isinstance(module, nn.Module):
+        raise Refused(f"module={module!r:.60}: needs a torch.nn.Module")
     if any(part.training for part in module.modules()):
         raise Refused("module: is in training mode, or a part of it; call module.eval() first")
     if isinstance(bits, bool) or not isinstance(bits, int | float) or not MIN_BITS <= bits <= MAX_BITS:
-        raise Refused(f"bits={bits}: needs a number from {MIN_BITS} to {MAX_BITS}")
+        raise Refused(f"bits={bits!r}: needs a number from {MIN_BITS} to {MAX_BITS}")
     if type(batch_size) is not int or batch_size < 1:
-        raise Refused(f"batch_size={batch_size}: needs a whole number of at least 1")
-    if isinstance(exclude, str):
-        raise Refused(f"exclude={exclude}: needs a list of patterns")
+        raise Refused(f"batch_size={batch_size!r}: needs a whole number of at least 1")
+    if type(seed) is not int or seed < 0:
+        raise Refused(f"seed={seed!r}: needs a whole number of at least 0")
+    if isinstance(exclude, str) or not all(isinstance(pattern, str) for pattern in exclude):
+        raise Refused(f"exclude={exclude!r}: needs a list of patterns")
 
 
 def _one_of(name: str, value: str, choices: Sequence[str]) -> None:
@@ -184,7 +190,7 @@ def _logits(module: nn.Module, inputs: Any, output: Any) -> Tensor:
 
 def _recipe(
     bits: float,
-    method: str,
+    method: str | Method,
     posterior: str,
     allocator: str | None,
     inputs: str | None,
@@ -194,12 +200,8 @@ def _recipe(
     seed: int,
     switches: Mapping[str, Any],
 ) -> Recipe:
-    """Method, posterior and allocator by their names."""
-    content = settings("method", method)
-    arguments = [key for key in content if key not in (*DESCRIPTIVE, "_target_")]
-    for key in switches:
-        if key not in arguments:
-            raise Refused(f"{key}: method={method} has no such switch{suggestion(key, arguments)}")
+    """Method, posterior and allocator by their names, or with a method of the caller's."""
+    content = _content(method, switches)
     allocator = content["allocator"] if allocator is None else allocator
     _one_of("allocator", allocator, ("uniform", "knapsack"))
     uses_posterior = content.get("uses_posterior") is True
@@ -208,11 +210,10 @@ def _recipe(
         store = WhiteningStore(construct(settings("posterior", posterior)))
     defaults = settings("", "config")
     options = defaults["distillation"]
+    more = {"whitenings": store} if uses_posterior else {}
     return Recipe(
-        method=construct({**content, **switches}, **({"whitenings": store} if uses_posterior else {})),
-        allocator=make_allocator(
-            allocator, store, **defaults["allocation"], damping=switches.get("damping", content.get("damping", DAMPING))
-        ),
+        method=construct(content, **more) if isinstance(method, str) else method,
+        allocator=make_allocator(allocator, store, **defaults["allocation"], damping=content.get("damping", DAMPING)),
         budget=Budget(float(bits), "code"),
         whitenings=store,
         correction=content.get("correction", "none") if correction is None else correction,
@@ -227,6 +228,31 @@ def _recipe(
         seed=seed,
         inputs=content.get("inputs", "full") if inputs is None else inputs,
     )
+
+
+def _content(method: str | Method, switches: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a method's file with the caller's switches; of an object the defaults of the axes.
+
+    Raises:
+        Refused: there is no such method or switch, a switch has another type, or the object is no method.
+    """
+    if not isinstance(method, str):
+        lacks = [name for name in ("statistics", "prepare", "quantize_layer") if not hasattr(method, name)]
+        if lacks or isinstance(method, type):
+            reason = f"it has no {lacks[0]}, see bayesq.contract.Method" if lacks else "it is a class: make an instance"
+            raise Refused(f"method={method!r:.60}: needs a name or a method object; {reason}")
+        if switches:
+            raise Refused(f"{next(iter(switches))}: switches go to a method given by name; give the object its own")
+        return {"allocator": "uniform"}
+    content = settings("method", method)
+    arguments = [key for key in content if key not in (*DESCRIPTIVE, "_target_")]
+    for key in switches:
+        if key not in arguments:
+            raise Refused(f"{key}: method={method} has no such switch{suggestion(key, arguments)}")
+    content |= switches
+    for key, needs in misfits(content):
+        raise Refused(f"{key}={content[key]!r}: {needs}")
+    return content
 
 
 def _subject(
@@ -273,6 +299,8 @@ def encode(module: nn.Module, batches: Iterable[Any]) -> TensorExamples:
     """
     if isinstance(batches, Tensor | Mapping):
         raise Refused("batches: is a single batch; put it in a list")
+    if not isinstance(batches, Iterable):
+        raise Refused(f"batches={batches!r:.60}: needs a list of batches")
     named = [_named(module, batch) for batch in batches]
     if not named:
         raise Refused("batches: there is none; give a few hundred examples")

@@ -19,6 +19,7 @@ from bayesq.defaults import conf_dir
 from bayesq.errors import Refused
 from bayesq.quant.file import read_packed
 from bayesq.quant.network import fill
+from bayesq.tensor_file import CorruptFile
 
 
 def images(count: int = 24) -> Tensor:
@@ -102,6 +103,30 @@ def test_what_is_saved_is_what_is_returned(tmp_path: Path):
     packed, loaded = read_packed(tmp_path / "network.safetensors"), resnet()
     fill(loaded, packed.tensors, packed.parameters)
     assert all(torch.equal(x, loaded.state_dict()[name]) for name, x in quantized.state_dict().items())
+
+
+def test_a_saved_file_is_read_under_a_str_and_load_quantized_says_how(tmp_path: Path):
+    file = str(tmp_path / "network.safetensors")
+    _, report = bayesq.quantize(resnet(), [images()], bits=3, method="rtn")
+    report.save(file)
+    assert read_packed(file).tensors.keys() == report.packed.tensors.keys()
+    with pytest.raises(CorruptFile, match=r"report.save: `packed = bayesq.quant.file.read_packed\(path\)`"):
+        bayesq.load_quantized(file)
+
+
+def test_a_method_of_the_callers_own():
+    """Half of the rows of each layer at 3 bits, half at 5, in place of what the allocator says."""
+
+    class Halves(RTN):
+        def prepare(self, layers, allocate, context):
+            rows = {name: torch.arange(len(width)) for name, width in allocate(layers).items()}
+            return {name: (3 + 2 * (row % 2)).to(torch.uint8) for name, row in rows.items()}
+
+    _, report = bayesq.quantize(resnet(), [images()], bits=4, method=Halves("mse"))
+    _, named = bayesq.quantize(resnet(), [images()], bits=3, method="rtn", clip="mse")
+    for name, tensor in report.packed.tensors.items():
+        assert tensor.width.tolist() == [3 + 2 * (row % 2) for row in range(len(tensor.width))]
+        assert torch.equal(tensor.codes[::2], named.packed.tensors[name].codes[::2])
 
 
 def test_the_codes_are_those_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -191,7 +216,24 @@ def test_a_defect_keeps_its_traceback_and_is_no_refusal(monkeypatch: pytest.Monk
 MISTAKES = {
     "training": (lambda: bayesq.quantize(resnet().train(), [images()]), r"^module: is in training mode"),
     "bits": (lambda: bayesq.quantize(resnet(), [images()], bits=9), r"^bits=9: needs a number from 2 to 8"),
-    "text for bits": (lambda: bayesq.quantize(resnet(), [images()], bits="3"), r"^bits=3: needs a number from 2 to 8"),
+    "text for bits": (
+        lambda: bayesq.quantize(resnet(), [images()], bits="3"),
+        r"^bits='3': needs a number from 2 to 8",
+    ),
+    "no module": (lambda: bayesq.quantize("resnet18", [images()]), r"^module='resnet18': needs a torch.nn.Module"),
+    "no list": (lambda: bayesq.quantize(resnet(), None), r"^batches=None: needs a list of batches"),
+    "seed": (lambda: bayesq.quantize(resnet(), [images()], seed="a"), r"^seed='a': needs a whole number"),
+    "type of a switch": (
+        lambda: bayesq.quantize(resnet(), [images()], refits="two"),
+        r"^refits='two': needs a whole number",
+    ),
+    "fraction": (lambda: bayesq.quantize(resnet(), [images()], states=8.5), r"^states=8.5: needs a whole number"),
+    "no method": (lambda: bayesq.quantize(resnet(), [images()], method=3), r"^method=3: .* has no statistics"),
+    "class": (lambda: bayesq.quantize(resnet(), [images()], method=RTN), r"^method=<class .*: make an instance"),
+    "switch of an object": (
+        lambda: bayesq.quantize(resnet(), [images()], method=RTN("mse"), clip="minmax"),
+        r"^clip: switches go to a method given by name",
+    ),
     "method": (
         lambda: bayesq.quantize(resnet(), [images()], method="gtpq"),
         r"^method=gtpq: choose .* did you mean 'gptq'",
@@ -203,7 +245,7 @@ MISTAKES = {
     "likelihood": (lambda: bayesq.quantize(resnet(), [images()], likelihood="x"), r"^likelihood=x: choose one of"),
     "one batch": (lambda: bayesq.quantize(resnet(), images()), r"^batches: is a single batch; put it in a list"),
     "batch size": (lambda: bayesq.quantize(resnet(), [images()], batch_size=0), r"^batch_size=0: needs a whole"),
-    "pattern": (lambda: bayesq.quantize(resnet(), [images()], exclude="fc"), r"^exclude=fc: needs a list"),
+    "pattern": (lambda: bayesq.quantize(resnet(), [images()], exclude="fc"), r"^exclude='fc': needs a list"),
     "no batches": (lambda: bayesq.quantize(resnet(), []), r"^batches: there is none"),
     "text": (lambda: bayesq.quantize(resnet(), ["a text"]), r"^batches: a str is no batch"),
     "shapes": (

@@ -70,7 +70,7 @@ def write_packed(path: Path, packed: Packed) -> Sizes:
     return Sizes(buffer_bytes(buffers), buffer_bytes(parameters))
 
 
-def read_packed(path: Path) -> Packed:
+def read_packed(path: str | Path) -> Packed:
     """Read and check a packed file; the record of the run is not checked.
 
     The digest detects damage. Anyone can compute a new digest, so the parts of the file are also checked against each
@@ -80,6 +80,7 @@ def read_packed(path: Path) -> Packed:
         FileNotFoundError: there is no such file.
         CorruptFile: it is damaged, contradicts itself, or is no packed file.
     """
+    path = Path(path)
     try:
         buffers, header = read_tensors(path)
         tensors = unpack_model(buffers, header)

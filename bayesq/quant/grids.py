@@ -16,9 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bayesq.defaults import MAX_BITS, MIN_BITS
 from bayesq.quant.compiled import compiled
 
-MIN_WIDTH, MAX_WIDTH = 2, 8
+MIN_WIDTH, MAX_WIDTH = MIN_BITS, MAX_BITS
 ZERO_BITS = 8
 # Smallest (subnormal) and largest fp16: scales are clamped to them, never zero or infinite. Below 2**-14 fp16 loses
 # digits, which costs far less than a step that is too large for the row.

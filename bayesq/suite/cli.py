@@ -256,7 +256,10 @@ def _run(jobs: Sequence[Job]) -> Any:
     full_error = os.environ.get(FULL_ERROR) == "1"
     task = partial(job, progress=progress, previous=[], full_error=full_error)
     asked = command_line(sys.argv[1:])
-    asked.overrides = [for_hydra(override, asked.config_dir) for override in asked.overrides]
+    if asked.shell_completion:
+        asked.config_dir = _typed_config_dir()
+    else:  # its own overrides, such as install=bash, are no keys
+        asked.overrides = [for_hydra(override, asked.config_dir) for override in asked.overrides]
     version.setbase(VERSION_BASE)
     os.environ[FULL_ERROR] = "1"
     try:
@@ -278,6 +281,15 @@ def _run(jobs: Sequence[Job]) -> Any:
     finally:
         os.environ[FULL_ERROR] = str(int(full_error))
     return 0
+
+
+def _typed_config_dir() -> str | None:
+    """The --config-dir of the line that a shell wants completed, if it is a folder."""
+    try:
+        folder = command_line(os.environ.get("COMP_LINE", "").split()[1:]).config_dir
+    except UserError:  # the line is not finished
+        return None
+    return folder if folder and Path(folder).is_dir() else None
 
 
 def _is_settled(job: Job, finished: Mapping[str, Any] | None) -> bool:

@@ -25,6 +25,13 @@ from bayesq.suite.errors import UserError
 WITHOUT_EFFECT = ("results_dir", "cache_dir", "force", "device", "resources", "wandb", "hydra")
 
 
+# keys of other libraries, and what does the same here
+DEAD_ENDS = {
+    "pretrained": "; a network has its published weights, or yours with model.checkpoint=FILE",
+    "num_classes": "; the data set tells the number of classes",
+}
+
+
 def plain(cfg: DictConfig, resolve: bool = False) -> dict[str, Any]:
     """A configuration as plain containers; `resolve` follows interpolations."""
     container = OmegaConf.to_container(cfg, resolve=resolve, throw_on_missing=resolve)
@@ -190,7 +197,8 @@ def check_keys(config: Mapping[str, Any], reference: Mapping[str, Any]) -> None:
             continue
         if below := [name for name in known if name.startswith(f"{key}.")]:
             refuse(key, value, f"'{key}' is a group of keys: {', '.join(below)}")
-        raise UserError(f"unknown key '{key}'{suggestion(key, [*known, *reference])}")
+        hint = DEAD_ENDS.get(key.rpartition(".")[2]) or suggestion(key, [*known, *reference])
+        raise UserError(f"unknown key '{key}'{hint}")
     for key in known:
         if key not in given and not any(name.startswith(f"{key}.") for name in given):
             raise UserError(f"'{key}' is missing: every run needs it, so it cannot be removed")
@@ -200,6 +208,11 @@ def resolve_cache_dir(cache_dir: str | None) -> Path:
     """Absolute cache folder: `cache_dir`, else the variable BAYESQ_CACHE_DIR, else the user's cache folder."""
     chosen = cache_dir or os.environ.get("BAYESQ_CACHE_DIR") or platformdirs.user_cache_dir("bayesq")
     return Path(chosen).expanduser().absolute()
+
+
+def cache_folder(config: Mapping[str, Any]) -> str:
+    """The cache folder as it was given, or the default one."""
+    return config["cache_dir"] or str(resolve_cache_dir(None))
 
 
 # a full disk, or a folder without permission to write
@@ -216,7 +229,7 @@ def disk_error(error: BaseException, config: Mapping[str, Any]) -> UserError | N
     name = cause.filename2 or cause.filename
     for key, folder in (
         ("results_dir", config["results_dir"]),
-        ("cache_dir", config["cache_dir"] or resolve_cache_dir(None)),
+        ("cache_dir", cache_folder(config)),
     ):
         path = Path(folder).absolute()
         # an error without a file name comes from Hydra, which writes run.log and copies of the configuration

@@ -1,17 +1,14 @@
 """Check that the objects of a configuration can be made, before anything is loaded."""
 
 from collections.abc import Mapping
-from inspect import signature
-from pkgutil import resolve_name
-from typing import Any, get_args
+from typing import Any
 
 from omegaconf import OmegaConf
 
-from bayesq.defaults import DESCRIPTIVE
+from bayesq.defaults import misfits
 from bayesq.suite.config import one_line, reads_posterior, refuse
 from bayesq.suite.errors import UserError
 from bayesq.suite.plan import build, make_recipe
-from bayesq.suite.schema import WORDS, fits
 
 
 def check(config: Mapping[str, Any]) -> None:
@@ -22,8 +19,10 @@ def check(config: Mapping[str, Any]) -> None:
     """
     try:
         for group in ("method", "posterior", "dataset", "model"):
-            if group != "posterior" or reads_posterior(config):
-                check_types(group, config[group])
+            if group == "posterior" and not reads_posterior(config):
+                continue
+            for key, needs in misfits(config[group]):
+                refuse(f"{group}.{key}", config[group][key], needs)
         cfg = OmegaConf.create(dict(config))
         make_recipe(cfg)
         build(cfg.dataset)
@@ -33,16 +32,3 @@ def check(config: Mapping[str, Any]) -> None:
     except Exception as error:
         names = " ".join(f"{group}={config[group].get('name')}" for group in ("model", "dataset", "method"))
         raise UserError(f"{names} cannot be made ({one_line(f'{type(error).__name__}: {error}')})") from error
-
-
-def check_types(group: str, node: Mapping[str, Any]) -> None:
-    """Raise UserError at the first key of a group whose value has not the type that its constructor declares."""
-    try:
-        parameters = signature(resolve_name(node["_target_"]), eval_str=True).parameters
-    except Exception:  # the types cannot be read; if the class does not exist, `build` says so
-        return
-    for key, value in node.items():
-        hint = parameters[key].annotation if key in parameters and key not in DESCRIPTIVE else Any
-        if not fits(value, hint):
-            needed = [WORDS.get(each, str(each)) for each in get_args(hint) or [hint]]
-            refuse(f"{group}.{key}", value, f"needs {' or '.join(needed)}")

@@ -140,7 +140,11 @@ def _check_state(module: nn.Module, packed: Packed) -> None:
 def _config(packed: Packed, path: Path) -> dict[str, Any]:
     """The settings of the run; raises CorruptFile if the file has none."""
     if not packed.run:
-        raise CorruptFile(f"{path} keeps no settings, as files of earlier versions: make the run again (force=true)")
+        raise CorruptFile(
+            f"{path} has no settings of a run. A file of report.save: `packed = bayesq.quant.file.read_packed(path)`, "
+            "then `bayesq.quant.network.fill(network, packed.tensors, packed.parameters)`. A file of an earlier "
+            "version: make the run again (force=true)"
+        )
     config: dict[str, Any] = packed.run["config"]
     return config
 

@@ -9,32 +9,15 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import NoneType, UnionType
-from typing import Any, Union, get_args, get_origin
+from typing import Any
 
 from omegaconf import DictConfig
 
-from bayesq.defaults import MAX_BITS, MIN_BITS, suggestion
-from bayesq.suite.config import refuse, resolve_cache_dir, resolved, show
+from bayesq.defaults import MAX_BITS, MIN_BITS, fits, suggestion
+from bayesq.suite.config import cache_folder, refuse, resolved, show
 from bayesq.suite.errors import UserError
-
-WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null"}
-
-
-def fits(value: Any, hint: Any) -> bool:
-    """Whether a plain value has a declared type; a type that no YAML value can have accepts everything."""
-    origin, arguments = get_origin(hint), get_args(hint)
-    if origin in (Union, UnionType):
-        return any(fits(value, each) for each in arguments)
-    if hint is float:
-        return type(value) in (int, float)
-    if isinstance(origin, type) and issubclass(origin, Sequence):
-        return isinstance(value, list) and all(fits(item, arguments[0]) for item in value)
-    if isinstance(origin, type) and issubclass(origin, Mapping):
-        return isinstance(value, Mapping) and all(fits(item, arguments[1]) for item in value.values())
-    return hint not in WORDS or type(value) is hint
 
 
 @dataclass(frozen=True)
@@ -164,7 +147,7 @@ def validate(cfg: DictConfig) -> dict[str, Any]:
         refuse("proxy", "mc", "weighs predicted risks, so it needs allocator=knapsack")
     _check_pairing(config)
     _check_writable("results_dir", config["results_dir"])
-    _check_writable("cache_dir", config["cache_dir"] or str(resolve_cache_dir(None)))
+    _check_writable("cache_dir", cache_folder(config))
     return config
 
 
@@ -209,7 +192,7 @@ def _check_pairing(config: Mapping[str, Any]) -> None:
             f"{' or '.join(model['tasks'])}: choose a dataset and a model of one task "
             "(the pairs to start from: model=minilm dataset=movie_snippets, model=resnet dataset=digits, "
             "model=minilm dataset=glue, model=cifar_resnet56 dataset=cifar10, model=efficientnet_lite0 "
-            "dataset=imagenet)"
+            "dataset=imagenet; texts of your own: dataset=csv, photos: dataset=image_folder)"
         )
 
 

@@ -72,6 +72,17 @@ def test_a_method_that_nothing_describes_has_its_name_and_comes_last(tmp_path: P
     assert "KL, mystery" in compact_table(main_table(runs), runs).cells
 
 
+def test_the_allocator_of_a_users_file_is_no_setting(tmp_path: Path) -> None:
+    """Without it, only what differs from the user's own file is one."""
+    for allocator in ("uniform", "knapsack"):
+        of_file = {"method__allocator": "uniform", "method__inputs": "prefix", "inputs": "prefix"}
+        add(tmp_path, "superquant", 3.0, 0, correct=30, kl=0.1, allocator=allocator, **of_file)
+    add(tmp_path, "bayesq", 3.0, 0)
+    runs = load_runs(tmp_path)
+    assert set(runs["variant"]) == {"superquant", "superquant allocator=knapsack", "bayesq"}
+    assert "uniform" not in captions.settings(runs) and "inputs" not in captions.settings(runs)
+
+
 def test_two_methods_that_nothing_describes_differ() -> None:
     found = methods_of(pd.DataFrame({"method": ["one", "other"]}))
     assert found["one"].color != found["other"].color and found["one"].marker != found["other"].marker

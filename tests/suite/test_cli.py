@@ -204,6 +204,32 @@ def test_the_real_program_refuses_in_one_line() -> None:
     assert list(Path().iterdir()) == []
 
 
+def test_a_shell_completes_both_programs(tmp_path: Path) -> None:
+    """What bash offers after the lines that the program prints for it."""
+    (tmp_path / "conf" / "method").mkdir(parents=True)
+    (tmp_path / "conf" / "method" / "ours.yaml").write_text("name: ours\n")
+    (tmp_path / "run.py").symlink_to(ROOT / "run.py")
+    for name, text in {
+        "bayesq-run": f"#!{sys.executable}\nfrom bayesq.suite.cli import main\nmain()\n",
+        "python": f'#!/bin/sh\nexec {sys.executable} "$@"\n',
+    }.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    lines = [("bayesq-run dataset=im", 1), ("bayesq-run -cd conf method=o", 3), ("python run.py dataset=im", 2)]
+    script = 'eval "$(bayesq-run -sc install=bash)"; complete -p bayesq-run\n'
+    script += "".join(
+        f"COMP_LINE='{line}' COMP_CWORD={place}; hydra_bash_completion; echo ${{COMPREPLY[@]}}\n"
+        for line, place in lines
+    )
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    rule, *offered = done.stdout.splitlines()
+    assert rule.endswith("-F hydra_bash_completion bayesq-run")
+    photos = "dataset=image_folder dataset=imagenet"
+    assert offered == [photos, "method=ours", photos]
+
+
 def test_the_traceback_is_there_for_who_asks() -> None:
     done = command("bits=9", stand_in=False, HYDRA_FULL_ERROR="1")
     assert done.returncode == 1

@@ -492,7 +492,7 @@ def test_the_constructor_of_every_choice_declares_the_types_of_its_yaml_file(fil
         if key in (*defaults.DESCRIPTIVE, "_target_"):
             continue
         assert key in hints, key
-        assert value == "???" or "${" in str(value) or schema.fits(value, hints[key]), key
+        assert value == "???" or "${" in str(value) or defaults.fits(value, hints[key]), key
 
 
 @pytest.mark.parametrize(
@@ -510,8 +510,8 @@ def test_the_constructor_of_every_choice_declares_the_types_of_its_yaml_file(fil
     ids=str,
 )
 def test_values_are_compared_with_declared_types(hint: Any, good: list[Any], bad: list[Any]) -> None:
-    assert all(schema.fits(value, hint) for value in good)
-    assert not any(schema.fits(value, hint) for value in bad)
+    assert all(defaults.fits(value, hint) for value in good)
+    assert not any(defaults.fits(value, hint) for value in bad)
 
 
 def test_null_is_documented_exactly_where_a_posterior_takes_it() -> None:
@@ -520,4 +520,4 @@ def test_null_is_documented_exactly_where_a_posterior_takes_it() -> None:
         documented = {
             line.split(":")[0] for line in file.read_text().splitlines() if re.match(r"\w+: .*# .*null: ", line)
         }
-        assert documented == {key for key, hint in hints.items() if schema.fits(None, hint) and key != "return"}
+        assert documented == {key for key, hint in hints.items() if defaults.fits(None, hint) and key != "return"}

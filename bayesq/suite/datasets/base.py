@@ -185,6 +185,60 @@ def stratified(labels: Tensor, limit: int | None, seed: int) -> Tensor:
     return torch.cat(chosen).sort().values
 
 
+class Rows(Protocol):
+    """Examples that may not be opened yet: Examples, PhotoTree, ParquetPhotos."""
+
+    @property
+    def labels(self) -> Tensor: ...  # noqa: D102
+
+    def __len__(self) -> int: ...
+
+    def select(self, indices: Tensor) -> Examples:
+        """The examples at `indices` [k] int64, in that order."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class UserSplits:
+    """Splits of a user's own data: those of the files, or a share that a seed holds out.
+
+    Attributes: the keys of conf/dataset/csv.yaml, which explains them.
+    """
+
+    split_seed: int = 0
+    calibration_pool: int = 1024
+    held_out: float = 0.2
+    limit: int | None = None
+
+    def parts(self, rows: Rows, evaluated: Rows | None, fitted: bool) -> tuple[Examples, Examples, Examples]:
+        """The train split, the calibration pool and the evaluation set; each class has the same share in all of them.
+
+        Args:
+            rows: examples to calibrate on.
+            evaluated: examples to evaluate; None = the share `held_out` of `rows`.
+            fitted: a model may be fitted on the train split; the pool then has at most half of the examples.
+
+        Raises:
+            UserError: a part would be empty, or there are fewer examples than `limit`.
+        """
+        rest = torch.arange(len(rows))
+        if evaluated is None:
+            count = round(self.held_out * len(rows))
+            if not 1 <= count < len(rows):
+                raise UserError(f"dataset.held_out={self.held_out}: evaluates {count} of {len(rows)} examples")
+            evaluated, chosen = rows, stratified(rows.labels, count, self.split_seed)
+            rest = rest[~torch.isin(rest, chosen)]
+        else:
+            chosen = torch.arange(len(evaluated))
+        chosen = chosen[stratified(evaluated.labels[chosen], self.limit, self.split_seed)]
+        size = min(self.calibration_pool, len(rest) // 2 if fitted else len(rest))
+        if size < 1:
+            raise UserError(f"dataset.calibration_pool={self.calibration_pool}: {len(rest)} examples are left for it")
+        pool = rest[stratified(rows.labels[rest], size, self.split_seed)]
+        train = rest[~torch.isin(rest, pool)] if fitted else rest[:0]
+        return rows.select(train), rows.select(pool), evaluated.select(chosen)
+
+
 @dataclass(frozen=True)
 class SeededSplits:
     """A data set that comes without splits; a seed draws them.

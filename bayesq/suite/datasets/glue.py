@@ -4,7 +4,6 @@ They are read from the published TSV files, from parquet files in the layout of 
 """
 
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,8 @@ import torch
 from bayesq.files import file_sha256
 from bayesq.metrics import METRICS, Metric
 from bayesq.suite.datasets.base import DataSplits, Examples, shuffled, stratified
-from bayesq.suite.datasets.parquet_files import listed, of_split, read_parquet
+from bayesq.suite.datasets.parquet_files import listed, of_split
+from bayesq.suite.datasets.tables import Table, parquet_table, tab_separated, text_of
 from bayesq.suite.errors import UserError
 from bayesq.suite.hub import hub_files
 from bayesq.suite.tasks import TEXT_CLASSIFICATION, TEXT_REGRESSION
@@ -65,16 +65,6 @@ TASKS = {
     "rte": Task("RTE", (PAIR,), ENTAILMENT),
     "wnli": Task("WNLI", (PAIR,), ("not_entailment", "entailment")),
 }
-
-
-@dataclass
-class _Table:
-    """Rows of one split: the beginning of error lines, column names, each row's name and cells, and the files read."""
-
-    where: str
-    header: list[str]
-    rows: list[tuple[str, Sequence[Any]]]
-    files: list[Path]
 
 
 @dataclass(frozen=True)
@@ -173,7 +163,7 @@ class Glue:
         folder = hub_files(self.hub, [f"{self.task}/*.parquet"], self.revision, where, remedy)
         return where, folder, {"origin": f"GLUE {self.task} in {self.hub} on the hub", "revision": folder.name}
 
-    def _table(self, split: str, root: Path, where: str) -> _Table:
+    def _table(self, split: str, root: Path, where: str) -> Table:
         """The rows of a split: train, or dev with one of the endings of the task."""
         on_hub = split.replace("dev", "validation")
         for folder in (root / self._task.folder, root / self.task):
@@ -182,45 +172,21 @@ class Glue:
                 if tsv.is_file():
                     return self._tsv(tsv, where)
                 if files := listed(folder, f"{stem}.parquet", f"{stem}-*.parquet"):
-                    return self._parquet(of_split(files, where), where)
+                    return parquet_table(of_split(files, where), where, self._task.classes)
         raise UserError(
             f"{where}: {self._task.folder}/{split}.tsv cannot be read (No such file, nor "
             f"{self.task}/{on_hub}-*.parquet); dataset.root=null reads the hub"
         )
 
-    def _tsv(self, file: Path, where: str) -> _Table:
+    def _tsv(self, file: Path, where: str) -> Table:
         where = f"{where}: {file.parent.name}/{file.name}"
-        try:
-            # utf-8-sig: the published MRPC files begin with a byte order mark.
-            text = file.read_bytes().decode("utf-8-sig")
-        except OSError as error:
-            raise UserError(f"{where} cannot be read ({error.strerror or error})") from error
-        except UnicodeDecodeError as error:
-            raise UserError(f"{where} is not UTF-8 text") from error
-        if "\0" in text:
-            raise UserError(f"{where} is not text: it holds NUL bytes")
-        # splitlines() and the csv module would be wrong: texts hold rarer line separators and unpaired quotation marks.
-        lines = enumerate(text.split("\n"), 1)
-        rows = [(f"line {number}", line.rstrip("\r").split("\t")) for number, line in lines if line.strip()]
-        header = rows[0][1] if rows else []
+        rows = tab_separated(text_of(file, where))
+        header = list(rows[0][1]) if rows else []
         if self._task.headerless and not any(set(layout) <= set(header) for layout in self._task.layouts):
-            return _Table(where, list(self._task.headerless), [*rows], [file])
-        return _Table(where, header, [*rows[1:]], [file])
+            return Table(where, list(self._task.headerless), [*rows], [file])
+        return Table(where, header, [*rows[1:]], [file])
 
-    def _parquet(self, files: list[Path], where: str) -> _Table:
-        header: list[str] = []
-        rows: list[tuple[str, Sequence[Any]]] = []
-        for file in files:
-            table, _ = read_parquet(file, where, self._task.classes)
-            header = header or table.column_names
-            if set(header) != set(table.column_names):
-                raise UserError(f"{where}: {file} has other columns than {files[0].name}")
-            of = f" of {file.name}" if len(files) > 1 else ""
-            columns = (table[name].to_pylist() for name in header)
-            rows += ((f"row {number}{of}", row) for number, row in enumerate(zip(*columns, strict=True)))
-        return _Table(f"{where}: {files[0].parent.name}/{files[0].name}", header, rows, files)
-
-    def _examples(self, split: str, table: _Table) -> tuple[Examples, list[Path], int]:
+    def _examples(self, split: str, table: Table) -> tuple[Examples, list[Path], int]:
         """The rows as examples with ids <split>/<row from 0>, the files, and the number of incomplete rows left out."""
         layout = max(self._task.layouts, key=lambda columns: sum(name in table.header for name in columns))
         if missing := [name for name in layout if name not in table.header]:

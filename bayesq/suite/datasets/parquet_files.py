@@ -68,11 +68,13 @@ def shards(files: Iterable[Path], where: str, wanted: Callable[[Path], bool] = l
     return [numbers[number] for number in sorted(numbers)]
 
 
-def read_parquet(file: Path, where: str, classes: Sequence[str], columns: list[str] | None = None) -> tuple[Any, Any]:
+def read_parquet(
+    file: Path, where: str, classes: Sequence[str] | None, columns: list[str] | None = None
+) -> tuple[Any, Any]:
     """A parquet file's table and metadata, as pyarrow has them.
 
     Args:
-        classes: names of the labels 0, 1, ...; the file may record synonyms of them.
+        classes: names of the labels 0, 1, ...; the file may record synonyms of them. None: any classes.
         columns: to read; a column that the file lacks is left out. None: all columns.
 
     Raises:
@@ -90,13 +92,18 @@ def read_parquet(file: Path, where: str, classes: Sequence[str], columns: list[s
         raise UserError(f"{where}: {file} cannot be read ({one_line(error.strerror or str(error))[:200]})") from error
     except Exception as error:  # pyarrow raises more for a damaged file than it documents
         raise UserError(f"{where}: {file} is not parquet ({one_line(str(error))[:200]})") from error
-    try:
-        names = json.loads((table.schema.metadata or {})[b"huggingface"])["info"]["features"]["label"]["names"]
-    except (LookupError, TypeError, ValueError):  # no class names are recorded
-        names = None
-    if isinstance(names, list) and all(isinstance(name, str) for name in names):
+    if classes is not None and (names := recorded_classes(table)) is not None:
         _check_classes(names, classes, f"{where}: {file}")
     return table, metadata
+
+
+def recorded_classes(table: Any, column: str = "label") -> list[str] | None:
+    """The class names that the library `datasets` records for a column of a table; None if there are none."""
+    try:
+        names = json.loads((table.schema.metadata or {})[b"huggingface"])["info"]["features"][column]["names"]
+    except (LookupError, TypeError, ValueError):
+        return None
+    return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
 
 
 def _check_classes(names: Sequence[str], classes: Sequence[str], where: str) -> None:

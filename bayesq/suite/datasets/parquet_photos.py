@@ -45,20 +45,24 @@ class ParquetPhoto:
 class ParquetPhotos:
     """The photos of one split, in the order of the files and rows; only labels are in memory.
 
-    `where` and `classes` are those of `read_parquet`.
+    `where` and `classes` are those of `read_parquet`; `image` and `label` are names of columns.
 
     Raises:
         UserError: pyarrow is not installed, a file cannot be read or has another layout or other classes, or a label is
             not possible.
     """
 
-    def __init__(self, files: Sequence[Path], where: str, classes: Sequence[str]) -> None:
-        self.files = list(files)
+    def __init__(
+        self, files: Sequence[Path], where: str, classes: Sequence[str], image: str = "image", label: str = "label"
+    ) -> None:
+        self.files, self._image = list(files), image
         self._names = [file.name for file in self.files]
         if len(set(self._names)) < len(self._names):  # equal names in several folders: ids need the folders
             above = os.path.commonpath(self.files)
             self._names = [file.relative_to(above).as_posix() for file in self.files]
-        labels, groups = zip(*(_labels_and_groups(file, where, classes) for file in self.files), strict=True)
+        labels, groups = zip(
+            *(_labels_and_groups(file, where, classes, image, label) for file in self.files), strict=True
+        )
         self.labels = torch.cat(labels)
         self._group_starts = [[0, *accumulate(rows)] for rows in groups]
         self._file_starts = [0, *accumulate(map(len, labels))]
@@ -85,7 +89,7 @@ class ParquetPhotos:
             images = self._group(photo.file, group)
         content: bytes | None = images[photo.row - starts[group]].as_py()
         if content is None:
-            raise ValueError("its column image has no bytes")
+            raise ValueError(f"its column {self._image} has no bytes")
         return content
 
     def _read_group(self, file: int, group: int) -> Any:
@@ -93,23 +97,25 @@ class ParquetPhotos:
         import pyarrow.parquet as pq
 
         with pq.ParquetFile(self.files[file]) as table:
-            images = table.read_row_group(group, columns=["image"]).combine_chunks()["image"]
+            images = table.read_row_group(group, columns=[self._image]).combine_chunks()[self._image]
         return images.combine_chunks().field("bytes")
 
 
-def _labels_and_groups(file: Path, where: str, classes: Sequence[str]) -> tuple[Tensor, list[int]]:
+def _labels_and_groups(
+    file: Path, where: str, classes: Sequence[str], photo: str, label: str
+) -> tuple[Tensor, list[int]]:
     """Labels [rows] int64 of a file and the number of rows in each of its row groups."""
-    table, metadata = read_parquet(file, where, classes, ["label"])
+    table, metadata = read_parquet(file, where, classes, [label])
     import pyarrow as pa
 
     where = f"{where}: {file}"
     schema = metadata.schema.to_arrow_schema()
-    image = schema.field("image").type if "image" in schema.names else None
+    image = schema.field(photo).type if photo in schema.names else None
     if image is None or not pa.types.is_struct(image) or image.get_field_index("bytes") < 0:
-        raise UserError(f"{where} has no column image with the encoded photo under bytes")
-    if "label" not in schema.names or not pa.types.is_integer(schema.field("label").type):
-        raise UserError(f"{where} has no column label of whole numbers")
-    if (column := table["label"]).null_count:
+        raise UserError(f"{where} has no column {photo} with the encoded photo under bytes")
+    if label not in schema.names or not pa.types.is_integer(schema.field(label).type):
+        raise UserError(f"{where} has no column {label} of whole numbers")
+    if (column := table[label]).null_count:
         raise UserError(f"{where} has {len(column)} photos, but {column.null_count} have no label")
     labels = torch.tensor(column.to_numpy()).long()
     if len(wrong := labels[(labels < 0) | (labels >= len(classes))]):

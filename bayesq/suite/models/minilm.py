@@ -229,7 +229,10 @@ def _fit_head(module: SentenceClassifier, train: EncodedExamples, num_classes: i
     with elapsed("fit the head"):
         regression.fit(features.numpy(), train.labels.numpy())
     if len(regression.classes_) != num_classes:
-        raise ValueError(f"the train split has {len(regression.classes_)} of {num_classes} classes")
+        raise UserError(
+            f"model=minilm fits its head on the train split, which has {len(regression.classes_)} of {num_classes} "
+            "classes: give more examples of each class"
+        )
     weight, bias = torch.tensor(regression.coef_), torch.tensor(regression.intercept_)
     if num_classes == 2:  # scikit-learn gives one logit z; the logits (-z/2, z/2) have the same probabilities
         weight, bias = torch.cat([-weight, weight]) / 2, torch.cat([-bias, bias]) / 2

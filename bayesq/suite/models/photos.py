@@ -216,7 +216,8 @@ class PhotoEncoder:
         photos = [] if isinstance(examples.inputs, Tensor) else [x for x in examples.inputs if isinstance(x, Photo)]
         if not photos or len(photos) != len(examples):
             raise UserError(
-                f"model={self.model} reads photo files, and this data set gives none: choose dataset=imagenet"
+                f"model={self.model} reads photo files, and this data set gives none: choose dataset=imagenet or "
+                "dataset=image_folder"
             )
         given = examples.labels, tuple(self.config["mean"]), tuple(self.config["std"])
         if len(photos) * prod(self.config["input_size"]) > DECODED_BYTES:

@@ -14,6 +14,7 @@ from bayesq.batches import Layout, TensorExamples
 from bayesq.quant.layers import MASK
 from bayesq.suite.datasets.base import Examples, Photo
 from bayesq.suite.errors import UserError
+from bayesq.suite.models.classes import plain
 
 log = logging.getLogger(__name__)
 
@@ -126,8 +127,5 @@ def label_order(
 
 def _positions(names: Sequence[str], classes: Sequence[str]) -> list[int] | None:
     """Index of each class in `names`, ignoring case and separators; None if the two sets differ."""
-    plain = [re.sub(r"[\W_]+", "", str(name)).lower() for name in names]
-    wanted = [re.sub(r"[\W_]+", "", name).lower() for name in classes]
-    if sorted(plain) != sorted(wanted):
-        return None
-    return [plain.index(name) for name in wanted]
+    known, wanted = [plain(str(name)) for name in names], [plain(name) for name in classes]
+    return [known.index(name) for name in wanted] if sorted(known) == sorted(wanted) else None

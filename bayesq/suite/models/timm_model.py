@@ -15,6 +15,7 @@ from bayesq.suite.errors import UserError
 from bayesq.suite.hub import hub_file
 from bayesq.suite.models.base import Network, initialised
 from bayesq.suite.models.checkpoint import from_checkpoint
+from bayesq.suite.models.classes import imagenet_rows, keep_rows
 from bayesq.suite.models.photos import FILTERS, PhotoEncoder, ScaledImages
 
 WEIGHTS_FILE = "model.safetensors"
@@ -49,7 +50,7 @@ class TimmModel:
         """
         published = self._published()
         if self.checkpoint is None:
-            module, origin = self._pretrained(published, data.num_classes)
+            module, origin = self._pretrained(published, data)
         else:
             network = f"model={self.architecture} with {data.num_classes} classes"
             make = partial(self._create, published, num_classes=data.num_classes)
@@ -97,23 +98,24 @@ class TimmModel:
                 setattr(part, "fused_attn", False)  # noqa: B010  # mypy wants a tensor or module in an assignment
         return module
 
-    def _pretrained(self, published: Any, num_classes: int) -> tuple[nn.Module, dict[str, object]]:
-        """The network with published weights, and their origin."""
+    def _pretrained(self, published: Any, data: DataSplits) -> tuple[nn.Module, dict[str, object]]:
+        """The network with published weights and the logits of the data set's classes, and their origin."""
         name, instead = _full_name(published), "give the weights with model.checkpoint=FILE"
         if not published.hf_hub_id:
             raise UserError(f"model={name} has no published weights on the hub: {instead}")
-        if published.num_classes != num_classes:
-            raise UserError(
-                f"model={name}: its published weights have {published.num_classes} classes, and this data set has "
-                f"{num_classes}: {instead}"
-            )
+        matched = bool(data.classes) or published.num_classes != data.num_classes
+        rows = imagenet_rows(published, data, name) if matched else []
         repository, _, _ = published.hf_hub_id.partition("@")
         file = published.hf_hub_filename or WEIGHTS_FILE
         commit = hub_file(repository, file, self.revision, f"model={name}: {repository}", instead).name
         # given the commit, timm finds the file in the cache and does not ask the hub again
         overlay = {"hf_hub_id": f"{repository}@{commit}"}
         module = self._create(published, pretrained=True, pretrained_cfg_overlay=overlay)
-        return module, {"fp_source": repository, "revision": commit}
+        origin: dict[str, object] = {"fp_source": repository, "revision": commit}
+        if rows:
+            keep_rows(module, rows, name)
+            origin["logits"] = f"{len(rows)} of {published.num_classes}"
+        return module, origin
 
 
 def _full_name(published: Any) -> str:
@@ -130,7 +132,7 @@ class _Encoder(PhotoEncoder):
         if isinstance(images, Tensor) and (images.ndim != 4 or images.shape[1] != 3):
             raise UserError(
                 f"model={self.model} reads colour images, but this data set gives "
-                f"{'x'.join(map(str, images.shape[1:]))}: choose dataset=imagenet or cifar10"
+                f"{'x'.join(map(str, images.shape[1:]))}: choose dataset=imagenet, image_folder or cifar10"
             )
 
     def describe(self, examples: Examples) -> dict[str, object]:

@@ -113,6 +113,7 @@ class TransformersClassifier:
         config = origin.load(AutoConfig)
         if config.num_labels != data.num_classes:
             kind = "a score" if data.task == TEXT_REGRESSION else f"{data.num_classes} classes"
+            kind += f" ({', '.join(data.classes)})" if data.classes else ""
             raise UserError(
                 f"{origin.key}: has {config.num_labels} outputs, but the data set has {kind}: choose a checkpoint that "
                 f"was fine-tuned on this task"

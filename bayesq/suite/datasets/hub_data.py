@@ -1,0 +1,79 @@
+"""Any data set of texts or photos on the Hugging Face hub, by its id, splits and columns."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from bayesq.suite.datasets.base import DataSplits
+from bayesq.suite.datasets.parquet_files import listed, of_split, read_parquet, recorded_classes
+from bayesq.suite.datasets.parquet_photos import ParquetPhotos
+from bayesq.suite.datasets.tables import SUFFIXES, Table, read_table
+from bayesq.suite.datasets.text_columns import TextColumns
+from bayesq.suite.errors import UserError
+from bayesq.suite.hub import hub_files
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubData(TextColumns):
+    """A data set repository, read from files; its code is never run.
+
+    The hub converts every public data set to parquet on the branch refs/convert/parquet, which is the default
+    revision: SUBSET/SPLIT/0000.parquet. On other revisions SPLIT is found as SPLIT-*.parquet or in a file SPLIT.csv,
+    .tsv, .jsonl or .parquet, in the folder SUBSET, or in data/ or the repository itself.
+
+    Attributes: the keys of conf/dataset/hub.yaml, which explains them.
+    """
+
+    id: str
+    subset: str | None = None
+    train: str = "train"
+    val: str | None = "validation"
+    image: str | None = None
+    revision: str = "refs/convert/parquet"
+
+    def load(self, cache_dir: Path) -> DataSplits:
+        """Splits with texts, pairs, or photos as inputs; `cache_dir` stays untouched (the hub has its own).
+
+        Raises:
+            UserError: the hub does not give the files, there is no such split, or as `TextColumns.data_splits`.
+        """
+        where = f"dataset.name={self.id}"
+        splits = {"train": self.train, **({"val": self.val} if self.val is not None else {})}
+        patterns = [pattern for split in splits.values() for pattern in self._patterns(split)]
+        instead = "take files of your own with dataset=csv or dataset=image_folder"
+        folder = hub_files(self.id, patterns, self.revision, where, instead)
+        files = [self._files(folder, split, f"{where} dataset.{key}={split}") for key, split in splits.items()]
+        source = {"origin": self.id, "subset": self.subset or "", "splits": ", ".join(splits.values())}
+        source["revision"] = folder.name
+        if self.image is not None:
+            return self._photos(files, where, source)
+        tables: list[Table] = [read_table(split, where) for split in files]
+        return self.data_splits(tables[0], tables[1] if len(tables) > 1 else None, source)
+
+    def _patterns(self, split: str) -> list[str]:
+        """Where a split's files may be, the hub's conversion first."""
+        converted = [f"{self.subset or 'default'}/{part}/*.parquet" for part in (split, f"partial-{split}")]
+        folders = [f"{self.subset}/"] if self.subset else ["data/", ""]
+        stored = [f"{folder}{split}{end}" for folder in folders for end in ("-*.parquet", *SUFFIXES)]
+        return converted + stored
+
+    def _files(self, folder: Path, split: str, where: str) -> list[Path]:
+        for pattern in self._patterns(split):
+            if files := listed(folder, pattern):
+                return of_split(files, where)
+        more = "" if split == self.train else "; dataset.val=null holds out a part of the training examples"
+        subset = f"dataset.subset={self.subset}" if self.subset else "dataset.subset=null (a data set may need one)"
+        raise UserError(f"{where}: there is no such split at {self.revision} with {subset}{more}")
+
+    def _photos(self, files: list[list[Path]], where: str, source: dict[str, str]) -> DataSplits:
+        table, _ = read_parquet(files[0][0], where, None, [self.label])
+        classes = recorded_classes(table, self.label)
+        if classes is None:
+            raise UserError(f"{where}: {files[0][0].name} records no class names for dataset.label={self.label}")
+        rows, *others = (ParquetPhotos(split, where, classes, str(self.image), self.label) for split in files)
+        return DataSplits(
+            *self.parts(rows, others[0] if others else None, fitted=False),
+            num_classes=len(classes),
+            primary_metric="accuracy",
+            source={**source, "split_seed": str(self.split_seed)},
+            classes=tuple(classes),
+        )

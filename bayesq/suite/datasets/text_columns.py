@@ -1,0 +1,140 @@
+"""Texts, or pairs of texts, with classes or scores, from the columns of a user's tables."""
+
+import logging
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from bayesq.defaults import suggestion
+from bayesq.files import file_sha256
+from bayesq.metrics import ACCURACY, METRICS
+from bayesq.suite.datasets.base import DataSplits, Examples, UserSplits
+from bayesq.suite.datasets.tables import Table
+from bayesq.suite.errors import UserError
+from bayesq.suite.tasks import TEXT_CLASSIFICATION, TEXT_REGRESSION
+
+log = logging.getLogger(__name__)
+
+# A column with more classes than this, and with more classes than half of the rows, holds something else.
+MANY_CLASSES = 20
+SCORE_METRICS = ("pearson", "spearman")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextColumns(UserSplits):
+    """Which columns are read; the keys of conf/dataset/csv.yaml, which explains them."""
+
+    text: str = "text"
+    pair: str | None = None
+    label: str = "label"
+    score: str | None = None
+
+    def data_splits(self, train: Table, evaluated: Table | None, source: Mapping[str, str]) -> DataSplits:
+        """Splits with texts as inputs, or pairs if `pair` is given.
+
+        Labels 0, 1, ... stay as they are; the files may record names of them. All other labels are names, in
+        alphabetical order, or in the order of their numbers.
+
+        Raises:
+            UserError: a column, a text or a label is missing, a label is none of the recorded classes, a score is no
+                number, or a split would be empty.
+        """
+        tables = [train] if evaluated is None else [train, evaluated]
+        columns = [self._columns(table) for table in tables]
+        if self.score is None:
+            names, numbers = _classes(tables, [labels for _, labels in columns], self.label)
+            targets = [_labels(table, labels, numbers) for table, (_, labels) in zip(tables, columns, strict=True)]
+        else:
+            names, numbers = [], {"": 0}
+            targets = [_scores(table, cells) for table, (_, cells) in zip(tables, columns, strict=True)]
+        parts = [
+            Examples(texts, target, [f"{split}/{row}" for row in range(len(target))])
+            for split, (texts, _), target in zip(("train", "val"), columns, targets, strict=False)
+        ]
+        return DataSplits(
+            *self.parts(parts[0], parts[1] if evaluated is not None else None, fitted=True),
+            num_classes=max(numbers.values()) + 1,
+            primary_metric=ACCURACY.name if self.score is None else SCORE_METRICS[0],
+            source={
+                **source,
+                "sha256": ", ".join(file_sha256(file) for table in tables for file in table.files),
+                "split_seed": str(self.split_seed),
+            },
+            metrics=(ACCURACY,) if self.score is None else tuple(METRICS[name] for name in SCORE_METRICS),
+            task=TEXT_CLASSIFICATION if self.score is None else TEXT_REGRESSION,
+            classes=tuple(names),
+        )
+
+    def _columns(self, table: Table) -> tuple[list[Any], list[Any]]:
+        """Texts, and labels or scores as the file has them."""
+        if not table.rows:
+            raise UserError(f"{table.where} has no rows")
+        keys = ("text", "pair", "label" if self.score is None else "score")
+        columns = {key: name for key in keys if (name := getattr(self, key)) is not None}
+        for key, name in columns.items():
+            if table.header.count(name) != 1:
+                how = "no" if name not in table.header else "more than one"
+                hint = suggestion(name, table.header)
+                raise UserError(
+                    f"dataset.{key}={name}: {table.where} has {how} such column, but {', '.join(table.header)}{hint}"
+                )
+        *texts, targets = ([cells[table.header.index(name)] for _, cells in table.rows] for name in columns.values())
+        for column in texts:
+            for (number, _), text in zip(table.rows, column, strict=True):
+                if not isinstance(text, str):
+                    raise UserError(f"{table.where}, {number}: needs text in {columns['text']}, got {text!r:.60}")
+        rows = list(zip(*texts, strict=True))
+        empty = [number for (number, _), row in zip(table.rows, rows, strict=True) if not all(map(str.strip, row))]
+        if empty:
+            log.warning(f"{table.where}: {len(empty)} of {len(rows)} texts are empty ({empty[0]}); they count")
+        return rows if self.pair else texts[0], targets
+
+
+def _name_of(cell: Any) -> str:
+    """A label as text; 1.0 is 1, because whole numbers get a fraction beside missing ones. "" for a missing label."""
+    if cell is None or (isinstance(cell, float) and math.isnan(cell)):
+        return ""
+    return re.sub(r"^(-?\d+)\.0+$", r"\1", str(cell).strip())
+
+
+def _classes(tables: Sequence[Table], labels: Sequence[list[Any]], column: str) -> tuple[list[str], dict[str, int]]:
+    """The names of the classes in order, or none if the labels are 0, 1, ...; and the number of each label."""
+    if recorded := tables[0].classes.get(column):
+        numbers = {name: label for label, name in enumerate(recorded)}
+        return recorded, {str(label): label for label in range(len(recorded))} | numbers
+    cells = [_name_of(cell) for split in labels for cell in split]
+    names = sorted(set(cells) - {""})
+    if len(names) < 2:
+        raise UserError(f"dataset.label={column}: needs at least two classes, has {', '.join(names) or 'none'}")
+    if len(names) > MANY_CLASSES and len(names) > len(cells) / 2:
+        raise UserError(
+            f"dataset.label={column}: has {len(names)} values in {len(cells)} rows, too many for classes; "
+            "dataset.score=COLUMN reads numbers"
+        )
+    if all(re.fullmatch(r"-?\d+", name) for name in names):
+        names = sorted(names, key=int)
+        if names == [str(number) for number in range(len(names))]:
+            return [], {name: label for label, name in enumerate(names)}
+    return names, {name: label for label, name in enumerate(names)}
+
+
+def _labels(table: Table, cells: Sequence[Any], numbers: Mapping[str, int]) -> torch.Tensor:
+    for (row, _), cell in zip(table.rows, cells, strict=True):
+        if _name_of(cell) not in numbers:
+            raise UserError(f"{table.where}, {row}: label {cell!r:.60} is none of the classes {', '.join(numbers)}")
+    return torch.tensor([numbers[_name_of(cell)] for cell in cells])
+
+
+def _scores(table: Table, cells: Sequence[Any]) -> torch.Tensor:
+    for (row, _), cell in zip(table.rows, cells, strict=True):
+        try:
+            finite = math.isfinite(float(cell))
+        except (TypeError, ValueError):
+            finite = False
+        if not finite:
+            raise UserError(f"{table.where}, {row}: score {cell!r:.60} is no number")
+    return torch.tensor([float(cell) for cell in cells])
