@@ -21,7 +21,7 @@ from bayesq.quant.feedback import (
     feedback_round_groups,
     output_error,
 )
-from bayesq.quant.grids import CLIP_RULES, AffineGrid, curvature_grid, zero_code
+from bayesq.quant.grids import CLIP_RULES, AffineGrid, check_group_size, curvature_grid, zero_code
 from bayesq.quant.tensor import QuantizedTensor
 
 
@@ -53,12 +53,10 @@ class GPTQ:
             raise Refused(f"method.clip={clip}: choose from {', '.join(CLIP_RULES)}, curvature, auto")
         if not damping >= 0:
             raise Refused(f"method.damping={damping}: must be 0 or more")
-        if group_size is not None and group_size < 1:
-            raise Refused(f"method.group_size={group_size}: must be at least 1, or null for one grid per row")
         self.rules = list(CLIP_RULES) if clip == "auto" else [clip]
         self.act_order = act_order
         self.damping = damping
-        self.group_size = group_size
+        self.group_size = check_group_size(group_size)
         self.scale_dtype = scale_dtype
 
     def prepare(self, layers: Sequence[LayerProblem], allocate: Allocate, context: Context) -> Mapping[str, Tensor]:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bayesq.errors import Refused
 from bayesq.quant.compiled import compiled
 
 MIN_WIDTH, MAX_WIDTH = 2, 8
@@ -290,6 +291,17 @@ def grid_from_range(
     scale = (high - low) / top
     scale = stored_scale(scale) if scale_dtype == torch.float16 else scale.to(scale_dtype).to(low.dtype)
     return scale, torch.round(-low / scale).clamp_(min=0).clamp_(max=top)
+
+
+def check_group_size(group_size: int | None) -> int | None:
+    """The value of method.group_size.
+
+    Raises:
+        Refused: it is no whole number of at least 1.
+    """
+    if group_size is not None and (type(group_size) is not int or group_size < 1):
+        raise Refused(f"method.group_size={group_size}: must be at least 1, or null for one grid per row")
+    return group_size
 
 
 CLIP_RULES = {"minmax": minmax_grid, "mse": mse_grid}
