@@ -61,8 +61,9 @@ class GuidedMoment(Statistic):
         """The sum of the pairs' examples in place of their weight gradients."""
         total: Tensor | None = None
         for group, d, x in pairs.blocks():
-            energy = torch.stack([part.square().mean(-1) for part in row_groups(d, self.groups)], -1)  # [e, g, l, k]
-            moments = [torch.einsum("egl,eglc,egld->gcd", one, x, x) for one in energy.unbind(-1)]
+            d, x = (part.transpose(0, 1).flatten(1, 2) for part in (d, x))  # [g, n, r] and [g, n, c]
+            energies = [part.square().mean(-1, keepdim=True) for part in row_groups(d, self.groups)]
+            moments = [(x * energy).transpose(1, 2) @ x for energy in energies]
             term = in_stack(pairs.groups, group, torch.stack(moments, 1))
             total = term if total is None else total + term
         assert total is not None
