@@ -6,9 +6,9 @@ The scale s spans each row's range. A few steps alternate, with growing beta, be
 
     e = sign(x) max(|x| - |x|^(p - 1) / beta, 0),  x = W - s (Q - z),   and   z = mean(Q - (W - e) / s).
 
-With `fit_scale`, s follows by least squares on W - e; the published code leaves it as it is. Of all steps each row keeps
-the z of the least |W - s (Q - z)|_p^p as it will be stored, s in fp16 and z in 8 bits. The published code stops when the
-mean absolute error of the whole layer rises, and stores z in fp16 or in 8 bits.
+With `fit_scale`, s follows by least squares on W - e; the published code leaves it as it is. Of all steps each row
+keeps the one of least |W - s (Q - z)|_p^p as it will be stored, s in fp16 and z in 8 bits. The published code stops
+when the mean absolute error of the whole layer rises, and stores z in fp16 or in 8 bits.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

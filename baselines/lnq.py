@@ -7,7 +7,8 @@ For the rows J_k of each row group k, with q_r = P_r l_r (codes P one-hot, level
 
 From k-means weighted with diag H_k, rounds of
 
-    l = (PT H P)^-1 PT H w,   then sweeps over the columns i:  q_i = nearest level to w_i - sum_{j != i} H_ij (q_j - w_j) / H_ii
+    l = (PT H P)^-1 PT H w,
+    q_i = the level nearest to w_i - sum_{j != i} H_ij (q_j - w_j) / H_ii,   column by column, in some sweeps.
 
 Levels are rounded to fp16 in every round; a row takes new levels only if these are better. So the objective never
 rises. groups = 0 has H = E[x xT] of the layer's inputs, LNQ without guidance.
@@ -79,7 +80,7 @@ class GuidedMoment(Statistic):
 
 
 def row_groups(rows: Tensor, groups: int) -> tuple[Tensor, ...]:
-    """[..., r, ] split along its last dimension into at most `groups` parts of nearly equal size."""
+    """[..., r] split along its last dimension into at most `groups` parts of nearly equal size."""
     return rows.tensor_split(min(groups, rows.shape[-1]), dim=-1)
 
 

@@ -75,4 +75,4 @@ def _fitted_distortion(columns: int, count: int) -> float:
 
 def row_level_bits(layer: LayerProblem, width: int) -> int:
     """Bits that a row's table takes beyond an affine row's scale and zero point."""
-    return LEVEL_BITS * 2**width - AFFINE_ROW_BITS
+    return (LEVEL_BITS << width) - AFFINE_ROW_BITS

@@ -372,4 +372,4 @@ def check_flag(key: str, value: bool) -> bool:
     return value
 
 
-CLIP_RULES = {"minmax": minmax_grid, "mse": mse_grid}
+CLIP_RULES: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {"minmax": minmax_grid, "mse": mse_grid}

@@ -84,7 +84,14 @@ def test_zero_points_are_those_of_the_package(bits: int, size: float) -> None:
     scale, zero = iterates[0]
     for step in (2, 7, 20):
         _, _, theirs = optimize.optimize_weights_proximal_v2(
-            weight, 1 / scale[:, None], zero[:, None], [0, 2**bits - 1], 1, "cpu", torch.float64, options | {"iters": step}
+            weight,
+            1 / scale[:, None],
+            zero[:, None],
+            [0, 2**bits - 1],
+            1,
+            "cpu",
+            torch.float64,
+            options | {"iters": step},
         )
         torch.testing.assert_close(iterates[step][1][:, None], theirs, rtol=1e-9, atol=1e-9)
 

@@ -69,7 +69,9 @@ def test_levels_are_those_of_the_program_that_tries_every_start(columns: int, co
     for row in range(4):
         w, h = weight[row].numpy(), curvature[row].numpy()
         spread = (h * np.square(w - w.mean())).sum()
-        assert cost(w, h, levels[row].numpy()) == pytest.approx(naive_program(w, h, count), rel=1e-7, abs=1e-11 * spread)
+        assert cost(w, h, levels[row].numpy()) == pytest.approx(
+            naive_program(w, h, count), rel=1e-7, abs=1e-11 * spread
+        )
 
 
 def test_weights_that_cost_nothing_move_no_level_and_rows_without_curvature_count_equally() -> None:

@@ -68,7 +68,9 @@ def test_the_moment_is_that_of_one_example_at_a_time(module: nn.Module, examples
 
 def rows_of(columns: int, rows: int = 5) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(columns)
-    return torch.randn(rows, columns, generator=generator, dtype=torch.float64), moment_of(columns, 3 * columns, generator)
+    return torch.randn(rows, columns, generator=generator, dtype=torch.float64), moment_of(
+        columns, 3 * columns, generator
+    )
 
 
 @pytest.mark.parametrize("count", [4, 8, 32])
@@ -177,7 +179,9 @@ def test_a_layer_without_gradients_is_rounded_by_plain_kmeans() -> None:
     without = LayerProblem("layer", "Linear", weight, lambda _: torch.zeros(1, 1, 9, 9))
     plain = LayerProblem("layer", "Linear", weight, lambda _: torch.ones(1, 2, 9))
     expected = quantize(SqueezeLLM(0, 0), plain, [2, 3]).dequantize()
-    torch.testing.assert_close(quantize(LNQ(1, 1, 1, DAMPING), without, [2, 3]).dequantize(), expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        quantize(LNQ(1, 1, 1, DAMPING), without, [2, 3]).dequantize(), expected, rtol=1e-3, atol=1e-3
+    )
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,9 @@ def test_sensitive_weights_and_outliers_stay_in_fp16_and_move_no_level() -> None
     for r, width in enumerate([2, 3] * 3):
         part = LayerProblem("layer", "Linear", w[r, rest[r]][None, None], lambda _, r=r: f[r, rest[r]][None, None])
         # the overlay's weights have no curvature; the floor of the others differs by their share of the row's mean
-        torch.testing.assert_close(found[r, rest[r]], quantize(part, [width]).dequantize().flatten(), rtol=2e-3, atol=1e-4)
+        torch.testing.assert_close(
+            found[r, rest[r]], quantize(part, [width]).dequantize().flatten(), rtol=2e-3, atol=1e-4
+        )
 
 
 def test_the_overlay_and_the_tables_are_counted() -> None:
