@@ -182,15 +182,17 @@ def fit_levels(weight: Tensor, h: Tensor, levels: Tensor, codes: Tensor) -> tupl
 @compiled(error_model="numpy")
 def _normal_matrices(h: Any, codes: Any, normal: Any) -> None:
     """Write PT H P [n, K, K] of each row's codes [n, c]."""
-    columns = h.shape[0]
-    sums = np.empty((normal.shape[1], columns))
-    for r in range(codes.shape[0]):
-        sums[:] = 0.0
-        for i in range(columns):
-            sums[codes[r, i]] += h[i]
+    rows, columns = codes.shape
+    sums = np.zeros((rows, normal.shape[1], columns))
+    for i in range(columns):
+        for r in range(rows):
+            total = sums[r, codes[r, i]]
+            for j in range(columns):
+                total[j] += h[i, j]
+    for r in range(rows):
         for k in range(normal.shape[1]):
             for j in range(columns):
-                normal[r, k, codes[r, j]] += sums[k, j]
+                normal[r, k, codes[r, j]] += sums[r, k, j]
 
 
 def descend(weight: Tensor, h: Tensor, levels: Tensor, codes: Tensor, sweeps: int) -> Tensor:
