@@ -6,6 +6,7 @@ published search on sample outputs over the whole calibration set.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from bayesq.calibration.statistic import Statistic
 from bayesq.contract import Allocate, Context, LayerProblem, check_finite, stack_groups
 from bayesq.errors import Refused
 from bayesq.quant.feedback import output_error
-from bayesq.quant.grids import grid_from_range, round_affine, zero_code
+from bayesq.quant.grids import by_column_groups, check_flag, check_group_size, minmax_grid, round_affine, zero_code
 from bayesq.quant.tensor import QuantizedTensor
 
 
@@ -27,11 +28,20 @@ class AWQ:
         clip_steps: candidate ranges of a row are its range times 1 - k / clip_steps * (1 - clip_lowest),
             k = 0..clip_steps; 0 = no clipping.
         clip_lowest: smallest range tried, as a fraction.
+        group_size: columns that share a grid; None = one grid per row. The groups of a row shrink together.
+        symmetric: ranges are symmetric, and zero is the code 2**(width - 1).
     """
 
     statistics: frozenset[Statistic] = frozenset({INPUT_MOMENT, INPUT_MAGNITUDE})
 
-    def __init__(self, exponents: int, clip_steps: int, clip_lowest: float) -> None:
+    def __init__(
+        self,
+        exponents: int,
+        clip_steps: int,
+        clip_lowest: float,
+        group_size: int | None = None,
+        symmetric: bool = False,
+    ) -> None:
         if exponents < 1 or clip_steps < 0 or not 0 < clip_lowest <= 1:
             raise Refused(
                 f"method.exponents={exponents} must be at least 1, method.clip_steps={clip_steps} at least 0, "
@@ -40,6 +50,7 @@ class AWQ:
         self.exponents = exponents
         self.clip_steps = clip_steps
         self.clip_lowest = clip_lowest
+        self.group_size, self.symmetric = check_group_size(group_size), check_flag("symmetric", symmetric)
 
     def prepare(self, layers: Sequence[LayerProblem], allocate: Allocate, context: Context) -> Mapping[str, Tensor]:
         """Choose the widths; nothing else needs all layers."""
@@ -61,13 +72,14 @@ class AWQ:
             other_error, other_scale, other_zero = self.search_clip(weight, moment, wider, width)
             if float(other_error.sum()) < float(error.sum()):
                 column_scale, spread, scale, zero = searched, wider, other_scale, other_zero
-        codes, _ = round_affine(stack_groups(weight * spread), scale, zero, width)
+        codes, _ = round_affine(stack_groups(weight * spread), scale, zero, width, self.group_size)
         return QuantizedTensor(
             codes=codes.to(torch.uint8),
             width=width,
-            scale=scale[:, None].to(torch.float16),
-            zero=zero_code(zero, width)[:, None],
+            scale=scale.to(torch.float16),
+            zero=zero_code(zero, width[:, None]),
             groups=len(moment),
+            group_size=self.group_size,
             column_scale=None if bool((column_scale == 1).all()) else column_scale.to(torch.float16),
         )
 
@@ -100,23 +112,23 @@ class AWQ:
     def search_clip(
         self, weight: Tensor, moment: Tensor, spread: Tensor, width: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Output error, scale and zero [R] of the range with the least output error, row by row."""
+        """Output error [R], scale and zero [R, S] of the ranges with the least output error, row by row."""
         least, scale, zero = self._errors(weight, moment, spread, width, 1.0)
         for k in range(1, self.clip_steps + 1):
             shrink = 1 - k / self.clip_steps * (1 - self.clip_lowest)
             error, s, z = self._errors(weight, moment, spread, width, shrink)
             better = error < least
             least = torch.where(better, error, least)
-            scale, zero = torch.where(better, s, scale), torch.where(better, z, zero)
+            scale, zero = torch.where(better[:, None], s, scale), torch.where(better[:, None], z, zero)
         return least, scale, zero
 
     def _errors(
         self, weight: Tensor, moment: Tensor, spread: Tensor, width: Tensor, shrink: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         scaled = stack_groups(weight * spread)
-        low, high = scaled.amin(1).clamp(max=0), scaled.amax(1).clamp(min=0)
-        scale, zero = grid_from_range(shrink * low, shrink * high, width)
-        value = round_affine(scaled, scale, zero, width)[1].reshape(weight.shape) / spread
+        rule = partial(minmax_grid, width=width, symmetric=self.symmetric, shrink=shrink)
+        scale, zero = by_column_groups(rule, scaled, self.group_size)
+        value = round_affine(scaled, scale, zero, width, self.group_size)[1].reshape(weight.shape) / spread
         return output_error(value - weight, moment, torch.float32).flatten(), scale, zero
 
 

@@ -24,8 +24,16 @@ class GPTAQ(TwoInputs):
     The others as in `GPTQ`.
     """
 
-    def __init__(self, clip: str, act_order: bool, damping: float, group_size: int | None, alpha: float) -> None:
-        super().__init__(clip, act_order, damping, group_size)
+    def __init__(
+        self,
+        clip: str,
+        act_order: bool,
+        damping: float,
+        group_size: int | None,
+        alpha: float,
+        symmetric: bool = False,
+    ) -> None:
+        super().__init__(clip, act_order, damping, group_size, symmetric=symmetric)
         if not 0 <= alpha <= 1:
             raise Refused(f"method.alpha={alpha}: must be in [0, 1]")
         self.alpha = alpha

@@ -21,7 +21,7 @@ from bayesq.quant.feedback import (
     feedback_round_groups,
     output_error,
 )
-from bayesq.quant.grids import CLIP_RULES, AffineGrid, curvature_grid, zero_code
+from bayesq.quant.grids import CLIP_RULES, AffineGrid, check_flag, check_group_size, curvature_grid, zero_code
 from bayesq.quant.tensor import QuantizedTensor
 
 
@@ -36,6 +36,7 @@ class GPTQ:
         group_size: columns that share a scale and zero; None = one per row. With act-order the groups' grids are set
             from the original weights beforehand, so that no column permutation has to be stored.
         scale_dtype: precision of the scales; float16 is stored, float32 is for comparison with published results only.
+        symmetric: ranges are symmetric, and zero is the code 2**(width - 1).
     """
 
     statistics: frozenset[Statistic] = frozenset({INPUT_MOMENT})
@@ -48,17 +49,17 @@ class GPTQ:
         damping: float,
         group_size: int | None,
         scale_dtype: torch.dtype = torch.float16,
+        symmetric: bool = False,
     ) -> None:
         if clip not in (*CLIP_RULES, "curvature", "auto"):
             raise Refused(f"method.clip={clip}: choose from {', '.join(CLIP_RULES)}, curvature, auto")
         if not damping >= 0:
             raise Refused(f"method.damping={damping}: must be 0 or more")
-        if group_size is not None and group_size < 1:
-            raise Refused(f"method.group_size={group_size}: must be at least 1, or null for one grid per row")
         self.rules = list(CLIP_RULES) if clip == "auto" else [clip]
         self.act_order = act_order
         self.damping = damping
-        self.group_size = group_size
+        self.group_size = check_group_size(group_size)
+        self.symmetric = check_flag("symmetric", symmetric)
         self.scale_dtype = scale_dtype
 
     def prepare(self, layers: Sequence[LayerProblem], allocate: Allocate, context: Context) -> Mapping[str, Tensor]:
@@ -151,8 +152,8 @@ class GPTQ:
 
     def _clip(self, rule: str, weight: Tensor, width: Tensor, curvature: Tensor) -> tuple[Tensor, Tensor]:
         if rule == "curvature":
-            return curvature_grid(weight, width, curvature, self.scale_dtype)
-        return CLIP_RULES[rule](weight, width, self.scale_dtype)
+            return curvature_grid(weight, width, curvature, self.scale_dtype, symmetric=self.symmetric)
+        return CLIP_RULES[rule](weight, width, self.scale_dtype, symmetric=self.symmetric)
 
     def _grid(self, weight: Tensor, width: Tensor, rule: str, curvature: Tensor) -> AffineGrid:
         size = self.group_size or weight.shape[1]

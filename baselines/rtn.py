@@ -8,7 +8,7 @@ from bayesq.calibration.statistic import Statistic
 from bayesq.contract import Allocate, Context, LayerProblem
 from bayesq.errors import Refused
 from bayesq.nearest import round_to_nearest
-from bayesq.quant.grids import CLIP_RULES
+from bayesq.quant.grids import CLIP_RULES, check_flag, check_group_size
 from bayesq.quant.tensor import QuantizedTensor
 
 
@@ -17,14 +17,17 @@ class RTN:
 
     Args:
         clip: "minmax" spans each row's range, "mse" shrinks it to the least rounding error.
+        group_size: columns that share a grid; None = one grid per row.
+        symmetric: ranges are symmetric, and zero is the code 2**(width - 1).
     """
 
     statistics: frozenset[Statistic] = frozenset()
 
-    def __init__(self, clip: str) -> None:
+    def __init__(self, clip: str, group_size: int | None = None, symmetric: bool = False) -> None:
         if clip not in CLIP_RULES:
             raise Refused(f"method.clip={clip}: choose from {', '.join(CLIP_RULES)}")
         self.clip = clip
+        self.group_size, self.symmetric = check_group_size(group_size), check_flag("symmetric", symmetric)
 
     def prepare(self, layers: Sequence[LayerProblem], allocate: Allocate, context: Context) -> Mapping[str, Tensor]:
         """Choose the widths; nothing else needs all layers."""
@@ -32,4 +35,4 @@ class RTN:
 
     def quantize_layer(self, layer: LayerProblem, width: Tensor, context: Context) -> QuantizedTensor:
         """Round every weight to the nearest level of its row's grid."""
-        return round_to_nearest(layer, width, self.clip)
+        return round_to_nearest(layer, width, self.clip, self.group_size, self.symmetric)

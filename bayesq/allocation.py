@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from bayesq.calibration.statistic import Statistic
 from bayesq.codebook import level_kind, normal_distortion
-from bayesq.contract import Distortion, LayerProblem, check_finite, stack_groups
+from bayesq.contract import Distortion, LayerProblem, RowBits, check_finite, stack_groups
 from bayesq.errors import Refused
 from bayesq.knapsack import greedy_knapsack
 from bayesq.posterior import WhiteningStore
@@ -66,6 +66,7 @@ class Allocator(Protocol):
         budget: Budget,
         codebook_bits: int = 0,
         distortion: Distortion | None = None,
+        row_bits: RowBits | None = None,
     ) -> dict[str, Tensor]:
         """Row widths uint8 [R] of every layer by name; arguments as in `bayesq.contract.Allocate`."""
         ...
@@ -79,10 +80,15 @@ class Allocation:
     budget: Budget
 
     def __call__(
-        self, layers: Sequence[LayerProblem], codebook_bits: int = 0, distortion: Distortion | None = None
+        self,
+        layers: Sequence[LayerProblem],
+        codebook_bits: int = 0,
+        distortion: Distortion | None = None,
+        row_bits: RowBits | None = None,
     ) -> dict[str, Tensor]:
         """Row widths uint8 [R] of these layers by name; the budget is an average over them."""
-        return self.allocator.allocate(layers, self.budget, codebook_bits, distortion)
+        priced = () if row_bits is None else (row_bits,)  # allocators without this argument serve most methods
+        return self.allocator.allocate(layers, self.budget, codebook_bits, distortion, *priced)
 
 
 class Uniform:
@@ -103,6 +109,7 @@ class Uniform:
         budget: Budget,
         codebook_bits: int = 0,
         distortion: Distortion | None = None,
+        row_bits: RowBits | None = None,
     ) -> dict[str, Tensor]:
         """Row widths of every layer. An integer budget of code bits is met exactly, with any codebooks.
 
@@ -239,6 +246,7 @@ class Knapsack:
         budget: Budget,
         codebook_bits: int = 0,
         distortion: Distortion | None = None,
+        row_bits: RowBits | None = None,
     ) -> dict[str, Tensor]:
         """Row widths of every layer; notes each layer's predicted risk.
 
@@ -263,8 +271,10 @@ class Knapsack:
             risks.append(risk)
             blocks.append(block)
             totals.append(total)
-            costs.append(layer.columns * rows[:, None] * widths)
-            smallest = layer.weight.numel() * choices[layer.name][0]
+            beside = torch.tensor([row_bits(layer, width) if row_bits else 0 for width in self.widths])
+            costs.append(rows[:, None] * (layer.columns * widths + beside))
+            first = self.widths.index(choices[layer.name][0])
+            smallest = int(layer.rows * (layer.columns * widths[first] + beside[first]))
             least += smallest
             padding += -smallest % 8
             if len(rows) > 1 and len(choices[layer.name]) > 1:

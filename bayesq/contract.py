@@ -108,19 +108,26 @@ class CountedStatistics:
 
 # Expected squared error T_b of a code of so many bits in a layer, for weights of unit variance.
 Distortion = Callable[[LayerProblem, int], float]
+# Bits that a row of so many bits a code stores in a layer beyond the scale and zero point of an affine row.
+RowBits = Callable[[LayerProblem, int], int]
 
 
 class Allocate(Protocol):
     """The run's allocator with its budget, the same for every method."""
 
     def __call__(
-        self, layers: Sequence[LayerProblem], codebook_bits: int = 0, distortion: Distortion | None = None
+        self,
+        layers: Sequence[LayerProblem],
+        codebook_bits: int = 0,
+        distortion: Distortion | None = None,
+        row_bits: RowBits | None = None,
     ) -> Mapping[str, Tensor]:
         """Row widths uint8 [R] of every layer by name.
 
         Args:
             codebook_bits: what the method's codebooks will take on disk; counted against the budget.
             distortion: of the method's codes, for allocators that predict risk; None = of plain scalar ones.
+            row_bits: what rows of each width cost beside their codes, for the same allocators; None = nothing.
         """
         ...
 

@@ -16,7 +16,16 @@ from bayesq.errors import Refused
 # Bits per weight that a budget and a layer may have.
 MIN_BITS, MAX_BITS = 2, 8
 # Keys that describe a method: its constructor does not take them, and run_id leaves them out.
-METHOD_METADATA = ("allocator", "inputs", "correction", "sequential", "uses_posterior", "data_free", "display")
+METHOD_METADATA = (
+    "allocator",
+    "inputs",
+    "correction",
+    "sequential",
+    "uses_posterior",
+    "data_free",
+    "display",
+    "neutral",
+)
 # Keys that describe a choice; its constructor does not take them.
 DESCRIPTIVE = ("name", "tasks", *METHOD_METADATA)
 WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null"}

@@ -1,34 +1,42 @@
 """Rounding to nearest on per-row affine grids, and a count of the steps that fp16 cannot hold."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from bayesq.contract import LayerProblem, check_finite, stack_groups
-from bayesq.quant.grids import CLIP_RULES, FP16_MAX, FP16_TINY, round_affine, zero_code
+from bayesq.quant.grids import CLIP_RULES, FP16_MAX, FP16_TINY, by_column_groups, round_affine, zero_code
 from bayesq.quant.tensor import QuantizedTensor
 
 
-def round_to_nearest(layer: LayerProblem, width: Tensor, clip: str) -> QuantizedTensor:
+def round_to_nearest(
+    layer: LayerProblem, width: Tensor, clip: str, group_size: int | None = None, symmetric: bool = False
+) -> QuantizedTensor:
     """Round every weight to the nearest level of its row's grid.
 
     Args:
         layer: only its weights are read.
         width: uint8 [R] bits.
         clip: one of CLIP_RULES.
+        group_size: columns that share a grid; None = one grid per row.
+        symmetric: see `minmax_grid`.
 
     Raises:
         Refused: NaN or infinite weights.
     """
     check_finite(layer)
     weight = stack_groups(layer.weight).to(torch.float64)
-    scale, zero = CLIP_RULES[clip](weight, width)
-    codes, _ = round_affine(weight, scale, zero, width)
+    rule = partial(CLIP_RULES[clip], width=width, symmetric=symmetric)
+    scale, zero = by_column_groups(rule, weight, group_size)
+    codes, _ = round_affine(weight, scale, zero, width, group_size)
     return QuantizedTensor(
         codes=codes.to(torch.uint8),
         width=width,
-        scale=scale[:, None].to(torch.float16),
-        zero=zero_code(zero, width)[:, None],
+        scale=scale.to(torch.float16),
+        zero=zero_code(zero, width[:, None]),
         groups=layer.weight.shape[0],
+        group_size=group_size,
     )
 
 

@@ -8,7 +8,7 @@ Scales have fp16 precision from the start, because they are stored in fp16: so c
 be deployed.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from bayesq.defaults import MAX_BITS, MIN_BITS
+from bayesq.errors import Refused
 from bayesq.quant.compiled import compiled
 
 MIN_WIDTH, MAX_WIDTH = MIN_BITS, MAX_BITS
@@ -54,11 +55,23 @@ def top_code(width: Tensor, dtype: torch.dtype) -> Tensor:
     return 2 ** width.to(dtype) - 1
 
 
-def round_affine(weight: Tensor, scale: Tensor, zero: Tensor, width: Tensor) -> tuple[Tensor, Tensor]:
-    """Nearest codes and values of a whole matrix [R, C] on affine grids with scale and zero [R]."""
+def round_affine(
+    weight: Tensor, scale: Tensor, zero: Tensor, width: Tensor, group_size: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Nearest codes and values of a whole matrix [R, C] on affine grids.
+
+    Args:
+        scale, zero: [R], or [R, S] of the groups of `group_size` columns.
+        width: [R] bits.
+    """
+    columns = weight.shape[1]
+    if scale.dim() == 1:
+        scale, zero = scale[:, None], zero[:, None]
+    elif scale.shape[1] > 1:
+        scale, zero = (part.repeat_interleave(group_size or columns, 1)[:, :columns] for part in (scale, zero))
     top = top_code(width, weight.dtype)[:, None]
-    code = torch.round(weight / scale[:, None]).add_(zero[:, None]).clamp_(min=0).clamp_(max=top)
-    return code, scale[:, None] * (code - zero[:, None])
+    code = torch.round(weight / scale).add_(zero).clamp_(min=0).clamp_(max=top)
+    return code, scale * (code - zero)
 
 
 # Entries of a column that are processed together: with the other columns of the block they fit the nearest cache.
@@ -201,19 +214,32 @@ class CodebookGrid:
         return code, scale * (torch.gather(self._levels, 1, code) - zero)
 
 
-def minmax_grid(weight: Tensor, width: Tensor, scale_dtype: torch.dtype = torch.float16) -> tuple[Tensor, Tensor]:
+def minmax_grid(
+    weight: Tensor,
+    width: Tensor,
+    scale_dtype: torch.dtype = torch.float16,
+    symmetric: bool = False,
+    shrink: float = 1.0,
+) -> tuple[Tensor, Tensor]:
     """Scale and zero [R] of the grid that spans each row's range, 0 included (published GPTQ's default rule).
 
     Args:
         weight: [R, C].
         width: [R] bits.
         scale_dtype: precision the scale is stored in; float32 only to compare with published results.
+        symmetric: the range is [-max|w|, max|w|], and zero is the code 2**(width - 1).
+        shrink: part of the range that the grid spans.
     """
-    return grid_from_range(*_range(weight), width, scale_dtype)
+    low, high = _range(weight, symmetric)
+    return grid_from_range(shrink * low, shrink * high, width, scale_dtype, symmetric)
 
 
 def mse_grid(
-    weight: Tensor, width: Tensor, scale_dtype: torch.dtype = torch.float16, steps: int = CLIP_STEPS
+    weight: Tensor,
+    width: Tensor,
+    scale_dtype: torch.dtype = torch.float16,
+    steps: int = CLIP_STEPS,
+    symmetric: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Scale and zero [R] with the range shrunk to minimise sum |w - q(w)|^2.4 (published GPTQ's mse option).
 
@@ -221,26 +247,30 @@ def mse_grid(
         module.
 
     Args:
-        weight, width, scale_dtype: as in `minmax_grid`.
+        weight, width, scale_dtype, symmetric: as in `minmax_grid`.
         steps: ranges tried lie 1 / steps of the whole range apart.
     """
-    return _search_ranges(weight, width, None, scale_dtype, steps)
+    return _search_ranges(weight, width, None, scale_dtype, steps, symmetric)
 
 
 def curvature_grid(
-    weight: Tensor, width: Tensor, curvature: Tensor, scale_dtype: torch.dtype = torch.float16
+    weight: Tensor,
+    width: Tensor,
+    curvature: Tensor,
+    scale_dtype: torch.dtype = torch.float16,
+    symmetric: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Scale and zero [R] with the range shrunk to minimise sum_c h_c (w_c - q(w_c))^2.
 
     Args:
-        weight, width, scale_dtype: as in `minmax_grid`.
+        weight, width, scale_dtype, symmetric: as in `minmax_grid`.
         curvature: [R, C] weights of squared errors, at least 0, in any unit.
     """
-    return _search_ranges(weight, width, curvature, scale_dtype, CLIP_STEPS)
+    return _search_ranges(weight, width, curvature, scale_dtype, CLIP_STEPS, symmetric)
 
 
 def _search_ranges(
-    weight: Tensor, width: Tensor, curvature: Tensor | None, scale_dtype: torch.dtype, steps: int
+    weight: Tensor, width: Tensor, curvature: Tensor | None, scale_dtype: torch.dtype, steps: int, symmetric: bool
 ) -> tuple[Tensor, Tensor]:
     """The search of `mse_grid` (no curvature) and `curvature_grid`, CLIP_ROWS rows at a time."""
     ranges = []
@@ -250,18 +280,18 @@ def _search_ranges(
         if curvature is not None:
             most = curvature[part].amax(1, keepdim=True).clamp(min=torch.finfo(curvature.dtype).tiny)
             cost = (curvature[part] / most).to(torch.float32)
-        ranges.append(_search_rows(weight[part].to(torch.float32), width[part], cost, scale_dtype, steps))
+        ranges.append(_search_rows(weight[part].to(torch.float32), width[part], cost, scale_dtype, steps, symmetric))
     scales, zeros = zip(*ranges, strict=True)
     return torch.cat(scales).to(weight.dtype), torch.cat(zeros).to(weight.dtype)
 
 
 def _search_rows(
-    weight: Tensor, width: Tensor, curvature: Tensor | None, scale_dtype: torch.dtype, steps: int
+    weight: Tensor, width: Tensor, curvature: Tensor | None, scale_dtype: torch.dtype, steps: int, symmetric: bool
 ) -> tuple[Tensor, Tensor]:
-    low, high = _range(weight)
+    low, high = _range(weight, symmetric)
     shrink = torch.tensor([1 - step / steps for step in range(round(steps * (1 - CLIP_LOWEST)))], dtype=low.dtype)
     # the grids of all steps at once, [steps, R]: for a few rows each call costs more than its arithmetic
-    grids = grid_from_range(shrink[:, None] * low, shrink[:, None] * high, width, scale_dtype)
+    grids = grid_from_range(shrink[:, None] * low, shrink[:, None] * high, width, scale_dtype, symmetric)
     scale, zero = (part[0] for part in grids)
     best = torch.full_like(scale, torch.inf)
     top = top_code(width, weight.dtype)[:, None]
@@ -277,20 +307,70 @@ def _search_rows(
     return scale, zero
 
 
-def _range(weight: Tensor) -> tuple[Tensor, Tensor]:
-    return weight.amin(1).clamp(max=0), weight.amax(1).clamp(min=0)
+def _range(weight: Tensor, symmetric: bool) -> tuple[Tensor, Tensor]:
+    low, high = weight.amin(1).clamp(max=0), weight.amax(1).clamp(min=0)
+    if symmetric:
+        high = torch.maximum(-low, high)
+        low = -high
+    return low, high
 
 
 def grid_from_range(
-    low: Tensor, high: Tensor, width: Tensor, scale_dtype: torch.dtype = torch.float16
+    low: Tensor,
+    high: Tensor,
+    width: Tensor,
+    scale_dtype: torch.dtype = torch.float16,
+    symmetric: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Scale and integer zero [R] of the affine grids that span [low, high]; an empty range becomes [-1, 1]."""
+    """Scale and integer zero [R] of the affine grids that span [low, high]; an empty range becomes [-1, 1].
+
+    Args:
+        symmetric: zero is the code 2**(width - 1).
+    """
     empty = (low == 0) & (high == 0)
     low, high = torch.where(empty, -torch.ones_like(low), low), torch.where(empty, torch.ones_like(high), high)
     top = top_code(width, low.dtype)
     scale = (high - low) / top
     scale = stored_scale(scale) if scale_dtype == torch.float16 else scale.to(scale_dtype).to(low.dtype)
+    if symmetric:
+        return scale, ((top + 1) / 2).expand_as(scale)
     return scale, torch.round(-low / scale).clamp_(min=0).clamp_(max=top)
 
 
-CLIP_RULES = {"minmax": minmax_grid, "mse": mse_grid}
+def by_column_groups(
+    rule: Callable[[Tensor], tuple[Tensor, Tensor]], weight: Tensor, group_size: int | None
+) -> tuple[Tensor, Tensor]:
+    """Scale and zero [R, S] that a rule gives each group of columns.
+
+    Args:
+        rule: gives scale and zero [R] of the columns [R, c] of one group.
+        weight: [R, C].
+        group_size: columns of a group, the last may have fewer; None = all.
+    """
+    scale, zero = zip(*map(rule, weight.split(group_size or weight.shape[1], dim=1)), strict=True)
+    return torch.stack(scale, 1), torch.stack(zero, 1)
+
+
+def check_group_size(group_size: int | None) -> int | None:
+    """The value of method.group_size.
+
+    Raises:
+        Refused: it is no whole number of at least 1.
+    """
+    if group_size is not None and (type(group_size) is not int or group_size < 1):
+        raise Refused(f"method.group_size={group_size}: must be at least 1, or null for one grid per row")
+    return group_size
+
+
+def check_flag(key: str, value: bool) -> bool:
+    """The value of a key of the method that is true or false.
+
+    Raises:
+        Refused: it is neither.
+    """
+    if type(value) is not bool:
+        raise Refused(f"method.{key}={value}: needs true or false")
+    return value
+
+
+CLIP_RULES: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {"minmax": minmax_grid, "mse": mse_grid}

@@ -116,11 +116,18 @@ def settings_that_matter(config: Mapping[str, Any]) -> dict[str, Any]:
         matter["calibration"] = {k: v for k, v in matter["calibration"].items() if k != "offload"}
     if "inputs" not in config:  # a record of an older version
         matter["inputs"] = inputs_of("full", config["method"].get("sequential"))
-    matter["method"] = {k: v for k, v in config["method"].items() if k not in METHOD_METADATA}
+    matter["method"] = _of_method(config["method"])
     if "exclude" in matter.get("layers", {}):
         matter["layers"] = {**matter["layers"], "exclude": sorted(set(matter["layers"]["exclude"]))}
     canonical: dict[str, Any] = _canonical(matter)
     return canonical
+
+
+def _of_method(method: Mapping[str, Any]) -> dict[str, Any]:
+    """The switches of a method. Newer ones do not count at the value that its `neutral` names for them."""
+    neutral = method.get("neutral") or {}
+    unset = {key for key, value in neutral.items() if key in method and method[key] == value}
+    return {key: value for key, value in method.items() if key not in METHOD_METADATA and key not in unset}
 
 
 def _canonical_allocation(allocation: Mapping[str, Any]) -> dict[str, Any]:

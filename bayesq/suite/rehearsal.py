@@ -13,10 +13,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from bayesq.allocation import Budget, Knapsack
+from bayesq.allocation import Allocation, Budget, Knapsack
 from bayesq.calibration.samples import Pairs
 from bayesq.calibration.statistic import LayerStatistics, Source, Statistic, with_required
-from bayesq.contract import Context, Distortion, LayerProblem
+from bayesq.contract import Context, Distortion, LayerProblem, RowBits
 from bayesq.loop import quantize_layers
 from bayesq.quant.grids import MAX_WIDTH, MIN_WIDTH
 from bayesq.quant.layers import Layer, kernel_positions, weight_to_matrix
@@ -45,10 +45,13 @@ def rehearse(recipe: Recipe, layers: Mapping[str, Layer]) -> None:
     problems = small_problems(layers, recipe.statistics | method.statistics)
 
     def allocate(
-        layers: Sequence[LayerProblem], codebook_bits: int = 0, distortion: Distortion | None = None
+        layers: Sequence[LayerProblem],
+        codebook_bits: int = 0,
+        distortion: Distortion | None = None,
+        row_bits: RowBits | None = None,
     ) -> Mapping[str, Tensor]:
         copies = [replace(layer, notes={}) for layer in layers]  # discards the predicted risks
-        allocator.allocate(copies, Budget(MAX_WIDTH, "code"), 0, distortion)
+        Allocation(allocator, Budget(MAX_WIDTH, "code"))(copies, 0, distortion, row_bits)
         return {layer.name: all_widths(layer.rows) for layer in layers}
 
     try:

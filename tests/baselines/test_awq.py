@@ -189,3 +189,35 @@ def test_inputs_that_are_all_zero_leave_plain_rounding() -> None:
 def test_impossible_settings_are_refused(exponents: int, clip_steps: int, lowest: float) -> None:
     with pytest.raises(ValueError, match=r"method\.exponents"):
         AWQ(exponents, clip_steps, lowest)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_column_groups_are_rounded_on_their_own_grids(symmetric: bool) -> None:
+    generator = torch.Generator().manual_seed(8)
+    weight = torch.randn(1, 3, 12, generator=generator)
+    moments, magnitude = inputs(1, 12, 1, generator)
+    method = AWQ(4, 0, LOWEST, group_size=5, symmetric=symmetric)
+    widths = FixedWidths(layer=torch.tensor([3, 4, 2], dtype=torch.uint8))
+    ((_, tensor),) = rounded(method, [problem(weight, moments, magnitude)], widths)
+    spread = torch.ones(12) if tensor.column_scale is None else tensor.column_scale[0].float()
+    found = tensor.dequantize()[0] * spread
+    scaled = weight[0].double() * spread.double()
+    for r, width in enumerate([3, 4, 2]):
+        for first in (0, 5, 10):
+            part = scaled[r, first : first + 5].numpy()
+            low, high = min(0.0, float(part.min())), max(0.0, float(part.max()))
+            if symmetric:
+                high = max(-low, high)
+                grid = float(np.float16(2 * high / (2**width - 1))), 2 ** (width - 1)
+            else:
+                grid = range_grid(low, high, width)
+            values = [affine_nearest(float(w), *grid, width)[1] for w in part]
+            np.testing.assert_allclose(found[r, first : first + 5], values, rtol=1e-5, atol=1e-7)
+    assert tensor.scale.shape == (3, 3)
+
+
+def test_bad_groups_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"method\.group_size=2\.5: must be at least 1"):
+        AWQ(4, 0, LOWEST, group_size=2.5)
+    with pytest.raises(ValueError, match=r"method\.symmetric=yes: needs true or false"):
+        AWQ(4, 0, LOWEST, symmetric="yes")

@@ -1,6 +1,7 @@
 """GPTQ against the published code's weights and against a column-by-column float64 implementation."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,10 @@ from rounding_loop import rounded
 from safetensors.torch import load_file
 from torch import Tensor
 
+from baselines.gptaq import GPTAQ
 from baselines.gptq import GPTQ
 from bayesq.allocation import Budget, Uniform
+from bayesq.contract import LayerProblem
 from bayesq.quant.accounting import code_bits
 from bayesq.quant.feedback import feedback_factor
 from bayesq.quant.tensor import QuantizedTensor
@@ -302,3 +305,19 @@ def test_weights_and_moments_that_are_not_finite_are_refused() -> None:
                 gptq, [problem(torch.ones(1, 1, 2), torch.full((1, 2, 2), torch.nan))], FixedWidths(layer=uint8([3]))
             )
         )
+
+
+@pytest.mark.parametrize("group_size", [None, 4])
+@pytest.mark.parametrize("method", [GPTQ, partial(GPTAQ, alpha=1.0)])
+def test_symmetric_grids_have_zero_in_the_middle(method, group_size: int | None) -> None:
+    generator = torch.Generator().manual_seed(9)
+    weight = torch.randn(1, 4, 10, generator=generator) + 1
+    moment = moment_of(10, 40, generator)[None]
+    layer = LayerProblem("layer", "Linear", weight, lambda _: moment)
+    widths = torch.tensor([2, 3, 4, 8], dtype=torch.uint8)
+    made = method(clip="minmax", act_order=True, damping=0.01, group_size=group_size, symmetric=True)
+    ((_, tensor),) = rounded(made, [layer], FixedWidths(layer=widths))
+    assert bool((tensor.zero == 128).all())
+    for s, part in enumerate(weight[0].split(group_size or 10, dim=1)):
+        expected = 2 * part.abs().amax(1) / (2.0**widths - 1)
+        assert torch.equal(tensor.scale[:, s], expected.half())
