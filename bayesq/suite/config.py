@@ -90,10 +90,10 @@ def reads_posterior(config: Mapping[str, Any]) -> bool:
 def settings_that_matter(config: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a resolved configuration that determines the result.
 
-    It leaves out the keys WITHOUT_EFFECT, METHOD_METADATA, calibration.offload and calibration.source, and sections that nothing reads:
-    allocation with allocator=uniform, distillation with distill=false, and so on. Order and repetition do not count in
-    allocation.widths and layers.exclude, and 3.0 equals 3. The order of the patterns in allocation.pinned and
-    allocation.allowed does count.
+    It leaves out the keys WITHOUT_EFFECT, METHOD_METADATA, calibration.offload and calibration.source (which the data
+    sets that read it have as a key), and sections that nothing reads: allocation with allocator=uniform, distillation
+    with distill=false, and so on. Order and repetition do not count in allocation.widths and layers.exclude, and 3.0
+    equals 3. The order of the patterns in allocation.pinned and allocation.allowed does count.
     """
     read = {
         **dict.fromkeys(WITHOUT_EFFECT, False),
@@ -106,7 +106,7 @@ def settings_that_matter(config: Mapping[str, Any]) -> dict[str, Any]:
     if "allocation" in matter:
         matter["allocation"] = _canonical_allocation(matter["allocation"])
     if "calibration" in matter:
-        dropped = ("offload", "source")  # the data sets that read calibration.source have a key for it
+        dropped = ("offload", "source")
         matter["calibration"] = {k: v for k, v in matter["calibration"].items() if k not in dropped}
     sequential = config["method"].get("sequential")
     if "inputs" not in config and sequential is not None:  # a record of an older version

@@ -153,7 +153,9 @@ class Evaluator:
         self._overflow = f"model={name} overflows before anything is rounded; choose other weights or data"
         if work.subject.likelihood.streams:
             if autocast is not None:
-                raise UserError(f"evaluation.autocast={autocast}: language models are evaluated in float32; choose null")
+                raise UserError(
+                    f"evaluation.autocast={autocast}: language models are evaluated in float32; choose null"
+                )
             return
         network_and_data = network.module, network.identity, work.evaluation, batch_size, work.subject.device, cache_dir
         self.full, self.oom_retries = cached_logits(*network_and_data, autocast)

@@ -102,7 +102,11 @@ class TestErrors:
             (prose(2000), {"limit": 99}, r"dataset\.limit=99 is not possible: .* has 61 windows of 16 tokens"),
             (prose(2000), {"calibration_share": 1.0}, r"dataset\.calibration_share=1\.0 is not possible"),
             (prose(2000), {"calibration_source": "prose.txt"}, "calibrate on another one"),
-            (prose(2000), {"calibration_source": "none.txt"}, r"calibration\.source=none\.txt: none\.txt cannot be read"),
+            (
+                prose(2000),
+                {"calibration_source": "none.txt"},
+                r"calibration\.source=none\.txt: none\.txt cannot be read",
+            ),
         ],
     )
     def test_texts(
@@ -118,7 +122,7 @@ class TestErrors:
     def test_no_text(self, tmp_path: Path) -> None:
         path = tmp_path / "photo"
         path.write_bytes(b"ab\xff")
-        with pytest.raises(UserError, match="no text in UTF-8 .* at byte 2"):
+        with pytest.raises(UserError, match=r"no text in UTF-8 .* at byte 2"):
             loaded(path)
 
     def test_more_calibration_windows_than_there_are(self, text: Path) -> None:
@@ -229,7 +233,9 @@ def test_a_run_and_the_network_from_its_file(
 ) -> None:
     result = run(folder, text, tmp_path, *more)
     assert result["q/perplexity"] > 0 and result["q/kl_to_fp"] > 0
-    assert result["quantized/share"] == pytest.approx(result["bytes/fp32"] / 4 / result["source"]["model"]["parameters"])
+    assert result["quantized/share"] == pytest.approx(
+        result["bytes/fp32"] / 4 / result["source"]["model"]["parameters"]
+    )
     assert set(result["quantized/left_out"]) == {"model.model.embed_tokens.weight", "model.lm_head.weight"}
     place = tmp_path / str(result["run_id"])
     with (place / "predictions.csv").open(encoding="utf-8") as file:
@@ -257,7 +263,10 @@ def test_calibration_source_changes_the_run(folder: Path, text: Path, tmp_path: 
     ("more", "message"),
     [
         ("evaluation.autocast=bfloat16", r"evaluation\.autocast=bfloat16: language models are evaluated in float32"),
-        ("posterior.likelihood=categorical", r"posterior\.likelihood=categorical: is not the likelihood of next tokens"),
+        (
+            "posterior.likelihood=categorical",
+            r"posterior\.likelihood=categorical: is not the likelihood of next tokens",
+        ),
     ],
 )
 def test_what_language_models_do_not_have(

@@ -14,7 +14,9 @@ from bayesq.suite.errors import UserError
 from bayesq.suite.models.tiny_stories import TOKENS, WEIGHTS, TinyStories
 
 FOLDER = Path(__file__).parents[3] / "shared" / "models" / "stories260K"
-STORY = "Once upon a time, there was a little girl named Lily. She loved to play outside in the park.\nÉmile said: “No!”"
+STORY = (
+    "Once upon a time, there was a little girl named Lily. She loved to play outside in the park.\nÉmile said: “No!”"
+)
 
 pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason=f"{FOLDER} is not there")
 

@@ -33,8 +33,8 @@ class Photo(Protocol):
 
 
 # Raw inputs, before any model-specific encoding: sentences, sentence pairs, photos of any size, images
-# [n, channels, height, width] as floats in [0, 1], or a text that is cut into windows. A new kind of input changes `select`, `checksum` and the model's
-# `encode` only.
+# [n, channels, height, width] as floats in [0, 1], or a text that is cut into windows. A new kind of input changes
+# `select`, `checksum` and the model's `encode` only.
 Inputs = Sequence[str] | Sequence[tuple[str, str]] | Sequence[Photo] | Sequence[Excerpt] | Tensor
 
 

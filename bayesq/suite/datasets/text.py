@@ -51,7 +51,9 @@ class _Windows:
 
     def __post_init__(self) -> None:
         if self.window < SHORTEST + self.bos:
-            raise UserError(f"dataset.window={self.window} is not possible: choose at least {SHORTEST + self.bos} tokens")
+            raise UserError(
+                f"dataset.window={self.window} is not possible: choose at least {SHORTEST + self.bos} tokens"
+            )
 
     def splits(self, test: tuple[str, str, str], other: tuple[str, str, str]) -> DataSplits:
         """Splits from two texts: each has the setting that names it, its name, and the text.
