@@ -74,7 +74,7 @@ def test_every_block_is_walked(tmp_path: Path) -> None:
         work = plan.load_workload(compose("config", overrides), tmp_path)
     module, layers = work.subject.module, work.subject.layers
     walker = Walker(module, work.subject.blocks, layers, lambda: work.subject.examples.batches(8, "cpu"))
-    runs = {k: 0 for k in range(4)}
+    runs = dict.fromkeys(range(4), 0)
     for k, layer in enumerate(module.model.model.layers):
 
         def count(*_: object, k: int = k) -> None:
