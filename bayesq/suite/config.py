@@ -92,8 +92,9 @@ def settings_that_matter(config: Mapping[str, Any]) -> dict[str, Any]:
 
     It leaves out the keys WITHOUT_EFFECT, METHOD_METADATA, calibration.offload and calibration.source (which the data
     sets that read it have as a key), and sections that nothing reads: allocation with allocator=uniform, distillation
-    with distill=false, and so on. Order and repetition do not count in allocation.widths and layers.exclude, and 3.0
-    equals 3. The order of the patterns in allocation.pinned and allocation.allowed does count.
+    with distill=false, zeroshot_root without zeroshot, and so on. Order and repetition do not count in
+    allocation.widths and layers.exclude, and 3.0 equals 3. The order of the patterns in allocation.pinned and
+    allocation.allowed does count.
     """
     read = {
         **dict.fromkeys(WITHOUT_EFFECT, False),
@@ -108,6 +109,8 @@ def settings_that_matter(config: Mapping[str, Any]) -> dict[str, Any]:
     if "calibration" in matter:
         dropped = ("offload", "source")
         matter["calibration"] = {k: v for k, v in matter["calibration"].items() if k not in dropped}
+    if not config.get("evaluation", {}).get("zeroshot") and "evaluation" in matter:
+        matter["evaluation"] = {k: v for k, v in matter["evaluation"].items() if not k.startswith("zeroshot")}
     sequential = config["method"].get("sequential")
     if "inputs" not in config and sequential is not None:  # a record of an older version
         matter["inputs"] = inputs_of("full", sequential)

@@ -35,6 +35,7 @@ from bayesq.suite.results import LAYERS_FILE, PREDICTIONS_FILE, QUANTIZED_FILE, 
 from bayesq.suite.summary import two_digits
 from bayesq.suite.tracking import ERROR_KEY, track
 from bayesq.suite.workload import Workload, check_finite
+from bayesq.suite.zeroshot import ZeroShot, open_zeroshot
 
 log = logging.getLogger(__name__)
 
@@ -97,6 +98,7 @@ def execute(cfg: DictConfig, folder: Path, previous: list[WhiteningStore]) -> tu
             recipe.whitenings.use_disk(folder)
         with naming_model(cfg.model.name, "evaluating it"):
             evaluator = Evaluator(work, int(cfg.evaluation.batch_size), cfg.evaluation.autocast, cache_dir)
+        evaluator.zeroshot = open_zeroshot(cfg.evaluation, work.network.encode, work.subject.device)
         with elapsed("compile"):
             rehearse(make_recipe(cfg), work.subject.layers)
 
@@ -140,6 +142,7 @@ class Evaluator:
     Attributes:
         full: outputs [n, ...] of the full-precision network, or that network.
         oom_retries: how often memory ran out.
+        zeroshot: tasks that both networks answer too.
 
     Raises:
         UserError: outputs of the full-precision network are not finite, or autocast is asked for a language model.
@@ -150,6 +153,8 @@ class Evaluator:
         network, name = work.network, work.name
         self.full: Tensor | nn.Module = network.module
         self.oom_retries = 0
+        self.zeroshot: ZeroShot | None = None
+        self._answers: dict[str, object] = {}
         self._overflow = f"model={name} overflows before anything is rounded; choose other weights or data"
         if work.subject.likelihood.streams:
             if autocast is not None:
@@ -172,12 +177,14 @@ class Evaluator:
         )
         self.oom_retries += retries
         check_finite(rows["fp_nll"], self._overflow)
+        if self.zeroshot is not None:
+            self._answers = self.zeroshot.compare(subject.module, student)
         return rows
 
     def metrics(self, rows: EvaluationRows, seed: int) -> dict[str, object]:
         """All metrics under their result keys; `seed` is of the bootstrap."""
         with elapsed("compare"):
-            metrics = compare(rows, seed, self.work.data.metrics)
+            metrics = compare(rows, seed, self.work.data.metrics) | self._answers
         if self.autocast is not None:
             assert isinstance(self.full, Tensor)
             kl = self.work.subject.likelihood.kl(self._float32, self.full)
