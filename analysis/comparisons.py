@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ import pandas as pd
 
 from analysis.loading import finished, read_table, records
 from analysis.methods import DEFAULTS, is_data_free, setting
-from analysis.metrics import Floats, measure
+from analysis.metrics import Floats, as_share, measure
 from analysis.paper import REFERENCE
 from analysis.statistics import (
     Interval,
@@ -51,7 +51,7 @@ class Comparison:
     """A variant against another one.
 
     Attributes:
-        delta: primary metric, second minus first, as a fraction.
+        delta: primary metric, second minus first, as a share (`as_share`).
         kl_ratio: KL to full precision, second over first.
         p: two-sided; McNemar's exact test where the metric is an accuracy, else that of the bootstrap.
         seeds: seeds of both.
@@ -78,7 +78,7 @@ def summarise(runs: pd.DataFrame, by: Sequence[str] = BY) -> pd.DataFrame:
         one row per group: `by`, `n` (runs with a result), and for each numeric key of result.json KEY (mean; NaN if
         one of the runs has no number, because the mean of the others could be mistaken for that of all) and KEY/std
         (NaN for one run). `score` is the primary metric and `fp/score` the full-precision model's, as
-        fractions.
+        shares (`as_share`).
     """
     done = with_scores(finished(runs))
     numbers = [key for key in done if key not in (*by, "seed", "duplicates") and _is_number(done[key])]
@@ -100,12 +100,18 @@ def with_scores(runs: pd.DataFrame) -> pd.DataFrame:
     """`runs` with `bits`, `examples` (of the calibration set), `score`, `fp/score` and `metric`, the primary one."""
     rows = records(runs)
     metrics = [row.get("primary_metric") for row in rows]
+    scores = {
+        prefix: [
+            as_share(metric, row.get(f"{prefix}/{metric}", math.nan)) for row, metric in zip(rows, metrics, strict=True)
+        ]
+        for prefix in ("q", "fp")
+    }
     return runs.assign(
         bits=runs["bits/target"],
         examples=runs.get("calibration/examples", math.nan),
         metric=pd.Series(metrics, index=runs.index, dtype="object"),
-        score=[row.get(f"q/{metric}", math.nan) for row, metric in zip(rows, metrics, strict=True)],
-        **{"fp/score": [row.get(f"fp/{metric}", math.nan) for row, metric in zip(rows, metrics, strict=True)]},
+        score=scores["q"],
+        **{"fp/score": scores["fp"]},
     )
 
 
@@ -196,12 +202,14 @@ class Examples:
         names = table["id"] if "id" in table else pd.Series(range(len(table)), index=table.index).astype(str)
         # examples with the same name are numbered; their order is that of the data set in every run
         names = names.astype(str) + "#" + names.groupby(names).cumcount().astype(str)
+        if "label" not in table:  # sequences: their perplexity takes nats per token, weighed by the number of tokens
+            table = table.assign(label=table["predictions"], q_prediction=table["q_nll"])
         table = table.set_index(names)[["part", "label", "q_prediction", "kl"]].astype("float64")
         for metric in metrics_of(run):
             function, part = _measured_on(metric)
             examples = table[table["part"] == part]
             value = measure(function, *(examples[key].to_numpy() for key in ("q_prediction", "label")))
-            if not abs(value - run[f"q/{metric}"]) <= TOLERANCE:
+            if not abs(value - run[f"q/{metric}"]) <= TOLERANCE * max(1.0, abs(value)):
                 reason = f"{PREDICTIONS_FILE} does not give the {metric} of its result"
                 log.warning("%s: %s; not compared", run["path"], reason)
                 self._reasons[str(run["path"])] = reason
@@ -225,6 +233,7 @@ class Examples:
         predictions, kl = (np.stack([table[key].to_numpy() for table in tables]) for key in ("q_prediction", "kl"))
         function = str(first.iloc[0]["primary_metric"])
         delta, p = _difference(function, predictions[: len(seeds)], predictions[len(seeds) :], labels)
+        delta = replace(delta, **{name: as_share(function, getattr(delta, name)) for name in ("value", "low", "high")})
         ratio = paired_bootstrap(kl[: len(seeds)], kl[len(seeds) :], resamples=KL_RESAMPLES, ratio=True)
         return Comparison(delta, ratio, p, tuple(seeds), len(labels), left_out)
 

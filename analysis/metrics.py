@@ -10,7 +10,7 @@ from bayesq import metrics
 
 Floats = NDArray[np.float64]
 
-# Shares and correlations are shown times 100.
+# Shares and correlations are shown times 100; `as_share` makes other metrics fit.
 SCALE = 100
 
 
@@ -25,9 +25,14 @@ def in_words(metric: str) -> str:
     return f"{metric} {'in %' if unit == '%' else unit.replace('x100', 'times 100')}"
 
 
-def is_better(delta: Any) -> Any:
-    """Whether a difference of scores (or each of a column) is an improvement: shares and correlations should grow."""
-    return delta > 0
+def as_share(metric: Any, value: float) -> float:
+    """A value or difference, such that SCALE times it is in the metric's unit; shares stay as they are."""
+    return value * (metrics.metric_of(str(metric)).scale / SCALE)
+
+
+def is_better(delta: float, metric: Any) -> bool:
+    """Whether a difference of scores is an improvement: accuracy should grow, perplexity should fall."""
+    return delta > 0 if metrics.metric_of(str(metric)).higher_is_better else delta < 0
 
 
 def function(metric: str) -> Callable[[Floats, Floats, Floats], Floats]:

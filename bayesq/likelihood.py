@@ -39,10 +39,12 @@ class Likelihood(ABC):
     Attributes:
         name: its value of the key posterior.likelihood.
         unit: of KL, negative log-likelihood and risk.
+        streams: whether outputs are too many to store those of a whole data set.
     """
 
     name: ClassVar[str]
     unit: ClassVar[str] = "nats per example"
+    streams: ClassVar[bool] = False
 
     @abstractmethod
     def kl(self, reference: Tensor, other: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -264,6 +266,7 @@ class Tokens(Categorical):
 
     name: ClassVar[str] = "tokens"
     unit: ClassVar[str] = "nats per token"
+    streams: ClassVar[bool] = True
 
     def kl(self, reference: Tensor, other: Tensor, mask: Tensor | None = None) -> Tensor:
         """Mean over the counted positions of each sequence; 0 where none counts."""

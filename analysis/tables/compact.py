@@ -132,7 +132,7 @@ def _compared(
         us: as_number(SCALE * ours.get("score", math.nan), ".2f"),
         f"{us} − {them}": as_delta(*delta),
     }
-    better = is_better(delta[0]) and ours.get("p_holm", math.nan) < LEVEL
+    better = is_better(delta[0], ours.get("metric")) and ours.get("p_holm", math.nan) < LEVEL
     return cells, {head: values[-1] < 1 for head, values in ratios.items()} | {f"{us} − {them}": better}
 
 

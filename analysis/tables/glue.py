@@ -12,7 +12,7 @@ from analysis.comparisons import Examples, NotComparedError, alike, counted, is_
 from analysis.gaps import run_overrides, usual_seeds, workload_command
 from analysis.loading import UNKNOWN, finished, records
 from analysis.methods import methods_of, title
-from analysis.metrics import SCALE, is_better
+from analysis.metrics import SCALE
 from analysis.paper import CLAIMED_DELTAS, PROPOSED, REFERENCE
 from analysis.statistics import holm, mean_std
 from analysis.table import GAP, LEVEL, Table, as_delta, as_number, as_p, as_spread, cells_of, make_table
@@ -47,7 +47,7 @@ def glue_table(runs: pd.DataFrame) -> Table:
     tasks = _task_means(done)
     ran = [task for task in GLUE_TASKS if task in set(tasks["task"])]
     table, notes = _rows(of_glue, tasks, ran)
-    better = (table["p_holm"] < LEVEL) & is_better(table[GAIN])
+    better = (table["p_holm"] < LEVEL) & (table[GAIN] > 0)
     notes += [*_no_task(of_glue, ran), *failed(of_glue), *remarks_of(of_glue)]
     bold = {f"Δ {title(REFERENCE)}": better}
     return make_table(_cells(table, ran), table.drop(columns="seeds"), bold, _caption(table, tasks, ran, done), notes)

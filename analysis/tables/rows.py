@@ -125,7 +125,8 @@ def compared(rows: Sequence[Mapping[str, Any]], more: Mapping[str, str] | None =
     columns = {**COLUMNS, **(more or {})}
     table = pd.DataFrame([dict(row) for row in rows], columns=list(columns)).astype(columns)
     table["p_holm"] = holm(table["p"].tolist())
-    return table.assign(better=(table["p_holm"] < LEVEL) & is_better(table["delta"]))
+    improved = [is_better(delta, metric) for delta, metric in zip(table["delta"], table["metric"], strict=True)]
+    return table.assign(better=(table["p_holm"] < LEVEL) & pd.Series(improved, table.index, dtype=bool))
 
 
 def row_cells(table: pd.DataFrame, reference: str, head: str = "method") -> dict[str, Any]:

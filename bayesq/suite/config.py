@@ -97,8 +97,9 @@ def reads_posterior(config: Mapping[str, Any]) -> bool:
 def settings_that_matter(config: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a resolved configuration that determines the result.
 
-    It leaves out the keys WITHOUT_EFFECT, METHOD_METADATA and calibration.offload, and sections that nothing reads:
-    allocation with allocator=uniform, distillation with distill=false, and so on. Order and repetition do not count in
+    It leaves out the keys WITHOUT_EFFECT, METHOD_METADATA, calibration.offload and calibration.source (which the data
+    sets that read it have as a key), and sections that nothing reads: allocation with allocator=uniform, distillation
+    with distill=false, zeroshot_root without zeroshot, and so on. Order and repetition do not count in
     allocation.widths and layers.exclude, and 3.0 equals 3. The order of the patterns in allocation.pinned and
     allocation.allowed does count.
     """
@@ -113,7 +114,10 @@ def settings_that_matter(config: Mapping[str, Any]) -> dict[str, Any]:
     if "allocation" in matter:
         matter["allocation"] = _canonical_allocation(matter["allocation"])
     if "calibration" in matter:
-        matter["calibration"] = {k: v for k, v in matter["calibration"].items() if k != "offload"}
+        dropped = ("offload", "source")
+        matter["calibration"] = {k: v for k, v in matter["calibration"].items() if k not in dropped}
+    if not config.get("evaluation", {}).get("zeroshot") and "evaluation" in matter:
+        matter["evaluation"] = {k: v for k, v in matter["evaluation"].items() if not k.startswith("zeroshot")}
     if "inputs" not in config:  # a record of an older version
         matter["inputs"] = inputs_of("full", config["method"].get("sequential"))
     matter["method"] = _of_method(config["method"])

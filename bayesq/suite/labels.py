@@ -21,7 +21,7 @@ NOT_THE_NETWORK = frozenset(
     ]
 )
 # Files of the group `model` whose key `name` selects the network: model=timm model.name=resnet50.
-NAMED = ("timm", "transformers")
+NAMED = ("timm", "transformers", "causal_lm")
 
 
 def model_label(config: Mapping[str, Any]) -> str:

@@ -75,7 +75,7 @@ def load_workload(cfg: DictConfig, cache_dir: Path) -> Workload:
         UserError: the calibration set cannot be drawn, no layer is left to quantize, there are no embeddings to
             include, the model is not for the data set's task, or the network has NaN or infinite weights.
     """
-    name, exclude, device = cfg.model.name, list(cfg.layers.exclude), select_device(cfg.device)
+    name, device = cfg.model.name, select_device(cfg.device)
     data = build(cfg.dataset).load(cache_dir)
     if data.task.name not in cfg.model.tasks:
         raise UserError(
@@ -85,7 +85,7 @@ def load_workload(cfg: DictConfig, cache_dir: Path) -> Workload:
     source = build(cfg.model)
     with naming_model(name, "building it"):
         network = source.build(data, cache_dir)
-    module = network.module
+    module, exclude = network.module, [*cfg.layers.exclude, *network.left_out]
     check_network(module, name)
     module.to(device)
     with for_user():
@@ -108,7 +108,7 @@ def load_workload(cfg: DictConfig, cache_dir: Path) -> Workload:
     covered = coverage(module, {**usage.layers, **embeddings})
     report(covered, module, usage.unreached)
     subject = Subject(module, usage, calibration, data.likelihood, device, embeddings, network.blocks)
-    return Workload(network, data, subject, evaluation, covered)
+    return Workload(network, data, subject, evaluation, covered, name)
 
 
 @for_user()
@@ -124,6 +124,8 @@ def open_statistics(cfg: DictConfig, store: WhiteningStore | None, work: Workloa
     chosen = posterior.likelihood if posterior else AUTO
     if subject.likelihood.name == "gaussian" and chosen == "categorical":
         raise UserError("posterior.likelihood=categorical: a regression has a gaussian likelihood; leave it at auto")
+    if subject.likelihood.streams and chosen != AUTO:
+        raise UserError(f"posterior.likelihood={chosen}: is not the likelihood of next tokens; leave it at auto")
     settings = CalibrationSettings(
         1 if subject.usage.alone else int(cfg.calibration.batch_size),
         posterior.samples if posterior else None,

@@ -29,6 +29,11 @@ OF_THE_MACHINE = ("time/", "memory/", "fallback/oom_retries", "wandb/")
 COMPUTED = ("full_precision", "models", "statistics")
 # Keys without effect on the result that keep their recorded values.
 NEEDED_HERE = ("device", "cache_dir")
+# Keys that records of earlier versions lack, with the values that change nothing.
+NEWER: dict[str, dict[str, Any]] = {
+    "calibration": {"source": None},
+    "evaluation": {"zeroshot": [], "zeroshot_root": None, "zeroshot_limit": None},
+}
 AXES = ("model", "dataset", "method", "posterior")
 
 Difference = tuple[str, str, str]  # name, recorded value, value here
@@ -120,7 +125,12 @@ def recorded_config(result: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises UserError if other keys determine a result in this version of the suite.
     """
-    config: dict[str, Any] = result["config"]
+    config: dict[str, Any] = dict(result["config"])
+    newer = {
+        "calibration": {"source": None},
+        "evaluation": {"zeroshot": [], "zeroshot_root": None, "zeroshot_limit": None},
+    }
+    config |= {group: {**keys, **config.get(group, {})} for group, keys in newer.items()}  # older records lack these
     reference = Preflight().reference({})
     reference["wandb"] = OmegaConf.to_container(OmegaConf.create(reference["wandb"]), resolve=True)
     elsewhere = (*AXES, *settings.WITHOUT_EFFECT)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
+from torch import Tensor, nn
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from bayesq.evaluation import Rows as EvaluationRows
@@ -22,6 +23,7 @@ from bayesq.quant.file import Packed, read_packed, write_packed
 from bayesq.quant.network import quantized_copy
 from bayesq.report import layer_rows
 from bayesq.suite.config import resolve_cache_dir, run_dir, run_id
+from bayesq.suite.errors import UserError
 from bayesq.suite.forward import naming_model
 from bayesq.suite.full_precision import cached_logits
 from bayesq.suite.packed import run_record
@@ -33,6 +35,7 @@ from bayesq.suite.results import LAYERS_FILE, PREDICTIONS_FILE, QUANTIZED_FILE, 
 from bayesq.suite.summary import two_digits
 from bayesq.suite.tracking import ERROR_KEY, track
 from bayesq.suite.workload import Workload, check_finite
+from bayesq.suite.zeroshot import ZeroShot, open_zeroshot
 
 log = logging.getLogger(__name__)
 
@@ -95,8 +98,7 @@ def execute(cfg: DictConfig, folder: Path, previous: list[WhiteningStore]) -> tu
             recipe.whitenings.use_disk(folder)
         with naming_model(cfg.model.name, "evaluating it"):
             evaluator = Evaluator(work, int(cfg.evaluation.batch_size), cfg.evaluation.autocast, cache_dir)
-        overflow = f"model={cfg.model.name} overflows before anything is rounded; choose other weights or data"
-        check_finite(evaluator.full, overflow)
+        evaluator.zeroshot = open_zeroshot(cfg.evaluation, work.network.encode, work.subject.device)
         with elapsed("compile"):
             rehearse(make_recipe(cfg), work.subject.layers)
 
@@ -123,11 +125,14 @@ def execute(cfg: DictConfig, folder: Path, previous: list[WhiteningStore]) -> tu
         }
         layers = layer_rows(quantized)
         result = flat_result(cfg, work, quantized, layers, sizes, metrics, seconds, needs.memory)
-        return result, layers, prediction_rows(rows, work.data.evaluation.ids)
+        return result, layers, prediction_rows(rows, work.ids)
 
 
 class Evaluator:
     """Evaluates the full-precision and the quantized network of a run on the same examples.
+
+    The outputs of the full-precision network are computed once and stored in the cache. A language model has too many:
+    there both networks run on every batch.
 
     Args:
         batch_size: examples per forward pass.
@@ -135,19 +140,35 @@ class Evaluator:
         cache_dir: root of the caches, where full-precision outputs are stored.
 
     Attributes:
-        full: outputs [n, ...] of the full-precision network.
+        full: outputs [n, ...] of the full-precision network, or that network.
         oom_retries: how often memory ran out.
+        zeroshot: tasks that both networks answer too.
+
+    Raises:
+        UserError: outputs of the full-precision network are not finite, or autocast is asked for a language model.
     """
 
     def __init__(self, work: Workload, batch_size: int, autocast: str | None, cache_dir: Path) -> None:
         self.work, self.batch_size, self.autocast = work, batch_size, autocast
-        network = work.network
+        network, name = work.network, work.name
+        self.full: Tensor | nn.Module = network.module
+        self.oom_retries = 0
+        self.zeroshot: ZeroShot | None = None
+        self._answers: dict[str, object] = {}
+        self._overflow = f"model={name} overflows before anything is rounded; choose other weights or data"
+        if work.subject.likelihood.streams:
+            if autocast is not None:
+                raise UserError(
+                    f"evaluation.autocast={autocast}: language models are evaluated in float32; choose null"
+                )
+            return
         network_and_data = network.module, network.identity, work.evaluation, batch_size, work.subject.device, cache_dir
         self.full, self.oom_retries = cached_logits(*network_and_data, autocast)
+        check_finite(self.full, self._overflow)
         self._float32 = self.full if autocast is None else cached_logits(*network_and_data)[0]
 
     def run_quantized(self, stored: Packed, title: str) -> EvaluationRows:
-        """The numbers of each example, of both networks."""
+        """The numbers of each example, of both networks; UserError if those of full precision are not finite."""
         examples, subject = self.work.evaluation, self.work.subject
         student = quantized_copy(subject.module, stored.tensors, stored.parameters)
         likelihood, device = subject.likelihood, subject.device
@@ -155,13 +176,17 @@ class Evaluator:
             self.full, student, examples, likelihood, self.batch_size, device, title, self.autocast
         )
         self.oom_retries += retries
+        check_finite(rows["fp_nll"], self._overflow)
+        if self.zeroshot is not None:
+            self._answers = self.zeroshot.compare(subject.module, student)
         return rows
 
     def metrics(self, rows: EvaluationRows, seed: int) -> dict[str, object]:
         """All metrics under their result keys; `seed` is of the bootstrap."""
         with elapsed("compare"):
-            metrics = compare(rows, seed, self.work.data.metrics)
+            metrics = compare(rows, seed, self.work.data.metrics) | self._answers
         if self.autocast is not None:
+            assert isinstance(self.full, Tensor)
             kl = self.work.subject.likelihood.kl(self._float32, self.full)
             metrics["autocast/kl_to_float32"] = float(kl.mean())
         return metrics

@@ -111,9 +111,13 @@ RULES = {
     "distillation.batch_size": _whole(1),
     "calibration.examples": _whole(1),
     "calibration.batch_size": _whole(1),
+    "calibration.source": _named("the path of a text file, or null for the data set's own", str | None),
     "calibration.offload": _one_of("memory", "disk"),
     "evaluation.batch_size": _whole(1),
     "evaluation.autocast": _one_of("bfloat16", "float16", type=str | None),
+    "evaluation.zeroshot": Rule("needs a list of tasks, such as [piqa,arc_easy]", list[str]),
+    "evaluation.zeroshot_root": _named("the path of a folder, or null", str | None),
+    "evaluation.zeroshot_limit": _whole(1, type=int | None, null="for all questions"),
     "layers.exclude": Rule("needs a list of module name patterns, such as ['head*']", list[str]),
     "layers.include_embeddings": _FLAG,
     "wandb.mode": _one_of("online", "offline", "disabled"),
@@ -160,6 +164,9 @@ def _check_sizes(config: Mapping[str, Any]) -> None:
         refuse("calibration.examples", examples, needs)
     if None not in (limit, available) and limit > available:
         refuse("dataset.limit", limit, f"needs a whole number from 1 to {available}, or null for all of them")
+    source = config["calibration"]["source"]
+    if source is not None and "calibration_source" not in dataset:
+        refuse("calibration.source", source, f"dataset={dataset['name']} has calibration examples; leave it at null")
     share = config["distillation"]["held_out"]
     if config["distill"] and round(share * examples) < 2:
         refuse("calibration.examples", examples, f"distill=true has to hold out two or more (held_out={show(share)})")

@@ -21,6 +21,7 @@ class Workload:
         subject: the network's module, which is quantized, and the calibration examples.
         evaluation: encoded evaluation examples.
         coverage: the share of the network that is quantized.
+        name: of the model, for messages.
     """
 
     network: Network
@@ -28,6 +29,13 @@ class Workload:
     subject: Subject
     evaluation: EncodedExamples
     coverage: Coverage
+    name: str
+
+    @property
+    def ids(self) -> list[str]:
+        """A stable name of each evaluation example: that of the data set, or of the text and the window's number."""
+        ids, count = self.data.evaluation.ids, len(self.evaluation)
+        return ids if len(ids) == count else [f"{ids[0]}:{k}" for k in range(count)]
 
 
 def check_network(module: nn.Module, name: str) -> None:

@@ -55,13 +55,16 @@ def test_the_bootstrap_agrees_with_one_resample_at_a_time(ratio, discrete):
     assert close(found, naive_bootstrap(first, second, measure, 4000))
 
 
-@pytest.mark.parametrize("function", ["f1", "matthews", "pearson", "spearman", "accuracy"])
+@pytest.mark.parametrize("function", ["f1", "matthews", "pearson", "spearman", "accuracy", "perplexity"])
 def test_metrics_are_measured_anew_on_every_resample(function):
     generator = np.random.default_rng(2)
     if function in ("pearson", "spearman"):
         labels = generator.standard_normal(60)
         first = labels + generator.standard_normal((2, 60))
         second = labels + 0.7 * generator.standard_normal((2, 60))
+    elif function == "perplexity":  # nats per token of each sequence, and its number of tokens
+        labels = generator.integers(3, 9, size=60).astype(float)
+        first, second = 3 + generator.random((2, 60)), 2.9 + generator.random((2, 60))
     else:
         labels = generator.integers(2, size=60).astype(float)
         first, second = (np.where(generator.random((2, 60)) < share, labels, 1 - labels) for share in (0.7, 0.8))

@@ -78,7 +78,7 @@ def workload(build) -> Workload:
     data = types.SimpleNamespace(likelihood=Categorical())
     usage = usage_of(module, quantizable_layers(module), two_examples(examples, "cpu").inputs)
     subject = Subject(module, usage, examples, Categorical(), torch.device("cpu"), blocks=network.blocks)
-    return Workload(network, data, subject, examples, coverage(module, usage.layers))
+    return Workload(network, data, subject, examples, coverage(module, usage.layers), "tiny")
 
 
 def quantize(work: Workload, folder: Path, *overrides: str) -> Quantized:

@@ -40,6 +40,14 @@ def test_an_image_experiment_composes(name: str) -> None:
     assert (len(jobs), jobs[0].config["seed"], jobs[0].config["model"]["tasks"]) == (1, 3, ["image classification"])
 
 
+@pytest.mark.parametrize(("name", "model"), [("smollm2_wikitext", "smollm2_135m"), ("llama_wikitext", "causal_lm")])
+def test_an_experiment_with_a_language_model_composes(name: str, model: str) -> None:
+    (job,) = cli.preflight([f"+experiment={name}", "dataset.root=text", "calibration.source=c4.txt"]) or []
+    assert job.config["dataset"]["calibration_source"] == "c4.txt"
+    assert (job.config["calibration"]["examples"], job.config["evaluation"]["batch_size"]) == (128, 1)
+    assert job.config["model"]["_target_"].startswith(f"bayesq.suite.models.{model.partition('_135m')[0]}")
+
+
 def test_resnet50_calibrates_on_1024_photos_of_imagenet() -> None:
     (job,) = cli.preflight(["+experiment=rn50_imagenet", "dataset.root=photos"]) or []
     model, dataset = job.config["model"], job.config["dataset"]

@@ -13,6 +13,7 @@ from torch import Tensor
 from bayesq.errors import Refused
 from bayesq.likelihood import Likelihood
 from bayesq.metrics import ACCURACY, Metric
+from bayesq.suite.datasets.excerpt import Excerpt
 from bayesq.suite.errors import UserError
 from bayesq.suite.tasks import IMAGE_CLASSIFICATION, Task
 from bayesq.tensor_file import digest
@@ -31,10 +32,10 @@ class Photo(Protocol):
         ...
 
 
-# Raw inputs, before any model-specific encoding: sentences, sentence pairs, photos of any size, or images
-# [n, channels, height, width] as floats in [0, 1]. A new kind of input changes `select`, `checksum` and the model's
-# `encode` only.
-Inputs = Sequence[str] | Sequence[tuple[str, str]] | Sequence[Photo] | Tensor
+# Raw inputs, before any model-specific encoding: sentences, sentence pairs, photos of any size, images
+# [n, channels, height, width] as floats in [0, 1], or a text that is cut into windows. A new kind of input changes
+# `select`, `checksum` and the model's `encode` only.
+Inputs = Sequence[str] | Sequence[tuple[str, str]] | Sequence[Photo] | Sequence[Excerpt] | Tensor
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class Examples:
         if isinstance(self.inputs, Tensor):
             return digest({"inputs": self.inputs, "labels": self.labels}, {"ids": ids})
         inputs = [photo_sha256(item) if isinstance(item, Photo) else item for item in self.inputs]
-        return digest({"labels": self.labels}, {"ids": ids, "inputs": json.dumps(inputs)})
+        return digest({"labels": self.labels}, {"ids": ids, "inputs": json.dumps(inputs, default=vars)})
 
 
 def photo_sha256(photo: Photo) -> str:

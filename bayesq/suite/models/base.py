@@ -34,6 +34,7 @@ class Network:
         description: preprocessing, origin and number of parameters, for the result file; JSON values only.
         blueprint: what `ModelSource.bare` needs besides the settings; JSON values only.
         blocks: names of the parts that run one after the other; if empty, `find_blocks` fills it.
+        left_out: names of layers that stay in full precision, besides those of the key layers.exclude.
         checksum: sha256 hex of the module's state (see `state_checksum`).
         identity: sha256 hex of everything that determines the outputs: weights, configuration, code. It is the key of
             all cached results of the network.
@@ -44,6 +45,7 @@ class Network:
     description: dict[str, object]
     blueprint: dict[str, Any] = field(default_factory=dict)
     blocks: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
     checksum: str = field(init=False)
     identity: str = field(init=False)
 

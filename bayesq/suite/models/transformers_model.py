@@ -106,7 +106,7 @@ class TransformersClassifier:
         """
         origin = self._origin(data.subset)
         if origin.local:
-            _check_folder(origin)
+            check_folder(origin)
 
         from transformers import AutoConfig
 
@@ -176,28 +176,51 @@ class TransformersClassifier:
 
 def _tokens(origin: Origin, max_length: int) -> Tokens:
     """The origin's tokenizer; UserError if it has none."""
+    return Tokens(load_tokenizer(origin), max_length, origin.key)
+
+
+def load_tokenizer(origin: Origin) -> Any:
+    """The origin's tokenizer of the transformers library; UserError if it has none."""
     from transformers import AutoTokenizer
 
     tokenizer = origin.load(AutoTokenizer)
     # without these files, the library makes a tokenizer from the special tokens and up to two more
     if len(tokenizer) <= len(tokenizer.all_special_tokens) + 2:
         raise UserError(f"{origin.key}: has no tokenizer (tokenizer.json or vocab.txt): save one there")
-    return Tokens(tokenizer, max_length, origin.key)
+    return tokenizer
 
 
 def _weights(origin: Origin, config: Any) -> tuple[Any, list[str]]:
     """The classifier, and the names of unused weights; UserError if a part of the network has no weights."""
     from transformers import AutoModelForSequenceClassification
 
+    remedy = "; `python -m bayesq.suite.finetune` makes one"
+    return load_weights(
+        origin, AutoModelForSequenceClassification, "fine-tuned sequence classifier", config, OPTIONS, remedy
+    )
+
+
+def load_weights(
+    origin: Origin, kind: Any, what: str, config: Any, options: Mapping[str, Any], remedy: str = ""
+) -> tuple[Any, list[str]]:
+    """The model of an origin, and the names of unused weights.
+
+    Args:
+        kind: class of the library.
+        what: such a model in words, for messages.
+        config: of the model.
+        options: of the library.
+        remedy: end of the message about missing weights.
+
+    Raises:
+        UserError: a part of the network has no weights.
+    """
     # the library initialises with the global generator before it loads the weights
     with torch.random.fork_rng(devices=[]), quiet_transformers():
-        model, report = origin.load(
-            AutoModelForSequenceClassification, config=config, use_safetensors=True, output_loading_info=True, **OPTIONS
-        )
+        model, report = origin.load(kind, config=config, use_safetensors=True, output_loading_info=True, **options)
     if report["missing_keys"]:
         raise UserError(
-            f"{origin.key}: is no fine-tuned sequence classifier, it has no weights for "
-            f"{', '.join(sorted(report['missing_keys']))}; `python -m bayesq.suite.finetune` makes one"
+            f"{origin.key}: is no {what}, it has no weights for {', '.join(sorted(report['missing_keys']))}{remedy}"
         )
     if unused := sorted(report["unexpected_keys"]):
         log.warning(
@@ -207,7 +230,7 @@ def _weights(origin: Origin, config: Any) -> tuple[Any, list[str]]:
     return model, unused
 
 
-def _check_folder(origin: Origin) -> None:
+def check_folder(origin: Origin) -> None:
     """Check the files of a local classifier before slow imports.
 
     The headers are checked too, because the library would convert integers to weights without an error.
