@@ -223,7 +223,7 @@ def weigh_by_proxy(subject: Subject, recipe: Recipe, proxy: Proxy, problems: Seq
     """
     knapsack, whitenings = recipe.allocator, recipe.whitenings
     if not isinstance(knapsack, Knapsack) or whitenings is None:
-        raise Refused("proxy=mc weighs predicted risks: it needs allocator=knapsack")
+        raise Refused("proxy=mc weighs predicted risks: it needs allocator=knapsack or allocator=ilp")
     width = min(knapsack.widths, key=lambda w: (abs(w - recipe.budget.bits), w))
     at = knapsack.widths.index(width)
     by_name = {problem.name: problem for problem in problems}
