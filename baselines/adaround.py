@@ -50,7 +50,9 @@ class AdaRound:
 
         def error(step: int) -> Tensor:
             delta = soft.weight() - weight
-            return ((delta @ moment) * delta).sum()
+            with torch.no_grad():  # the gradient 2 (W(v) - W) A from one product instead of two
+                gradient = 2 * delta @ moment
+            return (delta * gradient).sum()
 
         learn([soft], error, self.schedule)
         return soft.tensor()

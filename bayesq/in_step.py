@@ -105,8 +105,8 @@ class InStep:
 
 
 def scaled(tensor: QuantizedTensor, factors: Tensor) -> QuantizedTensor:
-    """The tensor with its rows times factors [R]."""
-    if tensor.code.absolute:
+    """The tensor with its rows times factors [R]; as it is, where no stored scale belongs to a row of weights."""
+    if tensor.code.absolute or tensor.rotation is not None:
         return tensor
     return replace(tensor, scale=(tensor.scale.double() * factors[:, None]).to(torch.float16))
 
