@@ -7,7 +7,7 @@ budget.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Protocol
@@ -20,12 +20,15 @@ from bayesq.calibration.statistic import Statistic
 from bayesq.codebook import level_kind, normal_distortion
 from bayesq.contract import Distortion, LayerProblem, RowBits, check_finite, stack_groups
 from bayesq.errors import Refused
+from bayesq.ilp import ilp_knapsack
 from bayesq.knapsack import greedy_knapsack
 from bayesq.posterior import WhiteningStore
 from bayesq.quant.accounting import LAYER_BITS, affine_overhead_bits, mixed_overhead_bits
 from bayesq.quant.grids import MAX_WIDTH, MIN_WIDTH, mse_grid, round_affine
 from bayesq.rounding import predicted_risk, round_layer
 
+# The allocators that predict risks, by their name as the key allocator.
+SOLVERS = {"knapsack": greedy_knapsack, "ilp": ilp_knapsack}
 # Damping of the input moment for methods that have no such argument.
 DAMPING = 0.01
 
@@ -167,7 +170,7 @@ def _row_errors(layer: LayerProblem, width: int) -> Tensor:
 
 
 class Knapsack:
-    """Greedy knapsack on the closed-form predicted risk, for any method that rounds afterwards.
+    """Knapsack on the closed-form predicted risk, for any method that rounds afterwards.
 
     Rows of one block share a width, as hardware asks: neighbouring rows for kernels that work on tiles of rows
     (block="group"), rows of similar risk for `row_multiple`, which only restricts how many rows have each width. With
@@ -185,6 +188,7 @@ class Knapsack:
         min_width: no row gets fewer bits; None = no such limit.
         pinned: layer name pattern (fnmatch) -> its width; the first match counts; read before `allowed`.
         allowed: layer name pattern -> its widths in place of `widths`; the first match counts.
+        solve: chooses a width for each block, see `greedy_knapsack` and `ilp_knapsack`.
 
     Attributes:
         widths: all widths that any layer may get, ascending.
@@ -205,12 +209,13 @@ class Knapsack:
         min_width: int | None = None,
         pinned: Mapping[str, int] | None = None,
         allowed: Mapping[str, Sequence[int]] | None = None,
+        solve: Callable[[Tensor, Tensor, float], Tensor] = greedy_knapsack,
     ) -> None:
         if block not in ("layer", "row", "group"):
             raise Refused(f"allocation.block={block}: choose one of layer, row, group")
         if block == "group" and group_rows % row_multiple:
             raise Refused(f"allocation.row_multiple={row_multiple}: must divide allocation.group_rows={group_rows}")
-        self.whitenings, self.block, self.damping = whitenings, block, damping
+        self.whitenings, self.block, self.damping, self.solve = whitenings, block, damping, solve
         self.group_rows, self.row_multiple = group_rows, row_multiple
         self.min_width = MIN_WIDTH if min_width is None else min_width
         # YAML reads a layer called 0 as a number
@@ -295,7 +300,7 @@ class Knapsack:
                     f"{math.ceil(needed * 1000) / 1000:g} bits a weight (budget.count={budget.count})"
                 )
             capacity = least
-        choice = greedy_knapsack(torch.cat(totals), torch.cat(costs), capacity)
+        choice = self.solve(torch.cat(totals), torch.cat(costs), capacity)
         allocated = {}
         by_layer = choice.split([len(total) for total in totals])
         for layer, risk, block, of_blocks in zip(layers, risks, blocks, by_layer, strict=True):
@@ -358,12 +363,14 @@ def make_allocator(
         damping: of the method that will round, see `Knapsack`.
 
     Raises:
-        Refused: allocator=knapsack without a posterior, or see `Knapsack`.
+        Refused: an unknown name, an allocator that predicts risks without a posterior, or see `Knapsack`.
     """
     if name == "uniform":
         return Uniform()
+    if name not in SOLVERS:
+        raise Refused(f"allocator={name}: choose one of uniform, {', '.join(SOLVERS)}")
     if whitenings is None:
-        raise Refused("allocator=knapsack needs a posterior")
+        raise Refused(f"allocator={name} needs a posterior")
     return Knapsack(
         whitenings,
         block,
@@ -374,4 +381,5 @@ def make_allocator(
         min_width=min_width,
         pinned=pinned,
         allowed=allowed,
+        solve=SOLVERS[name],
     )

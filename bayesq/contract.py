@@ -8,6 +8,7 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from bayesq.calibration.block_samples import Block
 from bayesq.calibration.inputs import INPUT_MOMENT
 from bayesq.calibration.statistic import Statistic
 from bayesq.errors import Refused
@@ -29,6 +30,8 @@ class LayerProblem:
         prefix_statistic: the same for statistics of the layer's inputs behind its already quantized predecessors; None
             where the method reads full-precision inputs.
         positions_per_channel: kernel positions kh * kw: that many neighbouring columns read one input channel.
+        block: collects the samples of the block that the layer belongs to; None unless the method declares BLOCK_SAMPLES
+            and it is the layer's turn.
         fallbacks: counters a method raises when it had to do something else than asked (result keys fallback/*);
             dead_columns, those that no calibration input reached, are counted whenever the input moment is read.
         notes: numbers about the layer for layers.csv: predicted_risk, achieved_risk, prior_precision and the like.
@@ -40,6 +43,7 @@ class LayerProblem:
     statistic: Callable[[str], Tensor]
     positions_per_channel: int = 1
     prefix_statistic: Callable[[str], Tensor] | None = None
+    block: Callable[[], Block] | None = None
     fallbacks: dict[str, int] = field(default_factory=dict)
     notes: dict[str, float] = field(default_factory=dict)
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bayesq.calibration.block_samples import BlockSource
 from bayesq.calibration.inputs import INPUT_MOMENT
 from bayesq.calibration.paired import CROSS_MOMENT, PairedMoments
 from bayesq.calibration.prefix import PrefixInputs
@@ -28,13 +29,21 @@ class InStep:
         targets: round the target of `bayesq.target` in place of W.
         keep: one of KEPT: which moments of each layer's outputs stay those of full precision.
         takers: by layer, the module whose bias or running mean takes up the mean of its outputs.
+        blocks: for methods that reconstruct whole blocks.
 
     Attributes:
         parameters: biases and running means that keep the means, by state_dict name.
     """
 
-    def __init__(self, inputs: PrefixInputs, targets: bool, keep: str, takers: Mapping[str, str]) -> None:
-        self.inputs, self.targets, self.keep, self.takers = inputs, targets, keep, takers
+    def __init__(
+        self,
+        inputs: PrefixInputs,
+        targets: bool,
+        keep: str,
+        takers: Mapping[str, str],
+        blocks: BlockSource | None = None,
+    ) -> None:
+        self.inputs, self.targets, self.keep, self.takers, self.blocks = inputs, targets, keep, takers, blocks
         self.parameters: dict[str, Tensor] = {}
 
     def take(self, layer: LayerProblem) -> LayerProblem:
@@ -42,6 +51,10 @@ class InStep:
 
         Where the mean of its outputs is kept, its input moment is that of the centred inputs.
         """
+        if self.blocks is not None:
+            layer = replace(layer, block=partial(self.blocks.block, layer.name))
+            if not self.inputs.statistics:  # the method reads no moments
+                return layer
         sums = self.inputs.paired(layer.name)
         statistic = partial(self.inputs.statistic, layer.name)
         if sums is None:
@@ -63,7 +76,7 @@ class InStep:
 
     def give(self, layer: LayerProblem, tensor: QuantizedTensor) -> QuantizedTensor:
         """Put the rounded layer into the network; returns it with the row scales that keep its outputs' variance."""
-        sums = self.inputs.paired(layer.name)
+        sums = self.inputs.paired(layer.name) if self.blocks is None or self.keep != "none" else None
         parameters: dict[str, Tensor] = {}
         if sums is not None:
             moments = sums.moments(centred=True)
@@ -92,8 +105,8 @@ class InStep:
 
 
 def scaled(tensor: QuantizedTensor, factors: Tensor) -> QuantizedTensor:
-    """The tensor with its rows times factors [R]."""
-    if tensor.code.absolute:
+    """The tensor with its rows times factors [R]; as it is, where no stored scale belongs to a row of weights."""
+    if tensor.code.absolute or tensor.rotation is not None:
         return tensor
     return replace(tensor, scale=(tensor.scale.double() * factors[:, None]).to(torch.float16))
 

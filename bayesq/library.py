@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bayesq.allocation import DAMPING, Budget, make_allocator
+from bayesq.allocation import DAMPING, SOLVERS, Budget, make_allocator
 from bayesq.batches import Layout, TensorExamples, two_examples
 from bayesq.calibration.memory import InMemoryStatistics
 from bayesq.calibration.passes import CalibrationSettings
@@ -68,10 +68,10 @@ def quantize(
         batches: a few hundred calibration examples: tensors [b, ...], (inputs, labels) pairs, whose labels are not
             read, or mappings of tensors. Sequences of different length need an attention_mask; see `encode`.
         bits: average code bits per weight, 2 to 8, fractions allowed.
-        method: name of a file in conf/method: bayesq, gptq, gptaq, qronos, awq, rtn; or a method of your own, an object
-            as `bayesq.contract.Method` describes.
-        posterior: name of a file in conf/posterior: kfac, ekfac, diag, lowrank; for bayesq and allocator="knapsack".
-        allocator: "uniform" or "knapsack"; None = the method's default.
+        method: name of a file in conf/method, such as bayesq or gptq; or a method of your own, an object as
+            `bayesq.contract.Method` describes.
+        posterior: name of a file in conf/posterior: kfac, ekfac, diag, lowrank; for bayesq, and allocators but "uniform".
+        allocator: "uniform", "knapsack" or "ilp"; None = the method's default.
         inputs: of a layer: those of the "full"-precision network, behind the quantized "prefix", or both, "paired";
             None = the method's default.
         correction: match activation "moments" or, behind the prefix, their "mean" to full precision; or "none";
@@ -203,10 +203,10 @@ def _recipe(
     """Method, posterior and allocator by their names, or with a method of the caller's."""
     content = _content(method, switches)
     allocator = content["allocator"] if allocator is None else allocator
-    _one_of("allocator", allocator, ("uniform", "knapsack"))
+    _one_of("allocator", allocator, ("uniform", *SOLVERS))
     uses_posterior = content.get("uses_posterior") is True
     store = None
-    if uses_posterior or allocator == "knapsack":
+    if uses_posterior or allocator != "uniform":
         store = WhiteningStore(construct(settings("posterior", posterior)))
     defaults = settings("", "config")
     options = defaults["distillation"]

@@ -82,9 +82,9 @@ class _Turn:
         return view
 
     def begin(self, view: LayerProblem, taken: LayerProblem) -> LayerProblem:
-        """The view of the layer whose turn it is, with its target."""
+        """The view of the layer whose turn it is, with its target and its block."""
         self.layer = taken
-        return replace(view, weight=taken.weight)
+        return replace(view, weight=taken.weight, block=taken.block)
 
     def _behind(self, layer: str, kind: str) -> Tensor:
         if self.layer is None or self.layer.name != layer or self.layer.prefix_statistic is None:

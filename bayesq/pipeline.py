@@ -14,8 +14,8 @@ from torch import Tensor
 
 from bayesq.allocation import Allocation, Budget, Knapsack, Uniform
 from bayesq.batches import in_one_batch, needs_no_padding
+from bayesq.calibration.block_samples import BLOCK_SAMPLES, BlockSource
 from bayesq.calibration.order import forward_order
-from bayesq.calibration.paired import CROSS_MOMENT
 from bayesq.calibration.prefix import Network, PrefixInputs
 from bayesq.contract import Context, LayerProblem
 from bayesq.errors import Refused
@@ -201,8 +201,11 @@ def open_prefix(
         takers = mean_takers(subject.module, subject.layers, next(subject.examples.batches(1, subject.device)).inputs)
         for name in subject.layers.keys() - takers:
             result.problems[name].count("uncorrected_layers")
-    targets = recipe.inputs == "paired" and CROSS_MOMENT not in recipe.method.statistics
-    return InStep(inputs, targets, keep, takers)
+    blocks = None
+    if BLOCK_SAMPLES in recipe.compares:
+        blocks = BlockSource(inputs, subject.likelihood, recipe.seed)
+    targets = recipe.inputs == "paired" and not recipe.compares
+    return InStep(inputs, targets, keep, takers, blocks)
 
 
 def note_achieved_risk(whitenings: WhiteningStore, problems: Iterable[LayerProblem], result: Quantized) -> None:
@@ -223,7 +226,7 @@ def weigh_by_proxy(subject: Subject, recipe: Recipe, proxy: Proxy, problems: Seq
     """
     knapsack, whitenings = recipe.allocator, recipe.whitenings
     if not isinstance(knapsack, Knapsack) or whitenings is None:
-        raise Refused("proxy=mc weighs predicted risks: it needs allocator=knapsack")
+        raise Refused("proxy=mc weighs predicted risks: it needs allocator=knapsack or allocator=ilp")
     width = min(knapsack.widths, key=lambda w: (abs(w - recipe.budget.bits), w))
     at = knapsack.widths.index(width)
     by_name = {problem.name: problem for problem in problems}

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from bayesq.allocation import Allocator, Budget
 from bayesq.batches import EncodedExamples, needs_no_padding
 from bayesq.calibration.inputs import INPUT_MOMENT
-from bayesq.calibration.paired import CROSS_MOMENT
 from bayesq.calibration.statistic import Source, Statistic
 from bayesq.contract import INPUTS, LayerProblem, Method
 from bayesq.distillation import DistillationSettings
@@ -158,9 +157,9 @@ class Recipe:
             raise Refused(f"{name}.inputs is not read: write `inputs: {self.method.inputs}` in the method's YAML")
         if self.inputs not in INPUTS:
             raise Refused(f"inputs={self.inputs}: choose one of {', '.join(INPUTS)}")
-        if CROSS_MOMENT in self.method.statistics and self.inputs != "paired":
+        if self.compares and self.inputs != "paired":
             raise Refused(f"inputs={self.inputs}: this method compares both networks' inputs; choose inputs=paired")
-        if self.inputs != "full" and not self.behind_prefix:
+        if self.inputs != "full" and not self.behind_prefix and not self.compares:
             raise Refused(f"inputs={self.inputs}: this method reads no inputs; choose inputs=full")
         if self.correction == "mean" and self.inputs == "full":
             raise Refused("correction=mean: needs inputs=prefix or inputs=paired; choose correction=moments")
@@ -171,7 +170,7 @@ class Recipe:
         of_posterior = self.whitenings.statistics if self.whitenings else frozenset[Statistic]()
         of_method = self.method.statistics
         if self.inputs != "full":
-            of_method = of_method - self.behind_prefix - {CROSS_MOMENT}
+            of_method = of_method - self.behind_prefix - self.compares
             if self.correction == "moments":
                 of_method = of_method | {INPUT_MOMENT}
         return self.allocator.statistics | of_posterior | of_method
@@ -180,6 +179,11 @@ class Recipe:
     def in_step(self) -> bool:
         """Whether the full-precision network runs in step with the quantized prefix."""
         return self.inputs == "paired" or (self.inputs == "prefix" and self.correction != "none")
+
+    @property
+    def compares(self) -> frozenset[Statistic]:
+        """The statistics of both networks in step, with which the method handles the two inputs itself."""
+        return frozenset(one for one in self.method.statistics if one.source is Source.PAIRED_INPUTS)
 
     @property
     def behind_prefix(self) -> frozenset[Statistic]:

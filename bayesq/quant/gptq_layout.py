@@ -55,6 +55,8 @@ def obstacle(tensor: QuantizedTensor) -> str | None:
         return "its levels are not uniform: choose method=gptq or method=rtn"
     if tensor.overlay is not None:
         return "some of its weights are in fp16 beside the codes: choose method=gptq or method=rtn"
+    if tensor.rotation is not None:
+        return "its codes are those of rotated weights: choose method=gptq or method=rtn"
     if tensor.column_scale is not None:
         return "it has scales for its inputs: choose method=gptq or method=rtn"
     if bool((tensor.zero % 2 ** (ZERO_BITS - widths[0]) != 0).any()):

@@ -1,9 +1,9 @@
 """QuantizedTensor <-> packed buffers: the bytes of a checkpoint.
 
 Buffers of a layer NAME: NAME/codes (one bit stream), NAME/width, NAME/scale, NAME/zero, and where the layer has them
-NAME/column_scale, NAME/overlay_index, NAME/overlay_value and those of its code (`bayesq.quant.codes`). Shared codebooks
-are stored once per model as codebook/ID. Shapes and the like go to the file's header as JSON and are not counted, like
-any tensor's shape. The width is one byte, or three bits per row if rows differ.
+NAME/column_scale, NAME/overlay_index, NAME/overlay_value, NAME/rotation and those of its code (`bayesq.quant.codes`).
+Shared codebooks are stored once per model as codebook/ID. Shapes and the like go to the file's header as JSON and are
+not counted, like any tensor's shape. The width is one byte, or three bits per row if rows differ.
 
 A model has exactly one packed form: `unpack_model` accepts only what `pack_model` writes, so two readers cannot decode
 a file differently.
@@ -20,6 +20,7 @@ from torch import Tensor
 from bayesq.quant.bits import from_bits, to_bits, unpack_stream
 from bayesq.quant.codes import Code, Codebook, SparseOverlay, code_class, is_count, shown
 from bayesq.quant.grids import MAX_WIDTH, MIN_WIDTH
+from bayesq.quant.rotation import Rotation
 from bayesq.quant.tensor import QuantizedTensor, column_groups
 
 # Widths 2..8 fit three bits as width - 2.
@@ -37,9 +38,10 @@ BUFFERS = {
     "column_scale": (torch.float16, 2),
     "overlay_index": (torch.uint8, 1),
     "overlay_value": (torch.float16, 1),
+    "rotation": (torch.uint8, 1),
 }
 # Buffers that a layer has together or not at all.
-OPTIONAL = (("column_scale",), ("overlay_index", "overlay_value"))
+OPTIONAL = (("column_scale",), ("overlay_index", "overlay_value"), ("rotation",))
 FACTS = ("shape", "groups", "group_size", "mixed")
 
 
@@ -59,6 +61,8 @@ def pack(tensor: QuantizedTensor) -> tuple[dict[str, Tensor], dict[str, Any]]:
         buffers["column_scale"] = tensor.column_scale
     if tensor.overlay is not None:
         buffers |= tensor.overlay.pack(rows, columns)
+    if tensor.rotation is not None:
+        buffers["rotation"] = tensor.rotation.pack()
     facts = {"shape": [rows, columns], "groups": tensor.groups, "group_size": tensor.group_size, "mixed": mixed}
     return buffers, facts | tensor.code.facts()
 
@@ -88,6 +92,7 @@ def unpack(
         code=code,
         column_scale=buffers.get("column_scale"),
         overlay=SparseOverlay.unpack(buffers, rows, columns) if "overlay_value" in buffers else None,
+        rotation=Rotation.unpack(buffers["rotation"]) if "rotation" in buffers else None,
     )
 
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from bayesq.quant.codes import Affine, Code, SparseOverlay
 from bayesq.quant.grids import MAX_WIDTH, MIN_WIDTH, zero_value
+from bayesq.quant.rotation import Rotation
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class QuantizedTensor:
         code: decodes codes to levels.
         column_scale: [groups, C / k] fp16 per-input-channel factor folded out of the codes (AWQ), or None; each covers
             the k = kh * kw neighbouring columns that read the channel.
+        rotation: the codes are of R_r W R_cT, see `bayesq.quant.rotation`; None = of W.
         overlay: single weights in fp16, or None.
     """
 
@@ -38,6 +40,7 @@ class QuantizedTensor:
     code: Code = field(default_factory=Affine)
     column_scale: Tensor | None = None
     overlay: SparseOverlay | None = None
+    rotation: Rotation | None = None
 
     def __post_init__(self) -> None:
         rows, columns = self.codes.shape
@@ -97,6 +100,8 @@ class QuantizedTensor:
         if self.column_scale is not None:
             spread = self.column_scale.repeat_interleave(columns // self.column_scale.shape[1], dim=1)
             value = value / spread.to(level.device, torch.float32)[:, None, :]
+        if self.rotation is not None:
+            value = self.rotation.inverse(value)
         return value if self.overlay is None else self.overlay.replace_in(value)
 
 

@@ -91,7 +91,7 @@ def _canonical(value: Any) -> Any:
 
 def reads_posterior(config: Mapping[str, Any]) -> bool:
     """Whether a run computes a posterior: its method asks for one, or the knapsack needs predicted risks."""
-    return config["allocator"] == "knapsack" or config["method"].get("uses_posterior") is True
+    return config["allocator"] != "uniform" or config["method"].get("uses_posterior") is True
 
 
 def settings_that_matter(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -105,7 +105,7 @@ def settings_that_matter(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     read = {
         **dict.fromkeys(WITHOUT_EFFECT, False),
-        "allocation": config["allocator"] == "knapsack",
+        "allocation": config["allocator"] != "uniform",
         "posterior": reads_posterior(config),
         "distillation": config.get("distill"),
         "monte_carlo": config.get("proxy") == "mc",

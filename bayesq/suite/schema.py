@@ -87,7 +87,7 @@ RULES = {
     "resources.memory": Rule(
         "needs a number of GiB above 0, or null for what is free", float | None, lambda number: number > 0
     ),
-    "allocator": _one_of("uniform", "knapsack"),
+    "allocator": _one_of("uniform", "knapsack", "ilp"),
     "inputs": _one_of("full", "prefix", "paired"),
     "allocation.block": Rule("needs a name", str),  # Knapsack checks it
     "allocation.group_rows": _whole(1),
@@ -145,10 +145,10 @@ def validate(cfg: DictConfig) -> dict[str, Any]:
     config = resolved(cfg)
     check(config)
     _check_sizes(config)
-    if config["allocator"] == "knapsack":
+    if config["allocator"] != "uniform":
         _check_reach(config["bits"], config["allocation"])
     elif config["proxy"] == "mc":
-        refuse("proxy", "mc", "weighs predicted risks, so it needs allocator=knapsack")
+        refuse("proxy", "mc", "weighs predicted risks, so it needs allocator=knapsack or allocator=ilp")
     _check_pairing(config)
     _check_writable("results_dir", config["results_dir"])
     _check_writable("cache_dir", cache_folder(config))
