@@ -25,8 +25,8 @@ from bayesq.suite.results import PREDICTIONS_FILE, settings_of
 
 log = logging.getLogger(__name__)
 
-# Settings that a baseline must share with the runs that are compared with it. Allocator, inputs and correction are free:
-# each method has defaults of its own, and the strongest of what was run counts.
+# Settings that a baseline must share with the runs that are compared with it. Allocator, inputs and correction are not
+# among them: each method has defaults of its own, and the strongest of what was run counts.
 ALIKE = (
     "distill",
     "calibration.examples",
