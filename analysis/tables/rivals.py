@@ -124,6 +124,9 @@ def _not_run(there: pd.DataFrame, run: Mapping[str, Any], methods: Mapping[str, 
     ran_with_any = {key[:3] for key in ran}
     missing = []
     for name, method in methods.items():
+        if method.rival and all(key[0] != name for key in ran):
+            missing.append(method.title)
+            continue
         for inputs in method.rival:
             for allocator in ALLOCATORS:
                 if inputs == inputs_of_run and (name, allocator, inputs, correction) not in ran:
