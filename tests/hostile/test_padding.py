@@ -303,7 +303,7 @@ def test_every_stage_reads_all_examples_without_padding(tmp_path, monkeypatch):
 
     monkeypatch.setattr(nn.Module, "__call__", watch)
     more = ("proxy=mc", "monte_carlo.examples=8", "monte_carlo.samples=1", "distill=true")
-    result = run(tmp_path, "FNet", "method=bayesq", *more)
+    result = run(tmp_path, "FNet", "method=bayesq", "inputs=full", "correction=none", *more)
     run(tmp_path, "FNet", "method=gptq", "inputs=full", "correction=moments")
     run(tmp_path, "FNet", "method=gptq", "inputs=paired", "correction=moments")
     assert result["status"] == "finished" and result["distill/best_step"] is not None
