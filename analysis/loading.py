@@ -28,7 +28,7 @@ from bayesq.suite.results import (
     settings_of,
 )
 from bayesq.suite.status import state_of, was_started
-from bayesq.suite.tracking import LAYER_HISTORY, LAYERS_KEY
+from bayesq.suite.tracking import LAYER_HISTORY, LAYERS_KEY, MACHINE
 
 log = logging.getLogger(__name__)
 
@@ -220,8 +220,10 @@ def _wandb_record(run: Any, project: str) -> dict[str, Any]:
         values = {key: value for key, value in summary.items() if not (isinstance(value, Mapping) and "_type" in value)}
         values = {key: value for key, value in values.items() if not key.startswith(LAYER_HISTORY)}
         values["bits/target"] = float(values["bits/target"])
-        config = {"config": _nested(run.config)}  # in the summary of W&B runs of earlier versions
-        return {**dict.fromkeys(NULLABLE), **config, **values, "wandb/error": None, "error": None, **place}
+        config = _nested(run.config)
+        # values come last, because the summary of W&B runs of earlier versions has these mappings
+        made = {**{key: config.pop(key) for key in MACHINE if key in config}, "config": config}
+        return {**dict.fromkeys(NULLABLE), **made, **values, "wandb/error": None, "error": None, **place}
     state = WANDB_STATES.get(run.state, "missing")
     error = f"W&B calls it {run.state}; the reason is in the run's own folder"
     return {"run_id": run.id, "status": state, **_names(_nested(run.config)), "error": error, **place}

@@ -43,6 +43,8 @@ INIT_TIMEOUT_S = 20.0
 FINISH_TIMEOUT_S = 60.0
 # Key of the table of layers, prefix of their history, and its step.
 LAYERS_KEY, LAYER_HISTORY, LAYER_STEP = "layers", "layer/", "layer/index"
+# Parts of a result's provenance that W&B's config has too; the settings are there from the start.
+MACHINE = ("versions", "host", "git")
 # Columns of a layer that are logged while the network is quantized; the others follow with the result.
 LIVE = ("bits/code", "predicted_risk", "seconds")
 # Subfolder of the client's wandb/ folder: files that `wandb sync` uploads later, by run id.
@@ -114,6 +116,8 @@ class Tracker:
                 if len(record := _layer_record(index, {key: row[key] for key in row if key not in known})) > 1:
                     self._run.log(record)
             self._run.summary.update({key: value for key, value in content.items() if key not in PROVENANCE})
+            made = {key: content[key] for key in MACHINE if content.get(key)}
+            self._run.config.update(flatten(made, "/"), allow_val_change=True)
             logged = {key: value for key, value in content.items() if _is_number(value)}
             if layers:
                 logged[LAYERS_KEY] = _table([*layers[0]], [[row.get(key) for key in layers[0]] for row in layers])
