@@ -24,10 +24,11 @@ from bayesq.suite.results import (
     RESULT_FILE,
     differing_settings,
     read_result,
+    recorded_overrides,
     settings_of,
 )
-from bayesq.suite.status import recorded_overrides, state_of, was_started
-from bayesq.suite.tracking import LAYERS_KEY
+from bayesq.suite.status import state_of, was_started
+from bayesq.suite.tracking import LAYER_HISTORY, LAYERS_KEY, MACHINE
 
 log = logging.getLogger(__name__)
 
@@ -217,8 +218,12 @@ def _wandb_record(run: Any, project: str) -> dict[str, Any]:
     if summary.get("status") == FINISHED:
         # tables and plots are files, not values
         values = {key: value for key, value in summary.items() if not (isinstance(value, Mapping) and "_type" in value)}
+        values = {key: value for key, value in values.items() if not key.startswith(LAYER_HISTORY)}
         values["bits/target"] = float(values["bits/target"])
-        return {**dict.fromkeys(NULLABLE), **values, "wandb/error": None, "error": None, **place}
+        config = _nested(run.config)
+        # values come last, because the summary of W&B runs of earlier versions has these mappings
+        made = {**{key: config.pop(key) for key in MACHINE if key in config}, "config": config}
+        return {**dict.fromkeys(NULLABLE), **made, **values, "wandb/error": None, "error": None, **place}
     state = WANDB_STATES.get(run.state, "missing")
     error = f"W&B calls it {run.state}; the reason is in the run's own folder"
     return {"run_id": run.id, "status": state, **_names(_nested(run.config)), "error": error, **place}
@@ -228,6 +233,8 @@ def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
     """The nested configuration from W&B's keys, which are joined by slashes; an axis gets its name under `name`."""
     config: dict[str, Any] = {}
     for key, value in flat.items():
+        if key == "ablation" or key.startswith("_"):  # the name of a preset, and the client's own keys
+            continue
         *parents, last = key.split("/")
         inner = config
         for parent in parents:

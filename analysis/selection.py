@@ -7,9 +7,8 @@ from typing import Any
 from bayesq.defaults import suggestion
 from bayesq.suite.config import flatten, show
 from bayesq.suite.errors import UserError
+from bayesq.suite.results import PROVENANCE
 
-# Mappings in a record, which are no keys of result.json.
-NESTED = ("config", "versions", "host", "git", "source")
 # Names on the command line that differ from those in a record.
 ALIASES = {"bits": "bits/target"}
 # Largest number of values that an error lists.
@@ -63,7 +62,7 @@ def _facts(run: Mapping[str, Any]) -> dict[str, Any]:
     config = run.get("config")
     flat = flatten(config) if isinstance(config, Mapping) else {}
     facts = {key.removesuffix(".name"): value for key, value in flat.items()}
-    facts |= {key: value for key, value in run.items() if key not in NESTED}
+    facts |= {key: value for key, value in run.items() if key not in PROVENANCE}
     facts |= {name: run[key] for name, key in ALIASES.items() if key in run}
     return facts
 

@@ -1,7 +1,7 @@
 """Inputs, settings and results of the pipeline: the values that its stages exchange."""
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -207,6 +207,7 @@ class Quantized:
         reused_s: time of the first computation of reused statistics and whitenings, less the time of reading them.
         distillation: numbers of the distillation under their result keys; empty without distillation.
         oom_retries: how often memory ran out and a stage was repeated with smaller batches.
+        observe: called with each rounded layer, its tensor and its seconds; None = nobody watches.
     """
 
     tensors: dict[str, QuantizedTensor] = field(default_factory=dict)
@@ -219,6 +220,7 @@ class Quantized:
     reused_s: float = 0.0
     distillation: dict[str, float | bool] = field(default_factory=dict)
     oom_retries: int = 0
+    observe: Callable[[LayerProblem, QuantizedTensor, float], None] | None = None
 
     def layers(self, subject: Subject) -> dict[str, QuantizedTensor]:
         """The tensors of layers, without those of embeddings."""
@@ -229,6 +231,8 @@ class Quantized:
         self.problems[problem.name], self.tensors[problem.name] = problem, tensor
         self.layer_seconds[problem.name] = seconds
         problem.count("clamped_scales", clamped_scales(problem.weight, tensor))
+        if self.observe is not None:
+            self.observe(problem, tensor, seconds)
 
     def copy_of(self, module: nn.Module) -> nn.Module:
         """A copy of the network with the current tensors and parameters."""

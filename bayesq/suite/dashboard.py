@@ -15,7 +15,7 @@ from bayesq.suite.arguments import exit_with
 from bayesq.suite.config import require_wandb_key
 from bayesq.suite.errors import UserError
 from bayesq.suite.plots import CHARTS
-from bayesq.suite.tracking import LAYERS_KEY
+from bayesq.suite.tracking import LAYER_HISTORY, LAYER_STEP, LAYERS_KEY
 from bayesq.suite.wandb_names import label, project_label
 
 if TYPE_CHECKING:
@@ -34,8 +34,8 @@ FALLBACKS = ("fallback/damping_retries", "fallback/dead_columns", "fallback/unse
 def workspace(project: str, entity: str, metric: str = METRIC, group: str | None = None) -> "Workspace":
     """Build the workspace without saving it; this needs neither a login nor the network.
 
-    Runs are grouped by method and budget, so panels show means over seeds. Long names of projects and groups are
-    shortened as in `bayesq.suite.tracking`. Raises UserError if the package wandb-workspaces is missing.
+    Runs are grouped by method, budget and ablation, so panels show means over seeds. Long names of projects and groups
+    are shortened as in `bayesq.suite.tracking`. Raises UserError if the package wandb-workspaces is missing.
 
     Args:
         project, entity: W&B project, and W&B user or team.
@@ -56,7 +56,7 @@ def workspace(project: str, entity: str, metric: str = METRIC, group: str | None
         settings=ws.WorkspaceSettings(max_runs=100),
         runset_settings=ws.RunsetSettings(
             filters="" if group is None else ws.And(ws.Metric("Group") == group),
-            groupby=[ws.Config("method"), ws.Config("bits")],
+            groupby=[ws.Config("method"), ws.Config("bits"), ws.Config("ablation")],
             pinned_columns=[*(f"summary:{key}" for key in shown), "config:seed"],
         ),
     )
@@ -95,6 +95,14 @@ def _sections(metric: str) -> list[Any]:
         )
         for chart in CHARTS
     ]
+    curves = [
+        panels.LinePlot(title=title, x=LAYER_STEP, y=[f"{LAYER_HISTORY}{column}"], log_y=log_y)
+        for title, column, log_y in (
+            ("Code bits by layer", "bits/code", None),
+            ("Achieved risk by layer (nats)", "achieved_risk", True),
+            ("Seconds by layer", "seconds", None),
+        )
+    ]
     sections = {
         "Quality against bits": [
             lines(f"{metric} against bits by method", quality),
@@ -117,7 +125,7 @@ def _sections(metric: str) -> list[Any]:
             name="Layers and calibration",
             is_open=True,
             layout_settings=ws.SectionLayoutSettings(columns=2, rows=2),
-            panels=[*charts, panels.WeavePanelSummaryTable(table_name=LAYERS_KEY)],
+            panels=[*charts, *curves, panels.WeavePanelSummaryTable(table_name=LAYERS_KEY)],
         ),
     ]
 

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from bayesq.files import atomic_path
 from bayesq.suite.config import flatten, settings_that_matter
 from bayesq.suite.errors import UserError
@@ -16,6 +18,9 @@ FAILURE_FILE = "status.json"
 QUANTIZED_FILE = "quantized.safetensors"
 LAYERS_FILE = "layers.csv"
 PREDICTIONS_FILE = "predictions.csv"
+OVERRIDES_FILE = ".hydra/overrides.yaml"  # written by Hydra
+# Keys of a result that hold mappings: where it comes from, not what it is.
+PROVENANCE = ("config", "versions", "host", "git", "source")
 
 
 def plain(value: Any) -> Any:
@@ -88,6 +93,15 @@ def load_results(results_dir: Path) -> list[dict[str, Any]]:
     """All finished results below `results_dir`, sorted by run id."""
     results = (finished_result(path.parent) for path in sorted(Path(results_dir).glob(f"*/{RESULT_FILE}")))
     return [result for result in results if result is not None]
+
+
+def recorded_overrides(run_dir: Path) -> list[str]:
+    """The overrides that Hydra recorded in a run's folder, as they were typed; empty if they cannot be read."""
+    try:
+        content = yaml.safe_load((run_dir / OVERRIDES_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return []
+    return [str(override).removeprefix("++") for override in content] if isinstance(content, list) else []
 
 
 def settings_of(result: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ config -> dataset and model -> calibration statistics -> method (posterior, allo
 
 import logging
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from bayesq.contract import LayerProblem
 from bayesq.evaluation import Rows as EvaluationRows
 from bayesq.evaluation import compare, paired_rows, prediction_rows
 from bayesq.metrics import metric_of
@@ -21,6 +23,7 @@ from bayesq.posterior import WhiteningStore
 from bayesq.progress import elapsed
 from bayesq.quant.file import Packed, read_packed, write_packed
 from bayesq.quant.network import quantized_copy
+from bayesq.quant.tensor import QuantizedTensor
 from bayesq.report import layer_rows
 from bayesq.suite.config import resolve_cache_dir, run_dir, run_id
 from bayesq.suite.errors import UserError
@@ -55,7 +58,7 @@ def run(cfg: DictConfig, previous: list[WhiteningStore] | None = None) -> dict[s
     folder, name = run_dir(cfg), run_id(cfg)
     folder.mkdir(parents=True, exist_ok=True)
     with logging_redirect_tqdm(), track(cfg, name, folder) as tracker:
-        result, layers, predictions = execute(cfg, folder, [] if previous is None else previous)
+        result, layers, predictions = execute(cfg, folder, [] if previous is None else previous, tracker.log_layer)
         write_csv(folder / LAYERS_FILE, layers)
         write_csv(folder / PREDICTIONS_FILE, predictions)
         result[ERROR_KEY] = tracker.error
@@ -78,8 +81,15 @@ def run(cfg: DictConfig, previous: list[WhiteningStore] | None = None) -> dict[s
     return result
 
 
-def execute(cfg: DictConfig, folder: Path, previous: list[WhiteningStore]) -> tuple[dict[str, Any], Rows, Rows]:
+def execute(
+    cfg: DictConfig,
+    folder: Path,
+    previous: list[WhiteningStore],
+    observe: Callable[[LayerProblem, QuantizedTensor, float], None],
+) -> tuple[dict[str, Any], Rows, Rows]:
     """The stages of a run; returns the result, the rows of layers.csv and those of predictions.csv.
+
+    `observe` is that of `quantize_network`.
 
     time/prepare_s is the time before the statistics: libraries, data, network (trained or downloaded at first use),
     its full-precision predictions, compilation. time/total_s is the time of everything after. Cached statistics and
@@ -105,7 +115,7 @@ def execute(cfg: DictConfig, folder: Path, previous: list[WhiteningStore]) -> tu
         # Everything before this line is faster in a second run, so no method's time includes it.
         start = time.perf_counter()
         with for_user():
-            quantized = quantize_network(work.subject, recipe, statistics)
+            quantized = quantize_network(work.subject, recipe, statistics, observe)
         log_decisions(title, quantized)
         record = run_record(cfg, work.network)
         with elapsed("pack"):

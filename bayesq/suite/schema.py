@@ -124,6 +124,8 @@ RULES = {
     "wandb.project": _named("the name of a W&B project"),
     "wandb.entity": Rule("needs a W&B user or team, or null for the default", str | None),
     "wandb.log_artifact": _FLAG,
+    **{f"wandb.{key}": Rule("needs text, or null", str | None) for key in ("name", "group", "job_type", "notes")},
+    "wandb.tags": Rule("needs a list of texts, such as [paper,draft]", list[str]),
 }
 
 

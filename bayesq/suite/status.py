@@ -13,18 +13,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
 from bayesq.files import is_locked
 from bayesq.suite import config as settings
 from bayesq.suite import results
 from bayesq.suite.arguments import exit_with, module_parser
 from bayesq.suite.cli import NO_REASON, TRACEBACK_FILE
-from bayesq.suite.composition import as_typed, preflight
+from bayesq.suite.composition import preflight
 from bayesq.suite.errors import UserError
 
 RUN_FILE = "run.py"
-OVERRIDES_FILE = ".hydra/overrides.yaml"
 STATES = ("done", "failed", "running", "missing")
 # Failed and missing runs are printed last, so that they are visible at the end of a long list.
 LISTED = ("done", "running", "missing", "failed")
@@ -57,7 +54,7 @@ def state_of(folder: Path, overrides: Sequence[str]) -> Run:
 
 def was_started(folder: Path) -> bool:
     """Whether a run was started in this folder."""
-    names = (OVERRIDES_FILE, results.RESULT_FILE, results.FAILURE_FILE)
+    names = (results.OVERRIDES_FILE, results.RESULT_FILE, results.FAILURE_FILE)
     return any((folder / name).exists() for name in names)
 
 
@@ -65,7 +62,9 @@ def started_runs(results_dir: Path) -> list[Run]:
     """Every run that was started in `results_dir`, sorted by overrides; UserError if there is no such folder."""
     if not results_dir.is_dir():
         raise UserError(f"{results_dir}: there is no such folder")
-    runs = [state_of(folder, recorded_overrides(folder)) for folder in filter(was_started, results_dir.iterdir())]
+    runs = [
+        state_of(folder, results.recorded_overrides(folder)) for folder in filter(was_started, results_dir.iterdir())
+    ]
     return sorted(runs, key=lambda run: (not run.overrides, _natural(shlex.join(run.overrides)), run.run_id))
 
 
@@ -73,15 +72,6 @@ def _natural(text: str) -> list[tuple[str, float]]:
     """A sort key that compares numbers in the text by value."""
     parts = [*re.split(r"(\d+(?:\.\d+)?)", text), "0"]
     return [(words, float(number)) for words, number in zip(parts[::2], parts[1::2], strict=True)]
-
-
-def recorded_overrides(folder: Path) -> list[str]:
-    """The overrides that Hydra recorded in a run's folder; empty if they cannot be read."""
-    try:
-        content = yaml.safe_load((folder / OVERRIDES_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
-        return []
-    return [as_typed(override) for override in content] if isinstance(content, list) else []
 
 
 def sweep_runs(results_dir: Path, arguments: Sequence[str]) -> list[Run]:

@@ -18,11 +18,22 @@ from bayesq.suite.config import check_wandb_login, flatten, one_line, resolved
 from bayesq.suite.errors import UserError
 from bayesq.suite.labels import model_label
 from bayesq.suite.plots import CHARTS
-from bayesq.suite.results import PREDICTIONS_FILE, plain, write_csv
-from bayesq.suite.wandb_names import label, project_label, tag_list
+from bayesq.suite.results import (
+    PREDICTIONS_FILE,
+    PROVENANCE,
+    RESULT_FILE,
+    plain,
+    recorded_overrides,
+    write_csv,
+    write_json,
+)
+from bayesq.suite.wandb_names import ablation_of, label, project_label, switches, tag_list
 
 if TYPE_CHECKING:
     import wandb
+
+    from bayesq.contract import LayerProblem
+    from bayesq.quant.tensor import QuantizedTensor
 
 log = logging.getLogger(__name__)
 
@@ -30,8 +41,12 @@ log = logging.getLogger(__name__)
 # hang. At the end the client would repeat a failed upload forever and block the sweep.
 INIT_TIMEOUT_S = 20.0
 FINISH_TIMEOUT_S = 60.0
-# Key of the table of layers.
-LAYERS_KEY = "layers"
+# Key of the table of layers, prefix of their history, and its step.
+LAYERS_KEY, LAYER_HISTORY, LAYER_STEP = "layers", "layer/", "layer/index"
+# Parts of a result's provenance that W&B's config has too; the settings are there from the start.
+MACHINE = ("versions", "host", "git")
+# Columns of a layer that are logged while the network is quantized; the others follow with the result.
+LIVE = ("bits/code", "predicted_risk", "seconds")
 # Subfolder of the client's wandb/ folder: files that `wandb sync` uploads later, by run id.
 DATA_FOLDER = "data"
 # After the client reports a run as finished, its background process still writes less than this.
@@ -56,6 +71,21 @@ class Tracker:
         self._run, self._log_artifact = run, log_artifact
         self.started = run is not None
         self.error = error if run is None else UNFINISHED
+        self._live = 0  # layers logged so far
+
+    def log_layer(self, problem: "LayerProblem", tensor: "QuantizedTensor", seconds: float) -> None:
+        """Log one layer as soon as it is rounded; a failure becomes a warning and `error`."""
+        if self._run is None or self.error != UNFINISHED:
+            return
+        from bayesq.quant.accounting import code_bits  # imports torch
+
+        bits = code_bits(tensor) / problem.weight.numel()
+        values = (bits, problem.notes.get("predicted_risk"), seconds)
+        try:
+            self._run.log(_layer_record(self._live, dict(zip(LIVE, values, strict=True))))
+            self._live += 1
+        except Exception as error:
+            self._fail(error)
 
     def log_result(
         self,
@@ -64,13 +94,14 @@ class Tracker:
         predictions: Sequence[Mapping[str, Any]] = (),
         checkpoint: Path | None = None,
     ) -> None:
-        """Log the result as the run's summary, the layers as a table, the charts, and the predictions as a file.
+        """Log the result, the layers, the charts, and the predictions as a file.
 
-        Predictions are a file, because a W&B table has at most 10,000 rows. Call it after result.json is written. A
-        failure becomes a warning and `error`, never an exception.
+        Numbers of the result and of each layer are history; the summary has the result without its provenance; the
+        layers are also a table. Predictions are a file, because a W&B table has at most 10,000 rows. Call it after
+        result.json is written. A failure becomes a warning and `error`, never an exception.
 
         Args:
-            result: the flat result; each key is logged under its name.
+            result: the flat result; each key is logged under its name. A file has all of it.
             layers, predictions: rows of layers.csv and of predictions.csv.
             checkpoint: the packed file, logged as an artifact if wandb.log_artifact=true.
         """
@@ -79,8 +110,15 @@ class Tracker:
         import wandb
 
         try:
-            self._run.summary.update(plain({key: value for key, value in result.items() if key != ERROR_KEY}))
-            logged: dict[str, Any] = {}
+            content = plain({key: value for key, value in result.items() if key != ERROR_KEY})
+            for index, row in enumerate(layers):
+                known = LIVE if index < self._live else ()
+                if len(record := _layer_record(index, {key: row[key] for key in row if key not in known})) > 1:
+                    self._run.log(record)
+            self._run.summary.update({key: value for key, value in content.items() if key not in PROVENANCE})
+            made = {key: content[key] for key in MACHINE if content.get(key)}
+            self._run.config.update(flatten(made, "/"), allow_val_change=True)
+            logged = {key: value for key, value in content.items() if _is_number(value)}
             if layers:
                 logged[LAYERS_KEY] = _table([*layers[0]], [[row.get(key) for key in layers[0]] for row in layers])
             for chart in CHARTS:
@@ -90,8 +128,10 @@ class Tracker:
             with _data_dir(Path(self._run.settings.wandb_dir) / DATA_FOLDER / self._run.id):
                 if logged:
                     self._run.log(logged)
-                if predictions:  # in the client's folder, where `wandb sync` looks for it
-                    folder = Path(self._run.settings.files_dir)
+                folder = Path(self._run.settings.files_dir)  # where `wandb sync` looks for files
+                write_json(folder / RESULT_FILE, content)
+                self._run.save(folder / RESULT_FILE, base_path=folder, policy="now")
+                if predictions:
                     write_csv(folder / PREDICTIONS_FILE, predictions)
                     self._run.save(folder / PREDICTIONS_FILE, base_path=folder, policy="now")
                 if self._log_artifact and checkpoint is not None:
@@ -119,6 +159,16 @@ class Tracker:
             self._fail(failure, remedy if complete and not self._run.offline else "")
         else:
             self.error = None if complete else self.error
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _layer_record(index: int, row: Mapping[str, Any]) -> dict[str, Any]:
+    """The history record of a layer: its numbers, and its place in forward order as the step."""
+    numbers = {f"{LAYER_HISTORY}{key}": value for key, value in plain(row).items() if _is_number(value)}
+    return {LAYER_STEP: index, **numbers}
 
 
 def _check_disk(folder: Path) -> None:
@@ -178,29 +228,36 @@ def reason(error: Exception) -> str:
     return one_line(text).rstrip(".")
 
 
-def identity(cfg: DictConfig) -> dict[str, Any]:
-    """Arguments of `wandb.init` that name the run: project, entity, group, job type, name, tags and config.
+def identity(cfg: DictConfig, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Arguments of `wandb.init` that name the run: project, entity, group, job type, name, tags, notes and config.
 
     The config is flat. A group of the config is its name (`method: gptq`); other keys are joined by slashes, as in a
-    result (`calibration/examples`). Labels are shortened to W&B's limits, the config is not. WANDB_RUN_GROUP,
-    WANDB_JOB_TYPE and WANDB_NAME replace the suite's labels.
+    result (`calibration/examples`). `ablation` is the preset among the `overrides` of the command, all of which are in
+    the name and the tags. Labels are shortened to W&B's limits, the config is not. The keys of wandb replace the
+    suite's labels, and so do WANDB_RUN_GROUP, WANDB_JOB_TYPE and WANDB_NAME.
     """
     config = resolved(cfg)
     dataset, method, bits = config["dataset"]["name"], config["method"]["name"], f"{config['bits']:g}"
     model = model_label(config)
     changed = model.removeprefix(str(config["model"]["name"]))  # what the label adds to the model's name
+    marks = [mark for mark in switches(overrides) if mark.removeprefix("model.") not in changed]
     labels = {
         "group": ("WANDB_RUN_GROUP", f"{model}-{dataset}"),
         "job_type": ("WANDB_JOB_TYPE", method),
-        "name": ("WANDB_NAME", f"{method}-{bits}-s{config['seed']}{changed}"),
+        "name": ("WANDB_NAME", " ".join([f"{method}-{bits}-s{config['seed']}{changed}", *marks])),
     }
-    added = (environment.value("WANDB_TAGS") or "").split(",")
+    added = [*(config["wandb"].get("tags") or []), *(environment.value("WANDB_TAGS") or "").split(",")]
+    flat = {re.sub(r"^([^/]+)/name$", r"\1", key): value for key, value in flatten(config, "/").items()}
     return {
         "project": project_label(config["wandb"]["project"]),
         "entity": config["wandb"]["entity"],
-        **{key: label(environment.value(variable) or text) for key, (variable, text) in labels.items()},
-        "tags": tag_list([*map(str, (model, dataset, method)), f"{bits}-bit", *map(str.strip, added)]),
-        "config": {re.sub(r"^([^/]+)/name$", r"\1", key): value for key, value in flatten(config, "/").items()},
+        **{
+            key: label(config["wandb"].get(key) or environment.value(variable) or text)
+            for key, (variable, text) in labels.items()
+        },
+        "tags": tag_list([*map(str, (model, dataset, method)), f"{bits}-bit", *marks, *map(str.strip, added)]),
+        "notes": config["wandb"].get("notes"),
+        "config": {**flat, "ablation": ablation_of(overrides)},
     }
 
 
@@ -221,7 +278,8 @@ def track(cfg: DictConfig, run_id: str, run_dir: Path) -> Iterator[Tracker]:
     run, error = None, None
     if cfg.wandb.mode != "disabled":
         try:
-            run = _start(cfg, run_id, client_folder(run_dir.parent))
+            arguments = identity(cfg, recorded_overrides(run_dir)) | {"id": run_id, "mode": cfg.wandb.mode}
+            run = _start(cfg, arguments, client_folder(run_dir.parent))
         except Exception as failure:
             error = f"W&B did not start ({reason(failure)})"
             log.warning("wandb.mode=%s: %s; the run goes on without it", cfg.wandb.mode, error)
@@ -263,12 +321,12 @@ def _init(**arguments: Any) -> "wandb.Run":
         return wandb.init(settings=settings, **arguments)
 
 
-def _start(cfg: DictConfig, run_id: str, folder: Path) -> "wandb.Run":
+def _start(cfg: DictConfig, arguments: dict[str, Any], folder: Path) -> "wandb.Run":
     """Start the W&B run with its files in `folder`/wandb, and remove the files of earlier attempts at the run."""
     import wandb
 
     check_wandb_login(cfg)  # without a key the client would ask for one on a terminal, and wait
-    arguments = identity(cfg) | {"id": run_id, "mode": cfg.wandb.mode, "dir": folder}
+    run_id = arguments["id"]
     if arguments["project"] != cfg.wandb.project:
         project = arguments["project"]
         log.info("wandb.project=%s: W&B does not accept this name; the project is %s", cfg.wandb.project, project)
@@ -276,14 +334,19 @@ def _start(cfg: DictConfig, run_id: str, folder: Path) -> "wandb.Run":
     for attempt in (*client.glob(f"*run-*-{run_id}"), client / DATA_FOLDER / run_id):
         shutil.rmtree(attempt, ignore_errors=True)
     try:
-        return _init(**arguments)
+        run = _init(**arguments, dir=folder)
     except wandb.Error:
         raise
     except Exception:
         # The client's background process died, for example in an earlier run of this sweep. Start another one.
         with suppress(Exception):
             wandb.teardown()
-        return _init(**arguments)
+        run = _init(**arguments, dir=folder)
+    run.define_metric(LAYER_STEP, hidden=True, summary="none")
+    run.define_metric(f"{LAYER_HISTORY}*", step_metric=LAYER_STEP, summary="min,max")
+    for group in ("q", "fp", "delta"):
+        run.define_metric(f"{group}/*", step_metric="bits/target", step_sync=False)
+    return run
 
 
 def report_refusal(error: str) -> None:

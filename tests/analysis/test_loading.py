@@ -22,7 +22,7 @@ from analysis.tables.main import main_table
 from bayesq.files import lock
 from bayesq.suite.errors import UserError
 from bayesq.suite.relog import typed_rows
-from bayesq.suite.results import read_result
+from bayesq.suite.results import read_result, write_json
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "suite"))
 from wandb_server import API_KEY, ENTITY, WandbServer, serving
@@ -240,6 +240,8 @@ def wandb_project(folders: Sequence[Path], place: Path, monkeypatch: pytest.Monk
 def test_a_wandb_project_gives_the_frame_of_its_folder(tmp_path, monkeypatch):
     results = tmp_path / "results"
     done = add(results, "gptq", 3.0, 0)
+    made = {"versions": {"torch": "2"}, "host": {"name": "here", "threads": 1}}
+    write_json(done / "result.json", (read_result(done / "result.json") or {}) | made)
     failed = add(results, "rtn", 3.5, 1, error="memory ran out")
     with wandb_project([done, failed], tmp_path, monkeypatch):
         remote, local = load_runs(f"wandb:{ENTITY}/paper"), load_runs(results)
@@ -254,7 +256,7 @@ def test_a_wandb_project_gives_the_frame_of_its_folder(tmp_path, monkeypatch):
             assert theirs[key] == mine[key] or (pd.isna(theirs[key]) and pd.isna(mine[key])), key
         assert theirs["path"] == f"wandb:{ENTITY}/paper/{name}"
         if mine["status"] == "finished":
-            assert theirs["config"] == mine["config"]
+            assert {key: value for key, value in theirs["config"].items() if key != "wandb"} == mine["config"]
         else:
             assert "its own" not in mine["error"] and "reason is in the run's own folder" in theirs["error"]
     assert tables.drop(columns="achieved_risk").equals(layer_frame(local).drop(columns="achieved_risk"))

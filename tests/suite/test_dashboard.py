@@ -14,7 +14,7 @@ import yaml
 from wandb_server import API_KEY, ENTITY, serving
 
 from bayesq.suite import dashboard, plots, tracking, wandb_names
-from bayesq.suite.results import load_results
+from bayesq.suite.results import PROVENANCE, load_results
 
 ROOT = Path(__file__).parents[2]
 
@@ -36,8 +36,8 @@ def nested(content: Any) -> Iterator[Any]:
 
 
 def named_keys(definition: dict[str, Any]) -> dict[str, set[str]]:
-    """The keys that a stored workspace reads: of the summary, of the config, and of tables."""
-    found: dict[str, set[str]] = {"summary": set(), "config": set(), "table": set()}
+    """The keys that a stored workspace reads: of the summary, of the config, of tables, and of the history."""
+    found: dict[str, set[str]] = {"summary": set(), "config": set(), "table": set(), "history": set()}
 
     def read(text: str) -> None:
         if match := re.fullmatch(r"config[.:](.+)\.value", text):
@@ -56,6 +56,9 @@ def named_keys(definition: dict[str, Any]) -> dict[str, set[str]]:
             for key in config["metrics"]:
                 read(key)
             found["config"].add(config["groupBy"].removesuffix(".value"))
+        elif panel["viewType"] == "Run History Line Plot":
+            assert config["xAxis"] == tracking.LAYER_STEP
+            found["history"] |= set(config["metrics"])
         elif panel["viewType"] == "Vega2":
             for item in nested(config["userQuery"]):
                 if isinstance(item, dict) and item.get("name") == "keys":
@@ -107,7 +110,9 @@ def test_every_key_of_a_panel_is_one_that_a_run_logs(logged: tuple[dict[str, Any
     named = named_keys(dashboard.definition(dashboard.workspace("bayesq", "team")))
     assert named["summary"] <= set(result)
     assert named["summary"] <= set(read["summary"])
-    assert named["config"] == {"method", "bits", "seed"}
+    assert named["config"] == {"method", "bits", "seed", "ablation"}
+    assert named["history"] == {f"layer/{column}" for column in ("bits/code", "achieved_risk", "seconds")}
+    assert named["history"] <= set(read["summary"]), "the range of each"
     assert named["config"] <= set(read["config"])
     assert named["table"] == {tracking.LAYERS_KEY, *(chart.table_key for chart in plots.CHARTS)}
     assert named["table"] <= set(read["summary"])
@@ -117,12 +122,15 @@ def test_every_key_of_a_panel_is_one_that_a_run_logs(logged: tuple[dict[str, Any
 def test_a_real_run_is_tracked_whole(logged: tuple[dict[str, Any], dict[str, Any]]) -> None:
     result, read = logged
     assert result["wandb/error"] is None
-    assert set(read["summary"]["host"]) == set(result["host"])
-    assert read["summary"]["versions"] == result["versions"]
-    assert read["summary"]["git"]["commit"] == result["git"]["commit"]
+    config = read["config"]
+    assert {f"host/{key}" for key in result["host"]} <= set(config)
+    assert {key: config[f"versions/{key}"] for key in result["versions"]} == result["versions"]
+    assert config["git/commit"] == result["git"]["commit"]
     tables = {tracking.LAYERS_KEY, *(chart.table_key for chart in plots.CHARTS)}
-    own = {key: value for key, value in read["summary"].items() if not key.startswith("_") and key not in tables}
-    assert own == {key: value for key, value in result.items() if value is not None}
+    own = {key: value for key, value in read["summary"].items() if not key.startswith(("_", "layer/"))}
+    assert {key: value for key, value in own.items() if key not in tables} == {
+        key: value for key, value in result.items() if value is not None and key not in PROVENANCE
+    }
 
 
 def test_it_shows_what_it_is_for() -> None:
@@ -146,7 +154,7 @@ def test_it_shows_what_it_is_for() -> None:
     }
     assert ("summary:bits/stored", "summary:q/accuracy") in scatter
     (runs,) = definition["section"]["runSets"]
-    assert [key["name"] for key in runs["grouping"]] == ["method.value", "bits.value"]
+    assert [key["name"] for key in runs["grouping"]] == ["method.value", "bits.value", "ablation.value"]
 
 
 def test_the_charts_are_those_that_a_run_logs() -> None:

@@ -1,5 +1,6 @@
 """Tracking with the real W&B client: offline, read back with its own inspector; online and synced, to a stub server."""
 
+import itertools
 import json
 import os
 import shutil
@@ -21,9 +22,12 @@ from wandb_server import API_KEY, WandbServer, serving
 
 from bayesq import evaluation
 from bayesq.batches import Batch
+from bayesq.contract import LayerProblem
 from bayesq.likelihood import LIKELIHOODS
+from bayesq.nearest import round_to_nearest
+from bayesq.quant.tensor import QuantizedTensor
 from bayesq.suite import plots, relog, runner, tracking
-from bayesq.suite.results import PREDICTIONS_FILE, load_results, read_result, write_csv, write_json
+from bayesq.suite.results import PREDICTIONS_FILE, PROVENANCE, load_results, read_result, write_csv, write_json
 
 LAYERS = [
     {"name": "stem", "shape": (16, 3, 3, 3), "bits/code": 4, "bits/stored": 4.5, "kappa": None},
@@ -114,8 +118,14 @@ def written(rows: list[dict[str, object]], folder: Path) -> bytes:
 
 
 def as_logged(content: dict[str, Any]) -> dict[str, Any]:
-    """A result as W&B holds it: a null is how a figure that does not exist is written, and W&B leaves it out."""
-    return {key: value for key, value in tracking.plain(content).items() if value is not None}
+    """A result as W&B's summary holds it: without provenance, and without nulls, for which there is no number."""
+    content = tracking.plain(content)
+    return {key: value for key, value in content.items() if value is not None and key not in PROVENANCE}
+
+
+def without_tables(summary: dict[str, Any]) -> dict[str, Any]:
+    """A summary without tables and the ranges of the layers' history."""
+    return {key: value for key, value in summary.items() if key not in TABLES and not key.startswith("layer/")}
 
 
 def test_an_offline_run_holds_the_result_under_its_own_keys(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -126,8 +136,9 @@ def test_an_offline_run_holds_the_result_under_its_own_keys(tmp_path: Path, capf
     read = json.loads(inspect(tmp_path, "one", "--summary"))
     assert (read["state"], read["exit_code"], read["project"], read["run_id"]) == ("finished", 0, "bayesq-test", "one")
     summary = {key: value for key, value in read["summary"].items() if not key.startswith("_")}
-    tables = {key: summary.pop(key) for key in TABLES if key in summary}
-    assert summary == as_logged(result("one"))
+    tables = {key: summary[key] for key in TABLES if key in summary}
+    assert without_tables(summary) == as_logged(result("one"))
+    assert summary["layer/bits/code"] == {"min": 3.5, "max": 4}
     assert set(tables) == {"layers", "plots/bits_per_layer_table"}
     assert (tables["layers"]["_type"], tables["layers"]["nrows"], tables["layers"]["ncols"]) == ("table-file", 2, 5)
     assert logged_tables(wandb_folder(tmp_path, "one"))["layers"] == {
@@ -208,6 +219,87 @@ def test_runs_group_by_method_and_bits_without_clicks(tmp_path: Path) -> None:
     assert (arguments["group"], arguments["job_type"]) == ("resnet-digits", "gptq")
 
 
+def layer_problems() -> list[tuple[LayerProblem, QuantizedTensor]]:
+    """Two rounded layers, of 4 and of 3 to 4 bits."""
+    made = []
+    for row, widths in zip(RISKS, ([4] * 6, [3, 4] * 3), strict=True):
+        weight = torch.randn(1, 6, 4, generator=torch.Generator().manual_seed(len(made)))
+        problem = LayerProblem(str(row["name"]), "Linear", weight, statistic=lambda kind, weight=weight: weight)
+        problem.notes["predicted_risk"] = row["predicted_risk"]
+        made.append((problem, round_to_nearest(problem, torch.tensor(widths, dtype=torch.uint8), "mse")))
+    return made
+
+
+def test_the_history_has_a_record_for_each_layer_and_the_headline_numbers(tmp_path: Path, server: WandbServer) -> None:
+    rows = [{**row, "seconds": 0.5} for row in RISKS]
+    with tracking.track(config(tmp_path, mode="online"), "live", tmp_path / "live") as tracker:
+        for problem, tensor in layer_problems():
+            tracker.log_layer(problem, tensor, 0.5)
+        tracker.log_result(result("live"), rows)
+    with tracking.track(config(tmp_path), "later", tmp_path / "later") as tracker:
+        tracker.log_result(result("later"), rows)
+    sync(wandb_folder(tmp_path, "later"))
+    for name, count in (("live", 5), ("later", 3)):
+        history = [
+            {key: value for key, value in row.items() if key.startswith("layer/") or key in ("q/accuracy", "bits/code")}
+            for row in server.runs[name].history
+        ]
+        assert len(history) == count
+        headline = history.pop()
+        assert (headline["q/accuracy"], headline["bits/code"]) == (0.75, 3.0)
+        points = [(row["layer/index"], key, value) for row in history for key, value in row.items()]
+        expected = [
+            (index, f"layer/{key}", row[key])
+            for index, row in enumerate(rows)
+            for key in ("bits/code", "bits/stored", "predicted_risk", "achieved_risk", "seconds", "kappa")
+            if row[key] is not None
+        ]
+        steps = {(row["layer/index"], "layer/index", row["layer/index"]) for row in history}
+        assert sorted(point for point in points if point not in steps) == sorted(expected), "each number once"
+        assert server.runs[name].summary["layer/seconds"] == {"min": 0.5, "max": 0.5}
+        metrics = server.runs[name].config["_wandb"]["m"]
+        assert {"layer/index", "layer/*"} <= {metric.get("1") or metric.get("2") for metric in metrics}
+
+
+def test_every_run_of_a_sweep_has_a_name_of_its_own() -> None:
+    """Sixty runs of six ablations and switches, two budgets and five seeds."""
+    chosen = (
+        [],
+        ["ablation=examples_64"],
+        ["ablation=refits_0"],
+        ["method.refits=0"],
+        ["inputs=prefix", "results_dir=x"],
+        ["posterior=diag"],
+    )
+    seen = []
+    for overrides in chosen:
+        for bits, seed in itertools.product((3, 4), range(5)):
+            cfg = OmegaConf.merge(config(Path("there")), {"bits": bits, "seed": seed})
+            seen.append(tracking.identity(cfg, [f"bits={bits}", f"seed={seed}", *overrides]))
+    assert len({arguments["name"] for arguments in seen}) == len(seen) == 60
+    assert len({(*arguments["tags"],) for arguments in seen}) == len(chosen) * 2
+    assert {arguments["config"]["ablation"] for arguments in seen} == {"full", "examples_64", "refits_0"}
+    assert seen[40]["name"] == "gptq-3-s0 inputs=prefix" and "refits=0" in seen[30]["tags"]
+
+
+def test_the_overrides_are_those_that_hydra_recorded(tmp_path: Path) -> None:
+    (tmp_path / "one" / ".hydra").mkdir(parents=True)
+    (tmp_path / "one" / ".hydra" / "overrides.yaml").write_text("[ablation=gptq, ++method.damping=0.1, ++bits=3]")
+    with tracking.track(config(tmp_path), "one", tmp_path / "one"):
+        pass
+    read = json.loads(inspect(tmp_path, "one", "--summary"))
+    assert (read["name"], read["config"]["ablation"]) == ("gptq-3-s7 gptq damping=0.1", "gptq")
+
+
+def test_the_keys_of_wandb_replace_the_labels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_NAME", "of the environment")
+    keys = {"name": "mine", "group": "paper", "job_type": "final", "tags": ["draft"], "notes": "why"}
+    arguments = tracking.identity(config(Path("there"), **keys))
+    assert all(arguments[key] == keys[key] for key in ("name", "group", "job_type", "notes"))
+    assert arguments["tags"] == ["resnet", "digits", "gptq", "3-bit", "draft"]
+    assert tracking.identity(config(Path("there")))["name"] == "of the environment"
+
+
 def test_runs_of_one_process_are_separate(tmp_path: Path) -> None:
     for run_id, accuracy in (("one", 0.25), ("two", 0.5)):
         with tracking.track(config(tmp_path), run_id, tmp_path / run_id) as tracker:
@@ -284,9 +376,7 @@ def test_the_file_says_at_any_time_whether_wandb_has_the_result(
     assert found["wandb/error"] is None
     assert read_result(tmp_path / "one" / "result.json") == found
     summary = json.loads(inspect(tmp_path, "one", "--summary"))["summary"]
-    assert {key: value for key, value in summary.items() if not key.startswith("_") and key not in TABLES} == as_logged(
-        found
-    )
+    assert without_tables({key: value for key, value in summary.items() if not key.startswith("_")}) == as_logged(found)
 
 
 def test_a_lost_connection_is_named_in_the_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -362,10 +452,6 @@ def sync(*arguments: str | Path) -> str:
         [WANDB, "sync", "--yes", *map(str, arguments)], capture_output=True, text=True, check=True, timeout=60
     )
     return done.stdout + done.stderr
-
-
-def without_tables(summary: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in summary.items() if key not in TABLES}
 
 
 def test_an_online_run_arrives_whole(tmp_path: Path, server: WandbServer) -> None:
@@ -535,7 +621,7 @@ def test_an_offline_run_is_synced_once(tmp_path: Path, server: WandbServer) -> N
     assert without_tables(run.summary) == as_logged(result("one"))
     assert (run.exit_code, run.attributes["groupName"], run.attributes["jobType"]) == (0, "resnet-digits", "gptq")
     assert run.config["method"] == "gptq"
-    assert len(run.history) == 1
+    assert len(run.history) == 1 + len(RISKS)
     assert server.uploads[f"/storage/run/one/{PREDICTIONS_FILE}"] == written(predictions(), tmp_path)
     assert all(artifact.committed for artifact in server.artifacts)
     (packed,) = (artifact for artifact in server.artifacts if artifact.type == "quantized-model")
@@ -550,7 +636,7 @@ def test_an_offline_run_is_synced_once(tmp_path: Path, server: WandbServer) -> N
     assert server.requests["UpsertBucket"] > requests
     assert list(server.runs) == ["one"]
     assert without_tables(server.runs["one"].summary) == as_logged(result("one"))
-    assert len(server.runs["one"].history) == 1
+    assert len(server.runs["one"].history) == 1 + len(RISKS)
     assert {artifact.name for artifact in server.artifacts} == names
     assert server.unknown == []
 
@@ -569,7 +655,7 @@ def test_a_repeated_run_replaces_the_attempt_that_was_killed(tmp_path: Path, ser
     assert set(server.runs) == {"one", "two"}, done.stderr
     for run_id, run in server.runs.items():
         assert without_tables(run.summary) == as_logged(result(run_id))
-        assert (run.exit_code, len(run.history)) == (0, 1)
+        assert (run.exit_code, len(run.history)) == (0, 1 + len(RISKS))
 
 
 def test_one_run_on_two_machines_is_one_run(tmp_path: Path, server: WandbServer) -> None:
@@ -579,7 +665,7 @@ def test_one_run_on_two_machines_is_one_run(tmp_path: Path, server: WandbServer)
         sync(wandb_folder(tmp_path / machine, "one"))
     assert list(server.runs) == ["one"]
     assert without_tables(server.runs["one"].summary) == {"q/accuracy": 0.25}
-    assert len(server.runs["one"].history) == 1
+    assert len(server.runs["one"].history) == 1 + len(RISKS)
 
 
 @pytest.mark.slow
