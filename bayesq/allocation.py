@@ -87,8 +87,9 @@ class Allocation:
         row_bits: RowBits | None = None,
     ) -> dict[str, Tensor]:
         """Row widths uint8 [R] of these layers by name; the budget is an average over them."""
-        priced = () if row_bits is None else (row_bits,)  # allocators without this argument serve most methods
-        return self.allocator.allocate(layers, self.budget, codebook_bits, distortion, *priced)
+        if row_bits is not None:  # an allocator without this argument serves all other methods
+            return self.allocator.allocate(layers, self.budget, codebook_bits, distortion, row_bits)
+        return self.allocator.allocate(layers, self.budget, codebook_bits, distortion)
 
 
 class Uniform:
@@ -159,12 +160,6 @@ class Uniform:
         return widths
 
 
-def _beside(layers: Sequence[LayerProblem], row_bits: RowBits | None) -> list[list[int]]:
-    """What each layer stores beside its codes at the widths 0 to MAX_WIDTH, by `row_bits`."""
-    widths = range(MAX_WIDTH + 1)
-    return [[0 if row_bits is None else layer.rows * row_bits(layer, width) for layer in layers] for width in widths]
-
-
 def _affordable_rows(layer: LayerProblem, drop: Tensor, bits: float, step: int) -> Tensor:
     """Rows that `bits` can widen by one bit, width map included: those with the largest drop [R] >= 0 in error.
 
@@ -174,6 +169,12 @@ def _affordable_rows(layer: LayerProblem, drop: Tensor, bits: float, step: int) 
     bits -= mixed_overhead_bits([layer.rows]) - affine_overhead_bits([layer.rows])
     rows = drop.argsort(descending=True, stable=True)[: max(0, int(bits // step))]
     return rows[drop[rows] >= 0]
+
+
+def _beside(layers: Sequence[LayerProblem], row_bits: RowBits | None) -> list[list[int]]:
+    """What each layer stores beside its codes at the widths 0 to MAX_WIDTH, by `row_bits`."""
+    widths = range(MAX_WIDTH + 1)
+    return [[0 if row_bits is None else layer.rows * row_bits(layer, width) for layer in layers] for width in widths]
 
 
 def _row_errors(layer: LayerProblem, width: int) -> Tensor:
@@ -317,11 +318,6 @@ class Knapsack:
             allocated[layer.name] = widths[chosen].to(torch.uint8)
         return allocated
 
-    def _row_costs(self, layer: LayerProblem, row_bits: RowBits | None) -> Tensor:
-        """Bits of one row at each width [widths]."""
-        beside = [0 if row_bits is None else row_bits(layer, width) for width in self.widths]
-        return layer.columns * torch.tensor(self.widths, dtype=torch.float64) + torch.tensor(beside)
-
     def _blocks(self, risk: Tensor) -> Tensor:
         """The block [R] of each of a layer's rows, from their risks [R, widths]."""
         rows = torch.arange(len(risk))
@@ -334,6 +330,11 @@ class Knapsack:
         rank = torch.empty_like(rows)
         rank[risk[:, 0].argsort(descending=True, stable=True)] = rows
         return rank // self.row_multiple
+
+    def _row_costs(self, layer: LayerProblem, row_bits: RowBits | None) -> Tensor:
+        """Bits of one row at each width [widths]."""
+        beside = [0 if row_bits is None else row_bits(layer, width) for width in self.widths]
+        return layer.columns * torch.tensor(self.widths, dtype=torch.float64) + torch.tensor(beside)
 
     def predict(self, layer: LayerProblem, distortion: Distortion | None = None) -> Tensor:
         """Predicted risk [R, widths] of one layer under feedback rounding (to nearest without input correlations).
