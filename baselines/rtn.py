@@ -26,8 +26,8 @@ class RTN:
     def __init__(self, clip: str, group_size: int | None = None, symmetric: bool = False) -> None:
         if clip not in CLIP_RULES:
             raise Refused(f"method.clip={clip}: choose from {', '.join(CLIP_RULES)}")
-        self.clip = clip
         self.group_size, self.symmetric = check_group_size(group_size), check_flag("symmetric", symmetric)
+        self.clip = clip
 
     def prepare(self, layers: Sequence[LayerProblem], allocate: Allocate, context: Context) -> Mapping[str, Tensor]:
         """Choose the widths; nothing else needs all layers."""

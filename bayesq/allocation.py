@@ -90,8 +90,9 @@ class Allocation:
         row_bits: RowBits | None = None,
     ) -> dict[str, Tensor]:
         """Row widths uint8 [R] of these layers by name; the budget is an average over them."""
-        priced = () if row_bits is None else (row_bits,)  # allocators without this argument serve most methods
-        return self.allocator.allocate(layers, self.budget, codebook_bits, distortion, *priced)
+        if row_bits is not None:  # an allocator without this argument serves all other methods
+            return self.allocator.allocate(layers, self.budget, codebook_bits, distortion, row_bits)
+        return self.allocator.allocate(layers, self.budget, codebook_bits, distortion)
 
 
 class Uniform:
@@ -116,6 +117,8 @@ class Uniform:
     ) -> dict[str, Tensor]:
         """Row widths of every layer. An integer budget of code bits is met exactly, with any codebooks.
 
+        A budget of code bits does not pay for `row_bits`.
+
         Raises:
             Refused: the budget does not allow the smallest width, or weights are not finite and the budget is
                 fractional.
@@ -124,20 +127,24 @@ class Uniform:
         padding = sum(LAYER_BITS for size in sizes if size % 8)  # codes need not fill whole bytes
         plain = affine_overhead_bits(layer.rows for layer in layers)
         capacity = budget.capacity(layers, plain + padding + codebook_bits)
+        beside = _beside(layers, row_bits if budget.count == "stored" else None)
         low = min(int(budget.bits if budget.count == "code" else capacity / sum(sizes)), MAX_WIDTH)
+        while low >= MIN_WIDTH and low * sum(sizes) + sum(beside[low]) > capacity and budget.count == "stored":
+            low -= 1
         if low < MIN_WIDTH:
             raise Refused(
                 f"bits={budget.bits:g}: {MIN_WIDTH} bits a weight and what is stored beside them exceed the budget"
             )
         widths = {layer.name: torch.full((layer.rows,), low, dtype=torch.uint8) for layer in layers}
-        left = capacity - low * sum(sizes)
+        left = capacity - low * sum(sizes) - sum(beside[low])
         if low == MAX_WIDTH or left <= 0:
             return widths
 
         for layer in layers:
             check_finite(layer)
         drops = [_row_errors(layer, low) - _row_errors(layer, low + 1) for layer in layers]
-        saved, size = torch.stack([drop.sum() for drop in drops]), torch.tensor(sizes, dtype=torch.float64)
+        steps = [size + wide - narrow for size, wide, narrow in zip(sizes, beside[low + 1], beside[low], strict=True)]
+        saved, size = torch.stack([drop.sum() for drop in drops]), torch.tensor(steps, dtype=torch.float64)
         zero = torch.zeros_like(saved)
         wide = greedy_knapsack(torch.stack([zero, -saved], 1), torch.stack([zero, size], 1), left) == 1
 
@@ -145,7 +152,8 @@ class Uniform:
         most, whole, split, some = float(saved[wide].sum()), wide, 0, torch.tensor([], dtype=torch.int64)
         for k in (~wide).nonzero().flatten().tolist():
             for wider in (wide, wide & (saved / size >= saved[k] / size[k])):
-                rows = _affordable_rows(layers[k], drops[k], left - float(size[wider].sum()))
+                bits = left - float(size[wider].sum())
+                rows = _affordable_rows(layers[k], drops[k], bits, steps[k] // layers[k].rows)
                 total = float(saved[wider].sum() + drops[k][rows].sum())
                 if total > most:
                     most, whole, split, some = total, wider, k, rows
@@ -155,11 +163,21 @@ class Uniform:
         return widths
 
 
-def _affordable_rows(layer: LayerProblem, drop: Tensor, bits: float) -> Tensor:
-    """Rows that `bits` can widen by one bit, width map included: those with the largest drop [R] >= 0 in error."""
+def _affordable_rows(layer: LayerProblem, drop: Tensor, bits: float, step: int) -> Tensor:
+    """Rows that `bits` can widen by one bit, width map included: those with the largest drop [R] >= 0 in error.
+
+    Args:
+        step: bits for one row.
+    """
     bits -= mixed_overhead_bits([layer.rows]) - affine_overhead_bits([layer.rows])
-    rows = drop.argsort(descending=True, stable=True)[: max(0, int(bits // layer.columns))]
+    rows = drop.argsort(descending=True, stable=True)[: max(0, int(bits // step))]
     return rows[drop[rows] >= 0]
+
+
+def _beside(layers: Sequence[LayerProblem], row_bits: RowBits | None) -> list[list[int]]:
+    """What each layer stores beside its codes at the widths 0 to MAX_WIDTH, by `row_bits`."""
+    widths = range(MAX_WIDTH + 1)
+    return [[0 if row_bits is None else layer.rows * row_bits(layer, width) for layer in layers] for width in widths]
 
 
 def _row_errors(layer: LayerProblem, width: int) -> Tensor:
@@ -253,9 +271,7 @@ class Knapsack:
         distortion: Distortion | None = None,
         row_bits: RowBits | None = None,
     ) -> dict[str, Tensor]:
-        """Row widths of every layer; notes each layer's predicted risk.
-
-        The note `kappa` of a layer, the factor of the task-aware proxy, multiplies its risks.
+        """Row widths of every layer; notes its predicted risk, times its note `kappa` of the task-aware proxy.
 
         Raises:
             Refused: no mix of the allowed widths fits the budget, a predicted risk is not finite, or see `choices`.
@@ -276,10 +292,8 @@ class Knapsack:
             risks.append(risk)
             blocks.append(block)
             totals.append(total)
-            beside = torch.tensor([row_bits(layer, width) if row_bits else 0 for width in self.widths])
-            costs.append(rows[:, None] * (layer.columns * widths + beside))
-            first = self.widths.index(choices[layer.name][0])
-            smallest = int(layer.rows * (layer.columns * widths[first] + beside[first]))
+            costs.append(rows[:, None] * self._row_costs(layer, row_bits))
+            smallest = int(costs[-1][:, self.widths.index(choices[layer.name][0])].sum())
             least += smallest
             padding += -smallest % 8
             if len(rows) > 1 and len(choices[layer.name]) > 1:
@@ -321,6 +335,11 @@ class Knapsack:
         rank = torch.empty_like(rows)
         rank[risk[:, 0].argsort(descending=True, stable=True)] = rows
         return rank // self.row_multiple
+
+    def _row_costs(self, layer: LayerProblem, row_bits: RowBits | None) -> Tensor:
+        """Bits of one row at each width [widths]."""
+        beside = [0 if row_bits is None else row_bits(layer, width) for width in self.widths]
+        return layer.columns * torch.tensor(self.widths, dtype=torch.float64) + torch.tensor(beside)
 
     def predict(self, layer: LayerProblem, distortion: Distortion | None = None) -> Tensor:
         """Predicted risk [R, widths] of one layer under feedback rounding (to nearest without input correlations).

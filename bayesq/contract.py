@@ -131,7 +131,8 @@ class Allocate(Protocol):
         Args:
             codebook_bits: what the method's codebooks will take on disk; counted against the budget.
             distortion: of the method's codes, for allocators that predict risk; None = of plain scalar ones.
-            row_bits: what rows of each width cost beside their codes, for the same allocators; None = nothing.
+            row_bits: what rows of each width cost beside their codes, for the same allocators and for budgets of
+                stored bits; None = nothing.
         """
         ...
 

@@ -120,18 +120,14 @@ def settings_that_matter(config: Mapping[str, Any]) -> dict[str, Any]:
         matter["evaluation"] = {k: v for k, v in matter["evaluation"].items() if not k.startswith("zeroshot")}
     if "inputs" not in config:  # a record of an older version
         matter["inputs"] = inputs_of("full", config["method"].get("sequential"))
-    matter["method"] = _of_method(config["method"])
+    matter["method"] = {k: v for k, v in config["method"].items() if k not in METHOD_METADATA}
     if "exclude" in matter.get("layers", {}):
         matter["layers"] = {**matter["layers"], "exclude": sorted(set(matter["layers"]["exclude"]))}
+    for key, value in (config["method"].get("neutral") or {}).items():  # of switches newer than the first results
+        if matter["method"].get(key) == value:
+            matter["method"].pop(key, None)
     canonical: dict[str, Any] = _canonical(matter)
     return canonical
-
-
-def _of_method(method: Mapping[str, Any]) -> dict[str, Any]:
-    """The switches of a method. Newer ones do not count at the value that its `neutral` names for them."""
-    neutral = method.get("neutral") or {}
-    unset = {key for key, value in neutral.items() if key in method and method[key] == value}
-    return {key: value for key, value in method.items() if key not in METHOD_METADATA and key not in unset}
 
 
 def _canonical_allocation(allocation: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from bayesq.allocation import Allocation, Budget, Knapsack
+from bayesq.allocation import Budget, Knapsack
 from bayesq.calibration.samples import Pairs
 from bayesq.calibration.statistic import LayerStatistics, Source, Statistic, with_required
 from bayesq.contract import Context, Distortion, LayerProblem, RowBits
@@ -51,7 +51,8 @@ def rehearse(recipe: Recipe, layers: Mapping[str, Layer]) -> None:
         row_bits: RowBits | None = None,
     ) -> Mapping[str, Tensor]:
         copies = [replace(layer, notes={}) for layer in layers]  # discards the predicted risks
-        Allocation(allocator, Budget(MAX_WIDTH, "code"))(copies, 0, distortion, row_bits)
+        priced = () if row_bits is None else (row_bits,)
+        allocator.allocate(copies, Budget(MAX_WIDTH, "code"), 0, distortion, *priced)
         return {layer.name: all_widths(layer.rows) for layer in layers}
 
     try:

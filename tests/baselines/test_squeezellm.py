@@ -1,6 +1,7 @@
 """SqueezeLLM against enumeration over codes and a naive choice of the fp16 weights."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from baselines.row_tables import row_level_bits, table_distortion
 from baselines.squeezellm import SqueezeLLM
+from bayesq.allocation import Allocation, Budget, Uniform
 from bayesq.codebook import normal_distortion
 from bayesq.contract import LayerProblem
 from bayesq.quant.accounting import stored_bytes
@@ -84,6 +86,20 @@ def test_the_overlay_and_the_tables_are_counted() -> None:
     ((_, without),) = rounded(SqueezeLLM(0.0, 0.25), [problem], allocate)
     assert asked["overlay"] == 0
     assert without.overlay is None
+
+
+@pytest.mark.parametrize("bits", [3.2, 3.9, 4.6, 5.3])
+def test_a_uniform_budget_of_stored_bits_pays_for_tables_and_overlays(bits: float) -> None:
+    layers = [layer(1, rows, columns)[0] for rows, columns in ((8, 100), (5, 333), (20, 64))]
+    layers = [replace(problem, name=f"layer{k}") for k, problem in enumerate(layers)]
+    stored = [
+        sum(8 * stored_bytes(t) for _, t in rounded(SqueezeLLM(sparse, 0.25), layers, Allocation(Uniform(), budget)))
+        for budget in (Budget(bits, "stored"), Budget(bits + 0.3, "stored"))
+        for sparse in (0.0, 0.01)
+    ]
+    weights = sum(problem.weight.numel() for problem in layers)
+    for total, limit in zip(stored, (bits, bits, bits + 0.3, bits + 0.3), strict=True):
+        assert 0.9 * limit * weights <= total <= limit * weights
 
 
 def test_the_distortion_tends_to_that_of_lloyd_max_levels() -> None:

@@ -155,6 +155,17 @@ def test_what_has_an_effect_changes_the_run_id(one: list[str], two: list[str]) -
     assert config.run_id(compose(*one)) != config.run_id(compose(*two))
 
 
+@pytest.mark.parametrize("method", ["rtn", "gptq", "gptaq", "awq"])
+def test_newer_switches_count_only_away_from_their_neutral_values(method: str) -> None:
+    now = compose(f"method={method}")
+    older = config.resolved(now)
+    neutral = older["method"]["neutral"]
+    older["method"] = {key: value for key, value in older["method"].items() if key not in ("neutral", *neutral)}
+    assert config.id_of(config.settings_that_matter(older), bayesq.__version__) == config.run_id(now)
+    for key, value in (("symmetric", True), ("group_size", 64)):
+        assert config.run_id(compose(f"method={method}", f"method.{key}={value}")) != config.run_id(now)
+
+
 def test_a_new_version_of_bayesq_has_its_own_run_ids(default: DictConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     before = config.run_id(default)
     monkeypatch.setattr(bayesq, "__version__", "99.0")
