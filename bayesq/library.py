@@ -67,8 +67,8 @@ def quantize(
         batches: a few hundred calibration examples: tensors [b, ...], (inputs, labels) pairs, whose labels are not
             read, or mappings of tensors. Sequences of different length need an attention_mask; see `encode`.
         bits: average code bits per weight, 2 to 8, fractions allowed.
-        method: name of a file in conf/method: bayesq, gptq, gptaq, qronos, awq, rtn.
-        posterior: name of a file in conf/posterior: kfac, ekfac, diag, lowrank; for bayesq, and allocators but "uniform".
+        method: name of a file in conf/method: bayesq, gptq, gptaq, qronos, qtip, adaround, brecq, awq, rtn.
+        posterior: name of a file in conf/posterior: kfac, ekfac, diag, lowrank; for bayesq and "knapsack" or "ilp".
         allocator: "uniform", "knapsack" or "ilp"; None = the method's default.
         inputs: of a layer: those of the "full"-precision network, behind the quantized "prefix", or both, "paired";
             None = the method's default.

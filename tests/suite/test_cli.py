@@ -17,6 +17,7 @@ import pytest
 import yaml
 
 import bayesq
+from bayesq.defaults import choices
 from bayesq.files import lock
 from bayesq.suite import cli, composition, config, results
 from bayesq.suite.errors import UserError
@@ -125,7 +126,7 @@ BAD_COMMANDS = [
     (["bits=3,3.5,4"], "add -m"),
     (["-m", "method=bayesq,gptq", "bits=3,11"], "bits=11"),
     (["-m", "bits=3,4", "seed=range(-1,1)"], "seed=-1"),
-    (["method=gtpq"], "method=gtpq: choose one of awq, bayesq, gptaq, gptq, qronos, rtn; did you mean 'gptq'?"),
+    (["method=gtpq"], f"method=gtpq: choose one of {', '.join(choices('method'))}; did you mean 'gptq'?"),
     (["-m", "method=gptq,foo"], "method=foo"),
     (["method=null"], "method=null"),
     (["model=resnet51"], "model=resnet51"),
