@@ -164,6 +164,8 @@ class BlockSource:
         try:
             with torch.enable_grad(), contiguous_gradients(module):
                 outputs = module(**batch.inputs)
+                if not leaves:
+                    return []
                 mask = batch.inputs.get(MASK)
                 counted = None if mask is None else mask.bool()
                 directions = self.likelihood.fisher_directions(outputs, None, generator, mask=counted)
