@@ -4,8 +4,8 @@ The block gets its inputs x' behind the quantized prefix and is to give its full
 
     mean over positions of sum_i f_i (z_i - block(x'; W(v))_i)^2
 
-with f the diagonal of the output's Fisher, in units of its mean. Each step reads one batch. A block is a part that the
-network runs as a whole (a residual block, a transformer layer), or a single layer outside of all blocks.
+with f = 1, or the diagonal of the output's Fisher, in units of its mean. Each step reads one batch. A block is a part
+that the network runs as a whole (a residual block, a transformer layer), or a single layer outside of all blocks.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

@@ -30,8 +30,8 @@ class LayerProblem:
         prefix_statistic: the same for statistics of the layer's inputs behind its already quantized predecessors; None
             where the method reads full-precision inputs.
         positions_per_channel: kernel positions kh * kw: that many neighbouring columns read one input channel.
-        block: collects the samples of the block that the layer belongs to; None unless the method declares BLOCK_SAMPLES
-            and it is the layer's turn.
+        block: collects the samples of the block that the layer belongs to; None unless it is the layer's turn and the
+            method declares BLOCK_SAMPLES.
         fallbacks: counters a method raises when it had to do something else than asked (result keys fallback/*);
             dead_columns, those that no calibration input reached, are counted whenever the input moment is read.
         notes: numbers about the layer for layers.csv: predicted_risk, achieved_risk, prior_precision and the like.

@@ -2,7 +2,8 @@
 
     min sum_bk risk_bk z_bk   with   sum_bk bits_bk z_bk <= capacity,   sum_k z_bk = 1,   z_bk in {0, 1}
 
-This is the multiple-choice knapsack that `bayesq.knapsack` solves greedily. With a price p per bit, the Lagrangian bound
+This is the multiple-choice knapsack that `bayesq.knapsack` solves greedily. With a price p per bit, the Lagrangian
+bound
 
     L(p) = sum_b min_k (risk_bk + p bits_bk) - p capacity
 
@@ -77,17 +78,16 @@ def _solve(
     from scipy.sparse import csr_array
 
     single = possible.sum(1) == 1
-    best = possible.argmax(1)
+    best: np.ndarray = possible.argmax(1)
     left = capacity - float(bits[np.nonzero(single)[0], best[single]].sum())
     open_blocks = np.nonzero(~single)[0]
     if not len(open_blocks):
         return best
     block, choice = np.nonzero(possible[open_blocks])
     size, excess = bits[open_blocks[block], choice], reduced[open_blocks[block], choice]
-    unit = price * left or float(excess.sum()) or 1.0
     # the last variable is the share of `left` that stays unspent
     count = len(block) + 1
-    cost = np.append(excess, price * left) / unit
+    cost = np.append(excess, price * left)
     once = csr_array((np.ones(count - 1), (block, np.arange(count - 1))), shape=(len(open_blocks), count))
     budget = csr_array(np.append(size / left, 1.0)[None])
     solved = milp(

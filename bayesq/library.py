@@ -70,7 +70,7 @@ def quantize(
         bits: average code bits per weight, 2 to 8, fractions allowed.
         method: name of a file in conf/method, such as bayesq or gptq; or a method of your own, an object as
             `bayesq.contract.Method` describes.
-        posterior: name of a file in conf/posterior: kfac, ekfac, diag, lowrank; for bayesq and allocators but "uniform".
+        posterior: name of a file in conf/posterior: kfac, ekfac, diag, lowrank; for bayesq and "knapsack" or "ilp".
         allocator: "uniform", "knapsack" or "ilp"; None = the method's default.
         inputs: of a layer: those of the "full"-precision network, behind the quantized "prefix", or both, "paired";
             None = the method's default.

@@ -103,13 +103,15 @@ class BlockSource:
         """The block that a layer belongs to, with its samples.
 
         Raises:
-            Refused: the layer is inside no block, and is itself no module.
+            Refused: the network calls no module that contains the layer.
         """
         name, names = self._place(layer)
         network = self.inputs.networks[0]
         collected, retries = halving(
             self.inputs.batch_size, lambda size: list(self._collect(name, names, size)), "calibration"
         )
+        if not collected:
+            raise Refused(self._not_called(layer))
         self.inputs.oom_retries += retries
         self.inputs.batch_size >>= retries
         module = network.module.get_submodule(name)
@@ -123,11 +125,14 @@ class BlockSource:
                 inside = [name for group in self.inputs.groups for name in group if f"{name}.".startswith(f"{block}.")]
                 return block, inside
         if layer not in dict(network.module.named_modules()):
-            raise Refused(
-                f"layer {layer}: is inside no block and is itself no module, so its outputs cannot be reconstructed: "
-                f"layers.exclude=[{layer}], or choose another method"
-            )
+            raise Refused(self._not_called(layer))
         return layer, [layer]
+
+    def _not_called(self, layer: str) -> str:
+        return (
+            f"layer {layer}: the network calls no block that contains it, so its outputs cannot be reconstructed: "
+            f"layers.exclude=[{layer}], or choose another method"
+        )
 
     def _collect(self, name: str, names: Sequence[str], batch_size: int) -> Iterator[BlockBatch]:
         """Run the full-precision network to its end and back, and the other one up to the block."""
@@ -145,7 +150,7 @@ class BlockSource:
 
     def _outputs(self, name: str, batch: Batch, generator: torch.Generator) -> list[tuple[Tensor, Tensor]]:
         """The full-precision outputs of each call of the block, and their squared gradients."""
-        module = self.inputs.networks[1].module
+        module = self.inputs.networks[-1].module
         leaves: list[Tensor] = []
 
         def keep(_: nn.Module, __: object, output: Any) -> Any:
@@ -159,6 +164,8 @@ class BlockSource:
         try:
             with torch.enable_grad(), contiguous_gradients(module):
                 outputs = module(**batch.inputs)
+                if not leaves:
+                    return []
                 mask = batch.inputs.get(MASK)
                 counted = None if mask is None else mask.bool()
                 directions = self.likelihood.fisher_directions(outputs, None, generator, mask=counted)

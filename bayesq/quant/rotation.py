@@ -110,10 +110,11 @@ def hadamard_orders(size: int) -> tuple[int, ...] | None:
     """Orders of `hadamard` whose product is a size, as many as possible; None if there are none."""
     if size == 1:
         return ()
-    for order in (order for order in range(2, min(size, LARGEST_ORDER) + 1) if size % order == 0 and _paley(order) is not None):
-        rest = hadamard_orders(size // order)
-        if rest is not None:
-            return order, *rest
+    for order in range(2, min(size, LARGEST_ORDER) + 1):
+        if size % order == 0 and _paley(order) is not None:
+            rest = hadamard_orders(size // order)
+            if rest is not None:
+                return order, *rest
     return None
 
 

@@ -139,7 +139,9 @@ def test_brecq_reconstructs_a_block_better_than_nearest_rounding() -> None:
     module, x = Small().eval(), torch.randn(64, 5, generator=torch.Generator().manual_seed(1))
     error = {}
     for method, more in (("brecq", {"steps": 300, "fisher": False}), ("rtn", {})):
-        quantized, _ = bayesq.quantize(module, [x], method=method, bits=2, exclude=["stem", "head", "blocks.1*"], **more)
+        quantized, _ = bayesq.quantize(
+            module, [x], method=method, bits=2, exclude=["stem", "head", "blocks.1*"], **more
+        )
         with torch.no_grad():
             z = module.stem(x)
             error[method] = float((quantized.blocks[0](z, 2.0) - module.blocks[0](z, 2.0)).square().mean())
@@ -152,12 +154,27 @@ def test_bad_values_are_refused_with_their_key() -> None:
             AdaRound(**{**SETTINGS, key: value})
         with pytest.raises(Refused, match=rf"^method\.{key}={value}: "):
             BRECQ(**{**SETTINGS, key: value}, fisher=True)
-    with pytest.raises(Refused, match="inputs=full: .* choose inputs=paired"):
+    with pytest.raises(Refused, match=r"inputs=full: .* choose inputs=paired"):
         bayesq.quantize(Small().eval(), [torch.randn(4, 5)], method="brecq", inputs="full")
 
 
-def test_a_stack_outside_of_all_blocks_is_refused_with_what_to_exclude() -> None:
+def test_a_stack_of_matrices_is_learned_inside_its_block() -> None:
     module, x = odd.SelfAttention().eval(), torch.randn(8, 4, odd.WIDTH, generator=torch.Generator().manual_seed(0))
-    module_names = [name for name, _ in module.named_modules()]
-    quantized, _ = bayesq.quantize(module, [x], method="brecq", steps=3)
-    assert "odd" in module_names and not torch.equal(quantized.head.weight, module.head.weight)
+    quantized, _ = bayesq.quantize(module, [x], method="brecq", steps=3, bits=4)
+    for name in ("odd.in_proj_weight", "odd.out_proj.weight"):
+        before, after = module.state_dict()[name], quantized.state_dict()[name]
+        assert not torch.equal(before, after) and torch.allclose(before, after, atol=0.3)
+
+
+class Attention(nn.MultiheadAttention):
+    """The network itself uses the weights, so no module that contains them is called."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x, x, x)[0].mean(1)
+
+
+def test_a_layer_in_no_block_that_is_called_is_refused_with_what_to_exclude() -> None:
+    module, x = Attention(6, 2, batch_first=True).eval(), torch.randn(8, 4, 6)
+    for name, exclude in (("in_proj_weight", []), ("out_proj", ["in_proj_weight"])):
+        with pytest.raises(Refused, match=rf"^layer {name}: .* exclude=\[{name}\]"):
+            bayesq.quantize(module, [x], method="brecq", steps=3, exclude=exclude)

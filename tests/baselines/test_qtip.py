@@ -1,16 +1,22 @@
 """QTIP: distortion of Gaussian weights, rotated feedback against its definition, and what is stored."""
 
+from dataclasses import replace
+
 import numpy as np
+import odd_networks as odd
 import pytest
 import torch
 from naive_quant import FixedWidths, moment_of, problem
 from rounding_loop import rounded
 
+import bayesq
 from baselines.qtip import QTIP
 from bayesq.contract import Context
 from bayesq.errors import Refused
+from bayesq.in_step import scaled
 from bayesq.quant.accounting import stored_bytes
-from bayesq.quant.codes import Trellis
+from bayesq.quant.codes import Affine, Trellis
+from bayesq.quant.gptq_layout import obstacle
 from bayesq.quant.packing import pack_model, unpack_model
 
 # Expected squared errors for a standard normal source: with 2**16 states as published, and the rate-distortion bound.
@@ -85,6 +91,27 @@ def test_seeds_and_tables_are_counted_against_the_budget() -> None:
     method.prepare(layers, allocate, Context.of_seed(0))
     assert 3 in method.tables
     assert counted == [8 * 4 + sum(16 * 2 ** (width + 1) for width in method.tables)]
+
+
+def test_rows_of_rotated_weights_are_not_scaled_and_not_exported() -> None:
+    weight = torch.randn(1, 8, 12, generator=torch.Generator().manual_seed(0))
+    widths = torch.full((8,), 4, dtype=torch.uint8)
+    ((_, tensor),) = rounded(QTIP(64, 0.01), [problem(weight, torch.eye(12)[None])], FixedWidths(layer=widths))
+    assert scaled(tensor, torch.full((8,), 2.0)) is tensor
+    affine = replace(tensor, code=Affine(), zero=torch.zeros_like(tensor.zero))
+    assert obstacle(replace(affine, rotation=None)) is None
+    assert "rotated weights" in (obstacle(affine) or "")
+
+
+@pytest.mark.parametrize("inputs", ["full", "prefix", "paired"])
+def test_it_takes_correction_and_distillation(inputs: str) -> None:
+    module, x = odd.Plain().eval(), torch.randn(40, 4, odd.WIDTH, generator=torch.Generator().manual_seed(0))
+    found = []
+    for more in ({}, {"correction": "moments"}, {"distill": True}):
+        quantized, _ = bayesq.quantize(module, [x], method="qtip", bits=3, inputs=inputs, **more)
+        found.append(torch.cat([part.flatten() for part in quantized.state_dict().values()]))
+        assert torch.isfinite(found[-1]).all()
+    assert not torch.equal(found[0], found[1])
 
 
 def test_bad_values_are_refused_with_their_key() -> None:
