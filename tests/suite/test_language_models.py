@@ -18,6 +18,7 @@ from bayesq.suite import runner, schema
 from bayesq.suite.datasets.base import DataSplits, Examples
 from bayesq.suite.datasets.text import TextFile, WikiText
 from bayesq.suite.errors import UserError
+from bayesq.suite.export import export
 from bayesq.suite.loading import load_quantized
 from bayesq.suite.models.causal_lm import CausalLM
 from bayesq.suite.models.windows import Windows
@@ -247,6 +248,24 @@ def test_a_run_and_the_network_from_its_file(
     windows = torch.tensor(encoded(data.evaluation))
     assert naive_perplexity(network, windows) == pytest.approx(result["q/perplexity"], rel=1e-5)
     assert json.loads((place / "result.json").read_text(encoding="utf-8"))["q/perplexity"] == result["q/perplexity"]
+
+
+def test_other_programs_read_the_exported_network(folder: Path, text: Path, tmp_path: Path, settings: None) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tied = tiny_lm(tmp_path / "tied", tie_word_embeddings=True)
+    result = run(tied, text, tmp_path, "method=rtn")
+    place = tmp_path / str(result["run_id"])
+    network = load_quantized(place / "quantized.safetensors", cache_dir=str(tmp_path / "cache"))
+    tokens = torch.tensor(encoded(loaded(text, limit=2).evaluation))
+    output, _ = export(place, "dequantized", dtype="float32")
+    theirs = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32)
+    with torch.no_grad():
+        assert torch.equal(theirs(tokens).logits, network(tokens))
+    assert AutoTokenizer.from_pretrained(output).encode("abc") == letters().encode("abc")
+    file, _ = export(place, "packed")
+    with torch.no_grad():
+        assert torch.equal(load_quantized(file)(tokens), network(tokens))
 
 
 def test_calibration_source_changes_the_run(folder: Path, text: Path, tmp_path: Path, settings: None) -> None:
