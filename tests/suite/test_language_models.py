@@ -5,9 +5,11 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
+from huggingface_hub.errors import GatedRepoError
 from hydra import compose, initialize_config_dir
 from tiny_lm import LETTERS, SPECIAL, VOCABULARY, letters, prose, tiny_lm
 
@@ -149,6 +151,17 @@ class TestErrors:
     def test_missing_models(self, keys: dict[str, str], message: str, text: Path) -> None:
         with pytest.raises(UserError, match=message):
             CausalLM(**keys).build(loaded(text), text.parent)
+
+    def test_a_gated_repository(self, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        error = GatedRepoError.__new__(GatedRepoError)  # the real one wants a response
+        Exception.__init__(error, "403 Client Error")
+        monkeypatch.setattr("bayesq.suite.models.transformers_model.reachable", lambda: True)
+        monkeypatch.setattr("transformers.AutoConfig.from_pretrained", Mock(side_effect=error))
+        with pytest.raises(
+            UserError, match=r"^model\.name=meta/llama could not .* \(it is gated: accept its terms"
+        ) as caught:
+            CausalLM(source="meta/llama").build(loaded(text), text.parent)
+        assert "\n" not in str(caught.value)
 
     def test_no_tokenizer(self, folder: Path, text: Path, tmp_path: Path) -> None:
         for name in ("config.json", "model.safetensors"):
