@@ -126,11 +126,7 @@ def recorded_config(result: Mapping[str, Any]) -> dict[str, Any]:
     Raises UserError if other keys determine a result in this version of the suite.
     """
     config: dict[str, Any] = dict(result["config"])
-    newer = {
-        "calibration": {"source": None},
-        "evaluation": {"zeroshot": [], "zeroshot_root": None, "zeroshot_limit": None},
-    }
-    config |= {group: {**keys, **config.get(group, {})} for group, keys in newer.items()}  # older records lack these
+    config |= {group: {**keys, **config.get(group, {})} for group, keys in NEWER.items()}
     reference = Preflight().reference({})
     reference["wandb"] = OmegaConf.to_container(OmegaConf.create(reference["wandb"]), resolve=True)
     elsewhere = (*AXES, *settings.WITHOUT_EFFECT)

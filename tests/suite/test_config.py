@@ -70,12 +70,14 @@ def test_run_id_is_twelve_hexadecimal_digits_and_repeatable(default: DictConfig)
 
 
 def test_every_key_changes_the_run_id_except_where_how_and_whether(default: DictConfig) -> None:
-    metadata = {"method.allocator", "method.uses_posterior", "calibration.offload"}
+    # a data set that reads calibration.source has a key of its own for it
+    metadata = {"method.allocator", "method.uses_posterior", "calibration.offload", "calibration.source"}
     metadata |= {f"method.display.{key}" for key in ("title", "color", "marker", "order")}
     pinned = changed(default, "allocator", "knapsack")
     assert config.run_id(pinned) == config.run_id(default), "the default method allocates by knapsack"
     # sections are read when their stage is on
     pinned = changed(changed(pinned, "distill", True), "proxy", "mc")
+    pinned = changed(pinned, "evaluation.zeroshot", ["piqa"])
     own = config.run_id(pinned)
     for key, value in config.flatten(config.resolved(pinned)).items():
         if key == "allocator":
@@ -89,6 +91,18 @@ def test_every_key_changes_the_run_id_except_where_how_and_whether(default: Dict
 def test_settings_of_a_stage_that_is_off_do_not_count(default: DictConfig, section: str) -> None:
     for key, value in default[section].items():
         assert config.run_id(changed(default, f"{section}.{key}", other(value))) == config.run_id(default), key
+
+
+def test_a_folder_of_questions_without_tasks_does_not_count(default: DictConfig) -> None:
+    for key, value in (("zeroshot_root", "questions"), ("zeroshot_limit", 9)):
+        assert config.run_id(changed(default, f"evaluation.{key}", value)) == config.run_id(default), key
+
+
+def test_the_text_to_calibrate_on_belongs_to_language_models() -> None:
+    given = [*("model=causal_lm", "dataset=text", "dataset.path=a"), "calibration.source=b"]
+    assert config.run_id(compose(*given)) != config.run_id(compose(*given[:-1]))
+    with pytest.raises(UserError, match=r"calibration\.source=b: dataset=movie_snippets has calibration examples"):
+        schema.validate(compose("calibration.source=b"))
 
 
 @pytest.mark.parametrize(

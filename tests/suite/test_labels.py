@@ -15,7 +15,9 @@ FILES = {
     "cifar_resnet": ["dataset=cifar10", "dataset.root=x", "model.checkpoint=y"],
     "text": ["dataset=glue", "dataset.task=sst2", "dataset.root=x"],
     "photos": ["dataset=imagenet", "dataset.root=x"],
+    "windows": ["dataset=wikitext", "dataset.root=x"],
 }
+LANGUAGE = {"causal_lm", "smollm2_135m", "tiny_stories"}
 TEXT = {"minilm", "bert_base", "transformers"}
 
 
@@ -31,6 +33,8 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def data(model: str) -> list[str]:
     """A data set for a model."""
+    if model in LANGUAGE:
+        return FILES["windows"]
     kind = "cifar_resnet" if model.startswith("cifar") else model if model == "resnet" else "photos"
     return FILES["text" if model in TEXT else kind]
 
@@ -38,6 +42,7 @@ def data(model: str) -> list[str]:
 @pytest.mark.parametrize("model", sorted(file.stem for file in (conf_dir() / "model").glob("*.yaml")))
 def test_a_model_as_its_file_has_it_is_called_by_its_name(model: str) -> None:
     given = ["model.name=resnet34"] if model == "timm" else []
+    given += ["model.checkpoint=x"] if model == "tiny_stories" else []
     name = "resnet34" if model == "timm" else model
     assert model_label(job(f"model={model}", *data(model), *given).config) == name
 

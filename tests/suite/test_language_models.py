@@ -5,9 +5,11 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
+from huggingface_hub.errors import GatedRepoError
 from hydra import compose, initialize_config_dir
 from tiny_lm import LETTERS, SPECIAL, VOCABULARY, letters, prose, tiny_lm
 
@@ -18,6 +20,7 @@ from bayesq.suite import runner, schema
 from bayesq.suite.datasets.base import DataSplits, Examples
 from bayesq.suite.datasets.text import TextFile, WikiText
 from bayesq.suite.errors import UserError
+from bayesq.suite.export import export
 from bayesq.suite.loading import load_quantized
 from bayesq.suite.models.causal_lm import CausalLM
 from bayesq.suite.models.windows import Windows
@@ -149,6 +152,17 @@ class TestErrors:
         with pytest.raises(UserError, match=message):
             CausalLM(**keys).build(loaded(text), text.parent)
 
+    def test_a_gated_repository(self, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        error = GatedRepoError.__new__(GatedRepoError)  # the real one wants a response
+        Exception.__init__(error, "403 Client Error")
+        monkeypatch.setattr("bayesq.suite.models.transformers_model.reachable", lambda: True)
+        monkeypatch.setattr("transformers.AutoConfig.from_pretrained", Mock(side_effect=error))
+        with pytest.raises(
+            UserError, match=r"^model\.name=meta/llama could not .* \(it is gated: accept its terms"
+        ) as caught:
+            CausalLM(source="meta/llama").build(loaded(text), text.parent)
+        assert "\n" not in str(caught.value)
+
     def test_no_tokenizer(self, folder: Path, text: Path, tmp_path: Path) -> None:
         for name in ("config.json", "model.safetensors"):
             (tmp_path / name).write_bytes((folder / name).read_bytes())
@@ -247,6 +261,24 @@ def test_a_run_and_the_network_from_its_file(
     windows = torch.tensor(encoded(data.evaluation))
     assert naive_perplexity(network, windows) == pytest.approx(result["q/perplexity"], rel=1e-5)
     assert json.loads((place / "result.json").read_text(encoding="utf-8"))["q/perplexity"] == result["q/perplexity"]
+
+
+def test_other_programs_read_the_exported_network(folder: Path, text: Path, tmp_path: Path, settings: None) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tied = tiny_lm(tmp_path / "tied", tie_word_embeddings=True)
+    result = run(tied, text, tmp_path, "method=rtn")
+    place = tmp_path / str(result["run_id"])
+    network = load_quantized(place / "quantized.safetensors", cache_dir=str(tmp_path / "cache"))
+    tokens = torch.tensor(encoded(loaded(text, limit=2).evaluation))
+    output, _ = export(place, "dequantized", dtype="float32")
+    theirs = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32)
+    with torch.no_grad():
+        assert torch.equal(theirs(tokens).logits, network(tokens))
+    assert AutoTokenizer.from_pretrained(output).encode("abc") == letters().encode("abc")
+    file, _ = export(place, "packed")
+    with torch.no_grad():
+        assert torch.equal(load_quantized(file)(tokens), network(tokens))
 
 
 def test_calibration_source_changes_the_run(folder: Path, text: Path, tmp_path: Path, settings: None) -> None:
