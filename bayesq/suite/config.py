@@ -111,6 +111,8 @@ def settings_that_matter(config: Mapping[str, Any]) -> dict[str, Any]:
     if "inputs" not in config and sequential is not None:  # a record of an older version
         matter["inputs"] = inputs_of("full", sequential)
     matter["method"] = {k: v for k, v in config["method"].items() if k not in METHOD_METADATA}
+    if matter.get("codec") == "fixed":  # the only one of older versions
+        del matter["codec"]
     if "exclude" in matter.get("layers", {}):
         matter["layers"] = {**matter["layers"], "exclude": sorted(set(matter["layers"]["exclude"]))}
     canonical: dict[str, Any] = _canonical(matter)

@@ -16,7 +16,7 @@ from typing import Any, Union, get_args, get_origin
 
 from omegaconf import DictConfig
 
-from bayesq.defaults import MAX_BITS, MIN_BITS, suggestion
+from bayesq.defaults import MAX_BITS, MIN_BITS, MIN_STREAM_BITS, suggestion
 from bayesq.suite.config import refuse, resolve_cache_dir, resolved, show
 from bayesq.suite.errors import UserError
 
@@ -88,12 +88,14 @@ _FLAG = Rule("needs true or false", bool)
 _WIDTH = f"a whole number from {MIN_BITS} to {MAX_BITS}"
 _WIDTHS = f"a list of different whole numbers from {MIN_BITS} to {MAX_BITS}"
 
+_BUDGET = f"needs a number from {MIN_BITS} to {MAX_BITS} (bits per weight), or from {MIN_STREAM_BITS} with codec=entropy"
+
 # every key of conf/config.yaml; the keys of dataset may be missing
 RULES = {
     "dataset.calibration_pool": _whole(1, type=int | None),
     "dataset.evaluation": _whole(1, type=int | None),
     "dataset.limit": _whole(1, type=int | None, null="for all evaluation examples"),
-    "bits": Rule(f"needs a number from {MIN_BITS} to {MAX_BITS} (bits per weight)", float, _in_bits),
+    "bits": Rule(_BUDGET, float, lambda bits: MIN_STREAM_BITS <= bits <= MAX_BITS),
     "seed": _whole(0, 2**32 - 1),  # scikit-learn, which splits the data sets, takes seeds of 32 bits
     "device": Rule("choose auto, cpu, cuda, cuda:N (such as cuda:0) or mps", str, _DEVICE.fullmatch),
     "force": _FLAG,
@@ -106,6 +108,7 @@ RULES = {
     ),
     "allocator": _one_of("uniform", "knapsack"),
     "inputs": _one_of("full", "prefix", "paired"),
+    "codec": _one_of("fixed", "entropy"),
     "allocation.block": Rule("needs a name", str),  # Knapsack checks it
     "allocation.group_rows": _whole(1),
     "allocation.row_multiple": _whole(1),
@@ -158,7 +161,9 @@ def validate(cfg: DictConfig) -> dict[str, Any]:
     config = resolved(cfg)
     check(config)
     _check_sizes(config)
-    if config["allocator"] == "knapsack":
+    if config["codec"] == "fixed" and config["bits"] < MIN_BITS:
+        refuse("bits", config["bits"], _BUDGET)
+    if config["allocator"] == "knapsack" and config["codec"] == "fixed":
         _check_reach(config["bits"], config["allocation"])
     elif config["proxy"] == "mc":
         refuse("proxy", "mc", "weighs predicted risks, so it needs allocator=knapsack")

@@ -1,0 +1,247 @@
+"""What all methods share with codec=entropy: row steps in place of widths, code tables, and the stream's length.
+
+The budget buys steps. An allocator gives each row a relative step; one factor for the whole network scales them to the
+budget. A layer's part of the budget is planned before its last rounding, and its steps are then scaled until the real
+stream fits; what a layer leaves over, the later ones may use.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bayesq.codebook import normal_interval
+from bayesq.contract import LayerProblem
+from bayesq.errors import Refused
+from bayesq.quant.accounting import LAYER_BITS
+from bayesq.quant.codes import EntropyCode, RateTables
+from bayesq.quant.codes.entropy import level_sets
+from bayesq.quant.codes.rate_tables import ALPHABET, CENTRE, MOST_CLASSES, SETS
+from bayesq.quant.grids import MAX_WIDTH, stored_scale
+from bayesq.quant.tensor import QuantizedTensor
+
+T = TypeVar("T")
+
+# Distance of neighbouring rate classes in bits, if MOST_CLASSES of them are enough.
+CLASS_SPACING = 0.5
+# A layer is rounded again if its stream is longer than its part of the budget, or shorter by more than this many bits
+# per weight.
+TOLERANCE = 0.01
+ATTEMPTS = 16
+# No step is smaller than this part of the row's largest weight, so that its symbols fit a byte.
+FINEST = 1 / 120
+
+
+def row_rate(ratio: Tensor) -> Tensor:
+    """Approximate bits per weight of a normal row whose standard deviation is `ratio` steps.
+
+    1/2 log2(1 + 2 pi e ratio^2): exact for small steps, and 0 for large ones.
+    """
+    rate: Tensor = 0.5 * torch.log2(1 + 2 * math.pi * math.e * ratio.square())
+    return rate
+
+
+@dataclass(frozen=True)
+class RateClasses:
+    """Which rows share a code table: those with about the same bits per weight.
+
+    Attributes:
+        lowest: rate of class 0.
+        spacing: between classes, bits per weight.
+        count: of classes.
+    """
+
+    lowest: float
+    spacing: float
+    count: int
+
+    @classmethod
+    def covering(cls, ratios: Sequence[Tensor]) -> "RateClasses":
+        """At most MOST_CLASSES for rows with these standard deviations in steps."""
+        rates = row_rate(torch.cat(list(ratios)))
+        low, high = float(rates.min()), float(rates.max())
+        spacing = max(CLASS_SPACING, (high - low) / (MOST_CLASSES - 1))
+        return cls(low, spacing, 1 + round((high - low) / spacing))
+
+    def of(self, ratio: Tensor) -> Tensor:
+        """Class uint8 [R] of each row."""
+        nearest = torch.round((row_rate(ratio) - self.lowest) / self.spacing)
+        return nearest.clamp(0, self.count - 1).to(torch.uint8)
+
+    def normal_tables(self) -> RateTables:
+        """Tables for normal rows."""
+        rate = self.lowest + self.spacing * torch.arange(self.count, dtype=torch.float64)
+        ratio = ((2 ** (2 * rate) - 1).clamp(min=1e-6) / (2 * math.pi * math.e)).sqrt()
+        symbol = torch.arange(ALPHABET, dtype=torch.float64) - CENTRE
+        edge = torch.full((1,), torch.inf, dtype=torch.float64)
+        counts = []
+        for which in range(SETS):
+            levels = symbol - symbol.sign() * which / 2
+            middle = (levels[1:] + levels[:-1]) / 2
+            low, high = torch.cat([-edge, middle]), torch.cat([middle, edge])
+            mass = normal_interval(low / ratio[:, None], high / ratio[:, None])
+            counts.append(torch.where(mass > 1e-7, 1e5 * mass, 0.0))
+        return RateTables.of(torch.stack(counts, 1).numpy())
+
+
+@dataclass
+class SymbolSums:
+    """Symbols of all rows of each class, and centroids of their targets.
+
+    Attributes:
+        counts: [classes, sets, 256].
+        moments: [classes, sets, 256, 2] as of `RateTables.of`.
+    """
+
+    counts: np.ndarray
+    moments: np.ndarray
+
+    @classmethod
+    def empty(cls, classes: int) -> "SymbolSums":
+        """Nothing yet."""
+        return cls(np.zeros((classes, SETS, ALPHABET)), np.zeros((classes, SETS, ALPHABET, 2)))
+
+    def add(self, codes: Tensor, sets: np.ndarray, rate_class: Tensor, units: Tensor, weight: Tensor) -> None:
+        """Add a layer.
+
+        Args:
+            codes: [R, C] uint8.
+            sets: [R, C] of `level_sets`.
+            rate_class: [R].
+            units: [R, C] targets in steps.
+            weight: [R, C] what a squared error of a step costs, in any unit.
+        """
+        place = ((SETS * rate_class.long()[:, None] + torch.from_numpy(sets).long()) * ALPHABET + codes).flatten()
+        size = self.counts.size
+        for sums, values in (
+            (self.counts, None),
+            (self.moments[..., 0], weight),
+            (self.moments[..., 1], weight * units),
+        ):
+            part = torch.bincount(place, None if values is None else values.flatten(), minlength=size)
+            sums += part.double().numpy().reshape(self.counts.shape)
+
+    def tables(self, centroids: bool = True) -> RateTables:
+        """Tables for these symbols."""
+        return RateTables.of(self.counts, self.moments if centroids else None)
+
+
+def cheapest_class(codes: Tensor, sets: np.ndarray, tables: RateTables) -> Tensor:
+    """The class uint8 [R] whose table gives each row the shortest code."""
+    lengths = torch.from_numpy(tables.lengths()).flatten(1)  # [classes, sets * 256]
+    symbol = torch.from_numpy(sets).long() * ALPHABET + codes
+    counts = torch.zeros(len(codes), SETS * ALPHABET, dtype=torch.float64)
+    counts.scatter_add_(1, symbol, torch.ones((), dtype=torch.float64).expand(symbol.shape))
+    return (counts @ lengths.T).argmin(1).to(torch.uint8)
+
+
+def coded_tensor(
+    codes: Tensor,
+    scale: Tensor,
+    tables: RateTables,
+    states: int | None,
+    groups: int,
+    column_scale: Tensor | None = None,
+) -> QuantizedTensor:
+    """A layer of these codes [R, C] and steps [R]; each row gets the class with the shortest code."""
+    rate_class = cheapest_class(codes, level_sets(codes.numpy(), states, groups), tables)
+    return QuantizedTensor(
+        codes=codes,
+        width=full_width(len(codes)),
+        scale=scale[:, None].to(torch.float16),
+        zero=torch.full((len(codes), 1), CENTRE, dtype=torch.uint8),
+        groups=groups,
+        code=EntropyCode(tables, rate_class, states),
+        column_scale=column_scale,
+    )
+
+
+def full_width(rows: int) -> Tensor:
+    """The width of entropy-coded rows."""
+    return torch.full((rows,), MAX_WIDTH, dtype=torch.uint8)
+
+
+def usable_step(step: Tensor, weight: Tensor) -> Tensor:
+    """Steps [R] that fp16 holds and whose symbols fit a byte, for rows weight [R, C]."""
+    return stored_scale(torch.maximum(step, weight.abs().amax(1) * FINEST))
+
+
+def factor_for(sigma: Sequence[Tensor], steps: Sequence[Tensor], columns: Sequence[int], bits: float) -> float:
+    """The factor of all steps at which normal rows take `bits` in all, see `row_rate`.
+
+    Args:
+        sigma: standard deviations [R] of the rows of each layer.
+        steps: their relative steps [R].
+        columns: of each layer.
+    """
+    low, high = -60.0, 60.0
+    for _ in range(80):
+        middle = (low + high) / 2
+        taken = sum(
+            c * float(row_rate(s / (step * 2**middle)).sum()) for s, step, c in zip(sigma, steps, columns, strict=True)
+        )
+        low, high = (middle, high) if taken > bits else (low, middle)
+    return float(2**high)
+
+
+def overhead_bits(layers: Sequence[LayerProblem], tables: RateTables) -> int:
+    """Bits stored beside the streams: steps, classes, width bytes and tables."""
+    rows = sum((16 + tables.class_bits) * layer.rows + 2 * LAYER_BITS for layer in layers)
+    return rows + 8 * len(tables.buffer)
+
+
+@dataclass
+class StreamPlan:
+    """Parts of the budget, and rounding until the streams fit them.
+
+    Attributes:
+        planned: bits of each layer's stream by name.
+        spare: bits that no layer has been given, or that earlier layers left over.
+        shift: log2 of the factor by which the last layer's steps had to be scaled.
+    """
+
+    planned: Mapping[str, float]
+    spare: float
+    shift: float = field(default=0.0)
+
+    @classmethod
+    def of(cls, expected: Mapping[str, float], capacity: float) -> "StreamPlan":
+        """A plan for a capacity in bits; layers share it as they would with these expected bits."""
+        total = sum(expected.values())
+        return cls({name: bits * capacity / total for name, bits in expected.items()}, 0.0)
+
+    def fit(self, layer: LayerProblem, attempt: Callable[[float], tuple[T, int]]) -> T:
+        """The rounding of a layer with the finest steps whose stream fits.
+
+        Args:
+            attempt: rounds with all steps times a factor; returns the result and the bits of its stream.
+
+        Raises:
+            Refused: even with the coarsest steps the stream is too long.
+        """
+        planned, weights = self.planned[layer.name], layer.weight.numel()
+        allowed = planned + self.spare
+        best: tuple[T, int, float] | None = None
+        too_long, shift = -math.inf, self.shift
+        for k in range(ATTEMPTS):
+            result, bits = attempt(2**shift)
+            if bits > allowed:
+                too_long = max(too_long, shift)
+                shift += max((bits - planned) / weights, TOLERANCE / 4) * (1 + k)
+                if best is not None:
+                    break
+                continue
+            best = (result, bits, shift)
+            finer = shift - (allowed - bits) / weights + TOLERANCE / 4
+            if bits >= allowed - self.spare - TOLERANCE * weights or finer <= too_long or k >= 3:
+                break
+            shift = finer
+        if best is None:
+            raise Refused(f"layer {layer.name}: no step gives a stream of {allowed:.0f} bits; raise bits")
+        result, bits, self.shift = best
+        self.spare = allowed - bits
+        return result
