@@ -53,11 +53,13 @@ class RateClasses:
         lowest: rate of class 0.
         spacing: between classes, bits per weight.
         count: of classes.
+        table: uint8 [count], the table that each class uses.
     """
 
     lowest: float
     spacing: float
     count: int
+    table: Tensor
 
     @classmethod
     def covering(cls, ratios: Sequence[Tensor]) -> "RateClasses":
@@ -65,12 +67,13 @@ class RateClasses:
         rates = row_rate(torch.cat(list(ratios)))
         low, high = float(rates.min()), float(rates.max())
         spacing = max(CLASS_SPACING, (high - low) / (MOST_CLASSES - 1))
-        return cls(low, spacing, 1 + round((high - low) / spacing))
+        count = 1 + round((high - low) / spacing)
+        return cls(low, spacing, count, torch.arange(count, dtype=torch.uint8))
 
     def of(self, ratio: Tensor) -> Tensor:
-        """Class uint8 [R] of each row."""
+        """Class int64 [R] of each row."""
         nearest = torch.round((row_rate(ratio) - self.lowest) / self.spacing)
-        return nearest.clamp(0, self.count - 1).to(torch.uint8)
+        return nearest.clamp(0, self.count - 1).long()
 
     def normal_tables(self) -> RateTables:
         """Tables for normal rows."""
@@ -125,18 +128,41 @@ class SymbolSums:
             part = torch.bincount(place, None if values is None else values.flatten(), minlength=size)
             sums += part.double().numpy().reshape(self.counts.shape)
 
-    def tables(self, centroids: bool = True) -> RateTables:
-        """Tables for these symbols."""
-        return RateTables.of(self.counts, self.moments if centroids else None)
+    def tables(self) -> tuple[RateTables, Tensor]:
+        """Tables for these symbols, and the table uint8 [classes] of each class.
+
+        Neighbouring classes share a table where this saves more bits of the tables than it costs in the streams.
+        """
+        parts = [[k] for k in range(len(self.counts)) if self.counts[k].any()]
+        while len(parts) > 1:
+            saved = [
+                self._bits(a) + self._bits(b) - self._bits(a + b) for a, b in zip(parts[:-1], parts[1:], strict=True)
+            ]
+            best = int(np.argmax(saved))
+            if saved[best] < 0:
+                break
+            parts[best : best + 2] = [parts[best] + parts[best + 1]]
+        table = [
+            min(range(len(parts)), key=lambda j: min(abs(k - i) for i in parts[j])) for k in range(len(self.counts))
+        ]
+        sums = [(self.counts[part].sum(0), self.moments[part].sum(0)) for part in parts]
+        counts, moments = (np.stack(column) for column in zip(*sums, strict=True))
+        return RateTables.of(counts, moments), torch.tensor(table, dtype=torch.uint8)
+
+    def _bits(self, classes: list[int]) -> float:
+        """Bits of some classes' symbols with one table, and of this table."""
+        counts = self.counts[classes].sum(0)
+        tables = RateTables.of(counts[None])
+        return float((counts * tables.lengths()[0]).sum()) + 8 * (len(tables.buffer) - 1)
 
 
-def cheapest_class(codes: Tensor, sets: np.ndarray, tables: RateTables) -> Tensor:
-    """The class uint8 [R] whose table gives each row the shortest code."""
+def row_bits(codes: Tensor, sets: np.ndarray, tables: RateTables) -> Tensor:
+    """Ideal code length of each row [R, C] with the table of each class: float64 [R, classes]."""
     lengths = torch.from_numpy(tables.lengths()).flatten(1)  # [classes, sets * 256]
     symbol = torch.from_numpy(sets).long() * ALPHABET + codes
     counts = torch.zeros(len(codes), SETS * ALPHABET, dtype=torch.float64)
     counts.scatter_add_(1, symbol, torch.ones((), dtype=torch.float64).expand(symbol.shape))
-    return (counts @ lengths.T).argmin(1).to(torch.uint8)
+    return counts @ lengths.T
 
 
 def coded_tensor(
@@ -148,7 +174,7 @@ def coded_tensor(
     column_scale: Tensor | None = None,
 ) -> QuantizedTensor:
     """A layer of these codes [R, C] and steps [R]; each row gets the class with the shortest code."""
-    rate_class = cheapest_class(codes, level_sets(codes.numpy(), states, groups), tables)
+    rate_class = row_bits(codes, level_sets(codes.numpy(), states, groups), tables).argmin(1).to(torch.uint8)
     return QuantizedTensor(
         codes=codes,
         width=full_width(len(codes)),

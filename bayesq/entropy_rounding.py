@@ -7,7 +7,7 @@ The last rounding, with the long trellis, is fitted to the budget layer by layer
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,13 +17,13 @@ from bayesq.entropy import (
     RateClasses,
     StreamPlan,
     SymbolSums,
-    cheapest_class,
     coded_tensor,
     factor_for,
     overhead_bits,
+    row_bits,
     usable_step,
 )
-from bayesq.quant.codes import EntropyCode, RateTables
+from bayesq.quant.codes import EntropyCode
 from bayesq.quant.codes.entropy import level_sets
 from bayesq.quant.entropy_search import EntropyGrid
 from bayesq.quant.feedback import feedback_round
@@ -89,7 +89,9 @@ class CodedRounds:
             for layer, one, spread in zip(layers, ones, spreads, strict=True)
         }
         capacity = self.stream.capacity(layers, 0)
-        self.factor = factor_for(spreads, [steps[layer.name] for layer in layers], [layer.columns for layer in layers], capacity)
+        self.factor = factor_for(
+            spreads, [steps[layer.name] for layer in layers], [layer.columns for layer in layers], capacity
+        )
         self.classes = RateClasses.covering([self._ratio(layer) for layer in layers])
         self.tables = self.classes.normal_tables()
 
@@ -105,13 +107,14 @@ class CodedRounds:
         plain = rows.step * self.factor * more
         scale = usable_step(plain * rows.slope, weight)
         rate_class = self.classes.of(rows.spread / scale)
+        table = self.classes.table[rate_class]
         curvature = rounding_curvature(whitening, layer.weight.shape[1])
         mean = curvature.mean(1)
         # steps that are not usable as they are must not change the price
         cost = (scale / plain).square() / (PRICE * mean.clamp(min=torch.finfo(mean.dtype).tiny))
         parts = []
         for g, part in enumerate(torch.arange(len(weight)).chunk(groups)):
-            grid = EntropyGrid(scale[part], cost[part], curvature[part], rate_class[part], self.tables, states)
+            grid = EntropyGrid(scale[part], cost[part], curvature[part], table[part], self.tables, states)
             if whitening.factors is None:
                 parts.append((*grid.round_matrix(weight[part]), weight[part]))
             else:
@@ -136,13 +139,14 @@ class CodedRounds:
         cost = risk * rounded.scale.square()[:, None]
         sums.add(rounded.codes, rounded.sets.numpy(), rounded.rate_class, units, cost)
         states = self.refit_states if layer.weight.shape[1] >= self.least_rows else None
-        best = cheapest_class(rounded.codes, rounded.sets.numpy(), self.tables)
+        best = row_bits(rounded.codes, rounded.sets.numpy(), self.tables).argmin(1).to(torch.uint8)
         code = EntropyCode(self.tables, best, states)
         return code.code_bits(rounded.codes, best, len(layer.weight))
 
     def finish_round(self, layers: Sequence[LayerProblem], bits: dict[str, int], sums: SymbolSums) -> None:
         """Tables of the next round, and the factor that meets the budget."""
-        self.tables: RateTables = sums.tables()
+        self.tables, table = sums.tables()
+        self.classes = replace(self.classes, table=table)
         weights = sum(layer.weight.numel() for layer in layers)
         capacity = self.stream.capacity(layers, overhead_bits(layers, self.tables))
         shift = (sum(bits.values()) - capacity) / weights
@@ -163,7 +167,9 @@ class CodedRounds:
         return self.plan.fit(layer, attempt)
 
 
-def prepare_coded(rounds: CodedRounds, layers: Sequence[LayerProblem], context: Context, refits: int, whitening) -> None:  # type: ignore[no-untyped-def]
+def prepare_coded(
+    rounds: CodedRounds, layers: Sequence[LayerProblem], context: Context, refits: int, whitening
+) -> None:  # type: ignore[no-untyped-def]
     """All rounds but the last."""
     rounds.start(layers)
     for k in range(refits + 1):

@@ -65,7 +65,9 @@ def _cheapest(x: Any, w: Any, levels: Any, lengths: Any, cost: Any, code: Any) -
 
 
 @compiled()
-def _search(units: Any, weight: Any, rate_class: Any, levels: Any, lengths: Any, subset: Any, code: Any, level: Any) -> None:
+def _search(
+    units: Any, weight: Any, rate_class: Any, levels: Any, lengths: Any, subset: Any, code: Any, level: Any
+) -> None:
     """The cheapest codes [n] of one column and their levels [n], both written.
 
     Args:
@@ -97,7 +99,17 @@ def _search(units: Any, weight: Any, rate_class: Any, levels: Any, lengths: Any,
 
 @compiled()
 def _round_columns(
-    x: Any, delta: Any, upper: Any, scale: Any, weight: Any, rate_class: Any, levels: Any, lengths: Any, subset: Any, codes: Any, values: Any
+    x: Any,
+    delta: Any,
+    upper: Any,
+    scale: Any,
+    weight: Any,
+    rate_class: Any,
+    levels: Any,
+    lengths: Any,
+    subset: Any,
+    codes: Any,
+    values: Any,
 ) -> None:
     """Columns x [B, R] one after the other, with feedback if `upper` is not empty; weight [B, R]."""
     n = x.shape[1]

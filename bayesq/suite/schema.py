@@ -88,7 +88,9 @@ _FLAG = Rule("needs true or false", bool)
 _WIDTH = f"a whole number from {MIN_BITS} to {MAX_BITS}"
 _WIDTHS = f"a list of different whole numbers from {MIN_BITS} to {MAX_BITS}"
 
-_BUDGET = f"needs a number from {MIN_BITS} to {MAX_BITS} (bits per weight), or from {MIN_STREAM_BITS} with codec=entropy"
+_BUDGET = (
+    f"needs a number from {MIN_BITS} to {MAX_BITS} (bits per weight), or from {MIN_STREAM_BITS} with codec=entropy"
+)
 
 # every key of conf/config.yaml; the keys of dataset may be missing
 RULES = {

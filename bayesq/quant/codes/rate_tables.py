@@ -1,11 +1,12 @@
-"""Code tables of entropy-coded rows: for each rate class and set of levels, frequencies of the symbols and their levels.
+"""Code tables of entropy-coded rows: for each rate class and set of levels, frequencies of symbols, and their levels.
 
-Tables are symmetric about the symbol 0 and are stored in bytes:
+Tables are symmetric about the symbol 0. Sizes |s| share bins: one for each of 0 .. 15, then wider ones, about eight for
+each doubling. Stored are bytes:
 
     classes, then for each class and each of the two sets: n, shift of |s| = 1, shift of |s| > 1, b_0 .. b_{n-1}
 
-    frequency of |s| = m:   2**20 2**(-b_m / 8) rounded down, at least 1;   1 for m >= n
-    level of s:             sign(s) (|s| - set / 2 + (shift - 128) / 512)
+    frequency of s in bin i:   2**20 2**(-b_i / 8) rounded down, at least 1;   1 in later bins
+    level of s:                sign(s) (|s| - set / 2 + (shift - 128) / 512)
 
 Frequencies are whole numbers from a table of eight constants, so every machine computes the same ones; their quotients
 by the sum are the probabilities that constriction gets in float64.
@@ -22,8 +23,12 @@ from torch import Tensor
 
 ALPHABET, CENTRE, SETS = 256, 128, 2
 MOST_CLASSES = 16
+# Sizes from here on share bins, each a LAST_SINGLE-th as wide as its first size, rounded down, times two.
+LAST_SINGLE = 16
 # 2**(20 - j / 8) for j = 0 .. 7
 EIGHTHS = (1048576, 961548, 881743, 808562, 741455, 679917, 623487, 571740)
+# Counts of a bin that did not occur, and the largest b: frequency 1.
+UNSEEN, LEAST_LOG = 0.25, 160
 # Levels move in units of 1 / SHIFT_UNIT of a step.
 SHIFT_UNIT = 512
 
@@ -88,24 +93,37 @@ class RateTables:
         return cls(name, torch.tensor(stored, dtype=torch.uint8))
 
 
+def _bins() -> np.ndarray:
+    """The bin of each size 0 .. 128: int64 [129]."""
+    bins, size, index = np.zeros(CENTRE + 1, np.int64), 0, 0
+    while size <= CENTRE:
+        width = max(1, 2 * size // LAST_SINGLE)
+        bins[size : size + width] = index
+        size, index = size + width, index + 1
+    return bins
+
+
+BINS = _bins()
+SIZE = np.abs(np.arange(ALPHABET) - CENTRE)
+SIGN = np.sign(np.arange(ALPHABET) - CENTRE)
+
+
 def _table(counts: np.ndarray, moments: np.ndarray | None, which: int) -> list[int]:
     """The bytes of one table."""
-    magnitude = counts[CENTRE:].astype(np.float64)
-    magnitude[1:] = (magnitude[1:] + counts[CENTRE - 1 : 0 : -1]) / 2
-    used = np.nonzero(magnitude)[0]
+    mass = np.bincount(BINS[SIZE], counts, minlength=BINS[-1] + 1)
+    symbols = np.bincount(BINS[SIZE], minlength=BINS[-1] + 1)
+    used = np.nonzero(mass)[0]
     n = int(used[-1]) + 1 if len(used) else 1
-    # half a count each, so that symbols inside the range that did not occur stay affordable
-    smooth = magnitude[:n] + 0.25
-    total = smooth[0] + 2 * smooth[1:].sum()
-    logs = np.clip(np.rint(-8 * np.log2(smooth / total)), 0, 160).astype(int)
+    # a part of a count each, so that symbols inside the range that did not occur stay affordable
+    each = (mass[:n] + UNSEEN) / symbols[:n]
+    total = (each * symbols[:n]).sum()
+    logs = np.clip(np.rint(-8 * np.log2(each / total)), 0, LEAST_LOG).astype(int)
     shifts = [CENTRE, CENTRE]
     if moments is not None:
-        sign = np.sign(np.arange(ALPHABET) - CENTRE)
-        size = np.abs(np.arange(ALPHABET) - CENTRE)
-        for j, chosen in enumerate((size == 1, size > 1)):
+        for j, chosen in enumerate((SIZE == 1, SIZE > 1)):
             weight = moments[chosen, 0]
             if weight.sum() > 0:
-                off = (sign[chosen] * moments[chosen, 1] - (size[chosen] - which / 2) * weight).sum() / weight.sum()
+                off = (SIGN[chosen] * moments[chosen, 1] - (SIZE[chosen] - which / 2) * weight).sum() / weight.sum()
                 shifts[j] = int(np.clip(np.rint(SHIFT_UNIT * off) + CENTRE, 0, ALPHABET - 1))
     return [n, *shifts, *logs.tolist()]
 
@@ -123,22 +141,20 @@ def _parsed(stored: bytes) -> tuple[np.ndarray, np.ndarray]:
     frequency = np.ones((classes, SETS, ALPHABET), np.int64)
     levels = np.zeros((classes, SETS, ALPHABET), np.float32)
     place = 1
-    size = np.abs(np.arange(ALPHABET) - CENTRE)
-    sign = np.sign(np.arange(ALPHABET) - CENTRE)
     for k in range(classes):
         for t in range(SETS):
             head = stored[place : place + 3]
-            if len(head) < 3 or not 1 <= head[0] <= CENTRE:
-                raise ValueError(f"tables: class {k} has no size from 1 to {CENTRE}")
+            if len(head) < 3 or not 1 <= head[0] <= BINS[-1] + 1:
+                raise ValueError(f"tables: class {k} needs 1 to {BINS[-1] + 1} bins")
             logs = np.frombuffer(stored[place + 3 : place + 3 + head[0]], np.uint8).astype(np.int64)
             if len(logs) < head[0]:
                 raise ValueError("tables: the bytes end too early")
             place += 3 + head[0]
-            by_size = np.ones(CENTRE + 1, np.int64)
-            by_size[: head[0]] = np.maximum(np.array(EIGHTHS)[logs % 8] >> (logs // 8), 1)
-            frequency[k, t] = by_size[size]
-            shift = np.where(size == 1, head[1], head[2]) - CENTRE
-            levels[k, t] = sign * (size - t / 2 + shift / SHIFT_UNIT)
+            by_bin = np.ones(BINS[-1] + 1, np.int64)
+            by_bin[: head[0]] = np.maximum(np.array(EIGHTHS)[logs % 8] >> (logs // 8), 1)
+            frequency[k, t] = by_bin[BINS[SIZE]]
+            shift = np.where(SIZE == 1, head[1], head[2]) - CENTRE
+            levels[k, t] = SIGN * (SIZE - t / 2 + shift / SHIFT_UNIT)
     if place != len(stored):
         raise ValueError(f"tables: {len(stored) - place} bytes too many")
     return frequency, levels
