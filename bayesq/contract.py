@@ -153,7 +153,7 @@ class Context:
         device: where the network is, and heavy work may take place.
         generator: CPU generator for everything random, seeded by the run's seed; nothing else draws from it.
         progress: wraps a loop to show how far it is.
-        stream: the budget with codec=entropy, where all widths are 8 and `allocate` is not called; None with codec=fixed.
+        stream: the budget with codec=entropy, where all widths are 8 and nothing calls `allocate`; else None.
     """
 
     device: torch.device

@@ -8,6 +8,7 @@ stream fits; what a layer leaves over, the later ones may use.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TypeVar
 
 import numpy as np
@@ -31,7 +32,11 @@ CLASS_SPACING = 0.5
 # A layer is rounded again if its stream is longer than its part of the budget, or shorter by more than this many bits
 # per weight.
 TOLERANCE = 0.01
-ATTEMPTS = 16
+ATTEMPTS = 24
+# No further attempt after so many, once a stream fits.
+MOST_REFINED = 5
+# Bits per layer that no layer is given at first, because streams end with a whole word.
+SPARE = 32
 # No step is smaller than this part of the row's largest weight, so that its symbols fit a byte.
 FINEST = 1 / 120
 
@@ -135,16 +140,15 @@ class SymbolSums:
         """
         parts = [[k] for k in range(len(self.counts)) if self.counts[k].any()]
         while len(parts) > 1:
-            saved = [
-                self._bits(a) + self._bits(b) - self._bits(a + b) for a, b in zip(parts[:-1], parts[1:], strict=True)
-            ]
+            saved = [self._bits(a) + self._bits(b) - self._bits(a + b) for a, b in pairwise(parts)]
             best = int(np.argmax(saved))
             if saved[best] < 0:
                 break
             parts[best : best + 2] = [parts[best] + parts[best + 1]]
-        table = [
-            min(range(len(parts)), key=lambda j: min(abs(k - i) for i in parts[j])) for k in range(len(self.counts))
-        ]
+        table = []
+        for k in range(len(self.counts)):
+            distance = [min(abs(k - i) for i in part) for part in parts]
+            table.append(distance.index(min(distance)))
         sums = [(self.counts[part].sum(0), self.moments[part].sum(0)) for part in parts]
         counts, moments = (np.stack(column) for column in zip(*sums, strict=True))
         return RateTables.of(counts, moments), torch.tensor(table, dtype=torch.uint8)
@@ -237,8 +241,8 @@ class StreamPlan:
     @classmethod
     def of(cls, expected: Mapping[str, float], capacity: float) -> "StreamPlan":
         """A plan for a capacity in bits; layers share it as they would with these expected bits."""
-        total = sum(expected.values())
-        return cls({name: bits * capacity / total for name, bits in expected.items()}, 0.0)
+        total, spare = sum(expected.values()), min(SPARE * len(expected), 0.1 * capacity)
+        return cls({name: bits * (capacity - spare) / total for name, bits in expected.items()}, spare)
 
     def fit(self, layer: LayerProblem, attempt: Callable[[float], tuple[T, int]]) -> T:
         """The rounding of a layer with the finest steps whose stream fits.
@@ -252,20 +256,20 @@ class StreamPlan:
         planned, weights = self.planned[layer.name], layer.weight.numel()
         allowed = planned + self.spare
         best: tuple[T, int, float] | None = None
-        too_long, shift = -math.inf, self.shift
+        too_fine, shift = -math.inf, self.shift
         for k in range(ATTEMPTS):
             result, bits = attempt(2**shift)
             if bits > allowed:
-                too_long = max(too_long, shift)
-                shift += max((bits - planned) / weights, TOLERANCE / 4) * (1 + k)
-                if best is not None:
-                    break
+                too_fine = max(too_fine, shift)
+            elif best is None or bits > best[1]:
+                best = (result, bits, shift)
+            if best is None:
+                shift += max((bits - planned) / weights, TOLERANCE) * (1 + k / 2)
                 continue
-            best = (result, bits, shift)
-            finer = shift - (allowed - bits) / weights + TOLERANCE / 4
-            if bits >= allowed - self.spare - TOLERANCE * weights or finer <= too_long or k >= 3:
+            result, bits, coarse = best
+            if bits >= planned - TOLERANCE * weights or coarse - too_fine < TOLERANCE or k >= MOST_REFINED:
                 break
-            shift = finer
+            shift = max(coarse - (planned - bits) / weights, (coarse + too_fine) / 2)
         if best is None:
             raise Refused(f"layer {layer.name}: no step gives a stream of {allowed:.0f} bits; raise bits")
         result, bits, self.shift = best

@@ -1,7 +1,7 @@
-"""Methods of scalar codes with codec=entropy: uniform steps, symbols as their tables give them, the budget met by layer.
+"""Methods of scalar codes with codec=entropy: uniform steps, and the budget met layer by layer.
 
-`prepare` rounds the weights to nearest, at the factor of all steps that meets the budget. This gives the code tables and
-each layer's part of the budget. In a layer's turn the method rounds with all its steps times one factor, which is
+`prepare` rounds the weights to nearest, with the factor of all steps that meets the budget. This gives the code tables
+and each layer's part of the budget. In a layer's turn the method rounds with all its steps times one factor, which is
 searched until the real stream fits (Huffman-coded GPTQ and the like).
 """
 

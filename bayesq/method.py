@@ -20,7 +20,7 @@ from bayesq.codebook import (
 )
 from bayesq.contract import Allocate, Context, LayerProblem, check_finite, stack_groups
 from bayesq.entropy import full_width
-from bayesq.entropy_rounding import CodedRounds, prepare_coded
+from bayesq.entropy_rounding import CodedRounds
 from bayesq.errors import Refused
 from bayesq.posterior import WhiteningStore
 from bayesq.quant.codes import Codebook, shared_code
@@ -105,7 +105,7 @@ class BayesQ:
         """Choose widths, first grids and tables of levels; round all layers `refits` times to refit both."""
         if context.stream is not None:
             self._coded = CodedRounds(context.stream, self.states, REFIT_STATES, LEAST_TRELLIS_ROWS)
-            prepare_coded(self._coded, layers, context, self.refits, self._whitening)
+            self._coded.prepare(layers, context, self.refits, self._whitening)
             return {layer.name: full_width(layer.rows) for layer in layers}
         for layer in layers:
             check_finite(layer)

@@ -143,7 +143,7 @@ class EntropyGrid:
     rate_class: Tensor
     tables: RateTables
     states: int | None
-    _parts: tuple[np.ndarray, ...] = field(init=False)
+    _parts: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray] = field(init=False)
 
     def __post_init__(self) -> None:
         subset = np.zeros(0, np.uint8)
