@@ -120,7 +120,7 @@ def recorded_config(result: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises UserError if other keys determine a result in this version of the suite.
     """
-    config: dict[str, Any] = result["config"]
+    config: dict[str, Any] = {"codec": "fixed", **result["config"]}  # older records have no codec
     reference = Preflight().reference({})
     reference["wandb"] = OmegaConf.to_container(OmegaConf.create(reference["wandb"]), resolve=True)
     elsewhere = (*AXES, *settings.WITHOUT_EFFECT)

@@ -88,16 +88,12 @@ _FLAG = Rule("needs true or false", bool)
 _WIDTH = f"a whole number from {MIN_BITS} to {MAX_BITS}"
 _WIDTHS = f"a list of different whole numbers from {MIN_BITS} to {MAX_BITS}"
 
-_BUDGET = (
-    f"needs a number from {MIN_BITS} to {MAX_BITS} (bits per weight), or from {MIN_STREAM_BITS} with codec=entropy"
-)
-
 # every key of conf/config.yaml; the keys of dataset may be missing
 RULES = {
     "dataset.calibration_pool": _whole(1, type=int | None),
     "dataset.evaluation": _whole(1, type=int | None),
     "dataset.limit": _whole(1, type=int | None, null="for all evaluation examples"),
-    "bits": Rule(_BUDGET, float, lambda bits: MIN_STREAM_BITS <= bits <= MAX_BITS),
+    "bits": Rule(f"needs a number from {MIN_BITS} to {MAX_BITS} (bits per weight)", float, _in_bits),
     "seed": _whole(0, 2**32 - 1),  # scikit-learn, which splits the data sets, takes seeds of 32 bits
     "device": Rule("choose auto, cpu, cuda, cuda:N (such as cuda:0) or mps", str, _DEVICE.fullmatch),
     "force": _FLAG,
@@ -143,11 +139,18 @@ RULES = {
     "wandb.entity": Rule("needs a W&B user or team, or null for the default", str | None),
     "wandb.log_artifact": _FLAG,
 }
+# of bits with codec=entropy
+STREAM_BITS = Rule(
+    f"needs a number from {MIN_STREAM_BITS} to {MAX_BITS} (bits per weight)",
+    float,
+    lambda number: MIN_STREAM_BITS <= number <= MAX_BITS,
+)
 
 
 def check(config: Mapping[str, Any]) -> None:
     """Raise UserError at the first key of a resolved configuration whose value breaks its rule."""
-    for key, rule in RULES.items():
+    rules = RULES | ({"bits": STREAM_BITS} if config.get("codec") == "entropy" else {})
+    for key, rule in rules.items():
         group, _, name = key.rpartition(".")
         node = config.get(group, {}) if group else config
         if name in node and not rule.allows(node[name]):
@@ -163,10 +166,9 @@ def validate(cfg: DictConfig) -> dict[str, Any]:
     config = resolved(cfg)
     check(config)
     _check_sizes(config)
-    if config["codec"] == "fixed" and config["bits"] < MIN_BITS:
-        refuse("bits", config["bits"], _BUDGET)
-    if config["allocator"] == "knapsack" and config["codec"] == "fixed":
-        _check_reach(config["bits"], config["allocation"])
+    if config["allocator"] == "knapsack":
+        if config["codec"] == "fixed":
+            _check_reach(config["bits"], config["allocation"])
     elif config["proxy"] == "mc":
         refuse("proxy", "mc", "weighs predicted risks, so it needs allocator=knapsack")
     _check_pairing(config)
