@@ -12,6 +12,8 @@ from torch import Tensor
 from bayesq.calibration.inputs import INPUT_MOMENT
 from bayesq.calibration.statistic import Statistic
 from bayesq.contract import Allocate, Context, LayerProblem, check_finite, stack_groups
+from bayesq.entropy import full_width
+from bayesq.entropy_scalar import ScalarRounds, centred_grid
 from bayesq.errors import Refused
 from bayesq.quant.feedback import (
     BlockObserver,
@@ -40,6 +42,7 @@ class GPTQ:
     """
 
     statistics: frozenset[Statistic] = frozenset({INPUT_MOMENT})
+    entropy = True
     together = True  # groups of a convolution are rounded in one loop over columns
 
     def __init__(
@@ -61,10 +64,20 @@ class GPTQ:
         self.group_size = check_group_size(group_size)
         self.symmetric = check_flag("symmetric", symmetric)
         self.scale_dtype = scale_dtype
+        self._coded: ScalarRounds | None = None
 
     def prepare(self, layers: Sequence[LayerProblem], allocate: Allocate, context: Context) -> Mapping[str, Tensor]:
-        """Choose the widths; nothing else needs all layers."""
-        return allocate(layers)
+        """Choose the widths, or with codec=entropy the steps.
+
+        Raises:
+            Refused: column groups with codec=entropy.
+        """
+        if context.stream is None:
+            return allocate(layers)
+        if self.group_size is not None:
+            raise Refused(f"method.group_size={self.group_size}: codec=entropy has one step per row; choose null")
+        self._coded = ScalarRounds(context.stream, layers)
+        return {layer.name: full_width(layer.rows) for layer in layers}
 
     def quantize_layer(self, layer: LayerProblem, width: Tensor, context: Context) -> QuantizedTensor:
         """Factor the input moment and round column by column."""
@@ -73,6 +86,8 @@ class GPTQ:
         factors = feedback_factors(moments, self.damping, self.act_order)
         layer.count("damping_retries", sum(factor.retries for factor in factors))
         self._begin(layer)
+        if self._coded is not None:
+            return self._coded.fit(layer, lambda step: self.round_steps(layer.weight, factors, step))
         codes, scale, zero, _ = self.round_layer(layer.weight, moments, factors, width)
         return QuantizedTensor(
             codes=codes,
@@ -97,6 +112,14 @@ class GPTQ:
         """Calibrated output error of each row, up to a constant."""
         return output_error(value - weight, moments)
 
+    def round_steps(self, weight: Tensor, factors: Sequence[FeedbackFactor], step: Tensor) -> Tensor:
+        """Codes [R, C] of a layer [g, r, c] for steps [R] around the code 128; the clip rules are not read."""
+        weight = _without_dead(weight, factors)
+        if self.together and len(weight) > 1:
+            return feedback_round_groups(weight, factors, centred_grid(step))[0]
+        by_group = enumerate(zip(weight, factors, step.chunk(len(weight)), strict=True))
+        return torch.cat([self._feedback(w, g, factor, centred_grid(s), None)[0] for g, (w, factor, s) in by_group])
+
     def round_layer(
         self, weight: Tensor, moments: Tensor, factors: Sequence[FeedbackFactor], width: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -111,8 +134,7 @@ class GPTQ:
         Returns:
             codes [R, C] uint8, scale [R, S], zero [R, S], values [R, C] float64.
         """
-        dead = torch.stack([factor.dead for factor in factors])
-        weight = weight.to(torch.float64).masked_fill(dead[:, None, :], 0.0)
+        weight = _without_dead(weight, factors)
         best: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
         least = torch.full((len(width),), torch.inf, dtype=torch.float64)
         for rule in self.rules:
@@ -175,3 +197,9 @@ class GPTQ:
                 grid.scale[:, s], grid.zero[:, s] = self._clip(rule, part, grid.width, cost)
 
         return on_block
+
+
+def _without_dead(weight: Tensor, factors: Sequence[FeedbackFactor]) -> Tensor:
+    """The weights [g, r, c] in float64, those of dead columns zero, as published."""
+    dead = torch.stack([factor.dead for factor in factors])
+    return weight.to(torch.float64).masked_fill(dead[:, None, :], 0.0)

@@ -5,7 +5,9 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from bayesq.calibration.statistic import Statistic
-from bayesq.contract import Allocate, Context, LayerProblem
+from bayesq.contract import Allocate, Context, LayerProblem, stack_groups
+from bayesq.entropy import full_width
+from bayesq.entropy_scalar import ScalarRounds, nearest_codes
 from bayesq.errors import Refused
 from bayesq.nearest import round_to_nearest
 from bayesq.quant.grids import CLIP_RULES, check_flag, check_group_size
@@ -22,17 +24,25 @@ class RTN:
     """
 
     statistics: frozenset[Statistic] = frozenset()
+    entropy = True
 
     def __init__(self, clip: str, group_size: int | None = None, symmetric: bool = False) -> None:
         if clip not in CLIP_RULES:
             raise Refused(f"method.clip={clip}: choose from {', '.join(CLIP_RULES)}")
         self.group_size, self.symmetric = check_group_size(group_size), check_flag("symmetric", symmetric)
         self.clip = clip
+        self._coded: ScalarRounds | None = None
 
     def prepare(self, layers: Sequence[LayerProblem], allocate: Allocate, context: Context) -> Mapping[str, Tensor]:
-        """Choose the widths; nothing else needs all layers."""
-        return allocate(layers)
+        """Choose the widths, or with codec=entropy the steps."""
+        if context.stream is None:
+            return allocate(layers)
+        self._coded = ScalarRounds(context.stream, layers)
+        return {layer.name: full_width(layer.rows) for layer in layers}
 
     def quantize_layer(self, layer: LayerProblem, width: Tensor, context: Context) -> QuantizedTensor:
         """Round every weight to the nearest level of its row's grid."""
+        if self._coded is not None:
+            weight = stack_groups(layer.weight).double()
+            return self._coded.fit(layer, lambda step: nearest_codes(weight, step))
         return round_to_nearest(layer, width, self.clip, self.group_size, self.symmetric)

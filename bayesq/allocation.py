@@ -31,6 +31,8 @@ from bayesq.rounding import predicted_risk, round_layer
 SOLVERS = {"knapsack": greedy_knapsack, "ilp": ilp_knapsack}
 # Damping of the input moment for methods that have no such argument.
 DAMPING = 0.01
+# Rows whose errors cost less than this part of the most expensive row's count as that expensive.
+LEAST_CURVATURE = 1e-12
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,10 @@ class Allocator(Protocol):
         """Row widths uint8 [R] of every layer by name; arguments as in `bayesq.contract.Allocate`."""
         ...
 
+    def steps(self, layers: Sequence[LayerProblem]) -> dict[str, Tensor]:
+        """Relative steps of every layer's rows by name, see `bayesq.contract.StreamBudget`."""
+        ...
+
 
 @dataclass(frozen=True)
 class Allocation:
@@ -93,6 +99,27 @@ class Allocation:
         if row_bits is not None:  # an allocator without this argument serves all other methods
             return self.allocator.allocate(layers, self.budget, codebook_bits, distortion, row_bits)
         return self.allocator.allocate(layers, self.budget, codebook_bits, distortion)
+
+
+@dataclass(frozen=True)
+class StreamAllocation:
+    """A run's allocator with its budget for codec=entropy, see `bayesq.contract.StreamBudget`.
+
+    Attributes:
+        problems: the layers by name, which the allocator gets in place of a method's copies.
+    """
+
+    allocator: Allocator
+    budget: Budget
+    problems: Mapping[str, LayerProblem]
+
+    def steps(self, layers: Sequence[LayerProblem]) -> dict[str, Tensor]:
+        """As of `StreamBudget`."""
+        return self.allocator.steps([self.problems[layer.name] for layer in layers])
+
+    def capacity(self, layers: Sequence[LayerProblem], overhead: float) -> float:
+        """As of `StreamBudget`."""
+        return self.budget.capacity(layers, overhead)
 
 
 class Uniform:
@@ -161,6 +188,12 @@ class Uniform:
             widths[layer.name] += one_more
         widths[layers[split].name][some] += 1
         return widths
+
+    def steps(self, layers: Sequence[LayerProblem]) -> dict[str, Tensor]:
+        """One step per layer, in proportion to the root mean square of its weights: about the same bits for all."""
+        tiny = torch.finfo(torch.float32).tiny
+        sizes = [layer.weight.double().square().mean().sqrt().clamp(min=tiny) for layer in layers]
+        return {layer.name: size.expand(layer.rows).clone() for layer, size in zip(layers, sizes, strict=True)}
 
 
 def _affordable_rows(layer: LayerProblem, drop: Tensor, bits: float, step: int) -> Tensor:
@@ -322,6 +355,25 @@ class Knapsack:
             layer.notes["predicted_risk"] = float(risk.gather(1, chosen[:, None]).sum())
             allocated[layer.name] = widths[chosen].to(torch.uint8)
         return allocated
+
+    def steps(self, layers: Sequence[LayerProblem]) -> dict[str, Tensor]:
+        """Steps at which a bit more saves the same risk in every row: step^2 kappa mean_c h_rc = const.
+
+        h is the curvature of `bayesq.whitening`. The keys under `allocation` are not read.
+
+        Raises:
+            Refused: a curvature is not finite.
+        """
+        self.whitenings.prepare(layers)
+        cost = {}
+        for layer in layers:
+            whitening = self.whitenings.whitening(layer, feedback=True, damping=self.damping)
+            mean = stack_groups(whitening.row_curvature * whitening.column_curvature.mean(-1)).double()
+            if not bool(torch.isfinite(mean).all()):
+                raise Refused(f"layer {layer.name}: a curvature is NaN or infinite")
+            cost[layer.name] = mean * layer.notes.get("kappa", 1.0)
+        largest = max(float(mean.max()) for mean in cost.values()) or 1.0
+        return {name: (mean / largest).clamp(min=LEAST_CURVATURE).rsqrt() for name, mean in cost.items()}
 
     def _blocks(self, risk: Tensor) -> Tensor:
         """The block [R] of each of a layer's rows, from their risks [R, widths]."""

@@ -137,6 +137,18 @@ class Allocate(Protocol):
         ...
 
 
+class StreamBudget(Protocol):
+    """The budget of a run with codec=entropy, in place of `Allocate`."""
+
+    def steps(self, layers: Sequence[LayerProblem]) -> Mapping[str, Tensor]:
+        """Relative steps float64 [R] > 0 of every layer's rows by name, from the run's allocator."""
+        ...
+
+    def capacity(self, layers: Sequence[LayerProblem], overhead: float) -> float:
+        """Bits that the streams may take in all, if so many are stored beside them."""
+        ...
+
+
 class Progress(Protocol):
     """Shows how far a loop is; see `bayesq.progress.bar`."""
 
@@ -153,11 +165,13 @@ class Context:
         device: where the network is, and heavy work may take place.
         generator: CPU generator for everything random, seeded by the run's seed; nothing else draws from it.
         progress: wraps a loop to show how far it is.
+        stream: the budget with codec=entropy, where all widths are 8 and nothing calls `allocate`; else None.
     """
 
     device: torch.device
     generator: torch.Generator
     progress: Progress = bar
+    stream: StreamBudget | None = None
 
     @classmethod
     def of_seed(cls, seed: int, device: torch.device | str = "cpu") -> "Context":
@@ -168,6 +182,8 @@ class Context:
 # Which inputs of a layer `LayerProblem.input_statistic` describes: those in the full-precision network, those behind
 # the layers that are quantized before it, or the latter with the target of `bayesq.target` for a weight.
 INPUTS = ("full", "prefix", "paired")
+# How codes are stored: with the same bits for all codes of a row, or entropy coded (`bayesq.entropy`).
+CODECS = ("fixed", "entropy")
 
 
 class Method(Protocol):
@@ -175,6 +191,8 @@ class Method(Protocol):
 
     Attributes:
         statistics: those it reads, see `bayesq.calibration.statistic`; no other can be read.
+
+    A method that also reads `Context.stream` has the attribute `entropy = True`.
     """
 
     statistics: frozenset[Statistic]

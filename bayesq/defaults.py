@@ -15,6 +15,8 @@ from bayesq.errors import Refused
 
 # Bits per weight that a budget and a layer may have.
 MIN_BITS, MAX_BITS = 2, 8
+# Least budget with codec=entropy.
+MIN_STREAM_BITS = 1
 # Keys that describe a method: its constructor does not take them, and run_id leaves them out.
 METHOD_METADATA = (
     "allocator",

@@ -14,7 +14,17 @@ from bayesq.batches import Layout, TensorExamples, two_examples
 from bayesq.calibration.memory import InMemoryStatistics
 from bayesq.calibration.passes import CalibrationSettings
 from bayesq.contract import Method
-from bayesq.defaults import DESCRIPTIVE, MAX_BITS, MIN_BITS, choices, construct, misfits, settings, suggestion
+from bayesq.defaults import (
+    DESCRIPTIVE,
+    MAX_BITS,
+    MIN_BITS,
+    MIN_STREAM_BITS,
+    choices,
+    construct,
+    misfits,
+    settings,
+    suggestion,
+)
 from bayesq.distillation import DistillationSettings
 from bayesq.errors import Refused
 from bayesq.evaluation import compare, paired_rows
@@ -51,6 +61,7 @@ def quantize(
     posterior: str = "kfac",
     allocator: str | None = None,
     inputs: str | None = None,
+    codec: str = "fixed",
     correction: str | None = None,
     distill: bool = False,
     likelihood: str = "categorical",
@@ -67,13 +78,14 @@ def quantize(
         module: the network, in evaluation mode; it is not changed. Its output is a tensor or has `logits`.
         batches: a few hundred calibration examples: tensors [b, ...], (inputs, labels) pairs, whose labels are not
             read, or mappings of tensors. Sequences of different length need an attention_mask; see `encode`.
-        bits: average code bits per weight, 2 to 8, fractions allowed.
+        bits: average code bits per weight, 2 to 8, fractions allowed; from 1 with codec="entropy".
         method: name of a file in conf/method, such as bayesq or gptq; or a method of your own, an object as
             `bayesq.contract.Method` describes.
         posterior: name of a file in conf/posterior: kfac, ekfac, diag, lowrank; for bayesq and "knapsack" or "ilp".
         allocator: "uniform", "knapsack" or "ilp"; None = the method's default.
         inputs: of a layer: those of the "full"-precision network, behind the quantized "prefix", or both, "paired";
             None = the method's default.
+        codec: "fixed", or "entropy" for entropy-coded codes.
         correction: match activation "moments" or, behind the prefix, their "mean" to full precision; or "none";
             None = the method's default. The defaults of an object are "uniform", "full" and "none".
         distill: train scales, levels, biases and norms on the calibration inputs.
@@ -89,13 +101,15 @@ def quantize(
     Raises:
         Refused: an argument cannot be used; the message names it.
     """
-    _check(module, bits, batch_size, exclude, seed)
+    _check(module, bits, codec, batch_size, exclude, seed)
     _one_of("posterior", posterior, choices("posterior"))
     _one_of("likelihood", likelihood, tuple(LIKELIHOODS))
     _one_of("correction", "none" if correction is None else correction, KEPT)
     hook = module.register_forward_hook(_logits)
     try:
-        recipe = _recipe(bits, method, posterior, allocator, inputs, correction, distill, batch_size, seed, switches)
+        recipe = _recipe(
+            bits, method, posterior, allocator, inputs, codec, correction, distill, batch_size, seed, switches
+        )
         subject = _subject(module, batches, likelihood, exclude, batch_size)
         statistics = _statistics(subject, recipe, batch_size, seed)
         quantized = quantize_network(subject, recipe, statistics)
@@ -155,14 +169,15 @@ def _with_arguments(message: str) -> str:
     return re.sub(r"(?<![\w.])method\.(?=\w+=)", "", message)
 
 
-def _check(module: nn.Module, bits: float, batch_size: int, exclude: Sequence[str], seed: int) -> None:
+def _check(module: nn.Module, bits: float, codec: str, batch_size: int, exclude: Sequence[str], seed: int) -> None:
     """Check arguments that do not depend on the method."""
+    least = MIN_STREAM_BITS if codec == "entropy" else MIN_BITS
     if not isinstance(module, nn.Module):
         raise Refused(f"module={module!r:.60}: needs a torch.nn.Module")
     if any(part.training for part in module.modules()):
         raise Refused("module: is in training mode, or a part of it; call module.eval() first")
-    if isinstance(bits, bool) or not isinstance(bits, int | float) or not MIN_BITS <= bits <= MAX_BITS:
-        raise Refused(f"bits={bits!r}: needs a number from {MIN_BITS} to {MAX_BITS}")
+    if isinstance(bits, bool) or not isinstance(bits, int | float) or not least <= bits <= MAX_BITS:
+        raise Refused(f"bits={bits!r}: needs a number from {least} to {MAX_BITS}")
     if type(batch_size) is not int or batch_size < 1:
         raise Refused(f"batch_size={batch_size!r}: needs a whole number of at least 1")
     if type(seed) is not int or seed < 0:
@@ -194,6 +209,7 @@ def _recipe(
     posterior: str,
     allocator: str | None,
     inputs: str | None,
+    codec: str,
     correction: str | None,
     distill: bool,
     batch_size: int,
@@ -227,6 +243,7 @@ def _recipe(
         else None,
         seed=seed,
         inputs=content.get("inputs", "full") if inputs is None else inputs,
+        codec=codec,
     )
 
 

@@ -19,6 +19,8 @@ from bayesq.codebook import (
     table_widths,
 )
 from bayesq.contract import Allocate, Context, LayerProblem, check_finite, stack_groups
+from bayesq.entropy import full_width
+from bayesq.entropy_rounding import CodedRounds
 from bayesq.errors import Refused
 from bayesq.posterior import WhiteningStore
 from bayesq.quant.codes import Codebook, shared_code
@@ -49,6 +51,8 @@ LEAST_DESIGNED_START = 3
 class BayesQ:
     """Posterior-weighted quantization.
 
+    With codec=entropy `bayesq.entropy_rounding` does all of it but the posterior.
+
     Args:
         whitenings: fit q(w) of a layer and whiten by it; see `bayesq.posterior`.
         levels: "trellis" lets each column's codes choose among twice as many levels along a trellis, with one table
@@ -64,6 +68,8 @@ class BayesQ:
             row's first affine grid.
         damping: fraction of the mean diagonal added to the input moment before it is factored.
     """
+
+    entropy = True
 
     def __init__(
         self,
@@ -93,9 +99,14 @@ class BayesQ:
         self.rounding, self.refits = rounding, int(refits)
         self.damping = damping
         self.statistics = whitenings.statistics
+        self._coded: CodedRounds | None = None
 
     def prepare(self, layers: Sequence[LayerProblem], allocate: Allocate, context: Context) -> Mapping[str, Tensor]:
         """Choose widths, first grids and tables of levels; round all layers `refits` times to refit both."""
+        if context.stream is not None:
+            self._coded = CodedRounds(context.stream, self.states, REFIT_STATES, LEAST_TRELLIS_ROWS)
+            self._coded.prepare(layers, context, self.refits, self._whitening)
+            return {layer.name: full_width(layer.rows) for layer in layers}
         for layer in layers:
             check_finite(layer)
 
@@ -142,6 +153,10 @@ class BayesQ:
         if layer.prefix_statistic is not None:
             moment = layer.input_statistic("input_moment")
             whitening = self.whitenings.behind_prefix(layer, self.rounding != "nearest", self.damping, moment)
+        if self._coded is not None:
+            whitening = self._whitening(layer) if whitening is None else whitening
+            layer.count("damping_retries", whitening.retries)
+            return self._coded.last(layer, whitening)
         rounded, whitening, tables = self._round(layer, self._grids.pop(layer.name), width, whitening=whitening)
         layer.count("damping_retries", whitening.retries)
         return self._tensor(layer, rounded, width, tables)

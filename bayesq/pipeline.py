@@ -7,12 +7,13 @@ Nothing here reads a configuration or writes a file. `bayesq.quantize` and the s
 
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from bayesq.allocation import Allocation, Budget, Knapsack, Uniform
+from bayesq.allocation import Allocation, Budget, Knapsack, StreamAllocation, Uniform
 from bayesq.batches import in_one_batch, needs_no_padding
 from bayesq.calibration.block_samples import BLOCK_SAMPLES, BlockSource
 from bayesq.calibration.order import forward_order
@@ -169,6 +170,8 @@ def round_layers(
         prefix = open_prefix(subject, recipe, statistics.batch_size, groups, result)
     fits_before = recipe.whitenings.seconds if recipe.whitenings else 0.0
     context = Context.of_seed(recipe.seed, subject.device)
+    if recipe.codec == "entropy":
+        context = replace(context, stream=StreamAllocation(recipe.allocator, recipe.budget, result.problems))
     allocate = Allocation(recipe.allocator, recipe.budget)
     start = last = time.perf_counter()
     rounded = quantize_layers(recipe.method, problems, allocate, context, prefix)

@@ -12,7 +12,7 @@ from bayesq.allocation import Allocator, Budget
 from bayesq.batches import EncodedExamples, needs_no_padding
 from bayesq.calibration.inputs import INPUT_MOMENT
 from bayesq.calibration.statistic import Source, Statistic
-from bayesq.contract import INPUTS, LayerProblem, Method
+from bayesq.contract import CODECS, INPUTS, LayerProblem, Method
 from bayesq.distillation import DistillationSettings
 from bayesq.errors import Refused
 from bayesq.likelihood import Likelihood
@@ -134,6 +134,7 @@ class Recipe:
         distillation: train scales, levels, biases and norms after rounding; None = no distillation.
         seed: of all random draws.
         inputs: one of INPUTS.
+        codec: one of CODECS.
     """
 
     method: Method
@@ -145,6 +146,7 @@ class Recipe:
     distillation: Distillation | None = None
     seed: int = 0
     inputs: str = "full"
+    codec: str = "fixed"
 
     def __post_init__(self) -> None:
         """Refuse inputs that the method cannot use.
@@ -155,6 +157,10 @@ class Recipe:
         if hasattr(self.method, "inputs"):
             name = type(self.method).__name__
             raise Refused(f"{name}.inputs is not read: write `inputs: {self.method.inputs}` in the method's YAML")
+        if self.codec not in CODECS:
+            raise Refused(f"codec={self.codec}: choose one of {', '.join(CODECS)}")
+        if self.codec == "entropy" and not getattr(self.method, "entropy", False):
+            raise Refused("codec=entropy: this method has no entropy-coded form; choose codec=fixed")
         if self.inputs not in INPUTS:
             raise Refused(f"inputs={self.inputs}: choose one of {', '.join(INPUTS)}")
         if self.compares and self.inputs != "paired":

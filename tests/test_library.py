@@ -69,6 +69,19 @@ def test_an_image_network(method):
     assert f"{report.stored_bytes:,} bytes" in str(report) and "conv1.0" in str(report)
 
 
+@pytest.mark.parametrize("method", ["bayesq", "gptq", "gptaq", "qronos", "rtn"])
+def test_entropy_coded_networks_survive_the_file(method, tmp_path):
+    x = images()
+    quantized, report = bayesq.quantize(resnet(), [x], bits=2.5, method=method, codec="entropy")
+    assert 2 < report.code_bits <= 2.5
+    report.save(tmp_path / "network.safetensors")
+    again = read_packed(tmp_path / "network.safetensors")
+    network = resnet()
+    fill(network, again.tensors, again.parameters)
+    with torch.no_grad():
+        assert torch.equal(network(x), quantized(x))
+
+
 def weights(report: bayesq.Report) -> float:
     return sum(tensor.codes.numel() for tensor in report.packed.tensors.values())
 
@@ -233,6 +246,15 @@ MISTAKES = {
     "switch of an object": (
         lambda: bayesq.quantize(resnet(), [images()], method=RTN("mse"), clip="minmax"),
         r"^clip: switches go to a method given by name",
+    ),
+    "bits with entropy coding": (
+        lambda: bayesq.quantize(resnet(), [images()], bits=0.5, codec="entropy"),
+        r"^bits=0.5: needs a number from 1 to 8",
+    ),
+    "codec": (lambda: bayesq.quantize(resnet(), [images()], codec="huffman"), r"^codec=huffman: choose one of"),
+    "codec of awq": (
+        lambda: bayesq.quantize(resnet(), [images()], method="awq", codec="entropy"),
+        r"^codec=entropy: this method has no entropy-coded form",
     ),
     "method": (
         lambda: bayesq.quantize(resnet(), [images()], method="gtpq"),

@@ -14,7 +14,7 @@ LAYER_BITS = 8
 
 def code_bits(tensor: QuantizedTensor) -> int:
     """Bits of the layer's codes alone, the literature's "bits per weight" times the number of weights."""
-    return tensor.code.code_bits(tensor.width, tensor.codes.shape[1])
+    return tensor.code.code_bits(tensor.codes, tensor.width, tensor.groups)
 
 
 def buffer_bytes(buffers: Mapping[str, Tensor]) -> int:

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from bayesq.quant.bits import from_bits, to_bits, unpack_stream
-from bayesq.quant.codes import Code, Codebook, SparseOverlay, code_class, is_count, shown
+from bayesq.quant.codes import Code, Codebook, RateTables, SparseOverlay, code_class, is_count, shown
+from bayesq.quant.codes.rate_tables import CENTRE
 from bayesq.quant.grids import MAX_WIDTH, MIN_WIDTH
 from bayesq.quant.rotation import Rotation
 from bayesq.quant.tensor import QuantizedTensor, column_groups
@@ -55,8 +56,10 @@ def pack(tensor: QuantizedTensor) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "width": torch.from_numpy(width_map),
         "scale": tensor.scale,
         "zero": tensor.zero,
-        **tensor.code.pack(tensor.codes, tensor.width),
+        **tensor.code.pack(tensor.codes, tensor.width, tensor.groups),
     }
+    if tensor.code.centred:
+        del buffers["zero"]
     if tensor.column_scale is not None:
         buffers["column_scale"] = tensor.column_scale
     if tensor.overlay is not None:
@@ -68,7 +71,7 @@ def pack(tensor: QuantizedTensor) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def unpack(
-    buffers: Mapping[str, Tensor], facts: Mapping[str, Any], codebooks: Mapping[str, Codebook]
+    buffers: Mapping[str, Tensor], facts: Mapping[str, Any], codebooks: Mapping[str, Codebook | RateTables]
 ) -> QuantizedTensor:
     """Inverse of `pack`. For any facts, no more than a small multiple of the buffers' size is allocated.
 
@@ -82,11 +85,12 @@ def unpack(
     if not MIN_WIDTH <= int(width.min()) <= int(width.max()) <= MAX_WIDTH:
         raise ValueError(f"width: rows have {MIN_WIDTH} to {MAX_WIDTH} bits, not {width.min()} to {width.max()}")
     code = kind.unpack(facts, buffers, width, codebooks)
+    zero = torch.full_like(buffers["scale"], CENTRE, dtype=torch.uint8) if kind.centred else buffers["zero"]
     return QuantizedTensor(
-        codes=kind.unpack_codes(buffers, width, columns),
+        codes=code.unpack_codes(buffers, width, columns, facts["groups"]),
         width=width,
         scale=buffers["scale"],
-        zero=buffers["zero"],
+        zero=zero,
         groups=facts["groups"],
         group_size=facts["group_size"],
         code=code,
@@ -155,6 +159,7 @@ def _check_buffers(buffers: Mapping[str, Tensor], kind: type[Code], facts: Mappi
         ValueError: one is missing or of another kind.
     """
     absent = {key for together in OPTIONAL if not any(key in buffers for key in together) for key in together}
+    absent |= {"zero"} if kind.centred else set()
     for key, (dtype, dimensions) in {**BUFFERS, **kind.BUFFERS}.items():
         if key in absent:
             continue
@@ -168,10 +173,10 @@ def _check_buffers(buffers: Mapping[str, Tensor], kind: type[Code], facts: Mappi
     rows, columns = facts["shape"]
     expected = [rows, column_groups(kind, columns, facts["group_size"])]
     for key in ("scale", "zero"):
-        if list(buffers[key].shape) != expected:
+        if key not in absent and list(buffers[key].shape) != expected:
             raise ValueError(f"{key}: needs {expected}, not {list(buffers[key].shape)}")
     # for rows without scales, only this bounds the memory of their widths
-    if rows * columns * MIN_WIDTH > 8 * len(buffers["codes"]):
+    if rows * columns * kind.LEAST_BITS > 8 * len(buffers["codes"]):
         raise ValueError(f"codes: {len(buffers['codes'])} bytes cannot hold {rows} rows of {columns} codes")
     if "column_scale" in buffers:
         factors, groups = buffers["column_scale"], facts["groups"]
@@ -196,7 +201,7 @@ def pack_model(layers: Mapping[str, QuantizedTensor]) -> tuple[dict[str, Tensor]
         buffers.update({f"{name}/{key}": value for key, value in packed.items()})
         for book in tensor.code.codebooks():
             key = CODEBOOK_PREFIX + book.name
-            if not torch.equal(buffers.setdefault(key, book.levels), book.levels):
+            if not torch.equal(buffers.setdefault(key, book.buffer), book.buffer):
                 raise ValueError(f"two different codebooks are named {book.name}")
     return buffers, {"layers": json.dumps(facts)}
 
@@ -207,11 +212,14 @@ def unpack_model(buffers: Mapping[str, Tensor], header: Mapping[str, str]) -> di
     Raises:
         ValueError: the header does not fit these buffers; names the layer and the mistake.
     """
-    books = {}
+    books: dict[str, Codebook | RateTables] = {}
     for key, levels in buffers.items():
         if not key.startswith(CODEBOOK_PREFIX):
             continue
         name = key.removeprefix(CODEBOOK_PREFIX)
+        if levels.dtype == torch.uint8:
+            books[name] = RateTables(name, levels)
+            continue
         if levels.dtype != torch.float16 or levels.ndim != 1 or not bool(torch.isfinite(levels).all()):
             raise ValueError(f"codebook {name}: needs finite float16 levels in one dimension")
         books[name] = Codebook(name, levels)
@@ -221,7 +229,9 @@ def unpack_model(buffers: Mapping[str, Tensor], header: Mapping[str, str]) -> di
         try:
             if f"{name}/".startswith(RESERVED):
                 raise ValueError("a layer cannot have this name")
-            keys = [key for key in (*BUFFERS, *_kind(facts).BUFFERS) if f"{name}/{key}" in buffers]
+            kind = _kind(facts)
+            names = [key for key in (*BUFFERS, *kind.BUFFERS) if key != "zero" or not kind.centred]
+            keys = [key for key in names if f"{name}/{key}" in buffers]
             layers[name] = unpack({key: buffers[f"{name}/{key}"] for key in keys}, facts, books)
         except ValueError as error:
             raise ValueError(f"layer {shown(name)}: {error}") from error

@@ -62,10 +62,7 @@ def _nearest(units: Any, weight: Any, width: Any, levels: Any, middles: Any, nea
 
 @compiled()
 def _search(units: Any, weight: Any, width: Any, levels: Any, middles: Any, subset: Any, code: Any, index: Any) -> None:
-    """The path with the least distortion down one column, by the Viterbi algorithm.
-
-    Old states p and p + half lead to new states 2 p and 2 p + 1; the newest and the oldest bit of a window each flip
-    the high bit of its subset, so one table entry gives all four branches.
+    """The path with the least distortion down one column.
 
     Args:
         units: [n] float64 entries in level units.
@@ -76,9 +73,30 @@ def _search(units: Any, weight: Any, width: Any, levels: Any, middles: Any, subs
         subset: [states / 2] uint8, subset of window 2 p.
         code, index: [n] int64, written: codes, and level indices.
     """
-    n, half = units.shape[0], subset.shape[0]
+    n = units.shape[0]
     nearest, distance = np.empty((n, SUBSETS), np.int64), np.empty((n, SUBSETS), np.float32)
     _nearest(units, weight, width, levels, middles, nearest, distance)
+    path = np.empty(n, np.uint8)
+    best_path(distance, subset, path)
+    for i in range(n):
+        chosen = nearest[i, path[i] >> 1]
+        index[i] = chosen
+        code[i] = 2 * (chosen // SUBSETS) + (path[i] & 1)
+
+
+@compiled()
+def best_path(distance: Any, subset: Any, path: Any) -> None:
+    """The path of least cost through the trellis, by the Viterbi algorithm.
+
+    Old states p and p + half lead to new states 2 p and 2 p + 1; the newest and the oldest bit of a window each flip
+    the high bit of its subset, so one table entry gives all four branches.
+
+    Args:
+        distance: [n, 4] float32, cost of each subset.
+        subset: [states / 2] uint8, subset of window 2 p.
+        path: [n] uint8, written: 2 * subset + bit.
+    """
+    n, half = distance.shape[0], subset.shape[0]
     # Whole arrays, and selections instead of table look-ups, so that the loops over states compile to vector code.
     lower, upper = np.full(half, np.float32(1e30)), np.full(half, np.float32(1e30))
     lower[0] = 0
@@ -110,9 +128,7 @@ def _search(units: Any, weight: Any, width: Any, levels: Any, middles: Any, subs
     for i in range(n - 1, -1, -1):
         bit, p = state & 1, state >> 1
         oldest = (int(source[i, p]) >> bit) & 1
-        chosen = subset[p] ^ (2 * (bit ^ oldest))
-        index[i] = nearest[i, chosen]
-        code[i] = 2 * (nearest[i, chosen] // SUBSETS) + bit
+        path[i] = 2 * (subset[p] ^ (2 * (bit ^ oldest))) + bit
         state = p + half * oldest
 
 

@@ -65,6 +65,7 @@ def make_recipe(cfg: DictConfig) -> Recipe:
         distillation=distillation,
         seed=int(cfg.seed),
         inputs=cfg.inputs,
+        codec=cfg.codec,
     )
 
 

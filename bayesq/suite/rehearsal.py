@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from bayesq.allocation import Budget, Knapsack
+from bayesq.allocation import Budget, Knapsack, StreamAllocation
 from bayesq.calibration.samples import Pairs
 from bayesq.calibration.statistic import LayerStatistics, Source, Statistic, with_required
 from bayesq.contract import Context, Distortion, LayerProblem, RowBits
@@ -30,6 +30,8 @@ GROUPS, ROWS, COLUMNS = 8, 256, 288
 # Least number of weights of all rehearsed layers, if the network has as many: from about 71,000 weights on, BayesQ
 # stores a table of levels for 3 bits and chooses the initial ranges of such rows differently.
 WEIGHTS = 72_000
+# Least budget of a rehearsed stream: small layers have little room.
+REHEARSED_BITS = 3
 # BayesQ codes layers with fewer rows in a group differently.
 FEW_ROWS = 4
 # Random examples behind the statistics, and how many of them have a gradient of the weight.
@@ -63,7 +65,11 @@ def rehearse(recipe: Recipe, layers: Mapping[str, Layer]) -> None:
             if recipe.proxy is not None:
                 allocator.rounded(problems[0], MIN_WIDTH)
         prefix = RandomPrefix() if recipe.inputs != "full" else None
-        for _, tensor in quantize_layers(method, problems, allocate, Context.of_seed(0), prefix):
+        context = Context.of_seed(0)
+        if recipe.codec == "entropy":
+            budget = Budget(max(recipe.budget.bits, REHEARSED_BITS), "code")
+            context = replace(context, stream=StreamAllocation(allocator, budget, {p.name: p for p in problems}))
+        for _, tensor in quantize_layers(method, problems, allocate, context, prefix):
             tensor.dequantize()
     except Exception as error:
         log.debug("the rehearsal ended early: %s", error)

@@ -125,7 +125,7 @@ def recorded_config(result: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises UserError if other keys determine a result in this version of the suite.
     """
-    config: dict[str, Any] = dict(result["config"])
+    config: dict[str, Any] = {"codec": "fixed", **result["config"]}
     config |= {group: {**keys, **config.get(group, {})} for group, keys in NEWER.items()}
     reference = Preflight().reference({})
     reference["wandb"] = OmegaConf.to_container(OmegaConf.create(reference["wandb"]), resolve=True)

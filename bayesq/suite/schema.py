@@ -15,7 +15,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from bayesq.defaults import MAX_BITS, MIN_BITS, fits, suggestion
+from bayesq.defaults import MAX_BITS, MIN_BITS, MIN_STREAM_BITS, fits, suggestion
 from bayesq.suite.config import cache_folder, refuse, resolved, show
 from bayesq.suite.errors import UserError
 
@@ -89,6 +89,7 @@ RULES = {
     ),
     "allocator": _one_of("uniform", "knapsack", "ilp"),
     "inputs": _one_of("full", "prefix", "paired"),
+    "codec": _one_of("fixed", "entropy"),
     "allocation.block": Rule("needs a name", str),  # Knapsack checks it
     "allocation.group_rows": _whole(1),
     "allocation.row_multiple": _whole(1),
@@ -127,11 +128,18 @@ RULES = {
     **{f"wandb.{key}": Rule("needs text, or null", str | None) for key in ("name", "group", "job_type", "notes")},
     "wandb.tags": Rule("needs a list of texts, such as [paper,draft]", list[str]),
 }
+# of bits with codec=entropy
+STREAM_BITS = Rule(
+    f"needs a number from {MIN_STREAM_BITS} to {MAX_BITS} (bits per weight)",
+    float,
+    lambda number: MIN_STREAM_BITS <= number <= MAX_BITS,
+)
 
 
 def check(config: Mapping[str, Any]) -> None:
     """Raise UserError at the first key of a resolved configuration whose value breaks its rule."""
-    for key, rule in RULES.items():
+    rules = RULES | ({"bits": STREAM_BITS} if config.get("codec") == "entropy" else {})
+    for key, rule in rules.items():
         group, _, name = key.rpartition(".")
         node = config.get(group, {}) if group else config
         if name in node and not rule.allows(node[name]):
@@ -148,7 +156,8 @@ def validate(cfg: DictConfig) -> dict[str, Any]:
     check(config)
     _check_sizes(config)
     if config["allocator"] != "uniform":
-        _check_reach(config["bits"], config["allocation"])
+        if config["codec"] == "fixed":
+            _check_reach(config["bits"], config["allocation"])
     elif config["proxy"] == "mc":
         refuse("proxy", "mc", "weighs predicted risks, so it needs allocator=knapsack or allocator=ilp")
     _check_pairing(config)

@@ -546,3 +546,16 @@ def test_null_is_documented_exactly_where_a_posterior_takes_it() -> None:
             line.split(":")[0] for line in file.read_text().splitlines() if re.match(r"\w+: .*# .*null: ", line)
         }
         assert documented == {key for key, hint in hints.items() if defaults.fits(None, hint) and key != "return"}
+
+
+def test_entropy_coding_takes_budgets_from_one_bit_and_leaves_other_run_ids(default: DictConfig) -> None:
+    plain = OmegaConf.to_container(default)
+    assert isinstance(plain, dict) and plain.pop("codec") == "fixed"
+    assert config.run_id(OmegaConf.create(plain)) == config.run_id(default)  # the id of a record of an older version
+    assert config.run_id(changed(default, "codec", "entropy")) != config.run_id(default)
+    schema.validate(compose("codec=entropy", "bits=1.5"))
+    for overrides, least in ((["bits=1.5"], 2), (["codec=entropy", "bits=0.9"], 1), (["codec=entropy", "bits=9"], 1)):
+        with pytest.raises(UserError, match=f"needs a number from {least} to 8 .bits per weight."):
+            schema.validate(compose(*overrides))
+    with pytest.raises(UserError, match="codec=huffman: choose one of fixed, entropy"):
+        schema.validate(compose("codec=huffman"))

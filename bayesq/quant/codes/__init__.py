@@ -5,6 +5,8 @@ affine        level(k) = k
 shared_table  tables of levels that all layers of a model share
 row_table     a table of levels for each row
 trellis       the level depends on the codes above it too
+entropy       a compressed stream of symbols, and a step per row
+rate_tables   frequencies and levels of the symbols, shared by all layers of a model
 overlay       a few weights in fp16, beside codes of any kind
 """
 
@@ -13,7 +15,9 @@ from typing import Any
 
 from bayesq.quant.codes.affine import Affine
 from bayesq.quant.codes.base import Code, Codebook, LevelPart, is_count, shown
+from bayesq.quant.codes.entropy import EntropyCode
 from bayesq.quant.codes.overlay import SparseOverlay
+from bayesq.quant.codes.rate_tables import RateTables
 from bayesq.quant.codes.row_table import RowTable
 from bayesq.quant.codes.shared_table import SharedTable
 from bayesq.quant.codes.trellis import Trellis
@@ -22,7 +26,9 @@ __all__ = [
     "Affine",
     "Code",
     "Codebook",
+    "EntropyCode",
     "LevelPart",
+    "RateTables",
     "RowTable",
     "SharedTable",
     "SparseOverlay",
@@ -35,7 +41,7 @@ __all__ = [
 
 # Values of `code` in a header. Affine codes, shared tables and trellises have no such entry: `trellis` and `codebooks`
 # identify them.
-CODES: Mapping[str, type[Code]] = {"row_table": RowTable}
+CODES: Mapping[str, type[Code]] = {"row_table": RowTable, "entropy": EntropyCode}
 
 
 def code_class(facts: Mapping[str, Any]) -> type[Code]:

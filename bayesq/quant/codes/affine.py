@@ -6,6 +6,7 @@ from typing import Any, Self
 from torch import Tensor
 
 from bayesq.quant.codes.base import Codebook, WidthCode
+from bayesq.quant.codes.rate_tables import RateTables
 
 
 class Affine(WidthCode):
@@ -15,7 +16,11 @@ class Affine(WidthCode):
 
     @classmethod
     def unpack(
-        cls, facts: Mapping[str, Any], buffers: Mapping[str, Tensor], width: Tensor, codebooks: Mapping[str, Codebook]
+        cls,
+        facts: Mapping[str, Any],
+        buffers: Mapping[str, Tensor],
+        width: Tensor,
+        codebooks: Mapping[str, Codebook | RateTables],
     ) -> Self:
         """As of `Code`."""
         return cls()

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from bayesq.quant.bits import from_bits, to_bits, unpack_stream
-from bayesq.quant.grids import FP16_MAX, MAX_WIDTH
+from bayesq.quant.codes.rate_tables import RateTables
+from bayesq.quant.grids import FP16_MAX, MAX_WIDTH, MIN_WIDTH
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,11 @@ class Codebook:
 
     name: str
     levels: Tensor
+
+    @property
+    def buffer(self) -> Tensor:
+        """What is stored."""
+        return self.levels
 
     def __post_init__(self) -> None:
         if self.levels.dtype != torch.float16:
@@ -65,14 +71,18 @@ class Code(ABC):
     Attributes:
         uniform: whether the level of a code is the code itself.
         absolute: whether levels are weights, so that rows have neither scale nor zero point.
+        centred: whether every zero point is the middle of 8 bits, which is not stored.
         FACTS: entries of the code in a packed file's header.
         BUFFERS: buffers of `pack` besides the codes: dtype and number of dimensions by name.
+        LEAST_BITS: least number of bits that a weight takes in `codes`.
     """
 
     uniform: ClassVar[bool] = False
     absolute: ClassVar[bool] = False
+    centred: ClassVar[bool] = False
     FACTS: ClassVar[tuple[str, ...]] = ()
     BUFFERS: ClassVar[Mapping[str, tuple[torch.dtype, int]]] = {}
+    LEAST_BITS: ClassVar[float] = MIN_WIDTH
 
     @abstractmethod
     def check(self, width: Tensor) -> None:
@@ -100,18 +110,23 @@ class Code(ABC):
         """The same code with other levels, by name of the stored part, made non-decreasing and rounded to fp16."""
         return self
 
-    def codebooks(self) -> tuple[Codebook, ...]:
+    def codebooks(self) -> tuple[Codebook | RateTables, ...]:
         """The tables it shares with other layers, which the model stores."""
         return ()
 
-    def code_bits(self, width: Tensor, columns: int) -> int:
+    def code_bits(self, codes: Tensor, width: Tensor, groups: int) -> int:
         """Bits of the codes alone."""
-        return int(width.sum()) * columns
+        return int(width.sum()) * codes.shape[1]
 
-    def pack(self, codes: Tensor, width: Tensor) -> dict[str, Tensor]:
+    def pack(self, codes: Tensor, width: Tensor, groups: int) -> dict[str, Tensor]:
         """Buffers of the layer: `codes`, one stream of bits, and those of BUFFERS.
 
         Rows are grouped by width, narrow rows first, row order kept; the stream is padded to whole bytes once.
+
+        Args:
+            codes: [R, C] uint8.
+            width: [R] bits.
+            groups: convolution groups.
         """
         code, bits = codes.numpy(), width.numpy()
         stream = np.concatenate([to_bits(code[bits == w], int(w)) for w in np.unique(bits)])
@@ -121,12 +136,11 @@ class Code(ABC):
     def facts(self) -> dict[str, Any]:
         """The entries of the header under FACTS."""
 
-    @classmethod
-    def unpack_codes(cls, buffers: Mapping[str, Tensor], width: Tensor, columns: int) -> Tensor:
+    def unpack_codes(self, buffers: Mapping[str, Tensor], width: Tensor, columns: int, groups: int) -> Tensor:
         """Codes [R, C] of the buffers of `pack`.
 
         Raises:
-            ValueError: the stream's length does not fit the widths.
+            ValueError: the stream does not fit the widths or its tables.
         """
         count = int(width.sum(dtype=torch.int64)) * columns
         stream = unpack_stream(buffers["codes"].numpy(), count, "codes")
@@ -142,7 +156,11 @@ class Code(ABC):
     @classmethod
     @abstractmethod
     def unpack(
-        cls, facts: Mapping[str, Any], buffers: Mapping[str, Tensor], width: Tensor, codebooks: Mapping[str, Codebook]
+        cls,
+        facts: Mapping[str, Any],
+        buffers: Mapping[str, Tensor],
+        width: Tensor,
+        codebooks: Mapping[str, Codebook | RateTables],
     ) -> Self:
         """The code that wrote these facts and buffers.
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from bayesq.quant.codes.base import Code, Codebook, LevelPart, stored_levels
+from bayesq.quant.codes.rate_tables import RateTables
 
 LEVEL_BITS = 16
 
@@ -68,9 +69,9 @@ class RowTable(Code):
         """Bits of the tables of rows with these widths."""
         return LEVEL_BITS * int(sizes(width).sum())
 
-    def pack(self, codes: Tensor, width: Tensor) -> dict[str, Tensor]:
+    def pack(self, codes: Tensor, width: Tensor, groups: int) -> dict[str, Tensor]:
         """As of `Code`."""
-        return super().pack(codes, width) | {"table": self.levels}
+        return super().pack(codes, width, groups) | {"table": self.levels}
 
     def facts(self) -> dict[str, Any]:
         """The name of the code."""
@@ -78,7 +79,11 @@ class RowTable(Code):
 
     @classmethod
     def unpack(
-        cls, facts: Mapping[str, Any], buffers: Mapping[str, Tensor], width: Tensor, codebooks: Mapping[str, Codebook]
+        cls,
+        facts: Mapping[str, Any],
+        buffers: Mapping[str, Tensor],
+        width: Tensor,
+        codebooks: Mapping[str, Codebook | RateTables],
     ) -> Self:
         """As of `Code`."""
         return cls(buffers["table"])

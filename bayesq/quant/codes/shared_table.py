@@ -7,6 +7,7 @@ from typing import Any, Self
 from torch import Tensor
 
 from bayesq.quant.codes.base import Codebook, WidthCode, shown, stored_levels
+from bayesq.quant.codes.rate_tables import RateTables
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,13 +57,17 @@ class SharedTable(TableCode):
 
     @classmethod
     def unpack(
-        cls, facts: Mapping[str, Any], buffers: Mapping[str, Tensor], width: Tensor, codebooks: Mapping[str, Codebook]
+        cls,
+        facts: Mapping[str, Any],
+        buffers: Mapping[str, Tensor],
+        width: Tensor,
+        codebooks: Mapping[str, Codebook | RateTables],
     ) -> Self:
         """As of `Code`."""
         return cls(named_tables(facts["codebooks"], codebooks, width))
 
 
-def named_tables(named: Any, codebooks: Mapping[str, Codebook], width: Tensor) -> dict[int, Codebook]:
+def named_tables(named: Any, codebooks: Mapping[str, Codebook | RateTables], width: Tensor) -> dict[int, Codebook]:
     """The tables of a layer by width.
 
     Args:
@@ -80,7 +85,8 @@ def named_tables(named: Any, codebooks: Mapping[str, Codebook], width: Tensor) -
     for w, name in named.items():
         if w not in used:
             raise ValueError(f"codebooks: no row has {shown(w)} bits")
-        if not isinstance(name, str) or name not in codebooks:
+        book = codebooks.get(name) if isinstance(name, str) else None
+        if not isinstance(book, Codebook):
             raise ValueError(f"codebooks: there is no codebook {shown(name)}")
-        tables[int(w)] = codebooks[name]
+        tables[int(w)] = book
     return tables

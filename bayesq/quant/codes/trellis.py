@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from bayesq.quant.codes.base import Codebook, is_count
+from bayesq.quant.codes.rate_tables import RateTables
 from bayesq.quant.codes.shared_table import TableCode, named_tables
 from bayesq.quant.compiled import compiled
 
@@ -69,7 +70,11 @@ class Trellis(TableCode):
 
     @classmethod
     def unpack(
-        cls, facts: Mapping[str, Any], buffers: Mapping[str, Tensor], width: Tensor, codebooks: Mapping[str, Codebook]
+        cls,
+        facts: Mapping[str, Any],
+        buffers: Mapping[str, Tensor],
+        width: Tensor,
+        codebooks: Mapping[str, Codebook | RateTables],
     ) -> Self:
         """As of `Code`."""
         states = facts["trellis"]

@@ -1,0 +1,198 @@
+"""BayesQ with codec=entropy: least risk + lambda x bits for the whole network, with one lambda.
+
+A step s / sqrt(h_r) in every row r, with its mean curvature h_r, would save the same risk by one more bit everywhere.
+Row r has this step to the power RISK_SHARE times the standard deviation of its weights to the power 1 - RISK_SHARE,
+which has less risk (rates are low in many rows) and much less divergence. Within a row, symbols minimise risk + lambda
+bits, lambda_r = PRICE h_r step_r^2 / 2. One factor of all steps meets the budget.
+
+All layers are rounded `refits` + 1 times
+with a short trellis: each round gives the code tables, levels and steps of the next one, and the bits of each layer.
+The last rounding, with the long trellis, is fitted to the budget layer by layer (`bayesq.entropy.StreamPlan`).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from bayesq.contract import Context, LayerProblem, StreamBudget, check_finite, stack_groups
+from bayesq.entropy import (
+    RateClasses,
+    StreamPlan,
+    SymbolSums,
+    coded_tensor,
+    factor_for,
+    overhead_bits,
+    row_bits,
+    usable_step,
+)
+from bayesq.quant.codes import EntropyCode
+from bayesq.quant.codes.entropy import level_sets
+from bayesq.quant.entropy_search import EntropyGrid
+from bayesq.quant.feedback import feedback_round
+from bayesq.quant.tensor import QuantizedTensor
+from bayesq.rounding import rounding_curvature
+from bayesq.whitening import Whitening
+
+# Price of a bit in squared steps. Best for normal weights from 1 to 4 bits, among .03 to .25: a trellis of 64 states is
+# then .06 bit above the bound at 2 and 3 bits.
+PRICE = 0.13
+# Exponent of the steps of equal slopes. The rest is a step in proportion to the row's weights. At 1, rows of little
+# predicted risk become nearly zero, where the risk is no good model of the divergence.
+RISK_SHARE = 0.75
+
+
+GetWhitening = Callable[[LayerProblem], Whitening]
+
+
+@dataclass
+class CodedRows:
+    """State of a layer between the rounds.
+
+    Attributes:
+        step: [R] before the common factor.
+        slope: [R] least-squares factor of the rounding targets on the levels.
+        spread: [R] standard deviation of the targets.
+    """
+
+    step: Tensor
+    slope: Tensor
+    spread: Tensor
+
+
+def between(step: Tensor, spread: Tensor) -> Tensor:
+    """Steps [R] between those of equal slopes and those of equal bits, in rows with these standard deviations [R]."""
+    tiny = torch.finfo(torch.float32).tiny
+    mixed: Tensor = step**RISK_SHARE * spread.clamp(min=tiny) ** (1 - RISK_SHARE)
+    return mixed
+
+
+@dataclass
+class CodedLayer:
+    """One rounding of a layer: all [R, C], or [R]."""
+
+    codes: Tensor
+    values: Tensor
+    target: Tensor
+    scale: Tensor
+    sets: Tensor
+    rate_class: Tensor
+
+
+class CodedRounds:
+    """The rounds of one network.
+
+    Args:
+        stream: the run's budget.
+        states: of the last rounding's trellis; None = scalar codes.
+        refit_states: of the other roundings' trellis.
+        least_rows: layers with fewer rows in a group have scalar codes.
+    """
+
+    def __init__(self, stream: StreamBudget, states: int | None, refit_states: int, least_rows: int) -> None:
+        self.stream, self.states, self.least_rows = stream, states, least_rows
+        self.refit_states = None if states is None else min(states, refit_states)
+
+    def prepare(self, layers: Sequence[LayerProblem], context: Context, refits: int, whitening: GetWhitening) -> None:
+        """All rounds but the last.
+
+        Args:
+            whitening: of a layer.
+        """
+        self.start(layers)
+        for k in range(refits + 1):
+            sums, bits = SymbolSums.empty(self.classes.count), {}
+            for layer in context.progress(layers, f"round {k + 1} of {refits + 2}"):
+                white = whitening(layer)
+                rounded = self.round(layer, white, self.refit_states)
+                bits[layer.name] = self.collect(layer, rounded, white, sums)
+                del white, rounded  # two wide layers would not fit in memory
+            self.finish_round(layers, bits, sums)
+
+    def start(self, layers: Sequence[LayerProblem]) -> None:
+        """Steps, factor, classes and tables for normal rows."""
+        for layer in layers:
+            check_finite(layer)
+        steps = self.stream.steps(layers)
+        spreads = [stack_groups(layer.weight).double().square().mean(1).sqrt() for layer in layers]
+        ones = [torch.ones_like(spread) for spread in spreads]
+        self.rows = {
+            layer.name: CodedRows(between(steps[layer.name], spread), one, spread)
+            for layer, one, spread in zip(layers, ones, spreads, strict=True)
+        }
+        relative, columns = [steps[layer.name] for layer in layers], [layer.columns for layer in layers]
+        self.factor = factor_for(spreads, relative, columns, self.stream.capacity(layers, 0))
+        self.classes = RateClasses.covering([self._ratio(layer) for layer in layers])
+        self.tables = self.classes.normal_tables()
+
+    def _ratio(self, layer: LayerProblem) -> Tensor:
+        rows = self.rows[layer.name]
+        return rows.spread / usable_step(rows.step * self.factor, stack_groups(layer.weight))
+
+    def round(self, layer: LayerProblem, whitening: Whitening, states: int | None, more: float = 1.0) -> CodedLayer:
+        """One rounding, with all steps times `more`."""
+        rows, groups = self.rows[layer.name], len(layer.weight)
+        weight = stack_groups(layer.weight).double()
+        states = states if layer.weight.shape[1] >= self.least_rows else None
+        plain = rows.step * self.factor * more
+        scale = usable_step(plain * rows.slope, weight)
+        rate_class = self.classes.of(rows.spread / scale)
+        table = self.classes.table[rate_class]
+        curvature = rounding_curvature(whitening, layer.weight.shape[1])
+        mean = curvature.mean(1)
+        # steps that are not usable as they are must not change the price
+        cost = (scale / plain).square() / (PRICE * mean.clamp(min=torch.finfo(mean.dtype).tiny))
+        parts = []
+        for g, part in enumerate(torch.arange(len(weight)).chunk(groups)):
+            grid = EntropyGrid(scale[part], cost[part], curvature[part], table[part], self.tables, states)
+            if whitening.factors is None:
+                parts.append((*grid.round_matrix(weight[part]), weight[part]))
+            else:
+                parts.append(feedback_round(weight[part], whitening.factors[g], grid))
+        codes, values, target = (torch.cat(part) for part in zip(*parts, strict=True))
+        sets = torch.from_numpy(level_sets(codes.numpy(), states, groups))
+        return CodedLayer(codes, values, target, scale, sets, rate_class)
+
+    def collect(self, layer: LayerProblem, rounded: CodedLayer, whitening: Whitening, sums: SymbolSums) -> int:
+        """Add a layer's symbols to the sums, refit its rows, and return its bits."""
+        curvature = rounding_curvature(whitening, layer.weight.shape[1])
+        risk = curvature * stack_groups(whitening.row_curvature)[:, None]
+        error = (rounded.target - rounded.values).square()
+        layer.notes["predicted_risk"] = float((0.5 * risk * error).sum())
+        rows = self.rows[layer.name]
+        used = (curvature * rounded.values.square()).sum(1)
+        slope = (curvature * rounded.target * rounded.values).sum(1) / used.clamp(min=torch.finfo(used.dtype).tiny)
+        usable = (used > 0) & (slope > 0.5) & (slope < 2)
+        rows.slope = rows.slope * torch.where(usable, slope, 1.0)
+        rows.spread = rounded.target.square().mean(1).sqrt()
+        units = rounded.target / (rounded.scale * torch.where(usable, slope, 1.0))[:, None]
+        cost = risk * rounded.scale.square()[:, None]
+        sums.add(rounded.codes, rounded.sets.numpy(), rounded.rate_class, units, cost)
+        states = self.refit_states if layer.weight.shape[1] >= self.least_rows else None
+        best = row_bits(rounded.codes, rounded.sets.numpy(), self.tables).argmin(1).to(torch.uint8)
+        code = EntropyCode(self.tables, best, states)
+        return code.code_bits(rounded.codes, best, len(layer.weight))
+
+    def finish_round(self, layers: Sequence[LayerProblem], bits: dict[str, int], sums: SymbolSums) -> None:
+        """Tables of the next round, and the factor that meets the budget."""
+        self.tables, table = sums.tables()
+        self.classes = replace(self.classes, table=table)
+        weights = sum(layer.weight.numel() for layer in layers)
+        capacity = self.stream.capacity(layers, overhead_bits(layers, self.tables))
+        shift = (sum(bits.values()) - capacity) / weights
+        self.factor *= 2**shift
+        expected = {layer.name: max(bits[layer.name] - shift * layer.weight.numel(), 1.0) for layer in layers}
+        self.plan = StreamPlan.of(expected, capacity)
+
+    def last(self, layer: LayerProblem, whitening: Whitening) -> QuantizedTensor:
+        """The last rounding of a layer, within its part of the budget."""
+        states = self.states if layer.weight.shape[1] >= self.least_rows else None
+
+        def attempt(more: float) -> tuple[QuantizedTensor, int]:
+            rounded = self.round(layer, whitening, self.states, more)
+            groups = len(layer.weight)
+            tensor = coded_tensor(rounded.codes, rounded.scale, self.tables, states, groups)
+            return tensor, tensor.code.code_bits(tensor.codes, tensor.width, groups)
+
+        return self.plan.fit(layer, attempt)

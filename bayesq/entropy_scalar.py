@@ -1,0 +1,106 @@
+"""Methods of scalar codes with codec=entropy: uniform steps, and the budget met layer by layer.
+
+`prepare` rounds the weights to nearest, with the factor of all steps that meets the budget. This gives the code tables
+and each layer's part of the budget. In a layer's turn the method rounds with all its steps times one factor, which is
+searched until the real stream fits (Huffman-coded GPTQ and the like).
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from bayesq.contract import LayerProblem, StreamBudget, check_finite, stack_groups
+from bayesq.entropy import (
+    RateClasses,
+    StreamPlan,
+    SymbolSums,
+    coded_tensor,
+    factor_for,
+    full_width,
+    overhead_bits,
+    row_bits,
+    usable_step,
+)
+from bayesq.quant.codes import RateTables
+from bayesq.quant.codes.entropy import level_sets
+from bayesq.quant.codes.rate_tables import CENTRE
+from bayesq.quant.grids import AffineGrid, round_affine
+from bayesq.quant.tensor import QuantizedTensor
+
+# Passes that correct the factor by the streams' ideal length.
+PASSES = 3
+
+
+class ScalarRounds:
+    """Steps, tables and plan of one network.
+
+    Args:
+        stream: the run's budget.
+        layers: all layers of the network.
+    """
+
+    def __init__(self, stream: StreamBudget, layers: Sequence[LayerProblem]) -> None:
+        for layer in layers:
+            check_finite(layer)
+        self.steps = stream.steps(layers)
+        weights = [stack_groups(layer.weight).double() for layer in layers]
+        spreads = [weight.square().mean(1).sqrt() for weight in weights]
+        relative, columns = [self.steps[layer.name] for layer in layers], [layer.columns for layer in layers]
+        capacity, total = stream.capacity(layers, 0), sum(weight.numel() for weight in weights)
+        self.factor = factor_for(spreads, relative, columns, capacity)
+        for _ in range(PASSES):
+            self.tables, expected = self._nearest(layers, weights, spreads)
+            capacity = stream.capacity(layers, overhead_bits(layers, self.tables))
+            self.factor *= 2 ** ((sum(expected.values()) - capacity) / total)
+        self.plan = StreamPlan.of(expected, capacity)
+
+    def _nearest(
+        self, layers: Sequence[LayerProblem], weights: Sequence[Tensor], spreads: Sequence[Tensor]
+    ) -> tuple[RateTables, dict[str, float]]:
+        """Tables for all weights rounded to nearest, and the bits of each layer with them."""
+        scales = [
+            usable_step(self.steps[layer.name] * self.factor, weight)
+            for layer, weight in zip(layers, weights, strict=True)
+        ]
+        classes = RateClasses.covering([spread / scale for spread, scale in zip(spreads, scales, strict=True)])
+        sums, by_layer = SymbolSums.empty(classes.count), {}
+        for layer, weight, spread, scale in zip(layers, weights, spreads, scales, strict=True):
+            units = weight / scale[:, None]
+            codes = nearest_codes(weight, scale)
+            sums.add(
+                codes, level_sets(codes.numpy(), None, 1), classes.of(spread / scale), units, torch.ones_like(units)
+            )
+            by_layer[layer.name] = codes
+        sums.moments[:] = 0  # uniform steps: levels stay the symbols
+        tables, _ = sums.tables()
+        expected = {}
+        for name, codes in by_layer.items():
+            expected[name] = float(row_bits(codes, level_sets(codes.numpy(), None, 1), tables).amin(1).sum())
+        return tables, expected
+
+    def fit(self, layer: LayerProblem, round_steps: Callable[[Tensor], Tensor]) -> QuantizedTensor:
+        """The layer rounded with the finest steps whose stream fits.
+
+        Args:
+            round_steps: codes uint8 [R, C] for steps [R], around the code 128.
+        """
+        weight = stack_groups(layer.weight).double()
+
+        def attempt(more: float) -> tuple[QuantizedTensor, int]:
+            step = usable_step(self.steps[layer.name] * self.factor * more, weight)
+            tensor = coded_tensor(round_steps(step), step, self.tables, None, layer.weight.shape[0])
+            return tensor, tensor.code.code_bits(tensor.codes, tensor.width, tensor.groups)
+
+        return self.plan.fit(layer, attempt)
+
+
+def nearest_codes(weight: Tensor, step: Tensor) -> Tensor:
+    """Codes uint8 of weights [R, C] rounded to nearest with steps [R]."""
+    centre = torch.full_like(step, CENTRE)
+    return round_affine(weight, step, centre, full_width(len(step)))[0].to(torch.uint8)
+
+
+def centred_grid(step: Tensor) -> AffineGrid:
+    """The grid of steps [R] around the code 128."""
+    return AffineGrid(step[:, None], torch.full_like(step, CENTRE)[:, None], full_width(len(step)))
