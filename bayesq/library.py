@@ -68,8 +68,7 @@ def quantize(
         batches: a few hundred calibration examples: tensors [b, ...], (inputs, labels) pairs, whose labels are not
             read, or mappings of tensors. Sequences of different length need an attention_mask; see `encode`.
         bits: average code bits per weight, 2 to 8, fractions allowed.
-        method: name of a file in conf/method: bayesq, gptq, gptaq, qronos, awq, rtn; or a method of your own, an object
-            as `bayesq.contract.Method` describes.
+        method: name of a file in conf/method (bayesq, gptq, awq, rtn, ...), or an object as `bayesq.contract.Method`.
         posterior: name of a file in conf/posterior: kfac, ekfac, diag, lowrank; for bayesq and allocator="knapsack".
         allocator: "uniform" or "knapsack"; None = the method's default.
         inputs: of a layer: those of the "full"-precision network, behind the quantized "prefix", or both, "paired";
