@@ -79,20 +79,12 @@ def quantize(
         batches: a few hundred calibration examples: tensors [b, ...], (inputs, labels) pairs, whose labels are not
             read, or mappings of tensors. Sequences of different length need an attention_mask; see `encode`.
         bits: average code bits per weight, 2 to 8, fractions allowed; from 1 with codec="entropy".
-        method: name of a file in conf/method, such as bayesq or gptq; or a method of your own, an object as
-            `bayesq.contract.Method` describes.
-        posterior: name of a file in conf/posterior: kfac, ekfac, diag, lowrank; for bayesq and "knapsack" or "ilp".
-        allocator: "uniform", "knapsack" or "ilp"; None = the method's default.
-        inputs: of a layer: those of the "full"-precision network, behind the quantized "prefix", or both, "paired";
-            None = the method's default.
-        codec: "fixed", or "entropy" for entropy-coded codes.
-        correction: match activation "moments" or, behind the prefix, their "mean" to full precision; or "none";
-            None = the method's default. The defaults of an object are "uniform", "full" and "none".
-        distill: train scales, levels, biases and norms on the calibration inputs.
+        method: name of a file in conf/method (bayesq, gptq, awq, rtn, ...), or an object as `bayesq.contract.Method`.
+        posterior, allocator, inputs, codec, correction, distill, seed: the keys of conf/config.yaml, which explains them;
+            None = the method's default, and for an object "uniform", "full" and "none".
         likelihood: of the outputs: "categorical", or "gaussian" for regression heads.
         exclude: patterns (fnmatch) of module names that stay in full precision.
         batch_size: examples per forward pass.
-        seed: of all random draws.
         switches: further arguments of a named method, as in its file in conf/method.
 
     Returns:

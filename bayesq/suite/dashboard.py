@@ -95,14 +95,6 @@ def _sections(metric: str) -> list[Any]:
         )
         for chart in CHARTS
     ]
-    curves = [
-        panels.LinePlot(title=title, x=LAYER_STEP, y=[f"{LAYER_HISTORY}{column}"], log_y=log_y)
-        for title, column, log_y in (
-            ("Code bits by layer", "bits/code", None),
-            ("Achieved risk by layer (nats)", "achieved_risk", True),
-            ("Seconds by layer", "seconds", None),
-        )
-    ]
     sections = {
         "Quality against bits": [
             lines(f"{metric} against bits by method", quality),
@@ -125,8 +117,22 @@ def _sections(metric: str) -> list[Any]:
             name="Layers and calibration",
             is_open=True,
             layout_settings=ws.SectionLayoutSettings(columns=2, rows=2),
-            panels=[*charts, *curves, panels.WeavePanelSummaryTable(table_name=LAYERS_KEY)],
+            panels=[*charts, *_curves(), panels.WeavePanelSummaryTable(table_name=LAYERS_KEY)],
         ),
+    ]
+
+
+def _curves() -> list[Any]:
+    """Numbers of the layers in forward order, a line per run."""
+    import wandb_workspaces.reports.v2 as panels
+
+    return [
+        panels.LinePlot(title=title, x=LAYER_STEP, y=[f"{LAYER_HISTORY}{column}"], log_y=log_y)
+        for title, column, log_y in (
+            ("Code bits by layer", "bits/code", None),
+            ("Achieved risk by layer (nats)", "achieved_risk", True),
+            ("Seconds by layer", "seconds", None),
+        )
     ]
 
 
