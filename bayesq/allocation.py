@@ -91,27 +91,6 @@ class Allocation:
         return self.allocator.allocate(layers, self.budget, codebook_bits, distortion)
 
 
-@dataclass(frozen=True)
-class StreamAllocation:
-    """A run's allocator with its budget for codec=entropy, see `bayesq.contract.StreamBudget`.
-
-    Attributes:
-        problems: the layers by name, which the allocator gets in place of a method's copies.
-    """
-
-    allocator: Allocator
-    budget: Budget
-    problems: Mapping[str, LayerProblem]
-
-    def steps(self, layers: Sequence[LayerProblem]) -> dict[str, Tensor]:
-        """As of `StreamBudget`."""
-        return self.allocator.steps([self.problems[layer.name] for layer in layers])
-
-    def capacity(self, layers: Sequence[LayerProblem], overhead: float) -> float:
-        """As of `StreamBudget`."""
-        return self.budget.capacity(layers, overhead)
-
-
 class Uniform:
     """One width for all; a fractional budget mixes the two neighbouring widths by plain weight MSE.
 

@@ -13,12 +13,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from bayesq.allocation import Allocation, Budget, Knapsack, StreamAllocation, Uniform
+from bayesq.allocation import Allocation, Budget, Knapsack, Uniform
 from bayesq.batches import in_one_batch, needs_no_padding
 from bayesq.calibration.order import forward_order
 from bayesq.calibration.paired import CROSS_MOMENT
 from bayesq.calibration.prefix import Network, PrefixInputs
 from bayesq.contract import Context, LayerProblem
+from bayesq.entropy import StreamAllocation
 from bayesq.errors import Refused
 from bayesq.in_step import InStep
 from bayesq.loop import quantize_layers

@@ -9,9 +9,9 @@ from test_method import bayesq_with, network
 
 from baselines.gptq import GPTQ
 from baselines.rtn import RTN
-from bayesq.allocation import Allocator, Budget, Knapsack, StreamAllocation, Uniform
+from bayesq.allocation import Allocator, Budget, Knapsack, Uniform
 from bayesq.contract import Context, LayerProblem, Method
-from bayesq.entropy import RateClasses, StreamPlan, SymbolSums
+from bayesq.entropy import RateClasses, StreamAllocation, StreamPlan, SymbolSums
 from bayesq.errors import Refused
 from bayesq.loop import quantize_layers
 from bayesq.posterior import Kfac, WhiteningStore
