@@ -8,24 +8,23 @@ budget.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Protocol
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from bayesq.calibration.statistic import Statistic
+from bayesq.budget import Allocator, Budget
 from bayesq.codebook import level_kind, normal_distortion
-from bayesq.contract import Distortion, LayerProblem, RowBits, check_finite, stack_groups
+from bayesq.contract import Distortion, LayerProblem, RowBits, stack_groups
 from bayesq.errors import Refused
 from bayesq.ilp import ilp_knapsack
 from bayesq.knapsack import greedy_knapsack
 from bayesq.posterior import WhiteningStore
 from bayesq.quant.accounting import LAYER_BITS, affine_overhead_bits, mixed_overhead_bits
-from bayesq.quant.grids import MAX_WIDTH, MIN_WIDTH, mse_grid, round_affine
+from bayesq.quant.grids import MIN_WIDTH, mse_grid
 from bayesq.rounding import predicted_risk, round_layer
+from bayesq.uniform import Uniform
 
 # The allocators that predict risks, by their name as the key allocator.
 SOLVERS = {"knapsack": greedy_knapsack, "ilp": ilp_knapsack}
@@ -33,191 +32,6 @@ SOLVERS = {"knapsack": greedy_knapsack, "ilp": ilp_knapsack}
 DAMPING = 0.01
 # Rows whose errors cost less than this part of the most expensive row's count as that expensive.
 LEAST_CURVATURE = 1e-12
-
-
-@dataclass(frozen=True)
-class Budget:
-    """Average bits per weight.
-
-    Attributes:
-        bits: the target.
-        count: "code" counts codes only, as the literature does; "stored" counts everything on disk.
-    """
-
-    bits: float
-    count: str
-
-    def capacity(self, layers: Sequence[LayerProblem], overhead: float) -> float:
-        """Code bits the layers may spend in all.
-
-        Args:
-            overhead: bits the method stores beside its codes.
-        """
-        # rounded, because 4.35 * 100 is 434.99999999999994 in floating point
-        total = round(self.bits * sum(layer.weight.numel() for layer in layers), 6)
-        if self.count == "stored":
-            return total - overhead
-        return total - max(0.0, overhead - affine_overhead_bits(layer.rows for layer in layers))
-
-
-class Allocator(Protocol):
-    """Chooses row widths for a budget."""
-
-    statistics: frozenset[Statistic]
-
-    def allocate(
-        self,
-        layers: Sequence[LayerProblem],
-        budget: Budget,
-        codebook_bits: int = 0,
-        distortion: Distortion | None = None,
-        row_bits: RowBits | None = None,
-    ) -> dict[str, Tensor]:
-        """Row widths uint8 [R] of every layer by name; arguments as in `bayesq.contract.Allocate`."""
-        ...
-
-    def steps(self, layers: Sequence[LayerProblem]) -> dict[str, Tensor]:
-        """Relative steps of every layer's rows by name, see `bayesq.contract.StreamBudget`."""
-        ...
-
-
-@dataclass(frozen=True)
-class Allocation:
-    """A run's allocator with its budget; what methods get as `allocate`, see `bayesq.contract.Allocate`."""
-
-    allocator: Allocator
-    budget: Budget
-
-    def __call__(
-        self,
-        layers: Sequence[LayerProblem],
-        codebook_bits: int = 0,
-        distortion: Distortion | None = None,
-        row_bits: RowBits | None = None,
-    ) -> dict[str, Tensor]:
-        """Row widths uint8 [R] of these layers by name; the budget is an average over them."""
-        if row_bits is not None:  # an allocator without this argument serves all other methods
-            return self.allocator.allocate(layers, self.budget, codebook_bits, distortion, row_bits)
-        return self.allocator.allocate(layers, self.budget, codebook_bits, distortion)
-
-
-@dataclass(frozen=True)
-class StreamAllocation:
-    """A run's allocator with its budget for codec=entropy, see `bayesq.contract.StreamBudget`.
-
-    Attributes:
-        problems: the layers by name, which the allocator gets in place of a method's copies.
-    """
-
-    allocator: Allocator
-    budget: Budget
-    problems: Mapping[str, LayerProblem]
-
-    def steps(self, layers: Sequence[LayerProblem]) -> dict[str, Tensor]:
-        """As of `StreamBudget`."""
-        return self.allocator.steps([self.problems[layer.name] for layer in layers])
-
-    def capacity(self, layers: Sequence[LayerProblem], overhead: float) -> float:
-        """As of `StreamBudget`."""
-        return self.budget.capacity(layers, overhead)
-
-
-class Uniform:
-    """One width for all; a fractional budget mixes the two neighbouring widths by plain weight MSE.
-
-    `greedy_knapsack` chooses whole layers for the wider codes. Leftover bits widen rows of one further layer: the layer
-    and the rows where the error falls most. With few large layers many bits may be left over. What the mix stores
-    beyond plain affine layers (the width map of that layer, padding, codebooks) is paid with code bits.
-
-    This is the plain baseline: the keys under `allocation` apply to the knapsack only.
-    """
-
-    statistics: frozenset[Statistic] = frozenset()
-
-    def allocate(
-        self,
-        layers: Sequence[LayerProblem],
-        budget: Budget,
-        codebook_bits: int = 0,
-        distortion: Distortion | None = None,
-        row_bits: RowBits | None = None,
-    ) -> dict[str, Tensor]:
-        """Row widths of every layer. An integer budget of code bits is met exactly, with any codebooks.
-
-        A budget of code bits does not pay for `row_bits`.
-
-        Raises:
-            Refused: the budget does not allow the smallest width, or weights are not finite and the budget is
-                fractional.
-        """
-        sizes = [layer.weight.numel() for layer in layers]
-        padding = sum(LAYER_BITS for size in sizes if size % 8)  # codes need not fill whole bytes
-        plain = affine_overhead_bits(layer.rows for layer in layers)
-        capacity = budget.capacity(layers, plain + padding + codebook_bits)
-        beside = _beside(layers, row_bits if budget.count == "stored" else None)
-        low = min(int(budget.bits if budget.count == "code" else capacity / sum(sizes)), MAX_WIDTH)
-        while low >= MIN_WIDTH and low * sum(sizes) + sum(beside[low]) > capacity and budget.count == "stored":
-            low -= 1
-        if low < MIN_WIDTH:
-            raise Refused(
-                f"bits={budget.bits:g}: {MIN_WIDTH} bits a weight and what is stored beside them exceed the budget"
-            )
-        widths = {layer.name: torch.full((layer.rows,), low, dtype=torch.uint8) for layer in layers}
-        left = capacity - low * sum(sizes) - sum(beside[low])
-        if low == MAX_WIDTH or left <= 0:
-            return widths
-
-        for layer in layers:
-            check_finite(layer)
-        drops = [_row_errors(layer, low) - _row_errors(layer, low + 1) for layer in layers]
-        steps = [size + wide - narrow for size, wide, narrow in zip(sizes, beside[low + 1], beside[low], strict=True)]
-        saved, size = torch.stack([drop.sum() for drop in drops]), torch.tensor(steps, dtype=torch.float64)
-        zero = torch.zeros_like(saved)
-        wide = greedy_knapsack(torch.stack([zero, -saved], 1), torch.stack([zero, size], 1), left) == 1
-
-        # Try each remaining layer with the leftover bits, and also with those of all layers that gain less per bit.
-        most, whole, split, some = float(saved[wide].sum()), wide, 0, torch.tensor([], dtype=torch.int64)
-        for k in (~wide).nonzero().flatten().tolist():
-            for wider in (wide, wide & (saved / size >= saved[k] / size[k])):
-                bits = left - float(size[wider].sum())
-                rows = _affordable_rows(layers[k], drops[k], bits, steps[k] // layers[k].rows)
-                total = float(saved[wider].sum() + drops[k][rows].sum())
-                if total > most:
-                    most, whole, split, some = total, wider, k, rows
-        for layer, one_more in zip(layers, whole.tolist(), strict=True):
-            widths[layer.name] += one_more
-        widths[layers[split].name][some] += 1
-        return widths
-
-    def steps(self, layers: Sequence[LayerProblem]) -> dict[str, Tensor]:
-        """One step per layer, in proportion to the root mean square of its weights: about the same bits for all."""
-        tiny = torch.finfo(torch.float32).tiny
-        sizes = [layer.weight.double().square().mean().sqrt().clamp(min=tiny) for layer in layers]
-        return {layer.name: size.expand(layer.rows).clone() for layer, size in zip(layers, sizes, strict=True)}
-
-
-def _affordable_rows(layer: LayerProblem, drop: Tensor, bits: float, step: int) -> Tensor:
-    """Rows that `bits` can widen by one bit, width map included: those with the largest drop [R] >= 0 in error.
-
-    Args:
-        step: bits for one row.
-    """
-    bits -= mixed_overhead_bits([layer.rows]) - affine_overhead_bits([layer.rows])
-    rows = drop.argsort(descending=True, stable=True)[: max(0, int(bits // step))]
-    return rows[drop[rows] >= 0]
-
-
-def _beside(layers: Sequence[LayerProblem], row_bits: RowBits | None) -> list[list[int]]:
-    """What each layer stores beside its codes at the widths 0 to MAX_WIDTH, by `row_bits`."""
-    widths = range(MAX_WIDTH + 1)
-    return [[0 if row_bits is None else layer.rows * row_bits(layer, width) for layer in layers] for width in widths]
-
-
-def _row_errors(layer: LayerProblem, width: int) -> Tensor:
-    """Squared error [R] of each row rounded to nearest."""
-    weight = stack_groups(layer.weight).to(torch.float64)
-    rows = torch.full((layer.rows,), width)
-    return (round_affine(weight, *mse_grid(weight, rows), rows)[1] - weight).square().sum(1)
 
 
 class Knapsack:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bayesq.budget import Allocator, Budget
 from bayesq.codebook import normal_interval
 from bayesq.contract import LayerProblem
 from bayesq.errors import Refused
@@ -39,6 +40,27 @@ MOST_REFINED = 5
 SPARE = 32
 # No step is smaller than this part of the row's largest weight, so that its symbols fit a byte.
 FINEST = 1 / 120
+
+
+@dataclass(frozen=True)
+class StreamAllocation:
+    """A run's allocator with its budget for codec=entropy, see `bayesq.contract.StreamBudget`.
+
+    Attributes:
+        problems: the layers by name, which the allocator gets in place of a method's copies.
+    """
+
+    allocator: Allocator
+    budget: Budget
+    problems: Mapping[str, LayerProblem]
+
+    def steps(self, layers: Sequence[LayerProblem]) -> dict[str, Tensor]:
+        """As of `StreamBudget`."""
+        return self.allocator.steps([self.problems[layer.name] for layer in layers])
+
+    def capacity(self, layers: Sequence[LayerProblem], overhead: float) -> float:
+        """As of `StreamBudget`."""
+        return self.budget.capacity(layers, overhead)
 
 
 def row_rate(ratio: Tensor) -> Tensor:

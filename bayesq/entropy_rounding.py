@@ -1,13 +1,13 @@
-"""BayesQ with codec=entropy: least risk + lambda x bits for the whole network, with one lambda.
+"""BayesQ with codec=entropy: row steps by risk, codes by risk + lambda x bits, and one factor for the whole network.
 
 A step s / sqrt(h_r) in every row r, with its mean curvature h_r, would save the same risk by one more bit everywhere.
 Row r has this step to the power RISK_SHARE times the standard deviation of its weights to the power 1 - RISK_SHARE,
 which has less risk (rates are low in many rows) and much less divergence. Within a row, symbols minimise risk + lambda
 bits, lambda_r = PRICE h_r step_r^2 / 2. One factor of all steps meets the budget.
 
-All layers are rounded `refits` + 1 times
-with a short trellis: each round gives the code tables, levels and steps of the next one, and the bits of each layer.
-The last rounding, with the long trellis, is fitted to the budget layer by layer (`bayesq.entropy.StreamPlan`).
+All layers are rounded `refits` + 1 times with a short trellis. Each round gives code tables, levels and steps to the
+next one, and the bits of each layer. The last rounding, with the long trellis, is fitted to the budget layer by layer
+(`bayesq.entropy.StreamPlan`).
 """
 
 from collections.abc import Callable, Sequence

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bayesq.allocation import DAMPING, SOLVERS, Budget, make_allocator
+from bayesq.allocation import DAMPING, SOLVERS, make_allocator
 from bayesq.batches import Layout, TensorExamples, two_examples
+from bayesq.budget import Budget
 from bayesq.calibration.memory import InMemoryStatistics
 from bayesq.calibration.passes import CalibrationSettings
 from bayesq.contract import Method
@@ -80,8 +81,8 @@ def quantize(
             read, or mappings of tensors. Sequences of different length need an attention_mask; see `encode`.
         bits: average code bits per weight, 2 to 8, fractions allowed; from 1 with codec="entropy".
         method: name of a file in conf/method (bayesq, gptq, awq, rtn, ...), or an object as `bayesq.contract.Method`.
-        posterior, allocator, inputs, codec, correction, distill, seed: the keys of conf/config.yaml, which explains them;
-            None = the method's default, and for an object "uniform", "full" and "none".
+        posterior, allocator, inputs, codec, correction, distill, seed: see these keys in conf/config.yaml; None = the
+            method's default, and for an object "uniform", "full" and "none".
         likelihood: of the outputs: "categorical", or "gaussian" for regression heads.
         exclude: patterns (fnmatch) of module names that stay in full precision.
         batch_size: examples per forward pass.

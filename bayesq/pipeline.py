@@ -13,12 +13,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from bayesq.allocation import Allocation, Budget, Knapsack, StreamAllocation, Uniform
+from bayesq.allocation import Knapsack
 from bayesq.batches import in_one_batch, needs_no_padding
+from bayesq.budget import Allocation, Budget
 from bayesq.calibration.block_samples import BLOCK_SAMPLES, BlockSource
 from bayesq.calibration.order import forward_order
 from bayesq.calibration.prefix import Network, PrefixInputs
 from bayesq.contract import Context, LayerProblem
+from bayesq.entropy import StreamAllocation
 from bayesq.errors import Refused
 from bayesq.in_step import InStep
 from bayesq.loop import quantize_layers
@@ -32,6 +34,7 @@ from bayesq.quant.mean_takers import mean_takers
 from bayesq.quant.tensor import QuantizedTensor
 from bayesq.recipe import Proxy, Quantized, Recipe, Statistics, Subject
 from bayesq.repair import correct, distill_student, posterior_draw
+from bayesq.uniform import Uniform
 
 
 def quantize_network(

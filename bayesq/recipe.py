@@ -8,8 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from bayesq.allocation import Allocator, Budget
 from bayesq.batches import EncodedExamples, needs_no_padding
+from bayesq.budget import Allocator, Budget
 from bayesq.calibration.inputs import INPUT_MOMENT
 from bayesq.calibration.statistic import Source, Statistic
 from bayesq.contract import CODECS, INPUTS, LayerProblem, Method

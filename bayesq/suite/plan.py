@@ -8,8 +8,9 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from bayesq.allocation import DAMPING, Budget, Knapsack, make_allocator
+from bayesq.allocation import DAMPING, Knapsack, make_allocator
 from bayesq.batches import two_examples
+from bayesq.budget import Budget
 from bayesq.calibration.passes import SUM_BYTES, CalibrationSettings
 from bayesq.coverage import coverage, report
 from bayesq.defaults import construct

@@ -13,10 +13,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from bayesq.allocation import Budget, Knapsack, StreamAllocation
+from bayesq.allocation import Knapsack
+from bayesq.budget import Budget
 from bayesq.calibration.samples import Pairs
 from bayesq.calibration.statistic import LayerStatistics, Source, Statistic, with_required
 from bayesq.contract import Context, Distortion, LayerProblem, RowBits
+from bayesq.entropy import StreamAllocation
 from bayesq.loop import quantize_layers
 from bayesq.quant.grids import MAX_WIDTH, MIN_WIDTH
 from bayesq.quant.layers import Layer, kernel_positions, weight_to_matrix

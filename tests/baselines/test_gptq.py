@@ -14,11 +14,12 @@ from torch import Tensor
 
 from baselines.gptaq import GPTAQ
 from baselines.gptq import GPTQ
-from bayesq.allocation import Budget, Uniform
+from bayesq.budget import Budget
 from bayesq.contract import LayerProblem
 from bayesq.quant.accounting import code_bits
 from bayesq.quant.feedback import feedback_factor
 from bayesq.quant.tensor import QuantizedTensor
+from bayesq.uniform import Uniform
 
 REFERENCE = Path(__file__).parents[3] / "shared" / "data" / "gptq_reference"
 DAMPING = 0.01

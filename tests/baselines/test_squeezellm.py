@@ -12,11 +12,12 @@ from torch import Tensor
 
 from baselines.row_tables import row_level_bits, table_distortion
 from baselines.squeezellm import SqueezeLLM
-from bayesq.allocation import Allocation, Budget, Uniform
+from bayesq.budget import Allocation, Budget
 from bayesq.codebook import normal_distortion
 from bayesq.contract import LayerProblem
 from bayesq.quant.accounting import stored_bytes
 from bayesq.quant.tensor import QuantizedTensor
+from bayesq.uniform import Uniform
 
 
 def layer(groups: int, rows: int, columns: int, seed: int = 0) -> tuple[LayerProblem, Tensor, Tensor]:

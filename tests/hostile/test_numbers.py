@@ -28,7 +28,8 @@ from torch import Tensor
 from baselines.awq import AWQ
 from baselines.gptq import GPTQ
 from baselines.rtn import RTN
-from bayesq.allocation import Budget, Knapsack, Uniform
+from bayesq.allocation import Knapsack
+from bayesq.budget import Budget
 from bayesq.calibration.inputs import INPUT_BASIS
 from bayesq.calibration.statistic import LayerStatistics
 from bayesq.contract import LayerProblem
@@ -37,6 +38,7 @@ from bayesq.method import BayesQ
 from bayesq.posterior import Diagonal, Ekfac, Kfac, LowRank, Posterior, WhiteningStore
 from bayesq.quant.grids import FP16_TINY
 from bayesq.quant.packing import pack_model, unpack_model
+from bayesq.uniform import Uniform
 
 WIDTHS = (2, 3, 4, 5, 6, 8)
 SHAPES = [(1, 1, 1), (1, 1, 7), (1, 7, 1), (1, 5, 6), (1, 9, 20), (3, 1, 9), (2, 4, 9), (1, 2, 33)]

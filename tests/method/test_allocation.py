@@ -17,7 +17,8 @@ from torch import Tensor
 
 from baselines.rtn import RTN
 from bayesq import allocation
-from bayesq.allocation import Budget, Knapsack, Uniform, make_allocator
+from bayesq.allocation import Knapsack, make_allocator
+from bayesq.budget import Budget
 from bayesq.codebook import level_kind, normal_distortion, normal_levels
 from bayesq.contract import LayerProblem
 from bayesq.knapsack import greedy_knapsack
@@ -27,6 +28,7 @@ from bayesq.quant.codes import Codebook, shared_code
 from bayesq.quant.packing import pack_model
 from bayesq.quant.tensor import QuantizedTensor
 from bayesq.rounding import predicted_risk
+from bayesq.uniform import Uniform
 
 # ---------------------------------------------------------------------------------------------------- layers, budgets
 

@@ -9,9 +9,10 @@ from test_method import bayesq_with, network
 
 from baselines.gptq import GPTQ
 from baselines.rtn import RTN
-from bayesq.allocation import Allocator, Budget, Knapsack, StreamAllocation, Uniform
+from bayesq.allocation import Knapsack
+from bayesq.budget import Allocator, Budget
 from bayesq.contract import Context, LayerProblem, Method
-from bayesq.entropy import RateClasses, StreamPlan, SymbolSums
+from bayesq.entropy import RateClasses, StreamAllocation, StreamPlan, SymbolSums
 from bayesq.errors import Refused
 from bayesq.loop import quantize_layers
 from bayesq.posterior import Kfac, WhiteningStore
@@ -19,6 +20,7 @@ from bayesq.quant.accounting import buffer_bytes, code_bits
 from bayesq.quant.packing import pack_model, unpack_model
 from bayesq.quant.tensor import QuantizedTensor
 from bayesq.recipe import Recipe
+from bayesq.uniform import Uniform
 
 
 def store() -> WhiteningStore:

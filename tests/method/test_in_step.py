@@ -8,10 +8,11 @@ from torch import Tensor, nn
 
 import bayesq
 from baselines.rtn import RTN
-from bayesq.allocation import Budget, Uniform
+from bayesq.budget import Budget
 from bayesq.errors import Refused
 from bayesq.quant.mean_takers import mean_takers
 from bayesq.recipe import Recipe
+from bayesq.uniform import Uniform
 
 EXAMPLES = 48
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bayesq.allocation import Allocation, Budget, Uniform
+from bayesq.budget import Allocation, Budget
 from bayesq.calibration.inputs import INPUT_MOMENT
 from bayesq.calibration.statistic import Statistic
 from bayesq.contract import Context, LayerProblem, check_finite, stack_groups
@@ -13,6 +13,7 @@ from bayesq.errors import Refused
 from bayesq.loop import quantize_layers
 from bayesq.quant.grids import mse_grid, round_affine, zero_code
 from bayesq.quant.tensor import QuantizedTensor
+from bayesq.uniform import Uniform
 
 COLUMNS = 6
 

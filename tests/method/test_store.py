@@ -10,7 +10,8 @@ from posterior_layers import N, posterior_of, problem
 from rounding_loop import rounded
 from torch import Tensor, nn
 
-from bayesq.allocation import Budget, Knapsack
+from bayesq.allocation import Knapsack
+from bayesq.budget import Budget
 from bayesq.calibration.inputs import INPUT_MOMENT
 from bayesq.contract import LayerProblem
 from bayesq.method import BayesQ

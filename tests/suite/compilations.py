@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from rounding_loop import rounded
 from tiny_sets import STATISTICS
 
-from bayesq.allocation import Allocation
+from bayesq.budget import Allocation
 from bayesq.calibration.statistic import LayerStatistics
 from bayesq.contract import LayerProblem
 from bayesq.quant.layers import kernel_positions, quantizable_layers, weight_to_matrix

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from bayesq.allocation import Budget
+from bayesq.budget import Budget
 from bayesq.pipeline import round_embeddings
 from bayesq.recipe import Quantized
 

@@ -14,13 +14,14 @@ from hydra import compose, initialize_config_dir
 from tiny_sets import STATISTICS
 from torch import nn
 
-from bayesq.allocation import Budget, Uniform
+from bayesq.budget import Budget
 from bayesq.calibration.inputs import INPUT_MOMENT
 from bayesq.quant.layers import quantizable_layers
 from bayesq.quant.tensor import QuantizedTensor
 from bayesq.recipe import Recipe
 from bayesq.suite.plan import make_recipe
 from bayesq.suite.rehearsal import WEIGHTS, all_widths, random_statistic, rehearse, small_problems
+from bayesq.uniform import Uniform
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = {
