@@ -5,7 +5,7 @@ The paper is "BayesQ: Uncertainty-Guided Bayesian Quantization" (arXiv 2511.0882
 likelihood, fisher, calibration   what outputs mean, what goes backward, statistics of inputs and gradients
 posterior, whitening              q(w) and the coordinates in which its risk is squared distance
 codebook, rounding                levels and their tables; grids, risk, rounding (the loop over columns: quant.feedback)
-budget, uniform, allocation, knapsack, ilp, proxy  which row gets how many bits
+allocation, knapsack, proxy       which row gets how many bits (also: budget, uniform, ilp)
 method                            BayesQ itself, which calls them in that order
 distillation, teacher, student    training of scales, levels, biases, norms (matching of moments: quant.correction)
 

@@ -16,7 +16,7 @@ from rounding_loop import rounded
 from torch import Tensor
 
 from baselines.rtn import RTN
-from bayesq import allocation
+from bayesq import uniform
 from bayesq.allocation import Knapsack, make_allocator
 from bayesq.budget import Budget
 from bayesq.codebook import level_kind, normal_distortion, normal_levels
@@ -537,7 +537,7 @@ def check_spent(
 @pytest.mark.parametrize("bits", [2.5, 3.0, 3.1, 3.5, 4.0, 5.5, 8.0])
 def test_uniform_meets_the_budget_on_real_layer_sizes(name, bits, monkeypatch):
     random = np.random.default_rng(0)
-    monkeypatch.setattr(allocation, "_row_errors", lambda layer, width: errors[layer.name] * 4.0**-width)
+    monkeypatch.setattr(uniform, "_row_errors", lambda layer, width: errors[layer.name] * 4.0**-width)
     for codebook_bits in [0, 1000] * 5:
         layers = [
             LayerProblem(f"layer{i}", "Linear", torch.zeros(1).expand(1, *shape), lambda _: pytest.fail("not needed"))
@@ -625,7 +625,7 @@ def test_uniform_widens_whole_layers_and_rows_of_one_more(drawn, low, hundredths
 )  # fmt: skip
 def test_uniform_splits_the_layer_where_rows_are_worth_most(energies, columns, extra, expected, monkeypatch):
     layers = plain_layers(energies, columns)
-    monkeypatch.setattr(allocation, "_row_errors", lambda layer, width: layer.weight[0, :, 0].double() * 4.0**-width)
+    monkeypatch.setattr(uniform, "_row_errors", lambda layer, width: layer.weight[0, :, 0].double() * 4.0**-width)
     found = Uniform().allocate(layers, Budget(3 + extra / weights(layers), "code"))
     assert [(width - 3).tolist() for width in found.values()] == expected
     again = Uniform().allocate(layers, Budget(3 + extra / weights(layers), "code"))
