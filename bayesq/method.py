@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from bayesq.calibration.inputs import INPUT_MOMENT
 from bayesq.codebook import (
     Atoms,
     LevelSums,
@@ -150,8 +151,8 @@ class BayesQ:
     def quantize_layer(self, layer: LayerProblem, width: Tensor, context: Context) -> QuantizedTensor:
         """The layer's last rounding, on the grid and with the tables of `prepare`."""
         whitening = None
-        if layer.prefix_statistic is not None:
-            moment = layer.input_statistic("input_moment")
+        if layer.prefix_statistic is not None and INPUT_MOMENT in self.statistics:
+            moment = layer.input_statistic(INPUT_MOMENT.name)
             whitening = self.whitenings.behind_prefix(layer, self.rounding != "nearest", self.damping, moment)
         if self._coded is not None:
             whitening = self._whitening(layer) if whitening is None else whitening

@@ -165,7 +165,7 @@ class Recipe:
             raise Refused(f"inputs={self.inputs}: choose one of {', '.join(INPUTS)}")
         if self.compares and self.inputs != "paired":
             raise Refused(f"inputs={self.inputs}: this method compares both networks' inputs; choose inputs=paired")
-        if self.inputs != "full" and not self.behind_prefix and not self.compares:
+        if self.inputs != "full" and not self.behind_prefix and not self.compares and not self._only_targets:
             raise Refused(f"inputs={self.inputs}: this method reads no inputs; choose inputs=full")
         if self.correction == "mean" and self.inputs == "full":
             raise Refused("correction=mean: needs inputs=prefix or inputs=paired; choose correction=moments")
@@ -185,6 +185,11 @@ class Recipe:
     def in_step(self) -> bool:
         """Whether the full-precision network runs in step with the quantized prefix."""
         return self.inputs == "paired" or (self.inputs == "prefix" and self.correction != "none")
+
+    @property
+    def _only_targets(self) -> bool:
+        """Whether a posterior without inputs, such as diag, rounds targets and keeps moments, which any method can."""
+        return self.inputs == "paired" and self.whitenings is not None and bool(self.method.statistics)
 
     @property
     def compares(self) -> frozenset[Statistic]:

@@ -24,6 +24,7 @@ from bayesq import evaluation
 from bayesq.allocation import Knapsack
 from bayesq.posterior import KroneckerPosterior, WhiteningStore
 from bayesq.quant.accounting import affine_overhead_bits, buffer_bytes
+from bayesq.quant.file import read_packed
 from bayesq.quant.packing import PARAMETER_PREFIX, pack_model, unpack_model
 from bayesq.suite import config, plan, preflight, runner, schema
 from bayesq.suite.calibration import Calibration
@@ -63,7 +64,10 @@ SWITCHES = {
         "+allocation.allowed={fc:[4,8]}",
         "budget.count=stored",
         "proxy=mc",
-        "correction=moments",
+        "inputs=full",
+        "inputs=prefix",
+        "correction=none",
+        "correction=mean",
         "calibration.examples=64",
         "bits=2",
         "seed=1",
@@ -187,14 +191,14 @@ def test_every_run_leaves_its_whole_contract(sweep: Path) -> None:
 def test_what_was_packed_is_what_was_counted_and_evaluated(sweep: Path) -> None:
     for result in load_results(sweep / "results"):
         buffers, header = read_tensors(sweep / "results" / result["run_id"] / "quantized.safetensors")
-        assert buffer_bytes(buffers) == result["bytes/packed"]
+        assert buffer_bytes(buffers) == result["bytes/packed"] + result["bytes/parameters"]
         weights = result["bytes/fp32"] // 4
         assert result["bits/stored"] == pytest.approx(8 * result["bytes/packed"] / weights)
         tensors = unpack_model(buffers, header)
         assert sum(tensor.codes.numel() for tensor in tensors.values()) == weights
         again, _ = pack_model(tensors)
-        assert again.keys() == buffers.keys()
-        assert all(torch.equal(again[name], buffers[name]) for name in buffers)
+        assert (again.keys() == buffers.keys()) == (result["correction"] == "none") and again.keys() <= buffers.keys()
+        assert all(torch.equal(again[name], buffers[name]) for name in again)
 
 
 def test_bayesq_stores_no_more_than_gptq(sweep: Path) -> None:
@@ -222,6 +226,8 @@ def test_the_evaluated_weights_are_the_stored_ones(sweep: Path, monkeypatch: pyt
         before = modules[name].weight.detach().clone()
         modules[name].weight.data = tensor.dequantize().reshape(before.shape)
         assert not torch.equal(modules[name].weight, before)
+    for name, value in read_packed(sweep / "results" / result["run_id"] / "quantized.safetensors").parameters.items():
+        work.network.module.state_dict()[name].copy_(value)  # biases and norms that keep the means
     logits, _ = evaluation.logits(work.network.module, work.evaluation, 64, torch.device("cpu"), "")
     accuracy = float((logits.argmax(1) == work.evaluation.labels).double().mean())
     with (sweep / "results" / result["run_id"] / "predictions.csv").open() as file:
@@ -342,7 +348,7 @@ def test_a_run_that_runs_out_of_memory_goes_on_in_smaller_batches(
         work.network.module.conv1.register_forward_pre_hook(refuse)  # what runs is this module or a copy of it
         return work
 
-    switches = "method=bayesq distill=true correction=moments proxy=mc monte_carlo.samples=1 calibration.examples=64"
+    switches = "method=bayesq inputs=full distill=true proxy=mc monte_carlo.samples=1 calibration.examples=64"
     enough = run(f"{switches} evaluation.batch_size=32 calibration.batch_size=8 distillation.batch_size=8")
     monkeypatch.setattr(runner, "load_workload", narrow)
     result = run_here(sweep / "narrow", "here", f"{switches} evaluation.batch_size=32")
@@ -401,7 +407,8 @@ def test_the_runs_of_a_command_share_their_whitenings(
         before = len(made)
         result = run_here(tmp_path, "here", f"{overrides} cache_dir={sweep / 'cache'}", previous)
         rows = (tmp_path / "here" / result["run_id"] / "layers.csv").read_text().splitlines()
-        assert len(made) - before == anew * (len(rows) - 1), overrides
+        behind_prefix = "method=bayesq" in overrides  # one more of each layer, from its inputs there
+        assert len(made) - before == (anew + behind_prefix) * (len(rows) - 1), overrides
         if not anew:  # what they once took counts
             assert result["time/posterior_s"] > previous[0].inherited_seconds > 0
         assert (result["run_id"] in reversed_runs) == known
@@ -423,8 +430,8 @@ def test_where_whitenings_wait_changes_nothing(
     found = tmp_path / "here" / result["run_id"]
     assert (found / "quantized.safetensors").read_bytes() == plain.read_bytes()
     layers = len((found / "layers.csv").read_text().splitlines()) - 1
-    # allocation, two rounds, and where levels have a table the first grids; or each once
-    assert len(made) == layers if fewer else 3 * layers < len(made) <= 4 * layers
+    # allocation, a round, and where levels have a table the first grids; or all three once; and behind the prefix
+    assert len(made) == 2 * layers if fewer else 3 * layers < len(made) <= 4 * layers
 
 
 def test_a_pattern_without_a_layer_is_refused_before_the_calibration(

@@ -48,6 +48,7 @@ class WhiteningStore:
         self.key: str | None = None
         self._in_memory: dict[tuple[object, ...], Whitening] = {}
         self._on_disk: dict[tuple[object, ...], Whitening] = {}
+        self._notes: dict[str, dict[str, float]] = {}  # what the fit of a layer noted, such as its prior precision
         self._file: TensorFile | None = TensorFile(folder) if folder is not None else None
         self._disk_is_full = False
 
@@ -84,6 +85,7 @@ class WhiteningStore:
             return
         if previous.key == key:
             self._in_memory.update(previous._in_memory)
+            self._notes.update(previous._notes)
             self.inherited_seconds = sum(whitening.seconds for whitening in self._in_memory.values())
             self.inherited_bytes = self.nbytes
         previous._in_memory.clear()
@@ -122,14 +124,17 @@ class WhiteningStore:
         """
         key = (layer.name, feedback, damping)
         if key in self._in_memory:
+            layer.notes |= {name: value for name, value in self._notes[layer.name].items() if name not in layer.notes}
             return self._in_memory[key]
         if self._file is not None and key in self._on_disk:
             give_back_freed()  # a whitening on disk is large, and so is the work with it
             return self._file.read(self._on_disk[key])
-        start = time.perf_counter()
+        start, before = time.perf_counter(), set(layer.notes)
         with naming(layer):
             whitening = self.fit(layer).whitening(feedback, damping)
         whitening.seconds = time.perf_counter() - start
+        noted = {name: value for name, value in layer.notes.items() if name not in before}
+        self._notes[layer.name] = self._notes.get(layer.name, {}) | noted
         self._store(key, whitening)
         return whitening
 

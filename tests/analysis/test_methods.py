@@ -127,6 +127,7 @@ def test_a_new_file_of_the_suite_is_everywhere(tmp_path: Path, monkeypatch: pyte
         add(tmp_path / "failed", "gptq", 3.0, 0, error="memory ran out")
         render_all(tmp_path / "failed", tmp_path / "paper", ["main_figure"])
     finally:
+        monkeypatch.undo()
         methods._suite_blocks.cache_clear()
     order = {method.name: method.order for method in methods_of().values()} | {"superquant": THEIRS["order"]}
     expected = ",".join(sorted(order, key=lambda name: order[name]))

@@ -141,7 +141,7 @@ def test_the_strongest_rival_is_in_the_table(tmp_path):
     assert (
         "BayesQ, resnet / digits at 3 bits: strongest rival: GPTAQ (allocator=uniform, inputs=paired, "
         "correction=moments); equal rival: GPTQ (allocator=knapsack, inputs=full, correction=none); not run: "
-        "GPTQ + knapsack, GPTQ + paired, GPTAQ + knapsack, Qronos + knapsack, AdaRound, BRECQ, QTIP, LNQ."
+        "GPTQ + knapsack, GPTQ + paired, GPTAQ + knapsack, Qronos + knapsack, AdaRound, BRECQ, LNQ, QTIP."
     ) in table.caption
 
 

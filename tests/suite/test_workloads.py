@@ -599,7 +599,7 @@ class TestEfficientNetLite:
 
     def test_other_classes_are_refused(self, unused):
         with pytest.raises(
-            UserError, match=r"model=efficientnet_lite0 .*1000 classes.*has 10: choose dataset=imagenet"
+            UserError, match=r"model=efficientnet_lite0: .*1000 classes.*has 10: fine-tune a network on your classes"
         ):
             EfficientNetLite(0).build(blank(torch.zeros(2, 1, 8, 8), 10), unused)
 
