@@ -89,10 +89,13 @@ def test_new_processes_give_equal_bits_and_more_threads_nearly_equal_codes(tmp_p
     shutil.copytree(tmp_path / "one", tmp_path / "before")
     run(tmp_path, "one", 1, "cache1", "force=true")
     check_equal(tmp_path / "before", tmp_path / "one")
+    # Behind the prefix one code that differs would change the inputs of all later layers.
+    full = ("inputs=full", "correction=none")
+    run(tmp_path, "full", 1, "cache1", *full)
     for threads in (2, 4):
         shutil.copytree(tmp_path / "cache1" / "models", tmp_path / f"cache{threads}" / "models")
-        run(tmp_path, f"with{threads}", threads, f"cache{threads}")
-        check_alike(tmp_path / "one", tmp_path / f"with{threads}")
+        run(tmp_path, f"with{threads}", threads, f"cache{threads}", *full)
+        check_alike(tmp_path / "full", tmp_path / f"with{threads}")
 
 
 def test_a_factorization_is_the_same_in_one_process_again() -> None:
