@@ -52,9 +52,10 @@ def mean_takers(module: nn.Module, layers: Collection[str], inputs: Mapping[str,
     read_by: dict[str, str] = {}
     calls: Counter[str] = Counter()
 
-    def gave(name: str, _: nn.Module, __: Any, output: Tensor) -> None:
+    def gave(name: str, _: nn.Module, __: Any, output: Any) -> None:
         calls[name] += 1
-        outputs.append((name, output, output._version))
+        if isinstance(output, Tensor):  # a router gives several tensors
+            outputs.append((name, output, output._version))
 
     def read(name: str, _: nn.Module, args: tuple[Tensor, ...]) -> None:
         calls[name] += 1

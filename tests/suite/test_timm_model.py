@@ -449,7 +449,7 @@ from bayesq.suite.datasets.imagenet import ImageNet
 from bayesq.suite.models.timm_model import TimmModel
 data = ImageNet(None, 0, 2, 0, hub="org/photos", train_files="data/train-00000-*.parquet").load(Path("x"))
 pool = [int(photo.read_bytes()[0]) for photo in data.calibration_pool.inputs]
-class Data: num_classes, evaluation = 1000, data.evaluation
+class Data: num_classes, classes, evaluation = 1000, (), data.evaluation
 built = TimmModel("{RESNET}").build(Data, Path("x"))
 print(json.dumps([data.source, len(data.evaluation), pool, built.checksum, built.description]))
 '''
