@@ -109,7 +109,13 @@ def settings_of(result: Mapping[str, Any]) -> dict[str, Any]:
 
     ImageNet's split depends on the run's seed; runs with different seeds still count as one data set.
     """
-    settings = flatten(settings_that_matter(result["config"]))
+    config = result["config"]
+    # Run ids leave out switches with the value that all older results have. Here that value is told apart from others.
+    older = {
+        "codec": "fixed",
+        **{f"method.{key}": value for key, value in (config["method"].get("neutral") or {}).items()},
+    }
+    settings = {**older, **flatten(settings_that_matter(config))}
     if settings.get("dataset.seed") == settings["seed"]:
         settings["dataset.seed"] = "${seed}"
     return {key.removesuffix(".name"): value for key, value in settings.items() if key != "seed"}

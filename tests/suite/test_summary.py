@@ -144,6 +144,14 @@ def test_runs_that_differ_in_more_than_the_seed_are_not_averaged() -> None:
     assert [row[:3] for row in table[3:]] == [["gptq", "3", "minmax"], ["gptq", "3", "mse"], ["rtn", "3", "auto"]]
 
 
+def test_switches_that_run_ids_leave_out_at_their_older_values_still_separate_runs() -> None:
+    runs = [result(), result()]
+    for run, codec, group_size in zip(runs, ("fixed", "entropy"), (None, 128), strict=True):
+        run["config"]["codec"] = codec
+        run["config"]["method"] |= {"neutral": {"group_size": None}, "group_size": group_size}
+    assert results.differing_settings(runs) == ["codec", "method.group_size"]
+
+
 def test_a_setting_that_differs_between_budgets_has_a_column_too() -> None:
     table = lines(results_table([result(bits=3, clip="mse"), result(bits=4, clip="minmax")]))
     assert [row[:3] for row in table[3:]] == [["gptq", "3", "mse"], ["gptq", "4", "minmax"]]
