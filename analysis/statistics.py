@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import stdtrit
 
 from analysis.metrics import Floats
 from analysis.metrics import function as metric_function
@@ -40,6 +41,23 @@ def mean_std(values: Sequence[float]) -> tuple[float, float, int]:
     if not len(numbers):
         return math.nan, math.nan, 0
     return float(numbers.mean()), float(numbers.std(ddof=1)) if len(numbers) > 1 else math.nan, len(numbers)
+
+
+def mean_interval(mean: float, std: float, n: int, smallest: float | None = None) -> tuple[float, float]:
+    """The 95 % interval of a mean of n values, mean -+ t std / sqrt(n) with Student's t of n - 1 degrees of freedom.
+
+    Args:
+        std: sample standard deviation.
+        smallest: the least possible value of the quantity, at which the interval is cut; None if there is none.
+
+    Returns:
+        both ends, NaN for fewer than two values.
+    """
+    if n < 2 or math.isnan(std):
+        return math.nan, math.nan
+    half = float(stdtrit(n - 1, 0.975)) * std / math.sqrt(n)
+    low = mean - half if smallest is None else max(mean - half, smallest)
+    return low, mean + half
 
 
 def paired_bootstrap(
