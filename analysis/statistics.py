@@ -43,12 +43,14 @@ def mean_std(values: Sequence[float]) -> tuple[float, float, int]:
     return float(numbers.mean()), float(numbers.std(ddof=1)) if len(numbers) > 1 else math.nan, len(numbers)
 
 
-def mean_interval(mean: float, std: float, n: int, smallest: float | None = None) -> tuple[float, float]:
+def mean_interval(
+    mean: float, std: float, n: int, limits: tuple[float, float] = (-math.inf, math.inf)
+) -> tuple[float, float]:
     """The 95 % interval of a mean of n values, mean -+ t std / sqrt(n) with Student's t of n - 1 degrees of freedom.
 
     Args:
         std: sample standard deviation.
-        smallest: the least possible value of the quantity, at which the interval is cut; None if there is none.
+        limits: the least and the largest possible value of the quantity, at which the interval is cut.
 
     Returns:
         both ends, NaN for fewer than two values.
@@ -56,8 +58,7 @@ def mean_interval(mean: float, std: float, n: int, smallest: float | None = None
     if n < 2 or math.isnan(std):
         return math.nan, math.nan
     half = float(stdtrit(n - 1, 0.975)) * std / math.sqrt(n)
-    low = mean - half if smallest is None else max(mean - half, smallest)
-    return low, mean + half
+    return max(mean - half, limits[0]), min(mean + half, limits[1])
 
 
 def paired_bootstrap(

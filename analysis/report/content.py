@@ -1,9 +1,9 @@
 """What a report says, as data: the question, the answer, the main table, layers, commands and remarks."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
@@ -11,7 +11,7 @@ from analysis.captions import failed, known, metrics, population_of_rows, remark
 from analysis.comparisons import KL, summarise
 from analysis.gaps import command
 from analysis.loading import finished, layer_frame, load_runs, records, without_result
-from analysis.metrics import SCALE, with_unit
+from analysis.metrics import SCALE, limits, with_unit
 from analysis.paper import workload_title
 from analysis.statistics import mean_interval
 from analysis.style import Look, looks
@@ -104,6 +104,8 @@ def title_of(workload: str) -> str:
 def _table(shown: pd.DataFrame) -> pd.DataFrame:
     """The rows of `Content.table`, in no particular order."""
     means = summarise(shown)
+    # a key that no run has a number for is NaN in every row
+    had = means.reindex(columns=[*dict.fromkeys([*means, KL, f"{KL}/std", "time/total_s"])])
     done = finished(shown).drop_duplicates("workload").set_index("workload")
     metric = means["workload"].map(done["primary_metric"])
     table = means[[*ROW, "method", "n"]].assign(
@@ -112,17 +114,16 @@ def _table(shown: pd.DataFrame) -> pd.DataFrame:
         fp=SCALE * means["fp/score"],
         score=SCALE * means["score"],
         score_std=SCALE * means["score/std"],
-        kl=means[KL],
-        kl_std=means[f"{KL}/std"],
+        kl=had[KL],
+        kl_std=had[f"{KL}/std"],
         stored=means["bits/stored"],
         code=means["bits/code"],
-        seconds=means.get("time/total_s"),
+        seconds=had["time/total_s"],
     )
-    for name, smallest in (("score", None), ("kl", 0.0)):
-        ends = [
-            mean_interval(mean, std, n, smallest)
-            for mean, std, n in zip(table[name], table[f"{name}_std"], table["n"], strict=True)
-        ]
+    ranges = {"score": [limits(str(name)) for name in metric], "kl": [(0.0, math.inf)] * len(table)}
+    for name, of in ranges.items():
+        columns = (table[name], table[f"{name}_std"], table["n"])
+        ends = [mean_interval(*values) for values in zip(*columns, of, strict=True)]
         table[f"{name}_low"], table[f"{name}_high"] = zip(*ends, strict=True)
     return table
 
@@ -141,7 +142,7 @@ def _caption(table: pd.DataFrame, shown: pd.DataFrame) -> str:
     return (
         f"{population_of_rows(table)}. Score: primary metric ({metrics(shown)}). Score, KL to full precision (nats), "
         "stored bits per weight and seconds are means over the n calibration seeds; in brackets the 95 % interval of "
-        "the mean (Student's t over seeds; the KL's is cut at 0), which one seed does not have."
+        "the mean (Student's t over seeds, cut where a value is impossible), which one seed does not have."
         f"{settings(shown)}"
     )
 
@@ -152,13 +153,10 @@ def _answers(table: pd.DataFrame, styles: dict[str, Look]) -> list[str]:
     for workload, members in table.dropna(subset="kl").groupby("workload", sort=True):
         best = []
         for bits, rows in members.groupby("bits", sort=True):
-            first = rows.loc[rows["kl"].idxmin()]
-            others = rows[rows["method"] != first["method"]]
-            text = f"{bits:g} bits {styles[first['variant']].label} {first['kl']:.3g}"
-            if len(others):
-                second = others.loc[others["kl"].idxmin()]
-                text += f" ({styles[second['variant']].label} {second['kl']:.3g})"
-            best.append(text)
+            ranked = records(rows.sort_values("kl", kind="stable"))
+            others = [row for row in ranked if row["method"] != ranked[0]["method"]]
+            first, *second = [f"{styles[row['variant']].label} {row['kl']:.3g}" for row in (ranked[0], *others[:1])]
+            best.append(f"{bits:g} bits {first}" + "".join(f" ({text})" for text in second))
         lines.append(f"{title_of(str(workload))}: lowest mean KL (of the next method): {'; '.join(best)}.")
     return lines
 
@@ -167,11 +165,11 @@ def _commands(shown: pd.DataFrame, source: str | Path) -> list[tuple[str, str, s
     """(workload, variant, command) for each variant; budgets with other seeds than the rest have a command each."""
     commands = []
     for (workload, variant), members in finished(shown).groupby(["workload", "variant"], sort=True):
-        seeds = members.groupby("bits/target")["seed"].agg(lambda column: tuple(sorted(map(int, column))))
-        first: dict[str, Any] = records(members)[0]
-        for of in dict.fromkeys(seeds):
-            line = command(first, [float(bits) for bits in seeds.index[seeds == of]], of, source)
-            commands.append((str(workload), str(variant), line))
+        by_seeds: dict[tuple[int, ...], list[float]] = {}
+        for bits, rows in members.groupby("bits/target", sort=True):
+            by_seeds.setdefault(tuple(sorted(map(int, rows["seed"]))), []).append(float(str(bits)))
+        first = records(members)[0]
+        commands += [(str(workload), str(variant), command(first, of, seeds, source)) for seeds, of in by_seeds.items()]
     return commands
 
 

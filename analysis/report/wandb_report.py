@@ -32,7 +32,8 @@ def report(content: Content, project: str, entity: str) -> "Report":
 
     def grid(shown: list[Any], grouped: bool = True) -> Any:
         groups = [f"config.{key}" for key in panels.GROUPS] if grouped else []
-        return wr.PanelGrid(runsets=[wr.Runset(entity=entity, project=project, groupby=groups)], panels=shown)
+        # without a project of its own a run set is that of the Report, and no account is needed to build it
+        return wr.PanelGrid(runsets=[wr.Runset(groupby=groups)], panels=shown)
 
     again = shlex.join(["python", "-m", "analysis", content.source, *content.where, "--main"])
     return wr.Report(
