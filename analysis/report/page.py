@@ -9,6 +9,7 @@ import gzip
 import json
 import math
 import shlex
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from html import escape
@@ -252,6 +253,6 @@ def _versions(runs: pd.DataFrame) -> Iterable[str]:
     shown = {"commit": ("git", "commit"), "machine": ("host", "processor"), "device": ("host", "device")}
     shown |= {name: ("versions", name) for name in ("bayesq", "python", "torch", "transformers", "timm")}
     for name, (part, key) in shown.items():
-        had = pd.Series([str((run.get(part) or {}).get(key, "unknown")) for run in done]).value_counts(sort=False)
+        had = Counter(str((run.get(part) or {}).get(key, "unknown")) for run in done)
         texts = [text if len(had) == 1 else f"{text} ({count} runs)" for text, count in had.items()]
         yield f"<tr><td>{name}</td><td>{escape(', '.join(texts))}</td></tr>"

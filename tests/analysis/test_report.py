@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 from frozen import add, add_main
 
-from analysis.report import __main__ as command
 from analysis.report import wandb_report
 from analysis.report.content import Content, content_of
 from analysis.report.page import page, write_page
@@ -245,7 +244,7 @@ def test_without_a_package_there_is_one_line(content: Content, tmp_path: Path, m
     with pytest.raises(UserError, match=r"pip install 'bayesq\[analysis\]'"):
         write_page(content, tmp_path / "page.html")
     monkeypatch.setattr(entry, "find_spec", lambda name: None)
-    with pytest.raises(SystemExit, match="^error: the report needs the folder analysis/"):
+    with pytest.raises(SystemExit, match=r"^error: the report needs the folder analysis/"):
         entry.main()
 
 
