@@ -3,7 +3,9 @@
 import base64
 import gzip
 import json
+import os
 import re
+import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
@@ -20,6 +22,10 @@ from analysis.statistics import mean_interval
 from bayesq.suite import report as entry
 from bayesq.suite.errors import UserError
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "suite"))
+from wandb_server import API_KEY, ENTITY, serving
+
+ROOT = Path(__file__).parents[2]
 # The 97.5 % quantiles of Student's t with 1 and 2 degrees of freedom, from a printed table.
 T = {2: 12.706, 3: 4.303}
 KLS = (0.05, 0.06, 0.1)
@@ -287,6 +293,29 @@ def test_a_report_of_two_metrics_shows_both(tmp_path: Path) -> None:
     assert content.table.set_index("metric")["score"].to_dict() == {"perplexity": 25.0, "accuracy": 65.0}
     spec = json.dumps(wandb_report.spec(wandb_report.report(content, "bayesq", "")))
     assert "summary:q/perplexity" in spec and "summary:q/accuracy" in spec
+
+
+@pytest.mark.slow
+def test_the_report_is_saved_as_it_was_built(results: Path, content: Content) -> None:
+    pytest.importorskip("wandb_workspaces")
+
+    def saved(**environment: str) -> "subprocess.CompletedProcess[str]":
+        program = [sys.executable, "-m", "bayesq.suite.report", str(results), "--entity", ENTITY, "--project", "other"]
+        known = os.environ | {"WANDB_API_KEY": API_KEY} | environment
+        return subprocess.run(program, capture_output=True, text=True, timeout=120, cwd=ROOT, env=known)
+
+    with serving() as server:
+        done = saved(WANDB_BASE_URL=server.url)
+        server.broken = True
+        refused = saved(WANDB_BASE_URL=server.url, WANDB_HTTP_TIMEOUT="1")
+    assert re.fullmatch(rf"saved: {server.url}/{ENTITY}/other/reports/\S+\n", done.stdout), done.stderr
+    (view,) = server.views.values()
+    assert (view["entityName"], view["projectName"], view["type"]) == (ENTITY, "other", "runs")
+    built = wandb_report.spec(wandb_report.report(content, "other", ENTITY))
+    assert [block["type"] for block in view["spec"]["blocks"]] == [block["type"] for block in built["blocks"]]
+    assert server.unknown == []
+    assert refused.returncode == 1
+    assert re.search(r"^error: W&B did not save the report \(.*\)$", refused.stderr, re.MULTILINE)
 
 
 def test_the_main_sweep_has_a_row_for_each_method_and_budget(tmp_path: Path) -> None:
