@@ -8,7 +8,9 @@ python -m bayesq.suite.report --entity TEAM --project P                  save th
 import json
 from pathlib import Path
 
+from analysis.report import wandb_report
 from analysis.report.content import content_of
+from analysis.report.page import write_page
 from bayesq.suite import wandb_environment as environment
 from bayesq.suite.arguments import exit_with, module_parser
 from bayesq.suite.dashboard import PROJECT
@@ -20,7 +22,7 @@ def main() -> None:
     parser = module_parser("report", __doc__)
     parser.add_argument("results", nargs="?", default="results", help="a results folder or wandb:ENTITY/PROJECT")
     parser.add_argument("where", nargs="*", metavar="KEY=VALUE", help="only runs with this, such as method=bayesq,gptq")
-    parser.add_argument("--html", type=Path, metavar="PAGE", help="write this HTML file")
+    parser.add_argument("--html", type=Path, metavar="PAGE", help="write this HTML file, and nothing to W&B")
     project, entity = environment.default("project", PROJECT), environment.default("entity", None)
     parser.add_argument("--project", default=project, help="W&B project of the Report (%(default)s)")
     parser.add_argument("--entity", default=entity, help="W&B user or team of the Report")
@@ -35,17 +37,12 @@ def main() -> None:
             raise UserError("nothing to write: give --html PAGE, or --entity TEAM for a W&B Report, or --dry-run")
         content = content_of(given.results, where)
         if given.html is not None:
-            from analysis.report.page import write_page
-
             print(f"written: {write_page(content, given.html)}")
-        if given.html is None or given.dry_run:
-            from analysis.report import wandb_report
-
-            if given.dry_run:
-                built = wandb_report.report(content, given.project, given.entity or "")
-                print(json.dumps(wandb_report.spec(built), indent=2))
-            else:
-                print(f"saved: {wandb_report.save(content, given.project, given.entity)}")
+        elif given.dry_run:
+            built = wandb_report.report(content, given.project, given.entity or "")
+            print(json.dumps(wandb_report.spec(built), indent=2))
+        else:
+            print(f"saved: {wandb_report.save(content, given.project, given.entity)}")
     except (FileNotFoundError, UserError) as error:
         exit_with(error)
 

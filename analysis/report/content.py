@@ -131,6 +131,8 @@ def _table(shown: pd.DataFrame) -> pd.DataFrame:
 def _layers(shown: pd.DataFrame) -> pd.DataFrame:
     """Means over seeds of each layer; NaN where no run of a group recorded the quantity."""
     rows = layer_frame(shown)
+    if rows.empty:
+        return pd.DataFrame(columns=[*ROW, "position", "name"])
     values = [key for key in LAYER_VALUES if key in rows]
     rows = rows.assign(position=rows.groupby("run_id", sort=False).cumcount())
     rows[values] = rows[values].astype(float)

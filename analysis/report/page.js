@@ -24,6 +24,8 @@ function fill(select, choices) {
   return !stays;
 }
 
+const style = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+const isDark = () => style("--paper") === "#0d1117"; // as in page.css
 const unique = (values) => [...new Set(values)];
 
 // ------------------------------------------------------------------------------------------------------------- table
@@ -56,12 +58,11 @@ function filterRows() {
 // ------------------------------------------------------------------------------------------------------------ charts
 
 function layout(more) {
-  const color = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
-  const axis = { gridcolor: color("--line"), linecolor: color("--line"), zeroline: false, automargin: true };
+  const axis = { gridcolor: style("--line"), linecolor: style("--line"), zeroline: false, automargin: true };
   const { xaxis, yaxis, ...rest } = more;
   return {
-    paper_bgcolor: color("--paper"), plot_bgcolor: color("--paper"),
-    font: { color: color("--ink"), family: "system-ui, sans-serif", size: 12 },
+    paper_bgcolor: style("--paper"), plot_bgcolor: style("--paper"),
+    font: { color: style("--ink"), family: "system-ui, sans-serif", size: 12 },
     margin: { l: 60, r: 10, t: 30, b: 45 },
     legend: { orientation: "h", y: -0.28, yanchor: "top" },
     xaxis: { ...axis, ...xaxis }, yaxis: { ...axis, ...yaxis }, ...rest,
@@ -70,12 +71,8 @@ function layout(more) {
 
 const OPTIONS = { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["lasso2d", "select2d"] };
 
-/** Black lines of a method without a color are white on a dark page. */
-function visible(color) {
-  const dark = getComputedStyle(at("theme")).colorScheme.includes("dark") ||
-    (!document.documentElement.dataset.theme && matchMedia("(prefers-color-scheme: dark)").matches);
-  return dark && color.toLowerCase() === "#000000" ? "#ffffff" : color;
-}
+/** Black, the color of a free method, is white on a dark page. */
+const visible = (color) => (isDark() && color === "#000000" ? "#ffffff" : color);
 
 function lines(points, y) {
   return Object.entries(data.looks).flatMap(([variant, look]) => {
@@ -117,6 +114,8 @@ function drawLayers() {
   const variants = (bits) => here.filter((group) => group.bits === bits).length;
   if (changed && budgets.length) at("budget").value = budgets.reduce((a, b) => (variants(b) > variants(a) ? b : a));
   const groups = here.filter((group) => String(group.bits) === at("budget").value);
+  at("layer-chart").hidden = !groups.length;
+  if (!groups.length) return;
   const had = Object.keys(data.quantities).filter((key) => groups.some((group) => group.values[key]));
   fill(at("quantity"), had.map((key) => [key, data.quantities[key]]));
   const quantity = at("quantity").value;
@@ -200,8 +199,7 @@ function connect() {
   at("bits-axis").onchange = drawCurves;
   for (const id of ["budget", "quantity"]) at(id).onchange = drawLayers;
   at("theme").onclick = () => {
-    const dark = getComputedStyle(document.documentElement).getPropertyValue("--paper").trim() === "#0d1117";
-    document.documentElement.dataset.theme = dark ? "light" : "dark";
+    document.documentElement.dataset.theme = isDark() ? "light" : "dark";
     drawAll();
   };
   matchMedia("(prefers-color-scheme: dark)").onchange = drawAll;

@@ -165,6 +165,12 @@ def test_a_mean_of_layers_is_over_seeds(tmp_path: Path) -> None:
     assert layers["bits/code"].tolist() == [3.5, 2.0]
 
 
+def test_runs_without_layers_have_a_page(tmp_path: Path) -> None:
+    (add(tmp_path, "bayesq", 3.0, 0) / "layers.csv").unlink()
+    content = content_of(tmp_path)
+    assert content.layers.empty and len(Reader(page(content)).tables["rows"]) == 2
+
+
 def test_two_runs_can_be_compared(data: dict[str, Any], results: Path) -> None:
     runs = data["runs"]
     first, second = runs["first"]
