@@ -40,7 +40,7 @@ class Content:
         source: where the runs were read from, and the filters in `where`.
         runs: all runs of `load_runs`; `table`, `layers` and `commands` are of the finished ones.
         table: a row for each workload, variant and budget: n, and the means `score` (in the metric's unit), `kl`
-            (nats), `stored`, `code` (bits per weight) and `seconds`. `score` and `kl` have `_std` (sample standard
+            (nats), `stored` and `code` (bits per weight). `score` and `kl` have `_std` (sample standard
             deviation over seeds) and the ends `_low` and `_high` of the 95 % interval of the mean, NaN for one seed.
         layers: means over seeds by workload, variant, bits, name and position, with the columns of LAYER_VALUES.
         looks: label, color and marker of each variant, in the order of legends.
@@ -105,7 +105,7 @@ def _table(shown: pd.DataFrame) -> pd.DataFrame:
     """The rows of `Content.table`, in no particular order."""
     means = summarise(shown)
     # a key that no run has a number for is NaN in every row
-    had = means.reindex(columns=[*dict.fromkeys([*means, KL, f"{KL}/std", "time/total_s"])])
+    had = means.reindex(columns=[*dict.fromkeys([*means, KL, f"{KL}/std"])])
     done = finished(shown).drop_duplicates("workload").set_index("workload")
     metric = means["workload"].map(done["primary_metric"])
     table = means[[*ROW, "method", "n"]].assign(
@@ -118,7 +118,6 @@ def _table(shown: pd.DataFrame) -> pd.DataFrame:
         kl_std=had[f"{KL}/std"],
         stored=means["bits/stored"],
         code=means["bits/code"],
-        seconds=had["time/total_s"],
     )
     ranges = {"score": [limits(str(name)) for name in metric], "kl": [(0.0, math.inf)] * len(table)}
     for name, of in ranges.items():
@@ -143,7 +142,7 @@ def _layers(shown: pd.DataFrame) -> pd.DataFrame:
 def _caption(table: pd.DataFrame, shown: pd.DataFrame) -> str:
     return (
         f"{population_of_rows(table)}. Score: primary metric ({metrics(shown)}). Score, KL to full precision (nats), "
-        "stored bits per weight and seconds are means over the n calibration seeds; in brackets the 95 % interval of "
+        "and stored bits per weight are means over the n calibration seeds; in brackets the 95 % interval of "
         "the mean (Student's t over seeds, cut where a value is impossible), which one seed does not have."
         f"{settings(shown)}"
     )

@@ -69,6 +69,7 @@ function layout(more) {
   };
 }
 
+const TICK = 22; // characters of a layer's name below the heat map
 const OPTIONS = { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["lasso2d", "select2d"] };
 
 /** Black, the color of a free method, is white on a dark page. */
@@ -117,7 +118,10 @@ function drawLayers() {
   at("layer-chart").hidden = !groups.length;
   if (!groups.length) return;
   const had = Object.keys(data.quantities).filter((key) => groups.some((group) => group.values[key]));
-  fill(at("quantity"), had.map((key) => [key, data.quantities[key]]));
+  const rows = (key) => groups.filter((group) => group.values[key]).length;
+  if (fill(at("quantity"), had.map((key) => [key, data.quantities[key]]))) {
+    at("quantity").value = had.reduce((a, b) => (rows(b) > rows(a) ? b : a)); // the one that most methods have
+  }
   const quantity = at("quantity").value;
   const shown = groups.filter((group) => group.values[quantity]);
   const names = unique(shown.flatMap((group) => group.names.map((place) => data.names[place])));
@@ -130,13 +134,18 @@ function drawLayers() {
     type: "heatmap", x: names, y: shown.map((group) => data.looks[group.variant].label),
     z: risk ? z.map((row) => row.map((value) => (value > 0 ? Math.log10(value) : null))) : z,
     customdata: z, colorscale: "Cividis", xgap: 1, ygap: 1,
-    colorbar: { title: { text: (risk ? "log10 " : "") + data.quantities[quantity], side: "right" } },
+    colorbar: { title: { text: (risk ? "log10 " : "") + data.quantities[quantity], side: "right", font: { size: 11 } } },
     hovertemplate: "%{y}<br>%{x}<br>%{customdata:.4g}<extra></extra>",
   };
-  const wide = at("layer-chart").clientWidth > 700;
+  const width = at("layer-chart").clientWidth, wide = width > 700;
+  const ticks = names.filter((_, place) => place % Math.ceil((14 * names.length) / width) === 0);
+  const short = (name) => (name.length > TICK ? "\u2026" + name.slice(-TICK) : name);
   Plotly.react("layer-chart", [trace], layout({
-    height: 140 + 26 * Math.max(shown.length, 3) + (wide ? 90 : 0),
-    xaxis: { showticklabels: wide, type: "category", tickangle: -45, tickfont: { size: 9 }, title: { text: wide ? "" : "layers" } },
+    height: 130 + 26 * Math.max(shown.length, 6) + (wide ? 70 : 0),
+    xaxis: {
+      type: "category", showticklabels: wide, tickvals: ticks, ticktext: ticks.map(short), tickangle: -45,
+      tickfont: { size: 9 }, title: { text: wide ? "" : "layers" },
+    },
     yaxis: { type: "category", autorange: "reversed" },
   }), OPTIONS);
 }

@@ -39,7 +39,7 @@ DIGITS = 6
 # Heads of the main table, and whether a column is text.
 HEADS = {
     "workload": True, "bits": False, "method": True, "n": False, "score": False, "metric": True, "KL (nats)": False,
-    "stored bits": False, "seconds": False,
+    "stored bits": False,
 }  # fmt: skip
 # Keys of a record that the comparison of two runs leaves out or shows in another group.
 NOT_COMPARED = (
@@ -222,7 +222,6 @@ def _rows(content: Content) -> Iterable[str]:
             f'<td class="text">{escape(named[row["workload"]])}</td>',
             _number(row["kl"], ".3g", interval_text(row["kl_low"], row["kl_high"], ".2g"), best=row["kl"] == least),
             _number(row["stored"], ".3f"),
-            _number(row["seconds"], ".1f"),
         ]
         yield f"<tr>{''.join(cells)}</tr>"
 

@@ -88,7 +88,8 @@ def test_the_page_works_in_a_browser_without_network(real: Path, tmp_path: Path)
         seen.filtered = column(3);
         change("run-b", document.getElementById("run-a").value);
         seen.same = texts("#differences tbody td");
-        change("quantity", "bits/code");
+        seen.bits = document.getElementById("quantity").value;
+        change("quantity", "achieved_risk");
         seen.color = texts("#layer-chart .cbtitle text, #layer-chart .infolayer .colorbar text").join(" ");
         document.getElementById("theme").click();
         seen.papers.push(paper());
@@ -106,7 +107,9 @@ def test_the_page_works_in_a_browser_without_network(real: Path, tmp_path: Path)
     smallest_first = [f"{kl:.3g}" for kl in sorted(kls)]
     assert seen["orders"] == [smallest_first, smallest_first[::-1]]
     assert seen["filtered"] == ["GPTQ"]
-    assert "code bits per weight" in seen["color"]
+    assert seen["bits"] == "bits/code", "GPTQ has no risk here, so the heat map begins with what both have"
+    assert "log10 achieved risk (nats)" in seen["color"]
+    assert "achieved risk (nats)" in seen["quantities"]
     assert seen["papers"][0] != seen["papers"][1]
 
 
@@ -119,7 +122,7 @@ def test_a_page_of_1000_runs_opens_on_a_narrow_screen(many: tuple[Path, Content,
             runs: texts("#run-a option").length, rows: texts("#rows tbody tr").length,
             lines: document.querySelectorAll("#kl-chart .scatterlayer .trace").length,
             bars: document.querySelectorAll("#kl-chart path.yerror").length,
-            cells: texts("#layer-chart .ytick").length, different: texts("#differences tbody tr").length,
+            cells: texts("#layer-chart .ytick text").length, different: texts("#differences tbody tr").length,
             width: document.documentElement.scrollWidth, room: document.documentElement.clientWidth,
         };"""
     seen, console = browse(page, steps, tmp_path / "browser", width=500, height=900)
