@@ -23,6 +23,9 @@ def main() -> None:
     parser.add_argument("results", nargs="?", default="results", help="a results folder or wandb:ENTITY/PROJECT")
     parser.add_argument("where", nargs="*", metavar="KEY=VALUE", help="only runs with this, such as method=bayesq,gptq")
     parser.add_argument("--html", type=Path, metavar="PAGE", help="write this HTML file, and nothing to W&B")
+    parser.add_argument(
+        "--paired", action="store_true", help="add paired intervals and tests against the strongest GPTQ"
+    )
     project, entity = environment.default("project", PROJECT), environment.default("entity", None)
     parser.add_argument("--project", default=project, help="W&B project of the Report (%(default)s)")
     parser.add_argument("--entity", default=entity, help="W&B user or team of the Report")
@@ -35,7 +38,7 @@ def main() -> None:
     try:
         if given.html is None and not given.entity and not given.dry_run:
             raise UserError("nothing to write: give --html PAGE, or --entity TEAM for a W&B Report, or --dry-run")
-        content = content_of(given.results, where)
+        content = content_of(given.results, where, given.paired)
         if given.html is not None:
             print(f"written: {write_page(content, given.html)}")
         elif given.dry_run:

@@ -22,6 +22,7 @@ import pandas as pd
 
 from analysis.loading import finished, records
 from analysis.report.content import LAYER_VALUES, QUESTION, Content, interval_text, title_of, units
+from analysis.table import Table
 from bayesq.files import atomic_path
 from bayesq.suite.config import flatten
 from bayesq.suite.errors import UserError
@@ -80,6 +81,7 @@ def page(content: Content) -> str:
         heads="".join(_head(name, text) for name, text in HEADS.items()),
         rows="\n".join(_rows(content)),
         caption=escape(content.caption),
+        paired="" if content.paired is None else _paired(content.paired),
         commands=_commands(content),
         versions="\n".join(_versions(content.runs)),
         remarks=f"<h3>Remarks</h3><ul>{_items(content.remarks)}</ul>" if content.remarks else "",
@@ -234,6 +236,21 @@ def _number(value: float, form: str, interval: str = "", best: bool = False) -> 
     return f'<td data-value="{value!r}"{" class=best" if best else ""}>{value:{form}}{more}</td>'
 
 
+def _paired(table: Table) -> str:
+    """The table of paired comparisons with its caption and footnotes."""
+    heads = "".join(f"<th>{escape(name)}</th>" for name in map(str, table.cells))
+    rows = [
+        "".join(f"<td{' class=best' if bold else ''}>{escape(cell)}</td>" for cell, bold in zip(*pair, strict=True))
+        for pair in zip(table.cells.to_numpy().tolist(), table.bold.to_numpy().tolist(), strict=True)
+    ]
+    body = "\n".join(f"<tr>{row}</tr>" for row in rows)
+    return (
+        f"<h3>Paired comparisons</h3>\n"
+        f'<div class="wide"><table id="paired"><thead><tr>{heads}</tr></thead><tbody>\n{body}\n</tbody></table></div>\n'
+        f'<p class="note">{escape(table.caption)}</p><ul class="note">{_items(table.footnotes)}</ul>'
+    )
+
+
 def _commands(content: Content) -> str:
     """The commands by workload, then those of this page and of the table with paired intervals."""
     parts = []
@@ -241,8 +258,8 @@ def _commands(content: Content) -> str:
         lines = [line for of, _, line in content.commands if of == workload]
         parts.append(f"<h3>{escape(title_of(workload))}</h3>\n<pre>{escape(chr(10).join(lines))}</pre>")
     given = shlex.join([content.source, *content.where])
-    again = f"python -m bayesq.suite.report {given} --html page.html\npython -m analysis {given} --main"
-    note = "This page; and paired bootstrap intervals and tests against the strongest GPTQ:"
+    again = f"python -m bayesq.suite.report {given} --paired --html page.html"
+    note = "This page, with paired bootstrap intervals and tests against the strongest GPTQ:"
     return "\n".join([*parts, f"<p>{note}</p>\n<pre>{escape(again)}</pre>"])
 
 

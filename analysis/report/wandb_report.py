@@ -1,6 +1,5 @@
 """The report as a Report in Weights & Biases: text and table from the results, panels from the project's runs."""
 
-import shlex
 from typing import TYPE_CHECKING, Any
 
 from analysis.report.content import QUESTION, Content, interval_text, title_of, units
@@ -35,7 +34,6 @@ def report(content: Content, project: str, entity: str) -> "Report":
         # without a project of its own a run set is that of the Report, and no account is needed to build it
         return wr.PanelGrid(runsets=[wr.Runset(groupby=groups)], panels=shown)
 
-    again = shlex.join(["python", "-m", "analysis", content.source, *content.where, "--main"])
     return wr.Report(
         project=project,
         entity=entity,
@@ -49,6 +47,7 @@ def report(content: Content, project: str, entity: str) -> "Report":
             wr.UnorderedList(items=list(content.answers)),
             wr.H1("Main table"),
             wr.MarkdownBlock(text=main_table(content).markdown()),
+            *([wr.MarkdownBlock(text=content.paired.markdown())] if content.paired else []),
             wr.H1("KL and score against bits"),
             grid(panels.quality(metrics)),
             wr.H1("Layers"),
@@ -58,8 +57,6 @@ def report(content: Content, project: str, entity: str) -> "Report":
             wr.H1("Commands"),
             wr.P("Every run of the table, from the folder of the repository:"),
             wr.CodeBlock(code="\n".join(line for _, _, line in content.commands), language=None),
-            wr.P("Paired bootstrap intervals and tests against the strongest GPTQ:"),
-            wr.CodeBlock(code=again, language=None),
         ],
     )
 

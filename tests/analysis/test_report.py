@@ -15,10 +15,12 @@ import numpy as np
 import pytest
 from frozen import add, add_main
 
+from analysis.loading import load_runs
 from analysis.report import wandb_report
 from analysis.report.content import Content, content_of
 from analysis.report.page import page, write_page
 from analysis.statistics import mean_interval
+from analysis.tables.main import main_table
 from bayesq.suite import report as entry
 from bayesq.suite.errors import UserError
 
@@ -140,6 +142,17 @@ def test_the_page_shows_the_table(text: str) -> None:
     assert re.findall(r"best>([\d.]+)", text) == ["0.02"], "the lowest of several; at 4 bits there is one method only"
 
 
+def test_paired_comparisons_are_those_of_the_main_table(results: Path, content: Content) -> None:
+    assert content.paired is None
+    both = content_of(results, paired=True)
+    expected = main_table(load_runs(results))
+    head, *rows = Reader(page(both)).tables["paired"]
+    assert head == list(expected.cells)
+    assert rows == expected.cells.to_numpy().tolist() and len(rows) > 2
+    spec = wandb_report.spec(wandb_report.report(both, "bayesq", ""))
+    assert [block["content"] for block in blocks(spec, "markdown-block")][1:] == [expected.markdown()]
+
+
 def test_the_answer_names_the_lowest_kl(content: Content) -> None:
     assert content.answers == [
         "ResNet, digits: lowest mean KL (of the next method): 3 bits BayesQ 0.02 (GPTQ 0.07); 4 bits GPTQ 0.002."
@@ -195,7 +208,7 @@ def test_commands_make_the_runs_again(text: str, content: Content, results: Path
     commands = {variant: line for _, variant, line in content.commands if "bits=3 " in line}
     assert commands["gptq"].startswith("python run.py -m model=resnet dataset=digits method=gptq ")
     assert commands["gptq"].endswith(f"bits=3 seed=0,1,2 results_dir={results}")
-    assert f"python -m bayesq.suite.report {results} --html page.html" in text
+    assert f"python -m bayesq.suite.report {results} --paired --html page.html" in text
 
 
 def test_the_page_needs_no_network_and_has_no_markup_of_runs(text: str) -> None:
