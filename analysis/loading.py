@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 import pandas as pd
 from omegaconf import DictConfig, OmegaConf
 
@@ -332,13 +333,12 @@ def _separating(records: Sequence[Mapping[str, Any]], **same: Any) -> list[str]:
 
 
 def _long(runs: pd.DataFrame, file: str) -> pd.DataFrame:
-    parts = []
-    for run in records(finished(runs)):
-        table = read_table(run, file)
-        if table is None:
-            continue
-        beside = {name: run[column] for column, name in BESIDE.items()}
-        if file == PREDICTIONS_FILE:
-            beside["row"] = range(len(table))
-        parts.append(pd.DataFrame({**beside, **{str(key): table[key] for key in table}}, index=table.index))
-    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=[*BESIDE.values()])
+    had = [(run, table) for run in records(finished(runs)) if (table := read_table(run, file)) is not None]
+    if not had:
+        return pd.DataFrame(columns=[*BESIDE.values()])
+    rows = pd.concat([table for _, table in had], ignore_index=True)
+    sizes = [len(table) for _, table in had]
+    beside = {name: np.repeat([run[column] for run, _ in had], sizes) for column, name in BESIDE.items()}
+    if file == PREDICTIONS_FILE:
+        beside["row"] = np.concatenate([np.arange(size) for size in sizes])
+    return pd.concat([pd.DataFrame(beside), rows], axis=1)

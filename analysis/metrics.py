@@ -1,5 +1,6 @@
 """Properties of metrics for tables and figures; only this module of analysis/ imports the suite's metrics."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -28,6 +29,11 @@ def in_words(metric: str) -> str:
 def as_share(metric: Any, value: float) -> float:
     """A value or difference, such that SCALE times it is in the metric's unit; shares stay as they are."""
     return value * (metrics.metric_of(str(metric)).scale / SCALE)
+
+
+def limits(metric: str) -> tuple[float, float]:
+    """The least and the largest value in the metric's unit; infinite where only percentages have limits."""
+    return (0.0, 100.0) if metrics.metric_of(metric).unit == "%" else (-math.inf, math.inf)
 
 
 def is_better(delta: float, metric: Any) -> bool:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import stdtrit
 
 from analysis.metrics import Floats
 from analysis.metrics import function as metric_function
@@ -40,6 +41,24 @@ def mean_std(values: Sequence[float]) -> tuple[float, float, int]:
     if not len(numbers):
         return math.nan, math.nan, 0
     return float(numbers.mean()), float(numbers.std(ddof=1)) if len(numbers) > 1 else math.nan, len(numbers)
+
+
+def mean_interval(
+    mean: float, std: float, n: int, limits: tuple[float, float] = (-math.inf, math.inf)
+) -> tuple[float, float]:
+    """The 95 % interval of a mean of n values, mean -+ t std / sqrt(n) with Student's t of n - 1 degrees of freedom.
+
+    Args:
+        std: sample standard deviation.
+        limits: the least and the largest possible value of the quantity, at which the interval is cut.
+
+    Returns:
+        both ends, NaN for fewer than two values.
+    """
+    if n < 2 or math.isnan(std):
+        return math.nan, math.nan
+    half = float(stdtrit(n - 1, 0.975)) * std / math.sqrt(n)
+    return max(mean - half, limits[0]), min(mean + half, limits[1])
 
 
 def paired_bootstrap(

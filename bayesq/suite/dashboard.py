@@ -1,21 +1,21 @@
 """The suite's W&B workspace: `python -m bayesq.suite.dashboard --project P --entity E` saves it.
 
-It shows accuracy, divergence and stored bits against the budget, by method; the time and memory of runs; and tables
-and plots of layers and calibration. `bayesq.suite.tracking` logs every key that a panel uses.
+It shows accuracy, divergence and stored bits against the budget, by method; settings beside results and the
+differences of runs; the time and memory of runs; and tables and plots of layers and calibration. The panels that a
+Report has too are in `bayesq.suite.wandb_panels`.
 """
 
 import argparse
 import json
 from collections.abc import Sequence
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
 
 from bayesq.suite import wandb_environment as environment
+from bayesq.suite import wandb_panels as shared
 from bayesq.suite.arguments import exit_with
 from bayesq.suite.config import require_wandb_key
 from bayesq.suite.errors import UserError
-from bayesq.suite.plots import CHARTS
-from bayesq.suite.tracking import LAYER_HISTORY, LAYER_STEP, LAYERS_KEY
+from bayesq.suite.tracking import LAYERS_KEY
 from bayesq.suite.wandb_names import label, project_label
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 NAME = "BayesQ suite"
 # The default of wandb.project in conf/config.yaml.
 PROJECT = "bayesq"
-METRIC, DIVERGENCE = "accuracy", "q/kl_to_fp"
+METRIC = "accuracy"
 # Times of the stages before the evaluation.
 PREPARATION = ("time/calibrate_s", "time/posterior_s", "time/quantize_s", "time/distill_s")
 # Counts of fallbacks: what a run did instead of what was asked.
@@ -34,7 +34,8 @@ FALLBACKS = ("fallback/damping_retries", "fallback/dead_columns", "fallback/unse
 def workspace(project: str, entity: str, metric: str = METRIC, group: str | None = None) -> "Workspace":
     """Build the workspace without saving it; this needs neither a login nor the network.
 
-    Runs are grouped by method, budget and ablation, so panels show means over seeds. Long names of projects and groups
+    Runs are grouped by the keys of `wandb_panels.GROUPS`, so panels show means over seeds, and ablations and other
+    variants of a method stay apart. Long names of projects and groups
     are shortened as in `bayesq.suite.tracking`. Raises UserError if the package wandb-workspaces is missing.
 
     Args:
@@ -42,21 +43,20 @@ def workspace(project: str, entity: str, metric: str = METRIC, group: str | None
         metric: the task's metric, as in q/<metric>.
         group: show only the runs of this workload, `<model>-<dataset>`; None shows all runs of the project.
     """
-    if find_spec("wandb_workspaces") is None:
-        raise UserError("the dashboard needs the package wandb-workspaces: pip install 'bayesq[dashboard]'")
+    shared.require_workspaces("dashboard")
     import wandb_workspaces.workspaces as ws
 
     project, group = project_label(project), group if group is None else label(group)
-    shown = [f"q/{metric}", f"delta/{metric}", DIVERGENCE, "bits/code", "bits/stored", "time/total_s"]
+    shown = [f"q/{metric}", f"delta/{metric}", shared.DIVERGENCE, "bits/code", "bits/stored", "time/total_s"]
     return ws.Workspace(
         entity=entity,
         project=project,
         name=NAME if group is None else label(f"{NAME}: {group}"),
         sections=_sections(metric),
-        settings=ws.WorkspaceSettings(max_runs=100),
+        settings=ws.WorkspaceSettings(max_runs=shared.MOST_RUNS),
         runset_settings=ws.RunsetSettings(
             filters="" if group is None else ws.And(ws.Metric("Group") == group),
-            groupby=[ws.Config("method"), ws.Config("bits"), ws.Config("ablation")],
+            groupby=[ws.Config(key) for key in shared.GROUPS],
             pinned_columns=[*(f"summary:{key}" for key in shown), "config:seed"],
         ),
     )
@@ -67,46 +67,20 @@ def _sections(metric: str) -> list[Any]:
     import wandb_workspaces.reports.v2 as panels
     import wandb_workspaces.workspaces as ws
 
-    quality, bits, stored = f"q/{metric}", panels.Config("bits"), panels.SummaryMetric("bits/stored")
-
-    def lines(title: str, key: str) -> Any:
-        """One line per method."""
-        return panels.CustomChart(
-            query={"summary": {"keys": ["bits/target", key, "method"]}},
-            chart_name="wandb/line/v0",
-            chart_fields={"x": "bits/target", "y": key, "stroke": "method"},
-            chart_strings={"title": title},
-        )
-
-    def scatter(title: str, x: Any, key: str, log_y: bool | None = None) -> Any:
-        return panels.ScatterPlot(title=title, x=x, y=panels.SummaryMetric(key), log_y=log_y)
-
     def bars(title: str, summary: Literal["mean", "max", "sum"], *metrics: str) -> Any:
         """One bar per method."""
         method = panels.Config("method")
         return panels.BarPlot(title=title, metrics=[*metrics], groupby=method, groupby_aggfunc=summary)
 
-    charts = [
-        panels.CustomChart(
-            query={"summaryTable": {"tableKey": chart.table_key}},
-            chart_name=chart.preset,
-            chart_fields=dict(chart.fields),
-            chart_strings=dict(chart.texts),
-        )
-        for chart in CHARTS
-    ]
     sections = {
         "Quality against bits": [
-            lines(f"{metric} against bits by method", quality),
-            lines("KL to full precision (nats) against bits by method", DIVERGENCE),
-            scatter(f"{metric} against bits", bits, quality),
-            scatter("KL (nats) against bits", bits, DIVERGENCE, log_y=True),
-            scatter(f"Stored bits against {metric}", stored, quality),
+            *shared.quality([metric]),
             bars(f"Change of {metric}", "mean", f"delta/{metric}"),
         ],
+        "Settings": [shared.parallel_coordinates([metric]), panels.RunComparer(diff_only="split")],
         "Cost": [
             bars("Preprocessing time (s)", "mean", *PREPARATION),
-            scatter("Total time (s) against bits", bits, "time/total_s"),
+            shared.scatter("Total time (s) against bits", panels.Config("bits"), "time/total_s"),
             bars("Peak memory (bytes)", "max", "memory/peak_rss_bytes", "memory/peak_device_bytes"),
             bars("Fallbacks", "sum", *FALLBACKS),
         ],
@@ -117,22 +91,12 @@ def _sections(metric: str) -> list[Any]:
             name="Layers and calibration",
             is_open=True,
             layout_settings=ws.SectionLayoutSettings(columns=2, rows=2),
-            panels=[*charts, *_curves(), panels.WeavePanelSummaryTable(table_name=LAYERS_KEY)],
+            panels=[
+                *shared.layer_charts(),
+                *shared.layer_curves(),
+                panels.WeavePanelSummaryTable(table_name=LAYERS_KEY),
+            ],
         ),
-    ]
-
-
-def _curves() -> list[Any]:
-    """Numbers of the layers in forward order, a line per run."""
-    import wandb_workspaces.reports.v2 as panels
-
-    return [
-        panels.LinePlot(title=title, x=LAYER_STEP, y=[f"{LAYER_HISTORY}{column}"], log_y=log_y)
-        for title, column, log_y in (
-            ("Code bits by layer", "bits/code", None),
-            ("Achieved risk by layer (nats)", "achieved_risk", True),
-            ("Seconds by layer", "seconds", None),
-        )
     ]
 
 

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from wandb_server import API_KEY, ENTITY, serving
 
-from bayesq.suite import dashboard, plots, tracking, wandb_names
+from bayesq.suite import dashboard, plots, tracking, wandb_names, wandb_panels
 from bayesq.suite.results import PROVENANCE, load_results
 
 ROOT = Path(__file__).parents[2]
@@ -56,6 +56,11 @@ def named_keys(definition: dict[str, Any]) -> dict[str, set[str]]:
             for key in config["metrics"]:
                 read(key)
             found["config"].add(config["groupBy"].removesuffix(".value"))
+        elif panel["viewType"] == "Parallel Coordinates Plot":
+            for column in config["columns"]:
+                read(column["accessor"])
+        elif panel["viewType"] == "Run Comparer":
+            assert config["diffOnly"] == "split"
         elif panel["viewType"] == "Run History Line Plot":
             assert config["xAxis"] == tracking.LAYER_STEP
             found["history"] |= set(config["metrics"])
@@ -110,7 +115,7 @@ def test_every_key_of_a_panel_is_one_that_a_run_logs(logged: tuple[dict[str, Any
     named = named_keys(dashboard.definition(dashboard.workspace("bayesq", "team")))
     assert named["summary"] <= set(result)
     assert named["summary"] <= set(read["summary"])
-    assert named["config"] == {"method", "bits", "seed", "ablation"}
+    assert named["config"] == {*wandb_panels.GROUPS, "seed"}
     assert named["history"] == {f"layer/{column}" for column in ("bits/code", "achieved_risk", "seconds")}
     assert named["history"] <= set(read["summary"]), "the range of each"
     assert named["config"] <= set(read["config"])
@@ -154,7 +159,10 @@ def test_it_shows_what_it_is_for() -> None:
     }
     assert ("summary:bits/stored", "summary:q/accuracy") in scatter
     (runs,) = definition["section"]["runSets"]
-    assert [key["name"] for key in runs["grouping"]] == ["method.value", "bits.value", "ablation.value"]
+    assert [key["name"] for key in runs["grouping"]] == [f"{key}.value" for key in wandb_panels.GROUPS]
+    assert {"ablation", "inputs", "allocator"} < set(wandb_panels.GROUPS), "variants of a method stay apart"
+    assert definition["section"]["settings"]["maxRuns"] > 100
+    assert {"Parallel Coordinates Plot", "Run Comparer"} < {panel["viewType"] for panel in panels(definition)}
 
 
 def test_the_charts_are_those_that_a_run_logs() -> None:
@@ -220,7 +228,7 @@ def test_without_a_login_there_is_one_line() -> None:
 
 
 def test_without_the_extra_there_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    monkeypatch.setattr(dashboard, "find_spec", lambda name: None)
+    monkeypatch.setattr(wandb_panels, "find_spec", lambda name: None)
     with pytest.raises(SystemExit, match=r"^error: .*pip install 'bayesq\[dashboard\]'$"):
         dashboard.main(["--dry-run"])
     assert capsys.readouterr().out == ""

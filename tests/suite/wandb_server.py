@@ -276,6 +276,17 @@ class WandbServer(ThreadingHTTPServer):
             "historyKeys": None,
         }
 
+    def answer_GetProjects(self, variables: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
+        return {
+            "models": {"pageInfo": {"__typename": "PageInfo", "endCursor": None, "hasNextPage": False}, "edges": []}
+        }
+
+    def answer_CreateProject(self, variables: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
+        return {"result": {"inserted": True}}
+
+    def answer_upsertView(self, variables: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
+        return self.answer_UpsertView2(variables)
+
     def answer_UpsertView2(self, variables: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
         self.views[variables["name"]] = variables | {"spec": json.loads(variables["spec"])}
         return {"upsertView": {"view": {"id": "view", "name": variables["name"]}, "inserted": True}}

@@ -1,0 +1,103 @@
+"""The report as a Report in Weights & Biases: text and table from the results, panels from the project's runs."""
+
+from typing import TYPE_CHECKING, Any
+
+from analysis.report.content import QUESTION, Content, interval_text, title_of, units
+from analysis.table import Table, make_table
+from bayesq.suite import wandb_panels as panels
+from bayesq.suite.config import require_wandb_key
+from bayesq.suite.errors import UserError
+from bayesq.suite.wandb_names import LABEL_CHARACTERS, label, project_label
+
+if TYPE_CHECKING:
+    from wandb_workspaces.reports.v2 import Report
+
+DESCRIPTION = "Written by python -m bayesq.suite.report"
+
+
+def report(content: Content, project: str, entity: str) -> "Report":
+    """Build the Report without saving it; this needs neither a login nor the network.
+
+    The numbers of its text and table are those of `content`; its panels show the runs of the project.
+
+    Raises:
+        UserError: the package wandb-workspaces is missing.
+    """
+    panels.require_workspaces("report")
+    import wandb_workspaces.reports.v2 as wr
+
+    project = project_label(project)
+    metrics = list(dict.fromkeys(content.table["metric"]))
+
+    def grid(shown: list[Any], grouped: bool = True) -> Any:
+        groups = [f"config.{key}" for key in panels.GROUPS] if grouped else []
+        # without a project of its own a run set is that of the Report, and no account is needed to build it
+        return wr.PanelGrid(runsets=[wr.Runset(groupby=groups)], panels=shown)
+
+    return wr.Report(
+        project=project,
+        entity=entity,
+        title=label(f"bayesq: {', '.join(map(title_of, units(content.table)))}", LABEL_CHARACTERS),
+        description=DESCRIPTION,
+        width="fluid",
+        blocks=[
+            wr.TableOfContents(),
+            wr.H1("Question"),
+            wr.P(QUESTION),
+            wr.UnorderedList(items=list(content.answers)),
+            wr.H1("Main table"),
+            wr.MarkdownBlock(text=main_table(content).markdown()),
+            *([wr.MarkdownBlock(text=content.paired.markdown())] if content.paired else []),
+            wr.H1("KL and score against bits"),
+            grid(panels.quality(metrics)),
+            wr.H1("Layers"),
+            grid(panels.layer_curves()),
+            wr.H1("Compare runs"),
+            grid([wr.RunComparer(diff_only="split"), panels.parallel_coordinates(metrics)], grouped=False),
+            wr.H1("Commands"),
+            wr.P("Every run of the table, from the folder of the repository:"),
+            wr.CodeBlock(code="\n".join(line for _, _, line in content.commands), language=None),
+        ],
+    )
+
+
+def main_table(content: Content) -> Table:
+    """The table of the report: means over seeds with intervals and n, one row per workload, variant and budget."""
+    table = content.table
+
+    def numbers(column: str, form: str, form_of_ends: str) -> list[str]:
+        ends = zip(table[column], table[f"{column}_low"], table[f"{column}_high"], strict=True)
+        return [f"{mean:{form}} {interval_text(low, high, form_of_ends)}".strip() for mean, low, high in ends]
+
+    cells = table.assign(
+        workload=table["workload"].map(title_of),
+        method=[content.looks[variant].label for variant in table["variant"]],
+        bits=table["bits"].map("{:g}".format),
+        n=table["n"].astype(str),
+        score=numbers("score", ".2f", ".2f"),
+        kl=numbers("kl", ".3g", ".2g"),
+        stored=table["stored"].map("{:.3f}".format),
+    )[["workload", "bits", "method", "n", "metric", "score", "kl", "stored"]]
+    cells = cells.rename(columns={"kl": "KL (nats)", "stored": "stored bits"})
+    return make_table(cells, table, {}, content.caption, content.remarks, padded=False)
+
+
+def spec(built: "Report") -> dict[str, Any]:
+    """The Report as W&B stores it."""
+    stored: dict[str, Any] = built._to_model().spec.model_dump(mode="json", by_alias=True, exclude_none=True)
+    return stored
+
+
+def save(content: Content, project: str, entity: str) -> str:
+    """Save the Report in the project and return its URL.
+
+    Raises:
+        UserError: there is no login, or W&B did not save the Report.
+    """
+    built = report(content, project, entity)
+    require_wandb_key("report", "add --dry-run, which prints the Report without an account, or give --html PAGE")
+    try:
+        built.save()
+        return str(built.url)
+    except Exception as error:  # the client raises errors of many types
+        raise UserError(f"W&B did not save the report ({type(error).__name__}: {error})") from error
