@@ -161,6 +161,8 @@ class Recipe:
             raise Refused(f"codec={self.codec}: choose one of {', '.join(CODECS)}")
         if self.codec == "entropy" and not getattr(self.method, "entropy", False):
             raise Refused("codec=entropy: this method has no entropy-coded form; choose codec=fixed")
+        if self.codec == "fixed" and not getattr(self.method, "fixed", True):
+            raise Refused("codec=fixed: this method is for entropy-coded codes alone; choose codec=entropy")
         if self.inputs not in INPUTS:
             raise Refused(f"inputs={self.inputs}: choose one of {', '.join(INPUTS)}")
         if self.compares and self.inputs != "paired":
