@@ -96,11 +96,15 @@ class ScalarRounds:
         weight = stack_groups(scaled_weight(layer, column_scale))
 
         def attempt(more: float) -> tuple[QuantizedTensor, int]:
-            step = usable_step(self.steps[layer.name] * self.factor * more, weight)
+            step = usable_step(self.first_steps(layer) * more, weight)
             tensor = self.coded(round_steps(step), step, layer.weight.shape[0], column_scale)
             return tensor, tensor.code.code_bits(tensor.codes, tensor.width, tensor.groups)
 
         return self.plan.fit(layer, attempt)
+
+    def first_steps(self, layer: LayerProblem) -> Tensor:
+        """The steps [R] with which the plan begins."""
+        return self.steps[layer.name] * self.factor
 
     def coded(self, codes: Tensor, step: Tensor, groups: int, column_scale: Tensor | None) -> QuantizedTensor:
         """The layer with these codes [R, C] and steps [R]."""
