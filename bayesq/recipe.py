@@ -191,7 +191,8 @@ class Recipe:
     @property
     def _only_targets(self) -> bool:
         """Whether a posterior without inputs, such as diag, rounds targets and keeps moments, which any method can."""
-        return self.inputs == "paired" and self.whitenings is not None and bool(self.method.statistics)
+        posterior = getattr(self.method, "whitenings", None)  # one that the allocator alone reads does not count
+        return self.inputs == "paired" and posterior is not None and bool(self.method.statistics)
 
     @property
     def compares(self) -> frozenset[Statistic]:
