@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from baselines.gptq import GPTQ
-from bayesq.contract import Allocate, Context, LayerProblem, check_finite, stack_groups
+from bayesq.contract import Allocate, Context, LayerProblem, check_finite
 from bayesq.entropy import coded_tensor, full_width, usable_step
 from bayesq.entropy_scalar import ScalarRounds, nearest_codes, scaled_weight
 from bayesq.errors import Refused

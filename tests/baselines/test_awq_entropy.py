@@ -103,5 +103,5 @@ def test_the_budget_is_never_exceeded_and_the_file_reads_back(bits: float, count
 
 
 def test_column_groups_are_refused() -> None:
-    with pytest.raises(Refused, match="method.group_size=16: codec=entropy has one step per row; choose null"):
+    with pytest.raises(Refused, match=r"method\.group_size=16: codec=entropy has one step per row; choose null"):
         coded(AWQ(EXPONENTS, 4, 0.5, 16), layer(1, 1.0), 3)

@@ -38,9 +38,7 @@ def gaussian(groups: int, rows: int, columns: int, decay: float, name: str = "la
     return LayerProblem(name, "Linear", weight, lambda _: moment)
 
 
-def coded(
-    method: Method, layers: list[LayerProblem], bits: float, count: str = "code"
-) -> dict[str, QuantizedTensor]:
+def coded(method: Method, layers: list[LayerProblem], bits: float, count: str = "code") -> dict[str, QuantizedTensor]:
     stream = StreamAllocation(Uniform(), Budget(bits, count), {layer.name: layer for layer in layers})
     context = replace(Context.of_seed(0), stream=stream)
     return {layer.name: tensor for layer, tensor in quantize_layers(method, layers, lambda *_: {}, context)}
@@ -159,7 +157,10 @@ def test_classes_are_the_cheapest_ones() -> None:
     other = torch.tensor([0, 2, 1, 0, 3, 3, 2], dtype=torch.uint8)
     lengths = torch.rand(4, 256, generator=generator, dtype=torch.float64)
     for r, chosen in enumerate(cheapest_classes(codes, other, lengths).tolist()):
-        costs = [sum(lengths[min(k + b, 3), c] for c, b in zip(codes[r].tolist(), other.tolist(), strict=True)) for k in range(4)]
+        costs = [
+            sum(lengths[min(k + b, 3), c] for c, b in zip(codes[r].tolist(), other.tolist(), strict=True))
+            for k in range(4)
+        ]
         assert chosen == int(np.argmin(costs))
 
 
@@ -233,5 +234,5 @@ def test_it_runs_by_name_with_entropy_codes_as_its_default() -> None:
     quantized, report = bayesq.quantize(network, batches, bits=1.7, method="watersic")
     assert sum(map(code_bits, report.packed.tensors.values())) <= 1.7 * (24 * 64 + 64 * 6)
     assert not torch.equal(quantized[0].weight, network[0].weight)
-    with pytest.raises(Refused, match="codec='?fixed'?: .*choose codec='?entropy"):
+    with pytest.raises(Refused, match=r"codec='?fixed'?: .*choose codec='?entropy"):
         bayesq.quantize(network, batches, bits=3, method="watersic", codec="fixed")

@@ -563,7 +563,7 @@ def test_entropy_coding_takes_budgets_from_one_bit_and_leaves_other_run_ids(defa
 
 @pytest.mark.parametrize(
     ("override", "shown"),
-    [("block=layer", "block=layer"), ("widths=[2,4]", r"widths=\[2,4\]"), ("pinned={conv1:8}", "pinned={conv1:8}")],
+    [("block=layer", "block=layer"), ("widths=[2,4]", r"widths=\[2,4\]"), ("min_width=3", "min_width=3")],
 )
 def test_keys_of_widths_are_refused_where_rows_have_steps(override: str, shown: str) -> None:
     message = f"allocation.{shown}: is not read with codec=entropy, whose rows have steps and no widths; leave it at"
