@@ -34,7 +34,8 @@ def complete(values: pd.DataFrame, first: Sequence[str] = ()) -> pd.DataFrame:
         first: settings that join before all others.
     """
     present = values.notna()
-    order = sorted(values.columns, key=lambda name: (name not in first, -int(present[name].sum()), str(name)))
+    blocks = {str(name): int(count) for name, count in present.sum().items()}
+    order = sorted(blocks, key=lambda name: (name not in first, -blocks[name], name))
     best = values.iloc[:0, :0]
     for k in range(2, len(order) + 1):
         chosen = order[:k]

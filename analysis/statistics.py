@@ -144,7 +144,7 @@ def _log_ratio(columns: Floats, examples: Floats, chosen: Floats) -> Floats:
     means = examples @ columns.T
     of_first, of_second = ((part * chosen).sum(1) for part in np.split(means, 2, axis=1))
     usable = (of_first > 0) & (of_second > 0)
-    return np.log(np.divide(of_second, of_first, out=np.full_like(of_first, np.nan), where=usable))
+    return np.asarray(np.log(np.divide(of_second, of_first, out=np.full_like(of_first, np.nan), where=usable)))
 
 
 def _task_gain(task: Task, seed: int | Sequence[int], resamples: int) -> tuple[float, Floats]:

@@ -77,7 +77,8 @@ def league_of(runs: pd.DataFrame) -> League:
     kl = chosen.pivot_table(KL, "block", "setting", aggfunc="mean")
     own = [name for name in (PROPOSED, REFERENCE) if name in kl]
     of_reference = chosen[chosen["method"] == REFERENCE]["setting"].drop_duplicates()
-    most = sorted(of_reference, key=lambda name: (name != REFERENCE, -int(kl[name].notna().sum()), name))
+    counts = {str(name): int(count) for name, count in kl.notna().sum().items()}
+    most = sorted(of_reference, key=lambda name: (name != REFERENCE, -counts[name], name))
     return League(chosen, kl, complete(kl, own), most[0] if most else None, left_out)
 
 
@@ -128,7 +129,7 @@ def league_table(runs: pd.DataFrame) -> Table:
     for reason, of in numbers.groupby("no_interval", sort=True):
         notes.append(f"No interval: {', '.join(label(name, methods) for name in of['setting'])} ({reason}).")
     if league.left_out:
-        notes.append(f"Left out, as a seed of the others is missing: {league.left_out} settings of single blocks.")
+        notes.append(f"Left out, as a seed of the others is missing: {league.left_out} pairs of setting and block.")
     return make_table(cells, numbers, bold, _caption(league, reference), [*notes, *remarks_of(runs)])
 
 
@@ -139,15 +140,15 @@ def _rows(league: League) -> list[dict[str, Any]]:
     costs["beyond"] = pd.to_numeric(league.runs["bits/stored"]) - pd.to_numeric(league.runs["bits/target"])
     medians = costs.groupby(["setting", "block"])[["total", "memory", "beyond"]].median()
     rows = []
-    for name in league.kl:
+    for name in map(str, league.kl):
         of = league.runs[league.runs["setting"] == name]
-        here = medians.loc[name]
+        here = medians.xs(name)
         row = {"setting": name, "method": of["method"].iloc[0], "blocks": len(here), "ranked_blocks": 0}
         row |= {"workloads": of["workload"].nunique(), "stored_beyond": here["beyond"].mean()}
         if name in ranked:
             row |= {"mean_rank": ranked[name].mean(), "ranked_blocks": len(ranked), "wins": int(ties[name].sum())}
         if league.reference is not None:
-            multiples = here / medians.loc[league.reference].reindex(here.index)
+            multiples = here / medians.xs(league.reference).reindex(here.index)
             row |= {"time x": _geometric(multiples["total"]), "memory x": _geometric(multiples["memory"])}
             row |= _ratio(league, name, examples)
         rows.append(row)
@@ -184,15 +185,16 @@ def winners(league: League, methods: Mapping[str, Any]) -> str:
     contested = league.kl[league.kl.notna().sum(axis=1) > 1]
     if contested.empty:
         return "No workload and budget has more than one setting."
-    names = short_names(dict.fromkeys(workload for workload, _, _ in contested.index))
+    places = contested.index.tolist()
+    names = short_names(dict.fromkeys(workload for workload, _, _ in places))
     first: dict[str, dict[str, list[str]]] = {}
-    for (workload, bits, _), row in contested.iterrows():
-        first.setdefault(str(row.idxmin()), {}).setdefault(names[workload], []).append(f"{bits:g}")
+    for (workload, bits, _), winner in zip(places, contested.idxmin(axis=1).tolist(), strict=True):
+        first.setdefault(winner, {}).setdefault(names[workload], []).append(f"{bits:g}")
     parts = []
-    for setting, places in sorted(first.items(), key=lambda item: -sum(map(len, item[1].values()))):
-        where = ", ".join(f"{name} ({', '.join(bits)} bits)" for name, bits in places.items())
+    for setting, won in sorted(first.items(), key=lambda item: -sum(map(len, item[1].values()))):
+        where = ", ".join(f"{name} ({', '.join(bits)} bits)" for name, bits in won.items())
         parts.append(f"{label(setting, methods)} on {where}")
-    ours = [name for name in contested if name.split(" ")[0] == PROPOSED]
+    ours = [name for name in map(str, contested) if name.split(" ")[0] == PROPOSED]
     ratio = (contested[ours].min(axis=1) / contested.drop(columns=ours).min(axis=1)).dropna()
     said = f"Lowest KL of all that ran: {'; '.join(parts)}."
     if ratio.empty:
@@ -216,7 +218,7 @@ def significance(league: League) -> str:
 
 
 def _caption(league: League, reference: str) -> str:
-    workloads = len({workload for workload, _, _ in league.kl.index})
+    workloads = len({workload for workload, _, _ in league.kl.index.tolist()})
     seeds = counted(league.runs.groupby(["block", "setting"])["seed"].nunique()) if len(league.runs) else "0"
     return (
         f"League of all settings over {len(league.kl)} blocks, a workload at a budget each ({workloads} workloads; n = "

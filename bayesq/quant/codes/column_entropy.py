@@ -29,7 +29,7 @@ class ColumnEntropyCode(EntropyCode):
 
     column_class: Tensor = field(kw_only=True)
 
-    FACTS = ("code", "tables")
+    FACTS: ClassVar[tuple[str, ...]] = ("code", "tables")
     BUFFERS: ClassVar = {"rate_class": (torch.uint8, 1), "column_class": (torch.uint8, 1)}
 
     def check(self, width: Tensor) -> None:

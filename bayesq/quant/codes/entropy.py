@@ -55,7 +55,7 @@ class EntropyCode(Code):
 
     centred = True
     LEAST_BITS = 1 / MOST_WEIGHTS_PER_BIT
-    FACTS = ("code", "tables", "states")
+    FACTS: ClassVar[tuple[str, ...]] = ("code", "tables", "states")
     BUFFERS: ClassVar = {"rate_class": (torch.uint8, 1)}
 
     def check(self, width: Tensor) -> None:
