@@ -36,11 +36,13 @@ def draw(data: pd.DataFrame, looks: Mapping[str, Look]) -> Figure:
     plot = figure.subplots()
     for row, (variant, rank) in enumerate(mean.items()):
         look = looks[str(variant)]
-        plot.plot([rank, rank], [0, row], color=GREY, linewidth=0.4, zorder=1)
+        plot.plot([rank, rank], [top + BAR, row], color=GREY, linewidth=0.4, zorder=1)
         plot.plot(rank, row, **(look.of_line() | {"linestyle": "none"}))
     for place, group in enumerate(groups):
         height = -BAR * (place + 1)
-        plot.plot([mean[group].min(), mean[group].max()], [height] * 2, color="black", linewidth=2.2)
+        plot.plot(
+            [mean[group].min(), mean[group].max()], [height] * 2, color="black", linewidth=2.2, solid_capstyle="butt"
+        )
     plot.plot([1, 1 + difference], [top] * 2, color=GREY, linewidth=1, marker="|", markersize=5)
     plot.text(1 + difference / 2, top - 0.15, f"CD = {difference:.2f}", ha="center", va="bottom", fontsize="small")
     plot.set_yticks(range(settings), [looks[str(variant)].label for variant in mean.index])

@@ -13,13 +13,13 @@ from analysis.notebooks import Page
 from analysis.ranks import too_few
 from analysis.tables.league import league_of, league_table, significance
 
-page = Page("league", tables=["league"])
+page = Page("league", tables=["league_table"])
 
 # %%
 if page.finished.empty:
     page.nothing("no finished run", gaps.main_sweep())
 else:
-    page.table(league_table(page.runs), "league")
+    page.table(league_table(page.runs), "league_table")
 
 # %%
 if not page.finished.empty:

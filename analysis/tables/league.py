@@ -188,7 +188,7 @@ def winners(league: League, methods: Mapping[str, Any]) -> str:
     places = contested.index.tolist()
     names = short_names(dict.fromkeys(workload for workload, _, _ in places))
     first: dict[str, dict[str, list[str]]] = {}
-    for (workload, bits, _), winner in zip(places, contested.idxmin(axis=1).tolist(), strict=True):
+    for (workload, bits, _), winner in zip(places, map(str, contested.idxmin(axis=1)), strict=True):
         first.setdefault(winner, {}).setdefault(names[workload], []).append(f"{bits:g}")
     parts = []
     for setting, won in sorted(first.items(), key=lambda item: -sum(map(len, item[1].values()))):
@@ -212,8 +212,8 @@ def significance(league: League) -> str:
     p, difference = friedman(league.ranked), critical_difference(settings, blocks)
     test = "" if math.isnan(p) else f"Friedman's test: p {'< 0.001' if p < 0.001 else f'= {p:.3f}'}. "
     return (
-        f"{test}Mean ranks that differ by more than {difference:.2f} differ at {LEVEL:.0%} (Nemenyi, n = {blocks} "
-        "blocks; budgets of one workload are not independent)."
+        f"{test}Mean ranks that differ by more than {difference:.2f} differ at {100 * LEVEL:g} % (Nemenyi, "
+        f"n = {blocks} blocks; budgets of one workload are not independent)."
     )
 
 
