@@ -13,10 +13,11 @@ from baselines.gptq import GPTQ
 from baselines.watersic import WaterSIC, cheapest_classes, column_scale, refitted
 from bayesq.budget import Budget
 from bayesq.contract import Context, LayerProblem, Method
-from bayesq.entropy import StreamAllocation
+from bayesq.entropy import StreamAllocation, full_width
 from bayesq.errors import Refused
 from bayesq.loop import quantize_layers
 from bayesq.quant.accounting import buffer_bytes, code_bits, stored_bytes
+from bayesq.quant.codes import RateTables
 from bayesq.quant.codes.column_entropy import ColumnEntropyCode
 from bayesq.quant.feedback import feedback_factor
 from bayesq.quant.packing import pack_model, unpack_model
@@ -236,3 +237,20 @@ def test_it_runs_by_name_with_entropy_codes_as_its_default() -> None:
     assert not torch.equal(quantized[0].weight, network[0].weight)
     with pytest.raises(Refused, match=r"codec='?fixed'?: .*choose codec='?entropy"):
         bayesq.quantize(network, batches, bits=3, method="watersic", codec="fixed")
+
+
+def test_the_stream_is_the_same_on_every_machine() -> None:
+    """Bytes of fixed codes; files with other ones could not be read any more."""
+    counts = np.zeros((3, 2, 256))
+    counts[:, 0, 120:137] = [[2 ** max(0, 8 - abs(s) * (3 - k)) for s in range(-8, 9)] for k in range(3)]
+    place = torch.arange(40)
+    codes = (128 + (place * place * 7 % 11 - 5) // (1 + place % 4)).to(torch.uint8).reshape(5, 8)
+    row, column = torch.tensor([0, 1, 2, 0, 1]), torch.tensor([0, 0, 1, 2, 1, 0, 2, 1])
+    code = ColumnEntropyCode(RateTables.of(counts), row.to(torch.uint8), column_class=column.to(torch.uint8))
+    packed = code.pack(codes, full_width(5), 1)
+    assert {key: bytes(buffer.numpy()).hex() for key, buffer in packed.items()} == {
+        "codes": "22be4603bd2e37ab7cc364963cda3f2e282f1d0b",
+        "rate_class": "1840",  # two bits each, zeros behind
+        "column_class": "0649",
+    }
+    assert torch.equal(code.unpack_codes(packed, full_width(5), 8, 1), codes)
