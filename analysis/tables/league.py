@@ -75,11 +75,11 @@ def league_of(runs: pd.DataFrame) -> League:
     chosen = pd.concat(parts)
     chosen = chosen.assign(**{KL: pd.to_numeric(chosen[KL])})
     kl = chosen.pivot_table(KL, "block", "setting", aggfunc="mean")
-    own = [name for name in (PROPOSED, REFERENCE) if name in kl]
+    first = [name for name in (PROPOSED, REFERENCE) if name in kl]
     of_reference = chosen[chosen["method"] == REFERENCE]["setting"].drop_duplicates()
     counts = {str(name): int(count) for name, count in kl.notna().sum().items()}
     most = sorted(of_reference, key=lambda name: (name != REFERENCE, -counts[name], name))
-    return League(chosen, kl, complete(kl, own), most[0] if most else None, left_out)
+    return League(chosen, kl, complete(kl, first), most[0] if most else None, left_out)
 
 
 def setting_of(run: Mapping[str, Any]) -> str:
