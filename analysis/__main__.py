@@ -1,4 +1,5 @@
-"""`python -m analysis RESULTS [KEY=VALUE ...] [--main | --ablation | --cost | --risk | --glue]`: a table.
+"""`python -m analysis RESULTS [KEY=VALUE ...] [--main | --ablation | --cost | --risk | --league | --glue]`: a
+table.
 
 With `--output DIR` every table and figure goes there instead. RESULTS is a results folder or `wandb:ENTITY/PROJECT`;
 Filters such as `dataset=digits method=bayesq,gptq` select the runs that fit all of them.
@@ -11,6 +12,7 @@ from analysis.loading import finished, load_runs, without_result
 from analysis.tables.ablation import ablation_table
 from analysis.tables.cost import cost_table
 from analysis.tables.glue import glue_table, has_glue
+from analysis.tables.league import league_table
 from analysis.tables.main import main_table
 from analysis.tables.overview import overview_table
 from analysis.tables.risk import risk_table
@@ -21,6 +23,7 @@ TABLES = {
     "ablation": (ablation_table, "every variant of BayesQ against the full method"),
     "cost": (cost_table, "seconds of the stages, and multiples of GPTQ's"),
     "risk": (risk_table, "risk of all layers over KL, and their rank correlation over runs"),
+    "league": (league_table, "every setting of every method, ranked by KL over workloads and budgets"),
     "glue": (glue_table, "means over the tasks of GLUE, and which are missing"),
 }
 

@@ -20,6 +20,7 @@ from analysis.statistics import (
     paired_average_bootstrap,
     paired_bootstrap,
     paired_metric_bootstrap,
+    paired_ratio_bootstrap,
 )
 from bayesq.suite.results import PREDICTIONS_FILE, settings_of
 
@@ -257,6 +258,22 @@ class Examples:
             tasks.append(Task(predictions[:half], predictions[half:], labels, parts, metrics))
             had.append(seeds)
         return paired_average_bootstrap(tasks), had
+
+    def compare_kl(self, pairs: Sequence[tuple[pd.DataFrame, pd.DataFrame]]) -> Interval:
+        """The geometric mean over pairs of the KL of the second runs over that of the first.
+
+        Args:
+            pairs: runs as for `compare`.
+
+        Raises:
+            NotComparedError: as `compare`, for the first pair that cannot be compared.
+        """
+        values = []
+        for first, second in pairs:
+            seeds, tables, _ = self._paired(first, second)
+            kl = np.stack([table.loc[table["part"] == 0, "kl"].to_numpy() for table in tables])
+            values.append((kl[: len(seeds)], kl[len(seeds) :]))
+        return paired_ratio_bootstrap(values, resamples=KL_RESAMPLES)
 
     def _paired(self, first: pd.DataFrame, second: pd.DataFrame) -> tuple[list[int], list[pd.DataFrame], int]:
         """The common seeds, tables of the common examples, and the number of examples that only some tables have.

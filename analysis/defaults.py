@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from bayesq.defaults import METHOD_METADATA, conf_dir
 from bayesq.suite.composition import CONFIG_NAME
 from bayesq.suite.config import resolved, show
-from bayesq.suite.results import settings_of
+from bayesq.suite.results import neutral_settings, settings_of
 
 AXES = ("model", "dataset", "method")
 # Places of files do not change results, and the task is part of the workload's name.
@@ -70,6 +70,7 @@ def deviations(run: Mapping[str, Any]) -> dict[str, str]:
     settings = settings_of({"config": run["config"], "seed": run["seed"]})
     choices = {axis: str(settings[axis]) for axis in (*AXES, "posterior") if axis in settings}
     defaults = {
+        **neutral_settings(run["config"]),
         **_method_defaults(run["config"], settings),
         **{
             key: value

@@ -136,6 +136,36 @@ def paired_average_bootstrap(tasks: Sequence[Task], seed: int = 0, resamples: in
     return _interval(float(np.mean(values)), np.mean(drawn, axis=0), 0.0)
 
 
+def paired_ratio_bootstrap(
+    pairs: Sequence[tuple[Floats, Floats]], seed: int = 0, resamples: int = RESAMPLES
+) -> Interval:
+    """Geometric mean over pairs of mean(second) / mean(first), each of values [seeds, examples].
+
+    Examples and seeds are resampled within each pair; NaN if a mean is 0.
+
+    Raises:
+        ValueError: there is no pair, or the arrays of one differ in shape or are empty.
+    """
+    if not pairs:
+        raise ValueError("no pair to average over")
+    values, drawn = [], []
+    for place, (first, second) in enumerate(pairs):
+        first, second = _paired(first, second)
+        columns = np.concatenate([first, second])
+        value, resampled = _resampled(columns, len(first), _log_ratio, [seed, place], resamples)
+        values.append(value)
+        drawn.append(resampled)
+    return _interval(float(np.exp(np.mean(values))), np.exp(np.mean(drawn, axis=0)), 1.0)
+
+
+def _log_ratio(columns: Floats, examples: Floats, chosen: Floats) -> Floats:
+    """log of mean(second) / mean(first) of each resample, as a statistic of `_resampled`."""
+    means = examples @ columns.T
+    of_first, of_second = ((part * chosen).sum(1) for part in np.split(means, 2, axis=1))
+    usable = (of_first > 0) & (of_second > 0)
+    return np.asarray(np.log(np.divide(of_second, of_first, out=np.full_like(of_first, np.nan), where=usable)))
+
+
 def _task_gain(task: Task, seed: int | Sequence[int], resamples: int) -> tuple[float, Floats]:
     """score(second) - score(first) of one task, and the same of its resamples."""
     first, second = _paired(task.first, task.second)

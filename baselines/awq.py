@@ -5,7 +5,7 @@ and counted. Exponent and clip range are both searched on the calibrated output 
 published search on sample outputs over the whole calibration set.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -14,7 +14,10 @@ from torch import Tensor
 from bayesq.calibration.inputs import INPUT_MAGNITUDE, INPUT_MOMENT
 from bayesq.calibration.statistic import Statistic
 from bayesq.contract import Allocate, Context, LayerProblem, check_finite, stack_groups
+from bayesq.entropy import full_width, usable_step
+from bayesq.entropy_scalar import ScalarRounds, nearest_codes, scaled_weight
 from bayesq.errors import Refused
+from bayesq.quant.codes.rate_tables import CENTRE
 from bayesq.quant.feedback import output_error
 from bayesq.quant.grids import by_column_groups, check_flag, check_group_size, minmax_grid, round_affine, zero_code
 from bayesq.quant.tensor import QuantizedTensor
@@ -33,6 +36,7 @@ class AWQ:
     """
 
     statistics: frozenset[Statistic] = frozenset({INPUT_MOMENT, INPUT_MAGNITUDE})
+    entropy = True
 
     def __init__(
         self,
@@ -51,14 +55,27 @@ class AWQ:
         self.clip_steps = clip_steps
         self.clip_lowest = clip_lowest
         self.group_size, self.symmetric = check_group_size(group_size), check_flag("symmetric", symmetric)
+        self._coded: ScalarRounds | None = None
 
     def prepare(self, layers: Sequence[LayerProblem], allocate: Allocate, context: Context) -> Mapping[str, Tensor]:
-        """Choose the widths; nothing else needs all layers."""
-        return allocate(layers)
+        """Choose the widths, or with codec=entropy the steps.
+
+        Raises:
+            Refused: column groups with codec=entropy.
+        """
+        if context.stream is None:
+            return allocate(layers)
+        if self.group_size is not None:
+            raise Refused(f"method.group_size={self.group_size}: codec=entropy has one step per row; choose null")
+        scales = sum(16 * len(layer.weight) * layer.columns // layer.positions_per_channel for layer in layers)
+        self._coded = ScalarRounds(context.stream, layers, scales)
+        return {layer.name: full_width(layer.rows) for layer in layers}
 
     def quantize_layer(self, layer: LayerProblem, width: Tensor, context: Context) -> QuantizedTensor:
-        """Search channel scales and ranges, then round to nearest."""
+        """Search channel scales and ranges, then round to nearest; with codec=entropy there are no ranges."""
         check_finite(layer)
+        if self._coded is not None:
+            return self._coded_layer(layer, self._coded)
         moment = layer.input_statistic("input_moment").to(torch.float64)
         magnitude = layer.input_statistic("input_magnitude").to(torch.float64)
         weight = layer.weight.to(torch.float64)
@@ -95,19 +112,47 @@ class AWQ:
             width: [R] bits.
             positions_per_channel: k neighbouring columns per input channel.
         """
-        channel = magnitude.unflatten(1, (-1, positions_per_channel)).mean(2)
-        # A channel that is always zero would get scale 0, and its weights would be lost.
-        channel = channel.clamp(min=float(channel.amax()) * 1e-4 or 1.0)
-        best, least = torch.ones_like(channel), torch.inf
-        for k in range(self.exponents + 1):
-            scale = channel ** (k / self.exponents)
-            scale = scale / (scale.amax() * scale.amin()).sqrt()
-            scale = scale.to(torch.float16).to(weight.dtype)
+        best, least = torch.ones_like(magnitude[:, ::positions_per_channel]), torch.inf
+        for scale in self._candidates(magnitude, positions_per_channel):
             spread = _spread(scale, positions_per_channel)
             error = float(self._errors(weight, moment, spread, width, 1.0)[0].sum())
             if error < least:
                 best, least = scale, error
         return best
+
+    def _candidates(self, magnitude: Tensor, positions_per_channel: int) -> Iterator[Tensor]:
+        """Channel scales [g, c / k] of every exponent, in fp16 precision; see `search_scale`."""
+        channel = magnitude.unflatten(1, (-1, positions_per_channel)).mean(2)
+        # A channel that is always zero would get scale 0, and its weights would be lost.
+        channel = channel.clamp(min=float(channel.amax()) * 1e-4 or 1.0)
+        for k in range(self.exponents + 1):
+            scale = channel ** (k / self.exponents)
+            scale = scale / (scale.amax() * scale.amin()).sqrt()
+            yield scale.to(torch.float16).to(magnitude.dtype)
+
+    def _coded_layer(self, layer: LayerProblem, coded: ScalarRounds) -> QuantizedTensor:
+        """Search channel scales, then round to nearest with entropy-coded codes.
+
+        All scales are compared at the layer's first steps, and divided by a number that keeps the layer's mean square,
+        so that their streams are about equally long.
+        """
+        moment = layer.input_statistic("input_moment").to(torch.float64)
+        magnitude = layer.input_statistic("input_magnitude").to(torch.float64)
+        best, least = None, torch.inf
+        for candidate in self._candidates(magnitude, layer.positions_per_channel):
+            size = scaled_weight(layer, candidate).norm() / layer.weight.double().norm().clamp(min=1e-300)
+            scale = (candidate / size.clamp(min=1e-4)).to(torch.float16)
+            weight = stack_groups(scaled_weight(layer, scale))
+            step = usable_step(coded.first_steps(layer), weight)
+            value = step[:, None] * (nearest_codes(weight, step).double() - CENTRE)
+            value = value.reshape(layer.weight.shape) / _spread(scale.double(), layer.positions_per_channel)
+            error = float(output_error(value - layer.weight, moment, torch.float32).sum())
+            if error < least:
+                best, least = scale, error
+        if best is not None and bool((best == 1).all()):
+            best = None
+        weight = stack_groups(scaled_weight(layer, best))
+        return coded.fit(layer, lambda step: nearest_codes(weight, step), best)
 
     def search_clip(
         self, weight: Tensor, moment: Tensor, spread: Tensor, width: Tensor

@@ -23,16 +23,17 @@ class Budget:
     bits: float
     count: str
 
-    def capacity(self, layers: Sequence[LayerProblem], overhead: float) -> float:
+    def capacity(self, layers: Sequence[LayerProblem], overhead: float, scales: float = 0) -> float:
         """Code bits the layers may spend in all.
 
         Args:
             overhead: bits the method stores beside its codes.
+            scales: bits of column scales, which a budget of code bits does not pay for, like those of group scales.
         """
         # rounded, because 4.35 * 100 is 434.99999999999994 in floating point
         total = round(self.bits * sum(layer.weight.numel() for layer in layers), 6)
         if self.count == "stored":
-            return total - overhead
+            return total - overhead - scales
         return total - max(0.0, overhead - affine_overhead_bits(layer.rows for layer in layers))
 
 

@@ -144,8 +144,8 @@ class StreamBudget(Protocol):
         """Relative steps float64 [R] > 0 of every layer's rows by name, from the run's allocator."""
         ...
 
-    def capacity(self, layers: Sequence[LayerProblem], overhead: float) -> float:
-        """Bits that the streams may take in all, if so many are stored beside them."""
+    def capacity(self, layers: Sequence[LayerProblem], overhead: float, scales: float = 0) -> float:
+        """Bits that the streams may take in all, if so many are stored beside them; see `Budget.capacity`."""
         ...
 
 
@@ -192,7 +192,8 @@ class Method(Protocol):
     Attributes:
         statistics: those it reads, see `bayesq.calibration.statistic`; no other can be read.
 
-    A method that also reads `Context.stream` has the attribute `entropy = True`.
+    A method that also reads `Context.stream` has the attribute `entropy = True`; one that reads nothing else has also
+    `fixed = False`.
     """
 
     statistics: frozenset[Statistic]

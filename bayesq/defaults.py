@@ -21,6 +21,7 @@ MIN_STREAM_BITS = 1
 METHOD_METADATA = (
     "allocator",
     "inputs",
+    "codec",
     "correction",
     "sequential",
     "uses_posterior",

@@ -58,9 +58,9 @@ class StreamAllocation:
         """As of `StreamBudget`."""
         return self.allocator.steps([self.problems[layer.name] for layer in layers])
 
-    def capacity(self, layers: Sequence[LayerProblem], overhead: float) -> float:
+    def capacity(self, layers: Sequence[LayerProblem], overhead: float, scales: float = 0) -> float:
         """As of `StreamBudget`."""
-        return self.budget.capacity(layers, overhead)
+        return self.budget.capacity(layers, overhead, scales)
 
 
 def row_rate(ratio: Tensor) -> Tensor:

@@ -38,9 +38,10 @@ class ScalarRounds:
     Args:
         stream: the run's budget.
         layers: all layers of the network.
+        scales: bits of all column scales, see `Budget.capacity`.
     """
 
-    def __init__(self, stream: StreamBudget, layers: Sequence[LayerProblem]) -> None:
+    def __init__(self, stream: StreamBudget, layers: Sequence[LayerProblem], scales: int = 0) -> None:
         for layer in layers:
             check_finite(layer)
         self.steps = stream.steps(layers)
@@ -51,9 +52,13 @@ class ScalarRounds:
         self.factor = factor_for(spreads, relative, columns, capacity)
         for _ in range(PASSES):
             self.tables, expected = self._nearest(layers, weights, spreads)
-            capacity = stream.capacity(layers, overhead_bits(layers, self.tables))
+            capacity = stream.capacity(layers, self.overhead(layers), scales)
             self.factor *= 2 ** ((sum(expected.values()) - capacity) / total)
         self.plan = StreamPlan.of(expected, capacity)
+
+    def overhead(self, layers: Sequence[LayerProblem]) -> int:
+        """Bits stored beside the streams, without column scales."""
+        return overhead_bits(layers, self.tables)
 
     def _nearest(
         self, layers: Sequence[LayerProblem], weights: Sequence[Tensor], spreads: Sequence[Tensor]
@@ -79,20 +84,39 @@ class ScalarRounds:
             expected[name] = float(row_bits(codes, level_sets(codes.numpy(), None, 1), tables).amin(1).sum())
         return tables, expected
 
-    def fit(self, layer: LayerProblem, round_steps: Callable[[Tensor], Tensor]) -> QuantizedTensor:
+    def fit(
+        self, layer: LayerProblem, round_steps: Callable[[Tensor], Tensor], column_scale: Tensor | None = None
+    ) -> QuantizedTensor:
         """The layer rounded with the finest steps whose stream fits.
 
         Args:
             round_steps: codes uint8 [R, C] for steps [R], around the code 128.
+            column_scale: [g, C / k] fp16, by which the weights are multiplied before rounding; None = ones.
         """
-        weight = stack_groups(layer.weight).double()
+        weight = stack_groups(scaled_weight(layer, column_scale))
 
         def attempt(more: float) -> tuple[QuantizedTensor, int]:
-            step = usable_step(self.steps[layer.name] * self.factor * more, weight)
-            tensor = coded_tensor(round_steps(step), step, self.tables, None, layer.weight.shape[0])
+            step = usable_step(self.first_steps(layer) * more, weight)
+            tensor = self.coded(round_steps(step), step, layer.weight.shape[0], column_scale)
             return tensor, tensor.code.code_bits(tensor.codes, tensor.width, tensor.groups)
 
         return self.plan.fit(layer, attempt)
+
+    def first_steps(self, layer: LayerProblem) -> Tensor:
+        """The steps [R] with which the plan begins."""
+        return self.steps[layer.name] * self.factor
+
+    def coded(self, codes: Tensor, step: Tensor, groups: int, column_scale: Tensor | None) -> QuantizedTensor:
+        """The layer with these codes [R, C] and steps [R]."""
+        return coded_tensor(codes, step, self.tables, None, groups, column_scale)
+
+
+def scaled_weight(layer: LayerProblem, column_scale: Tensor | None) -> Tensor:
+    """The weights float64 [g, r, c] times a column scale [g, c / k]; None = ones."""
+    weight = layer.weight.double()
+    if column_scale is None:
+        return weight
+    return weight * column_scale.double().repeat_interleave(layer.columns // column_scale.shape[1], dim=1)[:, None]
 
 
 def nearest_codes(weight: Tensor, step: Tensor) -> Tensor:

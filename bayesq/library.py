@@ -62,7 +62,7 @@ def quantize(
     posterior: str = "kfac",
     allocator: str | None = None,
     inputs: str | None = None,
-    codec: str = "fixed",
+    codec: str | None = None,
     correction: str | None = None,
     distill: bool = False,
     likelihood: str = "categorical",
@@ -94,6 +94,8 @@ def quantize(
     Raises:
         Refused: an argument cannot be used; the message names it.
     """
+    if codec is None:
+        codec = str(settings("method", method).get("codec", "fixed")) if isinstance(method, str) else "fixed"
     _check(module, bits, codec, batch_size, exclude, seed)
     _one_of("posterior", posterior, choices("posterior"))
     _one_of("likelihood", likelihood, tuple(LIKELIHOODS))

@@ -161,6 +161,8 @@ class Recipe:
             raise Refused(f"codec={self.codec}: choose one of {', '.join(CODECS)}")
         if self.codec == "entropy" and not getattr(self.method, "entropy", False):
             raise Refused("codec=entropy: this method has no entropy-coded form; choose codec=fixed")
+        if self.codec == "fixed" and not getattr(self.method, "fixed", True):
+            raise Refused("codec=fixed: this method is for entropy-coded codes alone; choose codec=entropy")
         if self.inputs not in INPUTS:
             raise Refused(f"inputs={self.inputs}: choose one of {', '.join(INPUTS)}")
         if self.compares and self.inputs != "paired":
@@ -189,7 +191,8 @@ class Recipe:
     @property
     def _only_targets(self) -> bool:
         """Whether a posterior without inputs, such as diag, rounds targets and keeps moments, which any method can."""
-        return self.inputs == "paired" and self.whitenings is not None and bool(self.method.statistics)
+        posterior = getattr(self.method, "whitenings", None)  # one that the allocator alone reads does not count
+        return self.inputs == "paired" and posterior is not None and bool(self.method.statistics)
 
     @property
     def compares(self) -> frozenset[Statistic]:

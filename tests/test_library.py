@@ -257,8 +257,8 @@ MISTAKES = {
         r"^bits=0.5: needs a number from 1 to 8",
     ),
     "codec": (lambda: bayesq.quantize(resnet(), [images()], codec="huffman"), r"^codec=huffman: choose one of"),
-    "codec of awq": (
-        lambda: bayesq.quantize(resnet(), [images()], method="awq", codec="entropy"),
+    "codec of hqq": (
+        lambda: bayesq.quantize(resnet(), [images()], method="hqq", codec="entropy"),
         r"^codec=entropy: this method has no entropy-coded form",
     ),
     "method": (

@@ -46,6 +46,7 @@ NOTEBOOKS = (
     "risk",
     "reliability",
     "rate_distortion",
+    "league",
 )
 RESULTS_VARIABLE, OUTPUT_VARIABLE, WHERE_VARIABLE = "BAYESQ_RESULTS", "BAYESQ_OUTPUT", "BAYESQ_WHERE"
 PAGES = "pages"

@@ -109,26 +109,29 @@ def settings_of(result: Mapping[str, Any]) -> dict[str, Any]:
 
     ImageNet's split depends on the run's seed; runs with different seeds still count as one data set.
     """
-    config = result["config"]
-    # Run ids leave out switches with the value that all older results have. Here that value is told apart from others.
-    older = {
-        "codec": "fixed",
-        **{f"method.{key}": value for key, value in (config["method"].get("neutral") or {}).items()},
-    }
-    settings = {**older, **flatten(settings_that_matter(config))}
+    settings = {"codec": "fixed", **flatten(settings_that_matter(result["config"]))}  # run_id leaves fixed out
     if settings.get("dataset.seed") == settings["seed"]:
         settings["dataset.seed"] = "${seed}"
     return {key.removesuffix(".name"): value for key, value in settings.items() if key != "seed"}
+
+
+def neutral_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a method's newer switches at which run_id and `settings_of` leave them out, by flat key."""
+    return {f"method.{key}": value for key, value in (config["method"].get("neutral") or {}).items()}
 
 
 def differing_settings(results: Iterable[Mapping[str, Any]]) -> list[str]:
     """The keys of `settings_of` that differ between results with the same model, data set, method and budget.
 
     Settings of a posterior are compared only between results with the same posterior; likewise for the other axes.
+    A switch that `settings_of` leaves out has its neutral value.
     """
+    results, neutral = list(results), dict[str, dict[str, Any]]()
+    for result in results:
+        neutral.setdefault(result["config"]["method"]["name"], {}).update(neutral_settings(result["config"]))
     seen: dict[tuple[Any, ...], set[str]] = {}
     for result in results:
-        settings = settings_of(result)
+        settings = {**neutral[result["config"]["method"]["name"]], **settings_of(result)}
         alike = (result["model"], result["dataset"], result["method"], result["bits/target"])
         for key, value in settings.items():
             axis = key.partition(".")[0]

@@ -15,7 +15,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from bayesq.defaults import MAX_BITS, MIN_BITS, MIN_STREAM_BITS, fits, suggestion
+from bayesq.defaults import MAX_BITS, MIN_BITS, MIN_STREAM_BITS, fits, settings, suggestion
 from bayesq.suite.config import cache_folder, refuse, resolved, show
 from bayesq.suite.errors import UserError
 
@@ -158,6 +158,8 @@ def validate(cfg: DictConfig) -> dict[str, Any]:
     if config["allocator"] != "uniform":
         if config["codec"] == "fixed":
             _check_reach(config["bits"], config["allocation"])
+        else:
+            _check_unread(config["allocation"])
     elif config["proxy"] == "mc":
         refuse("proxy", "mc", "weighs predicted risks, so it needs allocator=knapsack or allocator=ilp")
     _check_pairing(config)
@@ -200,6 +202,14 @@ def _check_reach(bits: float, allocation: Mapping[str, Any]) -> None:
         key = "min_width" if bits < low else key
         span = f"no mix of the allowed widths averages bits={show(bits)}"
         refuse(f"allocation.{key}", allocation[key], f"{span}; they allow budgets from {min(reach)} to {max(reach)}")
+
+
+def _check_unread(allocation: Mapping[str, Any]) -> None:
+    """Check that a run whose rows have steps sets no key of their widths."""
+    for key, value in settings("", "config")["allocation"].items():
+        if allocation[key] != value:
+            unread = f"is not read with codec=entropy, whose rows have steps and no widths; leave it at {show(value)}"
+            refuse(f"allocation.{key}", allocation[key], f"{unread}, or choose codec=fixed")
 
 
 def _check_pairing(config: Mapping[str, Any]) -> None:

@@ -102,6 +102,15 @@ def test_paired_inputs_say_what_they_did() -> None:
     ("switches", "message"),
     [
         ({"method": "rtn", "inputs": "paired"}, "inputs=paired: this method reads no inputs"),
+        ({"method": "squeezellm", "inputs": "paired"}, "inputs=paired: this method reads no inputs"),
+        (
+            {"method": "squeezellm", "allocator": "knapsack", "inputs": "paired"},
+            "inputs=paired: this method reads no inputs",
+        ),
+        (
+            {"method": "squeezellm", "allocator": "knapsack", "posterior": "diag", "inputs": "paired"},
+            "inputs=paired: this method reads no inputs",
+        ),
         ({"method": "gptaq", "inputs": "prefix"}, "inputs=prefix: this method compares both networks' inputs"),
         ({"method": "gptq", "inputs": "both"}, "inputs=both: choose one of full, prefix, paired"),
         ({"method": "gptq", "inputs": "full", "correction": "mean"}, "correction=mean: needs inputs=prefix"),

@@ -550,7 +550,7 @@ def test_null_is_documented_exactly_where_a_posterior_takes_it() -> None:
 
 def test_entropy_coding_takes_budgets_from_one_bit_and_leaves_other_run_ids(default: DictConfig) -> None:
     plain = OmegaConf.to_container(default)
-    assert isinstance(plain, dict) and plain.pop("codec") == "fixed"
+    assert isinstance(plain, dict) and plain.pop("codec") == "${oc.select:method.codec,fixed}"
     assert config.run_id(OmegaConf.create(plain)) == config.run_id(default)  # the id of a record of an older version
     assert config.run_id(changed(default, "codec", "entropy")) != config.run_id(default)
     schema.validate(compose("codec=entropy", "bits=1.5"))
@@ -559,3 +559,19 @@ def test_entropy_coding_takes_budgets_from_one_bit_and_leaves_other_run_ids(defa
             schema.validate(compose(*overrides))
     with pytest.raises(UserError, match="codec=huffman: choose one of fixed, entropy"):
         schema.validate(compose("codec=huffman"))
+
+
+@pytest.mark.parametrize(
+    ("override", "shown"),
+    [("block=layer", "block=layer"), ("widths=[2,4]", r"widths=\[2,4\]"), ("min_width=3", "min_width=3")],
+)
+def test_keys_of_widths_are_refused_where_rows_have_steps(override: str, shown: str) -> None:
+    message = f"allocation.{shown}: is not read with codec=entropy, whose rows have steps and no widths; leave it at"
+    for allocator in ("knapsack", "ilp"):
+        overrides = [f"allocator={allocator}", f"allocation.{override}"]
+        with pytest.raises(UserError, match=message):
+            schema.validate(compose("codec=entropy", *overrides))
+        schema.validate(compose(*overrides))
+        schema.validate(compose("codec=entropy", f"allocator={allocator}"))
+    # a uniform allocator reads none of these keys, with any codec
+    schema.validate(compose("codec=entropy", "allocator=uniform", f"allocation.{override}"))

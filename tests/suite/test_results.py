@@ -64,3 +64,25 @@ def test_csv_has_a_header_and_empty_cells_for_none(tmp_path: Path) -> None:
         results.write_csv(tmp_path / "layers.csv", [])
     with pytest.raises(ValueError, match=r"other"):
         results.write_csv(tmp_path / "layers.csv", [{"name": "a"}, {"other": 1}])
+
+
+def test_runs_that_differ_in_what_run_id_leaves_out_are_told_apart() -> None:
+    """codec=fixed and the neutral values of newer switches are not part of run_id."""
+
+    def result(codec: str | None, **method: object) -> dict[str, object]:
+        config: dict[str, object] = {
+            "method": {"name": "gptq", "neutral": {"symmetric": False}, **method},
+            "allocator": "uniform",
+        }
+        config |= {"seed": 0, "bits": 3} | ({} if codec is None else {"codec": codec})
+        return {"config": config, "seed": 0, "model": "m", "dataset": "d", "method": "gptq", "bits/target": 3.0}
+
+    plain, coded, even = result("fixed"), result("entropy"), result("fixed", symmetric=True)
+    assert results.differing_settings([plain, coded]) == ["codec"]
+    assert results.differing_settings([plain, result(None), result("fixed", symmetric=False)]) == []
+    assert results.differing_settings([plain, even]) == ["method.symmetric"]
+    assert (
+        results.settings_of(plain)
+        == results.settings_of(result(None))
+        == results.settings_of(result("fixed", symmetric=False))
+    )

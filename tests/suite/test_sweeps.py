@@ -29,6 +29,7 @@ RUNS = {
     "main_table_glue": 9 * 4 * 3 * 3,
     "main_table_imagenet": 4 * 3 * 3,
     "main_table_lm": 6 * 3 * 3,
+    "rivals": 13 * 3 * 3,
     "seeds": 2 * 2 * 10,
 }
 

@@ -6,6 +6,7 @@ shared_table  tables of levels that all layers of a model share
 row_table     a table of levels for each row
 trellis       the level depends on the codes above it too
 entropy       a compressed stream of symbols, and a step per row
+column_entropy  the same with a rate per row and column
 rate_tables   frequencies and levels of the symbols, shared by all layers of a model
 overlay       a few weights in fp16, beside codes of any kind
 """
@@ -15,6 +16,7 @@ from typing import Any
 
 from bayesq.quant.codes.affine import Affine
 from bayesq.quant.codes.base import Code, Codebook, LevelPart, is_count, shown
+from bayesq.quant.codes.column_entropy import ColumnEntropyCode
 from bayesq.quant.codes.entropy import EntropyCode
 from bayesq.quant.codes.overlay import SparseOverlay
 from bayesq.quant.codes.rate_tables import RateTables
@@ -26,6 +28,7 @@ __all__ = [
     "Affine",
     "Code",
     "Codebook",
+    "ColumnEntropyCode",
     "EntropyCode",
     "LevelPart",
     "RateTables",
@@ -41,7 +44,7 @@ __all__ = [
 
 # Values of `code` in a header. Affine codes, shared tables and trellises have no such entry: `trellis` and `codebooks`
 # identify them.
-CODES: Mapping[str, type[Code]] = {"row_table": RowTable, "entropy": EntropyCode}
+CODES: Mapping[str, type[Code]] = {"row_table": RowTable, "entropy": EntropyCode, "column_entropy": ColumnEntropyCode}
 
 
 def code_class(facts: Mapping[str, Any]) -> type[Code]:

@@ -55,7 +55,7 @@ class EntropyCode(Code):
 
     centred = True
     LEAST_BITS = 1 / MOST_WEIGHTS_PER_BIT
-    FACTS = ("code", "tables", "states")
+    FACTS: ClassVar[tuple[str, ...]] = ("code", "tables", "states")
     BUFFERS: ClassVar = {"rate_class": (torch.uint8, 1)}
 
     def check(self, width: Tensor) -> None:
@@ -92,8 +92,13 @@ class EntropyCode(Code):
         models, encoder = self.tables.models(), constriction.stream.queue.RangeEncoder()
         for r, which, symbols in self._parts_of(codes.numpy().astype(np.int32), groups):
             encoder.encode(symbols, models[self.rate_class[r]][which])
+        return self._padded(encoder, codes.numel())
+
+    @staticmethod
+    def _padded(encoder: Any, weights: int) -> np.ndarray:
+        """The stream of constriction's encoder, with the least length for so many weights."""
         stream = encoder.get_compressed().astype("<u4").view(np.uint8)
-        least = -(-codes.numel() // (8 * MOST_WEIGHTS_PER_BIT))
+        least = -(-weights // (8 * MOST_WEIGHTS_PER_BIT))
         return np.concatenate([stream, np.zeros(max(0, least - len(stream)), np.uint8)])
 
     def _parts_of(self, codes: np.ndarray, groups: int) -> Iterator[tuple[int, int, np.ndarray]]:
