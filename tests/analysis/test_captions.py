@@ -10,7 +10,8 @@ from frozen import EXAMPLES, add, config, started
 
 from analysis import captions, gaps, load_runs
 from analysis.figures import bit_curve
-from analysis.notebooks import NOTEBOOKS, Page, render_all
+from analysis.notebooks import NOTEBOOKS, render_all
+from analysis.page import Page
 from analysis.tables.ablation import ablation_table
 from analysis.tables.compact import compact_table
 from analysis.tables.main import main_table
@@ -218,7 +219,7 @@ def test_empty_tables_are_not_written_and_old_ones_are_removed(tmp_path: Path) -
 def test_a_wrong_filter_leaves_the_files_as_they_are(tmp_path: Path) -> None:
     add(tmp_path / "results", "gptq", 3.0, 0)
     before = rendered(tmp_path / "results", tmp_path / "paper", "main_table")
-    with pytest.raises(SystemExit, match="error: method=none: no finished run has"):
+    with pytest.raises(UserError, match="^method=none: no finished run has"):
         render_all(tmp_path / "results", tmp_path / "paper", ["main_table"], ["method=none"])
     assert {path.name for path in (tmp_path / "paper").iterdir()} >= {Path(n).name for n in before if "/" not in n}
 

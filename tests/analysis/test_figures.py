@@ -18,7 +18,7 @@ from analysis.defaults import switches_nothing
 from analysis.figures import ablation, allocation, bit_curve, cost, main_figure, rate_distortion, reliability
 from analysis.figures.shared import main_runs
 from analysis.methods import methods_of
-from analysis.notebooks import NOTEBOOKS, Results, render_all
+from analysis.notebooks import NOTEBOOKS, render_all
 
 
 @pytest.fixture(scope="module")
