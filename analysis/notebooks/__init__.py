@@ -81,13 +81,19 @@ def with_parameters(name: str, given: dict[str, Any]) -> dict[str, Any]:
     return notebook
 
 
-def render_all(results: str | Path, output: str | Path, names: Sequence[str] = NOTEBOOKS, **options: Any) -> None:
+def render_all(
+    results: str | Path,
+    output: str | Path,
+    names: Sequence[str] = NOTEBOOKS,
+    where: Sequence[str] = (),
+    **options: Any,
+) -> None:
     """Run the notebooks' code in this process: every figure and table of a source.
 
     Args:
-        options: `where`, `venue` and `columns` of `parameters`, which has the errors too.
+        where, options: of `parameters`, which has the errors too.
     """
-    given = parameters(results, output, **options)
+    given = parameters(results, output, where, **options)
     for name in names:
         variables: dict[str, Any] = {}
         for number, cell in enumerate(with_parameters(name, given)["cells"]):
@@ -95,11 +101,17 @@ def render_all(results: str | Path, output: str | Path, names: Sequence[str] = N
                 exec(compile(cell["source"], f"{name}.ipynb, cell {number}", "exec"), variables)
 
 
-def execute(results: str | Path, output: Path, names: Sequence[str] = NOTEBOOKS, **options: Any) -> list[Path]:
+def execute(
+    results: str | Path,
+    output: Path,
+    names: Sequence[str] = NOTEBOOKS,
+    where: Sequence[str] = (),
+    **options: Any,
+) -> list[Path]:
     """Execute notebooks one after the other in one kernel, in the current folder, and write OUTPUT/NAME.ipynb.
 
     Args:
-        options: `where`, `venue` and `columns` of `parameters`, which has further errors.
+        where, options: of `parameters`, which has further errors.
 
     Returns:
         the paths of the notebooks.
@@ -110,7 +122,7 @@ def execute(results: str | Path, output: Path, names: Sequence[str] = NOTEBOOKS,
     import nbformat
     from nbclient import NotebookClient
 
-    given = parameters(results, output, **options)
+    given = parameters(results, output, where, **options)
     notebooks = {name: nbformat.from_dict(with_parameters(name, given)) for name in names}
     cells = [cell for notebook in notebooks.values() for cell in notebook.cells]
     together = nbformat.v4.new_notebook(cells=cells)

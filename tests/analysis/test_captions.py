@@ -17,6 +17,7 @@ from analysis.tables.compact import compact_table
 from analysis.tables.main import main_table
 from analysis.tables.overview import overview_table
 from bayesq.files import lock
+from bayesq.suite.errors import UserError
 
 
 def changed(folder: Path, **values: Any) -> None:
@@ -219,7 +220,7 @@ def test_empty_tables_are_not_written_and_old_ones_are_removed(tmp_path: Path) -
 def test_a_wrong_filter_leaves_the_files_as_they_are(tmp_path: Path) -> None:
     add(tmp_path / "results", "gptq", 3.0, 0)
     before = rendered(tmp_path / "results", tmp_path / "paper", "main_table")
-    with pytest.raises(UserError, match="^method=none: no finished run has"):
+    with pytest.raises(UserError, match=r"^method=none: no finished run has"):
         render_all(tmp_path / "results", tmp_path / "paper", ["main_table"], ["method=none"])
     assert {path.name for path in (tmp_path / "paper").iterdir()} >= {Path(n).name for n in before if "/" not in n}
 
@@ -331,18 +332,11 @@ def test_a_gptq_without_a_kl_is_not_the_strongest(tmp_path: Path) -> None:
     assert row["reference"] == "gptq inputs=full"
 
 
-def test_the_page_of_a_kernel_takes_its_filters_from_the_environment(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_page_knows_source_and_filters_of_its_runs(tmp_path: Path) -> None:
     for method in ("gptq", "rtn"):
         add(tmp_path / "results", method, 3.0, 0)
-    monkeypatch.setattr("analysis.notebooks.in_kernel", lambda: True)
-    monkeypatch.setattr(Page, "say", lambda self, text: None)
-    for name, value in (
-        ("RESULTS", tmp_path / "results"),
-        ("OUTPUT", tmp_path / "out"),
-        ("WHERE", "method=rtn\nbits=3"),
-    ):
-        monkeypatch.setenv(f"BAYESQ_{name}", str(value))
-    page = Page("main_table")
+    where = ["method=rtn", "bits=3"]
+    page = Page("main_table", load_runs(tmp_path / "results", where), tmp_path / "out")
     assert page.where == ("method=rtn", "bits=3") and set(page.runs["method"]) == {"rtn"}
+    assert page.source == str(tmp_path / "results")
+    assert "Only runs with method=rtn and bits=3." in page.path.read_text()

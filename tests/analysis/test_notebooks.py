@@ -10,10 +10,10 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from analysis.notebooks.execute import convert, execute
 from result_files import add_run
 
 from analysis.notebooks import FOLDER, NOTEBOOKS, render_all
-from analysis.notebooks.execute import convert, execute
 
 ROOT = Path(__file__).parents[2]
 
