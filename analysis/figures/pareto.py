@@ -1,6 +1,7 @@
 """KL against everything that is stored, with the Pareto front."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -12,7 +13,7 @@ from analysis.figures.shared import KL, STORED_BITS
 from analysis.style import DEFAULT_WIDTHS, GREY, Look, Widths, drawn, legend, present
 
 STORED = "bits/stored"
-RING = {
+RING: dict[str, Any] = {
     "linestyle": "none", "marker": "o", "markersize": 8, "markerfacecolor": "none", "markeredgecolor": GREY,
     "markeredgewidth": 0.8, "zorder": 1,
 }  # fmt: skip

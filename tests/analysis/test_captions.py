@@ -106,7 +106,7 @@ def test_every_caption_of_the_paper_has_them(tmp_path: Path) -> None:
             add(tmp_path / "results", method, bits, 0, distill=True)
     files = rendered(tmp_path / "results", tmp_path / "paper", "main_figure", "main_table", "bit_curve", "cost")
     texts = [name for name in files if name.endswith((".txt", ".md")) and "/" not in name]
-    assert len(texts) == 6
+    assert len(texts) == 7
     for name in texts:
         assert "Settings beyond the defaults: distill=true." in files[name], name
 
