@@ -183,9 +183,10 @@ def thin_ticks(axis: Axis) -> bool:
     labels = [text for text in (*axis.get_majorticklabels(), *axis.get_minorticklabels()) if text.get_text()]
     places = {text: text.get_position()[axis is axes.yaxis] for text in labels if text.get_visible()}
     shown = sorted((text for text in places if low <= places[text] <= high), key=lambda text: places[text])
-    if not axes.get_visible() or len(shown) < 2:
+    figure = axes.get_figure(root=True)
+    if figure is None or not axes.get_visible() or len(shown) < 2:
         return False
-    gap = TICK_GAP * axes.get_figure(root=True).dpi / 72
+    gap = TICK_GAP * figure.dpi / 72
     boxes = [text.get_window_extent().padded(gap / 2) for text in shown]
 
     def overlap(step: int) -> bool:

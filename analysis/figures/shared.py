@@ -100,8 +100,8 @@ def dodged(places: NDArray[np.float64], number: int, count: int, x: str) -> NDAr
     scaled = np.log2(places) if logarithmic else places
     steps = np.diff(np.unique(scaled[np.isfinite(scaled)]).round(1))
     step = min([1.0, *steps[steps > 0]])
-    moved = scaled + DODGE * step * (number - (count - 1) / 2) / count
-    return np.exp2(moved) if logarithmic else moved
+    moved: NDArray[np.float64] = scaled + DODGE * step * (number - (count - 1) / 2) / count
+    return 2.0**moved if logarithmic else moved
 
 
 def lines(axes: Axes, data: pd.DataFrame, looks: Mapping[str, Look], x: str, y: str) -> None:
