@@ -166,17 +166,19 @@ def drawn(draw: Callable[P, Figure]) -> Callable[P, Figure]:
 
 def lay_out(figure: Figure) -> None:
     """Thin the ticks, then fix the layout, so that files of every resolution have the same one."""
-    figure.draw_without_rendering()
+    engine = figure.get_layout_engine()
+    assert engine is not None, "the style has a layout"
+    engine.execute(figure)
     thinned = [thin_ticks(axis) for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)]
     if any(thinned):
-        figure.draw_without_rendering()
+        engine.execute(figure)
     figure.set_layout_engine("none")
 
 
 def thin_ticks(axis: Axis) -> bool:
     """Leave only every second, third ... tick of an axis, until no two labels overlap; returns whether it did.
 
-    The figure must have been drawn.
+    The figure must have a layout.
     """
     low, high = sorted(axis.get_view_interval())
     axes = axis.axes

@@ -114,7 +114,7 @@ def draw(data: pd.DataFrame, row_bits: pd.DataFrame, look: Look, widths: Widths 
         by_layer.plot(
             members["position"] + 1, members["bits/code"], **(look.of_line() | {"linewidth": 0.7, "markersize": 2.5})
         )
-        by_layer.set_ylabel(f"{bits:g}-bit budget\n{CODE_BITS}")
+        by_layer.set_ylabel(f"{bits:g}-bit budget\n{'code bits' if is_narrow(3, widths.text) else CODE_BITS}")
         by_layer.set_ylim(1.5, 8.5)
 
         _stack(by_row, row_bits[row_bits["bits"] == bits])
@@ -163,7 +163,8 @@ def _stack(plot: Axes, row_bits: pd.DataFrame) -> None:
     bottom = np.zeros(len(shares))
     for width, shade in SHADES.items():
         share = shares[width].fillna(0).to_numpy()
-        plot.bar(shares.index + 1, share, bottom=bottom, width=1.0, color=shade, linewidth=0)
+        some = share > 0
+        plot.bar(shares.index[some] + 1, share[some], bottom=bottom[some], width=1.0, color=shade, linewidth=0)
         bottom += share
     plot.set_ylabel("share of rows")
     plot.set_ylim(0, 1)

@@ -21,8 +21,8 @@ CODE_BITS, STORED_BITS = "code bits per weight", "stored bits per weight"
 MOST_VARIANTS = 3
 # axes on which variants share places, and the part of the distance between two places that their points take up
 SHARED, DODGE = ("bits", "bits/code", "examples"), 0.3
-# of names of layers; inches of a character along an axis
-NAME_SIZE, NAME_CHARACTER = 5.5, 0.042
+# of names of layers: points, inches of a character, and inches of a line
+NAME_SIZE, NAME_CHARACTER, NAME_LINE = 5.5, 0.042, 0.1
 
 
 def main_runs(runs: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
@@ -170,9 +170,15 @@ def short_layers(names: Sequence[str]) -> list[str]:
 
 
 def layer_ticks(axes: Axes, names: Sequence[str], labelled: bool = True) -> None:
-    """A tick with its name for every layer at 1, 2, ... in forward order; names that do not fit are thinned later."""
-    places = range(1, len(names) + 1)
-    axes.set_xticks(places, short_layers(names) if labelled else [""] * len(names), rotation=90, fontsize=NAME_SIZE)
+    """Ticks with names of layers, which are at 1, 2, ... in forward order; about as many as fit.
+
+    `style.thin_ticks` sees to the rest.
+    """
+    fit = max(axes.bbox.width / axes.figure.dpi / NAME_LINE, 1)
+    step = max(round(len(names) / fit), 1)
+    shown = range(0, len(names) if labelled else 0, step)
+    short = short_layers(names)
+    axes.set_xticks([i + 1 for i in shown], [short[i] for i in shown], rotation=90, fontsize=NAME_SIZE)
     axes.set_xlim(0.3, len(names) + 0.7)
     axes.grid(axis="x", visible=False)
     axes.tick_params(axis="x", length=2)

@@ -230,7 +230,9 @@ def test_a_figure_that_is_not_drawn_again_is_removed(digits: Path, tmp_path: Pat
 # -------------------------------------------------------------------------------------------------------------- layout
 
 
-@pytest.fixture(scope="module", params=[(None, None), ("icml", 1), ("neurips", None)], ids=str)
+@pytest.fixture(
+    scope="module", params=[(None, None), ("icml", 1), pytest.param(("neurips", None), marks=pytest.mark.slow)], ids=str
+)
 def drawn(full: Path, request: pytest.FixtureRequest) -> dict[str, Figure]:
     """One of every figure of the source, at several widths."""
     runs, at = load_runs(full), style.widths(*request.param)
