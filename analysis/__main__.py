@@ -37,13 +37,16 @@ def main() -> None:
     for name, (_, text) in TABLES.items():
         kind.add_argument(f"--{name}", action="store_const", dest="table", const=name, help=text)
     kind.add_argument("--output", metavar="DIR", help="write all tables and figures there")
+    parser.add_argument("--venue", choices=("neurips", "icml", "iclr"), help="with --output: widths of the figures")
+    parser.add_argument("--columns", type=int, choices=(1, 2), help="with --output: all span a column (1) or the text")
     arguments = parser.parse_intermixed_args()
     source, where = arguments.results, arguments.where
     try:
         if arguments.output is not None:
             from analysis.notebooks import render_all
 
-            render_all(source, arguments.output, where=where)
+            widths = {"venue": arguments.venue, "columns": arguments.columns}
+            render_all(source, arguments.output, where=where, **widths)
             return
         runs = load_runs(source, where)
         if finished(runs).empty:

@@ -56,7 +56,8 @@ def missing(members: pd.DataFrame, variant: str, budgets: Iterable[float], sourc
     for run in records(running):
         at = where.format(f"{run['bits/target']:g}")
         lines.append(f"{at}: seed {int(run['seed'])} is still running.")
-    lacking = {bits: lacking_seeds(members, variant, bits) for bits in budgets}
+    usual = usual_seeds(members)
+    lacking = {bits: lacking_seeds(members, variant, bits, usual) for bits in budgets}
     for seeds in dict.fromkeys(lacked for lacked in lacking.values() if lacked):
         of = [bits for bits, lacked in lacking.items() if lacked == seeds]
         if of_variant.empty:
@@ -70,8 +71,8 @@ def missing(members: pd.DataFrame, variant: str, budgets: Iterable[float], sourc
     return lines
 
 
-def lacking_seeds(members: pd.DataFrame, variant: str, bits: float) -> tuple[int, ...]:
-    """The missing seeds of a variant at a budget: those of `usual_seeds` and of failed runs without a result.
+def lacking_seeds(members: pd.DataFrame, variant: str, bits: float, usual: Sequence[int]) -> tuple[int, ...]:
+    """The missing seeds of a variant at a budget: the usual ones and those of failed runs without a result.
 
     A run that is still running is not missing. A variant that reads no calibration data needs one run with any seed.
     """
@@ -79,7 +80,6 @@ def lacking_seeds(members: pd.DataFrame, variant: str, bits: float) -> tuple[int
     cell = of_variant[of_variant["bits/target"] == bits]
     had = {int(seed) for seed in cell[cell["status"].isin([FINISHED, RUNNING])]["seed"]}
     tried = [int(seed) for seed in cell["seed"]]
-    usual = usual_seeds(members)
     if is_seedless(records(of_variant)[0]) if len(of_variant) else is_data_free(variant):
         return () if had else tuple((tried or usual)[:1])
     return tuple(sorted({*usual, *tried} - had))

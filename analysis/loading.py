@@ -57,7 +57,7 @@ def load_runs(source: str | Path, where: Sequence[str] = ()) -> pd.DataFrame:
     `overrides` (of the command, if recorded) and `duplicates` (further runs of the same
     run id, or with the same settings and seed, that were dropped: the newest finished one counts).
     `memory/own_process` is True if the run's process made no other run of the source; otherwise the peak memory may be
-    that of another run.
+    that of another run. The frame's `attrs` have `source` and `where`.
 
     Args:
         source: a results folder, a folder of results folders, or `wandb:ENTITY/PROJECT`.
@@ -76,7 +76,9 @@ def load_runs(source: str | Path, where: Sequence[str] = ()) -> pd.DataFrame:
         loaded = select(loaded, where)
         _name(loaded)
     columns = dict.fromkeys(key for run in loaded for key in run if key not in (*FIRST, *LAST, "time"))
-    return pd.DataFrame(loaded, columns=[*FIRST, *columns, *LAST])
+    frame = pd.DataFrame(loaded, columns=[*FIRST, *columns, *LAST])
+    frame.attrs |= {"source": str(source), "where": tuple(where)}
+    return frame
 
 
 def layer_frame(runs: pd.DataFrame) -> pd.DataFrame:
@@ -114,7 +116,8 @@ def finished(runs: pd.DataFrame) -> pd.DataFrame:
 
 def records(runs: pd.DataFrame) -> list[dict[str, Any]]:
     """The rows of a frame of runs as mappings."""
-    return [{str(key): value for key, value in row.items()} for row in runs.to_dict("records")]
+    names, columns = [str(key) for key in runs], [runs[key].tolist() for key in runs]  # to_dict takes ten times as long
+    return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
 
 
 def read_table(run: Mapping[str, Any], file: str) -> pd.DataFrame | None:

@@ -1,30 +1,47 @@
-"""Look and files of all figures: style, widths, looks of variants, files without a date."""
+"""Look of all figures: style, widths, looks of variants, legends, labels that do not overlap."""
 
+import functools
+import itertools
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, ParamSpec
 
 import matplotlib
 import matplotlib.style
 import pandas as pd
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import NullFormatter
 
 from analysis.loading import UNKNOWN
 from analysis.methods import Method, label, methods_of
+from bayesq.suite.errors import UserError
+
+P = ParamSpec("P")
 
 STYLE_FILE = Path(__file__).with_name("bayesq.mplstyle")
-# inches: one column and both columns of a page
-SINGLE, DOUBLE = 3.3, 6.9
-# Metadata that matplotlib adds, left out because it depends on the date and the version.
-PDF_METADATA = {"CreationDate": None, "Producer": None, "Creator": None}
-PNG_METADATA = {"Software": None}
-SUFFIXES = (".pdf", ".png", ".txt", ".csv")
+
+
+class Widths(NamedTuple):
+    """Widths in inches of figures with few panels and of the others: of a column and of the text."""
+
+    column: float = 3.3
+    text: float = 6.9
+
+
+# from the style files; pages of NeurIPS and ICLR have one column
+VENUES = {"neurips": Widths(5.5, 5.5), "icml": Widths(3.25, 6.75), "iclr": Widths(5.5, 5.5)}
+DEFAULT_WIDTHS = Widths()
+# inches that a panel needs beside others
+PANEL = 1.7
+# points that are free between two tick labels
+TICK_GAP = 1.5
 GREY = "#6e6e6e"
 # line of full precision, a budget or another value to compare with
 GREY_LINE: dict[str, Any] = {"color": GREY, "linewidth": 0.8, "zorder": 1}
@@ -120,11 +137,81 @@ def style() -> Iterator[None]:
         yield
 
 
+def widths(venue: str | None = None, columns: int | None = None) -> Widths:
+    """Widths of figures at a venue; with `columns`, all figures span one column (1) or the text (2).
+
+    Raises:
+        UserError: an unknown venue, or another number of columns.
+    """
+    if venue and venue not in VENUES:
+        raise UserError(f"venue={venue}: one of {', '.join(VENUES)}")
+    page = VENUES[venue] if venue else DEFAULT_WIDTHS
+    if columns not in (None, 1, 2):
+        raise UserError(f"columns={columns}: 1 (a column) or 2 (the text)")
+    return page if columns is None else Widths(page[columns - 1], page[columns - 1])
+
+
+def drawn(draw: Callable[P, Figure]) -> Callable[P, Figure]:
+    """Decorator of functions that draw a figure: in the shipped style, laid out, without labels that overlap."""
+
+    @functools.wraps(draw)
+    def styled(*args: P.args, **kwargs: P.kwargs) -> Figure:
+        with style():
+            figure = draw(*args, **kwargs)
+            lay_out(figure)
+        return figure
+
+    return styled
+
+
+def lay_out(figure: Figure) -> None:
+    """Thin the ticks, then fix the layout, so that files of every resolution have the same one."""
+    engine = figure.get_layout_engine()
+    assert engine is not None, "the style has a layout"
+    engine.execute(figure)
+    thinned = [thin_ticks(axis) for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)]
+    if any(thinned):
+        engine.execute(figure)
+    figure.set_layout_engine("none")
+
+
+def thin_ticks(axis: Axis) -> bool:
+    """Leave only every second, third ... tick of an axis, until no two labels overlap; returns whether it did.
+
+    The figure must have a layout.
+    """
+    low, high = sorted(axis.get_view_interval())
+    axes = axis.axes
+    labels = [text for text in (*axis.get_majorticklabels(), *axis.get_minorticklabels()) if text.get_text()]
+    places = {text: text.get_position()[axis is axes.yaxis] for text in labels if text.get_visible()}
+    shown = sorted((text for text in places if low <= places[text] <= high), key=lambda text: places[text])
+    figure = axes.get_figure(root=True)
+    if figure is None or not axes.get_visible() or len(shown) < 2:
+        return False
+    gap = TICK_GAP * figure.dpi / 72
+    boxes = [text.get_window_extent().padded(gap / 2) for text in shown]
+
+    def overlap(step: int) -> bool:
+        some = boxes[::step]
+        return any(one.overlaps(other) for one, other in itertools.pairwise(some))
+
+    step = next(step for step in range(1, len(boxes) + 1) if not overlap(step))
+    if step > 1:
+        axis.set_ticks([places[text] for text in shown[::step]], labels=[text.get_text() for text in shown[::step]])
+        axis.set_minor_formatter(NullFormatter())
+    return step > 1
+
+
 def panels(rows: int, columns: int, width: float, height: float, **options: Any) -> tuple[Figure, list[list[Axes]]]:
     """A figure of rows x columns axes; `width` is of the figure, `height` of a row, both in inches."""
     figure = Figure(figsize=(width, rows * height))
     axes = figure.subplots(rows, columns, squeeze=False, **options)
     return figure, [list(row) for row in axes]
+
+
+def is_narrow(count: int, width: float) -> bool:
+    """Whether `count` panels do not fit side by side."""
+    return count * PANEL > width
 
 
 def legend(
@@ -163,27 +250,3 @@ def _fits(names: Sequence[str], columns: int, figure: Figure) -> bool:
     lines = -(-len(names) // columns)
     parts = [names[place : place + lines] for place in range(0, len(names), lines)]
     return sum(ENTRY + CHARACTER * max(map(len, part)) for part in parts) <= figure.get_figwidth()
-
-
-def save(
-    figure: Figure, folder: Path, name: str, caption: str, data: pd.DataFrame | None = None, dpi: int = 300
-) -> Path:
-    """Write NAME.pdf, NAME.png, the caption as NAME.txt and the data as NAME.csv; the same input gives the same bytes.
-
-    Returns:
-        the path of the PNG file.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with style():
-        figure.savefig(folder / f"{name}.pdf", metadata=PDF_METADATA)
-        figure.savefig(folder / f"{name}.png", metadata=PNG_METADATA, dpi=dpi)
-    (folder / f"{name}.txt").write_text(caption.strip() + "\n", encoding="utf-8")
-    if data is not None:
-        data.to_csv(folder / f"{name}.csv", index=False, lineterminator="\n", float_format="%.10g")
-    return folder / f"{name}.png"
-
-
-def remove(folder: Path, name: str) -> None:
-    """Remove the files of a figure without data, so that old ones are not mistaken for new ones."""
-    for suffix in SUFFIXES:
-        (folder / f"{name}{suffix}").unlink(missing_ok=True)

@@ -11,7 +11,7 @@ from analysis.figures.shared import KL, mean_and_std
 from analysis.loading import finished, records
 from analysis.methods import methods_of
 from analysis.paper import PROPOSED
-from analysis.style import GREY_LINE, SINGLE, look, panels, style
+from analysis.style import DEFAULT_WIDTHS, GREY_LINE, Widths, drawn, look, panels
 
 FULL = "full"
 
@@ -50,20 +50,20 @@ def ablation_of(run: Mapping[str, Any]) -> str | None:
     return FULL if name and run["variant"] == PROPOSED and switches_nothing(name) else name
 
 
-@style()
-def draw(data: pd.DataFrame) -> Figure:
+@drawn
+def draw(data: pd.DataFrame, widths: Widths = DEFAULT_WIDTHS) -> Figure:
     """KL of each ablation of one workload at one budget, smallest first; the line is that of the full method."""
-    figure, ((plot,),) = panels(1, 1, SINGLE, 0.7 + 0.15 * len(data))
+    figure, ((plot,),) = panels(1, 1, widths.column, 0.7 + 0.15 * len(data))
     methods = methods_of(data)
     full = data[data["ablation"] == FULL]["q/kl_to_fp"]
     if not full.empty:
         plot.axvline(full.iloc[0], **GREY_LINE)
     for place, (_, row) in enumerate(data.iterrows()):
-        drawn = look(methods[row["method"]], int(row["method"] == PROPOSED and row["ablation"] != FULL))
+        line = look(methods[row["method"]], int(row["method"] == PROPOSED and row["ablation"] != FULL))
         spread = row["q/kl_to_fp std"]
         if spread > 0:
-            plot.errorbar(row["q/kl_to_fp"], place, xerr=spread, color=drawn.color, linestyle="none", elinewidth=0.8)
-        plot.plot(row["q/kl_to_fp"], place, **(drawn.of_line() | {"linestyle": "none"}))
+            plot.errorbar(row["q/kl_to_fp"], place, xerr=spread, color=line.color, linestyle="none", elinewidth=0.8)
+        plot.plot(row["q/kl_to_fp"], place, **(line.of_line() | {"linestyle": "none"}))
     plot.set_yticks(range(len(data)), [str(name).replace("_", " ") for name in data["ablation"]])
     plot.set_ylim(len(data) - 0.4, -0.6)
     plot.set_xscale("log")

@@ -8,15 +8,18 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from matplotlib.ticker import MaxNLocator
 
-from analysis.figures.shared import CODE_BITS, mean_and_std, method_of, shown_budgets
+from analysis.figures.shared import CODE_BITS, layer_ticks, mean_and_std, method_of, names_height, shown_budgets
 from analysis.loading import finished
-from analysis.style import DOUBLE, GREY, GREY_LINE, Look, panels, present, style
+from analysis.style import DEFAULT_WIDTHS, GREY, GREY_LINE, Look, Widths, drawn, is_narrow, panels, present
 
 WIDTHS = (2, 3, 4, 5, 6, 7, 8)
+SHADES = {width: matplotlib.colormaps["cividis"](0.97 - 0.95 * i / (len(WIDTHS) - 1)) for i, width in enumerate(WIDTHS)}
+# inches of an entry of the legend
+KEY = 0.85
 
 
 def data(layers: pd.DataFrame) -> pd.DataFrame:
@@ -92,39 +95,29 @@ def main_variant(data: pd.DataFrame, looks: Mapping[str, Look]) -> str:
     return variants[list(method).index(method.iloc[-1])]
 
 
-@style()
-def draw(data: pd.DataFrame, widths: pd.DataFrame, look: Look) -> Figure:
+@drawn
+def draw(data: pd.DataFrame, row_bits: pd.DataFrame, look: Look, widths: Widths = DEFAULT_WIDTHS) -> Figure:
     """Bits of each layer, widths of its rows, and its risk as predicted and as achieved; one row of panels per budget.
+
+    In a narrow column the three panels of a budget are below one another.
 
     Args:
         data: rows of one workload and variant of `data`.
-        widths: rows of `width_frame` for the same; may be empty.
+        row_bits: rows of `width_frame` for the same; may be empty.
     """
     budgets = shown_budgets(data)
-    figure, axes = panels(len(budgets), 3, DOUBLE, 1.65, width_ratios=(1.15, 1.15, 0.9))
-    shades = [matplotlib.colormaps["cividis"](0.97 - 0.95 * i / (len(WIDTHS) - 1)) for i in range(len(WIDTHS))]
+    names = data.drop_duplicates("position").sort_values("position")["name"].tolist()
+    figure, axes = _panels(len(budgets), widths.text, names_height(names))
     for row, (bits, (by_layer, by_row, risk)) in enumerate(zip(budgets, axes, strict=True)):
         members = data[data["bits"] == bits].sort_values("position")
         by_layer.axhline(bits, **GREY_LINE)
         by_layer.plot(
             members["position"] + 1, members["bits/code"], **(look.of_line() | {"linewidth": 0.7, "markersize": 2.5})
         )
-        by_layer.set_ylabel(f"{bits:g}-bit budget\n{CODE_BITS}")
+        by_layer.set_ylabel(f"{bits:g}-bit budget\n{'code bits' if is_narrow(3, widths.text) else CODE_BITS}")
         by_layer.set_ylim(1.5, 8.5)
 
-        chosen = widths[widths["bits"] == bits]
-        seeds = max(chosen["seed"].nunique(), 1)
-        shares = chosen.groupby(["position", "width"])["share"].sum().unstack("width").reindex(columns=WIDTHS) / seeds
-        bottom = np.zeros(len(shares))
-        for shade, width in zip(shades, WIDTHS, strict=True):
-            share = shares[width].fillna(0).to_numpy()
-            by_row.bar(shares.index + 1, share, bottom=bottom, width=1.0, color=shade, linewidth=0)
-            bottom += share
-        by_row.set_ylabel("share of rows")
-        by_row.set_ylim(0, 1)
-        by_row.grid(visible=False)
-        if chosen.empty:
-            by_row.text(0.5, 0.5, "no packed file at hand", transform=by_row.transAxes, ha="center", color=GREY)
+        _stack(by_row, row_bits[row_bits["bits"] == bits])
 
         both = members[(members["predicted_risk"] > 0) & (members["achieved_risk"] > 0)]
         ends = both[["predicted_risk", "achieved_risk"]].to_numpy()
@@ -136,20 +129,48 @@ def draw(data: pd.DataFrame, widths: pd.DataFrame, look: Look) -> Figure:
         risk.set_xscale("log")
         risk.set_yscale("log")
         risk.set_ylabel("achieved risk (nats)")
+        last = row == len(budgets) - 1
         for plot in (by_layer, by_row):
-            plot.set_xlim(0.3, data["position"].max() + 1.7)
-            plot.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-            plot.set_xlabel("layer, in forward order" if row == len(budgets) - 1 else "")
-        risk.set_xlabel("predicted risk (nats)" if row == len(budgets) - 1 else "")
-    present = set(widths["width"])
+            layer_ticks(plot, names, labelled=last)
+            plot.set_xlabel("layer, in forward order" if last else "")
+        risk.set_xlabel("predicted risk (nats)" if last else "")
     patches = [
         Patch(facecolor=shade, edgecolor="black", linewidth=0.3, label=f"{width} bits")
-        for shade, width in zip(shades, WIDTHS, strict=True)
-        if width in present
+        for width, shade in SHADES.items()
+        if width in set(row_bits["width"])
     ]
     if patches:
-        figure.legend(handles=patches, loc="outside lower center", ncols=len(patches))
+        figure.legend(handles=patches, loc="outside lower center", ncols=min(len(patches), int(widths.text / KEY)))
     return figure
+
+
+def _panels(budgets: int, width: float, below: float) -> tuple[Figure, list[list[Axes]]]:
+    """Three axes for each budget, with `below` inches for the names under the last budget's."""
+    if not is_narrow(3, width):
+        figure, axes = panels(budgets, 3, width, 1.65, width_ratios=(1.15, 1.15, 0.9))
+        figure.set_figheight(figure.get_figheight() + below)
+        return figure, axes
+    figure, column = panels(3 * budgets, 1, width, 1.1)
+    figure.set_figheight(figure.get_figheight() + 2 * below)
+    plots = [plot for row in column for plot in row]
+    return figure, [plots[place : place + 3] for place in range(0, len(plots), 3)]
+
+
+def _stack(plot: Axes, row_bits: pd.DataFrame) -> None:
+    """Bars of the shares of each layer's rows at each width, means over seeds."""
+    seeds = max(row_bits["seed"].nunique(), 1)
+    shares = row_bits.groupby(["position", "width"])["share"].sum().unstack("width").reindex(columns=WIDTHS) / seeds
+    bottom = np.zeros(len(shares))
+    for width, shade in SHADES.items():
+        share = shares[width].fillna(0).to_numpy()
+        some = share > 0
+        plot.bar(shares.index[some] + 1, share[some], bottom=bottom[some], width=1.0, color=shade, linewidth=0)
+        bottom += share
+    plot.set_ylabel("share of rows")
+    plot.set_ylim(0, 1)
+    plot.grid(visible=False)
+    if row_bits.empty:
+        plot.text(0.5, 0.5, "no packed file at hand", transform=plot.transAxes, ha="center", color=GREY)
 
 
 def rank_correlation(data: pd.DataFrame) -> float:

@@ -19,8 +19,10 @@ from analysis.figures.shared import (
 )
 from analysis.loading import finished
 from analysis.metrics import with_unit
-from analysis.style import DOUBLE, GREY_LINE, Look, full_precision_line, legend, panels, present, style
+from analysis.style import DEFAULT_WIDTHS, GREY_LINE, Look, Widths, drawn, full_precision_line, legend, panels, present
 
+# inches; narrower figures have two columns
+NARROW = 5.0
 CURVES = ("score", "q/kl_to_fp", "q/nll", "q/ece")
 
 
@@ -42,10 +44,14 @@ def data(runs: pd.DataFrame) -> pd.DataFrame:
     return table.assign(primary_metric=table.groupby("workload")["primary_metric"].transform("first"))
 
 
-@style()
-def draw(data: pd.DataFrame, looks: Mapping[str, Look]) -> Figure:
-    """Score, KL, NLL and ECE of one workload against code bits (upper row) and stored bits (lower row)."""
-    figure, axes = panels(2, 4, DOUBLE, 1.75)
+@drawn
+def draw(data: pd.DataFrame, looks: Mapping[str, Look], widths: Widths = DEFAULT_WIDTHS) -> Figure:
+    """Score, KL, NLL and ECE of one workload against code bits (upper row) and stored bits (lower row).
+
+    In a narrow column these are the left and the right column.
+    """
+    narrow = widths.text < NARROW
+    figure, axes = panels(4, 2, widths.text, 1.6) if narrow else panels(2, 4, widths.text, 1.75)
     metric = data["primary_metric"].iloc[0]
     shown = {
         "score": (with_unit(metric), "fp score"),
@@ -55,7 +61,7 @@ def draw(data: pd.DataFrame, looks: Mapping[str, Look]) -> Figure:
     }
     for row, (x, x_label) in enumerate((("bits/code", CODE_BITS), ("bits/stored", STORED_BITS))):
         for column, (y, (y_label, reference)) in enumerate(shown.items()):
-            plot = axes[row][column]
+            plot = axes[column][row] if narrow else axes[row][column]
             lines(plot, data, looks, x, y)
             if reference is not None and data[reference].notna().any():
                 plot.axhline(data[reference].mean(), **GREY_LINE)

@@ -8,7 +8,18 @@ from matplotlib.figure import Figure
 from analysis.figures.shared import KL, complete, lines, mean_and_std, ticks, with_score, without
 from analysis.loading import finished
 from analysis.metrics import with_unit
-from analysis.style import DOUBLE, GREY_LINE, Look, full_precision_line, legend, panels, present, style
+from analysis.style import (
+    DEFAULT_WIDTHS,
+    GREY_LINE,
+    Look,
+    Widths,
+    drawn,
+    full_precision_line,
+    is_narrow,
+    legend,
+    panels,
+    present,
+)
 
 
 def data(runs: pd.DataFrame) -> pd.DataFrame:
@@ -33,20 +44,21 @@ def data(runs: pd.DataFrame) -> pd.DataFrame:
     return table.assign(primary_metric=table.groupby("workload")["primary_metric"].transform("first"))
 
 
-@style()
-def draw(data: pd.DataFrame, looks: Mapping[str, Look]) -> Figure:
+@drawn
+def draw(data: pd.DataFrame, looks: Mapping[str, Look], widths: Widths = DEFAULT_WIDTHS) -> Figure:
     """KL and score of one workload at one budget against the number of calibration examples."""
-    figure, axes = panels(1, 2, DOUBLE, 2.0)
+    figure, axes = panels(*((2, 1) if is_narrow(2, widths.text) else (1, 2)), widths.text, 2.0)
+    plots = [plot for row in axes for plot in row]
     metric = data["primary_metric"].iloc[0]
     shown = (("q/kl_to_fp", KL), ("score", with_unit(metric)))
     sizes = sorted(data["examples"].unique())
-    for plot, (key, y_label) in zip(axes[0], shown, strict=True):
+    for plot, (key, y_label) in zip(plots, shown, strict=True):
         lines(plot, data, looks, "examples", key)
         plot.set_xscale("log", base=2)
         ticks(plot.xaxis, sizes)
         plot.set_xlabel("calibration examples")
         plot.set_ylabel(y_label)
-    axes[0][0].set_yscale("log")
-    axes[0][1].axhline(data["fp score"].mean(), **GREY_LINE)
+    plots[0].set_yscale("log")
+    plots[1].axhline(data["fp score"].mean(), **GREY_LINE)
     legend(figure, present(data, looks), further=[full_precision_line()])
     return figure

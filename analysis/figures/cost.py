@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from analysis.figures.shared import log_ticks
 from analysis.methods import title
 from analysis.paper import REFERENCE, workload_title
-from analysis.style import DOUBLE, GREY_LINE, SINGLE, Look, legend, panels, present, style
+from analysis.style import DEFAULT_WIDTHS, GREY_LINE, Look, Widths, drawn, is_narrow, legend, panels, present
 from analysis.tables.cost import medians_of, run_costs, with_multiples
 
 
@@ -27,8 +27,8 @@ def data(runs: pd.DataFrame) -> pd.DataFrame:
     return data[columns]
 
 
-@style()
-def draw(data: pd.DataFrame, looks: Mapping[str, Look]) -> Figure:
+@drawn
+def draw(data: pd.DataFrame, looks: Mapping[str, Look], widths: Widths = DEFAULT_WIDTHS) -> Figure:
     """Time and memory as multiples of GPTQ's: medians over budgets and seeds, with smallest and largest.
 
     Memory has a panel if any run has a multiple of it.
@@ -37,10 +37,11 @@ def draw(data: pd.DataFrame, looks: Mapping[str, Look]) -> Figure:
     keys = {"time x": f"preprocessing time (multiples of {title(REFERENCE)}'s)"}
     if data["memory x"].notna().any():
         keys["memory x"] = f"peak memory (multiples of {title(REFERENCE)}'s)"
-    width = DOUBLE if len(keys) > 1 else SINGLE
-    figure, axes = panels(1, len(keys), width, 0.8 + 0.55 * len(workloads), sharey=True)
+    width = widths.text if len(keys) > 1 else widths.column
+    shape = (len(keys), 1) if is_narrow(len(keys), width) else (1, len(keys))
+    figure, axes = panels(*shape, width, 0.8 + 0.55 * len(workloads), sharey=True)
     shown = present(data, looks)
-    for plot, (key, x_label) in zip(axes[0], keys.items(), strict=True):
+    for plot, (key, x_label) in zip((plot for row in axes for plot in row), keys.items(), strict=True):
         plot.axvline(1, **GREY_LINE)
         for number, (variant, look) in enumerate(shown.items()):
             shift = 0.6 * ((number + 0.5) / len(shown) - 0.5)

@@ -5,11 +5,20 @@ from pathlib import Path
 
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
-from analysis.figures.shared import CODE_BITS, complete, few_bits, lines, mean_and_std, shown_budgets, ticks
+from analysis.figures.shared import (
+    CODE_BITS,
+    complete,
+    few_bits,
+    layer_ticks,
+    lines,
+    mean_and_std,
+    names_height,
+    shown_budgets,
+    ticks,
+)
 from analysis.loading import finished
-from analysis.style import DOUBLE, GREY_LINE, Look, legend, panels, present, style
+from analysis.style import DEFAULT_WIDTHS, GREY_LINE, Look, Widths, drawn, is_narrow, legend, panels, present
 
 BOUNDS_FILE = "bounds.csv"
 GAPS = {"above": "shared_bound_bits", "coding": "bound_bits"}
@@ -53,36 +62,42 @@ def layer_gaps(bounds: pd.DataFrame) -> pd.DataFrame:
     return mean_and_std(table, ["workload", "method", "variant", "bits", "position", "name"], ["coding"])
 
 
-@style()
-def draw(data: pd.DataFrame, layers: pd.DataFrame, looks: Mapping[str, Look]) -> Figure:
+@drawn
+def draw(
+    data: pd.DataFrame, layers: pd.DataFrame, looks: Mapping[str, Look], widths: Widths = DEFAULT_WIDTHS
+) -> Figure:
     """Bits above the bounds of one workload: of the network, of its layers together, and layer by layer at one budget.
 
     Args:
         data: of `data`.
         layers: of `layer_gaps`.
     """
-    figure, axes = panels(1, 3, DOUBLE, 2.1, width_ratios=(1, 1, 1.3))
+    bits = shown_budgets(layers)[0]
+    members = layers[layers["bits"] == bits]
+    by_name = members.drop_duplicates("position").sort_values("position")["name"].tolist()
+    height = 2.1 + names_height(by_name)
+    if is_narrow(3, widths.text):
+        figure, axes = panels(3, 1, widths.text, 1.8, height_ratios=(1, 1, height / 2.1))
+    else:
+        figure, axes = panels(1, 3, widths.text, height, width_ratios=(1, 1, 1.3))
+    plots = [plot for row in axes for plot in row]
     names = {
         "above": "bits per weight above\nthe network's bound",
         "coding": "bits per weight above\nthe layers' bounds",
     }
-    for plot, (key, name) in zip(axes[0], names.items(), strict=False):
+    for plot, (key, name) in zip(plots, names.items(), strict=False):
         lines(plot, data, looks, "bits", key)
         plot.set_ylabel(name)
         plot.set_xlabel(CODE_BITS)
         plot.set_ylim(bottom=min(0.0, float(data[["above", "coding"]].min().min())))
         ticks(plot.xaxis, few_bits(data["bits"]))
-    bits = shown_budgets(layers)[0]
-    members = layers[layers["bits"] == bits]
     for variant, look in present(members, looks).items():
         line = members[members["variant"] == variant].sort_values("position")
-        axes[0][2].plot(
-            line["position"] + 1, line["coding"], **(look.of_line() | {"linewidth": 0.6, "markersize": 2.2})
-        )
-    axes[0][2].axhline(0, **GREY_LINE)
-    axes[0][2].set_title(f"{bits:g}-bit budget")
-    axes[0][2].set_ylabel("bits per weight above\nthe layer's bound")
-    axes[0][2].set_xlabel("layer, in forward order")
-    axes[0][2].xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        plots[2].plot(line["position"] + 1, line["coding"], **(look.of_line() | {"linewidth": 0.6, "markersize": 2.2}))
+    plots[2].axhline(0, **GREY_LINE)
+    plots[2].set_title(f"{bits:g}-bit budget")
+    plots[2].set_ylabel("bits per weight above\nthe layer's bound")
+    plots[2].set_xlabel("layer, in forward order")
+    layer_ticks(plots[2], by_name)
     legend(figure, present(data, looks))
     return figure

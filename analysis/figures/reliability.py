@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from analysis.figures.shared import method_of
-from analysis.style import DOUBLE, GREY, SINGLE, Look, legend, panels, present, style
+from analysis.style import DEFAULT_WIDTHS, GREY, PANEL, Look, Widths, drawn, legend, panels, present
 from bayesq.suite.plots import confidence_bins
 
 # With fewer examples the accuracy is mostly noise.
@@ -43,16 +43,17 @@ def data(examples: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns)
 
 
-@style()
-def draw(data: pd.DataFrame, looks: Mapping[str, Look]) -> Figure:
+@drawn
+def draw(data: pd.DataFrame, looks: Mapping[str, Look], widths: Widths = DEFAULT_WIDTHS) -> Figure:
     """Accuracy against confidence of one workload, one panel per budget; marker areas are shares of the examples.
 
     Bins of fewer than LEAST_IN_BIN examples are left out.
     """
     budgets = sorted(data["bits"].unique())
-    columns = min(len(budgets), 4)
+    width = widths.text if len(budgets) > 1 else widths.column
+    columns = min(len(budgets), max(int(width / PANEL), 1))
     rows = -(-len(budgets) // columns)
-    figure, axes = panels(rows, columns, DOUBLE if columns > 1 else SINGLE, 2.0, sharex=True, sharey=True)
+    figure, axes = panels(rows, columns, width, 2.0, sharex=True, sharey=True)
     places = [plot for row in axes for plot in row]
     data = data[data["n"] >= LEAST_IN_BIN]
     low = math.floor(10 * min(data["confidence"].min(), data["accuracy"].min())) / 10

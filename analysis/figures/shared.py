@@ -1,12 +1,14 @@
 """Parts of several figures: means over seeds, shown runs, ticks and error bars."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import takewhile
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from numpy.typing import NDArray
 
 from analysis.comparisons import whole_mean, with_scores
 from analysis.loading import UNKNOWN
@@ -17,6 +19,10 @@ from analysis.style import Look, present
 KL = "KL to full precision (nats)"
 CODE_BITS, STORED_BITS = "code bits per weight", "stored bits per weight"
 MOST_VARIANTS = 3
+# axes on which variants share places, and the part of the distance between two places that their points take up
+SHARED, DODGE = ("bits", "bits/code", "examples"), 0.3
+# of names of layers: points, inches of a character, and inches of a line
+NAME_SIZE, NAME_CHARACTER, NAME_LINE = 5.5, 0.042, 0.1
 
 
 def main_runs(runs: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
@@ -83,16 +89,34 @@ def shown_budgets(data: pd.DataFrame) -> list[float]:
     return chosen or sorted({had[0], had[len(had) // 2], had[-1]})
 
 
+def dodged(places: NDArray[np.float64], number: int, count: int, x: str) -> NDArray[np.float64]:
+    """Places of the points of variant `number` of `count`, moved aside so that error bars of a budget do not overlap.
+
+    Only on axes of SHARED; all points of a place are within DODGE of the smallest distance between places.
+    """
+    if x not in SHARED:
+        return places
+    logarithmic = x == "examples"
+    scaled = np.log2(places) if logarithmic else places
+    steps = np.diff(np.unique(scaled[np.isfinite(scaled)]).round(1))
+    step = min([1.0, *steps[steps > 0]])
+    moved: NDArray[np.float64] = scaled + DODGE * step * (number - (count - 1) / 2) / count
+    return 2.0**moved if logarithmic else moved
+
+
 def lines(axes: Axes, data: pd.DataFrame, looks: Mapping[str, Look], x: str, y: str) -> None:
     """A line per variant with bars of one standard deviation over seeds; it breaks where a point was not measured.
+
+    Points of several variants at one budget are side by side, see `dodged`.
 
     Args:
         data: with the columns x, y and `Y std`; a point without x is at its `bits`. Only positive values of KL are
             drawn, because its axis is logarithmic.
     """
-    for variant, look in present(data, looks).items():
+    shown = present(data, looks)
+    for number, (variant, look) in enumerate(shown.items()):
         line = data[data["variant"] == variant]
-        places = line[x].fillna(line["bits"]).to_numpy(dtype=float)
+        places = dodged(line[x].fillna(line["bits"]).to_numpy(dtype=float), number, len(shown), x)
         values, spread = (line[key].to_numpy(dtype=float) for key in (y, f"{y} std"))
         values = np.where(values > 0, values, np.nan) if y == "q/kl_to_fp" else values
         axes.plot(places, values, **look.of_line())
@@ -127,3 +151,39 @@ def few_bits(budgets: pd.Series) -> list[float]:
     """Ticks of an axis of bits: at the budgets, or at whole numbers if there are many budgets."""
     had = sorted(float(bits) for bits in budgets.unique())
     return had if len(had) < 6 else [float(bits) for bits in range(2, 9)]
+
+
+def short_layers(names: Sequence[str]) -> list[str]:
+    """Names of layers without the leading parts that all layers with the same first part share.
+
+    Names that would be equal then stay as they are.
+    """
+    groups: dict[str, list[list[str]]] = {}
+    for name in names:
+        groups.setdefault(name.partition(".")[0], []).append(name.split(".")[:-1])
+    shared = {
+        first: len(list(takewhile(lambda column: len(set(column)) == 1, zip(*parts, strict=False))))
+        for first, parts in groups.items()
+    }
+    short = [".".join(name.split(".")[shared[name.partition(".")[0]] :]) for name in names]
+    return short if len(set(short)) == len(names) else list(names)
+
+
+def layer_ticks(axes: Axes, names: Sequence[str], labelled: bool = True) -> None:
+    """Ticks with names of layers, which are at 1, 2, ... in forward order; about as many as fit.
+
+    `style.thin_ticks` sees to the rest.
+    """
+    fit = max(axes.bbox.width / axes.figure.dpi / NAME_LINE, 1)
+    step = max(round(len(names) / fit), 1)
+    shown = range(0, len(names) if labelled else 0, step)
+    short = short_layers(names)
+    axes.set_xticks([i + 1 for i in shown], [short[i] for i in shown], rotation=90, fontsize=NAME_SIZE)
+    axes.set_xlim(0.3, len(names) + 0.7)
+    axes.grid(axis="x", visible=False)
+    axes.tick_params(axis="x", length=2)
+
+
+def names_height(names: Sequence[str]) -> float:
+    """Inches that the names of `layer_ticks` need below the axes."""
+    return NAME_CHARACTER * max(map(len, short_layers(names)), default=0)

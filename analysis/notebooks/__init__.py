@@ -1,43 +1,27 @@
-"""The paper's pages: each notebook is a percent script that also runs as a plain one.
+"""The paper's pages as notebooks: executed here, in a kernel, by papermill, or opened in Jupyter.
 
-python analysis/notebooks/bit_curve.py results --output paper     one page as a script
-python -m analysis.notebooks results --output paper               all pages as executed .ipynb files
-
-Both take filters after the folder, such as `dataset=digits method=bayesq,gptq`. In a kernel the arguments come from
-the environment: BAYESQ_RESULTS, BAYESQ_OUTPUT and BAYESQ_WHERE with one filter per line.
+The cell tagged `parameters` names the results folder, filters, the output folder and the venue of the figures.
 """
 
-import argparse
-import builtins
-import functools
+import hashlib
+import json
 import os
-import re
-import runpy
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
-from functools import cached_property
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-from matplotlib.figure import Figure
+from analysis.loading import load_runs, without_result
+from analysis.page import NOTEBOOKS_FOLDER as FOLDER
+from analysis.page import ROOT
+from analysis.style import widths
 
-import analysis
-from analysis import gaps, style
-from analysis.captions import settings
-from analysis.figures.shared import main_runs, without
-from analysis.loading import UNKNOWN, finished, of_finished_workloads, records, without_result
-from analysis.table import Table, remove_table, write_table
-from bayesq.suite.errors import UserError
-
-FOLDER = Path(__file__).parent
 # in the order of a paper
 NOTEBOOKS = (
     "main_figure",
     "main_table",
     "glue_table",
+    "pareto",
     "ablation",
     "bit_curve",
     "allocation",
@@ -48,215 +32,136 @@ NOTEBOOKS = (
     "rate_distortion",
     "league",
 )
-RESULTS_VARIABLE, OUTPUT_VARIABLE, WHERE_VARIABLE = "BAYESQ_RESULTS", "BAYESQ_OUTPUT", "BAYESQ_WHERE"
-PAGES = "pages"
+PARAMETERS, INJECTED = "parameters", "injected-parameters"
+# metadata of notebooks that are stored with outputs
+DIGEST = "sources_sha256"
+# of one cell; reading a large W&B project takes a while
+CELL_SECONDS = 1800
 
 
-def arguments() -> tuple[str, tuple[str, ...], Path]:
-    """Source of results, filters and output folder; in a kernel they come from the environment."""
-    parser = argparse.ArgumentParser(description="Figures and tables of a results folder or a W&B project.")
-    parser.add_argument("results", nargs="?", default=os.environ.get(RESULTS_VARIABLE, "results"))
-    parser.add_argument("where", nargs="*", default=os.environ.get(WHERE_VARIABLE, "").splitlines())
-    parser.add_argument("--output", type=Path, default=Path(os.environ.get(OUTPUT_VARIABLE, "paper")))
-    given = parser.parse_intermixed_args([] if in_kernel() else sys.argv[1:])
-    return given.results, tuple(given.where), given.output
+def parameters(
+    results: str | Path,
+    output: str | Path,
+    where: Sequence[str] = (),
+    venue: str | None = None,
+    columns: int | None = None,
+) -> dict[str, Any]:
+    """Values for the parameters cell of every notebook, checked before any notebook runs.
 
-
-def slug(text: str) -> str:
-    """`text` as part of a file name."""
-    return re.sub(r"[^A-Za-z0-9]+", "_", text).strip("_").lower()
-
-
-def in_kernel() -> bool:
-    """Whether the code runs in a notebook, where the command line belongs to the kernel."""
-    return hasattr(builtins, "__IPYTHON__")
-
-
-class Page:
-    """Input and output of one notebook.
-
-    Everything shown also goes to OUTPUT/pages/NAME.md: figures with their captions, tables, and what is missing.
-
-    Attributes:
-        source: a results folder or `wandb:entity/project`.
-        where: filters that the runs fit.
+    Args:
+        results: a results folder or `wandb:entity/project`.
         output: folder of figures and tables.
-        results: frames of the source.
-        runs: all runs of workloads that have a result, failed ones included.
+        where: filters of the runs.
+        venue, columns: widths of figures, see `style.widths`.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        UserError: the W&B project cannot be read, a filter fits no run, or there is no such venue.
     """
-
-    def __init__(self, name: str, tables: Sequence[str] = ()) -> None:
-        """Read the runs, and remove files of an earlier page of this name.
-
-        Args:
-            tables: names of tables that the page may write.
-        """
-        self.name = name
-        self.source, self.where, self.output = arguments()
-        self.parts: list[str] = []
-        try:
-            self.results = read(self.source, self.where)
-            self.runs = self.results.runs
-        except (FileNotFoundError, UserError) as error:
-            sys.exit(f"error: {error}")
-        self._forget(tables)
-        if self.where:
-            self.say(self._only())
-
-    @property
-    def workloads(self) -> list[str]:
-        """The workloads that have a result."""
-        return sorted(set(self.runs["workload"]) - {UNKNOWN})
-
-    @property
-    def finished(self) -> pd.DataFrame:
-        """The runs that have a result."""
-        return finished(self.runs)
-
-    @cached_property
-    def main_runs(self) -> pd.DataFrame:
-        """Runs for figures of all methods; a line names those left out."""
-        shown, left_out = main_runs(self.runs)
-        for line in left_out:
-            self.say(line)
-        return shown
-
-    @property
-    def looks(self) -> dict[str, style.Look]:
-        """Look of every variant."""
-        return style.looks(self.runs)
-
-    def looks_without(self, setting: str) -> dict[str, style.Look]:
-        """Looks of variants whose names leave out a setting that is an axis of the figure."""
-        names = [without(variant, setting) for variant in self.runs["variant"]]
-        return style.looks(self.runs.assign(variant=names))
-
-    def command(self, workload: str, *overrides: str) -> str:
-        """The line for the shell that makes runs of a workload."""
-        run = records(self.runs[self.runs["workload"] == workload])[0]
-        return gaps.workload_command(run, overrides, self.source)
-
-    def figure(
-        self, drawn: Figure, caption: str, data: pd.DataFrame, runs: pd.DataFrame, *of: Any, **options: Any
-    ) -> None:
-        """Save a figure with its data and its caption, which ends with the settings of its runs, and show it.
-
-        Args:
-            of: parts of the file's name after the page's name, such as workload and budget.
-            options: `without`, of `captions.settings`, and `dpi`.
-        """
-        name = "_".join([self.name, *(slug(part) if isinstance(part, str) else f"{part:g}" for part in of)])
-        caption += settings(runs, without=options.pop("without", ())) + (f" {self._only()}" if self.where else "")
-        path = style.save(drawn, self.output, name, caption, data, **options)
-        if in_kernel():
-            from IPython.display import Image, display
-
-            display(Image(path.read_bytes(), width=round(96 * drawn.get_figwidth() * 1.4)))
-        self._say(f"![{name}](../{path.name})")
-        self.say(caption)
-
-    def table(self, table: Table, name: str) -> None:
-        """Write a table as .md, .csv and .tex, and show it; without rows, show its footnotes only."""
-        if table.empty:
-            self.say(
-                "\n".join(["No run that this table shows.", "", *(f"* {line}" for line in table.footnotes)]).strip()
-            )
-            return
-        if self.where:
-            table = replace(table, caption=f"{table.caption} {self._only()}")
-        written = write_table(table, self.output, name)
-        markdown = next(path for path in written if path.suffix == ".md")
-        self.say(markdown.read_text(encoding="utf-8").strip())
-
-    def _only(self) -> str:
-        return f"Only runs with {' and '.join(self.where)}."
-
-    def say(self, text: str) -> None:
-        """Show a paragraph, in Markdown."""
-        if in_kernel():
-            from IPython.display import Markdown, display
-
-            display(Markdown(text))
-        else:
-            print(text, end="\n\n")
-        self._say(text)
-
-    def nothing(self, why: str, command: str) -> None:
-        """Say that there is nothing to show, and the command that makes it."""
-        self.say(f"Nothing to show: {why}; `{command}`")
-
-    def missing(self, lines: Sequence[str]) -> None:
-        """Show lines about missing runs, with their commands."""
-        if lines:
-            self.say("Missing:\n\n" + "\n".join(f"* {line}" for line in lines))
-
-    @property
-    def path(self) -> Path:
-        """The page in Markdown."""
-        return self.output / PAGES / f"{self.name}.md"
-
-    def _forget(self, tables: Sequence[str]) -> None:
-        """Remove figures and tables of an earlier page, so that old ones are not mistaken for new ones."""
-        for name in tables:
-            remove_table(self.output, name)
-        if self.path.is_file():
-            for name in re.findall(r"^!\[(.+?)\]\(", self.path.read_text(encoding="utf-8"), re.MULTILINE):
-                style.remove(self.output, name)
-            self.path.unlink()
-
-    def _say(self, text: str) -> None:
-        self.parts.append(text)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text("\n\n".join([f"# {self.name}", *self.parts]) + "\n", encoding="utf-8")
+    widths(venue, columns)
+    print(without_result(load_runs(results, where)), end="", file=sys.stderr)
+    given = {"results": str(results), "where": list(where), "output": str(output)}
+    return {**given, "venue": venue, "columns": columns}
 
 
-class Results:
-    """The frames of a source, each read on first use; without workloads that have no finished run."""
-
-    def __init__(self, source: str, where: Sequence[str] = ()) -> None:
-        runs = analysis.load_runs(source, where)
-        self.runs = of_finished_workloads(runs)
-        print(without_result(runs), end="", file=sys.stderr)
-
-    @cached_property
-    def layers(self) -> pd.DataFrame:
-        """Long frame of layers.csv."""
-        return analysis.layer_frame(self.runs)
-
-    @cached_property
-    def examples(self) -> pd.DataFrame:
-        """Long frame of predictions.csv."""
-        return analysis.example_frame(self.runs)
-
-
-@functools.lru_cache(maxsize=1)
-def read(source: str, where: tuple[str, ...]) -> Results:
-    """The results of a source, read once for all pages that one process renders."""
-    return Results(source, where)
-
-
-@contextmanager
-def _given(source: str | Path, where: Sequence[str], output: Path) -> Iterator[None]:
-    """Set the arguments of a script for the block."""
-    before = sys.argv
-    sys.argv = [before[0], str(source), *where, "--output", str(output)]
-    try:
-        yield
-    finally:
-        sys.argv = before
+def with_parameters(name: str, given: dict[str, Any]) -> dict[str, Any]:
+    """A stored notebook with a cell that sets parameters after the one tagged `parameters`, like papermill's."""
+    notebook: dict[str, Any] = json.loads((FOLDER / f"{name}.ipynb").read_text(encoding="utf-8"))
+    for cell in notebook["cells"]:
+        cell["source"] = "".join(cell["source"])
+    place = next(i for i, cell in enumerate(notebook["cells"]) if PARAMETERS in cell["metadata"].get("tags", ()))
+    cell = {
+        "cell_type": "code",
+        "execution_count": None,
+        "id": f"{name}-{INJECTED}",
+        "metadata": {"tags": [INJECTED]},
+        "outputs": [],
+        "source": "\n".join(f"{key} = {value!r}" for key, value in given.items()),
+    }
+    notebook["cells"].insert(place + 1, cell)
+    return notebook
 
 
 def render_all(
-    source: str | Path, output: str | Path, names: Sequence[str] = NOTEBOOKS, where: Sequence[str] = ()
+    results: str | Path,
+    output: str | Path,
+    names: Sequence[str] = NOTEBOOKS,
+    where: Sequence[str] = (),
+    **options: Any,
 ) -> None:
-    """Run notebooks as scripts, in this process: every figure and table of a source.
+    """Run the notebooks' code in this process: every figure and table of a source.
 
     Args:
-        source: a results folder or `wandb:entity/project`.
-        output: folder of figures and tables.
-        where: filters of the runs.
+        where, options: of `parameters`, which has the errors too.
     """
-    read.cache_clear()  # the folder may have grown
-    with _given(source, where, Path(output)):
-        for name in names:
-            runpy.run_path(str(FOLDER / f"{name}.py"), run_name="__main__")
+    given = parameters(results, output, where, **options)
+    for name in names:
+        variables: dict[str, Any] = {}
+        for number, cell in enumerate(with_parameters(name, given)["cells"]):
+            if cell["cell_type"] == "code":
+                exec(compile(cell["source"], f"{name}.ipynb, cell {number}", "exec"), variables)
+
+
+def execute(
+    results: str | Path,
+    output: Path,
+    names: Sequence[str] = NOTEBOOKS,
+    where: Sequence[str] = (),
+    **options: Any,
+) -> list[Path]:
+    """Execute notebooks one after the other in one kernel, in the current folder, and write OUTPUT/NAME.ipynb.
+
+    Args:
+        where, options: of `parameters`, which has further errors.
+
+    Returns:
+        the paths of the notebooks.
+
+    Raises:
+        nbclient.exceptions.CellExecutionError: a cell failed.
+    """
+    import nbformat
+    from nbclient import NotebookClient
+
+    given = parameters(results, output, where, **options)
+    notebooks = {name: nbformat.from_dict(with_parameters(name, given)) for name in names}
+    cells = [cell for notebook in notebooks.values() for cell in notebook.cells]
+    together = nbformat.v4.new_notebook(cells=cells)
+    here = {"metadata": {"path": str(Path.cwd())}}
+    client = NotebookClient(together, timeout=CELL_SECONDS, kernel_name="python3", record_timing=False, resources=here)
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    client.execute(env={**os.environ, "PYTHONPATH": path})
+    output.mkdir(parents=True, exist_ok=True)
+    written = []
+    for name, notebook in notebooks.items():
+        count_from_one(notebook)
+        written.append(output / f"{name}.ipynb")
+        nbformat.write(notebook, written[-1])
+    return written
+
+
+def update(executed: Path) -> None:
+    """Store an executed notebook in this folder, without its injected parameters, with the digest of its sources."""
+    import nbformat
+
+    notebook = nbformat.read(executed, as_version=4)
+    notebook.cells = [cell for cell in notebook.cells if INJECTED not in cell.metadata.get("tags", ())]
+    count_from_one(notebook)
+    notebook.metadata[DIGEST] = digest(notebook)
+    (FOLDER / executed.name).write_text(f"{nbformat.writes(notebook).rstrip()}\n", encoding="utf-8")
+
+
+def digest(notebook: Mapping[str, Any]) -> str:
+    """SHA-256 of the sources of a notebook's cells; outputs belong to the sources whose digest is stored."""
+    sources = ["".join(cell["source"]) for cell in notebook["cells"]]
+    return hashlib.sha256("\n\n".join(sources).encode()).hexdigest()
+
+
+def count_from_one(notebook: Any) -> None:
+    """Number the executed cells of a notebook from 1."""
+    code = (cell for cell in notebook.cells if cell.cell_type == "code")
+    for number, cell in enumerate(code, 1):
+        cell.execution_count = number
+        for shown in cell.outputs:
+            if shown.output_type == "execute_result":
+                shown.execution_count = number

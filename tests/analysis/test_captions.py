@@ -10,12 +10,14 @@ from frozen import EXAMPLES, add, config, started
 
 from analysis import captions, gaps, load_runs
 from analysis.figures import bit_curve
-from analysis.notebooks import NOTEBOOKS, Page, render_all
+from analysis.notebooks import NOTEBOOKS, render_all
+from analysis.page import Page
 from analysis.tables.ablation import ablation_table
 from analysis.tables.compact import compact_table
 from analysis.tables.main import main_table
 from analysis.tables.overview import overview_table
 from bayesq.files import lock
+from bayesq.suite.errors import UserError
 
 
 def changed(folder: Path, **values: Any) -> None:
@@ -104,7 +106,7 @@ def test_every_caption_of_the_paper_has_them(tmp_path: Path) -> None:
             add(tmp_path / "results", method, bits, 0, distill=True)
     files = rendered(tmp_path / "results", tmp_path / "paper", "main_figure", "main_table", "bit_curve", "cost")
     texts = [name for name in files if name.endswith((".txt", ".md")) and "/" not in name]
-    assert len(texts) == 6
+    assert len(texts) == 7
     for name in texts:
         assert "Settings beyond the defaults: distill=true." in files[name], name
 
@@ -218,7 +220,7 @@ def test_empty_tables_are_not_written_and_old_ones_are_removed(tmp_path: Path) -
 def test_a_wrong_filter_leaves_the_files_as_they_are(tmp_path: Path) -> None:
     add(tmp_path / "results", "gptq", 3.0, 0)
     before = rendered(tmp_path / "results", tmp_path / "paper", "main_table")
-    with pytest.raises(SystemExit, match="error: method=none: no finished run has"):
+    with pytest.raises(UserError, match=r"^method=none: no finished run has"):
         render_all(tmp_path / "results", tmp_path / "paper", ["main_table"], ["method=none"])
     assert {path.name for path in (tmp_path / "paper").iterdir()} >= {Path(n).name for n in before if "/" not in n}
 
@@ -330,18 +332,11 @@ def test_a_gptq_without_a_kl_is_not_the_strongest(tmp_path: Path) -> None:
     assert row["reference"] == "gptq inputs=full"
 
 
-def test_the_page_of_a_kernel_takes_its_filters_from_the_environment(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_page_knows_source_and_filters_of_its_runs(tmp_path: Path) -> None:
     for method in ("gptq", "rtn"):
         add(tmp_path / "results", method, 3.0, 0)
-    monkeypatch.setattr("analysis.notebooks.in_kernel", lambda: True)
-    monkeypatch.setattr(Page, "say", lambda self, text: None)
-    for name, value in (
-        ("RESULTS", tmp_path / "results"),
-        ("OUTPUT", tmp_path / "out"),
-        ("WHERE", "method=rtn\nbits=3"),
-    ):
-        monkeypatch.setenv(f"BAYESQ_{name}", str(value))
-    page = Page("main_table")
+    where = ["method=rtn", "bits=3"]
+    page = Page("main_table", load_runs(tmp_path / "results", where), tmp_path / "out")
     assert page.where == ("method=rtn", "bits=3") and set(page.runs["method"]) == {"rtn"}
+    assert page.source == str(tmp_path / "results")
+    assert "Only runs with method=rtn and bits=3." in page.path.read_text()

@@ -1,5 +1,6 @@
 """Figures from a results folder: the same bytes twice, the same look everywhere, gaps where runs are missing."""
 
+import itertools
 import re
 import shutil
 import statistics
@@ -13,12 +14,13 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from result_files import add_run, paper
 
-from analysis import captions, gaps, load_runs, style
+from analysis import captions, example_frame, gaps, layer_frame, load_runs, style
 from analysis.defaults import switches_nothing
-from analysis.figures import ablation, allocation, bit_curve, cost, main_figure, rate_distortion, reliability
+from analysis.figure_files import save
+from analysis.figures import ablation, allocation, bit_curve, cost, main_figure, pareto, rate_distortion, reliability
 from analysis.figures.shared import main_runs
 from analysis.methods import methods_of
-from analysis.notebooks import NOTEBOOKS, Results, render_all
+from analysis.notebooks import NOTEBOOKS, render_all
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +129,7 @@ def test_a_setting_in_the_name_is_not_told_again(tmp_path: Path) -> None:
 
 
 def test_reliability_bins_have_the_share_and_accuracy_of_their_examples(digits: Path) -> None:
-    examples = Results(str(digits)).examples
+    examples = example_frame(load_runs(digits))
     data = reliability.data(examples)
     own = examples[(examples["variant"] == "bayesq") & (examples["bits"] == 4)]
     found = data[(data["variant"] == "bayesq") & (data["bits"] == 4)]
@@ -200,7 +202,7 @@ def test_the_readmes_figure_is_small_and_has_a_panel_for_each_workload(full: Pat
     drawn = main_figure.draw(data, style.looks(runs))
     assert len(drawn.axes) == 5
     assert {axes.get_yscale() for axes in drawn.axes} == {"log"}
-    path = style.save(drawn, tmp_path, "main_figure", "caption", data, dpi=200)
+    path = save(drawn, tmp_path, "main_figure", "caption", data, dpi=200)
     assert path.stat().st_size < 200 * 1024
     assert re.search(rb"/Subtype\s*/Type3", (tmp_path / "main_figure.pdf").read_bytes()) is None
     assert b"CreationDate" not in (tmp_path / "main_figure.pdf").read_bytes()
@@ -228,27 +230,31 @@ def test_a_figure_that_is_not_drawn_again_is_removed(digits: Path, tmp_path: Pat
 # -------------------------------------------------------------------------------------------------------------- layout
 
 
-@pytest.fixture(scope="module")
-def drawn(full: Path) -> dict[str, Figure]:
-    """One of every figure of the source."""
-    results = Results(str(full))
-    looks = style.looks(results.runs)
-    curve = bit_curve.data(results.runs)
+@pytest.fixture(
+    scope="module", params=[(None, None), ("icml", 1), pytest.param(("neurips", None), marks=pytest.mark.slow)], ids=str
+)
+def drawn(full: Path, request: pytest.FixtureRequest) -> dict[str, Figure]:
+    """One of every figure of the source, at several widths."""
+    runs, at = load_runs(full), style.widths(*request.param)
+    looks = style.looks(runs)
+    curve = bit_curve.data(runs)
     workload = curve["workload"].iloc[0]
 
     def own(data: pd.DataFrame) -> pd.DataFrame:
         return data[data["workload"] == workload]
 
-    bounds = own(rate_distortion.bounds_frame(results.runs))
+    bounds = own(rate_distortion.bounds_frame(runs))
     widths = pd.DataFrame({"bits": 3.0, "seed": 0, "position": [0, 0, 1], "width": [2, 8, 3], "share": [0.5, 0.5, 1.0]})
     return {
-        "main_figure": main_figure.draw(curve, looks),
-        "bit_curve": bit_curve.draw(own(curve), looks),
-        "allocation": allocation.draw(own(allocation.data(results.layers)), widths, looks["bayesq"]),
-        "cost": cost.draw(cost.data(results.runs), looks),
-        "reliability": reliability.draw(own(reliability.data(results.examples)), looks),
+        "main_figure": main_figure.draw(curve, looks, at),
+        "main_figure_score": main_figure.draw(curve, looks, at, y=main_figure.SCORE),
+        "pareto": pareto.draw(pareto.data(runs), looks, at),
+        "bit_curve": bit_curve.draw(own(curve), looks, at),
+        "allocation": allocation.draw(own(allocation.data(layer_frame(runs))), widths, looks["bayesq"], at),
+        "cost": cost.draw(cost.data(runs), looks, at),
+        "reliability": reliability.draw(own(reliability.data(example_frame(runs))), looks, at),
         "rate_distortion": rate_distortion.draw(
-            rate_distortion.data(bounds), rate_distortion.layer_gaps(bounds), looks
+            rate_distortion.data(bounds), rate_distortion.layer_gaps(bounds), looks, at
         ),
     }
 
@@ -267,14 +273,18 @@ def test_ticks_of_multiples_have_room(fastest: float, ticks: list[float]) -> Non
 def texts_of(axes: Axes) -> list[Text]:
     """Title, labels and the tick labels within the view."""
     (left, right), (bottom, top) = sorted(axes.get_xlim()), sorted(axes.get_ylim())
-    ticks = [text for text in axes.get_xticklabels() if left <= text.get_position()[0] <= right]
-    ticks += [text for text in axes.get_yticklabels() if bottom <= text.get_position()[1] <= top]
+    ticks = [text for text in axes.get_xticklabels(which="both") if left <= text.get_position()[0] <= right]
+    ticks += [text for text in axes.get_yticklabels(which="both") if bottom <= text.get_position()[1] <= top]
     return [text for text in (axes.title, axes.xaxis.label, axes.yaxis.label, *ticks) if text.get_text()]
+
+
+def is_tick(axes: Axes, text: Text) -> bool:
+    return text.get_visible() and text not in (axes.title, axes.xaxis.label, axes.yaxis.label)
 
 
 def test_nothing_is_cut_or_covered(drawn: dict[str, Figure]) -> None:
     for name, figure in drawn.items():
-        assert figure.get_figwidth() in (style.SINGLE, style.DOUBLE), name
+        assert figure.get_figwidth() in {*style.DEFAULT_WIDTHS, *style.VENUES["icml"], *style.VENUES["neurips"]}, name
         with style.style():
             canvas = FigureCanvasAgg(figure)
             canvas.draw()
@@ -283,7 +293,10 @@ def test_nothing_is_cut_or_covered(drawn: dict[str, Figure]) -> None:
             covered = [axes.get_tightbbox(renderer) for axes in shown]
             legends = [legend.get_window_extent(renderer) for legend in figure.legends]
             texts = [text.get_window_extent(renderer) for axes in shown for text in texts_of(axes)]
+            labels = [t.get_window_extent(renderer) for axes in shown for t in texts_of(axes) if is_tick(axes, t)]
         assert len(texts) > 4 * len(shown) - 2, name
+        assert len(labels) > 2 * len(shown), name
+        assert not [(a, b) for a, b in itertools.combinations(labels, 2) if a.overlaps(b)], name
         page = figure.bbox
         for box in [*legends, *texts]:
             across = page.x0 - 1 <= box.x0 and box.x1 <= page.x1 + 1

@@ -1,67 +1,165 @@
-"""The pages on real runs, as scripts and as executed notebooks; and how a page gets its arguments."""
+"""Notebooks: what is stored, and that they run in this process, in one kernel, by papermill and from any folder."""
 
 import csv
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import nbformat
+import papermill
 import pytest
 from result_files import add_run
 
-from analysis.notebooks import FOLDER, NOTEBOOKS, render_all
-from analysis.notebooks.execute import convert, execute
+from analysis.notebooks import DIGEST, FOLDER, INJECTED, NOTEBOOKS, PARAMETERS, digest, execute, render_all, update
+from analysis.notebooks.__main__ import main
+from analysis.page import rooted
 
 ROOT = Path(__file__).parents[2]
+WITH_OUTPUTS = ("main_figure", "main_table")
 
 
 def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
-def script(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(FOLDER / f"{name}.py"), *arguments]
-    return subprocess.run(command, env=environment(), capture_output=True, text=True)
+def stored(name: str) -> Any:
+    return nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
 
 
-# --------------------------------------------------------------------------------------------------------------- quick
+def code_of(notebook: Any) -> list[Any]:
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
-def test_every_script_is_a_page() -> None:
-    assert {path.stem for path in FOLDER.glob("*.py") if not path.stem.startswith("__")} - {"execute"} == set(NOTEBOOKS)
+def outputs_of(notebook: Any) -> list[Any]:
+    return [output for cell in code_of(notebook) for output in cell.outputs]
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """GPTQ and BayesQ at two budgets, one of GPTQ missing."""
+    folder = tmp_path_factory.mktemp("few") / "results"
+    for method, bits in (("gptq", 3), ("bayesq", 3), ("bayesq", 4)):
+        add_run(folder, method=method, bits=bits)
+    return folder
+
+
+# -------------------------------------------------------------------------------------------------------------- stored
+
+
+def test_every_notebook_is_a_page() -> None:
+    assert {path.stem for path in FOLDER.glob("*.ipynb")} == set(NOTEBOOKS)
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
-def test_a_script_converts_to_a_notebook_that_begins_with_its_text(name: str) -> None:
-    notebook = convert(name)
+def test_a_notebook_begins_with_its_text_and_its_parameters(name: str) -> None:
+    notebook = stored(name)
     nbformat.validate(notebook)
     assert notebook.cells[0].cell_type == "markdown"
-    assert notebook.cells[0].source.startswith("# ")
-    assert len(notebook.cells[0].source) > 100
-    assert sum(cell.cell_type == "code" for cell in notebook.cells) >= 2
-    assert nbformat.writes(notebook) == nbformat.writes(convert(name))
+    assert notebook.cells[0].source.startswith("# ") and len(notebook.cells[0].source) > 100
+    (cell,) = [cell for cell in notebook.cells if PARAMETERS in cell.metadata.get("tags", ())]
+    values: dict[str, Any] = {}
+    exec(cell.source, values)
+    assert {key: values[key] for key in ("results", "where", "output", "venue", "columns")} == {
+        "results": "results", "where": [], "output": "paper", "venue": None, "columns": None,
+    }  # fmt: skip
+    assert "load_runs(rooted(results), where)" in "".join(cell.source for cell in code_of(notebook))
 
 
-def test_a_script_takes_folder_and_output_and_says_what_is_missing(tmp_path: Path) -> None:
-    add_run(tmp_path / "results", method="gptq", bits=3)
-    add_run(tmp_path / "results", method="bayesq", bits=3)
-    add_run(tmp_path / "results", method="bayesq", bits=4)
-    done = script("main_figure", str(tmp_path / "results"), "--output", str(tmp_path / "paper"))
-    assert done.returncode == 0, done.stderr
-    assert f"method=gptq bits=4 seed=0 results_dir={tmp_path / 'results'}" in done.stdout
-    assert done.stdout.split("\n\n")[0] in (tmp_path / "paper/pages/main_figure.md").read_text()
-    assert (tmp_path / "paper/main_figure.png").read_bytes().startswith(b"\x89PNG")
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_stored_outputs_belong_to_the_stored_sources(name: str) -> None:
+    notebook = stored(name)
+    counts = [cell.execution_count for cell in code_of(notebook)]
+    if name not in WITH_OUTPUTS:
+        assert not outputs_of(notebook) and set(counts) == {None} and DIGEST not in notebook.metadata
+        return
+    outputs = outputs_of(notebook)
+    assert counts == list(range(1, len(counts) + 1))
+    assert {output.output_type for output in outputs} == {"display_data", "execute_result"}
+    again = f"`python -m analysis.notebooks RESULTS --only {name} --update` stores the outputs of changed cells"
+    assert notebook.metadata[DIGEST] == digest(notebook), again
+    shown = [output.data for output in outputs]
+    assert any("text/html" in data for data in shown), "no frame"
+    assert any("image/png" in data for data in shown) == (name == "main_figure")
+    assert name != "main_table" or any("| BayesQ" in data.get("text/markdown", "") for data in shown)
+    text = json.dumps([{key: value for key, value in data.items() if key != "image/png"} for data in shown])
+    assert not re.search(r"(?<![\w.])/(home|root|tmp|work|Users)/", text), "a path of the machine it ran on"
 
 
-def test_a_folder_that_is_not_there_is_one_line(tmp_path: Path) -> None:
-    done = script("main_figure", str(tmp_path / "nowhere"))
-    assert done.returncode == 1
-    assert done.stderr.startswith("error: ")
-    assert "nowhere" in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
+def test_stored_notebooks_are_small() -> None:
+    assert sum(path.stat().st_size for path in FOLDER.glob("*.ipynb")) < 400 * 1024
+
+
+# ------------------------------------------------------------------------------------------------------- how they run
+
+
+def test_a_notebook_in_its_folder_reads_and_writes_below_the_root(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for folder, expected in ((FOLDER, ROOT / "results"), (ROOT, ROOT / "results"), (tmp_path, tmp_path / "results")):
+        monkeypatch.chdir(folder)
+        assert Path(rooted("results")).resolve() == expected.resolve()
+        assert rooted("wandb:me/project") == "wandb:me/project" and rooted(str(tmp_path)).endswith(tmp_path.name)
+
+
+@pytest.mark.parametrize("names", [WITH_OUTPUTS, pytest.param(NOTEBOOKS, marks=pytest.mark.slow)], ids=["two", "all"])
+def test_notebooks_run_in_one_kernel_and_write_what_the_process_writes(
+    few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: tuple[str, ...]
+) -> None:
+    render_all(few, tmp_path / "process", names)
+    paths = execute(few, tmp_path / "kernel", names)
+    assert [path.stem for path in paths] == list(names)
+    for path in paths:
+        notebook = nbformat.read(path, as_version=4)
+        assert outputs_of(notebook), path.stem
+        assert not [output for output in outputs_of(notebook) if output.output_type == "error"]
+        counts = [cell.execution_count for cell in code_of(notebook)]
+        assert counts == list(range(1, len(counts) + 1))
+    written = {path.relative_to(tmp_path / "process") for path in (tmp_path / "process").rglob("*") if path.is_file()}
+    assert {
+        Path("main_figure.pdf"),
+        Path("figures.tex"),
+        Path("main_table.tex"),
+        Path("pages/main_figure.md"),
+    } <= written
+    for name in written:
+        assert (tmp_path / "kernel" / name).read_bytes() == (tmp_path / "process" / name).read_bytes(), name
+    page = (tmp_path / "process/pages/main_figure.md").read_text()
+    assert f"method=gptq bits=4 seed=0 results_dir={few}" in page
+    monkeypatch.setattr("analysis.notebooks.FOLDER", tmp_path)
+    update(paths[0])
+    again = nbformat.read(tmp_path / paths[0].name, as_version=4)
+    assert [cell.source for cell in again.cells] == [cell.source for cell in stored(paths[0].stem).cells]
+    assert again.metadata[DIGEST] == digest(again) and outputs_of(again)
+    assert INJECTED not in json.dumps(again)
+
+
+@pytest.mark.parametrize("cwd", [ROOT, FOLDER], ids=["root", "folder"])
+@pytest.mark.slow
+def test_papermill_sets_the_parameters(few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cwd: Path) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    given = {"results": str(few), "output": str(tmp_path / "paper"), "where": ["method=bayesq"], "venue": "icml"}
+    out = tmp_path / "pareto.ipynb"
+    papermill.execute_notebook(FOLDER / "pareto.ipynb", out, parameters=given, cwd=cwd, progress_bar=False)
+    assert not [output for output in outputs_of(nbformat.read(out, as_version=4)) if output.output_type == "error"]
+    assert "Only runs with method=bayesq." in (tmp_path / "paper/pareto.txt").read_text()
+    assert stored("pareto").cells == nbformat.read(FOLDER / "pareto.ipynb", as_version=4).cells
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"), [(["nowhere"], "no results folder nowhere"), (["FEW", "bits=9"], "bits=9")]
+)
+def test_what_cannot_be_read_is_one_line(
+    few: Path, arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["notebooks", *(str(few) if a == "FEW" else a for a in arguments)])
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert str(left.value.code).startswith(f"error: {message}") and "\n" not in str(left.value.code)
 
 
 # ---------------------------------------------------------------------------------------------------------- real runs
@@ -118,23 +216,11 @@ def test_bounds_are_written_once_and_a_lost_file_is_named(sweep: Path, tmp_path:
 
 
 @pytest.mark.slow
-def test_pages_as_scripts_and_as_notebooks_write_the_same_files(
-    sweep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    render_all(sweep, tmp_path / "scripts")
-    written = {path.name: path.read_bytes() for path in (tmp_path / "scripts").iterdir() if path.is_file()}
-    for figure in ("main_figure", "bit_curve", "allocation", "cost", "reliability", "rate_distortion"):
+def test_notebooks_show_real_runs(sweep: Path, tmp_path: Path) -> None:
+    render_all(sweep, tmp_path)
+    written = {path.name for path in tmp_path.iterdir()}
+    for figure in ("main_figure", "pareto", "bit_curve", "allocation", "cost", "reliability", "rate_distortion"):
         assert any(name.startswith(figure) and name.endswith(".pdf") for name in written), figure
-    for name in NOTEBOOKS:
-        path = execute(name, sweep, tmp_path / "notebooks")
-        notebook = nbformat.read(path, as_version=4)
-        outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
-        assert outputs, name
-        assert not [output for output in outputs if output.output_type == "error"]
-    assert any("image/png" in output.get("data", {}) for output in outputs), "rate_distortion shows no figure"
-    for name, content in written.items():
-        assert (tmp_path / "notebooks" / name).read_bytes() == content, name
-    page = (tmp_path / "scripts/pages/main_figure.md").read_text()
+    page = (tmp_path / "pages/main_figure.md").read_text()
     assert "rtn at 4 bits: no result with seed 0" in page
     assert "the disk was full" in page
