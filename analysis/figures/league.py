@@ -6,7 +6,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from analysis.ranks import alike_groups, critical_difference, ranks
-from analysis.style import GREY, SINGLE, Look, style
+from analysis.style import DEFAULT_WIDTHS, GREY, Look, Widths, drawn
 from analysis.tables.league import League
 
 # Distance of the bars of alike settings, and of the first row from them, in rows.
@@ -25,14 +25,14 @@ def data(league: League) -> pd.DataFrame:
     return table.assign(settings=settings, blocks=blocks, **{"critical difference": difference})
 
 
-@style()
-def draw(data: pd.DataFrame, looks: Mapping[str, Look]) -> Figure:
+@drawn
+def draw(data: pd.DataFrame, looks: Mapping[str, Look], widths: Widths = DEFAULT_WIDTHS) -> Figure:
     """A row for each setting, its mean rank, and bars that connect settings without a significant difference."""
     mean = data.set_index("variant")["mean rank"]
     difference, settings = float(data["critical difference"].iloc[0]), len(data)
     groups = alike_groups(mean, difference)
     top = -BAR * (len(groups) + 2)
-    figure = Figure(figsize=(SINGLE, 0.8 + 0.2 * (settings - top)))
+    figure = Figure(figsize=(widths[0], 0.8 + 0.2 * (settings - top)))
     plot = figure.subplots()
     for row, (variant, rank) in enumerate(mean.items()):
         look = looks[str(variant)]
