@@ -216,7 +216,7 @@ def main() -> None:
     parser.add_argument("--set", dest="overrides", action="append", default=[], help="KEY=VALUE of the run")
     parser.add_argument("--teraflops", type=float, default=40.0, help="of the GPU in float32 (default 40)")
     parser.add_argument("--host-teraflops", type=float, default=0.5, help="of the host in float64 (default 0.5)")
-    parser.add_argument("--rounding", type=float, default=0.35e-6, help="seconds per weight of the search for codes")
+    parser.add_argument("--rounding", type=float, default=1.2e-6, help="seconds per weight of the search for codes")
     parser.add_argument("--sums", type=float, default=SUM_BYTES / GIB, help="GiB of sums in a pass (default: a run's)")
     given = parser.parse_args()
     needed = ["experiment=llama_wikitext", "dataset.root=.", "calibration.source=.", "method=bayesq", "bits=3"]
