@@ -89,6 +89,11 @@ def matrices(subject: Subject) -> list[tuple[int, int]]:
     return [(r, c) for _, r, c in (weight_to_matrix(layer).shape for layer in subject.layers.values())]
 
 
+def network_bytes(subject: Subject) -> int:
+    """The parameters in float32."""
+    return sum(x.nbytes for x in subject.module.parameters())
+
+
 def hidden_bytes(subject: Subject) -> int:
     """Inputs of one block for all calibration windows, in one network."""
     model: Any = subject.module.model
@@ -113,29 +118,33 @@ def memory(subject: Subject, recipe: Recipe, missing: Nothing) -> dict[str, int]
     # of two axes, transformers would read its entries, which a meta tensor does not have
     mask = window.new_ones((1, 1, *2 * window.shape[1:]), dtype=torch.bool)
     one = activations(subject.module, {TOKENS: window, MASK: mask})
-    weights = sum(x.nbytes for x in subject.module.parameters())
-    networks, hidden = (2 if recipe.inputs != "full" else 1), hidden_bytes(subject)
-    sums = [
-        sum(sum_bytes(layer, used) for layer in layers.values()) for layers, used in passes_of(subject, recipe, missing)
-    ]
-    in_memory = min(hidden, STORED_BYTES) if recipe.inputs != "full" else 0
+    weights, hidden = network_bytes(subject), hidden_bytes(subject)
+    planned = passes_of(subject, recipe, missing)
     gpu = {
-        f"weights, {networks} network(s)": networks * weights,
-        "one batch, forward and backward": missing.batch_size * one.total,
-        "sums of one pass": max(sums, default=0),
-        "inputs of one block": networks * in_memory,
+        "statistics": {
+            "weights": weights,
+            "one batch, forward and backward": missing.batch_size * one.total,
+            "sums of one pass": max(sum(sum_bytes(x, used) for x in layers.values()) for layers, used in planned),
+        }
     }
+    if recipe.inputs != "full":
+        gpu["prefix"] = {
+            "weights of both networks": 2 * weights,
+            "inputs of one block": 2 * min(hidden, STORED_BYTES),
+            "one batch, forward": 2 * missing.batch_size * one.largest,
+            "sums of the widest layer": 4 * FLOAT * max(c for _, c in matrices(subject)) ** 2,
+        }
     host = estimate(recipe, subject, missing, one, missing.batch_size * one.largest, 0, True, 0)
     files = {
         "statistics": host.disk["cache_dir"],
         "factors": sum(recipe.whitenings.posterior.whitening_bytes((1, r, c)) for r, c in matrices(subject))
         if recipe.whitenings
         else 0,
-        "inputs of two blocks": 2 * networks * hidden if hidden > in_memory > 0 else 0,
+        "inputs of two blocks": 4 * hidden if "prefix" in gpu and hidden > STORED_BYTES else 0,
     }
     return {
-        **{f"GPU: {part}": size for part, size in gpu.items()},
-        "GPU: sum": sum(gpu.values()),
+        **{f"GPU, {stage}: {part}": size for stage, parts in gpu.items() for part, size in parts.items()},
+        **{f"GPU, {stage}: sum": sum(parts.values()) for stage, parts in gpu.items()},
         **{f"host: {stage}": size for stage, size in host.stages.items()},
         **{f"disk: {part}": size for part, size in files.items()},
     }
@@ -175,7 +184,7 @@ def work(subject: Subject, recipe: Recipe, missing: Nothing, backward: int | Non
 
 
 def report(
-    config: Mapping[str, Any], cfg: DictConfig, gpu: float, host: float, rounding: float, room: int = SUM_BYTES
+    config: Mapping[str, Any], cfg: DictConfig, gpu: float, host: float, rounding: float, gpu_memory: int
 ) -> tuple[list[Any], ...]:
     """Rows (part, GiB) and (part, hours) of a network.
 
@@ -184,9 +193,10 @@ def report(
         cfg: the run's configuration.
         gpu, host: operations per second.
         rounding: seconds per weight of the search for codes.
-        room: bytes of the sums of one pass for statistics.
+        gpu_memory: bytes; a quarter of what the network leaves is for the sums of one pass, as in a run.
     """
     subject = subject_of(config, int(cfg.calibration.examples), int(cfg.dataset.window))
+    room = max(SUM_BYTES, (gpu_memory - network_bytes(subject)) // 4)
     recipe, missing = make_recipe(cfg), Nothing(int(cfg.calibration.batch_size), room)
     backward = recipe.whitenings.posterior.examples if recipe.whitenings else None
     hours = [
@@ -217,14 +227,14 @@ def main() -> None:
     parser.add_argument("--teraflops", type=float, default=40.0, help="of the GPU in float32 (default 40)")
     parser.add_argument("--host-teraflops", type=float, default=0.5, help="of the host in float64 (default 0.5)")
     parser.add_argument("--rounding", type=float, default=1.2e-6, help="seconds per weight of the search for codes")
-    parser.add_argument("--sums", type=float, default=SUM_BYTES / GIB, help="GiB of sums in a pass (default: a run's)")
+    parser.add_argument("--gpu-memory", type=float, default=80.0, help="GiB of the GPU (default 80)")
     given = parser.parse_args()
     needed = ["experiment=llama_wikitext", "dataset.root=.", "calibration.source=.", "method=bayesq", "bits=3"]
     try:
         configs = {name: _config(name) for name in given.networks}
         with initialize_config_dir(str(conf_dir()), version_base="1.3"):
             cfg = compose("config", [*needed, *given.overrides])
-        rates = 1e12 * given.teraflops, 1e12 * given.host_teraflops, given.rounding, int(GIB * given.sums)
+        rates = 1e12 * given.teraflops, 1e12 * given.host_teraflops, given.rounding, int(GIB * given.gpu_memory)
         reports = [report(config, cfg, *rates) for config in configs.values()]
     except UserError as error:
         exit_with(error)

@@ -35,10 +35,14 @@ def test_bytes_and_operations() -> None:
     weights = 4 * (WIDTH * VOCABULARY + WIDTH + BLOCKS * (2 * WIDTH + sum(r * c for r, c in SHAPES)))
     sums = 4 * BLOCKS * sum(r * r + c * c for r, c in SHAPES)
     hidden = 4 * EXAMPLES * WINDOW * WIDTH
-    assert (found["GPU: weights, 2 network(s)"], found["GPU: sums of one pass"]) == (2 * weights, sums)
-    assert (found["GPU: inputs of one block"], found["disk: inputs of two blocks"]) == (2 * hidden, 0)
+    assert (found["GPU, statistics: weights"], found["GPU, statistics: sums of one pass"]) == (weights, sums)
+    assert found["GPU, prefix: weights of both networks"] == 2 * weights
+    assert (found["GPU, prefix: inputs of one block"], found["disk: inputs of two blocks"]) == (2 * hidden, 0)
+    assert found["GPU, prefix: sums of the widest layer"] == 4 * 4 * INNER**2
     assert found["disk: statistics"] == sums
-    assert found["GPU: sum"] == sum(size for part, size in found.items() if part.startswith("GPU: ")) / 2
+    for stage in ("GPU, statistics: ", "GPU, prefix: "):
+        parts = [size for part, size in found.items() if part.startswith(stage)]
+        assert found[f"{stage}sum"] == sum(parts) / 2
     # one pass, in which half of the examples have gradients
     counted = outlook.work(subject, recipe, missing, EXAMPLES // 2)["GPU: statistics"]
     tokens = EXAMPLES * WINDOW
@@ -59,7 +63,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     monkeypatch.setattr(sys, "argv", ["outlook", str(file), "--set", "dataset.window=64"])
     outlook.main()
     printed = capsys.readouterr().out
-    assert printed.count("GPU: ") == 7 and "| (number of passes for statistics) " in printed
+    assert printed.count("| GPU") == 11 and "| (number of passes for statistics) " in printed
     monkeypatch.setattr(sys, "argv", ["outlook", "llama-2b"])
     with pytest.raises(SystemExit, match=r"^error: llama-2b: is neither llama-1b nor llama-8b nor a config\.json"):
         outlook.main()
