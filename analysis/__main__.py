@@ -1,4 +1,4 @@
-"""`python -m analysis RESULTS [KEY=VALUE ...] [--main | --ablation | --cost | --risk | --league | --glue]` prints a table.
+"""`python -m analysis RESULTS [KEY=VALUE ...] [--main | --ablation | --cost | --risk | --league | --glue]`: one table.
 
 With `--output DIR` every table and figure goes there instead. RESULTS is a results folder or `wandb:ENTITY/PROJECT`;
 Filters such as `dataset=digits method=bayesq,gptq` select the runs that fit all of them.

@@ -1,4 +1,4 @@
-"""Networks as folders that other programs read: plain weights, or the layout of GPTQ tools.
+"""Networks as folders that other programs read: plain weights, or a layout of quantized layers.
 
 model.safetensors   the tensors; of a network around a transformers model, those of that model
 config.json         with the tokenizer, for transformers
@@ -20,8 +20,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from bayesq.errors import Refused
-from bayesq.quant.gptq_layout import BLOCK, fits_blocks, gptq_buffers, quantize_config
 from bayesq.quant.layers import find_layer, kind_of
+from bayesq.quant.layout import Layout
 from bayesq.quant.tensor import QuantizedTensor
 
 WEIGHTS_FILE, HEAD_FILE = "model.safetensors", "head.safetensors"
@@ -90,60 +90,65 @@ def write_dequantized(
         return lines + part.write_beside(folder, tokenizer, dtype)
 
 
-def write_gptq(
+def write_layout(
     network: nn.Module,
     tensors: Mapping[str, QuantizedTensor],
     output: Path,
+    layout: Layout,
     dtype: str = "float16",
-    checkpoint_format: str = "gptq",
     tokenizer: Any = None,
     architecture: str = "the network",
 ) -> list[str]:
-    """Write linear layers in the layout of GPTQ tools, all else as plain weights; returns lines as `write_dequantized`.
+    """Write linear layers in a layout of other tools, all else as plain weights; returns lines as `write_dequantized`.
 
-    Convolutions, embeddings and layers that do not come in whole blocks stay plain; quantize_config.json lists them.
+    Convolutions, embeddings and layers whose shape does not fit stay plain; the layout's configuration lists them.
 
     Args:
         network, output, dtype, tokenizer, architecture: as of `write_dequantized`.
         tensors: quantized layers of the network by name.
-        checkpoint_format: a key of gptq_layout.FORMATS.
+        layout: of the linear layers.
 
     Raises:
-        Refused: the layout cannot hold a layer's grid, or no layer comes in whole blocks.
+        Refused: the layout cannot hold a layer's grid, no layer's shape fits, or the configuration has no place.
     """
     part = Part(network, architecture)
+    if layout.file is None and not part.config:
+        raise Refused("the layout needs the config.json of a transformers model, and this network has none inside")
     linear = [name for name, layer in part.module.named_modules() if isinstance(layer, nn.Linear)]
     given = {name: tensors[part.prefix + name] for name in linear if part.prefix + name in tensors}
-    held = {name: tensor for name, tensor in given.items() if fits_blocks(tensor)}
+    held = {name: tensor for name, tensor in given.items() if layout.fits(tensor)}
     if not held:
         raise Refused(
-            f"the layout holds Linear layers whose inputs and outputs are multiples of {BLOCK}, and this network has "
-            "none that is quantized: write it dequantized"
+            f"the layout holds Linear layers {layout.shapes}, and this network has none that is quantized: write it "
+            "dequantized"
         )
-    plain: dict[str, Tensor] = dict(part.module.state_dict())
+    weights: dict[str, Tensor] = dict(part.module.state_dict())
     buffers: dict[str, Tensor] = {}
     for name, tensor in held.items():
         try:
-            layer = gptq_buffers(tensor, checkpoint_format)
+            layer = layout.buffers(tensor)
         except Refused as error:
             raise Refused(f"the layout cannot hold layer {part.prefix}{name}: {error}") from error
-        del plain[f"{name}.weight"]
+        del weights[f"{name}.weight"]
         buffers |= {f"{name}.{key}": value for key, value in layer.items()}
-    quantization = quantize_config(held, linear, checkpoint_format)
-    weights = converted(plain, dtype)
-    widths = Counter(int(tensor.width[0]) for tensor in held.values())
-    bits = ", ".join(f"{count} of {width} bits" for width, count in sorted(widths.items()))
-    lines = [f"{WEIGHTS_FILE}: {len(held)} layers as GPTQ ({bits}) of {part.architecture}"]
+    weights, quantization = converted(weights, dtype), layout.config(held, linear)
+    lines = [f"{WEIGHTS_FILE}: {len(held)} layers as {layout.title} ({_bits(held)}) of {part.architecture}"]
     kinds = Counter(kind_of(find_layer(network, name)) for name in tensors) - Counter(Linear=len(held))
     if kinds:
         counted = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
-        small = [name for name in linear if name not in held]
+        small = [name for name in given if name not in held]
         named = f" (of them Linear: {', '.join(small[:SHOWN])}{', ...' if len(small) > SHOWN else ''})" if small else ""
         lines.append(f"left as {dtype} weights, because the layout has no place for them: {counted}{named}")
     with new_folder(output) as folder:
         save(weights | buffers, folder / WEIGHTS_FILE)
-        write_json(folder / "quantize_config.json", quantization)
+        if layout.file is not None:
+            write_json(folder / layout.file, quantization)
         return lines + part.write_beside(folder, tokenizer, dtype, quantization_config=quantization)
+
+
+def _bits(tensors: Mapping[str, QuantizedTensor]) -> str:
+    widths = Counter(int(tensor.width[0]) for tensor in tensors.values())
+    return ", ".join(f"{count} of {width} bits" for width, count in sorted(widths.items()))
 
 
 def converted(tensors: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:

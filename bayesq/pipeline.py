@@ -207,6 +207,7 @@ def open_prefix(
         subject.device,
         recipe.behind_prefix,
         full if recipe.in_step else None,
+        recipe.folder,
     )
     takers: dict[str, str] = {}
     if keep != "none":

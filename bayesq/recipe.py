@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -135,6 +136,7 @@ class Recipe:
         seed: of all random draws.
         inputs: one of INPUTS.
         codec: one of CODECS.
+        folder: existing folder for temporary files of calibration inputs that exceed the memory; None = no files.
     """
 
     method: Method
@@ -147,6 +149,7 @@ class Recipe:
     seed: int = 0
     inputs: str = "full"
     codec: str = "fixed"
+    folder: Path | None = None
 
     def __post_init__(self) -> None:
         """Refuse inputs that the method cannot use.

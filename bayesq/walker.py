@@ -1,9 +1,10 @@
 """The calibration set carried through a network block by block, for statistics behind a prefix that changes.
 
 A network names its blocks: parts that it runs once each, one after the other (bayesq.quant.blocks finds them in most).
-The inputs of one block are stored for all batches. A pass for the layers inside it then runs that block alone; when
-layers of the next one are asked for, the block turns the stored inputs into its outputs. So a pass costs one block, and
-the memory is that of one block's inputs, never that of the network times the calibration set.
+The inputs of one block are stored for all batches, in a file if they are large. A pass for the layers inside it then
+runs that block alone; when layers of the next one are asked for, the block turns the stored inputs into its outputs. So
+a pass costs one block, and the memory is that of one block's inputs, never that of the network times the calibration
+set.
 
 Blocks are carried on only where that is what the network does: one pass over all batches shows that a block is called
 once, leaves its arguments and its buffers alone and gets nothing but outputs and arguments of the block before it, or
@@ -11,22 +12,27 @@ constants; and one batch shows that the blocks by themselves give the network's 
 head or a layer that several blocks use, is reached by passes from the network's input.
 """
 
+import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
+from bayesq.hidden_states import HiddenStates
 from bayesq.quant.blocks import CONSTANTS
 from bayesq.quant.layers import Layer, ParameterLayer, groups_of
 from bayesq.quant.watch import watching
 
 # Inputs of one block, for all batches together, kept in memory at most.
 STORED_BYTES = 512 * 2**20
+# Larger inputs go to a file if the disk has this many times their size free: two networks, of two blocks each.
+SPARE_DISK = 4
 OUTPUT, ARGUMENT, CONSTANT = "output", "argument", "constant"
 
 # Where an argument of a block comes from: output or argument number k of the block before it, or a constant.
@@ -134,7 +140,7 @@ class _Stored(Generic[B]):
     chain: list[str]
     at: int
     batches: list[B] = field(default_factory=list)
-    arguments: list[list[Any]] = field(default_factory=list)
+    arguments: HiddenStates = field(default_factory=HiddenStates)
     state: list[tuple[int, int]] = field(default_factory=list)
 
 
@@ -154,6 +160,7 @@ class Walker(Generic[B]):
         shorten: what to remember of a batch whose inputs are not needed any more.
         calls: how often a layer runs in a pass, which then ends with the last run of what is asked for.
         like: a walker of another copy of the network over the same batches, whose watching serves both.
+        folder: existing folder for a temporary file of large inputs; None = passes then begin further ahead.
     """
 
     def __init__(
@@ -165,9 +172,10 @@ class Walker(Generic[B]):
         shorten: Callable[[B], B] = lambda batch: batch,
         calls: Mapping[str, int] | None = None,
         like: "Walker[B] | None" = None,
+        folder: Path | None = None,
     ) -> None:
         self.module, self.layers, self.batches, self.shorten, self.like = module, layers, batches, shorten, like
-        self.calls = calls or {}
+        self.calls, self.folder = calls or {}, folder
         self._blocks = {name: module.get_submodule(name) for name in blocks}
         self._visits: list[dict[str, _Visit]] | None = None  # by batch
         self._outside: set[str] = set()
@@ -184,20 +192,30 @@ class Walker(Generic[B]):
                 yield batch, partial(self._whole, batch)
             self._stored = stored
             return
-        chain, begin, end = place
+        chain, begin, end, folder = place
         if stored is None or not self._serves(stored, chain, begin):
             stored = _Stored(chain, begin)
-            for batch in self.batches():
-                yield batch, partial(self._record, stored, batch)
+            for i, batch in enumerate(self.batches()):
+                given: list[Any] = []
+                yield batch, partial(self._record, stored, batch, given)
                 stored.batches.append(self.shorten(batch))
+                if len(given) == 1:
+                    stored.arguments.put(i, given[0], folder)
             if len(stored.arguments) < len(stored.batches):
+                self.folder = None if stored.arguments.disk_is_full else self.folder
                 return
         else:
             for i, batch in enumerate(stored.batches):
+                arguments = stored.arguments[i]
                 with torch.no_grad():
                     for k in range(stored.at, begin):
-                        stored.arguments[i] = self._step(i, chain, k, stored.arguments[i])[1]
-                yield batch, partial(self._run, i, chain, begin, end, stored.arguments[i])
+                        arguments = self._step(i, chain, k, arguments)[1]
+                if stored.at < begin:
+                    stored.arguments.put(i, arguments, folder)
+                yield batch, partial(self._run, i, chain, begin, end, arguments)
+            if stored.arguments.disk_is_full:
+                self.folder = None
+                return
             stored.at = begin
         stored.state = self._state(chain, begin)
         self._stored = stored
@@ -221,9 +239,8 @@ class Walker(Generic[B]):
     def _whole(self, batch: B) -> Any:
         return self.module(**batch.inputs)
 
-    def _record(self, stored: _Stored[B], batch: B) -> Any:
-        """A pass of the whole network that stores a copy of a block's inputs, which the network may overwrite later."""
-        given: list[list[Any]] = []
+    def _record(self, stored: _Stored[B], batch: B, given: list[Any]) -> Any:
+        """A pass of the whole network that gives a copy of a block's inputs, which the network may overwrite later."""
 
         def store(_: nn.Module, args: Any, kwargs: Any) -> None:
             given.append(_copies((args, kwargs)))
@@ -234,7 +251,6 @@ class Walker(Generic[B]):
             return self.module(**batch.inputs)
         finally:  # also when a hook ends the pass
             handle.remove()
-            stored.arguments += given
 
     def _run(self, i: int, chain: Sequence[str], begin: int, end: int, arguments: list[Any]) -> Any:
         output = None
@@ -254,8 +270,12 @@ class Walker(Generic[B]):
         assert sources is not None
         return output, [at if kind == CONSTANT else pools[kind][at] for kind, at in sources]
 
-    def _place(self, group: Sequence[str]) -> tuple[list[str], int, int] | None:
-        """A chain of blocks, and the first and last of them to run for a group of layers; None: run the network."""
+    def _place(self, group: Sequence[str]) -> tuple[list[str], int, int, Path | None] | None:
+        """Where a pass for a group of layers runs; None: the whole network runs.
+
+        Returns:
+            a chain of blocks, the first and last of them to run, and the folder for the inputs of the first.
+        """
         if self._visits is None:
             # Of the first pass nothing could be stored yet, and watching is worth it for a second one only.
             if self._asked in (None, list(group)):
@@ -270,9 +290,15 @@ class Walker(Generic[B]):
             if blocks <= set(chain):
                 places = sorted(map(chain.index, blocks))
                 sizes = [sum(visits[name].nbytes for visits in self._visits) for name in chain[: places[0] + 1]]
-                fitting = [k for k, size in enumerate(sizes) if size <= STORED_BYTES]
-                return (chain, fitting[-1], places[-1]) if fitting else None
+                fitting = [k for k, size in enumerate(sizes) if size <= STORED_BYTES or self._fits_on_disk(size)]
+                if not fitting:
+                    return None
+                folder = self.folder if sizes[fitting[-1]] > STORED_BYTES else None
+                return chain, fitting[-1], places[-1], folder
         return None
+
+    def _fits_on_disk(self, size: int) -> bool:
+        return self.folder is not None and SPARE_DISK * size <= shutil.disk_usage(self.folder).free
 
     @torch.no_grad()
     def _trace(self) -> None:
@@ -311,24 +337,35 @@ class Walker(Generic[B]):
         return chains
 
     def _reproduces(self, chain: Sequence[str], batch: B) -> bool:
-        """Whether each block of a chain on its own gives the bits that it gives inside the network."""
+        """Whether each block of a chain on its own gives the bits that it gives inside the network.
+
+        Each is compared while the network runs, so that the memory is that of one block's outputs.
+        """
         given: list[Any] = []
-        expected: dict[str, list[Any]] = {}
+        compared: list[bool] = []
+        running = False
+
+        def begin(_: nn.Module, args: Any, kwargs: Any) -> None:
+            if not running:
+                given[:] = _copies((args, kwargs))
+
+        def check(_: nn.Module, __: Any, expected: Any) -> None:
+            nonlocal running
+            if running or not all(compared):
+                return
+            running = True  # the block runs again, with these hooks
+            output, given[:] = self._step(0, chain, len(compared), list(given))
+            running = False
+            ours, theirs = tree_leaves(output), tree_leaves(expected)
+            compared.append(len(ours) == len(theirs) and all(map(_same, ours, theirs)))
+
         with ExitStack() as hooks:
-            begin = self._blocks[chain[0]].register_forward_pre_hook(
-                lambda _, args, kwargs: given.extend(_copies((args, kwargs))), with_kwargs=True
-            )
-            hooks.callback(begin.remove)
+            handle = self._blocks[chain[0]].register_forward_pre_hook(begin, with_kwargs=True)
+            hooks.callback(handle.remove)
             for name in chain:
-                keep = partial(lambda name, _, __, output: expected.update({name: _copies(output)}), name)
-                hooks.callback(self._blocks[name].register_forward_hook(keep).remove)
+                hooks.callback(self._blocks[name].register_forward_hook(check).remove)
             self.module(**batch.inputs)
-        for k, name in enumerate(chain):
-            output, given = self._step(0, chain, k, given)
-            leaves = tree_leaves(output)
-            if len(leaves) != len(expected[name]) or not all(map(_same, leaves, expected[name])):
-                return False
-        return True
+        return len(compared) == len(chain) and all(compared)
 
     def _state(self, chain: Sequence[str], at: int) -> list[tuple[int, int]]:
         """Memory and versions of all parameters and buffers but those that only chain[at] and later blocks have."""

@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -76,6 +77,7 @@ class PrefixInputs:
         device: where batches go.
         statistics: of the inputs behind the prefix.
         full: the full-precision network, which then runs in step; None = the prefix runs alone.
+        folder: for temporary files of inputs that exceed the memory, see `bayesq.walker`.
     """
 
     def __init__(
@@ -87,11 +89,12 @@ class PrefixInputs:
         device: torch.device,
         statistics: Iterable[Statistic],
         full: Network | None = None,
+        folder: Path | None = None,
     ) -> None:
         self.networks = (prefix,) if full is None else (prefix, full)
         self.statistics = {statistic.name: statistic for statistic in statistics}
         self.groups, self.examples, self.batch_size, self.device = groups, examples, batch_size, device
-        self.seconds = 0.0
+        self.seconds, self.folder = 0.0, folder
         self.oom_retries = 0
         self._sums: dict[str, _Sums] = {}
         self._unpaired: set[str] = set()
@@ -129,7 +132,8 @@ class PrefixInputs:
             walkers: list[Walker[Batch]] = []
             for network in self.networks:
                 settings = network.blocks, network.layers, batches, _without_inputs, network.calls
-                walkers.append(Walker(network.module, *settings, like=walkers[0] if walkers else None))
+                like = walkers[0] if walkers else None
+                walkers.append(Walker(network.module, *settings, like=like, folder=self.folder))
             self._walkers = batch_size, walkers
         return self._walkers[1]
 

@@ -12,7 +12,7 @@ from bayesq.calibration.statistic import Statistic
 from bayesq.contract import LayerProblem, naming
 from bayesq.memory import give_back_freed
 from bayesq.posterior.base import LayerPosterior, Posterior
-from bayesq.posterior.scratch_file import TensorFile
+from bayesq.scratch_file import TensorFile
 from bayesq.whitening import Whitening
 
 # Larger whitenings go to disk: the work on a wide layer needs the memory, and reading a whitening is much faster than

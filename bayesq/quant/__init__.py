@@ -20,5 +20,7 @@ packing   QuantizedTensor <-> bytes
 file      a model's packed file
 network   quantized weights put into a network
 accounting  bits counted on those bytes
-gptq_layout  the same codes in the checkpoint layout of GPTQ tools
+layout    checkpoint layouts of other tools
+gptq_layout  the same codes in the layout of GPTQ tools
+compressed_layout  the same codes in the layout of compressed-tensors
 """

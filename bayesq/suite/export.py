@@ -3,6 +3,7 @@
 python -m bayesq.suite.export results/<run_id> --to dequantized   plain fp16 weights, for timm and transformers
 python -m bayesq.suite.export results/<run_id> --to packed        the whole network in one file, for load_quantized
 python -m bayesq.suite.export results/<run_id> --to gptq          uniform 2, 3, 4 and 8 bit layers, for GPTQ tools
+python -m bayesq.suite.export results/<run_id> --to compressed-tensors    uniform 4 and 8 bits, for vLLM and others
 """
 
 import sys
@@ -25,7 +26,12 @@ if TYPE_CHECKING:
     from bayesq.suite.models.base import Network
 
 # Default name in the run's folder of what each --to writes.
-TARGETS = {"dequantized": "dequantized", "packed": "packed.safetensors", "gptq": "gptq"}
+TARGETS = {
+    "dequantized": "dequantized",
+    "packed": "packed.safetensors",
+    "gptq": "gptq",
+    "compressed-tensors": "compressed-tensors",
+}
 DTYPES = ("float16", "float32")
 
 
@@ -100,7 +106,7 @@ def export(
         run: results/<run_id>.
         target: a key of TARGETS.
         output: a file for packed, else a folder; None: in the run's folder.
-        dtype: of plain weights, one of DTYPES; None: float16.
+        dtype: of plain weights and of the scales of compressed-tensors, one of DTYPES; None: float16.
         checkpoint_format: of gptq: "gptq" (None), or "gptq_v2": fewer tools read it, but it holds every zero point.
         force: replace files of earlier exports.
         settings, trusted: as of `load_quantized`.
@@ -113,7 +119,10 @@ def export(
     packed, network = load_run(run, settings or {}, trusted)
     if target == "packed":
         return output, write_self_contained(packed, network, output)
-    from bayesq.export import write_dequantized, write_gptq
+    from bayesq.export import write_dequantized, write_layout
+    from bayesq.quant.compressed_layout import CompressedLayout
+    from bayesq.quant.gptq_layout import GPTQLayout
+    from bayesq.quant.layout import Layout
 
     about: dict[str, Any] = {
         "dtype": dtype or "float16",
@@ -123,10 +132,13 @@ def export(
     try:
         if target == "dequantized":
             return output, write_dequantized(network.module, output, **about)
-        about["checkpoint_format"] = checkpoint_format or "gptq"
-        return output, write_gptq(network.module, packed.tensors, output, **about)
+        layout: Layout = GPTQLayout(checkpoint_format or "gptq")
+        if target == "compressed-tensors":
+            layout = CompressedLayout.of(packed.tensors.values(), about["dtype"])
+        return output, write_layout(network.module, packed.tensors, output, layout, **about)
     except Refused as error:
-        raise UserError(f"--to {target}: {error}") from error
+        method = packed.run["config"]["method"]["name"]
+        raise UserError(f"--to {target} of method={method}: {error}") from error
 
 
 def _check_options(target: str, dtype: str | None, checkpoint_format: str | None) -> None:
@@ -136,11 +148,11 @@ def _check_options(target: str, dtype: str | None, checkpoint_format: str | None
     if target not in TARGETS:
         raise UserError(f"--to {target}: choose {', '.join(TARGETS)}")
     for option, value, values, targets in (
-        ("--dtype", dtype, DTYPES, ("dequantized", "gptq")),
+        ("--dtype", dtype, DTYPES, ("dequantized", "gptq", "compressed-tensors")),
         ("--format", checkpoint_format, tuple(FORMATS), ("gptq",)),
     ):
         if value is not None and target not in targets:
-            raise UserError(f"{option} {value}: belongs to --to {' or '.join(targets)}")
+            raise UserError(f"{option} {value}: belongs to --to {', '.join(targets)}")
         if value is not None and value not in values:
             raise UserError(f"{option} {value}: choose {', '.join(values)}")
 
@@ -173,7 +185,8 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="the folder of a finished run: results/<run_id>")
     parser.add_argument("--to", dest="target", required=True, help=", ".join(TARGETS))
     parser.add_argument("--output", type=Path, help="file (packed) or folder; default: in the run's folder")
-    parser.add_argument("--dtype", help="of plain weights: float16 (default) or float32, which changes nothing")
+    exact = "of plain weights and of compressed-tensors' scales: float16 (default) or float32, which changes nothing"
+    parser.add_argument("--dtype", help=exact)
     formats = "of gptq: gptq (default), or gptq_v2, which holds zero points of 0 as well"
     parser.add_argument("--format", dest="checkpoint_format", help=formats)
     parser.add_argument("--force", action="store_true", help="replace what is there")

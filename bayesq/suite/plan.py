@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import DictConfig
 
 from bayesq.allocation import DAMPING, Knapsack, make_allocator
@@ -44,8 +45,11 @@ def build(node: DictConfig, **more: Any) -> Any:
 
 
 @for_user()
-def make_recipe(cfg: DictConfig) -> Recipe:
-    """Instantiate method, posterior and allocator; UserError if a constructor refuses an argument."""
+def make_recipe(cfg: DictConfig, folder: Path | None = None) -> Recipe:
+    """Instantiate method, posterior and allocator; UserError if a constructor refuses an argument.
+
+    `folder` is for temporary files.
+    """
     store = WhiteningStore(build(cfg.posterior)) if reads_posterior(resolved(cfg)) else None
     method = build(cfg.method, **({"whitenings": store} if cfg.method.get("uses_posterior") else {}))
     proxy, distillation = None, None
@@ -67,6 +71,7 @@ def make_recipe(cfg: DictConfig) -> Recipe:
         seed=int(cfg.seed),
         inputs=cfg.inputs,
         codec=cfg.codec,
+        folder=folder,
     )
 
 
@@ -120,6 +125,12 @@ def check_patterns(recipe: Recipe, work: Workload) -> None:
         recipe.allocator.choices(list(work.subject.layers))
 
 
+def room_for_sums(device: torch.device) -> int:
+    """Bytes of running sums in one pass: a quarter of a GPU's free memory, because each pass runs the whole network."""
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+    return max(SUM_BYTES, free // 4)
+
+
 def open_statistics(cfg: DictConfig, store: WhiteningStore | None, work: Workload, cache_dir: Path) -> Calibration:
     """The statistics that a run reads, not computed yet; UserError if the likelihood is categorical in a regression."""
     subject, posterior = work.subject, store and store.posterior
@@ -142,7 +153,7 @@ def open_statistics(cfg: DictConfig, store: WhiteningStore | None, work: Workloa
         subject.examples,
         settings,
         subject.device,
-        OFFLOADED_SUM_BYTES if cfg.calibration.offload == "disk" else SUM_BYTES,
+        OFFLOADED_SUM_BYTES if cfg.calibration.offload == "disk" else room_for_sums(subject.device),
         subject.usage.overwritten,
         identity=work.network.identity,
         cache_dir=cache_dir,

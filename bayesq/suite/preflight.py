@@ -7,14 +7,16 @@ the shapes of the layers and from the activations of one example. The factors in
 import logging
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
+from bayesq.calibration.statistic import Statistic
 from bayesq.memory import available_memory, resident_bytes
 from bayesq.quant.correction import MAX_EXAMPLES
 from bayesq.quant.layers import weight_to_matrix
@@ -68,6 +70,19 @@ class Needs:
         return self.held + self.stages[self.largest]
 
 
+class Missing(Protocol):
+    """The statistics that a run has to compute; attributes as of `Calibration`."""
+
+    @property
+    def batch_size(self) -> int: ...  # noqa: D102
+
+    @property
+    def room(self) -> int: ...  # noqa: D102
+
+    def missing(self, statistics: Iterable[Statistic]) -> list[Statistic]:
+        """Those of the statistics, and those they require, that do not exist yet."""
+
+
 @torch.no_grad()
 def activations(module: nn.Module, inputs: Mapping[str, Tensor]) -> Activations:
     """Measure the outputs of modules without children in a forward pass of one example, `inputs` [1, ...]."""
@@ -89,7 +104,7 @@ def activations(module: nn.Module, inputs: Mapping[str, Tensor]) -> Activations:
 def estimate(
     recipe: Recipe,
     subject: Subject,
-    statistics: Calibration,
+    statistics: Missing,
     calibration: Activations,
     evaluation: int,
     held: int,

@@ -97,7 +97,7 @@ def execute(
     """
     began = time.perf_counter()
     title, cache_dir = f"{cfg.method.name} {cfg.bits:g} bits", resolve_cache_dir(cfg.cache_dir)
-    recipe = make_recipe(cfg)  # first, so that a wrong value is refused before the network is loaded
+    recipe = make_recipe(cfg, folder)  # first, so that a wrong value is refused before the network is loaded
     with elapsed(f"load {cfg.model.name} and {cfg.dataset.name}"):
         work = load_workload(cfg, cache_dir)
     check_patterns(recipe, work)

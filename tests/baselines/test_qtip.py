@@ -16,7 +16,7 @@ from bayesq.errors import Refused
 from bayesq.in_step import scaled
 from bayesq.quant.accounting import stored_bytes
 from bayesq.quant.codes import Affine, Trellis
-from bayesq.quant.gptq_layout import obstacle
+from bayesq.quant.layout import obstacle
 from bayesq.quant.packing import pack_model, unpack_model
 
 # Expected squared errors for a standard normal source: with 2**16 states as published, and the rate-distortion bound.
@@ -99,8 +99,8 @@ def test_rows_of_rotated_weights_are_not_scaled_and_not_exported() -> None:
     ((_, tensor),) = rounded(QTIP(64, 0.01), [problem(weight, torch.eye(12)[None])], FixedWidths(layer=widths))
     assert scaled(tensor, torch.full((8,), 2.0)) is tensor
     affine = replace(tensor, code=Affine(), zero=torch.zeros_like(tensor.zero))
-    assert obstacle(replace(affine, rotation=None)) is None
-    assert "rotated weights" in (obstacle(affine) or "")
+    assert obstacle(replace(affine, rotation=None), [4]) is None
+    assert "rotated weights" in (obstacle(affine, [4]) or "")
 
 
 @pytest.mark.parametrize("inputs", ["full", "prefix", "paired"])

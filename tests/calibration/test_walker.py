@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import pytest
 import timm
@@ -22,6 +23,7 @@ from bayesq.calibration.prefix import Network, PrefixInputs, inputs_of
 from bayesq.quant.blocks import find_blocks
 from bayesq.quant.layers import quantizable_layers
 from bayesq.quant.watch import watching
+from bayesq.scratch_file import TensorFile
 
 STATISTICS = {statistic.name: statistic for statistic in (INPUT_MOMENT, INPUT_MAGNITUDE)}
 
@@ -112,7 +114,7 @@ def rounded(module: nn.Module, names: list[str]) -> None:
             weight.copy_(torch.round(4 * weight) / 4)
 
 
-def setting(name: str) -> tuple[nn.Module, TensorExamples, list[list[str]], PrefixInputs]:
+def setting(name: str, folder: Path | None = None) -> tuple[nn.Module, TensorExamples, list[list[str]], PrefixInputs]:
     build, data = NETWORKS[name]
     module, examples = seeded(build()), data()
     layers = quantizable_layers(module)
@@ -120,14 +122,9 @@ def setting(name: str) -> tuple[nn.Module, TensorExamples, list[list[str]], Pref
     groups, calls = forward_order(module, layers, first), Counter[str]()
     with watching(layers, lambda name, *_: calls.update([name])):
         module(**first.inputs)
-    return (
-        module,
-        examples,
-        groups,
-        PrefixInputs(
-            Network(module, layers, find_blocks(module), calls), groups, examples, 2, CPU, STATISTICS.values()
-        ),
-    )
+    network = Network(module, layers, find_blocks(module), calls)
+    inputs = PrefixInputs(network, groups, examples, 2, CPU, STATISTICS.values(), folder=folder)
+    return module, examples, groups, inputs
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -142,6 +139,53 @@ def test_statistics_are_those_of_passes_from_the_input(name, room, monkeypatch):
                 torch.testing.assert_close(inputs.statistic(layer, kind), expected[layer][kind], rtol=1e-5, atol=1e-6)
         rounded(module, group)
     assert not any(child._forward_hooks or child._forward_pre_hooks for child in module.modules())
+
+
+def count(calls: Counter[str], name: str, *_: object) -> None:
+    calls[name] += 1
+
+
+@pytest.mark.parametrize("name", ["deep", "masked", "plain", "between"])
+def test_inputs_that_go_to_disk_give_the_same_bits(name, monkeypatch, tmp_path):
+    """The same runs of the same blocks as with inputs in memory; no file is left."""
+    found, runs = [], []
+    for room, folder in ((2**29, None), (0, tmp_path)):
+        monkeypatch.setattr(walker, "STORED_BYTES", room)
+        module, _, groups, inputs = setting(name, folder)
+        calls: Counter[str] = Counter()
+        for block in find_blocks(module):
+            module.get_submodule(block).register_forward_pre_hook(partial(count, calls, block))
+        found.append([])
+        memory: list[int] = []
+        for group in groups:
+            found[-1].append(inputs.statistic(group[0], "input_moment"))
+            rounded(module, group)
+            stored = inputs.walkers(2)[0]._stored
+            memory.append(stored.arguments.nbytes() if stored else 0)
+        assert any(memory) == (folder is None)
+        runs.append(calls)
+    assert runs[0] == runs[1] and all(map(torch.equal, *found))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("room", [0, 2, 5, 9])
+def test_a_disk_that_fills_up_costs_time_only(room, monkeypatch, tmp_path):
+    monkeypatch.setattr(walker, "STORED_BYTES", 0)
+    module, examples, groups, inputs = setting("plain", tmp_path)
+    written, write = [0], TensorFile.write
+
+    def full(self: TensorFile, value: list[Tensor]) -> object:
+        written[0] += 1
+        if written[0] > room:
+            raise OSError(28, "No space left on device")
+        return write(self, value)
+
+    monkeypatch.setattr(TensorFile, "write", full)
+    for group in groups:
+        expected = from_the_input(module, group, examples)[group[0]]["input_moment"]
+        torch.testing.assert_close(inputs.statistic(group[0], "input_moment"), expected, rtol=1e-5, atol=1e-6)
+        rounded(module, group)
+    assert written[0] == room + 1 and inputs.walkers(2)[0].folder is None
 
 
 @pytest.mark.parametrize("name", ["deep", "masked"])
@@ -326,7 +370,7 @@ def test_only_one_block_is_stored():
     for group in groups[:5]:
         for _, run in walk.passes(group):
             run()
-        stored = sum(x.nbytes for given in walk._stored.arguments for x in given) if walk._stored else 0
+        stored = walk._stored.arguments.nbytes() if walk._stored else 0
         assert stored <= sum(batch.inputs["input_ids"].numel() * 6 * 4 for batch in examples.batches(2, CPU))
     assert stored and walk._stored.at == walk._stored.chain.index("blocks.4")
 

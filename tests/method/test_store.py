@@ -17,8 +17,8 @@ from bayesq.contract import LayerProblem
 from bayesq.method import BayesQ
 from bayesq.posterior import Laplace, LayerPosterior, WhiteningStore
 from bayesq.posterior.factors import standard_normal
-from bayesq.posterior.scratch_file import TensorFile
 from bayesq.quant.feedback import FeedbackFactor, feedback_factors
+from bayesq.scratch_file import TensorFile
 from bayesq.whitening import Whitening
 
 DAMPING = 0.01

