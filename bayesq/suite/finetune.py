@@ -1,8 +1,8 @@
 """Fine-tune an encoder on a task of GLUE: `python -m bayesq.suite.finetune --task sst2 --encoder ID --output DIR`.
 
 model.checkpoint=DIR reads the folder it writes: config.json, model.safetensors, tokenizer files, and dev.json with the
-scores on the dev examples. With --train bitfit or lora the folder has only the trained part, delta.safetensors, and
-dev.json: model.adapter=DIR applies it to the published weights.
+scores on the dev examples. With --train bitfit or lora it writes the trained part, delta.safetensors, also. For
+mpnet_base it then writes nothing but that and dev.json: model.adapter=DIR applies the delta to the published weights.
 """
 
 import argparse
@@ -77,6 +77,8 @@ def finetune(
     """
     partial_training.check_way(train)
     data = Glue(root, task, split_seed=0, calibration_pool=1).load(output)
+    if not len(data.train):
+        raise UserError(f"--task {task}: {root} has no training file, only dev examples: choose another task")
     chosen = _drawn(len(data.train) + len(data.calibration_pool), examples, recipe.seed)
     if importlib.util.find_spec("accelerate") is None:
         raise UserError("fine-tuning needs the package accelerate: run `python -m pip install accelerate`")
@@ -94,17 +96,15 @@ def finetune(
     whole = encoded(data.train) + encoded(data.calibration_pool)
     training = [whole[i] for i in chosen]
     _trainer(model, tokenizer, output, recipe, training).train()
-    delta: dict[str, torch.Tensor] = {}
+    output.mkdir(parents=True, exist_ok=True)
     if train != ALL:
         model, delta = partial_training.delta_of(model, train)
+        save_file(delta, output / adapter.FILE, {"format": "pt"})
     outputs = _trainer(model, tokenizer, output, recipe).predict(encoded(data.evaluation)).predictions
     scores = dev_scores(np.asarray(outputs), data)
-    if train == ALL:
+    if train == ALL or encoder != mpnet.NAME:
         model.save_pretrained(output)
         tokenizer.save_pretrained(output)
-    else:
-        output.mkdir(parents=True, exist_ok=True)
-        save_file(delta, output / adapter.FILE, {"format": "pt"})
     drawn = {"train": train, "trained_on": len(training)}
     write_json(output / DEV_FILE, {"task": task, **scores, "encoder": encoder, **drawn, **vars(recipe)})
     return scores

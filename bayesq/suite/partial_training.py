@@ -1,6 +1,6 @@
 """Fine-tuning of a small part of a classifier: BitFit and LoRA, and the delta that they leave.
 
-BitFit (Ben Zaken et al. 2022) trains biases; as usual, LayerNorms and the head train too. LoRA (Hu et al. 2021) trains a
+BitFit (Ben Zaken et al. 2022) trains biases; here LayerNorms and the head train too. LoRA (Hu et al. 2021) trains a
 low-rank change of each linear layer of the encoder, and the head. `bayesq.suite.models.adapter` reads the deltas.
 """
 
