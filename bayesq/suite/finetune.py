@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from bayesq.files import atomic_path
 from bayesq.metrics import measure, metric_of
 from bayesq.suite import partial_training
 from bayesq.suite.config import one_line, resolve_cache_dir
@@ -96,10 +97,10 @@ def finetune(
     whole = encoded(data.train) + encoded(data.calibration_pool)
     training = [whole[i] for i in chosen]
     _trainer(model, tokenizer, output, recipe, training).train()
-    output.mkdir(parents=True, exist_ok=True)
     if train != ALL:
         model, delta = partial_training.delta_of(model, train)
-        save_file(delta, output / adapter.FILE, {"format": "pt"})
+        with atomic_path(output / adapter.FILE) as temporary:
+            save_file(delta, temporary, {"format": "pt"})
     outputs = _trainer(model, tokenizer, output, recipe).predict(encoded(data.evaluation)).predictions
     scores = dev_scores(np.asarray(outputs), data)
     if train == ALL or encoder != mpnet.NAME:
