@@ -16,7 +16,7 @@ from bayesq.suite.config import show
 NOT_THE_NETWORK = frozenset(
     [
         *DESCRIPTIVE,
-        *("checkpoint", "revision", "source", "hub", "hub_label_order", "label_order"),
+        *("adapter", "checkpoint", "revision", "source", "hub", "hub_label_order", "label_order"),
         *("max_length", "epochs", "training_seed"),
     ]
 )

@@ -74,6 +74,30 @@ def test_a_small_task_keeps_half_of_its_training_examples(tmp_path):
     assert "calibration_pool" not in load(tmp_path, "wnli").source
 
 
+def test_without_a_training_file_the_pool_is_a_part_of_dev(tmp_path, caplog):
+    write_tsv(tmp_path, "mnli")
+    matched, mismatched = (len(ROWS("mnli", split)) for split in DEV["mnli"])
+    whole = load(tmp_path, "mnli").evaluation
+    (tmp_path / "MNLI" / "train.tsv").unlink()
+    data = load(tmp_path, "mnli")
+    pool, rest = data.calibration_pool.ids, data.evaluation.ids
+    assert len(pool) == 4 and len(data.train) == 0 and all(name.startswith("dev_matched/") for name in pool)
+    assert rest == [name for name in whole.ids if name not in pool] and set(pool) <= set(whole.ids)
+    assert [metric.rows for metric in data.metrics] == [
+        slice(0, matched - 4),
+        slice(matched - 4, matched - 4 + mismatched),
+    ]
+    assert data.source["pool"].startswith("4 dev examples") and len(data.source["sha256"].split(", ")) == 2
+    assert "MNLI has no train.tsv: calibration draws from 4 dev examples, which are not evaluated" in caplog.text
+    assert "pool" not in load_with_train(tmp_path).source
+    assert load(tmp_path, "mnli", calibration_pool=99).source["calibration_pool"].endswith("half of the dev examples")
+
+
+def load_with_train(root: Path):
+    write_tsv(root / "trained", "mnli")
+    return load(root / "trained", "mnli")
+
+
 def test_metrics_of_the_tasks(task, tmp_path):
     write_tsv(tmp_path, task)
     data = load(tmp_path, task)
@@ -365,3 +389,30 @@ def test_a_hub_that_does_not_answer_is_one_line(monkeypatch):
     with pytest.raises(UserError, match=r"^dataset\.hub=nyu-mll/glue could not be .*Try.*dataset\.root=DIR") as caught:
         load(None, "sst2")
     refused(caught)
+
+
+# --------------------------------------------------------------------------------------------------------- real files
+
+SHARED = Path(__file__).parents[3] / "shared" / "data" / "glue"
+
+
+@pytest.mark.skipif(not (SHARED / "RTE").is_dir(), reason="the real files of GLUE are not here")
+@pytest.mark.parametrize(
+    ("name", "train", "labels", "first"),
+    [
+        ("rte", 2490, [146, 131], "Dana Reeve, the widow of the actor Christopher Reeve"),
+        ("wnli", 635, [40, 31], "The drain is clogged with hair."),
+        ("qnli", None, [2702, 2761], "What came into force after the new constitution was herald?"),
+    ],
+)
+def test_real_files(name, train, labels, first):
+    """Published numbers of examples, and of the labels of dev in the order of the classes."""
+    data = load(SHARED, name, calibration_pool=128)
+    classes = Counter(data.evaluation.labels.tolist())
+    if train is None:  # dev only: the pool is a part of it
+        classes += Counter(data.calibration_pool.labels.tolist())
+        assert len(data.train) == 0 and len(data.evaluation) == sum(labels) - 128
+    else:
+        assert len(data.train) + 128 == train and data.evaluation.inputs[0][0].startswith(first)
+    assert [classes[label] for label in range(2)] == labels
+    assert data.task == TEXT_CLASSIFICATION and len(data.calibration_pool) == 128

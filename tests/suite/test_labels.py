@@ -18,7 +18,7 @@ FILES = {
     "windows": ["dataset=wikitext", "dataset.root=x"],
 }
 LANGUAGE = {"causal_lm", "smollm2_135m", "tiny_stories"}
-TEXT = {"minilm", "bert_base", "transformers"}
+TEXT = {"minilm", "mpnet_base", "bert_base", "transformers"}
 
 
 def job(*overrides: str) -> composition.Job:

@@ -17,7 +17,7 @@ from bayesq.suite.datasets.base import DataSplits, Examples
 from bayesq.suite.datasets.digits import Digits
 from bayesq.suite.datasets.movie_snippets import MovieSnippets
 from bayesq.suite.errors import UserError
-from bayesq.suite.models import minilm
+from bayesq.suite.models import minilm, sentence
 from bayesq.suite.models.base import Network, fit_once, state_checksum
 from bayesq.suite.models.minilm import MiniLM
 from bayesq.suite.models.resnet import SmallResNet, random_shift
@@ -341,14 +341,14 @@ class TestMiniLM:
         with torch.inference_mode():
             for batch in built.encode(data.train).batches(7, "cpu"):
                 features[batch.index] = built.module.features(**batch.inputs)
-        reference = LogisticRegression(C=minilm.HEAD_C, max_iter=5000).fit(features, data.train.labels)
+        reference = LogisticRegression(C=sentence.HEAD_C, max_iter=5000).fit(features, data.train.labels)
         expected = torch.tensor(reference.predict_proba(features)).float()
         torch.testing.assert_close(logits_of(built, data.train).softmax(1), expected, atol=2e-3, rtol=0)
 
     def test_head_is_fitted_once_and_a_damaged_one_again(self, tmp_path, monkeypatch, caplog):
         fits = []
-        fit = minilm._fit_head
-        monkeypatch.setattr(minilm, "_fit_head", lambda *args: fits.append(1) or fit(*args))
+        fit = sentence.fit_head
+        monkeypatch.setattr(sentence, "fit_head", lambda *args: fits.append(1) or fit(*args))
         checksums = [MiniLM(max_length=128).build(sentences(2), tmp_path).checksum for _ in range(2)]
         assert len(fits) == 1
         (file,) = (tmp_path / "models").glob("*.safetensors")

@@ -751,9 +751,10 @@ def test_unreadable_fine_tuned_checkpoints(tmp_path, unused, files, message):
 
 
 def test_photos_are_no_text(unused):
-    from bayesq.suite.models.minilm import _Tokenizer, package_folder
+    from bayesq.suite.models.minilm import package_folder
+    from bayesq.suite.models.sentence import Tokenizer
 
-    tokenize = _Tokenizer(package_folder() / "tokenizer.json", 128)
+    tokenize = Tokenizer(package_folder() / "tokenizer.json", 128, "minilm")
     with pytest.raises(UserError, match="model=minilm reads text"):
         tokenize(blank([Path("a.jpg")], 2).evaluation)
 

