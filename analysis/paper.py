@@ -21,6 +21,9 @@ TITLES = {
     "efficientnet_lite2": "EfficientNet-Lite2",
     "minilm": "MiniLM-L6",
     "bert_base": "BERT-base",
+    "mpnet_base": "MPNet-base",
+    "smollm2_135m": "SmolLM2-135M",
+    "tiny_stories": "TinyStories-260K",
     "resnet50": "ResNet-50",
     "resnet": "ResNet",
     "cifar10": "CIFAR-10",
@@ -28,6 +31,10 @@ TITLES = {
     "movie_snippets": "film reviews",
     "sst2": "SST-2",
     "mrpc": "MRPC",
+    "qnli": "QNLI",
+    "rte": "RTE",
+    "wnli": "WNLI",
+    "wikitext": "WikiText-2",
     "digits": "digits",
 }
 # Data sets whose workloads have the task as short name; the others have the model.
