@@ -15,6 +15,7 @@ from analysis.loading import load_runs, without_result
 from analysis.page import NOTEBOOKS_FOLDER as FOLDER
 from analysis.page import ROOT
 from analysis.style import widths
+from bayesq.suite.errors import UserError
 
 # in the order of a paper
 NOTEBOOKS = (
@@ -56,10 +57,15 @@ def parameters(
 
     Raises:
         FileNotFoundError: there is no such folder.
-        UserError: the W&B project cannot be read, a filter fits no run, or there is no such venue.
+        UserError: the W&B project cannot be read, a filter fits no run, there is no such venue, or `output` cannot be
+            a folder.
     """
     widths(venue, columns)
     print(without_result(load_runs(results, where)), end="", file=sys.stderr)
+    try:
+        Path(output).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output {output}: cannot be a folder ({error.strerror}): choose another") from error
     given = {"results": str(results), "where": list(where), "output": str(output)}
     return {**given, "venue": venue, "columns": columns}
 

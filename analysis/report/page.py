@@ -53,13 +53,16 @@ def write_page(content: Content, path: str | Path) -> Path:
     """Write the page, atomically; returns its path.
 
     Raises:
-        UserError: the package plotly is missing.
+        UserError: the package plotly is missing, or the file cannot be written.
     """
     path = Path(path)
     text = page(content)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--html {path}: cannot be written ({error.strerror}): choose another file") from error
     return path
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bayesq.quant.codes import EntropyCode
 from bayesq.quant.grids import ZERO_BITS
 from bayesq.quant.tensor import QuantizedTensor
 
@@ -68,6 +69,8 @@ def whole_zeros(tensor: QuantizedTensor) -> np.ndarray:
 
 def obstacle(tensor: QuantizedTensor, allowed: Sequence[int]) -> str | None:
     """Why a layout for these widths cannot hold a linear layer's grid, and settings that avoid this; None if it can."""
+    if isinstance(tensor.code, EntropyCode):
+        return "its codes are entropy coded: choose method=gptq or method=rtn with codec=fixed"
     if not tensor.code.uniform:
         return "its levels are not uniform: choose method=gptq or method=rtn"
     if tensor.overlay is not None:

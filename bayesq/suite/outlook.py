@@ -6,28 +6,30 @@ python -m bayesq.suite.outlook llama-1b llama-8b
 python -m bayesq.suite.outlook DIR/config.json --set method=gptq --set bits=4 --teraflops 100
 """
 
+import argparse
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from tabulate import tabulate
 from torch import Tensor, nn
 
 from bayesq.batches import TensorExamples
 from bayesq.calibration.passes import SUM_BYTES, CalibrationSettings, Passes, sum_bytes
 from bayesq.calibration.statistic import Statistic, families
-from bayesq.defaults import conf_dir
 from bayesq.likelihood import TOKENS, Tokens
 from bayesq.quant.blocks import find_blocks
 from bayesq.quant.layers import MASK, Layer, quantizable_layers, weight_to_matrix
 from bayesq.quant.usage import Usage
 from bayesq.recipe import Recipe, Subject
 from bayesq.suite.arguments import exit_with, module_parser
+from bayesq.suite.composition import Preflight
+from bayesq.suite.config import one_line
 from bayesq.suite.errors import UserError
 from bayesq.suite.plan import make_recipe
 from bayesq.suite.preflight import GIB, activations, estimate
@@ -216,7 +218,26 @@ def _config(name: str) -> Mapping[str, Any]:
         content: dict[str, Any] = json.loads(Path(name).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{name}: is neither {' nor '.join(SHAPES)} nor a config.json that can be read") from error
+    if not isinstance(content, dict) or "model_type" not in content:
+        raise UserError(f"{name}: has no model_type: give the config.json of a causal language model of transformers")
     return content
+
+
+def _positive(given: argparse.Namespace) -> None:
+    for name in ("teraflops", "host_teraflops", "rounding", "gpu_memory"):
+        if not 0 < getattr(given, name) < math.inf:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(given, name)}: choose a number above 0")
+
+
+def _report(name: str, config: Mapping[str, Any], cfg: DictConfig, *rates: Any) -> tuple[list[Any], ...]:
+    try:
+        return report(config, cfg, *rates)
+    except UserError:
+        raise
+    except Exception as error:  # transformers raises many kinds for sizes that do not fit
+        reason = f"{type(error).__name__}: {one_line(str(error))}"
+        remedy = "give the config.json of a causal language model of transformers"
+        raise UserError(f"{name}: no such network can be made ({reason}): {remedy}") from error
 
 
 def main() -> None:
@@ -231,11 +252,11 @@ def main() -> None:
     given = parser.parse_args()
     needed = ["experiment=llama_wikitext", "dataset.root=.", "calibration.source=.", "method=bayesq", "bits=3"]
     try:
+        _positive(given)
         configs = {name: _config(name) for name in given.networks}
-        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-            cfg = compose("config", [*needed, *given.overrides])
+        cfg = OmegaConf.create(Preflight().check([*needed, *given.overrides]).config)
         rates = 1e12 * given.teraflops, 1e12 * given.host_teraflops, given.rounding, int(GIB * given.gpu_memory)
-        reports = [report(config, cfg, *rates) for config in configs.values()]
+        reports = [_report(name, config, cfg, *rates) for name, config in configs.items()]
     except UserError as error:
         exit_with(error)
     for title, tables in zip(("GiB", "hours"), zip(*reports, strict=True), strict=True):

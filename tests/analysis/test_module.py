@@ -76,6 +76,14 @@ def test_nothing_to_show_is_one_line(tmp_path, monkeypatch):
         assert refusal(monkeypatch, source) == f"error: {message}"
 
 
+def test_an_output_that_cannot_be_a_folder_is_one_line(folder, monkeypatch):
+    file = folder / "file"
+    file.touch()
+    for output in (file, file / "paper"):
+        line = str(refusal(monkeypatch, str(folder), "--output", str(output)))
+        assert line.startswith(f"error: --output {output}: cannot be a folder (") and "\n" not in line
+
+
 def test_a_table_without_rows_is_one_line_with_what_makes_them(folder, monkeypatch):
     line = str(refusal(monkeypatch, str(folder), "--ablation"))
     assert line.startswith(f"error: no run in {folder} that this table shows; resnet / digits: no variant of BayesQ")

@@ -259,6 +259,8 @@ def test_errors_are_one_line(results: Path, tmp_path: Path, monkeypatch: pytest.
         ((str(tmp_path), "--html", "p.html"), "no finished run in"),
         ((str(tmp_path / "none"), "--html", "p.html"), "no results folder"),
         ((str(results), "method=bayesk", "--html", "p.html"), "no finished run has method=bayesk"),
+        ((str(results), "--html", str(tmp_path)), r"cannot be written \(Is a directory\): choose another file"),
+        ((str(results), "--html", "/dev/null/p.html"), r"cannot be written \(\w.*\): choose another file"),
     ):
         with pytest.raises(SystemExit, match=f"^error: .*{message}[^\n]*$"):
             ran(monkeypatch, *arguments)

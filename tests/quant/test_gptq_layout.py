@@ -2,11 +2,14 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from quant_strategies import codebook, overlay_of, row_table, tensor_of
 
-from bayesq.quant.codes import SharedTable, Trellis
+from bayesq.entropy import coded_tensor
+from bayesq.quant.codes import RateTables, SharedTable, Trellis
+from bayesq.quant.codes.rate_tables import ALPHABET, SETS
 from bayesq.quant.gptq_layout import FORMATS, GPTQLayout
 from bayesq.quant.grids import zero_code
 from bayesq.quant.tensor import QuantizedTensor
@@ -60,6 +63,11 @@ def test_a_reader_finds_the_weights(
     assert torch.equal(weight, tensor.dequantize()[0])
 
 
+def entropy_coded() -> QuantizedTensor:
+    tables = RateTables.of(np.ones((1, SETS, ALPHABET)))
+    return coded_tensor(torch.full((32, 32), 128, dtype=torch.uint8), torch.ones(32), tables, None, 1, None)
+
+
 @pytest.mark.parametrize(
     ("tensor", "reason"),
     [
@@ -68,6 +76,7 @@ def test_a_reader_finds_the_weights(
         (replace(affine(32, 32, 3), code=SharedTable({3: codebook(3)})), "levels are not uniform"),
         (replace(affine(32, 32, 3), code=Trellis({}, 8)), "levels are not uniform"),
         (tensor_of(32, 32, [3] * 32, code=row_table([3] * 32)), "levels are not uniform"),
+        (entropy_coded(), "entropy coded: choose method=gptq or method=rtn with codec=fixed"),
         (replace(affine(32, 32, 3), overlay=overlay_of(32, 32, 4)), "some of its weights are in fp16"),
         (replace(affine(32, 32, 3), column_scale=torch.ones(1, 32).half()), "scales for its inputs"),
         (tensor_of(32, 32, [4] * 32), "zero points lie between levels: .*distill=false"),

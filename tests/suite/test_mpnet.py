@@ -2,6 +2,7 @@
 
 import importlib.util
 import shutil
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 
@@ -177,6 +178,13 @@ def test_a_class_without_training_examples_is_said_before_the_features(site: Pat
     monkeypatch.setattr("bayesq.suite.models.sentence.SentenceClassifier.features", None)
     with pytest.raises(UserError, match=r"^model=mpnet_base fits its head .* which has 1 of 2 classes"):
         MPNet(32).build(splits(TEXTS[:1]), tmp_path)
+
+
+def test_a_head_without_training_examples_is_refused(site: Path, tmp_path: Path) -> None:
+    data = splits()
+    data = replace(data, train=data.train.select(torch.arange(0)))
+    with pytest.raises(UserError, match=r"^model=mpnet_base fits a head on training examples.*add model\.adapter=DIR"):
+        MPNet(32).build(data, tmp_path)
 
 
 @pytest.mark.parametrize("adapted", [False, True])

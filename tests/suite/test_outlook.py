@@ -67,3 +67,29 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     monkeypatch.setattr(sys, "argv", ["outlook", "llama-2b"])
     with pytest.raises(SystemExit, match=r"^error: llama-2b: is neither llama-1b nor llama-8b nor a config\.json"):
         outlook.main()
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "message"),
+    [
+        ({}, [], "config.json: has no model_type: give the config.json of a causal"),
+        ([1], [], "config.json: has no model_type: give the config.json of a causal"),
+        (CONFIG | {"num_attention_heads": 0}, [], r"config.json: no such network can be made \(ZeroDivisionError: "),
+        (CONFIG, ["--teraflops", "0"], "--teraflops 0.0: choose a number above 0"),
+        (CONFIG, ["--gpu-memory", "-5"], "--gpu-memory -5.0: choose a number above 0"),
+        (CONFIG, ["--set", "foo=1"], "unknown key 'foo'"),
+        (CONFIG, ["--set", "nonsense"], "cannot read 'nonsense': write key=value"),
+        (CONFIG, ["--set", "method=nope"], "method=nope: choose one of "),
+        (CONFIG, ["--set", "bits=99"], "bits=99: needs a number from 2 to 8"),
+        (CONFIG, ["--set", "dataset=glue", "--set", "dataset.task=rte"], "calibration.source=.: dataset=glue has "),
+    ],
+)
+def test_what_cannot_be_estimated_is_one_line(
+    content: object, options: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(content), encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", ["outlook", str(file), *options])
+    with pytest.raises(SystemExit, match=rf"^error: .*{message}") as refused:
+        outlook.main()
+    assert "\n" not in str(refused.value)

@@ -119,10 +119,15 @@ def with_head(
         cache: root of the caches.
 
     Raises:
-        UserError: the data set has no text, its task is regression, or its train split lacks a class.
+        UserError: the data set has no text, its task is regression, or its train split is empty or lacks a class.
     """
     if data.task == TEXT_REGRESSION:
         raise UserError(f"model={source.model} fits a head for classes, not for scores: add {source.instead}")
+    if len(data.train) == 0:
+        raise UserError(
+            f"model={source.model} fits a head on training examples, and this data set has none: give it a training "
+            f"file, or add {source.instead}"
+        )
     encoder = load()
     width: int = encoder.config.hidden_size  # type: ignore[assignment, union-attr]
     module = SentenceClassifier(encoder, nn.utils.skip_init(nn.Linear, width, data.num_classes)).eval()
