@@ -1,6 +1,6 @@
 """`python -m analysis RESULTS [KEY=VALUE ...] [--main | --ablation | --cost | --risk | --league | --glue]`: one table.
 
-With `--output DIR` every table and figure goes there instead. RESULTS is a results folder or `wandb:ENTITY/PROJECT`;
+With `--output DIR` every table and figure goes there instead. RESULTS is a results folder or `wandb:ENTITY/PROJECT`.
 Filters such as `dataset=digits method=bayesq,gptq` select the runs that fit all of them.
 """
 
@@ -47,6 +47,8 @@ def main() -> None:
             widths = {"venue": arguments.venue, "columns": arguments.columns}
             render_all(source, arguments.output, where=where, **widths)
             return
+        if arguments.venue or arguments.columns:
+            sys.exit("error: --venue and --columns are widths of figures: add --output DIR")
         runs = load_runs(source, where)
         if finished(runs).empty:
             sys.exit(f"error: no finished run in {source}")

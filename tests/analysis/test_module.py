@@ -84,6 +84,10 @@ def test_an_output_that_cannot_be_a_folder_is_one_line(folder, monkeypatch):
         assert line.startswith(f"error: --output {output}: cannot be a folder (") and "\n" not in line
 
 
+def test_widths_without_figures_are_one_line(folder, monkeypatch):
+    assert "add --output DIR" in str(refusal(monkeypatch, str(folder), "--venue", "icml"))
+
+
 def test_a_table_without_rows_is_one_line_with_what_makes_them(folder, monkeypatch):
     line = str(refusal(monkeypatch, str(folder), "--ablation"))
     assert line.startswith(f"error: no run in {folder} that this table shows; resnet / digits: no variant of BayesQ")
