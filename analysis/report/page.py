@@ -21,6 +21,8 @@ from typing import Any
 import pandas as pd
 
 from analysis.loading import finished, records
+from analysis.methods import title
+from analysis.paper import REFERENCE
 from analysis.report.content import LAYER_VALUES, QUESTION, Content, interval_text, title_of, units
 from analysis.table import Table
 from bayesq.files import atomic_path
@@ -262,7 +264,7 @@ def _commands(content: Content) -> str:
         parts.append(f"<h3>{escape(title_of(workload))}</h3>\n<pre>{escape(chr(10).join(lines))}</pre>")
     given = shlex.join([content.source, *content.where])
     again = f"python -m bayesq.suite.report {given} --paired --html page.html"
-    note = "This page, with paired bootstrap intervals and tests against the strongest GPTQ:"
+    note = f"This page, with paired bootstrap intervals and tests against the strongest {title(REFERENCE)}:"
     return "\n".join([*parts, f"<p>{note}</p>\n<pre>{escape(again)}</pre>"])
 
 
@@ -270,7 +272,7 @@ def _versions(runs: pd.DataFrame) -> Iterable[str]:
     """Commits, versions and machines of the finished runs, each with the number of runs if they differ."""
     done = records(finished(runs))
     shown = {"commit": ("git", "commit"), "machine": ("host", "processor"), "device": ("host", "device")}
-    shown |= {name: ("versions", name) for name in ("bayesq", "python", "torch", "transformers", "timm")}
+    shown |= {name: ("versions", name) for name in "bayesq python torch transformers timm".split()}
     for name, (part, key) in shown.items():
         had = Counter(str((run.get(part) or {}).get(key, "unknown")) for run in done)
         texts = [text if len(had) == 1 else f"{text} ({count} runs)" for text, count in had.items()]
