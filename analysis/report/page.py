@@ -20,6 +20,7 @@ from typing import Any
 
 import pandas as pd
 
+import bayesq
 from analysis.loading import finished, records
 from analysis.methods import title
 from analysis.paper import REFERENCE
@@ -272,7 +273,7 @@ def _versions(runs: pd.DataFrame) -> Iterable[str]:
     """Commits, versions and machines of the finished runs, each with the number of runs if they differ."""
     done = records(finished(runs))
     shown = {"commit": ("git", "commit"), "machine": ("host", "processor"), "device": ("host", "device")}
-    shown |= {name: ("versions", name) for name in "bayesq python torch transformers timm".split()}
+    shown |= {name: ("versions", name) for name in (bayesq.__name__, "python", "torch", "transformers", "timm")}
     for name, (part, key) in shown.items():
         had = Counter(str((run.get(part) or {}).get(key, "unknown")) for run in done)
         texts = [text if len(had) == 1 else f"{text} ({count} runs)" for text, count in had.items()]
