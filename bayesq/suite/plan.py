@@ -50,7 +50,8 @@ def make_recipe(cfg: DictConfig, folder: Path | None = None) -> Recipe:
 
     `folder` is for temporary files.
     """
-    store = WhiteningStore(build(cfg.posterior)) if reads_posterior(resolved(cfg)) else None
+    config = resolved(cfg)
+    store = WhiteningStore(build(cfg.posterior)) if reads_posterior(config) else None
     method = build(cfg.method, **({"whitenings": store} if cfg.method.get("uses_posterior") else {}))
     proxy, distillation = None, None
     if cfg.proxy == "mc":
@@ -62,7 +63,7 @@ def make_recipe(cfg: DictConfig, folder: Path | None = None) -> Recipe:
     damping = cfg.method.get("damping", DAMPING)
     return Recipe(
         method=method,
-        allocator=make_allocator(cfg.allocator, store, **resolved(cfg)["allocation"], damping=damping),
+        allocator=make_allocator(cfg.allocator, store, **config["allocation"], damping=damping),
         budget=Budget(float(cfg.bits), cfg.budget.count),
         whitenings=store,
         proxy=proxy,

@@ -25,7 +25,7 @@ from bayesq.quant.file import Packed, read_packed, write_packed
 from bayesq.quant.network import quantized_copy
 from bayesq.quant.tensor import QuantizedTensor
 from bayesq.report import layer_rows
-from bayesq.suite.config import resolve_cache_dir, run_dir, run_id
+from bayesq.suite.config import resolve_cache_dir, run_dir
 from bayesq.suite.errors import UserError
 from bayesq.suite.forward import naming_model
 from bayesq.suite.full_precision import cached_logits
@@ -55,7 +55,8 @@ def run(cfg: DictConfig, previous: list[WhiteningStore] | None = None) -> dict[s
     Raises:
         UserError: the configuration cannot be run; the message names the key.
     """
-    folder, name = run_dir(cfg), run_id(cfg)
+    folder = run_dir(cfg)
+    name = folder.name
     folder.mkdir(parents=True, exist_ok=True)
     with logging_redirect_tqdm(), track(cfg, name, folder) as tracker:
         result, layers, predictions = execute(cfg, folder, [] if previous is None else previous, tracker.log_layer)

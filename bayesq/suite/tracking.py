@@ -312,6 +312,7 @@ def _init(**arguments: Any) -> "wandb.Run":
         silent=True,
         console="off",
         disable_git=True,  # the result records the commit
+        x_save_requirements=False,  # and versions; listing every installed package takes longer than a small run
         init_timeout=INIT_TIMEOUT_S,
         finish_timeout=FINISH_TIMEOUT_S,
         finish_timeout_raises=True,
