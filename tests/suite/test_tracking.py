@@ -355,7 +355,6 @@ def run_with(monkeypatch: pytest.MonkeyPatch, cfg: DictConfig, folder: Path) -> 
         "q/nll": None,
     }
     monkeypatch.setattr(runner, "run_dir", lambda cfg: folder)
-    monkeypatch.setattr(runner, "run_id", lambda cfg: folder.name)
     monkeypatch.setattr(runner, "execute", lambda *arguments: (dict(content), RISKS, predictions()))
     return runner.run(cfg)
 
