@@ -3,10 +3,7 @@
 import builtins
 import hashlib
 import json
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -389,100 +386,3 @@ class TestPublishedWeights:
             UserError, match=r"HF_HUB_OFFLINE is set, and the files are not in its cache here\): .*model\.checkpoint"
         ):
             TimmModel(RESNET).build(images(1000), tmp_path)
-
-
-# A hub with one model and one data set repository, as far as the client asks.
-STUB = """
-import hashlib, http.server, json, os, subprocess, sys, threading, urllib.parse
-from pathlib import Path
-
-ROOT, COMMIT = Path(sys.argv[1]), "0123456789" * 4
-
-class Hub(http.server.BaseHTTPRequestHandler):
-    def answer(self, status=200, content=b"", **headers):
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name.replace("_", "-"), value)
-        if "Content_Length" not in headers:
-            self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(content)
-
-    def do_GET(self):
-        path = urllib.parse.unquote(self.path.partition("?")[0])
-        with open(ROOT / "requests", "a") as log:
-            log.write(f"{self.command} {path}\\n")
-        if path.startswith("/api/datasets/org/photos"):
-            files = sorted(str(f.relative_to(ROOT / "photos")) for f in (ROOT / "photos").rglob("*.parquet"))
-            if "/tree/" in path:
-                tree = [{"type": "file", "path": f, "size": (ROOT / "photos" / f).stat().st_size,
-                         "oid": hashlib.sha1(f.encode()).hexdigest()} for f in files]
-                return self.answer(content=json.dumps(tree).encode(), Content_Type="application/json")
-            info = {"id": "org/photos", "sha": COMMIT, "siblings": [{"rfilename": f} for f in files],
-                    "private": False, "tags": [], "downloads": 0, "likes": 0}
-            return self.answer(content=json.dumps(info).encode(), Content_Type="application/json")
-        repository, _, rest = path.removeprefix("/datasets").partition("/resolve/")
-        file = ROOT / repository.rpartition("/")[2] / rest.partition("/")[2]
-        if rest and file.is_file():
-            content = file.read_bytes()
-            tag = chr(34) + hashlib.sha256(content).hexdigest() + chr(34)
-            return self.answer(content=content, ETag=tag, X_Repo_Commit=COMMIT, Accept_Ranges="bytes")
-        self.answer(404, X_Error_Code="EntryNotFound" if rest else "RepoNotFound")
-
-    do_HEAD = do_GET
-
-    def log_message(self, *_):
-        pass
-
-server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-threading.Thread(target=server.serve_forever, daemon=True).start()
-environment = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(ROOT / "home"),
-               "HF_HUB_DISABLE_XET": "1"}
-for extra in ({}, {"HF_HUB_OFFLINE": "1"}):
-    subprocess.run([sys.executable, "-c", sys.argv[2]], env={**environment, **extra}, check=True)
-"""
-CLIENT = f'''
-import json, torch
-from pathlib import Path
-from bayesq.suite.datasets.imagenet import ImageNet
-from bayesq.suite.models.timm_model import TimmModel
-data = ImageNet(None, 0, 2, 0, hub="org/photos", train_files="data/train-00000-*.parquet").load(Path("x"))
-pool = [int(photo.read_bytes()[0]) for photo in data.calibration_pool.inputs]
-class Data: num_classes, classes, evaluation = 1000, (), data.evaluation
-built = TimmModel("{RESNET}").build(Data, Path("x"))
-print(json.dumps([data.source, len(data.evaluation), pool, built.checksum, built.description]))
-'''
-
-
-@pytest.mark.slow
-def test_a_hub_is_asked_once_and_its_cache_afterwards(tmp_path: Path) -> None:
-    """Through the real client, from a stand-in on this machine: weights, photos, revisions, then both again offline."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    module = network(RESNET, 1000)
-    (tmp_path / RESNET).mkdir()
-    save_file(module.state_dict(), tmp_path / RESNET / "model.safetensors")
-    (tmp_path / "photos" / "data").mkdir(parents=True)
-    for name, first in (("train-00000-of-00002", 7), ("train-00001-of-00002", 8), ("validation-00000-of-00001", 9)):
-        table = pa.table({"image": [{"bytes": bytes([first])}] * 4, "label": [1, 2, 3, 999]})
-        pq.write_table(table, tmp_path / "photos" / "data" / f"{name}.parquet")
-    done = subprocess.run(
-        [sys.executable, "-c", STUB, str(tmp_path), CLIENT],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        cwd=tmp_path,
-    )
-    assert done.returncode == 0, done.stderr
-    first, second = (json.loads(line) for line in done.stdout.splitlines())
-    assert first == second
-    source, evaluated, pool, checksum, description = first
-    assert (source["origin"], source["revision"], source["calibration_from"]) == ("org/photos", COMMIT, "train")
-    assert (evaluated, pool, checksum) == (4, [7, 7], state_checksum(module))
-    assert description["revision"] == COMMIT
-    asked = (tmp_path / "requests").read_text()
-    assert "validation-00000" in asked and "train-00000" in asked
-    assert "train-00001" not in asked  # what is not needed is not fetched

@@ -8,7 +8,8 @@ import torch
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 WORDS = ("the", "a", "good", "bad", "fine", "poor", "warm", "cold", "film", "story", "number", "of", "train", "dev")
-SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+LENGTHS = {"vocab_size": 64, "max_position_embeddings": 64}
+SIZES = LENGTHS | {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 
 
 def tiny_tokenizer(folder: Path, pad: str | None = "[PAD]", **options: Any) -> None:
@@ -44,11 +45,11 @@ def tiny_bert(
     }[kind]
     sizes = SIZES | changed
     if kind == "distilbert":
-        sizes = {"dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 32}
+        sizes = LENGTHS | {"dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 32}
     names = {"id2label": dict(enumerate(classes))} if classes else {"num_labels": outputs}
-    config = config_class(vocab_size=64, max_position_embeddings=64, initializer_range=0.3, **sizes, **names)
+    config = config_class(initializer_range=0.3, **sizes, **names)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model_class(config).save_pretrained(folder)
-    tiny_tokenizer(folder)
+    tiny_tokenizer(folder, model_max_length=sizes["max_position_embeddings"])
     return folder
