@@ -114,6 +114,14 @@ def finished(runs: pd.DataFrame) -> pd.DataFrame:
     return runs[runs["status"] == FINISHED]
 
 
+def require_finished(runs: pd.DataFrame) -> pd.DataFrame:
+    """The runs; UserError if none of them has a result."""
+    if finished(runs).empty:
+        source = runs.attrs["source"]
+        raise UserError(f"no finished run in {source}: start some with python run.py, or name another folder")
+    return runs
+
+
 def records(runs: pd.DataFrame) -> list[dict[str, Any]]:
     """The rows of a frame of runs as mappings."""
     names, columns = [str(key) for key in runs], [runs[key].tolist() for key in runs]  # to_dict takes ten times as long
