@@ -29,7 +29,8 @@ from bayesq.suite.results import (
     settings_of,
 )
 from bayesq.suite.status import state_of, was_started
-from bayesq.suite.tracking import LAYER_HISTORY, LAYERS_KEY, MACHINE
+from bayesq.suite.tracking import LAYERS_KEY, MACHINE
+from bayesq.suite.wandb_history import HISTORY
 
 log = logging.getLogger(__name__)
 
@@ -230,7 +231,7 @@ def _wandb_record(run: Any, project: str) -> dict[str, Any]:
     if summary.get("status") == FINISHED:
         # tables and plots are files, not values
         values = {key: value for key, value in summary.items() if not (isinstance(value, Mapping) and "_type" in value)}
-        values = {key: value for key, value in values.items() if not key.startswith(LAYER_HISTORY)}
+        values = {key: value for key, value in values.items() if not key.startswith(HISTORY)}
         values["bits/target"] = float(values["bits/target"])
         config = _nested(run.config)
         # values come last, because the summary of W&B runs of earlier versions has these mappings

@@ -27,13 +27,11 @@ from bayesq.suite.results import (
     write_csv,
     write_json,
 )
+from bayesq.suite.wandb_history import LIVE, History, define_metrics, is_number, layer_record
 from bayesq.suite.wandb_names import ablation_of, label, project_label, switches, tag_list
 
 if TYPE_CHECKING:
     import wandb
-
-    from bayesq.contract import LayerProblem
-    from bayesq.quant.tensor import QuantizedTensor
 
 log = logging.getLogger(__name__)
 
@@ -41,12 +39,10 @@ log = logging.getLogger(__name__)
 # hang. At the end the client would repeat a failed upload forever and block the sweep.
 INIT_TIMEOUT_S = 20.0
 FINISH_TIMEOUT_S = 60.0
-# Key of the table of layers, prefix of their history, and its step.
-LAYERS_KEY, LAYER_HISTORY, LAYER_STEP = "layers", "layer/", "layer/index"
+# Key of the table of layers.
+LAYERS_KEY = "layers"
 # Parts of a result's provenance that W&B's config has too; the settings are there from the start.
 MACHINE = ("versions", "host", "git")
-# Columns of a layer that are logged while the network is quantized; the others follow with the result.
-LIVE = ("bits/code", "predicted_risk", "seconds")
 # Subfolder of the client's wandb/ folder: files that `wandb sync` uploads later, by run id.
 DATA_FOLDER = "data"
 # After the client reports a run as finished, its background process still writes less than this.
@@ -64,6 +60,7 @@ class Tracker:
 
     Attributes:
         started: whether there is a W&B run.
+        history: logs the steps of the run as soon as they are done.
         error: why W&B does not have the result, in one line; None once it has it, or if tracking is disabled.
     """
 
@@ -71,19 +68,14 @@ class Tracker:
         self._run, self._log_artifact = run, log_artifact
         self.started = run is not None
         self.error = error if run is None else UNFINISHED
-        self._live = 0  # layers logged so far
+        self.history = History(self._record)
 
-    def log_layer(self, problem: "LayerProblem", tensor: "QuantizedTensor", seconds: float) -> None:
-        """Log one layer as soon as it is rounded; a failure becomes a warning and `error`."""
+    def _record(self, record: dict[str, Any]) -> None:
+        """Log a record of the history; a failure becomes a warning and `error`."""
         if self._run is None or self.error != UNFINISHED:
             return
-        from bayesq.quant.accounting import code_bits  # imports torch
-
-        bits = code_bits(tensor) / problem.weight.numel()
-        values = (bits, problem.notes.get("predicted_risk"), seconds)
         try:
-            self._run.log(_layer_record(self._live, dict(zip(LIVE, values, strict=True))))
-            self._live += 1
+            self._run.log(record)
         except Exception as error:
             self._fail(error)
 
@@ -112,13 +104,13 @@ class Tracker:
         try:
             content = plain({key: value for key, value in result.items() if key != ERROR_KEY})
             for index, row in enumerate(layers):
-                known = LIVE if index < self._live else ()
-                if len(record := _layer_record(index, {key: row[key] for key in row if key not in known})) > 1:
+                known = LIVE if index < self.history.layers else ()
+                if len(record := layer_record(index, {key: row[key] for key in row if key not in known})) > 1:
                     self._run.log(record)
             self._run.summary.update({key: value for key, value in content.items() if key not in PROVENANCE})
             made = {key: content[key] for key in MACHINE if content.get(key)}
             self._run.config.update(flatten(made, "/"), allow_val_change=True)
-            logged = {key: value for key, value in content.items() if _is_number(value)}
+            logged = {key: value for key, value in content.items() if is_number(value)}
             if layers:
                 logged[LAYERS_KEY] = _table([*layers[0]], [[row.get(key) for key in layers[0]] for row in layers])
             for chart in CHARTS:
@@ -159,16 +151,6 @@ class Tracker:
             self._fail(failure, remedy if complete and not self._run.offline else "")
         else:
             self.error = None if complete else self.error
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _layer_record(index: int, row: Mapping[str, Any]) -> dict[str, Any]:
-    """The history record of a layer: its numbers, and its place in forward order as the step."""
-    numbers = {f"{LAYER_HISTORY}{key}": value for key, value in plain(row).items() if _is_number(value)}
-    return {LAYER_STEP: index, **numbers}
 
 
 def _check_disk(folder: Path) -> None:
@@ -343,10 +325,7 @@ def _start(cfg: DictConfig, arguments: dict[str, Any], folder: Path) -> "wandb.R
         with suppress(Exception):
             wandb.teardown()
         run = _init(**arguments, dir=folder)
-    run.define_metric(LAYER_STEP, hidden=True, summary="none")
-    run.define_metric(f"{LAYER_HISTORY}*", step_metric=LAYER_STEP, summary="min,max")
-    for group in ("q", "fp", "delta"):
-        run.define_metric(f"{group}/*", step_metric="bits/target", step_sync=False)
+    define_metrics(run)
     return run
 
 
