@@ -133,7 +133,7 @@ def execute(
             "prepare": start - began,
         }
         layers = layer_rows(quantized)
-        result = flat_result(cfg, work, quantized, layers, sizes, metrics, seconds, needs.memory)
+        result = flat_result(cfg, work, quantized, statistics.keys, layers, sizes, metrics, seconds, needs.memory)
         return result, layers, prediction_rows(rows, work.ids)
 
 

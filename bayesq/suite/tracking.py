@@ -27,6 +27,7 @@ from bayesq.suite.results import (
     write_csv,
     write_json,
 )
+from bayesq.suite.wandb_artifacts import log_artifacts
 from bayesq.suite.wandb_history import LIVE, History, define_metrics, is_number, layer_record
 from bayesq.suite.wandb_names import ablation_of, label, project_label, switches, tag_list
 
@@ -47,8 +48,6 @@ MACHINE = ("versions", "host", "git")
 DATA_FOLDER = "data"
 # After the client reports a run as finished, its background process still writes less than this.
 SPARE_BYTES = 256 * 2**10
-# The client refuses an artifact with more metadata keys.
-ARTIFACT_KEYS = 100
 # Key of result.json: null if W&B has the result, else the reason why not.
 ERROR_KEY = "wandb/error"
 # Value of ERROR_KEY until W&B has the result, because a killed process cannot write a reason.
@@ -64,8 +63,9 @@ class Tracker:
         error: why W&B does not have the result, in one line; None once it has it, or if tracking is disabled.
     """
 
-    def __init__(self, run: "wandb.Run | None", log_artifact: bool = False, error: str | None = None) -> None:
-        self._run, self._log_artifact = run, log_artifact
+    def __init__(self, run: "wandb.Run | None", settings: Mapping[str, Any], error: str | None = None) -> None:
+        """`settings` is the group wandb of the configuration."""
+        self._run, self._log_artifact, self._registry = run, settings.get("log_artifact"), settings.get("registry")
         self.started = run is not None
         self.error = error if run is None else UNFINISHED
         self.history = History(self._record)
@@ -95,7 +95,7 @@ class Tracker:
         Args:
             result: the flat result; each key is logged under its name. A file has all of it.
             layers, predictions: rows of layers.csv and of predictions.csv.
-            checkpoint: the packed file, logged as an artifact if wandb.log_artifact=true.
+            checkpoint: the packed file, an artifact if wandb.log_artifact=true, beside the inputs' checksums.
         """
         if self._run is None:
             return
@@ -126,8 +126,8 @@ class Tracker:
                 if predictions:
                     write_csv(folder / PREDICTIONS_FILE, predictions)
                     self._run.save(folder / PREDICTIONS_FILE, base_path=folder, policy="now")
-                if self._log_artifact and checkpoint is not None:
-                    self._run.log_artifact(_artifact(self._run.id, result, checkpoint))
+                if self._log_artifact:
+                    log_artifacts(self._run, result, checkpoint, self._registry, FINISH_TIMEOUT_S)
         except Exception as error:
             self._fail(error)
 
@@ -186,17 +186,6 @@ def _data_dir(folder: Path) -> Iterator[None]:
         yield
     finally:
         del os.environ["WANDB_DATA_DIR"]
-
-
-def _artifact(run_id: str, result: Mapping[str, Any], checkpoint: Path) -> "wandb.Artifact":
-    """The packed file as an artifact, with scalars of the result as metadata."""
-    import wandb
-
-    scalars = [(key, value) for key, value in plain(result).items() if not isinstance(value, dict | list)]
-    artifact = wandb.Artifact(f"quantized-{run_id}", "quantized-model", metadata=dict(scalars[:ARTIFACT_KEYS]))
-    # With "immutable" the client makes no copy; copies of offline runs would fill the home folder.
-    artifact.add_file(str(checkpoint), policy="immutable")
-    return artifact
 
 
 def reason(error: Exception) -> str:
@@ -265,7 +254,7 @@ def track(cfg: DictConfig, run_id: str, run_dir: Path) -> Iterator[Tracker]:
         except Exception as failure:
             error = f"W&B did not start ({reason(failure)})"
             log.warning("wandb.mode=%s: %s; the run goes on without it", cfg.wandb.mode, error)
-    tracker = Tracker(run, bool(cfg.wandb.log_artifact), error)
+    tracker = Tracker(run, cfg.wandb, error)
     raised = True
     try:
         yield tracker

@@ -378,9 +378,13 @@ def test_a_failure_of_wandb_is_a_warning_and_marks_the_run(
         whole(run)
 
 
-def run_with(monkeypatch: pytest.MonkeyPatch, cfg: DictConfig, folder: Path) -> dict[str, Any]:
-    """The runner's `run` around stages that cost nothing; returns its result."""
-    content = result("one") | {
+def run_with(
+    monkeypatch: pytest.MonkeyPatch, cfg: DictConfig, folder: Path, more: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """The runner's `run` around stages that cost nothing; returns its result, with the keys of `more`."""
+    content = {
+        **result("one"),
+        **(more or {}),
         "primary_metric": "accuracy",
         "seed": 0,
         "q/kl_to_fp": 0.0,
@@ -718,6 +722,12 @@ def test_a_real_sweep_arrives_as_its_files_say(tmp_path: Path, server: WandbServ
     found = {content["run_id"]: content for content in load_results(results_dir)}
     assert set(server.runs) == set(found)
     packed = {artifact.run_id: artifact.files for artifact in server.artifacts if artifact.type == "quantized-model"}
+    read = {artifact.name: artifact for artifact in server.artifacts if artifact.used_by}
+    assert set(read["weights-resnet"].used_by) == set(read["evaluation-digits"].used_by) == set(found)
+    (using,) = (run_id for run_id, content in found.items() if content["method"] == "bayesq")
+    assert read["statistics-resnet-digits"].used_by == [using]
+    keys = json.loads(read["statistics-resnet-digits"].files["checksum.json"])["sha256"]
+    assert {path.name for path in (tmp_path / "cache" / "statistics").iterdir()} == {*keys.values()}
     for run_id, content in found.items():
         run = server.runs[run_id]
         assert (run.exit_code, content["wandb/error"]) == (0, None)
