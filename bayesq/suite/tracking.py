@@ -19,6 +19,7 @@ from bayesq.suite.errors import UserError
 from bayesq.suite.labels import model_label
 from bayesq.suite.plots import CHARTS
 from bayesq.suite.results import (
+    LOG_FILE,
     PREDICTIONS_FILE,
     PROVENANCE,
     RESULT_FILE,
@@ -63,9 +64,12 @@ class Tracker:
         error: why W&B does not have the result, in one line; None once it has it, or if tracking is disabled.
     """
 
-    def __init__(self, run: "wandb.Run | None", settings: Mapping[str, Any], error: str | None = None) -> None:
-        """`settings` is the group wandb of the configuration."""
-        self._run, self._log_artifact, self._registry = run, settings.get("log_artifact"), settings.get("registry")
+    def __init__(
+        self, run: "wandb.Run | None", settings: Mapping[str, Any], run_dir: Path, error: str | None = None
+    ) -> None:
+        """`settings` is the group wandb of the configuration, `run_dir` the run's folder, which has its log."""
+        self._run, self._run_dir = run, run_dir
+        self._log_artifact, self._registry = settings.get("log_artifact"), settings.get("registry")
         self.started = run is not None
         self.error = error if run is None else UNFINISHED
         self.history = History(self._record)
@@ -86,7 +90,7 @@ class Tracker:
         predictions: Sequence[Mapping[str, Any]] = (),
         checkpoint: Path | None = None,
     ) -> None:
-        """Log the result, the layers, the charts, and the predictions as a file.
+        """Log the result, the layers, the charts, and the predictions and the log as files.
 
         Numbers of the result and of each layer are history; the summary has the result without its provenance; the
         layers are also a table. Predictions are a file, because a W&B table has at most 10,000 rows. Call it after
@@ -122,10 +126,13 @@ class Tracker:
                     self._run.log(logged)
                 folder = Path(self._run.settings.files_dir)  # where `wandb sync` looks for files
                 write_json(folder / RESULT_FILE, content)
-                self._run.save(folder / RESULT_FILE, base_path=folder, policy="now")
                 if predictions:
                     write_csv(folder / PREDICTIONS_FILE, predictions)
-                    self._run.save(folder / PREDICTIONS_FILE, base_path=folder, policy="now")
+                if (self._run_dir / LOG_FILE).exists():
+                    shutil.copyfile(self._run_dir / LOG_FILE, folder / LOG_FILE)
+                for name in (RESULT_FILE, PREDICTIONS_FILE, LOG_FILE):
+                    if (folder / name).exists():
+                        self._run.save(folder / name, base_path=folder, policy="now")
                 if self._log_artifact:
                     log_artifacts(self._run, result, checkpoint, self._registry, FINISH_TIMEOUT_S)
         except Exception as error:
@@ -254,7 +261,7 @@ def track(cfg: DictConfig, run_id: str, run_dir: Path) -> Iterator[Tracker]:
         except Exception as failure:
             error = f"W&B did not start ({reason(failure)})"
             log.warning("wandb.mode=%s: %s; the run goes on without it", cfg.wandb.mode, error)
-    tracker = Tracker(run, cfg.wandb, error)
+    tracker = Tracker(run, cfg.wandb, run_dir, error)
     raised = True
     try:
         yield tracker

@@ -647,6 +647,15 @@ def test_a_server_that_dies_in_the_middle_does_not_hold_up_the_process(
     assert time.monotonic() - begin < 30
 
 
+def test_the_log_is_a_file_of_the_run(tmp_path: Path, server: WandbServer) -> None:
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "run.log").write_text("quantizes 99 % of 0.1 M parameters\n")
+    with tracking.track(config(tmp_path, mode="online"), "one", tmp_path / "one") as tracker:
+        tracker.log_result(result("one"), [])
+    assert tracker.error is None
+    assert server.uploads["/storage/run/one/run.log"] == b"quantizes 99 % of 0.1 M parameters\n"
+
+
 def test_an_offline_run_is_synced_once(tmp_path: Path, server: WandbServer) -> None:
     checkpoint = tmp_path / "quantized.safetensors"
     checkpoint.write_bytes(b"packed")
