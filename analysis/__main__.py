@@ -7,7 +7,7 @@ Filters such as `dataset=digits method=bayesq,gptq` select the runs that fit all
 import argparse
 import sys
 
-from analysis.loading import finished, load_runs, without_result
+from analysis.loading import load_runs, require_finished, without_result
 from analysis.tables.ablation import ablation_table
 from analysis.tables.cost import cost_table
 from analysis.tables.glue import glue_table, has_glue
@@ -49,9 +49,7 @@ def main() -> None:
             return
         if arguments.venue or arguments.columns:
             sys.exit("error: --venue and --columns are widths of figures: add --output DIR")
-        runs = load_runs(source, where)
-        if finished(runs).empty:
-            sys.exit(f"error: no finished run in {source}")
+        runs = require_finished(load_runs(source, where))
         if arguments.table == "glue" and not has_glue(runs):
             sys.exit(f"error: no run of a GLUE task in {source}")
         table = (TABLES[arguments.table][0] if arguments.table else overview_table)(runs)

@@ -29,7 +29,8 @@ from bayesq.suite.results import (
     settings_of,
 )
 from bayesq.suite.status import state_of, was_started
-from bayesq.suite.tracking import LAYER_HISTORY, LAYERS_KEY, MACHINE
+from bayesq.suite.tracking import LAYERS_KEY, MACHINE
+from bayesq.suite.wandb_history import HISTORY
 
 log = logging.getLogger(__name__)
 
@@ -112,6 +113,14 @@ def without_result(runs: pd.DataFrame) -> str:
 def finished(runs: pd.DataFrame) -> pd.DataFrame:
     """The rows of runs that have a result."""
     return runs[runs["status"] == FINISHED]
+
+
+def require_finished(runs: pd.DataFrame) -> pd.DataFrame:
+    """The runs; UserError if none of them has a result."""
+    if finished(runs).empty:
+        source = runs.attrs["source"]
+        raise UserError(f"no finished run in {source}: start some with python run.py, or name another folder")
+    return runs
 
 
 def records(runs: pd.DataFrame) -> list[dict[str, Any]]:
@@ -222,7 +231,7 @@ def _wandb_record(run: Any, project: str) -> dict[str, Any]:
     if summary.get("status") == FINISHED:
         # tables and plots are files, not values
         values = {key: value for key, value in summary.items() if not (isinstance(value, Mapping) and "_type" in value)}
-        values = {key: value for key, value in values.items() if not key.startswith(LAYER_HISTORY)}
+        values = {key: value for key, value in values.items() if not key.startswith(HISTORY)}
         values["bits/target"] = float(values["bits/target"])
         config = _nested(run.config)
         # values come last, because the summary of W&B runs of earlier versions has these mappings

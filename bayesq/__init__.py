@@ -13,6 +13,7 @@ Around it:
 
 contract, loop                    what a method is, and the loop that runs every method
 recipe, pipeline, repair          from a network and examples to quantized tensors; correction and distillation
+observer                          hears of the steps, for a progress log
 library, report                   `bayesq.quantize`, `bayesq.evaluate`
 evaluation, metrics, coverage     both networks' outputs -> rows -> metrics; what share of a network is quantized
 export                            folders that other programs read

@@ -1,13 +1,14 @@
 """Encoded examples and their batches."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from bayesq.observer import Observer
 from bayesq.tensor_file import digest
 
 # Which sequences share a batch: any, with padding; sequences of equal length; none.
@@ -151,12 +152,13 @@ def in_one_batch(examples: EncodedExamples, count: int, device: torch.device | s
 
 @dataclass(frozen=True)
 class EncodedBatches:
-    """Encoded examples as `bayesq.calibration.passes.Batches`, with a progress bar."""
+    """Encoded examples as `bayesq.calibration.passes.Batches`, with a progress bar; `observer` hears of each batch."""
 
     encoded: EncodedExamples
     batch_size: int
     device: torch.device
     title: str
+    observer: Observer = field(default_factory=Observer)
 
     @property
     def examples(self) -> int:
@@ -168,4 +170,7 @@ class EncodedBatches:
 
     def __iter__(self) -> Iterator[Batch]:
         batches = self.encoded.batches(self.batch_size, self.device)
-        yield from tqdm(batches, total=len(self), desc=self.title, disable=None, leave=False)
+        total = len(self)
+        for number, batch in enumerate(tqdm(batches, total=total, desc=self.title, disable=None, leave=False), 1):
+            yield batch
+            self.observer.batch_seen(number, total, len(batch.index))

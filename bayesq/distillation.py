@@ -24,6 +24,7 @@ from tqdm import tqdm
 from bayesq.batches import Batch
 from bayesq.errors import Refused
 from bayesq.likelihood import Likelihood
+from bayesq.observer import Observer
 from bayesq.quant.layers import matrix_to_weight, weight_key
 from bayesq.quant.tensor import QuantizedTensor
 from bayesq.student import Student
@@ -97,6 +98,7 @@ def distill(
     generator: torch.Generator,
     likelihood: Likelihood,
     start: Callable[[Tensor], Mapping[str, Tensor]] | None = None,
+    observer: Observer | None = None,
 ) -> Distilled:
     """Train scales, codebook levels, biases and norm parameters; return the best candidate on held-out examples.
 
@@ -110,6 +112,7 @@ def distill(
         likelihood: of the outputs.
         start: maps the choice of training examples (bool [n]) to parameters by state_dict name. Training starts from
             them if they are better on the held-out part.
+        observer: hears of each evaluation.
 
     Raises:
         Refused: the network is in training mode, there are too few examples to hold any out, indices do not match the
@@ -122,20 +125,26 @@ def distill(
         raise Refused(f"the teacher has {len(teacher)} rows for {n} calibration examples")
     held_out = _draw_held_out(n, settings.held_out, generator)
     training, judging = _select(batches, ~held_out, teacher), _select(batches, held_out, teacher)
-    judge = partial(_held_out_kl, judging=judging, likelihood=likelihood)
-    untouched = _Candidate(0, judge(quantized, dict(tensors), {}), dict(tensors), {})
-    best = untouched
+    observer = observer or Observer()
+
+    def judged(step: int, tensors: Mapping[str, QuantizedTensor], parameters: Mapping[str, Tensor]) -> _Candidate:
+        kl = _held_out_kl(quantized, tensors, parameters, judging=judging, likelihood=likelihood)
+        observer.divergence_measured(step, "heldout", float(kl.mean()))
+        return _Candidate(step, kl, dict(tensors), dict(parameters))
+
+    best = untouched = judged(0, tensors, {})
     if begun := dict(start(~held_out)) if start is not None else {}:
-        candidate = replace(untouched, kl=judge(quantized, untouched.tensors, begun), parameters=begun)
+        candidate = judged(0, tensors, begun)
         if _beats(candidate.kl, untouched.kl):
             best = candidate
             quantized = copy.deepcopy(quantized)
             quantized.load_state_dict(begun, strict=False)
     started, taken = best is not untouched, 0
     begun = best.parameters
-    for step, stored, parameters in _train(Student(quantized, tensors), training, settings, likelihood):
+    for step, stored, parameters in _train(Student(quantized, tensors), training, settings, likelihood, observer):
         taken = step
-        candidate = _Candidate(step, judge(quantized, stored, parameters), stored, begun | parameters)
+        candidate = judged(step, stored, parameters)
+        candidate = replace(candidate, parameters=begun | parameters)
         if _beats(candidate.kl, untouched.kl) and candidate.kl.mean() < best.kl.mean():
             best = candidate
     means = float(untouched.kl.mean()), float(best.kl.mean())
@@ -162,7 +171,11 @@ class _Part:
 
 
 def _train(
-    student: Student, training: Sequence[_Part], settings: DistillationSettings, likelihood: Likelihood
+    student: Student,
+    training: Sequence[_Part],
+    settings: DistillationSettings,
+    likelihood: Likelihood,
+    observer: Observer,
 ) -> Iterator[tuple[int, dict[str, QuantizedTensor], dict[str, Tensor]]]:
     """Yield each step's number, tensors and parameters, until the loss is NaN or infinite.
 
@@ -180,7 +193,13 @@ def _train(
         history_size=max(settings.steps, 1),
         line_search_fn="strong_wolfe",
     )
-    closure = partial(_training_loss, student, training, likelihood)
+    step = 0
+
+    def closure() -> Tensor:
+        loss = _training_loss(student, training, likelihood)
+        observer.divergence_measured(step, "training", float(loss))
+        return loss
+
     for step in tqdm(range(1, settings.steps + 1), desc="distill", disable=None, leave=False):
         loss = optimizer.step(closure)
         if not math.isfinite(float(loss)) or not all(bool(torch.isfinite(x).all()) for x in moves):

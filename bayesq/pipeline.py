@@ -6,7 +6,7 @@ Nothing here reads a configuration or writes a file. `bayesq.quantize` and the s
 """
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -26,12 +26,12 @@ from bayesq.in_step import InStep
 from bayesq.loop import quantize_layers
 from bayesq.memory import halving
 from bayesq.nearest import round_to_nearest
+from bayesq.observer import Observer
 from bayesq.posterior import WhiteningStore
 from bayesq.progress import bar, elapsed
 from bayesq.proxy import measure_kappa
 from bayesq.quant.layers import kernel_positions, kind_of, same_layer, weight_to_matrix
 from bayesq.quant.mean_takers import mean_takers
-from bayesq.quant.tensor import QuantizedTensor
 from bayesq.recipe import Proxy, Quantized, Recipe, Statistics, Subject
 from bayesq.repair import correct, distill_student, posterior_draw
 from bayesq.uniform import Uniform
@@ -41,15 +41,15 @@ def quantize_network(
     subject: Subject,
     recipe: Recipe,
     statistics: Statistics,
-    observe: Callable[[LayerProblem, QuantizedTensor, float], None] | None = None,
+    observer: Observer | None = None,
 ) -> Quantized:
-    """Run a recipe on a network; `observe` is called with each rounded layer, its tensor and its seconds.
+    """Run a recipe on a network; `observer` hears of each rounded layer and of each evaluation of a distillation.
 
     Raises:
         Refused: no allocation meets the budget, a layer's weights or statistics are not finite, no calibration
             example reaches a layer, or a stage cannot handle this network. The message names the layer or the key.
     """
-    result = Quantized(observe=observe)
+    result = Quantized(observer=observer or Observer())
     groups = calibrate(subject, recipe, statistics, result)
     problems = layer_problems(subject, statistics, groups)
     round_embeddings(subject, recipe.budget, result)

@@ -1,7 +1,7 @@
 """Inputs, settings and results of the pipeline: the values that its stages exchange."""
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -18,6 +18,7 @@ from bayesq.distillation import DistillationSettings
 from bayesq.errors import Refused
 from bayesq.likelihood import Likelihood
 from bayesq.nearest import clamped_scales
+from bayesq.observer import Observer
 from bayesq.posterior import WhiteningStore
 from bayesq.quant.layers import Layer
 from bayesq.quant.network import fill
@@ -224,7 +225,7 @@ class Quantized:
         reused_s: time of the first computation of reused statistics and whitenings, less the time of reading them.
         distillation: numbers of the distillation under their result keys; empty without distillation.
         oom_retries: how often memory ran out and a stage was repeated with smaller batches.
-        observe: called with each rounded layer, its tensor and its seconds; None = nobody watches.
+        observer: hears of each rounded layer and of each evaluation of a distillation.
     """
 
     tensors: dict[str, QuantizedTensor] = field(default_factory=dict)
@@ -237,7 +238,7 @@ class Quantized:
     reused_s: float = 0.0
     distillation: dict[str, float | bool] = field(default_factory=dict)
     oom_retries: int = 0
-    observe: Callable[[LayerProblem, QuantizedTensor, float], None] | None = None
+    observer: Observer = field(default_factory=Observer)
 
     def layers(self, subject: Subject) -> dict[str, QuantizedTensor]:
         """The tensors of layers, without those of embeddings."""
@@ -248,8 +249,7 @@ class Quantized:
         self.problems[problem.name], self.tensors[problem.name] = problem, tensor
         self.layer_seconds[problem.name] = seconds
         problem.count("clamped_scales", clamped_scales(problem.weight, tensor))
-        if self.observe is not None:
-            self.observe(problem, tensor, seconds)
+        self.observer.layer_rounded(problem, tensor, seconds)
 
     def copy_of(self, module: nn.Module) -> nn.Module:
         """A copy of the network with the current tensors and parameters."""

@@ -68,7 +68,8 @@ def distill_student(subject: Subject, recipe: Recipe, settings: Distillation, re
         if settings.moments and recipe.correction == "none":
             start = moment_start(subject, result, START_BATCHES * batch_size)
         student = result.copy_of(subject.module)
-        return distill(student, tensors, batches, teacher, settings.settings, generator, subject.likelihood, start)
+        likelihood, observer = subject.likelihood, result.observer
+        return distill(student, tensors, batches, teacher, settings.settings, generator, likelihood, start, observer)
 
     distilled, retries = halving(settings.batch_size, attempt, "distillation")
     result.oom_retries += retries

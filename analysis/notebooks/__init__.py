@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from analysis.loading import load_runs, without_result
+from analysis.loading import load_runs, require_finished, without_result
 from analysis.page import NOTEBOOKS_FOLDER as FOLDER
 from analysis.page import ROOT
 from analysis.style import widths
@@ -57,11 +57,11 @@ def parameters(
 
     Raises:
         FileNotFoundError: there is no such folder.
-        UserError: the W&B project cannot be read, a filter fits no run, there is no such venue, or `output` cannot be
-            a folder.
+        UserError: the W&B project cannot be read, no run is finished, a filter fits no run, there is no such venue, or
+            `output` cannot be a folder.
     """
     widths(venue, columns)
-    print(without_result(load_runs(results, where)), end="", file=sys.stderr)
+    print(without_result(require_finished(load_runs(results, where))), end="", file=sys.stderr)
     try:
         Path(output).mkdir(parents=True, exist_ok=True)
     except OSError as error:

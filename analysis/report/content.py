@@ -10,14 +10,13 @@ import pandas as pd
 from analysis.captions import failed, known, metrics, population_of_rows, remarks_of, settings
 from analysis.comparisons import KL, summarise
 from analysis.gaps import command
-from analysis.loading import finished, layer_frame, load_runs, records, without_result
+from analysis.loading import finished, layer_frame, load_runs, records, require_finished, without_result
 from analysis.metrics import SCALE, limits, with_unit
 from analysis.paper import workload_title
 from analysis.statistics import mean_interval
 from analysis.style import Look, looks
 from analysis.table import Table
 from analysis.tables.main import main_table
-from bayesq.suite.errors import UserError
 
 QUESTION = (
     "Which post-training quantization method changes a network least at the same number of bits per weight, and how "
@@ -77,9 +76,7 @@ def content_of(source: str | Path, where: Sequence[str] = (), paired: bool = Fal
         FileNotFoundError: there is no such folder.
         UserError: no finished run, a filter that fits none, or a W&B project that cannot be read.
     """
-    runs = load_runs(source, where)
-    if finished(runs).empty:
-        raise UserError(f"no finished run in {source}: start some with python run.py, or name another folder")
+    runs = require_finished(load_runs(source, where))
     shown = known(runs)
     table, styles = _table(shown), looks(runs)
     place = {variant: place for place, variant in enumerate(styles)}

@@ -16,6 +16,7 @@ from bayesq.batches import EncodedBatches, EncodedExamples
 from bayesq.calibration.passes import SUM_BYTES, CalibrationSettings, Passes, Report
 from bayesq.calibration.statistic import LayerStatistics, Source, Statistic, families
 from bayesq.memory import halving
+from bayesq.observer import Observer
 from bayesq.progress import bar
 from bayesq.quant.layers import Layer
 
@@ -31,6 +32,7 @@ class NetworkStatistics(ABC):
         settings: see CalibrationSettings.
         device: where batches go.
         room, overwritten: see `Passes`.
+        observer: hears of each batch of a pass.
         statistics: those prepared so far, by name.
         unseen: layers that no example reached.
     """
@@ -42,6 +44,7 @@ class NetworkStatistics(ABC):
     device: torch.device
     room: int = SUM_BYTES
     overwritten: Collection[str] = ()
+    observer: Observer = field(kw_only=True, default_factory=Observer)
     statistics: dict[str, Statistic] = field(init=False, default_factory=dict)
     unseen: set[str] = field(init=False, default_factory=set)
 
@@ -89,7 +92,7 @@ class NetworkStatistics(ABC):
         title = f"calibrate {'+'.join(one.name for one in statistics)}"
 
         def attempt(batch_size: int) -> Report:
-            batches = EncodedBatches(self.examples, batch_size, self.device, title)
+            batches = EncodedBatches(self.examples, batch_size, self.device, title, self.observer)
             return self.passes.run(statistics, batches, write, self.load)
 
         return halving(self.batch_size, attempt, "calibration")

@@ -87,6 +87,11 @@ class Calibration(NetworkStatistics):
             self._paths[statistic] = self.cache_dir / "statistics" / key / f"{statistic.name}.safetensors"
         return self._paths[statistic]
 
+    @property
+    def keys(self) -> dict[str, str]:
+        """The key of each prepared statistic's file, by name."""
+        return {name: self.path(one).parent.name for name, one in sorted(self.statistics.items())}
+
     def prepare(self, statistics: Iterable[Statistic]) -> None:
         """Compute the statistics, and those they require, whose file is missing or corrupt.
 

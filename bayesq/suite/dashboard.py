@@ -94,6 +94,7 @@ def _sections(metric: str) -> list[Any]:
             panels=[
                 *shared.layer_charts(),
                 *shared.layer_curves(),
+                *shared.progress_curves(),
                 panels.WeavePanelSummaryTable(table_name=LAYERS_KEY),
             ],
         ),

@@ -18,6 +18,7 @@ from bayesq.defaults import construct
 from bayesq.distillation import DistillationSettings
 from bayesq.errors import Refused
 from bayesq.likelihood import LIKELIHOODS
+from bayesq.observer import Observer
 from bayesq.posterior import AUTO, WhiteningStore
 from bayesq.quant.layers import embedding_tables, quantizable_layers
 from bayesq.quant.usage import OtherUseError, usage_of
@@ -132,7 +133,9 @@ def room_for_sums(device: torch.device) -> int:
     return max(SUM_BYTES, free // 4)
 
 
-def open_statistics(cfg: DictConfig, store: WhiteningStore | None, work: Workload, cache_dir: Path) -> Calibration:
+def open_statistics(
+    cfg: DictConfig, store: WhiteningStore | None, work: Workload, cache_dir: Path, observer: Observer | None = None
+) -> Calibration:
     """The statistics that a run reads, not computed yet; UserError if the likelihood is categorical in a regression."""
     subject, posterior = work.subject, store and store.posterior
     chosen = posterior.likelihood if posterior else AUTO
@@ -156,6 +159,7 @@ def open_statistics(cfg: DictConfig, store: WhiteningStore | None, work: Workloa
         subject.device,
         OFFLOADED_SUM_BYTES if cfg.calibration.offload == "disk" else room_for_sums(subject.device),
         subject.usage.overwritten,
+        observer=observer or Observer(),
         identity=work.network.identity,
         cache_dir=cache_dir,
     )

@@ -28,6 +28,7 @@ def flat_result(
     cfg: DictConfig,
     work: Workload,
     quantized: Quantized,
+    statistics: Mapping[str, str],
     layers: Sequence[Mapping[str, Any]],
     sizes: Sizes,
     metrics: Mapping[str, Any],
@@ -36,7 +37,7 @@ def flat_result(
 ) -> dict[str, Any]:
     """The flat result of a run, from the rows of layers.csv, the metrics by result key, and the times by stage.
 
-    `estimate_bytes` is the memory estimate of the preflight.
+    `statistics` has the keys of the statistics by name, `estimate_bytes` is the memory estimate of the preflight.
     """
     config = resolved(cfg)
     device, weights, unreached = work.subject.device, work.subject.weights, len(work.subject.usage.unreached)
@@ -80,6 +81,7 @@ def flat_result(
             "weights": work.network.checksum,
             "calibration": work.subject.examples.checksum(),
             "evaluation": work.evaluation.checksum(),
+            "statistics": dict(statistics),
         },
     }
 

@@ -23,10 +23,10 @@ from bayesq.suite.tracking import ERROR_KEY, track
 TEXT = ("name", "kind", "shape", "id")
 
 
-def relog(folder: Path, mode: str | None = None) -> str | None:
+def relog(folder: Path, mode: str | None = None, again: bool = False) -> str | None:
     """`relog_locked` with the lock of the run, because the process that computed it may still be logging it."""
     with lock(folder / RESULT_FILE):
-        return relog_locked(folder, mode)
+        return relog_locked(folder, mode, again)
 
 
 def relog_locked(folder: Path, mode: str | None = None, again: bool = False) -> str | None:
@@ -75,17 +75,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = module_parser("relog", __doc__)
     parser.add_argument("results_dir", type=Path)
     parser.add_argument("--mode", choices=("online", "offline"), help="W&B mode; default: that of each run")
+    parser.add_argument("--again", action="store_true", help="log the runs that W&B has, too; it replaces them")
     given = parser.parse_args(arguments)
     if not given.results_dir.is_dir():
         sys.exit(f"error: {given.results_dir}: no such folder")
     folders = [path.parent for path in sorted(given.results_dir.glob(f"*/{RESULT_FILE}"))]
-    folders = [folder for folder in folders if (finished_result(folder) or {}).get(ERROR_KEY) is not None]
+    finished = ((folder, finished_result(folder)) for folder in folders)
+    folders = [folder for folder, result in finished if result and (given.again or result.get(ERROR_KEY) is not None)]
     if not folders:
         print("W&B has every finished run")
     failed = False
     for folder in folders:
         try:
-            error = relog(folder, given.mode)
+            error = relog(folder, given.mode, given.again)
         except UserError as reason:  # it would stop every further run, too
             exit_with(reason)
         failed |= error is not None

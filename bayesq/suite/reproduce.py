@@ -23,8 +23,8 @@ from bayesq.suite.errors import UserError
 
 # The run uses `config`; a difference in the other records is only a warning.
 RECORDS = ("config", "versions", "host", "git")
-# Prefixes of result keys that depend on the machine and its load.
-OF_THE_MACHINE = ("time/", "memory/", "fallback/oom_retries", "wandb/")
+# Prefixes of result keys that depend on the machine, its packages and its load.
+OF_THE_MACHINE = ("time/", "memory/", "fallback/oom_retries", "wandb/", "source.statistics")
 # Subfolders of the cache that --fresh does not reuse; downloads are reused.
 COMPUTED = ("full_precision", "models", "statistics")
 # Keys without effect on the result that keep their recorded values.
@@ -49,7 +49,8 @@ def differing(recorded: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[
 
 def numbers(result: Mapping[str, Any]) -> dict[str, Any]:
     """The values of a result, except those that depend on the machine."""
-    return settings.flatten({k: v for k, v in result.items() if k not in RECORDS and not k.startswith(OF_THE_MACHINE)})
+    flat = settings.flatten({key: value for key, value in result.items() if key not in RECORDS})
+    return {key: value for key, value in flat.items() if not key.startswith(OF_THE_MACHINE)}
 
 
 def compare_tables(recorded: Path, here: Path) -> list[Difference]:

@@ -18,6 +18,7 @@ FAILURE_FILE = "status.json"
 QUANTIZED_FILE = "quantized.safetensors"
 LAYERS_FILE = "layers.csv"
 PREDICTIONS_FILE = "predictions.csv"
+LOG_FILE = "run.log"  # of conf/hydra/job_logging
 OVERRIDES_FILE = ".hydra/overrides.yaml"  # written by Hydra
 # Keys of a result that hold mappings: where it comes from, not what it is.
 PROVENANCE = ("config", "versions", "host", "git", "source")

@@ -6,7 +6,6 @@ config -> dataset and model -> calibration statistics -> method (posterior, allo
 
 import logging
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +13,15 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from bayesq.contract import LayerProblem
 from bayesq.evaluation import Rows as EvaluationRows
 from bayesq.evaluation import compare, paired_rows, prediction_rows
 from bayesq.metrics import metric_of
+from bayesq.observer import Observer
 from bayesq.pipeline import quantize_network
 from bayesq.posterior import WhiteningStore
 from bayesq.progress import elapsed
 from bayesq.quant.file import Packed, read_packed, write_packed
 from bayesq.quant.network import quantized_copy
-from bayesq.quant.tensor import QuantizedTensor
 from bayesq.report import layer_rows
 from bayesq.suite.config import resolve_cache_dir, run_dir
 from bayesq.suite.errors import UserError
@@ -59,7 +57,7 @@ def run(cfg: DictConfig, previous: list[WhiteningStore] | None = None) -> dict[s
     name = folder.name
     folder.mkdir(parents=True, exist_ok=True)
     with logging_redirect_tqdm(), track(cfg, name, folder) as tracker:
-        result, layers, predictions = execute(cfg, folder, [] if previous is None else previous, tracker.log_layer)
+        result, layers, predictions = execute(cfg, folder, [] if previous is None else previous, tracker.history)
         write_csv(folder / LAYERS_FILE, layers)
         write_csv(folder / PREDICTIONS_FILE, predictions)
         result[ERROR_KEY] = tracker.error
@@ -86,11 +84,11 @@ def execute(
     cfg: DictConfig,
     folder: Path,
     previous: list[WhiteningStore],
-    observe: Callable[[LayerProblem, QuantizedTensor, float], None],
+    observer: Observer,
 ) -> tuple[dict[str, Any], Rows, Rows]:
     """The stages of a run; returns the result, the rows of layers.csv and those of predictions.csv.
 
-    `observe` is that of `quantize_network`.
+    `observer` hears of each batch of a statistics pass, each layer, and each evaluation of a distillation.
 
     time/prepare_s is the time before the statistics: libraries, data, network (trained or downloaded at first use),
     its full-precision predictions, compilation. time/total_s is the time of everything after. Cached statistics and
@@ -102,7 +100,7 @@ def execute(
     with elapsed(f"load {cfg.model.name} and {cfg.dataset.name}"):
         work = load_workload(cfg, cache_dir)
     check_patterns(recipe, work)
-    statistics = open_statistics(cfg, recipe.whitenings, work, cache_dir)
+    statistics = open_statistics(cfg, recipe.whitenings, work, cache_dir, observer)
     with placed_whitenings(cfg, recipe.whitenings, statistics, folder, previous):
         needs = preflight(cfg, recipe, work, statistics, {"cache_dir": cache_dir, "results_dir": folder.parent})
         if recipe.whitenings and needs.spilled:
@@ -116,7 +114,7 @@ def execute(
         # Everything before this line is faster in a second run, so no method's time includes it.
         start = time.perf_counter()
         with for_user():
-            quantized = quantize_network(work.subject, recipe, statistics, observe)
+            quantized = quantize_network(work.subject, recipe, statistics, observer)
         log_decisions(title, quantized)
         record = run_record(cfg, work.network)
         with elapsed("pack"):
@@ -135,7 +133,7 @@ def execute(
             "prepare": start - began,
         }
         layers = layer_rows(quantized)
-        result = flat_result(cfg, work, quantized, layers, sizes, metrics, seconds, needs.memory)
+        result = flat_result(cfg, work, quantized, statistics.keys, layers, sizes, metrics, seconds, needs.memory)
         return result, layers, prediction_rows(rows, work.ids)
 
 

@@ -18,6 +18,7 @@ from omegaconf import DictConfig
 from bayesq.defaults import MAX_BITS, MIN_BITS, MIN_STREAM_BITS, fits, settings, suggestion
 from bayesq.suite.config import cache_folder, refuse, resolved, show
 from bayesq.suite.errors import UserError
+from bayesq.suite.wandb_names import NOT_IN_PROJECTS
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,10 @@ def _is_width(number: object) -> bool:
 
 def _are_widths(numbers: object) -> bool:
     return isinstance(numbers, list) and 0 < len(numbers) == len({*map(repr, numbers)}) and all(map(_is_width, numbers))
+
+
+def _is_registry(name: str) -> bool:
+    return bool(name.strip()) and not set(name) & set(NOT_IN_PROJECTS)
 
 
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?|mps")
@@ -125,6 +130,7 @@ RULES = {
     "wandb.project": _named("the name of a W&B project"),
     "wandb.entity": Rule("needs a W&B user or team, or null for the default", str | None),
     "wandb.log_artifact": _FLAG,
+    "wandb.registry": Rule(f"needs a name without {NOT_IN_PROJECTS}, or null", str | None, _is_registry),
     **{f"wandb.{key}": Rule("needs text, or null", str | None) for key in ("name", "group", "job_type", "notes")},
     "wandb.tags": Rule("needs a list of texts, such as [paper,draft]", list[str]),
 }
@@ -162,6 +168,8 @@ def validate(cfg: DictConfig) -> dict[str, Any]:
             _check_unread(config["allocation"])
     elif config["proxy"] == "mc":
         refuse("proxy", "mc", "weighs predicted risks, so it needs allocator=knapsack or allocator=ilp")
+    if config["wandb"].get("registry") and not config["wandb"]["log_artifact"]:
+        refuse("wandb.registry", config["wandb"]["registry"], "links the packed file; add wandb.log_artifact=true")
     _check_pairing(config)
     _check_writable("results_dir", config["results_dir"])
     _check_writable("cache_dir", cache_folder(config))

@@ -19,6 +19,7 @@ from bayesq.suite.errors import UserError
 from bayesq.suite.labels import model_label
 from bayesq.suite.plots import CHARTS
 from bayesq.suite.results import (
+    LOG_FILE,
     PREDICTIONS_FILE,
     PROVENANCE,
     RESULT_FILE,
@@ -27,13 +28,12 @@ from bayesq.suite.results import (
     write_csv,
     write_json,
 )
+from bayesq.suite.wandb_artifacts import log_artifacts
+from bayesq.suite.wandb_history import LIVE, History, define_metrics, is_number, layer_record
 from bayesq.suite.wandb_names import ablation_of, label, project_label, switches, tag_list
 
 if TYPE_CHECKING:
     import wandb
-
-    from bayesq.contract import LayerProblem
-    from bayesq.quant.tensor import QuantizedTensor
 
 log = logging.getLogger(__name__)
 
@@ -41,18 +41,14 @@ log = logging.getLogger(__name__)
 # hang. At the end the client would repeat a failed upload forever and block the sweep.
 INIT_TIMEOUT_S = 20.0
 FINISH_TIMEOUT_S = 60.0
-# Key of the table of layers, prefix of their history, and its step.
-LAYERS_KEY, LAYER_HISTORY, LAYER_STEP = "layers", "layer/", "layer/index"
+# Key of the table of layers.
+LAYERS_KEY = "layers"
 # Parts of a result's provenance that W&B's config has too; the settings are there from the start.
 MACHINE = ("versions", "host", "git")
-# Columns of a layer that are logged while the network is quantized; the others follow with the result.
-LIVE = ("bits/code", "predicted_risk", "seconds")
 # Subfolder of the client's wandb/ folder: files that `wandb sync` uploads later, by run id.
 DATA_FOLDER = "data"
 # After the client reports a run as finished, its background process still writes less than this.
 SPARE_BYTES = 256 * 2**10
-# The client refuses an artifact with more metadata keys.
-ARTIFACT_KEYS = 100
 # Key of result.json: null if W&B has the result, else the reason why not.
 ERROR_KEY = "wandb/error"
 # Value of ERROR_KEY until W&B has the result, because a killed process cannot write a reason.
@@ -64,26 +60,26 @@ class Tracker:
 
     Attributes:
         started: whether there is a W&B run.
+        history: logs the steps of the run as soon as they are done.
         error: why W&B does not have the result, in one line; None once it has it, or if tracking is disabled.
     """
 
-    def __init__(self, run: "wandb.Run | None", log_artifact: bool = False, error: str | None = None) -> None:
-        self._run, self._log_artifact = run, log_artifact
+    def __init__(
+        self, run: "wandb.Run | None", settings: Mapping[str, Any], run_dir: Path, error: str | None = None
+    ) -> None:
+        """`settings` is the group wandb of the configuration, `run_dir` the run's folder, which has its log."""
+        self._run, self._run_dir = run, run_dir
+        self._log_artifact, self._registry = settings.get("log_artifact"), settings.get("registry")
         self.started = run is not None
         self.error = error if run is None else UNFINISHED
-        self._live = 0  # layers logged so far
+        self.history = History(self._record)
 
-    def log_layer(self, problem: "LayerProblem", tensor: "QuantizedTensor", seconds: float) -> None:
-        """Log one layer as soon as it is rounded; a failure becomes a warning and `error`."""
+    def _record(self, record: dict[str, Any]) -> None:
+        """Log a record of the history; a failure becomes a warning and `error`."""
         if self._run is None or self.error != UNFINISHED:
             return
-        from bayesq.quant.accounting import code_bits  # imports torch
-
-        bits = code_bits(tensor) / problem.weight.numel()
-        values = (bits, problem.notes.get("predicted_risk"), seconds)
         try:
-            self._run.log(_layer_record(self._live, dict(zip(LIVE, values, strict=True))))
-            self._live += 1
+            self._run.log(record)
         except Exception as error:
             self._fail(error)
 
@@ -94,7 +90,7 @@ class Tracker:
         predictions: Sequence[Mapping[str, Any]] = (),
         checkpoint: Path | None = None,
     ) -> None:
-        """Log the result, the layers, the charts, and the predictions as a file.
+        """Log the result, the layers, the charts, and the predictions and the log as files.
 
         Numbers of the result and of each layer are history; the summary has the result without its provenance; the
         layers are also a table. Predictions are a file, because a W&B table has at most 10,000 rows. Call it after
@@ -103,7 +99,7 @@ class Tracker:
         Args:
             result: the flat result; each key is logged under its name. A file has all of it.
             layers, predictions: rows of layers.csv and of predictions.csv.
-            checkpoint: the packed file, logged as an artifact if wandb.log_artifact=true.
+            checkpoint: the packed file, an artifact if wandb.log_artifact=true, beside the inputs' checksums.
         """
         if self._run is None:
             return
@@ -112,13 +108,13 @@ class Tracker:
         try:
             content = plain({key: value for key, value in result.items() if key != ERROR_KEY})
             for index, row in enumerate(layers):
-                known = LIVE if index < self._live else ()
-                if len(record := _layer_record(index, {key: row[key] for key in row if key not in known})) > 1:
+                known = LIVE if index < self.history.layers else ()
+                if len(record := layer_record(index, {key: row[key] for key in row if key not in known})) > 1:
                     self._run.log(record)
             self._run.summary.update({key: value for key, value in content.items() if key not in PROVENANCE})
             made = {key: content[key] for key in MACHINE if content.get(key)}
             self._run.config.update(flatten(made, "/"), allow_val_change=True)
-            logged = {key: value for key, value in content.items() if _is_number(value)}
+            logged = {key: value for key, value in content.items() if is_number(value)}
             if layers:
                 logged[LAYERS_KEY] = _table([*layers[0]], [[row.get(key) for key in layers[0]] for row in layers])
             for chart in CHARTS:
@@ -130,12 +126,15 @@ class Tracker:
                     self._run.log(logged)
                 folder = Path(self._run.settings.files_dir)  # where `wandb sync` looks for files
                 write_json(folder / RESULT_FILE, content)
-                self._run.save(folder / RESULT_FILE, base_path=folder, policy="now")
                 if predictions:
                     write_csv(folder / PREDICTIONS_FILE, predictions)
-                    self._run.save(folder / PREDICTIONS_FILE, base_path=folder, policy="now")
-                if self._log_artifact and checkpoint is not None:
-                    self._run.log_artifact(_artifact(self._run.id, result, checkpoint))
+                if (self._run_dir / LOG_FILE).exists():
+                    shutil.copyfile(self._run_dir / LOG_FILE, folder / LOG_FILE)
+                for name in (RESULT_FILE, PREDICTIONS_FILE, LOG_FILE):
+                    if (folder / name).exists():
+                        self._run.save(folder / name, base_path=folder, policy="now")
+                if self._log_artifact:
+                    log_artifacts(self._run, result, checkpoint, self._registry, FINISH_TIMEOUT_S)
         except Exception as error:
             self._fail(error)
 
@@ -159,16 +158,6 @@ class Tracker:
             self._fail(failure, remedy if complete and not self._run.offline else "")
         else:
             self.error = None if complete else self.error
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _layer_record(index: int, row: Mapping[str, Any]) -> dict[str, Any]:
-    """The history record of a layer: its numbers, and its place in forward order as the step."""
-    numbers = {f"{LAYER_HISTORY}{key}": value for key, value in plain(row).items() if _is_number(value)}
-    return {LAYER_STEP: index, **numbers}
 
 
 def _check_disk(folder: Path) -> None:
@@ -204,17 +193,6 @@ def _data_dir(folder: Path) -> Iterator[None]:
         yield
     finally:
         del os.environ["WANDB_DATA_DIR"]
-
-
-def _artifact(run_id: str, result: Mapping[str, Any], checkpoint: Path) -> "wandb.Artifact":
-    """The packed file as an artifact, with scalars of the result as metadata."""
-    import wandb
-
-    scalars = [(key, value) for key, value in plain(result).items() if not isinstance(value, dict | list)]
-    artifact = wandb.Artifact(f"quantized-{run_id}", "quantized-model", metadata=dict(scalars[:ARTIFACT_KEYS]))
-    # With "immutable" the client makes no copy; copies of offline runs would fill the home folder.
-    artifact.add_file(str(checkpoint), policy="immutable")
-    return artifact
 
 
 def reason(error: Exception) -> str:
@@ -283,7 +261,7 @@ def track(cfg: DictConfig, run_id: str, run_dir: Path) -> Iterator[Tracker]:
         except Exception as failure:
             error = f"W&B did not start ({reason(failure)})"
             log.warning("wandb.mode=%s: %s; the run goes on without it", cfg.wandb.mode, error)
-    tracker = Tracker(run, bool(cfg.wandb.log_artifact), error)
+    tracker = Tracker(run, cfg.wandb, run_dir, error)
     raised = True
     try:
         yield tracker
@@ -343,10 +321,7 @@ def _start(cfg: DictConfig, arguments: dict[str, Any], folder: Path) -> "wandb.R
         with suppress(Exception):
             wandb.teardown()
         run = _init(**arguments, dir=folder)
-    run.define_metric(LAYER_STEP, hidden=True, summary="none")
-    run.define_metric(f"{LAYER_HISTORY}*", step_metric=LAYER_STEP, summary="min,max")
-    for group in ("q", "fp", "delta"):
-        run.define_metric(f"{group}/*", step_metric="bits/target", step_sync=False)
+    define_metrics(run)
     return run
 
 

@@ -55,7 +55,10 @@ def _mode() -> str | None:
 
 
 def remarks(tracking: Iterable[Mapping[str, Any]]) -> list[str]:
-    """One line for each variable that is set but not used; `tracking` has the resolved `wandb` node of each job."""
+    """One line for each variable that is set but not used, and for what W&B will lack.
+
+    `tracking` has the resolved `wandb` node of each job.
+    """
     return list(dict.fromkeys(line for settings in tracking for line in _remarks(settings)))
 
 
@@ -66,6 +69,10 @@ def _remarks(settings: Mapping[str, Any]) -> Iterator[str]:
     if asked is not None and asked != mode:
         variable = "WANDB_MODE" if MODES.get((named or "").lower()) == asked else "WANDB_DISABLED"
         yield f"wandb.mode={mode} is used, not {variable}={value(variable)}"
+    if settings.get("log_artifact") and mode == "offline":
+        left_out = "inputs and no registry link" if settings.get("registry") else "inputs"
+        again = "python -m bayesq.suite.relog RESULTS --mode online --again adds them"
+        yield f"wandb.log_artifact=true: an offline run has the packed file, but no {left_out}; {again}"
     if under_agent() and mode != "online":
         yield f"wandb.mode={mode}: the sweep agent does not learn the outcome of this job and may start it again"
     if under_agent() or mode == "disabled":

@@ -9,7 +9,14 @@ from typing import Any
 
 from bayesq.suite.errors import UserError
 from bayesq.suite.plots import CHARTS
-from bayesq.suite.tracking import LAYER_HISTORY, LAYER_STEP
+from bayesq.suite.wandb_history import (
+    DISTILLATION_HISTORY,
+    DISTILLATION_STEP,
+    LAYER_HISTORY,
+    LAYER_STEP,
+    STATISTICS_HISTORY,
+    STATISTICS_STEP,
+)
 
 DIVERGENCE = "q/kl_to_fp"
 # Keys of the configuration by which runs are grouped: method, budget, and what tells variants of a method apart.
@@ -105,5 +112,22 @@ def layer_curves() -> list[Any]:
             ("Code bits by layer", "bits/code", None),
             ("Achieved risk by layer (nats)", "achieved_risk", True),
             ("Seconds by layer", "seconds", None),
+        )
+    ]
+
+
+def progress_curves() -> list[Any]:
+    """The examples that statistics passes have used, and what a distillation has reached, a line per run or group."""
+    import wandb_workspaces.reports.v2 as panels
+
+    return [
+        panels.LinePlot(title=title, x=step, y=[*keys], max_runs_to_show=MOST_RUNS)
+        for title, step, keys in (
+            ("Examples in statistics passes", STATISTICS_STEP, [f"{STATISTICS_HISTORY}examples"]),
+            (
+                "KL of distillation (nats)",
+                DISTILLATION_STEP,
+                [f"{DISTILLATION_HISTORY}{part}_kl" for part in ("training", "heldout")],
+            ),
         )
     ]

@@ -208,23 +208,22 @@ def test_the_readmes_figure_is_small_and_has_a_panel_for_each_workload(full: Pat
     assert b"CreationDate" not in (tmp_path / "main_figure.pdf").read_bytes()
 
 
-def test_a_single_run_and_only_failed_runs_render(tmp_path: Path) -> None:
+def test_a_single_run_renders(tmp_path: Path) -> None:
     add_run(tmp_path / "single", method="rtn")
     files = rendered(tmp_path / "single", tmp_path / "one")
     assert "main_figure.png" in files
     assert b"no run with allocator=knapsack among these" in files["pages/allocation.md"]
-    add_run(tmp_path / "failed", method="rtn", failed="out of memory")
-    files = rendered(tmp_path / "failed", tmp_path / "none")
-    assert "main_figure.png" not in files
-    assert b"Nothing to show" in files["pages/main_figure.md"]
+    assert b"Nothing to show: no finished run of a GLUE task" in files["pages/glue_table.md"]
+    add_run(tmp_path / "single", dataset="cifar10", method="rtn", failed="out of memory")
+    files = rendered(tmp_path / "single", tmp_path / "one")
     assert not [name for name in files if b"out of memory" in files[name]], "a workload without a result has no notes"
 
 
 def test_a_figure_that_is_not_drawn_again_is_removed(digits: Path, tmp_path: Path) -> None:
-    assert "main_figure.png" in rendered(digits, tmp_path / "paper", "main_figure")
-    add_run(tmp_path / "failed", method="rtn", failed="out of memory")
-    left = rendered(tmp_path / "failed", tmp_path / "paper", "main_figure")
-    assert list(left) == ["pages/main_figure.md"]
+    assert "allocation_resnet_digits.png" in rendered(digits, tmp_path / "paper", "allocation")
+    add_run(tmp_path / "single", method="rtn")
+    left = rendered(tmp_path / "single", tmp_path / "paper", "allocation")
+    assert list(left) == ["pages/allocation.md"]
 
 
 # -------------------------------------------------------------------------------------------------------------- layout

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 from frozen import add, add_glue
 
-from analysis.__main__ import main
+from analysis.__main__ import TABLES, main
+from analysis.notebooks.__main__ import main as notebooks
+from analysis.report.__main__ import main as report
 
 ROOT = Path(__file__).parents[2]
 
@@ -67,13 +69,27 @@ def test_nothing_to_show_is_one_line(tmp_path, monkeypatch):
     empty.mkdir()
     add(failed, "rtn", 3.5, 0, error="memory ran out")
     cases = {
-        str(empty): f"no finished run in {empty}",
-        str(failed): f"no finished run in {failed}",
+        str(empty): f"no finished run in {empty}: start some with python run.py, or name another folder",
+        str(failed): f"no finished run in {failed}: start some with python run.py, or name another folder",
         str(tmp_path / "missing"): f"no results folder {tmp_path / 'missing'}",
         "wandb:project": "wandb:project: needs wandb:ENTITY/PROJECT",
     }
     for source, message in cases.items():
         assert refusal(monkeypatch, source) == f"error: {message}"
+
+
+@pytest.mark.parametrize("run", [main, notebooks, report], ids=["analysis", "notebooks", "report"])
+def test_every_command_refuses_a_folder_without_finished_runs(tmp_path, monkeypatch, run):
+    failed, output = tmp_path / "failed", tmp_path / "paper"
+    add(failed, "rtn", 3.5, 0, error="memory ran out")
+    options = [["--dry-run"], ["--html", str(output)]] if run is report else [["--output", str(output)]]
+    options += [[f"--{name}"] for name in TABLES] if run is main else []
+    for more in options:
+        monkeypatch.setattr(sys, "argv", ["command", str(failed), *more])
+        with pytest.raises(SystemExit) as left:
+            run()
+        assert str(left.value.code).startswith(f"error: no finished run in {failed}: start"), more
+        assert not output.exists()
 
 
 def test_an_output_that_cannot_be_a_folder_is_one_line(folder, monkeypatch):

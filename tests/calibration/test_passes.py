@@ -27,12 +27,32 @@ from bayesq.calibration.inputs import INPUT_MAGNITUDE, INPUT_MOMENT
 from bayesq.calibration.passes import spread
 from bayesq.calibration.statistic import families
 from bayesq.fisher import FISHER_DIAGONAL, FISHER_EIGENVALUES, GRADIENT_MOMENT, GradientDirections
+from bayesq.observer import Observer
 from bayesq.quant.layers import quantizable_layers, weight_to_matrix
 
 
 @pytest.fixture
 def module() -> Counting:
     return seeded(Counting())
+
+
+class Listening(Observer):
+    def __init__(self) -> None:
+        self.heard: list[tuple[int, int, int]] = []
+
+    def batch_seen(self, batch: int, batches: int, examples: int) -> None:
+        self.heard.append((batch, batches, examples))
+
+
+@pytest.mark.parametrize(("room", "passes"), [(2**29, 1), (1, len(quantizable_layers(Counting())))])
+def test_an_observer_hears_of_every_batch_of_every_pass(module, tmp_path, room, passes):
+    """Nine examples in batches of two; a statistic that is in the cache takes no pass."""
+    calibration, listening = open_calibration(module, tmp_path, images(9), room=room), Listening()
+    calibration.observer = listening
+    calibration.prepare([INPUT_MOMENT])
+    assert listening.heard == [(i, 5, 1 if i == 5 else 2) for i in range(1, 6)] * passes
+    calibration.prepare([INPUT_MOMENT])
+    assert len(listening.heard) == 5 * passes == module.passes
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from bayesq import teacher as teachers
 from bayesq.distillation import DistillationSettings, distill
 from bayesq.likelihood import Categorical
+from bayesq.observer import Observer
 from bayesq.quant.accounting import buffer_bytes
 from bayesq.quant.codes import Codebook, RowTable, SharedTable, SparseOverlay, Trellis, shared_code
 from bayesq.quant.grids import mse_grid, round_affine, zero_code, zero_value
@@ -211,6 +212,41 @@ def test_it_lowers_the_divergence_and_changes_only_what_it_may(digits, group_siz
         first, *others = (result.tensors[name].code.tables[3] for name in ("conv1", "conv2", "head"))
         assert all(book.name == first.name and torch.equal(book.levels, first.levels) for book in others)
         assert not torch.equal(first.levels, torch.arange(8).half())
+
+
+class Listening(Observer):
+    def __init__(self) -> None:
+        self.heard: list[tuple[int, str, float]] = []
+
+    def divergence_measured(self, step: int, part: str, kl: float) -> None:
+        self.heard.append((step, part, kl))
+
+
+def test_an_observer_hears_of_every_evaluation_and_changes_none(digits):
+    network, images = digits
+    tensors, calibration = quantize(network, dict.fromkeys(LAYERS, 3)), images[:100]
+    student, teacher = loaded(network, tensors, {}), teacher_of(network, calibration)
+
+    def run(observer: Observer | None):
+        generator = torch.Generator().manual_seed(3)
+        return distill(
+            student, tensors, batches_of(calibration), teacher, FAST, generator, CATEGORICAL, observer=observer
+        )
+
+    listening = Listening()
+    alone, watched = run(None), run(listening)
+    assert all(identical(watched.tensors[name], tensor) for name, tensor in alone.tensors.items())
+    parts = {part: [(step, kl) for step, of, kl in listening.heard if of == part] for part in ("heldout", "training")}
+    assert len(listening.heard) == sum(map(len, parts.values()))
+    assert [step for step, _ in parts["heldout"]] == [0, *range(1, watched.steps + 1)]
+    assert parts["heldout"][0][1] == watched.heldout_kl_before
+    assert parts["heldout"][watched.best_step][1] == watched.heldout_kl_after < watched.heldout_kl_before
+    # the first evaluation of the training part is of the untouched student, on the examples that are not held out
+    training = torch.randperm(100, generator=torch.Generator().manual_seed(3))[20:]
+    expected = divergence(teacher[training], student, calibration[training])
+    assert parts["training"][0] == (1, pytest.approx(expected, rel=1e-4))
+    most = 1 + FAST.evaluations * FAST.steps
+    assert {step for step, _ in parts["training"]} == {*range(1, watched.steps + 1)} and len(parts["training"]) <= most
 
 
 @pytest.mark.parametrize("hostile", [False, True])

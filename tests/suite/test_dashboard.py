@@ -13,7 +13,7 @@ import pytest
 import yaml
 from wandb_server import API_KEY, ENTITY, serving
 
-from bayesq.suite import dashboard, plots, tracking, wandb_names, wandb_panels
+from bayesq.suite import dashboard, plots, tracking, wandb_history, wandb_names, wandb_panels
 from bayesq.suite.results import PROVENANCE, load_results
 
 ROOT = Path(__file__).parents[2]
@@ -37,7 +37,7 @@ def nested(content: Any) -> Iterator[Any]:
 
 def named_keys(definition: dict[str, Any]) -> dict[str, set[str]]:
     """The keys that a stored workspace reads: of the summary, of the config, of tables, and of the history."""
-    found: dict[str, set[str]] = {"summary": set(), "config": set(), "table": set(), "history": set()}
+    found: dict[str, set[str]] = {"summary": set(), "config": set(), "table": set(), "history": set(), "step": set()}
 
     def read(text: str) -> None:
         if match := re.fullmatch(r"config[.:](.+)\.value", text):
@@ -62,7 +62,8 @@ def named_keys(definition: dict[str, Any]) -> dict[str, set[str]]:
         elif panel["viewType"] == "Run Comparer":
             assert config["diffOnly"] == "split"
         elif panel["viewType"] == "Run History Line Plot":
-            assert config["xAxis"] == tracking.LAYER_STEP
+            assert {key.partition("/")[0] for key in config["metrics"]} == {config["xAxis"].partition("/")[0]}
+            found["step"].add(config["xAxis"])
             found["history"] |= set(config["metrics"])
         elif panel["viewType"] == "Vega2":
             for item in nested(config["userQuery"]):
@@ -93,6 +94,7 @@ def logged(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], di
     folder = tmp_path_factory.mktemp("digits")
     overrides = ("model=resnet", "dataset=digits", "method=bayesq", "bits=3", f"results_dir={folder}")
     small = ("model.epochs=1", "calibration.examples=16", "dataset.limit=60", f"cache_dir={folder / 'cache'}")
+    small += ("distill=true",)
     subprocess.run(
         [sys.executable, str(ROOT / "run.py"), *overrides, *small],
         check=True,
@@ -116,7 +118,11 @@ def test_every_key_of_a_panel_is_one_that_a_run_logs(logged: tuple[dict[str, Any
     assert named["summary"] <= set(result)
     assert named["summary"] <= set(read["summary"])
     assert named["config"] == {*wandb_panels.GROUPS, "seed"}
-    assert named["history"] == {f"layer/{column}" for column in ("bits/code", "achieved_risk", "seconds")}
+    assert named["step"] == {"layer/index", "statistics/batch", "distillation/evaluation"}
+    assert named["history"] == {
+        *(f"layer/{column}" for column in ("bits/code", "achieved_risk", "seconds")),
+        *("statistics/examples", "distillation/training_kl", "distillation/heldout_kl"),
+    }
     assert named["history"] <= set(read["summary"]), "the range of each"
     assert named["config"] <= set(read["config"])
     assert named["table"] == {tracking.LAYERS_KEY, *(chart.table_key for chart in plots.CHARTS)}
@@ -132,7 +138,7 @@ def test_a_real_run_is_tracked_whole(logged: tuple[dict[str, Any], dict[str, Any
     assert {key: config[f"versions/{key}"] for key in result["versions"]} == result["versions"]
     assert config["git/commit"] == result["git"]["commit"]
     tables = {tracking.LAYERS_KEY, *(chart.table_key for chart in plots.CHARTS)}
-    own = {key: value for key, value in read["summary"].items() if not key.startswith(("_", "layer/"))}
+    own = {key: value for key, value in read["summary"].items() if not key.startswith(("_", *wandb_history.HISTORY))}
     assert {key: value for key, value in own.items() if key not in tables} == {
         key: value for key, value in result.items() if value is not None and key not in PROVENANCE
     }

@@ -26,7 +26,7 @@ from bayesq.contract import LayerProblem
 from bayesq.likelihood import LIKELIHOODS
 from bayesq.nearest import round_to_nearest
 from bayesq.quant.tensor import QuantizedTensor
-from bayesq.suite import plots, relog, runner, tracking
+from bayesq.suite import plots, relog, runner, tracking, wandb_history
 from bayesq.suite.results import PREDICTIONS_FILE, PROVENANCE, load_results, read_result, write_csv, write_json
 
 LAYERS = [
@@ -124,8 +124,8 @@ def as_logged(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def without_tables(summary: dict[str, Any]) -> dict[str, Any]:
-    """A summary without tables and the ranges of the layers' history."""
-    return {key: value for key, value in summary.items() if key not in TABLES and not key.startswith("layer/")}
+    """A summary without tables and what it has of the history."""
+    return {k: value for k, value in summary.items() if k not in TABLES and not k.startswith(wandb_history.HISTORY)}
 
 
 def test_an_offline_run_holds_the_result_under_its_own_keys(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -234,7 +234,7 @@ def test_the_history_has_a_record_for_each_layer_and_the_headline_numbers(tmp_pa
     rows = [{**row, "seconds": 0.5} for row in RISKS]
     with tracking.track(config(tmp_path, mode="online"), "live", tmp_path / "live") as tracker:
         for problem, tensor in layer_problems():
-            tracker.log_layer(problem, tensor, 0.5)
+            tracker.history.layer_rounded(problem, tensor, 0.5)
         tracker.log_result(result("live"), rows)
     with tracking.track(config(tmp_path), "later", tmp_path / "later") as tracker:
         tracker.log_result(result("later"), rows)
@@ -259,6 +259,41 @@ def test_the_history_has_a_record_for_each_layer_and_the_headline_numbers(tmp_pa
         assert server.runs[name].summary["layer/seconds"] == {"min": 0.5, "max": 0.5}
         metrics = server.runs[name].config["_wandb"]["m"]
         assert {"layer/index", "layer/*"} <= {metric.get("1") or metric.get("2") for metric in metrics}
+
+
+def test_the_history_has_the_passes_and_the_distillation_over_their_own_steps(
+    tmp_path: Path, server: WandbServer
+) -> None:
+    """Two passes of three batches, a long pass, and a distillation of a step; each once, also offline and synced."""
+    evaluations = [(0, "heldout", 0.5), (1, "training", 0.25), (1, "training", 0.125), (1, "heldout", 0.75)]
+    for name, mode in (("live", "online"), ("synced", "offline")):
+        with tracking.track(config(tmp_path, mode=mode), name, tmp_path / name) as tracker:
+            for batches in (3, 3, 1000):
+                for batch in range(1, batches + 1):
+                    tracker.history.batch_seen(batch, batches, 2)
+            for evaluation in evaluations:
+                tracker.history.divergence_measured(*evaluation)
+            tracker.log_result(result(name), [])
+        assert tracker.error is None
+    sync(wandb_folder(tmp_path, "synced"))
+    for run in server.runs.values():
+        kept = [{key: row[key] for key in row if key.startswith(wandb_history.HISTORY)} for row in run.history]
+        seen = [row for row in kept if "statistics/batch" in row]
+        short = [(i, 1 if i <= 3 else 2, 2 * i) for i in range(1, 7)]
+        rows = [tuple(row[f"statistics/{key}"] for key in ("batch", "pass", "examples")) for row in seen]
+        assert rows[:6] == short
+        assert len(rows) == 6 + wandb_history.PASS_RECORDS and rows[-1] == (1006, 3, 2012)
+        assert [row for row in kept if "distillation/evaluation" in row] == [
+            {"distillation/evaluation": place, "distillation/step": step, f"distillation/{part}_kl": kl}
+            for place, (step, part, kl) in enumerate(evaluations)
+        ]
+        assert len(kept) == len(rows) + len(evaluations) + 1
+        assert run.summary["statistics/examples"] == {"max": 2012}
+        assert run.summary["distillation/heldout_kl"] == {"min": 0.5, "last": 0.75}
+        steps = {metric.get("1") or metric.get("2"): metric.get("5") for metric in run.config["_wandb"]["m"]}
+        names = [metric.get("1") or metric.get("2") for metric in run.config["_wandb"]["m"]]
+        for prefix, step in (("statistics/*", "statistics/batch"), ("distillation/*", "distillation/evaluation")):
+            assert names[steps[prefix] - 1] == step
 
 
 def test_every_run_of_a_sweep_has_a_name_of_its_own() -> None:
@@ -343,9 +378,13 @@ def test_a_failure_of_wandb_is_a_warning_and_marks_the_run(
         whole(run)
 
 
-def run_with(monkeypatch: pytest.MonkeyPatch, cfg: DictConfig, folder: Path) -> dict[str, Any]:
-    """The runner's `run` around stages that cost nothing; returns its result."""
-    content = result("one") | {
+def run_with(
+    monkeypatch: pytest.MonkeyPatch, cfg: DictConfig, folder: Path, more: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """The runner's `run` around stages that cost nothing; returns its result, with the keys of `more`."""
+    content = {
+        **result("one"),
+        **(more or {}),
         "primary_metric": "accuracy",
         "seed": 0,
         "q/kl_to_fp": 0.0,
@@ -608,6 +647,15 @@ def test_a_server_that_dies_in_the_middle_does_not_hold_up_the_process(
     assert time.monotonic() - begin < 30
 
 
+def test_the_log_is_a_file_of_the_run(tmp_path: Path, server: WandbServer) -> None:
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "run.log").write_text("quantizes 99 % of 0.1 M parameters\n")
+    with tracking.track(config(tmp_path, mode="online"), "one", tmp_path / "one") as tracker:
+        tracker.log_result(result("one"), [])
+    assert tracker.error is None
+    assert server.uploads["/storage/run/one/run.log"] == b"quantizes 99 % of 0.1 M parameters\n"
+
+
 def test_an_offline_run_is_synced_once(tmp_path: Path, server: WandbServer) -> None:
     checkpoint = tmp_path / "quantized.safetensors"
     checkpoint.write_bytes(b"packed")
@@ -683,6 +731,12 @@ def test_a_real_sweep_arrives_as_its_files_say(tmp_path: Path, server: WandbServ
     found = {content["run_id"]: content for content in load_results(results_dir)}
     assert set(server.runs) == set(found)
     packed = {artifact.run_id: artifact.files for artifact in server.artifacts if artifact.type == "quantized-model"}
+    read = {artifact.name: artifact for artifact in server.artifacts if artifact.used_by}
+    assert set(read["weights-resnet"].used_by) == set(read["evaluation-digits"].used_by) == set(found)
+    (using,) = (run_id for run_id, content in found.items() if content["method"] == "bayesq")
+    assert read["statistics-resnet-digits"].used_by == [using]
+    keys = json.loads(read["statistics-resnet-digits"].files["checksum.json"])["sha256"]
+    assert {path.name for path in (tmp_path / "cache" / "statistics").iterdir()} == {*keys.values()}
     for run_id, content in found.items():
         run = server.runs[run_id]
         assert (run.exit_code, content["wandb/error"]) == (0, None)

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from test_tracking import LAYERS, RISKS, config, inspect, predictions, result, run_with, wandb_folder, written
 from wandb_server import API_KEY, WandbServer, serving
 
-from bayesq.suite import relog, tracking, wandb_environment, wandb_names
+from bayesq.suite import relog, tracking, wandb_artifacts, wandb_environment, wandb_names
 from bayesq.suite.cli import preflight
 from bayesq.suite.results import PREDICTIONS_FILE, read_result, write_json
 
@@ -359,7 +359,7 @@ def test_an_artifact_is_described_by_as_much_as_it_takes(tmp_path: Path, server:
         tracker.log_result(many, [], [], tmp_path / "quantized.safetensors")
     assert tracker.error is None
     (artifact,) = server.artifacts
-    assert artifact.committed and len(artifact.metadata) == tracking.ARTIFACT_KEYS
+    assert artifact.committed and len(artifact.metadata) == wandb_artifacts.ARTIFACT_KEYS
     assert (artifact.metadata["method"], artifact.metadata["q/accuracy"]) == ("gptq", 0.75)
     assert server.runs["one"].summary["fallback/149"] == 149
 

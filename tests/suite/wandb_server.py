@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-ENTITY = "team"
+ENTITY, ORGANIZATION = "team", "people"
 API_KEY = "0" * 40
+CREATED = "2026-01-01T00:00:00"
 JSON_LINES = ("wandb-history.jsonl", "wandb-summary.json")
 
 
@@ -44,14 +45,17 @@ class RemoteRun:
 
 @dataclass
 class Artifact:
-    """An artifact version: who logged it, and the contents of its files once it is committed."""
+    """An artifact version: who logged it, who reads it, where it is linked, and its files once it is committed."""
 
     run_id: str
     name: str
     type: str
     metadata: dict[str, Any]
+    digest: str
     files: dict[str, bytes] = field(default_factory=dict)
     committed: bool = False
+    used_by: list[str] = field(default_factory=list)
+    links: list[tuple[str, list[str]]] = field(default_factory=list)  # path in a registry, aliases there
 
 
 @dataclass
@@ -130,7 +134,8 @@ class WandbServer(ThreadingHTTPServer):
         return found(variables)
 
     def answer_ServerFeaturesQuery(self, variables: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
-        return {"serverInfo": {"features": []}}
+        names = ("ARTIFACT_MEMBERSHIP_IN_LINK_ARTIFACT_RESPONSE",)
+        return {"serverInfo": {"features": [{"name": name, "isEnabled": True} for name in names]}}
 
     def answer_GetDefaultEntity(self, variables: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
         return {"viewer": {"id": "viewer", "entity": ENTITY}}
@@ -187,11 +192,74 @@ class WandbServer(ThreadingHTTPServer):
     def answer_CreateArtifact(self, variables: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
         given = variables["input"]
         metadata = json.loads(given.get("metadata") or "{}")
-        artifact = Artifact(given["runName"], given["artifactCollectionName"], given["artifactTypeName"], metadata)
-        self.artifacts.append(artifact)
-        identifier = str(len(self.artifacts) - 1)
-        shown = {"id": identifier, "state": "PENDING", "artifactSequence": {"id": "sequence", "latestArtifact": None}}
-        return {"createArtifact": {"artifact": shown}}
+        name, digest = given["artifactCollectionName"], given["digest"]
+        known = [
+            i for i, one in enumerate(self.artifacts) if one.committed and (one.name, one.digest) == (name, digest)
+        ]
+        if not known:
+            self.artifacts.append(Artifact(given["runName"], name, given["artifactTypeName"], metadata, digest))
+        identifier = str(known[0] if known else len(self.artifacts) - 1)
+        latest = {"id": identifier, "versionIndex": 0} if known else None
+        shown = {"id": identifier, "state": "COMMITTED" if known else "PENDING"}
+        return {"createArtifact": {"artifact": shown | {"artifactSequence": {"id": "s", "latestArtifact": latest}}}}
+
+    def answer_UseArtifact(self, variables: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
+        given = variables.get("input", variables)
+        self.artifacts[int(given["artifactID"])].used_by.append(given["runName"])
+        return {"useArtifact": {"artifact": {"id": given["artifactID"], "digest": "", "description": None}}}
+
+    def answer_ArtifactByID(self, variables: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
+        return {"artifact": self.shown(int(variables["id"]))}
+
+    def answer_FetchOrgInfoFromEntity(self, variables: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
+        organization = {"name": ORGANIZATION, "orgEntity": {"name": f"{ORGANIZATION}_entity"}}
+        return {"entity": {"organization": organization, "user": None}}
+
+    def answer_LinkArtifact(self, variables: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
+        given = variables["input"]
+        project, name = given["projectName"], given["artifactPortfolioName"]
+        aliases = [one["alias"] for one in given["aliases"]]
+        number = int(given["artifactID"])
+        self.artifacts[number].links.append((f"{given['entityName']}/{project}/{name}", aliases))
+        membership = {
+            "__typename": "ArtifactCollectionMembership",
+            "id": "membership",
+            "versionIndex": 0,
+            "createdAt": CREATED,
+            "aliases": [{"__typename": "ArtifactAlias", "id": alias, "alias": alias} for alias in aliases],
+            "artifactCollection": {"__typename": "ArtifactPortfolio"} | self.collection(name, project),
+            "artifact": self.shown(number),
+        }
+        return {"result": {"versionIndex": 0, "artifactMembership": membership}}
+
+    def collection(self, name: str, project: str) -> dict[str, Any]:
+        """A collection of artifacts as queries see it."""
+        return {"name": name, "project": {"id": "1", "internalId": "1", "name": project, "entity": {"name": ENTITY}}}
+
+    def shown(self, number: int) -> dict[str, Any]:
+        """An artifact as queries see it."""
+        artifact = self.artifacts[number]
+        return {
+            "__typename": "Artifact",
+            "id": str(number),
+            "artifactSequence": {"__typename": "ArtifactSequence"} | self.collection(artifact.name, "project"),
+            "versionIndex": 0,
+            "artifactType": {"name": artifact.type},
+            "description": None,
+            "metadata": json.dumps(artifact.metadata),
+            "ttlDurationSeconds": 0,
+            "ttlIsInherited": True,
+            "tags": [],
+            "historyStep": None,
+            "state": "COMMITTED" if artifact.committed else "PENDING",
+            "size": 0,
+            "digest": artifact.digest,
+            "commitHash": None,
+            "fileCount": len(artifact.files),
+            "createdAt": CREATED,
+            "updatedAt": None,
+            "aliases": [],
+        }
 
     def answer_CreateArtifactManifest(self, variables: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
         given = variables.get("input", variables)
@@ -263,8 +331,8 @@ class WandbServer(ThreadingHTTPServer):
             "config": json.dumps({key: {"value": value} for key, value in run.config.items()}),
             "summaryMetrics": json.dumps(run.summary),
             "systemMetrics": "{}",
-            "createdAt": "2026-01-01T00:00:00",
-            "heartbeatAt": "2026-01-01T00:00:00",
+            "createdAt": CREATED,
+            "heartbeatAt": CREATED,
             "historyLineCount": len(run.history),
             "user": {"name": "someone", "username": "someone"},
             "group": run.attributes.get("groupName"),
