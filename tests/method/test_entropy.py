@@ -15,6 +15,7 @@ from bayesq.contract import Context, LayerProblem, Method
 from bayesq.entropy import RateClasses, StreamAllocation, StreamPlan, SymbolSums, row_rate
 from bayesq.entropy_rounding import CodedRounds
 from bayesq.errors import Refused
+from bayesq.ilp import ilp_knapsack
 from bayesq.loop import quantize_layers
 from bayesq.posterior import Kfac, WhiteningStore
 from bayesq.quant.accounting import buffer_bytes, code_bits
@@ -194,5 +195,8 @@ def test_methods_without_entropy_coded_form_are_refused() -> None:
 
     with pytest.raises(Refused, match="codec=entropy: this method has no entropy-coded form"):
         Recipe(Other(), Uniform(), Budget(3, "code"), codec="entropy")  # type: ignore[arg-type]
+    ilp = Knapsack(store(), "row", (2, 3), solve=ilp_knapsack)
+    with pytest.raises(Refused, match=r"allocator=ilp: .*choose allocator=knapsack"):
+        Recipe(RTN("mse"), ilp, Budget(3, "code"), codec="entropy")
     with pytest.raises(Refused, match="codec=huffman: choose one of fixed, entropy"):
         Recipe(Other(), Uniform(), Budget(3, "code"), codec="huffman")  # type: ignore[arg-type]
