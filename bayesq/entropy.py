@@ -302,7 +302,7 @@ class StreamPlan:
             remedy = "choose other bits, higher or lower" if allowed >= weights / 2 else "raise bits"
             raise Refused(
                 f"layer {layer.name}: its shortest stream has {least:.0f} bits, and the budget leaves "
-                f"{max(allowed, 0):.0f} beside the code tables; {remedy}, or choose codec=fixed"
+                f"{int(max(allowed, 0))} beside the code tables; {remedy}, or choose codec=fixed"
             )
         result, bits, self.shift = best
         self.spare = allowed - bits
