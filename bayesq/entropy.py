@@ -34,6 +34,8 @@ CLASS_SPACING = 0.5
 # per weight.
 TOLERANCE = 0.01
 ATTEMPTS = 24
+# No step is 2**MOST_SHIFT times the planned one: this is the whole range of fp16.
+MOST_SHIFT = 40
 # No further attempt after so many, once a stream fits.
 MOST_REFINED = 5
 # Bits per layer that no layer is given at first, because streams end with a whole word.
@@ -273,27 +275,35 @@ class StreamPlan:
             attempt: rounds with all steps times a factor; returns the result and the bits of its stream.
 
         Raises:
-            Refused: even with the coarsest steps the stream is too long.
+            Refused: no step gives a stream that fits. With few bits left, the tables take too much of the budget. Else
+                symbols are so few or so equally frequent that coarser steps do not shorten the stream.
         """
         planned, weights = self.planned[layer.name], layer.weight.numel()
         allowed = planned + self.spare
         best: tuple[T, int, float] | None = None
-        too_fine, shift = -math.inf, self.shift
+        too_fine, shift, least = -math.inf, self.shift, math.inf
         for k in range(ATTEMPTS):
             result, bits = attempt(2**shift)
+            least = min(least, bits)
             if bits > allowed:
                 too_fine = max(too_fine, shift)
             elif best is None or bits > best[1]:
                 best = (result, bits, shift)
             if best is None:
                 shift += max((bits - planned) / weights, TOLERANCE) * (1 + k / 2)
+                if shift > MOST_SHIFT:
+                    break
                 continue
             result, bits, coarse = best
             if bits >= planned - TOLERANCE * weights or coarse - too_fine < TOLERANCE or k >= MOST_REFINED:
                 break
             shift = max(coarse - (planned - bits) / weights, (coarse + too_fine) / 2)
         if best is None:
-            raise Refused(f"layer {layer.name}: no step gives a stream of {allowed:.0f} bits; raise bits")
+            remedy = "choose other bits, higher or lower" if allowed >= weights / 2 else "raise bits"
+            raise Refused(
+                f"layer {layer.name}: its shortest stream has {least:.0f} bits, and the budget leaves "
+                f"{int(max(allowed, 0))} beside the code tables; {remedy}, or choose codec=fixed"
+            )
         result, bits, self.shift = best
         self.spare = allowed - bits
         return result

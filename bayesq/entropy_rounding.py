@@ -121,7 +121,7 @@ class CodedRounds:
             layer.name: CodedRows(between(steps[layer.name], spread), one, spread)
             for layer, one, spread in zip(layers, ones, spreads, strict=True)
         }
-        relative, columns = [steps[layer.name] for layer in layers], [layer.columns for layer in layers]
+        relative, columns = [self.rows[layer.name].step for layer in layers], [layer.columns for layer in layers]
         self.factor = factor_for(spreads, relative, columns, self.stream.capacity(layers, 0))
         self.classes = RateClasses.covering([self._ratio(layer) for layer in layers])
         self.tables = self.classes.normal_tables()
@@ -182,7 +182,10 @@ class CodedRounds:
         capacity = self.stream.capacity(layers, overhead_bits(layers, self.tables))
         shift = (sum(bits.values()) - capacity) / weights
         self.factor *= 2**shift
-        expected = {layer.name: max(bits[layer.name] - shift * layer.weight.numel(), 1.0) for layer in layers}
+        # a bit per octave, but a layer of few bits loses less
+        expected = {
+            layer.name: max(bits[layer.name] - shift * layer.weight.numel(), bits[layer.name] / 2) for layer in layers
+        }
         self.plan = StreamPlan.of(expected, capacity)
 
     def last(self, layer: LayerProblem, whitening: Whitening) -> QuantizedTensor:

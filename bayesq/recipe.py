@@ -16,6 +16,7 @@ from bayesq.calibration.statistic import Source, Statistic
 from bayesq.contract import CODECS, INPUTS, LayerProblem, Method
 from bayesq.distillation import DistillationSettings
 from bayesq.errors import Refused
+from bayesq.ilp import ilp_knapsack
 from bayesq.likelihood import Likelihood
 from bayesq.nearest import clamped_scales
 from bayesq.observer import Observer
@@ -167,6 +168,8 @@ class Recipe:
             raise Refused("codec=entropy: this method has no entropy-coded form; choose codec=fixed")
         if self.codec == "fixed" and not getattr(self.method, "fixed", True):
             raise Refused("codec=fixed: this method is for entropy-coded codes alone; choose codec=entropy")
+        if self.codec == "entropy" and getattr(self.allocator, "solve", None) is ilp_knapsack:
+            raise Refused("allocator=ilp: codec=entropy has no widths to solve for; choose allocator=knapsack")
         if self.inputs not in INPUTS:
             raise Refused(f"inputs={self.inputs}: choose one of {', '.join(INPUTS)}")
         if self.compares and self.inputs != "paired":

@@ -161,12 +161,13 @@ def validate(cfg: DictConfig) -> dict[str, Any]:
     config = resolved(cfg)
     check(config)
     _check_sizes(config)
-    if config["allocator"] != "uniform":
-        if config["codec"] == "fixed":
-            _check_reach(config["bits"], config["allocation"])
-        else:
-            _check_unread(config["allocation"])
-    elif config["proxy"] == "mc":
+    if config["codec"] == "entropy":
+        _check_unread(config["allocation"], "codec=entropy, whose rows have steps and no widths", "codec=fixed")
+    elif config["allocator"] == "uniform":
+        _check_unread(config["allocation"], "allocator=uniform", "allocator=knapsack")
+    else:
+        _check_reach(config["bits"], config["allocation"])
+    if config["allocator"] == "uniform" and config["proxy"] == "mc":
         refuse("proxy", "mc", "weighs predicted risks, so it needs allocator=knapsack or allocator=ilp")
     if config["wandb"].get("registry") and not config["wandb"]["log_artifact"]:
         refuse("wandb.registry", config["wandb"]["registry"], "links the packed file; add wandb.log_artifact=true")
@@ -212,12 +213,12 @@ def _check_reach(bits: float, allocation: Mapping[str, Any]) -> None:
         refuse(f"allocation.{key}", allocation[key], f"{span}; they allow budgets from {min(reach)} to {max(reach)}")
 
 
-def _check_unread(allocation: Mapping[str, Any]) -> None:
-    """Check that a run whose rows have steps sets no key of their widths."""
+def _check_unread(allocation: Mapping[str, Any], reader: str, other: str) -> None:
+    """Check that a run that reads no key of the allocation sets none; `reader` does not, `other` would."""
     for key, value in settings("", "config")["allocation"].items():
         if allocation[key] != value:
-            unread = f"is not read with codec=entropy, whose rows have steps and no widths; leave it at {show(value)}"
-            refuse(f"allocation.{key}", allocation[key], f"{unread}, or choose codec=fixed")
+            unread = f"is not read with {reader}; leave it at {show(value)}, or choose {other}"
+            refuse(f"allocation.{key}", allocation[key], unread)
 
 
 def _check_pairing(config: Mapping[str, Any]) -> None:

@@ -12,8 +12,10 @@ from baselines.rtn import RTN
 from bayesq.allocation import Knapsack
 from bayesq.budget import Allocator, Budget
 from bayesq.contract import Context, LayerProblem, Method
-from bayesq.entropy import RateClasses, StreamAllocation, StreamPlan, SymbolSums
+from bayesq.entropy import RateClasses, StreamAllocation, StreamPlan, SymbolSums, row_rate
+from bayesq.entropy_rounding import CodedRounds
 from bayesq.errors import Refused
+from bayesq.ilp import ilp_knapsack
 from bayesq.loop import quantize_layers
 from bayesq.posterior import Kfac, WhiteningStore
 from bayesq.quant.accounting import buffer_bytes, code_bits
@@ -123,8 +125,46 @@ def test_plans_never_exceed_the_capacity() -> None:
 
         total += plan.fit(layer, attempt)
     assert 0.99e4 < total <= 1e4
-    with pytest.raises(Refused, match="layer body: no step gives a stream"):
-        StreamPlan({"body": 10.0}, 0.0).fit(layers[0], lambda _: (0.0, 99))
+
+
+def test_a_stream_that_no_step_makes_short_enough_is_refused_with_the_remedy() -> None:
+    """More bits help where the tables take the budget; else, with equally frequent symbols, other bits may do."""
+    layer = network()[0]
+    weights = layer.weight.numel()
+    for planned, stream, remedy in (
+        (-9.0, 99, "99 bits, and the budget leaves 0 beside the code tables; raise bits, or choose codec=fixed"),
+        (6.0 * weights, 7 * weights, "choose other bits, higher or lower, or choose codec=fixed"),
+        (6.0 * weights, 900 * weights, "choose other bits, higher or lower"),  # was an overflow
+    ):
+        with pytest.raises(Refused, match=f"layer {layer.name}: its shortest stream has .*{remedy}"):
+            StreamPlan({layer.name: planned}, 0.0).fit(layer, lambda _, bits=stream: (0.0, bits))  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_the_first_factor_is_that_of_the_steps_it_scales(bits: float) -> None:
+    """Normal rows then take about the budget, for the steps between equal slopes and equal bits."""
+    layers = network(rows=120)
+    stream = StreamAllocation(methods()["trellis"][1], Budget(bits, "code"), {layer.name: layer for layer in layers})
+    rounds = CodedRounds(stream, 8, 8, 4)
+    rounds.start(layers)
+    taken = 0.0
+    for layer in layers:
+        rows = rounds.rows[layer.name]
+        taken += layer.columns * float(row_rate(rows.spread / (rows.step * rounds.factor)).sum())
+    assert taken == pytest.approx(stream.capacity(layers, 0))
+
+
+def test_a_layer_of_few_bits_keeps_half_of_them_in_the_plan() -> None:
+    layers = network(rows=120)
+    stream = StreamAllocation(Uniform(), Budget(2, "code"), {layer.name: layer for layer in layers})
+    rounds = CodedRounds(stream, 8, 8, 4)
+    rounds.start(layers)
+    bits = {layer.name: round((3.5 if k else 0.2) * layer.weight.numel()) for k, layer in enumerate(layers)}
+    sums = SymbolSums.empty(rounds.classes.count)
+    sums.counts[..., 128] = 1
+    rounds.finish_round(layers, bits, sums)
+    share = rounds.plan.planned[layers[0].name] / sum(rounds.plan.planned.values())
+    assert share > 0.4 * bits[layers[0].name] / sum(bits.values())
 
 
 def test_neighbouring_classes_share_a_table_where_this_saves_bits() -> None:
@@ -155,5 +195,8 @@ def test_methods_without_entropy_coded_form_are_refused() -> None:
 
     with pytest.raises(Refused, match="codec=entropy: this method has no entropy-coded form"):
         Recipe(Other(), Uniform(), Budget(3, "code"), codec="entropy")  # type: ignore[arg-type]
+    ilp = Knapsack(store(), "row", (2, 3), solve=ilp_knapsack)
+    with pytest.raises(Refused, match=r"allocator=ilp: .*choose allocator=knapsack"):
+        Recipe(RTN("mse"), ilp, Budget(3, "code"), codec="entropy")
     with pytest.raises(Refused, match="codec=huffman: choose one of fixed, entropy"):
         Recipe(Other(), Uniform(), Budget(3, "code"), codec="huffman")  # type: ignore[arg-type]

@@ -344,9 +344,14 @@ def test_the_whole_pool_can_calibrate(default: DictConfig, tmp_path: Path) -> No
         schema.validate(changed(cfg, "calibration.examples", pool + 1))
 
 
-def test_widths_are_no_matter_to_a_uniform_allocator(default: DictConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("key", "value"), [("widths", [5, 6]), ("pinned", {"head": 8}), ("block", "layer")])
+def test_a_uniform_allocator_refuses_keys_that_it_does_not_read(
+    default: DictConfig, tmp_path: Path, key: str, value: Any
+) -> None:
     uniform = changed(changed(default, "allocator", "uniform"), "results_dir", str(tmp_path))
-    schema.validate(changed(uniform, "allocation.widths", [5, 6]))
+    schema.validate(uniform)
+    with pytest.raises(UserError, match=rf"^allocation\.{key}=.*allocator=uniform; .*or choose allocator=knapsack"):
+        schema.validate(changed(uniform, f"allocation.{key}", value))
 
 
 @pytest.mark.parametrize(
@@ -571,11 +576,10 @@ def test_entropy_coding_takes_budgets_from_one_bit_and_leaves_other_run_ids(defa
 )
 def test_keys_of_widths_are_refused_where_rows_have_steps(override: str, shown: str) -> None:
     message = f"allocation.{shown}: is not read with codec=entropy, whose rows have steps and no widths; leave it at"
-    for allocator in ("knapsack", "ilp"):
+    for allocator in ("knapsack", "ilp", "uniform"):
         overrides = [f"allocator={allocator}", f"allocation.{override}"]
         with pytest.raises(UserError, match=message):
             schema.validate(compose("codec=entropy", *overrides))
-        schema.validate(compose(*overrides))
         schema.validate(compose("codec=entropy", f"allocator={allocator}"))
-    # a uniform allocator reads none of these keys, with any codec
-    schema.validate(compose("codec=entropy", "allocator=uniform", f"allocation.{override}"))
+        if allocator != "uniform":
+            schema.validate(compose(*overrides))

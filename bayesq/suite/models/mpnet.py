@@ -15,6 +15,7 @@ from torch import nn
 from bayesq.suite.datasets.base import DataSplits
 from bayesq.suite.models.adapter import apply_adapter
 from bayesq.suite.models.base import Network, initialised
+from bayesq.suite.models.minilm import UNUSED_WEIGHTS
 from bayesq.suite.models.packages import SplitArchive
 from bayesq.suite.models.sentence import Encoder, SentenceClassifier, Tokenizer, check_length, with_head
 from bayesq.suite.models.text import SequenceClassifier, config_of
@@ -31,8 +32,6 @@ ARCHIVE = SplitArchive(
         "tokenizer_config.json": "67f2ff7e223518e729869bb3a70f0caf8368fe549383fc11cfe2dfb42fffc268",
     },
 )
-# Tensors of the package that neither network uses: a pooler, and a table of 0, 1, 2, ...
-UNUSED_WEIGHTS = {"pooler.dense.weight", "pooler.dense.bias", "embeddings.position_ids"}
 PADDING = 1  # positions are counted over the tokens with another number
 
 
