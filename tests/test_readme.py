@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -47,6 +48,8 @@ def test_commands_compose(arguments: str, tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.chdir(tmp_path)
     if "launcher=ray" in arguments:
         pytest.importorskip("ray")
+    if "launcher=submitit_slurm" in arguments and not shutil.which("sbatch"):
+        pytest.skip("needs Slurm's sbatch")
     for word, value in WORDS.items():
         arguments = re.sub(rf"\b{word}\b", value, arguments)
     jobs = preflight(arguments.split())

@@ -28,8 +28,7 @@ def _nearest(units: Any, weight: Any, width: Any, levels: Any, middles: Any, nea
     """The nearest level of each subset to each entry, and its distortion.
 
     The four subsets are written out and arrays are not sliced, for speed: with loops, slices and branches this took
-        most
-    of the time of a search.
+    most of the time of a search.
 
     Args:
         units, weight, width, levels, middles: as of `_search`.
