@@ -7,7 +7,7 @@
 #
 # Finished runs are skipped: after a stop, the same line continues. A failed run leaves the others alone, and the exit
 # code is 1. Runs of a section are in $RESULTS/SECTION, its tables and figures in $PAPER/SECTION. Sections may run at
-# the same time. They need '.[vision,glue,analysis]', the data and the weights (conf/README.md).
+# the same time. They need '.[vision,glue,lm,analysis]', the data and the weights (conf/README.md).
 # Variables: DATA, MODELS, RESULTS, PAPER, PYTHON; OPTIONS: more keys for every run, as OPTIONS=wandb.mode=disabled.
 # Hours beside a section are estimates: the number of runs times 163 s (MiniLM), 195 s (ResNet-56, EfficientNet-Lite0),
 # 79 s (ResNet-20) or 40 s (RTN alone). The first, the second for ResNet-56, and the third are means of 10, 7 and 3 runs
@@ -15,13 +15,13 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-DATA=${DATA:-../shared/data}          # cifar10/, glue/, imagenet_nips2017/
+DATA=${DATA:-../shared/data}          # cifar10/, glue/, imagenet_nips2017/, wikitext-2-raw/, lm_calibration/
 MODELS=${MODELS:-../shared/models}    # cifar10/*.th, glue/sst2/, glue/mrpc/
 RESULTS=${RESULTS:-results/paper}
 PAPER=${PAPER:-paper}
 PYTHON=${PYTHON:-python}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-SECTIONS=(demo main earlier clip cost switches refits backward components step tried entropy bounds grids large)
+SECTIONS=(demo main budgets earlier clip cost switches refits backward components step tried entropy bounds grids large)
 EARLIER=(inputs=full correction=none)   # BayesQ's defaults before 2026-11-29
 KNAPSACK=(method=gptq allocator=knapsack inputs=paired correction=moments)
 SEEDS=seed=0,1,2
@@ -92,6 +92,14 @@ main() {        # README.md, "Results", and main_figure. 11 h
   tables main   # compact_table is README's table
   go "$PYTHON" -m bayesq.suite.report "$RESULTS/main" --html "$PAPER/main/page.html"
 }
+
+budgets() {     # analysis/README.md, "Other budgets". 1.5 h
+  runs budgets 'resnet56 film sst2' method=bayesq bits=2.5,3,3.5,4 seed=0
+  runs budgets 'resnet56 film sst2' method=gptq bits=3,3.5,4 seed=0
+  runs budgets 'resnet56 film' "${KNAPSACK[@]}" bits=3,3.5,4 seed=0
+  tables budgets
+}
+
 
 earlier() {     # analysis/README.md, main table with the earlier defaults. 11 h
   local all='resnet56 lite0 mrpc sst2 film'
@@ -177,7 +185,7 @@ tried() {       # "Nothing else that was tried". 0.4 h
 
 entropy() {     # Entropy-coded codes and further rivals. 1.1 h
   runs entropy resnet20 method=bayesq codec=fixed,entropy bits=2,3,3.5,4 $SEEDS
-  runs entropy resnet20 "${KNAPSACK[@]}" codec=fixed,entropy bits=2,3,4 $SEEDS
+  runs entropy resnet20 "${KNAPSACK[@]}" codec=fixed,entropy bits=2,3,3.5,4 $SEEDS
   runs entropy resnet20 method=qtip inputs=paired correction=none,moments bits=3 $SEEDS
   runs entropy resnet20 method=adaround bits=3 $SEEDS
   tables entropy
