@@ -21,7 +21,7 @@ RESULTS=${RESULTS:-results/paper}
 PAPER=${PAPER:-paper}
 PYTHON=${PYTHON:-python}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-SECTIONS=(demo main budgets earlier clip cost switches refits backward components step tried entropy bounds grids large)
+SECTIONS=(demo main budgets lm earlier clip cost switches refits backward components step tried entropy bounds grids large)
 EARLIER=(inputs=full correction=none)   # BayesQ's defaults before 2026-11-29
 KNAPSACK=(method=gptq allocator=knapsack inputs=paired correction=moments)
 SEEDS=seed=0,1,2
@@ -100,6 +100,14 @@ budgets() {     # analysis/README.md, "Other budgets". 1.5 h
   tables budgets
 }
 
+
+lm() {          # analysis/README.md, "A causal language model". 2 h (seconds of these runs)
+  W=(experiment=smollm2_wikitext "dataset.root=$DATA/wikitext-2-raw" "calibration.source=$DATA/lm_calibration/c4.txt"
+    dataset.limit=32 calibration.examples=64)
+  sweep lm "${W[@]}" method=gptq,bayesq bits=3 seed=0
+  sweep lm "${W[@]}" "${KNAPSACK[@]}" bits=3 seed=0
+  tables lm
+}
 
 earlier() {     # analysis/README.md, main table with the earlier defaults. 11 h
   local all='resnet56 lite0 mrpc sst2 film'
