@@ -106,7 +106,7 @@ def test_without_a_sweep_every_run_that_was_started_is_listed() -> None:
 
 @pytest.mark.parametrize("folder", ["out", "my results/it's (1)"])
 def test_the_commands_of_missing_runs_start_exactly_them(folder: str) -> None:
-    sweep = ["model=resnet", "dataset=digits", "+allocation.pinned={fc:8}", "ablation=full,gptq", "bits=3"]
+    sweep = ["model=resnet", "dataset=digits", "+allocation.pinned={fc:8}", "ablation=full,gptq_knapsack", "bits=3"]
     settled = ["device=cpu", "wandb.mode=disabled", "force=true"]
     answer = asked(folder, *sweep, *settled)
     lines = answer.stdout.splitlines()

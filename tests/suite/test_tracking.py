@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -441,6 +442,27 @@ def test_disabled_tracking_does_not_even_import_wandb(tmp_path: Path, monkeypatc
     assert list(tmp_path.iterdir()) == []
 
 
+def kill_services() -> None:
+    """Kill the client's background processes; there must be one."""
+    children = psutil.Process().children(recursive=True)
+    services = [child for child in children if child.name().startswith("wandb-core")]
+    assert services
+    for child in services:
+        child.kill()
+    psutil.wait_procs(services, timeout=10)
+
+
+def end_client() -> None:
+    """End the client, whose background process sometimes waits forever for a server that cannot be reached."""
+    wandb = pytest.importorskip("wandb")
+    thread = threading.Thread(target=wandb.teardown, daemon=True)
+    thread.start()
+    thread.join(30)
+    if thread.is_alive():
+        kill_services()
+        thread.join(30)
+
+
 def test_a_server_that_cannot_be_reached_is_one_line_and_costs_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -455,7 +477,7 @@ def test_a_server_that_cannot_be_reached_is_one_line_and_costs_nothing(
     try:
         found = run_with(monkeypatch, config(tmp_path, mode="online"), tmp_path / "one")
     finally:
-        wandb.teardown()
+        end_client()
     assert found["status"] == "finished"
     assert found["wandb/error"].startswith("W&B did not start (CommError: ")
     assert "\n" not in found["wandb/error"]
@@ -583,12 +605,7 @@ def test_the_client_that_dies_costs_neither_the_result_nor_the_next_run(
     cfg = config(tmp_path, mode=mode)
 
     def kill(tracker: tracking.Tracker, *arguments: Any) -> None:
-        children = psutil.Process().children(recursive=True)
-        services = [child for child in children if child.name().startswith("wandb-core")]
-        assert services
-        for child in services:
-            child.kill()
-        psutil.wait_procs(services, timeout=10)
+        kill_services()
         whole(tracker, *arguments)
 
     whole = tracking.Tracker.log_result
