@@ -15,6 +15,7 @@ import analysis
 from analysis import captions, load_runs, methods, style
 from analysis.comparisons import is_seedless
 from analysis.figures import bit_curve, main_figure
+from analysis.gaps import main_sweep
 from analysis.loading import records
 from analysis.methods import Method, methods_of
 from analysis.tables.compact import compact_table
@@ -113,7 +114,7 @@ def test_a_method_that_reads_no_data_is_the_same_under_every_seed(tmp_path: Path
 
 
 def test_a_new_file_of_the_suite_is_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Methods are what is in conf/method: table and figure."""
+    """Methods are what is in conf/method: table, figure and the command for an empty folder."""
     (tmp_path / "conf/method").mkdir(parents=True)
     for path in (conf_dir() / "method").glob("*.yaml"):
         (tmp_path / "conf/method" / path.name).write_text(path.read_text())
@@ -123,9 +124,12 @@ def test_a_new_file_of_the_suite_is_everywhere(tmp_path: Path, monkeypatch: pyte
     try:
         runs = with_two_methods(tmp_path / "results", "superquant")
         assert legend_of(runs) == ["GPTQ", "SuperQuant", "BayesQ"]
+        command = main_sweep()
     finally:
         monkeypatch.undo()
         methods._suite_blocks.cache_clear()
+    order = {method.name: method.order for method in methods_of().values()} | {"superquant": THEIRS["order"]}
+    assert f" method={','.join(sorted(order, key=lambda name: order[name]))} " in command
 
 
 def test_the_display_of_a_method_does_not_tell_its_runs_apart(tmp_path: Path) -> None:

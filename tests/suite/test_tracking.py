@@ -19,7 +19,7 @@ import psutil
 import pytest
 import torch
 from omegaconf import DictConfig, OmegaConf
-from wandb_server import API_KEY, WandbServer, serving
+from wandb_server import API_KEY, WandbServer, connected, serving
 
 from bayesq import evaluation
 from bayesq.batches import Batch
@@ -492,18 +492,9 @@ def test_a_server_that_cannot_be_reached_is_one_line_and_costs_nothing(
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbServer]:
     """A stub server that the client in this process and its commands talk to."""
-    wandb = pytest.importorskip("wandb")
-    with serving() as running:
-        monkeypatch.setenv("WANDB_BASE_URL", running.url)
-        monkeypatch.setenv("WANDB_API_KEY", API_KEY)
-        monkeypatch.setattr(tracking, "FINISH_TIMEOUT_S", 2.0)
-        wandb.teardown()  # the client reads its settings once
+    monkeypatch.setattr(tracking, "FINISH_TIMEOUT_S", 2.0)
+    with connected(monkeypatch) as running:
         yield running
-        running.broken, running.breaks = False, lambda name: False
-        try:
-            wandb.teardown()
-        except ConnectionError:  # its background process is what the test has killed
-            wandb.teardown()
 
 
 def sync(*arguments: str | Path) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 from test_tracking import config, result, run_with, sync, wandb_folder
-from wandb_server import API_KEY, ORGANIZATION, Artifact, WandbServer, serving
+from wandb_server import ORGANIZATION, Artifact, WandbServer, connected
 
 from bayesq.suite import relog, tracking, wandb_artifacts, wandb_environment
 from bayesq.suite.results import read_result, write_json
@@ -33,13 +33,8 @@ INPUTS = {
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbServer]:
-    with serving() as running:
-        monkeypatch.setenv("WANDB_BASE_URL", running.url)
-        monkeypatch.setenv("WANDB_API_KEY", API_KEY)
-        wandb.teardown()
+    with connected(monkeypatch) as running:
         yield running
-        running.breaks = lambda name: False
-        wandb.teardown()
 
 
 def of_inputs(run_id: str, **source: Any) -> dict[str, Any]:

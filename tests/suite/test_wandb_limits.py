@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 from test_tracking import LAYERS, RISKS, config, inspect, predictions, result, run_with, wandb_folder, written
-from wandb_server import API_KEY, WandbServer, serving
+from wandb_server import API_KEY, WandbServer, connected, serving
 
 from bayesq.suite import relog, tracking, wandb_artifacts, wandb_environment, wandb_names
 from bayesq.suite.cli import preflight
@@ -336,12 +336,8 @@ def test_a_record_that_did_not_fit_is_never_taken_for_whole(
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbServer]:
-    with serving() as running:
-        monkeypatch.setenv("WANDB_BASE_URL", running.url)
-        monkeypatch.setenv("WANDB_API_KEY", API_KEY)
-        wandb.teardown()
+    with connected(monkeypatch) as running:
         yield running
-        wandb.teardown()
 
 
 def test_a_results_folder_of_any_name_uploads_its_predictions(tmp_path: Path, server: WandbServer) -> None:

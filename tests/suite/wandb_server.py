@@ -15,6 +15,9 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import pytest
+import wandb
+
 ENTITY, ORGANIZATION = "team", "people"
 API_KEY = "0" * 40
 CREATED = "2026-01-01T00:00:00"
@@ -421,3 +424,18 @@ def serving() -> Iterator[WandbServer]:
         finally:
             server.shutdown()
             thread.join()
+
+
+@contextmanager
+def connected(monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbServer]:
+    """A server that the client in this process, and commands started inside the block, talk to."""
+    with serving() as server:
+        monkeypatch.setenv("WANDB_BASE_URL", server.url)
+        monkeypatch.setenv("WANDB_API_KEY", API_KEY)
+        wandb.teardown()  # the client reads its settings once
+        yield server
+        server.broken, server.breaks = False, lambda name: False  # the client's last requests are answered
+        try:
+            wandb.teardown()
+        except ConnectionError:  # its background process is what the test has killed
+            wandb.teardown()
