@@ -30,6 +30,7 @@ ROOT = Path(__file__).parents[2]
 METHODS = ("rtn", "gptq", "bayesq")
 KINDS = ("input_moment", "gradient_moment")
 BITS = 4
+ROUNDING = 1e-4  # relative; sums in float32 differed by up to 1.6e-5 from processor to processor
 
 pytestmark = pytest.mark.slow
 every_network = pytest.mark.parametrize("network", [*TIMM, *TRANSFORMERS], ids=lambda one: one.name)
@@ -185,7 +186,7 @@ def test_moments_are_right_at_every_batch_size(network: Architecture, tmp_path: 
             if name in by_definition[kind]:
                 others["definition"] = by_definition[kind][name][None]
             different = {other: float((found - expected).norm()) / size for other, found in others.items()}
-            if not all(difference <= 1e-5 for difference in different.values()):
+            if not all(difference <= ROUNDING for difference in different.values()):
                 wrong[f"{kind} of {name}"] = different
     assert not wrong, json.dumps(wrong, indent=1)
     linear = {name for name, part in work.network.module.named_modules() if type(part) is nn.Linear}
