@@ -69,6 +69,22 @@ def test_the_examples_of_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert all(torch.equal(loaded[name], quantized[name]) for name in quantized)
 
 
+@pytest.mark.slow  # reads all of torch
+def test_the_examples_have_right_types(tmp_path: Path) -> None:
+    library, reading, extension = (
+        blocks((ROOT / name).read_text(), "python")[0] for name in ("README.md", "bayesq/README.md", "conf/README.md")
+    )
+    (tmp_path / "library.py").write_text(library + reading)
+    (tmp_path / "mine.py").write_text(extension)
+    command = [sys.executable, "-m", "mypy", "--config-file", str(ROOT / "pyproject.toml"), "--allow-untyped-defs"]
+    environment = os.environ | {"MYPYPATH": str(ROOT)}
+    done = subprocess.run(
+        [*command, "--cache-dir", str(ROOT / ".mypy_cache"), "library.py", "mine.py"],
+        cwd=tmp_path, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_the_example_of_a_method_a_data_set_and_a_model(tmp_path: Path) -> None:
     text = (ROOT / "conf" / "README.md").read_text()
     files = [("mine.py", blocks(text, "python"))]
