@@ -62,8 +62,7 @@ def input_parts(
 
     Yields:
         the examples e of a part, and a function that iterates over its blocks: positions, and samples [e, g, l, c].
-            There
-        is one block, unless a part is one example that is larger than a part should be.
+        There is one block, unless a part is one example that is larger than a part should be.
     """
     by_example = x.reshape(examples, -1, *x.shape[1:])
     size = math.prod(sample_shape(layer, by_example[0], 1))
