@@ -76,7 +76,7 @@ def warn_below_chance(logits: Tensor, labels: Tensor, name: str) -> None:
     if right < chance - 4 * (chance * (1 - chance) / len(labels)) ** 0.5:
         log.warning(
             "model=%s: full precision is right for %.2f %% of the examples, guessing for %.2f %%: check that its "
-            "classes have the data set's order (id2label in config.json can name them; files of yours: sorted)",
+            "classes have the data set's order (sorted; model.label_order or id2label in config.json change it)",
             *(name, 100 * right, 100 * chance),
         )
 
