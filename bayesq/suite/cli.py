@@ -33,7 +33,7 @@ from bayesq.suite.errors import UserError
 from bayesq.suite.labels import model_label
 from bayesq.suite.progress import Progress
 from bayesq.suite.summary import results_table
-from bayesq.suite.tracking import ERROR_KEY, report_refusal
+from bayesq.suite.tracking import ERROR_KEY, leave, report_refusal
 
 log = logging.getLogger(__name__)
 
@@ -237,7 +237,7 @@ def main() -> None:
     except KeyboardInterrupt as error:
         word, code = ("terminated", TERMINATED) if isinstance(error, Terminated) else ("interrupted", INTERRUPTED)
         print(f"{word}: the same command continues with what is not finished", file=sys.stderr, flush=True)
-    sys.exit(code)
+    leave(code)
 
 
 def _run(jobs: Sequence[Job]) -> Any:

@@ -13,11 +13,11 @@ from omegaconf import OmegaConf
 
 from bayesq.files import lock
 from bayesq.suite import results
-from bayesq.suite.arguments import exit_with, module_parser
-from bayesq.suite.config import check_wandb_login
+from bayesq.suite.arguments import module_parser
+from bayesq.suite.config import check_wandb_login, one_line
 from bayesq.suite.errors import UserError
 from bayesq.suite.results import RESULT_FILE, finished_result
-from bayesq.suite.tracking import ERROR_KEY, track
+from bayesq.suite.tracking import ERROR_KEY, leave, track
 
 # Columns of layers.csv and predictions.csv that are text, even if a cell looks like a number.
 TEXT = ("name", "kind", "shape", "id")
@@ -89,10 +89,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         try:
             error = relog(folder, given.mode, given.again)
         except UserError as reason:  # it would stop every further run, too
-            exit_with(reason)
+            leave(f"error: {one_line(str(reason))}")
         failed |= error is not None
         print(f"logged: {folder.name}" if error is None else f"failed: {folder.name}: {error}", flush=True)
-    sys.exit(1 if failed else 0)
+    leave(1 if failed else 0)
 
 
 if __name__ == "__main__":

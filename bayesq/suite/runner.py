@@ -15,6 +15,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from bayesq.evaluation import Rows as EvaluationRows
 from bayesq.evaluation import compare, paired_rows, prediction_rows
+from bayesq.likelihood import Categorical
 from bayesq.metrics import metric_of
 from bayesq.observer import Observer
 from bayesq.pipeline import quantize_network
@@ -35,7 +36,7 @@ from bayesq.suite.rehearsal import rehearse
 from bayesq.suite.results import LAYERS_FILE, PREDICTIONS_FILE, QUANTIZED_FILE, RESULT_FILE, write_csv, write_json
 from bayesq.suite.summary import two_digits
 from bayesq.suite.tracking import ERROR_KEY, track
-from bayesq.suite.workload import Workload, check_finite
+from bayesq.suite.workload import Workload, check_finite, warn_below_chance
 from bayesq.suite.zeroshot import ZeroShot, open_zeroshot
 
 log = logging.getLogger(__name__)
@@ -174,6 +175,8 @@ class Evaluator:
         network_and_data = network.module, network.identity, work.evaluation, batch_size, work.subject.device, cache_dir
         self.full, self.oom_retries = cached_logits(*network_and_data, autocast)
         check_finite(self.full, self._overflow)
+        if isinstance(work.subject.likelihood, Categorical):
+            warn_below_chance(self.full, work.evaluation.labels, name)
         self._float32 = self.full if autocast is None else cached_logits(*network_and_data)[0]
 
     def run_quantized(self, stored: Packed, title: str) -> EvaluationRows:

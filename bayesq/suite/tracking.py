@@ -1,15 +1,19 @@
 """Weights & Biases tracking: each run of the suite is one W&B run. A failure of W&B never costs the run its result."""
 
+import atexit
 import errno
 import logging
 import os
 import re
 import shutil
+import sys
 import tempfile
+import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from omegaconf import DictConfig
 
@@ -41,6 +45,9 @@ log = logging.getLogger(__name__)
 # hang. At the end the client would repeat a failed upload forever and block the sweep.
 INIT_TIMEOUT_S = 20.0
 FINISH_TIMEOUT_S = 60.0
+# Seconds that the client has when the program ends. It waits for its background process without limit, and that one
+# finishes runs that it could not start within FINISH_TIMEOUT_S.
+EXIT_TIMEOUT_S = 90.0
 # Key of the table of layers.
 LAYERS_KEY = "layers"
 # Parts of a result's provenance that W&B's config has too; the settings are there from the start.
@@ -336,3 +343,24 @@ def report_refusal(error: str) -> None:
         _init(dir=client_folder(Path("results")), mode="online", job_type="refused", notes=error).finish(exit_code=1)
     except Exception as failure:
         log.warning("the sweep agent could not be told: %s", reason(failure))
+
+
+def leave(code: int | str | None) -> NoReturn:
+    """`sys.exit(code)` for programs that track runs: the client cannot hold up the end longer than EXIT_TIMEOUT_S.
+
+    Every run is finished before, so nothing is lost. The client's background process ends when this one has ended.
+    """
+    if "wandb" in sys.modules:
+        ending = threading.Event()
+        threading.Thread(target=_end_after, args=(ending, code), daemon=True).start()
+        atexit.register(ending.set)  # called before the client's own function, which is registered earlier
+    sys.exit(code)
+
+
+def _end_after(ending: threading.Event, code: int | str | None) -> None:
+    """End the process with the status of `code` EXIT_TIMEOUT_S after `ending` is set."""
+    ending.wait()
+    time.sleep(EXIT_TIMEOUT_S)
+    print(f"W&B's client did not end within {EXIT_TIMEOUT_S:g} s: the program ends without it", file=sys.stderr)
+    sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else int(code is not None))

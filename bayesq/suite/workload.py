@@ -1,5 +1,6 @@
 """Network and data of a run, and the checks of their numbers."""
 
+import logging
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,8 @@ from bayesq.recipe import Subject
 from bayesq.suite.datasets.base import DataSplits
 from bayesq.suite.errors import UserError
 from bayesq.suite.models.base import Network
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,20 @@ def check_finite(outputs: Tensor, remedy: str) -> None:
     wrong = int((~torch.isfinite(outputs)).reshape(len(outputs), -1).any(1).sum())
     if wrong:
         raise UserError(f"logits are NaN or infinite for {wrong} of {len(outputs)} evaluation examples: {remedy}")
+
+
+def warn_below_chance(logits: Tensor, labels: Tensor, name: str) -> None:
+    """Warn if a classifier is right more rarely than guessing, as one whose classes have another order than the data's.
+
+    `logits` [n, classes] are in full precision, `labels` are [n].
+    """
+    right, chance = float((logits.argmax(1) == labels).float().mean()), 1 / logits.shape[1]
+    if right < chance - 4 * (chance * (1 - chance) / len(labels)) ** 0.5:
+        log.warning(
+            "model=%s: full precision is right for %.2f %% of the examples, guessing for %.2f %%: check that its "
+            "classes have the data set's order (sorted; model.label_order or id2label in config.json change it)",
+            *(name, 100 * right, 100 * chance),
+        )
 
 
 def select_device(name: str) -> torch.device:

@@ -626,11 +626,31 @@ with tracking.track(cfg, "one", place / "one") as tracker:
 print(tracker.error)
 """
 
+# The client's background process is stopped, so that it never ends by itself; then a command is refused.
+STUCK_PROGRAM = """
+import psutil, sys
+from omegaconf import OmegaConf
+from pathlib import Path
+from bayesq.suite import cli, relog, tracking
 
-def start(cfg: DictConfig, place: Path, how: str, **environment: str) -> "subprocess.Popen[str]":
-    """PROGRAM in a process of its own."""
+tracking.EXIT_TIMEOUT_S = 1.0
+cfg, place, how = OmegaConf.create(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+with tracking.track(cfg, "one", place / "one") as tracker:
+    tracker.log_result({"q/accuracy": 0.25}, [])
+(service,) = [child for child in psutil.Process().children() if child.name().startswith("wandb-core")]
+service.suspend()
+print(service.pid, flush=True)
+sys.argv[1:] = ["bits=99"]
+cli.main() if how == "run" else relog.main([str(place)])
+"""
+
+
+def start(
+    cfg: DictConfig, place: Path, how: str, program: str = PROGRAM, **environment: str
+) -> "subprocess.Popen[str]":
+    """`program` in a process of its own."""
     return subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(PROGRAM), OmegaConf.to_yaml(cfg), str(place), how],
+        [sys.executable, "-c", textwrap.dedent(program), OmegaConf.to_yaml(cfg), str(place), how],
         env=os.environ | environment,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -653,6 +673,21 @@ def test_a_server_that_dies_in_the_middle_does_not_hold_up_the_process(
     assert process.returncode == 0, err
     assert out.startswith("TimeoutError: ")
     assert time.monotonic() - begin < 30
+
+
+@pytest.mark.parametrize(("how", "status"), [("run", 1), ("relog", 0)])
+def test_a_background_process_that_never_ends_does_not_hold_up_the_end(tmp_path: Path, how: str, status: int) -> None:
+    process = start(config(tmp_path), tmp_path, how, STUCK_PROGRAM)
+    assert process.stdout is not None
+    service = psutil.Process(int(process.stdout.readline()))
+    try:
+        process.wait(30)
+    finally:
+        process.kill()
+        service.kill()  # it has the pipes, too
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == status, err
+    assert err.endswith("W&B's client did not end within 1 s: the program ends without it\n")
 
 
 def test_the_log_is_a_file_of_the_run(tmp_path: Path, server: WandbServer) -> None:

@@ -4,6 +4,7 @@ import io
 import json
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
@@ -15,6 +16,8 @@ from PIL import Image
 from safetensors.torch import save_file
 from tiny_bert import tiny_bert
 
+from bayesq.batches import TensorExamples
+from bayesq.likelihood import Categorical
 from bayesq.suite.datasets.base import DataSplits, Photo
 from bayesq.suite.datasets.csv_files import CsvFiles
 from bayesq.suite.datasets.hub_data import HubData
@@ -24,6 +27,7 @@ from bayesq.suite.models.base import state_checksum
 from bayesq.suite.models.minilm import MiniLM
 from bayesq.suite.models.timm_model import TimmModel
 from bayesq.suite.models.transformers_model import TransformersClassifier
+from bayesq.suite.runner import Evaluator
 from bayesq.suite.tasks import TEXT_REGRESSION
 
 COMMIT = "0123456789abcdef" * 2 + "01234567"
@@ -341,3 +345,25 @@ class TestHub:
     def test_what_is_not_cached(self, cache: Path) -> None:
         with pytest.raises(UserError, match=r"^dataset.name=me/mine could not be read from the hub .*dataset=csv"):
             hub()
+
+
+class Given(torch.nn.Module):
+    """Its logits are its inputs."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+@pytest.mark.parametrize(("shift", "lines"), [(0, 0), (1, 1), (None, 0)], ids=["same order", "other", "one answer"])
+def test_a_network_whose_classes_have_another_order_is_remarked_before_work(
+    shift: int | None, lines: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    labels = torch.arange(60) % 3
+    answers = (labels + shift) % 3 if shift is not None else torch.zeros_like(labels)
+    examples = TensorExamples({"x": torch.nn.functional.one_hot(answers, 3).float()}, labels)
+    network = SimpleNamespace(module=Given(), identity="given")
+    subject = SimpleNamespace(likelihood=Categorical(), device=torch.device("cpu"))
+    work: Any = SimpleNamespace(name="given", network=network, subject=subject, evaluation=examples)
+    Evaluator(work, 32, None, tmp_path)
+    assert len(caplog.messages) == lines
+    assert all("right for 0.00 % of the examples, guessing for 33.33 %: check" in line for line in caplog.messages)

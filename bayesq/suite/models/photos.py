@@ -180,7 +180,7 @@ def _named(work: Callable[[Photo], R], photo: Photo) -> R:
     try:
         return work(photo)
     except (OSError, ValueError) as error:
-        raise UserError(f"{photo} is not a readable photo: {error}") from error
+        raise UserError(f"{photo} is not a readable photo ({error}): replace or remove it") from error
 
 
 class PhotoEncoder:
