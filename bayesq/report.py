@@ -74,7 +74,7 @@ def layer_rows(quantized: Quantized) -> list[dict[str, Any]]:
 def relative_error(tensor: QuantizedTensor, weight: Tensor) -> float | None:
     """|Q - W| / |W| (Frobenius norms) of the weights [g, r, c] that the packed file has; None if W is zero.
 
-    Needs no calibration, so it compares all methods. It is no measure of the outputs: with inputs=paired and corrections
+    It needs no calibration, so it compares all methods. It does not measure outputs: with inputs=paired and corrections
     the weights move away from W on purpose.
     """
     norm = float(weight.norm())
@@ -90,8 +90,8 @@ class Report:
         code_bits: bits of the codes per quantized weight, as the literature counts.
         stored_bits: bits of everything stored for them: codes, scales, zero points, tables, width maps.
         stored_bytes: the same in bytes.
-        layers: one row per layer: name, shape, bits, relative weight error, predicted and achieved risk in nats per example,
-            seconds.
+        layers: one row per layer: name, shape, bits, relative weight error, predicted and achieved risk in nats per
+            example, seconds.
         fallbacks: how often something else than asked was done, of each kind in FALLBACKS.
         packed: what `save` writes: the quantized layers, and biases and norm parameters that correction or distillation
             changed.

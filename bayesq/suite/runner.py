@@ -30,9 +30,9 @@ from bayesq.suite.full_precision import cached_logits
 from bayesq.suite.packed import run_record
 from bayesq.suite.plan import check_patterns, for_user, load_workload, make_recipe, open_statistics, placed_whitenings
 from bayesq.suite.preflight import preflight
+from bayesq.suite.provenance import git_diff
 from bayesq.suite.record import flat_result, log_decisions
 from bayesq.suite.rehearsal import rehearse
-from bayesq.suite.provenance import git_diff
 from bayesq.suite.results import (
     DIFF_FILE,
     LAYERS_FILE,
