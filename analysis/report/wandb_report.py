@@ -104,7 +104,7 @@ def layer_maps(content: Content) -> str:
                 for (variant, bits), rows in here.groupby(["variant", "bits"], sort=True)
                 if (rows[key] > 0).any()
             }
-            names = {group: f"{content.looks[group[0]].label}, {group[1]:g} bits" for group in lines}
+            names = {group: f"{content.looks[str(group[0])].label}, {group[1]:g} bits" for group in lines}
             width = max(map(len, names.values()))
             scale = f"{SHADES[0]} {low:.3g} to {SHADES[-1]} {high:.3g}"
             head = f"{title_of(str(workload))}: {LAYER_VALUES[key]} by layer, {scale}"
