@@ -172,7 +172,8 @@ def lay_out(figure: Figure) -> None:
     thinned = [thin_ticks(axis) for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)]
     if any(thinned):
         engine.execute(figure)
-    figure.set_layout_engine("none")
+    with matplotlib.rc_context({"figure.constrained_layout.use": False}):
+        figure.set_layout_engine(None)  # "none" would leave a placeholder, with which every file is drawn twice
 
 
 def thin_ticks(axis: Axis) -> bool:

@@ -4,9 +4,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from bayesq.quant.accounting import buffer_bytes, code_bits, stored_bytes
 from bayesq.quant.file import Packed, write_packed
 from bayesq.quant.packing import pack_model
+from bayesq.quant.tensor import QuantizedTensor
 from bayesq.recipe import Quantized, Subject
 
 FALLBACKS = (
@@ -60,11 +63,22 @@ def layer_rows(quantized: Quantized) -> list[dict[str, Any]]:
                 "shape": "x".join(str(size) for size in problem.weight.shape),
                 "bits/code": code_bits(tensor) / weights,
                 "bits/stored": 8 * stored_bytes(tensor) / weights,
+                "relative_error": relative_error(tensor, problem.weight),
                 **{key: problem.notes.get(key, default) for key, default in NOTES.items()},
                 "seconds": quantized.layer_seconds[name],
             }
         )
     return rows
+
+
+def relative_error(tensor: QuantizedTensor, weight: Tensor) -> float | None:
+    """|Q - W| / |W| (Frobenius norms) of the weights [g, r, c] that the packed file has; None if W is zero.
+
+    It needs no calibration, so it compares all methods. It does not measure outputs: with inputs=paired and corrections
+    the weights move away from W on purpose.
+    """
+    norm = float(weight.norm())
+    return float((tensor.dequantize() - weight).norm()) / norm if norm else None
 
 
 @dataclass(frozen=True)
@@ -76,7 +90,8 @@ class Report:
         code_bits: bits of the codes per quantized weight, as the literature counts.
         stored_bits: bits of everything stored for them: codes, scales, zero points, tables, width maps.
         stored_bytes: the same in bytes.
-        layers: one row per layer: name, shape, bits, predicted and achieved risk in nats per example, seconds.
+        layers: one row per layer: name, shape, bits, relative weight error, predicted and achieved risk in nats per
+            example, seconds.
         fallbacks: how often something else than asked was done, of each kind in FALLBACKS.
         packed: what `save` writes: the quantized layers, and biases and norm parameters that correction or distillation
             changed.

@@ -63,6 +63,9 @@ def test_an_image_network(method):
     )
     risks = [row["achieved_risk"] for row in report.layers]
     assert all(risk > 0 for risk in risks) if method == "bayesq" else risks == [None] * len(risks)
+    for row in report.layers:
+        weight, after = (of.get_submodule(row["name"]).weight.detach().double() for of in (network, quantized))
+        assert row["relative_error"] == pytest.approx(float((after - weight).norm() / weight.norm()), rel=1e-3)
     with torch.no_grad():
         error = float((quantized(x) - network(x)).square().mean() / network(x).square().mean())
     assert 0 < error < 0.5

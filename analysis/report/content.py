@@ -25,6 +25,7 @@ QUESTION = (
 # Quantities of layers.csv that a report shows, with their names and units; the first one that was recorded is shown.
 LAYER_VALUES = {
     "achieved_risk": "achieved risk (nats)",
+    "relative_error": "relative weight error",
     "predicted_risk": "predicted risk (nats)",
     "bits/code": "code bits per weight",
     "bits/stored": "stored bits per weight",

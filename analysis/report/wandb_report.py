@@ -1,8 +1,9 @@
 """The report as a Report in Weights & Biases: text and table from the results, panels from the project's runs."""
 
+import math
 from typing import TYPE_CHECKING, Any
 
-from analysis.report.content import QUESTION, Content, interval_text, title_of, units
+from analysis.report.content import LAYER_VALUES, QUESTION, Content, interval_text, title_of, units
 from analysis.table import Table, make_table
 from bayesq.suite import wandb_panels as panels
 from bayesq.suite.config import require_wandb_key
@@ -12,6 +13,9 @@ from bayesq.suite.wandb_names import LABEL_CHARACTERS, label, project_label
 if TYPE_CHECKING:
     from wandb_workspaces.reports.v2 import Report
 
+# The heat maps of the layers, from the smallest to the largest value of a workload; UNRECORDED: no value above 0.
+MAPPED = ("bits/code", "relative_error", "achieved_risk")
+SHADES, UNRECORDED = "▁▂▃▄▅▆▇█", "·"
 DESCRIPTION = "Written by python -m bayesq.suite.report"
 
 
@@ -51,6 +55,7 @@ def report(content: Content, project: str, entity: str) -> "Report":
             wr.H1("KL and score against bits"),
             grid(panels.quality(metrics)),
             wr.H1("Layers"),
+            *([wr.CodeBlock(code=heat, language=None)] if (heat := layer_maps(content)) else []),
             grid(panels.layer_curves()),
             wr.H1("Compare runs"),
             grid([wr.RunComparer(diff_only="split"), panels.parallel_coordinates(metrics)], grouped=False),
@@ -80,6 +85,39 @@ def main_table(content: Content) -> Table:
     )[["workload", "bits", "method", "n", "metric", "score", "kl", "stored"]]
     cells = cells.rename(columns={"kl": "KL (nats)", "stored": "stored bits"})
     return make_table(cells, table, {}, content.caption, content.remarks, padded=False)
+
+
+def layer_maps(content: Content) -> str:
+    """Heat maps of the layers as text, because W&B's panels have none: a line for each variant and budget.
+
+    A character is a layer, in forward order, on a logarithmic scale of the workload's values.
+    """
+    maps = []
+    for workload, here in content.layers.groupby("workload", sort=True):
+        for key in MAPPED:
+            values = here[key][here[key] > 0] if key in here else here["position"].head(0)
+            if values.empty:
+                continue
+            low, high = float(values.min()), float(values.max())
+            lines = {
+                (variant, bits): "".join(shade(value, low, high) for value in rows.sort_values("position")[key])
+                for (variant, bits), rows in here.groupby(["variant", "bits"], sort=True)
+                if (rows[key] > 0).any()
+            }
+            names = {group: f"{content.looks[str(group[0])].label}, {group[1]:g} bits" for group in lines}
+            width = max(map(len, names.values()))
+            scale = f"{SHADES[0]} {low:.3g} to {SHADES[-1]} {high:.3g}"
+            head = f"{title_of(str(workload))}: {LAYER_VALUES[key]} by layer, {scale}"
+            maps.append("\n".join([head, *(f"{names[group]:{width}}  {line}" for group, line in lines.items())]))
+    return "\n\n".join(maps)
+
+
+def shade(value: float, low: float, high: float) -> str:
+    """The character of a value on the logarithmic scale from low to high, 0 < low <= high."""
+    if not value > 0:
+        return UNRECORDED
+    part = math.log(value / low) / math.log(high / low) if high > low else 0.0
+    return SHADES[min(int(len(SHADES) * part), len(SHADES) - 1)]
 
 
 def spec(built: "Report") -> dict[str, Any]:

@@ -68,12 +68,24 @@ def git_state() -> dict[str, str | bool | None]:
 
     Cached, because a later edit or commit does not change the code that this process has loaded.
     """
+    output = _git("status", "--porcelain=v2", "--branch")
+    if output is None:
+        return {"commit": None, "dirty": None}
+    commit, *lines = output.decode(errors="replace").splitlines()  # "# branch.oid COMMIT", other headers, changed files
+    return {"commit": commit.split()[-1], "dirty": any(not line.startswith("#") for line in lines)}
+
+
+@cache
+def git_diff() -> bytes | None:
+    """What tracked files of the checkout with the code differ in from its commit; None outside a checkout. Cached."""
+    return _git("diff", "--binary", "HEAD")
+
+
+def _git(*arguments: str) -> bytes | None:
+    """What git says about the checkout with the code; None outside a checkout, or if git fails."""
     root = Path(bayesq.__file__).parents[1]
     try:
         (root / ".git").stat()  # fails outside a checkout, also if an outer folder is a checkout
-        command = ["git", "status", "--porcelain=v2", "--branch"]
-        done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True, timeout=10)
+        return subprocess.run(["git", *arguments], cwd=root, capture_output=True, check=True, timeout=10).stdout
     except (OSError, subprocess.SubprocessError):
-        return {"commit": None, "dirty": None}
-    commit, *lines = done.stdout.splitlines()  # "# branch.oid COMMIT", other such headers, changed files
-    return {"commit": commit.split()[-1], "dirty": any(not line.startswith("#") for line in lines)}
+        return None

@@ -19,6 +19,7 @@ QUANTIZED_FILE = "quantized.safetensors"
 LAYERS_FILE = "layers.csv"
 PREDICTIONS_FILE = "predictions.csv"
 LOG_FILE = "run.log"  # of conf/hydra/job_logging
+DIFF_FILE = "diff.patch"  # of the code, with wandb.diff=true
 OVERRIDES_FILE = ".hydra/overrides.yaml"  # written by Hydra
 # Keys of a result that hold mappings: where it comes from, not what it is.
 PROVENANCE = ("config", "versions", "host", "git", "source")

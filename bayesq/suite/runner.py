@@ -31,9 +31,18 @@ from bayesq.suite.full_precision import cached_logits
 from bayesq.suite.packed import run_record
 from bayesq.suite.plan import check_patterns, for_user, load_workload, make_recipe, open_statistics, placed_whitenings
 from bayesq.suite.preflight import preflight
+from bayesq.suite.provenance import git_diff
 from bayesq.suite.record import flat_result, log_decisions
 from bayesq.suite.rehearsal import rehearse
-from bayesq.suite.results import LAYERS_FILE, PREDICTIONS_FILE, QUANTIZED_FILE, RESULT_FILE, write_csv, write_json
+from bayesq.suite.results import (
+    DIFF_FILE,
+    LAYERS_FILE,
+    PREDICTIONS_FILE,
+    QUANTIZED_FILE,
+    RESULT_FILE,
+    write_csv,
+    write_json,
+)
 from bayesq.suite.summary import two_digits
 from bayesq.suite.tracking import ERROR_KEY, track
 from bayesq.suite.workload import Workload, check_finite, warn_below_chance
@@ -57,6 +66,7 @@ def run(cfg: DictConfig, previous: list[WhiteningStore] | None = None) -> dict[s
     folder = run_dir(cfg)
     name = folder.name
     folder.mkdir(parents=True, exist_ok=True)
+    keep_diff(cfg, folder / DIFF_FILE)
     with logging_redirect_tqdm(), track(cfg, name, folder) as tracker:
         result, layers, predictions = execute(cfg, folder, [] if previous is None else previous, tracker.history)
         write_csv(folder / LAYERS_FILE, layers)
@@ -79,6 +89,17 @@ def run(cfg: DictConfig, previous: list[WhiteningStore] | None = None) -> dict[s
         f"{result['time/total_s']:.1f} s"
     )
     return result
+
+
+def keep_diff(cfg: DictConfig, path: Path) -> None:
+    """Write the diff of the code with wandb.diff=true; else remove that of an earlier attempt at the run."""
+    path.unlink(missing_ok=True)
+    if not cfg.wandb.get("diff"):
+        return
+    if (diff := git_diff()) is None:
+        log.warning("wandb.diff=true: the code is in no git checkout, so there is no diff")
+    else:
+        path.write_bytes(diff)
 
 
 def execute(

@@ -129,7 +129,7 @@ RULES = {
     "wandb.mode": _one_of("online", "offline", "disabled"),
     "wandb.project": _named("the name of a W&B project"),
     "wandb.entity": Rule("needs a W&B user or team, or null for the default", str | None),
-    "wandb.log_artifact": _FLAG,
+    **dict.fromkeys(("wandb.log_artifact", "wandb.diff"), _FLAG),
     "wandb.registry": Rule(f"needs a name without {NOT_IN_PROJECTS}, or null", str | None, _is_registry),
     **{f"wandb.{key}": Rule("needs text, or null", str | None) for key in ("name", "group", "job_type", "notes")},
     "wandb.tags": Rule("needs a list of texts, such as [paper,draft]", list[str]),

@@ -23,6 +23,7 @@ from bayesq.suite.errors import UserError
 from bayesq.suite.labels import model_label
 from bayesq.suite.plots import CHARTS
 from bayesq.suite.results import (
+    DIFF_FILE,
     LOG_FILE,
     PREDICTIONS_FILE,
     PROVENANCE,
@@ -97,7 +98,7 @@ class Tracker:
         predictions: Sequence[Mapping[str, Any]] = (),
         checkpoint: Path | None = None,
     ) -> None:
-        """Log the result, the layers, the charts, and the predictions and the log as files.
+        """Log the result, the layers, the charts, and the predictions, the log and the code's diff as files.
 
         Numbers of the result and of each layer are history; the summary has the result without its provenance; the
         layers are also a table. Predictions are a file, because a W&B table has at most 10,000 rows. Call it after
@@ -135,9 +136,10 @@ class Tracker:
                 write_json(folder / RESULT_FILE, content)
                 if predictions:
                     write_csv(folder / PREDICTIONS_FILE, predictions)
-                if (self._run_dir / LOG_FILE).exists():
-                    shutil.copyfile(self._run_dir / LOG_FILE, folder / LOG_FILE)
-                for name in (RESULT_FILE, PREDICTIONS_FILE, LOG_FILE):
+                for name in (LOG_FILE, DIFF_FILE):
+                    if (self._run_dir / name).exists():
+                        shutil.copyfile(self._run_dir / name, folder / name)
+                for name in (RESULT_FILE, PREDICTIONS_FILE, LOG_FILE, DIFF_FILE):
                     if (folder / name).exists():
                         self._run.save(folder / name, base_path=folder, policy="now")
                 if self._log_artifact:

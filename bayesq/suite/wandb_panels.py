@@ -111,6 +111,7 @@ def layer_curves() -> list[Any]:
         for title, column, log_y in (
             ("Code bits by layer", "bits/code", None),
             ("Achieved risk by layer (nats)", "achieved_risk", True),
+            ("Relative weight error by layer", "relative_error", True),
             ("Seconds by layer", "seconds", None),
         )
     ]

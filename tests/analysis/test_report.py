@@ -298,12 +298,25 @@ def test_the_wandb_report_has_the_sections_and_the_table(
     )
     curves, layers, comparison = (block["metadata"] for block in blocks(spec, "panel-grid"))
     kinds = [[panel["viewType"] for panel in grid["panelBankSectionConfig"]["panels"]] for grid in (curves, layers)]
-    assert kinds == [["Vega2", "Vega2", "Scatter Plot", "Scatter Plot", "Scatter Plot"], ["Run History Line Plot"] * 3]
+    assert kinds == [["Vega2", "Vega2", "Scatter Plot", "Scatter Plot", "Scatter Plot"], ["Run History Line Plot"] * 4]
     compared = [panel["viewType"] for panel in comparison["panelBankSectionConfig"]["panels"]]
     assert compared == ["Run Comparer", "Parallel Coordinates Plot"]
     assert {"section": "config", "name": "ablation.value"} in curves["runSets"][0]["grouping"]
     assert comparison["runSets"][0]["grouping"] == []
-    assert "method=gptq" in json.dumps(blocks(spec, "code-block")[0])
+    maps, commands = blocks(spec, "code-block")
+    assert "code bits per weight by layer" in json.dumps(maps)
+    assert "method=gptq" in json.dumps(commands)
+
+
+def test_the_wandb_report_maps_the_layers_on_a_logarithmic_scale(tmp_path: Path) -> None:
+    text = "name,bits/code,relative_error\n"
+    for method, rows in (("bayesq", "stem,2,0.1\nbody,4,1\nhead,8,10\n"), ("gptq", "stem,2,\nbody,2,\nhead,,\n")):
+        (add(tmp_path, method, 3.0, 0) / "layers.csv").write_text(text + rows)
+    bits, error = wandb_report.layer_maps(content_of(tmp_path)).split("\n\n")
+    assert bits.splitlines()[0].endswith(": code bits per weight by layer, ▁ 2 to █ 8")
+    assert bits.splitlines()[1:] == ["BayesQ, 3 bits  ▁▅█", "GPTQ, 3 bits    ▁▁·"]
+    assert error.splitlines()[0].endswith(": relative weight error by layer, ▁ 0.1 to █ 10")
+    assert error.splitlines()[1:] == ["BayesQ, 3 bits  ▁▅█"], "GPTQ has recorded none"
 
 
 def test_a_report_of_two_metrics_shows_both(tmp_path: Path) -> None:

@@ -120,7 +120,7 @@ def test_every_key_of_a_panel_is_one_that_a_run_logs(logged: tuple[dict[str, Any
     assert named["config"] == {*wandb_panels.GROUPS, "seed"}
     assert named["step"] == {"layer/index", "statistics/batch", "distillation/evaluation"}
     assert named["history"] == {
-        *(f"layer/{column}" for column in ("bits/code", "achieved_risk", "seconds")),
+        *(f"layer/{column}" for column in ("bits/code", "achieved_risk", "relative_error", "seconds")),
         *("statistics/examples", "distillation/training_kl", "distillation/heldout_kl"),
     }
     assert named["history"] <= set(read["summary"]), "the range of each"

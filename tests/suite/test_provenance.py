@@ -40,6 +40,25 @@ def test_the_commit_is_that_of_the_checkout() -> None:
     assert provenance.git_state()["commit"] == head
 
 
+def test_the_diff_is_of_the_tracked_files_of_the_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = tmp_path / "bayesq" / "__init__.py"
+    code.parent.mkdir()
+    monkeypatch.setattr(bayesq, "__file__", str(code))
+    provenance.git_diff.cache_clear()
+    try:
+        assert provenance.git_diff() is None
+        provenance.git_diff.cache_clear()
+        code.write_text("bits = 3\n")
+        who = ("-c", "user.name=a", "-c", "user.email=a@b")
+        for command in (("init",), ("add", "."), (*who, "commit", "-m", "code")):
+            subprocess.run(["git", *command], cwd=tmp_path, check=True, capture_output=True)
+        code.write_text("bits = 4\n")
+        diff = provenance.git_diff()
+        assert diff is not None and b"-bits = 3\n+bits = 4\n" in diff
+    finally:
+        provenance.git_diff.cache_clear()
+
+
 def test_a_folder_outside_a_checkout_has_no_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bayesq, "__file__", str(tmp_path / "bayesq" / "__init__.py"))
     provenance.git_state.cache_clear()

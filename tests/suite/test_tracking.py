@@ -699,6 +699,18 @@ def test_the_log_is_a_file_of_the_run(tmp_path: Path, server: WandbServer) -> No
     assert server.uploads["/storage/run/one/run.log"] == b"quantizes 99 % of 0.1 M parameters\n"
 
 
+def test_the_diff_of_the_code_is_a_file_where_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: WandbServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name, diff in (("one", b"+ changed\n"), ("two", None)):
+        monkeypatch.setattr(runner, "git_diff", lambda diff=diff: diff)
+        run_with(monkeypatch, config(tmp_path, mode="online", diff=True), tmp_path / name)
+        assert server.uploads.get(f"/storage/run/{name}/diff.patch") == diff
+        assert ("no git checkout" in caplog.text) == (diff is None)
+    run_with(monkeypatch, config(tmp_path, mode="disabled"), tmp_path / "one")
+    assert not (tmp_path / "one" / "diff.patch").exists(), "that of an earlier attempt"
+
+
 def test_an_offline_run_is_synced_once(tmp_path: Path, server: WandbServer) -> None:
     checkpoint = tmp_path / "quantized.safetensors"
     checkpoint.write_bytes(b"packed")
