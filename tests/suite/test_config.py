@@ -124,7 +124,9 @@ def test_stages_are_checked_before_anything_runs(overrides: list[str], said: str
 
 # switches that would change nothing -> what refuses them
 UNREAD = {
-    "method=rtn codec=entropy method.group_size=9": "method.group_size=9: has no effect with codec=entropy; choose null",
+    "method=rtn codec=entropy method.group_size=9": (
+        "method.group_size=9: has no effect with codec=entropy; choose null"
+    ),
     "method=rtn codec=entropy method.clip=minmax": "method.clip=minmax: has no effect with codec=entropy; choose mse",
     "method=gptq codec=entropy method.symmetric=true": (
         "method.symmetric=true: has no effect with codec=entropy; choose false"
