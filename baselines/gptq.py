@@ -120,23 +120,14 @@ class GPTQ(ScalarMethod):
             codes [R, C] uint8, scale [R, S], zero [R, S], values [R, C] float64.
         """
         weight = _without_dead(weight, factors)
-        best: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
-        least = torch.full((len(width),), torch.inf, dtype=torch.float64)
-        for rule in self.rules:
-            candidate = self._round(weight, factors, width, rule)
-            if len(self.rules) == 1:
-                return candidate
-            error = self._error(candidate[3].reshape(weight.shape), weight, moments).flatten()
-            better = (error < least)[:, None]
-            least = torch.minimum(error, least)
-            if best is None:
-                best = candidate
-            else:
-                better_of_both = (torch.where(better, new, old) for new, old in zip(candidate, best, strict=True))
-                codes, scale, zero, values = better_of_both
-                best = (codes, scale, zero, values)
-        assert best is not None
-        return best
+        codes, scale, zero, values = self._round(weight, factors, width, self.rules[0])
+        for rule in self.rules[1:]:
+            other = self._round(weight, factors, width, rule)
+            old, new = (self._error(x.reshape(weight.shape), weight, moments) for x in (values, other[3]))
+            better = (new < old).reshape(-1, 1)
+            pairs = zip(other, (codes, scale, zero, values), strict=True)
+            codes, scale, zero, values = (torch.where(better, theirs, ours) for theirs, ours in pairs)
+        return codes, scale, zero, values
 
     def _round(
         self, weight: Tensor, factors: Sequence[FeedbackFactor], width: Tensor, rule: str
