@@ -5,16 +5,17 @@ and counted. Exponent and clip range are both searched on the calibrated output 
 published search on sample outputs over the whole calibration set.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from baselines.scalar import ScalarMethod
 from bayesq.calibration.inputs import INPUT_MAGNITUDE, INPUT_MOMENT
 from bayesq.calibration.statistic import Statistic
-from bayesq.contract import Allocate, Context, LayerProblem, check_finite, stack_groups
-from bayesq.entropy import full_width, usable_step
+from bayesq.contract import Context, LayerProblem, check_finite, stack_groups
+from bayesq.entropy import usable_step
 from bayesq.entropy_scalar import ScalarRounds, nearest_codes, scaled_weight
 from bayesq.errors import Refused
 from bayesq.quant.codes.rate_tables import CENTRE
@@ -23,7 +24,7 @@ from bayesq.quant.grids import by_column_groups, check_flag, check_group_size, m
 from bayesq.quant.tensor import QuantizedTensor
 
 
-class AWQ:
+class AWQ(ScalarMethod):
     """Activation-aware scaling, then round to nearest.
 
     Args:
@@ -36,7 +37,6 @@ class AWQ:
     """
 
     statistics: frozenset[Statistic] = frozenset({INPUT_MOMENT, INPUT_MAGNITUDE})
-    entropy = True
 
     def __init__(
         self,
@@ -55,21 +55,10 @@ class AWQ:
         self.clip_steps = clip_steps
         self.clip_lowest = clip_lowest
         self.group_size, self.symmetric = check_group_size(group_size), check_flag("symmetric", symmetric)
-        self._coded: ScalarRounds | None = None
 
-    def prepare(self, layers: Sequence[LayerProblem], allocate: Allocate, context: Context) -> Mapping[str, Tensor]:
-        """Choose the widths, or with codec=entropy the steps.
-
-        Raises:
-            Refused: column groups with codec=entropy.
-        """
-        if context.stream is None:
-            return allocate(layers)
-        if self.group_size is not None:
-            raise Refused(f"method.group_size={self.group_size}: codec=entropy has one step per row; choose null")
-        scales = sum(16 * len(layer.weight) * layer.columns // layer.positions_per_channel for layer in layers)
-        self._coded = ScalarRounds(context.stream, layers, scales)
-        return {layer.name: full_width(layer.rows) for layer in layers}
+    def column_scale_bits(self, layer: LayerProblem) -> int:
+        """An fp16 scale for each input channel of each group."""
+        return 16 * len(layer.weight) * layer.columns // layer.positions_per_channel
 
     def quantize_layer(self, layer: LayerProblem, width: Tensor, context: Context) -> QuantizedTensor:
         """Search channel scales and ranges, then round to nearest; with codec=entropy there are no ranges."""

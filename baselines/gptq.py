@@ -4,16 +4,16 @@ With everything that makes it strong: act-order, 1 % damping, per-row asymmetric
 by calibrated output error, optional column groups, inputs from the full-precision or from the already quantized prefix.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from baselines.scalar import ScalarMethod
 from bayesq.calibration.inputs import INPUT_MOMENT
 from bayesq.calibration.statistic import Statistic
-from bayesq.contract import Allocate, Context, LayerProblem, check_finite, stack_groups
-from bayesq.entropy import full_width
-from bayesq.entropy_scalar import ScalarRounds, centred_grid
+from bayesq.contract import Context, LayerProblem, check_finite, stack_groups
+from bayesq.entropy_scalar import centred_grid
 from bayesq.errors import Refused
 from bayesq.quant.feedback import (
     BlockObserver,
@@ -27,7 +27,7 @@ from bayesq.quant.grids import CLIP_RULES, AffineGrid, check_flag, check_group_s
 from bayesq.quant.tensor import QuantizedTensor
 
 
-class GPTQ:
+class GPTQ(ScalarMethod):
     """The published algorithm.
 
     Args:
@@ -42,7 +42,6 @@ class GPTQ:
     """
 
     statistics: frozenset[Statistic] = frozenset({INPUT_MOMENT})
-    entropy = True
     together = True  # groups of a convolution are rounded in one loop over columns
 
     def __init__(
@@ -64,20 +63,6 @@ class GPTQ:
         self.group_size = check_group_size(group_size)
         self.symmetric = check_flag("symmetric", symmetric)
         self.scale_dtype = scale_dtype
-        self._coded: ScalarRounds | None = None
-
-    def prepare(self, layers: Sequence[LayerProblem], allocate: Allocate, context: Context) -> Mapping[str, Tensor]:
-        """Choose the widths, or with codec=entropy the steps.
-
-        Raises:
-            Refused: column groups with codec=entropy.
-        """
-        if context.stream is None:
-            return allocate(layers)
-        if self.group_size is not None:
-            raise Refused(f"method.group_size={self.group_size}: codec=entropy has one step per row; choose null")
-        self._coded = ScalarRounds(context.stream, layers)
-        return {layer.name: full_width(layer.rows) for layer in layers}
 
     def quantize_layer(self, layer: LayerProblem, width: Tensor, context: Context) -> QuantizedTensor:
         """Factor the input moment and round column by column."""
@@ -135,23 +120,14 @@ class GPTQ:
             codes [R, C] uint8, scale [R, S], zero [R, S], values [R, C] float64.
         """
         weight = _without_dead(weight, factors)
-        best: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
-        least = torch.full((len(width),), torch.inf, dtype=torch.float64)
-        for rule in self.rules:
-            candidate = self._round(weight, factors, width, rule)
-            if len(self.rules) == 1:
-                return candidate
-            error = self._error(candidate[3].reshape(weight.shape), weight, moments).flatten()
-            better = (error < least)[:, None]
-            least = torch.minimum(error, least)
-            if best is None:
-                best = candidate
-            else:
-                better_of_both = (torch.where(better, new, old) for new, old in zip(candidate, best, strict=True))
-                codes, scale, zero, values = better_of_both
-                best = (codes, scale, zero, values)
-        assert best is not None
-        return best
+        codes, scale, zero, values = self._round(weight, factors, width, self.rules[0])
+        for rule in self.rules[1:]:
+            other = self._round(weight, factors, width, rule)
+            old, new = (self._error(x.reshape(weight.shape), weight, moments) for x in (values, other[3]))
+            better = (new < old).reshape(-1, 1)
+            pairs = zip(other, (codes, scale, zero, values), strict=True)
+            codes, scale, zero, values = (torch.where(better, theirs, ours) for theirs, ours in pairs)
+        return codes, scale, zero, values
 
     def _round(
         self, weight: Tensor, factors: Sequence[FeedbackFactor], width: Tensor, rule: str

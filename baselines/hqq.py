@@ -20,6 +20,7 @@ from bayesq.calibration.statistic import Statistic
 from bayesq.codebook import normal_distortion
 from bayesq.contract import Allocate, Context, LayerProblem, check_finite, stack_groups
 from bayesq.errors import Refused
+from bayesq.quant.accounting import group_scale_bits
 from bayesq.quant.grids import check_group_size, minmax_grid, stored_scale, top_code, zero_code, zero_value
 from bayesq.quant.tensor import QuantizedTensor
 
@@ -55,7 +56,8 @@ class HQQ:
 
     def prepare(self, layers: Sequence[LayerProblem], allocate: Allocate, context: Context) -> Mapping[str, Tensor]:
         """Choose the widths for uniform levels."""
-        return allocate(layers, distortion=lambda layer, width: normal_distortion("uniform", width))
+        scales = sum(group_scale_bits(layer.rows, layer.columns, self.group_size) for layer in layers)
+        return allocate(layers, distortion=lambda layer, width: normal_distortion("uniform", width), scales=scales)
 
     def quantize_layer(self, layer: LayerProblem, width: Tensor, context: Context) -> QuantizedTensor:
         """Fit each row's, or column group's, scale and zero point and round to nearest."""

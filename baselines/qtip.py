@@ -21,10 +21,7 @@ from bayesq.quant.feedback import feedback_factors, feedback_round
 from bayesq.quant.grids import AffineGrid, mse_grid, stored_scale, zero_code
 from bayesq.quant.rotation import SEED_BYTES, Rotation
 from bayesq.quant.tensor import QuantizedTensor
-from bayesq.quant.trellis import TrellisGrid, normal_trellis, trellis_distortion
-
-# A trellis runs down the rows of a group; with fewer rows it offers no more choices than a scalar code.
-LEAST_ROWS = 4
+from bayesq.quant.trellis import LEAST_TRELLIS_ROWS, TrellisGrid, normal_trellis, trellis_distortion
 
 
 class QTIP:
@@ -52,7 +49,7 @@ class QTIP:
 
     def distortion(self, layer: LayerProblem, width: int) -> float:
         """Expected squared error of a code of `width` bits in this layer, for weights of unit variance."""
-        if layer.weight.shape[1] < LEAST_ROWS:
+        if layer.weight.shape[1] < LEAST_TRELLIS_ROWS:
             return normal_distortion("uniform", width)
         return trellis_distortion(width, self.states, width in self.tables)
 
@@ -65,7 +62,7 @@ class QTIP:
         factors = feedback_factors(moments, self.damping, act_order=False)
         layer.count("damping_retries", sum(factor.retries for factor in factors))
         groups, rows, _ = weight.shape
-        few = rows < LEAST_ROWS
+        few = rows < LEAST_TRELLIS_ROWS
         tables = {} if few else {w: self._table(w) for w in width.unique().tolist() if w in self.tables}
         books = {w: table.levels.double() for w, table in tables.items()}
         scale, zero = mse_grid(stack_groups(weight), width) if few else self._rows(stack_groups(weight), width)

@@ -6,7 +6,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from baselines.kmeans import best_levels, in_fp16, nearest
+from baselines.kmeans import best_levels, nearest
 from bayesq.contract import LayerProblem
 from bayesq.quant.accounting import AFFINE_ROW_BITS
 from bayesq.quant.codes import RowTable, SparseOverlay
@@ -15,27 +15,6 @@ from bayesq.quant.tensor import QuantizedTensor
 
 # Normal rows from which `table_distortion` is estimated.
 DISTORTION_ROWS = 8
-
-
-def fit_rows(weight: Tensor, curvature: Tensor, width: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """Levels of least weighted squared error, and the nearest ones.
-
-    Args:
-        weight, curvature: [R, C], see `best_levels`.
-        width: [R] uint8 bits.
-
-    Returns:
-        codes [R, C] uint8, and the levels [2**width] of each row, float64 and exact in fp16.
-    """
-    codes = torch.empty(weight.shape, dtype=torch.uint8)
-    tables: list[Tensor] = [torch.empty(0)] * len(width)
-    for bits in width.unique().tolist():
-        rows = (width == bits).nonzero().flatten()
-        levels = in_fp16(best_levels(weight[rows], curvature[rows], 2**bits))
-        codes[rows] = nearest(weight[rows], levels)[0]
-        for row, table in zip(rows.tolist(), levels, strict=True):
-            tables[row] = table
-    return codes, tables
 
 
 def row_table_tensor(

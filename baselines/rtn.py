@@ -1,20 +1,18 @@
 """RTN: round each weight to the nearest value of a per-row affine grid. Uses no calibration data."""
 
-from collections.abc import Mapping, Sequence
-
 from torch import Tensor
 
+from baselines.scalar import ScalarMethod
 from bayesq.calibration.statistic import Statistic
-from bayesq.contract import Allocate, Context, LayerProblem, stack_groups
-from bayesq.entropy import full_width
-from bayesq.entropy_scalar import ScalarRounds, nearest_codes
+from bayesq.contract import Context, LayerProblem, stack_groups
+from bayesq.entropy_scalar import nearest_codes
 from bayesq.errors import Refused
 from bayesq.nearest import round_to_nearest
 from bayesq.quant.grids import CLIP_RULES, check_flag, check_group_size
 from bayesq.quant.tensor import QuantizedTensor
 
 
-class RTN:
+class RTN(ScalarMethod):
     """Round to nearest.
 
     Args:
@@ -24,21 +22,12 @@ class RTN:
     """
 
     statistics: frozenset[Statistic] = frozenset()
-    entropy = True
 
     def __init__(self, clip: str, group_size: int | None = None, symmetric: bool = False) -> None:
         if clip not in CLIP_RULES:
             raise Refused(f"method.clip={clip}: choose from {', '.join(CLIP_RULES)}")
         self.group_size, self.symmetric = check_group_size(group_size), check_flag("symmetric", symmetric)
         self.clip = clip
-        self._coded: ScalarRounds | None = None
-
-    def prepare(self, layers: Sequence[LayerProblem], allocate: Allocate, context: Context) -> Mapping[str, Tensor]:
-        """Choose the widths, or with codec=entropy the steps."""
-        if context.stream is None:
-            return allocate(layers)
-        self._coded = ScalarRounds(context.stream, layers)
-        return {layer.name: full_width(layer.rows) for layer in layers}
 
     def quantize_layer(self, layer: LayerProblem, width: Tensor, context: Context) -> QuantizedTensor:
         """Round every weight to the nearest level of its row's grid."""

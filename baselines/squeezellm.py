@@ -13,7 +13,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from baselines.row_tables import fit_rows, row_level_bits, row_table_tensor, table_distortion
+from baselines.kmeans import best_levels, in_fp16, nearest
+from baselines.row_tables import row_level_bits, row_table_tensor, table_distortion
 from bayesq.calibration.statistic import Statistic
 from bayesq.contract import Allocate, Context, LayerProblem, check_finite, stack_groups
 from bayesq.errors import Refused
@@ -78,3 +79,24 @@ class SqueezeLLM:
             return 0
         index = layer.rows * columns.bit_length() + count * max((columns - 1).bit_length(), 1)
         return -(-index // 8) * 8 + 16 * count
+
+
+def fit_rows(weight: Tensor, curvature: Tensor, width: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Levels of least weighted squared error, and the nearest ones.
+
+    Args:
+        weight, curvature: [R, C], see `best_levels`.
+        width: [R] uint8 bits.
+
+    Returns:
+        codes [R, C] uint8, and the levels [2**width] of each row, float64 and exact in fp16.
+    """
+    codes = torch.empty(weight.shape, dtype=torch.uint8)
+    tables: list[Tensor] = [torch.empty(0)] * len(width)
+    for bits in width.unique().tolist():
+        rows = (width == bits).nonzero().flatten()
+        levels = in_fp16(best_levels(weight[rows], curvature[rows], 2**bits))
+        codes[rows] = nearest(weight[rows], levels)[0]
+        for row, table in zip(rows.tolist(), levels, strict=True):
+            tables[row] = table
+    return codes, tables

@@ -12,7 +12,7 @@ factor for each class of columns and one for each row to the layer's output erro
 cost no bits. The published factors are of single columns, which for few rows would store weights in scales.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -21,10 +21,9 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from baselines.gptq import GPTQ
-from bayesq.contract import Allocate, Context, LayerProblem, check_finite
-from bayesq.entropy import coded_tensor, full_width, usable_step
+from bayesq.contract import Context, LayerProblem, check_finite
+from bayesq.entropy import coded_tensor, usable_step
 from bayesq.entropy_scalar import ScalarRounds, nearest_codes, scaled_weight
-from bayesq.errors import Refused
 from bayesq.quant.codes import RateTables
 from bayesq.quant.codes.column_entropy import ColumnEntropyCode
 from bayesq.quant.codes.rate_tables import ALPHABET, MOST_CLASSES, SETS
@@ -59,18 +58,11 @@ class WaterSIC(GPTQ):
 
     def __init__(self, act_order: bool, damping: float) -> None:
         super().__init__("minmax", act_order, damping, None)
+        self.rounds = ColumnRounds
 
-    def prepare(self, layers: Sequence[LayerProblem], allocate: Allocate, context: Context) -> Mapping[str, Tensor]:
-        """Choose the row steps, tables and each layer's part of the budget.
-
-        Raises:
-            Refused: codec=fixed.
-        """
-        if context.stream is None:
-            raise Refused("codec=fixed: WaterSIC has column steps for entropy-coded codes; choose codec=entropy")
-        scales = sum(16 * len(layer.weight) * layer.columns for layer in layers)
-        self._coded = ColumnRounds(context.stream, layers, scales)
-        return {layer.name: full_width(layer.rows) for layer in layers}
+    def column_scale_bits(self, layer: LayerProblem) -> int:
+        """An fp16 scale for each column of each group."""
+        return 16 * len(layer.weight) * layer.columns
 
     def quantize_layer(self, layer: LayerProblem, width: Tensor, context: Context) -> QuantizedTensor:
         """Factor the input moment, scale the columns and round them one by one."""

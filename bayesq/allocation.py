@@ -117,6 +117,7 @@ class Knapsack:
         codebook_bits: int = 0,
         distortion: Distortion | None = None,
         row_bits: RowBits | None = None,
+        scales: int = 0,
     ) -> dict[str, Tensor]:
         """Row widths of every layer; notes its predicted risk, times its note `kappa` of the task-aware proxy.
 
@@ -147,15 +148,15 @@ class Knapsack:
                 overhead += mixed_overhead_bits([layer.rows])
             else:  # codes that fill whole bytes at one width may need padding at another
                 overhead += affine_overhead_bits([layer.rows]) + (LAYER_BITS if layer.weight.numel() % 8 else 0)
-        capacity = budget.capacity(layers, overhead + codebook_bits)
+        capacity = budget.capacity(layers, overhead + codebook_bits, scales)
         if capacity < least:
             # no bits are left for width maps, and layers with a single width need none
             plain = affine_overhead_bits(layer.rows for layer in layers)
             if budget.count == "stored":
                 plain += padding + codebook_bits
-            if budget.capacity(layers, plain) < least:
+            if budget.capacity(layers, plain, scales) < least:
                 weights = sum(layer.weight.numel() for layer in layers)
-                needed = (least + (plain if budget.count == "stored" else 0)) / weights
+                needed = (least + (plain + scales if budget.count == "stored" else 0)) / weights
                 raise Refused(
                     f"bits={budget.bits:g}: the smallest widths that the keys under allocation permit average "
                     f"{math.ceil(needed * 1000) / 1000:g} bits a weight (budget.count={budget.count})"

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -28,7 +28,7 @@ class Budget:
 
         Args:
             overhead: bits the method stores beside its codes.
-            scales: bits of column scales, which a budget of code bits does not pay for, like those of group scales.
+            scales: bits of column scales and group scales, which a budget of code bits does not pay for.
         """
         # rounded, because 4.35 * 100 is 434.99999999999994 in floating point
         total = round(self.bits * sum(layer.weight.numel() for layer in layers), 6)
@@ -49,6 +49,7 @@ class Allocator(Protocol):
         codebook_bits: int = 0,
         distortion: Distortion | None = None,
         row_bits: RowBits | None = None,
+        scales: int = 0,
     ) -> dict[str, Tensor]:
         """Row widths uint8 [R] of every layer by name; arguments as in `bayesq.contract.Allocate`."""
         ...
@@ -71,8 +72,9 @@ class Allocation:
         codebook_bits: int = 0,
         distortion: Distortion | None = None,
         row_bits: RowBits | None = None,
+        scales: int = 0,
     ) -> dict[str, Tensor]:
         """Row widths uint8 [R] of these layers by name; the budget is an average over them."""
-        if row_bits is not None:  # an allocator without this argument serves all other methods
-            return self.allocator.allocate(layers, self.budget, codebook_bits, distortion, row_bits)
-        return self.allocator.allocate(layers, self.budget, codebook_bits, distortion)
+        given = {"row_bits": row_bits, "scales": scales}
+        more: dict[str, Any] = {key: value for key, value in given.items() if value}  # an allocator may lack the others
+        return self.allocator.allocate(layers, self.budget, codebook_bits, distortion, **more)

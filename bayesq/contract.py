@@ -125,6 +125,7 @@ class Allocate(Protocol):
         codebook_bits: int = 0,
         distortion: Distortion | None = None,
         row_bits: RowBits | None = None,
+        scales: int = 0,
     ) -> Mapping[str, Tensor]:
         """Row widths uint8 [R] of every layer by name.
 
@@ -133,6 +134,7 @@ class Allocate(Protocol):
             distortion: of the method's codes, for allocators that predict risk; None = of plain scalar ones.
             row_bits: what rows of each width cost beside their codes, for the same allocators and for budgets of
                 stored bits; None = nothing.
+            scales: bits of column scales, and of group scales beyond one a row; see `Budget.capacity`.
         """
         ...
 

@@ -28,6 +28,7 @@ METHOD_METADATA = (
     "data_free",
     "display",
     "neutral",
+    "required",
 )
 # Keys that describe a choice; its constructor does not take them.
 DESCRIPTIVE = ("name", "tasks", *METHOD_METADATA)
@@ -126,6 +127,21 @@ def misfits(content: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         if not fits(value, hint):
             needed = [WORDS.get(each, str(each)) for each in get_args(hint) or [hint]]
             yield key, f"needs {' or '.join(needed)}"
+
+
+def without_effect(content: Mapping[str, Any], codec: str) -> Iterator[tuple[str, str]]:
+    """The keys of a method whose values would have no effect, with what they need.
+
+    `required` in the method's file has, for each condition on the other keys, the values that do not mislead.
+    """
+    facts = {"codec": codec} | {f"method.{key}": value for key, value in content.items()}
+    for conditions, values in (content.get("required") or {}).items():
+        pairs = [condition.partition("=") for condition in conditions.split()]
+        if all(facts.get(key) == yaml.safe_load(value) for key, _, value in pairs):
+            for key, allowed in values.items():
+                if content[key] not in allowed:
+                    needed = " or ".join("null" if one is None else str(one).lower() for one in allowed)
+                    yield key, f"has no effect with {conditions}; choose {needed}"
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:

@@ -25,6 +25,7 @@ from bayesq.defaults import (
     misfits,
     settings,
     suggestion,
+    without_effect,
 )
 from bayesq.distillation import DistillationSettings
 from bayesq.errors import Refused
@@ -213,6 +214,8 @@ def _recipe(
 ) -> Recipe:
     """Method, posterior and allocator by their names, or with a method of the caller's."""
     content = _content(method, switches)
+    for key, needs in without_effect(content, codec):
+        raise Refused(f"{key}={content[key]}: {needs}")
     allocator = content["allocator"] if allocator is None else allocator
     _one_of("allocator", allocator, ("uniform", *SOLVERS))
     uses_posterior = content.get("uses_posterior") is True

@@ -28,7 +28,7 @@ from bayesq.quant.codes import Codebook, shared_code
 from bayesq.quant.codes.trellis import POLYNOMIALS, uniform_levels
 from bayesq.quant.grids import CLIP_STEPS, FP16_TINY, mse_grid, zero_code
 from bayesq.quant.tensor import QuantizedTensor
-from bayesq.quant.trellis import trellis_distortion
+from bayesq.quant.trellis import LEAST_TRELLIS_ROWS, trellis_distortion
 from bayesq.rounding import Rounded, first_rows, refit_rows, round_layer, rounding_curvature
 from bayesq.whitening import Whitening
 
@@ -37,8 +37,6 @@ details = logging.getLogger("bayesq.details")
 
 LEVELS = ("trellis", "lloyd", "uniform")
 ROUNDINGS = ("feedback", "nearest")
-# A trellis runs down the rows of a group; with fewer rows it offers no more choices than a scalar code.
-LEAST_TRELLIS_ROWS = 4
 LARGEST_TRELLIS = max(POLYNOMIALS)
 # All roundings but the last only serve the refits: a short trellis gives them nearly the same values as a long one for
 # an eighth of the search, and a coarse scan is enough for the first ranges of affine rows.

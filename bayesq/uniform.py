@@ -33,6 +33,7 @@ class Uniform:
         codebook_bits: int = 0,
         distortion: Distortion | None = None,
         row_bits: RowBits | None = None,
+        scales: int = 0,
     ) -> dict[str, Tensor]:
         """Row widths of every layer. An integer budget of code bits is met exactly, with any codebooks.
 
@@ -45,7 +46,7 @@ class Uniform:
         sizes = [layer.weight.numel() for layer in layers]
         padding = sum(LAYER_BITS for size in sizes if size % 8)  # codes need not fill whole bytes
         plain = affine_overhead_bits(layer.rows for layer in layers)
-        capacity = budget.capacity(layers, plain + padding + codebook_bits)
+        capacity = budget.capacity(layers, plain + padding + codebook_bits, scales)
         stored = beside(layers, row_bits if budget.count == "stored" else None)
         low = min(int(budget.bits if budget.count == "code" else capacity / sum(sizes)), MAX_WIDTH)
         while low >= MIN_WIDTH and low * sum(sizes) + sum(stored[low]) > capacity and budget.count == "stored":

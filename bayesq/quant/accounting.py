@@ -35,6 +35,11 @@ def affine_overhead_bits(rows: Iterable[int]) -> int:
     return sum(count * AFFINE_ROW_BITS + LAYER_BITS for count in rows)
 
 
+def group_scale_bits(rows: int, columns: int, group_size: int | None) -> int:
+    """Bits of a layer's scales and zero points of column groups, beyond one of each per row."""
+    return 0 if group_size is None else rows * (-(-columns // group_size) - 1) * AFFINE_ROW_BITS
+
+
 def mixed_overhead_bits(rows: Iterable[int]) -> int:
     """As `affine_overhead_bits`, for rows of different widths; an upper bound of the stored bits.
 

@@ -17,6 +17,8 @@ from bayesq.quant.codes.trellis import SUBSETS, subset_table, uniform_levels
 from bayesq.quant.compiled import compiled
 from bayesq.quant.grids import MAX_WIDTH, feed_back
 
+# A trellis runs down the rows of a group; with fewer rows it offers no more choices than a scalar code.
+LEAST_TRELLIS_ROWS = 4
 # Path costs are float32. After this many rows their minimum is subtracted, before they lose digits.
 RENORMALIZE = 64
 # Up to this width the nearest level is searched one by one, beyond it by bisection.

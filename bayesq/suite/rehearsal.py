@@ -53,6 +53,7 @@ def rehearse(recipe: Recipe, layers: Mapping[str, Layer]) -> None:
         codebook_bits: int = 0,
         distortion: Distortion | None = None,
         row_bits: RowBits | None = None,
+        scales: int = 0,
     ) -> Mapping[str, Tensor]:
         copies = [replace(layer, notes={}) for layer in layers]  # discards the predicted risks
         priced = () if row_bits is None else (row_bits,)

@@ -9,14 +9,14 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from omegaconf import DictConfig
 
-from bayesq.defaults import MAX_BITS, MIN_BITS, MIN_STREAM_BITS, fits, settings, suggestion
-from bayesq.suite.config import cache_folder, refuse, resolved, show
+from bayesq.defaults import MAX_BITS, MIN_BITS, MIN_STREAM_BITS, fits, settings, suggestion, without_effect
+from bayesq.suite.config import cache_folder, inputs_of, refuse, resolved, show
 from bayesq.suite.errors import UserError
 from bayesq.suite.wandb_names import NOT_IN_PROJECTS
 
@@ -162,11 +162,25 @@ def validate(cfg: DictConfig) -> dict[str, Any]:
     check(config)
     _check_sizes(config)
     if config["codec"] == "entropy":
-        _check_unread(config["allocation"], "codec=entropy, whose rows have steps and no widths", "codec=fixed")
+        _check_unread(config, "allocation", "codec=entropy, whose rows have steps and no widths", "codec=fixed")
     elif config["allocator"] == "uniform":
-        _check_unread(config["allocation"], "allocator=uniform", "allocator=knapsack")
+        _check_unread(config, "allocation", "allocator=uniform", "allocator=knapsack")
     else:
         _check_reach(config["bits"], config["allocation"])
+        if config["allocation"]["block"] != "group":
+            block = config["allocation"]["block"]
+            _check_unread(config, "allocation", f"allocation.block={block}", "allocation.block=group", ["group_rows"])
+    if not config["distill"]:
+        _check_unread(config, "distillation", "distill=false", "distill=true")
+    if config["proxy"] == "none":
+        _check_unread(config, "monte_carlo", "proxy=none", "proxy=mc")
+    sequential, inputs = config["method"].get("sequential"), config["inputs"]
+    if sequential is not None and inputs_of(inputs, sequential) != inputs:
+        refuse(
+            "method.sequential", sequential, f"is the old name of inputs, and inputs={inputs} is given; leave one out"
+        )
+    for key, needs in without_effect(config["method"], config["codec"]):
+        refuse(f"method.{key}", config["method"][key], needs)
     if config["allocator"] == "uniform" and config["proxy"] == "mc":
         refuse("proxy", "mc", "weighs predicted risks, so it needs allocator=knapsack or allocator=ilp")
     if config["wandb"].get("registry") and not config["wandb"]["log_artifact"]:
@@ -213,12 +227,14 @@ def _check_reach(bits: float, allocation: Mapping[str, Any]) -> None:
         refuse(f"allocation.{key}", allocation[key], f"{span}; they allow budgets from {min(reach)} to {max(reach)}")
 
 
-def _check_unread(allocation: Mapping[str, Any], reader: str, other: str) -> None:
-    """Check that a run that reads no key of the allocation sets none; `reader` does not, `other` would."""
-    for key, value in settings("", "config")["allocation"].items():
-        if allocation[key] != value:
+def _check_unread(
+    config: Mapping[str, Any], section: str, reader: str, other: str, keys: Sequence[str] | None = None
+) -> None:
+    """Check that a run that reads no key of a section (or not these) sets none; `reader` does not, `other` would."""
+    for key, value in settings("", "config")[section].items():
+        if config[section][key] != value and (keys is None or key in keys):
             unread = f"is not read with {reader}; leave it at {show(value)}, or choose {other}"
-            refuse(f"allocation.{key}", allocation[key], unread)
+            refuse(f"{section}.{key}", config[section][key], unread)
 
 
 def _check_pairing(config: Mapping[str, Any]) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from baselines.gptaq import GPTAQ
 from baselines.gptq import GPTQ
-from bayesq.budget import Budget
+from bayesq.budget import Allocation, Budget
 from bayesq.contract import LayerProblem
 from bayesq.quant.accounting import code_bits
 from bayesq.quant.feedback import feedback_factor
@@ -238,11 +238,8 @@ def test_fractional_budgets_mix_widths_and_stay_within() -> None:
             problem(torch.randn(1, rows, columns, generator=generator), moment_of(columns, 50, generator)[None])
         )
         layers[-1].name = f"layer{k}"
-    allocator = Uniform()
-    gptq = GPTQ("auto", True, DAMPING, None)
-    tensors = [
-        t for _, t in rounded(gptq, layers, lambda ls, codebook_bits=0: allocator.allocate(ls, Budget(3.5, "code")))
-    ]
+    allocate = Allocation(Uniform(), Budget(3.5, "code"))
+    tensors = [tensor for _, tensor in rounded(GPTQ("auto", True, DAMPING, None), layers, allocate)]
     weights = sum(t.codes.numel() for t in tensors)
     assert {int(w) for t in tensors for w in t.width} == {3, 4}
     assert 3 < sum(map(code_bits, tensors)) / weights <= 3.5

@@ -57,7 +57,7 @@ def test_rows_beyond_fp16_are_counted(factor: float, expected: int) -> None:
     layer = problem((1, 9, 20), 0)
     layer.weight = layer.weight * factor
     widths = {layer.name: torch.full((9,), 3, dtype=torch.uint8)}
-    ((_, tensor),) = rounded(RTN("minmax"), [layer], lambda *_: widths)
+    ((_, tensor),) = rounded(RTN("minmax"), [layer], lambda *_, **__: widths)
     assert clamped_scales(layer.weight, tensor) == expected
 
 

@@ -29,7 +29,7 @@ from baselines.awq import AWQ
 from baselines.gptq import GPTQ
 from baselines.rtn import RTN
 from bayesq.allocation import Knapsack
-from bayesq.budget import Budget
+from bayesq.budget import Allocation, Budget
 from bayesq.calibration.inputs import INPUT_BASIS
 from bayesq.calibration.statistic import LayerStatistics
 from bayesq.contract import LayerProblem
@@ -176,10 +176,8 @@ def quantized(choice: Choice, layer: LayerProblem, width: int, allocator: str) -
     posterior = None if choice.posterior is None else POSTERIORS[choice.posterior]()
     whitenings = None if posterior is None else WhiteningStore(posterior)
     budget = Budget(float(width) if allocator != "knapsack" else max(width, 2.5), "code")
-    if allocator == "knapsack" and whitenings is not None:
-        allocate = lambda layers, *more: Knapsack(whitenings, "row", list(WIDTHS)).allocate(layers, budget, *more)  # noqa: E731
-    else:
-        allocate = lambda layers, *more: Uniform().allocate(layers, budget, *more)  # noqa: E731
+    knapsack = allocator == "knapsack" and whitenings is not None
+    allocate = Allocation(Knapsack(whitenings, "row", list(WIDTHS)) if knapsack else Uniform(), budget)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ((_, tensor),) = rounded(choice.make(whitenings), [layer], allocate)  # type: ignore[attr-defined]

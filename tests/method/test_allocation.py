@@ -557,7 +557,7 @@ def test_uniform_meets_the_budget_on_real_layer_sizes(name, bits, monkeypatch):
 
 def rtn_errors(layers: list[LayerProblem], width: int) -> dict[str, Tensor]:
     """Squared error of every row in what plain rounding stores."""
-    done = rounded(RTN("mse"), layers, lambda _: uniform_widths(layers, width))
+    done = rounded(RTN("mse"), layers, lambda *_, **__: uniform_widths(layers, width))
     return {
         layer.name: (tensor.dequantize().double() - layer.weight.double()).square().sum(2).flatten()
         for layer, tensor in done

@@ -84,6 +84,7 @@ def test_every_key_changes_the_run_id_except_where_how_and_whether(default: Dict
             continue
         same = config.run_id(changed(pinned, key, other(value))) == own
         without_effect = key.split(".")[0] in config.WITHOUT_EFFECT or key in metadata
+        without_effect = without_effect or key.startswith("method.required.")
         assert same == without_effect, key
 
 
@@ -119,6 +120,79 @@ def test_the_text_to_calibrate_on_belongs_to_language_models() -> None:
 def test_stages_are_checked_before_anything_runs(overrides: list[str], said: str) -> None:
     with pytest.raises(UserError, match=said):
         schema.validate(compose(*overrides))
+
+
+# switches that would change nothing -> what refuses them
+UNREAD = {
+    "method=rtn codec=entropy method.group_size=9": (
+        "method.group_size=9: has no effect with codec=entropy; choose null"
+    ),
+    "method=rtn codec=entropy method.clip=minmax": "method.clip=minmax: has no effect with codec=entropy; choose mse",
+    "method=gptq codec=entropy method.symmetric=true": (
+        "method.symmetric=true: has no effect with codec=entropy; choose false"
+    ),
+    "method=gptq codec=entropy method.clip=mse": "method.clip=mse: has no effect with codec=entropy; choose auto",
+    "method=gptaq codec=entropy method.clip=mse": "method.clip=mse: has no effect with codec=entropy; choose auto",
+    "method=qronos codec=entropy method.clip=mse": "method.clip=mse: has no effect with codec=entropy; choose auto",
+    "method=awq codec=entropy method.clip_steps=5": "method.clip_steps=5: has no effect with codec=entropy; choose 20",
+    "method=squeezellm method.sensitive=0.5": "method.sensitive=0.5: has no effect with method.sparse=0; choose 0.11",
+    "method.levels=lloyd method.states=8": "method.states=8: has no effect with method.levels=lloyd; choose 64",
+    "codec=entropy method.levels=uniform": (
+        "method.levels=uniform: has no effect with codec=entropy; choose trellis or lloyd"
+    ),
+    "method.refits=0 method.levels=lloyd": (
+        "method.levels=lloyd: has no effect with codec=fixed method.refits=0; choose trellis or uniform"
+    ),
+    "method=gptq method.sequential=false inputs=prefix": (
+        "method.sequential=false: is the old name of inputs, and inputs=prefix is given; leave one out"
+    ),
+    "allocation.group_rows=4": (
+        "allocation.group_rows=4: is not read with allocation.block=row; leave it at 8, or choose "
+        "allocation.block=group"
+    ),
+    "distillation.steps=2": (
+        "distillation.steps=2: is not read with distill=false; leave it at 1, or choose distill=true"
+    ),
+    "monte_carlo.samples=1": "monte_carlo.samples=1: is not read with proxy=none; leave it at 4, or choose proxy=mc",
+}
+# the same switches at their defaults, or where they are read
+READ = [
+    "method=rtn codec=entropy method.group_size=null method.symmetric=false method.clip=mse",
+    "method=rtn method.group_size=16 method.symmetric=true method.clip=minmax",
+    "method=squeezellm method.sensitive=0.5 method.sparse=0.01",
+    "method.levels=lloyd method.states=64",
+    "method.refits=0 method.levels=uniform",
+    "method.refits=0 method.levels=lloyd codec=entropy",
+    "method=gptq method.sequential=false",
+    "method=gptq method.sequential=false inputs=full",
+    "allocation.group_rows=4 allocation.block=group",
+    "distillation.steps=2 distill=true",
+    "distillation.steps=1",
+    "monte_carlo.samples=1 proxy=mc",
+]
+
+
+@pytest.mark.parametrize("overrides", UNREAD)
+def test_a_switch_that_would_change_nothing_is_refused(overrides: str) -> None:
+    with pytest.raises(UserError, match=f"^{re.escape(UNREAD[overrides])}$"):
+        schema.validate(compose(*overrides.split()))
+
+
+@pytest.mark.parametrize("overrides", READ)
+def test_a_switch_that_is_read_or_has_its_default_is_taken(overrides: str) -> None:
+    schema.validate(compose(*overrides.split()))
+
+
+@pytest.mark.parametrize("method", defaults.choices("method"))
+def test_no_default_of_a_method_is_refused(method: str) -> None:
+    for codec in ("fixed", "entropy"):
+        schema.validate(compose(f"method={method}", f"codec={codec}"))
+
+
+def test_arguments_of_the_library_are_refused_alike() -> None:
+    module = torch.nn.Linear(8, 4).eval()
+    with pytest.raises(ValueError, match=r"^group_size=16: has no effect with codec=entropy; choose null$"):
+        bayesq.quantize(module, [torch.ones(4, 8)], bits=3, method="rtn", codec="entropy", group_size=16)
 
 
 @pytest.mark.parametrize(
