@@ -54,13 +54,14 @@ def numbers(result: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def compare_tables(recorded: Path, here: Path) -> list[Difference]:
-    """Cells that differ between two CSV files, except those of the column `seconds`."""
+    """Cells that differ between two CSV files, except those of `seconds` and of columns that older records lack."""
     first, second = (results.read_rows(path) for path in (recorded, here))
     if len(first) != len(second):
         return [(recorded.name, f"{len(first)} rows", f"{len(second)} rows")]
     differences = []
     for number, (row, other) in enumerate(zip(first, second, strict=True), start=1):
-        cells = [cell for cell in differing(row, other) if cell[0] != "seconds"]
+        known = {key: cell for key, cell in other.items() if key in row}
+        cells = [cell for cell in differing(row, known) if cell[0] != "seconds"]
         differences += [(f"{recorded.name}, row {number}: {key}", then, now) for key, then, now in cells]
     return differences
 

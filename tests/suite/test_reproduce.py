@@ -96,6 +96,12 @@ def test_tables_are_compared_cell_by_cell(tmp_path: Path, recorded: Path) -> Non
     here = record(tmp_path / "here")
     results.write_csv(here / "predictions.csv", [{"label": 1, "kl": 0.125}, {"label": 2, "kl": 0.5}])
     assert reproduce.compare_runs(recorded, here) == [("predictions.csv, row 2: kl", "0.25", "0.5")]
+    newer = [{"label": 1, "kl": 0.125, "more": 1}, {"label": 2, "kl": 0.25, "more": 2}]
+    results.write_csv(here / "predictions.csv", newer)
+    assert reproduce.compare_runs(recorded, here) == []
+    results.write_csv(here / "predictions.csv", [{"label": 1}, {"label": 2}])
+    gone = [(f"predictions.csv, row {row}: kl", kl, "absent") for row, kl in ((1, "0.125"), (2, "0.25"))]
+    assert reproduce.compare_runs(recorded, here) == gone
     results.write_csv(here / "predictions.csv", [{"label": 1, "kl": 0.125}])
     assert reproduce.compare_runs(recorded, here) == [("predictions.csv", "2 rows", "1 rows")]
 
