@@ -15,14 +15,14 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from tabulate import tabulate
 
+from bayesq.suite import code_digest, results, schema
 from bayesq.suite import config as settings
-from bayesq.suite import results, schema
 from bayesq.suite.arguments import exit_with, module_parser
 from bayesq.suite.composition import Preflight
 from bayesq.suite.errors import UserError
 
 # The run uses `config`; a difference in the other records is only a warning.
-RECORDS = ("config", "versions", "host", "git")
+RECORDS = ("config", "versions", "host", "git", code_digest.KEY)
 # Prefixes of result keys that depend on the machine, its packages and its load.
 OF_THE_MACHINE = ("time/", "memory/", "fallback/oom_retries", "wandb/", "source.statistics")
 # Subfolders of the cache that --fresh does not reuse; downloads are reused.
@@ -117,6 +117,8 @@ def warnings(result: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     for record in ("git", "versions", "host"):
         changed = [entry for entry in differing(result.get(record, {}), here[record]) if entry[0] != "directory"]
         lines += [f"{record}.{key}: recorded {then}, here {now}" for key, then, now in changed]
+    if code_digest.has_changed(result):
+        lines.append(f"{code_digest.KEY}: the sources that compute a result have changed since the record")
     states = {"the record was": result.get("git", {}), "this checkout is": here["git"]}
     dirty = [where for where, state in states.items() if state.get("dirty")]
     return [*lines, *(f"git.dirty: {where} of files that differ from their commit" for where in dirty)]

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from bayesq.suite import provenance, reproduce, results
+from bayesq.suite import code_digest, provenance, reproduce, results
 from bayesq.suite.composition import preflight
 from bayesq.suite.errors import UserError
 from bayesq.tensor_file import read_tensors, write_tensors
@@ -62,6 +62,7 @@ def test_machine_time_and_place_make_no_difference(tmp_path: Path, recorded: Pat
         "versions": {"torch": "3"},
         "host": {"threads": 2},
         "git": {"commit": "def", "dirty": True},
+        "code": "0123456789abcdef",
     }
     assert reproduce.compare_runs(recorded, record(tmp_path / "here", seconds=9, **elsewhere)) == []
 
@@ -151,7 +152,11 @@ def test_other_code_packages_and_hardware_are_warned_about() -> None:
         "host.threads: recorded 1, here 4",
         "git.dirty: this checkout is of files that differ from their commit",
     ]
-    assert reproduce.warnings(RESULT, {key: RESULT[key] for key in ("versions", "host", "git")}) == []
+    same = {key: RESULT[key] for key in ("versions", "host", "git")}
+    assert reproduce.warnings(RESULT, same) == []
+    assert reproduce.warnings({**RESULT, "code": code_digest.digest(())}, same) == []
+    (line,) = reproduce.warnings({**RESULT, "code": "0123456789abcdef"}, same)
+    assert line == "code: the sources that compute a result have changed since the record"
 
 
 def test_a_record_of_other_keys_says_which_version_it_needs() -> None:
