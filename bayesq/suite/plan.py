@@ -91,6 +91,8 @@ def load_workload(cfg: DictConfig, cache_dir: Path) -> Workload:
             f"dataset={cfg.dataset.name} is for {data.task.name}, but model={name} is for "
             f"{' or '.join(cfg.model.tasks)}: choose a dataset and a model of one task"
         )
+    with for_user():
+        examples = data.calibration(int(cfg.calibration.examples), int(cfg.seed))
     source = build(cfg.model)
     with naming_model(name, "building it"):
         network = source.build(data, cache_dir)
@@ -98,7 +100,6 @@ def load_workload(cfg: DictConfig, cache_dir: Path) -> Workload:
     check_network(module, name)
     module.to(device)
     with for_user():
-        examples = data.calibration(int(cfg.calibration.examples), int(cfg.seed))
         layers = quantizable_layers(module, exclude)
     embeddings = embedding_tables(module, exclude) if cfg.layers.include_embeddings else {}
     if cfg.layers.include_embeddings and not embeddings:

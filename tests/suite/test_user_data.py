@@ -12,12 +12,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import save_file
 from tiny_bert import tiny_bert
 
 from bayesq.batches import TensorExamples
 from bayesq.likelihood import Categorical
+from bayesq.suite.composition import preflight
 from bayesq.suite.datasets.base import DataSplits, Photo
 from bayesq.suite.datasets.csv_files import CsvFiles
 from bayesq.suite.datasets.hub_data import HubData
@@ -27,6 +29,7 @@ from bayesq.suite.models.base import state_checksum
 from bayesq.suite.models.minilm import MiniLM
 from bayesq.suite.models.timm_model import TimmModel
 from bayesq.suite.models.transformers_model import TransformersClassifier
+from bayesq.suite.plan import load_workload
 from bayesq.suite.runner import Evaluator
 from bayesq.suite.tasks import TEXT_REGRESSION
 
@@ -345,6 +348,15 @@ class TestHub:
     def test_what_is_not_cached(self, cache: Path) -> None:
         with pytest.raises(UserError, match=r"^dataset.name=me/mine could not be read from the hub .*dataset=csv"):
             hub()
+
+
+def test_too_few_texts_are_refused_before_the_network_is_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = write(texts(), tmp_path / "mine.csv")
+    keys = ["model=minilm", "dataset=csv", f"dataset.file={file}", "dataset.text=text", "dataset.label=label"]
+    (job,) = preflight([*keys, "method=rtn"]) or ()
+    monkeypatch.setattr(MiniLM, "build", lambda *_: pytest.fail("the network was built"))
+    with pytest.raises(UserError, match=r"^calibration.examples=256 is not possible: choose 1 to \d+,"):
+        load_workload(OmegaConf.create(job.config), tmp_path)
 
 
 class Given(torch.nn.Module):
