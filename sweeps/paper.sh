@@ -164,7 +164,7 @@ components() {  # Components. 6 h
   go "$PYTHON" -m analysis "$RESULTS/components" --ablation
 }
 
-step() {        # Inputs in step and kept moments. 2.7 h
+step() {        # Inputs in step and kept moments. 1.6 h
   runs step resnet20 method=gptq inputs=full,prefix,paired bits=3 $SEEDS
   runs step resnet20 method=gptq allocator=knapsack inputs=full,prefix,paired bits=3 $SEEDS
   runs step resnet20 "${KNAPSACK[@]}" bits=3 $SEEDS
@@ -174,9 +174,6 @@ step() {        # Inputs in step and kept moments. 2.7 h
   runs step resnet20 method=bayesq inputs=paired correction=mean bits=3 $SEEDS
   runs step resnet20 method=bayesq inputs=paired correction=moments method.states=256 bits=3 $SEEDS
   runs step resnet20 method=bayesq inputs=paired correction=moments method.refits=2 bits=3 $SEEDS
-  runs step 'sst2 mrpc' method=bayesq bits=3 $SEEDS
-  runs step 'sst2 mrpc' "${KNAPSACK[@]}" bits=3 $SEEDS
-  runs step 'sst2 mrpc' method=gptq inputs=prefix,full bits=3 $SEEDS
   tables step
 }
 
