@@ -25,9 +25,9 @@ QUESTION = (
 # Quantities of layers.csv that a report shows, with their names and units; the first one that was recorded is shown.
 LAYER_VALUES = {
     "achieved_risk": "achieved risk (nats)",
-    "relative_error": "relative weight error",
     "predicted_risk": "predicted risk (nats)",
     "bits/code": "code bits per weight",
+    "relative_error": "relative weight error",
     "bits/stored": "stored bits per weight",
     "seconds": "seconds",
 }
