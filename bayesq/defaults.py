@@ -130,9 +130,10 @@ def misfits(content: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def without_effect(content: Mapping[str, Any], codec: str) -> Iterator[tuple[str, str]]:
-    """The keys of a method whose values would have no effect, with what they need.
+    """The keys of a method whose values would have no effect, with the values that they may have.
 
-    `required` in the method's file has, for each condition on the other keys, the values that do not mislead.
+    `required` in the method's YAML maps a condition, such as `codec=entropy`, to the keys that have no effect under it.
+    Each key has the list of values that are accepted then, usually its default alone.
     """
     facts = {"codec": codec} | {f"method.{key}": value for key, value in content.items()}
     for conditions, values in (content.get("required") or {}).items():

@@ -77,7 +77,7 @@ def git_state() -> dict[str, str | bool | None]:
 
 @cache
 def git_diff() -> bytes | None:
-    """What tracked files of the checkout with the code differ in from its commit; None outside a checkout. Cached."""
+    """Changes of the code's tracked files since their commit, as a patch; None outside a checkout. Cached."""
     return _git("diff", "--binary", "HEAD")
 
 

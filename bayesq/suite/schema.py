@@ -230,7 +230,13 @@ def _check_reach(bits: float, allocation: Mapping[str, Any]) -> None:
 def _check_unread(
     config: Mapping[str, Any], section: str, reader: str, other: str, keys: Sequence[str] | None = None
 ) -> None:
-    """Check that a run that reads no key of a section (or not these) sets none; `reader` does not, `other` would."""
+    """Check that a run does not set keys of a section that it does not read.
+
+    Args:
+        reader: the setting with which the keys are not read.
+        other: the setting with which they are.
+        keys: those that are not read; None = all of the section.
+    """
     for key, value in settings("", "config")[section].items():
         if config[section][key] != value and (keys is None or key in keys):
             unread = f"is not read with {reader}; leave it at {show(value)}, or choose {other}"

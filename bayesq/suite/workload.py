@@ -68,7 +68,7 @@ def check_finite(outputs: Tensor, remedy: str) -> None:
 
 
 def warn_below_chance(logits: Tensor, labels: Tensor, name: str) -> None:
-    """Warn if a classifier is right more rarely than guessing, as one whose classes have another order than the data's.
+    """Warn if a classifier is right more rarely than guessing: its classes may have another order than the data's.
 
     `logits` [n, classes] are in full precision, `labels` are [n].
     """
