@@ -29,7 +29,7 @@ def images(count: int = 24) -> Tensor:
 def resnet() -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return timm.create_model("resnet10t", num_classes=5).eval()
+        return timm.create_model("resnet10t", num_classes=5, channels=(16, 24, 32, 48)).eval()
 
 
 def bert() -> nn.Module:

@@ -225,7 +225,7 @@ class Preflight:
             settings.check_device(cfg)
         settings.check_wandb_login(cfg)
         overrides = tuple(as_typed(override) for override in parsed if not override.is_hydra_override())
-        folder = settings.run_dir(cfg)
+        folder = settings.dir_of(config)
         return Job(folder.name, folder, config, overrides, launchers.chosen(hydra))
 
 

@@ -162,7 +162,12 @@ def id_of(settings: Mapping[str, Any], version: str) -> str:
 
 def run_dir(cfg: DictConfig) -> Path:
     """The folder of the run's files: <results_dir>/<run_id>, absolute."""
-    return Path(cfg.results_dir).absolute() / run_id(cfg)
+    return dir_of(resolved(cfg))
+
+
+def dir_of(config: Mapping[str, Any]) -> Path:
+    """`run_dir` of a resolved configuration."""
+    return Path(config["results_dir"]).absolute() / id_of(settings_that_matter(config), bayesq.__version__)
 
 
 def inputs_of(default: str, sequential: Any) -> str:

@@ -11,6 +11,7 @@ import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from omegaconf import DictConfig
@@ -227,6 +228,12 @@ def _check_reach(bits: float, allocation: Mapping[str, Any]) -> None:
         refuse(f"allocation.{key}", allocation[key], f"{span}; they allow budgets from {min(reach)} to {max(reach)}")
 
 
+@cache
+def _defaults() -> Mapping[str, Any]:
+    """The content of conf/config.yaml. A sweep checks hundreds of runs, and reading it takes longer than a check."""
+    return settings("", "config")
+
+
 def _check_unread(
     config: Mapping[str, Any], section: str, reader: str, other: str, keys: Sequence[str] | None = None
 ) -> None:
@@ -237,7 +244,7 @@ def _check_unread(
         other: the setting with which they are.
         keys: those that are not read; None = all of the section.
     """
-    for key, value in settings("", "config")[section].items():
+    for key, value in _defaults()[section].items():
         if config[section][key] != value and (keys is None or key in keys):
             unread = f"is not read with {reader}; leave it at {show(value)}, or choose {other}"
             refuse(f"{section}.{key}", config[section][key], unread)
