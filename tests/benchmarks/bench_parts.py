@@ -1,4 +1,4 @@
-"""Statistics, codebook design and packing. `pytest -s tests/benchmarks/bench_parts.py`."""
+"""Statistics, codebook design, packing and entropy coding. `pytest -s tests/benchmarks/bench_parts.py`."""
 
 import pytest
 import torch
@@ -9,6 +9,7 @@ from bayesq.batches import Batch
 from bayesq.calibration.collector import Collector
 from bayesq.calibration.inputs import INPUT_MOMENT
 from bayesq.codebook import Atoms, LevelSums, expected_lloyd, normal_levels
+from bayesq.entropy import RateClasses, coded_tensor, row_rate
 from bayesq.fisher import FISHER_DIAGONAL, GRADIENT_MOMENT, GradientDirections
 from bayesq.quant.codes.trellis import uniform_levels
 from bayesq.quant.feedback import feedback_factor, feedback_round
@@ -19,6 +20,7 @@ from bayesq.quant.tensor import QuantizedTensor
 from bayesq.quant.trellis import normal_trellis
 
 pytestmark = pytest.mark.benchmark(timer=TIMER)
+BERT_BASE = 12 * (4 * 768 * 768 + 2 * 768 * 3072)  # weights of its twelve blocks
 STATISTICS = {
     "inputs": (INPUT_MOMENT,),
     "kfac": (INPUT_MOMENT, GRADIENT_MOMENT),
@@ -102,3 +104,21 @@ def test_packing(benchmark, width):
     packed = pack_model({"layer": tensor})
     references = {"unpack": lambda: unpack_model(*packed), "copy": lambda: codes.clone()}
     compare(benchmark, lambda: pack_model({"layer": tensor}), references)
+
+
+@pytest.mark.parametrize("ratio", [1.96, 3.92], ids=["3 bits", "4 bits"])
+def test_decoding_a_stream(benchmark, ratio):
+    """Of normal weights with a trellis, against encoding; prints the seconds for BERT-base, and asks for 20 at most."""
+    rows, columns = 3072, 768
+    ratios = torch.full((rows,), ratio, dtype=torch.float64)
+    tables = RateClasses.covering([ratios]).normal_tables()
+    symbols = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)) * ratio
+    codes = symbols.round().clamp(-127, 127).add(128).to(torch.uint8)
+    tensor = coded_tensor(codes, torch.ones(rows), tables, 64, 1)
+    buffers = tensor.code.pack(codes, tensor.width, 1)
+    references = {"encode": lambda: tensor.code.pack(codes, tensor.width, 1)}
+    times = compare(benchmark, lambda: tensor.code.unpack_codes(buffers, tensor.width, columns, 1), references)
+    whole = times["ours"] * BERT_BASE / codes.numel()
+    bits = 8 * buffers["codes"].numel() / codes.numel()
+    print(f"{bits:.2f} bits per weight, {float(row_rate(ratios)[0]):.2f} expected; BERT-base: {whole:.1f} s")
+    assert whole < 20

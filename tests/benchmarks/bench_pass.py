@@ -33,7 +33,7 @@ from bayesq.suite.workload import Workload
 ROOT = Path(__file__).parents[2]
 EXAMPLES = 256  # as many as a run takes unless told otherwise
 pytestmark = pytest.mark.benchmark(timer=TIMER)
-# The demo on its own network is dearer by the hour; digits has the same stages.
+# The demo takes much longer; digits has the same stages.
 SWEEP = ["model=resnet", "dataset=digits"]
 METHODS, BITS = ("rtn", "gptq", "awq", "bayesq"), ("3", "3.5", "4")
 
