@@ -66,9 +66,14 @@ def jobs(section: str) -> Iterator[list[str]]:
         seen.add(axes)
 
 
+@pytest.fixture(scope="module")
+def flight() -> Preflight:
+    """One for all sections, because it composes the same choices only once."""
+    return Preflight()
+
+
 @pytest.mark.parametrize("section", dict.fromkeys(keys(run)["results_dir"][0].rpartition("/")[2] for run in RUNS))
-def test_the_commands_of_a_section_compose(section: str) -> None:
-    flight = Preflight()
+def test_the_commands_of_a_section_compose(section: str, flight: Preflight) -> None:
     assert [flight.check(arguments).run_id for arguments in jobs(section)]
 
 

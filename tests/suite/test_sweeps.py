@@ -58,7 +58,7 @@ def test_there_is_a_sweep_for_every_part_of_the_paper() -> None:
 
 
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
-def test_a_sweep_file_and_its_command_in_the_comment_are_the_same_runs(path: Path) -> None:
+def test_a_sweep_file_and_its_command_in_the_comment_are_the_same_runs(path: Path, flight: Preflight) -> None:
     utils = pytest.importorskip("wandb.sdk.launch.sweeps.utils")
     sweep = utils.load_sweep_config(str(path))
     assert sweep["method"] == "grid"
@@ -67,7 +67,6 @@ def test_a_sweep_file_and_its_command_in_the_comment_are_the_same_runs(path: Pat
     by_hydra = preflight(typed.removeprefix("#   python run.py ").split())
     assert by_hydra is not None
     by_agent: list[str] = []
-    flight = Preflight()
     for line in agent_commands(sweep):
         assert line[:4] == ["${env}", "${interpreter}", "${program}", "wandb.mode=online"]
         by_agent.append(flight.check(line[4:]).run_id)
@@ -81,10 +80,14 @@ def test_the_bit_curve_goes_from_the_lowest_to_the_highest_budget() -> None:
     assert (min(bits), max(bits)) == (MIN_BITS, MAX_BITS)
 
 
-def jobs(arguments: list[str], folder: Path) -> list[Job]:
-    found = preflight([*arguments, f"results_dir={folder}", f"cache_dir={folder}"])
-    assert found
-    return found
+@pytest.fixture(scope="module")
+def flight() -> Preflight:
+    """One for all, because it composes the same choices only once."""
+    return Preflight()
+
+
+def job(flight: Preflight, folder: Path, *overrides: str) -> Job:
+    return flight.check([*overrides, "bits=3", f"results_dir={folder}", f"cache_dir={folder}"])
 
 
 def test_the_ablation_sweeps_over_every_ablation() -> None:
@@ -93,10 +96,10 @@ def test_the_ablation_sweeps_over_every_ablation() -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in ABLATIONS if name != "full"])
-def test_an_ablation_changes_what_its_file_says_and_nothing_else(name: str, tmp_path: Path) -> None:
+def test_an_ablation_changes_what_its_file_says_and_nothing_else(name: str, flight: Preflight, tmp_path: Path) -> None:
     content = yaml.safe_load((ROOT / "conf" / "ablation" / f"{name}.yaml").read_text())
     replaced = {next(iter(entry)).split("/")[1] for entry in content.pop("defaults", [])}
-    (full,), (own,) = jobs(["bits=3"], tmp_path), jobs([f"ablation={name}", "bits=3"], tmp_path)
+    full, own = job(flight, tmp_path), job(flight, tmp_path, f"ablation={name}")
     before, after = flatten(full.config), flatten(own.config)
     default = not replaced and flatten(content).items() <= before.items()
     assert (own.run_id == full.run_id) == default
