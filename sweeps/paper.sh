@@ -21,7 +21,7 @@ RESULTS=${RESULTS:-results/paper}
 PAPER=${PAPER:-paper}
 PYTHON=${PYTHON:-python}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-SECTIONS=(demo main budgets lm earlier clip cost switches refits backward components step tried entropy bounds grids large)
+SECTIONS=(demo main budgets lm earlier clip cost switches refits backward ablation components step tried entropy bounds grids large)
 EARLIER=(inputs=full correction=none)   # BayesQ's defaults before 2026-11-29
 KNAPSACK=(method=gptq allocator=knapsack inputs=paired correction=moments)
 SEEDS=seed=0,1,2
@@ -153,7 +153,15 @@ backward() {    # Backward passes. 0.5 h
   tables backward
 }
 
-components() {  # Components. 6 h
+ablation() {    # Components with today's defaults. 0.4 h
+  local names=full,codebook_lloyd,codebook_uniform,codebook_mean,allocator_uniform,refits_0,refits_2,states_8
+  names+=,rounding_nearest,correction_none,correction_mean,inputs_full,inputs_prefix,gptq_paired,gptq_paired_knapsack
+  names+=,posterior_diag,posterior_ekfac,prior_none,block_layer
+  runs ablation resnet20 bits=3 seed=0 "ablation=$names"
+  go "$PYTHON" -m analysis "$RESULTS/ablation" --ablation
+}
+
+components() {  # Components with the earlier defaults. 6 h
   local names=full,gptq,gptq_knapsack,gptq_distill,allocator_uniform,block_layer,block_group,codebook_lloyd
   names+=,codebook_uniform,codebook_mean,codebook_noise,rounding_nearest,states_8,refits_0,refits_2,refits_4
   names+=,posterior_diag,posterior_lowrank,posterior_ekfac,prior_none,prior_eigenvalues,prior_evidence,prior_factored
