@@ -122,7 +122,7 @@ def refitted(tensor: QuantizedTensor, weight: Tensor, moments: Tensor) -> Quanti
 class ColumnRounds(ScalarRounds):
     """As `ScalarRounds`, with a code table for each sum of a row's and a column's class."""
 
-    def class_bits(self, layers: Sequence[LayerProblem]) -> int:
+    def column_class_bits(self, layers: Sequence[LayerProblem]) -> int:
         """Bits of the columns' classes, each layer's padded to whole bytes."""
         return sum(self.tables.class_bits * layer.columns + 8 for layer in layers)
 

@@ -54,11 +54,13 @@ class ScalarRounds:
         self.factor = factor_for(spreads, relative, columns, capacity)
         for _ in range(PASSES):
             self.tables, expected = self._nearest(layers, weights, spreads)
-            capacity = stream.capacity(layers, overhead_bits(layers, self.tables), scales + self.class_bits(layers))
+            capacity = stream.capacity(
+                layers, overhead_bits(layers, self.tables), scales + self.column_class_bits(layers)
+            )
             self.factor *= 2 ** max((sum(expected.values()) - capacity) / live, -MAX_WIDTH)
         self.plan = StreamPlan.of(expected, capacity)
 
-    def class_bits(self, layers: Sequence[LayerProblem]) -> int:
+    def column_class_bits(self, layers: Sequence[LayerProblem]) -> int:
         """Bits of the columns' classes."""
         return 0
 
