@@ -5,12 +5,13 @@ by calibrated output error, optional column groups, inputs from the full-precisi
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from baselines.scalar import ScalarMethod
-from bayesq.calibration.inputs import INPUT_MOMENT
+from bayesq.calibration.inputs import INPUT_MAGNITUDE, INPUT_MOMENT
 from bayesq.calibration.statistic import Statistic
 from bayesq.contract import Context, LayerProblem, check_finite, stack_groups
 from bayesq.entropy_scalar import centred_grid
@@ -42,6 +43,7 @@ class GPTQ(ScalarMethod):
     """
 
     statistics: frozenset[Statistic] = frozenset({INPUT_MOMENT})
+    entropy_statistics: frozenset[Statistic] = frozenset({INPUT_MAGNITUDE})
     together = True  # groups of a convolution are rounded in one loop over columns
 
     def __init__(
@@ -63,6 +65,11 @@ class GPTQ(ScalarMethod):
         self.group_size = check_group_size(group_size)
         self.symmetric = check_flag("symmetric", symmetric)
         self.scale_dtype = scale_dtype
+
+    def planned(self, layer: LayerProblem) -> LayerProblem:
+        """Without the weights of dead columns, which become zeros and take nearly no bits."""
+        dead = layer.statistic(INPUT_MAGNITUDE.name) == 0
+        return replace(layer, weight=layer.weight.masked_fill(dead[:, None], 0.0)) if bool(dead.any()) else layer
 
     def quantize_layer(self, layer: LayerProblem, width: Tensor, context: Context) -> QuantizedTensor:
         """Factor the input moment and round column by column."""

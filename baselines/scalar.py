@@ -28,6 +28,10 @@ class ScalarMethod:
         """Bits of the column scales that a layer may store."""
         return 0
 
+    def planned(self, layer: LayerProblem) -> LayerProblem:
+        """The layer with the weights that codec=entropy plans its budget for."""
+        return layer
+
     def prepare(self, layers: Sequence[LayerProblem], allocate: Allocate, context: Context) -> Mapping[str, Tensor]:
         """Choose the widths, or with codec=entropy the steps, tables and each layer's part of the budget.
 
@@ -40,5 +44,5 @@ class ScalarMethod:
             return allocate(layers, scales=scales + groups)
         if self.group_size is not None:
             raise Refused(f"method.group_size={self.group_size}: codec=entropy has one step per row; choose null")
-        self._coded = self.rounds(context.stream, layers, scales)
+        self._coded = self.rounds(context.stream, [self.planned(layer) for layer in layers], scales)
         return {layer.name: full_width(layer.rows) for layer in layers}

@@ -122,9 +122,9 @@ def refitted(tensor: QuantizedTensor, weight: Tensor, moments: Tensor) -> Quanti
 class ColumnRounds(ScalarRounds):
     """As `ScalarRounds`, with a code table for each sum of a row's and a column's class."""
 
-    def overhead(self, layers: Sequence[LayerProblem]) -> int:
-        """As of `ScalarRounds`."""
-        return super().overhead(layers) + sum(self.tables.class_bits * layer.columns + 8 for layer in layers)
+    def column_class_bits(self, layers: Sequence[LayerProblem]) -> int:
+        """Bits of the columns' classes, each layer's padded to whole bytes."""
+        return sum(self.tables.class_bits * layer.columns + 8 for layer in layers)
 
     def _nearest(
         self, layers: Sequence[LayerProblem], weights: Sequence[Tensor], spreads: Sequence[Tensor]
@@ -136,7 +136,12 @@ class ColumnRounds(ScalarRounds):
             for layer, weight in zip(layers, weights, strict=True)
         }
         every = max(1, round(sum(weight.numel() for weight in weights) / SAMPLE))
-        mean = torch.cat([sizes[layer.name].mean(1) - steps[layer.name].log2() for layer in layers]).mean()
+        # rows and columns of zeros have no size; empty means are NaN
+        live = [
+            sizes[layer.name][rows][:, weight.any(0)].mean(1) - steps[layer.name][rows].log2()
+            for layer, weight, rows in zip(layers, weights, (weight.any(1) for weight in weights), strict=True)
+        ]
+        mean = torch.cat(live).mean().nan_to_num()
         lowest = float(mean) - SPACING * MOST_CLASSES / 2
         counts = torch.zeros(MOST_CLASSES * ALPHABET, dtype=torch.float64)
         for shift in SHIFTS:

@@ -195,7 +195,8 @@ class Method(Protocol):
         statistics: those it reads, see `bayesq.calibration.statistic`; no other can be read.
 
     A method that also reads `Context.stream` has the attribute `entropy = True`; one that reads nothing else has also
-    `fixed = False`.
+    `fixed = False`. With codec=entropy its `prepare` can also read the full-precision statistics of the optional
+    attribute `entropy_statistics`, whatever the run's `inputs`.
     """
 
     statistics: frozenset[Statistic]

@@ -25,7 +25,7 @@ from bayesq.entropy import (
 from bayesq.quant.codes import RateTables
 from bayesq.quant.codes.entropy import level_sets
 from bayesq.quant.codes.rate_tables import CENTRE
-from bayesq.quant.grids import AffineGrid, round_affine
+from bayesq.quant.grids import MAX_WIDTH, AffineGrid, round_affine
 from bayesq.quant.tensor import QuantizedTensor
 
 # Passes that correct the factor by the streams' ideal length.
@@ -48,17 +48,21 @@ class ScalarRounds:
         weights = [stack_groups(layer.weight).double() for layer in layers]
         spreads = [weight.square().mean(1).sqrt() for weight in weights]
         relative, columns = [self.steps[layer.name] for layer in layers], [layer.columns for layer in layers]
-        capacity, total = stream.capacity(layers, 0), sum(weight.numel() for weight in weights)
+        capacity = stream.capacity(layers, 0)
+        # columns of zeros take nearly no bits at any step
+        live = sum(int(weight.any(0).sum()) * len(weight) for weight in weights) or sum(map(Tensor.numel, weights))
         self.factor = factor_for(spreads, relative, columns, capacity)
         for _ in range(PASSES):
             self.tables, expected = self._nearest(layers, weights, spreads)
-            capacity = stream.capacity(layers, self.overhead(layers), scales)
-            self.factor *= 2 ** ((sum(expected.values()) - capacity) / total)
+            capacity = stream.capacity(
+                layers, overhead_bits(layers, self.tables), scales + self.column_class_bits(layers)
+            )
+            self.factor *= 2 ** max((sum(expected.values()) - capacity) / live, -MAX_WIDTH)
         self.plan = StreamPlan.of(expected, capacity)
 
-    def overhead(self, layers: Sequence[LayerProblem]) -> int:
-        """Bits stored beside the streams, without column scales."""
-        return overhead_bits(layers, self.tables)
+    def column_class_bits(self, layers: Sequence[LayerProblem]) -> int:
+        """Bits of the columns' classes."""
+        return 0
 
     def _nearest(
         self, layers: Sequence[LayerProblem], weights: Sequence[Tensor], spreads: Sequence[Tensor]

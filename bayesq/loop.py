@@ -74,8 +74,10 @@ class _Turn:
     def view(self, layer: LayerProblem) -> LayerProblem:
         """The layer as the method sees it."""
         readable = frozenset(statistic.name for statistic in self.method.statistics)
+        planning = frozenset(statistic.name for statistic in getattr(self.method, "entropy_statistics", ()))
         reader = type(self.method).__name__
-        view = replace(layer, statistic=CountedStatistics.of(layer.statistic, layer).limited(readable, reader))
+        counted = CountedStatistics.of(layer.statistic, layer)
+        view = replace(layer, statistic=counted.limited(readable | planning, reader))
         if self.has_prefix:
             behind = CountedStatistics(partial(self._behind, layer.name), layer.fallbacks)
             view.prefix_statistic = behind.limited(readable, reader)

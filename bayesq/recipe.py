@@ -188,6 +188,8 @@ class Recipe:
             of_method = of_method - self.behind_prefix - self.compares
             if self.correction == "moments":
                 of_method = of_method | {INPUT_MOMENT}
+        if self.codec == "entropy":
+            of_method = of_method | getattr(self.method, "entropy_statistics", frozenset())
         return self.allocator.statistics | of_posterior | of_method
 
     @property

@@ -33,10 +33,14 @@ def moments(groups: int, columns: int, decay: float, seed: int = 0) -> Tensor:
     return ((basis * values) @ basis.mT).float()
 
 
+def problem(weight: Tensor, moment: Tensor, name: str = "layer") -> LayerProblem:
+    given = {"input_moment": moment, "input_magnitude": moment.diagonal(dim1=1, dim2=2).sqrt()}
+    return LayerProblem(name, "Linear", weight, given.__getitem__)
+
+
 def gaussian(groups: int, rows: int, columns: int, decay: float, name: str = "layer") -> LayerProblem:
     weight = torch.randn(groups, rows, columns, generator=torch.Generator().manual_seed(7))
-    moment = moments(groups, columns, decay)
-    return LayerProblem(name, "Linear", weight, lambda _: moment)
+    return problem(weight, moments(groups, columns, decay), name)
 
 
 def coded(method: Method, layers: list[LayerProblem], bits: float, count: str = "code") -> dict[str, QuantizedTensor]:
@@ -165,6 +169,13 @@ def test_classes_are_the_cheapest_ones() -> None:
         assert chosen == int(np.argmin(costs))
 
 
+def test_classes_of_columns_are_paid_like_their_scales() -> None:
+    """A stored budget pays 4 bits a column, .4 a weight here; a budget of code bits pays the tables, .2 a weight."""
+    layers = [gaussian(1, 10, 160, 0, name) for name in "abcdefghijkl"]
+    taken = sum(map(code_bits, coded(WaterSIC(True, 0.01), layers, 3).values())) / (12 * 10 * 160)
+    assert 2.7 < taken <= 3
+
+
 @pytest.mark.parametrize("bits", [1.2, 3, 8])
 @pytest.mark.parametrize("count", ["code", "stored"])
 def test_the_budget_is_never_exceeded_and_the_file_reads_back(bits: float, count: str) -> None:
@@ -221,10 +232,9 @@ def test_a_dead_column_and_dead_layer() -> None:
     layer = gaussian(1, 64, 20, 1)
     moment = layer.statistic("input_moment").clone()
     moment[0, 4], moment[0, :, 4] = 0, 0
-    dead = LayerProblem("layer", "Linear", layer.weight, lambda _: moment)
-    values = coded(WaterSIC(True, 0.01), [dead], 3)["layer"].dequantize()
+    values = coded(WaterSIC(True, 0.01), [problem(layer.weight, moment)], 3)["layer"].dequantize()
     assert bool(torch.isfinite(values).all()) and not bool(values[0, :, 4].any())
-    nothing = LayerProblem("layer", "Linear", layer.weight, lambda _: torch.zeros(1, 20, 20))
+    nothing = problem(layer.weight, torch.zeros(1, 20, 20))
     assert bool(torch.isfinite(coded(WaterSIC(True, 0.01), [nothing], 3)["layer"].dequantize()).all())
 
 

@@ -54,6 +54,7 @@ def layer(name: str, kind: str, shape: tuple[int, int, int], seed: int, position
         "gradient_moment": 0.1 * moment(groups, rows, generator),
         "fisher_diagonal": torch.rand(shape, generator=generator) ** 2,
     }
+    statistics["input_magnitude"] = statistics["input_moment"].diagonal(dim1=1, dim2=2).sqrt()
     return LayerProblem(name, kind, weight, statistics.__getitem__, positions)
 
 
