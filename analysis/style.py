@@ -1,4 +1,4 @@
-"""Look of all figures: style, widths, looks of variants, legends, labels that do not overlap."""
+"""Look of all figures: style, looks of variants, legends, labels that do not overlap."""
 
 import functools
 import itertools
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, ParamSpec
+from typing import Any, ParamSpec
 
 import matplotlib
 import matplotlib.style
@@ -21,23 +21,12 @@ from matplotlib.ticker import NullFormatter
 
 from analysis.loading import UNKNOWN
 from analysis.methods import Method, label, methods_of
-from bayesq.suite.errors import UserError
 
 P = ParamSpec("P")
 
 STYLE_FILE = Path(__file__).with_name("bayesq.mplstyle")
 
 
-class Widths(NamedTuple):
-    """Widths in inches of figures with few panels and of the others: of a column and of the text."""
-
-    column: float = 3.3
-    text: float = 6.9
-
-
-# from the style files; pages of NeurIPS and ICLR have one column
-VENUES = {"neurips": Widths(5.5, 5.5), "icml": Widths(3.25, 6.75), "iclr": Widths(5.5, 5.5)}
-DEFAULT_WIDTHS = Widths()
 # inches that a panel needs beside others
 PANEL = 1.7
 # points that are free between two tick labels
@@ -135,20 +124,6 @@ def style() -> Iterator[None]:
         matplotlib.rcdefaults()
         matplotlib.style.use(STYLE_FILE)
         yield
-
-
-def widths(venue: str | None = None, columns: int | None = None) -> Widths:
-    """Widths of figures at a venue; with `columns`, all figures span one column (1) or the text (2).
-
-    Raises:
-        UserError: an unknown venue, or another number of columns.
-    """
-    if venue and venue not in VENUES:
-        raise UserError(f"venue={venue}: one of {', '.join(VENUES)}")
-    page = VENUES[venue] if venue else DEFAULT_WIDTHS
-    if columns not in (None, 1, 2):
-        raise UserError(f"columns={columns}: 1 (a column) or 2 (the text)")
-    return page if columns is None else Widths(page[columns - 1], page[columns - 1])
 
 
 def drawn(draw: Callable[P, Figure]) -> Callable[P, Figure]:

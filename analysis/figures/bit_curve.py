@@ -19,7 +19,8 @@ from analysis.figures.shared import (
 )
 from analysis.loading import finished
 from analysis.metrics import with_unit
-from analysis.style import DEFAULT_WIDTHS, GREY_LINE, Look, Widths, drawn, full_precision_line, legend, panels, present
+from analysis.style import GREY_LINE, Look, drawn, full_precision_line, legend, panels, present
+from analysis.venues import DEFAULT_WIDTHS, Widths
 
 # inches; narrower figures have two columns
 NARROW = 5.0

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from result_files import add_run
 
-from analysis import load_runs, style
+from analysis import load_runs, style, venues
 from analysis.figure_files import save, width_of, write_figures_tex
 from analysis.figures import bit_curve, main_figure, pareto
 from analysis.figures.shared import layer_ticks, short_layers
@@ -41,7 +41,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> pd.DataFrame:
 def test_saved_figures_have_the_venues_width(
     runs: pd.DataFrame, tmp_path: Path, venue: str, columns: int | None, inches: float
 ) -> None:
-    widths = style.widths(venue, columns)
+    widths = venues.widths(venue, columns)
     path = save(main_figure.draw(bit_curve.data(runs), style.looks(runs), widths), tmp_path, "f", "caption", dpi=100)
     assert width_of(path.with_suffix(".pdf")) == pytest.approx(inches, abs=0.01)
     with Image.open(path) as image:
@@ -51,7 +51,7 @@ def test_saved_figures_have_the_venues_width(
 @pytest.mark.parametrize(("venue", "columns"), [("nips", None), ("icml", 3)])
 def test_an_unknown_width_is_one_line(venue: str, columns: int | None) -> None:
     with pytest.raises(UserError, match=r"^(venue=nips: one of neurips, icml, iclr|columns=3: 1 .*)$"):
-        style.widths(venue, columns)
+        venues.widths(venue, columns)
 
 
 @pytest.mark.parametrize("key", ["bits", "bits/code"])
