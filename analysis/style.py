@@ -11,12 +11,15 @@ from typing import Any, ParamSpec
 
 import matplotlib
 import matplotlib.style
+import numpy as np
 import pandas as pd
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
 from matplotlib.lines import Line2D
+from matplotlib.textpath import text_to_path
 from matplotlib.ticker import NullFormatter
 
 from analysis.loading import UNKNOWN
@@ -206,10 +209,11 @@ def legend(
     handles += further
     if handles:
         names = [str(handle.get_label()) for handle in handles]
-        columns = max(count for count in range(1, columns + 1) if count == 1 or _fits(names, count, figure))
+        evened = [-(-len(names) // -(-len(names) // count)) for count in range(1, columns + 1)]
+        columns = max(count for count in evened if count == 1 or _fits(names, count, figure))
         lines_of_text = -(-len(handles) // columns)
         figure.set_figheight(figure.get_figheight() + LINE * (lines_of_text - 1))  # the axes keep their height
-        figure.legend(handles=handles, loc="outside lower center", ncols=-(-len(handles) // lines_of_text))
+        figure.legend(handles=handles, loc="outside lower center", ncols=columns)
 
 
 def full_precision_line() -> Artist:
@@ -217,12 +221,12 @@ def full_precision_line() -> Artist:
     return Line2D([], [], color=GREY, linewidth=0.8, label="full precision")
 
 
-# inches: width of a legend's entry without its text, of a character (about), and height of a line
-ENTRY, CHARACTER, LINE = 0.47, 0.047, 0.15
+# inches: width of a legend's entry without its text, and height of a line
+ENTRY, LINE = 0.47, 0.15
 
 
 def _fits(names: Sequence[str], columns: int, figure: Figure) -> bool:
-    """Whether a legend with this number of columns, filled one after the other, fits the figure."""
-    lines = -(-len(names) // columns)
-    parts = [names[place : place + lines] for place in range(0, len(names), lines)]
-    return sum(ENTRY + CHARACTER * max(map(len, part)) for part in parts) <= figure.get_figwidth()
+    """Whether a legend with this number of columns, filled as matplotlib does, fits the figure."""
+    font = FontProperties(size=matplotlib.rcParams["legend.fontsize"])
+    inches = [text_to_path.get_text_width_height_descent(name, font, ismath=False)[0] / 72 for name in names]
+    return sum(ENTRY + max(part) for part in np.array_split(inches, columns)) <= figure.get_figwidth()

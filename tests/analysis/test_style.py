@@ -9,7 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from analysis import style
 from analysis.methods import label, methods_of
-from analysis.venues import DEFAULT_WIDTHS
+from analysis.venues import DEFAULT_WIDTHS, VENUES
 
 GPTQ = style.look(methods_of()["gptq"])
 
@@ -54,6 +54,19 @@ def test_lines_of_a_legend_are_about_equally_long(entries: int, lengths: list[in
         canvas.draw()
         heights = [round(text.get_window_extent(canvas.get_renderer()).y0) for text in found.get_texts()]
     assert sorted(map(heights.count, set(heights)), reverse=True) == lengths
+
+
+@pytest.mark.parametrize("count", range(2, len(methods_of()) + 1))
+@pytest.mark.parametrize("width", sorted({*VENUES["icml"], *VENUES["iclr"]}))
+def test_a_legend_of_many_methods_is_no_wider_than_its_figure(width: float, count: int) -> None:
+    looks = {name: replace(GPTQ, label=label(name, methods_of())) for name in list(methods_of())[-count:]}
+    with style.style():
+        figure, _ = style.panels(1, 1, width, 2.0)
+        style.legend(figure, looks)
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        box = figure.legends[0].get_window_extent(canvas.get_renderer())
+    assert figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1
 
 
 @pytest.mark.parametrize("width", [DEFAULT_WIDTHS.column, DEFAULT_WIDTHS.text])
