@@ -13,7 +13,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from analysis import figure_files, gaps, style
-from analysis.captions import settings
+from analysis.captions import settings, titled
 from analysis.figures.shared import main_runs, without
 from analysis.loading import UNKNOWN, WANDB, finished, of_finished_workloads, records
 from analysis.table import Table, remove_table, write_table
@@ -124,7 +124,8 @@ class Page:
             options: `without`, of `captions.settings`, and `dpi`.
         """
         name = "_".join([self.name, *(slug(part) if isinstance(part, str) else f"{part:g}" for part in of)])
-        caption += settings(runs, without=options.pop("without", ())) + (f" {self._only()}" if self.where else "")
+        names = {workload: titled(workload) for workload in self.workloads}
+        caption += settings(runs, names, options.pop("without", ())) + (f" {self._only()}" if self.where else "")
         path = figure_files.save(drawn, self.output, name, caption, data, **options)
         figure_files.write_figures_tex(self.output)
         if in_kernel():

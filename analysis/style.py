@@ -228,5 +228,8 @@ ENTRY, LINE = 0.47, 0.15
 def _fits(names: Sequence[str], columns: int, figure: Figure) -> bool:
     """Whether a legend with this number of columns, filled as matplotlib does, fits the figure."""
     font = FontProperties(size=matplotlib.rcParams["legend.fontsize"])
-    inches = [text_to_path.get_text_width_height_descent(name, font, ismath=False)[0] / 72 for name in names]
-    return sum(ENTRY + max(part) for part in np.array_split(inches, columns)) <= figure.get_figwidth()
+    inches: list[float] = [
+        text_to_path.get_text_width_height_descent(name, font, ismath=False)[0] / 72 for name in names
+    ]
+    width = sum(ENTRY + float(max(part)) for part in np.array_split(inches, columns))
+    return width <= float(figure.get_figwidth())

@@ -69,10 +69,10 @@ class HubData(TextColumns):
                 return of_split(files, where)
         more = "" if split == self.train else "; dataset.val=null holds out a part of the training examples"
         subset = f"dataset.subset={self.subset}" if self.subset else "dataset.subset=null (a data set may need one)"
-        files = [_split_of(file) for file in dataset_files(self.id, folder.name) if file.endswith(SUFFIXES)]
-        there = ", ".join(dict.fromkeys(files))
-        had = f"; it has {there:.300}" if there else ""
-        raise UserError(f"{where}: there is no such split at {self.revision} with {subset}{more}{had}")
+        had = [_split_of(file) for file in dataset_files(self.id, folder.name) if file.endswith(SUFFIXES)]
+        there = ", ".join(dict.fromkeys(had))
+        parts = f"; it has {there:.300}" if there else ""
+        raise UserError(f"{where}: there is no such split at {self.revision} with {subset}{more}{parts}")
 
     def _photos(self, files: list[list[Path]], where: str, source: dict[str, str]) -> DataSplits:
         """Splits with photos; labels without recorded names are classes 0, 1, ... without names."""
