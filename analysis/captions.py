@@ -62,6 +62,11 @@ def failed(runs: pd.DataFrame) -> list[str]:
     return lines
 
 
+def titled(workload: str) -> str:
+    """A workload by the titles of its model and data set, such as `ResNet-56 on CIFAR-10`."""
+    return " on ".join(workload_title(workload).split("\n"))
+
+
 # ------------------------------------------------------------------------------------------------------------ settings
 
 

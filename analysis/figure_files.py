@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import matplotlib
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -28,7 +29,8 @@ def save(
         the path of the PNG file.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with style():
+    # matplotlib would lay a figure out again after its first file
+    with style(), matplotlib.rc_context({"figure.constrained_layout.use": False}):
         figure.savefig(folder / f"{name}.pdf", metadata=PDF_METADATA)
         figure.savefig(folder / f"{name}.png", metadata=PNG_METADATA, dpi=dpi)
     (folder / f"{name}.txt").write_text(caption.strip() + "\n", encoding="utf-8")

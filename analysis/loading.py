@@ -125,8 +125,8 @@ def require_finished(runs: pd.DataFrame) -> pd.DataFrame:
 
 def records(runs: pd.DataFrame) -> list[dict[str, Any]]:
     """The rows of a frame of runs as mappings."""
-    names, columns = [str(key) for key in runs], [runs[key].tolist() for key in runs]  # to_dict takes ten times as long
-    return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
+    names, rows = [str(key) for key in runs], runs.astype(object).to_numpy().tolist()  # to_dict takes much longer
+    return [dict(zip(names, row, strict=True)) for row in rows]
 
 
 def read_table(run: Mapping[str, Any], file: str) -> pd.DataFrame | None:

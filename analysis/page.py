@@ -13,10 +13,11 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from analysis import figure_files, gaps, style
-from analysis.captions import settings
+from analysis.captions import settings, titled
 from analysis.figures.shared import main_runs, without
 from analysis.loading import UNKNOWN, WANDB, finished, of_finished_workloads, records
 from analysis.table import Table, remove_table, write_table
+from analysis.venues import widths
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS_FOLDER = ROOT / "analysis/notebooks"
@@ -66,13 +67,13 @@ class Page:
 
         Args:
             runs: of `analysis.load_runs`.
-            venue, columns: of the figures, see `style.widths`.
+            venue, columns: of the figures, see `venues.widths`.
             tables: names of tables that the page may write.
 
         Raises:
             UserError: an unknown venue or number of columns.
         """
-        self.name, self.output, self.widths = name, Path(rooted(str(output))), style.widths(venue, columns)
+        self.name, self.output, self.widths = name, Path(rooted(str(output))), widths(venue, columns)
         self.runs = of_finished_workloads(runs)
         self.source, self.where = str(runs.attrs.get("source", "results")), tuple(runs.attrs.get("where", ()))
         self.parts: list[str] = []
@@ -123,7 +124,8 @@ class Page:
             options: `without`, of `captions.settings`, and `dpi`.
         """
         name = "_".join([self.name, *(slug(part) if isinstance(part, str) else f"{part:g}" for part in of)])
-        caption += settings(runs, without=options.pop("without", ())) + (f" {self._only()}" if self.where else "")
+        names = {workload: titled(workload) for workload in self.workloads}
+        caption += settings(runs, names, options.pop("without", ())) + (f" {self._only()}" if self.where else "")
         path = figure_files.save(drawn, self.output, name, caption, data, **options)
         figure_files.write_figures_tex(self.output)
         if in_kernel():

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
 LEVEL = 0.05
 # With fewer blocks not even the same winner in all of them is significant at 5 %, by a two-sided sign test.
@@ -20,8 +19,7 @@ FEWEST_BLOCKS = 6
 
 def ranks(values: pd.DataFrame) -> pd.DataFrame:
     """Rank of each setting in each block, from 1; values must not be missing."""
-    table = stats.rankdata(values.to_numpy(dtype=np.float64), axis=1) if values.size else values.to_numpy()
-    return pd.DataFrame(table, values.index, values.columns)
+    return values.astype(np.float64).rank(axis=1)
 
 
 def complete(values: pd.DataFrame, first: Sequence[str] = ()) -> pd.DataFrame:
@@ -49,11 +47,15 @@ def friedman(values: pd.DataFrame) -> float:
     """p value of Friedman's test that all settings have the same mean rank; NaN for fewer than three settings."""
     if values.shape[1] < 3 or len(values) < 2:
         return math.nan
+    from scipy import stats  # takes as long as two figures; most folders have too few blocks for a test
+
     return float(stats.friedmanchisquare(*values.to_numpy(dtype=np.float64).T).pvalue)
 
 
 def critical_difference(settings: int, blocks: int, level: float = LEVEL) -> float:
     """Nemenyi's critical difference of mean ranks."""
+    from scipy import stats
+
     q = float(stats.studentized_range.ppf(1 - level, settings, np.inf)) / math.sqrt(2)
     return q * math.sqrt(settings * (settings + 1) / (6 * blocks))
 

@@ -1,4 +1,4 @@
-"""Look of all figures: style, widths, looks of variants, legends, labels that do not overlap."""
+"""Look of all figures: style, looks of variants, legends, labels that do not overlap."""
 
 import functools
 import itertools
@@ -7,37 +7,29 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, ParamSpec
+from typing import Any, ParamSpec
 
 import matplotlib
 import matplotlib.style
+import numpy as np
 import pandas as pd
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
 from matplotlib.lines import Line2D
+from matplotlib.textpath import text_to_path
 from matplotlib.ticker import NullFormatter
 
 from analysis.loading import UNKNOWN
 from analysis.methods import Method, label, methods_of
-from bayesq.suite.errors import UserError
 
 P = ParamSpec("P")
 
 STYLE_FILE = Path(__file__).with_name("bayesq.mplstyle")
 
 
-class Widths(NamedTuple):
-    """Widths in inches of figures with few panels and of the others: of a column and of the text."""
-
-    column: float = 3.3
-    text: float = 6.9
-
-
-# from the style files; pages of NeurIPS and ICLR have one column
-VENUES = {"neurips": Widths(5.5, 5.5), "icml": Widths(3.25, 6.75), "iclr": Widths(5.5, 5.5)}
-DEFAULT_WIDTHS = Widths()
 # inches that a panel needs beside others
 PANEL = 1.7
 # points that are free between two tick labels
@@ -137,20 +129,6 @@ def style() -> Iterator[None]:
         yield
 
 
-def widths(venue: str | None = None, columns: int | None = None) -> Widths:
-    """Widths of figures at a venue; with `columns`, all figures span one column (1) or the text (2).
-
-    Raises:
-        UserError: an unknown venue, or another number of columns.
-    """
-    if venue and venue not in VENUES:
-        raise UserError(f"venue={venue}: one of {', '.join(VENUES)}")
-    page = VENUES[venue] if venue else DEFAULT_WIDTHS
-    if columns not in (None, 1, 2):
-        raise UserError(f"columns={columns}: 1 (a column) or 2 (the text)")
-    return page if columns is None else Widths(page[columns - 1], page[columns - 1])
-
-
 def drawn(draw: Callable[P, Figure]) -> Callable[P, Figure]:
     """Decorator of functions that draw a figure: in the shipped style, laid out, without labels that overlap."""
 
@@ -231,10 +209,11 @@ def legend(
     handles += further
     if handles:
         names = [str(handle.get_label()) for handle in handles]
-        columns = max(count for count in range(1, columns + 1) if count == 1 or _fits(names, count, figure))
+        evened = [-(-len(names) // -(-len(names) // count)) for count in range(1, columns + 1)]
+        columns = max(count for count in evened if count == 1 or _fits(names, count, figure))
         lines_of_text = -(-len(handles) // columns)
         figure.set_figheight(figure.get_figheight() + LINE * (lines_of_text - 1))  # the axes keep their height
-        figure.legend(handles=handles, loc="outside lower center", ncols=-(-len(handles) // lines_of_text))
+        figure.legend(handles=handles, loc="outside lower center", ncols=columns)
 
 
 def full_precision_line() -> Artist:
@@ -242,12 +221,15 @@ def full_precision_line() -> Artist:
     return Line2D([], [], color=GREY, linewidth=0.8, label="full precision")
 
 
-# inches: width of a legend's entry without its text, of a character (about), and height of a line
-ENTRY, CHARACTER, LINE = 0.47, 0.047, 0.15
+# inches: width of a legend's entry without its text, and height of a line
+ENTRY, LINE = 0.47, 0.15
 
 
 def _fits(names: Sequence[str], columns: int, figure: Figure) -> bool:
-    """Whether a legend with this number of columns, filled one after the other, fits the figure."""
-    lines = -(-len(names) // columns)
-    parts = [names[place : place + lines] for place in range(0, len(names), lines)]
-    return sum(ENTRY + CHARACTER * max(map(len, part)) for part in parts) <= figure.get_figwidth()
+    """Whether a legend with this number of columns, filled as matplotlib does, fits the figure."""
+    font = FontProperties(size=matplotlib.rcParams["legend.fontsize"])
+    inches: list[float] = [
+        text_to_path.get_text_width_height_descent(name, font, ismath=False)[0] / 72 for name in names
+    ]
+    width = sum(ENTRY + float(max(part)) for part in np.array_split(inches, columns))
+    return width <= float(figure.get_figwidth())

@@ -11,7 +11,8 @@ from analysis.figures.shared import KL, mean_and_std
 from analysis.loading import finished, records
 from analysis.methods import methods_of
 from analysis.paper import PROPOSED
-from analysis.style import DEFAULT_WIDTHS, GREY_LINE, Widths, drawn, look, panels
+from analysis.style import GREY_LINE, drawn, look, panels
+from analysis.venues import DEFAULT_WIDTHS, Widths
 
 FULL = "full"
 

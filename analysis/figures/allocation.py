@@ -11,10 +11,14 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from safetensors import safe_open
 
 from analysis.figures.shared import CODE_BITS, layer_ticks, mean_and_std, method_of, names_height, shown_budgets
 from analysis.loading import finished
-from analysis.style import DEFAULT_WIDTHS, GREY, GREY_LINE, Look, Widths, drawn, is_narrow, panels, present
+from analysis.style import GREY, GREY_LINE, Look, drawn, is_narrow, panels, present
+from analysis.venues import DEFAULT_WIDTHS, Widths
+from bayesq.defaults import MIN_BITS
+from bayesq.quant.bits import WIDTH_MAP_BITS, from_bits
 
 WIDTHS = (2, 3, 4, 5, 6, 7, 8)
 SHADES = {width: matplotlib.colormaps["cividis"](0.97 - 0.95 * i / (len(WIDTHS) - 1)) for i, width in enumerate(WIDTHS)}
@@ -64,25 +68,17 @@ def row_widths(path: Path) -> dict[str, np.ndarray]:
     Raises:
         FileNotFoundError: there is no such file.
     """
-    # importing torch takes seconds, and only one of ten pages needs it
-    from safetensors import safe_open
-
-    from bayesq.quant.bits import from_bits
-    from bayesq.quant.grids import MIN_WIDTH
-    from bayesq.quant.packing import WIDTH_MAP_BITS
-    from bayesq.tensor_file import HEADER_KEY
-
     if not path.is_file():
         raise FileNotFoundError(path)
     with safe_open(path, framework="numpy") as file:
-        header = json.loads(file.metadata()[HEADER_KEY])
-        facts = json.loads(header["metadata"]["layers"])
+        (header,) = file.metadata().values()
+        facts = json.loads(json.loads(header)["metadata"]["layers"])
         widths = {}
         for name, fact in facts.items():
             stored, rows = file.get_tensor(f"{name}/width"), int(fact["shape"][0])
             if fact["mixed"]:
                 bits = np.unpackbits(stored, count=WIDTH_MAP_BITS * rows)
-                widths[name] = from_bits(bits, WIDTH_MAP_BITS) + MIN_WIDTH
+                widths[name] = from_bits(bits, WIDTH_MAP_BITS) + MIN_BITS
             else:
                 widths[name] = np.repeat(stored, rows)
     return widths

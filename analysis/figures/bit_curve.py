@@ -7,8 +7,6 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from analysis.figures.shared import (
-    CODE_BITS,
-    STORED_BITS,
     complete,
     few_bits,
     lines,
@@ -19,7 +17,8 @@ from analysis.figures.shared import (
 )
 from analysis.loading import finished
 from analysis.metrics import with_unit
-from analysis.style import DEFAULT_WIDTHS, GREY_LINE, Look, Widths, drawn, full_precision_line, legend, panels, present
+from analysis.style import GREY_LINE, Look, drawn, full_precision_line, legend, panels, present
+from analysis.venues import DEFAULT_WIDTHS, Widths
 
 # inches; narrower figures have two columns
 NARROW = 5.0
@@ -59,7 +58,7 @@ def draw(data: pd.DataFrame, looks: Mapping[str, Look], widths: Widths = DEFAULT
         "q/nll": ("NLL (nats)", "fp/nll"),
         "q/ece": ("ECE", "fp/ece"),
     }
-    for row, (x, x_label) in enumerate((("bits/code", CODE_BITS), ("bits/stored", STORED_BITS))):
+    for row, (x, x_label) in enumerate((("bits/code", "code bits"), ("bits/stored", "stored bits"))):
         for column, (y, (y_label, reference)) in enumerate(shown.items()):
             plot = axes[column][row] if narrow else axes[row][column]
             lines(plot, data, looks, x, y)

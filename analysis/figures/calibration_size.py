@@ -8,18 +8,8 @@ from matplotlib.figure import Figure
 from analysis.figures.shared import KL, complete, lines, mean_and_std, ticks, with_score, without
 from analysis.loading import finished
 from analysis.metrics import with_unit
-from analysis.style import (
-    DEFAULT_WIDTHS,
-    GREY_LINE,
-    Look,
-    Widths,
-    drawn,
-    full_precision_line,
-    is_narrow,
-    legend,
-    panels,
-    present,
-)
+from analysis.style import GREY_LINE, Look, drawn, full_precision_line, is_narrow, legend, panels, present
+from analysis.venues import DEFAULT_WIDTHS, Widths
 
 
 def data(runs: pd.DataFrame) -> pd.DataFrame:

@@ -8,8 +8,9 @@ from matplotlib.figure import Figure
 from analysis.figures.shared import log_ticks
 from analysis.methods import title
 from analysis.paper import REFERENCE, workload_title
-from analysis.style import DEFAULT_WIDTHS, GREY_LINE, Look, Widths, drawn, is_narrow, legend, panels, present
+from analysis.style import GREY_LINE, Look, drawn, is_narrow, legend, panels, present
 from analysis.tables.cost import medians_of, run_costs, with_multiples
+from analysis.venues import DEFAULT_WIDTHS, Widths
 
 
 def data(runs: pd.DataFrame) -> pd.DataFrame:

@@ -6,8 +6,9 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from analysis.ranks import alike_groups, critical_difference, ranks
-from analysis.style import DEFAULT_WIDTHS, GREY, Look, Widths, drawn
+from analysis.style import GREY, Look, drawn
 from analysis.tables.league import League
+from analysis.venues import DEFAULT_WIDTHS, Widths
 
 # Distance of the bars of alike settings, and of the first row from them, in rows.
 BAR = 0.35

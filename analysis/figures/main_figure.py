@@ -9,7 +9,8 @@ from matplotlib.figure import Figure
 from analysis.figures.shared import CODE_BITS, KL, lines, ticks
 from analysis.metrics import with_unit
 from analysis.paper import workload_title
-from analysis.style import DEFAULT_WIDTHS, GREY_LINE, Look, Widths, drawn, full_precision_line, legend, panels, present
+from analysis.style import GREY_LINE, Look, drawn, full_precision_line, legend, panels, present
+from analysis.venues import DEFAULT_WIDTHS, Widths
 
 LOSS, SCORE = "q/kl_to_fp", "score"
 # inches of a panel with its title

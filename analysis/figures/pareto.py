@@ -10,7 +10,8 @@ from matplotlib.lines import Line2D
 from analysis.figures import bit_curve
 from analysis.figures.main_figure import LOSS, is_first, workload_panels
 from analysis.figures.shared import KL, STORED_BITS
-from analysis.style import DEFAULT_WIDTHS, GREY, Look, Widths, drawn, legend, present
+from analysis.style import GREY, Look, drawn, legend, present
+from analysis.venues import DEFAULT_WIDTHS, Widths
 
 STORED = "bits/stored"
 RING: dict[str, Any] = {

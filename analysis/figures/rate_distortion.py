@@ -18,7 +18,8 @@ from analysis.figures.shared import (
     ticks,
 )
 from analysis.loading import finished
-from analysis.style import DEFAULT_WIDTHS, GREY_LINE, Look, Widths, drawn, is_narrow, legend, panels, present
+from analysis.style import GREY_LINE, Look, drawn, is_narrow, legend, panels, present
+from analysis.venues import DEFAULT_WIDTHS, Widths
 
 BOUNDS_FILE = "bounds.csv"
 GAPS = {"above": "shared_bound_bits", "coding": "bound_bits"}

@@ -9,7 +9,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from analysis.figures.shared import method_of
-from analysis.style import DEFAULT_WIDTHS, GREY, PANEL, Look, Widths, drawn, legend, panels, present
+from analysis.style import GREY, PANEL, Look, drawn, legend, panels, present
+from analysis.venues import DEFAULT_WIDTHS, Widths
 from bayesq.suite.plots import confidence_bins
 
 # With fewer examples the accuracy is mostly noise.

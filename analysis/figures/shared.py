@@ -19,8 +19,9 @@ from analysis.style import Look, present
 KL = "KL to full precision (nats)"
 CODE_BITS, STORED_BITS = "code bits per weight", "stored bits per weight"
 MOST_VARIANTS = 3
-# axes on which variants share places, and the part of the distance between two places that their points take up
-SHARED, DODGE = ("bits", "bits/code", "examples"), 0.3
+# axes on which variants share places; the part of the distance between two places that their points take up: of each
+# variant, but at least and at most so much of it
+SHARED, DODGE = ("bits", "bits/code", "examples"), (0.06, 0.3, 0.75)
 # of names of layers: points, inches of a character, and inches of a line
 NAME_SIZE, NAME_CHARACTER, NAME_LINE = 5.5, 0.042, 0.1
 
@@ -92,7 +93,7 @@ def shown_budgets(data: pd.DataFrame) -> list[float]:
 def dodged(places: NDArray[np.float64], number: int, count: int, x: str) -> NDArray[np.float64]:
     """Places of the points of variant `number` of `count`, moved aside so that error bars of a budget do not overlap.
 
-    Only on axes of SHARED; all points of a place are within DODGE of the smallest distance between places.
+    Only on axes of SHARED; all points of a place are within a part of the smallest distance between places, see DODGE.
     """
     if x not in SHARED:
         return places
@@ -100,7 +101,9 @@ def dodged(places: NDArray[np.float64], number: int, count: int, x: str) -> NDAr
     scaled = np.log2(places) if logarithmic else places
     steps = np.diff(np.unique(scaled[np.isfinite(scaled)]).round(1))
     step = min([1.0, *steps[steps > 0]])
-    moved: NDArray[np.float64] = scaled + DODGE * step * (number - (count - 1) / 2) / count
+    each, least, most = DODGE
+    part = min(max(each * count, least), most)
+    moved: NDArray[np.float64] = scaled + part * step * (number - (count - 1) / 2) / count
     return 2.0**moved if logarithmic else moved
 
 

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from analysis.loading import load_runs, require_finished, without_result
-from analysis.page import NOTEBOOKS_FOLDER as FOLDER
-from analysis.page import ROOT
-from analysis.style import widths
+from analysis.venues import widths
 from bayesq.suite.errors import UserError
 
+FOLDER = Path(__file__).parent
+ROOT = FOLDER.parents[1]
 # in the order of a paper
 NOTEBOOKS = (
     "main_figure",
@@ -33,6 +33,8 @@ NOTEBOOKS = (
     "rate_distortion",
     "league",
 )
+# of JSON Schema: grammars of web addresses, which are built while they are imported
+FORMATS = "rfc3987_syntax"
 PARAMETERS, INJECTED = "parameters", "injected-parameters"
 # metadata of notebooks that are stored with outputs
 DIGEST = "sources_sha256"
@@ -53,7 +55,7 @@ def parameters(
         results: a results folder or `wandb:entity/project`.
         output: folder of figures and tables.
         where: filters of the runs.
-        venue, columns: widths of figures, see `style.widths`.
+        venue, columns: widths of figures, see `venues.widths`.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -126,9 +128,13 @@ def execute(
     Raises:
         nbclient.exceptions.CellExecutionError: a cell failed.
     """
+    # nbformat imports jsonschema, which imports this for formats that notebooks lack: that takes as long as two pages
+    sys.modules.setdefault(FORMATS, None)  # type: ignore[arg-type]
     import nbformat
     from nbclient import NotebookClient
 
+    if sys.modules[FORMATS] is None:
+        del sys.modules[FORMATS]
     given = parameters(results, output, where, **options)
     notebooks = {name: nbformat.from_dict(with_parameters(name, given)) for name in names}
     cells = [cell for notebook in notebooks.values() for cell in notebook.cells]

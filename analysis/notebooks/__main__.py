@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from analysis.notebooks import NOTEBOOKS, execute, update
-from analysis.style import VENUES
+from analysis.venues import VENUES
 from bayesq.suite.errors import UserError
 
 

@@ -4,7 +4,8 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
-from bayesq.quant.packing import WIDTH_MAP_BITS, pack
+from bayesq.quant.bits import WIDTH_MAP_BITS
+from bayesq.quant.packing import pack
 from bayesq.quant.tensor import QuantizedTensor
 
 # Per row of an affine layer: fp16 scale and uint8 zero point. Per layer: one byte for the width.

@@ -2,6 +2,9 @@
 
 import numpy as np
 
+# Widths 2..8 fit three bits as width - 2.
+WIDTH_MAP_BITS = 3
+
 
 def to_bits(values: np.ndarray, width: int) -> np.ndarray:
     """Bits (uint8 0 or 1) of unsigned integers below 2**width, most significant first: [n] -> [n * width]."""

@@ -17,15 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bayesq.quant.bits import from_bits, to_bits, unpack_stream
+from bayesq.quant.bits import WIDTH_MAP_BITS, from_bits, to_bits, unpack_stream
 from bayesq.quant.codes import Code, Codebook, RateTables, SparseOverlay, code_class, is_count, shown
 from bayesq.quant.codes.rate_tables import CENTRE
 from bayesq.quant.grids import MAX_WIDTH, MIN_WIDTH
 from bayesq.quant.rotation import Rotation
 from bayesq.quant.tensor import QuantizedTensor, column_groups
 
-# Widths 2..8 fit three bits as width - 2.
-WIDTH_MAP_BITS = 3
 CODEBOOK_PREFIX = "codebook/"
 # Buffers that belong to no layer: parameters that a run changed, and the rest of the network in a self-contained file.
 PARAMETER_PREFIX, STATE_PREFIX = "parameter/", "state/"

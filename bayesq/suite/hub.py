@@ -74,6 +74,16 @@ def hub_files(repository: str, patterns: list[str], revision: str | None, key: s
     return folder
 
 
+def dataset_files(repository: str, revision: str) -> list[str]:
+    """Names of the files of a commit of a data set repository, for a message; none if the hub does not answer."""
+    from huggingface_hub import HfApi
+
+    try:
+        return sorted(HfApi().list_repo_files(repository, repo_type="dataset", revision=revision))
+    except Exception:  # the message is given without them
+        return []
+
+
 def reachable() -> bool:
     """Whether the hub answers; with HF_HUB_OFFLINE=1, False without a request."""
     return _absence() is None

@@ -22,6 +22,9 @@ LOG_FILE = "run.log"  # of conf/hydra/job_logging
 DIFF_FILE = "diff.patch"  # of the code, with wandb.diff=true
 OVERRIDES_FILE = ".hydra/overrides.yaml"  # written by Hydra
 # Keys of a result that hold mappings: where it comes from, not what it is.
+# The parser in C, where PyYAML has it: a folder of runs is read in a third of the time.
+YAML_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
 PROVENANCE = ("config", "versions", "host", "git", "source")
 
 
@@ -100,7 +103,7 @@ def load_results(results_dir: Path) -> list[dict[str, Any]]:
 def recorded_overrides(run_dir: Path) -> list[str]:
     """The overrides that Hydra recorded in a run's folder, as they were typed; empty if they cannot be read."""
     try:
-        content = yaml.safe_load((run_dir / OVERRIDES_FILE).read_text(encoding="utf-8"))
+        content = yaml.load((run_dir / OVERRIDES_FILE).read_text(encoding="utf-8"), YAML_LOADER)
     except (OSError, ValueError, yaml.YAMLError):
         return []
     return [str(override).removeprefix("++") for override in content] if isinstance(content, list) else []

@@ -340,3 +340,16 @@ def test_a_page_knows_source_and_filters_of_its_runs(tmp_path: Path) -> None:
     assert page.where == ("method=rtn", "bits=3") and set(page.runs["method"]) == {"rtn"}
     assert page.source == str(tmp_path / "results")
     assert "Only runs with method=rtn and bits=3." in page.path.read_text()
+
+
+@pytest.mark.parametrize(
+    ("workload", "title"),
+    [
+        ("cifar_resnet56 / cifar10", "ResNet-56 on CIFAR-10"),
+        ("minilm / glue mrpc", "MiniLM-L6 on MRPC"),
+        ("mine / my data", "mine on my data"),
+        ("unknown", "unknown"),
+    ],
+)
+def test_captions_have_titles(workload: str, title: str) -> None:
+    assert captions.titled(workload) == title

@@ -12,13 +12,14 @@ import pandas as pd
 import pytest
 from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from PIL import Image
 from result_files import add_run
 
-from analysis import load_runs, style
+from analysis import load_runs, style, venues
 from analysis.figure_files import save, width_of, write_figures_tex
 from analysis.figures import bit_curve, main_figure, pareto
-from analysis.figures.shared import layer_ticks, short_layers
+from analysis.figures.shared import dodged, layer_ticks, short_layers
 from analysis.notebooks import render_all
 from bayesq.suite.errors import UserError
 
@@ -41,7 +42,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> pd.DataFrame:
 def test_saved_figures_have_the_venues_width(
     runs: pd.DataFrame, tmp_path: Path, venue: str, columns: int | None, inches: float
 ) -> None:
-    widths = style.widths(venue, columns)
+    widths = venues.widths(venue, columns)
     path = save(main_figure.draw(bit_curve.data(runs), style.looks(runs), widths), tmp_path, "f", "caption", dpi=100)
     assert width_of(path.with_suffix(".pdf")) == pytest.approx(inches, abs=0.01)
     with Image.open(path) as image:
@@ -51,7 +52,7 @@ def test_saved_figures_have_the_venues_width(
 @pytest.mark.parametrize(("venue", "columns"), [("nips", None), ("icml", 3)])
 def test_an_unknown_width_is_one_line(venue: str, columns: int | None) -> None:
     with pytest.raises(UserError, match=r"^(venue=nips: one of neurips, icml, iclr|columns=3: 1 .*)$"):
-        style.widths(venue, columns)
+        venues.widths(venue, columns)
 
 
 @pytest.mark.parametrize("key", ["bits", "bits/code"])
@@ -71,6 +72,25 @@ def test_error_bars_of_one_budget_are_side_by_side(runs: pd.DataFrame, key: str)
         assert min(np.diff(sorted(places))) > 0.03
         assert max(abs(place - bits) for place in places) < 0.125  # nearer to this budget than to another
         assert np.mean(places) == pytest.approx(bits)
+
+
+@pytest.mark.parametrize("count", [2, 4, 13])
+def test_points_of_many_variants_are_apart_and_nearest_to_their_budget(count: int) -> None:
+    places = np.array([2.5, 3.0, 3.5, 4.0])
+    moved = np.stack([dodged(places, number, count, "bits") for number in range(count)])
+    assert (np.diff(moved, axis=0) > 0.025).all()
+    assert (abs(moved - places) < 0.2).all()
+
+
+def test_a_figure_is_laid_out_once(runs: pd.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """matplotlib would lay it out again after each file."""
+    layouts: list[Figure] = []
+    execute = ConstrainedLayoutEngine.execute
+    monkeypatch.setattr(ConstrainedLayoutEngine, "execute", lambda *args: layouts.append(args[1]) or execute(*args))
+    figure = pareto.draw(pareto.data(runs), style.looks(runs))
+    drawn = len(layouts)
+    save(figure, tmp_path, "f", "caption", dpi=50)
+    assert 1 <= drawn == len(layouts)
 
 
 def test_stored_bits_are_not_moved(runs: pd.DataFrame) -> None:

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from result_files import add_run, paper
 
-from analysis import captions, example_frame, gaps, layer_frame, load_runs, style
+from analysis import captions, example_frame, gaps, layer_frame, load_runs, style, venues
 from analysis.defaults import switches_nothing
 from analysis.figure_files import save
 from analysis.figures import ablation, allocation, bit_curve, cost, main_figure, pareto, rate_distortion, reliability
@@ -234,7 +234,7 @@ def test_a_figure_that_is_not_drawn_again_is_removed(digits: Path, tmp_path: Pat
 )
 def drawn(full: Path, request: pytest.FixtureRequest) -> dict[str, Figure]:
     """One of every figure of the source, at several widths."""
-    runs, at = load_runs(full), style.widths(*request.param)
+    runs, at = load_runs(full), venues.widths(*request.param)
     looks = style.looks(runs)
     curve = bit_curve.data(runs)
     workload = curve["workload"].iloc[0]
@@ -282,8 +282,9 @@ def is_tick(axes: Axes, text: Text) -> bool:
 
 
 def test_nothing_is_cut_or_covered(drawn: dict[str, Figure]) -> None:
+    widths = {*venues.DEFAULT_WIDTHS, *venues.VENUES["icml"], *venues.VENUES["neurips"]}
     for name, figure in drawn.items():
-        assert figure.get_figwidth() in {*style.DEFAULT_WIDTHS, *style.VENUES["icml"], *style.VENUES["neurips"]}, name
+        assert figure.get_figwidth() in widths, name
         with style.style():
             canvas = FigureCanvasAgg(figure)
             canvas.draw()

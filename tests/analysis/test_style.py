@@ -9,6 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from analysis import style
 from analysis.methods import label, methods_of
+from analysis.venues import DEFAULT_WIDTHS, VENUES
 
 GPTQ = style.look(methods_of()["gptq"])
 
@@ -45,7 +46,7 @@ def test_variants_keep_color_and_marker_but_not_filling_and_line() -> None:
 
 @pytest.mark.parametrize(("entries", "lengths"), [(3, [3]), (5, [5]), (6, [3, 3]), (7, [4, 3]), (11, [4, 4, 3])])
 def test_lines_of_a_legend_are_about_equally_long(entries: int, lengths: list[int]) -> None:
-    figure, _ = style.panels(1, 1, style.DEFAULT_WIDTHS.text, 2.0)
+    figure, _ = style.panels(1, 1, DEFAULT_WIDTHS.text, 2.0)
     style.legend(figure, {f"m{i}": GPTQ for i in range(entries)})
     (found,) = figure.legends
     with style.style():
@@ -55,7 +56,20 @@ def test_lines_of_a_legend_are_about_equally_long(entries: int, lengths: list[in
     assert sorted(map(heights.count, set(heights)), reverse=True) == lengths
 
 
-@pytest.mark.parametrize("width", [style.DEFAULT_WIDTHS.column, style.DEFAULT_WIDTHS.text])
+@pytest.mark.parametrize("count", range(2, len(methods_of()) + 1))
+@pytest.mark.parametrize("width", sorted({*VENUES["icml"], *VENUES["iclr"]}))
+def test_a_legend_of_many_methods_is_no_wider_than_its_figure(width: float, count: int) -> None:
+    looks = {name: replace(GPTQ, label=label(name, methods_of())) for name in list(methods_of())[-count:]}
+    with style.style():
+        figure, _ = style.panels(1, 1, width, 2.0)
+        style.legend(figure, looks)
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        box = figure.legends[0].get_window_extent(canvas.get_renderer())
+    assert figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1
+
+
+@pytest.mark.parametrize("width", [DEFAULT_WIDTHS.column, DEFAULT_WIDTHS.text])
 @pytest.mark.parametrize("further", [1, 4, 6])
 def test_a_legend_is_no_wider_than_its_figure(width: float, further: int) -> None:
     settings = ["calibration.examples=64", "sequential=false", "clip=mse", "act_order=false", "damping=0.1", "x=1"]

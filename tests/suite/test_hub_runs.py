@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import yaml
@@ -198,3 +199,55 @@ def test_what_the_hub_refuses_is_one_line_for_each_run(hub: HubServer, tmp_path:
         assert done.returncode == 1 and "Traceback" not in done.stderr
         for line, reason in zip(lines, reasons, strict=True):
             assert re.match(rf"error: {key}=\S+ could not be read from the hub \({re.escape(reason)}\): give ", line)
+
+
+def test_a_data_set_of_the_hub_by_its_id(hub: HubServer, tmp_path: Path) -> None:
+    """Texts from the hub's conversion and from the authors' files, a second run offline, and what does not fit."""
+    rows = pd.DataFrame({"sentence": [f"film {i}" for i in range(40)], "mark": ["bad", "good"] * 20})
+    for split, part in (("train", rows[:30]), ("validation", rows[30:])):
+        (tmp_path / "converted" / "default" / split).mkdir(parents=True)
+        part.to_parquet(tmp_path / "converted" / "default" / split / "0000.parquet", index=False)
+    (tmp_path / "stored").mkdir()
+    rows.to_csv(tmp_path / "stored" / "train.csv", index=False)
+    for name in ("datasets/me/films", "datasets/me/gated"):
+        hub.publish(name, tmp_path / "converted", branch="refs/convert/parquet")
+    hub.repositories["datasets/me/gated"].readers = frozenset({"hf_reader"})
+    hub.publish("datasets/me/stored", tmp_path / "stored")
+    bert = tiny_bert(tmp_path / "bert", 2, ["good", "bad"], max_position_embeddings=128)
+    workload = ("model=transformers", f"model.checkpoint={bert}", "dataset=hub", "calibration.examples=8")
+    columns = ("dataset.text=sentence", "dataset.label=mark")
+
+    for seed, more in enumerate(({}, {"HF_HUB_OFFLINE": "1"})):
+        hub.requests.clear()
+        done = run(hub, tmp_path, *workload, *columns, "dataset.name=me/films", f"seed={seed}", **more)
+        assert done.returncode == 0, done.stderr
+        assert result(tmp_path, seed)["evaluation/examples"] == 10
+    assert hub.requests == []
+    stored = ("dataset.name=me/stored", "dataset.revision=main", "dataset.val=null")
+    done = run(hub, tmp_path, *workload, *columns, *stored, "seed=2")
+    assert done.returncode == 0, done.stderr
+    assert result(tmp_path, 2)["evaluation/examples"] == 8
+
+    again = "dataset.revision=main reads the files that its authors stored"
+    for arguments, reasons in (
+        (
+            ("-m", *columns, "dataset.name=me/gated,me/absent,me/stored"),
+            (rf"it is gated: .*{again}", rf"there is no such repository.*{again}", rf"has no such revision\): {again}"),
+        ),
+        (
+            ("-m", *columns, "dataset.name=me/films", "dataset.val=test,validation", "dataset.subset=null,tiny"),
+            (
+                r"dataset.val=test: there is no such split .*; it has default/train, default/validation",
+                *[r"dataset.train=train: there is no such split .* dataset.subset=tiny.*; it has default/train, "] * 2,
+            ),
+        ),
+        (
+            ("-m", "dataset.name=me/films", "dataset.text=sentnce,sentence"),
+            (r"dataset.text=sentnce: .* did you mean 'sentence'\?", r"dataset.label=label: .* but sentence, mark"),
+        ),
+    ):
+        done = run(hub, tmp_path, *workload, *arguments, "seed=1")
+        lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+        assert done.returncode == 1 and "Traceback" not in done.stderr
+        for line, reason in zip(lines, reasons, strict=True):
+            assert re.search(reason, line), line

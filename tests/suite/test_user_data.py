@@ -345,8 +345,32 @@ class TestHub:
         assert [shade % 2 for shade in shades] == data.evaluation.labels.tolist()
         assert [item.read_bytes() for item in data.evaluation.inputs] == [photo(shade) for shade in shades]  # type: ignore[union-attr]
 
+        with pytest.raises(
+            UserError, match=r"dataset.image=image: dataset.name=me/mine has no such column, but photo,"
+        ):
+            hub(val=None, image="image", label="kind")
+        with pytest.raises(UserError, match=r"dataset.label=label: .* has no such column, but photo, kind$"):
+            hub(val=None, image="photo")
+
+    def test_photos_whose_labels_have_no_names(self, cache: Path) -> None:
+        def save(file: Path, shades: range) -> None:
+            photos = [{"bytes": photo(i), "path": None} for i in shades]
+            pq.write_table(pa.table({"image": photos, "label": [i % 3 for i in shades]}), file)
+
+        files = {
+            "default/train/0000.parquet": lambda file: save(file, range(2)),
+            "default/train/0001.parquet": lambda file: save(file, range(2, 15)),
+        }
+        place(cache / "datasets--me--mine", files, "refs/convert/parquet")
+        data = hub(val=None, image="image")
+        assert data.classes == () and data.num_classes == 3
+        assert data.evaluation.labels.bincount().tolist() == [1, 1, 1]
+
     def test_what_is_not_cached(self, cache: Path) -> None:
-        with pytest.raises(UserError, match=r"^dataset.name=me/mine could not be read from the hub .*dataset=csv"):
+        with pytest.raises(
+            UserError,
+            match=r"^dataset.name=me/mine at dataset.revision=\S+ could not be read from the hub .*dataset=csv",
+        ):
             hub()
 
 

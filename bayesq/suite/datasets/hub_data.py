@@ -3,13 +3,17 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from bayesq.defaults import suggestion
 from bayesq.suite.datasets.base import DataSplits
 from bayesq.suite.datasets.parquet_files import listed, of_split, read_parquet, recorded_classes
 from bayesq.suite.datasets.parquet_photos import ParquetPhotos
 from bayesq.suite.datasets.tables import SUFFIXES, Table, read_table
 from bayesq.suite.datasets.text_columns import TextColumns
 from bayesq.suite.errors import UserError
-from bayesq.suite.hub import hub_files
+from bayesq.suite.hub import dataset_files, hub_files
+
+# The branch with the hub's own conversion of a data set to parquet.
+CONVERTED = "refs/convert/parquet"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +32,7 @@ class HubData(TextColumns):
     train: str = "train"
     val: str | None = "validation"
     image: str | None = None
-    revision: str = "refs/convert/parquet"
+    revision: str = CONVERTED
 
     def load(self, cache_dir: Path) -> DataSplits:
         """Splits with texts, pairs, or photos as inputs; `cache_dir` stays untouched (the hub has its own).
@@ -40,7 +44,10 @@ class HubData(TextColumns):
         splits = {"train": self.train, **({"val": self.val} if self.val is not None else {})}
         patterns = [pattern for split in splits.values() for pattern in self._patterns(split)]
         instead = "take files of your own with dataset=csv or dataset=image_folder"
-        folder = hub_files(self.id, patterns, self.revision, where, instead)
+        if self.revision == CONVERTED:
+            instead = f"dataset.revision=main reads the files that its authors stored; or {instead}"
+        asked = f"{where} at dataset.revision={self.revision}"
+        folder = hub_files(self.id, patterns, self.revision, asked, instead)
         files = [self._files(folder, split, f"{where} dataset.{key}={split}") for key, split in splits.items()]
         source = {"origin": self.id, "subset": self.subset or "", "splits": ", ".join(splits.values())}
         source["revision"] = folder.name
@@ -62,18 +69,32 @@ class HubData(TextColumns):
                 return of_split(files, where)
         more = "" if split == self.train else "; dataset.val=null holds out a part of the training examples"
         subset = f"dataset.subset={self.subset}" if self.subset else "dataset.subset=null (a data set may need one)"
-        raise UserError(f"{where}: there is no such split at {self.revision} with {subset}{more}")
+        had = [_split_of(file) for file in dataset_files(self.id, folder.name) if file.endswith(SUFFIXES)]
+        there = ", ".join(dict.fromkeys(had))
+        parts = f"; it has {there:.300}" if there else ""
+        raise UserError(f"{where}: there is no such split at {self.revision} with {subset}{more}{parts}")
 
     def _photos(self, files: list[list[Path]], where: str, source: dict[str, str]) -> DataSplits:
-        table, _ = read_parquet(files[0][0], where, None, [self.label])
-        classes = recorded_classes(table, self.label)
-        if classes is None:
-            raise UserError(f"{where}: {files[0][0].name} records no class names for dataset.label={self.label}")
+        """Splits with photos; labels without recorded names are classes 0, 1, ... without names."""
+        tables = [read_parquet(file, where, None, [self.label]) for split in files for file in split]
+        header = tables[0][1].schema.to_arrow_schema().names
+        for key, column in (("image", str(self.image)), ("label", self.label)):
+            if column not in header:
+                hint = suggestion(column, header)
+                raise UserError(f"dataset.{key}={column}: {where} has no such column, but {', '.join(header)}{hint}")
+        names = recorded_classes(tables[0][0], self.label)
+        labels = [label for table, _ in tables for label in table[self.label].to_pylist() if isinstance(label, int)]
+        classes = names or [str(number) for number in range(max(labels, default=0) + 1)]
         rows, *others = (ParquetPhotos(split, where, classes, str(self.image), self.label) for split in files)
         return DataSplits(
             *self.parts(rows, others[0] if others else None, fitted=False),
             num_classes=len(classes),
             primary_metric="accuracy",
             source={**source, "split_seed": str(self.split_seed)},
-            classes=tuple(classes),
+            classes=tuple(names or ()),
         )
+
+
+def _split_of(file: str) -> str:
+    """SUBSET/SPLIT of a file of the conversion; other files by their names."""
+    return file.rpartition("/")[0] if file.endswith(".parquet") and Path(file).stem.isdigit() else file
