@@ -33,8 +33,6 @@ NOTEBOOKS = (
     "rate_distortion",
     "league",
 )
-# of JSON Schema: grammars of web addresses, which are built while they are imported
-FORMATS = "rfc3987_syntax"
 PARAMETERS, INJECTED = "parameters", "injected-parameters"
 # metadata of notebooks that are stored with outputs
 DIGEST = "sources_sha256"
@@ -128,13 +126,9 @@ def execute(
     Raises:
         nbclient.exceptions.CellExecutionError: a cell failed.
     """
-    # nbformat imports jsonschema, which imports this for formats that notebooks lack: that takes as long as two pages
-    sys.modules.setdefault(FORMATS, None)  # type: ignore[arg-type]
     import nbformat
     from nbclient import NotebookClient
 
-    if sys.modules[FORMATS] is None:
-        del sys.modules[FORMATS]
     given = parameters(results, output, where, **options)
     notebooks = {name: nbformat.from_dict(with_parameters(name, given)) for name in names}
     cells = [cell for notebook in notebooks.values() for cell in notebook.cells]
