@@ -196,6 +196,8 @@ tried() {       # "Nothing else that was tried". 0.4 h
 entropy() {     # Entropy-coded codes and further rivals. 1.1 h
   runs entropy resnet20 method=bayesq codec=fixed,entropy bits=2,3,3.5,4 $SEEDS
   runs entropy resnet20 "${KNAPSACK[@]}" codec=fixed,entropy bits=2,3,3.5,4 $SEEDS
+  runs entropy sst2 method=bayesq codec=entropy bits=2,3,3.5,4 seed=0
+  runs entropy sst2 "${KNAPSACK[@]}" codec=entropy bits=2,3,3.5,4 seed=0
   runs entropy resnet20 method=qtip inputs=paired correction=none,moments bits=3 $SEEDS
   runs entropy resnet20 method=adaround bits=3 $SEEDS
   tables entropy
