@@ -21,10 +21,9 @@ PREDICTIONS_FILE = "predictions.csv"
 LOG_FILE = "run.log"  # of conf/hydra/job_logging
 DIFF_FILE = "diff.patch"  # of the code, with wandb.diff=true
 OVERRIDES_FILE = ".hydra/overrides.yaml"  # written by Hydra
-# Keys of a result that hold mappings: where it comes from, not what it is.
 # The parser in C, where PyYAML has it: a folder of runs is read in a third of the time.
 YAML_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-
+# Keys of a result that hold mappings: where it comes from, not what it is.
 PROVENANCE = ("config", "versions", "host", "git", "source")
 
 
