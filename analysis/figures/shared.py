@@ -19,8 +19,8 @@ from analysis.style import Look, present
 KL = "KL to full precision (nats)"
 CODE_BITS, STORED_BITS = "code bits per weight", "stored bits per weight"
 MOST_VARIANTS = 3
-# axes on which variants share places; the part of the distance between two places that their points take up: of each
-# variant, but at least and at most so much of it
+# SHARED: axes on which variants share places. DODGE: the part of the distance between two places that the points of all
+# variants take up: so much for each variant, at least, at most.
 SHARED, DODGE = ("bits", "bits/code", "examples"), (0.06, 0.3, 0.75)
 # of names of layers: points, inches of a character, and inches of a line
 NAME_SIZE, NAME_CHARACTER, NAME_LINE = 5.5, 0.042, 0.1
