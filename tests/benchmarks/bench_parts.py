@@ -11,6 +11,8 @@ from bayesq.calibration.inputs import INPUT_MOMENT
 from bayesq.codebook import Atoms, LevelSums, expected_lloyd, normal_levels
 from bayesq.entropy import RateClasses, coded_tensor, row_rate
 from bayesq.fisher import FISHER_DIAGONAL, GRADIENT_MOMENT, GradientDirections
+from bayesq.ilp import ilp_knapsack
+from bayesq.knapsack import greedy_knapsack
 from bayesq.quant.codes.trellis import uniform_levels
 from bayesq.quant.feedback import feedback_factor, feedback_round
 from bayesq.quant.grids import AffineGrid, minmax_grid, zero_code
@@ -122,3 +124,18 @@ def test_decoding_a_stream(benchmark, ratio):
     bits = 8 * buffers["codes"].numel() / codes.numel()
     print(f"{bits:.2f} bits per weight, {float(row_rate(ratios)[0]):.2f} expected; BERT-base: {whole:.1f} s")
     assert whole < 20
+
+
+def test_allocation(benchmark):
+    """The exact allocation of BERT-base's rows at 3 bits, against the greedy one; prints the risk that greedy adds."""
+    generator = torch.Generator().manual_seed(0)
+    columns = torch.tensor([768] * (4 * 768 + 3072) + [3072] * 768, dtype=torch.float64).repeat(12)[:, None]
+    widths = torch.arange(2, 9, dtype=torch.float64)
+    price = torch.randn(len(columns), 1, dtype=torch.float64, generator=generator).mul(2).exp()
+    risk, bits = price * columns * 4**-widths, columns * widths
+    capacity = 3.0 * float(columns.sum())
+    references = {"greedy": lambda: greedy_knapsack(risk, bits, capacity)}
+    compare(benchmark, lambda: ilp_knapsack(risk, bits, capacity), references, rounds=3)
+    totals = [float(risk.gather(1, of(risk, bits, capacity)[:, None]).sum()) for of in (greedy_knapsack, ilp_knapsack)]
+    print(f"greedy: {totals[0] / totals[1] - 1:.2g} more risk than the integer program")
+    assert 0 <= totals[0] / totals[1] - 1 < 1e-3
