@@ -21,7 +21,8 @@ RESULTS=${RESULTS:-results/paper}
 PAPER=${PAPER:-paper}
 PYTHON=${PYTHON:-python}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-SECTIONS=(demo main budgets lm earlier clip cost switches refits backward ablation components step tried entropy bounds grids large)
+SECTIONS=(demo main budgets lm earlier clip cost switches refits backward ablation components step tried rivals entropy bounds grids
+  large)
 EARLIER=(inputs=full correction=none)   # BayesQ's defaults before 2026-11-29
 KNAPSACK=(method=gptq allocator=knapsack inputs=paired correction=moments)
 SEEDS=seed=0,1,2
@@ -191,6 +192,16 @@ tried() {       # "Nothing else that was tried". 0.4 h
     runs tried resnet20 method=bayesq $key bits=3 $SEEDS
   done
   tables tried
+}
+
+rivals() {      # Every method with its defaults; groups of 128 columns; the exact allocation. 2 h
+  runs rivals resnet20 method=rtn,hqq,awq,squeezellm,lnq,gptq,gptaq,qronos,adaround,brecq,qtip,bayesq bits=3 $SEEDS
+  runs rivals 'resnet20 sst2' method=bayesq allocator=knapsack,ilp bits=3,4 seed=0
+  runs rivals resnet20 method=gptq allocator=knapsack,ilp bits=3,4 seed=0
+  runs rivals sst2 method=rtn,hqq,awq,gptq,gptaq method.group_size=128 bits=3,4 seed=0
+  runs rivals sst2 method=bayesq budget.count=stored bits=3.1875,4.1875 seed=0
+  runs rivals sst2 "${KNAPSACK[@]}" budget.count=stored bits=3.1875,4.1875 seed=0
+  tables rivals
 }
 
 entropy() {     # Entropy-coded codes and further rivals. 1.1 h
