@@ -80,8 +80,8 @@ def summarise(runs: pd.DataFrame, by: Sequence[str] = BY) -> pd.DataFrame:
     Returns:
         one row per group: `by`, `n` (runs with a result), and for each numeric key of result.json KEY (mean; NaN if
         one of the runs has no number, because the mean of the others could be mistaken for that of all) and KEY/std
-        (NaN for one run). The keys ALWAYS are there even without a number. `score` is the primary metric and `fp/score` the full-precision model's, as
-        shares (`as_share`).
+        (NaN for one run). The keys ALWAYS are there even without a number. `score` is the primary metric and `fp/score`
+        the full-precision model's, as shares (`as_share`).
     """
     done = with_scores(finished(runs))
     numbers = [

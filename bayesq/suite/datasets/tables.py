@@ -54,8 +54,8 @@ def read_table(files: Sequence[Path], where: str) -> Table:
     header = [str(name) for name in rows[0][1]] if rows else []
     if len(header) == 1:
         raise UserError(
-            f"{where}: its first line has one column, {header[0]!r:.100}: cells of a .csv stand between commas, those of "
-            "a .tsv between tabs"
+            f"{where}: its first line has one column, {header[0]!r:.100}: cells of a .csv stand between commas, those "
+            "of a .tsv between tabs"
         )
     for number, cells in rows:
         if len(cells) != len(header):

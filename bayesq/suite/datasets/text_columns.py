@@ -100,8 +100,8 @@ def _tell_odd(train: Examples, pool: Examples, evaluation: Examples, names: Sequ
     known = {*train.inputs, *pool.inputs}
     if repeated := sum(text in known for text in evaluation.inputs):
         log.warning(
-            f"{where}: {repeated} of {len(evaluation)} evaluated texts are also calibrated or fitted on, which flatters "
-            "the scores: remove the duplicates"
+            f"{where}: {repeated} of {len(evaluation)} evaluated texts are also calibrated or fitted on, which "
+            "flatters the scores: remove the duplicates"
         )
     if evaluation.labels.is_floating_point():
         return
