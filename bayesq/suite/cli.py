@@ -275,6 +275,8 @@ def _run(jobs: Sequence[Job]) -> Any:
             raise
         raise reason or UserError(settings.explanation(error)) from error
     except Exception as error:
+        if asked.shell_completion:  # of a line that is not finished, with files that may be broken
+            raise UserError(f"--shell-completion: {settings.one_line(str(error)):.300}") from error
         if not jobs or jobs[0].launcher is None:
             raise
         first_line = str(error).partition("\n")[0]

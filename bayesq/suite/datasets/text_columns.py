@@ -1,7 +1,6 @@
 """Texts, or pairs of texts, with classes or scores, from the columns of a user's tables."""
 
 import logging
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
