@@ -45,6 +45,8 @@ TOLERANCE = 1e-5
 # Ending of the metrics of MNLI's second dev set.
 MISMATCHED = "_mismatched"
 BY = ("workload", "variant", "method", "bits")
+# Columns of `summarise` even if no run has a number for them.
+ALWAYS = ("score", "fp/score", KL, "bits/code", "bits/stored")
 
 
 @dataclass(frozen=True)
@@ -78,11 +80,13 @@ def summarise(runs: pd.DataFrame, by: Sequence[str] = BY) -> pd.DataFrame:
     Returns:
         one row per group: `by`, `n` (runs with a result), and for each numeric key of result.json KEY (mean; NaN if
         one of the runs has no number, because the mean of the others could be mistaken for that of all) and KEY/std
-        (NaN for one run). `score` is the primary metric and `fp/score` the full-precision model's, as
-        shares (`as_share`).
+        (NaN for one run). The keys ALWAYS are there even without a number. `score` is the primary metric and `fp/score`
+        the full-precision model's, as shares (`as_share`).
     """
     done = with_scores(finished(runs))
-    numbers = [key for key in done if key not in (*by, "seed", "duplicates") and _is_number(done[key])]
+    numbers = [
+        key for key in done if key in ALWAYS or (key not in (*by, "seed", "duplicates") and _is_number(done[key]))
+    ]
     frame = pd.concat([done[list(by)], done[numbers].apply(pd.to_numeric).astype("float64")], axis=1)
     grouped = frame.groupby(list(by), sort=True, dropna=False)
     means, spread = whole_mean(grouped, numbers), grouped[numbers].std(ddof=1)
@@ -210,7 +214,8 @@ class Examples:
             function, part = _measured_on(metric)
             examples = table[table["part"] == part]
             value = measure(function, *(examples[key].to_numpy() for key in ("q_prediction", "label")))
-            if not abs(value - run[f"q/{metric}"]) <= TOLERANCE * max(1.0, abs(value)):
+            given = run.get(f"q/{metric}")
+            if given is None or not abs(value - given) <= TOLERANCE * max(1.0, abs(value)):
                 reason = f"{PREDICTIONS_FILE} does not give the {metric} of its result"
                 log.warning("%s: %s; not compared", run["path"], reason)
                 self._reasons[str(run["path"])] = reason

@@ -44,6 +44,16 @@ FINISHED, RUNNING = "finished", "running"
 FIRST = ("run_id", "status", "workload", "variant", "model", "dataset", "method", "bits/target", "seed")
 PROCESS, OWN_MEMORY = "memory/process", "memory/own_process"
 LAST = (OWN_MEMORY, "error", "duplicates", "path", "overrides")
+# What a result must have to be read, and columns that a frame has even if all its results lack them.
+NEEDED = ("model", "dataset", "method", "bits/target", "seed", "config")
+READ = ("primary_metric", "q/kl_to_fp", "bits/code", "bits/stored", "evaluation/examples")
+# Checksums of the files that make a workload, in a result's `source`.
+FILES = {
+    "dataset": ("sha256", "names_sha256"),
+    "model": ("checkpoint_sha256", "adapter_sha256", "gguf_sha256"),
+}
+# A column that a run's table must have, because a file may hold anything.
+COLUMN = {LAYERS_FILE: "name", PREDICTIONS_FILE: "kl"}
 # Columns of `runs` that are repeated in every row of the long frames.
 BESIDE = {"run_id": "run_id", "workload": "workload", "variant": "variant", "bits/target": "bits", "seed": "seed"}
 
@@ -77,6 +87,8 @@ def load_runs(source: str | Path, where: Sequence[str] = ()) -> pd.DataFrame:
         loaded = select(loaded, where)
         _name(loaded)
     columns = dict.fromkeys(key for run in loaded for key in run if key not in (*FIRST, *LAST, "time"))
+    if any(run["status"] == FINISHED for run in loaded):
+        columns |= dict.fromkeys(READ)
     frame = pd.DataFrame(loaded, columns=[*FIRST, *columns, *LAST])
     frame.attrs |= {"source": str(source), "where": tuple(where)}
     return frame
@@ -135,7 +147,10 @@ def read_table(run: Mapping[str, Any], file: str) -> pd.DataFrame | None:
         return _wandb_table(run, file)
     path = Path(run["path"]) / file
     try:
-        return _read_csv(path)
+        table = _read_csv(path)
+        if COLUMN.get(file, table.columns[0]) not in table:
+            raise ValueError(f"no column {COLUMN[file]}")
+        return table
     except (OSError, ValueError) as error:
         log.warning("%s: not readable (%s)", path, str(error).splitlines()[0])
         return None
@@ -164,17 +179,23 @@ def _run_folders(source: Path, deeper: bool = True) -> Iterator[Path]:
 
 
 def _read_run(folder: Path) -> dict[str, Any]:
-    """The record of a run's folder; a run without a result gets its names from the recorded config."""
+    """The record of a run's folder; a run without a readable result gets its names from the recorded config."""
     overrides = recorded_overrides(folder)
     place = {"path": str(folder), "overrides": overrides, "time": _modified(folder)}
     result = read_result(folder / RESULT_FILE)
     for file, content in ((RESULT_FILE, result), (FAILURE_FILE, read_result(folder / FAILURE_FILE))):
         if content is None and (folder / file).exists():
             log.warning("%s: not readable as JSON", folder / file)
-    if result is not None and result.get("status") == FINISHED:
+    done = result is not None and result.get("status") == FINISHED
+    lacking = [key for key in NEEDED if result.get(key) is None] if result is not None and done else []
+    if result is not None and done and not lacking and isinstance(result["config"], Mapping):
         return {"run_id": folder.name, **result, "error": None, **place}
     run = state_of(folder, overrides)
     config = _recorded_config(folder) or (result or {}).get("config")
+    if done:
+        error = f"{RESULT_FILE} has no {', '.join(lacking) or 'settings under config'}"
+        log.warning("%s: %s", folder, error)
+        return {"run_id": folder.name, "status": "missing", **_names(config), "error": error, **place}
     return {"run_id": run.run_id, "status": run.state, **_names(config), "error": run.reason or None, **place}
 
 
@@ -333,6 +354,20 @@ def _name(records: Sequence[dict[str, Any]]) -> None:
             keys = [key for key in _separating([members[i] for i in places]) if key.split(".")[0] not in WORKLOAD_AXES]
             for i in places:
                 members[i]["variant"] = " ".join([method, *named_deviations(members[i]["config"], settings[i], keys)])
+    _tell_files_apart(records)
+
+
+def _tell_files_apart(records: Sequence[dict[str, Any]]) -> None:
+    """Add a checksum to the workloads of runs that read different files under one name, because a user edited one."""
+    for part, keys in FILES.items():
+        for key in keys:
+            had: dict[str, set[str]] = {}
+            sums = [str(((record.get("source") or {}).get(part) or {}).get(key) or "") for record in records]
+            for record, checksum in zip(records, sums, strict=True):
+                had.setdefault(record["workload"], set()).update({checksum} - {""})
+            for record, checksum in zip(records, sums, strict=True):
+                if checksum and len(had[record["workload"]]) > 1:
+                    record["workload"] += f" {part}.{key}={checksum[:8]}"
 
 
 def _separating(records: Sequence[Mapping[str, Any]], **same: Any) -> list[str]:

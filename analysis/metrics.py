@@ -26,9 +26,9 @@ def in_words(metric: str) -> str:
     return f"{metric} {'in %' if unit == '%' else unit.replace('x100', 'times 100')}"
 
 
-def as_share(metric: Any, value: float) -> float:
-    """A value or difference, such that SCALE times it is in the metric's unit; shares stay as they are."""
-    return value * (metrics.metric_of(str(metric)).scale / SCALE)
+def as_share(metric: Any, value: float | None) -> float:
+    """A value or difference, such that SCALE times it is in the metric's unit; shares stay as they are, None is NaN."""
+    return math.nan if value is None else value * (metrics.metric_of(str(metric)).scale / SCALE)
 
 
 def limits(metric: str) -> tuple[float, float]:

@@ -112,8 +112,6 @@ def title_of(workload: str) -> str:
 def _table(shown: pd.DataFrame) -> pd.DataFrame:
     """The rows of `Content.table`, in no particular order."""
     means = summarise(shown)
-    # a key that no run has a number for is NaN in every row
-    had = means.reindex(columns=[*dict.fromkeys([*means, KL, f"{KL}/std"])])
     done = finished(shown).drop_duplicates("workload").set_index("workload")
     metric = means["workload"].map(done["primary_metric"])
     table = means[[*ROW, "method", "n"]].assign(
@@ -122,8 +120,8 @@ def _table(shown: pd.DataFrame) -> pd.DataFrame:
         fp=SCALE * means["fp/score"],
         score=SCALE * means["score"],
         score_std=SCALE * means["score/std"],
-        kl=had[KL],
-        kl_std=had[f"{KL}/std"],
+        kl=means[KL],
+        kl_std=means[f"{KL}/std"],
         stored=means["bits/stored"],
         code=means["bits/code"],
     )

@@ -74,6 +74,7 @@ def league_of(runs: pd.DataFrame) -> League:
         parts.append(members[fits & ~members["setting"].isin(lacking)])
     chosen = pd.concat(parts)
     chosen = chosen.assign(**{KL: pd.to_numeric(chosen[KL])})
+    chosen = chosen[chosen.groupby("setting")[KL].transform("count") > 0]  # remarks name results without a KL
     kl = chosen.pivot_table(KL, "block", "setting", aggfunc="mean")
     first = [name for name in (PROPOSED, REFERENCE) if name in kl]
     of_reference = chosen[chosen["method"] == REFERENCE]["setting"].drop_duplicates()

@@ -31,6 +31,7 @@ from bayesq.suite.arguments import command_line
 from bayesq.suite.composition import BASIC_SWEEPER, CONFIG_NAME, VERSION_BASE, Job, as_typed, for_hydra, preflight
 from bayesq.suite.errors import UserError
 from bayesq.suite.labels import model_label
+from bayesq.suite.newer_files import newer_than
 from bayesq.suite.progress import Progress
 from bayesq.suite.summary import results_table
 from bayesq.suite.tracking import ERROR_KEY, leave, report_refusal
@@ -142,11 +143,13 @@ def run_unless_finished(cfg: DictConfig, folder: Path, progress: Progress, previ
 
 
 def skip_line(config: Mapping[str, Any], folder: Path, finished: Mapping[str, Any], progress: Progress) -> str:
-    """The line about a finished run, with a hint if its code has changed since."""
+    """The line about a finished run, with a hint if its code or its files have changed since."""
     place = progress.place(folder)
     line = f"skipped (finished): {folder.name} {_label(config)}{f' [{place}]' if place else ''}"
     if code_digest.has_changed(finished):
         line += "; the code that computes it has changed since: force=true runs it again"
+    if newer := newer_than(folder / results.RESULT_FILE, config):
+        line += f"; newer than its result: {', '.join(newer)}: force=true runs it again"
     return line
 
 
@@ -272,6 +275,8 @@ def _run(jobs: Sequence[Job]) -> Any:
             raise
         raise reason or UserError(settings.explanation(error)) from error
     except Exception as error:
+        if asked.shell_completion:  # of a line that is not finished, with files that may be broken
+            raise UserError(f"--shell-completion: {settings.one_line(str(error)):.300}") from error
         if not jobs or jobs[0].launcher is None:
             raise
         first_line = str(error).partition("\n")[0]

@@ -82,6 +82,7 @@ RULES = {
     "dataset.calibration_pool": _whole(1, type=int | None),
     "dataset.evaluation": _whole(1, type=int | None),
     "dataset.limit": _whole(1, type=int | None, null="for all evaluation examples"),
+    "dataset.split_seed": _whole(0, 2**32 - 1, type=int | None),
     "bits": Rule(f"needs a number from {MIN_BITS} to {MAX_BITS} (bits per weight)", float, _in_bits),
     "seed": _whole(0, 2**32 - 1),  # scikit-learn, which splits the data sets, takes seeds of 32 bits
     "device": Rule("choose auto, cpu, cuda, cuda:N (such as cuda:0) or mps", str, _DEVICE.fullmatch),

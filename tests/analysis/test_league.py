@@ -17,6 +17,7 @@ from analysis.ranks import alike_groups, complete, critical_difference, friedman
 from analysis.statistics import paired_bootstrap, paired_ratio_bootstrap
 from analysis.style import looks
 from analysis.tables.league import league_of, league_table, significance, winners
+from bayesq.suite.results import read_result, write_json
 
 WORKLOADS = (("minilm", "movie_snippets", None), ("cifar_resnet56", "cifar10", None), ("minilm", "glue", "sst2"))
 # KL at 3 bits; a rival wins one block
@@ -183,3 +184,13 @@ def test_the_figure_shows_mean_ranks_and_alike_settings(folder: Path) -> None:
     mean = data.set_index("variant")["mean rank"]
     groups = alike_groups(mean, critical_difference(4, 6))
     assert bars == [(mean[group].min(), mean[group].max()) for group in groups] and bars
+
+
+def test_a_setting_without_any_kl_is_left_out(tmp_path):
+    """A quantized network whose outputs overflow has no KL."""
+    add(tmp_path, "rtn", 3.0, 0)
+    folder = add(tmp_path, "gptq", 3.0, 0)
+    write_json(folder / "result.json", {**read_result(folder / "result.json"), "q/kl_to_fp": float("nan")})
+    league = league_of(load_runs(tmp_path))
+    assert (list(league.kl), league.reference) == (["rtn"], None)
+    assert league_table(load_runs(tmp_path)).cells["setting"].tolist() == ["RTN"]

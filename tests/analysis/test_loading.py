@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 from analysis import example_frame, layer_frame, load_runs
 from analysis.defaults import command_overrides
 from analysis.loading import records
+from analysis.report.content import content_of
 from analysis.tables.main import main_table
 from bayesq.files import lock
 from bayesq.suite.errors import UserError
@@ -277,3 +278,71 @@ def test_a_wandb_project_gives_the_intervals_of_its_folder(tmp_path, monkeypatch
     assert row["delta_low"] < row["delta"] < row["delta_high"] and row["p"] < 0.01
     assert f"wandb:{ENTITY}/paper/{without.name}: W&B has no predictions.csv of it" in caplog.text
     assert any(note.startswith("resnet / digits, awq at 3 bits: not compared") for note in remote.footnotes)
+
+
+def rewrite(folder: Path, **changes: object) -> None:
+    """Change keys of a run's result; None removes one."""
+    result = read_result(folder / "result.json")
+    kept = {key: value for key, value in {**result, **changes}.items() if value is not None}
+    write_json(folder / "result.json", kept)
+
+
+def test_runs_that_read_different_files_under_one_name_are_not_averaged(tmp_path):
+    """The user has edited the file between two runs, so their settings are the same."""
+    for seed, (checksum, examples) in enumerate((("a" * 64, 16), ("a" * 64, 16), ("b" * 64, 12), (None, 16))):
+        source = {"dataset": {"origin": "mine.csv", **({"sha256": checksum} if checksum else {})}, "model": {}}
+        rewrite(add(tmp_path, "gptq", 3.0, seed, name=f"run{seed}"), source=source, **{"evaluation/examples": examples})
+    rewrite(
+        add(tmp_path, "gptq", 3.0, 0, name="net", dataset="other"), source={"model": {"checkpoint_sha256": "c" * 64}}
+    )
+    runs = by_id(load_runs(tmp_path))
+    assert {name: run["workload"] for name, run in runs.items()} == {
+        "run0": "resnet / digits dataset.sha256=aaaaaaaa",
+        "run1": "resnet / digits dataset.sha256=aaaaaaaa",
+        "run2": "resnet / digits dataset.sha256=bbbbbbbb",
+        "run3": "resnet / digits",
+        "net": "resnet / other",
+    }
+
+
+@pytest.mark.parametrize("key", ["model", "dataset", "method", "bits/target", "seed", "config"])
+def test_a_result_without_what_names_it_is_not_read(key, tmp_path, caplog):
+    add(tmp_path, "gptq", 3.0, 0, name="whole")
+    rewrite(add(tmp_path, "gptq", 3.0, 1, name="part"), **{key: None})
+    runs = by_id(load_runs(tmp_path))
+    assert (runs["whole"]["status"], runs["part"]["status"]) == ("finished", "missing")
+    assert runs["part"]["error"] == f"result.json has no {key}" and f"part: result.json has no {key}" in caplog.text
+    assert runs["part"]["workload"] == "resnet / digits", "from the recorded configuration"
+    main_table(load_runs(tmp_path))
+
+
+def test_numbers_that_every_result_lacks_are_columns(tmp_path):
+    keys = ("q/kl_to_fp", "q/accuracy", "bits/stored", "evaluation/examples")
+    rewrite(add(tmp_path, "gptq", 3.0, 0), **dict.fromkeys(keys))
+    runs = load_runs(tmp_path)
+    assert runs[["q/kl_to_fp", "bits/stored", "evaluation/examples"]].isna().all(axis=None)
+    assert content_of(tmp_path).table["n"].tolist() == [1]
+
+
+@pytest.mark.parametrize("content", ["", "a,b\n1,2\n", '"', "\0\0"])
+@pytest.mark.parametrize("file", ["layers.csv", "predictions.csv"])
+def test_a_damaged_table_is_told_and_left_out(content, file, tmp_path, caplog):
+    whole = add(tmp_path, "gptq", 3.0, 0, name="whole")
+    (add(tmp_path, "gptq", 3.0, 1, name="part") / file).write_text(content)
+    frame = (layer_frame if file == "layers.csv" else example_frame)(load_runs(tmp_path))
+    assert set(frame["run_id"]) == {whole.name} and f"part/{file}: not readable" in caplog.text
+
+
+def test_a_result_without_a_score_is_not_compared(tmp_path, caplog):
+    for method in ("gptq", "bayesq"):
+        for seed in (0, 1):
+            rewrite(add(tmp_path, method, 3.0, seed), **({} if seed else {"q/accuracy": None}))
+    main_table(load_runs(tmp_path))
+    assert "gptq-3-0: predictions.csv does not give the accuracy of its result; not compared" in caplog.text
+
+
+def test_scores_that_are_no_numbers_are_left_out(tmp_path):
+    folder = add(tmp_path, "gptq", 3.0, 0)
+    write_json(folder / "result.json", {**read_result(folder / "result.json"), "q/accuracy": float("inf")})
+    (remark,) = content_of(tmp_path).remarks
+    assert "its q/accuracy is no number" in remark

@@ -231,6 +231,15 @@ def test_a_shell_completes_both_programs(tmp_path: Path) -> None:
     assert offered == [photos, "method=ours", photos]
 
 
+def test_a_file_that_breaks_completion_is_named_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "method").mkdir()
+    (tmp_path / "method" / "broken.yaml").write_text("name: [")
+    line = f"run.py --config-dir {tmp_path} method=broken bi"
+    done = command("-sc", "query=bash", stand_in=False, COMP_LINE=line, COMP_POINT=str(len(line)), COMP_CWORD="4")
+    assert done.returncode == 1
+    assert re.fullmatch(r"error: --shell-completion: .*broken\.yaml.*\n", done.stderr)
+
+
 def test_the_traceback_is_there_for_who_asks() -> None:
     done = command("bits=9", stand_in=False, HYDRA_FULL_ERROR="1")
     assert done.returncode == 1

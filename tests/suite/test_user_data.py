@@ -1,5 +1,6 @@
 """Users' own data without code: texts in files, photos in folders, data sets on the hub."""
 
+import csv
 import io
 import json
 import logging
@@ -126,6 +127,38 @@ class TestTexts:
         data = load(str(tmp_path / "train.parquet"), label="kind", held_out=0.5)
         assert data.classes == ("no", "maybe", "yes") and data.evaluation.labels.tolist() == [2, 0]
 
+    @pytest.mark.parametrize(
+        ("evaluated", "line"),
+        [
+            (["a", "b"], ""),
+            (["a", "B"], "only evaluated examples have the labels B: "),
+            (["-1", "-1"], "only evaluated examples have the labels -1: "),
+        ],
+    )
+    def test_classes_that_are_only_evaluated_are_told(
+        self, evaluated: list[str], line: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        val = pd.DataFrame({"text": ["one", "two"], "label": evaluated})
+        load(write(texts(20, ("a", "b")), tmp_path / "mine.csv"), val=write(val, tmp_path / "val.csv"))
+        assert [line in message for message in caplog.messages] == [True] * bool(line)
+
+    def test_evaluated_texts_that_are_calibrated_on_are_told(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        table = texts(20)
+        val = table.assign(text=[text if row < 7 else f"new {row}" for row, text in enumerate(table["text"])])
+        load(write(table, tmp_path / "mine.csv"), val=write(val, tmp_path / "val.csv"))
+        assert [message.partition(": ")[2].partition(", ")[0] for message in caplog.messages] == [
+            "7 of 20 evaluated texts are also calibrated or fitted on"
+        ]
+
+    def test_long_cells_and_line_ends_in_cells(self, tmp_path: Path) -> None:
+        limit = csv.field_size_limit()
+        table = texts(10).assign(text=["x" * 200_000, *(f"one\ntwo {i}" for i in range(9))])
+        data = load(write(table, tmp_path / "mine.csv"))
+        assert sorted(text for part in parts(data) for text in part) == sorted(table["text"])
+        assert csv.field_size_limit() == limit
+
     def test_empty_texts_are_told(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         with caplog.at_level(logging.WARNING, "bayesq"):
             load(write(texts().assign(text=[" ", *["x"] * 19]), tmp_path / "mine.csv"))
@@ -141,6 +174,10 @@ class TestTexts:
             ({"label": "same"}, {}, r"dataset.label=label: needs at least two classes, has same"),
             ({"label": ["", *["x", "y"] * 14, "x"]}, {}, r"line 2: label '' is none of the classes x, y"),
             ({}, {"limit": 99}, r"dataset.limit=99 is not possible: choose 1 to 6"),
+            ({"score": [1e39, *[1.0] * 29]}, {"score": "score"}, r"line 2: score '1e\+39' is no number"),
+            ({"label": [*["x", "y"] * 14, "x", "nan"]}, {}, r"line 31: label 'nan' is none of the classes x, y"),
+            ({"label": "x\n" * 300}, {"text": "txt"}, r"dataset.text=txt: .{1,400}$"),
+            ({}, {"held_out": float("nan")}, r"dataset.held_out=nan: evaluates 0 of 30 examples"),
             ({}, {"held_out": 0.0}, r"dataset.held_out=0.0: evaluates 0 of 30 examples"),
             ({}, {"calibration_pool": 0}, r"dataset.calibration_pool=0: 24 examples"),
         ],
@@ -156,6 +193,13 @@ class TestTexts:
             ("a.txt", "x", r"dataset.file=.*a.txt: needs a file that ends in one of .csv, .tsv, .jsonl, .parquet"),
             ("a.csv", "text,label\nx\n", r"a.csv, line 2: has 1 cells, the header 2"),
             ("a.csv", 'text,label\n"x,1\n', r"a.csv, line 2: is no CSV"),
+            ("a.csv", 'text,label\nx,1\n"y,1\nz,0\n', r"a.csv, line 3: is no CSV"),
+            ("a.csv", "text;label\nx, y;1\n", r"a.csv: its first line has one column, 'text;label': .*commas"),
+            ("a.tsv", "text,label\nx,1\n", r"a.tsv: its first line has one column, 'text,label': .*tabs"),
+            ("a.csv", "text,text,label\nx,y,1\n", r"dataset.text=text: .*a.csv has more than one such column"),
+            ("a.jsonl", "[" * 99_999, r"a.jsonl, line 1: is no JSON"),
+            ("a.jsonl", '{"text": "\\ud800", "label": 1}\n', r"a.jsonl, line 1: needs text in text, got '.ud800'"),
+            ("a.jsonl", '{"text": "x", "label": [1]}\n', r"dataset.label=label: needs at least two classes, has none"),
             ("a.tsv", "text\tlabel\nx\t1\ty\n", r"a.tsv, line 2: has 3 cells, the header 2"),
             ("a.jsonl", "[1]\n", r"a.jsonl, line 1: needs an object"),
             ("a.jsonl", "{\n", r"a.jsonl, line 1: is no JSON"),
@@ -224,6 +268,30 @@ class TestPhotos:
         assert sorted(data.evaluation.ids + data.calibration_pool.ids) == sorted(
             f"{name}/{i}" for name, count in (("cat", 10), ("dog", 20)) for i in range(count)
         )
+
+    @pytest.mark.parametrize(
+        ("counts", "line"),
+        [
+            (
+                {"training__cat": 9, "training__dog": 9, "validation__cat": 5, "validation__dog": 5},
+                "validation/ is calibrated on and evaluated, training/ is not read: ",
+            ),
+            (
+                {"train__cat": 5, "train__dog": 5, "Val__cat": 5, "extra": 1},
+                "train/ is calibrated on and evaluated, Val/, extra/ is not read: ",
+            ),
+            ({"train__cat": 5, "train__dog": 5, "val": 5}, "val/ is not read: "),
+            ({"train__cat": 5, "train__dog": 5, "val__cat": 5, "test__cat": 5}, ""),
+            ({"cat": 5, "dog": 5, "__MACOSX__cat": 5}, ""),
+        ],
+    )
+    def test_folders_that_are_not_read_are_told(
+        self, counts: dict[str, int], line: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        (tmp_path / "__MACOSX").mkdir()
+        data = ImageFolder(folder=str(tree(tmp_path, **counts))).load(tmp_path)
+        assert data.classes == ("cat", "dog")
+        assert [line in message for message in caplog.messages] == [True] * bool(line)
 
     def test_a_class_named_train_is_a_class(self, tmp_path: Path) -> None:
         assert ImageFolder(folder=str(tree(tmp_path, train=5, car=5))).load(tmp_path).classes == ("car", "train")

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -224,9 +225,11 @@ class UserSplits:
         """
         rest = torch.arange(len(rows))
         if evaluated is None:
-            count = round(self.held_out * len(rows))
+            count = round(self.held_out * len(rows)) if math.isfinite(self.held_out) else 0
             if not 1 <= count < len(rows):
-                raise UserError(f"dataset.held_out={self.held_out}: evaluates {count} of {len(rows)} examples")
+                raise UserError(
+                    f"dataset.held_out={self.held_out}: evaluates {count} of {len(rows)} examples: choose another"
+                )
             evaluated, chosen = rows, stratified(rows.labels, count, self.split_seed)
             rest = rest[~torch.isin(rest, chosen)]
         else:

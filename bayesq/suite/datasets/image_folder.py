@@ -2,15 +2,17 @@
 
 import hashlib
 import json
-import os
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from bayesq.suite.datasets.base import DataSplits, UserSplits
-from bayesq.suite.datasets.photo_tree import PhotoTree
+from bayesq.suite.datasets.photo_tree import PhotoTree, visible
 from bayesq.suite.errors import UserError
+
+log = logging.getLogger(__name__)
 
 TRAIN, EVALUATED = "train", ("val", "valid", "validation", "test")
 
@@ -39,6 +41,12 @@ class ImageFolder(UserSplits):
         splits = [split for split in (TRAIN, *EVALUATED) if _classes(folder / split)]
         if splits[:1] != [TRAIN]:
             splits = splits[:1] or [""]
+        unread = [entry.name for entry in visible(folder) if entry.is_dir() and entry.name not in splits]
+        if len(splits) == 1 and splits != [""] and unread:
+            log.warning(
+                f"{where}: {splits[0]}/ is calibrated on and evaluated, {'/, '.join(unread)}/ is not read: a folder of "
+                f"classes to calibrate on is called {TRAIN}, one to evaluate {' or '.join(EVALUATED)}"
+            )
         classes = sorted({name for split in splits[:2] for name in _classes(folder / split)})
         if len(classes) < 2:
             raise UserError(f"{where}: needs a folder for each class, as in {folder}/train/CLASS/PHOTO.jpg")
@@ -63,7 +71,4 @@ class ImageFolder(UserSplits):
 
 def _classes(folder: Path) -> list[str]:
     """The names of the folders in a folder, without hidden ones; none if it does not exist."""
-    if not folder.is_dir():
-        return []
-    with os.scandir(folder) as entries:
-        return [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
+    return [entry.name for entry in visible(folder) if entry.is_dir()] if folder.is_dir() else []

@@ -16,7 +16,7 @@ from bayesq.suite.errors import UserError
 log = logging.getLogger(__name__)
 
 SUFFIXES = {".jpg", ".jpeg", ".png"}
-CLUTTER = {"thumbs.db", "desktop.ini"}  # files that Windows adds to folders; those of other systems are hidden
+CLUTTER = {"thumbs.db", "desktop.ini", "__macosx"}  # what Windows and the archives of macOS add beside hidden files
 
 
 class PhotoTree:
@@ -46,7 +46,7 @@ class PhotoTree:
         labels: list[int] = []
         left_out: list[str] = []
         try:
-            for folder in _visible(self.folder):
+            for folder in visible(self.folder):
                 if not folder.is_dir():
                     left_out.append(folder.name)
                     continue
@@ -75,7 +75,7 @@ class PhotoTree:
 
     def _add(self, folder: "os.DirEntry[str]") -> list[str]:
         """Add the photos of one class, and return the names of all else in its folder."""
-        entries = [(f"{folder.name}/{entry.name}", entry.is_dir()) for entry in _visible(folder.path)]
+        entries = [(f"{folder.name}/{entry.name}", entry.is_dir()) for entry in visible(folder.path)]
         # A broken link counts as a photo; reading it fails later.
         photos = [name for name, is_dir in entries if not is_dir and _suffix(name) in SUFFIXES]
         if len({os.path.splitext(name)[0] for name in photos}) < len(photos):
@@ -96,8 +96,8 @@ def _suffix(name: str) -> str:
     return os.path.splitext(name)[1].lower() or "(no suffix)"
 
 
-def _visible(folder: str | Path) -> list["os.DirEntry[str]"]:
-    """The entries of a folder by name, without hidden ones."""
+def visible(folder: str | Path) -> list["os.DirEntry[str]"]:
+    """The entries of a folder by name, without hidden ones and CLUTTER."""
     with os.scandir(folder) as entries:
         shown = [entry for entry in entries if not (entry.name.startswith(".") or entry.name.lower() in CLUTTER)]
     return sorted(shown, key=lambda entry: entry.name)

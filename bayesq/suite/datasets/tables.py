@@ -52,6 +52,11 @@ def read_table(files: Sequence[Path], where: str) -> Table:
         return _json_table(file, text, where)
     rows = tab_separated(text) if suffix == ".tsv" else _comma_separated(text, where)
     header = [str(name) for name in rows[0][1]] if rows else []
+    if len(header) == 1:
+        raise UserError(
+            f"{where}: its first line has one column, {header[0]!r:.100}: cells of a .csv stand between commas, those "
+            "of a .tsv between tabs"
+        )
     for number, cells in rows:
         if len(cells) != len(header):
             raise UserError(f"{where}, {number}: has {len(cells)} cells, the header {len(header)}")
@@ -65,7 +70,7 @@ def text_of(file: Path, where: str) -> str:
     except OSError as error:
         raise UserError(f"{where} cannot be read ({error.strerror or error})") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{where} is not UTF-8 text") from error
+        raise UserError(f"{where} is not UTF-8 text: save it in this encoding, not compressed") from error
     if "\0" in text:
         raise UserError(f"{where} is not text: it holds NUL bytes")
     return text
@@ -81,11 +86,20 @@ def tab_separated(text: str) -> list[tuple[str, Sequence[Any]]]:
 
 
 def _comma_separated(text: str, where: str) -> list[tuple[str, Sequence[Any]]]:
+    """Rows named by their first lines; a quoted cell may hold line ends, and so the rest of the file."""
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    rows: list[tuple[str, Sequence[Any]]] = []
+    line, limit = 1, csv.field_size_limit(len(text) + 1)  # of the whole process: 131,072 characters a cell
     try:
-        return [(f"line {reader.line_num}", cells) for cells in reader if cells]
+        for cells in reader:
+            if cells:
+                rows.append((f"line {line}", cells))
+            line = reader.line_num + 1
     except csv.Error as error:
-        raise UserError(f"{where}, line {reader.line_num}: is no CSV ({error})") from error
+        raise UserError(f"{where}, line {line}: is no CSV ({error}); a quotation mark in a cell is doubled") from error
+    finally:
+        csv.field_size_limit(limit)
+    return rows
 
 
 def _json_table(file: Path, text: str, where: str) -> Table:
@@ -95,7 +109,7 @@ def _json_table(file: Path, text: str, where: str) -> Table:
             continue
         try:
             content = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{where}, line {number}: is no JSON ({error})") from error
         if not isinstance(content, dict):
             raise UserError(f"{where}, line {number}: needs an object {{...}} per line")

@@ -1,7 +1,6 @@
 """Texts, or pairs of texts, with classes or scores, from the columns of a user's tables."""
 
 import logging
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -55,8 +54,10 @@ class TextColumns(UserSplits):
             Examples(texts, target, [f"{split}/{row}" for row in range(len(target))])
             for split, (texts, _), target in zip(("train", "val"), columns, targets, strict=False)
         ]
+        splits = self.parts(parts[0], parts[1] if evaluated is not None else None, fitted=True)
+        _tell_odd(*splits, names, train.where)
         return DataSplits(
-            *self.parts(parts[0], parts[1] if evaluated is not None else None, fitted=True),
+            *splits,
             num_classes=max(numbers.values()) + 1,
             primary_metric=ACCURACY.name if self.score is None else SCORE_METRICS[0],
             source={
@@ -76,17 +77,16 @@ class TextColumns(UserSplits):
         keys = ("text", "pair", "label" if self.score is None else "score")
         columns = {key: name for key in keys if (name := getattr(self, key)) is not None}
         for key, name in columns.items():
-            if table.header.count(name) != 1:
-                how = "no" if name not in table.header else "more than one"
-                hint = suggestion(name, table.header)
-                raise UserError(
-                    f"dataset.{key}={name}: {table.where} has {how} such column, but {', '.join(table.header)}{hint}"
-                )
+            if name not in table.header:
+                had, hint = ", ".join(table.header), suggestion(name, table.header)
+                raise UserError(f"dataset.{key}={name}: {table.where} has no such column, but {had:.300}{hint:.100}")
+            if table.header.count(name) > 1:
+                raise UserError(f"dataset.{key}={name}: {table.where} has more than one such column: rename one")
         *texts, targets = ([cells[table.header.index(name)] for _, cells in table.rows] for name in columns.values())
-        for column in texts:
+        for name, column in zip(columns.values(), texts, strict=False):
             for (number, _), text in zip(table.rows, column, strict=True):
-                if not isinstance(text, str):
-                    raise UserError(f"{table.where}, {number}: needs text in {columns['text']}, got {text!r:.60}")
+                if not isinstance(text, str) or not _is_unicode(text):
+                    raise UserError(f"{table.where}, {number}: needs text in {name}, got {text!r:.60}")
         rows = list(zip(*texts, strict=True))
         empty = [number for (number, _), row in zip(table.rows, rows, strict=True) if not all(map(str.strip, row))]
         if empty:
@@ -94,11 +94,34 @@ class TextColumns(UserSplits):
         return rows if self.pair else texts[0], targets
 
 
+def _tell_odd(train: Examples, pool: Examples, evaluation: Examples, names: Sequence[str], where: str) -> None:
+    """Warn about evaluated texts that are calibrated or fitted on too, and evaluated classes that these lack."""
+    known = {*train.inputs, *pool.inputs}
+    if repeated := sum(text in known for text in evaluation.inputs):
+        log.warning(
+            f"{where}: {repeated} of {len(evaluation)} evaluated texts are also calibrated or fitted on, which "
+            "flatters the scores: remove the duplicates"
+        )
+    if evaluation.labels.is_floating_point():
+        return
+    lacking = {*evaluation.labels.tolist()} - {*train.labels.tolist(), *pool.labels.tolist()}
+    if lacking:
+        which = ", ".join(names[label] if names else str(label) for label in sorted(lacking))
+        log.warning(f"{where}: only evaluated examples have the labels {which:.200}: check how they are written")
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether a text can be encoded: JSON can hold half of a surrogate pair, which tokenizers refuse."""
+    try:
+        return bool(text.encode()) or not text
+    except UnicodeEncodeError:
+        return False
+
+
 def _name_of(cell: Any) -> str:
     """A label as text; 1.0 is 1, because whole numbers get a fraction beside missing ones. "" for a missing label."""
-    if cell is None or (isinstance(cell, float) and math.isnan(cell)):
-        return ""
-    return re.sub(r"^(-?\d+)\.0+$", r"\1", str(cell).strip())
+    text = re.sub(r"^(-?\d+)\.0+$", r"\1", str(cell).strip())
+    return "" if cell is None or text.lower() == "nan" or isinstance(cell, list | dict | bytes) else text
 
 
 def _classes(tables: Sequence[Table], labels: Sequence[list[Any]], column: str) -> tuple[list[str], dict[str, int]]:
@@ -132,9 +155,9 @@ def _labels(table: Table, cells: Sequence[Any], numbers: Mapping[str, int]) -> t
 def _scores(table: Table, cells: Sequence[Any]) -> torch.Tensor:
     for (row, _), cell in zip(table.rows, cells, strict=True):
         try:
-            finite = math.isfinite(float(cell))
+            fits = not isinstance(cell, bool) and abs(float(cell)) <= torch.finfo(torch.float32).max
         except (TypeError, ValueError):
-            finite = False
-        if not finite:
-            raise UserError(f"{table.where}, {row}: score {cell!r:.60} is no number")
+            fits = False
+        if not fits:
+            raise UserError(f"{table.where}, {row}: score {cell!r:.60} is no number in the range of float32")
     return torch.tensor([float(cell) for cell in cells])
