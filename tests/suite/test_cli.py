@@ -388,6 +388,7 @@ CONSTRUCTORS = [
     (["dataset=glue", "dataset.task=sst3"], "dataset.task=sst3"),
     (["method._target_=baselines.rtn.NoSuchClass"], "NoSuchClass"),
     (["model._target_=no_such_package.Net"], "no_such_package"),
+    (["posterior._target_=bayesq.posterior.LayerPosterior"], "method=bayesq posterior=kfac cannot be made"),
 ]
 
 
