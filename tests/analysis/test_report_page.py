@@ -81,6 +81,7 @@ def test_the_page_works_in_a_browser_without_network(real: Path, tmp_path: Path)
             legend: texts("#kl-chart .legendtext"), layers: drawn("#layer-chart .heatmaplayer image"),
             fill: drawn("#kl-chart .point"), first: texts("#differences tbody td:first-child"),
             values: texts("#differences tbody tr:not(.group) td"), papers: [paper()], orders: [],
+            heads: [...document.querySelectorAll("#differences th")].map((head) => getComputedStyle(head).textAlign),
             quantities: texts("#quantity option"), width: document.documentElement.scrollWidth - innerWidth,
         };
         for (let i = 0; i < 2; i++) { head.click(); seen.orders.push(column(7)); }
@@ -104,6 +105,7 @@ def test_the_page_works_in_a_browser_without_network(real: Path, tmp_path: Path)
     kls = [runs.loc[method, "q/kl_to_fp"] for method in ("bayesq", "gptq")]
     assert [float(text) for text in row[1:]] == pytest.approx([*kls, kls[1] - kls[0]], rel=1e-4)
     assert "method.name" in seen["first"] and "seed" not in seen["first"]
+    assert seen["heads"] == ["left", "right", "right", "right"], "as the values below them"
     assert seen["same"] == ["no difference"]
     smallest_first = [f"{kl:.3g}" for kl in sorted(kls)]
     assert seen["orders"] == [smallest_first, smallest_first[::-1]]
