@@ -55,45 +55,54 @@ MARKERS: dict[str, tuple[float, Any]] = {
     "*": (4.6, (0, (10, 1.5, 2, 1.5))),
 }
 OTHER_MARKER = (4.0, (0, (3, 1, 1, 1)))
-# dashes of a method's second, third ... variant
+# Dashes and colored halves of the markers of a method's second, third ... variant; the second is hollow.
 VARIANT_LINES: tuple[Any, ...] = ((0, (3, 2)), (0, (1, 2)), (0, (6, 2, 1, 2)))
+HALVES = ("left", "bottom", "right", "top")
 
 
 @dataclass(frozen=True)
 class Look:
-    """Style of a variant; variants of a method share color and marker."""
+    """Style of a variant; variants of a method share color and marker.
+
+    Attributes:
+        variant: 0 for the plain variant, else which of the further ones.
+    """
 
     label: str
     color: str
     marker: str
     line: Any
-    filled: bool = True
+    variant: int = 0
 
     @property
     def face(self) -> str:
         """Color inside the marker."""
-        return self.color if self.filled else "white"
+        return "white" if self.variant else self.color
 
     def of_line(self) -> dict[str, Any]:
         """Keyword arguments of `Axes.plot` and `Axes.errorbar`."""
+        half = self.variant > 1
         return {
             "color": self.color,
             "marker": self.marker,
+            "fillstyle": HALVES[(self.variant - 2) % len(HALVES)] if half else "full",
             "linestyle": self.line,
             "markersize": MARKERS.get(self.marker, OTHER_MARKER)[0],
-            "markerfacecolor": self.face,
+            "markerfacecolor": self.color if half else self.face,
+            "markerfacecoloralt": "white",
             "markeredgecolor": self.color,
         }
 
 
 def look(method: Method, variant: int = 0, label: str | None = None) -> Look:
-    """Style of a method's plain variant, or of a further one: the same color and marker, hollow, with other lines.
+    """Style of a method's plain variant, or of a further one: the same color and marker, hollow or half filled,
+    with other lines.
 
     Args:
         label: in legends; the method's title without it.
     """
     line = VARIANT_LINES[(variant - 1) % len(VARIANT_LINES)] if variant else MARKERS.get(method.marker, OTHER_MARKER)[1]
-    return Look(label or method.title, method.color, method.marker, line, filled=variant == 0)
+    return Look(label or method.title, method.color, method.marker, line, variant)
 
 
 def looks(runs: pd.DataFrame) -> dict[str, Look]:

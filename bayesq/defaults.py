@@ -95,7 +95,8 @@ def _class_of(target: str) -> Any:
                 ) from missing
             raise Refused(f"_target_={target}: {module} imports {missing.name}, which is not installed") from missing
         except (ImportError, ValueError) as broken:
-            raise Refused(f"_target_={target}: {broken}; it needs package.module.Class") from broken
+            what = f"{module} cannot be imported ({broken})" if module else "it needs package.module.Class"
+            raise Refused(f"_target_={target}: {what}") from broken
         raise Refused(f"_target_={target}: module {module} has no {name}") from error
 
 

@@ -15,6 +15,8 @@ from bayesq.errors import Refused
         ("strange_package.sub.gone.Method", r"no module 'strange_package.sub': add the folder"),
         ("strange_package.needy.Method", r"strange_package.needy imports not_there_9, which is not installed"),
         ("strange_package.Method", r"module strange_package has no Method"),
+        ("strange_package.other.Method", r"strange_package.other cannot be imported \(cannot import name 'Gone' from"),
+        ("strange_package.value.Method", r"strange_package.value cannot be imported \(invalid literal"),
         ("Method", r"it needs package.module.Class"),
     ],
 )
@@ -25,6 +27,8 @@ def test_a_class_that_cannot_be_imported(
     package.mkdir()
     (package / "__init__.py").touch()
     (package / "needy.py").write_text("import not_there_9\n")
+    (package / "other.py").write_text("from pathlib import Gone\n")
+    (package / "value.py").write_text("int('one')\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(Refused, match=rf"^_target_={target}: .*{line}"):
         construct({"_target_": target})

@@ -30,8 +30,7 @@ def main_runs(runs: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     """Runs of the variants that a figure of all methods shows, and a line for each method that has more.
 
     A method with more than MOST_VARIANTS variants on a workload is shown by its plain variant alone, or by the one with
-    the
-    most runs if there is no plain one: an ablation has a separate page.
+    the most runs if there is no plain one: an ablation has a separate page.
     """
     shown, left_out = [runs[runs["workload"] == UNKNOWN]], []
     for (workload, method), members in runs.groupby(["workload", "method"], sort=True):
@@ -129,6 +128,8 @@ def lines(axes: Axes, data: pd.DataFrame, looks: Mapping[str, Look], x: str, y: 
                 places[seen], values[seen], spread[seen], linestyle="none", marker="none", color=look.color,
                 elinewidth=0.8, zorder=2,
             )  # fmt: skip
+    if x == "bits" and data[x].nunique() == 1:  # else the points of one budget would spread over the whole axis
+        axes.set_xlim(data[x].iloc[0] - 0.5, data[x].iloc[0] + 0.5)
 
 
 def ticks(axis: Axis, places: Iterable[float]) -> None:
@@ -157,19 +158,26 @@ def few_bits(budgets: pd.Series) -> list[float]:
 
 
 def short_layers(names: Sequence[str]) -> list[str]:
-    """Names of layers without the leading parts that all layers with the same first part share.
+    """Names of layers without the leading parts that several layers with the same first part share, numbers excepted.
 
-    Names that would be equal then stay as they are.
+    This is repeated while the names stay different: model.bert.encoder.layer.0.q beside model.bert.pooler and
+    model.classifier is 0.q.
     """
     groups: dict[str, list[list[str]]] = {}
     for name in names:
         groups.setdefault(name.partition(".")[0], []).append(name.split(".")[:-1])
     shared = {
-        first: len(list(takewhile(lambda column: len(set(column)) == 1, zip(*parts, strict=False))))
+        first: len(list(takewhile(_is_prefix, zip(*parts, strict=False))))
         for first, parts in groups.items()
+        if len(parts) > 1
     }
-    short = [".".join(name.split(".")[shared[name.partition(".")[0]] :]) for name in names]
-    return short if len(set(short)) == len(names) else list(names)
+    short = [".".join(name.split(".")[shared.get(name.partition(".")[0], 0) :]) for name in names]
+    return short_layers(short) if len(set(short)) == len(names) and short != list(names) else list(names)
+
+
+def _is_prefix(parts: Sequence[str]) -> bool:
+    """Whether all layers have this part of a name, and it is no number."""
+    return len(set(parts)) == 1 and not parts[0].isdigit()
 
 
 def layer_ticks(axes: Axes, names: Sequence[str], labelled: bool = True) -> None:

@@ -64,7 +64,7 @@ function layout(more) {
     paper_bgcolor: style("--paper"), plot_bgcolor: style("--paper"),
     font: { color: style("--ink"), family: "system-ui, sans-serif", size: 12 },
     margin: { l: 60, r: 10, t: 30, b: 45 },
-    legend: { orientation: "h", y: -0.28, yanchor: "top" },
+    legend: { orientation: "h", x: 0, y: 0, yref: "container", yanchor: "bottom", maxheight: 1e4 },
     xaxis: { ...axis, ...xaxis }, yaxis: { ...axis, ...yaxis }, ...rest,
   };
 }
@@ -75,6 +75,16 @@ const OPTIONS = { responsive: true, displaylogo: false, modeBarButtonsToRemove: 
 /** Black, the color of a free method, is white on a dark page. */
 const visible = (color) => (isDark() && color === "#000000" ? "#ffffff" : color);
 
+const PLOT = 310; // height of a chart without its legend
+const DASHES = ["dot", "dash", "dashdot", "longdash"]; // of a method's second, third ... variant
+
+/** Draw a chart that is as high as its legend asks: first with room for an entry in each line, then as is needed. */
+async function drawChart(id, traces, more) {
+  await Plotly.react(id, traces, layout({ height: PLOT + 22 * traces.length, ...more }), OPTIONS);
+  const legend = at(id).querySelector(".legend .bg");
+  await Plotly.relayout(id, { height: PLOT + (legend ? legend.getBBox().height : 0) });
+}
+
 function lines(points, y) {
   return Object.entries(data.looks).flatMap(([variant, look]) => {
     const line = points.filter((point) => point.variant === variant && point[y] !== null);
@@ -83,8 +93,8 @@ function lines(points, y) {
     const x = line.map((point) => point[at("bits-axis").value]);
     return [{
       type: "scatter", mode: "lines+markers", name: look.label, x, y: line.map((point) => point[y]),
-      line: { color, dash: look.filled ? "solid" : "dot", width: 1.5 },
-      marker: { color, symbol: look.symbol + (look.filled ? "" : "-open"), size: 8 },
+      line: { color, dash: look.variant ? DASHES[(look.variant - 1) % DASHES.length] : "solid", width: 1.5 },
+      marker: { color, symbol: look.symbol + (look.variant ? "-open" : ""), size: 8 },
       error_y: { type: "data", array: line.map((point) => point[y + "_std"] ?? 0), color, thickness: 1, width: 3 },
       customdata: line.map((point) => [point.bits, point.n]),
       hovertemplate: "%{fullData.name}<br>budget %{customdata[0]} bits, at %{x:.3f}<br>%{y:.4g} (n = %{customdata[1]})<extra></extra>",
@@ -97,14 +107,15 @@ function drawCurves() {
   const points = data.table.filter((row) => row.workload === at("workload").value);
   const xaxis = { title: { text: at("bits-axis").value + " bits per weight" } };
   const kl = { title: { text: "KL to full precision (nats)" }, type: "log", dtick: "D2", tickformat: ".1~g" };
-  Plotly.react("kl-chart", lines(points.filter((point) => point.kl > 0), "kl"), layout({ xaxis, yaxis: kl }), OPTIONS);
+  const drawn = [drawChart("kl-chart", lines(points.filter((point) => point.kl > 0), "kl"), { xaxis, yaxis: kl })];
   const bits = points.map((point) => point[at("bits-axis").value]);
   const reference = {
     type: "scatter", mode: "lines", name: "full precision", x: [Math.min(...bits), Math.max(...bits)],
     y: [workload.fp, workload.fp], line: { color: "#808080", width: 1 },
   };
   const score = { title: { text: workload.unit } };
-  Plotly.react("score-chart", [...lines(points, "score"), reference], layout({ xaxis, yaxis: score }), OPTIONS);
+  drawn.push(drawChart("score-chart", [...lines(points, "score"), reference], { xaxis, yaxis: score }));
+  return Promise.all(drawn);
 }
 
 function drawLayers() {
@@ -151,8 +162,8 @@ function drawLayers() {
 }
 
 function drawAll() {
-  drawCurves();
   drawLayers();
+  return drawCurves();
 }
 
 // ---------------------------------------------------------------------------------------------------------- comparer
@@ -223,7 +234,7 @@ async function start() {
   connect();
   compare();
   document.head.append(element("script", await unpacked("plotly")));
-  drawAll();
+  await drawAll();
   document.body.dataset.ready = "true";
 }
 

@@ -106,7 +106,7 @@ def data_of(content: Content) -> dict[str, Any]:
                 "label": look.label,
                 "color": look.color,
                 "symbol": SYMBOLS.get(look.marker, "circle"),
-                "filled": look.filled,
+                "variant": look.variant,
             }
             for variant, look in content.looks.items()
         },

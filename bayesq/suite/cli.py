@@ -45,6 +45,18 @@ NO_REASON = "it ended before it could say why"
 INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
 # Hydra's variable: 1 prints tracebacks, because Hydra then raises its errors
 FULL_ERROR = "HYDRA_FULL_ERROR"
+# Hydra's script completes one command, and for `python` it would run any file: so `python run.py` has a function of its
+# own.
+INSTALL = "install=bash"
+COMPLETE_PYTHON = """
+bayesq_python_completion()
+{
+    words=($COMP_LINE)
+    if [ "${words[1]##*/}" == "run.py" ] && grep -qs "bayesq.suite.cli" "${words[1]}"; then
+        hydra_bash_completion
+    fi
+}
+complete -o nospace -o default -F bayesq_python_completion python"""
 
 
 class Terminated(KeyboardInterrupt):
@@ -267,6 +279,8 @@ def _run(jobs: Sequence[Job]) -> Any:
     os.environ[FULL_ERROR] = "1"
     try:
         _run_hydra(asked, get_args_parser(), task, str(conf_dir()), CONFIG_NAME)
+        if asked.shell_completion and INSTALL in asked.overrides:
+            print(COMPLETE_PYTHON)
     except SystemExit as left:
         return left.code
     except (HydraException, OmegaConfBaseException, OSError) as error:

@@ -30,5 +30,6 @@ def check(config: Mapping[str, Any]) -> None:
     except UserError:
         raise
     except Exception as error:
-        names = " ".join(f"{group}={config[group].get('name')}" for group in ("model", "dataset", "method"))
+        groups = ["model", "dataset", "method", *(["posterior"] if reads_posterior(config) else [])]
+        names = " ".join(f"{group}={config[group].get('name')}" for group in groups)
         raise UserError(f"{names} cannot be made ({one_line(f'{type(error).__name__}: {error}')})") from error

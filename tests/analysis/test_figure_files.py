@@ -118,8 +118,24 @@ def test_labels_that_would_overlap_are_thinned() -> None:
     assert not [1 for one, other in itertools.pairwise(boxes) if one.overlaps(other)]
 
 
+def test_points_at_one_budget_stay_beside_it(tmp_path: Path) -> None:
+    for method in ("rtn", "gptq", "bayesq"):
+        add_run(tmp_path, method=method, bits=3.0, seed=0)
+    runs = load_runs(tmp_path)
+    (axes,) = main_figure.draw(bit_curve.data(runs), style.looks(runs)).axes
+    assert axes.get_xlim() == (2.5, 3.5)
+    assert {round(line.get_xdata()[0]) for line in axes.lines if len(line.get_xdata()) == 1} == {3}
+
+
 def test_layers_lose_what_they_share_but_stay_different() -> None:
     assert short_layers(["m.h.0.q", "m.h.1.q", "classifier"]) == ["0.q", "1.q", "classifier"]
+    encoder = [f"encoder.layer.{i}.{part}" for i in range(2) for part in ("self.query", "output.dense")]
+    bert = ["model.classifier", "model.bert.pooler.dense", *(f"model.bert.{name}" for name in encoder)]
+    numbered = ["0.self.query", "0.output.dense", "1.self.query", "1.output.dense"]
+    assert short_layers(bert) == ["classifier", "pooler.dense", *numbered]
+    assert short_layers(numbered) == numbered
+    stages = [f"layer{i}.0.conv{j}" for i in (1, 2) for j in (1, 2)]
+    assert short_layers(["conv1", *stages, "fc"]) == ["conv1", *stages, "fc"]
     assert short_layers(["a.x.0", "a.x.1", "b.x.0", "b.x.1"]) == ["a.x.0", "a.x.1", "b.x.0", "b.x.1"]
 
 

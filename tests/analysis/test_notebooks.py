@@ -67,6 +67,7 @@ def test_a_notebook_begins_with_its_text_and_its_parameters(name: str) -> None:
     assert {key: values[key] for key in ("results", "where", "output", "venue", "columns")} == {
         "results": "results", "where": [], "output": "paper", "venue": None, "columns": None,
     }  # fmt: skip
+    assert set(papermill.inspect_notebook(FOLDER / f"{name}.ipynb")) >= set(values) - {"__builtins__"}
     assert "load_runs(rooted(results), where)" in "".join(cell.source for cell in code_of(notebook))
 
 

@@ -1,5 +1,6 @@
 """The page of real runs in a real browser, and how fast and large a page of 1,000 runs is. Slow: run with -m slow."""
 
+import json
 import os
 import re
 import subprocess
@@ -80,6 +81,7 @@ def test_the_page_works_in_a_browser_without_network(real: Path, tmp_path: Path)
             legend: texts("#kl-chart .legendtext"), layers: drawn("#layer-chart .heatmaplayer image"),
             fill: drawn("#kl-chart .point"), first: texts("#differences tbody td:first-child"),
             values: texts("#differences tbody tr:not(.group) td"), papers: [paper()], orders: [],
+            heads: [...document.querySelectorAll("#differences th")].map((head) => getComputedStyle(head).textAlign),
             quantities: texts("#quantity option"), width: document.documentElement.scrollWidth - innerWidth,
         };
         for (let i = 0; i < 2; i++) { head.click(); seen.orders.push(column(7)); }
@@ -103,6 +105,7 @@ def test_the_page_works_in_a_browser_without_network(real: Path, tmp_path: Path)
     kls = [runs.loc[method, "q/kl_to_fp"] for method in ("bayesq", "gptq")]
     assert [float(text) for text in row[1:]] == pytest.approx([*kls, kls[1] - kls[0]], rel=1e-4)
     assert "method.name" in seen["first"] and "seed" not in seen["first"]
+    assert seen["heads"] == ["left", "right", "right", "right"], "as the values below them"
     assert seen["same"] == ["no difference"]
     smallest_first = [f"{kl:.3g}" for kl in sorted(kls)]
     assert seen["orders"] == [smallest_first, smallest_first[::-1]]
@@ -111,6 +114,34 @@ def test_the_page_works_in_a_browser_without_network(real: Path, tmp_path: Path)
     assert "log10 achieved risk (nats)" in seen["color"]
     assert "achieved risk (nats)" in seen["quantities"]
     assert seen["papers"][0] != seen["papers"][1]
+
+
+@needs_browser
+def test_charts_of_many_variants_keep_their_height_and_no_text_covers_another(real: Path, tmp_path: Path) -> None:
+    vary([path.parent for path in real.glob("*/result.json")][:1], tmp_path / "results", 21)
+    for number, path in enumerate(sorted((tmp_path / "results").glob("*/result.json"))):
+        result = json.loads(path.read_text())
+        result |= {"method": "bayesq", "seed": 0, "bits/target": 3.0}
+        result["config"] |= {"bits": 3, "seed": 0, "a_setting_with_a_long_name": number}
+        result["config"]["method"]["name"] = "bayesq"
+        path.write_text(json.dumps(result))
+    page = write_page(content_of(tmp_path / "results"), tmp_path / "page.html")
+    steps = """
+        const box = (selector) => document.querySelector(selector).getBoundingClientRect();
+        const of = (id) => ({
+            plot: box(`#${id} .nsewdrag`).height, legend: texts(`#${id} .legendtext`).length,
+            title: box(`#${id} .xtitle`).bottom, top: box(`#${id} .legend .bg`).top,
+            bottom: box(`#${id} .legend .bg`).bottom, end: box(`#${id}`).bottom,
+            last: [...document.querySelectorAll(`#${id} .legendtext`)].at(-1).getBoundingClientRect().bottom,
+            dashes: new Set(document.getElementById(id).data.map((trace) => trace.line.dash)).size,
+        });
+        return ["kl-chart", "score-chart"].map(of);"""
+    seen, console = browse(page, steps, tmp_path / "browser", height=4000)
+    assert console == []
+    for chart, entries in zip(seen, (21, 22), strict=True):
+        assert chart["legend"] == entries and chart["dashes"] >= 4
+        assert chart["plot"] > 180, "the legend leaves the plot its height"
+        assert chart["title"] <= chart["top"] and chart["last"] <= chart["bottom"] <= chart["end"] + 1
 
 
 @needs_browser

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from itertools import combinations
 
+import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -39,9 +40,21 @@ def test_variants_keep_color_and_marker_but_not_filling_and_line() -> None:
     for variant in ("gptq clip=mse", "gptq act_order=false"):
         assert (found[variant].color, found[variant].marker) == (GPTQ.color, GPTQ.marker)
         assert found[variant].label == f"GPTQ {variant.partition(' ')[2]}"
-        assert not found[variant].filled
+        assert found[variant].variant
         assert found[variant].line != GPTQ.line
     assert found["gptq clip=mse"].line != found["gptq act_order=false"].line
+
+
+def test_variants_of_a_method_differ_without_lines_and_color() -> None:
+    drawn = set()
+    for variant in range(6):
+        figure, ((plot,),) = style.panels(1, 1, 1.0, 1.0)
+        look = style.look(methods_of()["gptq"], variant).of_line()
+        plot.plot(0, 0, **(look | {"linestyle": "none", "markersize": 20}))
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        drawn.add(np.asarray(canvas.buffer_rgba())[..., :3].mean(2).tobytes())
+    assert len(drawn) == 6
 
 
 @pytest.mark.parametrize(("entries", "lengths"), [(3, [3]), (5, [5]), (6, [3, 3]), (7, [4, 3]), (11, [4, 4, 3])])

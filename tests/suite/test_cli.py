@@ -216,19 +216,19 @@ def test_a_shell_completes_both_programs(tmp_path: Path) -> None:
     }.items():
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
+    (tmp_path / "other.py").write_text("print('dataset=important')\nopen('other_ran', 'w')\n")
     lines = [("bayesq-run dataset=im", 1), ("bayesq-run -cd conf method=o", 3), ("python run.py dataset=im", 2)]
-    script = 'eval "$(bayesq-run -sc install=bash)"; complete -p bayesq-run\n'
-    script += "".join(
-        f"COMP_LINE='{line}' COMP_CWORD={place}; hydra_bash_completion; echo ${{COMPREPLY[@]}}\n"
-        for line, place in lines
-    )
+    lines.append(("python other.py dataset=im", 2))
+    script = 'eval "$(bayesq-run -sc install=bash)"\n'
+    for line, place in lines:  # by the function that bash has for the command
+        script += f"rule=$(complete -p {line.split()[0]}); rule=${{rule% *}}; COMPREPLY=()\n"
+        script += f"COMP_LINE='{line}' COMP_CWORD={place}; ${{rule##* }}; echo ${{COMPREPLY[@]}}\n"
     environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    rule, *offered = done.stdout.splitlines()
-    assert rule.endswith("-F hydra_bash_completion bayesq-run")
     photos = "dataset=image_folder dataset=imagenet"
-    assert offered == [photos, "method=ours", photos]
+    assert done.stdout.splitlines() == [photos, "method=ours", photos, ""]
+    assert not Path("other_ran").exists(), "the tab key runs no other program"
 
 
 def test_a_file_that_breaks_completion_is_named_in_one_line(tmp_path: Path) -> None:
@@ -397,6 +397,7 @@ CONSTRUCTORS = [
     (["dataset=glue", "dataset.task=sst3"], "dataset.task=sst3"),
     (["method._target_=baselines.rtn.NoSuchClass"], "NoSuchClass"),
     (["model._target_=no_such_package.Net"], "no_such_package"),
+    (["posterior._target_=bayesq.posterior.LayerPosterior"], "method=bayesq posterior=kfac cannot be made"),
 ]
 
 

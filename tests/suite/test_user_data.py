@@ -187,6 +187,15 @@ class TestTexts:
         with pytest.raises(UserError, match=line):
             load(file, **options)
 
+    @pytest.mark.parametrize(("count", "refused"), [(20, False), (21, True)])
+    def test_many_fractions_are_no_classes(self, count: int, refused: bool, tmp_path: Path) -> None:
+        file = write(texts(100, tuple(i + 0.5 for i in range(count))), tmp_path / "mine.csv")
+        if refused:
+            with pytest.raises(UserError, match=r"has 21 values in 100 rows, too many for classes; dataset.score=COL"):
+                load(file)
+        else:
+            assert load(file).num_classes == 20
+
     @pytest.mark.parametrize(
         ("name", "content", "line"),
         [

@@ -133,7 +133,8 @@ def _classes(tables: Sequence[Table], labels: Sequence[list[Any]], column: str) 
     names = sorted(set(cells) - {""})
     if len(names) < 2:
         raise UserError(f"dataset.label={column}: needs at least two classes, has {', '.join(names) or 'none'}")
-    if len(names) > MANY_CLASSES and len(names) > len(cells) / 2:
+    fractions = any(re.fullmatch(r"-?\d*\.\d+", name) for name in names)
+    if len(names) > MANY_CLASSES and (fractions or len(names) > len(cells) / 2):
         raise UserError(
             f"dataset.label={column}: has {len(names)} values in {len(cells)} rows, too many for classes; "
             "dataset.score=COLUMN reads numbers"
