@@ -177,6 +177,7 @@ class Walker(Generic[B]):
         self.module, self.layers, self.batches, self.shorten, self.like = module, layers, batches, shorten, like
         self.calls, self.folder = calls or {}, folder
         self._blocks = {name: module.get_submodule(name) for name in blocks}
+        self._parts = list(module.named_modules(remove_duplicate=False))
         self._visits: list[dict[str, _Visit]] | None = None  # by batch
         self._outside: set[str] = set()
         self._chains: list[list[str]] = []
@@ -189,7 +190,7 @@ class Walker(Generic[B]):
         stored, self._stored = self._stored, None  # dropped if the caller stops before the last batch
         if place is None:
             for batch in self.batches():
-                yield batch, partial(self._whole, batch)
+                yield batch, partial(self.module, **batch.inputs)
             self._stored = stored
             return
         chain, begin, end, folder = place
@@ -235,9 +236,6 @@ class Walker(Generic[B]):
         if len(group) == 1 and calls[0] is not None:
             return group[0], calls[0]
         return (group[-1], 1) if set(calls) == {1} else None
-
-    def _whole(self, batch: B) -> Any:
-        return self.module(**batch.inputs)
 
     def _record(self, stored: _Stored[B], batch: B, given: list[Any]) -> Any:
         """A pass of the whole network that gives a copy of a block's inputs, which the network may overwrite later."""
@@ -369,10 +367,11 @@ class Walker(Generic[B]):
 
     def _state(self, chain: Sequence[str], at: int) -> list[tuple[int, int]]:
         """Memory and versions of all parameters and buffers but those that only chain[at] and later blocks have."""
+        left_out = tuple(f"{block}." for block in chain[at:])
         return [
             (x.data_ptr(), x._version)
-            for name, child in self.module.named_modules(remove_duplicate=False)
-            if not any(name == block or _is_inside(name, block) for block in chain[at:])
+            for name, child in self._parts
+            if not f"{name}.".startswith(left_out)
             for x in (*child.parameters(recurse=False), *child.buffers(recurse=False))
         ]
 

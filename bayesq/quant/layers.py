@@ -6,7 +6,7 @@ within the group and c the input column (in_features, or in_channels/groups * kh
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TypeVar
@@ -107,12 +107,17 @@ def embedding_tables(module: nn.Module, exclude: Sequence[str] = ()) -> dict[str
 
 
 def find_layer(module: nn.Module, name: str) -> Layer | nn.Embedding:
-    """The layer of that name, as `quantizable_layers` or `embedding_tables` name it.
+    """The layer of that name, see `find_layers`."""
+    return find_layers(module, [name])[name]
 
-    Raises:
-        Refused: no layer has this name.
-    """
+
+def find_layers(module: nn.Module, names: Iterable[str]) -> dict[str, Layer | nn.Embedding]:
+    """Layers as `quantizable_layers` or `embedding_tables` name them; Refused if there is none of a name."""
     modules = dict(module.named_modules())
+    return {name: _found(modules, name) for name in names}
+
+
+def _found(modules: Mapping[str, nn.Module], name: str) -> Layer | nn.Embedding:
     if isinstance(child := modules.get(name), nn.Linear | nn.Conv2d | nn.Embedding):
         return child
     for owner, prefix in ((name, ""), (name.rpartition(".")[0], name.rpartition(".")[2])):
@@ -149,7 +154,7 @@ def weight_key(name: str, layer: Layer | nn.Embedding) -> str:
 
 def weight_keys(module: nn.Module, names: Iterable[str]) -> set[str]:
     """Names in the state_dict of the weights of some layers, and of all that share one of them (tied tables)."""
-    weights = {id(find_layer(module, name).weight) for name in names}
+    weights = {id(layer.weight) for layer in find_layers(module, names).values()}
     return {key for key, x in module.named_parameters(remove_duplicate=False) if id(x) in weights}
 
 

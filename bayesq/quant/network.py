@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from bayesq.quant.layers import find_layer, matrix_to_weight, weight_key, weight_to_matrix
+from bayesq.quant.layers import find_layers, matrix_to_weight, weight_key, weight_to_matrix
 from bayesq.quant.tensor import QuantizedTensor
 
 
@@ -18,7 +18,7 @@ def fill(
     Raises:
         ValueError: the module has no such layer or parameter, or one of another shape or dtype. It is not changed.
     """
-    layers = {name: find_layer(module, name) for name in tensors}
+    layers = find_layers(module, tensors)
     state = module.state_dict() if parameters else {}
     for name, tensor in tensors.items():
         shape = list(weight_to_matrix(layers[name]).shape)
@@ -52,7 +52,8 @@ def quantized_copy(
     Raises:
         ValueError: as `fill`.
     """
-    replaced = {weight_key(name, find_layer(module, name)) for name in tensors} | set(parameters or {})
+    layers = find_layers(module, tensors)
+    replaced = {weight_key(name, layer) for name, layer in layers.items()} | set(parameters or {})
     writable = {id(x) for name, x in module.named_parameters(remove_duplicate=False) if name in replaced}
     shared = {id(x): x for x in module.parameters() if id(x) not in writable}
     quantized = copy.deepcopy(module, dict[int, object](shared))

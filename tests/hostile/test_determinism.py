@@ -92,10 +92,9 @@ def test_new_processes_give_equal_bits_and_more_threads_nearly_equal_codes(tmp_p
     # Behind the prefix one code that differs would change the inputs of all later layers.
     full = ("inputs=full", "correction=none")
     run(tmp_path, "full", 1, "cache1", *full)
-    for threads in (2, 4):
-        shutil.copytree(tmp_path / "cache1" / "models", tmp_path / f"cache{threads}" / "models")
-        run(tmp_path, f"with{threads}", threads, f"cache{threads}", *full)
-        check_alike(tmp_path / "full", tmp_path / f"with{threads}")
+    shutil.copytree(tmp_path / "cache1" / "models", tmp_path / "cache3" / "models")
+    run(tmp_path, "with3", 3, "cache3", *full)
+    check_alike(tmp_path / "full", tmp_path / "with3")
 
 
 def test_a_factorization_is_the_same_in_one_process_again() -> None:

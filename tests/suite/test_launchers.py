@@ -257,7 +257,7 @@ def test_a_killed_run_is_reported_and_the_same_command_continues(launcher: str, 
 
 
 # the two of AWQ begin together where two begin at once, and need the same statistics
-SWEEP = ("model=resnet", "dataset=digits", "method=awq,rtn,gptq", "bits=3,4")
+SWEEP = ("model=resnet", "dataset=digits", "method=awq,gptq", "bits=3,4")
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
@@ -276,7 +276,7 @@ def sweep(folder: Path, cache: Path, *arguments: str, **environment: str) -> lis
     spent = [run["time/calibrate_s"] for run in load_results(folder) if run["method"] == "awq"]
     assert len(spent) == 2 and spent[0] == spent[1] > 0
     found = metrics(folder)
-    assert len(found) == 6
+    assert len(found) == 4
     return found
 
 

@@ -113,7 +113,7 @@ TIMM = [
     _image("cait", "cait_xxs24_224", img_size=32, embed_dim=32, depth=1, num_heads=4),
     _image("coatnet", "coatnet_nano_rw_224", 64, **COAT),
     _image("coatnet_rmlp", "coatnet_rmlp_1_rw_224", 64, **COAT),
-    _image("maxvit_rmlp", "maxvit_rmlp_pico_rw_256", 64, **COAT),
+    _image("maxvit_rmlp", "maxvit_rmlp_pico_rw_256", 64, **COAT | {"embed_dim": (32, 32), "depths": (1, 1)}),
     _image("levit", "levit_128s", 64, img_size=64, embed_dim=(16, 24, 32), key_dim=8, num_heads=(2, 3, 4), depth=(1, 1, 1)),
     _image("volo", "volo.VOLO", layers=(1, 1), img_size=32, embed_dims=(16, 32), num_heads=(2, 4), downsamples=(True, False), outlook_attention=(True, False), stem_hidden_dim=16),
     _image("coat_lite", "coat.CoaT", 64, img_size=64, patch_size=4, embed_dims=(16, 16, 16, 16), serial_depths=(2, 1, 1, 1), num_heads=8, mlp_ratios=(2, 2, 2, 2)),

@@ -1,10 +1,12 @@
 """Tiny random networks of timm and transformers, three methods: right numbers, or one line that names the layer."""
 
+import copy
 import csv
 import json
 import logging
 import math
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -42,20 +44,24 @@ def no_global_hydra() -> Iterator[None]:
     GlobalHydra.instance().clear()
 
 
-def configured(network: Architecture, folder: Path, *overrides: str) -> DictConfig:
+@cache
+def composed(*overrides: str) -> DictConfig:
+    """A command line's configuration; every network gets a copy, since composing takes as long as a small run."""
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return compose("config", overrides=list(overrides))
+
+
+def configured(network: Architecture, folder: Path, method: str) -> DictConfig:
     """The configuration of a run; texts come from a checkpoint in `folder`, which is written once."""
     if network in TIMM:
-        changed = ["model=timm", "dataset=digits"]
+        cfg = copy.deepcopy(composed("model=timm", "dataset=digits", f"method={method}"))
+        cfg.model = own(cfg.model, "RandomImages", network.name, architecture=network.name)
+        cfg.dataset = own(cfg.dataset, "Noise", cfg.dataset.name, pixels=network.pixels)
     else:
-        changed = ["model=transformers", "dataset=movie_snippets"]
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        cfg = compose("config", overrides=[*changed, f"model.name={network.name}", *overrides])
-    if network in TIMM:
-        cfg.model = own(cfg.model, "RandomImages", architecture=network.name)
-        cfg.dataset = own(cfg.dataset, "Noise", pixels=network.pixels)
-    else:
-        cfg.dataset = own(cfg.dataset, "Sentences")
-        cfg.model.checkpoint, cfg.model.max_length = str(folder / "checkpoint"), LONGEST
+        cfg = copy.deepcopy(composed("model=transformers", "dataset=movie_snippets", f"method={method}"))
+        cfg.dataset = own(cfg.dataset, "Sentences", cfg.dataset.name)
+        cfg.model.name, cfg.model.max_length = network.name, LONGEST
+        cfg.model.checkpoint = str(folder / "checkpoint")
         if not (folder / "checkpoint").exists():
             write_classifier(network.name, folder / "checkpoint")
     cfg.wandb.mode, cfg.calibration.examples, cfg.bits = "disabled", EXAMPLES, BITS
@@ -64,9 +70,9 @@ def configured(network: Architecture, folder: Path, *overrides: str) -> DictConf
     return cfg
 
 
-def own(node: DictConfig, source: str, **arguments: Any) -> DictConfig:
-    """A config group with a source of these tests in place of its own."""
-    return DictConfig({"name": node.name, "tasks": node.tasks, "_target_": f"sources.{source}", **arguments})
+def own(node: DictConfig, source: str, name: str, **arguments: Any) -> DictConfig:
+    """A config group with a name and a source of these tests in place of its own."""
+    return DictConfig({"name": name, "tasks": node.tasks, "_target_": f"sources.{source}", **arguments})
 
 
 def check_refusal(network: Architecture, error: UserError) -> str:
@@ -81,7 +87,7 @@ def check_refusal(network: Architecture, error: UserError) -> str:
 def test_three_methods(network: Architecture, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     refusals = set()
     for method in METHODS:
-        cfg = configured(network, tmp_path, f"method={method}")
+        cfg = configured(network, tmp_path, method)
         caplog.clear()
         caplog.set_level(logging.INFO)
         try:
@@ -113,8 +119,8 @@ Moments = dict[str, dict[str, torch.Tensor]]
 
 def prepared(network: Architecture, folder: Path, batch_size: int) -> tuple[Workload, Calibration]:
     """A workload and its moments, over the calibration examples in batches of a size."""
-    sizes = (f"calibration.batch_size={batch_size}", "posterior.examples=null")
-    cfg = configured(network, folder, "method=bayesq", *sizes)
+    cfg = configured(network, folder, "bayesq")
+    cfg.calibration.batch_size, cfg.posterior.examples = batch_size, None
     work = plan.load_workload(cfg, folder / "cache")
     store = plan.make_recipe(cfg).whitenings
     calibration = plan.open_statistics(cfg, store, work, folder / f"batches of {batch_size}")
