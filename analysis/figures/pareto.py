@@ -14,6 +14,8 @@ from analysis.style import GREY, Look, drawn, legend, present
 from analysis.venues import DEFAULT_WIDTHS, Widths
 
 STORED = "bits/stored"
+# Stored bits that differ by less are one size: two methods at one budget differ by some thousandths.
+ALIKE = 0.005
 RING: dict[str, Any] = {
     "linestyle": "none", "marker": "o", "markersize": 8, "markerfacecolor": "none", "markeredgecolor": GREY,
     "markeredgewidth": 0.8, "zorder": 1,
@@ -31,7 +33,10 @@ def data(runs: pd.DataFrame) -> pd.DataFrame:
 def front(points: pd.DataFrame) -> pd.Series:
     """Whether each point is on the front: no point has at most its stored bits and its KL, and less of one of them."""
     bits, loss = points[STORED], points[LOSS]
-    better = [((bits <= x) & (loss <= y) & ((bits < x) | (loss < y))).any() for x, y in zip(bits, loss, strict=True)]
+    better = [
+        ((bits <= x + ALIKE) & (loss <= y) & ((bits < x - ALIKE) | (loss < y))).any()
+        for x, y in zip(bits, loss, strict=True)
+    ]
     return ~pd.Series(better, index=points.index, dtype=bool)
 
 

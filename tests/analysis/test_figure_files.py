@@ -142,6 +142,8 @@ def test_layers_lose_what_they_share_but_stay_different() -> None:
 def test_the_front_is_what_no_other_point_beats() -> None:
     points = pd.DataFrame({"bits/stored": [3.0, 3.1, 3.1, 3.6, 3.6, 4.0], "q/kl_to_fp": [0.5, 0.2, 0.3, 0.2, 0.1, 0.1]})
     assert pareto.front(points).tolist() == [True, True, False, False, True, False]
+    nearly = pd.DataFrame({"bits/stored": [3.5572, 3.5574, 3.564], "q/kl_to_fp": [0.3, 0.2, 0.1]})
+    assert pareto.front(nearly).tolist() == [False, True, True]  # .0002 bits are one size, .0066 are two
 
 
 def test_the_front_of_every_workload_is_marked(runs: pd.DataFrame) -> None:
