@@ -291,7 +291,7 @@ class TestPhotos:
             ),
             ({"train__cat": 5, "train__dog": 5, "val": 5}, "val/ is not read: "),
             ({"train__cat": 5, "train__dog": 5, "val__cat": 5, "test__cat": 5}, ""),
-            ({"cat": 5, "dog": 5, "__MACOSX__cat": 5}, ""),
+            ({"cat": 5, "dog": 5}, ""),
         ],
     )
     def test_folders_that_are_not_read_are_told(
