@@ -72,11 +72,11 @@ runs() {
   done
 }
 
-# timed SECTION ARGUMENT ...: a command with two threads and an empty cache.
+# timed SECTION ARGUMENT ...: a command with $THREADS or two threads, and an empty cache.
 timed() {
   go rm -rf "$RESULTS/empty_cache"
   # shellcheck disable=SC2086
-  OMP_NUM_THREADS=2 go "$PYTHON" run.py "${@:2}" "results_dir=$RESULTS/$1" "cache_dir=$RESULTS/empty_cache" ${OPTIONS:-}
+  OMP_NUM_THREADS=${THREADS:-2} go "$PYTHON" run.py "${@:2}" "results_dir=$RESULTS/$1" "cache_dir=$RESULTS/empty_cache" ${OPTIONS:-}
 }
 
 # tables SECTION: all tables and figures of its runs.
@@ -119,8 +119,8 @@ clip() {        # RTN with its other clip rule. 0.1 h
   runs clip 'resnet56 lite0' method=rtn method.clip=minmax bits=3,3.5,4 seed=0
 }
 
-cost() {        # Cost: an empty cache for each run, two threads, nothing beside it. 0.6 h
-  local seed name W
+cost() {        # Cost: an empty cache for each run, nothing beside it. 1.5 h
+  local seed name method W
   for name in resnet56 lite0 sst2 mrpc; do
     workload "$name"
     for seed in 0 1 2 3 4; do
@@ -129,6 +129,13 @@ cost() {        # Cost: an empty cache for each run, two threads, nothing beside
     done
   done
   go "$PYTHON" -m analysis "$RESULTS/cost" --cost
+  for name in resnet56 film; do
+    workload "$name"
+    for method in rtn hqq squeezellm awq gptq qtip lnq qronos gptaq bayesq adaround brecq; do
+      THREADS=1 timed cost_all method=$method bits=3 seed=0 dataset.limit=32 "${W[@]}"
+    done
+  done
+  go "$PYTHON" -m analysis "$RESULTS/cost_all" --cost
   timed cost_demo -m method=rtn,gptq,awq,bayesq bits=3,3.5,4
 }
 
