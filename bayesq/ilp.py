@@ -18,8 +18,8 @@ from torch import Tensor
 from bayesq.errors import Refused
 from bayesq.knapsack import greedy_knapsack
 
-# The search ends when the risk exceeds a proven lower bound by less than this share of it. With 1e-6 it took 12 minutes
-# for the 21,122 rows of MiniLM, to improve the greedy choice by less than 4e-5.
+# The search ends when the risk exceeds a proven lower bound by less than this share of it. With 1e-6 a run of MiniLM
+# took many minutes longer, for the same KL (analysis/README.md).
 GAP = 1e-4
 # It also ends after so many nodes of the branch-and-bound tree; a limit in seconds would make results depend on the
 # machine's load.
