@@ -34,7 +34,7 @@ from bayesq.suite.workload import Workload
 from bayesq.tensor_file import read_tensors
 
 ROOT = Path(__file__).parents[1]
-DIGITS = ("model=resnet", "dataset=digits")
+DIGITS = ("model=resnet", "dataset=digits", "calibration.examples=64")
 METHODS = "rtn,gptq,awq,bayesq"
 # Everything in a result that may differ between two runs of one configuration.
 VOLATILE = ("time/", "memory/", "git", "host", "config")
@@ -49,7 +49,7 @@ SWITCHES = {
         "posterior.samples=2",
         "posterior.draws=labels",
         "posterior.likelihood=gaussian",
-        "posterior.examples=64",
+        "posterior.examples=32",
         "posterior.shrinkage=0",
         "posterior.num_data=1000",
         "method.states=8",
@@ -68,7 +68,7 @@ SWITCHES = {
         "inputs=prefix",
         "correction=none",
         "correction=mean",
-        "calibration.examples=64",
+        "calibration.examples=48",
         "bits=2",
         "seed=1",
     ],
@@ -161,7 +161,7 @@ def test_every_run_leaves_its_whole_contract(sweep: Path) -> None:
         folder = sweep / "results" / result["run_id"]
         assert result["status"] == "finished"
         assert result["fp/accuracy"] >= 0.97
-        assert result["evaluation/examples"] == 600 and result["calibration/examples"] == 256
+        assert result["evaluation/examples"] == 600 and result["calibration/examples"] == 64
         assert 0 <= result["bits/target"] - result["bits/code"] <= 0.02
         assert result["bits/stored"] > result["bits/code"]
         low, high = result["delta/accuracy/ci95"]

@@ -298,7 +298,7 @@ def test_contradictions_are_found_though_the_digest_is_right(original: Packed, t
     file, random = tmp_path / "file.safetensors", np.random.default_rng(1)
     write_packed(tmp_path / "whole.safetensors", original)  # tensors that are read may lie in the file's own pages
     whole, known, outcomes = read_tensors(tmp_path / "whole.safetensors"), weights_of(original), Counter[str]()
-    for _ in range(1800):
+    for _ in range(900):
         buffers, header = edited(*whole, random)
         overwrite(file, buffers, header)
         try:
@@ -315,7 +315,7 @@ def test_contradictions_are_found_though_the_digest_is_right(original: Packed, t
         for name, weight in weights_of(found).items():
             if name not in known or not torch.equal(weight, known[name]):
                 check_naively(weight, buffers, facts, name)
-    assert 25 < outcomes["accepted"] < 1000, "other scales make another file, but most edits make none"
+    assert 12 < outcomes["accepted"] < 500, "other scales make another file, but most edits make none"
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from bayesq.defaults import MAX_BITS, MIN_BITS
-from bayesq.suite.composition import Job, Preflight, preflight
+from bayesq.suite.composition import Job, Preflight
 from bayesq.suite.config import flatten
 
 ROOT = Path(__file__).parents[2]
@@ -64,15 +64,13 @@ def test_a_sweep_file_and_its_command_in_the_comment_are_the_same_runs(path: Pat
     assert sweep["method"] == "grid"
     assert (ROOT / sweep["program"]).is_file()
     (typed,) = (line for line in path.read_text().splitlines() if line.startswith(HYDRA_LINE))
-    by_hydra = preflight(typed.removeprefix("#   python run.py ").split())
-    assert by_hydra is not None
-    by_agent: list[str] = []
-    for line in agent_commands(sweep):
-        assert line[:4] == ["${env}", "${interpreter}", "${program}", "wandb.mode=online"]
-        by_agent.append(flight.check(line[4:]).run_id)
-    assert list(dict.fromkeys(by_agent)) == [job.run_id for job in by_hydra]
-    assert len(by_agent) == RUNS[path.stem]
-    assert len(by_agent) - len(set(by_agent)) == (len(DEFAULTED) * 3 if path.stem == "ablation" else 0)
+    by_hydra = flight.jobs(typed.removeprefix(HYDRA_LINE).split(), multirun=True)
+    by_agent = list(agent_commands(sweep))
+    assert all(line[:4] == ["${env}", "${interpreter}", "${program}", "wandb.mode=online"] for line in by_agent)
+    assert [set(line[4:]) for line in by_agent] == [set(job.overrides) for job in by_hydra]
+    assert len(by_hydra) == RUNS[path.stem]
+    defaulted = len(by_hydra) - len({job.run_id for job in by_hydra})
+    assert defaulted == (len(DEFAULTED) * 3 if path.stem == "ablation" else 0)
 
 
 def test_the_bit_curve_goes_from_the_lowest_to_the_highest_budget() -> None:
