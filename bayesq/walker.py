@@ -4,7 +4,7 @@ A network names its blocks: parts that it runs once each, one after the other (b
 The inputs of one block are stored for all batches, in a file if they are large. A pass for the layers inside it then
 runs that block alone; when layers of the next one are asked for, the block turns the stored inputs into its outputs. So
 a pass costs one block, and the memory is that of one block's inputs, never that of the network times the calibration
-set.
+set. In a network that never changes, the last pass for a block also gives the inputs of the next one.
 
 Blocks are carried on only where that is what the network does: one pass over all batches shows that a block is called
 once, leaves its arguments and its buffers alone and gets nothing but outputs and arguments of the block before it, or
@@ -22,21 +22,16 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_leaves, tree_unflatten
 
 from bayesq.hidden_states import HiddenStates
-from bayesq.quant.blocks import CONSTANTS
 from bayesq.quant.layers import Layer, ParameterLayer, groups_of
-from bayesq.quant.watch import watching
+from bayesq.visits import ARGUMENT, CONSTANT, OUTPUT, Visit, Watch, is_inside
 
 # Inputs of one block, for all batches together, kept in memory at most.
 STORED_BYTES = 512 * 2**20
 # Larger inputs go to a file if the disk has this many times their size free: two networks, of two blocks each.
 SPARE_DISK = 4
-OUTPUT, ARGUMENT, CONSTANT = "output", "argument", "constant"
-
-# Where an argument of a block comes from: output or argument number k of the block before it, or a constant.
-Source = tuple[str, Any]
 
 
 class HasInputs(Protocol):
@@ -49,88 +44,6 @@ class HasInputs(Protocol):
 
 
 B = TypeVar("B", bound=HasInputs)
-
-
-@dataclass
-class _Visit:
-    """One batch's run of one block.
-
-    Attributes:
-        spec: structure of the arguments, whose leaves are numbered.
-        before: the block that ran last, "" if there is none.
-        sources: of each leaf in that block; None if they are not all there.
-        nbytes: of the arguments.
-        alone: called once, outside of other blocks, with tensors and constants, and changes neither these nor buffers.
-    """
-
-    spec: TreeSpec
-    before: str
-    sources: list[Source] | None
-    nbytes: int
-    alone: bool
-
-
-class _Watch:
-    """Hooks on the blocks, and on the layers inside them, during one batch's pass."""
-
-    def __init__(self, module: nn.Module, blocks: Mapping[str, nn.Module], layers: Mapping[str, Layer]) -> None:
-        self.module, self.blocks, self.layers = module, blocks, layers
-        self.visits: dict[str, _Visit] = {}
-        self.outside: set[str] = set()  # layers that run while the block of their name does not
-        self._open: list[str] = []
-        self._versions: dict[str, list[int]] = {}
-        # the block that ran last, its outputs and arguments, and the versions they were left in
-        self._before = ""
-        self._last: dict[str, tuple[list[Any], list[int]]] = {}
-
-    def run(self, inputs: Mapping[str, Tensor]) -> None:
-        """One pass from end to end."""
-        with ExitStack() as hooks:
-            for name, block in self.blocks.items():
-                enter, leave = partial(self._enter, name), partial(self._leave, name)
-                hooks.callback(block.register_forward_pre_hook(enter, with_kwargs=True).remove)
-                hooks.callback(block.register_forward_hook(leave, with_kwargs=True).remove)
-            hooks.enter_context(watching(self.layers, self._seen))
-            self.module(**inputs)
-        self._last = {}
-
-    def _seen(self, name: str, *_: Any) -> None:
-        if not self._open or not _is_inside(name, self._open[-1]):
-            self.outside.add(name)
-
-    def _enter(self, name: str, block: nn.Module, args: Any, kwargs: Any) -> None:
-        leaves, spec = tree_flatten((args, kwargs))
-        simple = all(isinstance(x, (Tensor, *CONSTANTS)) for x in leaves)
-        for around in self._open:
-            self.visits[around].alone = False
-        again = name in self.visits
-        self._versions[name] = _versions([*leaves, *_state(block)])
-        nbytes = sum(x.nbytes for x in leaves if isinstance(x, Tensor))
-        alone = simple and not again and not self._open
-        self.visits[name] = _Visit(spec, self._before, self._sources(leaves), nbytes, alone)
-        self._open.append(name)
-
-    def _leave(self, name: str, block: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        self._open.pop()
-        leaves = tree_leaves((args, kwargs))
-        if self._versions.pop(name) != _versions([*leaves, *_state(block)]):
-            self.visits[name].alone = False
-        self._before = name
-        self._last = {
-            kind: (group, _versions(group)) for kind, group in ((OUTPUT, tree_leaves(output)), (ARGUMENT, leaves))
-        }
-
-    def _sources(self, leaves: Sequence[Any]) -> list[Source] | None:
-        """Where the leaves lie in the block that ran last; None if one does not, or was overwritten since."""
-        unchanged = {
-            id(x): (kind, k)
-            for kind, (group, versions) in reversed(self._last.items())
-            if versions == _versions(group)
-            for k, x in enumerate(group)
-            if isinstance(x, Tensor)
-        }
-        sources = [unchanged.get(id(x)) if isinstance(x, Tensor) else (CONSTANT, x) for x in leaves]
-        return [source for source in sources if source is not None] if None not in sources else None
 
 
 @dataclass
@@ -161,6 +74,7 @@ class Walker(Generic[B]):
         calls: how often a layer runs in a pass, which then ends with the last run of what is asked for.
         like: a walker of another copy of the network over the same batches, whose watching serves both.
         folder: existing folder for a temporary file of large inputs; None = passes then begin further ahead.
+        last: of a network that never changes, the layers of each block that are asked for last.
     """
 
     def __init__(
@@ -173,21 +87,24 @@ class Walker(Generic[B]):
         calls: Mapping[str, int] | None = None,
         like: "Walker[B] | None" = None,
         folder: Path | None = None,
+        last: frozenset[str] = frozenset(),
     ) -> None:
         self.module, self.layers, self.batches, self.shorten, self.like = module, layers, batches, shorten, like
-        self.calls, self.folder = calls or {}, folder
+        self.calls, self.folder, self.last = calls or {}, folder, last
         self._blocks = {name: module.get_submodule(name) for name in blocks}
         self._parts = list(module.named_modules(remove_duplicate=False))
-        self._visits: list[dict[str, _Visit]] | None = None  # by batch
+        self._visits: list[dict[str, Visit]] | None = None  # by batch
         self._outside: set[str] = set()
         self._chains: list[list[str]] = []
         self._stored: _Stored[B] | None = None
         self._asked: Sequence[str] | None = None
+        self._to_the_end = False  # whether the passes now given run their block to its end
 
     def passes(self, group: Sequence[str]) -> Iterator[tuple[B, Callable[[], Any]]]:
         """Every batch with a function that runs at least the layers of `group`, without gradients or with."""
         place = self._place(group)
         stored, self._stored = self._stored, None  # dropped if the caller stops before the last batch
+        self._to_the_end = False
         if place is None:
             for batch in self.batches():
                 yield batch, partial(self.module, **batch.inputs)
@@ -206,17 +123,22 @@ class Walker(Generic[B]):
                 self.folder = None if stored.arguments.disk_is_full else self.folder
                 return
         else:
+            self._to_the_end = self._gives_the_next(group, chain, begin, end)
             for i, batch in enumerate(stored.batches):
-                arguments = stored.arguments[i]
+                arguments, after = stored.arguments[i], list[Any]()
                 with torch.no_grad():
                     for k in range(stored.at, begin):
                         arguments = self._step(i, chain, k, arguments)[1]
-                if stored.at < begin:
+                if stored.at < begin and not self._to_the_end:
                     stored.arguments.put(i, arguments, folder)
-                yield batch, partial(self._run, i, chain, begin, end, arguments)
+                yield batch, partial(self._run, i, chain, begin, end, arguments, after)
+                if self._to_the_end:
+                    assert after, "the pass for a group that is asked for last was not run"
+                    stored.arguments.put(i, after, folder)
             if stored.arguments.disk_is_full:
                 self.folder = None
                 return
+            begin += self._to_the_end
             stored.at = begin
         stored.state = self._state(chain, begin)
         self._stored = stored
@@ -226,10 +148,12 @@ class Walker(Generic[B]):
         return stored.chain is chain and stored.at <= begin and stored.state == self._state(chain, stored.at)
 
     def last_run(self, group: Sequence[str]) -> tuple[str, int] | None:
-        """The layer and the number of its run after which all of the group has run; None if that is not known.
+        """The layer and the number of its run after which all of the group has run.
 
-        Experts run as often as tokens are sent to them.
+        None if that is not known (experts run as often as tokens are sent to them), or if the pass goes on.
         """
+        if self._to_the_end:
+            return None
         calls = [self.calls.get(name) for name in group]
         if any(isinstance(self.layers[name], ParameterLayer) and groups_of(self.layers[name]) > 1 for name in group):
             return None
@@ -250,10 +174,20 @@ class Walker(Generic[B]):
         finally:  # also when a hook ends the pass
             handle.remove()
 
-    def _run(self, i: int, chain: Sequence[str], begin: int, end: int, arguments: list[Any]) -> Any:
+    def _gives_the_next(self, group: Sequence[str], chain: Sequence[str], begin: int, end: int) -> bool:
+        """Whether the passes for a group also give the inputs of the next block, which take no more room."""
+        if begin < end or end + 1 == len(chain) or not self.last.issuperset(group):
+            return False
+        assert self._visits is not None
+        now, after = (sum(visits[chain[k]].nbytes for visits in self._visits) for k in (end, end + 1))
+        return after <= max(now, STORED_BYTES)
+
+    def _run(self, i: int, chain: Sequence[str], begin: int, end: int, arguments: list[Any], after: list[Any]) -> Any:
+        """Run chain[begin] to chain[end] for batch i: the output. `after` gets the arguments of the next block."""
         output = None
         for k in range(begin, end + 1):
             output, arguments = self._step(i, chain, k, arguments)
+        after[:] = arguments
         return output
 
     def _step(self, i: int, chain: Sequence[str], k: int, arguments: list[Any]) -> tuple[Any, list[Any]]:
@@ -283,7 +217,7 @@ class Walker(Generic[B]):
         assert self._visits is not None
         if self._outside & set(group):
             return None
-        blocks = {next((block for block in self._blocks if _is_inside(name, block)), "") for name in group}
+        blocks = {next((block for block in self._blocks if is_inside(name, block)), "") for name in group}
         for chain in self._chains:
             if blocks <= set(chain):
                 places = sorted(map(chain.index, blocks))
@@ -309,7 +243,7 @@ class Walker(Generic[B]):
         first: B | None = None
         self._visits = []
         for batch in self.batches():
-            watch = _Watch(self.module, self._blocks, self.layers)
+            watch = Watch(self.module, self._blocks, self.layers)
             watch.run(batch.inputs)
             first = batch if first is None else first
             self._visits.append(watch.visits)
@@ -374,19 +308,6 @@ class Walker(Generic[B]):
             if not f"{name}.".startswith(left_out)
             for x in (*child.parameters(recurse=False), *child.buffers(recurse=False))
         ]
-
-
-def _is_inside(name: str, block: str) -> bool:
-    """Whether a layer is the block or a part of it."""
-    return name == block or name.startswith(block + ".")
-
-
-def _state(module: nn.Module) -> list[Tensor]:
-    return [*module.parameters(), *module.buffers()]
-
-
-def _versions(leaves: Iterable[Any]) -> list[int]:
-    return [x._version for x in leaves if isinstance(x, Tensor)]
 
 
 def _copies(tree: Any) -> list[Any]:

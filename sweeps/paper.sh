@@ -102,7 +102,7 @@ budgets() {     # analysis/README.md, main table: half a bit fewer. 0.2 h
 lm() {          # analysis/README.md, "A causal language model". 2 h (seconds of these runs)
   W=(experiment=smollm2_wikitext "dataset.root=$DATA/wikitext-2-raw" "calibration.source=$DATA/lm_calibration/c4.txt"
     dataset.limit=32 calibration.examples=64)
-  sweep lm "${W[@]}" method=gptq,bayesq bits=3 seed=0
+  sweep lm "${W[@]}" method=rtn,gptq,bayesq bits=3 seed=0
   sweep lm "${W[@]}" "${KNAPSACK[@]}" bits=3 seed=0
   tables lm
 }

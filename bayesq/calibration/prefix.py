@@ -23,6 +23,7 @@ from bayesq.quant.layers import MASK, Layer, ParameterLayer, groups_of, weight_t
 from bayesq.quant.network import fill
 from bayesq.quant.tensor import QuantizedTensor
 from bayesq.quant.watch import watching_inputs
+from bayesq.visits import is_inside
 from bayesq.walker import Walker
 
 
@@ -133,7 +134,8 @@ class PrefixInputs:
             for network in self.networks:
                 settings = network.blocks, network.layers, batches, _without_inputs, network.calls
                 like = walkers[0] if walkers else None
-                walkers.append(Walker(network.module, *settings, like=like, folder=self.folder))
+                last = last_of_each_block(self.groups, network.blocks) if walkers else frozenset[str]()
+                walkers.append(Walker(network.module, *settings, like=like, folder=self.folder, last=last))
             self._walkers = batch_size, walkers
         return self._walkers[1]
 
@@ -209,6 +211,12 @@ def _start(group: Sequence[str], layers: Mapping[str, Layer], paired: bool) -> d
         linear = type(layer) is nn.Linear and type(layers[group[0]]) is nn.Linear
         sums[name] = sums[group[0]] if sums and linear else _Sums(paired=PairedSums() if pair else None)
     return sums
+
+
+def last_of_each_block(groups: Sequence[Sequence[str]], blocks: Collection[str]) -> frozenset[str]:
+    """The layers of the last group in each block."""
+    last = {block: group for group in groups for block in blocks if is_inside(group[-1], block)}
+    return frozenset(name for group in last.values() for name in group)
 
 
 def _can_be_paired(layer: Layer) -> bool:

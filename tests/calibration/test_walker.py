@@ -19,7 +19,7 @@ from bayesq.batches import TensorExamples
 from bayesq.calibration.collector import Collector
 from bayesq.calibration.inputs import INPUT_MAGNITUDE, INPUT_MOMENT
 from bayesq.calibration.order import forward_order
-from bayesq.calibration.prefix import Network, PrefixInputs, inputs_of
+from bayesq.calibration.prefix import Network, PrefixInputs, inputs_of, last_of_each_block
 from bayesq.quant.blocks import find_blocks
 from bayesq.quant.layers import quantizable_layers
 from bayesq.quant.watch import watching
@@ -340,6 +340,33 @@ def test_two_networks_in_step(name):
                     assert len(found[layer]) == 1 and torch.equal(found[layer][0][1], expected)
         rounded(module, group)
     assert other._visits is first._visits
+
+
+@pytest.mark.parametrize("room", [0, 2**29])
+@pytest.mark.parametrize("name", ["deep", "masked", "careless", "encoder", "between", "plain"])
+def test_a_network_that_never_changes_gives_the_next_blocks_inputs_in_its_last_pass(name, room, monkeypatch, tmp_path):
+    """The same inputs, bit for bit, in fewer runs of blocks; `room` 0: through a file."""
+    monkeypatch.setattr(walker, "STORED_BYTES", room)
+    groups, first = setting(name)[2], setting(name)[3].walkers(2)[0]
+    walks, runs = [], []
+    for last in (frozenset[str](), last_of_each_block(groups, first._blocks)):
+        full, calls = seeded(NETWORKS[name][0]()), Counter[str]()
+        for block in find_blocks(full):
+            full.get_submodule(block).register_forward_pre_hook(partial(count, calls, block))
+        layers, folder = quantizable_layers(full), tmp_path / f"{len(walks)}"
+        folder.mkdir()
+        blocks = find_blocks(full)
+        walks.append(walker.Walker(full, blocks, layers, first.batches, calls=first.calls, folder=folder, last=last))
+        runs.append(calls)
+    stops, goes_on = walks
+    for group in groups:
+        for (_, run), (_, other) in zip(stops.passes(group), goes_on.passes(group), strict=True):
+            expected, found = inputs_of(stops, group, run), inputs_of(goes_on, group, other)
+            for layer in group:
+                assert [*map(torch.equal, *([x for _, x in each[layer]] for each in (found, expected)))] == [True]
+    assert set(runs[1]) == set(runs[0]) and all(runs[1][block] <= runs[0][block] for block in runs[0])
+    saved = runs[0].total() - runs[1].total()
+    assert saved == 0 if name in ("encoder", "between") else saved >= 3, runs  # these two have no chain of such blocks
 
 
 def given_to(module: nn.Module, layer: str, inputs: dict[str, Tensor]) -> Tensor:
