@@ -170,9 +170,9 @@ def work(subject: Subject, recipe: Recipe, missing: Nothing, backward: int | Non
         for r, c in (weight_to_matrix(layer).shape[1:] for layer in layers.values())
         for statistic in used
     )
-    groups = 4  # layers of a Llama's block that read different tensors; a pass for each, and one to go on
+    groups = 4  # layers of a Llama's block that read different tensors: a pass for each, and of the prefix one to go on
     prefix = (
-        2 * (groups + 1) * forward + 2 * sum(2.0 * tokens * c * c for _, c in shapes)
+        (2 * groups + 1) * forward + 2 * sum(2.0 * tokens * c * c for _, c in shapes)
         if recipe.inputs != "full"
         else 0.0
     )
