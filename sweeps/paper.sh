@@ -95,7 +95,7 @@ main() {        # README.md, "Results", and main_figure. 11 h
 }
 
 budgets() {     # analysis/README.md, main table: half a bit fewer. 0.2 h
-  runs budgets 'resnet56 film sst2' method=bayesq bits=2.5 seed=0
+  runs budgets 'resnet56 lite0 film sst2' method=bayesq bits=2.5 seed=0
   tables budgets
 }
 
