@@ -92,7 +92,7 @@ def test_stored_outputs_belong_to_the_stored_sources(name: str) -> None:
 
 
 def test_stored_notebooks_are_small() -> None:
-    assert sum(path.stat().st_size for path in FOLDER.glob("*.ipynb")) < 450 * 1024  # two figures and a table of five workloads
+    assert sum(path.stat().st_size for path in FOLDER.glob("*.ipynb")) < 450 * 1024
 
 
 # ------------------------------------------------------------------------------------------------------- how they run
