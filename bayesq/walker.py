@@ -175,7 +175,7 @@ class Walker(Generic[B]):
             handle.remove()
 
     def _gives_the_next(self, group: Sequence[str], chain: Sequence[str], begin: int, end: int) -> bool:
-        """Whether the passes for a group also give the inputs of the next block, which take no more room."""
+        """Whether the passes for a group also give the inputs of the next block, if there is room for these."""
         if begin < end or end + 1 == len(chain) or not self.last.issuperset(group):
             return False
         assert self._visits is not None

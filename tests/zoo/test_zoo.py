@@ -30,7 +30,7 @@ from bayesq.suite.workload import Workload
 
 ROOT = Path(__file__).parents[2]
 METHODS = ("rtn", "gptq", "bayesq")
-ALL_METHODS_EVERY = 8  # BayesQ does all that the other two do: every eighth network that runs is given to all three
+ALL_METHODS_EVERY = 8  # of the networks that run; BayesQ alone gets the others, because it needs the most statistics
 KINDS = ("input_moment", "gradient_moment")
 BITS = 4
 ROUNDING = 1e-4  # relative; sums in float32 differed by up to 1.6e-5 from processor to processor
