@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 import yaml
 from glue_files import write_parquet
 from hub_server import HubServer, serving
+from huggingface_hub import try_to_load_from_cache
 from PIL import Image
 from tiny_bert import tiny_bert
 
@@ -148,15 +150,21 @@ def test_resnet_50_and_imagenet_after_a_kill_and_a_cut(hub: HubServer, tmp_path:
     few = ("dataset.calibration_pool=4", "calibration.examples=4")
     workload = ("experiment=rn50_imagenet", "dataset.hub=ILSVRC/imagenet-1k", *few)
 
+    def cached(name: str) -> object:
+        """The path of a data file that has been downloaded whole, or None."""
+        where = {"repo_type": "dataset", "revision": commits[1], "cache_dir": tmp_path / "home" / "hub"}
+        return try_to_load_from_cache("ILSVRC/imagenet-1k", f"data/{name}.parquet", **where)
+
     hub.stalls = f"{names[2]}.parquet"
     environment = hub.environment(tmp_path / "home", **token)
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     with subprocess.Popen(command(tmp_path, *workload), env=environment, **quiet) as process:
         assert hub.stalled.wait(120)
-        while not list((tmp_path / "home").rglob(f"{names[0]}.parquet")):
+        while cached(names[0]) is None:
             assert process.poll() is None
+            time.sleep(0.05)
         process.kill()
-    assert not list((tmp_path / "home").rglob(f"{names[2]}.parquet"))
+    assert cached(names[2]) is None
 
     hub.cuts["model.safetensors"] = 40_000_000
     done = run(hub, tmp_path, *workload, **token)
