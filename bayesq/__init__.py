@@ -17,7 +17,8 @@ observer                          hears of the steps, for a progress log
 library, report                   `bayesq.quantize`, `bayesq.evaluate`
 evaluation, metrics, coverage     both networks' outputs -> rows -> metrics; what share of a network is quantized
 export                            folders that other programs read
-walker, visits, quant             inputs carried from block to block; layers, codes, packed files
+walker, visits, kept_outputs      inputs carried from block to block
+quant                             layers, codes, packed files
 suite                             models, data sets, configurations, tracking: everything that makes a run
 """
 

@@ -4,7 +4,8 @@ A network names its blocks: parts that it runs once each, one after the other (b
 The inputs of one block are stored for all batches, in a file if they are large. A pass for the layers inside it then
 runs that block alone; when layers of the next one are asked for, the block turns the stored inputs into its outputs. So
 a pass costs one block, and the memory is that of one block's inputs, never that of the network times the calibration
-set. In a network that never changes, the last pass for a block also gives the inputs of the next one.
+set. In a network that never changes, the last pass for a block also gives the inputs of the next one. Within a block, a
+pass goes on from what the pass before left (bayesq.kept_outputs).
 
 Blocks are carried on only where that is what the network does: one pass over all batches shows that a block is called
 once, leaves its arguments and its buffers alone and gets nothing but outputs and arguments of the block before it, or
@@ -14,7 +15,7 @@ head or a layer that several blocks use, is reached by passes from the network's
 
 import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -25,10 +26,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_unflatten
 
 from bayesq.hidden_states import HiddenStates
+from bayesq.kept_outputs import KeptOutputs
 from bayesq.quant.layers import Layer, ParameterLayer, groups_of
 from bayesq.visits import ARGUMENT, CONSTANT, OUTPUT, Visit, Watch, is_inside
 
-# Inputs of one block, for all batches together, kept in memory at most.
+# Inputs of one block and outputs of its modules, for all batches together, kept in memory at most.
 STORED_BYTES = 512 * 2**20
 # Larger inputs go to a file if the disk has this many times their size free: two networks, of two blocks each.
 SPARE_DISK = 4
@@ -48,13 +50,18 @@ B = TypeVar("B", bound=HasInputs)
 
 @dataclass
 class _Stored(Generic[B]):
-    """Arguments of the block chain[at] for every batch, and the state of the network that they belong to."""
+    """Arguments of the block chain[at] for every batch, and the state of the network that they belong to.
+
+    Attributes:
+        kept: outputs of the block's modules; None before its first pass.
+    """
 
     chain: list[str]
     at: int
     batches: list[B] = field(default_factory=list)
     arguments: HiddenStates = field(default_factory=HiddenStates)
     state: list[tuple[int, int]] = field(default_factory=list)
+    kept: KeptOutputs | None = None
 
 
 class Walker(Generic[B]):
@@ -124,20 +131,29 @@ class Walker(Generic[B]):
                 return
         else:
             self._to_the_end = self._gives_the_next(group, chain, begin, end)
+            kept = {stored.at: stored.kept} if stored.kept is not None else {}
+            if stored.at < begin and stored.kept is not None:
+                stored.kept.start((), record=False)
+            if begin not in kept:
+                room = STORED_BYTES - (self._nbytes(chain[begin]) if folder is None else 0)
+                kept[begin] = KeptOutputs(self._blocks[chain[begin]], len(stored.batches), room)
+            watched = [name.removeprefix(f"{chain[begin]}.") for name in group if is_inside(name, chain[begin])]
+            kept[begin].start(watched, record=begin == end and not self._to_the_end)
             for i, batch in enumerate(stored.batches):
                 arguments, after = stored.arguments[i], list[Any]()
                 with torch.no_grad():
                     for k in range(stored.at, begin):
-                        arguments = self._step(i, chain, k, arguments)[1]
+                        arguments = self._step(i, chain, k, arguments, kept.get(k))[1]
                 if stored.at < begin and not self._to_the_end:
                     stored.arguments.put(i, arguments, folder)
-                yield batch, partial(self._run, i, chain, begin, end, arguments, after)
+                yield batch, partial(self._run, i, chain, begin, end, arguments, after, kept[begin])
                 if self._to_the_end:
                     assert after, "the pass for a group that is asked for last was not run"
                     stored.arguments.put(i, after, folder)
             if stored.arguments.disk_is_full:
                 self.folder = None
                 return
+            stored.kept = None if self._to_the_end else kept[begin]
             begin += self._to_the_end
             stored.at = begin
         stored.state = self._state(chain, begin)
@@ -178,23 +194,38 @@ class Walker(Generic[B]):
         """Whether the passes for a group also give the inputs of the next block, if there is room for these."""
         if begin < end or end + 1 == len(chain) or not self.last.issuperset(group):
             return False
-        assert self._visits is not None
-        now, after = (sum(visits[chain[k]].nbytes for visits in self._visits) for k in (end, end + 1))
-        return after <= max(now, STORED_BYTES)
+        return self._nbytes(chain[end + 1]) <= max(self._nbytes(chain[end]), STORED_BYTES)
 
-    def _run(self, i: int, chain: Sequence[str], begin: int, end: int, arguments: list[Any], after: list[Any]) -> Any:
+    def _nbytes(self, block: str) -> int:
+        """Memory of a block's arguments for all batches."""
+        assert self._visits is not None
+        return sum(visits[block].nbytes for visits in self._visits)
+
+    def _run(
+        self,
+        i: int,
+        chain: Sequence[str],
+        begin: int,
+        end: int,
+        arguments: list[Any],
+        after: list[Any],
+        kept: KeptOutputs,
+    ) -> Any:
         """Run chain[begin] to chain[end] for batch i: the output. `after` gets the arguments of the next block."""
         output = None
         for k in range(begin, end + 1):
-            output, arguments = self._step(i, chain, k, arguments)
+            output, arguments = self._step(i, chain, k, arguments, kept if k == begin else None)
         after[:] = arguments
         return output
 
-    def _step(self, i: int, chain: Sequence[str], k: int, arguments: list[Any]) -> tuple[Any, list[Any]]:
+    def _step(
+        self, i: int, chain: Sequence[str], k: int, arguments: list[Any], kept: KeptOutputs | None = None
+    ) -> tuple[Any, list[Any]]:
         """Run chain[k] for batch i: its output, and the arguments of the block after it."""
         assert self._visits is not None
         args, kwargs = tree_unflatten(arguments, self._visits[i][chain[k]].spec)
-        output = self._blocks[chain[k]](*args, **kwargs)
+        with kept.running(i) if kept is not None else nullcontext():
+            output = self._blocks[chain[k]](*args, **kwargs)
         if k + 1 == len(chain):
             return output, []
         pools = {OUTPUT: tree_leaves(output), ARGUMENT: arguments}
@@ -221,7 +252,7 @@ class Walker(Generic[B]):
         for chain in self._chains:
             if blocks <= set(chain):
                 places = sorted(map(chain.index, blocks))
-                sizes = [sum(visits[name].nbytes for visits in self._visits) for name in chain[: places[0] + 1]]
+                sizes = [self._nbytes(name) for name in chain[: places[0] + 1]]
                 fitting = [k for k, size in enumerate(sizes) if size <= STORED_BYTES or self._fits_on_disk(size)]
                 if not fitting:
                     return None

@@ -132,7 +132,7 @@ def memory(subject: Subject, recipe: Recipe, missing: Nothing) -> dict[str, int]
     if recipe.inputs != "full":
         gpu["prefix"] = {
             "weights of both networks": 2 * weights,
-            "inputs of one block": 2 * min(hidden, STORED_BYTES),
+            "inputs and outputs in one block": 2 * STORED_BYTES,
             "one batch, forward": 2 * missing.batch_size * one.largest,
             "sums of the widest layer": 4 * FLOAT * max(c for _, c in matrices(subject)) ** 2,
         }

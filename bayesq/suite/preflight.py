@@ -129,7 +129,7 @@ def estimate(
     widest = max(sums, default=0)
     collected = max(min(sum(sums), statistics.room), widest)
     total, largest, examples = calibration.total, calibration.largest, len(subject.examples)
-    inputs = min(STORED_BYTES, examples * largest)
+    inputs = min(STORED_BYTES, examples * total)
     if subject.device.type != "cpu":  # running sums and activations are in the memory of the accelerator
         collected = total = largest = evaluation = inputs = 0
     stages = {
@@ -138,7 +138,7 @@ def estimate(
         "evaluation": 4 * weights + 2 * (weights + packed) + 3 * evaluation,
         "rounding": weights + max(_work(shape, recipe) for shape in shapes),
     }
-    if recipe.inputs != "full":  # inputs of one module are stored for all examples
+    if recipe.inputs != "full":  # inputs of one block, and outputs of its modules, are stored for all examples
         networks = 2 if recipe.in_step else 1
         stages["rounding"] += network + networks * (2 * batch * largest + inputs)
     if recipe.correction != "none" and recipe.inputs == "full":

@@ -89,7 +89,7 @@ def test_every_stage_that_is_chosen_counts():
     more = needs(correction=True, distillation_batch=2)
     assert set(more.stages) - set(needs().stages) == {"correction", "distillation"}
     plain, prefix, paired = (needs(inputs=inputs).stages["rounding"] for inputs in ("full", "prefix", "paired"))
-    walk = (2 * 4 + 16) * SMALL.largest
+    walk = 2 * 4 * SMALL.largest + 16 * SMALL.total
     assert prefix - plain == parameters + walk
     assert paired - prefix > walk  # a second network's inputs, and the sums of both
     # behind the prefix the moments are matched while rounding
