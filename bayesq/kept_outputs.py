@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
+from bayesq.memory import give_back_freed
 from bayesq.quant.blocks import CONSTANTS
 from bayesq.visits import is_inside
 
@@ -65,8 +66,9 @@ class KeptOutputs:
 
         Args:
             watched: names of the layers that have to run, relative to the block.
-            record: keep outputs for a further pass.
+            record: keep outputs for a further pass; otherwise this is the last one.
         """
+        give_back_freed()  # small tensors come and go with every pass
         before, self._state = self._state, _state(self.block)
         changed = [name for name, state in self._state.items() if before[name] != state]
         known = self._kept | self._new
@@ -147,14 +149,14 @@ class KeptOutputs:
         found[name] = _copies(leaves), spec
 
     def _take(self, i: int, found: dict[str, Output]) -> None:
-        """Keep what was found for batch i; what lies inside of it is not needed any more."""
+        """Keep what was found for batch i, and free what no further pass needs."""
         if i == 0 and self._record:
             self._new = {name: [] for name in self._chosen(found)}
         for name, outputs in self._new.items():
             if name in found:
                 outputs.append(found[name])
         for name, outputs in self._kept.items():
-            if any(is_inside(name, other) for other in self._new):
+            if not self._record or any(is_inside(name, other) for other in self._new):
                 outputs[i] = None
 
     def _chosen(self, found: dict[str, Output]) -> list[str]:
