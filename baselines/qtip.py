@@ -68,7 +68,7 @@ class QTIP:
         """
         if bits < LEAST_BITS:
             return None
-        return min(max(STATES[0], 2 ** (6 + bits // 12)), self.states)
+        return min(max(STATES[0], 1 << (6 + bits // 12)), self.states)
 
     def quantize_layer(self, layer: LayerProblem, width: Tensor, context: Context) -> QuantizedTensor:
         """Rotate the layer, round it with feedback, and store the rotation's seed."""

@@ -34,6 +34,15 @@ def test_distortion_of_gaussian_weights(width: int) -> None:
     assert distortion < 0.7 * {2: 0.1175, 3: 0.03454, 4: 0.009497}[width]
 
 
+def test_short_columns_get_fewer_states_or_scalar_codes() -> None:
+    method = QTIP(4096, 0.01)
+    assert [method.states_for(bits) for bits in (23, 24, 48, 60, 96, 4608)] == [None, 256, 1024, 2048, 4096, 4096]
+    assert QTIP(256, 0.01).states_for(4608) == 256
+    assert QTIP(65536, 0.01).states_for(96) == 16384
+    layer = problem(torch.zeros(1, 12, 4), torch.eye(4)[None])
+    assert method.distortion(layer, 3) < 0.03 < method.distortion(problem(torch.zeros(1, 4, 4), torch.eye(4)[None]), 3)
+
+
 def test_outliers_are_spread_before_rounding() -> None:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(1, 48, 36, generator=generator)

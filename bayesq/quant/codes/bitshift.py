@@ -24,7 +24,7 @@ from bayesq.quant.codes.rate_tables import RateTables
 from bayesq.quant.compiled import compiled
 
 # States 2**L. With fewer than 8 bits a row of 8 bits would not fit; with more than 16 the search outgrows the caches.
-STATES = tuple(2**bits for bits in range(8, 17))
+STATES = tuple(1 << bits for bits in range(8, 17))
 
 
 @dataclass(frozen=True, eq=False)
