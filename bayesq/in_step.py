@@ -105,9 +105,11 @@ class InStep:
 
 
 def scaled(tensor: QuantizedTensor, factors: Tensor) -> QuantizedTensor:
-    """The tensor with its rows times factors [R]; as it is, where no stored scale belongs to a row of weights."""
-    if tensor.code.absolute or tensor.rotation is not None:
+    """The tensor with its rows times factors [R]; as it is, where nothing stored belongs to a single row of weights."""
+    if tensor.rotation is not None:
         return tensor
+    if tensor.code.absolute:
+        return replace(tensor, code=tensor.code.times(factors, tensor.width))
     return replace(tensor, scale=(tensor.scale.double() * factors[:, None]).to(torch.float16))
 
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from bayesq.contract import LayerProblem
-from bayesq.quant.codes import Affine, Code, RowTable, Trellis
+from bayesq.quant.codes import Affine, Bitshift, Code, RowTable, Trellis
+from bayesq.quant.codes.bitshift import normal_levels
 from bayesq.quant.tensor import QuantizedTensor
 
 Rounder = Callable[[float, int, int], tuple[int, float]]  # (entry, row, original column) -> code, value
@@ -194,11 +195,25 @@ def half_steps(width: int) -> list[float]:
     return [(2 * k - 1) / 4 for k in range(2 ** (width + 1))]
 
 
+def ring_states(codes: np.ndarray, widths: list[int], states: int, groups: int) -> np.ndarray:
+    """The last digits of each weight's column, written row by row, as a number; above the first row is the last."""
+    each, memory = len(codes) // groups, states.bit_length() - 1
+    state = np.zeros(codes.shape, int)
+    for row, column in np.ndindex(*codes.shape):
+        rows = range(row // each * each, row // each * each + each)
+        digits = {r: format(codes[r, column], f"0{widths[r]}b") for r in rows}
+        ring = "".join(digits.values()) * memory + "".join(digits[r] for r in rows if r <= row)
+        state[row, column] = int(ring[-memory:], 2)
+    return state
+
+
 def naive_levels(code: Code, width: int, row: int, widths: list[int]) -> list[float]:
     """The levels that a row of this width reads, from what is stored."""
     if isinstance(code, RowTable):
         start = sum(2**w for w in widths[:row])
         return [float(level) for level in code.levels[start : start + 2**width]]
+    if isinstance(code, Bitshift):
+        return normal_levels(code.states).tolist()
     table = {} if isinstance(code, Affine) else code.tables
     if width in table:
         return [float(level) for level in table[width].levels]
@@ -215,6 +230,8 @@ def naive_dequantize(tensor: QuantizedTensor) -> np.ndarray:
     per_group = rows // tensor.groups
     codes, widths = tensor.codes.numpy(), tensor.width.tolist()
     index = trellis_indices(codes, tensor.code.states, tensor.groups) if isinstance(tensor.code, Trellis) else codes
+    if isinstance(tensor.code, Bitshift):
+        index = ring_states(codes, widths, tensor.code.states, tensor.groups)
     weight = np.zeros((tensor.groups, per_group, columns))
     for i in range(rows):
         width = widths[i]

@@ -13,7 +13,8 @@ mean_takers  what takes up a shift of the mean of a layer's outputs: its bias, o
 correction  activation moments matched to the full-precision network's
 feedback  successive rounding with error feedback (the routine GPTQ and BayesQ share)
 trellis   searching codes along a trellis
-codes     decoding of a layer's codes: affine, tables shared or of each row, trellis; single weights in fp16
+bitshift  searching codes along a ring of bits
+codes     decoding of a layer's codes: affine, tables shared or of each row, trellises; single weights in fp16
 tensor    QuantizedTensor, the one representation every method returns
 bits      streams of bits
 packing   QuantizedTensor <-> bytes

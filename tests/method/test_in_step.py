@@ -64,10 +64,12 @@ def quantized(module: nn.Module, **switches) -> tuple[nn.Module, dict]:
 
 
 @pytest.mark.parametrize("inputs", ["prefix", "paired"])
-@pytest.mark.parametrize("method", ["gptq", "bayesq", "awq"])
-def test_means_and_variances_are_those_of_full_precision(method: str, inputs: str) -> None:
+@pytest.mark.parametrize(
+    "method", [{"method": "gptq"}, {"method": "bayesq"}, {"method": "awq"}, {"method": "lnq", "groups": 0}], ids=str
+)
+def test_means_and_variances_are_those_of_full_precision(method: dict, inputs: str) -> None:
     full = network()
-    module, rows = quantized(full, method=method, inputs=inputs, correction="moments")
+    module, rows = quantized(full, **method, inputs=inputs, correction="moments")
     for name in ("first", "second", "head"):
         expected, found = outputs(full, name), outputs(module, name)
         spread = expected.std(0, unbiased=False)

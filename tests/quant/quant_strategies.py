@@ -6,10 +6,20 @@ import numpy as np
 import torch
 from hypothesis import strategies as st
 
-from bayesq.quant.codes import Affine, Code, Codebook, RowTable, SharedTable, SparseOverlay, Trellis, shared_code
+from bayesq.quant.codes import (
+    Affine,
+    Bitshift,
+    Code,
+    Codebook,
+    RowTable,
+    SharedTable,
+    SparseOverlay,
+    Trellis,
+    shared_code,
+)
 from bayesq.quant.tensor import QuantizedTensor
 
-KINDS = (Affine, SharedTable, RowTable, Trellis)
+KINDS = (Affine, SharedTable, RowTable, Trellis, Bitshift)
 
 
 def codebook(width: int, name: str = "book", trellis: bool = False) -> Codebook:
@@ -91,6 +101,8 @@ def codes_of(draw: st.DrawFn, kind: type[Code], widths: list[int], seed: int) ->
         return Affine()
     if kind is RowTable:
         return row_table(widths, seed)
+    if kind is Bitshift:
+        return Bitshift(draw(st.sampled_from([256, 1024])))
     states = draw(st.sampled_from([4, 8, 64, 256])) if kind is Trellis else None
     with_table = draw(st.lists(st.sampled_from(sorted(set(widths))), unique=True, min_size=1 if states is None else 0))
     return shared_code({w: codebook(w, trellis=states is not None) for w in with_table}, states)

@@ -335,7 +335,10 @@ def test_contradictions_are_found_though_the_digest_is_right(original: Packed, t
         ({"codebooks": {"4": "a/3"}}, "no row has '4' bits"),
         ({"extra": 1}, "the facts of a layer are shape, groups"),
         ({"code": "row_table"}, "the facts of a layer are shape, groups, group_size, mixed, code, not"),
-        ({"code": "shared_table"}, "code: needs one of row_table, entropy, column_entropy, not 'shared_table'"),
+        (
+            {"code": "shared_table"},
+            "code: needs one of row_table, bitshift, entropy, column_entropy, not 'shared_table'",
+        ),
     ],
 )
 def test_one_fact_against_the_rest(original: Packed, tmp_path: Path, change: dict, message: str) -> None:

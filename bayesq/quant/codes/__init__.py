@@ -5,6 +5,7 @@ affine        level(k) = k
 shared_table  tables of levels that all layers of a model share
 row_table     a table of levels for each row
 trellis       the level depends on the codes above it too
+bitshift      a level for each of the last bits of a column
 entropy       a compressed stream of symbols, and a step per row
 column_entropy  the same with a rate per row and column
 rate_tables   frequencies and levels of the symbols, shared by all layers of a model
@@ -16,6 +17,7 @@ from typing import Any
 
 from bayesq.quant.codes.affine import Affine
 from bayesq.quant.codes.base import Code, Codebook, LevelPart, is_count, shown
+from bayesq.quant.codes.bitshift import Bitshift
 from bayesq.quant.codes.column_entropy import ColumnEntropyCode
 from bayesq.quant.codes.entropy import EntropyCode
 from bayesq.quant.codes.overlay import SparseOverlay
@@ -26,6 +28,7 @@ from bayesq.quant.codes.trellis import Trellis
 
 __all__ = [
     "Affine",
+    "Bitshift",
     "Code",
     "Codebook",
     "ColumnEntropyCode",
@@ -44,7 +47,12 @@ __all__ = [
 
 # Values of `code` in a header. Affine codes, shared tables and trellises have no such entry: `trellis` and `codebooks`
 # identify them.
-CODES: Mapping[str, type[Code]] = {"row_table": RowTable, "entropy": EntropyCode, "column_entropy": ColumnEntropyCode}
+CODES: Mapping[str, type[Code]] = {
+    "row_table": RowTable,
+    "bitshift": Bitshift,
+    "entropy": EntropyCode,
+    "column_entropy": ColumnEntropyCode,
+}
 
 
 def code_class(facts: Mapping[str, Any]) -> type[Code]:

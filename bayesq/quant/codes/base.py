@@ -110,6 +110,10 @@ class Code(ABC):
         """The same code with other levels, by name of the stored part, made non-decreasing and rounded to fp16."""
         return self
 
+    def times(self, factors: Tensor, width: Tensor) -> Self:
+        """The same code with the levels of each row times a positive factor [R]; only if levels are weights."""
+        raise NotImplementedError
+
     def codebooks(self) -> tuple[Codebook | RateTables, ...]:
         """The tables it shares with other layers, which the model stores."""
         return ()

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from bayesq.quant.codes.base import Code, Codebook, LevelPart, stored_levels
 from bayesq.quant.codes.rate_tables import RateTables
+from bayesq.quant.grids import FP16_MAX
 
 LEVEL_BITS = 16
 
@@ -63,6 +64,11 @@ class RowTable(Code):
             rows = starts(width)[width == w][:, None] + torch.arange(2**w)
             stored[rows] = stored_levels(moved[rows])
         return replace(self, levels=stored)
+
+    def times(self, factors: Tensor, width: Tensor) -> Self:
+        """As of `Code`."""
+        moved = self.levels.double() * factors.repeat_interleave(sizes(width))
+        return replace(self, levels=moved.clamp(-FP16_MAX, FP16_MAX).to(torch.float16))
 
     @staticmethod
     def table_bits(width: Tensor) -> int:

@@ -1,0 +1,102 @@
+"""Bitshift trellis codes (QTIP; Tseng et al., arXiv 2406.11235): a level for each of the last bits of a column.
+
+The codes of a column, row by row, are one stream of bits. The last L of them, up to and with those of row r, are the
+state of row r, and each of the 2**L states has a level:
+
+    W'[r, c] = scale_r g(state),   g(state) = the normal quantile of rank(state)
+
+The ranks permute the states, so that states with common bits have unrelated levels. The stream is a ring: the last row
+of a convolution group is above its first. So nothing is stored beside the codes, and any widths share the levels.
+`bayesq.quant.bitshift` searches the best path.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bayesq.quant.codes.base import Code, Codebook, LevelPart, is_count
+from bayesq.quant.codes.rate_tables import RateTables
+from bayesq.quant.compiled import compiled
+
+# States 2**L. With fewer than 8 bits a row of 8 bits would not fit; with more than 16 the search outgrows the caches.
+STATES = tuple(1 << bits for bits in range(8, 17))
+
+
+@dataclass(frozen=True, eq=False)
+class Bitshift(Code):
+    """Codes along a ring of bits in each column.
+
+    Attributes:
+        states: 2**L.
+    """
+
+    states: int
+
+    FACTS = ("code", "states")
+
+    def __post_init__(self) -> None:
+        if self.states not in STATES:
+            raise ValueError(f"states: needs one of {', '.join(map(str, STATES))}, not {self.states}")
+
+    def check(self, width: Tensor) -> None:
+        """As of `Code`: it fits rows of any width."""
+
+    def parts(self, width: Tensor) -> tuple[LevelPart, ...]:
+        """The levels of all states, which are not stored."""
+        return (LevelPart(normal_levels(self.states)),)
+
+    def positions(self, codes: Tensor, width: Tensor, groups: int) -> Tensor:
+        """The state of each weight."""
+        state = torch.empty(codes.shape, dtype=torch.int64)
+        rows = len(codes) // groups
+        parts = (part.contiguous().split(rows) for part in (codes, width.long(), state))
+        for code, bits, written in zip(*parts, strict=True):
+            turns = 1 + -(-(self.states - 1).bit_length() // int(bits.sum()))
+            _states(code.numpy(), bits.numpy(), self.states - 1, turns, written.numpy())
+        return state
+
+    def facts(self) -> dict[str, Any]:
+        """The name of the code, and its states."""
+        return {"code": "bitshift", "states": self.states}
+
+    @classmethod
+    def unpack(
+        cls,
+        facts: Mapping[str, Any],
+        buffers: Mapping[str, Tensor],
+        width: Tensor,
+        codebooks: Mapping[str, Codebook | RateTables],
+    ) -> Self:
+        """As of `Code`."""
+        if not is_count(facts["states"]):
+            raise ValueError(f"states: needs one of {', '.join(map(str, STATES))}")
+        return cls(facts["states"])
+
+
+@compiled()
+def _states(code: Any, width: Any, mask: Any, turns: Any, state: Any) -> None:
+    """Write the state [n, C] of each weight of one group from its codes [n, C]; the first turns fill the window."""
+    window = np.zeros(code.shape[1], np.int64)
+    for _ in range(turns):
+        for r in range(code.shape[0]):
+            for c in range(code.shape[1]):
+                window[c] = (window[c] << width[r] | code[r, c]) & mask
+                state[r, c] = window[c]
+
+
+@cache
+def normal_levels(states: int) -> Tensor:
+    """g of every state: float32 with the precision of fp16, so that every machine computes the same."""
+    mixed = np.arange(1, states + 1, dtype=np.uint64)
+    for factor, shift in ((0x9E3779B1, 15), (0x85EBCA77, 13)):  # a hash of 32 bits: multiply, then fold
+        mixed = mixed * np.uint64(factor) % np.uint64(2**32)
+        mixed ^= mixed >> np.uint64(shift)
+    rank = np.empty(states, dtype=np.int64)
+    rank[np.argsort(mixed, kind="stable")] = np.arange(states)
+    levels: Tensor = torch.special.ndtri((torch.from_numpy(rank).double() + 0.5) / states)
+    return levels.to(torch.float16).to(torch.float32)
