@@ -3,9 +3,10 @@
 Sentence vectors are means over token vectors, as in the training of both encoders.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +16,13 @@ from bayesq.batches import EncodedExamples
 from bayesq.progress import elapsed
 from bayesq.suite.datasets.base import DataSplits, Examples
 from bayesq.suite.errors import UserError
-from bayesq.suite.models.base import Network, fit_once
-from bayesq.suite.models.text import config_of, texts_of, token_examples
+from bayesq.suite.models.base import Network, fit_once, initialised
+from bayesq.suite.models.text import SequenceClassifier, config_of, texts_of, token_examples
 from bayesq.suite.tasks import TEXT_REGRESSION
 
 MAX_POSITIONS = 512  # of both encoders
+# Tensors of the packages that mean pooling does not use: a pooler, and a table of 0, 1, 2, ...
+UNUSED_WEIGHTS = {"pooler.dense.weight", "pooler.dense.bias", "embeddings.position_ids"}
 # Inverse L2 strength of the head: the best of 0.001 ... 30 for MiniLM on a held-out fifth of the train split, averaged
 # over three splits of the movie snippets. Values from 0.1 to 1 are within a point; standardised features do not help.
 HEAD_C = 0.3
@@ -84,23 +87,67 @@ class Tokenizer:
 
 @dataclass(frozen=True)
 class Encoder:
-    """Where a sentence encoder comes from.
+    """A sentence encoder of the transformers library, with weights from pip packages.
 
     Attributes:
         model: name on the command line.
+        family: beginning of the names of its classes, such as Bert.
         architecture: for the result file.
         origin: package and version, for the result file.
         sha256: checksums of its files, by name; the head's cache key holds them.
-        cache: beginning of the name of the head's file in the cache.
         instead: what a regression task needs instead of a head, for the message.
     """
 
     model: str
+    family: str
     architecture: str
     origin: str
     sha256: Mapping[str, str]
-    cache: str
     instead: str
+
+    def kind(self, name: str) -> Any:
+        """A class of the library: the family's Config, Model or ForSequenceClassification."""
+        import transformers
+
+        return getattr(transformers, self.family + name)
+
+    def config(self, folder: Path, **options: Any) -> Any:
+        """The configuration in a folder.
+
+        Not fused attention: plain matrix products are as fast on short sentences, and their backward pass is
+        deterministic on every device.
+        """
+        return self.kind("Config").from_pretrained(
+            folder, local_files_only=True, attn_implementation="eager", **options
+        )
+
+    def load(self, folder: Path) -> nn.Module:
+        """The encoder with the weights of the packages in `folder`, without pooler."""
+        config = self.config(folder)
+        encoder: nn.Module = initialised(lambda: self.kind("Model")(config, add_pooling_layer=False))
+        encoder.load_state_dict(used_weights(folder))
+        return encoder
+
+    def bare(self, blueprint: Mapping[str, Any]) -> nn.Module:
+        """The classifier at a random initialisation, in evaluation mode: with a fitted head, or the library's."""
+        kind = "classifier" if "classifier" in blueprint else "encoder"
+        config = self.kind("Config")(**{**blueprint[kind], "attn_implementation": "eager"})
+
+        def make() -> nn.Module:
+            if kind == "classifier":
+                return SequenceClassifier(self.kind("ForSequenceClassification")(config), blueprint.get("order"))
+            encoder = self.kind("Model")(config, add_pooling_layer=False)
+            return SentenceClassifier(encoder, nn.Linear(config.hidden_size, blueprint["num_classes"]))
+
+        return initialised(make)
+
+
+def used_weights(folder: Path) -> dict[str, Tensor]:
+    """The tensors of model.safetensors in a package's folder, without UNUSED_WEIGHTS."""
+    from safetensors.torch import load_file
+
+    weights = load_file(folder / "model.safetensors")
+    return {name: weight for name, weight in weights.items() if name not in UNUSED_WEIGHTS}
 
 
 def check_length(max_length: int) -> None:
@@ -110,12 +157,12 @@ def check_length(max_length: int) -> None:
 
 
 def with_head(
-    source: Encoder, load: Callable[[], nn.Module], tokenize: Tokenizer, data: DataSplits, max_length: int, cache: Path
+    source: Encoder, folder: Path, tokenize: Tokenizer, data: DataSplits, max_length: int, cache: Path
 ) -> Network:
     """The classifier for `data`. Fitting the head takes one pass over the train split; the head is cached.
 
     Args:
-        load: gives the encoder, with the attribute `config.hidden_size`.
+        folder: of the encoder's files.
         cache: root of the caches.
 
     Raises:
@@ -128,7 +175,7 @@ def with_head(
             f"model={source.model} fits a head on training examples, and this data set has none: give it a training "
             f"file, or add {source.instead}"
         )
-    encoder = load()
+    encoder = source.load(folder)
     width: int = encoder.config.hidden_size  # type: ignore[assignment, union-attr]
     module = SentenceClassifier(encoder, nn.utils.skip_init(nn.Linear, width, data.num_classes)).eval()
     recipe = {
@@ -144,7 +191,7 @@ def with_head(
     def fit() -> dict[str, Tensor]:
         return fit_head(module, tokenize(data.train), data.num_classes, source.model)
 
-    module.classifier.load_state_dict(fit_once(cache, f"{source.cache}-head", recipe, fit))
+    module.classifier.load_state_dict(fit_once(cache, f"{source.model}-head", recipe, fit))
     description = {
         "architecture": f"{source.architecture}; mean pooling; linear head",
         "fp_source": f"{source.origin}; head fitted on the train split (C={HEAD_C})",
