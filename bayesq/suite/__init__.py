@@ -1,7 +1,7 @@
 """The suite around the method: what turns a configuration into a result.
 
 cli, composition, config, schema   the command line and what a configuration means; nothing here imports torch
-construct, labels, progress, summary   objects of a configuration, names of runs, the place in a sweep, the last table
+labels, progress, summary   names of runs, the place in a sweep, the last table
 models, datasets   networks and examples, one module each; tasks pairs them
 runner        one run in stages, with plan (configuration -> objects), workload (network and data), record (what is
               written down)

@@ -1,8 +1,8 @@
 """The schema of conf/config.yaml: the type of every key, its allowed values, and which values fit together.
 
 The YAML file has the defaults and explains each key. Constructors check the keys of the groups model, dataset, method
-and posterior (`construct.check`); only the sizes of a data set are here too, because other keys are compared with them.
-Nothing here imports torch.
+and posterior (`plan.check_objects`); only the sizes of a data set are here too, because other keys are compared with
+them. Nothing here imports torch.
 """
 
 import math
