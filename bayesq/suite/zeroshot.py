@@ -11,7 +11,7 @@ Sequences are padded on the right, where a causal network does not see it.
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,7 +87,8 @@ class ZeroShot:
         """Metrics by result key: fp/zeroshot/TASK/acc, q/..., delta/..., and the number of questions."""
         result: dict[str, object] = {}
         for task, questions in self.tasks.items():
-            fp, q = (self.measure(module, questions, f"{task} {name}") for name, module in _named(full, quantized))
+            fp = self.measure(full, questions, f"{task} full precision")
+            q = self.measure(quantized, questions, f"{task} quantized")
             result[f"evaluation/zeroshot/{task}"] = len(questions)
             for metric, value in fp.items():
                 result[f"fp/zeroshot/{task}/{metric}"] = value
@@ -134,10 +135,6 @@ class ZeroShot:
         before, whole = len(self.encode.tokens(bare)), self.encode.tokens(context + continuation)
         longest = len(whole) if self.encode.positions is None else self.encode.positions + 1
         return whole[-longest:], min(len(whole) - before, longest - 1)
-
-
-def _named(full: nn.Module, quantized: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    yield from (("full precision", full), ("quantized", quantized))
 
 
 def open_zeroshot(settings: Mapping[str, Any], encode: object, device: torch.device) -> ZeroShot | None:

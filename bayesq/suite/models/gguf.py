@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from collections import Counter
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def converted(file: Path, key: str, cache_dir: Path) -> tuple[Path, dict[str, ob
     """
     if not file.is_file():
         raise UserError(f"{key}: there is no such file")
-    absent = [package for package in NEEDED if not _installed(package)]
+    absent = [package for package in NEEDED if find_spec(package) is None]
     if absent:
         raise UserError(f"{key}: reading a GGUF file needs {' and '.join(absent)}: run `python -m pip install '.[lm]'`")
     sha256 = file_sha256(file)
@@ -58,14 +59,6 @@ def converted(file: Path, key: str, cache_dir: Path) -> tuple[Path, dict[str, ob
         described["note"] = f"full precision here means the dequantized weights of a file in {', '.join(lossy)}"
         log.info(f"{key}: {described['note']}")
     return folder, described
-
-
-def _installed(package: str) -> bool:
-    try:
-        metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return False
-    return True
 
 
 def _manifest(folder: Path) -> dict[str, Any] | None:
