@@ -144,14 +144,9 @@ def _canonical_allocation(allocation: Mapping[str, Any]) -> dict[str, Any]:
     return content
 
 
-def determines_result(cfg: DictConfig) -> dict[str, Any]:
-    """`settings_that_matter` of a composed configuration."""
-    return settings_that_matter(resolved(cfg))
-
-
 def run_id(cfg: DictConfig) -> str:
     """Twelve hexadecimal digits of the sha256 of the settings that determine the result and bayesq's version."""
-    return id_of(determines_result(cfg), bayesq.__version__)
+    return id_of(settings_that_matter(resolved(cfg)), bayesq.__version__)
 
 
 def id_of(settings: Mapping[str, Any], version: str) -> str:
