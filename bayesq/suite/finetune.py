@@ -25,7 +25,7 @@ from bayesq.suite.datasets.base import DataSplits, Examples, shuffled
 from bayesq.suite.datasets.glue import TASKS, Glue
 from bayesq.suite.errors import UserError
 from bayesq.suite.models import adapter, minilm, mpnet
-from bayesq.suite.models.text import texts_of
+from bayesq.suite.models.text import parts_of
 from bayesq.suite.models.transformers_model import Origin
 from bayesq.suite.partial_training import ALL, LEARNING_RATES
 from bayesq.suite.results import write_json
@@ -90,7 +90,7 @@ def finetune(
     model = partial_training.prepared(model, train)
 
     def encoded(examples: Examples) -> list[dict[str, Any]]:
-        texts = [(text,) if isinstance(text, str) else text for text in texts_of(examples, "finetune")]
+        texts = parts_of(examples, "finetune")
         rows = [tokenizer(*text, truncation=True, max_length=recipe.max_length) for text in texts]
         return [{**row, "labels": label} for row, label in zip(rows, examples.labels.tolist(), strict=True)]
 
