@@ -12,8 +12,7 @@ import torch
 
 from bayesq.errors import Refused
 from bayesq.metrics import METRICS
-from bayesq.suite.datasets.base import DataSplits, Examples
-from bayesq.suite.datasets.excerpt import Excerpt
+from bayesq.suite.datasets.base import DataSplits, Examples, Excerpt
 from bayesq.suite.errors import UserError
 from bayesq.suite.tasks import NEXT_TOKEN
 

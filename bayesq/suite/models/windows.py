@@ -7,8 +7,7 @@ from torch import Tensor
 
 from bayesq.batches import TensorExamples
 from bayesq.likelihood import TOKENS
-from bayesq.suite.datasets.base import Examples, shuffled
-from bayesq.suite.datasets.excerpt import Excerpt
+from bayesq.suite.datasets.base import Examples, Excerpt, shuffled
 from bayesq.suite.errors import UserError
 
 
