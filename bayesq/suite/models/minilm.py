@@ -90,10 +90,9 @@ class MiniLM:
 def package_folder() -> Path:
     """Folder of the installed encoder; UserError if the package is missing or altered."""
     package = WeightPackage("minilm", PACKAGE, PACKAGE_VERSION)
-    folder = Path(package.load().get_model_path())
     for name, expected in SHA256.items():
-        package.verified(folder / name, expected)
-    return folder
+        package.file(f"model/{name}", expected)
+    return package.folder() / "model"
 
 
 def _load_fine_tuned(checkpoint: Path, folder: Path, num_classes: int) -> Any:
