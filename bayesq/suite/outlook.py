@@ -36,18 +36,15 @@ from bayesq.suite.preflight import GIB, activations, estimate
 from bayesq.walker import STORED_BYTES
 
 # Published shapes of Llama 3.2 1B and Llama 3.1 8B, as in their config.json.
-LLAMA = {"model_type": "llama", "vocab_size": 128256, "num_key_value_heads": 8, "max_position_embeddings": 131072}
+LLAMA = {
+    **{"model_type": "llama", "vocab_size": 128256, "max_position_embeddings": 131072},
+    **{"num_attention_heads": 32, "num_key_value_heads": 8},
+}
 SHAPES: dict[str, dict[str, Any]] = {
-    "llama-1b": {
-        **LLAMA,
-        **{"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32},
-        "tie_word_embeddings": True,
-    },
-    "llama-8b": {
-        **LLAMA,
-        **{"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
-        "tie_word_embeddings": False,
-    },
+    "llama-1b": LLAMA
+    | {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "tie_word_embeddings": True},
+    "llama-8b": LLAMA
+    | {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "tie_word_embeddings": False},
 }
 FLOAT = 4  # bytes
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from bayesq.batches import EncodedExamples
+from bayesq.defaults import suggestion
 from bayesq.suite.datasets.base import DataSplits, Examples
 from bayesq.suite.errors import UserError
 from bayesq.suite.hub import hub_file
@@ -71,8 +71,7 @@ class TimmModel:
 
         base, _, tag = self.architecture.partition(".")
         if not timm.is_model(base):
-            close = get_close_matches(base, timm.list_models(), n=1)
-            hint = f"; did you mean '{close[0]}'?" if close else ""
+            hint = suggestion(base, timm.list_models())
             raise UserError(f"model.name={self.architecture}: timm has no such network{hint}")
         tags = [name for name in get_arch_pretrained_cfgs(base) if name.startswith(f"{base}.")]
         if tag and self.architecture not in tags:
