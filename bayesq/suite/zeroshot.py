@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from bayesq.likelihood import TOKENS
+from bayesq.progress import bar
 from bayesq.suite.errors import UserError
 from bayesq.suite.models.windows import Windows
 
@@ -115,8 +115,7 @@ class ZeroShot:
         encoded = [self._tokens(*pair) for pair in pairs]
         order = sorted(range(len(pairs)), key=lambda k: -len(encoded[k][0]))
         scores, greedy = torch.zeros(len(pairs), dtype=torch.float64), torch.zeros(len(pairs), dtype=torch.bool)
-        starts = range(0, len(order), self.batch_size)
-        for start in tqdm(starts, desc=label, disable=None, leave=False):
+        for start in bar(range(0, len(order), self.batch_size), label):
             chosen = order[start : start + self.batch_size]
             rows = [torch.tensor(encoded[k][0]) for k in chosen]
             inputs = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(self.device)

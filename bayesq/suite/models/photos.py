@@ -19,9 +19,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
-from tqdm import tqdm
 
 from bayesq.batches import Batch, EncodedExamples
+from bayesq.progress import bar
 from bayesq.suite.datasets.base import Examples, Photo, photo_sha256
 from bayesq.suite.datasets.pictures import decoded
 from bayesq.suite.errors import UserError
@@ -171,8 +171,7 @@ def prefetched(items: Sequence[T], work: Callable[[T], R], ahead: int) -> Iterat
 
 def in_threads(work: Callable[[T], R], items: Sequence[T], step: str) -> Iterator[R]:
     """Results of `work` on every item, in order, with a progress bar."""
-    results = prefetched(items, work, AHEAD)
-    yield from tqdm(results, total=len(items), desc=step, unit="", disable=None, leave=False)
+    yield from bar(prefetched(items, work, AHEAD), step, len(items))
 
 
 def _named(work: Callable[[Photo], R], photo: Photo) -> R:

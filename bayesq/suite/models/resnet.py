@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from tqdm import tqdm
 
 from bayesq.batches import EncodedExamples, TensorExamples
+from bayesq.progress import bar
 from bayesq.suite.datasets.base import DataSplits, Examples
 from bayesq.suite.errors import UserError
 from bayesq.suite.models.base import Network, fit_once
@@ -119,11 +119,8 @@ class SmallResNet:
         steps = self.epochs * -(-len(images) // BATCH_SIZE)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=PEAK_LEARNING_RATE, total_steps=steps)
         module.train()
-        with (
-            _single_thread(),
-            tqdm(range(self.epochs), desc="training resnet", unit="epoch", disable=None, leave=False) as epochs,
-        ):
-            for _ in epochs:
+        with _single_thread():
+            for _ in bar(range(self.epochs), "training resnet"):
                 for index in torch.randperm(len(images), generator=generator).split(BATCH_SIZE):
                     logits = module(encode.scale(random_shift(images[index], MAX_SHIFT, generator)))
                     loss = functional.cross_entropy(logits, labels[index])

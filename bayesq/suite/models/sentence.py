@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from bayesq.batches import EncodedExamples
-from bayesq.progress import elapsed
+from bayesq.progress import bar, elapsed
 from bayesq.suite.datasets.base import DataSplits, Examples
 from bayesq.suite.errors import UserError
 from bayesq.suite.models.base import Network, fit_once, initialised
@@ -215,13 +214,10 @@ def fit_head(module: SentenceClassifier, train: EncodedExamples, num_classes: in
             "classes: give more examples of each class"
         )
     features = torch.empty(len(train), module.classifier.in_features, dtype=torch.float64)
-    with (
-        torch.inference_mode(),
-        tqdm(total=len(train), desc="sentence features", unit="", disable=None, leave=False) as bar,
-    ):
-        for batch in train.batches(FEATURE_BATCH, "cpu"):
+    batches = -(-len(train) // FEATURE_BATCH)
+    with torch.inference_mode():
+        for batch in bar(train.batches(FEATURE_BATCH, "cpu"), "sentence features", batches):
             features[batch.index] = module.features(**batch.inputs).double()
-            bar.update(len(batch.index))
     regression = LogisticRegression(C=HEAD_C, max_iter=HEAD_ITERATIONS)
     with elapsed("fit the head"):
         regression.fit(features.numpy(), train.labels.numpy())
