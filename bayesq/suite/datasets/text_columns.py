@@ -20,6 +20,8 @@ log = logging.getLogger(__name__)
 
 # A column with more classes than this, and with more classes than half of the rows, holds something else.
 MANY_CLASSES = 20
+# Half of a surrogate pair, which JSON can hold and tokenizers refuse.
+SURROGATE = re.compile("[\ud800-\udfff]")
 SCORE_METRICS = ("pearson", "spearman")
 
 
@@ -85,7 +87,7 @@ class TextColumns(UserSplits):
         *texts, targets = ([cells[table.header.index(name)] for _, cells in table.rows] for name in columns.values())
         for name, column in zip(columns.values(), texts, strict=False):
             for (number, _), text in zip(table.rows, column, strict=True):
-                if not isinstance(text, str) or not _is_unicode(text):
+                if not isinstance(text, str) or SURROGATE.search(text):
                     raise UserError(f"{table.where}, {number}: needs text in {name}, got {text!r:.60}")
         rows = list(zip(*texts, strict=True))
         empty = [number for (number, _), row in zip(table.rows, rows, strict=True) if not all(map(str.strip, row))]
@@ -108,14 +110,6 @@ def _tell_odd(train: Examples, pool: Examples, evaluation: Examples, names: Sequ
     if lacking:
         which = ", ".join(names[label] if names else str(label) for label in sorted(lacking))
         log.warning(f"{where}: only evaluated examples have the labels {which:.200}: check how they are written")
-
-
-def _is_unicode(text: str) -> bool:
-    """Whether a text can be encoded: JSON can hold half of a surrogate pair, which tokenizers refuse."""
-    try:
-        return bool(text.encode()) or not text
-    except UnicodeEncodeError:
-        return False
 
 
 def _name_of(cell: Any) -> str:
