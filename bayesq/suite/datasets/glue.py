@@ -219,12 +219,13 @@ class Glue:
                 continue
             try:
                 *text, cell = (row[place] for place in places)
-                label = by_name.get(str(cell).strip()) if classes else _score(cell)
+                label = by_name.get(str(cell).strip()) if classes else float(cell)
             except (IndexError, TypeError, ValueError):
                 label = None
+            known = label is not None and (bool(classes) or SCORES[0] <= label <= SCORES[1])
             # A tab inside a text adds a cell and shifts the later columns.
             ragged = len(row) < width or any(row[width:])
-            if label is None or (ragged and not incomplete) or not all(isinstance(part, str) for part in text):
+            if not known or (ragged and not incomplete) or not all(isinstance(part, str) for part in text):
                 raise UserError(f"{table.where}, {number}: expected {', '.join(layout)}, got {list(row)}")
             if not all(part.strip() for part in text):
                 empty.append(number)
@@ -240,9 +241,3 @@ class Glue:
         inputs: list[Any] = texts if len(layout) == 3 else [sentence for (sentence,) in texts]
         examples = Examples(inputs, targets, [f"{split}/{row}" for row in range(len(texts))])
         return examples, table.files, left_out
-
-
-def _score(cell: Any) -> float | None:
-    """A score within SCORES; None outside."""
-    score = float(cell)
-    return score if SCORES[0] <= score <= SCORES[1] else None
