@@ -35,13 +35,9 @@ def workspace(project: str, entity: str, metric: str = METRIC, group: str | None
     """Build the workspace without saving it; this needs neither a login nor the network.
 
     Runs are grouped by the keys of `wandb_panels.GROUPS`, so panels show means over seeds, and ablations and other
-    variants of a method stay apart. Long names of projects and groups
-    are shortened as in `bayesq.suite.tracking`. Raises UserError if the package wandb-workspaces is missing.
-
-    Args:
-        project, entity: W&B project, and W&B user or team.
-        metric: the task's metric, as in q/<metric>.
-        group: show only the runs of this workload, `<model>-<dataset>`; None shows all runs of the project.
+    variants of a method stay apart. Long names of projects and groups are shortened as in `bayesq.suite.tracking`. With
+    a `group`, only the runs of this workload, `<model>-<dataset>`, are shown. Raises UserError if the package
+    wandb-workspaces is missing.
     """
     shared.require_workspaces("dashboard")
     import wandb_workspaces.workspaces as ws

@@ -52,9 +52,7 @@ FLOAT = 4  # bytes
 def subject_of(config: Mapping[str, Any], examples: int, window: int) -> Subject:
     """A language model of the transformers library on the meta device, whose blocks would be quantized on a GPU.
 
-    Args:
-        config: content of its config.json.
-        examples: calibration windows, of `window` tokens.
+    `config` is the content of its config.json; there are `examples` calibration windows of `window` tokens.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -145,8 +143,7 @@ def memory(subject: Subject, recipe: Recipe, statistics: NetworkStatistics) -> d
 def work(subject: Subject, recipe: Recipe, statistics: NetworkStatistics, backward: int | None) -> dict[str, float]:
     """Floating-point operations by part; those of attention, some per cent, are left out.
 
-    Args:
-        backward: windows behind the gradients; None = all.
+    The gradients are of `backward` windows; None = all.
     """
     tokens, shapes = _tokens(subject).numel(), matrices(subject)
     share = 1.0 if backward is None else min(1.0, backward / len(subject.examples))
@@ -181,8 +178,6 @@ def report(
     """Rows (part, GiB) and (part, hours) of a network.
 
     Args:
-        config: content of its config.json.
-        cfg: the run's configuration.
         gpu, host: operations per second.
         rounding: seconds per weight of the search for codes.
         gpu_memory: bytes; a quarter of what the network leaves is for the sums of one pass, as in a run.

@@ -76,9 +76,7 @@ def reliability(layers: Rows, predictions: Rows) -> list[list[Any]]:
 def confidence_bins(confidence: np.ndarray, correct: np.ndarray) -> Iterator[tuple[float, float, int]]:
     """Mean confidence, accuracy and number of examples of each bin of the ECE, in increasing order, without empty bins.
 
-    Args:
-        confidence: probability [n] of the predicted class.
-        correct: [n], whether the predicted class is the label.
+    `confidence` [n] is the probability of the predicted class, `correct` [n] says whether this is the label.
     """
     bins = np.clip(np.ceil(confidence * ECE_BINS).astype(np.int64), 1, ECE_BINS)
     for number in np.unique(bins):

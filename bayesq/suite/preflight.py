@@ -102,7 +102,7 @@ def estimate(
     """Memory and disk of a run from the shapes of its layers.
 
     Args:
-        missing: the statistics that have to be computed.
+        missing: statistics to compute.
         calibration: activations of one calibration example.
         evaluation: bytes of the largest output of an evaluation batch.
         held: bytes of the process with model and data.

@@ -56,9 +56,7 @@ Rows = list[dict[str, Any]]
 def run(cfg: DictConfig, previous: list[WhiteningStore] | None = None) -> dict[str, Any]:
     """Execute one configuration and write its files; returns the flat result of the contract.
 
-    Args:
-        cfg: composed and validated.
-        previous: shared by the runs of one command, see `placed_whitenings`; None for a single run.
+    `cfg` is composed and validated. The runs of one command share `previous`, see `placed_whitenings`.
 
     Raises:
         UserError: the configuration cannot be run; the message names the key.
@@ -165,10 +163,7 @@ class Evaluator:
     The outputs of the full-precision network are computed once and stored in the cache. A language model has too many:
     there both networks run on every batch.
 
-    Args:
-        batch_size: examples per forward pass.
-        autocast: torch dtype of matrix products by name; None = float32 throughout.
-        cache_dir: root of the caches, where full-precision outputs are stored.
+    `autocast` is the torch dtype of matrix products by name; None = float32 throughout.
 
     Attributes:
         full: outputs [n, ...] of the full-precision network, or that network.

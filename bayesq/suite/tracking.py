@@ -256,11 +256,6 @@ def track(cfg: DictConfig, run_id: str, run_dir: Path) -> Iterator[Tracker]:
     uploaded. The local record of that attempt is removed, because one incomplete record makes `wandb sync` upload
     nothing. All runs of a results folder share its wandb/ folder, or the one below WANDB_DIR, for `wandb leet` and
     `wandb sync`. If W&B does not start, the run continues without it and the tracker's `error` says why.
-
-    Args:
-        cfg: the composed configuration.
-        run_id: `bayesq.suite.config.run_id(cfg)`.
-        run_dir: the run's folder; its parent is the results folder.
     """
     run, error = None, None
     if cfg.wandb.mode != "disabled":

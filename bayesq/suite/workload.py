@@ -20,11 +20,7 @@ log = logging.getLogger(__name__)
 class Workload:
     """Network and data of a run.
 
-    Attributes:
-        subject: the network's module, which is quantized, and the calibration examples.
-        evaluation: encoded evaluation examples.
-        coverage: the share of the network that is quantized.
-        name: of the model, for messages.
+    `subject` has the network's module, which is quantized, and the calibration examples; `name` is for messages.
     """
 
     network: Network

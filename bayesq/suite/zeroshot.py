@@ -70,13 +70,7 @@ def _question(task: str, line: Mapping[str, Any]) -> Question:
 
 
 class ZeroShot:
-    """Tasks that a full-precision and a quantized network answer.
-
-    Args:
-        tasks: their questions by name.
-        encode: of the network.
-        batch_size: choices per forward pass.
-    """
+    """Tasks, with their questions by name, that two networks answer, with `batch_size` choices per forward pass."""
 
     def __init__(
         self, tasks: Mapping[str, Sequence[Question]], encode: Windows, batch_size: int, device: torch.device

@@ -23,10 +23,7 @@ def imagenet_rows(published: Any, data: DataSplits, model: str) -> list[int]:
 
     A class may have the name of a WordNet id (n01440764) or any of the words that ImageNet has for it (tench).
 
-    Args:
-        published: timm's PretrainedCfg.
-        data: its class names are matched.
-        model: name of the network, for messages.
+    `published` is timm's PretrainedCfg; `model` names the network in messages.
 
     Raises:
         UserError: the labels have no names, a class is none of them, or two classes are the same one.

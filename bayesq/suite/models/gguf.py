@@ -32,10 +32,7 @@ UNQUANTIZED = ("F64", "F32", "F16", "BF16")
 def converted(file: Path, key: str, cache_dir: Path) -> tuple[Path, dict[str, object]]:
     """A folder with config.json, model.safetensors (float32) and tokenizer, and what the result says of the file.
 
-    Args:
-        file: in GGUF format.
-        key: the setting that names it, for messages.
-        cache_dir: root of the caches. Damaged files there are made anew.
+    Damaged files in the cache are made anew. `key` is the setting that names the file, for messages.
 
     Raises:
         UserError: the file is missing or cannot be read, or a package is missing.

@@ -54,12 +54,8 @@ class SentenceClassifier(nn.Module):
 class Tokenizer:
     """Encodes sentences or pairs as tokens, padded to the longest of the split.
 
-    Args:
-        file: tokenizer.json.
-        max_length: tokens that a sentence or pair is truncated to.
-        model: name on the command line, for messages.
-        padding: number of the padding token.
-        segments: pairs have token_type_ids.
+    `model` is a name for messages, `padding` the number of the padding token; with `segments`, pairs have
+    token_type_ids.
     """
 
     def __init__(self, file: Path, max_length: int, model: str, padding: int = 0, segments: bool = True) -> None:
@@ -159,10 +155,6 @@ def with_head(
     source: Encoder, folder: Path, tokenize: Tokenizer, data: DataSplits, max_length: int, cache: Path
 ) -> Network:
     """The classifier for `data`. Fitting the head takes one pass over the train split; the head is cached.
-
-    Args:
-        folder: of the encoder's files.
-        cache: root of the caches.
 
     Raises:
         UserError: the data set has no text, its task is regression, or its train split is empty or lacks a class.

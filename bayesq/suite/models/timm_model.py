@@ -25,11 +25,7 @@ WEIGHTS_FILE = "model.safetensors"
 class TimmModel:
     """An architecture of timm; nothing is trained here.
 
-    Attributes:
-        architecture: name in timm, best with a tag: `resnet50.tv_in1k` pins the weights and their preprocessing.
-        checkpoint: path of a file that `read_checkpoint` can read; None: the tag's weights from the hub or its cache.
-        revision: commit, tag or branch of the weights' hub repository; None: its main branch.
-        image_size: height and width of the network's input in pixels; None: the network's own.
+    Attributes: the keys of conf/model/timm.yaml, which explains them.
     """
 
     architecture: str

@@ -198,12 +198,7 @@ def load_weights(
 ) -> tuple[Any, list[str]]:
     """The model of an origin, and the names of unused weights.
 
-    Args:
-        kind: class of the library.
-        what: such a model in words, for messages.
-        config: of the model.
-        options: of the library.
-        remedy: end of the message about missing weights.
+    `kind` is a class of the library. If weights are missing, the message says `what` such a model is, and `remedy`.
 
     Raises:
         UserError: a part of the network has no weights.

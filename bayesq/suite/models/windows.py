@@ -12,12 +12,9 @@ from bayesq.suite.errors import UserError
 
 
 class Windows:
-    """Encodes the excerpt of a split as windows; `key` names the model in messages.
+    """Encodes the excerpt of a split as windows, with a tokenizer of transformers; `key` names the model in messages.
 
-    Args:
-        tokenizer: of the transformers library.
-        positions: tokens the model takes; None: no limit.
-        vocabulary: rows of its embedding table.
+    The model takes at most `positions` tokens (None: no limit), and its embedding table has `vocabulary` rows.
     """
 
     def __init__(self, tokenizer: Any, key: str, positions: int | None, vocabulary: int) -> None:
