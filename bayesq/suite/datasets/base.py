@@ -227,7 +227,7 @@ class UserSplits:
     held_out: float = 0.2
     limit: int | None = None
 
-    def parts(self, rows: Rows, evaluated: Rows | None, fitted: bool) -> tuple[Examples, Examples, Examples]:
+    def parts(self, rows: Rows, evaluated: Rows | None = None, *, fitted: bool) -> tuple[Examples, Examples, Examples]:
         """The train split, the calibration pool and the evaluation set; each class has the same share in all of them.
 
         Args:

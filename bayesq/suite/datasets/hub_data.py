@@ -7,7 +7,7 @@ from bayesq.defaults import suggestion
 from bayesq.suite.datasets.base import DataSplits
 from bayesq.suite.datasets.parquet_files import listed, of_split, read_parquet, recorded_classes
 from bayesq.suite.datasets.parquet_photos import ParquetPhotos
-from bayesq.suite.datasets.tables import SUFFIXES, Table, read_table
+from bayesq.suite.datasets.tables import SUFFIXES, read_table
 from bayesq.suite.datasets.text_columns import TextColumns
 from bayesq.suite.errors import UserError
 from bayesq.suite.hub import dataset_files, hub_files
@@ -53,8 +53,7 @@ class HubData(TextColumns):
         source["revision"] = folder.name
         if self.image is not None:
             return self._photos(files, where, source)
-        tables: list[Table] = [read_table(split, where) for split in files]
-        return self.data_splits(tables[0], tables[1] if len(tables) > 1 else None, source)
+        return self.data_splits([read_table(split, where) for split in files], source)
 
     def _patterns(self, split: str) -> list[str]:
         """Where a split's files may be, the hub's conversion first."""
@@ -85,9 +84,9 @@ class HubData(TextColumns):
         names = recorded_classes(tables[0][0], self.label)
         labels = [label for table, _ in tables for label in table[self.label].to_pylist() if isinstance(label, int)]
         classes = names or [str(number) for number in range(max(labels, default=0) + 1)]
-        rows, *others = (ParquetPhotos(split, where, classes, str(self.image), self.label) for split in files)
+        photos = (ParquetPhotos(split, where, classes, str(self.image), self.label) for split in files)
         return DataSplits(
-            *self.parts(rows, others[0] if others else None, fitted=False),
+            *self.parts(*photos, fitted=False),
             num_classes=len(classes),
             primary_metric="accuracy",
             source={**source, "split_seed": str(self.split_seed)},

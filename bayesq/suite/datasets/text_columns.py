@@ -34,8 +34,8 @@ class TextColumns(UserSplits):
     label: str = "label"
     score: str | None = None
 
-    def data_splits(self, train: Table, evaluated: Table | None, source: Mapping[str, str]) -> DataSplits:
-        """Splits with texts as inputs, or pairs if `pair` is given.
+    def data_splits(self, tables: Sequence[Table], source: Mapping[str, str]) -> DataSplits:
+        """Splits with texts as inputs, or pairs if `pair` is given; a second table has the evaluated ones.
 
         Labels 0, 1, ... stay as they are; the files may record names of them. All other labels are names, in
         alphabetical order, or in the order of their numbers.
@@ -44,7 +44,6 @@ class TextColumns(UserSplits):
             UserError: a column, a text or a label is missing, a label is none of the recorded classes, a score is no
                 number, or a split would be empty.
         """
-        tables = [train] if evaluated is None else [train, evaluated]
         columns = [self._columns(table) for table in tables]
         if self.score is None:
             names, numbers = _classes(tables, [labels for _, labels in columns], self.label)
@@ -56,8 +55,8 @@ class TextColumns(UserSplits):
             Examples(texts, target, [f"{split}/{row}" for row in range(len(target))])
             for split, (texts, _), target in zip(("train", "val"), columns, targets, strict=False)
         ]
-        splits = self.parts(parts[0], parts[1] if evaluated is not None else None, fitted=True)
-        _tell_odd(*splits, names, train.where)
+        splits = self.parts(*parts, fitted=True)
+        _tell_odd(*splits, names, tables[0].where)
         return DataSplits(
             *splits,
             num_classes=max(numbers.values()) + 1,
