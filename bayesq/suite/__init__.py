@@ -7,7 +7,6 @@ runner        one run in stages, with plan (configuration -> objects), workload 
               written down)
 calibration, fingerprint   statistics cached on disk; what decides a network's function
 preflight, rehearsal   memory and disk a run will need; compilation before the clock starts
-forward   networks that cannot run
 full_precision, results, tracking, provenance   cached outputs, files, Weights & Biases, where a result comes from
 export, loading, packed   files for other tools, and networks from packed files
 wandb_names, wandb_environment   names within W&B's limits, W&B's variables

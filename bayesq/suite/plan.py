@@ -26,8 +26,7 @@ from bayesq.recipe import Distillation, Proxy, Recipe, Subject
 from bayesq.suite.calibration import OFFLOADED_SUM_BYTES, Calibration
 from bayesq.suite.config import one_line, plain, reads_posterior, refuse, resolved
 from bayesq.suite.errors import UserError
-from bayesq.suite.forward import naming_model
-from bayesq.suite.workload import Workload, check_network, select_device
+from bayesq.suite.workload import Workload, check_network, naming_model, select_device
 
 
 @contextmanager

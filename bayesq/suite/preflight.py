@@ -23,8 +23,7 @@ from bayesq.quant.layers import weight_to_matrix
 from bayesq.recipe import Recipe, Subject
 from bayesq.suite.calibration import Calibration
 from bayesq.suite.errors import UserError
-from bayesq.suite.forward import naming_model
-from bayesq.suite.workload import Workload
+from bayesq.suite.workload import Workload, naming_model
 from bayesq.walker import STORED_BYTES
 
 log = logging.getLogger(__name__)

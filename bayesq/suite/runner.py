@@ -26,7 +26,6 @@ from bayesq.quant.network import quantized_copy
 from bayesq.report import layer_rows
 from bayesq.suite.config import resolve_cache_dir, run_dir
 from bayesq.suite.errors import UserError
-from bayesq.suite.forward import naming_model
 from bayesq.suite.full_precision import cached_logits
 from bayesq.suite.packed import run_record
 from bayesq.suite.plan import check_patterns, for_user, load_workload, make_recipe, open_statistics, placed_whitenings
@@ -45,7 +44,7 @@ from bayesq.suite.results import (
 )
 from bayesq.suite.summary import two_digits
 from bayesq.suite.tracking import ERROR_KEY, track
-from bayesq.suite.workload import Workload, check_finite, warn_below_chance
+from bayesq.suite.workload import Workload, check_finite, naming_model, warn_below_chance
 from bayesq.suite.zeroshot import ZeroShot, open_zeroshot
 
 log = logging.getLogger(__name__)

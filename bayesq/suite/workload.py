@@ -1,6 +1,8 @@
-"""Network and data of a run, and the checks of their numbers."""
+"""Network and data of a run, the checks of their numbers, and errors of a network's own code."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -8,7 +10,9 @@ from torch import Tensor, nn
 
 from bayesq.batches import EncodedExamples
 from bayesq.coverage import Coverage
+from bayesq.memory import out_of_memory
 from bayesq.recipe import Subject
+from bayesq.suite.config import one_line
 from bayesq.suite.datasets.base import DataSplits
 from bayesq.suite.errors import UserError
 from bayesq.suite.models.base import Network
@@ -35,6 +39,28 @@ class Workload:
         """A stable name of each evaluation example: that of the data set, or of the text and the window's number."""
         ids, count = self.data.evaluation.ids, len(self.evaluation)
         return ids if len(ids) == count else [f"{ids[0]}:{k}" for k in range(count)]
+
+
+@contextmanager
+def naming_model(name: str, step: str) -> Iterator[None]:
+    """Turn an error in the block into a UserError that names the model.
+
+    The code of a network can raise any error, for example NotImplementedError, or RuntimeError for shapes that do not
+    fit. UserError, OSError and out-of-memory errors pass unchanged, because the network is not their cause.
+
+    `step` is what the block does, for example "its forward pass".
+    """
+    try:
+        yield
+    except (UserError, MemoryError, OSError):
+        raise
+    except Exception as error:
+        if out_of_memory(error):
+            raise
+        reason = one_line(f"{type(error).__name__}: {error}".rstrip(": "))[:300]
+        raise UserError(
+            f"model={name}: {step} fails ({reason}): choose another model or other data; HYDRA_FULL_ERROR=1 tells where"
+        ) from error
 
 
 def check_network(module: nn.Module, name: str) -> None:
