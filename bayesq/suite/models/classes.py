@@ -19,7 +19,7 @@ def plain(name: str) -> str:
 
 
 def imagenet_rows(published: Any, data: DataSplits, model: str) -> list[int]:
-    """The logit of each class of a data set, in a network of timm with ImageNet's labels.
+    """The logit of each class of a data set, in a network of timm with ImageNet's labels; [] if they are all of them.
 
     A class may have the name of a WordNet id (n01440764) or any of the words that ImageNet has for it (tench).
 
@@ -30,6 +30,8 @@ def imagenet_rows(published: Any, data: DataSplits, model: str) -> list[int]:
     """
     from timm.data.imagenet_info import ImageNetInfo, infer_imagenet_subset
 
+    if not data.classes and data.num_classes == published.num_classes:
+        return []
     instead = "fine-tune a network on your classes, and give it with model=timm model.name=NAME model.checkpoint=FILE"
     subset, classes = infer_imagenet_subset(published), data.classes
     if subset is None or not classes:

