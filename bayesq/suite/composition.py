@@ -75,10 +75,7 @@ def is_axis(group: str) -> bool:
 
 
 class Preflight:
-    """Composes the configurations of a command and explains what is wrong with them.
-
-    Args:
-        config_name, config_path, config_dir: Hydra's options of these names; None takes the suite's.
+    """Composes the configurations of a command, with Hydra's options, and explains what is wrong with them.
 
     Raises:
         UserError: a folder is missing.

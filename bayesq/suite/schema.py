@@ -238,12 +238,9 @@ def _defaults() -> Mapping[str, Any]:
 def _check_unread(
     config: Mapping[str, Any], section: str, reader: str, other: str, keys: Sequence[str] | None = None
 ) -> None:
-    """Check that a run does not set keys of a section that it does not read.
+    """Check that a run does not set keys of a section (None: all of them) that it does not read.
 
-    Args:
-        reader: the setting with which the keys are not read.
-        other: the setting with which they are.
-        keys: those that are not read; None = all of the section.
+    They are not read with the setting `reader`, but with the setting `other`.
     """
     for key, value in _defaults()[section].items():
         if config[section][key] != value and (keys is None or key in keys):

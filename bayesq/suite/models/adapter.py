@@ -20,13 +20,9 @@ DOWN, UP = ".lora_A", ".lora_B"
 
 
 def apply_adapter(module: nn.Module, folder: Path, needed: Iterable[str] = ()) -> str:
-    """Change the weights of `module` as the adapter says.
+    """Change the weights of `module` as the adapter says; returns the sha256 hex of the file.
 
-    Args:
-        needed: names of the tensors that the adapter must have, such as those of a new head.
-
-    Returns:
-        sha256 hex of the file.
+    The adapter must have the tensors that are `needed`, such as those of a new head.
 
     Raises:
         UserError: the file is missing or damaged, a tensor of it does not fit the module, or a needed one is missing.
