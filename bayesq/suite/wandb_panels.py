@@ -9,14 +9,7 @@ from typing import Any
 
 from bayesq.suite.errors import UserError
 from bayesq.suite.plots import CHARTS
-from bayesq.suite.wandb_history import (
-    DISTILLATION_HISTORY,
-    DISTILLATION_STEP,
-    LAYER_HISTORY,
-    LAYER_STEP,
-    STATISTICS_HISTORY,
-    STATISTICS_STEP,
-)
+from bayesq.suite.wandb_history import DISTILLATION_STEP, LAYER_STEP, STATISTICS_STEP
 
 DIVERGENCE = "q/kl_to_fp"
 # Keys of the configuration by which runs are grouped: method, budget, and what tells variants of a method apart.
@@ -97,24 +90,24 @@ def layer_charts() -> list[Any]:
 def layer_curves() -> list[Any]:
     """Numbers of the layers in forward order, a line per run or group of runs."""
     return [
-        _curve("Code bits by layer", LAYER_STEP, [f"{LAYER_HISTORY}bits/code"]),
-        _curve("Achieved risk by layer (nats)", LAYER_STEP, [f"{LAYER_HISTORY}achieved_risk"], log_y=True),
-        _curve("Relative weight error by layer", LAYER_STEP, [f"{LAYER_HISTORY}relative_error"], log_y=True),
-        _curve("Seconds by layer", LAYER_STEP, [f"{LAYER_HISTORY}seconds"]),
+        _curve("Code bits by layer", LAYER_STEP, "bits/code"),
+        _curve("Achieved risk by layer (nats)", LAYER_STEP, "achieved_risk", log_y=True),
+        _curve("Relative weight error by layer", LAYER_STEP, "relative_error", log_y=True),
+        _curve("Seconds by layer", LAYER_STEP, "seconds"),
     ]
 
 
 def progress_curves() -> list[Any]:
     """The examples that statistics passes have used, and what a distillation has reached, a line per run or group."""
-    kl = [f"{DISTILLATION_HISTORY}{part}_kl" for part in ("training", "heldout")]
     return [
-        _curve("Examples in statistics passes", STATISTICS_STEP, [f"{STATISTICS_HISTORY}examples"]),
-        _curve("KL of distillation (nats)", DISTILLATION_STEP, kl),
+        _curve("Examples in statistics passes", STATISTICS_STEP, "examples"),
+        _curve("KL of distillation (nats)", DISTILLATION_STEP, "training_kl", "heldout_kl"),
     ]
 
 
-def _curve(title: str, step: str, keys: list[str], log_y: bool | None = None) -> Any:
-    """Keys of the history over their step."""
+def _curve(title: str, step: str, *columns: str, log_y: bool | None = None) -> Any:
+    """Columns of the history over their step, whose key begins as theirs do."""
     import wandb_workspaces.reports.v2 as panels
 
+    keys = [f"{step.partition('/')[0]}/{column}" for column in columns]
     return panels.LinePlot(title=title, x=step, y=keys, log_y=log_y, max_runs_to_show=MOST_RUNS)
