@@ -17,22 +17,12 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from omegaconf import DictConfig
 
+from bayesq.suite import results
 from bayesq.suite import wandb_environment as environment
 from bayesq.suite.config import check_wandb_login, flatten, one_line, resolved
 from bayesq.suite.errors import UserError
 from bayesq.suite.labels import model_label
 from bayesq.suite.plots import CHARTS
-from bayesq.suite.results import (
-    DIFF_FILE,
-    LOG_FILE,
-    PREDICTIONS_FILE,
-    PROVENANCE,
-    RESULT_FILE,
-    plain,
-    recorded_overrides,
-    write_csv,
-    write_json,
-)
 from bayesq.suite.wandb_artifacts import log_artifacts
 from bayesq.suite.wandb_history import LIVE, History, define_metrics, is_number, layer_record
 from bayesq.suite.wandb_names import ablation_of, label, project_label, switches, tag_list
@@ -114,12 +104,12 @@ class Tracker:
         import wandb
 
         try:
-            content = plain({key: value for key, value in result.items() if key != ERROR_KEY})
+            content = results.plain({key: value for key, value in result.items() if key != ERROR_KEY})
             for index, row in enumerate(layers):
                 known = LIVE if index < self.history.layers else ()
                 if len(record := layer_record(index, {key: row[key] for key in row if key not in known})) > 1:
                     self._run.log(record)
-            self._run.summary.update({key: value for key, value in content.items() if key not in PROVENANCE})
+            self._run.summary.update({key: value for key, value in content.items() if key not in results.PROVENANCE})
             made = {key: content[key] for key in MACHINE if content.get(key)}
             self._run.config.update(flatten(made, "/"), allow_val_change=True)
             logged = {key: value for key, value in content.items() if is_number(value)}
@@ -133,13 +123,13 @@ class Tracker:
                 if logged:
                     self._run.log(logged)
                 folder = Path(self._run.settings.files_dir)  # where `wandb sync` looks for files
-                write_json(folder / RESULT_FILE, content)
+                results.write_json(folder / results.RESULT_FILE, content)
                 if predictions:
-                    write_csv(folder / PREDICTIONS_FILE, predictions)
-                for name in (LOG_FILE, DIFF_FILE):
+                    results.write_csv(folder / results.PREDICTIONS_FILE, predictions)
+                for name in (results.LOG_FILE, results.DIFF_FILE):
                     if (self._run_dir / name).exists():
                         shutil.copyfile(self._run_dir / name, folder / name)
-                for name in (RESULT_FILE, PREDICTIONS_FILE, LOG_FILE, DIFF_FILE):
+                for name in (results.RESULT_FILE, results.PREDICTIONS_FILE, results.LOG_FILE, results.DIFF_FILE):
                     if (folder / name).exists():
                         self._run.save(folder / name, base_path=folder, policy="now")
                 if self._log_artifact:
@@ -184,7 +174,8 @@ def _table(columns: list[str | int], rows: Sequence[Sequence[Any]]) -> "wandb.Ta
     def cell(value: Any) -> Any:
         return str(value) if isinstance(value, dict | list) else value
 
-    return wandb.Table(columns=columns, data=[[cell(plain(x)) for x in row] for row in rows], allow_mixed_types=True)
+    data = [[cell(results.plain(x)) for x in row] for row in rows]
+    return wandb.Table(columns=columns, data=data, allow_mixed_types=True)
 
 
 @contextmanager
@@ -260,7 +251,7 @@ def track(cfg: DictConfig, run_id: str, run_dir: Path) -> Iterator[Tracker]:
     run, error = None, None
     if cfg.wandb.mode != "disabled":
         try:
-            arguments = identity(cfg, recorded_overrides(run_dir)) | {"id": run_id, "mode": cfg.wandb.mode}
+            arguments = identity(cfg, results.recorded_overrides(run_dir)) | {"id": run_id, "mode": cfg.wandb.mode}
             run = _start(cfg, arguments, client_folder(run_dir.parent))
         except Exception as failure:
             error = f"W&B did not start ({reason(failure)})"
