@@ -85,18 +85,16 @@ def _convert(file: Path, folder: Path, recipe: dict[str, object]) -> dict[str, A
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config  # the weights are plain float32 now
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{folder.name}-"))
-    try:
-        model.config.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
+    # `lock` made the parent folder
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}-") as outer:
+        made = Path(outer) / folder.name
+        model.config.save_pretrained(made)
+        tokenizer.save_pretrained(made)
         weights = {name: parameter.detach().contiguous() for name, parameter in model.named_parameters()}
-        save_file(weights, temporary / "model.safetensors", {"format": "pt"})  # each shared tensor once
-        files = {path.name: file_sha256(path) for path in sorted(temporary.iterdir())}
+        save_file(weights, made / "model.safetensors", {"format": "pt"})  # each shared tensor once
+        files = {path.name: file_sha256(path) for path in sorted(made.iterdir())}
         manifest = {"recipe": recipe, "tensors": dict(sorted(tensors.items())), "files": files}
-        (temporary / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
+        (made / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)
-        os.replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        os.replace(made, folder)
     return manifest
