@@ -6,7 +6,6 @@ python -m bayesq.suite.outlook llama-1b llama-8b
 python -m bayesq.suite.outlook DIR/config.json --set method=gptq --set bits=4 --teraflops 100
 """
 
-import argparse
 import json
 import math
 from collections.abc import Mapping
@@ -209,12 +208,6 @@ def _config(name: str) -> Mapping[str, Any]:
     return content
 
 
-def _positive(given: argparse.Namespace) -> None:
-    for name in ("teraflops", "host_teraflops", "rounding", "gpu_memory"):
-        if not 0 < getattr(given, name) < math.inf:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(given, name)}: choose a number above 0")
-
-
 def _report(name: str, config: Mapping[str, Any], cfg: DictConfig, *rates: Any) -> tuple[list[Any], ...]:
     try:
         return report(config, cfg, *rates)
@@ -238,7 +231,9 @@ def main() -> None:
     given = parser.parse_args()
     needed = ["experiment=llama_wikitext", "dataset.root=.", "calibration.source=.", "method=bayesq", "bits=3"]
     try:
-        _positive(given)
+        for name in ("teraflops", "host_teraflops", "rounding", "gpu_memory"):
+            if not 0 < getattr(given, name) < math.inf:
+                raise UserError(f"--{name.replace('_', '-')} {getattr(given, name)}: choose a number above 0")
         configs = {name: _config(name) for name in given.networks}
         cfg = OmegaConf.create(Preflight().check([*needed, *given.overrides]).config)
         rates = 1e12 * given.teraflops, 1e12 * given.host_teraflops, given.rounding, int(GIB * given.gpu_memory)
