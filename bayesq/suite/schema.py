@@ -238,7 +238,7 @@ def _defaults() -> Mapping[str, Any]:
 def _check_unread(
     config: Mapping[str, Any], section: str, reader: str, other: str, keys: Sequence[str] | None = None
 ) -> None:
-    """Check that a run does not set keys of a section (None: all of them) that it does not read.
+    """Check that a run leaves the keys (None: all) of a section alone, which it does not read.
 
     They are not read with the setting `reader`, but with the setting `other`.
     """
