@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from bayesq.files import file_sha256
@@ -27,8 +28,6 @@ def apply_adapter(module: nn.Module, folder: Path, needed: Iterable[str] = ()) -
     Raises:
         UserError: the file is missing or damaged, a tensor of it does not fit the module, or a needed one is missing.
     """
-    from safetensors.torch import load_file
-
     where = f"model.adapter={folder}"
     file = folder / FILE
     if not file.is_file():

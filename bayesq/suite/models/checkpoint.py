@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from bayesq.files import file_sha256
@@ -75,8 +76,6 @@ def _load(path: Path) -> object:
     The checksums of a zip file's records are compared, because torch.load does not. So files saved after
     torch.serialization.set_crc32_options(False) are refused too: all their checksums are wrong.
     """
-    from safetensors.torch import load_file
-
     if path.suffix.lower() in SAFETENSORS:
         return load_file(path)
     if zipfile.is_zipfile(path):

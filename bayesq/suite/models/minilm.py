@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file
 from torch import nn
 
 from bayesq.suite.datasets.base import DataSplits
@@ -97,8 +98,6 @@ def package_folder() -> Path:
 
 def _load_fine_tuned(checkpoint: Path, folder: Path, num_classes: int) -> Any:
     """A fine-tuned classifier of the transformers library; missing embedding tables come from `folder`."""
-    from safetensors.torch import load_file
-
     where = f"model.checkpoint={checkpoint}"
     for name in ("config.json", "model.safetensors"):
         if not (checkpoint / name).is_file():

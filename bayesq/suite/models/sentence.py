@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from bayesq.batches import EncodedExamples
@@ -139,8 +140,6 @@ class Encoder:
 
 def used_weights(folder: Path) -> dict[str, Tensor]:
     """The tensors of model.safetensors in a package's folder, without UNUSED_WEIGHTS."""
-    from safetensors.torch import load_file
-
     weights = load_file(folder / "model.safetensors")
     return {name: weight for name, weight in weights.items() if name not in UNUSED_WEIGHTS}
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 
 from bayesq.suite.datasets.base import DataSplits
@@ -223,8 +224,6 @@ def check_folder(origin: Origin) -> None:
 
     The headers are checked too, because the library would convert integers to weights without an error.
     """
-    from safetensors import safe_open
-
     folder = Path(origin.place)
     if not folder.is_dir():
         raise UserError(f"{origin.key}: there is no such folder")
