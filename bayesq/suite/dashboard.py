@@ -81,19 +81,16 @@ def _sections(metric: str) -> list[Any]:
             bars("Fallbacks", "sum", *FALLBACKS),
         ],
     }
+    layers = [
+        *shared.layer_charts(),
+        *shared.layer_curves(),
+        *shared.progress_curves(),
+        panels.WeavePanelSummaryTable(table_name=LAYERS_KEY),
+    ]
+    layout = ws.SectionLayoutSettings(columns=2, rows=2)
     return [
         *(ws.Section(name=name, is_open=True, panels=content) for name, content in sections.items()),
-        ws.Section(
-            name="Layers and calibration",
-            is_open=True,
-            layout_settings=ws.SectionLayoutSettings(columns=2, rows=2),
-            panels=[
-                *shared.layer_charts(),
-                *shared.layer_curves(),
-                *shared.progress_curves(),
-                panels.WeavePanelSummaryTable(table_name=LAYERS_KEY),
-            ],
-        ),
+        ws.Section(name="Layers and calibration", is_open=True, layout_settings=layout, panels=layers),
     ]
 
 
