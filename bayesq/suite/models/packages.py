@@ -105,10 +105,10 @@ class SplitArchive:
             if package.version != version:
                 raise self._altered(f"{name} has version {package.version} instead of {version}")
             ending = f".zip.{number:03}"
-            part = next((file for file in package.files or () if file.name.endswith(ending)), None)
-            if part is None or not Path(str(package.locate_file(part))).is_file():
+            files = [Path(str(package.locate_file(file))) for file in package.files or () if file.name.endswith(ending)]
+            if not files or not files[0].is_file():
                 raise self._altered(f"{name} has no file input/*{ending}")
-            parts.append(Path(str(package.locate_file(part))))
+            parts.append(files[0])
         return parts
 
     def _unpack(self, parts: list[Path], folder: Path) -> None:
