@@ -174,8 +174,8 @@ def _table(columns: list[str | int], rows: Sequence[Sequence[Any]]) -> "wandb.Ta
     def cell(value: Any) -> Any:
         return str(value) if isinstance(value, dict | list) else value
 
-    data = [[cell(results.plain(x)) for x in row] for row in rows]
-    return wandb.Table(columns=columns, data=data, allow_mixed_types=True)
+    cells = ([cell(results.plain(x)) for x in row] for row in rows)
+    return wandb.Table(columns=columns, data=[*cells], allow_mixed_types=True)
 
 
 @contextmanager

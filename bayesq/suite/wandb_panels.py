@@ -109,5 +109,6 @@ def _curve(title: str, step: str, *columns: str, log_y: bool | None = None) -> A
     """Columns of the history over their step, whose key begins as theirs do."""
     import wandb_workspaces.reports.v2 as panels
 
-    keys = [f"{step.partition('/')[0]}/{column}" for column in columns]
-    return panels.LinePlot(title=title, x=step, y=keys, log_y=log_y, max_runs_to_show=MOST_RUNS)
+    prefix = step.partition("/")[0]
+    keys = (f"{prefix}/{column}" for column in columns)
+    return panels.LinePlot(title=title, x=step, y=[*keys], log_y=log_y, max_runs_to_show=MOST_RUNS)
