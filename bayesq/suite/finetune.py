@@ -5,9 +5,7 @@ scores on the dev examples. With --train bitfit or lora it writes the trained pa
 mpnet_base it then writes nothing but that and dev.json: model.adapter=DIR applies the delta to the published weights.
 """
 
-import argparse
 import importlib.util
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +18,8 @@ from safetensors.torch import save_file
 from bayesq.files import atomic_path
 from bayesq.metrics import measure, metric_of
 from bayesq.suite import partial_training
-from bayesq.suite.config import one_line, resolve_cache_dir
+from bayesq.suite.arguments import exit_with, module_parser
+from bayesq.suite.config import resolve_cache_dir
 from bayesq.suite.datasets.base import DataSplits, Examples, shuffled
 from bayesq.suite.datasets.glue import TASKS, Glue
 from bayesq.suite.errors import UserError
@@ -102,7 +101,9 @@ def finetune(
         with atomic_path(output / adapter.FILE) as temporary:
             save_file(delta, temporary, {"format": "pt"})
     outputs = _trainer(model, tokenizer, output, recipe).predict(encoded(data.evaluation)).predictions
-    scores = dev_scores(np.asarray(outputs), data)
+    rows = data.likelihood.summary(torch.from_numpy(np.asarray(outputs)), data.evaluation.labels)
+    predicted, labels = (x.numpy().astype(np.float64) for x in (rows["prediction"], data.evaluation.labels))
+    scores = {metric.name: measure(metric, predicted, labels) for metric in data.metrics}
     if train == ALL or encoder != mpnet.NAME:
         model.save_pretrained(output)
         tokenizer.save_pretrained(output)
@@ -163,17 +164,10 @@ def _start(encoder: str, data: DataSplits) -> tuple[Any, Any]:
     return model, origin.load(AutoTokenizer)
 
 
-def dev_scores(outputs: np.ndarray, data: DataSplits) -> dict[str, float]:
-    """The metrics of the task for outputs [n, classes] on the evaluation examples."""
-    rows = data.likelihood.summary(torch.from_numpy(outputs), data.evaluation.labels)
-    predicted, labels = (x.numpy().astype(np.float64) for x in (rows["prediction"], data.evaluation.labels))
-    return {metric.name: measure(metric, predicted, labels) for metric in data.metrics}
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line; a UserError becomes one line and exit code 1."""
     recipe = Recipe()
-    parser = argparse.ArgumentParser(prog="python -m bayesq.suite.finetune", description=__doc__)
+    parser = module_parser("finetune", __doc__)
     parser.add_argument("--task", required=True, choices=list(TASKS))
     parser.add_argument("--root", help="folder of GLUE's files, as dataset.root; without it the hub is read")
     parser.add_argument("--encoder", required=True, help=f"id on the hub, folder, {mpnet.NAME} or {minilm.PACKAGE}")
@@ -191,7 +185,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         scores = finetune(given.task, given.root, given.encoder, given.output, chosen, given.train, given.examples)
     except UserError as error:
-        sys.exit(f"error: {one_line(str(error))}")
+        exit_with(error)
     shown = (f"{name} {metric_of(name).scaled(value):.2f}" for name, value in scores.items())
     print(f"{given.output}: {', '.join(shown)}")
 
