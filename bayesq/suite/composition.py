@@ -165,13 +165,10 @@ class Preflight:
             raise UserError(f"cannot read '{typed}': write key=value ({reason})") from error
 
     def jobs(self, typed: Sequence[str], multirun: bool) -> list[Job]:
-        """Check every job of the command; with `multirun`, every combination of the listed values.
+        """Check every job of the command, or raise UserError; with `multirun`, every combination of the listed values.
 
         A sweeper other than Hydra's basic one chooses the values later. Then the other keys are checked, and the list
         is empty.
-
-        Raises:
-            UserError: one line that says what is wrong with the first bad job.
         """
         parsed = self.parse(typed)
         master = self.compose([str(override.input_line) for override in parsed], RunMode.MULTIRUN).hydra
@@ -227,14 +224,11 @@ class Preflight:
 
 
 def preflight(argv: Sequence[str]) -> list[Job] | None:
-    """Check every job of a command line before anything runs.
+    """Check every job of a command line before anything runs; UserError says in one line what is wrong.
 
     Returns:
         the distinct jobs in the order of the sweep; none if another sweeper than Hydra's chooses them; None if the
         command only asks for information (--help, --cfg, --info, ...).
-
-    Raises:
-        UserError: one line that says what is wrong.
     """
     asked = command_line(argv)
     if asked.experimental_rerun:

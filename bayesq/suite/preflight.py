@@ -174,10 +174,9 @@ REMEDIES = {
 def preflight(
     cfg: DictConfig, recipe: Recipe, work: Workload, statistics: Calibration, folders: Mapping[str, Path]
 ) -> Needs:
-    """Log what memory and disk the run will need, and return it; cache_dir and results_dir, the `folders`, exist.
+    """Log what memory and disk the run will need, and return it; UserError if it cannot fit.
 
-    Raises:
-        UserError: it cannot fit.
+    The `folders` cache_dir and results_dir exist.
     """
     subject, offload = work.subject, cfg.calibration.offload == "disk"
     with naming_model(cfg.model.name, "its forward pass"):
@@ -194,7 +193,7 @@ def preflight(
 
 
 def check(needs: Needs, folders: Mapping[str, Path], limit: float | None, offload: bool) -> None:
-    """Log the needs, on the terminal too if memory or disk is tight, and refuse a run that cannot fit.
+    """Log the needs, on the terminal too if memory or disk is tight.
 
     Args:
         folders: by the keys of `needs.disk`; they exist.

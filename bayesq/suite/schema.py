@@ -155,11 +155,7 @@ def check(config: Mapping[str, Any]) -> None:
 
 
 def validate(cfg: DictConfig) -> dict[str, Any]:
-    """Check every value that can be checked without loading anything; returns the resolved configuration.
-
-    Raises:
-        UserError: one line with the key, its value and the allowed values.
-    """
+    """Check all that needs nothing to be loaded, or raise UserError; returns the resolved configuration."""
     config = resolved(cfg)
     check(config)
     _check_sizes(config)

@@ -64,11 +64,7 @@ def naming_model(name: str, step: str) -> Iterator[None]:
 
 
 def check_network(module: nn.Module, name: str) -> None:
-    """Refuse weights and normalization statistics that cannot give finite outputs.
-
-    Raises:
-        UserError: a tensor has NaN or infinite entries, or a negative variance; the message names the first one.
-    """
+    """Raise UserError, which names it, at the first tensor with NaN or infinite entries or negative variances."""
     running = ("running_mean", "running_var")
     buffers = ((key, buffer) for key, buffer in module.named_buffers() if key.rpartition(".")[2] in running)
     for key, tensor in (*module.named_parameters(), *buffers):
@@ -79,11 +75,7 @@ def check_network(module: nn.Module, name: str) -> None:
 
 
 def check_finite(outputs: Tensor, remedy: str) -> None:
-    """Refuse outputs [n, ...] with NaN or infinite entries.
-
-    Raises:
-        UserError: an output is not finite; the message ends with `remedy`.
-    """
+    """Raise UserError, which ends with `remedy`, if outputs [n, ...] have NaN or infinite entries."""
     wrong = int((~torch.isfinite(outputs)).reshape(len(outputs), -1).any(1).sum())
     if wrong:
         raise UserError(f"logits are NaN or infinite for {wrong} of {len(outputs)} evaluation examples: {remedy}")

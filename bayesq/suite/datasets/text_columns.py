@@ -57,16 +57,17 @@ class TextColumns(UserSplits):
         ]
         splits = self.parts(*parts, fitted=True)
         _tell_odd(*splits, names, tables[0].where)
+        metrics = (ACCURACY,) if self.score is None else tuple(METRICS[name] for name in SCORE_METRICS)
         return DataSplits(
             *splits,
             num_classes=max(numbers.values()) + 1,
-            primary_metric=ACCURACY.name if self.score is None else SCORE_METRICS[0],
+            primary_metric=metrics[0].name,
             source={
                 **source,
                 "sha256": ", ".join(file_sha256(file) for table in tables for file in table.files),
                 "split_seed": str(self.split_seed),
             },
-            metrics=(ACCURACY,) if self.score is None else tuple(METRICS[name] for name in SCORE_METRICS),
+            metrics=metrics,
             task=TEXT_CLASSIFICATION if self.score is None else TEXT_REGRESSION,
             classes=tuple(names),
         )
