@@ -1,6 +1,6 @@
 """A small ResNet (He et al., 2016) from timm for small images, trained on the train split at first use."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -26,6 +26,7 @@ MOMENTUM = 0.9
 WEIGHT_DECAY = 5e-4
 # Random translation in pixels of the raw image. Without it, the network memorises the 800 digits.
 MAX_SHIFT = 1
+Scale = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,15 @@ class SmallResNet:
         if not len(train):
             raise UserError("model=resnet is trained here, but this data set has no train split: choose dataset=digits")
         mean, std = train.mean(dim=(0, 2, 3)), train.std(dim=(0, 2, 3))
-        encode = _Preprocess(mean, std, self.image_size)
+        centre, spread = mean.view(1, -1, 1, 1), std.view(1, -1, 1, 1)
+        size = (self.image_size, self.image_size)
+
+        def scale(images: Tensor) -> Tensor:
+            return functional.interpolate((images - centre) / spread, size=size, mode="bilinear", align_corners=False)
+
+        def encode(examples: Examples) -> EncodedExamples:
+            return TensorExamples({"x": scale(_images(examples))}, examples.labels)
+
         module = self._untrained(train.shape[1], data.num_classes)
         sizes = {"depths": list(self.depths), "channels": list(self.channels)}
         recipe = {
@@ -71,7 +80,7 @@ class SmallResNet:
             "num_classes": data.num_classes,
             "optimizer": [BATCH_SIZE, PEAK_LEARNING_RATE, MOMENTUM, WEIGHT_DECAY, MAX_SHIFT],
         }
-        fit = partial(self._train, module, train, data.train.labels, encode)
+        fit = partial(self._train, module, train, data.train.labels, scale)
         module.load_state_dict(fit_once(cache_dir, "resnet", recipe, fit))
         description = {
             "architecture": "timm ResNet of BasicBlocks, deep stem",
@@ -106,8 +115,8 @@ class SmallResNet:
                 channels=tuple(self.channels),
             )
 
-    def _train(self, module: nn.Module, images: Tensor, labels: Tensor, encode: "_Preprocess") -> dict[str, Tensor]:
-        """State after training on raw `images` [n, channels, height, width] and `labels` [n]."""
+    def _train(self, module: nn.Module, images: Tensor, labels: Tensor, scale: Scale) -> dict[str, Tensor]:
+        """State after training on raw `images` [n, channels, height, width] and `labels` [n]; `scale` makes inputs."""
         generator = torch.Generator().manual_seed(self.training_seed)
         optimizer = torch.optim.SGD(
             module.parameters(),
@@ -122,7 +131,7 @@ class SmallResNet:
         with _single_thread():
             for _ in bar(range(self.epochs), "training resnet"):
                 for index in torch.randperm(len(images), generator=generator).split(BATCH_SIZE):
-                    logits = module(encode.scale(random_shift(images[index], MAX_SHIFT, generator)))
+                    logits = module(scale(random_shift(images[index], MAX_SHIFT, generator)))
                     loss = functional.cross_entropy(logits, labels[index])
                     optimizer.zero_grad()
                     loss.backward()
@@ -140,24 +149,6 @@ def _single_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
-
-
-class _Preprocess:
-    """Normalises images in [0, 1] per channel and scales them to `size` x `size` pixels."""
-
-    def __init__(self, mean: Tensor, std: Tensor, size: int) -> None:
-        self.mean = mean.view(1, -1, 1, 1)
-        self.std = std.view(1, -1, 1, 1)
-        self.size = (size, size)
-
-    def scale(self, images: Tensor) -> Tensor:
-        """Normalised images [n, channels, size, size] from raw images [n, channels, height, width]."""
-        return functional.interpolate(
-            (images - self.mean) / self.std, size=self.size, mode="bilinear", align_corners=False
-        )
-
-    def __call__(self, examples: Examples) -> EncodedExamples:
-        return TensorExamples({"x": self.scale(_images(examples))}, examples.labels)
 
 
 def random_shift(images: Tensor, reach: int, generator: torch.Generator) -> Tensor:
