@@ -66,7 +66,10 @@ class MPNet:
 
     def _adapted(self, adapter: Path, folder: Path, tokenize: Tokenizer, data: DataSplits) -> Network:
         """The package's network with the tensors of an adapter; the logits are in the data set's order."""
-        model, head = load_classifier(folder, data.num_classes)
+        config = source().config(folder, num_labels=data.num_classes)
+        model = initialised(lambda: source().kind("ForSequenceClassification")(config))
+        weights = {f"mpnet.{name}": x for name, x in used_weights(folder).items()}
+        head = model.load_state_dict(weights, strict=False).missing_keys
         sha256 = apply_adapter(model, adapter, head)
         sizes = f"{model.config.num_hidden_layers} layers, width {model.config.hidden_size}"
         description = {
@@ -89,11 +92,3 @@ def source() -> Encoder:
         sha256=ARCHIVE.sha256,
         instead="model.adapter=DIR",
     )
-
-
-def load_classifier(folder: Path, num_classes: int) -> tuple[Any, list[str]]:
-    """The sequence classifier with the encoder's weights in `folder`, and the names of the tensors they lack."""
-    config = source().config(folder, num_labels=num_classes)
-    model = initialised(lambda: source().kind("ForSequenceClassification")(config))
-    loaded = model.load_state_dict({f"mpnet.{name}": x for name, x in used_weights(folder).items()}, strict=False)
-    return model, loaded.missing_keys
