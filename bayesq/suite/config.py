@@ -236,10 +236,7 @@ def disk_error(error: BaseException, config: Mapping[str, Any]) -> UserError | N
     if not isinstance(cause, OSError):
         return None
     name = cause.filename2 or cause.filename
-    for key, folder in (
-        ("results_dir", config["results_dir"]),
-        ("cache_dir", cache_folder(config)),
-    ):
+    for key, folder in (("results_dir", config["results_dir"]), ("cache_dir", cache_folder(config))):
         path = Path(folder).absolute()
         # an error without a file name comes from Hydra, which writes run.log and copies of the configuration
         file = Path(name).absolute() if isinstance(name, str) else path / "run.log"

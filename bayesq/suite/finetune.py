@@ -34,15 +34,10 @@ DEV_FILE = "dev.json"
 
 @dataclass(frozen=True)
 class Recipe:
-    """Hyperparameters; the defaults are the usual ones for BERT-base.
+    """Hyperparameters; the defaults are the usual ones for BERT-base, whose parameters are all trained.
 
-    Attributes:
-        epochs: passes over the training examples.
-        learning_rate: peak of a linear schedule; the first tenth of the steps is warm-up. The default is for all
-            parameters.
-        batch_size: examples per step.
-        max_length: maximum number of tokens; longer examples are truncated.
-        seed: for the initial weights of the head, the order of the examples and dropout.
+    The learning rate is the peak of a linear schedule; the first tenth of the steps is warm-up. Examples of more than
+    `max_length` tokens are truncated. The seed is for the initial head, the order of the examples and dropout.
     """
 
     epochs: float = 3.0
