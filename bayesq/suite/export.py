@@ -98,12 +98,9 @@ def export(
     """Write the network of a finished run; returns the place and what was written, line by line.
 
     Args:
-        run: results/<run_id>.
-        target: a key of TARGETS.
-        output: a file for packed, else a folder; None: in the run's folder.
+        output: a file for packed, else a folder; None: in the folder of the `run`, results/<run_id>.
         dtype: of plain weights and of the scales of compressed-tensors, one of DTYPES; None: float16.
         checkpoint_format: of gptq: "gptq" (None), or "gptq_v2": fewer tools read it, but it holds every zero point.
-        force: replace files of earlier exports.
         settings, trusted: as of `load_quantized`.
 
     Raises:

@@ -23,13 +23,11 @@ NETWORKS = {"fp": "full precision", "q": "quantized"}
 
 @dataclass(frozen=True)
 class Chart:
-    """A W&B chart of one run.
+    """A W&B chart of one run, logged under `key`.
 
     Attributes:
-        key: the key under which it is logged.
         preset: W&B's name of the chart's type.
         fields: the table's column for each field of the preset.
-        columns: columns of the table.
         rows: computes the table from the rows of layers.csv and predictions.csv; no rows: no chart.
         texts: title and labels, by the preset's names.
     """

@@ -94,10 +94,8 @@ class Tracker:
         layers are also a table. Predictions are a file, because a W&B table has at most 10,000 rows. Call it after
         result.json is written. A failure becomes a warning and `error`, never an exception.
 
-        Args:
-            result: the flat result; each key is logged under its name. A file has all of it.
-            layers, predictions: rows of layers.csv and of predictions.csv.
-            checkpoint: the packed file, an artifact if wandb.log_artifact=true, beside the inputs' checksums.
+        `layers` and `predictions` are rows of layers.csv and predictions.csv. The packed file `checkpoint` becomes an
+        artifact if wandb.log_artifact=true, beside the inputs' checksums.
         """
         if self._run is None:
             return

@@ -175,15 +175,12 @@ def limited(available: int, limit: int | None) -> int:
 
 
 def stratified(labels: Tensor, limit: int | None, seed: int) -> Tensor:
-    """Positions [size] int64, in increasing order, of a seeded subset in which every class keeps its share.
+    """Positions [limit] int64, in increasing order, of a seeded subset of `labels` [n], or all n without a limit.
 
-    A class with n_c of the n examples gets floor(size n_c / n) places. The places left over go to the largest
-    remainders. The seed orders equal remainders: otherwise a subset smaller than the number of classes would hold the
-    first classes only. Labels that are not integers (regression) have no classes: the draw is a plain one.
-
-    Args:
-        labels: [n].
-        limit: the size, from 1 to n (UserError if it is not); None: all n.
+    Every class keeps its share: one with n_c of the n examples gets floor(limit n_c / n) places. The places left over
+    go to the largest remainders. The seed orders equal remainders: otherwise a subset smaller than the number of
+    classes would hold the first classes only. Labels that are not integers (regression) have no classes: the draw is a
+    plain one. UserError if the limit is not from 1 to n.
     """
     if limit is None:
         return torch.arange(len(labels))
