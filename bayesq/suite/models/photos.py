@@ -17,6 +17,8 @@ from typing import TypeVar
 
 import torch
 from PIL import Image
+from timm.data.config import resolve_data_config
+from timm.data.transforms_factory import create_transform
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -190,9 +192,6 @@ class PhotoEncoder:
     """
 
     def __init__(self, model: str, module: nn.Module, image_size: int | None = None) -> None:
-        from timm.data.config import resolve_data_config
-        from timm.data.transforms_factory import create_transform
-
         self.model = model
         size = {} if image_size is None else {"input_size": (3, image_size, image_size)}
         self.config = resolve_data_config(size, model=module)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timm.models.resnet import BasicBlock, ResNet
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -100,8 +101,6 @@ class SmallResNet:
 
     def _untrained(self, in_channels: int, num_classes: int) -> nn.Module:
         """The network at its seeded initialisation; the global generator is left unchanged."""
-        from timm.models.resnet import BasicBlock, ResNet
-
         with torch.random.fork_rng(devices=[]):
             # torch.manual_seed would also reseed every accelerator, and the fork does not undo that.
             torch.default_generator.manual_seed(self.training_seed)

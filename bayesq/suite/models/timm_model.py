@@ -6,6 +6,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import timm
+from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg
 from torch import Tensor, nn
 
 from bayesq.batches import EncodedExamples
@@ -62,9 +64,6 @@ class TimmModel:
 
     def _published(self) -> Any:
         """timm's PretrainedCfg of the architecture; UserError if timm does not know the name or tag."""
-        import timm
-        from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg
-
         base, _, tag = self.architecture.partition(".")
         if not timm.is_model(base):
             hint = suggestion(base, timm.list_models())
@@ -76,8 +75,6 @@ class TimmModel:
 
     def _create(self, published: Any, **options: Any) -> nn.Module:
         """The network in evaluation mode, without fused attention; UserError if the image size does not suit it."""
-        import timm
-
         if published.fixed_input_size:  # for position embeddings or windows; other networks take any size
             options["img_size"] = self.image_size
         try:
