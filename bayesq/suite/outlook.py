@@ -30,6 +30,7 @@ from bayesq.suite.arguments import exit_with, module_parser
 from bayesq.suite.composition import Preflight
 from bayesq.suite.config import one_line
 from bayesq.suite.errors import UserError
+from bayesq.suite.models.causal_lm import LM_OPTIONS, NextTokens
 from bayesq.suite.plan import make_recipe
 from bayesq.suite.preflight import GIB, activations, estimate
 from bayesq.walker import STORED_BYTES
@@ -54,8 +55,6 @@ def subject_of(config: Mapping[str, Any], examples: int, window: int) -> Subject
     `config` is the content of its config.json; there are `examples` calibration windows of `window` tokens.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
-
-    from bayesq.suite.models.causal_lm import LM_OPTIONS, NextTokens
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), **LM_OPTIONS)
