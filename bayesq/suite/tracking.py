@@ -183,14 +183,12 @@ def _data_dir(folder: Path) -> Iterator[None]:
     By default the client keeps them in the home folder. They would fill it up, and `wandb sync` on another machine
     would not find them.
     """
-    if "WANDB_DATA_DIR" in os.environ:
-        yield
-        return
-    os.environ["WANDB_DATA_DIR"] = str(folder)
+    chosen = os.environ.setdefault("WANDB_DATA_DIR", str(folder))
     try:
         yield
     finally:
-        del os.environ["WANDB_DATA_DIR"]
+        if chosen == str(folder):
+            del os.environ["WANDB_DATA_DIR"]
 
 
 def reason(error: Exception) -> str:

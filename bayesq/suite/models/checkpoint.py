@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from bayesq.files import file_sha256
 from bayesq.suite.config import one_line
 from bayesq.suite.errors import UserError
+from bayesq.suite.models.base import Module
 
-Module = TypeVar("Module", bound=nn.Module)
 T = TypeVar("T")
 
 SAFETENSORS, PYTORCH = (".safetensors",), (".pt", ".pth", ".th", ".bin")
