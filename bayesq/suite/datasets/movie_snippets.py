@@ -70,18 +70,13 @@ class MovieSnippets(SeededSplits):
 
 def parse_snippets(sdist: bytes) -> list[tuple[str, float, str]]:
     """Id, mean human score in [-4, 4] and sentence of each snippet in the source package, whose checksum is known."""
-    text = _member(_member(sdist, INNER_ARCHIVE), SNIPPETS).decode("utf-8")
+    with tarfile.open(fileobj=io.BytesIO(sdist)) as tar, tarfile.open(fileobj=tar.extractfile(INNER_ARCHIVE)) as inner:
+        file = inner.extractfile(SNIPPETS)
+        assert file is not None
+        text = file.read().decode("utf-8")
     # splitlines() would also cut sentences at rarer separators such as U+0085.
     rows = (line.rstrip("\r").split("\t") for line in text.split("\n") if line.strip())
     return [(identifier, float(score), sentence.strip()) for identifier, score, sentence in rows]
-
-
-def _member(archive: bytes, name: str) -> bytes:
-    """Content of the file `name` in a tar archive held in memory."""
-    with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
-        file = tar.extractfile(name)
-        assert file is not None
-        return file.read()
 
 
 def fetch_sdist(path: Path) -> bytes:
