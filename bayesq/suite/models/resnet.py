@@ -1,7 +1,6 @@
 """A small ResNet (He et al., 2016) from timm for small images, trained on the train split at first use."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -127,7 +126,9 @@ class SmallResNet:
         steps = self.epochs * -(-len(images) // BATCH_SIZE)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=PEAK_LEARNING_RATE, total_steps=steps)
         module.train()
-        with _single_thread():
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # the order of summation must not depend on the cores; more are not faster here
+        try:
             for _ in bar(range(self.epochs), "training resnet"):
                 for index in torch.randperm(len(images), generator=generator).split(BATCH_SIZE):
                     logits = module(scale(random_shift(images[index], MAX_SHIFT, generator)))
@@ -136,18 +137,9 @@ class SmallResNet:
                     loss.backward()
                     optimizer.step()
                     schedule.step()
+        finally:
+            torch.set_num_threads(threads)
         return module.state_dict()
-
-
-@contextmanager
-def _single_thread() -> Iterator[None]:
-    """One thread: the order of summation must not depend on the number of cores. More are not faster here."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def random_shift(images: Tensor, reach: int, generator: torch.Generator) -> Tensor:
