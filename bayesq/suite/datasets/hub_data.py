@@ -1,5 +1,6 @@
 """Any data set of texts or photos on the Hugging Face hub, by its id, splits and columns."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,8 +69,10 @@ class HubData(TextColumns):
                 return of_split(files, where)
         more = "" if split == self.train else "; dataset.val=null holds out a part of the training examples"
         subset = f"dataset.subset={self.subset}" if self.subset else "dataset.subset=null (a data set may need one)"
-        had = [_split_of(file) for file in dataset_files(self.id, folder.name) if file.endswith(SUFFIXES)]
-        there = ", ".join(dict.fromkeys(had))
+        had = (file for file in dataset_files(self.id, folder.name) if file.endswith(SUFFIXES))
+        # files of the conversion are numbers in the folder SUBSET/SPLIT
+        named = (file.rpartition("/")[0] if re.search(r"/\d+\.parquet$", file) else file for file in had)
+        there = ", ".join(dict.fromkeys(named))
         parts = f"; it has {there:.300}" if there else ""
         raise UserError(f"{where}: there is no such split at {self.revision} with {subset}{more}{parts}")
 
@@ -92,8 +95,3 @@ class HubData(TextColumns):
             source={**source, "split_seed": str(self.split_seed)},
             classes=tuple(names or ()),
         )
-
-
-def _split_of(file: str) -> str:
-    """SUBSET/SPLIT of a file of the conversion; other files by their names."""
-    return file.rpartition("/")[0] if file.endswith(".parquet") and Path(file).stem.isdigit() else file
