@@ -75,11 +75,7 @@ def is_axis(group: str) -> bool:
 
 
 class Preflight:
-    """Composes the configurations of a command, with Hydra's options, and explains what is wrong with them.
-
-    Raises:
-        UserError: a folder is missing.
-    """
+    """Composes the configurations of a command, with Hydra's options, and explains what is wrong with them."""
 
     def __init__(
         self, config_name: str | None = None, config_path: str | None = None, config_dir: str | None = None
@@ -87,10 +83,7 @@ class Preflight:
         if config_dir is not None and not os.path.isdir(config_dir):
             raise UserError(f"--config-dir {config_dir}: there is no such folder")
         self.config_name, self.config_dir = config_name or CONFIG_NAME, config_dir
-        try:
-            path = os.path.abspath(config_path or conf_dir())
-        except FileNotFoundError as error:
-            raise UserError(str(error)) from error
+        path = os.path.abspath(config_path or conf_dir())
         with initialize_config_dir(path, job_name="bayesq", version_base=VERSION_BASE):
             self.loader = GlobalHydra.instance().config_loader()
         self.search_path = [f"hydra.searchpath=[file://{os.path.abspath(config_dir)}]"] if config_dir else []
