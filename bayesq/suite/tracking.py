@@ -57,7 +57,6 @@ class Tracker:
     """The W&B run of a run: `with track(...) as tracker: ...; tracker.log_result(result, layers, predictions)`.
 
     Attributes:
-        started: whether there is a W&B run.
         history: logs the steps of the run as soon as they are done.
         error: why W&B does not have the result, in one line; None once it has it, or if tracking is disabled.
     """

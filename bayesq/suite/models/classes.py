@@ -63,11 +63,7 @@ def imagenet_rows(published: Any, data: DataSplits, model: str) -> list[int]:
 
 
 def keep_rows(module: nn.Module, rows: Sequence[int], model: str) -> None:
-    """Leave only some logits in a network of timm: its outputs are the old logits at `rows`, in that order.
-
-    Raises:
-        UserError: the network's head is no single layer.
-    """
+    """Leave only the logits at `rows` of a timm network, in that order; UserError if its head is no single layer."""
     head = module.get_classifier()  # type: ignore[operator]
     if not isinstance(head, nn.Linear | nn.Conv2d):
         raise UserError(f"model={model}: its head is no single layer, so classes cannot be left out: choose another")

@@ -69,11 +69,7 @@ class ImageExamples(ABC):
         return self._checksum
 
     def batches(self, batch_size: int, device: torch.device | str) -> Iterator[Batch]:
-        """Every image once, in order; the last batch may be smaller.
-
-        Raises:
-            UserError: a photo cannot be decoded.
-        """
+        """Every image once, in order; the last batch may be smaller. UserError if a photo cannot be decoded."""
         mean, std = (torch.tensor(values, device=device).view(1, -1, 1, 1) for values in (self.mean, self.std))
         positions = torch.arange(len(self)).split(batch_size)
         for index, images in zip(positions, self._images(positions, device), strict=False):

@@ -45,8 +45,7 @@ class Origin:
 
     Attributes:
         key: the setting as typed, for messages.
-        place: folder, or id on the hub.
-        local: whether `place` is a folder.
+        place: folder (`local`), or id on the hub.
         revision: commit, tag or branch on the hub; None: its main branch.
     """
 
