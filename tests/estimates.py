@@ -48,5 +48,5 @@ def needs_of(
     subject = SimpleNamespace(
         module=module, layers=quantizable_layers(module), examples=range(examples), device=torch.device(device)
     )
-    opened = SimpleNamespace(missing=lambda _: missing, batch_size=batch, room=room)
-    return estimate(recipe, subject, opened, calibration, evaluation, held, offload, SPARE_DISK * whitening_disk)
+    opened, disk = SimpleNamespace(batch_size=batch, room=room), SPARE_DISK * whitening_disk
+    return estimate(recipe, subject, opened, missing, calibration, evaluation, held, offload, disk)

@@ -29,7 +29,7 @@ from bayesq.quant.packing import PARAMETER_PREFIX, pack_model, unpack_model
 from bayesq.suite import config, plan, preflight, runner, schema
 from bayesq.suite.calibration import Calibration
 from bayesq.suite.errors import UserError
-from bayesq.suite.results import load_results
+from bayesq.suite.results import QUANTIZED_FILE, load_results
 from bayesq.suite.workload import Workload
 from bayesq.tensor_file import read_tensors
 
@@ -297,7 +297,7 @@ def test_a_reference_is_reproduced(sweep: Path, run: Callable[[str], dict], base
     folders = [sweep / name / result["run_id"] for name in ("here", place)]
     first, second = (json.loads((folder / "result.json").read_text()) for folder in folders)
     assert json.dumps(stable(first)) == json.dumps(stable(second))
-    first_file, second_file = ((folder / runner.QUANTIZED_FILE).read_bytes() for folder in folders)
+    first_file, second_file = ((folder / QUANTIZED_FILE).read_bytes() for folder in folders)
     assert first_file == second_file
 
 

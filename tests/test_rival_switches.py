@@ -9,6 +9,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from bayesq.suite import config, runner, schema
+from bayesq.suite.results import QUANTIZED_FILE
 from bayesq.tensor_file import read_tensors
 
 pytestmark = pytest.mark.slow
@@ -61,7 +62,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[str, 
             cfg = compose("config", [*given.values(), f"results_dir={folder}/results", f"cache_dir={folder}/cache"])
         schema.validate(cfg)
         result = runner.run(cfg)
-        buffers, _ = read_tensors(config.run_dir(cfg) / runner.QUANTIZED_FILE)
+        buffers, _ = read_tensors(config.run_dir(cfg) / QUANTIZED_FILE)
         digest = hashlib.sha256()
         for name in sorted(buffers):
             digest.update(name.encode() + buffers[name].numpy().tobytes())

@@ -145,12 +145,12 @@ def run_unless_finished(cfg: DictConfig, folder: Path, progress: Progress, previ
     schema.validate(cfg)
     launchers.occupy(HydraConfig.get(), cfg.resources)
     settings.check_device(cfg)
-    from bayesq.suite import construct, provenance, runner
+    from bayesq.suite import plan, provenance, runner
 
     # cached now, while the source files are still the ones that this process has loaded
     provenance.git_state()
     code_digest.digest(code_digest.packages(config))
-    construct.check(config)
+    plan.check_objects(config)
     runner.run(cfg, previous)
 
 
@@ -265,9 +265,9 @@ def _run(jobs: Sequence[Job]) -> Any:
         return 0
     for each in jobs:
         if progress.runs[each.run_dir]:
-            from bayesq.suite import construct  # imports torch
+            from bayesq.suite import plan  # imports torch
 
-            construct.check(each.config)
+            plan.check_objects(each.config)
     full_error = os.environ.get(FULL_ERROR) == "1"
     task = partial(job, progress=progress, previous=[], full_error=full_error)
     asked = command_line(sys.argv[1:])

@@ -75,14 +75,7 @@ def is_axis(group: str) -> bool:
 
 
 class Preflight:
-    """Composes the configurations of a command and explains what is wrong with them.
-
-    Args:
-        config_name, config_path, config_dir: Hydra's options of these names; None takes the suite's.
-
-    Raises:
-        UserError: a folder is missing.
-    """
+    """Composes the configurations of a command, with Hydra's options, and explains what is wrong with them."""
 
     def __init__(
         self, config_name: str | None = None, config_path: str | None = None, config_dir: str | None = None
@@ -90,10 +83,7 @@ class Preflight:
         if config_dir is not None and not os.path.isdir(config_dir):
             raise UserError(f"--config-dir {config_dir}: there is no such folder")
         self.config_name, self.config_dir = config_name or CONFIG_NAME, config_dir
-        try:
-            path = os.path.abspath(config_path or conf_dir())
-        except FileNotFoundError as error:
-            raise UserError(str(error)) from error
+        path = os.path.abspath(config_path or conf_dir())
         with initialize_config_dir(path, job_name="bayesq", version_base=VERSION_BASE):
             self.loader = GlobalHydra.instance().config_loader()
         self.search_path = [f"hydra.searchpath=[file://{os.path.abspath(config_dir)}]"] if config_dir else []
@@ -168,13 +158,10 @@ class Preflight:
             raise UserError(f"cannot read '{typed}': write key=value ({reason})") from error
 
     def jobs(self, typed: Sequence[str], multirun: bool) -> list[Job]:
-        """Check every job of the command; with `multirun`, every combination of the listed values.
+        """Check every job of the command, or raise UserError; with `multirun`, every combination of the listed values.
 
         A sweeper other than Hydra's basic one chooses the values later. Then the other keys are checked, and the list
         is empty.
-
-        Raises:
-            UserError: one line that says what is wrong with the first bad job.
         """
         parsed = self.parse(typed)
         master = self.compose([str(override.input_line) for override in parsed], RunMode.MULTIRUN).hydra
@@ -230,14 +217,11 @@ class Preflight:
 
 
 def preflight(argv: Sequence[str]) -> list[Job] | None:
-    """Check every job of a command line before anything runs.
+    """Check every job of a command line before anything runs; UserError says in one line what is wrong.
 
     Returns:
         the distinct jobs in the order of the sweep; none if another sweeper than Hydra's chooses them; None if the
         command only asks for information (--help, --cfg, --info, ...).
-
-    Raises:
-        UserError: one line that says what is wrong.
     """
     asked = command_line(argv)
     if asked.experimental_rerun:

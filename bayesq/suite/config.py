@@ -144,14 +144,9 @@ def _canonical_allocation(allocation: Mapping[str, Any]) -> dict[str, Any]:
     return content
 
 
-def determines_result(cfg: DictConfig) -> dict[str, Any]:
-    """`settings_that_matter` of a composed configuration."""
-    return settings_that_matter(resolved(cfg))
-
-
 def run_id(cfg: DictConfig) -> str:
     """Twelve hexadecimal digits of the sha256 of the settings that determine the result and bayesq's version."""
-    return id_of(determines_result(cfg), bayesq.__version__)
+    return id_of(settings_that_matter(resolved(cfg)), bayesq.__version__)
 
 
 def id_of(settings: Mapping[str, Any], version: str) -> str:
@@ -241,10 +236,7 @@ def disk_error(error: BaseException, config: Mapping[str, Any]) -> UserError | N
     if not isinstance(cause, OSError):
         return None
     name = cause.filename2 or cause.filename
-    for key, folder in (
-        ("results_dir", config["results_dir"]),
-        ("cache_dir", cache_folder(config)),
-    ):
+    for key, folder in (("results_dir", config["results_dir"]), ("cache_dir", cache_folder(config))):
         path = Path(folder).absolute()
         # an error without a file name comes from Hydra, which writes run.log and copies of the configuration
         file = Path(name).absolute() if isinstance(name, str) else path / "run.log"

@@ -5,21 +5,17 @@ differences of runs; the time and memory of runs; and tables and plots of layers
 Report has too are in `bayesq.suite.wandb_panels`.
 """
 
-import argparse
 import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from bayesq.suite import wandb_environment as environment
 from bayesq.suite import wandb_panels as shared
-from bayesq.suite.arguments import exit_with
+from bayesq.suite.arguments import exit_with, module_parser
 from bayesq.suite.config import require_wandb_key
 from bayesq.suite.errors import UserError
 from bayesq.suite.tracking import LAYERS_KEY
 from bayesq.suite.wandb_names import label, project_label
-
-if TYPE_CHECKING:
-    from wandb_workspaces.workspaces import Workspace
 
 NAME = "BayesQ suite"
 # The default of wandb.project in conf/config.yaml.
@@ -31,17 +27,13 @@ PREPARATION = ("time/calibrate_s", "time/posterior_s", "time/quantize_s", "time/
 FALLBACKS = ("fallback/damping_retries", "fallback/dead_columns", "fallback/unseen_layers", "fallback/oom_retries")
 
 
-def workspace(project: str, entity: str, metric: str = METRIC, group: str | None = None) -> "Workspace":
+def workspace(project: str, entity: str, metric: str = METRIC, group: str | None = None) -> Any:
     """Build the workspace without saving it; this needs neither a login nor the network.
 
     Runs are grouped by the keys of `wandb_panels.GROUPS`, so panels show means over seeds, and ablations and other
-    variants of a method stay apart. Long names of projects and groups
-    are shortened as in `bayesq.suite.tracking`. Raises UserError if the package wandb-workspaces is missing.
-
-    Args:
-        project, entity: W&B project, and W&B user or team.
-        metric: the task's metric, as in q/<metric>.
-        group: show only the runs of this workload, `<model>-<dataset>`; None shows all runs of the project.
+    variants of a method stay apart. Long names of projects and groups are shortened as in `bayesq.suite.tracking`. With
+    a `group`, only the runs of this workload, `<model>-<dataset>`, are shown. Raises UserError if the package
+    wandb-workspaces is missing.
     """
     shared.require_workspaces("dashboard")
     import wandb_workspaces.workspaces as ws
@@ -85,23 +77,20 @@ def _sections(metric: str) -> list[Any]:
             bars("Fallbacks", "sum", *FALLBACKS),
         ],
     }
+    layers = [
+        *shared.layer_charts(),
+        *shared.layer_curves(),
+        *shared.progress_curves(),
+        panels.WeavePanelSummaryTable(table_name=LAYERS_KEY),
+    ]
+    layout = ws.SectionLayoutSettings(columns=2, rows=2)
     return [
         *(ws.Section(name=name, is_open=True, panels=content) for name, content in sections.items()),
-        ws.Section(
-            name="Layers and calibration",
-            is_open=True,
-            layout_settings=ws.SectionLayoutSettings(columns=2, rows=2),
-            panels=[
-                *shared.layer_charts(),
-                *shared.layer_curves(),
-                *shared.progress_curves(),
-                panels.WeavePanelSummaryTable(table_name=LAYERS_KEY),
-            ],
-        ),
+        ws.Section(name="Layers and calibration", is_open=True, layout_settings=layout, panels=layers),
     ]
 
 
-def definition(built: "Workspace") -> dict[str, Any]:
+def definition(built: Any) -> dict[str, Any]:
     """The workspace as W&B stores it."""
     content: dict[str, Any] = built._to_model().spec.model_dump(mode="json", by_alias=True, exclude_none=True)
     return content
@@ -131,7 +120,7 @@ def save(project: str, entity: str | None, metric: str, group: str | None) -> st
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Save the workspace, or print it with --dry-run; on an error, print one line and exit with code 1."""
-    parser = argparse.ArgumentParser(prog="python -m bayesq.suite.dashboard", description=__doc__)
+    parser = module_parser("dashboard", __doc__)
     project, entity = environment.default("project", PROJECT), environment.default("entity", None)
     parser.add_argument("--project", default=project, help="W&B project, as wandb.project (%(default)s)")
     parser.add_argument("--entity", default=entity, help="W&B user or team; default: that of the account")

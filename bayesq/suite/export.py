@@ -10,20 +10,27 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import chdir, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
 import yaml
 
 from bayesq.errors import Refused
+from bayesq.export import write_dequantized, write_layout
 from bayesq.files import atomic_path
+from bayesq.quant.compressed_layout import CompressedLayout
+from bayesq.quant.file import Packed, fill_from, write_packed
+from bayesq.quant.gptq_layout import FORMATS, GPTQLayout
+from bayesq.quant.layers import weight_keys
+from bayesq.quant.layout import Layout
 from bayesq.suite.arguments import exit_with, module_parser
 from bayesq.suite.config import one_line
 from bayesq.suite.errors import UserError
+from bayesq.suite.loading import base_network, self_contained
+from bayesq.suite.models.base import Network
+from bayesq.suite.packed import read_run
 from bayesq.suite.results import QUANTIZED_FILE, recorded_result
-
-if TYPE_CHECKING:
-    from bayesq.quant.file import Packed
-    from bayesq.suite.models.base import Network
+from bayesq.tensor_file import CorruptFile
 
 # Default name in the run's folder of what each --to writes.
 TARGETS = {
@@ -35,18 +42,13 @@ TARGETS = {
 DTYPES = ("float16", "float32")
 
 
-def load_run(folder: Path, settings: Mapping[str, Any], trusted: Sequence[str]) -> "tuple[Packed, Network]":
+def load_run(folder: Path, settings: Mapping[str, Any], trusted: Sequence[str]) -> tuple[Packed, Network]:
     """The packed file of a run, and its network with the quantized weights.
 
     Relative paths in the run's settings start at the folder in which the run was started. Raises UserError if there is
     no finished run, its packed file is damaged, or its full-precision weights are missing or have changed.
     """
     result = recorded_result(folder)
-    from bayesq.quant.file import fill_from
-    from bayesq.suite.loading import base_network
-    from bayesq.suite.packed import read_run
-    from bayesq.tensor_file import CorruptFile
-
     file = folder.absolute() / QUANTIZED_FILE
     directory = Path(result.get("host", {}).get("directory", "."))
     try:
@@ -63,18 +65,11 @@ def load_run(folder: Path, settings: Mapping[str, Any], trusted: Sequence[str]) 
     return packed, network
 
 
-def write_self_contained(packed: "Packed", network: "Network", file: Path) -> list[str]:
+def write_self_contained(packed: Packed, network: Network, file: Path) -> list[str]:
     """Write the whole network in our format; the file is loaded and compared before it gets its name.
 
     Raises UserError if this kind of model cannot be built from a file alone.
     """
-    import torch
-
-    from bayesq.quant.file import Packed, write_packed
-    from bayesq.quant.layers import weight_keys
-    from bayesq.suite.loading import self_contained
-    from bayesq.suite.packed import read_run
-
     expected = network.module.state_dict()
     quantized = weight_keys(network.module, packed.tensors)
     state = {name: value for name, value in expected.items() if name not in quantized}
@@ -103,12 +98,9 @@ def export(
     """Write the network of a finished run; returns the place and what was written, line by line.
 
     Args:
-        run: results/<run_id>.
-        target: a key of TARGETS.
-        output: a file for packed, else a folder; None: in the run's folder.
+        output: a file for packed, else a folder; None: in the folder of the `run`, results/<run_id>.
         dtype: of plain weights and of the scales of compressed-tensors, one of DTYPES; None: float16.
         checkpoint_format: of gptq: "gptq" (None), or "gptq_v2": fewer tools read it, but it holds every zero point.
-        force: replace files of earlier exports.
         settings, trusted: as of `load_quantized`.
 
     Raises:
@@ -119,11 +111,6 @@ def export(
     packed, network = load_run(run, settings or {}, trusted)
     if target == "packed":
         return output, write_self_contained(packed, network, output)
-    from bayesq.export import write_dequantized, write_layout
-    from bayesq.quant.compressed_layout import CompressedLayout
-    from bayesq.quant.gptq_layout import GPTQLayout
-    from bayesq.quant.layout import Layout
-
     about: dict[str, Any] = {
         "dtype": dtype or "float16",
         "tokenizer": getattr(network.encode, "tokenizer", None),
@@ -143,8 +130,6 @@ def export(
 
 def _check_options(target: str, dtype: str | None, checkpoint_format: str | None) -> None:
     """Raise UserError if an option has an unknown value or does not belong to the target."""
-    from bayesq.quant.gptq_layout import FORMATS
-
     if target not in TARGETS:
         raise UserError(f"--to {target}: choose {', '.join(TARGETS)}")
     for option, value, values, targets in (

@@ -5,9 +5,7 @@ scores on the dev examples. With --train bitfit or lora it writes the trained pa
 mpnet_base it then writes nothing but that and dev.json: model.adapter=DIR applies the delta to the published weights.
 """
 
-import argparse
 import importlib.util
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +18,13 @@ from safetensors.torch import save_file
 from bayesq.files import atomic_path
 from bayesq.metrics import measure, metric_of
 from bayesq.suite import partial_training
-from bayesq.suite.config import one_line, resolve_cache_dir
+from bayesq.suite.arguments import exit_with, module_parser
+from bayesq.suite.config import resolve_cache_dir
 from bayesq.suite.datasets.base import DataSplits, Examples, shuffled
 from bayesq.suite.datasets.glue import TASKS, Glue
 from bayesq.suite.errors import UserError
 from bayesq.suite.models import adapter, minilm, mpnet
-from bayesq.suite.models.text import texts_of
+from bayesq.suite.models.text import parts_of
 from bayesq.suite.models.transformers_model import Origin
 from bayesq.suite.partial_training import ALL, LEARNING_RATES
 from bayesq.suite.results import write_json
@@ -35,15 +34,10 @@ DEV_FILE = "dev.json"
 
 @dataclass(frozen=True)
 class Recipe:
-    """Hyperparameters; the defaults are the usual ones for BERT-base.
+    """Hyperparameters; the defaults are the usual ones for BERT-base, whose parameters are all trained.
 
-    Attributes:
-        epochs: passes over the training examples.
-        learning_rate: peak of a linear schedule; the first tenth of the steps is warm-up. The default is for all
-            parameters.
-        batch_size: examples per step.
-        max_length: maximum number of tokens; longer examples are truncated.
-        seed: for the initial weights of the head, the order of the examples and dropout.
+    The learning rate is the peak of a linear schedule; the first tenth of the steps is warm-up. Examples of more than
+    `max_length` tokens are truncated. The seed is for the initial head, the order of the examples and dropout.
     """
 
     epochs: float = 3.0
@@ -90,7 +84,7 @@ def finetune(
     model = partial_training.prepared(model, train)
 
     def encoded(examples: Examples) -> list[dict[str, Any]]:
-        texts = [(text,) if isinstance(text, str) else text for text in texts_of(examples, "finetune")]
+        texts = parts_of(examples, "finetune")
         rows = [tokenizer(*text, truncation=True, max_length=recipe.max_length) for text in texts]
         return [{**row, "labels": label} for row, label in zip(rows, examples.labels.tolist(), strict=True)]
 
@@ -102,7 +96,9 @@ def finetune(
         with atomic_path(output / adapter.FILE) as temporary:
             save_file(delta, temporary, {"format": "pt"})
     outputs = _trainer(model, tokenizer, output, recipe).predict(encoded(data.evaluation)).predictions
-    scores = dev_scores(np.asarray(outputs), data)
+    rows = data.likelihood.summary(torch.from_numpy(np.asarray(outputs)), data.evaluation.labels)
+    predicted, labels = (x.numpy().astype(np.float64) for x in (rows["prediction"], data.evaluation.labels))
+    scores = {metric.name: measure(metric, predicted, labels) for metric in data.metrics}
     if train == ALL or encoder != mpnet.NAME:
         model.save_pretrained(output)
         tokenizer.save_pretrained(output)
@@ -154,7 +150,7 @@ def _start(encoder: str, data: DataSplits) -> tuple[Any, Any]:
         mpnet.NAME: lambda: mpnet.ARCHIVE.unpacked(resolve_cache_dir(None)),
     }
     place = str(packages[encoder]()) if encoder in packages else encoder
-    origin = Origin(f"--encoder {encoder}", place, Path(place).is_dir(), None, None, "")
+    origin = Origin(f"--encoder {encoder}", place, Path(place).is_dir())
     config = origin.load(AutoConfig, num_labels=data.num_classes)
     if data.classes:
         config.id2label = dict(enumerate(data.classes))
@@ -163,17 +159,10 @@ def _start(encoder: str, data: DataSplits) -> tuple[Any, Any]:
     return model, origin.load(AutoTokenizer)
 
 
-def dev_scores(outputs: np.ndarray, data: DataSplits) -> dict[str, float]:
-    """The metrics of the task for outputs [n, classes] on the evaluation examples."""
-    rows = data.likelihood.summary(torch.from_numpy(outputs), data.evaluation.labels)
-    predicted, labels = (x.numpy().astype(np.float64) for x in (rows["prediction"], data.evaluation.labels))
-    return {metric.name: measure(metric, predicted, labels) for metric in data.metrics}
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line; a UserError becomes one line and exit code 1."""
     recipe = Recipe()
-    parser = argparse.ArgumentParser(prog="python -m bayesq.suite.finetune", description=__doc__)
+    parser = module_parser("finetune", __doc__)
     parser.add_argument("--task", required=True, choices=list(TASKS))
     parser.add_argument("--root", help="folder of GLUE's files, as dataset.root; without it the hub is read")
     parser.add_argument("--encoder", required=True, help=f"id on the hub, folder, {mpnet.NAME} or {minilm.PACKAGE}")
@@ -191,7 +180,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         scores = finetune(given.task, given.root, given.encoder, given.output, chosen, given.train, given.examples)
     except UserError as error:
-        sys.exit(f"error: {one_line(str(error))}")
+        exit_with(error)
     shown = (f"{name} {metric_of(name).scaled(value):.2f}" for name, value in scores.items())
     print(f"{given.output}: {', '.join(shown)}")
 

@@ -30,8 +30,6 @@ def hub_file(repository: str, file: str, revision: str | None, key: str, instead
     The folder's name is the commit. If a branch or tag was requested, the commit is logged.
 
     Args:
-        repository: `organisation/name`.
-        file: its name in the repository.
         revision: commit, tag or branch; None = the main branch, as cached if the file is cached.
         key: the requested key and value, as typed.
         instead: what the user can do without the hub.

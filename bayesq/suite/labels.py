@@ -13,13 +13,11 @@ from bayesq.defaults import DESCRIPTIVE, conf_dir
 from bayesq.suite.config import show
 
 # Keys that the label leaves out: source and training of the weights, and inputs.
-NOT_THE_NETWORK = frozenset(
-    [
-        *DESCRIPTIVE,
-        *("adapter", "checkpoint", "revision", "source", "hub", "hub_label_order", "label_order"),
-        *("max_length", "epochs", "training_seed"),
-    ]
-)
+NOT_THE_NETWORK = {
+    *DESCRIPTIVE,
+    *("adapter", "checkpoint", "revision", "source", "hub", "hub_label_order", "label_order"),
+    *("max_length", "epochs", "training_seed"),
+}
 # Files of the group `model` whose key `name` selects the network: model=timm model.name=resnet50.
 NAMED = ("timm", "transformers", "causal_lm")
 

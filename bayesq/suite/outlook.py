@@ -6,11 +6,9 @@ python -m bayesq.suite.outlook llama-1b llama-8b
 python -m bayesq.suite.outlook DIR/config.json --set method=gptq --set bits=4 --teraflops 100
 """
 
-import argparse
 import json
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,8 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from bayesq.batches import TensorExamples
-from bayesq.calibration.passes import SUM_BYTES, CalibrationSettings, Passes, sum_bytes
+from bayesq.calibration.memory import InMemoryStatistics, NetworkStatistics
+from bayesq.calibration.passes import SUM_BYTES, CalibrationSettings, sum_bytes
 from bayesq.calibration.statistic import Statistic, families
 from bayesq.likelihood import TOKENS, Tokens
 from bayesq.quant.blocks import find_blocks
@@ -31,49 +30,31 @@ from bayesq.suite.arguments import exit_with, module_parser
 from bayesq.suite.composition import Preflight
 from bayesq.suite.config import one_line
 from bayesq.suite.errors import UserError
+from bayesq.suite.models.causal_lm import LM_OPTIONS, NextTokens
 from bayesq.suite.plan import make_recipe
 from bayesq.suite.preflight import GIB, activations, estimate
 from bayesq.walker import STORED_BYTES
 
 # Published shapes of Llama 3.2 1B and Llama 3.1 8B, as in their config.json.
-LLAMA = {"model_type": "llama", "vocab_size": 128256, "num_key_value_heads": 8, "max_position_embeddings": 131072}
+LLAMA = {
+    **{"model_type": "llama", "vocab_size": 128256, "max_position_embeddings": 131072},
+    **{"num_attention_heads": 32, "num_key_value_heads": 8},
+}
 SHAPES: dict[str, dict[str, Any]] = {
-    "llama-1b": {
-        **LLAMA,
-        **{"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32},
-        "tie_word_embeddings": True,
-    },
-    "llama-8b": {
-        **LLAMA,
-        **{"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
-        "tie_word_embeddings": False,
-    },
+    "llama-1b": LLAMA
+    | {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "tie_word_embeddings": True},
+    "llama-8b": LLAMA
+    | {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "tie_word_embeddings": False},
 }
 FLOAT = 4  # bytes
-
-
-@dataclass(frozen=True)
-class Nothing:
-    """Statistics of which none is computed yet."""
-
-    batch_size: int
-    room: int
-
-    def missing(self, statistics: Iterable[Statistic]) -> list[Statistic]:
-        """All of them, and those they require."""
-        return [one for family in families(statistics) for one in family]
 
 
 def subject_of(config: Mapping[str, Any], examples: int, window: int) -> Subject:
     """A language model of the transformers library on the meta device, whose blocks would be quantized on a GPU.
 
-    Args:
-        config: content of its config.json.
-        examples: calibration windows, of `window` tokens.
+    `config` is the content of its config.json; there are `examples` calibration windows of `window` tokens.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
-
-    from bayesq.suite.models.causal_lm import LM_OPTIONS, NextTokens
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), **LM_OPTIONS)
@@ -107,25 +88,29 @@ def _tokens(subject: Subject) -> Tensor:
     return subject.examples.inputs[TOKENS]
 
 
-def passes_of(subject: Subject, recipe: Recipe, missing: Nothing) -> list[tuple[dict[str, Layer], list[Statistic]]]:
+def statistics_of(subject: Subject, seed: int, batch_size: int, room: int) -> NetworkStatistics:
+    """The statistics of a run, not computed; `room` as of `Passes`."""
+    settings = CalibrationSettings(batch_size, None, seed, likelihood=subject.likelihood)
+    return InMemoryStatistics(subject.module, subject.layers, subject.examples, settings, subject.device, room)
+
+
+def passes_of(recipe: Recipe, statistics: NetworkStatistics) -> list[tuple[dict[str, Layer], list[Statistic]]]:
     """The passes that the statistics of full-precision inputs and gradients take."""
-    settings = CalibrationSettings(missing.batch_size, None, recipe.seed, likelihood=subject.likelihood)
-    passes = Passes(subject.module, subject.layers, settings, missing.room)
-    return [one for family in families(recipe.statistics) for one in passes.plan(family)]
+    return [one for family in families(recipe.statistics) for one in statistics.passes.plan(family)]
 
 
-def memory(subject: Subject, recipe: Recipe, missing: Nothing) -> dict[str, int]:
+def memory(subject: Subject, recipe: Recipe, statistics: NetworkStatistics) -> dict[str, int]:
     """Bytes by part: what the GPU holds at once, what `preflight` expects of the host, and files."""
     window = _tokens(subject)[:1]
     # of two axes, transformers would read its entries, which a meta tensor does not have
     mask = window.new_ones((1, 1, *2 * window.shape[1:]), dtype=torch.bool)
     one = activations(subject.module, {TOKENS: window, MASK: mask})
     weights, hidden = network_bytes(subject), hidden_bytes(subject)
-    planned = passes_of(subject, recipe, missing)
+    planned = passes_of(recipe, statistics)
     gpu = {
         "statistics": {
             "weights": weights,
-            "one batch, forward and backward": missing.batch_size * one.total,
+            "one batch, forward and backward": statistics.batch_size * one.total,
             "sums of one pass": max(sum(sum_bytes(x, used) for x in layers.values()) for layers, used in planned),
         }
     }
@@ -133,10 +118,11 @@ def memory(subject: Subject, recipe: Recipe, missing: Nothing) -> dict[str, int]
         gpu["prefix"] = {
             "weights of both networks": 2 * weights,
             "inputs and outputs in one block": 2 * STORED_BYTES,
-            "one batch, forward": 2 * missing.batch_size * one.largest,
+            "one batch, forward": 2 * statistics.batch_size * one.largest,
             "sums of the widest layer": 4 * FLOAT * max(c for _, c in matrices(subject)) ** 2,
         }
-    host = estimate(recipe, subject, missing, one, missing.batch_size * one.largest, 0, True, 0)
+    missing = [one for family in families(recipe.statistics) for one in family]
+    host = estimate(recipe, subject, statistics, missing, one, statistics.batch_size * one.largest, 0, True, 0)
     files = {
         "statistics": host.disk["cache_dir"],
         "factors": sum(recipe.whitenings.posterior.whitening_bytes((1, r, c)) for r, c in matrices(subject))
@@ -152,18 +138,17 @@ def memory(subject: Subject, recipe: Recipe, missing: Nothing) -> dict[str, int]
     }
 
 
-def work(subject: Subject, recipe: Recipe, missing: Nothing, backward: int | None) -> dict[str, float]:
+def work(subject: Subject, recipe: Recipe, statistics: NetworkStatistics, backward: int | None) -> dict[str, float]:
     """Floating-point operations by part; those of attention, some per cent, are left out.
 
-    Args:
-        backward: windows behind the gradients; None = all.
+    The gradients are of `backward` windows; None = all.
     """
     tokens, shapes = _tokens(subject).numel(), matrices(subject)
     share = 1.0 if backward is None else min(1.0, backward / len(subject.examples))
     forward = 2.0 * tokens * sum(x.weight.numel() for x in subject.module.modules() if isinstance(x, nn.Linear))
-    taken = passes_of(subject, recipe, missing)
+    taken = passes_of(recipe, statistics)
     gradients = [any(statistic.backward for statistic in used) for _, used in taken]
-    statistics = sum(forward * (3 * share if backwards else 1) for backwards in gradients)
+    passes = sum(forward * (3 * share if backwards else 1) for backwards in gradients)
     sums = sum(
         2.0 * tokens * (share * r * r if statistic.backward else c * c)
         for layers, used in taken
@@ -178,7 +163,7 @@ def work(subject: Subject, recipe: Recipe, missing: Nothing, backward: int | Non
     )
     cubes = 2 if recipe.inputs != "full" else 1  # the factors for allocation, and those behind the prefix
     return {
-        "GPU: statistics": statistics + sums,
+        "GPU: statistics": passes + sums,
         "GPU: inputs behind the prefix": prefix * (cubes - 1),
         "host: factors, float64": sum(cubes * 8 / 3 * c**3 + r**3 / 3 for r, c in shapes),
         "host: feedback": sum(2 * 2.0 * r * c * c for r, c in shapes),
@@ -191,23 +176,22 @@ def report(
     """Rows (part, GiB) and (part, hours) of a network.
 
     Args:
-        config: content of its config.json.
-        cfg: the run's configuration.
         gpu, host: operations per second.
         rounding: seconds per weight of the search for codes.
         gpu_memory: bytes; a quarter of what the network leaves is for the sums of one pass, as in a run.
     """
     subject = subject_of(config, int(cfg.calibration.examples), int(cfg.dataset.window))
     room = max(SUM_BYTES, (gpu_memory - network_bytes(subject)) // 4)
-    recipe, missing = make_recipe(cfg), Nothing(int(cfg.calibration.batch_size), room)
+    recipe = make_recipe(cfg)
+    statistics = statistics_of(subject, recipe.seed, int(cfg.calibration.batch_size), room)
     backward = recipe.whitenings.posterior.examples if recipe.whitenings else None
     hours = [
         (part, count / (gpu if part.startswith("GPU") else host) / 3600)
-        for part, count in work(subject, recipe, missing, backward).items()
+        for part, count in work(subject, recipe, statistics, backward).items()
     ]
     hours.append(("host: search for codes", rounding * sum(r * c for r, c in matrices(subject)) / 3600))
-    sizes = [(part, size / GIB) for part, size in memory(subject, recipe, missing).items()]
-    passes = float(len(passes_of(subject, recipe, missing)))
+    sizes = [(part, size / GIB) for part, size in memory(subject, recipe, statistics).items()]
+    passes = float(len(passes_of(recipe, statistics)))
     return sizes, [*hours, ("sum", sum(hour for _, hour in hours)), ("(number of passes for statistics)", passes)]
 
 
@@ -221,12 +205,6 @@ def _config(name: str) -> Mapping[str, Any]:
     if not isinstance(content, dict) or "model_type" not in content:
         raise UserError(f"{name}: has no model_type: give the config.json of a causal language model of transformers")
     return content
-
-
-def _positive(given: argparse.Namespace) -> None:
-    for name in ("teraflops", "host_teraflops", "rounding", "gpu_memory"):
-        if not 0 < getattr(given, name) < math.inf:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(given, name)}: choose a number above 0")
 
 
 def _report(name: str, config: Mapping[str, Any], cfg: DictConfig, *rates: Any) -> tuple[list[Any], ...]:
@@ -252,7 +230,9 @@ def main() -> None:
     given = parser.parse_args()
     needed = ["experiment=llama_wikitext", "dataset.root=.", "calibration.source=.", "method=bayesq", "bits=3"]
     try:
-        _positive(given)
+        for name in ("teraflops", "host_teraflops", "rounding", "gpu_memory"):
+            if not 0 < getattr(given, name) < math.inf:
+                raise UserError(f"--{name.replace('_', '-')} {getattr(given, name)}: choose a number above 0")
         configs = {name: _config(name) for name in given.networks}
         cfg = OmegaConf.create(Preflight().check([*needed, *given.overrides]).config)
         rates = 1e12 * given.teraflops, 1e12 * given.host_teraflops, given.rounding, int(GIB * given.gpu_memory)

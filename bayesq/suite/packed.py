@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 
 import bayesq
 from bayesq.quant.file import Packed, read_packed, untrusted
-from bayesq.suite.config import determines_result, id_of
+from bayesq.suite.config import id_of, resolved, settings_that_matter
 from bayesq.suite.models.base import Network
 
 RUN_KEYS = ("bayesq", "config", "network", "run_id")
@@ -20,7 +20,7 @@ RUN_KEYS = ("bayesq", "config", "network", "run_id")
 
 def run_record(cfg: DictConfig, network: Network) -> dict[str, Any]:
     """What a packed file says about its run."""
-    config = determines_result(cfg)
+    config = settings_that_matter(resolved(cfg))
     return {
         "run_id": id_of(config, bayesq.__version__),
         "bayesq": bayesq.__version__,

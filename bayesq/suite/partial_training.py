@@ -55,11 +55,7 @@ def bitfit_names(model: Any) -> set[str]:
 
 @torch.no_grad()
 def delta_of(model: Any, way: str) -> tuple[Any, dict[str, Tensor]]:
-    """The plain classifier after training, and its delta.
-
-    Args:
-        model: from `prepared`; for LoRA, its low-rank changes are merged.
-    """
+    """The plain classifier after training, with merged low-rank changes, and its delta; `model` is from `prepared`."""
     if way == BITFIT:
         return model, _plain(model, bitfit_names(model))
     delta: dict[str, Tensor] = {}

@@ -1,20 +1,20 @@
 """From a configuration to the objects of a run: recipe, workload, statistics, and the place of whitenings."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from bayesq.allocation import DAMPING, Knapsack, make_allocator
 from bayesq.batches import two_examples
 from bayesq.budget import Budget
 from bayesq.calibration.passes import SUM_BYTES, CalibrationSettings
 from bayesq.coverage import coverage, report
-from bayesq.defaults import construct
+from bayesq.defaults import construct, misfits
 from bayesq.distillation import DistillationSettings
 from bayesq.errors import Refused
 from bayesq.likelihood import LIKELIHOODS
@@ -24,10 +24,9 @@ from bayesq.quant.layers import embedding_tables, quantizable_layers
 from bayesq.quant.usage import OtherUseError, usage_of
 from bayesq.recipe import Distillation, Proxy, Recipe, Subject
 from bayesq.suite.calibration import OFFLOADED_SUM_BYTES, Calibration
-from bayesq.suite.config import plain, reads_posterior, resolved
+from bayesq.suite.config import one_line, plain, reads_posterior, refuse, resolved
 from bayesq.suite.errors import UserError
-from bayesq.suite.forward import naming_model
-from bayesq.suite.workload import Workload, check_network, select_device
+from bayesq.suite.workload import Workload, check_network, naming_model, select_device
 
 
 @contextmanager
@@ -75,6 +74,28 @@ def make_recipe(cfg: DictConfig, folder: Path | None = None) -> Recipe:
         codec=cfg.codec,
         folder=folder,
     )
+
+
+def check_objects(config: Mapping[str, Any]) -> None:
+    """Make the objects of a resolved configuration and drop them, before anything is loaded.
+
+    Raises:
+        UserError: a constructor refuses a value, or a class does not exist.
+    """
+    groups = ["model", "dataset", "method", *(["posterior"] if reads_posterior(config) else [])]
+    try:
+        for group in reversed(groups):
+            for key, needs in misfits(config[group]):
+                refuse(f"{group}.{key}", config[group][key], needs)
+        cfg = OmegaConf.create(dict(config))
+        make_recipe(cfg)
+        build(cfg.dataset)
+        build(cfg.model)
+    except UserError:
+        raise
+    except Exception as error:
+        names = " ".join(f"{group}={config[group].get('name')}" for group in groups)
+        raise UserError(f"{names} cannot be made ({one_line(f'{type(error).__name__}: {error}')})") from error
 
 
 def load_workload(cfg: DictConfig, cache_dir: Path) -> Workload:

@@ -23,13 +23,11 @@ NETWORKS = {"fp": "full precision", "q": "quantized"}
 
 @dataclass(frozen=True)
 class Chart:
-    """A W&B chart of one run.
+    """A W&B chart of one run, logged under `key`.
 
     Attributes:
-        key: the key under which it is logged.
         preset: W&B's name of the chart's type.
         fields: the table's column for each field of the preset.
-        columns: columns of the table.
         rows: computes the table from the rows of layers.csv and predictions.csv; no rows: no chart.
         texts: title and labels, by the preset's names.
     """
@@ -76,9 +74,7 @@ def reliability(layers: Rows, predictions: Rows) -> list[list[Any]]:
 def confidence_bins(confidence: np.ndarray, correct: np.ndarray) -> Iterator[tuple[float, float, int]]:
     """Mean confidence, accuracy and number of examples of each bin of the ECE, in increasing order, without empty bins.
 
-    Args:
-        confidence: probability [n] of the predicted class.
-        correct: [n], whether the predicted class is the label.
+    `confidence` [n] is the probability of the predicted class, `correct` [n] says whether this is the label.
     """
     bins = np.clip(np.ceil(confidence * ECE_BINS).astype(np.int64), 1, ECE_BINS)
     for number in np.unique(bins):

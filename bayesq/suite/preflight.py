@@ -7,15 +7,15 @@ the shapes of the layers and from the activations of one example. The factors in
 import logging
 import math
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
+from bayesq.calibration.memory import NetworkStatistics
 from bayesq.calibration.statistic import Statistic
 from bayesq.memory import available_memory, resident_bytes
 from bayesq.quant.correction import MAX_EXAMPLES
@@ -23,8 +23,7 @@ from bayesq.quant.layers import weight_to_matrix
 from bayesq.recipe import Recipe, Subject
 from bayesq.suite.calibration import Calibration
 from bayesq.suite.errors import UserError
-from bayesq.suite.forward import naming_model
-from bayesq.suite.workload import Workload
+from bayesq.suite.workload import Workload, naming_model
 from bayesq.walker import STORED_BYTES
 
 log = logging.getLogger(__name__)
@@ -70,19 +69,6 @@ class Needs:
         return self.held + self.stages[self.largest]
 
 
-class Missing(Protocol):
-    """The statistics that a run has to compute; attributes as of `Calibration`."""
-
-    @property
-    def batch_size(self) -> int: ...  # noqa: D102
-
-    @property
-    def room(self) -> int: ...  # noqa: D102
-
-    def missing(self, statistics: Iterable[Statistic]) -> list[Statistic]:
-        """Those of the statistics, and those they require, that do not exist yet."""
-
-
 @torch.no_grad()
 def activations(module: nn.Module, inputs: Mapping[str, Tensor]) -> Activations:
     """Measure the outputs of modules without children in a forward pass of one example, `inputs` [1, ...]."""
@@ -104,7 +90,8 @@ def activations(module: nn.Module, inputs: Mapping[str, Tensor]) -> Activations:
 def estimate(
     recipe: Recipe,
     subject: Subject,
-    statistics: Missing,
+    statistics: NetworkStatistics,
+    missing: Sequence[Statistic],
     calibration: Activations,
     evaluation: int,
     held: int,
@@ -114,6 +101,7 @@ def estimate(
     """Memory and disk of a run from the shapes of its layers.
 
     Args:
+        missing: statistics to compute.
         calibration: activations of one calibration example.
         evaluation: bytes of the largest output of an evaluation batch.
         held: bytes of the process with model and data.
@@ -124,7 +112,7 @@ def estimate(
     weights = sum(map(math.prod, shapes))
     network = sum(x.nbytes for x in (*subject.module.parameters(), *subject.module.buffers()))
     packed = int(OVERHEAD * weights * recipe.budget.bits / 8)
-    missing, batch = statistics.missing(recipe.statistics), statistics.batch_size
+    batch = statistics.batch_size
     sums = [sum(statistic.sum_bytes(*shape) for statistic in missing) for shape in shapes]
     widest = max(sums, default=0)
     collected = max(min(sum(sums), statistics.room), widest)
@@ -186,10 +174,9 @@ REMEDIES = {
 def preflight(
     cfg: DictConfig, recipe: Recipe, work: Workload, statistics: Calibration, folders: Mapping[str, Path]
 ) -> Needs:
-    """Log what memory and disk the run will need, and return it; cache_dir and results_dir, the `folders`, exist.
+    """Log what memory and disk the run will need, and return it; UserError if it cannot fit.
 
-    Raises:
-        UserError: it cannot fit.
+    The `folders` cache_dir and results_dir exist.
     """
     subject, offload = work.subject, cfg.calibration.offload == "disk"
     with naming_model(cfg.model.name, "its forward pass"):
@@ -199,13 +186,14 @@ def preflight(
         )
     largest = int(cfg.evaluation.batch_size) * evaluation.largest
     free = shutil.disk_usage(folders["results_dir"]).free
-    needs = estimate(recipe, subject, statistics, calibration, largest, resident_bytes(), offload, free)
+    missing = statistics.missing(recipe.statistics)
+    needs = estimate(recipe, subject, statistics, missing, calibration, largest, resident_bytes(), offload, free)
     check(needs, folders, cfg.resources.memory, offload)
     return needs
 
 
 def check(needs: Needs, folders: Mapping[str, Path], limit: float | None, offload: bool) -> None:
-    """Log the needs, on the terminal too if memory or disk is tight, and refuse a run that cannot fit.
+    """Log the needs, on the terminal too if memory or disk is tight.
 
     Args:
         folders: by the keys of `needs.disk`; they exist.

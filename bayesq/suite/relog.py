@@ -16,7 +16,6 @@ from bayesq.suite import results
 from bayesq.suite.arguments import module_parser
 from bayesq.suite.config import check_wandb_login, one_line
 from bayesq.suite.errors import UserError
-from bayesq.suite.results import RESULT_FILE, finished_result
 from bayesq.suite.tracking import ERROR_KEY, leave, track
 
 # Columns of layers.csv and predictions.csv that are text, even if a cell looks like a number.
@@ -25,7 +24,7 @@ TEXT = ("name", "kind", "shape", "id")
 
 def relog(folder: Path, mode: str | None = None, again: bool = False) -> str | None:
     """`relog_locked` with the lock of the run, because the process that computed it may still be logging it."""
-    with lock(folder / RESULT_FILE):
+    with lock(folder / results.RESULT_FILE):
         return relog_locked(folder, mode, again)
 
 
@@ -35,7 +34,7 @@ def relog_locked(folder: Path, mode: str | None = None, again: bool = False) -> 
     The caller holds the lock of result.json, in which `wandb/error` is updated if W&B lacked the run. `mode` replaces
     the run's W&B mode. Raises UserError if W&B could not start.
     """
-    result = finished_result(folder)
+    result = results.finished_result(folder)
     if result is None or not (again or result.get(ERROR_KEY) is not None):
         return None
     cfg = OmegaConf.create(result["config"])
@@ -52,7 +51,7 @@ def relog_locked(folder: Path, mode: str | None = None, again: bool = False) -> 
             checkpoint if checkpoint.exists() else None,
         )
     if result.get(ERROR_KEY) is not None:
-        results.write_json(folder / RESULT_FILE, result | {ERROR_KEY: tracker.error})
+        results.write_json(folder / results.RESULT_FILE, result | {ERROR_KEY: tracker.error})
     return tracker.error
 
 
@@ -79,8 +78,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     if not given.results_dir.is_dir():
         sys.exit(f"error: {given.results_dir}: no such folder")
-    folders = [path.parent for path in sorted(given.results_dir.glob(f"*/{RESULT_FILE}"))]
-    finished = ((folder, finished_result(folder)) for folder in folders)
+    folders = [path.parent for path in sorted(given.results_dir.glob(f"*/{results.RESULT_FILE}"))]
+    finished = ((folder, results.finished_result(folder)) for folder in folders)
     folders = [folder for folder, result in finished if result and (given.again or result.get(ERROR_KEY) is not None)]
     if not folders:
         print("W&B has every finished run")

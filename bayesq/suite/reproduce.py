@@ -12,14 +12,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 from tabulate import tabulate
 
-from bayesq.suite import code_digest, results, schema
+from bayesq.suite import code_digest, provenance, results, runner, schema, workload
 from bayesq.suite import config as settings
 from bayesq.suite.arguments import exit_with, module_parser
 from bayesq.suite.composition import Preflight
 from bayesq.suite.errors import UserError
+from bayesq.tensor_file import CorruptFile, read_tensors
 
 # The run uses `config`; a difference in the other records is only a warning.
 RECORDS = ("config", "versions", "host", "git", code_digest.KEY)
@@ -68,10 +70,6 @@ def compare_tables(recorded: Path, here: Path) -> list[Difference]:
 
 def compare_codes(recorded: Path, here: Path) -> list[Difference]:
     """Header entries and tensors that differ between two files of packed codes."""
-    import torch
-
-    from bayesq.tensor_file import CorruptFile, read_tensors
-
     if recorded.read_bytes() == here.read_bytes():
         return []
     try:
@@ -162,11 +160,6 @@ def run_again(result: Mapping[str, Any], folder: Path, fresh: bool) -> Path:
     recorded number of threads, because the order of summation depends on it. Raises UserError if the configuration
     cannot be run on this machine.
     """
-    import torch
-
-    from bayesq.suite import provenance, runner, workload
-    from bayesq.suite.config import resolve_cache_dir
-
     config = recorded_config(result)
     directory = Path(result["host"].get("directory", "."))
     if directory.is_dir():
@@ -175,7 +168,7 @@ def run_again(result: Mapping[str, Any], folder: Path, fresh: bool) -> Path:
         print(f"warning: host.directory: there is no {directory}; relative paths begin here", file=sys.stderr)
     torch.set_num_threads(int(result["host"]["threads"]))
     cfg: DictConfig = OmegaConf.create(config)
-    cache_dir = resolve_cache_dir(cfg.cache_dir)
+    cache_dir = settings.resolve_cache_dir(cfg.cache_dir)
     cfg.cache_dir = str(fresh_cache(cache_dir, folder / "cache") if fresh else cache_dir)
     cfg.results_dir = str(folder / "results")
     cfg.wandb.mode = "disabled"

@@ -24,9 +24,9 @@ from bayesq.progress import elapsed
 from bayesq.quant.file import Packed, read_packed, write_packed
 from bayesq.quant.network import quantized_copy
 from bayesq.report import layer_rows
+from bayesq.suite import results
 from bayesq.suite.config import resolve_cache_dir, run_dir
 from bayesq.suite.errors import UserError
-from bayesq.suite.forward import naming_model
 from bayesq.suite.full_precision import cached_logits
 from bayesq.suite.packed import run_record
 from bayesq.suite.plan import check_patterns, for_user, load_workload, make_recipe, open_statistics, placed_whitenings
@@ -34,18 +34,9 @@ from bayesq.suite.preflight import preflight
 from bayesq.suite.provenance import git_diff
 from bayesq.suite.record import flat_result, log_decisions
 from bayesq.suite.rehearsal import rehearse
-from bayesq.suite.results import (
-    DIFF_FILE,
-    LAYERS_FILE,
-    PREDICTIONS_FILE,
-    QUANTIZED_FILE,
-    RESULT_FILE,
-    write_csv,
-    write_json,
-)
 from bayesq.suite.summary import two_digits
 from bayesq.suite.tracking import ERROR_KEY, track
-from bayesq.suite.workload import Workload, check_finite, warn_below_chance
+from bayesq.suite.workload import Workload, check_finite, naming_model, warn_below_chance
 from bayesq.suite.zeroshot import ZeroShot, open_zeroshot
 
 log = logging.getLogger(__name__)
@@ -56,9 +47,7 @@ Rows = list[dict[str, Any]]
 def run(cfg: DictConfig, previous: list[WhiteningStore] | None = None) -> dict[str, Any]:
     """Execute one configuration and write its files; returns the flat result of the contract.
 
-    Args:
-        cfg: composed and validated.
-        previous: shared by the runs of one command, see `placed_whitenings`; None for a single run.
+    `cfg` is composed and validated. The runs of one command share `previous`, see `placed_whitenings`.
 
     Raises:
         UserError: the configuration cannot be run; the message names the key.
@@ -66,20 +55,20 @@ def run(cfg: DictConfig, previous: list[WhiteningStore] | None = None) -> dict[s
     folder = run_dir(cfg)
     name = folder.name
     folder.mkdir(parents=True, exist_ok=True)
-    keep_diff(cfg, folder / DIFF_FILE)
+    keep_diff(cfg, folder / results.DIFF_FILE)
     with logging_redirect_tqdm(), track(cfg, name, folder) as tracker:
         result, layers, predictions = execute(cfg, folder, [] if previous is None else previous, tracker.history)
-        write_csv(folder / LAYERS_FILE, layers)
-        write_csv(folder / PREDICTIONS_FILE, predictions)
+        results.write_csv(folder / results.LAYERS_FILE, layers)
+        results.write_csv(folder / results.PREDICTIONS_FILE, predictions)
         result[ERROR_KEY] = tracker.error
-        write_json(folder / RESULT_FILE, result)  # written last: it marks the run as finished
-        tracker.log_result(result, layers, predictions, folder / QUANTIZED_FILE)
+        results.write_json(folder / results.RESULT_FILE, result)  # written last: it marks the run as finished
+        tracker.log_result(result, layers, predictions, folder / results.QUANTIZED_FILE)
     if tracker.error != result[ERROR_KEY]:
         result[ERROR_KEY] = tracker.error
         try:
-            write_json(folder / RESULT_FILE, result)
+            results.write_json(folder / results.RESULT_FILE, result)
         except OSError as error:  # the run is finished; the next command logs it again
-            log.warning("%s: cannot note whether W&B has this run (%s)", folder / RESULT_FILE, error.strerror)
+            log.warning("%s: cannot note whether W&B has this run (%s)", folder / results.RESULT_FILE, error.strerror)
     key = result["primary_metric"]
     metric = metric_of(key)
     log.info(
@@ -140,8 +129,9 @@ def execute(
         log_decisions(title, quantized)
         record = run_record(cfg, work.network)
         with elapsed("pack"):
-            sizes = write_packed(folder / QUANTIZED_FILE, Packed(quantized.tensors, quantized.parameters, run=record))
-            stored = read_packed(folder / QUANTIZED_FILE)  # the stored network is the evaluated one
+            file = folder / results.QUANTIZED_FILE
+            sizes = write_packed(file, Packed(quantized.tensors, quantized.parameters, run=record))
+            stored = read_packed(file)  # the stored network is the evaluated one
         stored_at = time.perf_counter()
         rows = evaluator.run_quantized(stored, f"evaluate {title}")
         evaluated_at = time.perf_counter()
@@ -165,10 +155,7 @@ class Evaluator:
     The outputs of the full-precision network are computed once and stored in the cache. A language model has too many:
     there both networks run on every batch.
 
-    Args:
-        batch_size: examples per forward pass.
-        autocast: torch dtype of matrix products by name; None = float32 throughout.
-        cache_dir: root of the caches, where full-precision outputs are stored.
+    `autocast` is the torch dtype of matrix products by name; None = float32 throughout.
 
     Attributes:
         full: outputs [n, ...] of the full-precision network, or that network.

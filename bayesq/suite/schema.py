@@ -1,8 +1,8 @@
 """The schema of conf/config.yaml: the type of every key, its allowed values, and which values fit together.
 
 The YAML file has the defaults and explains each key. Constructors check the keys of the groups model, dataset, method
-and posterior (`construct.check`); only the sizes of a data set are here too, because other keys are compared with them.
-Nothing here imports torch.
+and posterior (`plan.check_objects`); only the sizes of a data set are here too, because other keys are compared with
+them. Nothing here imports torch.
 """
 
 import math
@@ -155,11 +155,7 @@ def check(config: Mapping[str, Any]) -> None:
 
 
 def validate(cfg: DictConfig) -> dict[str, Any]:
-    """Check every value that can be checked without loading anything; returns the resolved configuration.
-
-    Raises:
-        UserError: one line with the key, its value and the allowed values.
-    """
+    """Check all that needs nothing to be loaded, or raise UserError; returns the resolved configuration."""
     config = resolved(cfg)
     check(config)
     _check_sizes(config)
@@ -238,12 +234,9 @@ def _defaults() -> Mapping[str, Any]:
 def _check_unread(
     config: Mapping[str, Any], section: str, reader: str, other: str, keys: Sequence[str] | None = None
 ) -> None:
-    """Check that a run does not set keys of a section that it does not read.
+    """Check that a run leaves the keys (None: all) of a section alone, which it does not read.
 
-    Args:
-        reader: the setting with which the keys are not read.
-        other: the setting with which they are.
-        keys: those that are not read; None = all of the section.
+    They are not read with the setting `reader`, but with the setting `other`.
     """
     for key, value in _defaults()[section].items():
         if config[section][key] != value and (keys is None or key in keys):

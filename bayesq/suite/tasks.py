@@ -7,12 +7,7 @@ from bayesq.likelihood import Categorical, Gaussian, Likelihood, Tokens
 
 @dataclass(frozen=True)
 class Task:
-    """A task that models and data sets have in common.
-
-    Attributes:
-        name: as under `tasks` in the YAML files of models and data sets.
-        likelihood: of the outputs.
-    """
+    """A task that models and data sets have in common: its name under `tasks` in their YAML files, and a likelihood."""
 
     name: str
     likelihood: Likelihood

@@ -17,22 +17,12 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from omegaconf import DictConfig
 
+from bayesq.suite import results
 from bayesq.suite import wandb_environment as environment
 from bayesq.suite.config import check_wandb_login, flatten, one_line, resolved
 from bayesq.suite.errors import UserError
 from bayesq.suite.labels import model_label
 from bayesq.suite.plots import CHARTS
-from bayesq.suite.results import (
-    DIFF_FILE,
-    LOG_FILE,
-    PREDICTIONS_FILE,
-    PROVENANCE,
-    RESULT_FILE,
-    plain,
-    recorded_overrides,
-    write_csv,
-    write_json,
-)
 from bayesq.suite.wandb_artifacts import log_artifacts
 from bayesq.suite.wandb_history import LIVE, History, define_metrics, is_number, layer_record
 from bayesq.suite.wandb_names import ablation_of, label, project_label, switches, tag_list
@@ -67,7 +57,6 @@ class Tracker:
     """The W&B run of a run: `with track(...) as tracker: ...; tracker.log_result(result, layers, predictions)`.
 
     Attributes:
-        started: whether there is a W&B run.
         history: logs the steps of the run as soon as they are done.
         error: why W&B does not have the result, in one line; None once it has it, or if tracking is disabled.
     """
@@ -104,22 +93,20 @@ class Tracker:
         layers are also a table. Predictions are a file, because a W&B table has at most 10,000 rows. Call it after
         result.json is written. A failure becomes a warning and `error`, never an exception.
 
-        Args:
-            result: the flat result; each key is logged under its name. A file has all of it.
-            layers, predictions: rows of layers.csv and of predictions.csv.
-            checkpoint: the packed file, an artifact if wandb.log_artifact=true, beside the inputs' checksums.
+        `layers` and `predictions` are rows of layers.csv and predictions.csv. The packed file `checkpoint` becomes an
+        artifact if wandb.log_artifact=true, beside the inputs' checksums.
         """
         if self._run is None:
             return
         import wandb
 
         try:
-            content = plain({key: value for key, value in result.items() if key != ERROR_KEY})
+            content = results.plain({key: value for key, value in result.items() if key != ERROR_KEY})
             for index, row in enumerate(layers):
                 known = LIVE if index < self.history.layers else ()
                 if len(record := layer_record(index, {key: row[key] for key in row if key not in known})) > 1:
                     self._run.log(record)
-            self._run.summary.update({key: value for key, value in content.items() if key not in PROVENANCE})
+            self._run.summary.update({key: value for key, value in content.items() if key not in results.PROVENANCE})
             made = {key: content[key] for key in MACHINE if content.get(key)}
             self._run.config.update(flatten(made, "/"), allow_val_change=True)
             logged = {key: value for key, value in content.items() if is_number(value)}
@@ -133,13 +120,13 @@ class Tracker:
                 if logged:
                     self._run.log(logged)
                 folder = Path(self._run.settings.files_dir)  # where `wandb sync` looks for files
-                write_json(folder / RESULT_FILE, content)
+                results.write_json(folder / results.RESULT_FILE, content)
                 if predictions:
-                    write_csv(folder / PREDICTIONS_FILE, predictions)
-                for name in (LOG_FILE, DIFF_FILE):
+                    results.write_csv(folder / results.PREDICTIONS_FILE, predictions)
+                for name in (results.LOG_FILE, results.DIFF_FILE):
                     if (self._run_dir / name).exists():
                         shutil.copyfile(self._run_dir / name, folder / name)
-                for name in (RESULT_FILE, PREDICTIONS_FILE, LOG_FILE, DIFF_FILE):
+                for name in (results.RESULT_FILE, results.PREDICTIONS_FILE, results.LOG_FILE, results.DIFF_FILE):
                     if (folder / name).exists():
                         self._run.save(folder / name, base_path=folder, policy="now")
                 if self._log_artifact:
@@ -184,7 +171,8 @@ def _table(columns: list[str | int], rows: Sequence[Sequence[Any]]) -> "wandb.Ta
     def cell(value: Any) -> Any:
         return str(value) if isinstance(value, dict | list) else value
 
-    return wandb.Table(columns=columns, data=[[cell(plain(x)) for x in row] for row in rows], allow_mixed_types=True)
+    cells = ([cell(results.plain(x)) for x in row] for row in rows)
+    return wandb.Table(columns=columns, data=[*cells], allow_mixed_types=True)
 
 
 @contextmanager
@@ -194,14 +182,12 @@ def _data_dir(folder: Path) -> Iterator[None]:
     By default the client keeps them in the home folder. They would fill it up, and `wandb sync` on another machine
     would not find them.
     """
-    if "WANDB_DATA_DIR" in os.environ:
-        yield
-        return
-    os.environ["WANDB_DATA_DIR"] = str(folder)
+    chosen = os.environ.setdefault("WANDB_DATA_DIR", str(folder))
     try:
         yield
     finally:
-        del os.environ["WANDB_DATA_DIR"]
+        if chosen == str(folder):
+            del os.environ["WANDB_DATA_DIR"]
 
 
 def reason(error: Exception) -> str:
@@ -256,16 +242,11 @@ def track(cfg: DictConfig, run_id: str, run_dir: Path) -> Iterator[Tracker]:
     uploaded. The local record of that attempt is removed, because one incomplete record makes `wandb sync` upload
     nothing. All runs of a results folder share its wandb/ folder, or the one below WANDB_DIR, for `wandb leet` and
     `wandb sync`. If W&B does not start, the run continues without it and the tracker's `error` says why.
-
-    Args:
-        cfg: the composed configuration.
-        run_id: `bayesq.suite.config.run_id(cfg)`.
-        run_dir: the run's folder; its parent is the results folder.
     """
     run, error = None, None
     if cfg.wandb.mode != "disabled":
         try:
-            arguments = identity(cfg, recorded_overrides(run_dir)) | {"id": run_id, "mode": cfg.wandb.mode}
+            arguments = identity(cfg, results.recorded_overrides(run_dir)) | {"id": run_id, "mode": cfg.wandb.mode}
             run = _start(cfg, arguments, client_folder(run_dir.parent))
         except Exception as failure:
             error = f"W&B did not start ({reason(failure)})"

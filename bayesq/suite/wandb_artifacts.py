@@ -35,13 +35,11 @@ def log_artifacts(
     The client can record inputs and links only online; it then waits for the server.
 
     Args:
-        result: the flat result.
         checkpoint: the packed file; None = it is gone.
         registry: its name; None = no link.
-        seconds: how long to wait.
 
     Raises:
-        TimeoutError: the server does not answer in time; or another error of the client.
+        TimeoutError: the server does not answer in `seconds`; or another error of the client.
     """
     packed = run.log_artifact(_packed(run.id, result, checkpoint)) if checkpoint is not None else None
     if run.offline:

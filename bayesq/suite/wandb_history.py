@@ -24,11 +24,7 @@ PASS_RECORDS = 100
 
 
 class History(Observer):
-    """Logs the steps of a run.
-
-    Attributes:
-        layers: number of layers logged.
-    """
+    """Logs the steps of a run; `layers` counts the layers."""
 
     def __init__(self, log: Callable[[dict[str, Any]], object]) -> None:
         """`log` takes a record of the history, and must not fail."""

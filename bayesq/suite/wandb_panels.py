@@ -9,14 +9,7 @@ from typing import Any
 
 from bayesq.suite.errors import UserError
 from bayesq.suite.plots import CHARTS
-from bayesq.suite.wandb_history import (
-    DISTILLATION_HISTORY,
-    DISTILLATION_STEP,
-    LAYER_HISTORY,
-    LAYER_STEP,
-    STATISTICS_HISTORY,
-    STATISTICS_STEP,
-)
+from bayesq.suite.wandb_history import DISTILLATION_STEP, LAYER_STEP, STATISTICS_STEP
 
 DIVERGENCE = "q/kl_to_fp"
 # Keys of the configuration by which runs are grouped: method, budget, and what tells variants of a method apart.
@@ -52,11 +45,7 @@ def scatter(title: str, x: Any, key: str, log_y: bool | None = None) -> Any:
 
 
 def quality(metrics: Sequence[str]) -> list[Any]:
-    """The tasks' metrics and the KL against bits.
-
-    Args:
-        metrics: as in q/<metric>.
-    """
+    """The tasks' metrics, as in q/<metric>, and the KL against bits."""
     import wandb_workspaces.reports.v2 as panels
 
     bits, stored = panels.Config("bits"), panels.SummaryMetric("bits/stored")
@@ -73,10 +62,8 @@ def parallel_coordinates(metrics: Sequence[str]) -> Any:
     """Settings of runs beside their results, one line per run."""
     import wandb_workspaces.reports.v2 as panels
 
-    column, results = (
-        panels.ParallelCoordinatesPlotColumn,
-        ("bits/stored", "time/total_s", *(f"q/{m}" for m in metrics)),
-    )
+    column = panels.ParallelCoordinatesPlotColumn
+    results = ("bits/stored", "time/total_s", *(f"q/{metric}" for metric in metrics))
     columns = [
         *(column(panels.Config(key)) for key in ("method", "inputs", "correction", "bits")),
         *(column(panels.SummaryMetric(key)) for key in results),
@@ -102,33 +89,26 @@ def layer_charts() -> list[Any]:
 
 def layer_curves() -> list[Any]:
     """Numbers of the layers in forward order, a line per run or group of runs."""
-    import wandb_workspaces.reports.v2 as panels
-
     return [
-        panels.LinePlot(
-            title=title, x=LAYER_STEP, y=[f"{LAYER_HISTORY}{column}"], log_y=log_y, max_runs_to_show=MOST_RUNS
-        )
-        for title, column, log_y in (
-            ("Code bits by layer", "bits/code", None),
-            ("Achieved risk by layer (nats)", "achieved_risk", True),
-            ("Relative weight error by layer", "relative_error", True),
-            ("Seconds by layer", "seconds", None),
-        )
+        _curve("Code bits by layer", LAYER_STEP, "bits/code"),
+        _curve("Achieved risk by layer (nats)", LAYER_STEP, "achieved_risk", log_y=True),
+        _curve("Relative weight error by layer", LAYER_STEP, "relative_error", log_y=True),
+        _curve("Seconds by layer", LAYER_STEP, "seconds"),
     ]
 
 
 def progress_curves() -> list[Any]:
     """The examples that statistics passes have used, and what a distillation has reached, a line per run or group."""
+    return [
+        _curve("Examples in statistics passes", STATISTICS_STEP, "examples"),
+        _curve("KL of distillation (nats)", DISTILLATION_STEP, "training_kl", "heldout_kl"),
+    ]
+
+
+def _curve(title: str, step: str, *columns: str, log_y: bool | None = None) -> Any:
+    """Columns of the history over their step, whose key begins as theirs do."""
     import wandb_workspaces.reports.v2 as panels
 
-    return [
-        panels.LinePlot(title=title, x=step, y=[*keys], max_runs_to_show=MOST_RUNS)
-        for title, step, keys in (
-            ("Examples in statistics passes", STATISTICS_STEP, [f"{STATISTICS_HISTORY}examples"]),
-            (
-                "KL of distillation (nats)",
-                DISTILLATION_STEP,
-                [f"{DISTILLATION_HISTORY}{part}_kl" for part in ("training", "heldout")],
-            ),
-        )
-    ]
+    prefix = step.partition("/")[0]
+    keys = (f"{prefix}/{column}" for column in columns)
+    return panels.LinePlot(title=title, x=step, y=[*keys], log_y=log_y, max_runs_to_show=MOST_RUNS)

@@ -1,6 +1,8 @@
-"""Network and data of a run, and the checks of their numbers."""
+"""Network and data of a run, the checks of their numbers, and errors of a network's own code."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -8,7 +10,9 @@ from torch import Tensor, nn
 
 from bayesq.batches import EncodedExamples
 from bayesq.coverage import Coverage
+from bayesq.memory import out_of_memory
 from bayesq.recipe import Subject
+from bayesq.suite.config import one_line
 from bayesq.suite.datasets.base import DataSplits
 from bayesq.suite.errors import UserError
 from bayesq.suite.models.base import Network
@@ -20,11 +24,7 @@ log = logging.getLogger(__name__)
 class Workload:
     """Network and data of a run.
 
-    Attributes:
-        subject: the network's module, which is quantized, and the calibration examples.
-        evaluation: encoded evaluation examples.
-        coverage: the share of the network that is quantized.
-        name: of the model, for messages.
+    `subject` has the network's module, which is quantized, and the calibration examples; `name` is for messages.
     """
 
     network: Network
@@ -41,12 +41,30 @@ class Workload:
         return ids if len(ids) == count else [f"{ids[0]}:{k}" for k in range(count)]
 
 
-def check_network(module: nn.Module, name: str) -> None:
-    """Refuse weights and normalization statistics that cannot give finite outputs.
+@contextmanager
+def naming_model(name: str, step: str) -> Iterator[None]:
+    """Turn an error in the block into a UserError that names the model.
 
-    Raises:
-        UserError: a tensor has NaN or infinite entries, or a negative variance; the message names the first one.
+    The code of a network can raise any error, for example NotImplementedError, or RuntimeError for shapes that do not
+    fit. UserError, OSError and out-of-memory errors pass unchanged, because the network is not their cause.
+
+    `step` is what the block does, for example "its forward pass".
     """
+    try:
+        yield
+    except (UserError, MemoryError, OSError):
+        raise
+    except Exception as error:
+        if out_of_memory(error):
+            raise
+        reason = one_line(f"{type(error).__name__}: {error}".rstrip(": "))[:300]
+        raise UserError(
+            f"model={name}: {step} fails ({reason}): choose another model or other data; HYDRA_FULL_ERROR=1 tells where"
+        ) from error
+
+
+def check_network(module: nn.Module, name: str) -> None:
+    """Raise UserError, which names it, at the first tensor with NaN or infinite entries or negative variances."""
     running = ("running_mean", "running_var")
     buffers = ((key, buffer) for key, buffer in module.named_buffers() if key.rpartition(".")[2] in running)
     for key, tensor in (*module.named_parameters(), *buffers):
@@ -57,11 +75,7 @@ def check_network(module: nn.Module, name: str) -> None:
 
 
 def check_finite(outputs: Tensor, remedy: str) -> None:
-    """Refuse outputs [n, ...] with NaN or infinite entries.
-
-    Raises:
-        UserError: an output is not finite; the message ends with `remedy`.
-    """
+    """Raise UserError, which ends with `remedy`, if outputs [n, ...] have NaN or infinite entries."""
     wrong = int((~torch.isfinite(outputs)).reshape(len(outputs), -1).any(1).sum())
     if wrong:
         raise UserError(f"logits are NaN or infinite for {wrong} of {len(outputs)} evaluation examples: {remedy}")

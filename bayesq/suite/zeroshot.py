@@ -11,16 +11,16 @@ Sequences are padded on the right, where a causal network does not see it.
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from bayesq.likelihood import TOKENS
+from bayesq.progress import bar
 from bayesq.suite.errors import UserError
 from bayesq.suite.models.windows import Windows
 
@@ -70,13 +70,7 @@ def _question(task: str, line: Mapping[str, Any]) -> Question:
 
 
 class ZeroShot:
-    """Tasks that a full-precision and a quantized network answer.
-
-    Args:
-        tasks: their questions by name.
-        encode: of the network.
-        batch_size: choices per forward pass.
-    """
+    """Tasks, with their questions by name, that two networks answer, with `batch_size` choices per forward pass."""
 
     def __init__(
         self, tasks: Mapping[str, Sequence[Question]], encode: Windows, batch_size: int, device: torch.device
@@ -87,7 +81,8 @@ class ZeroShot:
         """Metrics by result key: fp/zeroshot/TASK/acc, q/..., delta/..., and the number of questions."""
         result: dict[str, object] = {}
         for task, questions in self.tasks.items():
-            fp, q = (self.measure(module, questions, f"{task} {name}") for name, module in _named(full, quantized))
+            fp = self.measure(full, questions, f"{task} full precision")
+            q = self.measure(quantized, questions, f"{task} quantized")
             result[f"evaluation/zeroshot/{task}"] = len(questions)
             for metric, value in fp.items():
                 result[f"fp/zeroshot/{task}/{metric}"] = value
@@ -114,8 +109,7 @@ class ZeroShot:
         encoded = [self._tokens(*pair) for pair in pairs]
         order = sorted(range(len(pairs)), key=lambda k: -len(encoded[k][0]))
         scores, greedy = torch.zeros(len(pairs), dtype=torch.float64), torch.zeros(len(pairs), dtype=torch.bool)
-        starts = range(0, len(order), self.batch_size)
-        for start in tqdm(starts, desc=label, disable=None, leave=False):
+        for start in bar(range(0, len(order), self.batch_size), label):
             chosen = order[start : start + self.batch_size]
             rows = [torch.tensor(encoded[k][0]) for k in chosen]
             inputs = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(self.device)
@@ -134,10 +128,6 @@ class ZeroShot:
         before, whole = len(self.encode.tokens(bare)), self.encode.tokens(context + continuation)
         longest = len(whole) if self.encode.positions is None else self.encode.positions + 1
         return whole[-longest:], min(len(whole) - before, longest - 1)
-
-
-def _named(full: nn.Module, quantized: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    yield from (("full precision", full), ("quantized", quantized))
 
 
 def open_zeroshot(settings: Mapping[str, Any], encode: object, device: torch.device) -> ZeroShot | None:

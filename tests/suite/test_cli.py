@@ -56,7 +56,7 @@ def run(cfg, previous):
     })
 
 sys.modules["bayesq.suite.runner"] = types.SimpleNamespace(run=run)
-sys.modules["bayesq.suite.construct"] = types.SimpleNamespace(check=lambda configs: None)
+sys.modules["bayesq.suite.plan"] = types.SimpleNamespace(check_objects=lambda configs: None)
 from bayesq.suite.cli import main
 main()
 """

@@ -268,7 +268,7 @@ def test_the_resolver_names_the_folder_of_the_whole_config(default: DictConfig) 
 
 
 def test_what_determines_the_result_survives_json(default: DictConfig) -> None:
-    content = config.determines_result(default)
+    content = config.settings_that_matter(config.resolved(default))
     assert json.loads(json.dumps(content)) == content
     assert content["allocator"] == "knapsack"
     assert "_target_" in content["method"]

@@ -15,8 +15,8 @@ from bayesq.batches import TensorExamples
 from bayesq.defaults import conf_dir
 from bayesq.suite import plan, runner
 from bayesq.suite.errors import UserError
-from bayesq.suite.forward import naming_model
 from bayesq.suite.models.base import Network
+from bayesq.suite.workload import naming_model
 
 
 class Faulty:

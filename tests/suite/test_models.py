@@ -329,7 +329,7 @@ class TestMiniLM:
 
         file = load_file(minilm.package_folder() / "model.safetensors")
         state = network.module.encoder.state_dict()
-        assert set(file) - set(state) == minilm.UNUSED_WEIGHTS and set(state) < set(file)
+        assert set(file) - set(state) == sentence.UNUSED_WEIGHTS and set(state) < set(file)
         assert all(torch.equal(state[name], file[name]) for name in state)
         assert not network.module.training and network.checksum == state_checksum(network.module)
 

@@ -30,8 +30,8 @@ def test_bytes_and_operations() -> None:
     assert {x.device.type for x in subject.module.parameters()} == {"meta"}
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         cfg = compose("config", ["method=bayesq", "bits=3", "model=causal_lm", "dataset=text", "dataset.path=x"])
-    recipe, missing = make_recipe(cfg), outlook.Nothing(2, 2**40)
-    found = outlook.memory(subject, recipe, missing)
+    recipe, statistics = make_recipe(cfg), outlook.statistics_of(subject, 0, 2, 2**40)
+    found = outlook.memory(subject, recipe, statistics)
     weights = 4 * (WIDTH * VOCABULARY + WIDTH + BLOCKS * (2 * WIDTH + sum(r * c for r, c in SHAPES)))
     sums = 4 * BLOCKS * sum(r * r + c * c for r, c in SHAPES)
     hidden = 4 * EXAMPLES * WINDOW * WIDTH
@@ -45,7 +45,7 @@ def test_bytes_and_operations() -> None:
         parts = [size for part, size in found.items() if part.startswith(stage)]
         assert found[f"{stage}sum"] == sum(parts) / 2
     # one pass, in which half of the examples have gradients
-    counted = outlook.work(subject, recipe, missing, EXAMPLES // 2)["GPU: statistics"]
+    counted = outlook.work(subject, recipe, statistics, EXAMPLES // 2)["GPU: statistics"]
     tokens = EXAMPLES * WINDOW
     with FlopCounterMode(display=False) as counter:
         assert isinstance(subject.examples, TensorExamples)
@@ -55,7 +55,7 @@ def test_bytes_and_operations() -> None:
     products = 2 * tokens * BLOCKS * sum(r * r / 2 + c * c for r, c in SHAPES)
     assert counted == pytest.approx(1.5 * forward + products, rel=0.05)
     # room for one layer at a time: inputs and gradients of each layer apart
-    assert len(outlook.passes_of(subject, recipe, outlook.Nothing(2, 1))) == 2 * len(subject.layers)
+    assert len(outlook.passes_of(recipe, outlook.statistics_of(subject, 0, 2, 1))) == 2 * len(subject.layers)
 
 
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

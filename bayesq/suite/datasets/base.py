@@ -5,7 +5,6 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar, Protocol, cast, runtime_checkable
 
 import torch
@@ -14,7 +13,6 @@ from torch import Tensor
 from bayesq.errors import Refused
 from bayesq.likelihood import Likelihood
 from bayesq.metrics import ACCURACY, Metric
-from bayesq.suite.datasets.excerpt import Excerpt
 from bayesq.suite.errors import UserError
 from bayesq.suite.tasks import IMAGE_CLASSIFICATION, Task
 from bayesq.tensor_file import digest
@@ -31,6 +29,32 @@ class Photo(Protocol):
     def __lt__(self, other: Any, /) -> bool:
         """Whether it is stored before `other`."""
         ...
+
+
+@dataclass(frozen=True)
+class Excerpt:
+    """Windows of a text, which do not overlap: the raw input of language models.
+
+    A model's tokenizer cuts the text. The last tokens that fill no window are left out.
+
+    Attributes:
+        text: as it is in the file.
+        key: the setting that gave the text, for messages.
+        window: tokens of a window, with the bos token if there is one.
+        bos: whether every window begins with the tokenizer's bos token.
+        count: number of windows; None: all.
+        count_key: the setting that gave `count`, for messages.
+        seed: draws the windows, without replacement; None: the first ones. For one seed, a smaller draw is the
+            beginning of a larger one.
+    """
+
+    text: str
+    key: str
+    window: int
+    bos: bool = False
+    count: int | None = None
+    count_key: str = "dataset.limit"
+    seed: int | None = None
 
 
 # Raw inputs, before any model-specific encoding: sentences, sentence pairs, photos of any size, images
@@ -85,7 +109,10 @@ def photo_sha256(photo: Photo) -> str:
 
 @dataclass(frozen=True)
 class DataSplits:
-    """A loaded data set.
+    """A loaded data set: what `load(cache_dir)` returns, the method of the classes that conf/dataset/*.yaml name.
+
+    The splits depend on `split_seed` only, not on the run's `seed`. The exception is a data set whose YAML passes the
+    seed on (imagenet); its docstring says how the seed is used.
 
     Attributes:
         train: what FP heads and small networks are fitted on.
@@ -133,18 +160,6 @@ class DataSplits:
         return self.calibration_pool.select(shuffled(pool, seed)[:examples])
 
 
-class Dataset(Protocol):
-    """What a `conf/dataset/*.yaml` instantiates."""
-
-    def load(self, cache_dir: Path) -> DataSplits:
-        """Load the splits, fetching or caching files under `cache_dir` where needed.
-
-        The splits depend on `split_seed` only, not on the run's `seed`. The exception is a data set whose YAML passes
-        the seed on (imagenet); its docstring says how the seed is used.
-        """
-        ...
-
-
 def shuffled(count: int, seed: int) -> Tensor:
     """The positions [count] int64 in an order drawn by the seed."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
@@ -160,15 +175,12 @@ def limited(available: int, limit: int | None) -> int:
 
 
 def stratified(labels: Tensor, limit: int | None, seed: int) -> Tensor:
-    """Positions [size] int64, in increasing order, of a seeded subset in which every class keeps its share.
+    """Positions [limit] int64, in increasing order, of a seeded subset of `labels` [n], or all n without a limit.
 
-    A class with n_c of the n examples gets floor(size n_c / n) places. The places left over go to the largest
-    remainders. The seed orders equal remainders: otherwise a subset smaller than the number of classes would hold the
-    first classes only. Labels that are not integers (regression) have no classes: the draw is a plain one.
-
-    Args:
-        labels: [n].
-        limit: the size, from 1 to n (UserError if it is not); None: all n.
+    Every class keeps its share: one with n_c of the n examples gets floor(limit n_c / n) places. The places left over
+    go to the largest remainders. The seed orders equal remainders: otherwise a subset smaller than the number of
+    classes would hold the first classes only. Labels that are not integers (regression) have no classes: the draw is a
+    plain one. UserError if the limit is not from 1 to n.
     """
     if limit is None:
         return torch.arange(len(labels))
@@ -212,7 +224,7 @@ class UserSplits:
     held_out: float = 0.2
     limit: int | None = None
 
-    def parts(self, rows: Rows, evaluated: Rows | None, fitted: bool) -> tuple[Examples, Examples, Examples]:
+    def parts(self, rows: Rows, evaluated: Rows | None = None, *, fitted: bool) -> tuple[Examples, Examples, Examples]:
         """The train split, the calibration pool and the evaluation set; each class has the same share in all of them.
 
         Args:

@@ -24,6 +24,6 @@ class CsvFiles(TextColumns):
         Raises:
             UserError: a file cannot be read, or as `TextColumns.data_splits`.
         """
-        train = read_table([Path(self.file)], f"dataset.file={self.file}")
-        val = None if self.val is None else read_table([Path(self.val)], f"dataset.val={self.val}")
-        return self.data_splits(train, val, {"origin": self.file if self.val is None else f"{self.file}, {self.val}"})
+        files = {"file": self.file} | ({} if self.val is None else {"val": self.val})
+        tables = [read_table([Path(file)], f"dataset.{key}={file}") for key, file in files.items()]
+        return self.data_splits(tables, {"origin": ", ".join(files.values())})

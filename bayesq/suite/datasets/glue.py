@@ -107,7 +107,8 @@ class Glue:
         """
         where, root, source = self._root()
         splits = [f"dev{ending}" for ending in self._task.dev]
-        if trained := self._has_train(splits[0], root):
+        # without dev examples either, the error names train first
+        if trained := bool(self._files("train", root) or not self._files(splits[0], root)):
             splits = ["train", *splits]
         parts = (self._examples(split, self._table(split, root, where)) for split in splits)
         examples, files, left_out = zip(*parts, strict=True)
@@ -182,28 +183,22 @@ class Glue:
                     return files
         return []
 
-    def _has_train(self, dev: str, root: Path) -> bool:
-        """Whether there is a training file; True also if the split `dev` is missing: the error names train first."""
-        return bool(self._files("train", root) or not self._files(dev, root))
-
     def _table(self, split: str, root: Path, where: str) -> Table:
         """The rows of a split."""
-        if files := self._files(split, root):
-            if files[0].suffix == ".tsv":
-                return self._tsv(files[0], where)
+        files = self._files(split, root)
+        if not files:
+            raise UserError(
+                f"{where}: {self._task.folder}/{split}.tsv cannot be read (No such file, nor "
+                f"{self.task}/{split.replace('dev', 'validation')}-*.parquet); dataset.root=null reads the hub"
+            )
+        if files[0].suffix == ".parquet":
             return parquet_table(of_split(files, where), where, self._task.classes)
-        raise UserError(
-            f"{where}: {self._task.folder}/{split}.tsv cannot be read (No such file, nor "
-            f"{self.task}/{split.replace('dev', 'validation')}-*.parquet); dataset.root=null reads the hub"
-        )
-
-    def _tsv(self, file: Path, where: str) -> Table:
-        where = f"{where}: {file.parent.name}/{file.name}"
-        rows = tab_separated(text_of(file, where))
+        where = f"{where}: {files[0].parent.name}/{files[0].name}"
+        rows = tab_separated(text_of(files[0], where))
         header = list(rows[0][1]) if rows else []
         if self._task.headerless and not any(set(layout) <= set(header) for layout in self._task.layouts):
-            return Table(where, list(self._task.headerless), [*rows], [file])
-        return Table(where, header, [*rows[1:]], [file])
+            return Table(where, list(self._task.headerless), rows, files)
+        return Table(where, header, rows[1:], files)
 
     def _examples(self, split: str, table: Table) -> tuple[Examples, list[Path], int]:
         """The rows as examples with ids <split>/<row from 0>, the files, and the number of incomplete rows left out."""
@@ -224,12 +219,13 @@ class Glue:
                 continue
             try:
                 *text, cell = (row[place] for place in places)
-                label = by_name.get(str(cell).strip()) if classes else _score(cell)
+                label = by_name.get(str(cell).strip()) if classes else float(cell)
             except (IndexError, TypeError, ValueError):
                 label = None
+            known = label is not None and (bool(classes) or SCORES[0] <= label <= SCORES[1])
             # A tab inside a text adds a cell and shifts the later columns.
             ragged = len(row) < width or any(row[width:])
-            if label is None or (ragged and not incomplete) or not all(isinstance(part, str) for part in text):
+            if not known or (ragged and not incomplete) or not all(isinstance(part, str) for part in text):
                 raise UserError(f"{table.where}, {number}: expected {', '.join(layout)}, got {list(row)}")
             if not all(part.strip() for part in text):
                 empty.append(number)
@@ -245,9 +241,3 @@ class Glue:
         inputs: list[Any] = texts if len(layout) == 3 else [sentence for (sentence,) in texts]
         examples = Examples(inputs, targets, [f"{split}/{row}" for row in range(len(texts))])
         return examples, table.files, left_out
-
-
-def _score(cell: Any) -> float | None:
-    """A score within SCORES; None outside."""
-    score = float(cell)
-    return score if SCORES[0] <= score <= SCORES[1] else None

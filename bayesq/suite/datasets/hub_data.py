@@ -1,5 +1,6 @@
 """Any data set of texts or photos on the Hugging Face hub, by its id, splits and columns."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -7,7 +8,7 @@ from bayesq.defaults import suggestion
 from bayesq.suite.datasets.base import DataSplits
 from bayesq.suite.datasets.parquet_files import listed, of_split, read_parquet, recorded_classes
 from bayesq.suite.datasets.parquet_photos import ParquetPhotos
-from bayesq.suite.datasets.tables import SUFFIXES, Table, read_table
+from bayesq.suite.datasets.tables import SUFFIXES, read_table
 from bayesq.suite.datasets.text_columns import TextColumns
 from bayesq.suite.errors import UserError
 from bayesq.suite.hub import dataset_files, hub_files
@@ -53,8 +54,7 @@ class HubData(TextColumns):
         source["revision"] = folder.name
         if self.image is not None:
             return self._photos(files, where, source)
-        tables: list[Table] = [read_table(split, where) for split in files]
-        return self.data_splits(tables[0], tables[1] if len(tables) > 1 else None, source)
+        return self.data_splits([read_table(split, where) for split in files], source)
 
     def _patterns(self, split: str) -> list[str]:
         """Where a split's files may be, the hub's conversion first."""
@@ -69,8 +69,10 @@ class HubData(TextColumns):
                 return of_split(files, where)
         more = "" if split == self.train else "; dataset.val=null holds out a part of the training examples"
         subset = f"dataset.subset={self.subset}" if self.subset else "dataset.subset=null (a data set may need one)"
-        had = [_split_of(file) for file in dataset_files(self.id, folder.name) if file.endswith(SUFFIXES)]
-        there = ", ".join(dict.fromkeys(had))
+        had = (file for file in dataset_files(self.id, folder.name) if file.endswith(SUFFIXES))
+        # files of the conversion are numbers in the folder SUBSET/SPLIT
+        named = (file.rpartition("/")[0] if re.search(r"/\d+\.parquet$", file) else file for file in had)
+        there = ", ".join(dict.fromkeys(named))
         parts = f"; it has {there:.300}" if there else ""
         raise UserError(f"{where}: there is no such split at {self.revision} with {subset}{more}{parts}")
 
@@ -85,16 +87,11 @@ class HubData(TextColumns):
         names = recorded_classes(tables[0][0], self.label)
         labels = [label for table, _ in tables for label in table[self.label].to_pylist() if isinstance(label, int)]
         classes = names or [str(number) for number in range(max(labels, default=0) + 1)]
-        rows, *others = (ParquetPhotos(split, where, classes, str(self.image), self.label) for split in files)
+        photos = (ParquetPhotos(split, where, classes, str(self.image), self.label) for split in files)
         return DataSplits(
-            *self.parts(rows, others[0] if others else None, fitted=False),
+            *self.parts(*photos, fitted=False),
             num_classes=len(classes),
             primary_metric="accuracy",
             source={**source, "split_seed": str(self.split_seed)},
             classes=tuple(names or ()),
         )
-
-
-def _split_of(file: str) -> str:
-    """SUBSET/SPLIT of a file of the conversion; other files by their names."""
-    return file.rpartition("/")[0] if file.endswith(".parquet") and Path(file).stem.isdigit() else file

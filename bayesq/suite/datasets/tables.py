@@ -23,9 +23,7 @@ class Table:
 
     Attributes:
         where: the beginning of error lines.
-        header: names of the columns.
         rows: of each row its name, such as `line 3`, and its cells.
-        files: that were read.
         classes: class names that the files record, by column.
     """
 

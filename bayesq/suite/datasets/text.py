@@ -12,8 +12,7 @@ import torch
 
 from bayesq.errors import Refused
 from bayesq.metrics import METRICS
-from bayesq.suite.datasets.base import DataSplits, Examples
-from bayesq.suite.datasets.excerpt import Excerpt
+from bayesq.suite.datasets.base import DataSplits, Examples, Excerpt
 from bayesq.suite.errors import UserError
 from bayesq.suite.tasks import NEXT_TOKEN
 
@@ -56,11 +55,7 @@ class _Windows:
             )
 
     def splits(self, test: tuple[str, str, str], other: tuple[str, str, str]) -> DataSplits:
-        """Splits from two texts: each has the setting that names it, its name, and the text.
-
-        Raises:
-            UserError: both are the same text.
-        """
+        """Splits from two texts, each with the setting that names it and its name; UserError if they are the same."""
         if self.calibration_source is not None:
             path = Path(self.calibration_source)
             other = (f"calibration.source={path}", path.name, read_text(path, f"calibration.source={path}"))

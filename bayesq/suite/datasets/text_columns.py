@@ -20,6 +20,8 @@ log = logging.getLogger(__name__)
 
 # A column with more classes than this, and with more classes than half of the rows, holds something else.
 MANY_CLASSES = 20
+# Half of a surrogate pair, which JSON can hold and tokenizers refuse.
+SURROGATE = re.compile("[\ud800-\udfff]")
 SCORE_METRICS = ("pearson", "spearman")
 
 
@@ -32,8 +34,8 @@ class TextColumns(UserSplits):
     label: str = "label"
     score: str | None = None
 
-    def data_splits(self, train: Table, evaluated: Table | None, source: Mapping[str, str]) -> DataSplits:
-        """Splits with texts as inputs, or pairs if `pair` is given.
+    def data_splits(self, tables: Sequence[Table], source: Mapping[str, str]) -> DataSplits:
+        """Splits with texts as inputs, or pairs if `pair` is given; a second table has the evaluated ones.
 
         Labels 0, 1, ... stay as they are; the files may record names of them. All other labels are names, in
         alphabetical order, or in the order of their numbers.
@@ -42,7 +44,6 @@ class TextColumns(UserSplits):
             UserError: a column, a text or a label is missing, a label is none of the recorded classes, a score is no
                 number, or a split would be empty.
         """
-        tables = [train] if evaluated is None else [train, evaluated]
         columns = [self._columns(table) for table in tables]
         if self.score is None:
             names, numbers = _classes(tables, [labels for _, labels in columns], self.label)
@@ -54,18 +55,19 @@ class TextColumns(UserSplits):
             Examples(texts, target, [f"{split}/{row}" for row in range(len(target))])
             for split, (texts, _), target in zip(("train", "val"), columns, targets, strict=False)
         ]
-        splits = self.parts(parts[0], parts[1] if evaluated is not None else None, fitted=True)
-        _tell_odd(*splits, names, train.where)
+        splits = self.parts(*parts, fitted=True)
+        _tell_odd(*splits, names, tables[0].where)
+        metrics = (ACCURACY,) if self.score is None else tuple(METRICS[name] for name in SCORE_METRICS)
         return DataSplits(
             *splits,
             num_classes=max(numbers.values()) + 1,
-            primary_metric=ACCURACY.name if self.score is None else SCORE_METRICS[0],
+            primary_metric=metrics[0].name,
             source={
                 **source,
                 "sha256": ", ".join(file_sha256(file) for table in tables for file in table.files),
                 "split_seed": str(self.split_seed),
             },
-            metrics=(ACCURACY,) if self.score is None else tuple(METRICS[name] for name in SCORE_METRICS),
+            metrics=metrics,
             task=TEXT_CLASSIFICATION if self.score is None else TEXT_REGRESSION,
             classes=tuple(names),
         )
@@ -85,7 +87,7 @@ class TextColumns(UserSplits):
         *texts, targets = ([cells[table.header.index(name)] for _, cells in table.rows] for name in columns.values())
         for name, column in zip(columns.values(), texts, strict=False):
             for (number, _), text in zip(table.rows, column, strict=True):
-                if not isinstance(text, str) or not _is_unicode(text):
+                if not isinstance(text, str) or SURROGATE.search(text):
                     raise UserError(f"{table.where}, {number}: needs text in {name}, got {text!r:.60}")
         rows = list(zip(*texts, strict=True))
         empty = [number for (number, _), row in zip(table.rows, rows, strict=True) if not all(map(str.strip, row))]
@@ -108,14 +110,6 @@ def _tell_odd(train: Examples, pool: Examples, evaluation: Examples, names: Sequ
     if lacking:
         which = ", ".join(names[label] if names else str(label) for label in sorted(lacking))
         log.warning(f"{where}: only evaluated examples have the labels {which:.200}: check how they are written")
-
-
-def _is_unicode(text: str) -> bool:
-    """Whether a text can be encoded: JSON can hold half of a surrogate pair, which tokenizers refuse."""
-    try:
-        return bool(text.encode()) or not text
-    except UnicodeEncodeError:
-        return False
 
 
 def _name_of(cell: Any) -> str:

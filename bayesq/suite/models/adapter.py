@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from bayesq.files import file_sha256
@@ -20,19 +21,13 @@ DOWN, UP = ".lora_A", ".lora_B"
 
 
 def apply_adapter(module: nn.Module, folder: Path, needed: Iterable[str] = ()) -> str:
-    """Change the weights of `module` as the adapter says.
+    """Change the weights of `module` as the adapter says; returns the sha256 hex of the file.
 
-    Args:
-        needed: names of the tensors that the adapter must have, such as those of a new head.
-
-    Returns:
-        sha256 hex of the file.
+    The adapter must have the tensors that are `needed`, such as those of a new head.
 
     Raises:
         UserError: the file is missing or damaged, a tensor of it does not fit the module, or a needed one is missing.
     """
-    from safetensors.torch import load_file
-
     where = f"model.adapter={folder}"
     file = folder / FILE
     if not file.is_file():

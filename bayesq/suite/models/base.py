@@ -66,12 +66,9 @@ class ModelSource(Protocol):
         ...
 
     def bare(self, blueprint: Mapping[str, Any]) -> nn.Module:
-        """The architecture of a network from `build`, in evaluation mode, with arbitrary weights.
+        """The architecture of a network from `build` with this blueprint, in evaluation mode, with arbitrary weights.
 
         Reads neither data nor checkpoints. Without this method, networks cannot be exported as a self-contained file.
-
-        Args:
-            blueprint: `Network.blueprint` of that network.
         """
         ...
 

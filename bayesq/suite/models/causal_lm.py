@@ -13,15 +13,14 @@ from torch import Tensor, nn
 
 from bayesq.suite.datasets.base import DataSplits
 from bayesq.suite.errors import UserError
-from bayesq.suite.hub import MAIN, tell_commit
 from bayesq.suite.models.base import Network, initialised
-from bayesq.suite.models.checkpoint import checkpoint_sha256
 from bayesq.suite.models.gguf import GGUF, converted
 from bayesq.suite.models.text import config_of
 from bayesq.suite.models.transformers_model import (
     OPTIONS,
     Origin,
     check_folder,
+    given_origin,
     load_tokenizer,
     load_weights,
     quiet_transformers,
@@ -64,14 +63,16 @@ class CausalLM:
         """The network; a GGUF file is converted once and cached in `cache_dir`.
 
         Raises:
-            UserError: files are missing or unreadable, the hub cannot be reached, the checkpoint is no causal language
-                model, or it has no tokenizer.
+            UserError: the settings name no files, files are missing or unreadable, the hub cannot be reached, the
+                checkpoint is no causal language model, or it has no tokenizer.
         """
-        origin = self._origin()
+        origin = given_origin(self.checkpoint, None if self.source == UNNAMED else self.source, self.revision)
+        if origin is None:
+            raise UserError("model=causal_lm needs model.name=ID_ON_THE_HUB or model.checkpoint=DIR_OR_GGUF_FILE")
         description: dict[str, object] = {}
         if origin.local and origin.place.lower().endswith(GGUF):
             folder, description = converted(Path(origin.place), origin.key, cache_dir)
-            origin = Origin(origin.key, str(folder), True, None, None, "")
+            origin = Origin(origin.key, str(folder), True)
         if origin.local:
             check_folder(origin)
         from transformers import AutoConfig, AutoModelForCausalLM
@@ -79,12 +80,7 @@ class CausalLM:
         config = origin.load(AutoConfig)
         tokenizer = load_tokenizer(origin)
         model, unused = load_weights(origin, AutoModelForCausalLM, "causal language model", config, LM_OPTIONS)
-        if origin.local:
-            version = {"checkpoint_sha256": checkpoint_sha256(Path(origin.place))}
-        else:
-            version = {"revision": getattr(config, "_commit_hash", None) or origin.revision or MAIN}
-            tell_commit(origin.key, origin.revision, version["revision"], "model.revision")
-        described = {"fp_source": origin.place, "unused_weights": unused, **version, **description}
+        described = {"fp_source": origin.place, "unused_weights": unused, **origin.version(config), **description}
         return language_model(model, tokenizer, origin.key, described, self.quantize_head)
 
     def bare(self, blueprint: Mapping[str, Any]) -> nn.Module:
@@ -94,16 +90,6 @@ class CausalLM:
         config = AutoConfig.for_model(**blueprint["config"])
         with quiet_transformers():
             return NextTokens(initialised(lambda: AutoModelForCausalLM.from_config(config, **LM_OPTIONS))).eval()
-
-    def _origin(self) -> Origin:
-        """The origin from the settings; UserError if they name none."""
-        if self.checkpoint is not None:
-            return Origin(f"model.checkpoint={self.checkpoint}", self.checkpoint, True, None, None, "")
-        if self.source in (None, UNNAMED):
-            raise UserError("model=causal_lm needs model.name=ID_ON_THE_HUB or model.checkpoint=DIR_OR_GGUF_FILE")
-        name = str(self.source)
-        local = Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
-        return Origin(f"model.name={name}", name, local, self.revision, None, "")
 
 
 def language_model(

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from bayesq.files import file_sha256
 from bayesq.suite.config import one_line
 from bayesq.suite.errors import UserError
+from bayesq.suite.models.base import Module
 
-Module = TypeVar("Module", bound=nn.Module)
 T = TypeVar("T")
 
 SAFETENSORS, PYTORCH = (".safetensors",), (".pt", ".pth", ".th", ".bin")
@@ -52,7 +53,7 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
         content = _load(path)
     except OSError as error:
         raise UserError(f"{where}: cannot be read ({error.strerror or error})") from error
-    except ValueError as error:
+    except Exception as error:  # a damaged pickle can raise almost any exception
         raise UserError(f"{refused} ({one_line(str(error))[:200]})") from error
     for key in WRAPPERS:
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
@@ -70,29 +71,18 @@ def checkpoint_sha256(path: Path) -> str:
 
 
 def _load(path: Path) -> object:
-    """Content of the file; ValueError if it is damaged or holds more than tensors and plain containers."""
-    from safetensors.torch import load_file
+    """Content of the file; many kinds of errors if it is damaged or holds more than tensors and plain containers.
 
-    try:
-        if path.suffix.lower() in SAFETENSORS:
-            return load_file(path)
-        _check_records(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # a damaged pickle can raise almost any exception
-        raise ValueError(str(error)) from error
-
-
-def _check_records(path: Path) -> None:
-    """Verify the checksums of a zip file's records, because torch.load does not; ValueError if one is wrong.
-
-    Files saved after torch.serialization.set_crc32_options(False) are refused too: all their checksums are wrong.
+    The checksums of a zip file's records are compared, because torch.load does not. So files saved after
+    torch.serialization.set_crc32_options(False) are refused too: all their checksums are wrong.
     """
+    if path.suffix.lower() in SAFETENSORS:
+        return load_file(path)
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as file:
             if (damaged := file.testzip()) is not None:
                 raise ValueError(f"the checksum of {damaged} is wrong")
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def load_weights(module: nn.Module, weights: Mapping[str, Tensor], checkpoint: Path, network: str) -> None:

@@ -79,9 +79,7 @@ def _stage(in_channels: int, out_channels: int, blocks: int, stride: int) -> nn.
 class CifarResNet:
     """A CIFAR ResNet with the weights of a checkpoint; nothing is trained here.
 
-    Attributes:
-        depth: number of layers with weights, 6 n + 2, such as 20 or 56.
-        checkpoint: path of a file that `read_checkpoint` can read.
+    `depth` is the number of layers with weights, 6 n + 2; `read_checkpoint` reads the checkpoint.
     """
 
     depth: int

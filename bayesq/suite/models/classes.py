@@ -19,20 +19,19 @@ def plain(name: str) -> str:
 
 
 def imagenet_rows(published: Any, data: DataSplits, model: str) -> list[int]:
-    """The logit of each class of a data set, in a network of timm with ImageNet's labels.
+    """The logit of each class of a data set, in a network of timm with ImageNet's labels; [] if they are all of them.
 
     A class may have the name of a WordNet id (n01440764) or any of the words that ImageNet has for it (tench).
 
-    Args:
-        published: timm's PretrainedCfg.
-        data: its class names are matched.
-        model: name of the network, for messages.
+    `published` is timm's PretrainedCfg; `model` names the network in messages.
 
     Raises:
         UserError: the labels have no names, a class is none of them, or two classes are the same one.
     """
     from timm.data.imagenet_info import ImageNetInfo, infer_imagenet_subset
 
+    if not data.classes and data.num_classes == published.num_classes:
+        return []
     instead = "fine-tune a network on your classes, and give it with model=timm model.name=NAME model.checkpoint=FILE"
     subset, classes = infer_imagenet_subset(published), data.classes
     if subset is None or not classes:
@@ -64,11 +63,7 @@ def imagenet_rows(published: Any, data: DataSplits, model: str) -> list[int]:
 
 
 def keep_rows(module: nn.Module, rows: Sequence[int], model: str) -> None:
-    """Leave only some logits in a network of timm: its outputs are the old logits at `rows`, in that order.
-
-    Raises:
-        UserError: the network's head is no single layer.
-    """
+    """Leave only the logits at `rows` of a timm network, in that order; UserError if its head is no single layer."""
     head = module.get_classifier()  # type: ignore[operator]
     if not isinstance(head, nn.Linear | nn.Conv2d):
         raise UserError(f"model={model}: its head is no single layer, so classes cannot be left out: choose another")

@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from collections import Counter
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -31,17 +32,14 @@ UNQUANTIZED = ("F64", "F32", "F16", "BF16")
 def converted(file: Path, key: str, cache_dir: Path) -> tuple[Path, dict[str, object]]:
     """A folder with config.json, model.safetensors (float32) and tokenizer, and what the result says of the file.
 
-    Args:
-        file: in GGUF format.
-        key: the setting that names it, for messages.
-        cache_dir: root of the caches. Damaged files there are made anew.
+    Damaged files in the cache are made anew. `key` is the setting that names the file, for messages.
 
     Raises:
         UserError: the file is missing or cannot be read, or a package is missing.
     """
     if not file.is_file():
         raise UserError(f"{key}: there is no such file")
-    absent = [package for package in NEEDED if not _installed(package)]
+    absent = [package for package in NEEDED if find_spec(package) is None]
     if absent:
         raise UserError(f"{key}: reading a GGUF file needs {' and '.join(absent)}: run `python -m pip install '.[lm]'`")
     sha256 = file_sha256(file)
@@ -58,14 +56,6 @@ def converted(file: Path, key: str, cache_dir: Path) -> tuple[Path, dict[str, ob
         described["note"] = f"full precision here means the dequantized weights of a file in {', '.join(lossy)}"
         log.info(f"{key}: {described['note']}")
     return folder, described
-
-
-def _installed(package: str) -> bool:
-    try:
-        metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return False
-    return True
 
 
 def _manifest(folder: Path) -> dict[str, Any] | None:
@@ -95,18 +85,16 @@ def _convert(file: Path, folder: Path, recipe: dict[str, object]) -> dict[str, A
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config  # the weights are plain float32 now
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{folder.name}-"))
-    try:
-        model.config.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
+    # `lock` made the parent folder
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}-") as outer:
+        made = Path(outer) / folder.name
+        model.config.save_pretrained(made)
+        tokenizer.save_pretrained(made)
         weights = {name: parameter.detach().contiguous() for name, parameter in model.named_parameters()}
-        save_file(weights, temporary / "model.safetensors", {"format": "pt"})  # each shared tensor once
-        files = {path.name: file_sha256(path) for path in sorted(temporary.iterdir())}
+        save_file(weights, made / "model.safetensors", {"format": "pt"})  # each shared tensor once
+        files = {path.name: file_sha256(path) for path in sorted(made.iterdir())}
         manifest = {"recipe": recipe, "tensors": dict(sorted(tensors.items())), "files": files}
-        (temporary / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
+        (made / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)
-        os.replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        os.replace(made, folder)
     return manifest

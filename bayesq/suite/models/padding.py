@@ -87,14 +87,12 @@ def _fault(module: nn.Module, examples: TensorExamples, alone: _Seen) -> str | N
 
 def _agree(seen: list[tuple[Tensor, Tensor]], alone: list[tuple[Tensor, Tensor]]) -> bool:
     """Whether a layer's inputs for an example are the same in a batch as alone; they may be shared by the batch."""
-    return len(seen) == len(alone) and all(
-        any(
-            float((x - expected).norm()) <= TOLERANCE * float(expected.norm())
-            for x in pair
-            if x.shape == expected.shape
-        )
-        for pair, (expected, _) in zip(seen, alone, strict=True)
-    )
+
+    def near(x: Tensor, expected: Tensor) -> bool:
+        return x.shape == expected.shape and float((x - expected).norm()) <= TOLERANCE * float(expected.norm())
+
+    pairs = zip(seen, alone, strict=False)
+    return len(seen) == len(alone) and all(near(x, one) or near(shared, one) for (x, shared), (one, _) in pairs)
 
 
 @torch.no_grad()

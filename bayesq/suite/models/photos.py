@@ -17,11 +17,13 @@ from typing import TypeVar
 
 import torch
 from PIL import Image
+from timm.data.config import resolve_data_config
+from timm.data.transforms_factory import create_transform
 from torch import Tensor, nn
 from torch.nn import functional
-from tqdm import tqdm
 
 from bayesq.batches import Batch, EncodedExamples
+from bayesq.progress import bar
 from bayesq.suite.datasets.base import Examples, Photo, photo_sha256
 from bayesq.suite.datasets.pictures import decoded
 from bayesq.suite.errors import UserError
@@ -67,11 +69,7 @@ class ImageExamples(ABC):
         return self._checksum
 
     def batches(self, batch_size: int, device: torch.device | str) -> Iterator[Batch]:
-        """Every image once, in order; the last batch may be smaller.
-
-        Raises:
-            UserError: a photo cannot be decoded.
-        """
+        """Every image once, in order; the last batch may be smaller. UserError if a photo cannot be decoded."""
         mean, std = (torch.tensor(values, device=device).view(1, -1, 1, 1) for values in (self.mean, self.std))
         positions = torch.arange(len(self)).split(batch_size)
         for index, images in zip(positions, self._images(positions, device), strict=False):
@@ -171,8 +169,7 @@ def prefetched(items: Sequence[T], work: Callable[[T], R], ahead: int) -> Iterat
 
 def in_threads(work: Callable[[T], R], items: Sequence[T], step: str) -> Iterator[R]:
     """Results of `work` on every item, in order, with a progress bar."""
-    results = prefetched(items, work, AHEAD)
-    yield from tqdm(results, total=len(items), desc=step, unit="", disable=None, leave=False)
+    yield from bar(prefetched(items, work, AHEAD), step, len(items))
 
 
 def _named(work: Callable[[Photo], R], photo: Photo) -> R:
@@ -191,9 +188,6 @@ class PhotoEncoder:
     """
 
     def __init__(self, model: str, module: nn.Module, image_size: int | None = None) -> None:
-        from timm.data.config import resolve_data_config
-        from timm.data.transforms_factory import create_transform
-
         self.model = model
         size = {} if image_size is None else {"input_size": (3, image_size, image_size)}
         self.config = resolve_data_config(size, model=module)

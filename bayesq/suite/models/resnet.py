@@ -1,18 +1,18 @@
 """A small ResNet (He et al., 2016) from timm for small images, trained on the train split at first use."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from timm.models.resnet import BasicBlock, ResNet
 from torch import Tensor, nn
 from torch.nn import functional
-from tqdm import tqdm
 
 from bayesq.batches import EncodedExamples, TensorExamples
+from bayesq.progress import bar
 from bayesq.suite.datasets.base import DataSplits, Examples
 from bayesq.suite.errors import UserError
 from bayesq.suite.models.base import Network, fit_once
@@ -26,6 +26,7 @@ MOMENTUM = 0.9
 WEIGHT_DECAY = 5e-4
 # Random translation in pixels of the raw image. Without it, the network memorises the 800 digits.
 MAX_SHIFT = 1
+Scale = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,15 @@ class SmallResNet:
         if not len(train):
             raise UserError("model=resnet is trained here, but this data set has no train split: choose dataset=digits")
         mean, std = train.mean(dim=(0, 2, 3)), train.std(dim=(0, 2, 3))
-        encode = _Preprocess(mean, std, self.image_size)
+        centre, spread = mean.view(1, -1, 1, 1), std.view(1, -1, 1, 1)
+        size = (self.image_size, self.image_size)
+
+        def scale(images: Tensor) -> Tensor:
+            return functional.interpolate((images - centre) / spread, size=size, mode="bilinear", align_corners=False)
+
+        def encode(examples: Examples) -> EncodedExamples:
+            return TensorExamples({"x": scale(_images(examples))}, examples.labels)
+
         module = self._untrained(train.shape[1], data.num_classes)
         sizes = {"depths": list(self.depths), "channels": list(self.channels)}
         recipe = {
@@ -71,7 +80,7 @@ class SmallResNet:
             "num_classes": data.num_classes,
             "optimizer": [BATCH_SIZE, PEAK_LEARNING_RATE, MOMENTUM, WEIGHT_DECAY, MAX_SHIFT],
         }
-        fit = partial(self._train, module, train, data.train.labels, encode)
+        fit = partial(self._train, module, train, data.train.labels, scale)
         module.load_state_dict(fit_once(cache_dir, "resnet", recipe, fit))
         description = {
             "architecture": "timm ResNet of BasicBlocks, deep stem",
@@ -91,8 +100,6 @@ class SmallResNet:
 
     def _untrained(self, in_channels: int, num_classes: int) -> nn.Module:
         """The network at its seeded initialisation; the global generator is left unchanged."""
-        from timm.models.resnet import BasicBlock, ResNet
-
         with torch.random.fork_rng(devices=[]):
             # torch.manual_seed would also reseed every accelerator, and the fork does not undo that.
             torch.default_generator.manual_seed(self.training_seed)
@@ -106,8 +113,8 @@ class SmallResNet:
                 channels=tuple(self.channels),
             )
 
-    def _train(self, module: nn.Module, images: Tensor, labels: Tensor, encode: "_Preprocess") -> dict[str, Tensor]:
-        """State after training on raw `images` [n, channels, height, width] and `labels` [n]."""
+    def _train(self, module: nn.Module, images: Tensor, labels: Tensor, scale: Scale) -> dict[str, Tensor]:
+        """State after training on raw `images` [n, channels, height, width] and `labels` [n]; `scale` makes inputs."""
         generator = torch.Generator().manual_seed(self.training_seed)
         optimizer = torch.optim.SGD(
             module.parameters(),
@@ -119,48 +126,20 @@ class SmallResNet:
         steps = self.epochs * -(-len(images) // BATCH_SIZE)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=PEAK_LEARNING_RATE, total_steps=steps)
         module.train()
-        with (
-            _single_thread(),
-            tqdm(range(self.epochs), desc="training resnet", unit="epoch", disable=None, leave=False) as epochs,
-        ):
-            for _ in epochs:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # the order of summation must not depend on the cores; more are not faster here
+        try:
+            for _ in bar(range(self.epochs), "training resnet"):
                 for index in torch.randperm(len(images), generator=generator).split(BATCH_SIZE):
-                    logits = module(encode.scale(random_shift(images[index], MAX_SHIFT, generator)))
+                    logits = module(scale(random_shift(images[index], MAX_SHIFT, generator)))
                     loss = functional.cross_entropy(logits, labels[index])
                     optimizer.zero_grad()
                     loss.backward()
                     optimizer.step()
                     schedule.step()
+        finally:
+            torch.set_num_threads(threads)
         return module.state_dict()
-
-
-@contextmanager
-def _single_thread() -> Iterator[None]:
-    """One thread: the order of summation must not depend on the number of cores. More are not faster here."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-class _Preprocess:
-    """Normalises images in [0, 1] per channel and scales them to `size` x `size` pixels."""
-
-    def __init__(self, mean: Tensor, std: Tensor, size: int) -> None:
-        self.mean = mean.view(1, -1, 1, 1)
-        self.std = std.view(1, -1, 1, 1)
-        self.size = (size, size)
-
-    def scale(self, images: Tensor) -> Tensor:
-        """Normalised images [n, channels, size, size] from raw images [n, channels, height, width]."""
-        return functional.interpolate(
-            (images - self.mean) / self.std, size=self.size, mode="bilinear", align_corners=False
-        )
-
-    def __call__(self, examples: Examples) -> EncodedExamples:
-        return TensorExamples({"x": self.scale(_images(examples))}, examples.labels)
 
 
 def random_shift(images: Tensor, reach: int, generator: torch.Generator) -> Tensor:

@@ -3,23 +3,26 @@
 Sentence vectors are means over token vectors, as in the training of both encoders.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from bayesq.batches import EncodedExamples
-from bayesq.progress import elapsed
+from bayesq.progress import bar, elapsed
 from bayesq.suite.datasets.base import DataSplits, Examples
 from bayesq.suite.errors import UserError
-from bayesq.suite.models.base import Network, fit_once
-from bayesq.suite.models.text import config_of, texts_of, token_examples
+from bayesq.suite.models.base import Network, fit_once, initialised
+from bayesq.suite.models.text import SequenceClassifier, config_of, texts_of, token_examples
 from bayesq.suite.tasks import TEXT_REGRESSION
 
 MAX_POSITIONS = 512  # of both encoders
+# Tensors of the packages that mean pooling does not use: a pooler, and a table of 0, 1, 2, ...
+UNUSED_WEIGHTS = {"pooler.dense.weight", "pooler.dense.bias", "embeddings.position_ids"}
 # Inverse L2 strength of the head: the best of 0.001 ... 30 for MiniLM on a held-out fifth of the train split, averaged
 # over three splits of the movie snippets. Values from 0.1 to 1 are within a point; standardised features do not help.
 HEAD_C = 0.3
@@ -52,12 +55,8 @@ class SentenceClassifier(nn.Module):
 class Tokenizer:
     """Encodes sentences or pairs as tokens, padded to the longest of the split.
 
-    Args:
-        file: tokenizer.json.
-        max_length: tokens that a sentence or pair is truncated to.
-        model: name on the command line, for messages.
-        padding: number of the padding token.
-        segments: pairs have token_type_ids.
+    `model` is a name for messages, `padding` the number of the padding token; with `segments`, pairs have
+    token_type_ids.
     """
 
     def __init__(self, file: Path, max_length: int, model: str, padding: int = 0, segments: bool = True) -> None:
@@ -84,23 +83,65 @@ class Tokenizer:
 
 @dataclass(frozen=True)
 class Encoder:
-    """Where a sentence encoder comes from.
+    """A sentence encoder of the transformers library, with weights from pip packages.
 
     Attributes:
         model: name on the command line.
+        family: beginning of the names of its classes, such as Bert.
         architecture: for the result file.
         origin: package and version, for the result file.
         sha256: checksums of its files, by name; the head's cache key holds them.
-        cache: beginning of the name of the head's file in the cache.
         instead: what a regression task needs instead of a head, for the message.
     """
 
     model: str
+    family: str
     architecture: str
     origin: str
     sha256: Mapping[str, str]
-    cache: str
     instead: str
+
+    def kind(self, name: str) -> Any:
+        """A class of the library: the family's Config, Model or ForSequenceClassification."""
+        import transformers
+
+        return getattr(transformers, self.family + name)
+
+    def config(self, folder: Path, **options: Any) -> Any:
+        """The configuration in a folder.
+
+        Not fused attention: plain matrix products are as fast on short sentences, and their backward pass is
+        deterministic on every device.
+        """
+        return self.kind("Config").from_pretrained(
+            folder, local_files_only=True, attn_implementation="eager", **options
+        )
+
+    def load(self, folder: Path) -> nn.Module:
+        """The encoder with the weights of the packages in `folder`, without pooler."""
+        config = self.config(folder)
+        encoder: nn.Module = initialised(lambda: self.kind("Model")(config, add_pooling_layer=False))
+        encoder.load_state_dict(used_weights(folder))
+        return encoder
+
+    def bare(self, blueprint: Mapping[str, Any]) -> nn.Module:
+        """The classifier at a random initialisation, in evaluation mode: with a fitted head, or the library's."""
+        kind = "classifier" if "classifier" in blueprint else "encoder"
+        config = self.kind("Config")(**{**blueprint[kind], "attn_implementation": "eager"})
+
+        def make() -> nn.Module:
+            if kind == "classifier":
+                return SequenceClassifier(self.kind("ForSequenceClassification")(config), blueprint.get("order"))
+            encoder = self.kind("Model")(config, add_pooling_layer=False)
+            return SentenceClassifier(encoder, nn.Linear(config.hidden_size, blueprint["num_classes"]))
+
+        return initialised(make)
+
+
+def used_weights(folder: Path) -> dict[str, Tensor]:
+    """The tensors of model.safetensors in a package's folder, without UNUSED_WEIGHTS."""
+    weights = load_file(folder / "model.safetensors")
+    return {name: weight for name, weight in weights.items() if name not in UNUSED_WEIGHTS}
 
 
 def check_length(max_length: int) -> None:
@@ -110,13 +151,9 @@ def check_length(max_length: int) -> None:
 
 
 def with_head(
-    source: Encoder, load: Callable[[], nn.Module], tokenize: Tokenizer, data: DataSplits, max_length: int, cache: Path
+    source: Encoder, folder: Path, tokenize: Tokenizer, data: DataSplits, max_length: int, cache: Path
 ) -> Network:
     """The classifier for `data`. Fitting the head takes one pass over the train split; the head is cached.
-
-    Args:
-        load: gives the encoder, with the attribute `config.hidden_size`.
-        cache: root of the caches.
 
     Raises:
         UserError: the data set has no text, its task is regression, or its train split is empty or lacks a class.
@@ -128,7 +165,7 @@ def with_head(
             f"model={source.model} fits a head on training examples, and this data set has none: give it a training "
             f"file, or add {source.instead}"
         )
-    encoder = load()
+    encoder = source.load(folder)
     width: int = encoder.config.hidden_size  # type: ignore[assignment, union-attr]
     module = SentenceClassifier(encoder, nn.utils.skip_init(nn.Linear, width, data.num_classes)).eval()
     recipe = {
@@ -144,7 +181,7 @@ def with_head(
     def fit() -> dict[str, Tensor]:
         return fit_head(module, tokenize(data.train), data.num_classes, source.model)
 
-    module.classifier.load_state_dict(fit_once(cache, f"{source.cache}-head", recipe, fit))
+    module.classifier.load_state_dict(fit_once(cache, f"{source.model}-head", recipe, fit))
     description = {
         "architecture": f"{source.architecture}; mean pooling; linear head",
         "fp_source": f"{source.origin}; head fitted on the train split (C={HEAD_C})",
@@ -168,13 +205,10 @@ def fit_head(module: SentenceClassifier, train: EncodedExamples, num_classes: in
             "classes: give more examples of each class"
         )
     features = torch.empty(len(train), module.classifier.in_features, dtype=torch.float64)
-    with (
-        torch.inference_mode(),
-        tqdm(total=len(train), desc="sentence features", unit="", disable=None, leave=False) as bar,
-    ):
-        for batch in train.batches(FEATURE_BATCH, "cpu"):
+    batches = -(-len(train) // FEATURE_BATCH)
+    with torch.inference_mode():
+        for batch in bar(train.batches(FEATURE_BATCH, "cpu"), "sentence features", batches):
             features[batch.index] = module.features(**batch.inputs).double()
-            bar.update(len(batch.index))
     regression = LogisticRegression(C=HEAD_C, max_iter=HEAD_ITERATIONS)
     with elapsed("fit the head"):
         regression.fit(features.numpy(), train.labels.numpy())

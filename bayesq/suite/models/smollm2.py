@@ -33,7 +33,7 @@ class SmolLM2:
         Raises:
             UserError: the package, or one that reads GGUF, is missing; the package's file is altered.
         """
-        file = PACKAGE.verified(PACKAGE.folder() / FILE, SHA256)
+        file = PACKAGE.file(FILE, SHA256)
         network = CausalLM(checkpoint=str(file)).build(data, cache_dir)
         network.description["fp_source"] = f"{PACKAGE}, {FILE}"
         return network

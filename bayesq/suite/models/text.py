@@ -64,6 +64,11 @@ def texts_of(examples: Examples, model: str) -> Texts:
     return cast(Texts, list(examples.inputs))
 
 
+def parts_of(examples: Examples, model: str) -> list[tuple[str, ...]]:
+    """`texts_of` as tuples: of one sentence, or of two."""
+    return [(text,) if isinstance(text, str) else text for text in texts_of(examples, model)]
+
+
 def token_examples(
     rows: Mapping[str, list[list[int]]],
     labels: Tensor,

@@ -2,14 +2,16 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import timm
+from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg
 from torch import Tensor, nn
 
 from bayesq.batches import EncodedExamples
+from bayesq.defaults import suggestion
 from bayesq.suite.datasets.base import DataSplits, Examples
 from bayesq.suite.errors import UserError
 from bayesq.suite.hub import hub_file
@@ -25,11 +27,7 @@ WEIGHTS_FILE = "model.safetensors"
 class TimmModel:
     """An architecture of timm; nothing is trained here.
 
-    Attributes:
-        architecture: name in timm, best with a tag: `resnet50.tv_in1k` pins the weights and their preprocessing.
-        checkpoint: path of a file that `read_checkpoint` can read; None: the tag's weights from the hub or its cache.
-        revision: commit, tag or branch of the weights' hub repository; None: its main branch.
-        image_size: height and width of the network's input in pixels; None: the network's own.
+    Attributes: the keys of conf/model/timm.yaml, which explains them.
     """
 
     architecture: str
@@ -66,13 +64,9 @@ class TimmModel:
 
     def _published(self) -> Any:
         """timm's PretrainedCfg of the architecture; UserError if timm does not know the name or tag."""
-        import timm
-        from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg
-
         base, _, tag = self.architecture.partition(".")
         if not timm.is_model(base):
-            close = get_close_matches(base, timm.list_models(), n=1)
-            hint = f"; did you mean '{close[0]}'?" if close else ""
+            hint = suggestion(base, timm.list_models())
             raise UserError(f"model.name={self.architecture}: timm has no such network{hint}")
         tags = [name for name in get_arch_pretrained_cfgs(base) if name.startswith(f"{base}.")]
         if tag and self.architecture not in tags:
@@ -81,8 +75,6 @@ class TimmModel:
 
     def _create(self, published: Any, **options: Any) -> nn.Module:
         """The network in evaluation mode, without fused attention; UserError if the image size does not suit it."""
-        import timm
-
         if published.fixed_input_size:  # for position embeddings or windows; other networks take any size
             options["img_size"] = self.image_size
         try:
@@ -103,8 +95,7 @@ class TimmModel:
         name, instead = _full_name(published), "give the weights with model.checkpoint=FILE"
         if not published.hf_hub_id:
             raise UserError(f"model={name} has no published weights on the hub: {instead}")
-        matched = bool(data.classes) or published.num_classes != data.num_classes
-        rows = imagenet_rows(published, data, name) if matched else []
+        rows = imagenet_rows(published, data, name)
         repository, _, _ = published.hf_hub_id.partition("@")
         file = published.hf_hub_filename or WEIGHTS_FILE
         commit = hub_file(repository, file, self.revision, f"model={name}: {repository}", instead).name

@@ -3,8 +3,8 @@
 import inspect
 import logging
 import math
-from collections.abc import Callable, Mapping
-from typing import Any, cast
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from bayesq.batches import PADDED, EncodedExamples, Layout, TensorExamples
 from bayesq.suite.datasets.base import Examples
 from bayesq.suite.errors import UserError
 from bayesq.suite.models.padding import find_layout
-from bayesq.suite.models.text import Texts, texts_of, token_examples
+from bayesq.suite.models.text import parts_of, token_examples
 
 log = logging.getLogger(__name__)
 
@@ -69,11 +69,11 @@ class Tokens:
         Raises:
             UserError: the network cannot run them, or its outputs are random.
         """
-        texts = texts_of(examples.select(torch.arange(min(len(examples), PROBED))), "transformers")
-        text = max(texts, key=_characters)
-        rows = self.rows(cast(Texts, [text, _each(text, self._beginning)]))
+        texts = parts_of(examples.select(torch.arange(min(len(examples), PROBED))), "transformers")
+        text = max(texts, key=lambda parts: sum(map(len, parts)))
+        rows = self.rows([text, tuple(map(self._beginning, text))])
         if len({len(tokens) for tokens in rows["input_ids"]}) == 1:  # for example, texts of one word
-            rows = self.rows(cast(Texts, [_each(text, lambda part: f"{part} {part}"), text]))
+            rows = self.rows([tuple(f"{part} {part}" for part in text), text])
         for name, numbers in rows.items():
             first, between, last = numbers[0][:1], numbers[0][1:-1], numbers[0][1:][-1:]
             numbers.append([*first, *between[:1] * len(between), *last] if name == "input_ids" else numbers[0])
@@ -94,13 +94,10 @@ class Tokens:
         """The first quarter of the text, at most about `max_length` / 4 characters."""
         return text[: min(len(text), self.max_length) // 4 + 1]
 
-    def rows(self, texts: Texts) -> dict[str, list[list[int]]]:
-        """Token numbers of each text, by name of the module's argument."""
-        single = [text if isinstance(text, str) else text[0] for text in texts]
-        second = [text[1] for text in texts if not isinstance(text, str)]
+    def rows(self, texts: Sequence[tuple[str, ...]]) -> dict[str, list[list[int]]]:
+        """Token numbers of each text or pair, by name of the module's argument."""
         encoded = self.tokenizer(
-            single,
-            second or None,
+            *map(list, zip(*texts, strict=True)),
             truncation=True,
             max_length=self.max_length,
             return_attention_mask=True,
@@ -115,16 +112,7 @@ class Tokens:
 
     def __call__(self, examples: Examples) -> EncodedExamples:
         """Token numbers, padded to the longest example."""
-        return self.padded(self.rows(texts_of(examples, "transformers")), examples.labels, self.layout)
-
-
-def _characters(text: str | tuple[str, str]) -> int:
-    return len(text) if isinstance(text, str) else sum(map(len, text))
-
-
-def _each(text: str | tuple[str, str], change: Callable[[str], str]) -> str | tuple[str, str]:
-    """Apply `change` to a text, or to both texts of a pair."""
-    return change(text) if isinstance(text, str) else (change(text[0]), change(text[1]))
+        return self.padded(self.rows(parts_of(examples, "transformers")), examples.labels, self.layout)
 
 
 def _known_tokens(model: Any) -> float:

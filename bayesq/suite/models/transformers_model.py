@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 
 from bayesq.suite.datasets.base import DataSplits
@@ -40,23 +41,18 @@ OPTIONS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a classifier comes from.
+    """Where a network comes from.
 
     Attributes:
         key: the setting as typed, for messages.
-        place: folder, or id on the hub.
-        local: whether `place` is a folder.
+        place: folder (`local`), or id on the hub.
         revision: commit, tag or branch on the hub; None: its main branch.
-        order: label names from the configuration, in the order of the logits; None: not configured.
-        order_key: configuration key of `order`.
     """
 
     key: str
     place: str
     local: bool
-    revision: str | None
-    order: Sequence[str] | None
-    order_key: str
+    revision: str | None = None
 
     @cached_property
     def online(self) -> bool:
@@ -71,6 +67,24 @@ class Origin:
         options["revision"] = self.revision or MAIN
         remedy = "give model.checkpoint=DIR with config.json, model.safetensors, tokenizer"
         return from_hub(self.key, remedy, lambda: kind.from_pretrained(self.place, **options), self.online)
+
+    def version(self, config: Any) -> dict[str, str]:
+        """What identifies the weights in the result file; `config` has the commit of a repository."""
+        if self.local:
+            return {"checkpoint_sha256": checkpoint_sha256(Path(self.place))}
+        commit = getattr(config, "_commit_hash", None) or self.revision or MAIN
+        tell_commit(self.key, self.revision, commit, "model.revision")
+        return {"revision": commit}
+
+
+def given_origin(checkpoint: str | None, source: str | None, revision: str | None) -> Origin | None:
+    """The origin that model.checkpoint or model.name gives."""
+    if checkpoint is not None:
+        return Origin(f"model.checkpoint={checkpoint}", checkpoint, True)
+    if source is None:
+        return None
+    local = Path(source).exists() or source.startswith((".", "/", "~")) or source.count("/") > 1
+    return Origin(f"model.name={source}", source, local, revision)
 
 
 @dataclass(frozen=True)
@@ -104,11 +118,11 @@ class TransformersClassifier:
             UserError: files are missing or unreadable, the hub cannot be reached, the checkpoint is not a fine-tuned
                 sequence classifier in safetensors, or its outputs do not fit the data set.
         """
-        origin = self._origin(data.subset)
+        origin, order, order_key = self._origin(data.subset)
         if origin.local:
             check_folder(origin)
 
-        from transformers import AutoConfig
+        from transformers import AutoConfig, AutoModelForSequenceClassification
 
         config = origin.load(AutoConfig)
         if config.num_labels != data.num_classes:
@@ -119,17 +133,13 @@ class TransformersClassifier:
                 f"was fine-tuned on this task"
             )
         names = [str(config.id2label[k]) for k in range(config.num_labels)]
-        order, known_by = label_order(names, data.classes, origin.order, origin.order_key)
-        encode = _tokens(origin, self.max_length)
-        model, unused = _weights(origin, config)
+        positions, known_by = label_order(names, data.classes, order, order_key)
+        encode = Tokens(load_tokenizer(origin), self.max_length, origin.key)
+        what, remedy = "fine-tuned sequence classifier", "; `python -m bayesq.suite.finetune` makes one"
+        model, unused = load_weights(origin, AutoModelForSequenceClassification, what, config, OPTIONS, remedy)
         encode.fit_to(model)
-        module = SequenceClassifier(model, order).eval()
+        module = SequenceClassifier(model, positions).eval()
         encode.try_layouts(module, data.calibration_pool)
-        if origin.local:
-            version = {"checkpoint_sha256": checkpoint_sha256(Path(origin.place))}
-        else:
-            version = {"revision": getattr(config, "_commit_hash", None) or origin.revision or MAIN}
-            tell_commit(origin.key, origin.revision, version["revision"], "model.revision")
         description = {
             "architecture": type(model).__name__,
             "fp_source": origin.place,
@@ -137,7 +147,7 @@ class TransformersClassifier:
             "unused_weights": unused,
             "max_length": self.max_length,
             "batches": str(encode.layout),
-            **version,
+            **origin.version(config),
         }
         return Network(module, encode, description, {"classifier": config_of(model), "order": module.order})
 
@@ -150,16 +160,15 @@ class TransformersClassifier:
             model = initialised(lambda: AutoModelForSequenceClassification.from_config(config, **OPTIONS))
         return SequenceClassifier(model, blueprint["order"]).eval()
 
-    def _origin(self, task: str) -> Origin:
-        """The origin from the settings and the data set's task; UserError if they name none."""
-        settings = (self.revision, self.label_order, "model.label_order")
-        if self.checkpoint is not None:
-            return Origin(f"model.checkpoint={self.checkpoint}", self.checkpoint, True, *settings)
-        if self.source == UNNAMED:
+    def _origin(self, task: str) -> tuple[Origin, Sequence[str] | None, str]:
+        """The origin from the settings and the data set's task; UserError if they name none.
+
+        Also label names from the configuration, in the order of the logits (None: not configured), and their key.
+        """
+        if self.checkpoint is None and self.source == UNNAMED:
             raise UserError("model=transformers needs model.name=ID_ON_THE_HUB or model.checkpoint=DIR")
-        if self.source is not None:
-            local = Path(self.source).is_dir() or self.source.startswith((".", "/", "~")) or self.source.count("/") > 1
-            return Origin(f"model.name={self.source}", self.source, local, *settings)
+        if origin := given_origin(self.checkpoint, self.source, self.revision):
+            return origin, self.label_order, "model.label_order"
         hub, orders = self.hub or {}, self.hub_label_order or {}
         if task not in hub:
             raise UserError(
@@ -167,16 +176,10 @@ class TransformersClassifier:
                 f"names some on the hub for dataset=glue dataset.task={', '.join(hub) or '(none)'})"
             )
         repository, _, pinned = hub[task].partition("@")
-        order, order_key = self.label_order, "model.label_order"
-        if order is None and task in orders:
-            order, order_key = orders[task], f"model.hub_label_order.{task}"
-        revision = self.revision or pinned or None
-        return Origin(f"model.hub.{task}={repository}", repository, False, revision, order, order_key)
-
-
-def _tokens(origin: Origin, max_length: int) -> Tokens:
-    """The origin's tokenizer; UserError if it has none."""
-    return Tokens(load_tokenizer(origin), max_length, origin.key)
+        origin = Origin(f"model.hub.{task}={repository}", repository, False, self.revision or pinned or None)
+        if self.label_order is None and task in orders:
+            return origin, orders[task], f"model.hub_label_order.{task}"
+        return origin, self.label_order, "model.label_order"
 
 
 def load_tokenizer(origin: Origin) -> Any:
@@ -190,27 +193,12 @@ def load_tokenizer(origin: Origin) -> Any:
     return tokenizer
 
 
-def _weights(origin: Origin, config: Any) -> tuple[Any, list[str]]:
-    """The classifier, and the names of unused weights; UserError if a part of the network has no weights."""
-    from transformers import AutoModelForSequenceClassification
-
-    remedy = "; `python -m bayesq.suite.finetune` makes one"
-    return load_weights(
-        origin, AutoModelForSequenceClassification, "fine-tuned sequence classifier", config, OPTIONS, remedy
-    )
-
-
 def load_weights(
     origin: Origin, kind: Any, what: str, config: Any, options: Mapping[str, Any], remedy: str = ""
 ) -> tuple[Any, list[str]]:
     """The model of an origin, and the names of unused weights.
 
-    Args:
-        kind: class of the library.
-        what: such a model in words, for messages.
-        config: of the model.
-        options: of the library.
-        remedy: end of the message about missing weights.
+    `kind` is a class of the library. If weights are missing, the message says `what` such a model is, and `remedy`.
 
     Raises:
         UserError: a part of the network has no weights.
@@ -235,8 +223,6 @@ def check_folder(origin: Origin) -> None:
 
     The headers are checked too, because the library would convert integers to weights without an error.
     """
-    from safetensors import safe_open
-
     folder = Path(origin.place)
     if not folder.is_dir():
         raise UserError(f"{origin.key}: there is no such folder")

@@ -1,38 +1,23 @@
 """Encode texts for language models: windows of token numbers, all of the same length."""
 
-from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bayesq.batches import TensorExamples
 from bayesq.likelihood import TOKENS
-from bayesq.suite.datasets.base import Examples, shuffled
-from bayesq.suite.datasets.excerpt import Excerpt
+from bayesq.suite.datasets.base import Examples, Excerpt, shuffled
 from bayesq.suite.errors import UserError
 
 
-class Tokenizer(Protocol):
-    """What windows need of a tokenizer of the transformers library."""
-
-    @property
-    def bos_token_id(self) -> int | None:
-        """Number of the token that begins a sequence."""
-
-    def encode(self, text: str, **options: Any) -> list[int]:
-        """Token numbers of a text."""
-
-
 class Windows:
-    """Encodes the excerpt of a split as windows; `key` names the model in messages.
+    """Encodes the excerpt of a split as windows, with a tokenizer of transformers; `key` names the model in messages.
 
-    Args:
-        positions: tokens the model takes; None: no limit.
-        vocabulary: rows of its embedding table.
+    The model takes at most `positions` tokens (None: no limit), and its embedding table has `vocabulary` rows.
     """
 
-    def __init__(self, tokenizer: Tokenizer, key: str, positions: int | None, vocabulary: int) -> None:
+    def __init__(self, tokenizer: Any, key: str, positions: int | None, vocabulary: int) -> None:
         self.tokenizer, self.key, self.positions, self.vocabulary = tokenizer, key, positions, vocabulary
 
     def __call__(self, examples: Examples) -> TensorExamples:
@@ -78,10 +63,10 @@ class Windows:
 
     def tokens(self, text: str) -> list[int]:
         """Token numbers of a text, without special tokens; UserError if the model does not know one of them."""
-        numbers: Sequence[int] = self.tokenizer.encode(text, add_special_tokens=False, verbose=False)
+        numbers: list[int] = self.tokenizer.encode(text, add_special_tokens=False, verbose=False)
         if numbers and max(numbers) >= self.vocabulary:
             raise UserError(
                 f"{self.key}: its tokenizer gives token {max(numbers)}, but its embedding table has "
                 f"{self.vocabulary} rows: the tokenizer belongs to another model"
             )
-        return list(numbers)
+        return numbers
