@@ -205,6 +205,8 @@ rivals() {      # Every method with its defaults; groups of 128 columns; the exa
   runs rivals resnet20 method=rtn,hqq,awq,squeezellm,lnq,gptq,gptaq,qronos,adaround,brecq,qtip,bayesq bits=3 $SEEDS
   runs rivals 'resnet20 sst2' method=bayesq allocator=knapsack,ilp bits=3,4 seed=0
   runs rivals resnet20 method=gptq allocator=knapsack,ilp bits=3,4 seed=0
+  runs rivals 'resnet56 sst2 film' method=gptaq,qronos allocator=knapsack correction=moments bits=3 seed=0
+  runs rivals resnet20 method=qtip inputs=paired correction=moments allocator=knapsack allocation.block=layer bits=3 $SEEDS
   runs rivals sst2 method=rtn,hqq,awq,gptq,gptaq method.group_size=128 bits=3,4 seed=0
   runs rivals sst2 method=bayesq budget.count=stored bits=3.1875,4.1875 seed=0
   runs rivals sst2 "${KNAPSACK[@]}" budget.count=stored bits=3.1875,4.1875 seed=0
@@ -216,7 +218,6 @@ entropy() {     # Entropy-coded codes and further rivals. 1.1 h
   runs entropy resnet20 "${KNAPSACK[@]}" codec=fixed,entropy bits=2,3,3.5,4 $SEEDS
   runs entropy sst2 method=bayesq codec=entropy bits=2,3,3.5,4 seed=0
   runs entropy sst2 "${KNAPSACK[@]}" codec=entropy bits=2,3,3.5,4 seed=0
-  runs entropy resnet20 method=qtip inputs=paired correction=none,moments bits=3 $SEEDS
   runs entropy resnet20 method=adaround bits=3 $SEEDS
   tables entropy
 }
