@@ -106,7 +106,7 @@ class InStep:
 
 def scaled(tensor: QuantizedTensor, factors: Tensor) -> QuantizedTensor:
     """The tensor with its rows times factors [R]; as it is, where nothing stored belongs to a single row of weights."""
-    if tensor.rotation is not None:
+    if tensor.rotation is not None and tensor.rotation.both:
         return tensor
     if tensor.code.absolute:
         return replace(tensor, code=tensor.code.times(factors, tensor.width))

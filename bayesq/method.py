@@ -1,7 +1,9 @@
 """BayesQ from statistics to codes, in the order of the paper: widths, round, refit, round again."""
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -27,6 +29,7 @@ from bayesq.posterior import WhiteningStore
 from bayesq.quant.codes import Codebook, shared_code
 from bayesq.quant.codes.trellis import POLYNOMIALS, uniform_levels
 from bayesq.quant.grids import CLIP_STEPS, FP16_TINY, mse_grid, zero_code
+from bayesq.quant.rotation import SEED_BYTES, Rotation
 from bayesq.quant.tensor import QuantizedTensor
 from bayesq.quant.trellis import LEAST_TRELLIS_ROWS, trellis_distortion
 from bayesq.rounding import Rounded, first_rows, refit_rows, round_layer, rounding_curvature
@@ -79,6 +82,7 @@ class BayesQ:
         rounding: str,
         refits: int,
         damping: float,
+        rotate: bool = False,
     ) -> None:
         for key, value, choices in (("levels", levels, LEVELS), ("rounding", rounding, ROUNDINGS)):
             if value not in choices:
@@ -96,12 +100,14 @@ class BayesQ:
         self.whitenings, self.levels, self.posterior_noise = whitenings, levels, posterior_noise
         self.states = states if levels == "trellis" else None
         self.rounding, self.refits = rounding, int(refits)
-        self.damping = damping
+        self.damping, self.rotate = damping, rotate
+        self._rotations: dict[str, Rotation] = {}
         self.statistics = whitenings.statistics
         self._coded: CodedRounds | None = None
 
     def prepare(self, layers: Sequence[LayerProblem], allocate: Allocate, context: Context) -> Mapping[str, Tensor]:
         """Choose widths, first grids and tables of levels; round all layers `refits` times to refit both."""
+        layers = [self._rotated(layer, context) for layer in layers] if self.rotate else layers
         if context.stream is not None:
             self._coded = CodedRounds(context.stream, self.states, REFIT_STATES, LEAST_TRELLIS_ROWS)
             self._coded.prepare(layers, context, self.refits, self._whitening)
@@ -111,7 +117,8 @@ class BayesQ:
 
         # Posterior, whitening and closed-form risk decide the widths before the first rounding: `bayesq.allocation`.
         self.tables = self._table_widths(layers)
-        widths = allocate(layers, table_bits(self.tables, self.states), self.distortion)
+        seeds = 8 * (SEED_BYTES + 1) * len(layers) if self.rotate else 0
+        widths = allocate(layers, table_bits(self.tables, self.states) + seeds, self.distortion)
 
         self._levels = {w: self._start(w) for w in self.tables}
         self._grids = {
@@ -148,6 +155,31 @@ class BayesQ:
 
     def quantize_layer(self, layer: LayerProblem, width: Tensor, context: Context) -> QuantizedTensor:
         """The layer's last rounding, on the grid and with the tables of `prepare`."""
+        if not self.rotate:
+            return self._quantize(layer, width)
+        tensor = self._quantize(self._rotated(layer, context), width)
+        return replace(tensor, rotation=self._rotations[layer.name])
+
+    def _rotated(self, layer: LayerProblem, context: Context) -> LayerProblem:
+        """The layer with rotated columns: W R_cT, and R_c A R_cT in place of A."""
+        if layer.name not in self._rotations:
+            seed = int(torch.randint(2 ** (8 * SEED_BYTES), (1,), generator=context.generator))
+            self._rotations[layer.name] = Rotation(seed, both=False)
+        rotation = self._rotations[layer.name]
+
+        def turned(load: Callable[[str], Tensor], kind: str) -> Tensor:
+            value = load(kind)
+            return rotation.moment(value.double()).to(value) if kind == INPUT_MOMENT.name else value
+
+        prefix = layer.prefix_statistic
+        return replace(
+            layer,
+            weight=rotation.forward(layer.weight.double()).to(layer.weight),
+            statistic=partial(turned, layer.statistic),
+            prefix_statistic=None if prefix is None else partial(turned, prefix),
+        )
+
+    def _quantize(self, layer: LayerProblem, width: Tensor) -> QuantizedTensor:
         whitening = None
         if layer.prefix_statistic is not None and INPUT_MOMENT in self.statistics:
             moment = layer.input_statistic(INPUT_MOMENT.name)

@@ -27,22 +27,26 @@ LARGEST_ORDER = 512
 
 @dataclass(frozen=True)
 class Rotation:
-    """The transformations of both sides of a layer's matrices, the same for all of its groups.
+    """The transformations of both sides of a layer's matrices, or of the columns only, the same for all of its groups.
 
     Attributes:
         seed: of the signs, 0 .. 2**32 - 1.
+        both: rows are transformed too.
     """
 
     seed: int
+    both: bool = True
 
     def forward(self, weight: Tensor) -> Tensor:
         """W' [g, r, c] of a layer W [g, r, c]."""
-        return self.columns(self.rows(weight))
+        return self.columns(self.rows(weight) if self.both else weight)
 
     def inverse(self, weight: Tensor) -> Tensor:
         """W [g, r, c] of W' [g, r, c], differentiable."""
         rows, columns = weight.shape[1:]
         half = multiply(weight, columns, transposed=True) * self._signs(1, columns).to(weight)
+        if not self.both:
+            return half
         turned = multiply(half.transpose(1, 2), rows, transposed=True) * self._signs(0, rows).to(weight)
         return turned.transpose(1, 2)
 
@@ -66,19 +70,22 @@ class Rotation:
         return torch.randint(0, 2, (size,), generator=generator) * 2.0 - 1
 
     def pack(self) -> Tensor:
-        """The seed as bytes."""
-        return torch.tensor(list(self.seed.to_bytes(SEED_BYTES, "little")), dtype=torch.uint8)
+        """The seed as bytes; without rows, a byte 0 follows."""
+        return torch.tensor([*self.seed.to_bytes(SEED_BYTES, "little"), *([] if self.both else [0])], dtype=torch.uint8)
 
     @classmethod
     def unpack(cls, stored: Tensor) -> "Rotation":
         """Inverse of `pack`.
 
         Raises:
-            ValueError: the buffer has another length.
+            ValueError: the buffer has another length or content.
         """
-        if len(stored) != SEED_BYTES:
-            raise ValueError(f"rotation: a seed has {SEED_BYTES} bytes, not {len(stored)}")
-        return cls(int.from_bytes(bytes(stored.tolist()), "little"))
+        seed, rest = bytes(stored[:SEED_BYTES].tolist()), stored[SEED_BYTES:].tolist()
+        if len(seed) != SEED_BYTES or rest not in ([], [0]):
+            raise ValueError(
+                f"rotation: needs the {SEED_BYTES} bytes of a seed and at most a byte 0, not {stored.tolist()}"
+            )
+        return cls(int.from_bytes(seed, "little"), not rest)
 
 
 def multiply(x: Tensor, size: int, transposed: bool = False) -> Tensor:
