@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bayesq.calibration.inputs import INPUT_MOMENT
+from bayesq.calibration.statistic import Source
 from bayesq.codebook import (
     Atoms,
     LevelSums,
@@ -69,6 +70,9 @@ class BayesQ:
         refits: how often grids are refitted to the rounding targets, and the layers rounded again; 0 keeps each
             row's first affine grid.
         damping: fraction of the mean diagonal added to the input moment before it is factored.
+        rotate: round weights with randomly rotated columns (`bayesq.quant.rotation`). Codes of one width cost the risk
+            1/2 sum_r G_rr sum_c D_c e^2, and a rotation keeps the product of the D_c while it makes them alike, so
+            their sum falls.
     """
 
     entropy = True
@@ -100,6 +104,9 @@ class BayesQ:
         self.whitenings, self.levels, self.posterior_noise = whitenings, levels, posterior_noise
         self.states = states if levels == "trellis" else None
         self.rounding, self.refits = rounding, int(refits)
+        others = [one for one in whitenings.statistics if one.source not in (Source.INPUTS, Source.OUTPUT_GRADIENTS)]
+        if rotate and (INPUT_MOMENT not in whitenings.statistics or others):
+            raise Refused("method.rotate=true: needs posterior=kfac, whose statistics can be rotated")
         self.damping, self.rotate = damping, rotate
         self._rotations: dict[str, Rotation] = {}
         self.statistics = whitenings.statistics
@@ -107,7 +114,8 @@ class BayesQ:
 
     def prepare(self, layers: Sequence[LayerProblem], allocate: Allocate, context: Context) -> Mapping[str, Tensor]:
         """Choose widths, first grids and tables of levels; round all layers `refits` times to refit both."""
-        layers = [self._rotated(layer, context) for layer in layers] if self.rotate else layers
+        if self.rotate:
+            layers = [self._rotated(layer, context) for layer in layers]
         if context.stream is not None:
             self._coded = CodedRounds(context.stream, self.states, REFIT_STATES, LEAST_TRELLIS_ROWS)
             self._coded.prepare(layers, context, self.refits, self._whitening)

@@ -27,7 +27,7 @@ class QuantizedTensor:
         code: decodes codes to levels.
         column_scale: [groups, C / k] fp16 per-input-channel factor folded out of the codes (AWQ), or None; each covers
             the k = kh * kw neighbouring columns that read the channel.
-        rotation: the codes are of R_r W R_cT, see `bayesq.quant.rotation`; None = of W.
+        rotation: the codes are of R_r W R_cT or of W R_cT, see `bayesq.quant.rotation`; None = of W.
         overlay: single weights in fp16, or None.
     """
 

@@ -95,5 +95,16 @@ def test_a_file_holds_the_seed_and_gives_the_same_weights() -> None:
     plain = tensor.scale.double() * (tensor.codes.double() - 3.5)
     left, right = matrix(Rotation(2**31 + 5), 6, "rows"), matrix(Rotation(2**31 + 5), 27, "columns")
     assert np.allclose(tensor.dequantize()[0].numpy(), left.T @ plain.numpy() @ right, atol=1e-5)
-    with pytest.raises(ValueError, match=f"rotation: a seed has {SEED_BYTES} bytes, not 3"):
-        unpack(buffers | {"rotation": buffers["rotation"][:3]}, facts, {})
+    for damaged in (buffers["rotation"][:3], torch.tensor([5, 0, 0, 128, 1], dtype=torch.uint8)):
+        with pytest.raises(ValueError, match=f"rotation: needs the {SEED_BYTES} bytes of a seed"):
+            unpack(buffers | {"rotation": damaged}, facts, {})
+
+
+@pytest.mark.parametrize("shape", [(1, 5, 12), (3, 2, 9)])
+def test_columns_alone(shape: tuple[int, int, int]) -> None:
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    rotation = Rotation(11, both=False)
+    right = matrix(rotation, shape[2], "columns")
+    assert np.allclose(rotation.forward(weight).numpy(), weight.numpy() @ right.T)
+    assert torch.allclose(rotation.inverse(rotation.forward(weight)), weight, atol=1e-12)
+    assert rotation.pack().tolist() == [11, 0, 0, 0, 0] and Rotation.unpack(rotation.pack()) == rotation
