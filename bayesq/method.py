@@ -222,7 +222,8 @@ class BayesQ:
         return width in self.tables and (self.levels != "trellis" or self._trellis(layer) is not None)
 
     def _whitening(self, layer: LayerProblem) -> Whitening:
-        return self.whitenings.whitening(layer, self.rounding != "nearest", self.damping)
+        rotation = self._rotations.get(layer.name)
+        return self.whitenings.whitening(layer, self.rounding != "nearest", self.damping, rotation)
 
     def _start(self, width: int) -> Tensor:
         """Levels of a table before the first rounding, in level units."""

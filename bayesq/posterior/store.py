@@ -116,13 +116,16 @@ class WhiteningStore:
         self.seconds += time.perf_counter() - start
         return fitted
 
-    def whitening(self, layer: LayerProblem, feedback: bool, damping: float) -> Whitening:
+    def whitening(self, layer: LayerProblem, feedback: bool, damping: float, variant: object = None) -> Whitening:
         """The layer's `LayerPosterior.whitening`, made once for the same arguments.
+
+        Args:
+            variant: tells layers of one name apart, such as rotated ones.
 
         Raises:
             Refused: it cannot be made; the message names the layer.
         """
-        key = (layer.name, feedback, damping)
+        key = (layer.name, feedback, damping, variant)
         if key in self._in_memory:
             layer.notes |= {name: value for name, value in self._notes[layer.name].items() if name not in layer.notes}
             return self._in_memory[key]

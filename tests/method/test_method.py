@@ -148,6 +148,22 @@ def test_rotated_columns_are_rounded_as_a_layer_that_was_rotated_before(cheap_ta
         torch.testing.assert_close(tensor.dequantize().double(), values, rtol=1e-4, atol=1e-5)
 
 
+def test_an_allocators_whitenings_are_not_those_of_rotated_layers():
+    """The allocator sees the layers as they are, and the store has a whitening of each before the first rounding."""
+    method, plain = bayesq_with(rotate=True), Allocator()
+    other = bayesq_with(rotate=True)
+
+    def allocate(layers, *arguments):
+        for one in layers:
+            method.whitenings.whitening(one, True, SETTINGS["damping"])
+        return plain(layers, *arguments)
+
+    method.whitenings.memory_limit = other.whitenings.memory_limit = 2**30
+    found = [tensor for _, tensor in through_the_loop(method, network(), allocate)]
+    expected = [tensor for _, tensor in through_the_loop(other, network(), Allocator())]
+    assert all(torch.equal(one.codes, two.codes) for one, two in zip(found, expected, strict=True))
+
+
 def test_rotated_columns_cost_less_where_columns_differ():
     """The D_c of a layer whose inputs have very unequal energies: their mean falls towards their geometric mean."""
     energies = 10 ** torch.linspace(-2, 0, 48)
