@@ -40,6 +40,7 @@ class QTIP:
     """
 
     statistics: frozenset[Statistic] = frozenset({INPUT_MOMENT})
+    rotates = True
 
     def __init__(self, states: int, damping: float) -> None:
         if states not in STATES:

@@ -13,6 +13,7 @@ from bayesq.calibration.inputs import INPUT_MOMENT
 from bayesq.calibration.statistic import Statistic
 from bayesq.errors import Refused
 from bayesq.progress import bar
+from bayesq.quant.rotation import Rotation
 from bayesq.quant.tensor import QuantizedTensor
 
 T = TypeVar("T")
@@ -30,6 +31,7 @@ class LayerProblem:
         prefix_statistic: the same for statistics of the layer's inputs behind its already quantized predecessors; None
             where the method reads full-precision inputs.
         positions_per_channel: kernel positions kh * kw: that many neighbouring columns read one input channel.
+        rotation: of the columns, which weight and statistics have already (`bayesq.rotated`); None: not rotated.
         block: collects the samples of the block that the layer belongs to; None unless it is the layer's turn and the
             method declares BLOCK_SAMPLES.
         fallbacks: counters a method raises when it had to do something else than asked (result keys fallback/*);
@@ -44,6 +46,7 @@ class LayerProblem:
     positions_per_channel: int = 1
     prefix_statistic: Callable[[str], Tensor] | None = None
     block: Callable[[], Block] | None = None
+    rotation: Rotation | None = None
     fallbacks: dict[str, int] = field(default_factory=dict)
     notes: dict[str, float] = field(default_factory=dict)
 
@@ -196,7 +199,7 @@ class Method(Protocol):
 
     A method that also reads `Context.stream` has the attribute `entropy = True`; one that reads nothing else has also
     `fixed = False`. With codec=entropy its `prepare` can also read the full-precision statistics of the optional
-    attribute `entropy_statistics`, whatever the run's `inputs`.
+    attribute `entropy_statistics`, whatever the run's `inputs`. One that rotates weights itself has `rotates = True`.
     """
 
     statistics: frozenset[Statistic]

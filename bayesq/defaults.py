@@ -23,6 +23,7 @@ METHOD_METADATA = (
     "inputs",
     "codec",
     "correction",
+    "rotate",
     "sequential",
     "uses_posterior",
     "data_free",

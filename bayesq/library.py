@@ -65,6 +65,7 @@ def quantize(
     inputs: str | None = None,
     codec: str | None = None,
     correction: str | None = None,
+    rotate: bool | None = None,
     distill: bool = False,
     likelihood: str = "categorical",
     exclude: Sequence[str] = (),
@@ -82,8 +83,8 @@ def quantize(
             read, or mappings of tensors. Sequences of different length need an attention_mask; see `encode`.
         bits: average code bits per weight, 2 to 8, fractions allowed; from 1 with codec="entropy".
         method: name of a file in conf/method (bayesq, gptq, awq, rtn, ...), or an object as `bayesq.contract.Method`.
-        posterior, allocator, inputs, codec, correction, distill, seed: see these keys in conf/config.yaml; None = the
-            method's default, and for an object "uniform", "full" and "none".
+        posterior, allocator, inputs, codec, correction, rotate, distill, seed: see these keys in conf/config.yaml;
+            None = the method's default, and for an object "uniform", "full", "none" and False.
         likelihood: of the outputs: "categorical", or "gaussian" for regression heads.
         exclude: patterns (fnmatch) of module names that stay in full precision.
         batch_size: examples per forward pass.
@@ -104,7 +105,7 @@ def quantize(
     hook = module.register_forward_hook(_logits)
     try:
         recipe = _recipe(
-            bits, method, posterior, allocator, inputs, codec, correction, distill, batch_size, seed, switches
+            bits, method, posterior, allocator, inputs, codec, correction, rotate, distill, batch_size, seed, switches
         )
         subject = _subject(module, batches, likelihood, exclude, batch_size)
         statistics = _statistics(subject, recipe, batch_size, seed)
@@ -207,6 +208,7 @@ def _recipe(
     inputs: str | None,
     codec: str,
     correction: str | None,
+    rotate: bool | None,
     distill: bool,
     batch_size: int,
     seed: int,
@@ -242,6 +244,7 @@ def _recipe(
         seed=seed,
         inputs=content.get("inputs", "full") if inputs is None else inputs,
         codec=codec,
+        rotate=content.get("rotate", False) if rotate is None else rotate,
     )
 
 

@@ -1,15 +1,12 @@
 """BayesQ from statistics to codes, in the order of the paper: widths, round, refit, round again."""
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
-from functools import partial
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from bayesq.calibration.inputs import INPUT_MOMENT
-from bayesq.calibration.statistic import Source
 from bayesq.codebook import (
     Atoms,
     LevelSums,
@@ -30,7 +27,6 @@ from bayesq.posterior import WhiteningStore
 from bayesq.quant.codes import Codebook, shared_code
 from bayesq.quant.codes.trellis import POLYNOMIALS, uniform_levels
 from bayesq.quant.grids import CLIP_STEPS, FP16_TINY, mse_grid, zero_code
-from bayesq.quant.rotation import SEED_BYTES, Rotation
 from bayesq.quant.tensor import QuantizedTensor
 from bayesq.quant.trellis import LEAST_TRELLIS_ROWS, trellis_distortion
 from bayesq.rounding import Rounded, first_rows, refit_rows, round_layer, rounding_curvature
@@ -70,9 +66,6 @@ class BayesQ:
         refits: how often grids are refitted to the rounding targets, and the layers rounded again; 0 keeps each
             row's first affine grid.
         damping: fraction of the mean diagonal added to the input moment before it is factored.
-        rotate: round weights with randomly rotated columns (`bayesq.quant.rotation`). Codes of one width cost the risk
-            1/2 sum_r G_rr sum_c D_c e^2, and a rotation keeps the product of the D_c while it makes them alike, so
-            their sum falls.
     """
 
     entropy = True
@@ -86,7 +79,6 @@ class BayesQ:
         rounding: str,
         refits: int,
         damping: float,
-        rotate: bool = False,
     ) -> None:
         for key, value, choices in (("levels", levels, LEVELS), ("rounding", rounding, ROUNDINGS)):
             if value not in choices:
@@ -104,18 +96,12 @@ class BayesQ:
         self.whitenings, self.levels, self.posterior_noise = whitenings, levels, posterior_noise
         self.states = states if levels == "trellis" else None
         self.rounding, self.refits = rounding, int(refits)
-        others = [one for one in whitenings.statistics if one.source not in (Source.INPUTS, Source.OUTPUT_GRADIENTS)]
-        if rotate and (INPUT_MOMENT not in whitenings.statistics or others):
-            raise Refused("method.rotate=true: needs posterior=kfac, whose statistics can be rotated")
-        self.damping, self.rotate = damping, rotate
-        self._rotations: dict[str, Rotation] = {}
+        self.damping = damping
         self.statistics = whitenings.statistics
         self._coded: CodedRounds | None = None
 
     def prepare(self, layers: Sequence[LayerProblem], allocate: Allocate, context: Context) -> Mapping[str, Tensor]:
         """Choose widths, first grids and tables of levels; round all layers `refits` times to refit both."""
-        if self.rotate:
-            layers = [self._rotated(layer, context) for layer in layers]
         if context.stream is not None:
             self._coded = CodedRounds(context.stream, self.states, REFIT_STATES, LEAST_TRELLIS_ROWS)
             self._coded.prepare(layers, context, self.refits, self._whitening)
@@ -125,8 +111,7 @@ class BayesQ:
 
         # Posterior, whitening and closed-form risk decide the widths before the first rounding: `bayesq.allocation`.
         self.tables = self._table_widths(layers)
-        seeds = 8 * (SEED_BYTES + 1) * len(layers) if self.rotate else 0
-        widths = allocate(layers, table_bits(self.tables, self.states) + seeds, self.distortion)
+        widths = allocate(layers, table_bits(self.tables, self.states), self.distortion)
 
         self._levels = {w: self._start(w) for w in self.tables}
         self._grids = {
@@ -163,31 +148,6 @@ class BayesQ:
 
     def quantize_layer(self, layer: LayerProblem, width: Tensor, context: Context) -> QuantizedTensor:
         """The layer's last rounding, on the grid and with the tables of `prepare`."""
-        if not self.rotate:
-            return self._quantize(layer, width)
-        tensor = self._quantize(self._rotated(layer, context), width)
-        return replace(tensor, rotation=self._rotations[layer.name])
-
-    def _rotated(self, layer: LayerProblem, context: Context) -> LayerProblem:
-        """The layer with rotated columns: W R_cT, and R_c A R_cT in place of A."""
-        if layer.name not in self._rotations:
-            seed = int(torch.randint(2 ** (8 * SEED_BYTES), (1,), generator=context.generator))
-            self._rotations[layer.name] = Rotation(seed, both=False)
-        rotation = self._rotations[layer.name]
-
-        def turned(load: Callable[[str], Tensor], kind: str) -> Tensor:
-            value = load(kind)
-            return rotation.moment(value.double()).to(value) if kind == INPUT_MOMENT.name else value
-
-        prefix = layer.prefix_statistic
-        return replace(
-            layer,
-            weight=rotation.forward(layer.weight.double()).to(layer.weight),
-            statistic=partial(turned, layer.statistic),
-            prefix_statistic=None if prefix is None else partial(turned, prefix),
-        )
-
-    def _quantize(self, layer: LayerProblem, width: Tensor) -> QuantizedTensor:
         whitening = None
         if layer.prefix_statistic is not None and INPUT_MOMENT in self.statistics:
             moment = layer.input_statistic(INPUT_MOMENT.name)
@@ -222,8 +182,7 @@ class BayesQ:
         return width in self.tables and (self.levels != "trellis" or self._trellis(layer) is not None)
 
     def _whitening(self, layer: LayerProblem) -> Whitening:
-        rotation = self._rotations.get(layer.name)
-        return self.whitenings.whitening(layer, self.rounding != "nearest", self.damping, rotation)
+        return self.whitenings.whitening(layer, self.rounding != "nearest", self.damping)
 
     def _start(self, width: int) -> Tensor:
         """Levels of a table before the first rounding, in level units."""

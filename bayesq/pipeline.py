@@ -34,6 +34,7 @@ from bayesq.quant.layers import kernel_positions, kind_of, same_layer, weight_to
 from bayesq.quant.mean_takers import mean_takers
 from bayesq.recipe import Proxy, Quantized, Recipe, Statistics, Subject
 from bayesq.repair import correct, distill_student, posterior_draw
+from bayesq.rotated import RotatedColumns
 from bayesq.uniform import Uniform
 
 
@@ -177,7 +178,8 @@ def round_layers(
         context = replace(context, stream=StreamAllocation(recipe.allocator, recipe.budget, result.problems))
     allocate = Allocation(recipe.allocator, recipe.budget)
     start = last = time.perf_counter()
-    rounded = quantize_layers(recipe.method, problems, allocate, context, prefix)
+    method = RotatedColumns(recipe.method, recipe.codec) if recipe.rotate else recipe.method
+    rounded = quantize_layers(method, problems, allocate, context, prefix)
     for problem, tensor in bar(rounded, "quantize", total=len(problems)):
         now = time.perf_counter()
         result.add(problem, tensor, now - last)

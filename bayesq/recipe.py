@@ -25,6 +25,7 @@ from bayesq.quant.layers import Layer
 from bayesq.quant.network import fill
 from bayesq.quant.tensor import QuantizedTensor
 from bayesq.quant.usage import Usage
+from bayesq.rotated import RotatedColumns
 
 
 class Statistics(Protocol):
@@ -138,6 +139,7 @@ class Recipe:
         seed: of all random draws.
         inputs: one of INPUTS.
         codec: one of CODECS.
+        rotate: round in randomly rotated columns, see `bayesq.rotated`.
         folder: existing folder for temporary files of calibration inputs that exceed the memory; None = no files.
     """
 
@@ -151,6 +153,7 @@ class Recipe:
     seed: int = 0
     inputs: str = "full"
     codec: str = "fixed"
+    rotate: bool = False
     folder: Path | None = None
 
     def __post_init__(self) -> None:
@@ -170,6 +173,8 @@ class Recipe:
             raise Refused("codec=fixed: this method is for entropy-coded codes alone; choose codec=entropy")
         if self.codec == "entropy" and getattr(self.allocator, "solve", None) is ilp_knapsack:
             raise Refused("allocator=ilp: codec=entropy has no widths to solve for; choose allocator=knapsack")
+        if self.rotate:
+            RotatedColumns(self.method, self.codec)  # refuses statistics that have no rotated form
         if self.inputs not in INPUTS:
             raise Refused(f"inputs={self.inputs}: choose one of {', '.join(INPUTS)}")
         if self.compares and self.inputs != "paired":

@@ -68,6 +68,7 @@ SWITCHES = {
         "inputs=prefix",
         "correction=none",
         "correction=mean",
+        "rotate=true",
         "calibration.examples=48",
         "bits=2",
         "seed=1",

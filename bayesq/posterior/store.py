@@ -24,7 +24,7 @@ class WhiteningStore:
     """A posterior whose whitenings are made once: their factorization is the most expensive part of a fit.
 
     A whitening stays in memory up to a limit. Beyond that it goes to the file, if there is one, or is made again at
-    each use. The layer's name is part of a whitening's key, so a store serves one network.
+    each use. The layer's name and rotation are part of a whitening's key, so a store serves one network.
 
     Args:
         posterior: of the run.
@@ -116,16 +116,13 @@ class WhiteningStore:
         self.seconds += time.perf_counter() - start
         return fitted
 
-    def whitening(self, layer: LayerProblem, feedback: bool, damping: float, variant: object = None) -> Whitening:
+    def whitening(self, layer: LayerProblem, feedback: bool, damping: float) -> Whitening:
         """The layer's `LayerPosterior.whitening`, made once for the same arguments.
-
-        Args:
-            variant: tells layers of one name apart, such as rotated ones.
 
         Raises:
             Refused: it cannot be made; the message names the layer.
         """
-        key = (layer.name, feedback, damping, variant)
+        key = (layer.name, layer.rotation, feedback, damping)
         if key in self._in_memory:
             layer.notes |= {name: value for name, value in self._notes[layer.name].items() if name not in layer.notes}
             return self._in_memory[key]

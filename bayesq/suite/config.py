@@ -121,8 +121,9 @@ def settings_that_matter(config: Mapping[str, Any]) -> dict[str, Any]:
     if "inputs" not in config:  # a record of an older version
         matter["inputs"] = inputs_of("full", config["method"].get("sequential"))
     matter["method"] = {k: v for k, v in config["method"].items() if k not in METHOD_METADATA}
-    if matter.get("codec") == "fixed":  # the only one of older versions
-        del matter["codec"]
+    for key, value in (("codec", "fixed"), ("rotate", False)):  # the only ones of older versions
+        if matter.get(key) == value:
+            del matter[key]
     if "exclude" in matter.get("layers", {}):
         matter["layers"] = {**matter["layers"], "exclude": sorted(set(matter["layers"]["exclude"]))}
     for key, value in (config["method"].get("neutral") or {}).items():  # of switches newer than the first results

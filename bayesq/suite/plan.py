@@ -72,6 +72,7 @@ def make_recipe(cfg: DictConfig, folder: Path | None = None) -> Recipe:
         seed=int(cfg.seed),
         inputs=cfg.inputs,
         codec=cfg.codec,
+        rotate=cfg.rotate,
         folder=folder,
     )
 

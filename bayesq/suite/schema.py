@@ -109,7 +109,7 @@ RULES = {
     "monte_carlo.samples": _whole(0),
     "monte_carlo.examples": _whole(1),
     "correction": _one_of("none", "mean", "moments"),
-    "distill": _FLAG,
+    **dict.fromkeys(("distill", "rotate"), _FLAG),
     "distillation.samples": _whole(0),
     "distillation.moments": _FLAG,
     # DistillationSettings checks the ranges of the next three

@@ -2,7 +2,6 @@
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,13 +12,11 @@ from torch import Tensor
 import bayesq.method
 from bayesq import codebook
 from bayesq.contract import LayerProblem, stack_groups
-from bayesq.errors import Refused
 from bayesq.method import BayesQ
-from bayesq.posterior import Diagonal, Ekfac, Kfac, Posterior, WhiteningStore
+from bayesq.posterior import Diagonal, Kfac, Posterior, WhiteningStore
 from bayesq.quant.codes import Affine, Codebook, Trellis
 from bayesq.quant.grids import mse_grid
 from bayesq.quant.packing import CODEBOOK_PREFIX, pack_model, unpack_model
-from bayesq.quant.rotation import Rotation
 from bayesq.quant.tensor import QuantizedTensor
 from bayesq.rounding import Rounded, first_rows, refit_rows
 
@@ -79,7 +76,7 @@ class Allocator:
         self.codebook_bits = -1
         self.distortions: dict[tuple[str, int], float] = {}
 
-    def __call__(self, layers, codebook_bits=0, distortion=None) -> dict[str, Tensor]:
+    def __call__(self, layers, codebook_bits=0, distortion=None, **_) -> dict[str, Tensor]:
         self.codebook_bits = codebook_bits
         self.distortions = {(one.name, w): distortion(one, w) for one in layers for w in self.ask}
         return {one.name: torch.tensor((list(self.widths) * one.rows)[: one.rows], dtype=torch.uint8) for one in layers}
@@ -117,70 +114,6 @@ def achieved_risk(method: BayesQ, layers: list[LayerProblem], widths: Sequence[i
         delta = tensor.dequantize().double() - one.weight.double()
         total += float(method.whitenings.fit(one).risk(delta).sum())
     return total
-
-
-def rotated(one: LayerProblem, rotation: Rotation) -> LayerProblem:
-    """The layer that a user would rotate by hand: dense products in float64."""
-    eye = torch.eye(one.columns, dtype=torch.float64)[None]
-    right = rotation.columns(eye)[0].T
-    a = one.statistic("input_moment").double()
-    statistics = {
-        "input_moment": (right @ a @ right.T).to(a.dtype).float(),
-        "gradient_moment": one.statistic("gradient_moment"),
-    }
-    weight = (one.weight.double() @ right.T).float()
-    return LayerProblem(one.name, one.kind, weight, statistics.__getitem__, one.positions_per_channel)
-
-
-def test_rotated_columns_are_rounded_as_a_layer_that_was_rotated_before(cheap_tables):
-    layers = network()
-    tensors = [tensor for _, tensor in through_the_loop(bayesq_with(rotate=True), layers, Allocator())]
-    by_hand = [rotated(one, tensor.rotation) for one, tensor in zip(layers, tensors, strict=True)]
-    expected = [tensor for _, tensor in through_the_loop(bayesq_with(), by_hand, Allocator())]
-    assert len({tensor.rotation.seed for tensor in tensors}) == len(layers)
-    for one, tensor, plain in zip(layers, tensors, expected, strict=True):
-        assert not tensor.rotation.both and plain.rotation is None
-        same = (tensor.codes == plain.codes).double().mean()
-        assert same > 0.97, one.name  # float32 products in another order move a code now and then
-        torch.testing.assert_close(tensor.scale, plain.scale, rtol=1e-2, atol=0)
-        right = tensor.rotation.columns(torch.eye(one.columns, dtype=torch.float64)[None])[0].T
-        values = replace(tensor, rotation=None).dequantize().double() @ right
-        torch.testing.assert_close(tensor.dequantize().double(), values, rtol=1e-4, atol=1e-5)
-
-
-def test_an_allocators_whitenings_are_not_those_of_rotated_layers():
-    """The allocator sees the layers as they are, and the store has a whitening of each before the first rounding."""
-    method, plain = bayesq_with(rotate=True), Allocator()
-    other = bayesq_with(rotate=True)
-
-    def allocate(layers, *arguments):
-        for one in layers:
-            method.whitenings.whitening(one, True, SETTINGS["damping"])
-        return plain(layers, *arguments)
-
-    method.whitenings.memory_limit = other.whitenings.memory_limit = 2**30
-    found = [tensor for _, tensor in through_the_loop(method, network(), allocate)]
-    expected = [tensor for _, tensor in through_the_loop(other, network(), Allocator())]
-    assert all(torch.equal(one.codes, two.codes) for one, two in zip(found, expected, strict=True))
-
-
-def test_rotated_columns_cost_less_where_columns_differ():
-    """The D_c of a layer whose inputs have very unequal energies: their mean falls towards their geometric mean."""
-    energies = 10 ** torch.linspace(-2, 0, 48)
-    one = layer("body", "Linear", (1, 40, 48), 0)
-    statistics = {
-        "input_moment": torch.diag_embed(energies)[None],
-        "gradient_moment": one.statistic("gradient_moment"),
-    }
-    uneven = LayerProblem("body", "Linear", one.weight, statistics.__getitem__)
-    plain, turned = (achieved_risk(bayesq_with(rotate=rotate), [uneven], [3]) for rotate in (False, True))
-    assert turned < 0.8 * plain
-
-
-def test_only_statistics_that_can_be_rotated():
-    for posterior in (Diagonal(1.0, 1000, None), Ekfac(1.0, 1000, None)):
-        with pytest.raises(Refused, match=r"method\.rotate=true: needs posterior=kfac"):
-            bayesq_with(posterior, rotate=True)
 
 
 @pytest.mark.parametrize(("risk", "paying"), [(1e-9, "4 of 4"), (1e9, "0 of 4")])
