@@ -25,7 +25,18 @@ from analysis.tables.cost import run_costs
 # Settings that make another block, in place of another setting of a method.
 CONDITIONS = tuple(key for key in ALIKE if key != "distill")
 # Parts of a configuration whose deviations name a setting.
-NAMING = ("method", "posterior", "allocator", "allocation", "inputs", "codec", "correction", "proxy", "distill")
+NAMING = (
+    "method",
+    "posterior",
+    "allocator",
+    "allocation",
+    "inputs",
+    "codec",
+    "correction",
+    "rotate",
+    "proxy",
+    "distill",
+)
 COLUMNS = ["setting", "method", "mean_rank", "ranked_blocks", "wins", "kl_ratio", "kl_ratio_low", "kl_ratio_high"]
 COLUMNS += ["no_interval", "ratio_blocks", "time x", "stored_beyond", "memory x", "blocks", "workloads"]
 

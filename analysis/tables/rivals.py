@@ -19,7 +19,7 @@ from analysis.tables.rows import ENDS, kl_ratio_to, pick
 ALLOCATORS = ("uniform", "knapsack")
 # Settings that name a rival, and those that a run shares with its equal rivals.
 NAMED = ("allocator", "inputs", "correction")
-EQUAL = (*ALIKE, "inputs", "correction")
+EQUAL = (*ALIKE, "inputs", "correction", "rotate")
 # The columns of each kind of rival, and what notes call it.
 KINDS = {"rival": (ALIKE, "strongest rival"), "equal_rival": (EQUAL, "equal rival")}
 RIVAL_COLUMNS = {
@@ -77,8 +77,9 @@ def of_rivals(numbers: pd.DataFrame, done: pd.DataFrame, names: Mapping[str, str
     rivals = ", ".join(method.title for method in methods_of().values() if method.rival)
     listed = "".join(f" {where} at {', '.join(bits)} bits: {text}." for (where, text), bits in budgets.items())
     return (
-        f"Strongest rival: the lowest mean KL of {rivals} with any allocator, inputs and correction, but the same "
-        "distillation and calibration size; equal rival: of these the strongest with the same inputs and correction."
+        f"Strongest rival: the lowest mean KL of {rivals} with any allocator, inputs, correction and rotation, but the "
+        "same distillation and calibration size; equal rival: of these the strongest with the same inputs, correction "
+        "and rotation."
         f"{listed} "
     )
 
@@ -108,6 +109,7 @@ def _at(done: pd.DataFrame, workload: str, bits: float) -> pd.DataFrame:
 
 def _described(run: Mapping[str, Any], methods: Mapping[str, Method]) -> str:
     settings = ", ".join(f"{key}={setting(run, key)}" for key in NAMED)
+    settings += ", rotated" if run["config"].get("rotate") else ""
     return f"{methods[run['method']].title} ({settings})"
 
 

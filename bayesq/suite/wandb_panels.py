@@ -14,7 +14,7 @@ from bayesq.suite.wandb_history import DISTILLATION_STEP, LAYER_STEP, STATISTICS
 DIVERGENCE = "q/kl_to_fp"
 # Keys of the configuration by which runs are grouped: method, budget, and what tells variants of a method apart.
 # Runs that differ in none of them are averaged.
-GROUPS = ("method", "bits", "ablation", "allocator", "inputs", "correction", "distill", "codec")
+GROUPS = ("method", "bits", "ablation", "allocator", "inputs", "correction", "rotate", "distill", "codec")
 # Runs whose points a panel shows; W&B's default, 10, hides most of a sweep.
 MOST_RUNS = 1000
 
