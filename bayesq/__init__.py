@@ -11,7 +11,7 @@ distillation, teacher, student    training of scales, levels, biases, norms (mat
 
 Around it:
 
-contract, loop                    what a method is, and the loop that runs every method
+contract, loop, rotated           what a method is, the loop that runs every method, the same in rotated columns
 recipe, pipeline, repair          from a network and examples to quantized tensors; correction and distillation
 observer                          hears of the steps, for a progress log
 library, report                   `bayesq.quantize`, `bayesq.evaluate`

@@ -213,6 +213,8 @@ rivals() {      # Every method with its defaults; groups of 128 columns; the exa
   runs rivals 'resnet56 film sst2' method=qtip inputs=paired correction=moments $layers bits=3 seed=0
   runs rivals resnet20 method=bayesq rotate=true bits=3 $SEEDS
   runs rivals 'resnet56 film sst2' method=bayesq rotate=true bits=3 seed=0
+  runs rivals resnet20 "${KNAPSACK[@]}" rotate=true bits=3 $SEEDS
+  runs rivals 'resnet56 film sst2' "${KNAPSACK[@]}" rotate=true bits=3 seed=0
   runs rivals sst2 method=rtn,hqq,awq,gptq,gptaq method.group_size=128 bits=3,4 seed=0
   runs rivals sst2 method=bayesq budget.count=stored bits=3.1875,4.1875 seed=0
   runs rivals sst2 "${KNAPSACK[@]}" budget.count=stored bits=3.1875,4.1875 seed=0
