@@ -76,7 +76,7 @@ def obstacle(tensor: QuantizedTensor, allowed: Sequence[int]) -> str | None:
     if tensor.overlay is not None:
         return "some of its weights are in fp16 beside the codes: choose method=gptq or method=rtn"
     if tensor.rotation is not None:
-        return "its codes are those of rotated weights: choose method=gptq or method=rtn"
+        return "its codes are those of rotated weights: choose method=gptq or method=rtn with rotate=false"
     if tensor.column_scale is not None:
         return "it has scales for its inputs: choose method=gptq or method=rtn"
     widths = tensor.width.unique().tolist()
