@@ -20,7 +20,6 @@ from bayesq.suite.datasets.base import DataSplits, Examples
 from bayesq.suite.datasets.cifar10 import Cifar10
 from bayesq.suite.datasets.glue import Glue
 from bayesq.suite.datasets.imagenet import ImageNet, wnids
-from bayesq.suite.datasets.movie_snippets import parse_snippets
 from bayesq.suite.errors import UserError
 from bayesq.suite.models.photos import PhotoEncoder
 
@@ -169,15 +168,6 @@ def test_photo_labels_out_of_range(tmp_path: Path) -> None:
     (tree / "a.png").write_bytes(photo(0))
     with pytest.raises(UserError, match="is not a WordNet id"):
         ImageNet(str(tmp_path / "tree"), 0, 1, 0).load(tmp_path)
-
-
-def test_a_damaged_source_package_is_not_parsed() -> None:
-    draw, outcomes = random.Random(2), Counter[str]()
-    for _ in range(300):
-        with pytest.raises(ValueError, match="does not hold a readable"):
-            parse_snippets(draw.randbytes(draw.randrange(400)))
-        outcomes["refused"] += 1
-    report("source packages", outcomes, 300)
 
 
 # ------------------------------------------------------------------------------------------------- sets of odd sizes

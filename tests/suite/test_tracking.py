@@ -501,7 +501,7 @@ def test_a_server_that_cannot_be_reached_is_one_line_and_costs_nothing(
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbServer]:
     """A stub server that the client in this process and its commands talk to."""
-    monkeypatch.setattr(tracking, "FINISH_TIMEOUT_S", 2.0)
+    monkeypatch.setattr(tracking, "FINISH_TIMEOUT_S", 6.0)
     with connected(monkeypatch) as running:
         yield running
 
