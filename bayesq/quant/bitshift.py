@@ -2,8 +2,8 @@
 
 `bayesq.quant.codes.bitshift` defines the codes. The Viterbi algorithm finds the best path for a given state before the
 first row. That state comes from a first search over the last rows followed by the first ones, which begins and ends
-anywhere. (The published code searches the column turned by half its length. For columns of 16 rows the distortion is
-then 1.14 times as large.)
+anywhere. (The published code searches the column turned by half its length, which is worse in short
+columns.)
 """
 
 from collections.abc import Sequence
