@@ -58,7 +58,9 @@ class QTIP:
         rows = layer.weight.shape[1]
         states = self.states_for(rows * width)
         return (
-            normal_distortion("uniform", width) if states is None else bitshift_distortion(width, states, rows, SPREAD)
+            normal_distortion("uniform", width)
+            if states is None
+            else bitshift_distortion(width, Bitshift(states), rows, SPREAD)
         )
 
     def states_for(self, bits: int) -> int | None:
@@ -87,7 +89,7 @@ class QTIP:
         codes = []
         parts = (part.chunk(len(weight)) for part in (scale, zero, width))
         for matrix, factor, s, z, w in zip(weight, factors, *parts, strict=True):
-            grid = AffineGrid(s[:, None], z[:, None], w) if states is None else BitshiftGrid(s, w, states)
+            grid = AffineGrid(s[:, None], z[:, None], w) if states is None else BitshiftGrid(s, z, w, Bitshift(states))
             codes.append(feedback_round(matrix, factor, grid)[0])
         return QuantizedTensor(
             codes=torch.cat(codes),

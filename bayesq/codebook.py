@@ -210,39 +210,19 @@ TABLE_MAX_WIDTH = 6
 TABLE_COST = 0.005
 
 
-def table_levels(width: int, states: int | None) -> int:
-    """Levels in the table of a width: twice as many where codes run along a trellis (states is not None)."""
-    return 1 << (width if states is None else width + 1)
-
-
-def table_widths(weights: int, states: int | None) -> tuple[int, ...]:
+def table_widths(weights: int) -> tuple[int, ...]:
     """Widths with a table of levels in a model of that many quantized weights; the others have uniform levels."""
-    return tuple(width for width in range(2, TABLE_MAX_WIDTH + 1) if table_price(width, states, weights) <= TABLE_COST)
+    return tuple(width for width in range(2, TABLE_MAX_WIDTH + 1) if table_price(width, weights) <= TABLE_COST)
 
 
-def table_bits(widths: Iterable[int], states: int | None) -> int:
+def table_bits(widths: Iterable[int]) -> int:
     """Bits on disk of the tables of these widths."""
-    return sum(16 * table_levels(width, states) for width in widths)
+    return sum(16 << width for width in widths)
 
 
-def table_price(width: int, states: int | None, weights: int) -> float:
+def table_price(width: int, weights: int) -> float:
     """Relative increase of the risk by the table of a width, whose bits are taken from the codes of all weights."""
-    return 2 * math.log(2) * table_bits((width,), states) / weights
-
-
-# The levels of a trellis start at quantiles of a normal distribution with this standard deviation. The high-rate
-# optimum, sqrt(3) (Panter and Dite), is too wide, and refits correct that only slowly: with 1.73 the risk at 3
-# bits after one refit is 1.12 times that with 1.4 on SST-2 and on ResNet-56; with 1.2 it is 1.04 and 1.07 times.
-TRELLIS_SPREAD = 1.4
-
-
-def start_levels(width: int, states: int | None) -> Tensor:
-    """Levels a table starts from, for weights of unit variance: [2**(width+1)] on a trellis, else [2**width]."""
-    if states is None:
-        return normal_levels("lloyd", width)
-    count = table_levels(width, states)
-    quantiles: Tensor = torch.special.ndtri((torch.arange(count, dtype=torch.float64) + 0.5) / count)
-    return TRELLIS_SPREAD * quantiles
+    return 2 * math.log(2) * table_bits((width,)) / weights
 
 
 def level_unit(width: int) -> float:
@@ -254,51 +234,6 @@ def level_unit(width: int) -> float:
 def level_kind(width: int) -> str:
     """Kind of levels assumed at a width if the method names none: "lloyd" while tables are small."""
     return "lloyd" if width <= 4 else "uniform"
-
-
-@dataclass(frozen=True)
-class LevelSums:
-    """Sums over the weights of each level, from which the optimal levels follow.
-
-    Attributes:
-        mass: [K] sum of p_i over the weights of a level.
-        moment: [K] sum of p_i E[w_i].
-    """
-
-    mass: Tensor
-    moment: Tensor
-
-    @classmethod
-    def of(cls, index: Tensor, mean: Tensor, precision: Tensor, levels: int) -> "LevelSums":
-        """Sums over weights w_i ~ N(mean_i, .) of precision p_i, all of one shape, whose levels are given.
-
-        Args:
-            index: level of each weight, int64.
-            levels: K.
-        """
-        p = precision.flatten()
-        zeros = torch.zeros(levels, dtype=p.dtype)
-        mass = zeros.index_add(0, index.flatten(), p)
-        return cls(mass, zeros.index_add(0, index.flatten(), p * mean.flatten()))
-
-    def add(self, other: "LevelSums") -> "LevelSums":
-        """Sums over these and another layer's weights."""
-        return LevelSums(self.mass + other.mass, self.moment + other.moment)
-
-    def centroids(self, levels: Tensor) -> Tensor:
-        """Levels [K] with least posterior-expected distortion for fixed codes: c_k = sum p_i E[w_i] / sum p_i.
-
-        E[(w_i - c)^2] = (E[w_i] - c)^2 + Var w_i, so the variance of a weight moves no level.
-
-        Args:
-            levels: [K] returned for levels without weights.
-        """
-        moved = torch.where(self.mass > LEAST_MASS, self.moment / self.mass.clamp(min=LEAST_MASS), levels)
-        return moved.cummax(0).values
-
-    def excess(self, levels: Tensor) -> float:
-        """Risk 1/2 sum_k mass_k (c_k - centroid_k)^2 that these weights would save with their centroids as levels."""
-        return 0.5 * float((self.mass * (levels - self.centroids(levels)).square()).sum())
 
 
 # Codebooks are designed on a distribution that is compressed to this many cells.

@@ -41,6 +41,9 @@ PRICE = 0.13
 # Exponent of the steps of equal slopes. The rest is a step in proportion to the row's weights. At 1, rows of little
 # predicted risk become nearly zero, where the risk is no good model of the divergence.
 RISK_SHARE = 0.75
+# States of the trellis, in the last rounding and in the others, which only serve the refits. A trellis runs down the
+# rows of a group; with fewer rows than these it offers no more choices than a scalar code.
+STATES, REFIT_STATES, LEAST_ROWS = 64, 8, 4
 
 
 GetWhitening = Callable[[LayerProblem], Whitening]
@@ -85,14 +88,11 @@ class CodedRounds:
 
     Args:
         stream: the run's budget.
-        states: of the last rounding's trellis; None = scalar codes.
-        refit_states: of the other roundings' trellis.
-        least_rows: layers with fewer rows in a group have scalar codes.
+        trellis: codes run along a trellis; otherwise they are scalar.
     """
 
-    def __init__(self, stream: StreamBudget, states: int | None, refit_states: int, least_rows: int) -> None:
-        self.stream, self.states, self.least_rows = stream, states, least_rows
-        self.refit_states = None if states is None else min(states, refit_states)
+    def __init__(self, stream: StreamBudget, trellis: bool) -> None:
+        self.stream, self.trellis = stream, trellis
 
     def prepare(self, layers: Sequence[LayerProblem], context: Context, refits: int, whitening: GetWhitening) -> None:
         """All rounds but the last.
@@ -105,7 +105,7 @@ class CodedRounds:
             sums, bits = SymbolSums.empty(self.classes.count), {}
             for layer in context.progress(layers, f"round {k + 1} of {refits + 2}"):
                 white = whitening(layer)
-                rounded = self.round(layer, white, self.refit_states)
+                rounded = self.round(layer, white, REFIT_STATES)
                 bits[layer.name] = self.collect(layer, rounded, white, sums)
                 del white, rounded  # two wide layers would not fit in memory
             self.finish_round(layers, bits, sums)
@@ -126,15 +126,18 @@ class CodedRounds:
         self.classes = RateClasses.covering([self._ratio(layer) for layer in layers])
         self.tables = self.classes.normal_tables()
 
+    def _trellis(self, layer: LayerProblem, states: int) -> int | None:
+        return states if self.trellis and layer.weight.shape[1] >= LEAST_ROWS else None
+
     def _ratio(self, layer: LayerProblem) -> Tensor:
         rows = self.rows[layer.name]
         return rows.spread / usable_step(rows.step * self.factor, stack_groups(layer.weight))
 
-    def round(self, layer: LayerProblem, whitening: Whitening, states: int | None, more: float = 1.0) -> CodedLayer:
+    def round(self, layer: LayerProblem, whitening: Whitening, states: int, more: float = 1.0) -> CodedLayer:
         """One rounding, with all steps times `more`."""
         rows, groups = self.rows[layer.name], len(layer.weight)
         weight = stack_groups(layer.weight).double()
-        states = states if layer.weight.shape[1] >= self.least_rows else None
+        trellis = self._trellis(layer, states)
         plain = rows.step * self.factor * more
         scale = usable_step(plain * rows.slope, weight)
         rate_class = self.classes.of(rows.spread / scale)
@@ -145,13 +148,13 @@ class CodedRounds:
         cost = (scale / plain).square() / (PRICE * mean.clamp(min=torch.finfo(mean.dtype).tiny))
         parts = []
         for g, part in enumerate(torch.arange(len(weight)).chunk(groups)):
-            grid = EntropyGrid(scale[part], cost[part], curvature[part], table[part], self.tables, states)
+            grid = EntropyGrid(scale[part], cost[part], curvature[part], table[part], self.tables, trellis)
             if whitening.factors is None:
                 parts.append((*grid.round_matrix(weight[part]), weight[part]))
             else:
                 parts.append(feedback_round(weight[part], whitening.factors[g], grid))
         codes, values, target = (torch.cat(part) for part in zip(*parts, strict=True))
-        sets = torch.from_numpy(level_sets(codes.numpy(), states, groups))
+        sets = torch.from_numpy(level_sets(codes.numpy(), trellis, groups))
         return CodedLayer(codes, values, target, scale, sets, rate_class)
 
     def collect(self, layer: LayerProblem, rounded: CodedLayer, whitening: Whitening, sums: SymbolSums) -> int:
@@ -169,9 +172,8 @@ class CodedRounds:
         units = rounded.target / (rounded.scale * torch.where(usable, slope, 1.0))[:, None]
         cost = risk * rounded.scale.square()[:, None]
         sums.add(rounded.codes, rounded.sets.numpy(), rounded.rate_class, units, cost)
-        states = self.refit_states if layer.weight.shape[1] >= self.least_rows else None
         best = row_bits(rounded.codes, rounded.sets.numpy(), self.tables).argmin(1).to(torch.uint8)
-        code = EntropyCode(self.tables, best, states)
+        code = EntropyCode(self.tables, best, self._trellis(layer, REFIT_STATES))
         return code.code_bits(rounded.codes, best, len(layer.weight))
 
     def finish_round(self, layers: Sequence[LayerProblem], bits: dict[str, int], sums: SymbolSums) -> None:
@@ -190,10 +192,10 @@ class CodedRounds:
 
     def last(self, layer: LayerProblem, whitening: Whitening) -> QuantizedTensor:
         """The last rounding of a layer, within its part of the budget."""
-        states = self.states if layer.weight.shape[1] >= self.least_rows else None
+        states = self._trellis(layer, STATES)
 
         def attempt(more: float) -> tuple[QuantizedTensor, int]:
-            rounded = self.round(layer, whitening, self.states, more)
+            rounded = self.round(layer, whitening, STATES, more)
             groups = len(layer.weight)
             tensor = coded_tensor(rounded.codes, rounded.scale, self.tables, states, groups)
             return tensor, tensor.code.code_bits(tensor.codes, tensor.width, groups)

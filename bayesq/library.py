@@ -221,9 +221,10 @@ def _recipe(
     allocator = content["allocator"] if allocator is None else allocator
     _one_of("allocator", allocator, ("uniform", *SOLVERS))
     uses_posterior = content.get("uses_posterior") is True
-    store = None
+    store, rotates = None, content.get("rotate", False)
     if uses_posterior or allocator != "uniform":
-        store = WhiteningStore(construct(settings("posterior", posterior)))
+        of_posterior = settings("posterior", posterior)
+        store, rotates = WhiteningStore(construct(of_posterior)), of_posterior.get("rotate", rotates)
     defaults = settings("", "config")
     options = defaults["distillation"]
     more = {"whitenings": store} if uses_posterior else {}
@@ -244,7 +245,7 @@ def _recipe(
         seed=seed,
         inputs=content.get("inputs", "full") if inputs is None else inputs,
         codec=codec,
-        rotate=content.get("rotate", False) if rotate is None else rotate,
+        rotate=rotates if rotate is None else rotate,
     )
 
 

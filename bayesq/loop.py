@@ -11,6 +11,7 @@ from torch import Tensor
 from bayesq.contract import Allocate, Context, CountedStatistics, LayerProblem, Method, naming
 from bayesq.errors import Refused
 from bayesq.quant.tensor import QuantizedTensor
+from bayesq.rotated import rotated
 
 
 class Prefix(Protocol):
@@ -98,11 +99,15 @@ class _Turn:
 
 
 def _of_these(layers: Sequence[LayerProblem], allocate: Allocate) -> Allocate:
-    """`allocate` for the method's copies: the allocator gets the original layers and may read all statistics."""
+    """`allocate` for the method's copies: it gets the original layers, in the same columns, with all statistics."""
     by_name = {layer.name: layer for layer in layers}
 
     def allocate_these(layers: Sequence[LayerProblem], *rest: Any, **named: Any) -> Mapping[str, Tensor]:
-        return allocate([by_name[layer.name] for layer in layers], *rest, **named)
+        originals = [
+            by_name[layer.name] if layer.rotation is None else rotated(by_name[layer.name], layer.rotation)
+            for layer in layers
+        ]
+        return allocate(originals, *rest, **named)
 
     return allocate_these
 

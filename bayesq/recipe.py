@@ -174,7 +174,8 @@ class Recipe:
         if self.codec == "entropy" and getattr(self.allocator, "solve", None) is ilp_knapsack:
             raise Refused("allocator=ilp: codec=entropy has no widths to solve for; choose allocator=knapsack")
         if self.rotate:
-            RotatedColumns(self.method, self.codec)  # refuses statistics that have no rotated form
+            # refuses statistics that have no rotated form
+            RotatedColumns(self.method, self.codec, self.allocator.statistics)
         if self.inputs not in INPUTS:
             raise Refused(f"inputs={self.inputs}: choose one of {', '.join(INPUTS)}")
         if self.compares and self.inputs != "paired":

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bayesq.calibration.inputs import INPUT_MOMENT
 from bayesq.calibration.paired import CROSS_MOMENT
-from bayesq.calibration.statistic import Source
+from bayesq.calibration.statistic import Source, Statistic
 from bayesq.contract import Allocate, Context, LayerProblem, Method, StreamBudget
 from bayesq.errors import Refused
 from bayesq.quant.rotation import SEED_BYTES, Rotation
@@ -30,25 +30,29 @@ STORED_BITS = 8 * (SEED_BYTES + 1)
 
 
 class RotatedColumns:
-    """A method that rounds W RT in place of W.
-
-    The allocator sees the layers as they are.
+    """A method that rounds W RT in place of W, with an allocator that sees W RT too.
 
     Args:
         method: see `bayesq.contract.Method`.
         codec: of the run.
+        allocator: the statistics that it reads.
 
     Raises:
-        Refused: it reads a statistic without a rotated form, or rotates by itself.
+        Refused: one of them reads a statistic without a rotated form, or the method rotates by itself.
     """
 
-    def __init__(self, method: Method, codec: str) -> None:
+    def __init__(self, method: Method, codec: str, allocator: frozenset[Statistic] = frozenset()) -> None:
         read = method.statistics
         if codec == "entropy":
             read = read | getattr(method, "entropy_statistics", frozenset())
-        fixed = sorted(one.name for one in read if one not in ROTATED and one.source is not Source.OUTPUT_GRADIENTS)
-        if fixed:
-            raise Refused(f"rotate=true: this method reads {fixed[0]}, which has no rotated form; choose rotate=false")
+        for reader, statistics in (("method", read), ("allocator", allocator)):
+            fixed = sorted(
+                one.name for one in statistics if one not in ROTATED and one.source is not Source.OUTPUT_GRADIENTS
+            )
+            if fixed:
+                raise Refused(
+                    f"rotate=true: this {reader} reads {fixed[0]}, which has no rotated form; choose rotate=false"
+                )
         if getattr(method, "rotates", False):
             raise Refused("rotate=true: this method rotates both sides by itself; choose rotate=false")
         self.method, self.statistics = method, method.statistics
@@ -76,14 +80,19 @@ class RotatedColumns:
         if layer.name not in self._rotations:
             seed = int(torch.randint(2 ** (8 * SEED_BYTES), (1,), generator=context.generator))
             self._rotations[layer.name] = Rotation(seed, both=False)
-        rotation, prefix = self._rotations[layer.name], layer.prefix_statistic
-        return replace(
-            layer,
-            weight=rotation.forward(layer.weight.double()).to(layer.weight),
-            statistic=partial(_turned, rotation, layer.statistic),
-            prefix_statistic=None if prefix is None else partial(_turned, rotation, prefix),
-            rotation=rotation,
-        )
+        return rotated(layer, self._rotations[layer.name])
+
+
+def rotated(layer: LayerProblem, rotation: Rotation) -> LayerProblem:
+    """The layer with rotated columns."""
+    prefix = layer.prefix_statistic
+    return replace(
+        layer,
+        weight=rotation.forward(layer.weight.double()).to(layer.weight),
+        statistic=partial(_turned, rotation, layer.statistic),
+        prefix_statistic=None if prefix is None else partial(_turned, rotation, prefix),
+        rotation=rotation,
+    )
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bayesq.codebook import level_unit, normal_levels
+from bayesq.codebook import normal_levels
 from bayesq.contract import stack_groups
-from bayesq.quant.codes.trellis import level_indices
+from bayesq.quant.bitshift import BitshiftGrid
+from bayesq.quant.codes import Bitshift
 from bayesq.quant.compiled import compiled
 from bayesq.quant.feedback import feedback_round, feedback_round_groups
 from bayesq.quant.grids import FP16_TINY, CodebookGrid, stored_scale, zero_code, zero_value
-from bayesq.quant.trellis import TrellisGrid
 from bayesq.whitening import Whitening
 
 
@@ -29,8 +29,6 @@ class Rounded:
         width: [R] bits.
         values: [R, C] the decoded codes.
         target: [R, C] each entry when it was rounded: the weight plus the feedback of earlier columns.
-        trellis: states of the trellis the codes run along; None for scalar codes.
-        groups: convolution groups g.
     """
 
     codes: Tensor
@@ -39,12 +37,6 @@ class Rounded:
     width: Tensor
     values: Tensor
     target: Tensor
-    trellis: int | None
-    groups: int
-
-    def index(self) -> Tensor:
-        """[R, C] int64, which level of its row's width each weight has."""
-        return self.codes.long() if self.trellis is None else level_indices(self.codes, self.trellis, self.groups)
 
 
 def round_layer(
@@ -54,7 +46,7 @@ def round_layer(
     zero: Tensor,
     width: Tensor,
     codebooks: Mapping[int, Tensor],
-    trellis: int | None = None,
+    trellis: Bitshift | None = None,
 ) -> Rounded:
     """Round a layer once, to nearest or with feedback, depending on its whitening.
 
@@ -63,30 +55,32 @@ def round_layer(
         scale, zero: [R]; they are first moved to storable values.
         width: [R] bits.
         codebooks: width -> levels; a width without one is affine.
-        trellis: states of the trellis that codes run along, or None for scalar codes.
+        trellis: that codes run along, or None for scalar codes.
     """
     rows = weight.shape[1]
     scale, zero = stored_scale(scale), zero_value(zero_code(zero, width), width, scale.dtype)
     if whitening.factors is not None and len(weight) > 1 and trellis is None:
-        grid = CodebookGrid(scale, zero, width, codebooks)
-        codes, values, target = feedback_round_groups(weight, whitening.factors, grid)
-        return Rounded(codes, scale, zero, width, values, target, None, len(weight))
+        every = CodebookGrid(scale, zero, width, codebooks)
+        codes, values, target = feedback_round_groups(weight, whitening.factors, every)
+        return Rounded(codes, scale, zero, width, values, target)
     parts = []
     for g in range(len(weight)):
         group = slice(g * rows, (g + 1) * rows)
         w = weight[g].to(torch.float64)
-        affine = scale[group], zero[group], width[group], codebooks
-        group_grid: CodebookGrid | TrellisGrid = (
-            CodebookGrid(*affine) if trellis is None else TrellisGrid(*affine, whitening.row_curvature[g], trellis)
+        rows_grid = scale[group], zero[group], width[group]
+        grid: CodebookGrid | BitshiftGrid = (
+            CodebookGrid(*rows_grid, codebooks)
+            if trellis is None
+            else BitshiftGrid(*rows_grid, trellis, whitening.row_curvature[g])
         )
         if whitening.factors is None:
             curvature = whitening.row_curvature[g][:, None] * whitening.column_curvature[g]
-            codes, values = group_grid.round_matrix(w, curvature)
+            codes, values = grid.round_matrix(w, curvature)
             parts.append((codes.to(torch.uint8), values, w))
         else:
-            parts.append(feedback_round(w, whitening.factors[g], group_grid))
+            parts.append(feedback_round(w, whitening.factors[g], grid))
     codes, values, target = (torch.cat(part) for part in zip(*parts, strict=True))
-    return Rounded(codes, scale, zero, width, values, target, trellis, len(weight))
+    return Rounded(codes, scale, zero, width, values, target)
 
 
 def predicted_risk(weight: Tensor, whitening: Whitening, distortions: Sequence[float]) -> Tensor:
@@ -119,13 +113,13 @@ def rounding_curvature(whitening: Whitening, rows: int) -> Tensor:
 SPREADS, LEAST_SPREAD = 24, 0.5
 
 
-def first_rows(weight: Tensor, curvature: Tensor, width: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale and zero of each row before the first rounding, for levels of unit variance in units of `level_unit`.
+def first_rows(weight: Tensor, curvature: Tensor, width: Tensor, unit: Tensor, middle: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale and zero of each row before the first rounding, for levels made for weights of unit variance.
 
     The row's spread s is the one at which scalar Lloyd-Max levels would cost least without feedback:
 
         min_s sum_c h_c (w_c - m - s Q((w_c - m) / s))^2,   m = sum_c h_c w_c / sum_c h_c
-        scale = s level_unit,   zero = (2**width - 1) / 2 - m / scale
+        scale = s unit,   zero = middle - m / scale
 
     The first grid matters, because refits move only slowly and only to the nearest local optimum.
 
@@ -133,6 +127,8 @@ def first_rows(weight: Tensor, curvature: Tensor, width: Tensor) -> tuple[Tensor
         weight: [R, C].
         curvature: [R, C] weights, at least 0.
         width: [R] bits.
+        unit: [R] length of a level unit, for weights of unit variance.
+        middle: [R] middle of the levels, in level units.
 
     Returns:
         scale [R], zero [R], float64; a row of zeros has the smallest fp16 scale.
@@ -147,9 +143,9 @@ def first_rows(weight: Tensor, curvature: Tensor, width: Tensor) -> tuple[Tensor
     spread = torch.empty_like(mean)
     for bits in width.unique().tolist():
         rows = width == bits
-        levels, centre = normal_levels("lloyd", bits), (2**bits - 1) / 2
+        levels = normal_levels("lloyd", bits)
         # A stored zero point lies within 0 .. 2**bits - 1, so the grid has to reach from the mean to zero.
-        reach = mean[rows].abs() / (centre * level_unit(bits))
+        reach = mean[rows].abs() / ((2**bits - 1) / 2 * unit[rows])
         low = torch.maximum(LEAST_SPREAD * deviation[rows], reach)
         high = torch.maximum(distance[rows].amax(1) / levels[-1], low)
         ratio = high / low.clamp(min=torch.finfo(low.dtype).tiny)
@@ -158,9 +154,8 @@ def first_rows(weight: Tensor, curvature: Tensor, width: Tensor) -> tuple[Tensor
         upper = levels[len(levels) // 2 :]
         _least_error(distance[rows].numpy(), curvature[rows].numpy(), tried.numpy(), upper.numpy(), best)
         spread[rows] = tried.gather(1, torch.from_numpy(best)[:, None])[:, 0]
-    unit = torch.tensor([level_unit(bits) for bits in width.tolist()], dtype=torch.float64)
     scale = (spread * unit).clamp(min=FP16_TINY)
-    return scale, (2 ** width.to(torch.float64) - 1) / 2 - mean / scale
+    return scale, middle - mean / scale
 
 
 @compiled()

@@ -162,7 +162,7 @@ backward() {    # Backward passes. 0.5 h
 }
 
 ablation() {    # Components with today's defaults. 0.4 h
-  local names=full,codebook_lloyd,codebook_uniform,codebook_mean,allocator_uniform,refits_0,refits_2,states_8
+  local names=full,codebook_lloyd,codebook_uniform,codebook_mean,allocator_uniform,refits_0,refits_2,states_256
   names+=,rounding_nearest,correction_none,correction_mean,inputs_full,inputs_prefix,gptq_paired,gptq_paired_knapsack
   names+=,posterior_diag,posterior_ekfac,prior_none,block_layer
   runs ablation resnet20 bits=3 seed=0 "ablation=$names"
@@ -171,7 +171,7 @@ ablation() {    # Components with today's defaults. 0.4 h
 
 components() {  # Components with the earlier defaults. 6 h
   local names=full,gptq,gptq_knapsack,gptq_distill,allocator_uniform,block_layer,block_group,codebook_lloyd
-  names+=,codebook_uniform,codebook_mean,codebook_noise,rounding_nearest,states_8,refits_0,refits_2,refits_4
+  names+=,codebook_uniform,codebook_mean,codebook_noise,rounding_nearest,states_256,refits_0,refits_2,refits_4
   names+=,posterior_diag,posterior_lowrank,posterior_ekfac,prior_none,prior_eigenvalues,prior_evidence,prior_factored
   names+=,prior_global,draws_labels,backward_64,backward_all,examples_64,examples_128,examples_512,examples_1024
   names+=,proxy_mc,distill

@@ -6,14 +6,15 @@ Nothing here calls the code under test: plain loops over numpy arrays, one matri
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from bayesq.contract import LayerProblem
-from bayesq.quant.codes import Affine, Bitshift, Code, RowTable, Trellis
-from bayesq.quant.codes.bitshift import normal_levels
+from bayesq.quant.codes import Affine, Bitshift, Code, Congruential, RowTable, Trellis
+from bayesq.quant.codes.bitshift import MULTIPLIERS, normal_levels
 from bayesq.quant.tensor import QuantizedTensor
 
 Rounder = Callable[[float, int, int], tuple[int, float]]  # (entry, row, original column) -> code, value
@@ -212,6 +213,10 @@ def naive_levels(code: Code, width: int, row: int, widths: list[int]) -> list[fl
     if isinstance(code, RowTable):
         start = sum(2**w for w in widths[:row])
         return [float(level) for level in code.levels[start : start + 2**width]]
+    if isinstance(code, Congruential):
+        factor, n = MULTIPLIERS[code.states][width - 2], code.states
+        quantiles = [float(np.float16(NormalDist().inv_cdf((factor * s % n + 0.5) / n))) for s in range(n)]
+        return [2 ** (width - 1) + 2.0 ** (width - 3) * q for q in quantiles]
     if isinstance(code, Bitshift):
         return normal_levels(code.states).tolist()
     table = {} if isinstance(code, Affine) else code.tables

@@ -46,7 +46,7 @@ SWITCHES = {
     "method=squeezellm method.sparse=0.01": ["method.sensitive=0.5"],
     "method=lnq": ["method.rounds=1", "method.sweeps=1"],
     "method=lnq method.groups=0": ["inputs=prefix"],
-    "method=bayesq codec=entropy": ["method.levels=lloyd", "method.states=8", "method.rounding=nearest"],
+    "method=bayesq codec=entropy": ["method.levels=lloyd", "method.rounding=nearest"],
 }
 
 

@@ -15,12 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bayesq.quant.codes.bitshift import normal_levels
+from bayesq.quant.codes.bitshift import Bitshift
 from bayesq.quant.compiled import compiled
-from bayesq.quant.grids import feed_back
+from bayesq.quant.grids import MAX_WIDTH, feed_back
 
-# Rows on each side of the seam between the last and the first row that decide the state there.
+# Rows on each side of the seam between the last and the first row that decide which states are tried there.
 SEAM_ROWS = 32
+# Rows that are searched for a column: in short columns, where the state at the seam matters most, several are tried.
+SEARCHED_ROWS = 384
 # Normal weights from which `bitshift_distortion` is estimated, and the longest columns of them.
 DISTORTION_SAMPLES, MOST_ROWS = 2048, 256
 
@@ -49,72 +51,153 @@ def _advance(cost: Any, best: Any, left: Any, levels: Any, x: Any, weight: Any, 
             cost[count * kept + k] = at + e * e * weight
 
 
+@compiled(inline="always")
+def _retreat(after: Any, before: Any, levels: Any, x: Any, weight: Any, count: Any) -> None:
+    """Least costs before [2**L / count] of the paths from a row on, an entry x of `count` codes.
+
+    Args:
+        after: [2**L] least cost of the paths from the next row on, by the state of this one.
+    """
+    for kept in range(len(levels) // count):
+        least = np.float32(np.inf)
+        for k in range(count):
+            e = x - levels[count * kept + k]
+            c = after[count * kept + k] + e * e * weight
+            least = c if c < least else least
+        before[kept] = least
+
+
 @compiled()
-def best_ring(x: Any, weight: Any, width: Any, levels: Any, first: Any, state: Any) -> None:
-    """The path with the least distortion.
+def _forward(x: Any, weight: Any, width: Any, levels: Any, first: Any, cost: Any, source: Any) -> None:
+    """Least costs [2**L] of the paths that end in each state.
+
+    Args:
+        x, weight, width, levels, first, source: as of `best_ring`; first = -1: any bits.
+        cost: [2**L] float32, written.
+    """
+    best = np.empty(levels.shape[1], np.float32)
+    for s in range(levels.shape[1]):
+        e = x[0] - levels[width[0], s]
+        cost[s] = e * e * weight[0] if first < 0 or s >> width[0] == first else np.float32(np.inf)
+    for r in range(1, len(x)):
+        bits, left = width[r], source[r]
+        if bits == 2:  # loops of a constant length compile to vector code
+            _advance(cost, best, left, levels[2], x[r], weight[r], 4)
+        elif bits == 3:
+            _advance(cost, best, left, levels[3], x[r], weight[r], 8)
+        elif bits == 4:
+            _advance(cost, best, left, levels[4], x[r], weight[r], 16)
+        else:
+            _advance(cost, best, left, levels[bits], x[r], weight[r], 1 << bits)
+
+
+@compiled()
+def _backward(x: Any, weight: Any, width: Any, levels: Any) -> Any:
+    """Least costs [2**L / 2**width[0]] of the paths down these rows, by the bits before the first row.
+
+    Arguments as of `best_ring`.
+    """
+    size = levels.shape[1]
+    after, before = np.zeros(size, np.float32), np.empty(size, np.float32)
+    for r in range(len(x) - 1, -1, -1):
+        bits = width[r]
+        if bits == 2:
+            _retreat(after, before, levels[2], x[r], weight[r], 4)
+        elif bits == 3:
+            _retreat(after, before, levels[3], x[r], weight[r], 8)
+        elif bits == 4:
+            _retreat(after, before, levels[4], x[r], weight[r], 16)
+        else:
+            _retreat(after, before, levels[bits], x[r], weight[r], 1 << bits)
+        step = size >> bits
+        base = before[:step].min()
+        for k in range(1 << bits):
+            for kept in range(step):
+                after[k * step + kept] = before[kept] - base
+    return after[:step]
+
+
+@compiled()
+def best_ring(x: Any, weight: Any, width: Any, levels: Any, first: Any, source: Any, state: Any) -> Any:
+    """The path with the least distortion for given bits before the first row; returns its distortion.
 
     Args:
         x: [n] float32 entries in units of the levels.
         weight: [n] float32 cost of a squared error.
         width: [n] int64 bits.
-        levels: [2**L] float32 of the states.
-        first: the last L - width[0] bits before the first row, which are the path's last ones too; -1: any.
+        levels: [9, 2**L] float32 of the states in rows of each width.
+        first: the last L - width[0] bits before the first row, which are the path's last ones too.
+        source: [n, 2**L / 4] uint8, overwritten.
         state: [n] int64, written.
     """
-    n, size = x.shape[0], levels.shape[0]
-    cost, best = np.empty(size, np.float32), np.empty(size, np.float32)
-    source = np.empty((n, size >> width.min()), np.uint8)
-    for s in range(size):
-        e = x[0] - levels[s]
-        cost[s] = e * e * weight[0] if first < 0 or s >> width[0] == first else np.float32(np.inf)
-    for r in range(1, n):
-        bits, left, entry, unit = width[r], source[r], x[r], weight[r]
-        if bits == 2:  # loops of a constant length compile to vector code
-            _advance(cost, best, left, levels, entry, unit, 4)
-        elif bits == 3:
-            _advance(cost, best, left, levels, entry, unit, 8)
-        elif bits == 4:
-            _advance(cost, best, left, levels, entry, unit, 16)
-        else:
-            _advance(cost, best, left, levels, entry, unit, 1 << bits)
-    last, step = int(cost.argmin()), size >> width[0]
-    if first >= 0:
-        last = first + step * int(cost[first::step].argmin())
+    n, size = len(x), levels.shape[1]
+    cost = np.empty(size, np.float32)
+    _forward(x, weight, width, levels, first, cost, source)
+    step, total = size >> width[0], np.float32(0)
+    last = first + step * int(cost[first::step].argmin())
     for r in range(n - 1, -1, -1):
         state[r] = last
+        e = x[r] - levels[width[r], last]
+        total += e * e * weight[r]
         if r > 0:
             kept = last >> width[r]
             last = kept + source[r, kept] * (size >> width[r])
+    return total
 
 
 @compiled()
-def _round_column(x: Any, scale: Any, weight: Any, width: Any, levels: Any, code: Any, value: Any) -> None:
+def _best_starts(x: Any, weight: Any, width: Any, levels: Any, count: Any, source: Any) -> Any:
+    """The most promising bits before the first row, best first; arguments as of `best_ring`.
+
+    Their rank is the least cost of a path through the column's last rows and on through its first ones.
+    """
+    n, near = len(x), min(len(x), SEAM_ROWS)
+    cost = np.empty(levels.shape[1], np.float32)
+    _forward(x[n - near :], weight[n - near :], width[n - near :], levels, -1, cost, source)
+    seam = _backward(x[:near], weight[:near], width[:near], levels)
+    for first in range(len(seam)):
+        seam[first] += cost[first :: len(seam)].min()
+    if count == 1:
+        return np.full(1, seam.argmin())
+    return np.argsort(seam, kind="mergesort")[:count]
+
+
+@compiled()
+def _round_column(x: Any, scale: Any, zero: Any, weight: Any, width: Any, levels: Any, code: Any, value: Any) -> None:
     """Codes uint8 and values float64 [n] of the best ring for entries x [n] float64."""
     n = len(x)
-    units, state = (x / scale).astype(np.float32), np.empty(n, np.int64)
-    near = min(n, SEAM_ROWS)
-    around, seam_width = np.empty(2 * near, np.int64), np.concatenate((width[n - near :], width[:near]))
-    seam, seam_weight = (
-        np.concatenate((units[n - near :], units[:near])),
-        np.concatenate((weight[n - near :], weight[:near])),
-    )
-    best_ring(seam, seam_weight, seam_width, levels, -1, around)
-    best_ring(units, weight, width, levels, around[near] >> width[0], state)
+    units = (x / scale + zero).astype(np.float32)
+    source, state, best = np.empty((n, levels.shape[1] >> 2), np.uint8), np.empty(n, np.int64), np.empty(n, np.int64)
+    least = np.float32(np.inf)
+    for first in _best_starts(units, weight, width, levels, max(1, SEARCHED_ROWS // n), source):
+        total = best_ring(units, weight, width, levels, first, source, state)
+        if total < least:
+            least = total
+            best[:] = state
     for r in range(n):
-        code[r] = np.uint8(state[r] & ((1 << width[r]) - 1))
-        value[r] = scale[r] * levels[state[r]]
+        code[r] = np.uint8(best[r] & ((1 << width[r]) - 1))
+        value[r] = scale[r] * (levels[width[r], best[r]] - zero[r])
 
 
 @compiled()
 def _bitshift_block(
-    x: Any, delta: Any, upper: Any, scale: Any, weight: Any, width: Any, levels: Any, codes: Any, values: Any
+    x: Any, delta: Any, upper: Any, scale: Any, zero: Any, weight: Any, width: Any, levels: Any, codes: Any, values: Any
 ) -> None:
     """`BitshiftGrid.round_block`."""
     for j in range(x.shape[0]):
-        _round_column(x[j], scale, weight, width, levels, codes[j], values[j])
+        _round_column(x[j], scale, zero, weight, width, levels, codes[j], values[j])
         for r in range(x.shape[1]):
             delta[j, r] -= values[j, r]
         feed_back(x, delta, upper, j, 0, x.shape[1])
+
+
+@compiled()
+def _round_columns(
+    x: Any, scale: Any, zero: Any, weight: Any, width: Any, levels: Any, codes: Any, values: Any
+) -> None:
+    """`_round_column` of every column of x [C, n], with weights [C, n]."""
+    for j in range(x.shape[0]):
+        _round_column(x[j], scale, zero, weight[j], width, levels, codes[j], values[j])
 
 
 @dataclass
@@ -123,45 +206,77 @@ class BitshiftGrid:
 
     Attributes:
         scale: [n] of each row.
+        zero: [n] offset in level units.
         width: [n] bits; together at least as many as a state has.
-        states: 2**L of the trellis.
+        code: has the levels.
+        row_curvature: [n] weight of each row's squared errors, in any unit; None = 1.
     """
 
     scale: Tensor
+    zero: Tensor
     width: Tensor
-    states: int
-    _parts: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray] = field(init=False)
+    code: Bitshift
+    row_curvature: Tensor | None = None
+    _rows: tuple[np.ndarray, np.ndarray] = field(init=False)
+    _tables: tuple[np.ndarray, np.ndarray, np.ndarray] = field(init=False)
 
     def __post_init__(self) -> None:
-        if int(self.width.sum()) < (self.states - 1).bit_length():
+        if int(self.width.sum()) < (self.code.states - 1).bit_length():
             raise ValueError("a column has fewer bits than a state")
-        scale = self.scale.to(torch.float64).contiguous()
-        weight = scale.square() / scale.square().mean()
-        levels = normal_levels(self.states)
-        self._parts = scale.numpy(), weight.float().numpy(), self.width.long().numpy(), levels.numpy()
+        scale, zero = (part.to(torch.float64).contiguous() for part in (self.scale, self.zero))
+        cost = scale.square()
+        if self.row_curvature is not None:
+            cost = cost * self.row_curvature.to(torch.float64)
+        levels = torch.zeros(MAX_WIDTH + 1, self.code.states)
+        for w in self.width.unique().tolist():
+            levels[w] = self.code.levels(w)
+        self._rows = scale.numpy(), zero.numpy()
+        self._tables = _around_one(cost).numpy(), self.width.long().numpy(), levels.numpy()
 
     def round(self, x: Tensor, column: int) -> tuple[Tensor, Tensor]:
         """Codes and values of the best ring down the entries x [n] of one column."""
         code, value = np.empty(len(x), np.uint8), np.empty(len(x))
-        _round_column(x.double().contiguous().numpy(), *self._parts, code, value)
+        _round_column(x.double().contiguous().numpy(), *self._rows, *self._tables, code, value)
         return torch.from_numpy(code), torch.from_numpy(value)
 
     def round_block(
         self, x: Tensor, delta: Tensor, upper: Tensor, columns: Sequence[int], codes: Tensor, values: Tensor
     ) -> None:
         """Round some columns with feedback among them, see `bayesq.quant.feedback`."""
-        _bitshift_block(x.numpy(), delta.numpy(), upper.numpy(), *self._parts, codes.numpy(), values.numpy())
+        _bitshift_block(
+            x.numpy(), delta.numpy(), upper.numpy(), *self._rows, *self._tables, codes.numpy(), values.numpy()
+        )
+
+    def round_matrix(self, x: Tensor, curvature: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes and values of a whole matrix [n, C] without feedback.
+
+        Args:
+            curvature: [n, C] cost of a squared error of each entry, in any unit for each column.
+        """
+        columns = x.T.double().contiguous()
+        _, width, levels = self._tables
+        cost = _around_one(curvature.to(torch.float64).T * self.scale.double().square())
+        codes, values = np.empty(columns.shape, np.uint8), np.empty(columns.shape)
+        _round_columns(columns.numpy(), *self._rows, cost.numpy(), width, levels, codes, values)
+        return torch.from_numpy(codes).T, torch.from_numpy(values).T
+
+
+def _around_one(cost: Tensor) -> Tensor:
+    """Costs float32 with mean 1 along the last dimension: path costs in float32 neither overflow nor underflow."""
+    mean = cost.mean(-1, keepdim=True).clamp(min=torch.finfo(cost.dtype).tiny)
+    return (cost / mean).float().contiguous()
 
 
 @cache
-def bitshift_distortion(width: int, states: int, rows: int, spread: float) -> float:
+def bitshift_distortion(width: int, code: Bitshift, rows: int, scale: float) -> float:
     """Expected squared error per weight for a standard normal source, in columns of so many rows.
 
     Args:
-        spread: standard deviation of the levels.
+        scale: of the rows.
     """
     rows = min(rows, MOST_ROWS)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(DISTORTION_SAMPLES // rows, rows, generator=generator, dtype=torch.float64)
-    grid = BitshiftGrid(torch.full((rows,), spread), torch.full((rows,), width), states)
+    zero = torch.full((rows,), code.middle(width))
+    grid = BitshiftGrid(torch.full((rows,), scale), zero, torch.full((rows,), width), code)
     return float(torch.stack([grid.round(column, 0)[1] - column for column in x]).square().mean())

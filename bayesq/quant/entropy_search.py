@@ -16,9 +16,10 @@ from bayesq.quant.codes.rate_tables import CENTRE, RateTables
 from bayesq.quant.codes.trellis import SUBSETS, subset_table
 from bayesq.quant.compiled import compiled
 from bayesq.quant.grids import feed_back
-from bayesq.quant.trellis import best_path
 
 LARGEST = CENTRE - 1
+# Path costs are float32. After this many rows their minimum is subtracted, before they lose digits.
+RENORMALIZE = 64
 
 
 @compiled()
@@ -62,6 +63,54 @@ def _cheapest(x: Any, w: Any, levels: Any, lengths: Any, cost: Any, code: Any) -
         if parity == 0:
             best, k = _try(x, w, 0, levels[which], lengths[which], best, k)
         cost[subset], code[subset] = best, k
+
+
+@compiled()
+def best_path(distance: Any, subset: Any, path: Any) -> None:
+    """The path of least cost through the trellis, by the Viterbi algorithm.
+
+    Old states p and p + half lead to new states 2 p and 2 p + 1; the newest and the oldest bit of a window each flip
+    the high bit of its subset, so one table entry gives all four branches.
+
+    Args:
+        distance: [n, 4] float32, cost of each subset.
+        subset: [states / 2] uint8, subset of window 2 p.
+        path: [n] uint8, written: 2 * subset + bit.
+    """
+    n, half = distance.shape[0], subset.shape[0]
+    # Whole arrays, and selections instead of table look-ups, so that the loops over states compile to vector code.
+    lower, upper = np.full(half, np.float32(1e30)), np.full(half, np.float32(1e30))
+    lower[0] = 0
+    even, odd = np.empty(half, np.float32), np.empty(half, np.float32)
+    source = np.empty((n, half), np.uint8)  # bit 0: state 2 p came from p + half; bit 1: 2 p + 1 did
+    for i in range(n):
+        d0, d1, d2, d3 = distance[i, 0], distance[i, 1], distance[i, 2], distance[i, 3]
+        for p in range(half):
+            s = subset[p]
+            a = d0 if s == 0 else d1 if s == 1 else d2 if s == 2 else d3
+            b = d2 if s == 0 else d3 if s == 1 else d0 if s == 2 else d1
+            zero_lower, zero_upper = lower[p] + a, upper[p] + b
+            one_lower, one_upper = lower[p] + b, upper[p] + a
+            source[i, p] = np.uint8(zero_upper < zero_lower) | np.uint8(one_upper < one_lower) << 1
+            even[p] = zero_upper if zero_upper < zero_lower else zero_lower
+            odd[p] = one_upper if one_upper < one_lower else one_lower
+        for p in range(half // 2):
+            q = p + half // 2
+            lower[2 * p], lower[2 * p + 1] = even[p], odd[p]
+            upper[2 * p], upper[2 * p + 1] = even[q], odd[q]
+        if i % RENORMALIZE == RENORMALIZE - 1:
+            least = min(lower.min(), upper.min())
+            for p in range(half):
+                lower[p] -= least
+                upper[p] -= least
+    state = int(lower.argmin())
+    if upper.min() < lower[state]:
+        state = half + int(upper.argmin())
+    for i in range(n - 1, -1, -1):
+        bit, p = state & 1, state >> 1
+        oldest = (int(source[i, p]) >> bit) & 1
+        path[i] = 2 * (subset[p] ^ (2 * (bit ^ oldest))) + bit
+        state = p + half * oldest
 
 
 @compiled()

@@ -124,6 +124,8 @@ def settings_that_matter(config: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in (("codec", "fixed"), ("rotate", False)):  # the only ones of older versions
         if matter.get(key) == value:
             del matter[key]
+    if "posterior" in matter:
+        matter["posterior"] = {k: v for k, v in matter["posterior"].items() if k not in METHOD_METADATA}
     if "exclude" in matter.get("layers", {}):
         matter["layers"] = {**matter["layers"], "exclude": sorted(set(matter["layers"]["exclude"]))}
     for key, value in (config["method"].get("neutral") or {}).items():  # of switches newer than the first results

@@ -29,9 +29,9 @@ log = logging.getLogger(__name__)
 
 # Limits of a rehearsed layer: groups, rows of all groups together, and columns (or one kernel's positions if more).
 GROUPS, ROWS, COLUMNS = 8, 256, 288
-# Least number of weights of all rehearsed layers, if the network has as many: from about 71,000 weights on, BayesQ
-# stores a table of levels for 3 bits and chooses the initial ranges of such rows differently.
-WEIGHTS = 72_000
+# Least number of weights of all rehearsed layers, if the network has as many: from about 36,000 weights on, BayesQ with
+# levels=lloyd stores a table of levels for 3 bits and chooses the initial ranges of such rows differently.
+WEIGHTS = 36_000
 # Least budget of a rehearsed stream: small layers have little room.
 REHEARSED_BITS = 3
 # BayesQ codes layers with fewer rows in a group differently.

@@ -8,18 +8,17 @@ from torch import nn
 from bayesq.batches import Batch
 from bayesq.calibration.collector import Collector
 from bayesq.calibration.inputs import INPUT_MOMENT
-from bayesq.codebook import Atoms, LevelSums, expected_lloyd, normal_levels
+from bayesq.codebook import Atoms, expected_lloyd, normal_levels
 from bayesq.entropy import RateClasses, coded_tensor, row_rate
 from bayesq.fisher import FISHER_DIAGONAL, GRADIENT_MOMENT, GradientDirections
 from bayesq.ilp import ilp_knapsack
 from bayesq.knapsack import greedy_knapsack
-from bayesq.quant.codes.trellis import uniform_levels
-from bayesq.quant.feedback import feedback_factor, feedback_round
-from bayesq.quant.grids import AffineGrid, minmax_grid, zero_code
+from bayesq.quant.bitshift import bitshift_distortion
+from bayesq.quant.codes import Congruential
+from bayesq.quant.grids import zero_code
 from bayesq.quant.layers import quantizable_layers
 from bayesq.quant.packing import pack_model, unpack_model
 from bayesq.quant.tensor import QuantizedTensor
-from bayesq.quant.trellis import normal_trellis
 
 pytestmark = pytest.mark.benchmark(timer=TIMER)
 BERT_BASE = 12 * (4 * 768 * 768 + 2 * 768 * 3072)  # weights of its twelve blocks
@@ -58,19 +57,6 @@ def test_statistics(benchmark, kinds, kind):
     compare(benchmark, lambda: collector.add(batch), references)
 
 
-def test_codebook_of_a_trellis(benchmark):
-    """Centroids of 3-bit trellis levels, weighted, against the GPTQ rounding of the same layer."""
-    weight, moment = layer(768, 768)
-    levels = uniform_levels(3)
-    index = torch.randint(len(levels), weight.shape)
-    factor, width = feedback_factor(moment, 0.01), torch.full((768,), 3)
-    scale, zero = minmax_grid(weight.double(), width)
-    grid = AffineGrid(scale[:, None], zero[:, None], width)
-    references = {"gptq rounding": lambda: feedback_round(weight, factor, grid)}
-    units, gain = weight.double(), torch.ones(768, 768, dtype=torch.float64)
-    compare(benchmark, lambda: LevelSums.of(index, units, gain, len(levels)).centroids(levels), references)
-
-
 def test_codebook_of_scalar_codes(benchmark):
     """Lloyd on compressed weights, against Lloyd on every weight."""
     weight = 2 * layer(64, 256)[0].double() + 3.5
@@ -88,11 +74,10 @@ def test_codebook_of_scalar_codes(benchmark):
     )
 
 
-@pytest.mark.parametrize("designed", [True, False])
-def test_levels_of_a_normal_source(benchmark, designed):
-    """Made once per width and process, from draws; against the closed form of scalar codes."""
-    references = {"scalar": lambda: normal_levels.__wrapped__("lloyd" if designed else "uniform", 4)}
-    compare(benchmark, lambda: normal_trellis.__wrapped__(4, 64, designed), references, rounds=3)
+def test_distortion_of_a_trellis(benchmark):
+    """Made once per width and length of the columns, from draws; against the closed form of scalar codes."""
+    references = {"scalar": lambda: normal_levels.__wrapped__("lloyd", 4)}
+    compare(benchmark, lambda: bitshift_distortion.__wrapped__(4, Congruential(1024), 256, 0.6), references, rounds=3)
 
 
 @pytest.mark.parametrize("width", [3, 4])

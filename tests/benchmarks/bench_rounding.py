@@ -7,9 +7,10 @@ import torch
 from naive_quant import affine_nearest, naive_gptq
 from references import TIMER, compare, layer, lazy_block_factor, lazy_block_round, matrix_product
 
+from bayesq.quant.bitshift import BitshiftGrid
+from bayesq.quant.codes import Congruential
 from bayesq.quant.feedback import feedback_factor, feedback_factors, feedback_round, feedback_round_groups
 from bayesq.quant.grids import AffineGrid, CodebookGrid, minmax_grid, mse_grid
-from bayesq.quant.trellis import TrellisGrid
 
 DAMPING, WIDTH = 0.01, 4
 SHAPES = [(768, 768), (3072, 768), (768, 3072), (512, 4608), (2048, 512)]
@@ -69,14 +70,14 @@ def test_factor(benchmark, shape):
     compare(benchmark, lambda: feedback_factor(moment, DAMPING), references, rounds=3)
 
 
-@pytest.mark.parametrize("states", [None, 8, 64])
+@pytest.mark.parametrize("states", [None, 256, 1024])
 @pytest.mark.parametrize("shape", SHAPES, ids=shape_name)
 def test_codebooks(benchmark, shape, states):
     """Rounding on codebooks and trellises, against rounding on affine grids."""
     weight, moment = layer(*shape)
     factor, affine = feedback_factor(moment, DAMPING), grid_of(weight)
-    parts = (affine.scale[:, 0], affine.zero[:, 0], affine.width, {})
-    grid = CodebookGrid(*parts) if states is None else TrellisGrid(*parts, torch.ones(shape[0]), states)
+    parts = (affine.scale[:, 0], affine.zero[:, 0], affine.width)
+    grid = CodebookGrid(*parts, {}) if states is None else BitshiftGrid(*parts, Congruential(states))
     references = {"affine": lambda: feedback_round(weight, factor, affine), "matrix product": matrix_product(*shape)}
     compare(benchmark, lambda: feedback_round(weight, factor, grid), references, rounds=3)
 

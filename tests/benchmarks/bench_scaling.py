@@ -11,10 +11,11 @@ from bayesq.batches import TensorExamples
 from bayesq.calibration.collector import Collector
 from bayesq.calibration.inputs import INPUT_MOMENT
 from bayesq.fisher import FISHER_DIAGONAL, GRADIENT_MOMENT
+from bayesq.quant.bitshift import BitshiftGrid
+from bayesq.quant.codes import Congruential
 from bayesq.quant.feedback import feedback_factor, feedback_round
 from bayesq.quant.grids import AffineGrid, minmax_grid
 from bayesq.quant.layers import quantizable_layers
-from bayesq.quant.trellis import TrellisGrid
 
 pytestmark = pytest.mark.benchmark(timer=TIMER)
 ROUNDS = 5
@@ -47,11 +48,11 @@ def rounding(rows: int, columns: int, states: int | None = None):
     scale, zero = minmax_grid(weight.double(), width)
     grid = AffineGrid(scale[:, None], zero[:, None], width)
     if states is not None:
-        grid = TrellisGrid(scale, zero, width, {}, torch.ones(rows), states)
+        grid = BitshiftGrid(scale, zero, width, Congruential(states))
     return lambda: feedback_round(weight, factor, grid)
 
 
-@pytest.mark.parametrize("states", [None, 64])
+@pytest.mark.parametrize("states", [None, 1024])
 def test_rows(benchmark, states):
     """Linear in rows."""
     sizes = [512, 1024, 2048, 4096]
@@ -59,7 +60,7 @@ def test_rows(benchmark, states):
     assert slope < 1.25
 
 
-@pytest.mark.parametrize("states", [None, 64])
+@pytest.mark.parametrize("states", [None, 1024])
 def test_columns(benchmark, states):
     """Between linear (rounding itself) and quadratic (feedback) in columns."""
     sizes = [512, 1024, 2048, 4096]

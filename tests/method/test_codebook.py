@@ -12,7 +12,6 @@ from torch import Tensor
 from bayesq import codebook
 from bayesq.codebook import (
     Atoms,
-    LevelSums,
     cell_distortion,
     cell_integrals,
     cells,
@@ -23,14 +22,12 @@ from bayesq.codebook import (
     normal_distortion,
     normal_interval,
     normal_levels,
-    start_levels,
     table_bits,
     table_widths,
 )
 from bayesq.quant.codes import Codebook, shared_code
 from bayesq.quant.packing import CODEBOOK_PREFIX, pack_model
 from bayesq.quant.tensor import QuantizedTensor
-from bayesq.quant.trellis import TrellisGrid, trellis_distortion
 
 INF = math.inf
 
@@ -377,111 +374,35 @@ def test_designs_on_atoms_are_designs_on_the_weights(width):
 # ------------------------------------------------------------------------------------------------------- level sums
 
 
-def levels_met(seed: int = 0, levels: int = 16, empty: tuple[int, ...] = ()) -> tuple[Tensor, Tensor, Tensor]:
-    """Level of each weight, means around it, and precisions over several powers of ten."""
-    random = np.random.default_rng(seed)
-    index = random.choice([k for k in range(levels) if k not in empty], size=(30, 40))
-    mean = index / 2 - 0.25 + random.normal(0, 0.2, index.shape)
-    return torch.from_numpy(index), torch.from_numpy(mean), torch.from_numpy(10 ** random.uniform(-3, 1, index.shape))
-
-
-def test_centroids_are_weighted_means_of_each_levels_weights():
-    index, mean, precision = levels_met()
-    found = LevelSums.of(index, mean, precision, 16).centroids(torch.full((16,), torch.nan, dtype=torch.float64))
-    k, m, p = (x.numpy().ravel() for x in (index, mean, precision))
-    np.testing.assert_allclose(found, [np.average(m[k == i], weights=p[k == i]) for i in range(16)], rtol=1e-12)
-
-
-def test_no_other_levels_suit_the_same_codes_better():
-    index, mean, precision = levels_met(seed=1)
-    found = LevelSums.of(index, mean, precision, 16).centroids(torch.zeros(16, dtype=torch.float64))
-
-    def distortion(levels: Tensor) -> float:
-        return float((precision * (mean - levels[index]).square()).sum())
-
-    least = distortion(found)
-    for k, shift in itertools.product(range(16), (-1e-3, 1e-3)):
-        moved = found.clone()
-        moved[k] += shift
-        assert distortion(moved) > least
-
-
-def test_a_level_no_weight_has_stays_and_order_is_kept():
-    index, mean, precision = levels_met(empty=(0, 5, 15))
-    start = torch.arange(16, dtype=torch.float64) / 2 - 0.25
-    found = LevelSums.of(index, mean, precision, 16).centroids(start)
-    assert [k for k in range(16) if found[k] == start[k]] == [0, 5, 15]
-    # an empty level that its lower neighbour overtook, and centroids out of order: levels never decrease
-    crossed = LevelSums(t64(1.0, 1.0, 0.0, 2.0), t64(3.0, 1.0, 0.0, 8.0)).centroids(t64(0.0, 1.0, 2.0, 3.0))
-    assert crossed.tolist() == [3.0, 3.0, 3.0, 4.0]
-
-
-def test_the_excess_is_what_own_centroids_save():
-    index, mean, precision = levels_met(seed=4)
-    sums = LevelSums.of(index, mean, precision, 16)
-    shared = torch.arange(16, dtype=torch.float64) / 2 - 0.2
-    risks = [
-        0.5 * float((precision * (mean - levels[index]).square()).sum()) for levels in (shared, sums.centroids(shared))
-    ]
-    assert sums.excess(shared) == pytest.approx(risks[0] - risks[1], rel=1e-9)
-    assert sums.excess(sums.centroids(shared)) == 0
-
-
-def test_pooled_sums_are_the_sums_of_the_pool():
-    one, other = levels_met(seed=2), levels_met(seed=3)
-    pooled = LevelSums.of(*one, 16).add(LevelSums.of(*other, 16))
-    whole = LevelSums.of(*(torch.cat(pair) for pair in zip(one, other, strict=True)), 16)
-    torch.testing.assert_close(pooled.mass, whole.mass)
-    torch.testing.assert_close(pooled.moment, whole.moment)
-
-
 # ----------------------------------------------------------------------------------------------------------- tables
 
 
-@pytest.mark.parametrize("width", [2, 3, 4, 5, 6])
-def test_a_trellis_starts_about_as_good_as_a_design(width):
-    levels = start_levels(width, 64)
-    assert levels.shape == (2 ** (width + 1),) and bool((levels.diff() > 0).all())
-    torch.testing.assert_close(levels, -levels.flip(0))
-    x = torch.randn(2048, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    one = torch.ones(len(x), dtype=torch.float64)
-    grid = TrellisGrid(one, torch.zeros_like(one), torch.full((len(x),), width), {width: levels}, one, 64)
-    error = float((grid.round_matrix(x)[1] - x).square().mean())
-    assert 2.0 ** (-2 * width) < error < 1.12 * trellis_distortion(width, 64, True)
-
-
-def test_scalar_codes_start_from_lloyd_max():
-    assert torch.equal(start_levels(3, None), normal_levels("lloyd", 3))
+def test_the_level_unit_is_the_step_of_the_best_uniform_code():
     assert level_unit(3) == pytest.approx(0.5860, abs=1e-4)  # Max (1960)
 
 
-@pytest.mark.parametrize("states", [None, 4, 64])
 @pytest.mark.parametrize("widths", [(), (2,), (2, 3, 4), (2, 3, 4, 5, 6)])
-def test_tables_cost_what_is_stored_for_them(widths, states):
-    def levels(width: int) -> Tensor:
-        return normal_levels("lloyd", width) if states is None else normal_levels("lloyd", width + 1)
-
+def test_tables_cost_what_is_stored_for_them(widths):
     rows = (*widths, 8)
     tensor = QuantizedTensor(
         codes=torch.zeros(len(rows), 4, dtype=torch.uint8),
         width=torch.tensor(rows, dtype=torch.uint8),
         scale=torch.ones(len(rows), 1, dtype=torch.float16),
         zero=torch.zeros(len(rows), 1, dtype=torch.uint8),
-        code=shared_code({w: Codebook(f"levels/{w}", levels(w).to(torch.float16)) for w in widths}, states),
+        code=shared_code({w: Codebook(f"levels/{w}", normal_levels("lloyd", w).to(torch.float16)) for w in widths}),
     )
     buffers, _ = pack_model({"layer": tensor})
     stored = sum(8 * b.numel() * b.element_size() for name, b in buffers.items() if name.startswith(CODEBOOK_PREFIX))
-    assert stored == table_bits(widths, states)
+    assert stored == table_bits(widths)
 
 
-@pytest.mark.parametrize("states", [None, 64])
-def test_tables_are_for_models_large_enough_to_pay_for_them(states):
+def test_tables_are_for_models_large_enough_to_pay_for_them():
     """x bits a weight more or less change a risk that goes as 2**(-2 bits) by the factor 2 ln 2 x."""
     for weights in (1000, 20_000, 40_000, 80_000, 10**6, 10**9):
         worth = []
         for width in range(2, 9):
-            bits_per_weight = 16 * 2**width * (1 if states is None else 2) / weights
+            bits_per_weight = 16 * 2**width / weights
             if math.log(2.0 ** (2 * bits_per_weight)) <= 0.005 and width <= 6:
                 worth.append(width)
-        assert table_widths(weights, states) == tuple(worth)
-    assert table_widths(10**9, states) == (2, 3, 4, 5, 6) and table_widths(1000, states) == ()
+        assert table_widths(weights) == tuple(worth)
+    assert table_widths(10**9) == (2, 3, 4, 5, 6) and table_widths(1000) == ()

@@ -84,7 +84,7 @@ def test_a_budget_of_stored_bits_counts_the_tables() -> None:
 
 
 def test_the_trellis_has_less_risk_than_scalar_codes_and_gptq_more() -> None:
-    """At 3 bits; a trellis of 8 states gains about 1 dB on normal weights."""
+    """At 3 bits; the trellis gains 1 dB and more on normal weights."""
     layers = network(rows=240)
     trellis, scalar, gptq = (risk(coded(name, 3, layers), layers) for name in ("trellis", "scalar", "gptq"))
     assert trellis < 0.92 * scalar and scalar < gptq
@@ -145,7 +145,7 @@ def test_the_first_factor_is_that_of_the_steps_it_scales(bits: float) -> None:
     """Normal rows then take about the budget, for the steps between equal slopes and equal bits."""
     layers = network(rows=120)
     stream = StreamAllocation(methods()["trellis"][1], Budget(bits, "code"), {layer.name: layer for layer in layers})
-    rounds = CodedRounds(stream, 8, 8, 4)
+    rounds = CodedRounds(stream, True)
     rounds.start(layers)
     taken = 0.0
     for layer in layers:
@@ -157,7 +157,7 @@ def test_the_first_factor_is_that_of_the_steps_it_scales(bits: float) -> None:
 def test_a_layer_of_few_bits_keeps_half_of_them_in_the_plan() -> None:
     layers = network(rows=120)
     stream = StreamAllocation(Uniform(), Budget(2, "code"), {layer.name: layer for layer in layers})
-    rounds = CodedRounds(stream, 8, 8, 4)
+    rounds = CodedRounds(stream, True)
     rounds.start(layers)
     bits = {layer.name: round((3.5 if k else 0.2) * layer.weight.numel()) for k, layer in enumerate(layers)}
     sums = SymbolSums.empty(rounds.classes.count)

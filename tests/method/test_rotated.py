@@ -60,20 +60,25 @@ def test_codes_are_those_of_a_layer_that_was_rotated_before(name):
         torch.testing.assert_close(tensor.dequantize().double(), values, rtol=1e-4, atol=1e-5)
 
 
-def test_an_allocators_whitenings_are_not_those_of_rotated_layers():
-    """The allocator sees the layers as they are, and the store has a whitening of each before the first rounding."""
+def test_an_allocator_sees_the_rotated_layers():
+    """With all statistics, and its whitenings serve the rounding; layers of before have others in the same store."""
     method, other, plain = bayesq_with(), bayesq_with(), Allocator()
+    layers, seen = network(), []
 
-    def allocate(layers, *arguments):
-        for one in layers:
-            assert one.rotation is None
-            method.whitenings.whitening(one, True, 0.01)
-        return plain(layers, *arguments)
+    def allocate(rotated, *arguments):
+        for one, original in zip(rotated, layers, strict=True):
+            method.whitenings.whitening(original, True, 0.01)
+            seen.append(method.whitenings.whitening(one, True, 0.01))
+            assert torch.equal(one.weight, one.rotation.forward(original.weight.double()).float())
+            assert torch.equal(one.statistic("fisher_diagonal"), original.statistic("fisher_diagonal"))
+        return plain(rotated, *arguments)
 
     method.whitenings.memory_limit = other.whitenings.memory_limit = 2**30
-    found = [tensor for _, tensor in through_the_loop(RotatedColumns(method, "fixed"), network(), allocate)]
+    found = [tensor for _, tensor in through_the_loop(RotatedColumns(method, "fixed"), layers, allocate)]
     expected = [tensor for _, tensor in through_the_loop(RotatedColumns(other, "fixed"), network(), Allocator())]
     assert all(torch.equal(one.codes, two.codes) for one, two in zip(found, expected, strict=True))
+    kept = set(map(id, method.whitenings._in_memory.values()))
+    assert len(kept) == 2 * len(layers) and {id(one) for one in seen} <= kept
 
 
 @pytest.mark.parametrize("name", ["bayesq", "gptq"])
@@ -125,6 +130,8 @@ def test_statistics_without_a_rotated_form_are_refused():
     for posterior in (Diagonal(1.0, 1000, None), Ekfac(1.0, 1000, None)):
         with pytest.raises(Refused, match=r"rotate=true: this method reads \w+, which has no rotated form"):
             RotatedColumns(bayesq_with(posterior), "fixed")
+    with pytest.raises(Refused, match=r"rotate=true: this allocator reads fisher_diagonal, .*; choose rotate=false"):
+        RotatedColumns(METHODS["gptq"](), "fixed", Diagonal(1.0, 1000, None).statistics)
     with pytest.raises(Refused, match=r"reads fisher_diagonal, .*; choose rotate=false"):
         RotatedColumns(construct(settings("method", "squeezellm")), "fixed")
     with pytest.raises(Refused, match=r"reads input_magnitude, .*; choose rotate=false"):

@@ -5,13 +5,14 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from naive_quant import half_steps, shift_register, trellis_indices
+from naive_quant import naive_levels, ring_states
 from torch import Tensor
 
 from baselines.gptq import GPTQ
 from bayesq.codebook import level_unit, normal_distortion, normal_levels
 from bayesq.contract import LayerProblem, stack_groups
 from bayesq.posterior import DiagonalPosterior, Kfac, KroneckerPosterior
+from bayesq.quant.codes import Congruential
 from bayesq.quant.feedback import feedback_factor
 from bayesq.quant.grids import CLIP_RULES, FP16_TINY, minmax_grid, mse_grid, stored_scale, zero_code, zero_value
 from bayesq.rounding import SPREADS, Rounded, first_rows, predicted_risk, refit_rows, round_layer, rounding_curvature
@@ -123,80 +124,73 @@ def test_nearest_is_optimal_for_a_diagonal_posterior():
 # ------------------------------------------------------------------------------------------------- -------- trellis
 
 
-def trellis_problem() -> tuple[Tensor, Tensor, Tensor, Tensor, dict[int, Tensor]]:
-    """Weight of three groups, and storable grids of several widths, one with irregular levels."""
-    weight = normal(3, 7, 15, seed=20)
-    widths = torch.tensor([3, 2, 4, 3, 8, 2, 5] * 3, dtype=torch.uint8)
-    scale, zero = mse_grid(stack_groups(weight).double(), widths)
-    books = {3: torch.sort(torch.rand(16, generator=torch.Generator().manual_seed(21)).double() * 8 - 0.5).values}
-    return weight, scale, zero, widths, books
+def trellis_problem() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Weight of three groups, and storable grids of several widths."""
+    weight = normal(3, 4, 15, seed=20)
+    widths = torch.tensor([3, 2, 4, 3] * 3, dtype=torch.uint8)
+    scale = stack_groups(weight).double().std(1) * 2.0 ** (3 - widths.double())
+    return weight, scale, 2.0 ** (widths.double() - 1) + 0.25, widths
 
 
-def factors(groups: int = 3, rows: int = 7, columns: int = 15) -> KroneckerPosterior:
+def factors(groups: int = 3, rows: int = 4, columns: int = 15) -> KroneckerPosterior:
     a, g = inputs_moment(columns, groups, seed=22), inputs_moment(rows, groups, seed=25)
     return KroneckerPosterior(a, g, 100, 1.0, 1.0)
 
 
 @pytest.mark.parametrize("feedback", [True, False])
 def test_trellis_codes_stand_for_the_values(feedback):
-    weight, scale, zero, widths, books = trellis_problem()
-    rounded = round_layer(weight, factors().whitening(feedback, DAMPING), scale, zero, widths, books, 16)
-    assert np.array_equal(rounded.index().numpy(), trellis_indices(rounded.codes.numpy(), 16, 3))
+    weight, scale, zero, widths = trellis_problem()
+    whitening = factors().whitening(feedback, DAMPING)
+    rounded = round_layer(weight, whitening, scale, zero, widths, {}, Congruential(256))
+    index = ring_states(rounded.codes.numpy(), widths.tolist(), 256, 3)
     assert torch.equal(rounded.width, widths) and rounded.codes.dtype == torch.uint8
     assert torch.equal(rounded.zero, zero_value(zero_code(zero, widths), widths, torch.float64))
     for row, width in enumerate(widths.tolist()):
-        levels = books[width].tolist() if width in books else half_steps(width)
-        reals = [float(rounded.scale[row]) * (level - float(rounded.zero[row])) for level in levels]
-        expected = [reals[i] for i in rounded.index()[row].tolist()]
+        levels = naive_levels(Congruential(256), width, row, widths.tolist())
+        expected = [float(rounded.scale[row]) * (levels[i] - float(rounded.zero[row])) for i in index[row].tolist()]
         assert rounded.values[row].tolist() == pytest.approx(expected, rel=1e-12)
-    scalar = round_layer(weight, factors().whitening(feedback, DAMPING), scale, zero, widths, {})
-    assert torch.equal(scalar.index(), scalar.codes.long())
 
 
 @pytest.mark.parametrize("posterior", ["kfac", "diag"])
 def test_without_feedback_the_trellis_weighs_every_error_by_its_risk(posterior):
-    """The rows of a column compete, so what an error costs in each of them decides: all paths of 7 rows, one by one."""
-    weight, scale, zero, widths, books = trellis_problem()
+    """The rows of a column compete, so what an error costs in each of them decides: all rings of 4 rows, one by one."""
+    weight, scale, zero, widths = trellis_problem()
     # rows whose errors cost very different amounts
-    own = 10 ** (2 * torch.rand(3, 7, generator=torch.Generator().manual_seed(28)).double() - 1)
+    own = 10 ** (2 * torch.rand(3, 4, generator=torch.Generator().manual_seed(28)).double() - 1)
     if posterior == "kfac":
         q = KroneckerPosterior(inputs_moment(15, 3, seed=22), torch.diag_embed(own), 100, 1.0, 1.0)
     else:
-        q = DiagonalPosterior(own[:, :, None] * (0.1 + normal(3, 7, 15, seed=29).double().abs()), 100, 1.0, 1.0)
-    rounded = round_layer(weight, q.whitening(False, DAMPING), scale, zero, widths, books, 4)
-    cost = stack_groups(q.diagonal())
+        q = DiagonalPosterior(own[:, :, None] * (0.1 + normal(3, 4, 15, seed=29).double().abs()), 100, 1.0, 1.0)
+    rounded = round_layer(weight, q.whitening(False, DAMPING), scale, zero, widths, {}, Congruential(256))
+    every = np.array(list(itertools.product(*(range(2**w) for w in widths[:4].tolist()))), np.uint8).T
+    states = ring_states(every, widths[:4].tolist(), 256, 1)
+    levels = [np.array(naive_levels(Congruential(256), w, 0, [w])) for w in widths[:4].tolist()]
+    cost = q.diagonal()
     for g, c in itertools.product(range(3), range(15)):
-        rows = range(7 * g, 7 * g + 7)
-        entries = [float(stack_groups(weight)[row, c]) for row in rows]
-        reals = []
-        for row in rows:
-            width = int(widths[row])
-            levels = books[width].tolist() if width in books else half_steps(width)
-            reals.append([float(rounded.scale[row]) * (level - float(rounded.zero[row])) for level in levels])
-        achieved = sum(
-            float(cost[row, c]) * (float(rounded.values[row, c]) - w) ** 2 for row, w in zip(rows, entries, strict=True)
-        )
-        least = min(
-            sum(
-                float(cost[row, c]) * min((w - value) ** 2 for value in own_reals[subset::4])
-                for row, w, own_reals, subset in zip(rows, entries, reals, shift_register(list(bits), 4), strict=True)
-            )
-            for bits in itertools.product((0, 1), repeat=7)
-        )
-        assert achieved == pytest.approx(least, rel=1e-5)
+        total, achieved = 0.0, 0.0
+        for r in range(4):
+            row = 4 * g + r
+            values = float(rounded.scale[row]) * (levels[r][states[r]] - float(rounded.zero[row]))
+            total = total + float(cost[g, r, c]) * (values - float(weight[g, r, c])) ** 2
+            achieved += float(cost[g, r, c]) * (float(rounded.values[row, c]) - float(weight[g, r, c])) ** 2
+        assert achieved == pytest.approx(total.min(), rel=1e-5)
 
 
 def test_a_trellis_lowers_the_risk():
     weight = normal(1, 40, 60, seed=30)
     posterior = factors(1, 40, 60)
     widths = torch.full((40,), 3, dtype=torch.uint8)
-    grid = mse_grid(weight[0].double(), widths)
     whitening = posterior.whitening(True, DAMPING)
-    risk = [
-        float(posterior.row_risk(round_layer(weight, whitening, *grid, widths, {}, states).values - weight[0]).sum())
-        for states in (None, 4, 64)
+    unit, middle = torch.full((40,), 1.16, dtype=torch.float64), torch.full((40,), 4.0, dtype=torch.float64)
+    grids = [
+        mse_grid(weight[0].double(), widths),
+        *2 * [first_rows(weight[0], rounding_curvature(whitening, 40), widths, unit, middle)],
     ]
-    assert risk[1] < 0.9 * risk[0] and risk[2] < risk[1]
+    risk = [
+        float(posterior.row_risk(round_layer(weight, whitening, *grid, widths, {}, code).values - weight[0]).sum())
+        for grid, code in zip(grids, (None, Congruential(256), Congruential(1024)), strict=True)
+    ]
+    assert risk[1] < 0.75 * risk[0] and risk[2] < risk[1]
 
 
 # -------------------------------------------------------------------------------------------------------- first grids
@@ -208,13 +202,19 @@ def lloyd_error(row: np.ndarray, gain: np.ndarray, mean: float, spread: float, b
     return sum(g * min((w - level) ** 2 for level in levels) for w, g in zip(row, gain, strict=True))
 
 
+def first_scalar_rows(weight: Tensor, gain: Tensor, width: Tensor) -> tuple[Tensor, Tensor]:
+    """For tables of scalar levels."""
+    unit = torch.tensor([level_unit(w) for w in width.tolist()], dtype=torch.float64)
+    return first_rows(weight, gain, width, unit, (2 ** width.double() - 1) / 2)
+
+
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_first_grids_have_the_spread_that_costs_least(bits):
     weight = normal(6, 40, seed=bits).double() * torch.tensor([1e-6, 0.1, 1.0, 1.0, 30.0, 1.0])[:, None]
     weight[3] += 1.2  # a mean far from zero
     weight[5, :2] = torch.tensor([9.0, -14.0])  # outliers
     gain = normal(6, 40, seed=9).double().square()
-    scale, zero = first_rows(weight, gain, torch.full((6,), bits, dtype=torch.uint8))
+    scale, zero = first_scalar_rows(weight, gain, torch.full((6,), bits, dtype=torch.uint8))
     centre = (2**bits - 1) / 2
     spread, mean = scale / level_unit(bits), scale * (centre - zero)
     assert mean.tolist() == pytest.approx(np.average(weight, axis=1, weights=gain).tolist(), rel=1e-9)
@@ -236,15 +236,17 @@ def test_first_grids_of_odd_rows():
     gain = torch.ones_like(weight)
     gain[4] = 0
     widths = torch.tensor([2, 3, 4, 5, 3], dtype=torch.uint8)
-    scale, zero = first_rows(weight, gain, widths)
+    scale, zero = first_scalar_rows(weight, gain, widths)
     assert bool((torch.isfinite(scale) & torch.isfinite(zero) & (scale >= FP16_TINY)).all())
     assert scale[0] == FP16_TINY
     middle = scale * ((2 ** widths.double() - 1) / 2 - zero)
     assert middle[:3].tolist() == pytest.approx([0.0, 2.5, -1e30], rel=1e-9)
     assert bool(((zero >= -1e-9) & (zero <= 2 ** widths.double() - 1 + 1e-9))[[0, 1, 2, 4]].all())
-    even = first_rows(weight[4:], torch.ones(1, 8), widths[4:])  # no gain anywhere counts like the same gain everywhere
+    even = first_scalar_rows(
+        weight[4:], torch.ones(1, 8), widths[4:]
+    )  # no gain anywhere counts like the same gain everywhere
     assert scale[4] == even[0] and zero[4] == even[1]
-    one_scale, one_zero = first_rows(torch.tensor([[3.0], [-0.5]]), torch.ones(2, 1), torch.tensor([3, 3]))
+    one_scale, one_zero = first_scalar_rows(torch.tensor([[3.0], [-0.5]]), torch.ones(2, 1), torch.tensor([3, 3]))
     assert (one_scale * (3.5 - one_zero)).tolist() == pytest.approx([3.0, -0.5], rel=1e-9)
 
 
@@ -289,7 +291,7 @@ def test_rows_without_a_usable_fit_keep_their_grid():
     scale, zero = torch.full((3,), 0.5).double(), torch.ones(3).double()
     met = torch.tensor([[0.1, 0.9, 0.3], [1.0, 0.0, -1.0], [-0.6, 0.1, 0.5]]).double()
     widths = torch.full((3,), 2, dtype=torch.uint8)
-    rounded = Rounded(level.to(torch.uint8), scale, zero, widths, 0.5 * (level - 1), met, None, 1)
+    rounded = Rounded(level.to(torch.uint8), scale, zero, widths, 0.5 * (level - 1), met)
     new_scale, new_zero = refit_rows(rounded, torch.ones(3, 3).double())
     # one code everywhere; a slope below zero; a proper fit
     assert new_scale.tolist()[:2] == [0.5, 0.5] and new_zero.tolist()[:2] == [1.0, 1.0]

@@ -275,7 +275,7 @@ def test_a_posterior_from_outside_fits_whitens_stores_and_quantizes(kind, tmp_pa
     assert same(store.whitening(one, True, DAMPING), whitening)
     assert (whitening.factors is None) == (kind is InputsOnly)
 
-    method = BayesQ(WhiteningStore(posterior), "lloyd", 8, False, "feedback", 1, DAMPING)
+    method = BayesQ(WhiteningStore(posterior), "lloyd", 256, False, "feedback", 1, DAMPING)
     knapsack = Knapsack(method.whitenings, "row", [2, 3, 4, 6])
     found = {}
 

@@ -11,15 +11,15 @@ from bayesq.quant.codes import (
     Bitshift,
     Code,
     Codebook,
+    Congruential,
     RowTable,
     SharedTable,
     SparseOverlay,
     Trellis,
-    shared_code,
 )
 from bayesq.quant.tensor import QuantizedTensor
 
-KINDS = (Affine, SharedTable, RowTable, Trellis, Bitshift)
+KINDS = (Affine, SharedTable, RowTable, Trellis, Bitshift, Congruential)
 
 
 def codebook(width: int, name: str = "book", trellis: bool = False) -> Codebook:
@@ -101,11 +101,11 @@ def codes_of(draw: st.DrawFn, kind: type[Code], widths: list[int], seed: int) ->
         return Affine()
     if kind is RowTable:
         return row_table(widths, seed)
-    if kind is Bitshift:
-        return Bitshift(draw(st.sampled_from([256, 1024])))
-    states = draw(st.sampled_from([4, 8, 64, 256])) if kind is Trellis else None
-    with_table = draw(st.lists(st.sampled_from(sorted(set(widths))), unique=True, min_size=1 if states is None else 0))
-    return shared_code({w: codebook(w, trellis=states is not None) for w in with_table}, states)
+    if issubclass(kind, Bitshift):
+        return kind(draw(st.sampled_from([256, 1024])))
+    with_table = draw(st.lists(st.sampled_from(sorted(set(widths))), unique=True, min_size=int(kind is SharedTable)))
+    tables = {w: codebook(w, trellis=kind is Trellis) for w in with_table}
+    return Trellis(tables, draw(st.sampled_from([4, 8, 64, 256]))) if kind is Trellis else SharedTable(tables)
 
 
 def identical(a: QuantizedTensor, b: QuantizedTensor) -> bool:

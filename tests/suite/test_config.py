@@ -136,7 +136,7 @@ UNREAD = {
     "method=qronos codec=entropy method.clip=mse": "method.clip=mse: has no effect with codec=entropy; choose auto",
     "method=awq codec=entropy method.clip_steps=5": "method.clip_steps=5: has no effect with codec=entropy; choose 20",
     "method=squeezellm method.sensitive=0.5": "method.sensitive=0.5: has no effect with method.sparse=0; choose 0.11",
-    "method.levels=lloyd method.states=8": "method.states=8: has no effect with method.levels=lloyd; choose 64",
+    "method.levels=lloyd method.states=256": "method.states=256: has no effect with method.levels=lloyd; choose 1024",
     "codec=entropy method.levels=uniform": (
         "method.levels=uniform: has no effect with codec=entropy; choose trellis or lloyd"
     ),
@@ -160,7 +160,7 @@ READ = [
     "method=rtn codec=entropy method.group_size=null method.symmetric=false method.clip=mse",
     "method=rtn method.group_size=16 method.symmetric=true method.clip=minmax",
     "method=squeezellm method.sensitive=0.5 method.sparse=0.01",
-    "method.levels=lloyd method.states=64",
+    "method.levels=lloyd method.states=1024",
     "method.refits=0 method.levels=uniform",
     "method.refits=0 method.levels=lloyd codec=entropy",
     "method=gptq method.sequential=false",

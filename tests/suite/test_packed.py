@@ -337,7 +337,7 @@ def test_contradictions_are_found_though_the_digest_is_right(original: Packed, t
         ({"code": "row_table"}, "the facts of a layer are shape, groups, group_size, mixed, code, not"),
         (
             {"code": "shared_table"},
-            "code: needs one of row_table, bitshift, entropy, column_entropy, not 'shared_table'",
+            "code: needs one of row_table, bitshift, congruential, entropy, column_entropy, not 'shared_table'",
         ),
     ],
 )

@@ -28,10 +28,10 @@ COMMANDS = {
     "method=rtn": set(),
     "method=awq allocator=knapsack": {"_lower_hulls"},
     "method=gptq": {"_transpose", "_affine_block"},
-    "bits=4": {"_trellis_block", "_decode", "_least_error"},
-    "proxy=mc method.states=8 bits=2.5": {"_trellis_block", "_search_columns"},
+    "bits=4": {"_bitshift_block", "_states", "_least_error"},
+    "proxy=mc method.states=256 bits=2.5": {"_bitshift_block", "_round_column"},
     "method.levels=lloyd": {"_codebook_block", "_least_error"},
-    "posterior=diag": {"_search_columns", "_decode"},
+    "posterior=diag": {"_round_columns", "_states"},
 }
 
 
@@ -61,7 +61,7 @@ def test_only_what_a_method_needs_is_compiled(compilations):
     assert compilations["method=rtn"][0] == []
     assert [name.rpartition(".")[2] for name in compilations["method=awq allocator=knapsack"][0]] == ["_lower_hulls"]
     assert not any(
-        "trellis" in name for name in compilations["method=gptq"][0] + compilations["method.levels=lloyd"][0]
+        "bitshift" in name for name in compilations["method=gptq"][0] + compilations["method.levels=lloyd"][0]
     )
 
 

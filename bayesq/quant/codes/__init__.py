@@ -4,7 +4,7 @@ base          Code, the base class: decode, pack, count
 affine        level(k) = k
 shared_table  tables of levels that all layers of a model share
 row_table     a table of levels for each row
-trellis       the level depends on the codes above it too
+trellis       the level depends on the codes above it too; of files from before bitshift codes
 bitshift      a level for each of the last bits of a column
 entropy       a compressed stream of symbols, and a step per row
 column_entropy  the same with a rate per row and column
@@ -17,7 +17,7 @@ from typing import Any
 
 from bayesq.quant.codes.affine import Affine
 from bayesq.quant.codes.base import Code, Codebook, LevelPart, is_count, shown
-from bayesq.quant.codes.bitshift import Bitshift
+from bayesq.quant.codes.bitshift import Bitshift, Congruential
 from bayesq.quant.codes.column_entropy import ColumnEntropyCode
 from bayesq.quant.codes.entropy import EntropyCode
 from bayesq.quant.codes.overlay import SparseOverlay
@@ -32,6 +32,7 @@ __all__ = [
     "Code",
     "Codebook",
     "ColumnEntropyCode",
+    "Congruential",
     "EntropyCode",
     "LevelPart",
     "RateTables",
@@ -50,6 +51,7 @@ __all__ = [
 CODES: Mapping[str, type[Code]] = {
     "row_table": RowTable,
     "bitshift": Bitshift,
+    "congruential": Congruential,
     "entropy": EntropyCode,
     "column_entropy": ColumnEntropyCode,
 }
@@ -70,12 +72,6 @@ def code_class(facts: Mapping[str, Any]) -> type[Code]:
     return Affine if facts.get("codebooks") == {} else SharedTable
 
 
-def shared_code(tables: Mapping[int, Codebook], states: int | None = None) -> Code:
-    """The code of rows with these tables by width.
-
-    Args:
-        states: of the trellis that the codes run along; None for scalar codes.
-    """
-    if states is not None:
-        return Trellis(tables, states)
+def shared_code(tables: Mapping[int, Codebook]) -> Code:
+    """The scalar code of rows with these tables by width."""
     return SharedTable(tables) if tables else Affine()
