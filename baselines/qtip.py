@@ -1,9 +1,10 @@
 """QTIP (Tseng et al., arXiv 2406.11235): rotate both sides of a layer, then trellis codes with LDLQ feedback.
 
 The rotated weights W' = R_r W R_cT are nearly Gaussian, so levels designed for a Gaussian serve all layers. Feedback
-runs over the columns of W' in the metric R_c A R_cT, and the codes of each column lie on a bitshift trellis
-(`bayesq.quant.codes.bitshift`). The published code rounds tiles of 16 x 16 weights along one path, with feedback from
-tile to tile. Here a path runs down one column, so that every column gets feedback.
+runs over the columns of W' in the metric R_c A R_cT, and the codes of each column lie on a bitshift trellis, with
+levels as published or with those of BayesQ (`bayesq.quant.codes.bitshift`). The published code rounds tiles of 16 x 16
+weights along one path, with feedback from tile to tile. Here a path runs down one column, so that every column gets
+feedback.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,8 +18,8 @@ from bayesq.codebook import normal_distortion
 from bayesq.contract import Allocate, Context, LayerProblem, check_finite, stack_groups
 from bayesq.errors import Refused
 from bayesq.quant.bitshift import BitshiftGrid, bitshift_distortion
-from bayesq.quant.codes import Affine, Bitshift
-from bayesq.quant.codes.bitshift import STATES
+from bayesq.quant.codes import Affine, Bitshift, Congruential
+from bayesq.quant.codes.bitshift import MULTIPLIERS, STATES, trellis_for
 from bayesq.quant.feedback import feedback_factors, feedback_round
 from bayesq.quant.grids import AffineGrid, mse_grid, stored_scale, zero_code
 from bayesq.quant.rotation import SEED_BYTES, Rotation
@@ -27,8 +28,9 @@ from bayesq.quant.tensor import QuantizedTensor
 # Standard deviation of the levels in units of a row's root mean square, as in the published code. Feedback makes the
 # weights longer, and wide levels are better for normal weights too.
 SPREAD = 1 / 0.9
-# Columns of fewer bits get scalar codes.
+# Columns of fewer bits get scalar codes, with hashed levels.
 LEAST_BITS = 24
+CODES = {"hash": (Bitshift, STATES), "congruential": (Congruential, tuple(MULTIPLIERS))}
 
 
 class QTIP:
@@ -36,15 +38,19 @@ class QTIP:
 
     Args:
         states: of the trellis, a power of 2 from 256 to 65,536; short columns get fewer, see `states_for`.
+        levels: "hash", as published, or "congruential", as BayesQ has them (256, 1,024 or 4,096 states).
         damping: fraction of the mean diagonal added to the input moment.
     """
 
     statistics: frozenset[Statistic] = frozenset({INPUT_MOMENT})
     rotates = True
 
-    def __init__(self, states: int, damping: float) -> None:
-        if states not in STATES:
-            raise Refused(f"method.states={states}: choose one of {', '.join(map(str, STATES))}")
+    def __init__(self, states: int, levels: str, damping: float) -> None:
+        if levels not in CODES:
+            raise Refused(f"method.levels={levels}: choose one of {', '.join(CODES)}")
+        self.code, allowed = CODES[levels]
+        if states not in allowed:
+            raise Refused(f"method.states={states}: choose one of {', '.join(map(str, allowed))}")
         if not damping >= 0:
             raise Refused(f"method.damping={damping}: must be 0 or more")
         self.states, self.damping = states, damping
@@ -56,22 +62,22 @@ class QTIP:
     def distortion(self, layer: LayerProblem, width: int) -> float:
         """Expected squared error of a code of `width` bits in this layer, for weights of unit variance."""
         rows = layer.weight.shape[1]
-        states = self.states_for(rows * width)
-        return (
-            normal_distortion("uniform", width)
-            if states is None
-            else bitshift_distortion(width, Bitshift(states), rows, SPREAD)
-        )
+        code = self.code_for(rows * width)
+        if code is None:
+            return normal_distortion("uniform", width)
+        return bitshift_distortion(width, code, rows, SPREAD * code.unit(width))
 
-    def states_for(self, bits: int) -> int | None:
-        """States for columns of so many bits; None: scalar codes are better.
+    def code_for(self, bits: int) -> Bitshift | None:
+        """The code of columns of so many bits; None: scalar codes are better.
 
-        A ring has to close, which costs more the longer a state is beside the ring. The rule fits what was best for
+        A ring has to close, which costs more the longer a state is beside the ring. The rules fit what was best for
         normal weights in columns of 16 to 64 rows at 2 to 4 bits.
         """
+        if self.code is Congruential:
+            return trellis_for(bits, self.states)
         if bits < LEAST_BITS:
             return None
-        return min(max(STATES[0], 1 << (6 + bits // 12)), self.states)
+        return Bitshift(min(max(STATES[0], 1 << (6 + bits // 12)), self.states))
 
     def quantize_layer(self, layer: LayerProblem, width: Tensor, context: Context) -> QuantizedTensor:
         """Rotate the layer, round it with feedback, and store the rotation's seed."""
@@ -82,14 +88,18 @@ class QTIP:
         factors = feedback_factors(moments, self.damping, act_order=False)
         layer.count("damping_retries", sum(factor.retries for factor in factors))
         rows = stack_groups(weight)
-        states = self.states_for(int(width.reshape(len(weight), -1).sum(1).min()))
-        scale, zero = stored_scale(SPREAD * rows.square().mean(1).sqrt()), torch.zeros(len(rows), dtype=rows.dtype)
-        if states is None:
+        code = self.code_for(int(width.reshape(len(weight), -1).sum(1).min()))
+        if code is None:
             scale, zero = mse_grid(rows, width)
+        else:
+            unit, zero = (
+                torch.tensor([of(w) for w in width.tolist()], dtype=rows.dtype) for of in (code.unit, code.middle)
+            )
+            scale = stored_scale(SPREAD * unit * rows.square().mean(1).sqrt())
         codes = []
         parts = (part.chunk(len(weight)) for part in (scale, zero, width))
         for matrix, factor, s, z, w in zip(weight, factors, *parts, strict=True):
-            grid = AffineGrid(s[:, None], z[:, None], w) if states is None else BitshiftGrid(s, z, w, Bitshift(states))
+            grid = AffineGrid(s[:, None], z[:, None], w) if code is None else BitshiftGrid(s, z, w, code)
             codes.append(feedback_round(matrix, factor, grid)[0])
         return QuantizedTensor(
             codes=torch.cat(codes),
@@ -97,6 +107,6 @@ class QTIP:
             scale=scale[:, None].to(torch.float16),
             zero=zero_code(zero, width)[:, None],
             groups=len(weight),
-            code=Affine() if states is None else Bitshift(states),
+            code=code or Affine(),
             rotation=rotation,
         )

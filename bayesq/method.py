@@ -23,7 +23,7 @@ from bayesq.errors import Refused
 from bayesq.posterior import WhiteningStore
 from bayesq.quant.bitshift import bitshift_distortion
 from bayesq.quant.codes import Codebook, Congruential, shared_code
-from bayesq.quant.codes.bitshift import MULTIPLIERS
+from bayesq.quant.codes.bitshift import MULTIPLIERS, trellis_for
 from bayesq.quant.grids import CLIP_STEPS, FP16_TINY, mse_grid, zero_code
 from bayesq.quant.tensor import QuantizedTensor
 from bayesq.rounding import Rounded, first_rows, refit_rows, round_layer, rounding_curvature
@@ -31,10 +31,6 @@ from bayesq.whitening import Whitening
 
 LEVELS = ("trellis", "lloyd", "uniform")
 ROUNDINGS = ("feedback", "nearest")
-# Least bits of a column for each number of states. A path ends where it begins, which costs more the longer a state is
-# beside the column. Shorter columns have scalar codes. Best for normal weights at 2 to 6 bits in columns of 6 to 64
-# rows.
-LEAST_BITS = {256: 12, 1024: 60, 4096: 128}
 # All roundings but the last only serve the refits: few states give them nearly the same values in less time, and a
 # coarse scan is enough for the first ranges of affine rows.
 REFIT_STATES = 256
@@ -54,7 +50,7 @@ class BayesQ:
         levels: "trellis" lets the codes of each column choose among many levels along a trellis
             (`bayesq.quant.bitshift`); "lloyd" designs non-uniform levels for scalar codes, one table per width shared
             by the whole model; "uniform" designs step sizes only.
-        states: of the trellis; read by levels=trellis. Short columns have fewer, see LEAST_BITS.
+        states: of the trellis; read by levels=trellis. Short columns have fewer, see `trellis_for`.
         posterior_noise: design scalar levels for weights drawn from the posterior rather than for its mean. The risk
             of deploying w_hat is 1/2 (mu - w_hat)T P (mu - w_hat) + const, so codes chosen for the mean already
             minimise the posterior-expected distortion; levels for draws measured worse (bayesq/README.md). On a
@@ -163,7 +159,7 @@ class BayesQ:
         rows = layer.weight.shape[1]
         trellis = trellis_for(rows * width, self.states) if self.levels == "trellis" else None
         if trellis is not None:
-            return bitshift_distortion(width, trellis, rows, trellis_unit(width))
+            return bitshift_distortion(width, trellis, rows, spread(width) * trellis.unit(width))
         return normal_distortion("lloyd" if width in self.tables else "uniform", width)
 
     def _table_widths(self, layers: Sequence[LayerProblem]) -> tuple[int, ...]:
@@ -195,9 +191,10 @@ class BayesQ:
         and its values differ from zero by less than that step.
         """
         weight = stack_groups(layer.weight).to(torch.float64)
-        if self._trellis(layer, width, self.states) is not None:
-            middle = 2.0 ** (width.double() - 1)
-            return first_rows(weight, self._curvature(layer), width, _per_row(trellis_unit, width), middle)
+        trellis = self._trellis(layer, width, self.states)
+        if trellis is not None:
+            unit, middle = _per_row(lambda w: spread(w) * trellis.unit(w), width), _per_row(trellis.middle, width)
+            return first_rows(weight, self._curvature(layer), width, unit, middle)
         scale, zero = torch.empty_like(weight[:, 0]), torch.empty_like(weight[:, 0])
         tables = [w for w in _used(width) if w >= LEAST_DESIGNED_START and w in self.tables]
         affine = torch.isin(width, torch.tensor(tables, dtype=width.dtype), invert=True)
@@ -272,15 +269,9 @@ class BayesQ:
         return scale, zero
 
 
-def trellis_for(bits: int, most_states: int) -> Congruential | None:
-    """The trellis code of columns of so many bits; None: scalar codes are better."""
-    states = [states for states, least in LEAST_BITS.items() if bits >= least and states <= most_states]
-    return Congruential(max(states)) if states else None
-
-
-def trellis_unit(width: int) -> float:
-    """A level unit of a trellis in standard deviations of the weights: near the best for normal weights."""
-    return float((1.04 + 0.04 * width) * 2.0 ** (3 - width))
+def spread(width: int) -> float:
+    """Standard deviation of a trellis' levels in that of the weights: near the best for normal weights."""
+    return 1.04 + 0.04 * width
 
 
 def _per_row(of_width: Callable[[int], float], width: Tensor) -> Tensor:

@@ -28,17 +28,36 @@ def test_distortion_of_gaussian_weights(width: int) -> None:
     """4096 states are worse than the published 65,536 by up to a sixth, and better than scalar Lloyd-Max levels."""
     weight = torch.randn(1, 512, 128, generator=torch.Generator().manual_seed(width))
     widths = torch.full((512,), width, dtype=torch.uint8)
-    ((_, tensor),) = rounded(QTIP(4096, 0.01), [problem(weight, torch.eye(128)[None])], FixedWidths(layer=widths))
+    ((_, tensor),) = rounded(
+        QTIP(4096, "hash", 0.01), [problem(weight, torch.eye(128)[None])], FixedWidths(layer=widths)
+    )
     distortion = float((tensor.dequantize() - weight).square().mean() / weight.square().mean())
     assert 4.0**-width < PUBLISHED[width] < distortion < 1.17 * PUBLISHED[width]
     assert distortion < 0.7 * {2: 0.1175, 3: 0.03454, 4: 0.009497}[width]
 
 
+@pytest.mark.parametrize("width", [2, 3, 4])
+def test_distortion_with_congruential_levels(width: int) -> None:
+    """1,024 of these states are better than 4,096 of the others, and 4,096 about as good as the published 65,536."""
+    weight = torch.randn(1, 512, 64, generator=torch.Generator().manual_seed(width))
+    widths, distortion = torch.full((512,), width, dtype=torch.uint8), {}
+    for levels, states in (("hash", 4096), ("congruential", 1024), ("congruential", 4096)):
+        method = QTIP(states, levels, 0.01)
+        ((_, tensor),) = rounded(method, [problem(weight, torch.eye(64)[None])], FixedWidths(layer=widths))
+        distortion[levels, states] = float((tensor.dequantize() - weight).square().mean() / weight.square().mean())
+    assert distortion["congruential", 4096] < distortion["congruential", 1024] < distortion["hash", 4096]
+    assert distortion["congruential", 4096] < 1.05 * PUBLISHED[width]
+
+
 def test_short_columns_get_fewer_states_or_scalar_codes() -> None:
-    method = QTIP(4096, 0.01)
-    assert [method.states_for(bits) for bits in (23, 24, 48, 60, 96, 4608)] == [None, 256, 1024, 2048, 4096, 4096]
-    assert QTIP(256, 0.01).states_for(4608) == 256
-    assert QTIP(65536, 0.01).states_for(96) == 16384
+    method = QTIP(4096, "hash", 0.01)
+    assert method.code_for(23) is None
+    assert [method.code_for(b).states for b in (24, 48, 60, 96, 4608)] == [256, 1024, 2048, 4096, 4096]
+    assert QTIP(256, "hash", 0.01).code_for(4608).states == 256
+    assert QTIP(65536, "hash", 0.01).code_for(96).states == 16384
+    other = QTIP(4096, "congruential", 0.01)
+    assert other.code_for(11) is None
+    assert [other.code_for(b).states for b in (12, 59, 60, 127, 128)] == [256, 256, 1024, 1024, 4096]
     layer = problem(torch.zeros(1, 12, 4), torch.eye(4)[None])
     assert method.distortion(layer, 3) < 0.03 < method.distortion(problem(torch.zeros(1, 4, 4), torch.eye(4)[None]), 3)
 
@@ -48,7 +67,7 @@ def test_outliers_are_spread_before_rounding() -> None:
     weight = torch.randn(1, 48, 36, generator=generator)
     weight[0, 5, 7], weight[0, :, 9] = 40.0, weight[0, :, 9] * 8
     widths = torch.full((48,), 3, dtype=torch.uint8)
-    ((_, tensor),) = rounded(QTIP(256, 0.01), [problem(weight, torch.eye(36)[None])], FixedWidths(layer=widths))
+    ((_, tensor),) = rounded(QTIP(256, "hash", 0.01), [problem(weight, torch.eye(36)[None])], FixedWidths(layer=widths))
     assert (tensor.dequantize() - weight).square().mean() < 0.04 * weight.square().mean()
 
 
@@ -59,7 +78,7 @@ def test_feedback_runs_in_the_rotated_metric() -> None:
     widths = torch.full((24,), 3, dtype=torch.uint8)
     errors = {}
     for kind, seen in (("feedback", moment), ("identity", torch.eye(20, dtype=torch.float64))):
-        ((_, tensor),) = rounded(QTIP(256, 0.01), [problem(weight, seen[None])], FixedWidths(layer=widths))
+        ((_, tensor),) = rounded(QTIP(256, "hash", 0.01), [problem(weight, seen[None])], FixedWidths(layer=widths))
         delta = (tensor.dequantize() - weight)[0].double()
         errors[kind] = float(torch.einsum("rc,cd,rd->", delta, moment, delta))
     assert errors["feedback"] < 0.8 * errors["identity"]
@@ -74,7 +93,7 @@ def test_every_layer_has_its_seed_and_the_file_gives_the_same_weights() -> None:
         layer.name = f"layer{k}"
         layers.append(layer)
     widths = {layer.name: torch.full((layer.rows,), 3, dtype=torch.uint8) for layer in layers}
-    tensors = {layer.name: tensor for layer, tensor in rounded(QTIP(256, 0.01), layers, FixedWidths(**widths))}
+    tensors = {layer.name: tensor for layer, tensor in rounded(QTIP(256, "hash", 0.01), layers, FixedWidths(**widths))}
     assert len({tensor.rotation for tensor in tensors.values()}) == 3
     assert [isinstance(tensor.code, Bitshift) for tensor in tensors.values()] == [True, False, True]
     for layer in layers:
@@ -94,14 +113,14 @@ def test_seeds_are_counted_against_the_budget() -> None:
         counted.append(codebook_bits)
         return {"layer": torch.full((64,), 3, dtype=torch.uint8)}
 
-    QTIP(256, 0.01).prepare(layers, allocate, Context.of_seed(0))
+    QTIP(256, "hash", 0.01).prepare(layers, allocate, Context.of_seed(0))
     assert counted == [8 * 4]
 
 
 def test_rows_of_rotated_weights_are_not_scaled_and_not_exported() -> None:
     weight = torch.randn(1, 8, 12, generator=torch.Generator().manual_seed(0))
     widths = torch.full((8,), 4, dtype=torch.uint8)
-    ((_, tensor),) = rounded(QTIP(256, 0.01), [problem(weight, torch.eye(12)[None])], FixedWidths(layer=widths))
+    ((_, tensor),) = rounded(QTIP(256, "hash", 0.01), [problem(weight, torch.eye(12)[None])], FixedWidths(layer=widths))
     assert scaled(tensor, torch.full((8,), 2.0)) is tensor
     affine = replace(tensor, code=Affine(), zero=torch.zeros_like(tensor.zero))
     assert obstacle(replace(affine, rotation=None), [4]) is None
@@ -121,6 +140,10 @@ def test_it_takes_correction_and_distillation(inputs: str) -> None:
 
 def test_bad_values_are_refused_with_their_key() -> None:
     with pytest.raises(Refused, match=r"^method\.states=100: choose one of 256, 512"):
-        QTIP(100, 0.01)
+        QTIP(100, "hash", 0.01)
+    with pytest.raises(Refused, match=r"^method\.states=2048: choose one of 256, 1024, 4096"):
+        QTIP(2048, "congruential", 0.01)
+    with pytest.raises(Refused, match=r"^method\.levels=other: choose one of hash, congruential"):
+        QTIP(256, "other", 0.01)
     with pytest.raises(Refused, match=r"^method\.damping=-1: must be 0 or more"):
-        QTIP(256, -1)
+        QTIP(256, "hash", -1)

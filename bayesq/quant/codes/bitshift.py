@@ -42,6 +42,12 @@ MULTIPLIERS = {
 }
 
 
+# Least bits of a column for each number of states. A path ends where it begins, which costs more the longer a state is
+# beside the column. Shorter columns have scalar codes. Best for normal weights at 2 to 6 bits in columns of 6 to 64
+# rows.
+LEAST_RING_BITS = {256: 12, 1024: 60, 4096: 128}
+
+
 @dataclass(frozen=True)
 class Bitshift(Code):
     """Codes along a ring of bits in each column, with hashed levels.
@@ -69,6 +75,10 @@ class Bitshift(Code):
     def middle(self, width: int) -> float:
         """The middle of the levels of rows of a width."""
         return 0.0
+
+    def unit(self, width: int) -> float:
+        """A level unit, in standard deviations of the levels of a width."""
+        return 1.0
 
     def parts(self, width: Tensor) -> tuple[LevelPart, ...]:
         """The levels of all states, which are not stored."""
@@ -122,6 +132,10 @@ class Congruential(Bitshift):
         """As of `Bitshift`."""
         return 2.0 ** (width - 1)
 
+    def unit(self, width: int) -> float:
+        """As of `Bitshift`."""
+        return 2.0 ** (3 - width)
+
     def parts(self, width: Tensor) -> tuple[LevelPart, ...]:
         """The levels of all states for each width of the rows, narrow widths first."""
         return tuple(LevelPart(self.levels(w)) for w in width.unique().tolist())
@@ -130,6 +144,12 @@ class Congruential(Bitshift):
         """As of `Code`."""
         start = torch.searchsorted(width.unique(), width) * self.states
         return super().positions(codes, width, groups).add_(start[:, None])
+
+
+def trellis_for(bits: int, most_states: int) -> Congruential | None:
+    """The trellis code of columns of so many bits; None: scalar codes are better."""
+    states = [states for states, least in LEAST_RING_BITS.items() if bits >= least and states <= most_states]
+    return Congruential(max(states)) if states else None
 
 
 @compiled()
