@@ -104,14 +104,14 @@ def _is_of_the_suite(axis: str, name: str) -> bool:
 def _method_defaults(config: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
     """The defaults of a run's method and posterior.
 
-    The YAML file of a method that is not the suite's is recorded with the run. It has the defaults of allocator, inputs
-    and correction; those of the method's own keys are not known.
+    The YAML file of a method that is not the suite's is recorded with the run. It has the defaults of allocator,
+    inputs, correction and rotate; those of the method's own keys are not known.
     """
     axes = tuple((axis, str(settings[axis])) for axis in ("method", "posterior") if axis in settings)
     defaults = _defaults(axes)
     if _is_of_the_suite("method", str(settings["method"])):
         return defaults
-    usual = {"allocator": "uniform", "inputs": "full", "correction": "none"}
+    usual = {"allocator": "uniform", "inputs": "full", "correction": "none", "rotate": False}
     of_file = {key: config["method"].get(key, value) for key, value in usual.items()}
     return {key: value for key, value in defaults.items() if not key.startswith("method.")} | of_file
 

@@ -7,7 +7,7 @@ A weight is known as a Gaussian w ~ N(m, s^2). For a cell [t0, t1) with level c,
     E[(w-c)^2; cell] = (s^2 + (m-c)^2) P + s ((2(m-c) + s a) phi(a) - (2(m-c) + s b) phi(b))
 
 so a codebook's distortion needs no sampling or quadrature. All numbers are float64. Distortion of a trellis:
-`bayesq.quant.trellis`.
+`bayesq.quant.bitshift`.
 """
 
 import math

@@ -99,6 +99,7 @@ clip: mse
 """
 POSTERIOR = """
 name: by_input
+rotate: false
 _target_: mine_quant.InputPosterior
 prior_precision: 1.0
 num_data: 1000

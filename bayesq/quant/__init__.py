@@ -12,8 +12,8 @@ resume    forward passes of several batches that stop at chosen modules together
 mean_takers  what takes up a shift of the mean of a layer's outputs: its bias, or a norm
 correction  activation moments matched to the full-precision network's
 feedback  successive rounding with error feedback (the routine GPTQ and BayesQ share)
-trellis   searching codes along a trellis
-bitshift  searching codes along a ring of bits
+bitshift  searching codes along a trellis whose paths are rings of bits
+entropy_search  searching entropy-coded codes, on a trellis or each for itself
 codes     decoding of a layer's codes: affine, tables shared or of each row, trellises; single weights in fp16
 tensor    QuantizedTensor, the one representation every method returns
 bits      streams of bits

@@ -113,7 +113,8 @@ def settings_of(result: Mapping[str, Any]) -> dict[str, Any]:
 
     ImageNet's split depends on the run's seed; runs with different seeds still count as one data set.
     """
-    settings = {"codec": "fixed", **flatten(settings_that_matter(result["config"]))}  # run_id leaves fixed out
+    # run_id leaves these out at their first values
+    settings = {"codec": "fixed", "rotate": False, **flatten(settings_that_matter(result["config"]))}
     if settings.get("dataset.seed") == settings["seed"]:
         settings["dataset.seed"] = "${seed}"
     return {key.removesuffix(".name"): value for key, value in settings.items() if key != "seed"}

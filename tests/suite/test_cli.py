@@ -161,7 +161,7 @@ BAD_COMMANDS = [
         "ablation=refits_0 with method=gptq: unknown key 'method.refits'",
     ),
     (["ablation=rounding_nearest", "method=awq"], "ablation=rounding_nearest with method=awq: unknown key"),
-    (["-m", "method=bayesq,rtn", "ablation=states_8"], "[method=rtn]"),
+    (["-m", "method=bayesq,rtn", "ablation=states_256"], "[method=rtn]"),
     (["-m", "ablation=full,proxy_mc", "method=gptq"], "proxy=mc"),
     (["-m", "calibration.examples=64,5000"], "[calibration.examples=5000]"),
     (["--config-dir", "/no-such-folder"], "/no-such-folder"),

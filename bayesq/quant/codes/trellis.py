@@ -9,7 +9,8 @@ bits b of this row and of the m rows above it in the same column:
 The subset's two bits are parities of the window under Ungerboeck's rate-1/2 codes, so that neighbouring paths differ in
 far-apart levels (Ungerboeck, IEEE Trans. Inf. Theory 28, 1982; Marcellin and Fischer, IEEE Trans. Commun. 38, 1990).
 Decoding needs the codes alone; rows above the first of a convolution group count as zeros. Nothing else is stored.
-`bayesq.quant.trellis` searches the best path.
+BayesQ wrote such codes before 2026-11-30, and their files still load. The same subsets choose the level sets of
+entropy-coded codes (`bayesq.quant.codes.entropy`).
 """
 
 from collections.abc import Mapping
