@@ -86,7 +86,7 @@ demo() {        # README.md, "Two commands". 0.1 h
 
 main() {        # README.md, "Results", and main_figure. 8 h
   local all='resnet56 lite0 mrpc sst2 film'
-  runs main "$all" method=bayesq,gptq bits=3,3.5,4 $SEEDS
+  runs main "$all" method=rtn,gptq,awq,bayesq bits=3,3.5,4 $SEEDS
   runs main "$all" "${GPTQ_LIKE_BAYESQ[@]}" bits=3,3.5,4 $SEEDS
   tables main   # compact_table is README's table
   go "$PYTHON" -m bayesq.suite.report "$RESULTS/main" --html "$PAPER/main/page.html"

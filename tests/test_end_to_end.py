@@ -68,7 +68,7 @@ SWITCHES = {
         "inputs=prefix",
         "correction=none",
         "correction=mean",
-        "rotate=true",
+        "rotate=false",
         "calibration.examples=48",
         "bits=2",
         "seed=1",
@@ -402,7 +402,7 @@ def test_the_runs_of_a_command_share_their_whitenings(
     for overrides, anew, known in (
         ("method=bayesq bits=3.5", True, True),
         ("method=bayesq bits=3", False, True),  # the next budget
-        ("method=gptq allocator=knapsack", False, False),  # another method
+        ("method=gptq allocator=knapsack rotate=true", False, False),  # another method
         ("method=bayesq bits=3.5 seed=1", True, False),  # other statistics
         ("method=bayesq posterior.shrinkage=0.25", True, False),  # another posterior
         ("method=bayesq bits=3 force=true", True, True),  # only the last run's are there

@@ -159,7 +159,7 @@ def choices() -> list[Choice]:
         found.append(Choice(f"gptq {clip} act_order={act_order} group_size={size}", None, make))
     found.append(Choice("gptq without damping", None, lambda _: GPTQ("auto", True, 0.0, None, False)))
     for posterior, levels, rounding in product(POSTERIORS, ("trellis", "lloyd", "uniform"), ("feedback", "nearest")):
-        make = lambda w, levels=levels, rounding=rounding: BayesQ(w, levels, 8, False, rounding, 2, 0.01)  # noqa: E731
+        make = lambda w, levels=levels, rounding=rounding: BayesQ(w, levels, 256, False, rounding, 2, 0.01)  # noqa: E731
         found.append(Choice(f"bayesq {posterior}, {levels}, {rounding}", posterior, make))
     return found
 

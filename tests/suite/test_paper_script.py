@@ -80,7 +80,7 @@ def test_the_commands_of_a_section_compose(section: str, flight: Preflight) -> N
 def test_the_commands_of_the_readmes_are_in_the_script() -> None:
     runs = [keys(run) for run in RUNS]
     asked = [keys(tuple(shlex.split(line))) for line in written()]
-    assert len(asked) > 20
+    assert len(asked) > 15
     for one in filter(None, asked):
         given = {
             key: set(values)
@@ -102,8 +102,8 @@ def stand_in(folder: Path, code: int) -> dict[str, str]:
 def test_a_failure_stops_nothing_else_and_a_signal_stops_all(code: int, expected: int, tmp_path: Path) -> None:
     done = script("lm", "demo", **stand_in(tmp_path, code))
     assert done.returncode == expected
-    started = (tmp_path / "log").read_text().splitlines()
-    assert len(started) == (4 if code == 1 else 1)
+    started = [line for line in (tmp_path / "log").read_text().splitlines() if line.startswith("run.py")]
+    assert len(started) == (3 if code == 1 else 1)
     assert all(line.endswith("wandb.mode=disabled") and f"={tmp_path}/a folder/" in line for line in started)
 
 

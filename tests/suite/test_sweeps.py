@@ -22,7 +22,7 @@ SWEEPS = sorted((ROOT / "sweeps").glob("*.yaml"))
 HYDRA_LINE = "#   python run.py -m "
 # number of different runs, so that a value that was lost from a file and its comment alike is noticed
 RUNS = {
-    "ablation": 40 * 3,
+    "ablation": 42 * 3,
     "bit_curve": 4 * 9 * 3,
     "calibration_size": 2 * 7 * 3,
     "main_table": 4 * 3 * 3,
@@ -104,6 +104,7 @@ def test_an_ablation_changes_what_its_file_says_and_nothing_else(name: str, flig
     assert not default or name.split("_")[0] in DEFAULTED
     assert all(after[key] == value for key, value in flatten(content).items())
     changed = {key for key in before.keys() | after.keys() if before.get(key) != after.get(key)}
-    # allocator, inputs and correction are the method's defaults unless the file names them
-    allowed = {"allocator", "inputs", "correction"} if "method" in replaced else set()
+    # allocator, inputs, correction and rotate have defaults of the method, and rotate of the posterior, unless named
+    allowed = {"method": {"allocator", "inputs", "correction", "rotate"}, "posterior": {"rotate"}}
+    allowed = set().union(*(allowed.get(axis, set()) for axis in replaced))
     assert {key for key in changed - flatten(content).keys() - allowed if key.split(".")[0] not in replaced} == set()
