@@ -28,7 +28,7 @@ from bayesq.quant.tensor import QuantizedTensor
 # Standard deviation of the levels in units of a row's root mean square, as in the published code. Feedback makes the
 # weights longer, and wide levels are better for normal weights too.
 SPREAD = 1 / 0.9
-# Columns of fewer bits get scalar codes, with hashed levels.
+# With hashed levels, columns of fewer bits get scalar codes.
 LEAST_BITS = 24
 CODES = {"hash": (Bitshift, STATES), "congruential": (Congruential, tuple(MULTIPLIERS))}
 
@@ -37,7 +37,7 @@ class QTIP:
     """Incoherence processing, trellis codes and feedback.
 
     Args:
-        states: of the trellis, a power of 2 from 256 to 65,536; short columns get fewer, see `states_for`.
+        states: of the trellis, a power of 2 from 256 to 65,536; short columns get fewer, see `code_for`.
         levels: "hash", as published, or "congruential", as BayesQ has them (256, 1,024 or 4,096 states).
         damping: fraction of the mean diagonal added to the input moment.
     """

@@ -25,6 +25,7 @@ from bayesq.quant.codes.entropy import level_sets
 from bayesq.quant.codes.rate_tables import ALPHABET, CENTRE, MOST_CLASSES, SETS
 from bayesq.quant.grids import MAX_WIDTH, stored_scale
 from bayesq.quant.tensor import QuantizedTensor
+from bayesq.rotated import in_columns_of
 
 T = TypeVar("T")
 
@@ -49,7 +50,7 @@ class StreamAllocation:
     """A run's allocator with its budget for codec=entropy, see `bayesq.contract.StreamBudget`.
 
     Attributes:
-        problems: the layers by name, which the allocator gets in place of a method's copies.
+        problems: the layers by name, which the allocator gets in place of a method's copies, in the same columns.
     """
 
     allocator: Allocator
@@ -58,7 +59,7 @@ class StreamAllocation:
 
     def steps(self, layers: Sequence[LayerProblem]) -> dict[str, Tensor]:
         """As of `StreamBudget`."""
-        return self.allocator.steps([self.problems[layer.name] for layer in layers])
+        return self.allocator.steps([in_columns_of(layer, self.problems[layer.name]) for layer in layers])
 
     def capacity(self, layers: Sequence[LayerProblem], overhead: float, scales: float = 0) -> float:
         """As of `StreamBudget`."""

@@ -19,7 +19,7 @@ from bayesq.errors import Refused
 from bayesq.knapsack import greedy_knapsack
 
 # The search ends when the risk exceeds a proven lower bound by less than this share of it. With 1e-6 a run of MiniLM
-# took many minutes longer, for the same KL (analysis/README.md).
+# took many minutes longer, for the same KL (analysis/README.md at commit 92e1880).
 GAP = 1e-4
 # It also ends after so many nodes of the branch-and-bound tree; a limit in seconds would make results depend on the
 # machine's load.

@@ -221,10 +221,10 @@ def _recipe(
     allocator = content["allocator"] if allocator is None else allocator
     _one_of("allocator", allocator, ("uniform", *SOLVERS))
     uses_posterior = content.get("uses_posterior") is True
-    store, rotates = None, content.get("rotate", False)
+    store, of_posterior = None, settings("posterior", posterior)
+    rotates = of_posterior.get("rotate", content.get("rotate", False))
     if uses_posterior or allocator != "uniform":
-        of_posterior = settings("posterior", posterior)
-        store, rotates = WhiteningStore(construct(of_posterior)), of_posterior.get("rotate", rotates)
+        store = WhiteningStore(construct(of_posterior))
     defaults = settings("", "config")
     options = defaults["distillation"]
     more = {"whitenings": store} if uses_posterior else {}

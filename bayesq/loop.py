@@ -11,7 +11,7 @@ from torch import Tensor
 from bayesq.contract import Allocate, Context, CountedStatistics, LayerProblem, Method, naming
 from bayesq.errors import Refused
 from bayesq.quant.tensor import QuantizedTensor
-from bayesq.rotated import rotated
+from bayesq.rotated import in_columns_of
 
 
 class Prefix(Protocol):
@@ -103,11 +103,7 @@ def _of_these(layers: Sequence[LayerProblem], allocate: Allocate) -> Allocate:
     by_name = {layer.name: layer for layer in layers}
 
     def allocate_these(layers: Sequence[LayerProblem], *rest: Any, **named: Any) -> Mapping[str, Tensor]:
-        originals = [
-            by_name[layer.name] if layer.rotation is None else rotated(by_name[layer.name], layer.rotation)
-            for layer in layers
-        ]
-        return allocate(originals, *rest, **named)
+        return allocate([in_columns_of(layer, by_name[layer.name]) for layer in layers], *rest, **named)
 
     return allocate_these
 

@@ -57,7 +57,7 @@ class BayesQ:
             trellis the levels are not designed.
         rounding: "feedback" or "nearest".
         refits: how often grids are refitted to the rounding targets, and the layers rounded again; 0 keeps each
-            row's first affine grid.
+            row's first grid.
         damping: fraction of the mean diagonal added to the input moment before it is factored.
     """
 

@@ -233,6 +233,8 @@ def note_achieved_risk(whitenings: WhiteningStore, problems: Iterable[LayerProbl
 def weigh_by_proxy(subject: Subject, recipe: Recipe, proxy: Proxy, problems: Sequence[LayerProblem]) -> int:
     """Note kappa in each layer: measured divergence over predicted risk at one width.
 
+    Both are of layers that are not rotated; kappa is taken to hold for rotated columns too.
+
     Returns:
         how often memory ran out and the measurement was repeated with smaller batches.
 

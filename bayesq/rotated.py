@@ -95,6 +95,14 @@ def rotated(layer: LayerProblem, rotation: Rotation) -> LayerProblem:
     )
 
 
+def in_columns_of(layer: LayerProblem, original: LayerProblem) -> LayerProblem:
+    """The original of a layer, with all its statistics, in the columns of the layer."""
+    if layer.rotation is None:
+        return original
+    statistic = partial(_turned, layer.rotation, original.statistic)
+    return replace(original, weight=layer.weight, statistic=statistic, rotation=layer.rotation)
+
+
 @dataclass(frozen=True)
 class _WithSeeds:
     """A stream's budget that pays for the seeds too."""

@@ -198,7 +198,7 @@ def refit_rows(rounded: Rounded, curvature: Tensor) -> tuple[Tensor, Tensor]:
     covariance = (curvature * (level - mean_level) * (rounded.target - mean_target)).sum(1, keepdim=True)
     variance = (curvature * (level - mean_level).square()).sum(1, keepdim=True)
     slope = covariance / variance.clamp(min=torch.finfo(variance.dtype).tiny)
-    # Levels are at least about 1 apart, so a variance this small means that all codes are equal.
+    # A variance this small means that all levels are equal.
     usable = (variance > 1e-12 * total) & (slope > 0)
     new_scale = torch.where(usable, slope, scale)
     new_zero = torch.where(usable, mean_level - mean_target / new_scale, zero)

@@ -21,7 +21,7 @@ RESULTS=${RESULTS:-results/paper}
 PAPER=${PAPER:-paper}
 PYTHON=${PYTHON:-python}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-SECTIONS=(demo main budgets lm cost ablation rivals entropy bounds)
+SECTIONS=(demo main lm cost ablation rivals entropy)
 GPTQ_LIKE_BAYESQ=(method=gptq allocator=knapsack inputs=paired correction=moments rotate=true)
 SEEDS=seed=0,1,2
 list= failed=
@@ -31,8 +31,6 @@ workload() {
   case $1 in
     resnet56) W=(experiment=cifar_resnet56 "model.checkpoint=$MODELS/cifar10/resnet56-4bfd9763.th"
       "dataset.root=$DATA/cifar10") ;;
-    first2000) W=(model=cifar_resnet56 dataset=cifar10 "model.checkpoint=$MODELS/cifar10/resnet56-4bfd9763.th"
-      "dataset.root=$DATA/cifar10" dataset.limit=2000 dataset.subset=first) ;;
     resnet20) W=(model=cifar_resnet20 dataset=cifar10 "model.checkpoint=$MODELS/cifar10/resnet20-12fca82f.th"
       "dataset.root=$DATA/cifar10" dataset.limit=2000 dataset.subset=first calibration.examples=512) ;;
     lite0) W=(experiment=efficientnet_lite0 "dataset.root=$DATA/imagenet_nips2017") ;;
@@ -92,17 +90,11 @@ main() {        # README.md, "Results", and main_figure. 8 h
   go "$PYTHON" -m bayesq.suite.report "$RESULTS/main" --html "$PAPER/main/page.html"
 }
 
-budgets() {     # analysis/README.md, main table: half a bit fewer. 0.3 h
-  runs budgets 'resnet56 lite0 film sst2' method=bayesq bits=2.5 seed=0
-  runs budgets 'resnet56 lite0 film sst2' method=gptq bits=3.5 seed=0
-  tables budgets
-}
-
 lm() {          # analysis/README.md, "A causal language model". 2 h (seconds of these runs)
   W=(experiment=smollm2_wikitext "dataset.root=$DATA/wikitext-2-raw" "calibration.source=$DATA/lm_calibration/c4.txt"
     dataset.limit=32 calibration.examples=64)
   sweep lm "${W[@]}" method=rtn,gptq,bayesq bits=3 seed=0
-  sweep lm "${W[@]}" "${GPTQ_LIKE_BAYESQ[@]}" bits=3 seed=0
+  sweep lm "${W[@]}" method=gptq allocator=knapsack inputs=paired correction=moments bits=3 seed=0
   tables lm
 }
 
@@ -126,7 +118,7 @@ ablation() {    # Components. 0.3 h
   go "$PYTHON" -m analysis "$RESULTS/ablation" --ablation
 }
 
-rivals() {      # Every method, with its defaults and with what BayesQ has; groups of 128 columns; the exact allocation. 2 h
+rivals() {      # Every method, with its defaults and with what BayesQ has; groups of 128 columns. 1.5 h
   local layers=(allocator=knapsack allocation.block=layer)
   runs rivals resnet20 method=rtn,hqq,awq,squeezellm,lnq,gptq,gptaq,qronos,adaround,brecq,qtip bits=3 $SEEDS
   runs rivals resnet20 method=bayesq method.states=256,1024,4096 bits=3 $SEEDS
@@ -134,25 +126,14 @@ rivals() {      # Every method, with its defaults and with what BayesQ has; grou
   runs rivals resnet20 method=gptaq,qronos allocator=knapsack correction=moments rotate=true bits=3 $SEEDS
   runs rivals resnet20 method=qtip inputs=paired correction=moments "${layers[@]}" method.levels=hash,congruential bits=3 $SEEDS
   runs rivals 'resnet56 film sst2' method=qtip inputs=paired correction=moments "${layers[@]}" bits=3 seed=0
-  runs rivals 'resnet20 sst2' method=bayesq allocator=knapsack,ilp bits=3,4 seed=0
-  runs rivals resnet20 method=gptq allocator=knapsack,ilp bits=3,4 seed=0
   runs rivals sst2 method=rtn,hqq,awq,gptq,gptaq method.group_size=128 bits=3,4 seed=0
-  runs rivals sst2 method=bayesq budget.count=stored bits=3.1875,4.1875 seed=0
-  runs rivals sst2 "${GPTQ_LIKE_BAYESQ[@]}" budget.count=stored bits=3.1875,4.1875 seed=0
   tables rivals
 }
 
-entropy() {     # Entropy-coded codes. 0.5 h
-  runs entropy resnet20 method=bayesq codec=fixed,entropy bits=2,3,4 $SEEDS
-  runs entropy resnet20 "${GPTQ_LIKE_BAYESQ[@]}" bits=2,3,4 $SEEDS
+entropy() {     # Entropy-coded codes. 0.4 h
+  runs entropy resnet20 method=bayesq codec=entropy rotate=false bits=2,3,4 $SEEDS
   runs entropy resnet20 method=gptq allocator=knapsack inputs=paired correction=moments codec=entropy bits=2,3,4 $SEEDS
   tables entropy
-}
-
-bounds() {      # Bits above the rate-distortion bound. 0.3 h
-  runs bounds 'resnet20 resnet56' method=bayesq inputs=full correction=none codec=fixed,entropy bits=3,4 seed=0
-  go "$PYTHON" -m analysis.bounds "$RESULTS/bounds"
-  tables bounds   # with the figure rate_distortion
 }
 
 [[ ${1:-} != --list ]] || { list=1; shift; }

@@ -208,7 +208,7 @@ class CodebookGrid:
         _codebook_block(*block, scale, zero, levels, bounds, codes.numpy(), values.numpy())
 
     def round_matrix(self, x: Tensor, curvature: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Nearest codes and values of a whole matrix [R, C]; `curvature` is read by other grids, see `TrellisGrid`."""
+        """Nearest codes and values of a whole matrix [R, C]; `curvature` is read by other grids, see `BitshiftGrid`."""
         scale, zero = self.scale[:, None], self.zero[:, None]
         code = torch.searchsorted(self._bounds, torch.addcdiv(zero, x, scale))
         return code, scale * (torch.gather(self._levels, 1, code) - zero)

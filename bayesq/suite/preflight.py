@@ -126,6 +126,8 @@ def estimate(
         "evaluation": 4 * weights + 2 * (weights + packed) + 3 * evaluation,
         "rounding": weights + max(_work(shape, recipe) for shape in shapes),
     }
+    if recipe.rotate:  # the rotated weights of all layers
+        stages["rounding"] += 4 * weights
     if recipe.inputs != "full":  # inputs of one block, and outputs of its modules, are stored for all examples
         networks = 2 if recipe.in_step else 1
         stages["rounding"] += network + networks * (2 * batch * largest + inputs)

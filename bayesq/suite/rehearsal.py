@@ -34,7 +34,7 @@ GROUPS, ROWS, COLUMNS = 8, 256, 288
 WEIGHTS = 36_000
 # Least budget of a rehearsed stream: small layers have little room.
 REHEARSED_BITS = 3
-# BayesQ codes layers with fewer rows in a group differently.
+# BayesQ codes layers with fewer rows in a group differently with codec=entropy, and those with few bits a column.
 FEW_ROWS = 4
 # Random examples behind the statistics, and how many of them have a gradient of the weight.
 EXAMPLES, GRADIENTS = 320, 16

@@ -9,6 +9,7 @@ from naive_quant import naive_dequantize
 from quant_strategies import identical, tensor_of
 from torch import Tensor
 
+from bayesq.codebook import normal_distortion
 from bayesq.quant.bitshift import BitshiftGrid, best_ring, bitshift_distortion
 from bayesq.quant.codes import Bitshift, Congruential
 from bayesq.quant.codes.bitshift import MULTIPLIERS, normal_levels
@@ -182,9 +183,12 @@ def test_congruential_levels_are_near_the_rate_distortion_bound(states: int, wid
     """Below those of hashed levels with four times as many states; `pytest -s -k rate_distortion` prints them."""
     scale = (1.04 + 0.04 * width) * 2.0 ** (3 - width)
     found = bitshift_distortion(width, Congruential(states), 256, scale) * 4.0**width
-    print(f"{width} bits, {states} states: {found:.3f} times the bound")
+    hashed = bitshift_distortion(width, Bitshift(4 * states), 256, 1.1) * 4.0**width
+    scalar = normal_distortion("lloyd", width) * 4.0**width
+    print(f"{width} bits, {states} states: {found:.3f} times the bound; hashed levels, {4 * states} states: ", end="")
+    print(f"{hashed:.3f} times; scalar Lloyd-Max levels: {scalar:.2f} times")
     assert found == pytest.approx(KNOWN[states, width], rel=0.05)
-    assert found < bitshift_distortion(width, Bitshift(4 * states), 256, 1.1) * 4.0**width
+    assert found < hashed < scalar
 
 
 def test_rows_that_cost_nothing_steer_the_path_for_those_that_do() -> None:

@@ -3,7 +3,7 @@
 The codes of a column, row by row, are one stream of bits. The last L of them, up to and with those of row r, are the
 state of row r, and each of the 2**L states has a level:
 
-    W'[r, c] = scale_r g(state),   g(state) = the normal quantile of rank(state)
+    W[r, c] = scale_r (level(state) - zero_r),   level(state) ~ the normal quantile of rank(state)
 
 The stream is a ring: the last row of a convolution group is above its first. So nothing is stored beside the codes, and
 rows of any widths can share a column. `bayesq.quant.bitshift` searches the best path.
