@@ -9,12 +9,15 @@ from test_method import Allocator, bayesq_with, layer, network
 from torch import Tensor
 
 import bayesq
+from bayesq.budget import Budget
 from bayesq.contract import Context, LayerProblem
 from bayesq.defaults import construct, settings
+from bayesq.entropy import StreamAllocation
 from bayesq.errors import Refused
 from bayesq.posterior import Diagonal, Ekfac
 from bayesq.quant.rotation import SEED_BYTES, Rotation
 from bayesq.rotated import STORED_BITS, RotatedColumns
+from bayesq.uniform import Uniform
 
 METHODS = {
     "bayesq": bayesq_with,
@@ -124,6 +127,32 @@ def test_a_streams_budget_pays_for_the_seeds():
     context = replace(Context.of_seed(0), stream=Stream())
     RotatedColumns(Reading(), "entropy").prepare(network(), Allocator(), context)
     assert asked == [(5 + 4 * STORED_BITS, 2)]
+
+
+def test_the_steps_of_a_stream_are_those_of_rotated_layers():
+    """Which have all statistics of the originals."""
+    layers, seen = network(), []
+
+    class Steps(Uniform):
+        def steps(self, layers):
+            seen.extend(layers)
+            return {}
+
+    class Reading:
+        statistics = frozenset()
+
+        def prepare(self, layers, allocate, context):
+            context.stream.steps([replace(one, statistic={}.__getitem__) for one in layers])
+            return {}
+
+    stream = StreamAllocation(Steps(), Budget(3, "code"), {one.name: one for one in layers})
+    context = replace(Context.of_seed(0), stream=stream)
+    RotatedColumns(Reading(), "entropy").prepare(layers, Allocator(), context)
+    for one, original in zip(seen, layers, strict=True):
+        assert torch.equal(one.weight, one.rotation.forward(original.weight.double()).float())
+        moment = one.rotation.moment(original.statistic("input_moment").double()).float()
+        assert torch.equal(one.statistic("input_moment"), moment)
+        assert torch.equal(one.statistic("gradient_moment"), original.statistic("gradient_moment"))
 
 
 def test_statistics_without_a_rotated_form_are_refused():
