@@ -42,6 +42,7 @@ def needs_of(
         budget=SimpleNamespace(bits=4),
         inputs=inputs,
         in_step=inputs == "paired",
+        rotate=False,
         correction="moments" if correction else "none",
         distillation=SimpleNamespace(batch_size=distillation_batch) if distillation_batch else None,
     )

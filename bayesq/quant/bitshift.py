@@ -23,6 +23,8 @@ from bayesq.quant.grids import MAX_WIDTH, feed_back
 SEAM_ROWS = 32
 # Rows that are searched for a column: in short columns, where the state at the seam matters most, several are tried.
 SEARCHED_ROWS = 384
+# Largest entry in level units; levels are within 0 and 2**8 or so.
+FARTHEST = 4096.0
 # Normal weights from which `bitshift_distortion` is estimated, and the longest columns of them.
 DISTORTION_SAMPLES, MOST_ROWS = 2048, 256
 
@@ -166,10 +168,12 @@ def _best_starts(x: Any, weight: Any, width: Any, levels: Any, count: Any, sourc
 def _round_column(x: Any, scale: Any, zero: Any, weight: Any, width: Any, levels: Any, code: Any, value: Any) -> None:
     """Codes uint8 and values float64 [n] of the best ring for entries x [n] float64."""
     n = len(x)
-    units = (x / scale + zero).astype(np.float32)
+    # Far beyond the levels an entry has the same best level, but its cost would overflow in float32.
+    units = np.minimum(np.maximum(x / scale + zero, -FARTHEST), FARTHEST).astype(np.float32)
     source, state, best = np.empty((n, levels.shape[1] >> 2), np.uint8), np.empty(n, np.int64), np.empty(n, np.int64)
-    least = np.float32(np.inf)
-    for first in _best_starts(units, weight, width, levels, max(1, SEARCHED_ROWS // n), source):
+    starts = _best_starts(units, weight, width, levels, max(1, SEARCHED_ROWS // n), source)
+    least = best_ring(units, weight, width, levels, starts[0], source, best)
+    for first in starts[1:]:
         total = best_ring(units, weight, width, levels, first, source, state)
         if total < least:
             least = total

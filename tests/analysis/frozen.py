@@ -30,6 +30,7 @@ def config(method: str, bits: float, seed: int, model: str, dataset: str, **chan
         "calibration": {"examples": 256},
         **({} if "method__sequential" in changes else {"inputs": default_of(method, "inputs")}),
         "correction": default_of(method, "correction"),
+        "rotate": method == "bayesq",
         "distill": False,
     }
     for name, value in changes.items():

@@ -69,6 +69,7 @@ def add_run(
         "allocator": "knapsack" if method == "bayesq" else "uniform",
         "correction": default_of(method, "correction"),
         **({} if "sequential" in settings else {"inputs": default_of(method, "inputs")}),
+        "rotate": method == "bayesq",
         "bits": bits,
         "seed": seed,
         "calibration": {"examples": examples},

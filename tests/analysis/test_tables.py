@@ -118,7 +118,7 @@ def test_the_main_table_by_hand(runs):
 def add_rivals(folder: Path) -> None:
     """BayesQ with full inputs, some variants of GPTQ, GPTAQ as the strongest, and Qronos without one of the seeds."""
     for seed in (0, 1):
-        add(folder, "bayesq", 3.0, seed, inputs="full", correction="none")
+        add(folder, "bayesq", 3.0, seed, inputs="full", correction="none", rotate=False)
         add(folder, "gptq", 3.0, seed, inputs="prefix")
         add(folder, "gptq", 3.0, seed, 30, 0.15, inputs="full")
         add(folder, "gptq", 3.0, seed, 30, 0.125, inputs="full", allocator="knapsack")

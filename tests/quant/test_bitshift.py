@@ -209,6 +209,26 @@ def test_rows_that_cost_nothing_steer_the_path_for_those_that_do() -> None:
     assert torch.isfinite(free.round(x[:, 0], 0)[1]).all()
 
 
+@pytest.mark.parametrize("code", [Bitshift(256), Congruential(1024)])
+@pytest.mark.parametrize("entry", [1e300, -1e30, float("inf"), float("nan")])
+def test_entries_beyond_all_bounds_leave_a_path(code: Bitshift, entry: float) -> None:
+    """One of them gets an outermost level and the others what they would have without it; NaN gets any level."""
+    width, zero = torch.full((24,), 3), torch.full((24,), code.middle(3), dtype=torch.float64)
+    x = code.unit(3) ** -1 * torch.randn(24, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    grid = BitshiftGrid(torch.ones(24, dtype=torch.float64), zero, width, code, torch.ones(24))
+    plain = (grid.round(x, 0)[1] - x).square().sum()
+    x[5] = entry
+    codes, values = grid.round(x, 0)
+    assert bool((codes < 8).all())
+    table = torch.cat([part.levels for part in code.parts(width)])
+    decoded = table[code.positions(codes[:, None], width, 1)][:, 0].double() - zero
+    torch.testing.assert_close(values, decoded)
+    if entry == entry:
+        assert abs(values[5]) > 2.5 / code.unit(3) and values[5] * entry > 0
+        rest = torch.arange(24) != 5
+        assert (values - x)[rest].square().sum() < 4 * plain
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [2, 3, 4])
 def test_no_other_multiplier_has_much_less_error(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
