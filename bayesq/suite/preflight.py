@@ -124,13 +124,11 @@ def estimate(
         "calibration": collected + batch * total + widest,
         # the weights of the quantized network, its codes and the packed file twice
         "evaluation": 4 * weights + 2 * (weights + packed) + 3 * evaluation,
-        "rounding": weights + max(_work(shape, recipe) for shape in shapes),
+        # codes, and rotated weights
+        "rounding": (5 if recipe.rotate else 1) * weights + max(_work(shape, recipe) for shape in shapes),
     }
-    if recipe.rotate:  # the rotated weights of all layers
-        stages["rounding"] += 4 * weights
     if recipe.inputs != "full":  # inputs of one block, and outputs of its modules, are stored for all examples
-        networks = 2 if recipe.in_step else 1
-        stages["rounding"] += network + networks * (2 * batch * largest + inputs)
+        stages["rounding"] += network + (2 if recipe.in_step else 1) * (2 * batch * largest + inputs)
     if recipe.correction != "none" and recipe.inputs == "full":
         stages["correction"] = weights + 3 * network + 3 * min(MAX_EXAMPLES, examples) * largest
     if recipe.distillation is not None:

@@ -242,9 +242,8 @@ def test_first_grids_of_odd_rows():
     middle = scale * ((2 ** widths.double() - 1) / 2 - zero)
     assert middle[:3].tolist() == pytest.approx([0.0, 2.5, -1e30], rel=1e-9)
     assert bool(((zero >= -1e-9) & (zero <= 2 ** widths.double() - 1 + 1e-9))[[0, 1, 2, 4]].all())
-    even = first_scalar_rows(
-        weight[4:], torch.ones(1, 8), widths[4:]
-    )  # no gain anywhere counts like the same gain everywhere
+    # no gain anywhere counts like the same gain everywhere
+    even = first_scalar_rows(weight[4:], torch.ones(1, 8), widths[4:])
     assert scale[4] == even[0] and zero[4] == even[1]
     one_scale, one_zero = first_scalar_rows(torch.tensor([[3.0], [-0.5]]), torch.ones(2, 1), torch.tensor([3, 3]))
     assert (one_scale * (3.5 - one_zero)).tolist() == pytest.approx([3.0, -0.5], rel=1e-9)

@@ -40,11 +40,9 @@ MULTIPLIERS = {
     1024: (265, 123, 61, 199, 347, 223, 383),
     4096: (1049, 1543, 249, 131, 1693, 1817, 1619),
 }
-
-
 # Least bits of a column for each number of states. A path ends where it begins, which costs more the longer a state is
 # beside the column. Shorter columns have scalar codes. Best for normal weights at 2 to 6 bits in columns of 6 to 64
-# rows.
+# rows, by `bayesq.quant.bitshift.bitshift_distortion`.
 LEAST_RING_BITS = {256: 12, 1024: 60, 4096: 128}
 
 
