@@ -61,11 +61,11 @@ def choose_target(weight: Tensor, sums: PairedSums, centred: bool) -> Target:
 def _choose_penalty(weight: Tensor, sums: PairedSums, centred: bool) -> float:
     """Of LAMBDAS the one with the least error on the held-out examples, searched from FIRST_LAMBDA downhill."""
     fitted, held_out = sums.split(centred)
-    cross = weight @ held_out.cross
+    cross, product = weight @ held_out.cross, weight @ fitted.cross
 
     @cache
     def error(k: int) -> float:
-        t = ridge(weight, fitted, LAMBDAS[k])
+        t = ridge(weight, fitted, LAMBDAS[k], product)
         return float(((t @ held_out.prefix - 2 * cross) * t).sum())
 
     return LAMBDAS[_local_minimum(error, len(LAMBDAS), FIRST_LAMBDA)]
@@ -81,11 +81,14 @@ def _local_minimum(error: Callable[[int], float], count: int, start: int) -> int
         k = low
 
 
-def ridge(weight: Tensor, moments: PairedMoments, penalty: float) -> Tensor:
+def ridge(weight: Tensor, moments: PairedMoments, penalty: float, product: Tensor | None = None) -> Tensor:
     """(W C + lambda W)(M + lambda I)^-1 [g, r, c], lambda = penalty * mean diag M.
 
     It is W for infinite lambda, for M = 0, and where rounding errors leave M + lambda I indefinite: inputs that hardly
     vary about a large mean have a centred M with no correct digits.
+
+    Args:
+        product: W C, if it is known.
     """
     m = moments.prefix
     diagonal = m.diagonal(dim1=-2, dim2=-1)
@@ -94,7 +97,7 @@ def ridge(weight: Tensor, moments: PairedMoments, penalty: float) -> Tensor:
         return weight
     damped = m.clone()
     damped.diagonal(dim1=-2, dim2=-1).add_(size[:, None])
-    right = weight @ moments.cross + size[:, None, None] * weight
+    right = (weight @ moments.cross if product is None else product) + size[:, None, None] * weight
     factor, failed = torch.linalg.cholesky_ex(damped)
     return weight if bool(failed.any()) else torch.cholesky_solve(right.mT, factor).mT
 

@@ -33,24 +33,39 @@ DISTORTION_SAMPLES, MOST_ROWS = 2048, 256
 def _advance(cost: Any, best: Any, left: Any, levels: Any, x: Any, weight: Any, count: Any) -> None:
     """Path costs [2**L] of the states of the next row, an entry x of `count` codes.
 
+    The loops are in the shape that compiles to vector code: four codes at a time, a multiple of all counts.
+
     Args:
-        best: [2**L / count] written: least cost of the states that share all bits but the oldest.
-        left: [2**L / count] uint8, written: the oldest bits of the cheapest one, which leave the window.
+        best: [2**L / 4] overwritten.
+        left: [2**L / count] uint8, written: of the states that share all bits but the oldest, the oldest bits of the
+            cheapest one, which leave the window.
     """
-    step = len(levels) // count
-    for kept in range(step):
-        least, k_least = cost[kept], np.int32(0)
-        for k in range(1, count):
-            c = cost[k * step + kept]
-            k_least = np.int32(k) if c < least else k_least
-            least = c if c < least else least
-        best[kept], left[kept] = least, np.uint8(k_least)
-    base = best[:step].min()  # path costs are float32: subtracted before they lose digits
-    for kept in range(step):
+    step, quarter = len(levels) // count, count // 4
+    best[:step], left[:step] = np.float32(np.inf), 0
+    for first in range(0, count, 4):
+        a, b = cost[first * step : (first + 1) * step], cost[(first + 1) * step : (first + 2) * step]
+        c, d = cost[(first + 2) * step : (first + 3) * step], cost[(first + 3) * step : (first + 4) * step]
+        for kept in range(step):
+            least, k_least = best[kept], np.int32(left[kept])
+            k_least = np.int32(first) if a[kept] < least else k_least
+            least = a[kept] if a[kept] < least else least
+            k_least = np.int32(first + 1) if b[kept] < least else k_least
+            least = b[kept] if b[kept] < least else least
+            k_least = np.int32(first + 2) if c[kept] < least else k_least
+            least = c[kept] if c[kept] < least else least
+            k_least = np.int32(first + 3) if d[kept] < least else k_least
+            least = d[kept] if d[kept] < least else least
+            best[kept], left[kept] = least, np.uint8(k_least)
+    # Path costs are float32: one of them is subtracted from all before they lose digits.
+    base = best[0] if best[0] < np.float32(np.inf) else np.float32(0)
+    for kept in range(step - 1, -1, -1):  # repeats each cost in place, from the end
         at = best[kept] - base
-        for k in range(count):
-            e = x - levels[count * kept + k]
-            cost[count * kept + k] = at + e * e * weight
+        for i in range(quarter * kept, quarter * kept + quarter):
+            best[i] = at
+    for i in range(len(levels) // 4):
+        for k in range(4):
+            e = x - levels[4 * i + k]
+            cost[4 * i + k] = best[i] + e * e * weight
 
 
 @compiled(inline="always")
@@ -77,7 +92,7 @@ def _forward(x: Any, weight: Any, width: Any, levels: Any, first: Any, cost: Any
         x, weight, width, levels, first, source: as of `best_ring`; first = -1: any bits.
         cost: [2**L] float32, written.
     """
-    best = np.empty(levels.shape[1], np.float32)
+    best = np.empty(levels.shape[1] >> 2, np.float32)
     for s in range(levels.shape[1]):
         e = x[0] - levels[width[0], s]
         cost[s] = e * e * weight[0] if first < 0 or s >> width[0] == first else np.float32(np.inf)
@@ -112,7 +127,7 @@ def _backward(x: Any, weight: Any, width: Any, levels: Any) -> Any:
         else:
             _retreat(after, before, levels[bits], x[r], weight[r], 1 << bits)
         step = size >> bits
-        base = before[:step].min()
+        base = before[0] if before[0] < np.float32(np.inf) else np.float32(0)
         for k in range(1 << bits):
             for kept in range(step):
                 after[k * step + kept] = before[kept] - base
@@ -157,8 +172,10 @@ def _best_starts(x: Any, weight: Any, width: Any, levels: Any, count: Any, sourc
     cost = np.empty(levels.shape[1], np.float32)
     _forward(x[n - near :], weight[n - near :], width[n - near :], levels, -1, cost, source)
     seam = _backward(x[:near], weight[:near], width[:near], levels)
-    for first in range(len(seam)):
-        seam[first] += cost[first :: len(seam)].min()
+    least = np.full(len(seam), np.float32(np.inf))
+    for k in range(0, len(cost), len(seam)):
+        least = np.minimum(least, cost[k : k + len(seam)])
+    seam += least
     if count == 1:
         return np.full(1, seam.argmin())
     return np.argsort(seam, kind="mergesort")[:count]

@@ -23,6 +23,8 @@ SEED_BYTES = 4
 COLUMN_BITS = 0x9E3779B9
 # Largest Paley matrix: each factor is a dense product, so large ones would be slow.
 LARGEST_ORDER = 512
+# Small factors are multiplied up to this order: few dense products are faster than many tiny ones.
+LARGEST_PRODUCT = 64
 
 
 @dataclass(frozen=True)
@@ -90,11 +92,12 @@ class Rotation:
 
 def multiply(x: Tensor, size: int, transposed: bool = False) -> Tensor:
     """(H kron F_m) applied to the last dimension [.., n], factor by factor; `transposed` applies the transpose."""
-    factors = factors_of(size)
-    y = x.reshape(-1, *(len(factor) for factor in factors))
-    for factor in factors:
-        matrix = torch.from_numpy(factor).to(y)
-        y = torch.tensordot(y, matrix if transposed else matrix.T, dims=([1], [0]))  # moves the dimension to the end
+    y, inner = x, size
+    for factor in factors_of(size):
+        matrix = torch.from_numpy(factor).to(x)
+        matrix = matrix.T if transposed else matrix
+        inner //= len(factor)
+        y = matrix @ y.reshape(-1, len(factor), inner) if inner > 1 else y.reshape(-1, len(factor)) @ matrix.T
     return y.reshape(x.shape)
 
 
@@ -108,7 +111,13 @@ def factors_of(size: int) -> tuple[np.ndarray, ...]:
             best = orders
             break
     rest = size // math.prod(best)
-    matrices = [hadamard(order) / math.sqrt(order) for order in best]
+    matrices: list[np.ndarray] = []
+    for matrix in map(hadamard, best):
+        if matrices and len(matrices[-1]) * len(matrix) <= LARGEST_PRODUCT:
+            matrices[-1] = np.kron(matrices[-1], matrix)
+        else:
+            matrices.append(matrix)
+    matrices = [matrix / math.sqrt(len(matrix)) for matrix in matrices]
     return (*matrices, *([hartley(rest)] if rest > 1 or not matrices else []))
 
 

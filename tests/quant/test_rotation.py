@@ -46,10 +46,10 @@ def test_rotations_are_orthogonal_and_spread_every_entry(size: int) -> None:
 
 
 def test_only_the_rest_of_a_size_is_no_hadamard_matrix() -> None:
-    assert [len(factor) for factor in factors_of(384)] == [2, 2, 2, 2, 2, 12]
+    assert [len(factor) for factor in factors_of(384)] == [32, 12]
     assert [len(factor) for factor in factors_of(72)] == [2, 36]
     assert [len(factor) for factor in factors_of(27)] == [27] and np.allclose(factors_of(27)[0], hartley(27))
-    assert [len(factor) for factor in factors_of(56)] == [2, 28]
+    assert [len(factor) for factor in factors_of(56)] == [56]
 
 
 @pytest.mark.parametrize("shape", [(1, 6, 27), (2, 8, 12), (3, 1, 9)])
