@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,10 @@ from bayesq.quant.network import fill
 from bayesq.quant.tensor import QuantizedTensor
 from bayesq.quant.watch import watching_inputs
 from bayesq.visits import is_inside
-from bayesq.walker import Walker
+from bayesq.walker import STORED_BYTES, Walker
+
+# Inputs of layers in full precision, for all batches together, kept in memory at most.
+KEPT_BYTES = STORED_BYTES // 2
 
 
 @dataclass(frozen=True)
@@ -100,6 +104,7 @@ class PrefixInputs:
         self._sums: dict[str, _Sums] = {}
         self._unpaired: set[str] = set()
         self._walkers: tuple[int, list[Walker[Batch]]] | None = None
+        self._full: _FullInputs | None = None
 
     def statistic(self, name: str, kind: str) -> Tensor:
         """One layer's input statistic behind the prefix.
@@ -137,6 +142,7 @@ class PrefixInputs:
                 last = last_of_each_block(self.groups, network.blocks) if walkers else frozenset[str]()
                 walkers.append(Walker(network.module, *settings, like=like, folder=self.folder, last=last))
             self._walkers = batch_size, walkers
+            self._full = _FullInputs(walkers[1], self.groups, self.networks[-1].blocks) if walkers[1:] else None
         return self._walkers[1]
 
     def _of(self, name: str) -> _Sums:
@@ -168,10 +174,9 @@ class PrefixInputs:
     def _collect(self, group: Sequence[str], batch_size: int) -> dict[str, _Sums]:
         walkers, layers = self.walkers(batch_size), self.networks[0].layers
         sums = _start(group, layers, paired=len(walkers) > 1 and not self._unpaired & set(group))
-        first = 0
-        for passes in zip(*(walker.passes(group) for walker in walkers), strict=True):
-            batch = passes[0][0]
-            given = [inputs_of(walker, group, run) for walker, (_, run) in zip(walkers, passes, strict=True)]
+        first, others = 0, [self._full.of(group)] if self._full is not None else []
+        for (batch, run), *full in zip(walkers[0].passes(group), *others, strict=True):
+            given = [inputs_of(walkers[0], group, run), *full]
             _part(sums, group, given)
             for name in group:
                 if sums[name] is not sums[group[0]] or name == group[0]:
@@ -200,6 +205,55 @@ class PrefixInputs:
                     sums.statistics[statistic] = statistic.add(sums.statistics.get(statistic), new)
                 if sums.paired is not None and full is not None:
                     sums.paired.add(next(paired)[1], samples, _each(samples, mask, part), first + part.start)
+
+
+class _FullInputs:
+    """Inputs of layers in the full-precision network, which never changes, group by group.
+
+    In each block the first pass gives the inputs of all groups but the last one, which are kept while there is room.
+    The last group has a pass of its own, which also gives the inputs of the next block.
+
+    Args:
+        walker: of the network.
+        groups: see `PrefixInputs`.
+        blocks: names of the network's blocks.
+    """
+
+    def __init__(self, walker: Walker[Batch], groups: Sequence[Sequence[str]], blocks: Collection[str]) -> None:
+        self.walker, self.groups = walker, [tuple(group) for group in groups]
+        self._last = last_of_each_block(groups, blocks)
+        self._block = {
+            group: next((block for block in blocks if all(is_inside(name, block) for name in group)), None)
+            for group in self.groups
+        }
+        self._kept: dict[tuple[str, ...], list[dict[str, Runs]]] = {}
+
+    def of(self, group: Sequence[str]) -> Iterator[dict[str, Runs]]:
+        """The inputs of a group's layers for every batch."""
+        asked = tuple(group)
+        if asked in self._kept:
+            yield from self._kept[asked]
+            del self._kept[asked]
+            return
+        self._kept = {}
+        kept: dict[tuple[str, ...], list[dict[str, Runs]]] = {names: [] for names in self._following(asked)}
+        sizes = dict.fromkeys(kept, 0)
+        for _, run in self.walker.passes([asked, *kept][-1]):
+            given = inputs_of(self.walker, [*asked, *chain.from_iterable(kept)], run)
+            for names, batches in kept.items():
+                batches.append({name: given[name] for name in names})
+                sizes[names] += sum({id(x): x.nbytes for name in names for _, x in given[name]}.values())
+            while sum(sizes.values()) > KEPT_BYTES:
+                sizes.popitem()
+                kept.popitem()
+            yield {name: given[name] for name in asked}
+        self._kept = kept
+
+    def _following(self, group: tuple[str, ...]) -> list[tuple[str, ...]]:
+        """The groups between this one and the last one of its block."""
+        block = self._block.get(group)
+        rest = self.groups[self.groups.index(group) + 1 :] if block is not None else []
+        return [*takewhile(lambda other: self._block[other] == block and not self._last.issuperset(other), rest)]
 
 
 def _start(group: Sequence[str], layers: Mapping[str, Layer], paired: bool) -> dict[str, _Sums]:

@@ -16,6 +16,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from bayesq import walker
 from bayesq.batches import TensorExamples
+from bayesq.calibration import prefix
 from bayesq.calibration.collector import Collector
 from bayesq.calibration.inputs import INPUT_MAGNITUDE, INPUT_MOMENT
 from bayesq.calibration.order import forward_order
@@ -367,6 +368,51 @@ def test_a_network_that_never_changes_gives_the_next_blocks_inputs_in_its_last_p
     assert set(runs[1]) == set(runs[0]) and all(runs[1][block] <= runs[0][block] for block in runs[0])
     saved = runs[0].total() - runs[1].total()
     assert saved == 0 if name in ("encoder", "between") else saved >= 3, runs  # these two have no chain of such blocks
+
+
+class Bert(nn.Module):
+    """Three blocks of four groups each: query, key and value; output; up; down."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        sizes = {"hidden_size": 8, "intermediate_size": 12, "vocab_size": 11, "num_labels": 2}
+        config = BertConfig(num_hidden_layers=3, num_attention_heads=2, attn_implementation="eager", **sizes)
+        self.bert = BertForSequenceClassification(config).eval()
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.bert(input_ids=input_ids, attention_mask=attention_mask).logits
+
+
+NETWORKS["bert"] = Bert, sentences
+
+
+@pytest.mark.parametrize("name", ["deep", "masked", "careless", "encoder", "between", "layer outside", "bert"])
+def test_one_pass_gives_the_inputs_of_a_blocks_groups(name, monkeypatch):
+    """The same inputs, bit for bit, with room for all groups, for one of two, and for none."""
+    _, examples, groups, inputs = setting(name)
+    held, runs = [], []
+    for room in (2**29, 1000, 0):
+        monkeypatch.setattr(prefix, "KEPT_BYTES", room)
+        full, calls = seeded(NETWORKS[name][0]()), Counter[str]()
+        layers, blocks = quantizable_layers(full), find_blocks(full)
+        settings = partial(examples.batches, 2, CPU), lambda batch: batch, inputs.networks[0].calls
+        walk = walker.Walker(full, blocks, layers, *settings, last=last_of_each_block(groups, blocks))
+        kept = prefix._FullInputs(walk, groups, blocks)
+        for block in blocks:
+            full.get_submodule(block).register_forward_pre_hook(partial(count, calls, block))
+        held.append([])
+        for group in groups:
+            before = calls.total()
+            found = list(kept.of(group))
+            runs.append(calls.total() - before)
+            for seen, batch in zip(found, examples.batches(2, CPU), strict=True):
+                assert all(torch.equal(seen[layer][0][1], given_to(full, layer, batch.inputs)) for layer in group)
+            sizes = [x.nbytes for parts in kept._kept.values() for one in parts for (_, x), *_ in one.values()]
+            held[-1].append(len(kept._kept))
+            assert sum(sizes) <= room
+    if name == "bert":  # three batches run through the third block for its first and last group, or for each of four
+        assert list(map(max, held)) == [2, 1, 0]
+        assert runs[8:12] == [3, 0, 0, 3] and runs[-6:-2] == [3, 3, 3, 3], runs
 
 
 def given_to(module: nn.Module, layer: str, inputs: dict[str, Tensor]) -> Tensor:
