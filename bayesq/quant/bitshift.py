@@ -29,7 +29,7 @@ FARTHEST = 4096.0
 DISTORTION_SAMPLES, MOST_ROWS = 2048, 256
 
 
-@compiled(inline="always")
+@compiled()
 def _advance(cost: Any, best: Any, left: Any, levels: Any, x: Any, weight: Any, count: Any) -> None:
     """Path costs [2**L] of the states of the next row, an entry x of `count` codes.
 
@@ -41,7 +41,8 @@ def _advance(cost: Any, best: Any, left: Any, levels: Any, x: Any, weight: Any, 
             cheapest one, which leave the window.
     """
     step, quarter = len(levels) // count, count // 4
-    best[:step], left[:step] = np.float32(np.inf), 0
+    for kept in range(step):
+        best[kept], left[kept] = np.float32(np.inf), 0
     for first in range(0, count, 4):
         a, b = cost[first * step : (first + 1) * step], cost[(first + 1) * step : (first + 2) * step]
         c, d = cost[(first + 2) * step : (first + 3) * step], cost[(first + 3) * step : (first + 4) * step]
@@ -68,7 +69,7 @@ def _advance(cost: Any, best: Any, left: Any, levels: Any, x: Any, weight: Any, 
             cost[4 * i + k] = best[i] + e * e * weight
 
 
-@compiled(inline="always")
+@compiled()
 def _retreat(after: Any, before: Any, levels: Any, x: Any, weight: Any, count: Any) -> None:
     """Least costs before [2**L / count] of the paths from a row on, an entry x of `count` codes.
 
@@ -172,13 +173,16 @@ def _best_starts(x: Any, weight: Any, width: Any, levels: Any, count: Any, sourc
     cost = np.empty(levels.shape[1], np.float32)
     _forward(x[n - near :], weight[n - near :], width[n - near :], levels, -1, cost, source)
     seam = _backward(x[:near], weight[:near], width[:near], levels)
-    least = np.full(len(seam), np.float32(np.inf))
-    for k in range(0, len(cost), len(seam)):
-        least = np.minimum(least, cost[k : k + len(seam)])
-    seam += least
-    if count == 1:
-        return np.full(1, seam.argmin())
-    return np.argsort(seam, kind="mergesort")[:count]
+    for k in range(len(seam)):
+        least = cost[k]
+        for s in range(k + len(seam), len(cost), len(seam)):
+            least = cost[s] if cost[s] < least else least
+        seam[k] += least
+    starts = np.empty(count, np.int64)
+    for k in range(count):
+        starts[k] = seam.argmin()
+        seam[starts[k]] = np.float32(np.inf)
+    return starts
 
 
 @compiled()
@@ -194,7 +198,7 @@ def _round_column(x: Any, scale: Any, zero: Any, weight: Any, width: Any, levels
         total = best_ring(units, weight, width, levels, first, source, state)
         if total < least:
             least = total
-            best[:] = state
+            best, state = state, best
     for r in range(n):
         code[r] = np.uint8(best[r] & ((1 << width[r]) - 1))
         value[r] = scale[r] * (levels[width[r], best[r]] - zero[r])
