@@ -94,7 +94,7 @@ lm() {          # analysis/README.md, "A causal language model". 2 h (seconds of
   W=(experiment=smollm2_wikitext "dataset.root=$DATA/wikitext-2-raw" "calibration.source=$DATA/lm_calibration/c4.txt"
     dataset.limit=32 calibration.examples=64)
   sweep lm "${W[@]}" method=rtn,gptq,bayesq bits=3 seed=0
-  sweep lm "${W[@]}" method=gptq allocator=knapsack inputs=paired correction=moments bits=3 seed=0
+  sweep lm "${W[@]}" "${GPTQ_LIKE_BAYESQ[@]}" bits=3 seed=0
   tables lm
 }
 

@@ -226,7 +226,7 @@ def main() -> None:
     parser.add_argument("--set", dest="overrides", action="append", default=[], help="KEY=VALUE of the run")
     parser.add_argument("--teraflops", type=float, default=40.0, help="of the GPU in float32 (default 40)")
     parser.add_argument("--host-teraflops", type=float, default=0.5, help="of the host in float64 (default 0.5)")
-    parser.add_argument("--rounding", type=float, default=1.2e-6, help="seconds per weight of the search for codes")
+    parser.add_argument("--rounding", type=float, default=0.5e-6, help="seconds per weight of the search for codes")
     parser.add_argument("--gpu-memory", type=float, default=80.0, help="GiB of the GPU (default 80)")
     given = parser.parse_args()
     needed = ["experiment=llama_wikitext", "dataset.root=.", "calibration.source=.", "method=bayesq", "bits=3"]
