@@ -48,10 +48,11 @@ class KeptOutputs:
         block: it gets the same arguments in every pass.
         batches: their number.
         room: bytes of kept outputs, for all batches together.
+        constant: the block never changes; otherwise the layers of a pass change after it.
     """
 
-    def __init__(self, block: nn.Module, batches: int, room: int) -> None:
-        self.block, self.batches, self.room = block, batches, room
+    def __init__(self, block: nn.Module, batches: int, room: int, constant: bool = False) -> None:
+        self.block, self.batches, self.room, self.constant = block, batches, room, constant
         self._modules = {name: module for name, module in block.named_modules() if name}
         self._state = _state(block)
         self._kept: dict[str, list[Output | None]] = {}
@@ -161,7 +162,8 @@ class KeptOutputs:
 
     def _chosen(self, found: dict[str, Output]) -> list[str]:
         """Of the outputs found for the first batch, which to keep: those of outermost modules, while there is room."""
-        names = [name for name in _outermost(found) if not any(is_inside(layer, name) for layer in self._watched)]
+        changing = () if self.constant else self._watched
+        names = [name for name in _outermost(found) if not any(is_inside(layer, name) for layer in changing)]
         stay = [
             outputs[0] for name, outputs in self._kept.items() if not any(is_inside(name, other) for other in names)
         ]

@@ -32,6 +32,8 @@ from bayesq.visits import ARGUMENT, CONSTANT, OUTPUT, Visit, Watch, is_inside
 
 # Inputs of one block and outputs of its modules, for all batches together, kept in memory at most.
 STORED_BYTES = 512 * 2**20
+# Of these, in a network that never changes, for the inputs of layers to come: `bayesq.calibration.prefix`.
+KEPT_BYTES = STORED_BYTES // 2
 # Larger inputs go to a file if the disk has this many times their size free: two networks, of two blocks each.
 SPARE_DISK = 4
 
@@ -136,7 +138,8 @@ class Walker(Generic[B]):
                 stored.kept.start((), record=False)
             if begin not in kept:
                 room = STORED_BYTES - (self._nbytes(chain[begin]) if folder is None else 0)
-                kept[begin] = KeptOutputs(self._blocks[chain[begin]], len(stored.batches), room)
+                room -= KEPT_BYTES if self.last else 0
+                kept[begin] = KeptOutputs(self._blocks[chain[begin]], len(stored.batches), room, bool(self.last))
             watched = [name.removeprefix(f"{chain[begin]}.") for name in group if is_inside(name, chain[begin])]
             kept[begin].start(watched, record=begin == end and not self._to_the_end)
             for i, batch in enumerate(stored.batches):

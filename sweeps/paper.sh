@@ -90,7 +90,7 @@ main() {        # README.md, "Results", and main_figure. 8 h
   go "$PYTHON" -m bayesq.suite.report "$RESULTS/main" --html "$PAPER/main/page.html"
 }
 
-lm() {          # analysis/README.md, "A causal language model". 2 h (seconds of these runs)
+lm() {          # analysis/README.md, "A causal language model". 1 h (887 s for BayesQ, two threads)
   W=(experiment=smollm2_wikitext "dataset.root=$DATA/wikitext-2-raw" "calibration.source=$DATA/lm_calibration/c4.txt"
     dataset.limit=32 calibration.examples=64)
   sweep lm "${W[@]}" method=rtn,gptq,bayesq bits=3 seed=0

@@ -25,10 +25,7 @@ from bayesq.quant.network import fill
 from bayesq.quant.tensor import QuantizedTensor
 from bayesq.quant.watch import watching_inputs
 from bayesq.visits import is_inside
-from bayesq.walker import STORED_BYTES, Walker
-
-# Inputs of layers in full precision, for all batches together, kept in memory at most.
-KEPT_BYTES = STORED_BYTES // 2
+from bayesq.walker import KEPT_BYTES, Walker
 
 
 @dataclass(frozen=True)
@@ -211,7 +208,7 @@ class _FullInputs:
     """Inputs of layers in the full-precision network, which never changes, group by group.
 
     In each block the first pass gives the inputs of all groups but the last one, which are kept while there is room.
-    The last group has a pass of its own, which also gives the inputs of the next block.
+    The last group has a pass of its own, which can also give the inputs of the next block.
 
     Args:
         walker: of the network.
@@ -227,6 +224,7 @@ class _FullInputs:
             for group in self.groups
         }
         self._kept: dict[tuple[str, ...], list[dict[str, Runs]]] = {}
+        self._fits = True  # whether the inputs of a further group fitted the last time
 
     def of(self, group: Sequence[str]) -> Iterator[dict[str, Runs]]:
         """The inputs of a group's layers for every batch."""
@@ -237,8 +235,8 @@ class _FullInputs:
             return
         self._kept = {}
         kept: dict[tuple[str, ...], list[dict[str, Runs]]] = {names: [] for names in self._following(asked)}
-        sizes = dict.fromkeys(kept, 0)
-        for _, run in self.walker.passes([asked, *kept][-1]):
+        sizes, tried = dict.fromkeys(kept, 0), bool(kept)
+        for _, run in self.walker.passes([*asked, *chain.from_iterable(kept)]):
             given = inputs_of(self.walker, [*asked, *chain.from_iterable(kept)], run)
             for names, batches in kept.items():
                 batches.append({name: given[name] for name in names})
@@ -248,11 +246,12 @@ class _FullInputs:
                 kept.popitem()
             yield {name: given[name] for name in asked}
         self._kept = kept
+        self._fits = not tried or bool(kept)
 
     def _following(self, group: tuple[str, ...]) -> list[tuple[str, ...]]:
         """The groups between this one and the last one of its block."""
         block = self._block.get(group)
-        rest = self.groups[self.groups.index(group) + 1 :] if block is not None else []
+        rest = self.groups[self.groups.index(group) + 1 :] if block is not None and self._fits else []
         return [*takewhile(lambda other: self._block[other] == block and not self._last.issuperset(other), rest)]
 
 

@@ -33,7 +33,7 @@ DISTORTION_SAMPLES, MOST_ROWS = 2048, 256
 def _advance(cost: Any, best: Any, left: Any, levels: Any, x: Any, weight: Any, count: Any) -> None:
     """Path costs [2**L] of the states of the next row, an entry x of `count` codes.
 
-    The loops are in the shape that compiles to vector code: four codes at a time, a multiple of all counts.
+    The loops have a shape that compiles to vector code: four codes at a time, because each count is a multiple of 4.
 
     Args:
         best: [2**L / 4] overwritten.
@@ -57,7 +57,7 @@ def _advance(cost: Any, best: Any, left: Any, levels: Any, x: Any, weight: Any, 
             k_least = np.int32(first + 3) if d[kept] < least else k_least
             least = d[kept] if d[kept] < least else least
             best[kept], left[kept] = least, np.uint8(k_least)
-    # Path costs are float32: one of them is subtracted from all before they lose digits.
+    # Path costs are float32 and grow from row to row: one of them is subtracted from all, so that they keep digits.
     base = best[0] if best[0] < np.float32(np.inf) else np.float32(0)
     for kept in range(step - 1, -1, -1):  # repeats each cost in place, from the end
         at = best[kept] - base
@@ -178,8 +178,8 @@ def _best_starts(x: Any, weight: Any, width: Any, levels: Any, count: Any, sourc
         for s in range(k + len(seam), len(cost), len(seam)):
             least = cost[s] if cost[s] < least else least
         seam[k] += least
-    starts = np.empty(count, np.int64)
-    for k in range(count):
+    starts = np.empty(min(count, len(seam)), np.int64)
+    for k in range(len(starts)):
         starts[k] = seam.argmin()
         seam[starts[k]] = np.float32(np.inf)
     return starts

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from bayesq.batches import TensorExamples
 from bayesq.calibration.memory import InMemoryStatistics, NetworkStatistics
 from bayesq.calibration.passes import SUM_BYTES, CalibrationSettings, sum_bytes
-from bayesq.calibration.prefix import KEPT_BYTES
 from bayesq.calibration.statistic import Statistic, families
 from bayesq.likelihood import TOKENS, Tokens
 from bayesq.quant.blocks import find_blocks
@@ -118,7 +117,7 @@ def memory(subject: Subject, recipe: Recipe, statistics: NetworkStatistics) -> d
     if recipe.inputs != "full":
         gpu["prefix"] = {
             "weights of both networks": 2 * weights,
-            "inputs and outputs in one block": 2 * STORED_BYTES + KEPT_BYTES,
+            "inputs and outputs in one block": 2 * STORED_BYTES,
             "one batch, forward": 2 * statistics.batch_size * one.largest,
             "sums of the widest layer": 4 * FLOAT * max(c for _, c in matrices(subject)) ** 2,
         }

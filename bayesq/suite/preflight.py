@@ -16,7 +16,6 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from bayesq.calibration.memory import NetworkStatistics
-from bayesq.calibration.prefix import KEPT_BYTES
 from bayesq.calibration.statistic import Statistic
 from bayesq.memory import available_memory, resident_bytes
 from bayesq.quant.correction import MAX_EXAMPLES
@@ -130,7 +129,6 @@ def estimate(
     }
     if recipe.inputs != "full":  # inputs of one block, and outputs of its modules, are stored for all examples
         stages["rounding"] += network + (2 if recipe.in_step else 1) * (2 * batch * largest + inputs)
-        stages["rounding"] += min(KEPT_BYTES, inputs) if recipe.in_step else 0
     if recipe.correction != "none" and recipe.inputs == "full":
         stages["correction"] = weights + 3 * network + 3 * min(MAX_EXAMPLES, examples) * largest
     if recipe.distillation is not None:

@@ -37,7 +37,7 @@ def test_bytes_and_operations() -> None:
     hidden = 4 * EXAMPLES * WINDOW * WIDTH
     assert (found["GPU, statistics: weights"], found["GPU, statistics: sums of one pass"]) == (weights, sums)
     assert found["GPU, prefix: weights of both networks"] == 2 * weights
-    assert found["GPU, prefix: inputs and outputs in one block"] == (2 * 512 + 256) * 2**20
+    assert found["GPU, prefix: inputs and outputs in one block"] == 2 * 512 * 2**20
     assert found["disk: inputs of two blocks"] == 0 and hidden < 512 * 2**20  # they stay in memory
     assert found["GPU, prefix: sums of the widest layer"] == 4 * 4 * INNER**2
     assert found["disk: statistics"] == sums
