@@ -417,6 +417,27 @@ def test_one_pass_gives_the_inputs_of_a_blocks_groups(name, monkeypatch):
         assert runs[8:12] == [3, 0, 0, 3] and runs[-6:-2] == [3, 3, 3, 3], runs
 
 
+def test_layers_whose_inputs_were_dropped_run_again(monkeypatch):
+    """The room runs out in the last batch, when outputs of modules around these layers are kept already."""
+    _, examples, groups, inputs = setting("bert")
+    full = seeded(Bert())
+    layers, blocks = quantizable_layers(full), find_blocks(full)
+    settings = partial(examples.batches, 2, CPU), lambda batch: batch, inputs.networks[0].calls
+    walk = walker.Walker(full, blocks, layers, *settings, last=last_of_each_block(groups, blocks))
+    kept, third = prefix._FullInputs(walk, groups, blocks), groups[8:12]
+    with torch.no_grad():
+        for group in groups[:8]:
+            list(kept.of(group))
+        with monkeypatch.context() as room:
+            for i, _ in enumerate(kept.of(third[0])):
+                if i == 1:
+                    room.setattr(prefix, "KEPT_BYTES", 0)
+        assert not kept._kept
+        for group in third[1:]:
+            for seen, batch in zip(kept.of(group), examples.batches(2, CPU), strict=True):
+                assert all(torch.equal(seen[layer][0][1], given_to(full, layer, batch.inputs)) for layer in group)
+
+
 def given_to(module: nn.Module, layer: str, inputs: dict[str, Tensor]) -> Tensor:
     given: list[Tensor] = []
     handle = module.get_submodule(layer).register_forward_pre_hook(lambda _, x: given.append(x[0].clone()))
