@@ -6,6 +6,7 @@ config -> dataset and model -> calibration statistics -> method (posterior, allo
 
 import logging
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from bayesq.report import layer_rows
 from bayesq.suite import results
 from bayesq.suite.config import resolve_cache_dir, run_dir
 from bayesq.suite.errors import UserError
-from bayesq.suite.full_precision import cached_logits
+from bayesq.suite.full_precision import cached_logits, cached_scores
 from bayesq.suite.packed import run_record
 from bayesq.suite.plan import check_patterns, for_user, load_workload, make_recipe, open_statistics, placed_whitenings
 from bayesq.suite.preflight import preflight
@@ -167,7 +168,7 @@ class Evaluator:
     """
 
     def __init__(self, work: Workload, batch_size: int, autocast: str | None, cache_dir: Path) -> None:
-        self.work, self.batch_size, self.autocast = work, batch_size, autocast
+        self.work, self.batch_size, self.autocast, self.cache_dir = work, batch_size, autocast, cache_dir
         network, name = work.network, work.name
         self.full: Tensor | nn.Module = network.module
         self.oom_retries = 0
@@ -198,7 +199,9 @@ class Evaluator:
         self.oom_retries += retries
         check_finite(rows["fp_nll"], self._overflow)
         if self.zeroshot is not None:
-            self._answers = self.zeroshot.compare(subject.module, student)
+            network = self.work.network
+            full = partial(cached_scores, self.zeroshot, network.module, network.identity, self.cache_dir)
+            self._answers = self.zeroshot.compare(full, student)
         return rows
 
     def metrics(self, rows: EvaluationRows, seed: int) -> dict[str, object]:

@@ -11,8 +11,9 @@ Sequences are padded on the right, where a causal network does not see it.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,11 @@ from bayesq.suite.models.windows import Windows
 
 # What follows a question before its choices; nothing in other tasks, whose choices continue the question.
 ANSWER = dict.fromkeys(("piqa", "arc_easy", "arc_challenge", "boolq"), "\nAnswer:")
+
+
+# Log probabilities [n] of the continuations of n pairs, and whether all their tokens are the most probable ones; the
+# text is the label of a progress bar.
+Score = Callable[[Sequence[tuple[str, str]], str], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -77,12 +83,15 @@ class ZeroShot:
     ) -> None:
         self.tasks, self.encode, self.batch_size, self.device = tasks, encode, batch_size, device
 
-    def compare(self, full: nn.Module, quantized: nn.Module) -> dict[str, object]:
-        """Metrics by result key: fp/zeroshot/TASK/acc, q/..., delta/..., and the number of questions."""
+    def compare(self, full: Score, quantized: nn.Module) -> dict[str, object]:
+        """Metrics by result key: fp/zeroshot/TASK/acc, q/..., delta/..., and the number of questions.
+
+        `full` gives the scores of the full-precision network.
+        """
         result: dict[str, object] = {}
         for task, questions in self.tasks.items():
             fp = self.measure(full, questions, f"{task} full precision")
-            q = self.measure(quantized, questions, f"{task} quantized")
+            q = self.measure(partial(self.score, quantized), questions, f"{task} quantized")
             result[f"evaluation/zeroshot/{task}"] = len(questions)
             for metric, value in fp.items():
                 result[f"fp/zeroshot/{task}/{metric}"] = value
@@ -90,10 +99,10 @@ class ZeroShot:
                 result[f"delta/zeroshot/{task}/{metric}"] = q[metric] - value
         return result
 
-    def measure(self, module: nn.Module, questions: Sequence[Question], label: str) -> dict[str, float]:
+    def measure(self, score: Score, questions: Sequence[Question], label: str) -> dict[str, float]:
         """acc and acc_norm of questions, or greedy of passages; `label` is of the progress bar."""
         pairs = [pair for question in questions for pair in question.pairs]
-        scores, greedy = self.score(module, pairs, label)
+        scores, greedy = score(pairs, label)
         if questions[0].gold is None:
             return {"greedy": float(greedy.double().mean())}
         right = {"acc": 0, "acc_norm": 0}
@@ -106,7 +115,7 @@ class ZeroShot:
     @torch.no_grad()
     def score(self, module: nn.Module, pairs: Sequence[tuple[str, str]], label: str) -> tuple[Tensor, Tensor]:
         """Log probability of each continuation [n] float64, and whether all its tokens are the most probable ones."""
-        encoded = [self._tokens(*pair) for pair in pairs]
+        encoded = [self.tokens(*pair) for pair in pairs]
         order = sorted(range(len(pairs)), key=lambda k: -len(encoded[k][0]))
         scores, greedy = torch.zeros(len(pairs), dtype=torch.float64), torch.zeros(len(pairs), dtype=torch.bool)
         for start in bar(range(0, len(order), self.batch_size), label):
@@ -122,7 +131,7 @@ class ZeroShot:
                 greedy[k] = bool((there.argmax(-1) == target).all())
         return scores, greedy
 
-    def _tokens(self, context: str, continuation: str) -> tuple[list[int], int]:
+    def tokens(self, context: str, continuation: str) -> tuple[list[int], int]:
         """Tokens of both texts together, and how many belong to the continuation; the last ones a model can take."""
         bare = context.rstrip()  # white space at the end belongs to the continuation's first token
         before, whole = len(self.encode.tokens(bare)), self.encode.tokens(context + continuation)

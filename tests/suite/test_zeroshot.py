@@ -1,6 +1,7 @@
 """Zero-shot scores against a naive loop in float64, and errors of one line."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from tiny_lm import VOCABULARY, letters, tiny_lm
 
 from bayesq.suite.errors import UserError
+from bayesq.suite.full_precision import cached_scores
 from bayesq.suite.models.windows import Windows
 from bayesq.suite.zeroshot import ZeroShot, open_zeroshot, read_questions
 
@@ -84,14 +86,34 @@ def test_accuracies_by_hand(module: torch.nn.Module, root: Path) -> None:
         acc += scores.index(max(scores)) == line["gold"]
         per_character = [score / len(text) for score, text in zip(scores, line["choices"], strict=True)]
         norm += per_character.index(max(per_character)) == line["gold"]
-    result = ZeroShot({"piqa": questions}, windows(), 2, CPU).compare(module, module)
+    zeroshot = ZeroShot({"piqa": questions}, windows(), 2, CPU)
+    result = zeroshot.compare(partial(zeroshot.score, module), module)
     assert (result["fp/zeroshot/piqa/acc"], result["q/zeroshot/piqa/acc_norm"]) == (acc / 2, norm / 2)
     assert (result["delta/zeroshot/piqa/acc"], result["evaluation/zeroshot/piqa"]) == (0, 2)
 
 
+def test_full_precision_answers_once(
+    module: torch.nn.Module, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs = [pair for one in read_questions(root, "piqa", None) for pair in one.pairs]
+    zeroshot = ZeroShot({}, windows(), 2, CPU)
+    ask = partial(cached_scores, zeroshot, module, "checksum", tmp_path)
+    expected = zeroshot.score(module, pairs, "test")
+    assert all(map(torch.equal, ask(pairs, "test"), expected))
+    calls: list[int] = []
+    monkeypatch.setattr(zeroshot, "score", lambda _, pairs, __: (calls.append(len(pairs)), expected)[1])
+    assert all(map(torch.equal, ask(pairs, "test"), expected))
+    assert calls == []
+    ask(pairs[1:], "test")  # other questions, another network and another batch size are other answers
+    cached_scores(zeroshot, module, "another", tmp_path, pairs, "test")
+    zeroshot.batch_size = 1
+    ask(pairs, "test")
+    assert calls == [len(pairs) - 1, len(pairs), len(pairs)]
+
+
 def test_long_texts_lose_their_beginning(module: torch.nn.Module) -> None:
     short = ZeroShot({}, windows(positions=6), 1, CPU)
-    tokens, count = short._tokens("abcdefgh", "ij")
+    tokens, count = short.tokens("abcdefgh", "ij")
     assert (tokens, count) == (letters().encode("defghij"), 2)
 
 
