@@ -67,7 +67,9 @@ class GPTQ(ScalarMethod):
         self.scale_dtype = scale_dtype
 
     def planned(self, layer: LayerProblem) -> LayerProblem:
-        """Without the weights of dead columns, which become zeros and take nearly no bits."""
+        """The layer with zeros in dead columns, as stored; these take nearly no bits. No rotated column is dead."""
+        if layer.rotation is not None:
+            return layer
         dead = layer.statistic(INPUT_MAGNITUDE.name) == 0
         return replace(layer, weight=layer.weight.masked_fill(dead[:, None], 0.0)) if bool(dead.any()) else layer
 

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from bayesq.calibration.statistic import Statistic
-from bayesq.codebook import normal_distortion
 from bayesq.contract import Allocate, Context, LayerProblem, check_finite, stack_groups
 from bayesq.errors import Refused
 from bayesq.quant.accounting import group_scale_bits
@@ -55,9 +54,9 @@ class HQQ:
         self.group_size = check_group_size(group_size)
 
     def prepare(self, layers: Sequence[LayerProblem], allocate: Allocate, context: Context) -> Mapping[str, Tensor]:
-        """Choose the widths for uniform levels."""
+        """Choose the widths."""
         scales = sum(group_scale_bits(layer.rows, layer.columns, self.group_size) for layer in layers)
-        return allocate(layers, distortion=lambda layer, width: normal_distortion("uniform", width), scales=scales)
+        return allocate(layers, scales=scales)
 
     def quantize_layer(self, layer: LayerProblem, width: Tensor, context: Context) -> QuantizedTensor:
         """Fit each row's, or column group's, scale and zero point and round to nearest."""
@@ -88,7 +87,7 @@ class HQQ:
         return _codes(weight, best_scale, best_zero, width), best_scale, best_zero
 
     def iterates(self, weight: Tensor, width: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Scale [R] and zero [R] at the start, where z stands for the smallest weight, and after each step."""
+        """Scale [R] and zero [R] at the start, where code 0 is the smallest weight (or 0), and after each step."""
         scale, _ = minmax_grid(weight, width)
         zero = -weight.amin(1).clamp(max=0) / scale
         yield scale, zero

@@ -1,9 +1,9 @@
 """Bit allocation: which block gets how many bits.
 
 A block is a layer, a row or a group of rows. Every allocator turns an average budget into one width per row; every
-method accepts every allocator. The budget is counted in code bits per weight. A method that stores more beside its
-codes than a plain affine layer gets that many code bits less, so no method stores more than the baseline at the same
-budget.
+method accepts every allocator. The budget counts code bits per weight, or all stored bits. If it counts code bits, what
+a method stores beyond a plain affine layer is taken from its code bits. Exceptions: column and group scales; row tables
+with allocator=uniform; codebooks if the budget is an integer (allocator=uniform) or allows the smallest widths only.
 """
 
 import math
@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bayesq.budget import Allocator, Budget
-from bayesq.codebook import level_kind, normal_distortion
+from bayesq.codebook import normal_distortion
 from bayesq.contract import Distortion, LayerProblem, RowBits, stack_groups
 from bayesq.errors import Refused
 from bayesq.ilp import ilp_knapsack
@@ -26,21 +26,22 @@ from bayesq.quant.grids import MIN_WIDTH, mse_grid
 from bayesq.rounding import predicted_risk, round_layer
 from bayesq.uniform import Uniform
 
-# The allocators that predict risks, by their name as the key allocator.
+# The values of the key allocator that predict risks, with their solvers.
 SOLVERS = {"knapsack": greedy_knapsack, "ilp": ilp_knapsack}
 # Damping of the input moment for methods that have no such argument.
 DAMPING = 0.01
-# Rows whose errors cost less than this part of the most expensive row's count as that expensive.
+# Floor of a row's cost in `steps`, as a share of the largest row cost, so that no step is infinite.
 LEAST_CURVATURE = 1e-12
 
 
 class Knapsack:
     """Knapsack on the closed-form predicted risk, for any method that rounds afterwards.
 
-    Rows of one block share a width, as hardware asks: neighbouring rows for kernels that work on tiles of rows
-    (block="group"), rows of similar risk for `row_multiple`, which only restricts how many rows have each width. With
-    risk_rb = e_r T_b (e_r of the row, T_b of the width) and given numbers of rows per width, the least risk gives the
-    widest codes to the rows with the largest e_r. So blocks of rows sorted by risk lose nothing.
+    Rows of one block share a width. With block="group" they are neighbours, for kernels that work on tiles of rows.
+    With block="row" and a `row_multiple` they have similar risk, because only the number of rows at each width is
+    restricted. With risk_rb = e_r T_b (e_r of the row, T_b of the width) and given numbers of rows per width, the least
+    risk gives the widest codes to the rows with the largest e_r. So sorting rows by risk before they form blocks costs
+    no risk.
 
     Args:
         whitenings: the risk is predicted from these.
@@ -150,7 +151,7 @@ class Knapsack:
                 overhead += affine_overhead_bits([layer.rows]) + (LAYER_BITS if layer.weight.numel() % 8 else 0)
         capacity = budget.capacity(layers, overhead + codebook_bits, scales)
         if capacity < least:
-            # no bits are left for width maps, and layers with a single width need none
+            # too few bits for width maps, which layers of a single width do not need
             plain = affine_overhead_bits(layer.rows for layer in layers)
             if budget.count == "stored":
                 plain += padding + codebook_bits
@@ -172,7 +173,7 @@ class Knapsack:
         return allocated
 
     def steps(self, layers: Sequence[LayerProblem]) -> dict[str, Tensor]:
-        """Steps at which a bit more saves the same risk in every row: step^2 kappa mean_c h_rc = const.
+        """Steps at which one more bit saves the same risk in every row: step^2 kappa mean_c h_rc = const.
 
         h is the curvature of `bayesq.whitening`. The keys under `allocation` are not read.
 
@@ -212,10 +213,10 @@ class Knapsack:
         """Predicted risk [R, widths] of one layer under feedback rounding (to nearest without input correlations).
 
         Args:
-            distortion: T_b of the method's codes; None = `scalar_distortion`.
+            distortion: T_b of the method's codes; None = `uniform_distortion`.
         """
         whitening = self.whitenings.whitening(layer, feedback=True, damping=self.damping)
-        expected = scalar_distortion if distortion is None else distortion
+        expected = uniform_distortion if distortion is None else distortion
         return predicted_risk(layer.weight, whitening, [expected(layer, width) for width in self.widths])
 
     def rounded(self, layer: LayerProblem, width: int) -> Tensor:
@@ -226,9 +227,9 @@ class Knapsack:
         return round_layer(layer.weight, whitening, *grid, rows, {}).values.reshape(layer.weight.shape)
 
 
-def scalar_distortion(layer: LayerProblem, width: int) -> float:
-    """Expected squared error of a scalar code for weights of unit variance: Lloyd-Max up to 4 bits, then uniform."""
-    return normal_distortion(level_kind(width), width)
+def uniform_distortion(layer: LayerProblem, width: int) -> float:
+    """Expected squared error of uniform levels for weights of unit variance."""
+    return normal_distortion("uniform", width)
 
 
 def make_allocator(

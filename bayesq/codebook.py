@@ -99,7 +99,7 @@ def expected_lloyd(mean: Tensor, std: Tensor, precision: Tensor, levels: Tensor)
 
     Args:
         mean, std, precision: as in `expected_distortion`.
-        levels: [K] starting point, increasing.
+        levels: [K] starting point, increasing; BayesQ begins with `BayesQ._start` and goes on from the last round's.
 
     Returns:
         [K] increasing; the level of an empty cell does not move.
@@ -195,23 +195,23 @@ def normal_distortion(kind: str, width: int, noise: float = 0.0) -> float:
     Args:
         kind: "lloyd" or "uniform".
         width: bits, 1..8.
-        noise: rho = posterior std / block std.
+        noise: rho = posterior std / block std. Methods and allocators use 0.
     """
     spread = math.sqrt(1 + noise * noise)
     levels = normal_levels(kind, width) * spread
     return float(expected_distortion(_STANDARD["mean"], _STANDARD["std"] * spread, _STANDARD["precision"], levels))
 
 
-# Non-uniform levels are stored as fp16 tables, one per width for the whole model. Wider codes than this get none:
+# Non-uniform levels are stored as fp16 tables, one per width for the whole model. Wider codes than this have no table:
 # Lloyd-Max gains 0.24 bit at 5 bits on a normal source, and few rows are much wider.
 TABLE_MAX_WIDTH = 6
-# Largest relative increase of the risk that a table may cost: x bits per weight less for the codes raise the risk by
-# the factor 1 + 2 ln 2 x. The limit is low, because few rows may have the width of the table.
+# Largest relative increase of the risk that a table may cost: taking x bits per weight from the codes multiplies the
+# risk by 1 + 2 ln(2) x. The limit is low, because few rows may have the width of the table.
 TABLE_COST = 0.005
 
 
 def table_widths(weights: int) -> tuple[int, ...]:
-    """Widths with a table of levels in a model of that many quantized weights; the others have uniform levels."""
+    """Widths with a table of levels in a model of `weights` quantized weights; the others have uniform levels."""
     return tuple(width for width in range(2, TABLE_MAX_WIDTH + 1) if table_price(width, weights) <= TABLE_COST)
 
 
@@ -229,11 +229,6 @@ def level_unit(width: int) -> float:
     """The level unit in standard deviations: the step of the best uniform code for a standard normal source."""
     levels = normal_levels("uniform", width)
     return float(levels[1] - levels[0])
-
-
-def level_kind(width: int) -> str:
-    """Kind of levels assumed at a width if the method names none: "lloyd" while tables are small."""
-    return "lloyd" if width <= 4 else "uniform"
 
 
 # Codebooks are designed on a distribution that is compressed to this many cells.

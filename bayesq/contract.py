@@ -25,13 +25,13 @@ class LayerProblem:
 
     Attributes:
         name: module name.
-        kind: class name, Linear or Conv2d.
+        kind: of the layer, such as Linear, Conv2d or Experts; see `bayesq.quant.layers.kind_of`.
         weight: [g, r, c] float32.
         statistic: loads one of the layer's calibration statistics by name, when asked.
         prefix_statistic: the same for statistics of the layer's inputs behind its already quantized predecessors; None
             where the method reads full-precision inputs.
-        positions_per_channel: kernel positions kh * kw: that many neighbouring columns read one input channel.
-        rotation: of the columns, which weight and statistics have already (`bayesq.rotated`); None: not rotated.
+        positions_per_channel: kernel positions kh * kw, the number of neighbouring columns that read one channel.
+        rotation: of the columns; weight and statistics are rotated already (`bayesq.rotated`). None: not rotated.
         block: collects the samples of the block that the layer belongs to; None unless it is the layer's turn and the
             method declares BLOCK_SAMPLES.
         fallbacks: counters a method raises when it had to do something else than asked (result keys fallback/*);
@@ -66,7 +66,7 @@ class LayerProblem:
         return self.weight.shape[2]
 
     def input_statistic(self, kind: str) -> Tensor:
-        """A statistic of the inputs that the layer will meet: behind the quantized prefix where the method asks so."""
+        """A statistic of the inputs for rounding: behind the quantized prefix if the run's `inputs` ask for it."""
         return (self.prefix_statistic or self.statistic)(kind)
 
     def count(self, fallback: str, times: int = 1) -> None:
@@ -113,9 +113,9 @@ class CountedStatistics:
         return tensor
 
 
-# Expected squared error T_b of a code of so many bits in a layer, for weights of unit variance.
+# From a layer and a width to the expected squared error T_b of the code, for weights of unit variance.
 Distortion = Callable[[LayerProblem, int], float]
-# Bits that a row of so many bits a code stores in a layer beyond the scale and zero point of an affine row.
+# From a layer and a width to the bits that a row stores beside its codes, beyond an affine row's scale and zero point.
 RowBits = Callable[[LayerProblem, int], int]
 
 
@@ -134,7 +134,7 @@ class Allocate(Protocol):
 
         Args:
             codebook_bits: what the method's codebooks will take on disk; counted against the budget.
-            distortion: of the method's codes, for allocators that predict risk; None = of plain scalar ones.
+            distortion: of the method's codes, for allocators that predict risk; None = of uniform levels.
             row_bits: what rows of each width cost beside their codes, for the same allocators and for budgets of
                 stored bits; None = nothing.
             scales: bits of column scales, and of group scales beyond one a row; see `Budget.capacity`.
@@ -150,7 +150,7 @@ class StreamBudget(Protocol):
         ...
 
     def capacity(self, layers: Sequence[LayerProblem], overhead: float, scales: float = 0) -> float:
-        """Bits that the streams may take in all, if so many are stored beside them; see `Budget.capacity`."""
+        """Bits that all streams together may take, if `overhead` bits are stored beside them; see `Budget.capacity`."""
         ...
 
 
@@ -170,7 +170,7 @@ class Context:
         device: where the network is, and heavy work may take place.
         generator: CPU generator for everything random, seeded by the run's seed; nothing else draws from it.
         progress: wraps a loop to show how far it is.
-        stream: the budget with codec=entropy, where all widths are 8 and nothing calls `allocate`; else None.
+        stream: the budget with codec=entropy; all widths are then 8, and `allocate` is not called. Else None.
     """
 
     device: torch.device
@@ -185,7 +185,7 @@ class Context:
 
 
 # Which inputs of a layer `LayerProblem.input_statistic` describes: those in the full-precision network, those behind
-# the layers that are quantized before it, or the latter with the target of `bayesq.target` for a weight.
+# the layers that are quantized before it, or the latter with the target of `bayesq.target` as the weight.
 INPUTS = ("full", "prefix", "paired")
 # How codes are stored: with the same bits for all codes of a row, or entropy coded (`bayesq.entropy`).
 CODECS = ("fixed", "entropy")
@@ -197,9 +197,10 @@ class Method(Protocol):
     Attributes:
         statistics: those it reads, see `bayesq.calibration.statistic`; no other can be read.
 
-    A method that also reads `Context.stream` has the attribute `entropy = True`; one that reads nothing else has also
-    `fixed = False`. With codec=entropy its `prepare` can also read the full-precision statistics of the optional
-    attribute `entropy_statistics`, whatever the run's `inputs`. One that rotates weights itself has `rotates = True`.
+    Optional attributes: `entropy = True` if the method can read `Context.stream` (codec=entropy), `fixed = False` if it
+    cannot do without it, `rotates = True` if it rotates weights itself. With codec=entropy, `prepare` can also read the
+    full-precision statistics of the optional attribute `entropy_statistics`, whatever the run's `inputs`, but not those
+    of rotated columns.
     """
 
     statistics: frozenset[Statistic]
@@ -251,7 +252,7 @@ def naming(layer: LayerProblem) -> Iterator[None]:
 
 
 def check_finite(layer: LayerProblem) -> None:
-    """Refuse weights no grid can hold.
+    """Refuse weights that no grid can represent.
 
     Raises:
         Refused: NaN or infinite weights.

@@ -44,7 +44,7 @@ def quantize_network(
     statistics: Statistics,
     observer: Observer | None = None,
 ) -> Quantized:
-    """Run a recipe on a network; `observer` hears of each rounded layer and of each evaluation of a distillation.
+    """Run a recipe on a network; `observer` is told of each rounded layer and each evaluation of a distillation.
 
     Raises:
         Refused: no allocation meets the budget, a layer's weights or statistics are not finite, no calibration
@@ -89,7 +89,7 @@ def calibrate(subject: Subject, recipe: Recipe, statistics: Statistics, result: 
 
 
 def refuse_unseen(statistics: Statistics) -> None:
-    """Refuse layers that no calibration example reaches: without measurements nothing can decide their widths."""
+    """Refuse layers that no calibration example reaches: nothing else tells which widths they need."""
     if statistics.unseen:
         raise Refused(
             f"no calibration example reaches {', '.join(sorted(statistics.unseen))}: add them to layers.exclude, or "
@@ -178,7 +178,7 @@ def round_layers(
         context = replace(context, stream=StreamAllocation(recipe.allocator, recipe.budget, result.problems))
     allocate = Allocation(recipe.allocator, recipe.budget)
     start = last = time.perf_counter()
-    method = RotatedColumns(recipe.method, recipe.codec) if recipe.rotate else recipe.method
+    method = RotatedColumns(recipe.method) if recipe.rotate else recipe.method
     rounded = quantize_layers(method, problems, allocate, context, prefix)
     for problem, tensor in bar(rounded, "quantize", total=len(problems)):
         now = time.perf_counter()
@@ -233,7 +233,7 @@ def note_achieved_risk(whitenings: WhiteningStore, problems: Iterable[LayerProbl
 def weigh_by_proxy(subject: Subject, recipe: Recipe, proxy: Proxy, problems: Sequence[LayerProblem]) -> int:
     """Note kappa in each layer: measured divergence over predicted risk at one width.
 
-    Both are of layers that are not rotated; kappa is taken to hold for rotated columns too.
+    Both are measured without rotation; kappa is assumed to hold for rotated columns too.
 
     Returns:
         how often memory ran out and the measurement was repeated with smaller batches.

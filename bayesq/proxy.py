@@ -5,9 +5,11 @@ The predicted risk is quadratic and uses one Fisher block per layer. One factor 
     kappa_l = E_{w~q, x}[ KL( p(.|x, w) || p(.|x, w with layer l rounded) ) ] / predicted_l
 
 measured at one reference width with S posterior draws and multiplied into the layer's whole risk curve before bits are
-allocated. All layers share the S draws (common random numbers), so differences between factors come
-from the layers, not from the draws. KL: `bayesq.likelihood`. Reference width: `pipeline.weigh_by_proxy`. Used by:
-`Knapsack.allocate`.
+allocated. All layers share the S draws (common random numbers), so differences between factors come from the layers,
+not from the draws. KL: `bayesq.likelihood`. Reference width: `pipeline.weigh_by_proxy`. Multiplied in by:
+`Knapsack.allocate` and `Knapsack.steps`.
+
+The layer is rounded on affine grids, and its risk is predicted for uniform levels.
 """
 
 import math
@@ -67,8 +69,8 @@ def measure_kappa(
 
         1/2 deltaT F delta + gamma / (2 N),   delta = w_hat - mu,
 
-    with gamma the layer's effective number of parameters; `predicted` should contain both terms. With samples=0 the
-    mean weights replace the draws, and only the first term remains.
+    with gamma the layer's effective number of parameters. `predicted` is the first term: with the default N the second
+    is negligible. With samples=0 the mean weights replace the draws, and only the first term is measured.
 
     Args:
         full: full-precision network, in eval mode; unchanged.

@@ -175,7 +175,7 @@ class Recipe:
             raise Refused("allocator=ilp: codec=entropy has no widths to solve for; choose allocator=knapsack")
         if self.rotate:
             # refuses statistics that have no rotated form
-            RotatedColumns(self.method, self.codec, self.allocator.statistics)
+            RotatedColumns(self.method, self.allocator.statistics)
         if self.inputs not in INPUTS:
             raise Refused(f"inputs={self.inputs}: choose one of {', '.join(INPUTS)}")
         if self.compares and self.inputs != "paired":
@@ -194,7 +194,7 @@ class Recipe:
             of_method = of_method - self.behind_prefix - self.compares
             if self.correction == "moments":
                 of_method = of_method | {INPUT_MOMENT}
-        if self.codec == "entropy":
+        if self.codec == "entropy" and not self.rotate:
             of_method = of_method | getattr(self.method, "entropy_statistics", frozenset())
         return self.allocator.statistics | of_posterior | of_method
 
@@ -205,7 +205,7 @@ class Recipe:
 
     @property
     def _only_targets(self) -> bool:
-        """Whether a posterior without inputs, such as diag, rounds targets and keeps moments, which any method can."""
+        """Whether a method whose posterior reads no inputs, such as diag, only rounds targets and preserves moments."""
         posterior = getattr(self.method, "whitenings", None)  # one that the allocator alone reads does not count
         return self.inputs == "paired" and posterior is not None and bool(self.method.statistics)
 
@@ -236,7 +236,7 @@ class Quantized:
         reused_s: time of the first computation of reused statistics and whitenings, less the time of reading them.
         distillation: numbers of the distillation under their result keys; empty without distillation.
         oom_retries: how often memory ran out and a stage was repeated with smaller batches.
-        observer: hears of each rounded layer and of each evaluation of a distillation.
+        observer: called after each rounded layer and each evaluation of a distillation.
     """
 
     tensors: dict[str, QuantizedTensor] = field(default_factory=dict)

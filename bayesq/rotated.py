@@ -1,8 +1,8 @@
 """Rounding in randomly rotated columns, for every method whose statistics can be rotated.
 
 With error feedback, codes of one width cost the risk 1/2 sum_r G_rr sum_c D_c e^2. A rotation R of the inputs keeps the
-product of the D_c, because it keeps det A, and makes them alike: so their sum falls towards columns times their
-geometric mean. It also makes the weights of a row more like draws of a normal distribution.
+product of the D_c, because it keeps det A, and makes them nearly equal, so that their sum falls towards their number
+times their geometric mean. It also makes the weights of a row more like draws of a normal distribution.
 
     W' = W RT,   A' = R A RT,   C' = R C RT
 """
@@ -34,18 +34,14 @@ class RotatedColumns:
 
     Args:
         method: see `bayesq.contract.Method`.
-        codec: of the run.
         allocator: the statistics that it reads.
 
     Raises:
         Refused: one of them reads a statistic without a rotated form, or the method rotates by itself.
     """
 
-    def __init__(self, method: Method, codec: str, allocator: frozenset[Statistic] = frozenset()) -> None:
-        read = method.statistics
-        if codec == "entropy":
-            read = read | getattr(method, "entropy_statistics", frozenset())
-        for reader, statistics in (("method", read), ("allocator", allocator)):
+    def __init__(self, method: Method, allocator: frozenset[Statistic] = frozenset()) -> None:
+        for reader, statistics in (("method", method.statistics), ("allocator", allocator)):
             fixed = sorted(
                 one.name for one in statistics if one not in ROTATED and one.source is not Source.OUTPUT_GRADIENTS
             )

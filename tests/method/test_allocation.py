@@ -19,7 +19,7 @@ from baselines.rtn import RTN
 from bayesq import uniform
 from bayesq.allocation import Knapsack, make_allocator
 from bayesq.budget import Budget
-from bayesq.codebook import level_kind, normal_distortion, normal_levels
+from bayesq.codebook import normal_distortion, normal_levels
 from bayesq.contract import LayerProblem
 from bayesq.knapsack import greedy_knapsack
 from bayesq.posterior import Diagonal, Kfac, Posterior, WhiteningStore
@@ -75,7 +75,7 @@ def packed_bits(layers: list[LayerProblem], widths: dict[str, Tensor], tables: b
         books = {
             w: Codebook(f"lloyd/{w}", normal_levels("lloyd", w).to(torch.float16))
             for w in width.unique().tolist()
-            if tables and level_kind(w) == "lloyd"
+            if tables and w <= TABLE_WIDTH
         }
         tensors[layer.name] = QuantizedTensor(
             codes=codes.to(torch.uint8),
@@ -89,7 +89,8 @@ def packed_bits(layers: list[LayerProblem], widths: dict[str, Tensor], tables: b
     return 8 * sum(buffer.numel() * buffer.element_size() for buffer in pack_model(tensors)[0].values())
 
 
-TABLE_BITS = sum(16 * 2**width for width in range(2, 9) if level_kind(width) == "lloyd")  # of `packed_bits`
+TABLE_WIDTH = 4  # widest table in `packed_bits`
+TABLE_BITS = sum(16 * 2**width for width in range(2, TABLE_WIDTH + 1))
 
 
 def spent(layers: list[LayerProblem], widths: dict[str, Tensor]) -> int:
@@ -157,7 +158,7 @@ def test_knapsack_uses_its_budget_where_the_predicted_risk_falls_most(block):
     found = Knapsack(store(posterior), block, widths).allocate(layers, Budget(4, "code"))
     for layer in layers:
         whitening = posterior.fit(layer).whitening(True, 0.01)
-        table = predicted_risk(layer.weight, whitening, [normal_distortion(level_kind(w), w) for w in widths])
+        table = predicted_risk(layer.weight, whitening, [normal_distortion("uniform", w) for w in widths])
         chosen = [widths.index(w) for w in found[layer.name].tolist()]
         expected = sum(float(table[row, k]) for row, k in enumerate(chosen))
         assert layer.notes["predicted_risk"] == pytest.approx(expected, rel=1e-9)
@@ -167,7 +168,7 @@ def test_knapsack_uses_its_budget_where_the_predicted_risk_falls_most(block):
     flat = 0.0
     for layer in layers:
         whitening = posterior.fit(layer).whitening(True, 0.01)
-        flat += float(predicted_risk(layer.weight, whitening, [normal_distortion("lloyd", 4)]).sum())
+        flat += float(predicted_risk(layer.weight, whitening, [normal_distortion("uniform", 4)]).sum())
     if block == "row":
         assert sum(layer.notes["predicted_risk"] for layer in layers) < 0.9 * flat
 

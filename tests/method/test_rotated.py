@@ -51,7 +51,7 @@ def by_hand(one: LayerProblem, rotation: Rotation) -> LayerProblem:
 @pytest.mark.parametrize("name", METHODS)
 def test_codes_are_those_of_a_layer_that_was_rotated_before(name):
     layers = [with_cross(one) for one in network()]
-    tensors = [tensor for _, tensor in through_the_loop(RotatedColumns(METHODS[name](), "fixed"), layers, Allocator())]
+    tensors = [tensor for _, tensor in through_the_loop(RotatedColumns(METHODS[name]()), layers, Allocator())]
     turned = [by_hand(one, tensor.rotation) for one, tensor in zip(layers, tensors, strict=True)]
     expected = [tensor for _, tensor in through_the_loop(METHODS[name](), turned, Allocator())]
     assert len({tensor.rotation.seed for tensor in tensors}) == len(layers)
@@ -77,8 +77,8 @@ def test_an_allocator_sees_the_rotated_layers():
         return plain(rotated, *arguments)
 
     method.whitenings.memory_limit = other.whitenings.memory_limit = 2**30
-    found = [tensor for _, tensor in through_the_loop(RotatedColumns(method, "fixed"), layers, allocate)]
-    expected = [tensor for _, tensor in through_the_loop(RotatedColumns(other, "fixed"), network(), Allocator())]
+    found = [tensor for _, tensor in through_the_loop(RotatedColumns(method), layers, allocate)]
+    expected = [tensor for _, tensor in through_the_loop(RotatedColumns(other), network(), Allocator())]
     assert all(torch.equal(one.codes, two.codes) for one, two in zip(found, expected, strict=True))
     kept = set(map(id, method.whitenings._in_memory.values()))
     assert len(kept) == 2 * len(layers) and {id(one) for one in seen} <= kept
@@ -92,7 +92,7 @@ def test_errors_cost_less_where_columns_differ(name):
     gradients = one.statistic("gradient_moment")
     uneven = replace(one, statistic=lambda kind: energies if kind == "input_moment" else gradients)
     risks = []
-    for method in (METHODS[name](), RotatedColumns(METHODS[name](), "fixed")):
+    for method in (METHODS[name](), RotatedColumns(METHODS[name]())):
         ((_, tensor),) = through_the_loop(method, [uneven], Allocator([3]))
         delta = tensor.dequantize().double() - one.weight.double()
         risks.append(float(((delta @ energies[0].double()) * delta).sum()))
@@ -102,7 +102,7 @@ def test_errors_cost_less_where_columns_differ(name):
 def test_seeds_count_as_codebooks_do():
     plain, rotated = Allocator(), Allocator()
     list(through_the_loop(bayesq_with(), network(), plain))
-    list(through_the_loop(RotatedColumns(bayesq_with(), "fixed"), network(), rotated))
+    list(through_the_loop(RotatedColumns(bayesq_with()), network(), rotated))
     assert rotated.codebook_bits - plain.codebook_bits == STORED_BITS * len(network()) == 8 * (SEED_BYTES + 1) * 4
 
 
@@ -125,7 +125,7 @@ def test_a_streams_budget_pays_for_the_seeds():
             return {}
 
     context = replace(Context.of_seed(0), stream=Stream())
-    RotatedColumns(Reading(), "entropy").prepare(network(), Allocator(), context)
+    RotatedColumns(Reading()).prepare(network(), Allocator(), context)
     assert asked == [(5 + 4 * STORED_BITS, 2)]
 
 
@@ -147,7 +147,7 @@ def test_the_steps_of_a_stream_are_those_of_rotated_layers():
 
     stream = StreamAllocation(Steps(), Budget(3, "code"), {one.name: one for one in layers})
     context = replace(Context.of_seed(0), stream=stream)
-    RotatedColumns(Reading(), "entropy").prepare(layers, Allocator(), context)
+    RotatedColumns(Reading()).prepare(layers, Allocator(), context)
     for one, original in zip(seen, layers, strict=True):
         assert torch.equal(one.weight, one.rotation.forward(original.weight.double()).float())
         moment = one.rotation.moment(original.statistic("input_moment").double()).float()
@@ -158,15 +158,15 @@ def test_the_steps_of_a_stream_are_those_of_rotated_layers():
 def test_statistics_without_a_rotated_form_are_refused():
     for posterior in (Diagonal(1.0, 1000, None), Ekfac(1.0, 1000, None)):
         with pytest.raises(Refused, match=r"rotate=true: this method reads \w+, which has no rotated form"):
-            RotatedColumns(bayesq_with(posterior), "fixed")
+            RotatedColumns(bayesq_with(posterior))
     with pytest.raises(Refused, match=r"rotate=true: this allocator reads fisher_diagonal, .*; choose rotate=false"):
-        RotatedColumns(METHODS["gptq"](), "fixed", Diagonal(1.0, 1000, None).statistics)
+        RotatedColumns(METHODS["gptq"](), Diagonal(1.0, 1000, None).statistics)
     with pytest.raises(Refused, match=r"reads fisher_diagonal, .*; choose rotate=false"):
-        RotatedColumns(construct(settings("method", "squeezellm")), "fixed")
+        RotatedColumns(construct(settings("method", "squeezellm")))
     with pytest.raises(Refused, match=r"reads input_magnitude, .*; choose rotate=false"):
-        RotatedColumns(METHODS["gptq"](), "entropy")  # it reads magnitudes there only
+        RotatedColumns(construct(settings("method", "awq")))
     with pytest.raises(Refused, match=r"this method rotates both sides by itself; choose rotate=false"):
-        RotatedColumns(construct(settings("method", "qtip")), "fixed")
+        RotatedColumns(construct(settings("method", "qtip")))
 
 
 def test_the_library_has_the_switch():
@@ -178,3 +178,19 @@ def test_the_library_has_the_switch():
     distinct = [max(len(row.unique()) for row in one[0].weight) for one in (plain, turned)]
     assert distinct[0] <= 8 and distinct[1] > 20
     assert all(not tensor.rotation.both for tensor in report.packed.tensors.values())
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq", "watersic", "bayesq"])
+def test_entropy_codes_of_rotated_columns(method):
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Linear(24, 48), torch.nn.ReLU(), torch.nn.Linear(48, 40)).eval()
+    scales = torch.diag(10 ** torch.linspace(-1, 0, 24))
+    x = [torch.randn(16, 24) @ scales for _ in range(8)]
+    for batch in x:
+        batch[:, 3] = 0  # a dead column
+    given = {"bits": 4, "method": method, "codec": "entropy", "inputs": "full", "correction": "none"}
+    turned, report = bayesq.quantize(network, x, **given, rotate=True)
+    assert all(tensor.rotation is not None for tensor in report.packed.tensors.values())
+    assert report.code_bits <= 4
+    reach = torch.cat(x)
+    assert (turned(reach) - network(reach)).norm() < 0.2 * network(reach).norm()
