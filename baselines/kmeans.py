@@ -24,7 +24,7 @@ from bayesq.quant.compiled import compiled
 def _cost(zeroth: Any, first: Any, second: Any, i: Any, j: Any) -> Any:
     """Cost of the sorted weights i..j-1 in one cluster, from prefix sums of h, h w and h w^2."""
     mass, moment = zeroth[j] - zeroth[i], first[j] - first[i]
-    if not mass > 0:  # too small beside the sums before it
+    if not mass > 0:  # lost in the rounding of the prefix sums
         return 0.0
     return max(second[j] - second[i] - moment * moment / mass, 0.0)
 
@@ -46,7 +46,7 @@ def _best_levels(w: Any, h: Any, levels: Any) -> None:
     while stride <= n:
         stride *= 2
     for k in range(2, clusters + 1):
-        # Every second j is halfway between two that are done, whose best i bound its own.
+        # The new j lie halfway between finished ones, whose best i bound the search.
         step = stride
         while step >= 1:
             for j in range(step, n + 1, 2 * step):

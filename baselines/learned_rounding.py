@@ -105,7 +105,7 @@ class SoftLayer:
 
     @torch.no_grad()
     def tensor(self) -> QuantizedTensor:
-        """The layer with every weight rounded to where its h(v) is closer."""
+        """The layer with every weight rounded up if its h(v) is at least 1/2, else down."""
         codes = (self._lower + (self.v >= 0)).clamp(min=0).minimum(self._top)
         return QuantizedTensor(
             codes=codes.cpu().to(torch.uint8),

@@ -5,7 +5,7 @@ For the rows J_k of each row group k, with q_r = P_r l_r (codes P one-hot, level
     min over levels and codes of sum_{r in J_k} (w_r - q_r)T H_k (w_r - q_r),
     H_k = E_example[sum_positions mean_{r in J_k} d_r^2 x xT]
 
-From k-means weighted with diag H_k, rounds of
+Starting from k-means weighted with diag H_k, each round computes
 
     l = (PT H P)^-1 PT H w,
     q_i = the level nearest to w_i - sum_{j != i} H_ij (q_j - w_j) / H_ii,   column by column, in some sweeps.
@@ -59,7 +59,7 @@ class GuidedMoment(Statistic):
         return torch.eye(columns).expand(self.shape(groups, rows, columns)).contiguous()
 
     def gradients(self, pairs: Pairs, required: Mapping[str, Tensor]) -> Tensor:
-        """The sum of the pairs' examples in place of their weight gradients."""
+        """The sum of H over these examples, in place of their weight gradients."""
         total: Tensor | None = None
         for group, d, x in pairs.blocks():
             d, x = (part.transpose(0, 1).flatten(1, 2) for part in (d, x))  # [g, n, r] and [g, n, c]
@@ -71,7 +71,7 @@ class GuidedMoment(Statistic):
         return total
 
     def contribution(self, values: Tensor) -> Tensor:
-        """The sum as it is."""
+        """The sum, unchanged."""
         return values
 
     def squares(self, tensor: Tensor) -> Tensor:
@@ -128,7 +128,7 @@ class LNQ:
         return row_table_tensor(codes, tables, width, groups)
 
     def _moments(self, layer: LayerProblem) -> Tensor:
-        """H [g, k, c, c]: of full-precision inputs, because their gradients are; without guidance, of all inputs."""
+        """H [g, k, c, c]: guided, of full-precision inputs, as the gradients are; else of the run's `inputs`."""
         if self.groups:
             return layer.statistic("guided_moment")
         return layer.input_statistic("input_moment")[:, None]

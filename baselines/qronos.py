@@ -1,4 +1,4 @@
-"""Qronos (Zhang et al., arXiv 2505.11695): correct the past with the first column, then shape the future.
+"""Qronos (Zhang et al., arXiv 2505.11695): column 1 corrects earlier errors, the rest adapts, then GPTQ.
 
 With H = E[x' x'T] behind the quantized prefix and C = E[x x'T] from both networks, in visiting order:
 
@@ -44,7 +44,7 @@ class Qronos(TwoInputs):
         return codes, values
 
     def _first(self, w: Tensor, aim: Tensor, h: Tensor, grid: AffineGrid, column: int) -> Tensor:
-        """q_1 [R]: the value that stands for W x best, with the other columns as they are; aim = W C."""
+        """q_1 [R]: the grid value that best reproduces W x, with the other columns unchanged; aim = W C."""
         if not h[0, 0] > 0:
             return w[:, 0]
         best = (aim[:, 0] - w[:, 1:] @ h[1:, 0]) / h[0, 0]

@@ -25,8 +25,8 @@ from bayesq.quant.grids import AffineGrid, mse_grid, stored_scale, zero_code
 from bayesq.quant.rotation import SEED_BYTES, Rotation
 from bayesq.quant.tensor import QuantizedTensor
 
-# Standard deviation of the levels in units of a row's root mean square, as in the published code. Feedback makes the
-# weights longer, and wide levels are better for normal weights too.
+# Standard deviation of the levels in units of a row's root mean square, as in the published code. Feedback increases
+# the weights' variance, and wide levels are better for normal weights too.
 SPREAD = 1 / 0.9
 # With hashed levels, columns of fewer bits get scalar codes.
 LEAST_BITS = 24
@@ -68,10 +68,10 @@ class QTIP:
         return bitshift_distortion(width, code, rows, SPREAD * code.unit(width))
 
     def code_for(self, bits: int) -> Bitshift | None:
-        """The code of columns of so many bits; None: scalar codes are better.
+        """The code of columns of `bits` bits; None: scalar codes are better.
 
-        A ring has to close, which costs more the longer a state is beside the ring. The rules fit what was best for
-        normal weights in columns of 16 to 64 rows at 2 to 4 bits.
+        A path has to close to a ring, which costs more if a state is long compared to the column. The rules fit what
+        was best for normal weights in columns of 16 to 64 rows at 2 to 4 bits.
         """
         if self.code is Congruential:
             return trellis_for(bits, self.states)

@@ -22,8 +22,8 @@ from bayesq.fisher import FISHER_DIAGONAL
 from bayesq.quant.codes import SparseOverlay
 from bayesq.quant.tensor import QuantizedTensor
 
-# Share of a row's mean curvature that is added to each weight's. Without it, levels left over by the weights that
-# matter would ignore the others, for example those of a channel that is zero for all calibration examples.
+# Share of a row's mean curvature that is added to each weight's. Without it, weights of zero Fisher would have no
+# influence on the levels, for example those of a channel that is zero for all calibration examples.
 FLOOR = 1e-6
 
 

@@ -9,9 +9,9 @@ from bayesq.contract import LayerProblem
 
 
 class TwoInputs(GPTQ):
-    """GPTQ with H = E[x' x'T] and C = E[x x'T] of the layer at hand; clip rules are judged by E|w x - q x'|^2.
+    """GPTQ with H = E[x' x'T] and C = E[x x'T] of the current layer; clip rules are judged by E|w x - q x'|^2.
 
-    A column may be dead in x' and alive in x. Its weights become zero, but what they did to W x stays in E[W x x'T].
+    A column may be zero in x' but not in x. Its weights become zero, but its part of W x stays in E[W x x'T].
     """
 
     statistics = frozenset({INPUT_MOMENT, CROSS_MOMENT})

@@ -7,9 +7,9 @@ squared diagonal entry of the input moment's Cholesky factor. Then every column 
 asks for, and columns of small D_c cost few bits. Rates vary along rows and columns, and so do the code tables
 (`bayesq.quant.codes.column_entropy`). One constant per layer scales all its steps until the stream fits.
 
-Rounded values are longer than the weights they stand for where rates are low. After the rounding, least squares fit a
-factor for each class of columns and one for each row to the layer's output error. They go into the stored scales and
-cost no bits. The published factors are of single columns, which for few rows would store weights in scales.
+At low rates, rounded values have a larger norm than the weights. After the rounding, least squares fit a factor for
+each class of columns and one for each row to the layer's output error. They go into the stored scales and cost no bits.
+The published factors are of single columns, which for few rows would store weights in scales.
 """
 
 from collections.abc import Sequence
@@ -36,18 +36,18 @@ from bayesq.quant.tensor import QuantizedTensor
 SPACING = 0.5
 # Steps are scaled by these powers of two when the tables are made, so that each class sees weights of its rate.
 SHIFTS = (-3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0)
-# Tables are made from about so many weights.
+# Tables are made from about this many weights.
 SAMPLE = 2_000_000
 # Rounds of choosing classes of rows, then of columns.
 CLASS_ROUNDS = 2
-# A column is at most so many times as important as the mean, and at least the inverse, as fp16 holds it.
+# Column scales lie between 1 / MOST_SCALE and this, so that fp16 represents them.
 MOST_SCALE = 2.0**12
 # Factors of the refit beyond this or its inverse are not used.
 MOST_REFIT = 2.0
 
 
 class WaterSIC(GPTQ):
-    """Successive rounding with steps that fill the water level.
+    """GPTQ with column steps by water-filling.
 
     Args:
         act_order: visit columns in decreasing input energy; the product of all D_c is the same in any order.
@@ -129,14 +129,14 @@ class ColumnRounds(ScalarRounds):
     def _nearest(
         self, layers: Sequence[LayerProblem], weights: Sequence[Tensor], spreads: Sequence[Tensor]
     ) -> tuple[RateTables, dict[str, float]]:
-        """As of `ScalarRounds`; a weight's class follows from the sizes of its row and column."""
+        """See `ScalarRounds`; a weight's class follows from the sizes of its row and column."""
         sizes = {layer.name: log_sizes(weight) for layer, weight in zip(layers, weights, strict=True)}
         steps = {
             layer.name: usable_step(self.steps[layer.name] * self.factor, weight)
             for layer, weight in zip(layers, weights, strict=True)
         }
         every = max(1, round(sum(weight.numel() for weight in weights) / SAMPLE))
-        # rows and columns of zeros have no size; empty means are NaN
+        # rows and columns of zeros are left out; a mean over none is NaN
         live = [
             sizes[layer.name][rows][:, weight.any(0)].mean(1) - steps[layer.name][rows].log2()
             for layer, weight, rows in zip(layers, weights, (weight.any(1) for weight in weights), strict=True)
@@ -162,7 +162,7 @@ class ColumnRounds(ScalarRounds):
         return tables, expected
 
     def coded(self, codes: Tensor, step: Tensor, groups: int, column_scale: Tensor | None) -> QuantizedTensor:
-        """As of `ScalarRounds`, with the cheapest classes of rows and columns."""
+        """As in `ScalarRounds`, with the cheapest classes of rows and columns."""
         lengths = torch.from_numpy(self.tables.lengths()[:, 0])
         column = (log_sizes(codes.double() - ALPHABET // 2)[0] / SPACING).round()
         column_class = (column - column.min()).clamp(max=self.tables.classes - 1).to(torch.uint8)

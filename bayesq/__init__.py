@@ -9,15 +9,26 @@ allocation, knapsack, proxy       which row gets how many bits (also: budget, un
 method                            BayesQ itself, which calls them in that order
 distillation, teacher, student    training of scales, levels, biases, norms (matching of moments: quant.correction)
 
+Beyond the paper:
+
+target, in_step                   inputs=prefix or paired: a layer's target, and the moments of its outputs
+rotated                           rotate=true: any method in rotated columns (quant.rotation)
+entropy, entropy_rounding         codec=entropy: steps, code tables, lengths of streams; BayesQ's rounds with it
+entropy_scalar                    codec=entropy for methods with scalar codes
+
 Around it:
 
-contract, loop, rotated           what a method is, the loop that runs every method, the same in rotated columns
+contract, loop                    what a method is, the loop that runs every method
+nearest                           rounding to nearest on affine grids, for RTN and embedding tables
 recipe, pipeline, repair          from a network and examples to quantized tensors; correction and distillation
-observer                          hears of the steps, for a progress log
+batches, observer                 encoded examples; called after each step, for a progress log
 library, report                   `bayesq.quantize`, `bayesq.evaluate`
 evaluation, metrics, coverage     both networks' outputs -> rows -> metrics; what share of a network is quantized
 export                            folders that other programs read
-walker, visits, kept_outputs      inputs carried from block to block
+walker, visits, kept_outputs      inputs carried from block to block (hidden_states: the inputs of one block)
+defaults, errors, progress        the YAML files of conf/; the error `Refused`; progress bars
+memory, files                     retries when memory runs out; atomic writes and locks
+tensor_file, scratch_file         files of tensors: checked by a digest; temporary
 quant                             layers, codes, packed files
 suite                             models, data sets, configurations, tracking: everything that makes a run
 """

@@ -17,7 +17,7 @@ PADDED, EQUAL, ALONE = "padded", "equal", "alone"
 
 @dataclass(frozen=True)
 class Batch:
-    """One batch: `module(**inputs)` gives logits [b, classes].
+    """One batch: `module(**inputs)` returns outputs [b, ...], see `bayesq.likelihood`.
 
     `labels` [b] are on the device of the inputs. `index` [b] int64, on the CPU, is each example's position in the
     split: the order of batches may differ from that of the split.
@@ -152,7 +152,7 @@ def in_one_batch(examples: EncodedExamples, count: int, device: torch.device | s
 
 @dataclass(frozen=True)
 class EncodedBatches:
-    """Encoded examples as `bayesq.calibration.passes.Batches`, with a progress bar; `observer` hears of each batch."""
+    """Encoded examples as `bayesq.calibration.passes.Batches`, with a progress bar; `observer` is told of each one."""
 
     encoded: EncodedExamples
     batch_size: int

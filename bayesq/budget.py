@@ -76,5 +76,6 @@ class Allocation:
     ) -> dict[str, Tensor]:
         """Row widths uint8 [R] of these layers by name; the budget is an average over them."""
         given = {"row_bits": row_bits, "scales": scales}
-        more: dict[str, Any] = {key: value for key, value in given.items() if value}  # an allocator may lack the others
+        # An allocator need not have these arguments: they are passed only with a value.
+        more: dict[str, Any] = {key: value for key, value in given.items() if value}
         return self.allocator.allocate(layers, self.budget, codebook_bits, distortion, **more)

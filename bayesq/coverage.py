@@ -10,7 +10,7 @@ from bayesq.quant.layers import Layer, embedding_tables, weight_key
 
 log = logging.getLogger(__name__)
 
-# Names of unquantized tensors in the result, the largest first, and in the log line.
+# How many unquantized tensors the result names, largest first, and how many the log line names.
 NAMED, SHOWN = 5, 2
 
 
@@ -55,7 +55,7 @@ def report(covered: Coverage, module: nn.Module, unreached: Iterable[str]) -> No
     hint = "; layers.include_embeddings=true rounds embeddings" if tables.intersection(names) else ""
     rest = f"; largest of the rest: {left}{hint}" if left else ""
     level = logging.WARNING if covered.share < 0.5 else logging.INFO
-    log.log(level, f"quantizes {100 * covered.share:.0f} % of {_millions(parameter_count(module))} parameters{rest}")
+    log.log(level, f"quantizing {100 * covered.share:.0f} % of {_millions(parameter_count(module))} parameters{rest}")
     if names := list(unreached):
         more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
         log.warning(

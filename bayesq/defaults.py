@@ -116,7 +116,7 @@ def fits(value: Any, hint: Any) -> bool:
 
 
 def misfits(content: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """The keys of a choice whose values have not the types that the constructor declares, with what they need.
+    """The keys of a choice whose value has another type than the constructor declares, with the type needed.
 
     There are none if the types cannot be read; if the class does not exist, `construct` says so.
     """

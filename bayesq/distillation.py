@@ -112,7 +112,7 @@ def distill(
         likelihood: of the outputs.
         start: maps the choice of training examples (bool [n]) to parameters by state_dict name. Training starts from
             them if they are better on the held-out part.
-        observer: hears of each evaluation.
+        observer: called after each evaluation.
 
     Raises:
         Refused: the network is in training mode, there are too few examples to hold any out, indices do not match the

@@ -2,7 +2,7 @@
 
 The budget buys steps. An allocator gives each row a relative step; one factor for the whole network scales them to the
 budget. A layer's part of the budget is planned before its last rounding, and its steps are then scaled until the real
-stream fits; what a layer leaves over, the later ones may use.
+stream fits; later layers may use what a layer leaves over.
 """
 
 import math
@@ -37,9 +37,9 @@ TOLERANCE = 0.01
 ATTEMPTS = 24
 # No step is 2**MOST_SHIFT times the planned one: this is the whole range of fp16.
 MOST_SHIFT = 40
-# No further attempt after so many, once a stream fits.
+# The search ends once a stream fits and this many attempts have followed the first one.
 MOST_REFINED = 5
-# Bits per layer that no layer is given at first, because streams end with a whole word.
+# Bits per layer held back at first, because streams end with a whole word.
 SPARE = 32
 # No step is smaller than this part of the row's largest weight, so that its symbols fit a byte.
 FINEST = 1 / 120
@@ -58,11 +58,11 @@ class StreamAllocation:
     problems: Mapping[str, LayerProblem]
 
     def steps(self, layers: Sequence[LayerProblem]) -> dict[str, Tensor]:
-        """As of `StreamBudget`."""
+        """See `bayesq.contract.StreamBudget`."""
         return self.allocator.steps([in_columns_of(layer, self.problems[layer.name]) for layer in layers])
 
     def capacity(self, layers: Sequence[LayerProblem], overhead: float, scales: float = 0) -> float:
-        """As of `StreamBudget`."""
+        """See `bayesq.contract.StreamBudget`."""
         return self.budget.capacity(layers, overhead, scales)
 
 
@@ -127,7 +127,7 @@ class SymbolSums:
 
     Attributes:
         counts: [classes, sets, 256].
-        moments: [classes, sets, 256, 2] as of `RateTables.of`.
+        moments: [classes, sets, 256, 2] as in `RateTables.of`.
     """
 
     counts: np.ndarray
@@ -146,7 +146,7 @@ class SymbolSums:
             sets: [R, C] of `level_sets`.
             rate_class: [R].
             units: [R, C] targets in steps.
-            weight: [R, C] what a squared error of a step costs, in any unit.
+            weight: [R, C] cost of a squared error of one step, in any unit.
         """
         place = ((SETS * rate_class.long()[:, None] + torch.from_numpy(sets).long()) * ALPHABET + codes).flatten()
         size = self.counts.size
@@ -265,7 +265,7 @@ class StreamPlan:
 
     @classmethod
     def of(cls, expected: Mapping[str, float], capacity: float) -> "StreamPlan":
-        """A plan for a capacity in bits; layers share it as they would with these expected bits."""
+        """A plan for a capacity in bits; layers share it in proportion to these expected bits."""
         total, spare = sum(expected.values()), min(SPARE * len(expected), 0.1 * capacity)
         return cls({name: bits * (capacity - spare) / total for name, bits in expected.items()}, spare)
 

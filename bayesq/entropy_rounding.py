@@ -1,9 +1,9 @@
 """BayesQ with codec=entropy: row steps by risk, codes by risk + lambda x bits, and one factor for the whole network.
 
-A step s / sqrt(h_r) in every row r, with its mean curvature h_r, would save the same risk by one more bit everywhere.
-Row r has this step to the power RISK_SHARE times the standard deviation of its weights to the power 1 - RISK_SHARE,
-which has less risk (rates are low in many rows) and much less divergence. Within a row, symbols minimise risk + lambda
-bits, lambda_r = PRICE h_r step_r^2 / 2. One factor of all steps meets the budget.
+With a step s / sqrt(h_r) in every row r, h_r its mean curvature, one more bit would save the same risk in every row.
+The step of a row is a weighted geometric mean of this one (weight RISK_SHARE) and the standard deviation of its
+weights. The risk is then lower, because rates are low in many rows, and the divergence is much lower. Within a row,
+symbols minimise risk + lambda bits, lambda_r = PRICE h_r step_r^2 / 2. One factor of all steps meets the budget.
 
 All layers are rounded `refits` + 1 times with a short trellis. Each round gives code tables, levels and steps to the
 next one, and the bits of each layer. The last rounding, with the long trellis, is fitted to the budget layer by layer
@@ -35,14 +35,14 @@ from bayesq.quant.tensor import QuantizedTensor
 from bayesq.rounding import rounding_curvature
 from bayesq.whitening import Whitening
 
-# Price of a bit in squared steps. Best for normal weights from 1 to 4 bits, among .03 to .25. With 64 states the third
+# Price of a bit in squared steps: the best of .03 to .25 for normal weights at 1 to 4 bits. With 64 states the third
 # rounding is then .07 bit above the bound at 3 bits and .09 at 2; later ones are .05 above it (test_entropy_code.py).
 PRICE = 0.13
-# Exponent of the steps of equal slopes. The rest is a step in proportion to the row's weights. At 1, rows of little
-# predicted risk become nearly zero, where the risk is no good model of the divergence.
+# Exponent of the equal-slope step in `between`. At 1, rows of low predicted risk are rounded almost to zero, and there
+# the risk does not predict the divergence.
 RISK_SHARE = 0.75
 # States of the trellis, in the last rounding and in the others, which only serve the refits. A trellis runs down the
-# rows of a group; with fewer rows than these it offers no more choices than a scalar code.
+# rows of a group; with fewer than LEAST_ROWS rows it has no more choices than a scalar code.
 STATES, REFIT_STATES, LEAST_ROWS = 64, 8, 4
 
 
@@ -65,7 +65,7 @@ class CodedRows:
 
 
 def between(step: Tensor, spread: Tensor) -> Tensor:
-    """Steps [R] between those of equal slopes and those of equal bits, in rows with these standard deviations [R]."""
+    """Steps [R] between those that save equal risk per bit and those of equal bits, for standard deviations [R]."""
     tiny = torch.finfo(torch.float32).tiny
     mixed: Tensor = step**RISK_SHARE * spread.clamp(min=tiny) ** (1 - RISK_SHARE)
     return mixed
@@ -73,7 +73,7 @@ def between(step: Tensor, spread: Tensor) -> Tensor:
 
 @dataclass
 class CodedLayer:
-    """One rounding of a layer: all [R, C], or [R]."""
+    """One rounding of a layer: codes, values, target and sets [R, C]; scale and rate_class [R]."""
 
     codes: Tensor
     values: Tensor
@@ -144,7 +144,7 @@ class CodedRounds:
         table = self.classes.table[rate_class]
         curvature = rounding_curvature(whitening, layer.weight.shape[1])
         mean = curvature.mean(1)
-        # steps that are not usable as they are must not change the price
+        # a step that `usable_step` changed must not change the price of a bit
         cost = (scale / plain).square() / (PRICE * mean.clamp(min=torch.finfo(mean.dtype).tiny))
         parts = []
         for g, part in enumerate(torch.arange(len(weight)).chunk(groups)):
@@ -184,7 +184,7 @@ class CodedRounds:
         capacity = self.stream.capacity(layers, overhead_bits(layers, self.tables))
         shift = (sum(bits.values()) - capacity) / weights
         self.factor *= 2**shift
-        # a bit per octave, but a layer of few bits loses less
+        # doubling the steps saves one bit per weight, less in layers of few bits
         expected = {
             layer.name: max(bits[layer.name] - shift * layer.weight.numel(), bits[layer.name] / 2) for layer in layers
         }

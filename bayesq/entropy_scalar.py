@@ -1,4 +1,4 @@
-"""Methods of scalar codes with codec=entropy: uniform steps, and the budget met layer by layer.
+"""Methods with scalar codes and codec=entropy: uniform steps; each layer keeps to its part of the budget.
 
 `prepare` rounds the weights to nearest, with the factor of all steps that meets the budget. This gives the code tables
 and each layer's part of the budget. In a layer's turn the method rounds with all its steps times one factor, which is
@@ -61,7 +61,7 @@ class ScalarRounds:
         self.plan = StreamPlan.of(expected, capacity)
 
     def column_class_bits(self, layers: Sequence[LayerProblem]) -> int:
-        """Bits of the columns' classes."""
+        """Bits of the columns' classes; 0 without such classes."""
         return 0
 
     def _nearest(

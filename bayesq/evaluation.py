@@ -58,7 +58,7 @@ def outputs_of(
 
     Args:
         label: of the progress bar.
-        autocast: name of the torch dtype of matrix products, see config.AUTOCAST; None = float32 throughout.
+        autocast: name of the torch dtype of matrix products, see conf/config.yaml; None = float32 throughout.
     """
     total = count_batches(examples, batch_size)
     for batch in tqdm(examples.batches(batch_size, device), total=total, desc=label, disable=None, leave=False):
@@ -76,7 +76,7 @@ def logits(
     """All outputs [n, ...] float32 on the CPU, in the order of the examples, and how often memory ran out.
 
     Args:
-        label, autocast: as of `outputs_of`.
+        label, autocast: as in `outputs_of`.
     """
 
     def attempt(size: int) -> Tensor:
@@ -162,7 +162,7 @@ def paired_rows(
     label: str,
     autocast: str | None = None,
 ) -> tuple[Rows, int]:
-    """`collect_rows` of all examples, and how often memory ran out; arguments as of `pairs`."""
+    """`collect_rows` of all examples, and how often memory ran out; arguments as in `pairs`."""
 
     def attempt(size: int) -> Rows:
         both = pairs(full, quantized, examples, size, device, label, autocast)

@@ -104,7 +104,7 @@ def write_layout(
     Convolutions, embeddings and layers whose shape does not fit stay plain; the layout's configuration lists them.
 
     Args:
-        network, output, dtype, tokenizer, architecture: as of `write_dequantized`.
+        network, output, dtype, tokenizer, architecture: as in `write_dequantized`.
         tensors: quantized layers of the network by name.
         layout: of the linear layers.
 

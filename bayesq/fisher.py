@@ -1,10 +1,10 @@
-"""Statistics of gradients: the true Fisher of a layer, and what approximates it.
+"""Statistics of gradients: the true Fisher of a layer and its approximations.
 
     F = E_example E_{y ~ p(.|x)}[grad gradT],   grad = dl/dW = sum_positions d xT
 
-d [g, r] is the gradient at the layer's output, x [g, c] its input. The vectors that
-are propagated backward are the `fisher_directions` of the outputs' likelihood: they come from the model's predictive
-distribution, never from the labels.
+d [g, r] is the gradient at the layer's output, x [g, c] its input. The vectors that are propagated backward are the
+`fisher_directions` of the outputs' likelihood: they come from the model's predictive distribution, never from the
+labels. Sums are divided by the number of examples, not of positions (`Collector._finished`).
 """
 
 from collections.abc import Mapping
@@ -19,9 +19,8 @@ from bayesq.calibration.samples import Pairs
 from bayesq.calibration.statistic import Source, Statistic
 from bayesq.errors import Refused
 
-# Rows of the sketch per direction of the result. Truncating while streaming loses most with a flat spectrum: for a tiny
-# convolution whose best 16 directions hold 67 % of its Fisher, ratios of 1, 2, 3 reached 93.9, 99.2, 99.9 % of that
-# best.
+# Rows of the sketch per direction of the result. Repeated truncation loses most if the spectrum is flat: for a tiny
+# convolution whose best 16 directions hold 67 % of its Fisher, ratios of 1, 2, 3 reached 93.9, 99.2, 99.9 % of that.
 OVERSAMPLING = 2
 
 

@@ -57,8 +57,3 @@ class HiddenStates:
         self._entries[i : i + 1] = [(self._file, content, devices)]
         if before is not None and i + 1 == len(self):
             before.close()  # frees the disk space of the block before
-
-    def nbytes(self) -> int:
-        """Memory of the entries that are not in a file."""
-        kept = (x for file, content, _ in self._entries if file is None for x in content)
-        return sum(x.nbytes for x in kept if isinstance(x, Tensor))

@@ -21,7 +21,7 @@ from bayesq.knapsack import greedy_knapsack
 # The search ends when the risk exceeds a proven lower bound by less than this share of it. With 1e-6 a run of MiniLM
 # took many minutes longer, for the same KL (analysis/README.md at commit 92e1880).
 GAP = 1e-4
-# It also ends after so many nodes of the branch-and-bound tree; a limit in seconds would make results depend on the
+# It also ends after this many nodes of the branch-and-bound tree; a limit in seconds would make results depend on the
 # machine's load.
 NODES = 2000
 # Halvings of the interval that contains the best price: to the last bit of a float64.
@@ -29,7 +29,7 @@ PRICE_STEPS = 100
 
 
 def ilp_knapsack(risk: Tensor, bits: Tensor, capacity: float) -> Tensor:
-    """The choices of least total risk, up to GAP; arguments, result and errors as of `greedy_knapsack`."""
+    """The choices of least total risk, up to GAP; arguments, result and errors as in `greedy_knapsack`."""
     greedy = greedy_knapsack(risk, bits, capacity)
     r, b = risk.to(torch.float64).numpy(), bits.to(torch.float64).numpy()
     price = best_price(r, b, capacity)

@@ -1,4 +1,4 @@
-"""Layers behind the quantized prefix: each gets its inputs and target when its turn comes, and leaves kept moments."""
+"""Layers behind the quantized prefix, in forward order: inputs and target of each; its output moments are preserved."""
 
 import math
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from bayesq.contract import LayerProblem
 from bayesq.quant.tensor import QuantizedTensor
 from bayesq.target import choose_target, output_variance, row_factors
 
-# Moments of a layer's outputs that are kept: by biases and norms the means, by row scales the variances.
+# Which output moments of a layer are preserved: means by biases and norms, variances by row scales.
 KEPT = ("none", "mean", "moments")
 
 
@@ -47,7 +47,7 @@ class InStep:
         self.parameters: dict[str, Tensor] = {}
 
     def take(self, layer: LayerProblem) -> LayerProblem:
-        """The layer with the target for its weight, and with its inputs behind the prefix.
+        """The layer with the target as its weight, and with its inputs behind the prefix.
 
         Where the mean of its outputs is kept, its input moment is that of the centred inputs.
         """
@@ -75,7 +75,7 @@ class InStep:
         return replace(layer, weight=weight, prefix_statistic=load)
 
     def give(self, layer: LayerProblem, tensor: QuantizedTensor) -> QuantizedTensor:
-        """Put the rounded layer into the network; returns it with the row scales that keep its outputs' variance."""
+        """Put the rounded layer into the network; returns it, with keep="moments" scaled to full-precision variance."""
         sums = self.inputs.paired(layer.name) if self.blocks is None or self.keep != "none" else None
         parameters: dict[str, Tensor] = {}
         if sums is not None:
@@ -105,7 +105,7 @@ class InStep:
 
 
 def scaled(tensor: QuantizedTensor, factors: Tensor) -> QuantizedTensor:
-    """The tensor with its rows times factors [R]; as it is, where nothing stored belongs to a single row of weights."""
+    """The tensor with its rows times factors [R]; unchanged if rows are rotated: no stored number is of one row."""
     if tensor.rotation is not None and tensor.rotation.both:
         return tensor
     if tensor.code.absolute:
@@ -114,7 +114,7 @@ def scaled(tensor: QuantizedTensor, factors: Tensor) -> QuantizedTensor:
 
 
 def taken_up(module: nn.Module, name: str, shift: Tensor) -> dict[str, Tensor]:
-    """The parameter of a module that raises the mean of what it gives by shift [c]: its bias, or a running mean.
+    """The parameter of a module that raises the mean of its output by shift [c]: its bias, or a running mean.
 
     Returns:
         the changed parameter or buffer by state_dict name.

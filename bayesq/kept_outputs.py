@@ -1,8 +1,8 @@
-"""Outputs of the modules inside a block, kept from one pass for a layer to the next.
+"""Outputs of the modules inside a block, cached between the passes for its layers.
 
-The layers of a block get their inputs one after the other, each from a pass that runs the block up to the layer. What
-ran in the pass before and has not changed since need not run again: the attention of a transformer, once its layers are
-rounded, or the first convolution of a residual block.
+The layers of a block get their inputs one after the other, each from a pass that runs the block up to the layer. A
+module whose output has not changed since the last pass need not run again: the attention of a transformer, once its
+layers are rounded, or the first convolution of a residual block.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -27,7 +27,7 @@ class _Run:
     """What the first batch shows about a module's run.
 
     Attributes:
-        began, ended: when it first began and last ended, in the order of all such events; None if it did not end.
+        began, ended: numbers of the events at which it first began and last ended; None if it did not end.
         versions: of its arguments, parameters and buffers when it began.
         usable: it ran once, changed none of these, and returned constants and tensors that share no memory with each
             other or with its arguments.
@@ -47,8 +47,8 @@ class KeptOutputs:
     Args:
         block: it gets the same arguments in every pass.
         batches: their number.
-        room: bytes of kept outputs, for all batches together.
-        constant: the block never changes; otherwise the layers of a pass change after it.
+        room: most bytes of cached outputs, for all batches together.
+        constant: the block never changes; else the layers of a pass are replaced after it.
     """
 
     def __init__(self, block: nn.Module, batches: int, room: int, constant: bool = False) -> None:
@@ -67,9 +67,9 @@ class KeptOutputs:
 
         Args:
             watched: names of the layers that have to run, relative to the block.
-            record: keep outputs for a further pass; otherwise this is the last one.
+            record: cache outputs for a further pass; otherwise this is the last one.
         """
-        give_back_freed()  # small tensors come and go with every pass
+        give_back_freed()  # every pass allocates and frees many small tensors
         before, self._state = self._state, _state(self.block)
         changed = [name for name, state in self._state.items() if before[name] != state]
         known = self._kept | self._new
@@ -84,7 +84,7 @@ class KeptOutputs:
         self._new, self._watched, self._record = {}, watched, record
 
     def _depends(self, name: str, changed: str) -> bool:
-        """Whether a module's output may depend on the parameters of another: its own, or of what began before it ended.
+        """Whether a module's output may depend on a changed one: one inside it, or one that began before it ended.
 
         A module without a run may have parameters that its parent reads, so it counts as the parent does.
         """
@@ -97,7 +97,7 @@ class KeptOutputs:
 
     @contextmanager
     def running(self, i: int) -> Iterator[None]:
-        """While batch i runs through the block, kept outputs take the place of runs, and new ones are kept."""
+        """While batch i runs through the block, cached outputs replace runs, and new ones are cached."""
         if torch.is_grad_enabled():
             yield
             return
@@ -115,7 +115,7 @@ class KeptOutputs:
                     enter = partial(self._enter, name, set())
                     stack.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
                 leave = partial(self._leave, name, i, found)
-                # first of the hooks: those of the network itself run again after a kept output
+                # before the network's own hooks, which also run on a cached output
                 stack.callback(module.register_forward_hook(leave, with_kwargs=True, prepend=True).remove)
             try:
                 yield
@@ -123,7 +123,7 @@ class KeptOutputs:
                 self._take(i, found)
 
     def _give(self, name: str, i: int, *_: Any, **__: Any) -> Any:
-        """A copy of a kept output, which the network may overwrite."""
+        """A copy of a cached output, which the network may overwrite."""
         output = self._kept[name][i]
         assert output is not None
         return tree_unflatten(_copies(output[0]), output[1])
@@ -150,7 +150,7 @@ class KeptOutputs:
         found[name] = _copies(leaves), spec
 
     def _take(self, i: int, found: dict[str, Output]) -> None:
-        """Keep what was found for batch i, and free what no further pass needs."""
+        """Cache the outputs found for batch i, and free those that no further pass needs."""
         if i == 0 and self._record:
             self._new = {name: [] for name in self._chosen(found)}
         for name, outputs in self._new.items():
@@ -161,7 +161,7 @@ class KeptOutputs:
                 outputs[i] = None
 
     def _chosen(self, found: dict[str, Output]) -> list[str]:
-        """Of the outputs found for the first batch, which to keep: those of outermost modules, while there is room."""
+        """Names of the outputs to cache, chosen by the first batch: of outermost modules, up to the limit `room`."""
         changing = () if self.constant else self._watched
         names = [name for name in _outermost(found) if not any(is_inside(layer, name) for layer in changing)]
         stay = [

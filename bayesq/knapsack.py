@@ -53,7 +53,7 @@ def greedy_knapsack(risk: Tensor, bits: Tensor, capacity: float) -> Tensor:
     block.
 
     Args:
-        risk: [B, W] predicted risk of block B at width W; inf where it may not have that width.
+        risk: [B, W] predicted risk of each block at each width; inf where the block may not have that width.
         bits: [B, W] cost, increasing along W.
         capacity: total bits.
 

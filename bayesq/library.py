@@ -43,7 +43,7 @@ from bayesq.report import Report
 
 # Keys of a batch that are labels, not inputs of the network.
 TARGETS = ("labels", "label", "targets")
-# The configuration's keys in messages of the pipeline, and what a caller of `quantize` has in their place.
+# Configuration keys in messages of the pipeline -> the arguments of `quantize` that replace them.
 ARGUMENTS = {
     "layers.exclude": "exclude",
     "calibration.batch_size": "batch_size",
@@ -73,7 +73,7 @@ def quantize(
     seed: int = 0,
     **switches: Any,
 ) -> tuple[nn.Module, Report]:
-    """Quantize a network after training.
+    """Quantize a network after training; returns a quantized copy on the same device, and a report.
 
         quantized, report = bayesq.quantize(bert, [tokenizer(texts, padding=True, return_tensors="pt")], bits=3.5)
 
@@ -84,14 +84,12 @@ def quantize(
         bits: average code bits per weight, 2 to 8, fractions allowed; from 1 with codec="entropy".
         method: name of a file in conf/method (bayesq, gptq, awq, rtn, ...), or an object as `bayesq.contract.Method`.
         posterior, allocator, inputs, codec, correction, rotate, distill, seed: see these keys in conf/config.yaml;
-            None = the method's default, and for an object "uniform", "full", "none" and False.
+            None = the method's default; for an object: allocator "uniform", inputs "full", codec "fixed", correction
+            "none", rotate False.
         likelihood: of the outputs: "categorical", or "gaussian" for regression heads.
         exclude: patterns (fnmatch) of module names that stay in full precision.
         batch_size: examples per forward pass.
         switches: further arguments of a named method, as in its file in conf/method.
-
-    Returns:
-        the quantized network, on the device of the original network, and a report.
 
     Raises:
         Refused: an argument cannot be used; the message names it.
@@ -132,7 +130,7 @@ def evaluate(
 
     Args:
         module, quantized: the two networks, in evaluation mode on one device.
-        batches, likelihood, batch_size: as of `quantize`.
+        batches, likelihood, batch_size: as in `quantize`.
         labels: of all examples [n], classes or numbers.
         metrics: names in `bayesq.metrics.METRICS`.
         seed: of the bootstrap intervals.
@@ -250,7 +248,7 @@ def _recipe(
 
 
 def _content(method: str | Method, switches: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a method's file with the caller's switches; of an object the defaults of the axes.
+    """The settings of a method's file with the caller's switches; for an object the allocator alone.
 
     Raises:
         Refused: there is no such method or switch, a switch has another type, or the object is no method.
@@ -261,7 +259,9 @@ def _content(method: str | Method, switches: Mapping[str, Any]) -> dict[str, Any
             reason = f"it has no {lacks[0]}, see bayesq.contract.Method" if lacks else "it is a class: make an instance"
             raise Refused(f"method={method!r:.60}: needs a name or a method object; {reason}")
         if switches:
-            raise Refused(f"{next(iter(switches))}: switches go to a method given by name; give the object its own")
+            raise Refused(
+                f"{next(iter(switches))}: only a method given by name takes switches; set them when you make the object"
+            )
         return {"allocator": "uniform"}
     content = settings("method", method)
     arguments = [key for key in content if key not in (*DESCRIPTIVE, "_target_")]

@@ -103,7 +103,7 @@ class Likelihood(ABC):
     def summary(self, outputs: Tensor, target: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
         """Numbers [b] by name that evaluation stores for each example of one network.
 
-        Always `nll`. Also `prediction` if an example has one prediction, `correct` if that is right or wrong (for
+        Always `nll`. Also `prediction` if an example has one prediction, `correct` if it can be right or wrong (for
         `Tokens` the share of right tokens), and `confidence` if it has a probability.
 
         Args:

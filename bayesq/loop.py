@@ -18,10 +18,10 @@ class Prefix(Protocol):
     """The network whose layers are replaced one by one."""
 
     def take(self, layer: LayerProblem) -> LayerProblem:
-        """The layer with its inputs behind the layers replaced so far, and its target for a weight."""
+        """The layer with its inputs behind the layers replaced so far, and its target as the weight."""
 
     def give(self, layer: LayerProblem, tensor: QuantizedTensor) -> QuantizedTensor:
-        """Give the layer its quantized weights; returns them as they will be stored."""
+        """Put the quantized weights into the network; returns them as stored."""
 
 
 def quantize_layers(
@@ -99,7 +99,7 @@ class _Turn:
 
 
 def _of_these(layers: Sequence[LayerProblem], allocate: Allocate) -> Allocate:
-    """`allocate` for the method's copies: it gets the original layers, in the same columns, with all statistics."""
+    """`allocate` for copies of layers: it gets the originals, rotated alike, with all their statistics."""
     by_name = {layer.name: layer for layer in layers}
 
     def allocate_these(layers: Sequence[LayerProblem], *rest: Any, **named: Any) -> Mapping[str, Tensor]:

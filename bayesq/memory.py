@@ -111,7 +111,8 @@ def _control_groups(root: Path) -> Iterator[int | None]:
         else:
             continue
         group = Path(name.lstrip("/"))
-        for folder in (base / group, *(base / parent for parent in group.parents)):  # inside a container: only the last
+        # inside a container only the last folder exists
+        for folder in (base / group, *(base / parent for parent in group.parents)):
             yield _left(folder, limit, usage, cache)
 
 

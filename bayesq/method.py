@@ -31,8 +31,8 @@ from bayesq.whitening import Whitening
 
 LEVELS = ("trellis", "lloyd", "uniform")
 ROUNDINGS = ("feedback", "nearest")
-# All roundings but the last only serve the refits: few states give them nearly the same values in less time, and a
-# coarse scan is enough for the first ranges of affine rows.
+# Roundings before the last one serve only the refits: fewer states lead to nearly the same grids in less time. A coarse
+# scan is enough for the first ranges of affine rows.
 REFIT_STATES = 256
 FIRST_GRID_STEPS = 20
 # Rows of fewer bits start on an affine grid, even if they use a table later. With designed first levels, 2-bit rows
@@ -43,7 +43,7 @@ LEAST_DESIGNED_START = 3
 class BayesQ:
     """Posterior-weighted quantization.
 
-    With codec=entropy `bayesq.entropy_rounding` does all of it but the posterior.
+    With codec=entropy, `bayesq.entropy_rounding` does everything except the posterior.
 
     Args:
         whitenings: fit q(w) of a layer and whiten by it; see `bayesq.posterior`.
@@ -94,7 +94,7 @@ class BayesQ:
         self._coded: CodedRounds | None = None
 
     def prepare(self, layers: Sequence[LayerProblem], allocate: Allocate, context: Context) -> Mapping[str, Tensor]:
-        """Choose widths, first grids and tables of levels; round all layers `refits` times to refit both."""
+        """Choose widths, first grids and tables of levels; round layers `refits` times to refit grids and tables."""
         if context.stream is not None:
             self._coded = CodedRounds(context.stream, self.levels == "trellis")
             self._coded.prepare(layers, context, self.refits, self._whitening)

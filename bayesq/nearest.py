@@ -1,4 +1,4 @@
-"""Rounding to nearest on per-row affine grids, and a count of the steps that fp16 cannot hold."""
+"""RTN and embedding tables: rounding to nearest on affine grids. BayesQ itself rounds in `bayesq.rounding`."""
 
 from functools import partial
 

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
 
 
 class Observer:
-    """Hears of each step when it is done, and does nothing; a subclass can show or log the steps."""
+    """Called after each step; does nothing. A subclass can show or log the steps."""
 
     def batch_seen(self, batch: int, batches: int, examples: int) -> None:
         """A pass over the calibration examples has used one more batch.

@@ -82,8 +82,9 @@ def distill_student(subject: Subject, recipe: Recipe, settings: Distillation, re
         "heldout_kl_after": distilled.heldout_kl_after,
     }
     log.info(
-        f"distillation: {'moments matched, ' if distilled.started else ''}result of step {distilled.best_step} of "
-        f"{distilled.steps}, held-out KL {distilled.heldout_kl_before:.2g} -> {distilled.heldout_kl_after:.2g}"
+        f"distillation: {'started from matched moments; ' if distilled.started else ''}selected step "
+        f"{distilled.best_step} of {distilled.steps}, held-out KL {distilled.heldout_kl_before:.2g} -> "
+        f"{distilled.heldout_kl_after:.2g}"
     )
 
 

@@ -22,22 +22,22 @@ FALLBACKS = (
     "kappa_clamped",
     "oom_retries",
 )
-# Keys of `LayerProblem.notes`, and their values where nothing is written.
+# Keys of `LayerProblem.notes`, and their defaults.
 NOTES = {
-    "predicted_risk": None,  # nats per example at the chosen widths; written by the knapsack
+    "predicted_risk": None,  # nats per example at the chosen widths or steps; by the knapsack or CodedRounds.collect
     "achieved_risk": None,  # nats per example of the rounded weights; written by the pipeline with a posterior
     "kappa": 1.0,  # measured divergence over predicted risk; written by the pipeline with a proxy
-    "target_lambda": None,  # of inputs=paired, a multiple of the inputs' mean square; empty: the weights are the target
+    "target_lambda": None,  # lambda of `bayesq.target`, in mean squares of the inputs; empty: W itself is rounded
     "target_change": None,  # |T - W| / |W| of the target T of inputs=paired
-    "mean_shift": None,  # root mean square of the outputs' shifts of mean that no bias takes up; not with inputs=full
-    "variance_ratio": None,  # of the outputs to full precision, before correction=moments scales the rows
+    "mean_shift": None,  # root mean square of output mean shifts that no bias or norm corrects; not with inputs=full
+    "variance_ratio": None,  # output variance over that in full precision, before correction=moments scales the rows
     "prior_precision": None,  # tau; written by the posterior
     "effective_parameters": None,  # number of weights that the data determine; written by the posterior
 }
 
 
 def fallbacks(quantized: Quantized, unreached: int = 0) -> dict[str, int]:
-    """How often something else than asked was done, of each kind in FALLBACKS.
+    """How often a fallback was used, of each kind in FALLBACKS.
 
     Args:
         quantized: what the recipe made of the network.
@@ -92,7 +92,7 @@ class Report:
         stored_bytes: the same in bytes.
         layers: one row per layer: name, shape, bits, relative weight error, predicted and achieved risk in nats per
             example, seconds.
-        fallbacks: how often something else than asked was done, of each kind in FALLBACKS.
+        fallbacks: how often a fallback was used, of each kind in FALLBACKS.
         packed: what `save` writes: the quantized layers, and biases and norm parameters that correction or distillation
             changed.
     """

@@ -48,7 +48,7 @@ def round_layer(
     codebooks: Mapping[int, Tensor],
     trellis: Bitshift | None = None,
 ) -> Rounded:
-    """Round a layer once, to nearest or with feedback, depending on its whitening.
+    """Round a layer once: to nearest without feedback factors (`round_matrix` of the grid), else with feedback.
 
     Args:
         weight: [g, r, c].
@@ -116,7 +116,7 @@ SPREADS, LEAST_SPREAD = 24, 0.5
 def first_rows(weight: Tensor, curvature: Tensor, width: Tensor, unit: Tensor, middle: Tensor) -> tuple[Tensor, Tensor]:
     """Scale and zero of each row before the first rounding, for levels made for weights of unit variance.
 
-    The row's spread s is the one at which scalar Lloyd-Max levels would cost least without feedback:
+    The row's spread s minimises the cost of scalar Lloyd-Max levels without feedback:
 
         min_s sum_c h_c (w_c - m - s Q((w_c - m) / s))^2,   m = sum_c h_c w_c / sum_c h_c
         scale = s unit,   zero = middle - m / scale

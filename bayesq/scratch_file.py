@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class _Place:
-    """Position of a tensor in the file; its bytes are those of the contiguous tensor that `order` permutes it to."""
+    """Position of a tensor in the file, which has the bytes of `tensor.permute(order).contiguous()`."""
 
     offset: int
     dtype: torch.dtype

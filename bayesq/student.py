@@ -19,13 +19,14 @@ Norm = nn.BatchNorm1d | nn.BatchNorm2d | nn.LayerNorm | nn.GroupNorm
 class Student:
     """The trained part of a quantized network.
 
-        W = scale * exp(factor) * (level(code) - zero) / column_scale
+        W' = scale * exp(factor) * (level(code) - zero) / column_scale
 
-    Trained are the factors [R, S] (one per row and column group), the stored levels (tables of layers or rows), biases
-    and norm parameters. Each is trained as a move from its start value. The units make moves of equal size matter
-    equally: logarithms for factors; level steps over the square root of the number of rows that read the level; root
-    mean squares of the tensor for biases and norms. (In plain level steps, a gradient step changes almost only the few
-    shared levels: on MRPC the divergence rose fivefold.) Codes, zeros, column scales and overlays do not change.
+    W' is the weight, rotated if the layer is (`QuantizedTensor.rotation`). Trained are the factors [R, S] (one per row
+    and column group), the stored levels (tables of layers or rows), biases and norm parameters. Each is trained as a
+    move from its start value. Units are chosen so that moves of equal size change the outputs about equally: logarithms
+    for factors; level steps over the square root of the number of rows that read the level; root mean squares of the
+    tensor for biases and norms. (In plain level steps, a gradient step changes almost only the few shared levels: on
+    MRPC the divergence rose fivefold.) Codes, zeros, column scales, rotations and overlays do not change.
     """
 
     def __init__(self, module: nn.Module, tensors: Mapping[str, QuantizedTensor]) -> None:

@@ -1,4 +1,4 @@
-"""What a layer should stand for behind a quantized prefix: its target in step with full precision, and kept moments.
+"""The target of a layer behind a quantized prefix, and factors that restore its output variance.
 
 With x the layer's inputs in full precision and x' those behind the prefix, the layer is to reproduce W x from x':
 
@@ -72,7 +72,7 @@ def _choose_penalty(weight: Tensor, sums: PairedSums, centred: bool) -> float:
 
 
 def _local_minimum(error: Callable[[int], float], count: int, start: int) -> int:
-    """The place in 0 .. count - 1 at which the way down from `start` ends, or the last place if that is no worse."""
+    """Index of the local minimum reached from `start`, or the last index (`count` - 1) if that is no worse."""
     k = start
     while True:
         low = min((k, *(j for j in (k - 1, k + 1) if 0 <= j < count)), key=error)

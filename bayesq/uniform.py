@@ -21,7 +21,7 @@ class Uniform:
     and the rows where the error falls most. With few large layers many bits may be left over. What the mix stores
     beyond plain affine layers (the width map of that layer, padding, codebooks) is paid with code bits.
 
-    This is the plain baseline: the keys under `allocation` apply to the knapsack only.
+    This is the plain baseline: the keys under `allocation` apply to knapsack and ilp only.
     """
 
     statistics: frozenset[Statistic] = frozenset()
@@ -68,7 +68,8 @@ class Uniform:
         zero = torch.zeros_like(saved)
         wide = greedy_knapsack(torch.stack([zero, -saved], 1), torch.stack([zero, size], 1), left) == 1
 
-        # Try each remaining layer with the leftover bits, and also with those of all layers that gain less per bit.
+        # Try each remaining layer with the leftover bits, and also with the bits of chosen layers that save less per
+        # bit than it.
         most, whole, split, some = float(saved[wide].sum()), wide, 0, torch.tensor([], dtype=torch.int64)
         for k in (~wide).nonzero().flatten().tolist():
             for wider in (wide, wide & (saved / size >= saved[k] / size[k])):

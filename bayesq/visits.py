@@ -25,8 +25,8 @@ class Visit:
 
     Attributes:
         spec: structure of the arguments, whose leaves are numbered.
-        before: the block that ran last, "" if there is none.
-        sources: of each leaf in that block; None if they are not all there.
+        before: the block that ran just before, or "".
+        sources: where that block has each leaf; None if it lacks one.
         nbytes: of the arguments.
         alone: called once, outside of other blocks, with tensors and constants, and changes neither these nor buffers.
     """
@@ -47,7 +47,7 @@ class Watch:
         self.outside: set[str] = set()  # layers that run while the block of their name does not
         self._open: list[str] = []
         self._versions: dict[str, list[int]] = {}
-        # the block that ran last, its outputs and arguments, and the versions they were left in
+        # the last block, with its outputs, its arguments and their versions when it ended
         self._before = ""
         self._last: dict[str, tuple[list[Any], list[int]]] = {}
 

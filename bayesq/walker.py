@@ -1,16 +1,16 @@
 """The calibration set carried through a network block by block, for statistics behind a prefix that changes.
 
-A network names its blocks: parts that it runs once each, one after the other (bayesq.quant.blocks finds them in most).
+Blocks are parts that a network runs once each, one after the other; `bayesq.quant.blocks` finds them in most networks.
 The inputs of one block are stored for all batches, in a file if they are large. A pass for the layers inside it then
 runs that block alone; when layers of the next one are asked for, the block turns the stored inputs into its outputs. So
 a pass costs one block, and the memory is that of one block's inputs, never that of the network times the calibration
-set. In a network that never changes, the last pass for a block also gives the inputs of the next one. Within a block, a
-pass goes on from what the pass before left (bayesq.kept_outputs).
+set. In a network that never changes, the last pass for a block also returns the inputs of the next one. Within a block,
+a pass reuses outputs of the pass before (`bayesq.kept_outputs`).
 
-Blocks are carried on only where that is what the network does: one pass over all batches shows that a block is called
-once, leaves its arguments and its buffers alone and gets nothing but outputs and arguments of the block before it, or
-constants; and one batch shows that the blocks by themselves give the network's bits. Everything else, such as a stem, a
-head or a layer that several blocks use, is reached by passes from the network's input.
+Blocks are chained only if this changes nothing. One pass over all batches checks that a block is called once, does not
+change its arguments or its buffers, and reads only outputs and arguments of the block before it, or constants. One
+batch checks that the chain's outputs are bit-identical to the network's. Everything else, such as a stem, a head or a
+layer that several blocks use, is reached by passes from the network's input.
 """
 
 import shutil
@@ -30,11 +30,11 @@ from bayesq.kept_outputs import KeptOutputs
 from bayesq.quant.layers import Layer, ParameterLayer, groups_of
 from bayesq.visits import ARGUMENT, CONSTANT, OUTPUT, Visit, Watch, is_inside
 
-# Inputs of one block and outputs of its modules, for all batches together, kept in memory at most.
+# Most bytes in memory: inputs of one block and cached outputs of its modules, for all batches together.
 STORED_BYTES = 512 * 2**20
-# Of these, in a network that never changes, for the inputs of layers to come: `bayesq.calibration.prefix`.
+# Part of STORED_BYTES for inputs of the next layers in the full-precision network: `bayesq.calibration.prefix`.
 KEPT_BYTES = STORED_BYTES // 2
-# Larger inputs go to a file if the disk has this many times their size free: two networks, of two blocks each.
+# Larger inputs go to a file if this many times their size is free on the disk: two networks, two blocks each.
 SPARE_DISK = 4
 
 
@@ -55,7 +55,7 @@ class _Stored(Generic[B]):
     """Arguments of the block chain[at] for every batch, and the state of the network that they belong to.
 
     Attributes:
-        kept: outputs of the block's modules; None before its first pass.
+        kept: cached outputs of the block's modules; None before its first pass.
     """
 
     chain: list[str]
@@ -70,7 +70,7 @@ class Walker(Generic[B]):
     """Passes over the same batches that run one block of a network where that is enough.
 
         for batch, run in walker.passes(group):
-            run()      # runs all of the layers of `group`, as the network does; hooks on them see what they are given
+            run()      # runs all of the layers of `group`, as the network does; hooks on them see their inputs
 
     Parameters and buffers may change between passes: what was stored is dropped if it depends on them.
 
@@ -78,12 +78,12 @@ class Walker(Generic[B]):
         module: the network, in eval mode.
         blocks: names of parts that run one after the other, see bayesq.quant.blocks.
         layers: those that passes will be asked for, by name.
-        batches: yields the batches anew.
-        shorten: what to remember of a batch whose inputs are not needed any more.
+        batches: iterates over the batches; every call begins with the first one.
+        shorten: reduces a batch whose inputs are no longer needed.
         calls: how often a layer runs in a pass, which then ends with the last run of what is asked for.
-        like: a walker of another copy of the network over the same batches, whose watching serves both.
-        folder: existing folder for a temporary file of large inputs; None = passes then begin further ahead.
-        last: of a network that never changes, the layers of each block that are asked for last.
+        like: a walker of another copy of the network over the same batches, whose trace serves both.
+        folder: existing folder for a temporary file of large inputs; None = such passes begin at an earlier block.
+        last: for a network that never changes, the layers that are read last in each block.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class Walker(Generic[B]):
         self._to_the_end = False  # whether the passes now given run their block to its end
 
     def passes(self, group: Sequence[str]) -> Iterator[tuple[B, Callable[[], Any]]]:
-        """Every batch with a function that runs at least the layers of `group`, without gradients or with."""
+        """Every batch with a function that runs at least the layers of `group`, with or without gradients."""
         place = self._place(group)
         stored, self._stored = self._stored, None  # dropped if the caller stops before the last batch
         self._to_the_end = False
@@ -243,7 +243,7 @@ class Walker(Generic[B]):
             a chain of blocks, the first and last of them to run, and the folder for the inputs of the first.
         """
         if self._visits is None:
-            # Of the first pass nothing could be stored yet, and watching is worth it for a second one only.
+            # Tracing costs a pass, so it waits until a second group is asked for.
             if self._asked in (None, list(group)):
                 self._asked = list(group)
                 return None

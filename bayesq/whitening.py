@@ -1,9 +1,8 @@
 """Whitening: the part of a layer's risk that rounding needs.
 
 In whitened coordinates z the risk is plain squared distance, |z - z_hat|^2 = 2 R; each posterior structure has its
-equation in `whiten` (`bayesq.posterior`). Rounding does not compute z, only the curvature h: the risk of row r
-is 1/2 sum_c h_rc e_rc^2, where e_rc is the error of weight (r, c) when it is rounded, after all feedback from earlier
-columns.
+equation in `whiten` (`bayesq.posterior`). Rounding does not compute z, only the curvature h: the risk of row r is 1/2
+sum_c h_rc e_rc^2, where e_rc is the error of weight (r, c) when it is rounded, after all feedback from earlier columns.
 
     nearest             h_rc = P_rc,rc       always for diag and lowrank
     feedback, kfac      h_rc = G_rr D_c      U D UT = A, U unit upper, columns visited in decreasing diag(A)
@@ -22,7 +21,7 @@ FLOAT64_BYTES = 8
 
 @dataclass
 class Whitening:
-    """Curvature of one layer's weights, and the factors for error feedback.
+    """What rounding needs of a layer's metric: curvatures and feedback factors, not z.
 
     Attributes:
         row_curvature: [g, r] factor of each row: h = row_curvature * column_curvature.

@@ -253,7 +253,7 @@ MISTAKES = {
     "class": (lambda: bayesq.quantize(resnet(), [images()], method=RTN), r"^method=<class .*: make an instance"),
     "switch of an object": (
         lambda: bayesq.quantize(resnet(), [images()], method=RTN("mse"), clip="minmax"),
-        r"^clip: switches go to a method given by name",
+        r"^clip: only a method given by name takes switches",
     ),
     "bits with entropy coding": (
         lambda: bayesq.quantize(resnet(), [images()], bits=0.5, codec="entropy"),

@@ -8,4 +8,6 @@ passes       the layers of each pass over the examples; `collect`, in memory
 order        layers in the order of their first call
 memory       statistics that stay in memory, for `bayesq.quantize`
 prefix       statistics of inputs behind the quantized prefix
+paired       moments of a layer's inputs in both networks: in full precision, and behind the prefix
+block_samples  inputs and outputs of whole blocks, for methods that reconstruct them (BRECQ)
 """

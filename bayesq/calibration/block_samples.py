@@ -27,7 +27,7 @@ from bayesq.quant.watch import contiguous_gradients
 
 @dataclass(frozen=True)
 class BlockSamples(Statistic):
-    """Declared by a method that reads `LayerProblem.block`; there is no tensor of it."""
+    """Declared by a method that reads `LayerProblem.block`; it has no tensor."""
 
     name: ClassVar[str] = "block_samples"
     source: ClassVar[Source] = Source.PAIRED_INPUTS
@@ -131,7 +131,7 @@ class BlockSource:
     def _not_called(self, layer: str) -> str:
         return (
             f"layer {layer}: the network calls no block that contains it, so its outputs cannot be reconstructed: "
-            f"layers.exclude=[{layer}], or choose another method"
+            f"set layers.exclude=[{layer}], or choose another method"
         )
 
     def _collect(self, name: str, names: Sequence[str], batch_size: int) -> Iterator[BlockBatch]:
@@ -201,7 +201,7 @@ def arguments_of(module: nn.Module, count: int, run: Callable[[], Any]) -> list[
 
 
 class _Reached(Exception):
-    """The block has been called as often as needed; the rest of the pass is not."""
+    """The block has been called as often as needed; the rest of the pass is not needed."""
 
 
 def _copy(x: Any) -> Any:

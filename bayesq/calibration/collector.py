@@ -51,8 +51,7 @@ class Collector:
         required: by layer and name, the values of statistics that those to collect require.
         others: further layers by name that gradients pass through. They are watched without being collected, so that
             the bits of a statistic do not depend on which layers share the pass.
-        overwritten: layers whose inputs are changed in place later; where the backward pass needs them, they are
-            copied.
+        overwritten: layers whose inputs the network changes in place later; they are copied for the backward pass.
 
     If a layer runs several times in one forward pass, samples of all runs enter the moments, and an example's weight
     gradient is the sum over the runs.
@@ -103,7 +102,7 @@ class Collector:
 
         Args:
             gradients: False leaves this batch out of the gradient statistics.
-            stop_after: without backward passes, end the forward pass when this layer has run so many times.
+            stop_after: (layer, n) ends a forward pass without backward passes after the n-th run of the layer.
         """
         self._batch, self._stop_after = batch, stop_after
         for state in self.sums.values():
@@ -206,8 +205,7 @@ class Collector:
         examples = len(self._batch)
         if isinstance(self.layers[name], nn.Conv2d) and x.dim() != 4:
             raise Refused(
-                f"layer {name}: its input of shape {list(x.shape)} is an image without a batch in front: add {name} to "
-                "layers.exclude"
+                f"layer {name}: its input of shape {list(x.shape)} has no batch dimension: add {name} to layers.exclude"
             )
         rows = len(x) if isinstance(self.layers[name], nn.Conv2d) else x.numel() // x.shape[-1]
         if rows % examples:

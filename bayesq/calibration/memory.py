@@ -32,7 +32,7 @@ class NetworkStatistics(ABC):
         settings: see CalibrationSettings.
         device: where batches go.
         room, overwritten: see `Passes`.
-        observer: hears of each batch of a pass.
+        observer: called after each batch of a pass.
         statistics: those prepared so far, by name.
         unseen: layers that no example reached.
     """

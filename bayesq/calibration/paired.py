@@ -14,8 +14,8 @@ from torch import Tensor
 
 from bayesq.calibration.statistic import Source, Statistic
 
-# The second of every four runs of so many examples is held out: lambda is chosen on what the targets were not fitted
-# to. Neighbours stay together, because a product over them copies nothing.
+# Of every 4 RUN examples, the second RUN ones are held out: lambda is chosen on examples to which the targets were
+# not fitted. Neighbours stay together, because a slice needs no copy.
 RUN = 4
 
 
@@ -92,7 +92,7 @@ class PairedSums:
 
 @dataclass(frozen=True)
 class CrossMoment(Statistic):
-    """C = E[x x'T] [g, c, c]: a method that reads it handles the two inputs itself, and gets W and not a target."""
+    """C = E[x x'T] [g, c, c]: a method that reads it handles both inputs itself, and gets W, not a target."""
 
     name: ClassVar[str] = "cross_moment"
     source: ClassVar[Source] = Source.PAIRED_INPUTS

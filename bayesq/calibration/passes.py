@@ -76,7 +76,7 @@ class CalibrationSettings:
 
 @dataclass
 class Report:
-    """Results of passes over the examples besides the statistics.
+    """What passes over the examples return beside the statistics.
 
     Attributes:
         unseen: layers that no example reached.

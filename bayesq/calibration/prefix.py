@@ -30,7 +30,7 @@ from bayesq.walker import KEPT_BYTES, Walker
 
 @dataclass(frozen=True)
 class Network:
-    """A network of which passes are run.
+    """A network, and what passes through it need.
 
     Attributes:
         module: in eval mode.
@@ -113,9 +113,9 @@ class PrefixInputs:
             layers = self.networks[0].layers
             names = [each for each, layer in layers.items() if each == name or not _can_be_paired(layer)]
             raise Refused(
-                f"layer {name}: this method pairs its inputs in both networks, which is not possible for a stack of "
-                f"matrices, such as experts, or where each network runs it at other positions: "
-                f"layers.exclude=[{','.join(names)}], or choose another method"
+                f"layer {name}: this method needs the same samples in both networks, which stacks of matrices "
+                f"(experts) and layers at different positions do not have: set layers.exclude="
+                f"[{','.join(names)}], or choose another method"
             )
         return LayerStatistics(name, self.statistics, partial(self._finished, name))(kind)
 
@@ -207,8 +207,8 @@ class PrefixInputs:
 class _FullInputs:
     """Inputs of layers in the full-precision network, which never changes, group by group.
 
-    In each block the first pass gives the inputs of all groups but the last one, which are kept while there is room.
-    The last group has a pass of its own, which can also give the inputs of the next block.
+    In each block the first pass returns the inputs of all groups but the last one; they stay in memory up to a limit.
+    The last group has a separate pass, which can also return the inputs of the next block.
 
     Args:
         walker: of the network.
@@ -273,7 +273,7 @@ def last_of_each_block(groups: Sequence[Sequence[str]], blocks: Collection[str])
 
 
 def _can_be_paired(layer: Layer) -> bool:
-    """Whether both networks give each matrix the same samples; in each network, tokens choose their experts anew."""
+    """Whether each matrix has the same samples in both networks; tokens may go to different experts."""
     return not (isinstance(layer, ParameterLayer) and groups_of(layer) > 1)
 
 
@@ -319,7 +319,7 @@ def inputs_of(walker: Walker[Batch], group: Sequence[str], run: Callable[[], Any
 
 
 class _Unpaired(Exception):
-    """The two networks run a layer differently often, or on other positions."""
+    """The two networks run a layer a different number of times, or at different positions."""
 
 
 class _Reached(Exception):

@@ -28,7 +28,7 @@ class Pairs:
         groups: g of the layer.
         positions: l of its first run.
         whole: each block has all groups, not a single one of a stack.
-        blocks: iterates anew over the blocks of positions: group, d [e, g, l, r] and x [e, g, l, c].
+        blocks: each call iterates over all blocks of positions: (group, d [e, g, l, r], x [e, g, l, c]).
     """
 
     groups: int
@@ -99,7 +99,7 @@ def _blocks(layer: Layer, x: Tensor, split: bool) -> Iterator[tuple[slice, Tenso
 
 
 def paired_parts(layer: Layer, runs: Sequence[Run], examples: int) -> Iterator[Pairs]:
-    """Output gradients and inputs of all runs of a layer: a few examples at a time, or one if there are several runs.
+    """Inputs and output gradients of all runs of a layer: a few examples at a time, or one if it runs several times.
 
     Args:
         runs: of one forward pass.

@@ -37,11 +37,11 @@ class Statistic(ABC):
     """One kind of calibration statistic; fields of a subclass are its parameters.
 
     Attributes:
-        name: as methods ask for it; also names its file.
+        name: used by methods, and as file name.
         source: what it is computed from.
         requires: statistics that are computed first: this one follows from them, or reads their values while it is
             collected.
-        alone: its sums are many times larger than others'; it gets passes of its own.
+        alone: its sums are many times larger than others'; it gets separate passes.
         format: part of the cache's key. Change it when the statistic's numbers change.
     """
 
@@ -56,7 +56,7 @@ class Statistic(ABC):
         """Shape of the finished statistic of a layer W[g, r, c]."""
 
     def neutral(self, groups: int, rows: int, columns: int) -> Tensor:
-        """Statistic of a layer that no example reached: ones, so that all its columns are equal."""
+        """Statistic of a layer that no example reached: ones; second moments return the identity."""
         return torch.ones(self.shape(groups, rows, columns))
 
     def derive(self, required: Mapping[str, Tensor]) -> Tensor:

@@ -15,8 +15,12 @@ the risk of all later stages. Structures of P, with weights flattened from W[g, 
     lowrank   diag(max(F_ii - sum_k U_ik^2, 0) + tau/N) + U UT                               lowrank.py
 
 A structure is two classes, also outside this package: a `Laplace` that fits a layer and estimates its memory, and a
-`LayerPosterior` with risk, draws and whitening. `WhiteningStore` makes each layer's whitening
-once for allocation and rounding.
+`LayerPosterior` with risk, draws and whitening. Modules that the structures share:
+
+    base.py        the two base classes; settings; tau of one layer, or one for all
+    evidence.py    tau by MacKay's fixed point
+    factors.py     pi, damping by the prior, shrinkage
+    store.py       `WhiteningStore`: whitenings for full-precision inputs, made once for allocation and rounding
 """
 
 from bayesq.posterior.base import AUTO as AUTO

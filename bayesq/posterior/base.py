@@ -64,7 +64,10 @@ class LayerPosterior(ABC):
 
     @abstractmethod
     def whiten(self, weight: Tensor) -> Tensor:
-        """Whitened coordinates z [g, r, c], float64, of weights [g, r, c]: |z - z_hat|^2 = 2 R."""
+        """Whitened coordinates z [g, r, c], float64, of weights [g, r, c]: |z - z_hat|^2 = 2 R.
+
+        This is the paper's equation, and tests use it. Rounding uses `whitening`, which needs no z.
+        """
 
     def whitening(self, feedback: bool, damping: float) -> Whitening:
         """What rounding needs of the layer; by default for rounding to nearest, with the diagonal of P as curvature.
@@ -72,7 +75,7 @@ class LayerPosterior(ABC):
         Args:
             feedback: whether rounding errors are fed to later columns, if the structure couples columns.
             damping: fraction of the mean diagonal added to the input moment before it is factored, against the noise
-                of few calibration examples; on top of the prior's share.
+                of few calibration examples; in addition to the prior.
         """
         return nearest_whitening(self.diagonal())
 

@@ -90,7 +90,7 @@ class Ekfac(Laplace):
     """Eigenvalue-corrected K-FAC (George et al., arXiv 1806.03884): K-FAC's eigenvectors, with the diagonal of F in
     them.
 
-    The prior adds exactly tau / N to each eigenvalue; `Kfac` has to split it over two factors, which changes A.
+    The prior adds exactly tau / N to each eigenvalue; `Kfac` adds it to its factors instead: to both, or to G alone.
     Arguments as in `Laplace`.
     """
 

@@ -22,7 +22,7 @@ class LowRankPosterior(LayerPosterior):
     small matrix VT V [k, k]:  f(I + V VT) = f(1) I + V Q diag((f(1 + s) - f(1)) / s) QT VT.
 
     Attributes:
-        residual: [g, r, c] d > 0, the prior's share included, float64.
+        residual: [g, r, c] d > 0, including tau / N, float64.
         directions: [k, g, r, c] columns of U, float64.
     """
 

@@ -1,4 +1,4 @@
-"""Whitenings of a network's layers, each made once for allocation and all rounds of rounding."""
+"""Whitenings of a network's layers for full-precision inputs, each made once for allocation and rounding."""
 
 import time
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ class WhiteningStore:
     """A posterior whose whitenings are made once: their factorization is the most expensive part of a fit.
 
     A whitening stays in memory up to a limit. Beyond that it goes to the file, if there is one, or is made again at
-    each use. The layer's name and rotation are part of a whitening's key, so a store serves one network.
+    each use. A whitening's key has the name and rotation of its layer, so a store serves one network.
 
     Args:
         posterior: of the run.
@@ -139,7 +139,7 @@ class WhiteningStore:
         return whitening
 
     def behind_prefix(self, layer: LayerProblem, feedback: bool, damping: float, moment: Tensor) -> Whitening:
-        """The layer's whitening with another input moment in place of A; read once and not stored."""
+        """The layer's whitening with another input moment in place of A; used once and not stored."""
         full = layer.statistic
         with_moment = replace(layer, statistic=lambda kind: moment if kind == INPUT_MOMENT.name else full(kind))
         with naming(layer):

@@ -9,12 +9,13 @@ one_by_one  parts of a batch, one example each
 compiled  numba's compilation, cached on disk if possible
 blocks    parts that a network runs one after the other
 resume    forward passes of several batches that stop at chosen modules together
-mean_takers  what takes up a shift of the mean of a layer's outputs: its bias, or a norm
+mean_takers  what absorbs a shift of the mean of a layer's outputs: its bias, or a norm
 correction  activation moments matched to the full-precision network's
 feedback  successive rounding with error feedback (the routine GPTQ and BayesQ share)
 bitshift  searching codes along a trellis whose paths are rings of bits
-entropy_search  searching entropy-coded codes, on a trellis or each for itself
-codes     decoding of a layer's codes: affine, tables shared or of each row, trellises; single weights in fp16
+entropy_search  searching entropy-coded codes, on a trellis or each separately
+codes     decoding of a layer's codes: affine, tables shared or of each row, trellises, streams; weights in fp16
+rotation  random Hadamard rotations of a layer's columns, or of both sides
 tensor    QuantizedTensor, the one representation every method returns
 bits      streams of bits
 packing   QuantizedTensor <-> bytes

@@ -35,7 +35,7 @@ def attention(
 ) -> tuple[Tensor, Tensor | None] | None:
     """Output [L, b, e] and attention weights [b, L, S] (or [b, h, L, S]); without a batch, the same without b.
 
-    None where an option is used that is not written out here: bias_k, bias_v, add_zero_attn, weights of separate
+    None if an option is used that this function does not support: bias_k, bias_v, add_zero_attn, weights of separate
     projections, static keys, or training.
 
     Args:
@@ -62,7 +62,7 @@ def attention(
             shaped = mask.reshape(b, num_heads, length, source) if mask.dim() == 3 else mask
             scores = scores.masked_fill(shaped, -math.inf) if mask.dtype == torch.bool else scores + shaped
     shares = scores.softmax(-1)
-    if not need_weights:  # torch then gives zeros, not NaN, to a query that may read no key
+    if not need_weights:  # torch then returns zeros, not NaN, for a query whose keys are all masked
         shares = shares.masked_fill(torch.isneginf(scores).all(-1, keepdim=True), 0.0)
     out = F.linear((shares @ v).permute(2, 0, 1, 3).reshape(length, b, e), out_proj_weight, out_proj_bias)
     averaged = (shares.mean(1) if more.get("average_attn_weights", True) else shares) if need_weights else None

@@ -2,8 +2,7 @@
 
 `bayesq.quant.codes.bitshift` defines the codes. The Viterbi algorithm finds the best path for a given state before the
 first row. That state comes from a first search over the last rows followed by the first ones, which begins and ends
-anywhere. (The published code searches the column turned by half its length, which is worse in short
-columns.)
+anywhere. (The published code searches the column turned by half its length, which is worse in short columns.)
 """
 
 from collections.abc import Sequence
@@ -19,11 +18,12 @@ from bayesq.quant.codes.bitshift import Bitshift
 from bayesq.quant.compiled import compiled
 from bayesq.quant.grids import MAX_WIDTH, feed_back
 
-# Rows on each side of the seam between the last and the first row that decide which states are tried there.
+# Rows on each side of the seam, where the last row meets the first, that decide which states are tried there.
 SEAM_ROWS = 32
-# Rows that are searched for a column: in short columns, where the state at the seam matters most, several are tried.
+# Rows searched for a column of n rows: SEARCHED_ROWS / n states at the seam are tried, so more in short columns, where
+# that state matters most.
 SEARCHED_ROWS = 384
-# Largest entry in level units; levels are within 0 and 2**8 or so.
+# Largest entry in level units; levels are between -5 and 2**8.
 FARTHEST = 4096.0
 # Normal weights from which `bitshift_distortion` is estimated, and the longest columns of them.
 DISTORTION_SAMPLES, MOST_ROWS = 2048, 256
@@ -37,8 +37,8 @@ def _advance(cost: Any, best: Any, left: Any, levels: Any, x: Any, weight: Any, 
 
     Args:
         best: [2**L / 4] overwritten.
-        left: [2**L / count] uint8, written: of the states that share all bits but the oldest, the oldest bits of the
-            cheapest one, which leave the window.
+        left: [2**L / count] uint8, written: the oldest bits of the cheapest of the states that differ only in them.
+            They leave the window.
     """
     step, quarter = len(levels) // count, count // 4
     for kept in range(step):
@@ -57,7 +57,7 @@ def _advance(cost: Any, best: Any, left: Any, levels: Any, x: Any, weight: Any, 
             k_least = np.int32(first + 3) if d[kept] < least else k_least
             least = d[kept] if d[kept] < least else least
             best[kept], left[kept] = least, np.uint8(k_least)
-    # Path costs are float32 and grow from row to row: one of them is subtracted from all, so that they keep digits.
+    # Path costs are float32 and grow from row to row: the first is subtracted from all, so that they lose no digits.
     base = best[0] if best[0] < np.float32(np.inf) else np.float32(0)
     for kept in range(step - 1, -1, -1):  # repeats each cost in place, from the end
         at = best[kept] - base
@@ -90,7 +90,7 @@ def _forward(x: Any, weight: Any, width: Any, levels: Any, first: Any, cost: Any
     """Least costs [2**L] of the paths that end in each state.
 
     Args:
-        x, weight, width, levels, first, source: as of `best_ring`; first = -1: any bits.
+        x, weight, width, levels, first, source: as in `best_ring`; first = -1: any bits.
         cost: [2**L] float32, written.
     """
     best = np.empty(levels.shape[1] >> 2, np.float32)
@@ -113,7 +113,7 @@ def _forward(x: Any, weight: Any, width: Any, levels: Any, first: Any, cost: Any
 def _backward(x: Any, weight: Any, width: Any, levels: Any) -> Any:
     """Least costs [2**L / 2**width[0]] of the paths down these rows, by the bits before the first row.
 
-    Arguments as of `best_ring`.
+    Arguments as in `best_ring`.
     """
     size = levels.shape[1]
     after, before = np.zeros(size, np.float32), np.empty(size, np.float32)
@@ -165,7 +165,7 @@ def best_ring(x: Any, weight: Any, width: Any, levels: Any, first: Any, source: 
 
 @compiled()
 def _best_starts(x: Any, weight: Any, width: Any, levels: Any, count: Any, source: Any) -> Any:
-    """The most promising bits before the first row, best first; arguments as of `best_ring`.
+    """The most promising bits before the first row, best first; arguments as in `best_ring`.
 
     Their rank is the least cost of a path through the column's last rows and on through its first ones.
     """
@@ -294,10 +294,10 @@ def _around_one(cost: Tensor) -> Tensor:
 
 @cache
 def bitshift_distortion(width: int, code: Bitshift, rows: int, scale: float) -> float:
-    """Expected squared error per weight for a standard normal source, in columns of so many rows.
+    """Expected squared error per weight for a standard normal source, in columns of `rows` rows.
 
     Args:
-        scale: of the rows.
+        scale: of each row.
     """
     rows = min(rows, MOST_ROWS)
     generator = torch.Generator().manual_seed(0)

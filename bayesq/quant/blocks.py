@@ -14,9 +14,8 @@ def find_blocks(module: nn.Module) -> tuple[str, ...]:
     """Names of the parts that a network probably runs one after the other, in the order of their definition.
 
     These are the children of its ModuleLists and Sequentials, the blocks of a stage instead of the stage, and the
-    modules
-    beside these containers: in transformers' BERT bert.embeddings, bert.encoder.layer.0, .., bert.pooler, classifier,
-    in timm's EfficientNet conv_stem, bn1, blocks.0.0, .., classifier.
+    modules beside these containers: in transformers' BERT bert.embeddings, bert.encoder.layer.0, .., bert.pooler,
+    classifier, in timm's EfficientNet conv_stem, bn1, blocks.0.0, .., classifier.
     """
     return tuple(_parts(module, ""))
 

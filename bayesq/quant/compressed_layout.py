@@ -22,7 +22,7 @@ from bayesq.quant.grids import ZERO_BITS
 from bayesq.quant.layout import Layout, obstacle, whole_zeros, words
 from bayesq.quant.tensor import QuantizedTensor
 
-# Of other widths, versions of the package have different streams.
+# For other widths, the stream depends on the version of the package.
 WIDTHS = (4, 8)
 # The zero point 2**(b - 1) as QuantizedTensor stores it, for every b.
 MIDDLE = 2 ** (ZERO_BITS - 1)

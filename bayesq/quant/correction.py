@@ -2,13 +2,15 @@
 
 Rounded weights shift and rescale the outputs of their layer. Batch normalisation divides by statistics of the
 full-precision network, so the shift survives it and grows from layer to layer. One pass in forward order repairs this
-for every method alike. With m, v the per-channel mean and variance in the full-precision network and
-m', v' those in the quantized network whose earlier part is already corrected:
+for every method alike. With m, v the per-channel mean and variance in the full-precision network and m', v' those in
+the quantized network whose earlier part is already corrected:
 
     input of a BatchNorm         x <- (x - m') sqrt(v / v') + m,   folded into the norm's affine parameters
     output of any other layer    x <- x - m' + m,                  folded into the layer's bias
 
 A related correction from batch normalisation statistics alone is in Nagel et al., arXiv 1906.04721, section 4.2.
+
+With inputs=prefix or paired, the moments of each layer are matched when it is rounded instead (`bayesq.in_step`).
 """
 
 import weakref
@@ -36,9 +38,9 @@ VARIANCE_RATIO = (0.25, 4.0)
 CONSTANT_CHANNEL = 1e-12
 # Examples that go through the networks together, which bounds the memory.
 MAX_EXAMPLES = 256
-# Examples that go through a network as one batch; the activations of more would leave the caches.
+# Examples that go through a network as one batch; the activations of more would not fit in the caches.
 PART_EXAMPLES = 16
-# Elements converted to float64 at a time, or one example's: 1 MiB, which stays in a cache.
+# Elements converted to float64 at a time, but at least one example: 1 MiB, which fits in a cache.
 PART_ELEMENTS = 2**17
 
 
@@ -59,11 +61,11 @@ class Correction:
 
 @dataclass
 class _Reference:
-    """What the full-precision network's passes tell.
+    """Measured in the full-precision network.
 
     Attributes:
-        moments: at every stop; those of a module that is called several times mean nothing.
-        calls: how often a batch comes there.
+        moments: at every stop where a correction is possible; not valid for modules that are called several times.
+        calls: how often a pass calls each stop.
         read_by: which norm reads which layer's output.
         readers: see `Resumable.learn`.
     """
@@ -85,23 +87,24 @@ def correct_moments(
 ) -> Correction:
     """Match the moments of `quantized` to those of `full`, in place, norm by norm and layer by layer.
 
-    All examples go through each network in small batches that keep in step: so every hook sees the moments over all of
-    them, corrects, and lets the same pass continue, and each norm meets an already corrected prefix. `max_examples`
-    evenly spaced ones are used, go to the network's device and bound the memory. Padding (inputs["attention_mask"])
-    does not count. LayerNorm standardises each position by itself; layers before it are corrected through their bias.
+    The full-precision network is measured first, in small batches. In the quantized one all batches stop together at
+    each module: the moments over all examples are corrected there, then the passes continue, so every module gets
+    corrected inputs. `max_examples` evenly spaced examples are used; they go to the network's device, so their number
+    bounds the memory. Padding (inputs["attention_mask"]) does not count. LayerNorm standardises each position
+    separately; layers before it are corrected through their bias.
 
     Args:
         full: full-precision network, in eval mode.
         quantized: a copy of it with quantized weights; changed in place.
-        layers: names of the quantized layers. Those that are not modules of their own stay uncorrected.
+        layers: names of the quantized layers. Those that are not modules, such as experts, stay uncorrected.
         inputs: module arguments [n, ...]; `module(**inputs)` runs the network.
         max_examples: examples that are used.
-        alone: each example is a batch of its own, without padding, for networks that compute something else in batches
-            or whose layers do not have the batch in front of their inputs.
+        alone: each example is a separate batch without padding, for networks whose outputs depend on the batch, or
+            whose layers have inputs in which the batch is not the first dimension.
 
     Raises:
-        Refused: a network is in training mode, a name is no layer, there is no example, or
-            batches take different ways through the network.
+        Refused: a network is in training mode, a name is no layer, there is no example, or batches take different ways
+            through the network.
     """
     if full.training or quantized.training:
         raise Refused("moments can only be matched in eval mode")
@@ -141,7 +144,7 @@ def _correct(
     name: str,
     x: Sequence[Tensor],
 ) -> None:
-    """Match the moments of one module, and what its outputs are by now.
+    """Match the moments of one module; if they are those of its output, also shift the outputs `x` in place.
 
     Args:
         quantized: the network; changed in place.
@@ -196,7 +199,7 @@ def _record(
     blocks: Collection[str],
     parts: Sequence[Mapping[str, Tensor]],
 ) -> _Reference:
-    """The moments at every stop that may correct, batch by batch.
+    """The moments at every stop where a correction is possible, batch by batch.
 
     Raises:
         Refused: the batches take different ways through the network.
@@ -261,7 +264,7 @@ def _samples(
         mask: [examples, positions] or None.
     """
     channels = x.shape[channel_dim]
-    if x.numel() % (examples * channels):  # no batch in it: an embedding of positions, say
+    if x.numel() % (examples * channels):  # without a batch dimension, such as position embeddings
         examples, mask = 1, None
     if mask is None and channel_dim == 1:
         # Images as they lie in memory: bringing channels last costs three times as much.
@@ -282,7 +285,7 @@ class _Moments:
     """Sums over examples and positions in float64, padding left out.
 
     Args:
-        module: what the activations are of: the variance is that of a norm's inputs, the mean of anything's.
+        module: a norm, for mean and variance of its inputs, or a layer, for the mean of its outputs.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -292,14 +295,14 @@ class _Moments:
 
     @classmethod
     def over(cls, x: Sequence[Tensor], parts: Sequence[Mapping[str, Tensor]], module: nn.Module) -> "_Moments":
-        """Of every part's tensor."""
+        """The moments of all parts' tensors."""
         moments = cls(module)
         for part, inputs in zip(x, parts, strict=True):
             moments.add(part, inputs)
         return moments
 
     def add(self, x: Tensor, inputs: Mapping[str, Tensor]) -> None:
-        """One part's tensor, as `_samples` takes it."""
+        """Add the tensor of one part, see `_samples`."""
         if not self.total.dim():
             self.total = self.squares = self.count = torch.zeros((), dtype=widest(x.device), device=x.device)
         mask = inputs.get(MASK)
@@ -318,7 +321,7 @@ class _Moments:
         return self.total / self.count
 
     def mean_variance(self) -> tuple[Tensor, Tensor]:
-        """Two [c], all in float64: the variance may be a small difference of large numbers."""
+        """Mean and variance [c] in float64, because the variance may be a small difference of large numbers."""
         mean = self.mean()
         return mean, (self.squares / self.count - mean.square()).clamp_(min=0)
 

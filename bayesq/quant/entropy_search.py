@@ -1,7 +1,7 @@
 """Searching entropy-coded codes: the symbols of a column with the least distortion + lambda x bits.
 
 `bayesq.quant.codes.entropy` defines the codes. With a trellis the Viterbi algorithm finds the best path down a column,
-else each symbol is chosen for itself. Code lengths are the ideal ones of the rows' tables.
+else each symbol is chosen separately. Code lengths are the ideal ones of the rows' tables.
 """
 
 from collections.abc import Sequence
@@ -175,7 +175,7 @@ def _round_columns(
 
 @dataclass
 class EntropyGrid:
-    """Rows with one step each; codes along each column on a trellis, or each for itself.
+    """Rows with one step each; codes along each column on a trellis, or each chosen separately.
 
     Attributes:
         scale: [R] steps.

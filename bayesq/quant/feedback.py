@@ -1,11 +1,13 @@
 """Successive rounding with error feedback: the routine that GPTQ and BayesQ share.
 
 The layer's quadratic error sum_r (w_r - q_r)T A (w_r - q_r) is minimised greedily, column by column: round one column,
-then move the other columns to their optimum, given the rounded ones. With U unit upper triangular, D
-diagonal and U D UT = A, column k has moved by sum_{j<k} (w_j - q_j) U_jk when it is rounded, and the total error is
-sum_k D_k (x_k - q_k)^2, where x_k is the moved column. These are the codes of Frantar et al. (GPTQ, arXiv
-2210.17323, section 3), who feed (x_j - q_j) / V_jj through the rows of V, VT V = A^-1. Without the inverse the
+then move the other columns to their optimum, given the rounded ones. With U unit upper triangular, D diagonal and
+U D UT = A, column k has moved by sum_{j<k} (w_j - q_j) U_jk when it is rounded, and the total error is
+sum_k D_k (x_k - q_k)^2, where x_k is the moved column. These are the codes of Frantar et al. (GPTQ, arXiv 2210.17323,
+section 3), who feed (x_j - q_j) / V_jj through the rows of V, VT V = A^-1; so D_k = 1 / V_kk^2. Without the inverse the
 factorization of a wide layer takes a quarter of the time.
+
+How far columns will move is not predicted. BayesQ fits its grids again after a rounding instead (`bayesq.method`).
 """
 
 from collections.abc import Sequence
@@ -26,8 +28,8 @@ BLOCK = 256
 OBSERVED_BLOCK = 128
 # Columns inside a block that are rounded in one compiled step; the rest of the block gets one matrix product.
 SUB_BLOCK = 16
-# Columns that `_transpose` copies together. Rows of 512 or 1024 numbers share the same sets of the nearest cache, which
-# hold this many lines.
+# Columns that `_transpose` copies together. With 512 or 1024 numbers in a row, equal places of all rows share a set of
+# the nearest cache, which holds this many lines.
 TILE = 8
 DAMPING_RETRIES = 8
 # Retries start at least here, if the configured damping is smaller (0, for example): well above float64 round-off.
@@ -85,7 +87,8 @@ def feedback_factor(moment: Tensor, damping: float, act_order: bool = True) -> F
 
     Args:
         moment: [c, c] second moment A of the layer's inputs (any positive multiple gives the same codes).
-        damping: added to the diagonal, as a fraction of its mean; grows tenfold per retry when not positive definite.
+        damping: added to the diagonal, as a fraction of its mean; ten times larger in each retry, which follows if the
+            moment is not positive definite.
         act_order: visit columns in decreasing diag(A), ties in column order.
 
     Raises:
@@ -202,7 +205,7 @@ def feedback_round(
     Args:
         weight: [R, C] in original column order.
         factor: of the input moment [C, C].
-        grid: rounds one column; asked with the original column index.
+        grid: rounds one column, given its original index.
         on_block: see BlockObserver; receives original-order weights only when the factor has no act-order.
         drift: [C, C] float64 in visiting order, strictly upper: when column j is rounded, its target times drift[j, k]
             is added to the weights of each later column k (GPTAQ); None = 0.
@@ -312,7 +315,7 @@ def output_error(delta: Tensor, moment: Tensor, dtype: torch.dtype = torch.float
     Args:
         delta: [..., r, c] weight error.
         moment: [..., c, c] input second moment A.
-        dtype: precision of the products; float32 takes half the time and ranks candidates as well.
+        dtype: precision of the products; float32 takes half the time and ranks candidates equally well.
 
     Returns:
         [..., r].

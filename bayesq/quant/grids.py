@@ -91,7 +91,7 @@ def feed_back(x: Any, delta: Any, upper: Any, j: Any, low: Any, high: Any) -> No
 def _affine_block(
     x: Any, delta: Any, upper: Any, scale: Any, zero: Any, which: Any, top: Any, codes: Any, values: Any
 ) -> None:
-    """`AffineGrid.round_block`; scale and zero [S, R], and `which` row of these each column uses."""
+    """`AffineGrid.round_block`; scale and zero [S, R], of which column j uses the row which[j]."""
     for low in range(0, x.shape[1], TILE):
         high = min(low + TILE, x.shape[1])
         for j in range(x.shape[0]):
@@ -189,10 +189,6 @@ class CodebookGrid:
         self._levels = levels[self.width.long()].contiguous()
         self._bounds = bounds[self.width.long()].contiguous()
 
-    def tables(self) -> tuple[Tensor, Tensor]:
-        """Levels [R, K] of each row and the bounds [R, K - 1] between them, short ones padded."""
-        return self._levels, self._bounds
-
     def round(self, x: Tensor, column: int) -> tuple[Tensor, Tensor]:
         """Nearest code and its value for the entries x[R] of one column."""
         code, value = self.round_matrix(x[:, None])
@@ -243,8 +239,7 @@ def mse_grid(
 ) -> tuple[Tensor, Tensor]:
     """Scale and zero [R] with the range shrunk to minimise sum |w - q(w)|^2.4 (published GPTQ's mse option).
 
-    Errors are compared in float32, as in the published code: half the memory traffic of the slowest search of this
-        module.
+    Errors are compared in float32, as in the published code, which halves the memory traffic.
 
     Args:
         weight, width, scale_dtype, symmetric: as in `minmax_grid`.
@@ -363,7 +358,7 @@ def check_group_size(group_size: int | None) -> int | None:
 
 
 def check_flag(key: str, value: bool) -> bool:
-    """The value of a key of the method that is true or false.
+    """The value of a boolean key of the method.
 
     Raises:
         Refused: it is neither.

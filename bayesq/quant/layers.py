@@ -34,7 +34,7 @@ class ParameterLayer:
         kind: for layers.csv, such as Conv1D or Experts.
         groups: matrices in the stack: experts, or the query, key and value part of an in_proj_weight.
         transposed: each matrix is stored as [c, r].
-        whole: the layer goes by the owner's name, not by the parameter's.
+        whole: the layer has the owner's name, not the parameter's.
     """
 
     owner: nn.Module
@@ -63,9 +63,9 @@ Layer = nn.Linear | nn.Conv2d | ParameterLayer
 def quantizable_layers(module: nn.Module, exclude: Sequence[str] = ()) -> dict[str, Layer]:
     """Layers of `module` that can be quantized and match no pattern, by name, in definition order.
 
-    These are Linear and Conv2d layers, and the weights of `ParameterLayer`. A weight that several layers
-    share is listed once, under the first name; one that an embedding shares is not listed, because a changed table
-    would change the embedding too.
+    These are Linear and Conv2d layers, and the weights of `ParameterLayer`. A weight that several layers share is
+    listed once, under the first name; one that an embedding shares is not listed, because a changed table would change
+    the embedding too.
 
     Args:
         exclude: fnmatch patterns on layer names (config key layers.exclude); a pattern may match embeddings only.
@@ -195,7 +195,7 @@ def _parameter_layers(owner: nn.Module) -> dict[str, ParameterLayer]:
 
 
 def _check_plain(name: str, layer: Layer) -> None:
-    """Refuse a layer that multiplies with something else than the weight it stores.
+    """Refuse a layer that does not multiply by the weight it stores.
 
     Raises:
         Refused: naming the layer.
@@ -298,7 +298,7 @@ def input_blocks(layer: Layer, x: Tensor, elements: int) -> Iterator[tuple[slice
 
     Args:
         x: input as the layer receives it, of one example.
-        elements: of a block.
+        elements: largest number of elements of a block.
 
     Yields:
         the positions, and their samples [1, g, l, c].

@@ -1,4 +1,4 @@
-"""What checkpoint layouts of other tools have in common: affine codes of linear layers, all of a layer in one width."""
+"""What checkpoint layouts of other tools have in common: affine codes of linear layers, with one width per layer."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -62,7 +62,7 @@ def words(values: np.ndarray, width: int) -> Tensor:
 
 
 def whole_zeros(tensor: QuantizedTensor) -> np.ndarray:
-    """Zero points uint8 [R, S] in levels, of a layer without `obstacle`."""
+    """Zero points uint8 [R, S] in levels, of a layer for which `obstacle` is None."""
     zero: np.ndarray = tensor.zero.numpy() >> (ZERO_BITS - int(tensor.width[0]))
     return zero
 

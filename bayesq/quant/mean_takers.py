@@ -1,4 +1,4 @@
-"""What takes up a shift of the mean of a layer's outputs: the layer's bias, or the BatchNorm that reads them."""
+"""What absorbs a shift of the mean of a layer's outputs: the layer's bias, or the BatchNorm that reads them."""
 
 from collections import Counter
 from collections.abc import Collection, Mapping
@@ -26,7 +26,7 @@ def moment_stops(module: nn.Module, layers: Collection[str]) -> dict[str, str]:
 
 
 def movable_layers(module: nn.Module, layers: Collection[str]) -> set[str]:
-    """Those of some layers whose output mean moves as their bias does: product plus a bias that no other module has."""
+    """Those of `layers` whose bias shifts the mean of their outputs one to one and belongs to no other module."""
     biased = {name: child for name, child in module.named_modules() if getattr(child, "bias", None) is not None}
     users = Counter(id(child.bias) for child in biased.values())
     return {
@@ -41,7 +41,7 @@ def movable_layers(module: nn.Module, layers: Collection[str]) -> set[str]:
 
 @torch.no_grad()
 def mean_takers(module: nn.Module, layers: Collection[str], inputs: Mapping[str, Tensor]) -> dict[str, str]:
-    """By layer, the module that takes up a shift of its outputs' mean: a BatchNorm that alone reads it, or itself.
+    """By layer, the module that can absorb a shift of its outputs' mean: the BatchNorm that reads them, or itself.
 
     Args:
         module: in eval mode.

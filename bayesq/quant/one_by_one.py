@@ -11,7 +11,7 @@ def one_by_one(inputs: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
     """Each example as a separate batch, without the positions of its padding.
 
     Args:
-        inputs: module arguments [n, ...]; sequences [n, length, ...] have padding where the attention_mask among them
+        inputs: module arguments [n, ...]; sequences [n, length, ...] are padded where inputs["attention_mask"]
             [n, length] is 0.
     """
     mask = inputs.get(MASK)

@@ -113,7 +113,7 @@ def row_widths(stored: np.ndarray, rows: int, mixed: bool) -> np.ndarray:
         return np.repeat(stored, rows)
     width = from_bits(unpack_stream(stored, WIDTH_MAP_BITS * rows, "width"), WIDTH_MAP_BITS) + np.uint8(MIN_WIDTH)
     if len(np.unique(width)) == 1:
-        raise ValueError("width: the rows are said to differ in width and do not")
+        raise ValueError("width: mixed is true, but all rows have one width")
     return width
 
 
@@ -250,7 +250,7 @@ def parsed(header: Mapping[str, Any], key: str) -> dict[str, Any]:
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if len(entries := dict(pairs)) < len(pairs):
-            raise ValueError(f"header: {key} names a thing twice")
+            raise ValueError(f"header: {key} has the same name twice")
         return entries
 
     text = header.get(key)

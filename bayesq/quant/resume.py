@@ -6,10 +6,9 @@ module that has finished returns its earlier output, so no module computes twice
 are padded to their own longest one, and between two stops only one batch has intermediate activations.
 
 At a stop only what the rest of the pass reads is stored. The output of a module is dropped once the module that takes
-it
-as argument has finished, unless a first batch showed that something else reads it: an operation between modules, such
-as a residual sum. A placeholder replaces a dropped output. If the placeholder is read, the pass computes the output
-again, so no number is wrong.
+it as argument has finished, unless a first batch showed that something else reads it: an operation between modules,
+such as a residual sum. A placeholder replaces a dropped output. If the placeholder is read, the pass computes the
+output again, so no number is wrong.
 """
 
 from collections import Counter
@@ -54,7 +53,7 @@ class Readers:
 
 
 class _Absent(Tensor):
-    """Placeholder of an output that is not stored; every read of it is noticed.
+    """Placeholder of an output that is not stored; every read of it is detected.
 
     Attributes:
         source: module that returned the output.
@@ -68,7 +67,7 @@ class _Absent(Tensor):
     readers: Readers
 
     def read(self) -> Tensor:
-        """The value; later passes store it."""
+        """The value; from now on, passes store this output."""
         self.readers.stored.add(self.source)
         if self.changed:
             self.readers.copied.add(self.source)
@@ -182,7 +181,7 @@ class _Pass:
         finally:
             if versions != _versions(inputs.values()):
                 if not copied:
-                    raise Refused("the network overwrites some of its inputs, and not those of every batch")
+                    raise Refused("the network overwrites its inputs in some batches only")
                 self.readers.copied.add("")
 
     def release(self) -> Tensor:

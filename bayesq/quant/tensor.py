@@ -14,20 +14,21 @@ from bayesq.quant.rotation import Rotation
 class QuantizedTensor:
     """Integer codes of one layer and all that is needed to decode them.
 
-        W[g, r, c] = scale * (level(code) - zero) / column_scale[c],   or the overlay's weight
+        W'[g, r, c] = scale * (level(code) - zero) / column_scale[c]
+        W = W',   or with `rotation` W' R_c or R_rT W' R_c,   or the overlay's weight
 
     Attributes:
         codes: [R, C] uint8, R = groups * rows per group; codes of row i are below 2**width[i].
         width: [R] uint8 bits per code.
         scale: [R, S] fp16, S column groups. S = 0 if the code's levels are weights (`Code.absolute`); then
-            W = level(code) / column_scale.
+            W' = level(code) / column_scale.
         zero: [R, S] uint8 zero point in units of 2**(width - 8) levels, see `grids.zero_code`.
         groups: convolution groups g (Linear: 1).
         group_size: columns per column group; None = whole row.
         code: decodes codes to levels.
-        column_scale: [groups, C / k] fp16 per-input-channel factor folded out of the codes (AWQ), or None; each covers
-            the k = kh * kw neighbouring columns that read the channel.
-        rotation: the codes are of R_r W R_cT or of W R_cT, see `bayesq.quant.rotation`; None = of W.
+        column_scale: [groups, C / k] fp16 factors folded out of the codes (AWQ, WaterSIC), or None; each covers k
+            neighbouring columns, in AWQ the kh * kw ones that read an input channel, in WaterSIC one.
+        rotation: W' is R_r W R_cT or W R_cT, see `bayesq.quant.rotation`; None = W.
         overlay: single weights in fp16, or None.
     """
 

@@ -80,7 +80,7 @@ def usage_of(
     count = len(next(iter(inputs.values())))
     single = [_watch(module, layers, {name: x[k : k + 1] for name, x in inputs.items()}) for k in range(count)]
     together = _watch(module, layers, inputs) if count > 1 else single[0]
-    _refuse_other_uses(layers, [*single, together])
+    _refuse_other_uses([*single, together])
     used = {name: max(len(one.inputs.get(name, ())) for one in (*single, together)) for name in layers}
     taking_part = {
         name: _as_used(layer, used[name], max(one.called[name] for one in (*single, together)))
@@ -122,8 +122,8 @@ def _refuse_hidden_uses(module: nn.Module, unreached: Mapping[str, Layer], input
             layer.weight.copy_(weights[name])
     if (after - before).norm() > ACCELERATOR_TOLERANCE * before.norm():
         raise OtherUseError(
-            f"the network computes with weights in a way that cannot be watched (a scripted function, numpy, shared "
-            f"memory): layer {', '.join(unreached)}: add them to layers.exclude"
+            f"the network computes with the weights of layer {', '.join(unreached)} in a way that cannot be watched (a "
+            f"scripted function, numpy, shared memory): add them to layers.exclude"
         )
 
 
@@ -134,7 +134,7 @@ def _reached_by(
     waiting, reached = dict(layers), dict[str, Layer]()
     for inputs in batches if waiting else ():
         seen = _watch(module, waiting, inputs)
-        _refuse_other_uses(waiting, [seen])
+        _refuse_other_uses([seen])
         for name, xs in seen.inputs.items():
             reached[name] = _as_used(waiting.pop(name), len(xs), seen.called[name])
         if not waiting:
@@ -172,7 +172,7 @@ def _as_used(layer: Layer, used: int, called: int) -> Layer:
     return function_called(layer) if watched_as_product else layer  # type: ignore[arg-type]
 
 
-def _refuse_other_uses(layers: Mapping[str, Layer], passes: list[_Pass]) -> None:
+def _refuse_other_uses(passes: list[_Pass]) -> None:
     """Refuse layers whose weights are used in a way that no statistics describe."""
     others: dict[str, str] = {}
     for one in passes:
@@ -185,8 +185,8 @@ def _refuse_other_uses(layers: Mapping[str, Layer], passes: list[_Pass]) -> None
         for function, group in groupby(named, key=lambda pair: pair[0])
     ]
     raise OtherUseError(
-        f"the network does not only multiply inputs with these weights, it also computes with them: layer "
-        f"{'; '.join(parts)}: add them to layers.exclude"
+        f"the network uses weights not only in products with inputs (layer {'; '.join(parts)}): add these layers to "
+        f"layers.exclude"
     )
 
 

@@ -131,7 +131,7 @@ class Products(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is F.multi_head_attention_forward:
-            with self:  # torch's function would hide its products
+            with self:  # products inside torch's function cannot be watched
                 written_out = attention(*args, **kwargs)
             if written_out is not None:
                 return written_out

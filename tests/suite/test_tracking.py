@@ -701,11 +701,11 @@ def test_a_background_process_that_never_ends_does_not_hold_up_the_end(tmp_path:
 
 def test_the_log_is_a_file_of_the_run(tmp_path: Path, server: WandbServer) -> None:
     (tmp_path / "one").mkdir()
-    (tmp_path / "one" / "run.log").write_text("quantizes 99 % of 0.1 M parameters\n")
+    (tmp_path / "one" / "run.log").write_text("quantizing 99 % of 0.1 M parameters\n")
     with tracking.track(config(tmp_path, mode="online"), "one", tmp_path / "one") as tracker:
         tracker.log_result(result("one"), [])
     assert tracker.error is None
-    assert server.uploads["/storage/run/one/run.log"] == b"quantizes 99 % of 0.1 M parameters\n"
+    assert server.uploads["/storage/run/one/run.log"] == b"quantizing 99 % of 0.1 M parameters\n"
 
 
 def test_the_diff_of_the_code_is_a_file_where_asked_for(

@@ -22,5 +22,5 @@ class Affine(WidthCode):
         width: Tensor,
         codebooks: Mapping[str, Codebook | RateTables],
     ) -> Self:
-        """As of `Code`."""
+        """See `Code`."""
         return cls()

@@ -51,7 +51,7 @@ class LevelPart:
         name: under which they are stored; None for levels that follow from the width.
         shared: whether parts of this name are one table for all layers of a model, or one per layer.
         rows: how many rows read each level.
-        step: length of a level unit, in the units of the levels; a number or [K].
+        step: distance that distillation counts as one level step, in the units of the levels; a number or [K].
     """
 
     levels: Tensor
@@ -198,7 +198,7 @@ class WidthCode(Code):
         return None
 
     def check(self, width: Tensor) -> None:
-        """As of `Code`: computed levels fit rows of any width."""
+        """See `Code`; computed levels fit rows of any width."""
 
     def parts(self, width: Tensor) -> tuple[LevelPart, ...]:
         """The levels of each width of the rows, in level units, narrow widths first."""
@@ -216,7 +216,7 @@ class WidthCode(Code):
         return codes.long()
 
     def positions(self, codes: Tensor, width: Tensor, groups: int) -> Tensor:
-        """As of `Code`."""
+        """See `Code`."""
         start, offset = torch.zeros(MAX_WIDTH + 1, dtype=torch.int64), 0
         for w in width.unique().tolist():
             start[w], offset = offset, offset + self.level_count(w)

@@ -13,8 +13,8 @@ Two orders of the levels:
 Bitshift      Ranks from a hash, so that states with common bits have unrelated levels, as QTIP has them.
 Congruential  rank = multiplier * state mod 2**L, with a multiplier for each width, after the linear congruential
               trellis source codes of Eriksson, Johannesson, Novak and Anderson (IEEE Trans. Commun. 55, 2007). Paths
-              that part at a row, and those that meet there, have levels all over the distribution. With 1,024 states
-              its squared error for normal weights is below that of hashed levels with 4,096.
+              that split or merge at a row have levels spread over the whole distribution. With 1,024 states its
+              squared error for normal weights is below that of hashed levels with 4,096.
 """
 
 from collections.abc import Mapping
@@ -31,7 +31,7 @@ from bayesq.quant.codes.rate_tables import RateTables
 from bayesq.quant.compiled import compiled
 from bayesq.quant.grids import MIN_WIDTH
 
-# States 2**L. With fewer than 8 bits a row of 8 bits would not fit; with more than 16 the search outgrows the caches.
+# States 2**L. A row of 8 bits needs L >= 8; with L > 16 the search does not fit in the caches.
 STATES = tuple(1 << bits for bits in range(8, 17))
 # Multipliers for rows of 2 to 8 bits, by the number of states: of all odd numbers those with the least squared error
 # for normal weights in long columns (a slow test in tests/quant/test_bitshift.py searches those of 256 states again).
@@ -40,9 +40,9 @@ MULTIPLIERS = {
     1024: (265, 123, 61, 199, 347, 223, 383),
     4096: (1049, 1543, 249, 131, 1693, 1817, 1619),
 }
-# Least bits of a column for each number of states. A path ends where it begins, which costs more the longer a state is
-# beside the column. Shorter columns have scalar codes. Best for normal weights at 2 to 6 bits in columns of 6 to 64
-# rows, by `bayesq.quant.bitshift.bitshift_distortion`.
+# Least bits of a column for each number of states. A path has to close to a ring, which costs more if a state is long
+# compared to the column. Shorter columns have scalar codes. Best for normal weights at 2 to 6 bits in columns of 6 to
+# 64 rows, by `bayesq.quant.bitshift.bitshift_distortion`.
 LEAST_RING_BITS = {256: 12, 1024: 60, 4096: 128}
 
 
@@ -64,7 +64,7 @@ class Bitshift(Code):
             raise ValueError(f"states: needs one of {', '.join(map(str, STATES))}, not {self.states}")
 
     def check(self, width: Tensor) -> None:
-        """As of `Code`: it fits rows of any width."""
+        """See `Code`; it fits rows of any width."""
 
     def levels(self, width: int) -> Tensor:
         """Levels [2**L] float32 of the states in rows of a width, in level units."""
@@ -104,7 +104,7 @@ class Bitshift(Code):
         width: Tensor,
         codebooks: Mapping[str, Codebook | RateTables],
     ) -> Self:
-        """As of `Code`."""
+        """See `Code`."""
         if not is_count(facts["states"]):
             raise ValueError(f"states: needs one of {', '.join(map(str, STATES))}")
         return cls(facts["states"])
@@ -123,15 +123,15 @@ class Congruential(Bitshift):
             raise ValueError(f"states: needs one of {', '.join(map(str, MULTIPLIERS))}, not {self.states}")
 
     def levels(self, width: int) -> Tensor:
-        """As of `Bitshift`."""
+        """See `Bitshift`."""
         return congruential_levels(self.states, width)
 
     def middle(self, width: int) -> float:
-        """As of `Bitshift`."""
+        """See `Bitshift`."""
         return 2.0 ** (width - 1)
 
     def unit(self, width: int) -> float:
-        """As of `Bitshift`."""
+        """See `Bitshift`."""
         return 2.0 ** (3 - width)
 
     def parts(self, width: Tensor) -> tuple[LevelPart, ...]:
@@ -139,13 +139,13 @@ class Congruential(Bitshift):
         return tuple(LevelPart(self.levels(w)) for w in width.unique().tolist())
 
     def positions(self, codes: Tensor, width: Tensor, groups: int) -> Tensor:
-        """As of `Code`."""
+        """See `Code`."""
         start = torch.searchsorted(width.unique(), width) * self.states
         return super().positions(codes, width, groups).add_(start[:, None])
 
 
 def trellis_for(bits: int, most_states: int) -> Congruential | None:
-    """The trellis code of columns of so many bits; None: scalar codes are better."""
+    """The trellis code of columns of `bits` bits; None: scalar codes are better."""
     states = [states for states, least in LEAST_RING_BITS.items() if bits >= least and states <= most_states]
     return Congruential(max(states)) if states else None
 
@@ -163,7 +163,7 @@ def _states(code: Any, width: Any, mask: Any, turns: Any, state: Any) -> None:
 
 @cache
 def normal_levels(states: int) -> Tensor:
-    """g of every state: float32 with the precision of fp16, so that every machine computes the same."""
+    """Hashed level of every state: float32 with the precision of fp16, so that all machines compute the same."""
     mixed = np.arange(1, states + 1, dtype=np.uint64)
     for factor, shift in ((0x9E3779B1, 15), (0x85EBCA77, 13)):  # a hash of 32 bits: multiply, then fold
         mixed = mixed * np.uint64(factor) % np.uint64(2**32)
@@ -176,7 +176,7 @@ def normal_levels(states: int) -> Tensor:
 
 @cache
 def congruential_levels(states: int, width: int) -> Tensor:
-    """Levels [2**L] of rows of a width, float32: as of `Congruential`."""
+    """Levels [2**L] of rows of a width, float32: see `Congruential`."""
     rank = MULTIPLIERS[states][width - MIN_WIDTH] * torch.arange(states) % states
     quantile: Tensor = torch.special.ndtri((rank.double() + 0.5) / states).to(torch.float16).to(torch.float32)
     return 2.0 ** (width - 1) + 2.0 ** (width - 3) * quantile

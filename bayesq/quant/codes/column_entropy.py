@@ -33,7 +33,7 @@ class ColumnEntropyCode(EntropyCode):
     BUFFERS: ClassVar = {"rate_class": (torch.uint8, 1), "column_class": (torch.uint8, 1)}
 
     def check(self, width: Tensor) -> None:
-        """As of `Code`."""
+        """See `Code`."""
         super().check(width)
         if self.states is not None:
             raise ValueError("states: codes with column classes have no trellis")
@@ -47,7 +47,7 @@ class ColumnEntropyCode(EntropyCode):
         return (self.rate_class[:, None] + self.column_class).clamp(max=self.tables.classes - 1)
 
     def positions(self, codes: Tensor, width: Tensor, groups: int) -> Tensor:
-        """As of `Code`."""
+        """See `Code`."""
         return self.weight_classes().long().mul_(SETS * ALPHABET).add_(codes)
 
     def stream(self, codes: Tensor, groups: int) -> np.ndarray:
@@ -59,7 +59,7 @@ class ColumnEntropyCode(EntropyCode):
         return self._padded(encoder, codes.numel())
 
     def pack(self, codes: Tensor, width: Tensor, groups: int) -> dict[str, Tensor]:
-        """As of `Code`."""
+        """See `Code`."""
         packed = np.packbits(to_bits(self.column_class.numpy(), self.tables.class_bits))
         return {**super().pack(codes, width, groups), "column_class": torch.from_numpy(packed)}
 
@@ -83,7 +83,7 @@ class ColumnEntropyCode(EntropyCode):
         width: Tensor,
         codebooks: Mapping[str, Codebook | RateTables],
     ) -> Self:
-        """As of `Code`."""
+        """See `Code`."""
         rows = EntropyCode.unpack({**facts, "states": None}, buffers, width, codebooks)
         size, columns = rows.tables.class_bits, facts["shape"][1]
         bits = unpack_stream(buffers["column_class"].numpy(), columns * size, "column_class")

@@ -1,7 +1,7 @@
 """Entropy-coded codes: a row has a step instead of a width, and the codes of a layer are one compressed stream.
 
-A code k = 0 .. 255 stands for the symbol s = k - 128. With s + 128 - 128 = s the layer's rows all have width 8 and zero
-point 128, which are not stored. A trellis gives each weight one of two sets of levels, in units of the row's step:
+A code k = 0 .. 255 stands for the symbol s = k - 128. All rows of a layer have width 8, stored as one byte, and zero
+point 128, which is not stored. A trellis gives each weight one of two sets of levels, in units of the row's step:
 
     set 0:  s = ... -2, -1, 0, 1, 2 ...        set 1:  s - sign(s) / 2 = ... -3/2, -1/2, 0, 1/2, 3/2 ...
 
@@ -9,12 +9,12 @@ The set follows from the symbols above the weight in its column: the four subset
 
     subset = set + 2 parity,    parity = s mod 2, flipped in set 1 for s < 0
 
-and the window of a row's bit and the bits above determines the subset as there. Without a trellis all weights have set
-0. This is entropy-coded trellis quantization (Fischer and Wang, IEEE Trans. Inf. Theory 38, 1992; Marcellin, IEEE
-Trans. Commun. 42, 1994) with both sets containing 0, so that rows of few bits can be mostly zeros.
+and the window of this row's bit and the bits above it gives the subset, as in that module. Without a trellis, all
+weights have set 0. This is entropy-coded trellis quantization (Fischer and Wang, IEEE Trans. Inf. Theory 38, 1992;
+Marcellin, IEEE Trans. Commun. 42, 1994) with both sets containing 0, so that rows of few bits can be mostly zeros.
 
-Rows of like rate share a table with the frequencies of the symbols in each set (`bayesq.quant.codes.rate_tables`). The
-stream is a range coder's (package constriction), row by row, first the weights of set 0 and then those of set 1, so
+Rows of similar rate share a table with the frequencies of the symbols in each set (`bayesq.quant.codes.rate_tables`).
+The stream is a range coder's (package constriction), row by row, first the weights of set 0 and then those of set 1, so
 layers are decoded one by one.
 """
 
@@ -33,9 +33,9 @@ from bayesq.quant.codes.rate_tables import ALPHABET, CENTRE, SETS, RateTables
 from bayesq.quant.codes.trellis import POLYNOMIALS, subset_table
 from bayesq.quant.compiled import compiled
 
-# A stream has at least one bit per so many weights, so that a small file cannot ask for a large layer.
+# A stream has at least one bit per this many weights, so that a small file cannot claim a large layer.
 MOST_WEIGHTS_PER_BIT = 64
-# constriction's range coder writes words of so many bytes.
+# Bytes of a word of constriction's range coder.
 WORD = 4
 
 
@@ -59,7 +59,7 @@ class EntropyCode(Code):
     BUFFERS: ClassVar = {"rate_class": (torch.uint8, 1)}
 
     def check(self, width: Tensor) -> None:
-        """As of `Code`."""
+        """See `Code`."""
         if self.states is not None and self.states not in POLYNOMIALS:
             raise ValueError(f"states: needs one of {', '.join(map(str, POLYNOMIALS))} or null")
         if self.rate_class.dtype != torch.uint8 or self.rate_class.shape != width.shape:
@@ -74,13 +74,13 @@ class EntropyCode(Code):
         return (LevelPart(self.tables.levels().flatten() + CENTRE),)
 
     def positions(self, codes: Tensor, width: Tensor, groups: int) -> Tensor:
-        """As of `Code`."""
+        """See `Code`."""
         which = torch.from_numpy(level_sets(codes.numpy(), self.states, groups)).long()
         start = SETS * self.rate_class.long()[:, None]
         return (start + which).mul_(ALPHABET).add_(codes)
 
     def codebooks(self) -> tuple[RateTables, ...]:
-        """As of `Code`."""
+        """See `Code`."""
         return (self.tables,)
 
     def code_bits(self, codes: Tensor, width: Tensor, groups: int) -> int:
@@ -96,7 +96,7 @@ class EntropyCode(Code):
 
     @staticmethod
     def _padded(encoder: Any, weights: int) -> np.ndarray:
-        """The stream of constriction's encoder, with the least length for so many weights."""
+        """The stream of constriction's encoder, padded to the least length for this number of weights."""
         stream = encoder.get_compressed().astype("<u4").view(np.uint8)
         least = -(-weights // (8 * MOST_WEIGHTS_PER_BIT))
         return np.concatenate([stream, np.zeros(max(0, least - len(stream)), np.uint8)])
@@ -111,12 +111,12 @@ class EntropyCode(Code):
             yield r, 1, row[upper]
 
     def pack(self, codes: Tensor, width: Tensor, groups: int) -> dict[str, Tensor]:
-        """As of `Code`."""
+        """See `Code`."""
         classes = np.packbits(to_bits(self.rate_class.numpy(), self.tables.class_bits))
         return {"codes": torch.from_numpy(self.stream(codes, groups)), "rate_class": torch.from_numpy(classes)}
 
     def unpack_codes(self, buffers: Mapping[str, Tensor], width: Tensor, columns: int, groups: int) -> Tensor:
-        """As of `Code`; a stream is accepted only if encoding its codes gives the same bytes."""
+        """See `Code`; a stream is accepted only if encoding its codes gives the same bytes."""
         stream = buffers["codes"].numpy()
         words = np.frombuffer(stream.tobytes() + bytes(-len(stream) % WORD), "<u4").astype(np.uint32)
         try:
@@ -124,7 +124,7 @@ class EntropyCode(Code):
         except AssertionError as error:  # raised by constriction
             raise ValueError("codes: the stream does not fit its tables") from error
         if not np.array_equal(self.stream(codes, groups), stream):
-            raise ValueError("codes: the stream is not that of its codes")
+            raise ValueError("codes: encoding the decoded codes gives another stream")
         return codes
 
     def _decoded(self, words: np.ndarray, rows: int, columns: int, groups: int) -> np.ndarray:
@@ -156,7 +156,7 @@ class EntropyCode(Code):
         width: Tensor,
         codebooks: Mapping[str, "Codebook | RateTables"],
     ) -> Self:
-        """As of `Code`."""
+        """See `Code`."""
         name, states = facts["tables"], facts["states"]
         tables = codebooks.get(name) if isinstance(name, str) else None
         if not isinstance(tables, RateTables):

@@ -23,11 +23,11 @@ from torch import Tensor
 
 ALPHABET, CENTRE, SETS = 256, 128, 2
 MOST_CLASSES = 16
-# Sizes from here on share bins, each a LAST_SINGLE-th as wide as its first size, rounded down, times two.
+# From this size on, a bin that begins at size s holds 2 s // LAST_SINGLE sizes.
 LAST_SINGLE = 16
 # 2**(20 - j / 8) for j = 0 .. 7
 EIGHTHS = (1048576, 961548, 881743, 808562, 741455, 679917, 623487, 571740)
-# Counts of a bin that did not occur, and the largest b: frequency 1.
+# Count that is added to each bin, and the largest b, which is frequency 1.
 UNSEEN, LEAST_LOG = 0.25, 160
 # Levels move in units of 1 / SHIFT_UNIT of a step.
 SHIFT_UNIT = 512
@@ -79,7 +79,7 @@ class RateTables:
 
     @classmethod
     def of(cls, counts: np.ndarray, moments: np.ndarray | None = None, name: str = "entropy") -> "RateTables":
-        """Tables for symbols that occurred so often.
+        """Tables for symbols with these counts.
 
         Args:
             counts: [classes, sets, 256] by code, any weights of at least 0.
@@ -114,7 +114,7 @@ def _table(counts: np.ndarray, moments: np.ndarray | None, which: int) -> list[i
     symbols = np.bincount(BINS[SIZE], minlength=BINS[-1] + 1)
     used = np.nonzero(mass)[0]
     n = int(used[-1]) + 1 if len(used) else 1
-    # a part of a count each, so that symbols inside the range that did not occur stay affordable
+    # UNSEEN is added to each bin, so that symbols that did not occur do not get very long codes
     each = (mass[:n] + UNSEEN) / symbols[:n]
     total = (each * symbols[:n]).sum()
     logs = np.clip(np.rint(-8 * np.log2(each / total)), 0, LEAST_LOG).astype(int)

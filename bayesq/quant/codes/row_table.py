@@ -35,7 +35,7 @@ class RowTable(Code):
     BUFFERS: ClassVar = {"table": (torch.float16, 1)}
 
     def check(self, width: Tensor) -> None:
-        """As of `Code`."""
+        """See `Code`."""
         count = int(sizes(width).sum())
         if self.levels.dtype != torch.float16 or self.levels.shape != (count,):
             raise ValueError(f"table: needs float16 [{count}], not {self.levels.dtype} {list(self.levels.shape)}")
@@ -54,11 +54,11 @@ class RowTable(Code):
         return (LevelPart(levels, "table", step=step.repeat_interleave(size)),)
 
     def positions(self, codes: Tensor, width: Tensor, groups: int) -> Tensor:
-        """As of `Code`."""
+        """See `Code`."""
         return codes.long().add_(starts(width)[:, None])
 
     def with_levels(self, levels: Mapping[str, Tensor], width: Tensor) -> Self:
-        """As of `Code`."""
+        """See `Code`."""
         moved, stored = levels["table"].cpu(), torch.empty_like(self.levels)
         for w in width.unique().tolist():
             rows = starts(width)[width == w][:, None] + torch.arange(2**w)
@@ -66,7 +66,7 @@ class RowTable(Code):
         return replace(self, levels=stored)
 
     def times(self, factors: Tensor, width: Tensor) -> Self:
-        """As of `Code`."""
+        """See `Code`."""
         moved = self.levels.double() * factors.repeat_interleave(sizes(width))
         return replace(self, levels=moved.clamp(-FP16_MAX, FP16_MAX).to(torch.float16))
 
@@ -76,7 +76,7 @@ class RowTable(Code):
         return LEVEL_BITS * int(sizes(width).sum())
 
     def pack(self, codes: Tensor, width: Tensor, groups: int) -> dict[str, Tensor]:
-        """As of `Code`."""
+        """See `Code`."""
         return super().pack(codes, width, groups) | {"table": self.levels}
 
     def facts(self) -> dict[str, Any]:
@@ -91,7 +91,7 @@ class RowTable(Code):
         width: Tensor,
         codebooks: Mapping[str, Codebook | RateTables],
     ) -> Self:
-        """As of `Code`."""
+        """See `Code`."""
         return cls(buffers["table"])
 
 

@@ -21,7 +21,7 @@ class TableCode(WidthCode):
     tables: Mapping[int, Codebook]
 
     def check(self, width: Tensor) -> None:
-        """As of `Code`: every table has the levels its width needs, and there are rows of that width."""
+        """See `Code`; every table has the levels its width needs, and there are rows of that width."""
         for w, book in self.tables.items():
             if len(book.levels) != self.level_count(w):
                 count = self.level_count(w)
@@ -30,15 +30,15 @@ class TableCode(WidthCode):
                 raise ValueError(f"codebook {book.name} is attached but no row has {w} bits")
 
     def table(self, width: int) -> Codebook | None:
-        """As of `WidthCode`."""
+        """See `WidthCode`."""
         return self.tables.get(width)
 
     def codebooks(self) -> tuple[Codebook, ...]:
-        """As of `Code`."""
+        """See `Code`."""
         return tuple(self.tables.values())
 
     def with_levels(self, levels: Mapping[str, Tensor], width: Tensor) -> Self:
-        """As of `Code`."""
+        """See `Code`."""
         tables = {w: Codebook(book.name, stored_levels(levels[book.name])) for w, book in self.tables.items()}
         return replace(self, tables=tables)
 
@@ -63,7 +63,7 @@ class SharedTable(TableCode):
         width: Tensor,
         codebooks: Mapping[str, Codebook | RateTables],
     ) -> Self:
-        """As of `Code`."""
+        """See `Code`."""
         return cls(named_tables(facts["codebooks"], codebooks, width))
 
 

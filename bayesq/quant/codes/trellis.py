@@ -54,15 +54,15 @@ class Trellis(TableCode):
         subset_table(self.states)
 
     def level_count(self, width: int) -> int:
-        """As of `WidthCode`."""
+        """See `WidthCode`."""
         return 1 << (width + 1)
 
     def computed_levels(self, width: int) -> Tensor:
-        """As of `WidthCode`."""
+        """See `WidthCode`."""
         return uniform_levels(width).to(torch.float32)
 
     def level_indices(self, codes: Tensor, groups: int) -> Tensor:
-        """As of `WidthCode`."""
+        """See `WidthCode`."""
         return level_indices(codes, self.states, groups)
 
     def facts(self) -> dict[str, Any]:
@@ -77,7 +77,7 @@ class Trellis(TableCode):
         width: Tensor,
         codebooks: Mapping[str, Codebook | RateTables],
     ) -> Self:
-        """As of `Code`."""
+        """See `Code`."""
         states = facts["trellis"]
         if not is_count(states) or states not in POLYNOMIALS:
             raise ValueError(f"trellis: needs one of {', '.join(map(str, POLYNOMIALS))} or null")
