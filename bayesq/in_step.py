@@ -14,6 +14,7 @@ from bayesq.calibration.inputs import INPUT_MOMENT
 from bayesq.calibration.paired import CROSS_MOMENT, PairedMoments
 from bayesq.calibration.prefix import PrefixInputs
 from bayesq.contract import LayerProblem
+from bayesq.quant.grids import FP16_MAX
 from bayesq.quant.tensor import QuantizedTensor
 from bayesq.target import choose_target, output_variance, row_factors
 
@@ -110,7 +111,8 @@ def scaled(tensor: QuantizedTensor, factors: Tensor) -> QuantizedTensor:
         return tensor
     if tensor.code.absolute:
         return replace(tensor, code=tensor.code.times(factors, tensor.width))
-    return replace(tensor, scale=(tensor.scale.double() * factors[:, None]).to(torch.float16))
+    scale = (tensor.scale.double() * factors[:, None]).clamp(max=FP16_MAX)
+    return replace(tensor, scale=scale.to(torch.float16))
 
 
 def taken_up(module: nn.Module, name: str, shift: Tensor) -> dict[str, Tensor]:

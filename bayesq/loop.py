@@ -1,6 +1,7 @@
 """The loop over layers that runs every method with the inputs it asks for."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
@@ -25,7 +26,12 @@ class Prefix(Protocol):
 
 
 def quantize_layers(
-    method: Method, layers: Sequence[LayerProblem], allocate: Allocate, context: Context, prefix: Prefix | None = None
+    method: Method,
+    layers: Sequence[LayerProblem],
+    allocate: Allocate,
+    context: Context,
+    prefix: Prefix | None = None,
+    most_bits: float | None = None,
 ) -> Iterator[tuple[LayerProblem, QuantizedTensor]]:
     """Run a method over all layers.
 
@@ -35,25 +41,28 @@ def quantize_layers(
         allocate: the run's allocator with its budget.
         context: see `bayesq.contract.Context`.
         prefix: the network behind which layers are rounded; None = inputs of the full-precision network.
+        most_bits: bits that the codes of all layers may take; None = any number.
 
     Yields:
         every layer of `layers` with its QuantizedTensor, in order.
 
     Raises:
         Refused: the method reads a statistic that it does not declare, or reads inputs behind the quantized prefix
-            outside of the layer's turn; `prepare` returns widths that do not fit the layers, or `quantize_layer` a
-            tensor of other widths.
+            outside of the layer's turn; it changes a weight in place; `prepare` returns widths that do not fit the
+            layers or take more than `most_bits`, or `quantize_layer` a tensor of other widths.
     """
     reader = type(method).__name__
     turn = _Turn(method, prefix is not None)
     seen = [turn.view(layer) for layer in layers]
-    widths = method.prepare(seen, _of_these(layers, allocate), context)
-    _check_widths(method, layers, widths)
+    with unchanged(reader, *seen):
+        widths = method.prepare(seen, _of_these(layers, allocate), context)
+    _check_widths(method, layers, widths, most_bits)
     for layer, view in zip(layers, seen, strict=True):
         with naming(layer):
             if prefix is not None:
                 view = turn.begin(view, prefix.take(layer))
-            tensor = method.quantize_layer(view, widths[layer.name], context)
+            with unchanged(reader, view):
+                tensor = method.quantize_layer(view, widths[layer.name].clone(), context)
         if not isinstance(tensor, QuantizedTensor):
             kind = type(tensor).__name__
             raise Refused(f"layer {layer.name}: {reader}.quantize_layer returned {kind}")
@@ -63,6 +72,16 @@ def quantize_layers(
             )
         turn.layer = None
         yield layer, tensor if prefix is None else prefix.give(layer, tensor)
+
+
+@contextmanager
+def unchanged(reader: str, *layers: LayerProblem) -> Iterator[None]:
+    """Raise Refused if the block changes the weight of a layer in place: it may be the caller's network."""
+    versions = [layer.weight._version for layer in layers]
+    yield
+    for layer, version in zip(layers, versions, strict=True):
+        if layer.weight._version != version:
+            raise Refused(f"layer {layer.name}: {reader} changed its weight in place; work on a copy (weight.clone())")
 
 
 class _Turn:
@@ -108,7 +127,9 @@ def _of_these(layers: Sequence[LayerProblem], allocate: Allocate) -> Allocate:
     return allocate_these
 
 
-def _check_widths(method: Method, layers: Sequence[LayerProblem], widths: Mapping[str, Tensor]) -> None:
+def _check_widths(
+    method: Method, layers: Sequence[LayerProblem], widths: Mapping[str, Tensor], most_bits: float | None
+) -> None:
     """Check widths before the first layer is rounded."""
     name = type(method).__name__
     if not isinstance(widths, Mapping):
@@ -117,3 +138,10 @@ def _check_widths(method: Method, layers: Sequence[LayerProblem], widths: Mappin
         width = widths.get(layer.name)
         if not isinstance(width, Tensor) or width.dtype != torch.uint8 or width.shape != (layer.rows,):
             raise Refused(f"{name}.prepare: needs widths uint8 [{layer.rows}] for layer {layer.name}")
+    taken = sum(layer.columns * int(widths[layer.name].sum()) for layer in layers)
+    if most_bits is not None and taken > most_bits * (1 + 1e-9):
+        weights = sum(layer.weight.numel() for layer in layers)
+        raise Refused(
+            f"{name}.prepare: its widths take {taken / weights:.3f} bits per weight, and the budget is "
+            f"{most_bits / weights:.3f}: return the widths of `allocate`"
+        )

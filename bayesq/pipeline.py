@@ -179,7 +179,9 @@ def round_layers(
     allocate = Allocation(recipe.allocator, recipe.budget)
     start = last = time.perf_counter()
     method = RotatedColumns(recipe.method) if recipe.rotate else recipe.method
-    rounded = quantize_layers(method, problems, allocate, context, prefix)
+    counts_codes = recipe.codec == "fixed" and recipe.budget.count == "code"
+    most_bits = recipe.budget.bits * sum(problem.weight.numel() for problem in problems) if counts_codes else None
+    rounded = quantize_layers(method, problems, allocate, context, prefix, most_bits)
     for problem, tensor in bar(rounded, "quantize", total=len(problems)):
         now = time.perf_counter()
         result.add(problem, tensor, now - last)

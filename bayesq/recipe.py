@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from bayesq.batches import EncodedExamples, needs_no_padding
 from bayesq.budget import Allocator, Budget
 from bayesq.calibration.inputs import INPUT_MOMENT
-from bayesq.calibration.statistic import Source, Statistic
+from bayesq.calibration.paired import CROSS_MOMENT
+from bayesq.calibration.statistic import Source, Statistic, with_required
 from bayesq.contract import CODECS, INPUTS, LayerProblem, Method
 from bayesq.distillation import DistillationSettings
 from bayesq.errors import Refused
@@ -165,6 +166,7 @@ class Recipe:
         if hasattr(self.method, "inputs"):
             name = type(self.method).__name__
             raise Refused(f"{name}.inputs is not read: write `inputs: {self.method.inputs}` in the method's YAML")
+        with_required([*self.statistics, *self.method.statistics, INPUT_MOMENT, CROSS_MOMENT])  # each name once
         if self.codec not in CODECS:
             raise Refused(f"codec={self.codec}: choose one of {', '.join(CODECS)}")
         if self.codec == "entropy" and not getattr(self.method, "entropy", False):

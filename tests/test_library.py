@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import bayesq
 from baselines.rtn import RTN
 from bayesq import repair
+from bayesq.calibration.inputs import InputMoment
 from bayesq.defaults import conf_dir
 from bayesq.errors import Refused
 from bayesq.quant.file import read_packed
@@ -234,6 +235,21 @@ def test_a_defect_keeps_its_traceback_and_is_no_refusal(monkeypatch: pytest.Monk
     assert not isinstance(raised.value, Refused)
 
 
+def large_weights() -> nn.Module:
+    module = resnet()
+    with torch.no_grad():
+        module.conv1[0].weight.mul_(1e6)
+    return module
+
+
+class Namesake(InputMoment):
+    """A statistic that has the name of another class."""
+
+
+class WithNamesake(RTN):
+    statistics = frozenset({Namesake()})
+
+
 MISTAKES = {
     "training": (lambda: bayesq.quantize(resnet().train(), [images()]), r"^module: is in training mode"),
     "bits": (lambda: bayesq.quantize(resnet(), [images()], bits=9), r"^bits=9: needs a number from 2 to 8"),
@@ -316,6 +332,16 @@ MISTAKES = {
         lambda: bayesq.quantize(resnet(), [images()], allocator="greedy"),
         r"^allocator=greedy: choose one of",
     ),
+    "rotate": (lambda: bayesq.quantize(resnet(), [images()], rotate="false"), r"^rotate='false': needs True or False"),
+    "distill": (lambda: bayesq.quantize(resnet(), [images()], distill=None), r"^distill=None: needs True or False"),
+    "a statistic called as another": (
+        lambda: bayesq.quantize(resnet(), [images()], method=WithNamesake("mse"), inputs="paired"),
+        r"^two statistics are called input_moment: .*Namesake",
+    ),
+    "inference mode": (
+        lambda: torch.inference_mode()(bayesq.quantize)(resnet(), [images()]),
+        r"^quantize: cannot run in torch\.inference_mode",
+    ),
 }
 
 
@@ -324,6 +350,11 @@ def test_a_mistake_is_a_value_error_that_names_the_argument(name):
     call, line = MISTAKES[name]
     with pytest.raises(Refused, match=line):
         call()
+
+
+def test_weights_near_the_end_of_float16():
+    quantized, _ = bayesq.quantize(large_weights(), [images()], bits=4)
+    assert bool(torch.isfinite(quantized(images())).all())
 
 
 class TestEvaluate:

@@ -160,7 +160,11 @@ class Collector:
         if statistic not in state.sums:  # it runs, but the outputs do not depend on it: no gradient ever arrives
             return torch.zeros(statistic.shape(groups, rows, columns))
         count = state.samples if statistic.source is Source.INPUTS else self.gradient_examples
-        return statistic.finish(state.sums.pop(statistic), count, (groups, rows, columns)).cpu()
+        tensor = statistic.finish(state.sums.pop(statistic), count, (groups, rows, columns)).cpu()
+        if tensor.shape != (shape := statistic.shape(groups, rows, columns)):
+            given = f"{list(tensor.shape)}, and its `shape` says {list(shape)}"
+            raise Refused(f"layer {name}: the statistic {statistic.name} has shape {given}: make them equal")
+        return tensor
 
     @contextmanager
     def _hooks(self) -> Iterator[None]:

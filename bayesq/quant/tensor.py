@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from bayesq.errors import Refused
 from bayesq.quant.codes import Affine, Code, SparseOverlay
 from bayesq.quant.grids import MAX_WIDTH, MIN_WIDTH, zero_value
 from bayesq.quant.rotation import Rotation
@@ -46,26 +47,26 @@ class QuantizedTensor:
     def __post_init__(self) -> None:
         rows, columns = self.codes.shape
         if self.codes.dtype != torch.uint8 or self.width.dtype != torch.uint8:
-            raise ValueError("codes and width must be uint8")
+            raise Refused("codes and width must be uint8")
         if self.width.shape != (rows,) or not bool(((self.width >= MIN_WIDTH) & (self.width <= MAX_WIDTH)).all()):
-            raise ValueError(f"width must be [{rows}] with entries in [{MIN_WIDTH}, {MAX_WIDTH}]")
+            raise Refused(f"width must be [{rows}] with entries in [{MIN_WIDTH}, {MAX_WIDTH}]")
         if bool((self.codes.amax(1).int() >= 2 ** self.width.int()).any()):
-            raise ValueError("a code does not fit its row's width")
+            raise Refused("a code does not fit its row's width")
         scale_columns = column_groups(self.code, columns, self.group_size)
         if self.scale.dtype != torch.float16 or self.scale.shape != (rows, scale_columns):
-            raise ValueError(f"scale must be float16 [{rows}, {scale_columns}]")
+            raise Refused(f"scale must be float16 [{rows}, {scale_columns}]")
         if not bool(torch.isfinite(self.scale).all()):
-            raise ValueError("scale must be finite")
+            raise Refused("a scale is NaN, or too large for float16")
         if self.zero.dtype != torch.uint8 or self.zero.shape != self.scale.shape:
-            raise ValueError(f"zero must be uint8 {list(self.scale.shape)}")
+            raise Refused(f"zero must be uint8 {list(self.scale.shape)}")
         if rows % self.groups:
-            raise ValueError(f"{rows} rows do not divide into {self.groups} groups")
+            raise Refused(f"{rows} rows do not divide into {self.groups} groups")
         if self.column_scale is not None and (
             self.column_scale.dtype != torch.float16
             or self.column_scale.shape[0] != self.groups
             or columns % self.column_scale.shape[1]
         ):
-            raise ValueError(f"column_scale must be float16 [{self.groups}, a divisor of {columns}]")
+            raise Refused(f"column_scale must be float16 [{self.groups}, a divisor of {columns}]")
         self.code.check(self.width)
         if self.overlay is not None:
             self.overlay.check(rows, columns)
@@ -114,7 +115,7 @@ def column_groups(code: Code | type[Code], columns: int, group_size: int | None)
     """
     if code.absolute:
         if group_size is not None:
-            raise ValueError(f"group_size={group_size} has no meaning where rows have no scale")
+            raise Refused(f"group_size={group_size} has no meaning where rows have no scale")
         return 0
     # integer division, because floats are not exact for large numbers
     return 1 if group_size is None else -(-columns // group_size)

@@ -22,8 +22,9 @@ from torch import Tensor
 
 from bayesq.calibration.memory import NetworkStatistics
 from bayesq.calibration.statistic import Source, Statistic, families, with_required
-from bayesq.files import lock
+from bayesq.files import file_sha256, lock
 from bayesq.quant.layers import ParameterLayer, groups_of, kind_of, weight_to_matrix
+from bayesq.suite import code_digest
 from bayesq.tensor_file import CorruptFile, tensor_writer, verify
 
 log = logging.getLogger(__name__)
@@ -36,7 +37,7 @@ OFFLOADED_SUM_BYTES = 64 * 2**20
 
 @dataclass(eq=False)
 class Calibration(NetworkStatistics):
-    """Statistics on disk. The dictionaries are by the name of the statistic."""
+    """Statistics on disk; the dictionaries have the names of statistics as keys."""
 
     identity: str = field(kw_only=True)  # `Network.identity` of the network
     cache_dir: Path = field(kw_only=True)  # root of the caches
@@ -82,7 +83,7 @@ class Calibration(NetworkStatistics):
         """File of one statistic."""
         if statistic not in self._paths:
             kind = {"format": statistic.format, "kind": statistic.name, **statistic.parameters}
-            content = {**self._content, **(self._fisher if statistic.backward else {}), **kind}
+            content = {**self._content, **(self._fisher if statistic.backward else {}), **kind, **_source(statistic)}
             key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:24]
             self._paths[statistic] = self.cache_dir / "statistics" / key / f"{statistic.name}.safetensors"
         return self._paths[statistic]
@@ -175,3 +176,13 @@ class Calibration(NetworkStatistics):
             name: (torch.float32, statistic.shape(*weight_to_matrix(layer).shape))
             for name, layer in self.layers.items()
         }
+
+
+def _source(statistic: Statistic) -> dict[str, Any]:
+    """Class and source files of a user's statistic, which may change under one name; nothing for those of the suite."""
+    kind = type(statistic)
+    package = kind.__module__.partition(".")[0]
+    if package in code_digest.OURS:
+        return {}
+    files = [file_sha256(file) for file in code_digest.sources(package)]
+    return {"class": f"{kind.__module__}.{kind.__qualname__}", "source": files}

@@ -155,7 +155,7 @@ def check(config: Mapping[str, Any]) -> None:
 
 
 def validate(cfg: DictConfig) -> dict[str, Any]:
-    """Check all that needs nothing to be loaded, or raise UserError; returns the resolved configuration."""
+    """Check all that needs no data or weights, or raise UserError; returns the resolved configuration."""
     config = resolved(cfg)
     check(config)
     _check_sizes(config)
@@ -234,9 +234,9 @@ def _defaults() -> Mapping[str, Any]:
 def _check_unread(
     config: Mapping[str, Any], section: str, reader: str, other: str, keys: Sequence[str] | None = None
 ) -> None:
-    """Check that a run leaves the keys (None: all) of a section alone, which it does not read.
+    """Check that the keys (None: all) of a section that a run does not read have their defaults.
 
-    They are not read with the setting `reader`, but with the setting `other`.
+    The setting `reader` makes the run ignore them; with the setting `other` it would read them.
     """
     for key, value in _defaults()[section].items():
         if config[section][key] != value and (keys is None or key in keys):
@@ -246,6 +246,9 @@ def _check_unread(
 
 def _check_pairing(config: Mapping[str, Any]) -> None:
     model, dataset = config["model"], config["dataset"]
+    for group, node in (("model", model), ("dataset", dataset)):
+        if not node.get("tasks"):
+            raise UserError(f"{group}.tasks is missing in the YAML file of {group}={node['name']}: list what it is for")
     if not set(model["tasks"]) & set(dataset["tasks"]):
         raise UserError(
             f"dataset={dataset['name']} is for {' or '.join(dataset['tasks'])}, but model={model['name']} is for "

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from bayesq.calibration.inputs import INPUT_MOMENT, InputStatistic
 from bayesq.calibration.statistic import Source, Statistic
 from bayesq.contract import LayerProblem
+from bayesq.errors import Refused
 from bayesq.fisher import FISHER_DIAGONAL
 from bayesq.posterior import Diagonal
 from bayesq.quant.layers import quantizable_layers, weight_to_matrix
@@ -174,3 +175,14 @@ def test_a_rehearsal_has_them():
         values = random_statistic((2, 3, 4), statistic)
         assert tuple(values.shape) == statistic.shape(2, 3, 4)
         statistic.check("layer", values)
+
+
+def test_a_tensor_of_another_shape_than_the_statistic_says_is_refused():
+    class Flat(InputRange):
+        name: ClassVar[str] = "flat"
+
+        def shape(self, groups: int, rows: int, columns: int) -> tuple[int, ...]:
+            return 1, 1
+
+    with pytest.raises(Refused, match=r"layer \S+: the statistic flat has shape .*, and its `shape` says \[1, 1\]"):
+        in_memory(seeded(TinyConvNet()), [Flat()])

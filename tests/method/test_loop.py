@@ -199,3 +199,46 @@ def test_a_defect_in_a_method_is_no_refusal():
 def test_the_context_draws_the_same_from_the_same_seed():
     first, again, other = (torch.rand(3, generator=Context.of_seed(seed).generator) for seed in (0, 0, 1))
     assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("step", ["prepare", "quantize_layer"])
+@pytest.mark.parametrize("prefix", [None, Prefix()])
+def test_a_weight_that_was_changed_in_place_is_refused(step, prefix):
+    class Halving(Nearest):
+        def prepare(self, layers, allocate, context):
+            if step == "prepare":
+                layers[1].weight.mul_(0.5)
+            return super().prepare(layers, allocate, context)
+
+        def quantize_layer(self, layer, width, context):
+            if layer.name == "b":
+                layer.weight.mul_(0.5)
+            return super().quantize_layer(layer, width, context)
+
+    with pytest.raises(Refused, match=r"layer b: Halving changed its weight in place; work on a copy"):
+        run(Halving(), prefix=prefix)
+
+
+def test_widths_that_were_changed_in_place_are_refused():
+    class Widening(Nearest):
+        def quantize_layer(self, layer, width, context):
+            return super().quantize_layer(layer, width.fill_(8), context)
+
+    with pytest.raises(Refused, match=r"layer a: Widening\.quantize_layer returned other row widths"):
+        run(Widening())
+
+
+def test_widths_above_the_budget_are_refused():
+    class Wide(Nearest):
+        def prepare(self, layers, allocate, context):
+            return {layer.name: torch.full((layer.rows,), 8, dtype=torch.uint8) for layer in layers}
+
+    layers = [problem("a"), problem("b", seed=1)]
+    weights = sum(layer.weight.numel() for layer in layers)
+    allocate, context = Allocation(Uniform(), Budget(3, "code")), Context.of_seed(0)
+    with pytest.raises(
+        Refused, match=r"Wide\.prepare: its widths take 8\.000 bits per weight, and the budget is 3\.000"
+    ):
+        list(quantize_layers(Wide(), layers, allocate, context, most_bits=3 * weights))
+    assert len(list(quantize_layers(Wide(), layers, allocate, context, most_bits=8 * weights))) == 2
+    assert len(list(quantize_layers(Nearest(), layers, allocate, context, most_bits=3 * weights))) == 2

@@ -1,5 +1,6 @@
 """The cache of calibration statistics on disk."""
 
+import importlib
 import itertools
 import logging
 import subprocess
@@ -23,10 +24,11 @@ from torch import Tensor
 
 from bayesq.calibration.inputs import INPUT_MAGNITUDE, INPUT_MOMENT
 from bayesq.calibration.passes import SUM_BYTES, sum_bytes
+from bayesq.calibration.statistic import Statistic
 from bayesq.fisher import FISHER_DIAGONAL, GRADIENT_MOMENT, GradientDirections
 from bayesq.likelihood import LIKELIHOODS, Categorical
 from bayesq.quant.layers import quantizable_layers
-from bayesq.suite import plan
+from bayesq.suite import code_digest, plan
 
 KINDS = frozenset({INPUT_MOMENT, GRADIENT_MOMENT})
 NAMES = {statistic.name for statistic in KINDS}
@@ -265,6 +267,43 @@ def test_two_statistics_of_one_name_are_refused(module, tmp_path):
     with pytest.raises(ValueError, match="two statistics are called gradient_directions"):
         opened.prepare([GradientDirections(3)])
     assert len(opened.statistic("head", "gradient_directions")) == 2
+
+
+def users_statistic(folder: Path, module: str, factor: float) -> Statistic:
+    """A statistic of a user's module, called as one of the suite."""
+    (folder / f"{module}.py").write_text(
+        textwrap.dedent(f"""
+            from bayesq.calibration.inputs import InputMagnitude
+
+
+            class Scaled(InputMagnitude):
+                def contribution(self, values):
+                    return {factor} * super().contribution(values)
+        """)
+    )
+    for cached in (code_digest.sources, code_digest.digest):
+        cached.cache_clear()
+    sys.modules.pop(module, None)
+    importlib.invalidate_caches()
+    statistic: Statistic = importlib.import_module(module).Scaled()
+    return statistic
+
+
+def test_a_users_statistic_has_files_of_its_class_and_source(module, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    values, paths = [], []
+    for factor in (1.0, 3.0):
+        opened = open_calibration(module, tmp_path / "cache")
+        statistic = users_statistic(tmp_path, "scaled_magnitude", factor)
+        opened.prepare([statistic])
+        values.append(opened.statistic("head", "input_magnitude"))
+        paths.append(opened.path(statistic))
+    builtin = open_calibration(module, tmp_path / "cache")
+    builtin.prepare([INPUT_MAGNITUDE])
+    assert len({*paths, builtin.path(INPUT_MAGNITUDE)}) == 3
+    torch.testing.assert_close(values[1], 3 * values[0])
+    torch.testing.assert_close(values[0], builtin.statistic("head", "input_magnitude"))
 
 
 def test_a_gpu_has_room_for_more_sums(monkeypatch: pytest.MonkeyPatch) -> None:
