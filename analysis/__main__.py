@@ -37,7 +37,7 @@ def main() -> None:
         kind.add_argument(f"--{name}", action="store_const", dest="table", const=name, help=text)
     kind.add_argument("--output", metavar="DIR", help="write all tables and figures there")
     parser.add_argument("--venue", choices=("neurips", "icml", "iclr"), help="with --output: widths of the figures")
-    parser.add_argument("--columns", type=int, choices=(1, 2), help="with --output: all span a column (1) or the text")
+    parser.add_argument("--columns", type=int, choices=(1, 2), help="with --output: width of all figures in columns")
     arguments = parser.parse_intermixed_args()
     source, where = arguments.results, arguments.where
     try:

@@ -30,7 +30,7 @@ def remarks_of(runs: pd.DataFrame) -> list[str]:
     """Remarks on all runs: unreadable ones and duplicates.
 
     Args:
-        runs: of `known`.
+        runs: returned by `known`.
     """
     return list(runs.attrs["remarks"])
 
@@ -171,7 +171,7 @@ def _examples(done: pd.DataFrame) -> str:
 
 
 def population_of_rows(table: pd.DataFrame, names: Mapping[str, str] | None = None) -> str:
-    """n of a table's rows: seeds, and examples by workload; `names` are other names of workloads."""
+    """The n of a table's rows: seeds, and examples by workload; `names` replaces names of workloads."""
     there = table[table["n"] > 0]
     if there.empty:
         return "no finished run (n = 0)"

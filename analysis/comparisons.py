@@ -27,7 +27,7 @@ from bayesq.suite.results import PREDICTIONS_FILE, settings_of
 log = logging.getLogger(__name__)
 
 # Settings that a baseline must share with the runs that are compared with it. Allocator, inputs and correction are not
-# among them: each method has defaults of its own, and the strongest of what was run counts.
+# among them: methods have different defaults, and the strongest run counts.
 ALIKE = (
     "distill",
     "calibration.examples",
@@ -149,8 +149,8 @@ def strongest_of(
 ) -> str | None:
     """The variant of lowest mean KL among methods, or None.
 
-    Means are over the seeds of the other methods there under the same conditions, so that no variant wins because a bad
-    seed is missing; a variant with more missing seeds than another does not count.
+    Means are over the seeds of the other methods there under the same conditions, so that no variant wins by lacking a
+    bad seed; a variant with more missing seeds than another does not count.
 
     Args:
         there: finished runs of one workload at one budget.

@@ -93,7 +93,7 @@ def deviations(run: Mapping[str, Any]) -> dict[str, str]:
 
 
 def switches_nothing(ablation: str) -> bool:
-    """Whether an ablation of the suite sets only what is the default, such as `inputs_full` for inputs=full."""
+    """Whether an ablation of the suite sets only defaults, such as `inputs_full` if the default is inputs=full."""
     return _defaults((("ablation", ablation),)) == _defaults(())
 
 

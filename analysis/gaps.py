@@ -117,7 +117,7 @@ def why(run: Mapping[str, Any]) -> str:
 
 
 def command(run: Mapping[str, Any], budgets: Sequence[float], seeds: Sequence[int], source: str | Path) -> str:
-    """The line for the shell that makes runs like this one at some budgets and seeds.
+    """The shell command that makes runs like this one at some budgets and seeds.
 
     Args:
         run: a row of `load_runs`.
@@ -133,12 +133,12 @@ def run_overrides(run: Mapping[str, Any]) -> list[str]:
 
 
 def main_sweep() -> str:
-    """The line for the shell that runs every method of the suite at the paper's budgets."""
+    """The shell command that runs every method of the suite at the paper's budgets."""
     return f"python run.py -m method={','.join(methods_of())} bits={_listed(BUDGETS, ',')} seed=0,1,2"
 
 
 def workload_command(run: Mapping[str, Any], overrides: Sequence[str], source: str | Path) -> str:
-    """The line for the shell that makes other runs of this one's workload.
+    """The shell command that makes other runs of this one's workload.
 
     Args:
         run: a row of `load_runs`.

@@ -62,11 +62,11 @@ def load_runs(source: str | Path, where: Sequence[str] = ()) -> pd.DataFrame:
     """One row per run that was ever started in `source`, one column per key of result.json.
 
     Accuracies are fractions, KL is in nats, sizes are bits per quantized weight; `config`, `versions`, `host` and
-    `git` hold mappings. Added are `workload` (model, data set and task), `variant` (the method and those of its
+    `git` hold mappings. Further columns: `workload` (model, data set and task), `variant` (the method and those of its
     settings that differ among this workload's runs and are not the default), `status` (finished, failed, running or
     missing: begun, but without a result), `error` (why there is no result), `path` (folder, or that of the W&B run),
-    `overrides` (of the command, if recorded) and `duplicates` (further runs of the same
-    run id, or with the same settings and seed, that were dropped: the newest finished one counts).
+    `overrides` (of the command, if recorded) and `duplicates` (number of dropped runs with the same run id, or with the
+    same settings and seed: the newest finished one counts).
     `memory/own_process` is True if the run's process made no other run of the source; otherwise the peak memory may be
     that of another run. The frame's `attrs` have `source` and `where`.
 
@@ -325,7 +325,7 @@ def _without_duplicates(records: Iterable[dict[str, Any]], keys: Sequence[str]) 
 
 
 def _tell_processes_apart(records: Sequence[dict[str, Any]]) -> None:
-    """Set OWN_MEMORY of every record: whether the run's process is known and made no other run."""
+    """Set OWN_MEMORY of every record: whether the run's process is known and computed no other run."""
     processes = Counter(record.get(PROCESS) for record in records if record["status"] == FINISHED)
     for record in records:
         process = record.get(PROCESS)

@@ -99,13 +99,13 @@ def setting(run: Mapping[str, Any], key: str) -> str:
 
 
 def label(variant: str, methods: Mapping[str, Method]) -> str:
-    """A variant as a legend spells it: `gptq allocator=knapsack refits=2` is `GPTQ + knapsack refits=2`."""
+    """A variant as a legend shows it: `gptq allocator=knapsack refits=2` is `GPTQ + knapsack refits=2`."""
     name, *settings = variant.split(" ")
     return " ".join([methods[name].title if name in methods else name, *map(_in_label, settings)])
 
 
 def _in_label(setting: str) -> str:
-    """A setting as `label` spells it: the value of allocator, inputs or correction alone."""
+    """A setting as `label` shows it: only the value of allocator, inputs or correction."""
     key, _, value = setting.partition("=")
     if key not in DEFAULTS:
         return setting
@@ -113,7 +113,7 @@ def _in_label(setting: str) -> str:
 
 
 def _free(choices: Sequence[str], taken: Iterable[Any]) -> Iterator[str]:
-    """Endless: the choices that are not taken, or all if none is left."""
+    """Cycle endlessly through the choices that are not taken, or through all if none is left."""
     used = set(taken)
     return cycle([choice for choice in choices if choice not in used] or choices)
 

@@ -1,4 +1,4 @@
-"""What a notebook shows goes into files as well: figures and tables with their captions, and what is missing."""
+"""Writes what a notebook shows to files too: figures and tables with their captions, and what is missing."""
 
 import builtins
 import os
@@ -66,7 +66,7 @@ class Page:
         """Remove files of an earlier page of this name.
 
         Args:
-            runs: of `analysis.load_runs`.
+            runs: returned by `analysis.load_runs`.
             venue, columns: of the figures, see `venues.widths`.
             tables: names of tables that the page may write.
 
@@ -110,7 +110,7 @@ class Page:
         return style.looks(self.runs.assign(variant=names))
 
     def command(self, workload: str, *overrides: str) -> str:
-        """The line for the shell that makes runs of a workload."""
+        """The shell command that makes runs of a workload."""
         run = records(self.runs[self.runs["workload"] == workload])[0]
         return gaps.workload_command(run, overrides, self.source)
 
@@ -121,7 +121,7 @@ class Page:
 
         Args:
             of: parts of the file's name after the page's name, such as workload and budget.
-            options: `without`, of `captions.settings`, and `dpi`.
+            options: `without`, as in `captions.settings`, and `dpi`.
         """
         name = "_".join([self.name, *(slug(part) if isinstance(part, str) else f"{part:g}" for part in of)])
         names = {workload: titled(workload) for workload in self.workloads}

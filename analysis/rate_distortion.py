@@ -58,7 +58,7 @@ def water_level(variances: Tensor, distortion: float) -> float:
     v = variances.to(torch.float64).sort(descending=True).values
     if float(v.sum()) <= distortion:
         return float(v[0])
-    # with the k largest above it, the level is (D - sum of the others) / k; take the largest k for which that is true
+    # if the k largest v exceed the level, it is (D - sum of the others) / k; the largest consistent k is chosen
     below = v.sum() - v.cumsum(0)
     level = (distortion - below) / torch.arange(1, len(v) + 1, dtype=torch.float64)
     consistent = (level > 0) & (level <= v)

@@ -13,7 +13,7 @@ from bayesq.suite.results import PROVENANCE
 ALIASES = {"bits": "bits/target"}
 # Largest number of values that an error lists.
 MOST_VALUES = 12
-# A comma that does not stand inside brackets.
+# A comma outside brackets.
 COMMA = re.compile(r",(?![^\[{]*[\]}])")
 
 

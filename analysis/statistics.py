@@ -205,8 +205,7 @@ def _resampled(
 
     Args:
         columns: [k, examples], all numbers of an example that the statistic reads. Examples with equal numbers are
-            drawn
-            together: their counts are multinomial.
+            drawn together: their counts are multinomial.
         seeds: number of seeds.
         statistic: of distinct columns [k, m], weights [resamples, m] and weights [resamples, seeds], which sum to 1.
         seed: of the resampling.

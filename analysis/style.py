@@ -30,7 +30,7 @@ P = ParamSpec("P")
 STYLE_FILE = Path(__file__).with_name("bayesq.mplstyle")
 
 
-# inches that a panel needs beside others
+# least width in inches of a panel beside others
 PANEL = 1.7
 # points that are free between two tick labels
 TICK_GAP = 1.5

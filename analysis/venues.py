@@ -6,7 +6,7 @@ from bayesq.suite.errors import UserError
 
 
 class Widths(NamedTuple):
-    """Widths in inches of figures with few panels and of the others: of a column and of the text."""
+    """Widths in inches: of a column, for figures with few panels, and of the text, for the others."""
 
     column: float = 3.3
     text: float = 6.9

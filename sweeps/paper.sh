@@ -5,13 +5,13 @@
 #   sweeps/paper.sh main entropy    these sections
 #   sweeps/paper.sh --list [...]    prints the commands and runs nothing
 #
-# Finished runs are skipped: after a stop, the same line continues. A failed run leaves the others alone, and the exit
-# code is 1. Runs of a section are in $RESULTS/SECTION, its tables and figures in $PAPER/SECTION. Sections may run at
+# Finished runs are skipped: after a stop, the same line continues. A failed run does not stop the others; the exit
+# code is then 1. Runs of a section are in $RESULTS/SECTION, its tables and figures in $PAPER/SECTION. Sections may run at
 # the same time. They need '.[vision,glue,lm,analysis]', the data and the weights (conf/README.md).
 # Variables: DATA, MODELS, RESULTS, PAPER, PYTHON; OPTIONS: more keys for every run, as OPTIONS=wandb.mode=disabled.
 # Hours beside a section are estimates: the number of runs times 163 s (MiniLM), 195 s (ResNet-56, EfficientNet-Lite0),
 # 79 s (ResNet-20) or 40 s (RTN alone). The first, the second for ResNet-56, and the third are means of 10, 7 and 3 runs
-# on one thread of a busy AMD EPYC (2026-11-29). demo and cost: from the seconds in the READMEs.
+# on one thread of a busy AMD EPYC (2026-11-29). Those of demo and cost follow from the READMEs.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from finished_runs import load_results
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
@@ -29,7 +30,7 @@ from bayesq.quant.packing import PARAMETER_PREFIX, pack_model, unpack_model
 from bayesq.suite import config, plan, preflight, runner, schema
 from bayesq.suite.calibration import Calibration
 from bayesq.suite.errors import UserError
-from bayesq.suite.results import QUANTIZED_FILE, load_results
+from bayesq.suite.results import QUANTIZED_FILE
 from bayesq.suite.workload import Workload
 from bayesq.tensor_file import read_tensors
 

@@ -45,7 +45,7 @@ def data(runs: pd.DataFrame) -> pd.DataFrame:
 def ablation_of(run: Mapping[str, Any]) -> str | None:
     """The file of conf/ablation that a run was started with; None if there was none, or it was not recorded.
 
-    An ablation to what is the default anyway, such as `inputs_full`, is the full method.
+    An ablation that sets only defaults, such as `inputs_full`, is the full method.
     """
     name = next((o.partition("=")[2] for o in command_overrides(run) if o.startswith("ablation=")), None)
     return FULL if name and run["variant"] == PROPOSED and switches_nothing(name) else name

@@ -75,5 +75,5 @@ def draw(data: pd.DataFrame, looks: Mapping[str, Look], widths: Widths = DEFAULT
 
 
 def _spans(values: pd.Series, factor: float) -> bool:
-    """Whether the largest is more than `factor` times the smallest, and both log_ticks."""
+    """Whether all values are positive, and the largest is more than `factor` times the smallest."""
     return bool(values.min() > 0 and values.max() > factor * values.min())

@@ -17,7 +17,7 @@ def data(runs: pd.DataFrame) -> pd.DataFrame:
     """Preprocessing seconds and peak memory of every run, and `time x` and `memory x`, as multiples of GPTQ's medians.
 
     Seconds are those from the loaded model to its codes, distillation included; a workload without GPTQ has no
-    multiples. The GPTQ is that of `cost_table`.
+    multiples. The reference GPTQ is that of `cost_table`.
     """
     costs = run_costs(runs)
     data = with_multiples(costs, medians_of(costs)).assign(

@@ -22,7 +22,7 @@ def draw(data: pd.DataFrame, looks: Mapping[str, Look], widths: Widths = DEFAULT
     """KL to full precision (y=LOSS) or the primary metric (y=SCORE) against the budget, one panel per workload.
 
     Args:
-        data: of `bit_curve.data`.
+        data: returned by `bit_curve.data`.
     """
     figure, plots = workload_panels(data, widths, sharey=y == LOSS)
     metrics = {name: points["primary_metric"].iloc[0] for name, points in data.groupby("workload")}

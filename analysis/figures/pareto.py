@@ -45,7 +45,7 @@ def draw(data: pd.DataFrame, looks: Mapping[str, Look], widths: Widths = DEFAULT
     """KL against stored bits, one panel per workload; the grey line and the rings mark the Pareto front.
 
     Args:
-        data: of `data`.
+        data: returned by `data`.
     """
     figure, plots = workload_panels(data, widths, sharey=True)
     for workload, plot in plots.items():

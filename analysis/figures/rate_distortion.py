@@ -70,8 +70,8 @@ def draw(
     """Bits above the bounds of one workload: of the network, of its layers together, and layer by layer at one budget.
 
     Args:
-        data: of `data`.
-        layers: of `layer_gaps`.
+        data: returned by `data`.
+        layers: returned by `layer_gaps`.
     """
     bits = shown_budgets(layers)[0]
     members = layers[layers["bits"] == bits]

@@ -20,7 +20,7 @@ KL = "KL to full precision (nats)"
 CODE_BITS, STORED_BITS = "code bits per weight", "stored bits per weight"
 MOST_VARIANTS = 3
 # SHARED: axes on which variants share places. DODGE: the part of the distance between two places that the points of all
-# variants take up: so much for each variant, at least, at most.
+# variants take up: for each variant, at least, at most.
 SHARED, DODGE = ("bits", "bits/code", "examples"), (0.06, 0.3, 0.75)
 # of names of layers: points, inches of a character, and inches of a line
 NAME_SIZE, NAME_CHARACTER, NAME_LINE = 5.5, 0.042, 0.1
@@ -29,8 +29,8 @@ NAME_SIZE, NAME_CHARACTER, NAME_LINE = 5.5, 0.042, 0.1
 def main_runs(runs: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     """Runs of the variants that a figure of all methods shows, and a line for each method that has more.
 
-    A method with more than MOST_VARIANTS variants on a workload is shown by its plain variant alone, or by the one with
-    the most runs if there is no plain one: an ablation has a separate page.
+    A method with more than MOST_VARIANTS variants on a workload is shown only by its plain variant, or by the one with
+    the most runs if there is no plain one: ablations have a separate page.
     """
     shown, left_out = [runs[runs["workload"] == UNKNOWN]], []
     for (workload, method), members in runs.groupby(["workload", "method"], sort=True):
@@ -176,14 +176,14 @@ def short_layers(names: Sequence[str]) -> list[str]:
 
 
 def _is_prefix(parts: Sequence[str]) -> bool:
-    """Whether all layers have this part of a name, and it is no number."""
+    """Whether all layers have this part of a name, and it is not a number."""
     return len(set(parts)) == 1 and not parts[0].isdigit()
 
 
 def layer_ticks(axes: Axes, names: Sequence[str], labelled: bool = True) -> None:
     """Ticks with names of layers, which are at 1, 2, ... in forward order; about as many as fit.
 
-    `style.thin_ticks` sees to the rest.
+    `style.thin_ticks` removes those that still overlap.
     """
     fit = max(axes.bbox.width / axes.figure.dpi / NAME_LINE, 1)
     step = max(round(len(names) / fit), 1)

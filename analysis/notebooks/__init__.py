@@ -98,7 +98,7 @@ def render_all(
     """Run the notebooks' code in this process: every figure and table of a source.
 
     Args:
-        where, options: of `parameters`, which has the errors too.
+        where, options: as in `parameters`, which raises the same errors.
     """
     given = parameters(results, output, where, **options)
     for name in names:
@@ -118,7 +118,7 @@ def execute(
     """Execute notebooks one after the other in one kernel, in the current folder, and write OUTPUT/NAME.ipynb.
 
     Args:
-        where, options: of `parameters`, which has further errors.
+        where, options: as in `parameters`, which raises further errors.
 
     Returns:
         the paths of the notebooks.

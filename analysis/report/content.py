@@ -40,7 +40,7 @@ class Content:
 
     Attributes:
         source: where the runs were read from, and the filters in `where`.
-        runs: all runs of `load_runs`; `table`, `layers` and `commands` are of the finished ones.
+        runs: all runs from `load_runs`; `table`, `layers` and `commands` are of the finished ones.
         table: a row for each workload, variant and budget: n, and the means `score` (in the metric's unit), `kl`
             (nats), `stored` and `code` (bits per weight). `score` and `kl` have `_std` (sample standard
             deviation over seeds) and the ends `_low` and `_high` of the 95 % interval of the mean, NaN for one seed.
@@ -48,7 +48,7 @@ class Content:
         looks: label, color and marker of each variant, in the order of legends.
         caption: of the table.
         answers: for each workload and budget the variant of lowest KL, in words.
-        commands: for each workload and variant the line for the shell that makes its runs.
+        commands: for each workload and variant the shell command that makes its runs.
         remarks: failed, unreadable and duplicate runs, a line each.
         paired: the main table of `python -m analysis --main`, or None if it was not asked for or has no rows.
     """

@@ -35,7 +35,7 @@ def report(content: Content, project: str, entity: str) -> "Report":
 
     def grid(shown: list[Any], grouped: bool = True) -> Any:
         groups = [f"config.{key}" for key in panels.GROUPS] if grouped else []
-        # without a project of its own a run set is that of the Report, and no account is needed to build it
+        # a run set without a project uses that of the Report, and no account is needed to build it
         return wr.PanelGrid(runsets=[wr.Runset(groupby=groups)], panels=shown)
 
     return wr.Report(

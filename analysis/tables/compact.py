@@ -29,12 +29,12 @@ def compact_table(main: Table, runs: pd.DataFrame) -> Table:
 
     A method is shown by its plain variant, else by the one of lowest KL; GPTQ is shown by the one that BayesQ is
     compared with, and BayesQ always by the plain method. Runs of a rival with another allocator than its default are
-    in a column of their own, `GPTQ + knapsack`, with the lowest KL. A mark names a variant that the column's head does
-    not name. The ratio to the strongest rival is shown if it is another run than that GPTQ. Bold: an interval of a KL
+    in a separate column, `GPTQ + knapsack`, with the lowest KL. A mark names a variant that the column's head does
+    not name. The ratio to the strongest rival is shown if it differs from that GPTQ. Bold: an interval of a KL
     ratio below 1, or a significantly better score.
 
     Args:
-        main: of these runs.
+        main: the main table of these runs.
     """
     methods = methods_of(runs)
     ran = set(main.numbers["method"].dropna()) | {REFERENCE, PROPOSED}

@@ -22,7 +22,7 @@ KIND = ("processor", "device", "threads")
 
 
 def cost_table(runs: pd.DataFrame) -> Table:
-    """Seconds from the loaded model to its codes and peak memory, medians over seeds, and as multiples of GPTQ's.
+    """Seconds from the loaded model to its codes, and peak memory: medians over seeds, and as multiples of GPTQ's.
 
     Statistics count with the time of their first computation, so compared runs need separate caches. `quantize x` is
     all but distillation. Without a run in a separate process there are no columns for memory.

@@ -122,8 +122,8 @@ def _caption(table: pd.DataFrame, tasks: pd.DataFrame, ran: Sequence[str], done:
         "tasks that were run (a row that misses one of them has the mean of the others), FP the same of the "
         f"full-precision models. Δ {name}: points over the {name} of highest score on the tasks that both have, with "
         "the same distillation and calibration size; 95 % interval and p from a paired bootstrap over "
-        "examples and seeds within each task (McNemar's test knows no average of metrics; it stands in the main table, "
-        f"task by task), p Holm-corrected over {int(table['p'].notna().sum())} tests; an interval is left out where a "
+        "examples and seeds within each task (McNemar's test does not apply to averages; the main table has it task by "
+        f"task), p Holm-corrected over {int(table['p'].notna().sum())} tests; an interval is left out where a "
         f"task has no predictions for a seed of both. Bold: better than {name} at 5 %.{settings(done)}"
     )
 
@@ -134,7 +134,7 @@ def _task(run: Mapping[str, Any]) -> str | None:
 
 
 def _model(run: Mapping[str, Any]) -> str:
-    """A run's model with the settings in its workload's name, because other settings are no further seeds."""
+    """A run's model with the settings in its workload's name, because runs with other settings are no further seeds."""
     base = f"{run['model']} / {run['dataset']} {_task(run)}"
     return f"{run['model']}{str(run['workload']).removeprefix(base)}"
 
@@ -151,9 +151,9 @@ def _gain(
 
     Args:
         done: finished runs of GLUE.
-        tasks: result of `_task_means`.
+        tasks: returned by `_task_means`.
         row: names the variant.
-        scores: of the variant, by task.
+        scores: those of the variant, by task.
     """
     nothing: dict[str, Any] = dict.fromkeys((GAIN, f"{GAIN}_low", f"{GAIN}_high", "p"), math.nan)
     here = done[(done["model"] == row["model"]) & (done["bits/target"] == row["bits"])]
@@ -186,7 +186,7 @@ def _best_reference(
     Args:
         here: finished runs of the row's model and budget.
         ours: those of the row.
-        tasks: of `_task_means`.
+        tasks: returned by `_task_means`.
         by_task: the row's scores.
     """
     conditions, first = alike(records(ours)[0]), records(ours)[0]

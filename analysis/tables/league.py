@@ -22,7 +22,7 @@ from analysis.ranks import LEVEL, complete, critical_difference, friedman, ranks
 from analysis.table import GAP, Table, as_number, as_ratio, make_table
 from analysis.tables.cost import run_costs
 
-# Settings that make another block, in place of another setting of a method.
+# Settings that separate blocks; others separate the settings of a method.
 CONDITIONS = tuple(key for key in ALIKE if key != "distill")
 # Parts of a configuration whose deviations name a setting.
 NAMING = (
@@ -64,7 +64,7 @@ def league_of(runs: pd.DataFrame) -> League:
     """The blocks and settings of the finished runs.
 
     In a block, the seeds are those that most settings have. A setting that lacks one of them is left out there, because
-    a bad seed may be missing; one that reads no calibration data needs a single run.
+    it may lack a bad seed; one that reads no calibration data needs a single run.
     """
     done = finished(runs)
     rows = records(done)

@@ -1,4 +1,4 @@
-"""Methods at the paper's budgets, each against the strongest variant of the reference method."""
+"""Methods at the paper's budgets, each compared with the strongest variant of the reference method."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,10 +20,9 @@ def main_table(runs: pd.DataFrame) -> Table:
     """Methods at 3, 3.5 and 4 bits on every workload, each against the strongest GPTQ at the same place.
 
     A variant has rows if it ran at more than one of the budgets, is the plain method, or is the strongest rival of the
-    proposed method. A method without a run on a
-    workload, but with one on another, is a gap. Budgets without a result on a workload have no rows, and neither have
-    workloads without a result at these budgets. p values are Holm-corrected over all rows; bold is better than GPTQ at
-    5 %.
+    proposed method. A method without a run on a workload, but with one on another, has a row without numbers. Budgets
+    without a result on a workload have no rows, and neither have workloads without a result at these budgets. p values
+    are Holm-corrected over all rows; bold is better than GPTQ at 5 %.
     """
     runs = known(runs)
     done = finished(runs)

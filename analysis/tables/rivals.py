@@ -57,7 +57,7 @@ def of_rivals(numbers: pd.DataFrame, done: pd.DataFrame, names: Mapping[str, str
     """A caption's sentences that name the rivals of the proposed method, and the combinations that were not run.
 
     Args:
-        numbers: of the main table.
+        numbers: those of the main table.
         done: finished runs.
         names: of workloads, if the table shows other names.
     """
@@ -139,6 +139,6 @@ def _not_run(there: pd.DataFrame, run: Mapping[str, Any], methods: Mapping[str, 
 
 
 def _combination(name: str, values: tuple[str, ...], methods: Mapping[str, Method]) -> str:
-    """As `label` spells it: `GPTQ + knapsack`."""
+    """A combination as `label` shows it: `GPTQ + knapsack`."""
     settings = [f"{key}={value}" for key, value in zip(NAMED, values, strict=False) if value != default_of(name, key)]
     return label(" ".join([name, *settings]), methods)

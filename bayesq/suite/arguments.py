@@ -1,4 +1,4 @@
-"""Argument parsers: of the suite's modules, and of the program, as Hydra reads its command line."""
+"""Argument parsers of the suite's modules and of the program, which extends Hydra's parser."""
 
 import argparse
 import sys
@@ -29,12 +29,12 @@ def exit_with(error: Exception) -> NoReturn:
 
 
 def command_line(argv: Sequence[str]) -> argparse.Namespace:
-    """Read the command line with Hydra's parser; errors are UserErrors in place of its usage text."""
+    """Read the command line with Hydra's parser; UserError where Hydra would print its usage text."""
     parser = argparse.ArgumentParser(parents=[get_args_parser()], add_help=False, conflict_handler="resolve")
     parser.add_argument("--version", action="version", version=f"bayesq {bayesq.__version__}")
 
     def refuse(message: str) -> NoReturn:
-        raise UserError(f"{one_line(message)} (--help lists what there is)")
+        raise UserError(f"{one_line(message)} (--help lists the options)")
 
     parser.error = refuse  # type: ignore[method-assign]
     return parser.parse_intermixed_args(list(argv))

@@ -40,13 +40,12 @@ log = logging.getLogger(__name__)
 
 TRACEBACK_FILE = "traceback.txt"
 # the reason given for a run that was killed, for instance because memory ran out
-NO_REASON = "it ended before it could say why"
+NO_REASON = "it ended without reporting a reason"
 # exit codes of a shell for programs that a signal ended
 INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
 # Hydra's variable: 1 prints tracebacks, because Hydra then raises its errors
 FULL_ERROR = "HYDRA_FULL_ERROR"
-# Hydra's script completes one command, and for `python` it would run any file: so `python run.py` has a function of its
-# own.
+# Hydra's script completes one command. For `python` it would run any file, so `python run.py` has a separate function.
 INSTALL = "install=bash"
 COMPLETE_PYTHON = """
 bayesq_python_completion()
@@ -105,8 +104,8 @@ def _label(config: Mapping[str, Any]) -> str:
 def job(cfg: DictConfig, progress: Progress, previous: list[Any], full_error: bool) -> None:
     """Run one configuration unless it is finished; report a failure in one line and store the reason in its folder.
 
-    `main` reads failures from the folders. They are raised only for another sweeper than Hydra's basic one, which would
-    print them again at the end. `full_error` prints tracebacks; `previous` is explained in `plan.placed_whitenings`.
+    `main` reads failures from the folders. Hydra's basic sweeper would print a raised error again at the end, so errors
+    are raised only under other sweepers. `full_error` prints tracebacks; for `previous` see `plan.placed_whitenings`.
     """
     folder = settings.run_dir(cfg)
     logging.raiseExceptions = False  # on a full disk the run reports the error once
@@ -141,7 +140,7 @@ def run_unless_finished(cfg: DictConfig, folder: Path, progress: Progress, previ
     for name in (results.RESULT_FILE, results.FAILURE_FILE, TRACEBACK_FILE):
         (folder / name).unlink(missing_ok=True)
     remove_leftovers(folder)
-    # the preflight could not check the values of another sweeper, or the machine of a remote job
+    # the preflight cannot check values that another sweeper chooses, or the machine of a remote job
     schema.validate(cfg)
     launchers.occupy(HydraConfig.get(), cfg.resources)
     settings.check_device(cfg)
@@ -273,7 +272,7 @@ def _run(jobs: Sequence[Job]) -> Any:
     asked = command_line(sys.argv[1:])
     if asked.shell_completion:
         asked.config_dir = _typed_config_dir()
-    else:  # its own overrides, such as install=bash, are no keys
+    else:  # overrides of shell completion, such as install=bash, are not config keys
         asked.overrides = [for_hydra(override, asked.config_dir) for override in asked.overrides]
     version.setbase(VERSION_BASE)
     os.environ[FULL_ERROR] = "1"
@@ -289,7 +288,7 @@ def _run(jobs: Sequence[Job]) -> Any:
             raise
         raise reason or UserError(settings.explanation(error)) from error
     except Exception as error:
-        if asked.shell_completion:  # of a line that is not finished, with files that may be broken
+        if asked.shell_completion:  # the typed line may be incomplete, and config files may be broken
             raise UserError(f"--shell-completion: {settings.one_line(str(error)):.300}") from error
         if not jobs or jobs[0].launcher is None:
             raise
@@ -312,7 +311,7 @@ def _typed_config_dir() -> str | None:
 
 
 def _is_settled(job: Job, finished: Mapping[str, Any] | None) -> bool:
-    """Whether a job needs no work at all; if all jobs do, Hydra, which composes each twice more, is not started."""
+    """Whether a job needs no work. If no job does, Hydra is not started: it would compose each job twice more."""
     if finished is None or job.config["force"] or wandb_environment.under_agent():
         return False
     return finished.get(ERROR_KEY) is None or job.config["wandb"]["mode"] == "disabled"

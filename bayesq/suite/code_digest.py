@@ -54,7 +54,7 @@ def has_changed(result: Mapping[str, Any]) -> bool:
 
 @cache
 def sources(package: str) -> tuple[Path, ...]:
-    """Sorted source files of a top-level module or package, found without an import.
+    """Sorted source files of a top-level module or package, without importing it.
 
     For the user's own code, also the modules and packages in the same folder, because it may import them.
     """

@@ -1,7 +1,7 @@
 """The configurations of a command, composed as Hydra composes them and checked before anything runs.
 
-Every key is set as if it was typed behind `++`, so that any choice can be combined with any key. The YAML files of the
-choices say which keys exist (`config.check_keys`).
+Every key is set as if `++` were typed before it, so any choice can be combined with any key. The YAML files of the
+choices define which keys exist (`config.check_keys`).
 """
 
 import os
@@ -65,7 +65,7 @@ def for_hydra(override: str, config_dir: str | None = None) -> str:
 
 
 def as_typed(override: object) -> str:
-    """An override, or the line of Hydra's parsed one, without the `++` of `for_hydra`."""
+    """The text of an override, typed or parsed by Hydra, without the `++` of `for_hydra`."""
     return str(getattr(override, "input_line", override)).removeprefix("++")
 
 
@@ -88,11 +88,11 @@ class Preflight:
             self.loader = GlobalHydra.instance().config_loader()
         self.search_path = [f"hydra.searchpath=[file://{os.path.abspath(config_dir)}]"] if config_dir else []
         self.parser = OverridesParser.create(config_loader=self.loader)
-        # a cache of the class would keep every object
+        # a cache on the class would keep every object alive
         self._compose, self._options = cache(self._compose), cache(self._options)  # type: ignore[method-assign]
 
     def compose(self, overrides: Iterable[str], mode: RunMode = RunMode.RUN) -> DictConfig:
-        """The configuration that Hydra composes, with its node, or UserError. It is cached: do not change it."""
+        """The configuration that Hydra composes, with Hydra's node, or UserError. Cached: do not change it."""
         try:
             return self._compose((*self.search_path, *overrides), mode)
         except COMPOSITION_ERRORS as error:
@@ -160,8 +160,8 @@ class Preflight:
     def jobs(self, typed: Sequence[str], multirun: bool) -> list[Job]:
         """Check every job of the command, or raise UserError; with `multirun`, every combination of the listed values.
 
-        A sweeper other than Hydra's basic one chooses the values later. Then the other keys are checked, and the list
-        is empty.
+        A sweeper other than Hydra's basic one chooses the values later. Then only the other keys are checked, and the
+        list is empty.
         """
         parsed = self.parse(typed)
         master = self.compose([str(override.input_line) for override in parsed], RunMode.MULTIRUN).hydra
@@ -177,7 +177,7 @@ class Preflight:
             self.check([str(override.input_line) for override in parsed if not override.is_sweep_override()])
             return []
         params = self.parse([f"{key}={value}" for key, value in (master.sweeper.params or {}).items()])
-        # Hydra gives the overrides of hydra.* to every job; what is typed comes after the parameters of the sweeper
+        # Hydra passes overrides of hydra.* to every job; typed overrides come after the sweeper's parameters
         parsed.sort(key=lambda override: not override.is_hydra_override())
         hydra = [override for override in parsed if override.is_hydra_override()]
         several = [*hydra, *params, *parsed[len(hydra) :]]

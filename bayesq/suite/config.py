@@ -25,10 +25,10 @@ from bayesq.suite.errors import UserError
 WITHOUT_EFFECT = ("results_dir", "cache_dir", "force", "device", "resources", "wandb", "hydra")
 
 
-# keys of other libraries, and what does the same here
+# keys of other libraries, and what replaces them here
 DEAD_ENDS = {
-    "pretrained": "; a network has its published weights, or yours with model.checkpoint=FILE",
-    "num_classes": "; the data set tells the number of classes",
+    "pretrained": "; networks have published weights, or yours with model.checkpoint=FILE",
+    "num_classes": "; the data set determines the number of classes",
 }
 
 
@@ -56,7 +56,7 @@ def resolved(cfg: DictConfig) -> dict[str, Any]:
 
 
 def one_line(text: str) -> str:
-    """`text` with one blank in place of any white space."""
+    """`text` with one space in place of each run of white space."""
     return re.sub(r"\s+", " ", text).strip()
 
 
@@ -121,14 +121,14 @@ def settings_that_matter(config: Mapping[str, Any]) -> dict[str, Any]:
     if "inputs" not in config:  # a record of an older version
         matter["inputs"] = inputs_of("full", config["method"].get("sequential"))
     matter["method"] = {k: v for k, v in config["method"].items() if k not in METHOD_METADATA}
-    for key, value in (("codec", "fixed"), ("rotate", False)):  # the only ones of older versions
+    for key, value in (("codec", "fixed"), ("rotate", False)):  # older versions had only these values
         if matter.get(key) == value:
             del matter[key]
     if "posterior" in matter:
         matter["posterior"] = {k: v for k, v in matter["posterior"].items() if k not in METHOD_METADATA}
     if "exclude" in matter.get("layers", {}):
         matter["layers"] = {**matter["layers"], "exclude": sorted(set(matter["layers"]["exclude"]))}
-    for key, value in (config["method"].get("neutral") or {}).items():  # of switches newer than the first results
+    for key, value in (config["method"].get("neutral") or {}).items():  # switches newer than the first results
         if matter["method"].get(key) == value:
             matter["method"].pop(key, None)
     canonical: dict[str, Any] = _canonical(matter)
@@ -198,9 +198,9 @@ def refuse(key: str, value: Any, allowed: str) -> NoReturn:
 
 
 def check_keys(config: Mapping[str, Any], reference: Mapping[str, Any]) -> None:
-    """Raise UserError at the first key that a plain configuration has beside those of `reference`, or lacks.
+    """Raise UserError at the first key of a plain configuration that `reference` lacks, or that it lacks itself.
 
-    The YAML files give `reference`. A mapping that is empty in it takes any key.
+    `reference` is composed from the YAML files. A mapping that is empty there accepts any key.
     """
     given, known = flatten(config), flatten(reference)
     free = tuple(f"{key}." for key, value in known.items() if value == {})
@@ -245,14 +245,14 @@ def disk_error(error: BaseException, config: Mapping[str, Any]) -> UserError | N
         file = Path(name).absolute() if isinstance(name, str) else path / "run.log"
         if file.is_relative_to(path):
             return UserError(
-                f"{key}={folder}: {file.name} cannot be written ({cause.strerror}): make room there, or choose another "
-                f"{key}; the same command then continues"
+                f"{key}={folder}: {file.name} cannot be written ({cause.strerror}): free space there, or choose "
+                f"another {key}; the same command then continues"
             )
     return None
 
 
 def check_device(cfg: DictConfig) -> None:
-    """Raise UserError if this machine lacks the accelerator of the key `device`; only an accelerator imports torch."""
+    """Raise UserError if this machine lacks the accelerator of the key `device`; cpu and auto do not import torch."""
     device = str(cfg.device)
     kind, _, index = device.partition(":")
     if kind in ("auto", "cpu"):

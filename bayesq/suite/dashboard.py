@@ -2,7 +2,7 @@
 
 It shows accuracy, divergence and stored bits against the budget, by method; settings beside results and the
 differences of runs; the time and memory of runs; and tables and plots of layers and calibration. The panels that a
-Report has too are in `bayesq.suite.wandb_panels`.
+Report shares are in `bayesq.suite.wandb_panels`.
 """
 
 import json

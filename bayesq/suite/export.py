@@ -32,7 +32,7 @@ from bayesq.suite.packed import read_run
 from bayesq.suite.results import QUANTIZED_FILE, recorded_result
 from bayesq.tensor_file import CorruptFile
 
-# Default name in the run's folder of what each --to writes.
+# What each --to writes by default in the run's folder.
 TARGETS = {
     "dequantized": "dequantized",
     "packed": "packed.safetensors",
@@ -95,13 +95,13 @@ def export(
     settings: Mapping[str, Any] | None = None,
     trusted: Sequence[str] = (),
 ) -> tuple[Path, list[str]]:
-    """Write the network of a finished run; returns the place and what was written, line by line.
+    """Write the network of a finished run; returns the path, and lines about what was written.
 
     Args:
         output: a file for packed, else a folder; None: in the folder of the `run`, results/<run_id>.
         dtype: of plain weights and of the scales of compressed-tensors, one of DTYPES; None: float16.
         checkpoint_format: of gptq: "gptq" (None), or "gptq_v2": fewer tools read it, but it holds every zero point.
-        settings, trusted: as of `load_quantized`.
+        settings, trusted: as in `load_quantized`.
 
     Raises:
         UserError: an argument or the run cannot be used; nothing is written.
@@ -147,7 +147,7 @@ def _place(target: str, output: Path, force: bool) -> Path:
     if output.exists() and output.is_dir() == (target == "packed"):
         raise UserError(f"--output {output}: {'a folder' if output.is_dir() else 'a file'} is in the way")
     if output.exists() and not force and (target == "packed" or any(output.iterdir())):
-        raise UserError(f"--output {output}: is there already; --force replaces it")
+        raise UserError(f"--output {output}: exists already; --force replaces it")
     return output
 
 

@@ -1,8 +1,8 @@
 """Fine-tune an encoder on a task of GLUE: `python -m bayesq.suite.finetune --task sst2 --encoder ID --output DIR`.
 
-model.checkpoint=DIR reads the folder it writes: config.json, model.safetensors, tokenizer files, and dev.json with the
-scores on the dev examples. With --train bitfit or lora it writes the trained part, delta.safetensors, also. For
-mpnet_base it then writes nothing but that and dev.json: model.adapter=DIR applies the delta to the published weights.
+model.checkpoint=DIR reads the folder that it writes: config.json, model.safetensors, tokenizer files, and dev.json with
+the scores on the dev examples. With --train bitfit or lora, it also writes the trained part, delta.safetensors. For
+mpnet_base it then writes only that and dev.json: model.adapter=DIR applies the delta to the published weights.
 """
 
 import importlib.util
@@ -34,10 +34,10 @@ DEV_FILE = "dev.json"
 
 @dataclass(frozen=True)
 class Recipe:
-    """Hyperparameters; the defaults are the usual ones for BERT-base, whose parameters are all trained.
+    """Hyperparameters; the defaults are the usual ones for training all parameters of BERT-base.
 
     The learning rate is the peak of a linear schedule; the first tenth of the steps is warm-up. Examples of more than
-    `max_length` tokens are truncated. The seed is for the initial head, the order of the examples and dropout.
+    `max_length` tokens are truncated. The seed draws the initial head, the order of the examples and dropout.
     """
 
     epochs: float = 3.0
@@ -68,7 +68,7 @@ def finetune(
         examples: number of training examples, drawn by the recipe's seed; None = all.
 
     Raises:
-        UserError: a package is missing, the task or the encoder cannot be read, or there are fewer training examples.
+        UserError: a package is missing, the task or the encoder cannot be read, or `examples` is too large.
     """
     partial_training.check_way(train)
     data = Glue(root, task, split_seed=0, calibration_pool=1).load(output)
@@ -108,7 +108,7 @@ def finetune(
 
 
 def _drawn(available: int, examples: int | None, seed: int) -> list[int]:
-    """Positions of the training examples; all in their order without a number."""
+    """Positions of `examples` training examples, drawn by the seed; None = all, in order."""
     if examples is None:
         return list(range(available))
     if not 1 <= examples <= available:
@@ -160,7 +160,7 @@ def _start(encoder: str, data: DataSplits) -> tuple[Any, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line; a UserError becomes one line and exit code 1."""
+    """Fine-tune, and print the scores; on an error, print one line and exit with code 1."""
     recipe = Recipe()
     parser = module_parser("finetune", __doc__)
     parser.add_argument("--task", required=True, choices=list(TASKS))

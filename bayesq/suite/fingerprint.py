@@ -1,4 +1,4 @@
-"""A checksum of everything but the weights that determines a network's function; the key of its cached files.
+"""A checksum of all that determines a network's function, except its weights; part of the key of its cached files.
 
 The `repr` of a network lacks, for example, the number of attention heads, the epsilon of a norm, and masks. Modules
 keep these values in attributes and configurations. The checksum covers both for every module, the source files of the
@@ -35,7 +35,7 @@ DEPTH = 6
 
 
 def fingerprint(module: nn.Module) -> str:
-    """sha256 (hex) of everything but parameters and persistent buffers that determines the module's function."""
+    """sha256 (hex) of all that determines the module's function, except parameters and persistent buffers."""
     state = set(module.state_dict())
     shared: dict[int, str] = {}
     versions = {name: getattr(sys.modules.get(name), "__version__", None) for name in LIBRARIES}
@@ -119,7 +119,7 @@ def _plain(value: Any, depth: int, inside: frozenset[int]) -> Any:
 
 
 def _state(value: Any) -> list[Any]:
-    """The state that pickle would keep of an object; empty if it cannot be pickled."""
+    """The state that pickle would store of an object; empty if it cannot be pickled."""
     try:
         reduced = value.__reduce_ex__(2)
     except TypeError:

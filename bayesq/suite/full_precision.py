@@ -1,4 +1,4 @@
-"""What full-precision networks answer, computed once for all runs on the same examples and stored in the cache."""
+"""Outputs of full-precision networks, computed once for all runs on the same examples and stored in the cache."""
 
 import hashlib
 import json

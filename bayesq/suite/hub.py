@@ -1,4 +1,4 @@
-"""Files of the Hugging Face hub, from its cache or downloaded. Every failure is one line.
+"""Files of the Hugging Face hub, from its cache or downloaded. Every failure is a one-line UserError.
 
 No code of a repository is executed. HF_HUB_OFFLINE, HF_ENDPOINT, HF_TOKEN and HF_HOME work as usual.
 """
@@ -30,7 +30,7 @@ def hub_file(repository: str, file: str, revision: str | None, key: str, instead
     The folder's name is the commit. If a branch or tag was requested, the commit is logged.
 
     Args:
-        revision: commit, tag or branch; None = the main branch, as cached if the file is cached.
+        revision: commit, tag or branch; None = the main branch, or the cached commit of it.
         key: the requested key and value, as typed.
         instead: what the user can do without the hub.
 
@@ -78,7 +78,7 @@ def dataset_files(repository: str, revision: str) -> list[str]:
 
     try:
         return sorted(HfApi().list_repo_files(repository, repo_type="dataset", revision=revision))
-    except Exception:  # the message is given without them
+    except Exception:  # the message then has no list
         return []
 
 
@@ -88,7 +88,7 @@ def reachable() -> bool:
 
 
 def from_hub(key: str, instead: str, load: Callable[[], T], online: bool = True) -> T:
-    """Call `load()` and turn any failure into a UserError of one line; `key` and `instead` as of `hub_file`.
+    """Call `load()` and turn any failure into a UserError of one line; `key` and `instead` as in `hub_file`.
 
     If the hub is not `online`, `load` reads only the libraries' cache.
     """
@@ -100,9 +100,9 @@ def from_hub(key: str, instead: str, load: Callable[[], T], online: bool = True)
 
 
 def tell_commit(key: str, asked: str | None, commit: str, pin: str) -> None:
-    """Log the commit of a requested branch or tag, and the config key `pin` that stays with it."""
+    """Log the commit of a requested branch or tag, and the setting `pin`=COMMIT that pins it."""
     if asked != commit and COMMIT.fullmatch(commit):
-        log.info(f"{key} is at commit {commit} of {asked or MAIN}; {pin}={commit} stays with it")
+        log.info(f"{key} is at commit {commit} of {asked or MAIN}; {pin}={commit} pins it")
 
 
 def _refusal(key: str, reason: str, instead: str) -> UserError:

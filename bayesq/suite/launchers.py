@@ -26,7 +26,7 @@ from bayesq.suite.errors import UserError
 
 # the numerical libraries read these when they are imported
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
-# the GPUs of a command, for its runs; submitit overwrites CUDA_VISIBLE_DEVICES
+# passes the GPUs of a command to its runs, because submitit overwrites CUDA_VISIBLE_DEVICES
 GPUS_VARIABLE = "BAYESQ_GPUS"
 POLL_S = 1.0
 # what Ray appends to its folder, and the longest path that the operating system takes
@@ -90,11 +90,11 @@ def check(hydra: DictConfig, config: Mapping[str, Any]) -> None:
     gpus = int(config["resources"]["gpus"])
     if gpus == 0:
         if config["device"] not in ("auto", "cpu"):
-            raise UserError(f"device={config['device']}: {choice} gives a run no GPU; add resources.gpus=1")
+            raise UserError(f"device={config['device']}: with {choice} a run gets no GPU; add resources.gpus=1")
     elif launcher.local:
         names = visible_gpus()
         if gpus > len(names):
-            raise UserError(f"resources.gpus={gpus}: this machine has {len(names)} CUDA devices to give to runs")
+            raise UserError(f"resources.gpus={gpus}: this machine has {len(names)} CUDA devices")
         os.environ[GPUS_VARIABLE] = ",".join(names)  # the runs inherit it
 
 
@@ -110,7 +110,7 @@ def _check_ray_folder(init: DictConfig) -> None:
 
 
 def visible_gpus() -> list[str]:
-    """CUDA's names of the GPUs that a command may give to its runs, in order."""
+    """CUDA's names of the GPUs that a command may pass to its runs, in order."""
     for variable in (GPUS_VARIABLE, "CUDA_VISIBLE_DEVICES"):
         if variable in os.environ:
             return [name for name in os.environ[variable].split(",") if name]

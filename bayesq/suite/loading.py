@@ -72,7 +72,7 @@ def load_quantized(
 def base_network(
     packed: Packed, path: Path, settings: Mapping[str, Any], cache_dir: str | None, trusted: Sequence[str] = ()
 ) -> Network:
-    """The full-precision network that was quantized, loaded as the run did; arguments as of `load_quantized`.
+    """The full-precision network that was quantized, loaded as the run did; arguments as in `load_quantized`.
 
     Raises:
         CorruptFile: the file has no settings, or they describe no network.

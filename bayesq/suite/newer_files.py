@@ -1,4 +1,4 @@
-"""Files that a finished run has read and that were modified since: its settings, and so its run id, stay the same."""
+"""Files that were modified after a finished run had read them; its run id covers settings only and stays the same."""
 
 from collections.abc import Mapping
 from functools import cache
@@ -26,8 +26,8 @@ def newer_than(result: Path, config: Mapping[str, Any]) -> list[str]:
 def _modified(path: Path) -> float:
     """When a file or folder was last modified; 0 if it cannot be read. Cached, for the many runs of a sweep.
 
-    A folder is as new as itself, all in it, and the folders in these: DIR/train/CLASS changes with each photo that is
-    added, and the files in a class folder are many.
+    Of a folder: the newest of itself, its entries and their subfolders. A new photo changes the folder DIR/train/CLASS,
+    so the many photos in it are not checked.
     """
     try:
         return max(place.stat().st_mtime for place in (path, *path.glob("*"), *path.glob("*/*/")))

@@ -89,7 +89,7 @@ def _tokens(subject: Subject) -> Tensor:
 
 
 def statistics_of(subject: Subject, seed: int, batch_size: int, room: int) -> NetworkStatistics:
-    """The statistics of a run, not computed; `room` as of `Passes`."""
+    """The statistics of a run, not computed; `room` as in `Passes`."""
     settings = CalibrationSettings(batch_size, None, seed, likelihood=subject.likelihood)
     return InMemoryStatistics(subject.module, subject.layers, subject.examples, settings, subject.device, room)
 
@@ -102,7 +102,7 @@ def passes_of(recipe: Recipe, statistics: NetworkStatistics) -> list[tuple[dict[
 def memory(subject: Subject, recipe: Recipe, statistics: NetworkStatistics) -> dict[str, int]:
     """Bytes by part: what the GPU holds at once, what `preflight` expects of the host, and files."""
     window = _tokens(subject)[:1]
-    # of two axes, transformers would read its entries, which a meta tensor does not have
+    # transformers reads the entries of a mask of two axes, which a meta tensor does not have
     mask = window.new_ones((1, 1, *2 * window.shape[1:]), dtype=torch.bool)
     one = activations(subject.module, {TOKENS: window, MASK: mask})
     weights, hidden = network_bytes(subject), hidden_bytes(subject)
@@ -139,7 +139,7 @@ def memory(subject: Subject, recipe: Recipe, statistics: NetworkStatistics) -> d
 
 
 def work(subject: Subject, recipe: Recipe, statistics: NetworkStatistics, backward: int | None) -> dict[str, float]:
-    """Floating-point operations by part; those of attention, some per cent, are left out.
+    """Floating-point operations by part, without those of attention (a few per cent).
 
     The gradients are of `backward` windows; None = all.
     """
@@ -155,7 +155,7 @@ def work(subject: Subject, recipe: Recipe, statistics: NetworkStatistics, backwa
         for r, c in (weight_to_matrix(layer).shape[1:] for layer in layers.values())
         for statistic in used
     )
-    groups = 4  # layers of a Llama's block that read different tensors: a pass for each, and of the prefix one to go on
+    groups = 4  # different inputs in a Llama's block: both networks run once for each; the prefix once more to go on
     prefix = (
         (2 * groups + 1) * forward + 2 * sum(2.0 * tokens * c * c for _, c in shapes)
         if recipe.inputs != "full"
@@ -212,7 +212,7 @@ def _report(name: str, config: Mapping[str, Any], cfg: DictConfig, *rates: Any) 
         return report(config, cfg, *rates)
     except UserError:
         raise
-    except Exception as error:  # transformers raises many kinds for sizes that do not fit
+    except Exception as error:  # transformers raises many kinds of errors for sizes that do not fit
         reason = f"{type(error).__name__}: {one_line(str(error))}"
         remedy = "give the config.json of a causal language model of transformers"
         raise UserError(f"{name}: no such network can be made ({reason}): {remedy}") from error

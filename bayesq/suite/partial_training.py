@@ -14,7 +14,7 @@ from bayesq.suite.errors import UserError
 from bayesq.suite.models.adapter import DOWN, UP
 
 ALL, BITFIT, LORA = "all", "bitfit", "lora"
-# Peak learning rates: the usual ones of each way. Fewer parameters take larger steps.
+# The usual peak learning rate of each way of training. Fewer parameters take larger steps.
 LEARNING_RATES = {ALL: 2e-5, BITFIT: 1e-3, LORA: 5e-4}
 RANK = 8
 SCALE = 2.0  # of the low-rank change: alpha / rank

@@ -159,7 +159,7 @@ def room_for_sums(device: torch.device) -> int:
 def open_statistics(
     cfg: DictConfig, store: WhiteningStore | None, work: Workload, cache_dir: Path, observer: Observer | None = None
 ) -> Calibration:
-    """The statistics that a run reads, not computed yet; UserError if the likelihood is categorical in a regression."""
+    """The statistics that a run reads, not computed yet; UserError if posterior.likelihood does not suit the task."""
     subject, posterior = work.subject, store and store.posterior
     chosen = posterior.likelihood if posterior else AUTO
     if subject.likelihood.name == "gaussian" and chosen == "categorical":
@@ -192,10 +192,10 @@ def open_statistics(
 def placed_whitenings(
     cfg: DictConfig, store: WhiteningStore | None, statistics: Calibration, folder: Path, previous: list[WhiteningStore]
 ) -> Iterator[None]:
-    """Write whitenings to a file in `folder` if the configuration says so; else reuse those of the previous run.
+    """Write whitenings to a file in `folder` with calibration.offload=disk; else reuse those of the previous run.
 
     Files are released when the block ends, also after an error. `previous` has the store of the last run with
-    whitenings in memory, or nothing; this run's store takes its place.
+    whitenings in memory, or is empty; this run's store replaces it.
     """
     if store is None:
         yield

@@ -46,7 +46,7 @@ class Chart:
 
 
 def bits_per_layer(layers: Rows, predictions: Rows) -> list[list[Any]]:
-    """Code and stored bits per weight of each layer. Names start with a number, because the chart sorts by bits."""
+    """Code and stored bits per weight of each layer. A number before the name shows the forward order."""
     digits = len(str(len(layers)))
     return [[f"{i:0{digits}} {row['name']}", row["bits/code"], row["bits/stored"]] for i, row in enumerate(layers, 1)]
 

@@ -27,7 +27,7 @@ from bayesq.suite.workload import Workload, naming_model
 from bayesq.walker import STORED_BYTES
 
 log = logging.getLogger(__name__)
-# written to the run's log file only, see hydra.job_logging in conf/config.yaml
+# written to the run's log file only, see conf/hydra/job_logging/bayesq.yaml
 details = logging.getLogger("bayesq.details")
 
 MIB, GIB = 2**20, 2**30
@@ -135,19 +135,29 @@ def estimate(
         # the student, and for each weight: value, gradient and two moments in float32, draw and index of 2 bytes each
         stages["distillation"] = network + 20 * weights + 2 * recipe.distillation.batch_size * total
 
-    store, whitenings, in_memory, spilled = recipe.whitenings, 0, 0, False
-    if store is not None:
-        whitenings = sum(map(store.posterior.whitening_bytes, shapes))
-        spilled = not offload and store.memory_limit < whitenings <= free // SPARE_DISK
-        if not (offload or spilled):
-            in_memory = max(min(whitenings, store.memory_limit) - store.inherited_bytes, 0)
+    whitenings, in_memory, spilled = _whitenings(shapes, recipe, offload, free)
     for stage in stages:  # whitenings stay after the rounding, for the next run
         stages[stage] += RUNTIME_BYTES + (in_memory if stage != "calibration" else 0)
     disk = {
         "cache_dir": 4 * sum(math.prod(one.shape(*shape)) for one in missing for shape in shapes),
         "results_dir": packed + (whitenings if offload else 0),
     }
-    return Needs(held, stages, disk, whitenings if spilled else 0)
+    return Needs(held, stages, disk, spilled)
+
+
+def _whitenings(
+    shapes: Sequence[tuple[int, int, int]], recipe: Recipe, offload: bool, free: int
+) -> tuple[int, int, int]:
+    """Bytes of all whitenings, of new ones in memory, and of those that exceed the memory limit and go to a file."""
+    store = recipe.whitenings
+    if store is None:
+        return 0, 0, 0
+    whitenings = sum(map(store.posterior.whitening_bytes, shapes))
+    if offload:
+        return whitenings, 0, 0
+    if store.memory_limit < whitenings <= free // SPARE_DISK:
+        return whitenings, 0, whitenings
+    return whitenings, max(min(whitenings, store.memory_limit) - store.inherited_bytes, 0), 0
 
 
 def _work(shape: tuple[int, int, int], recipe: Recipe) -> int:

@@ -19,7 +19,7 @@ class Progress:
         self.start = time.time()
 
     def place(self, folder: Path) -> str:
-        """`k of n`; empty for a single run and for a run that another sweeper chose."""
+        """`k of n`; empty for a single run, and for runs that a sweeper chooses later."""
         if len(self.runs) < 2 or folder not in self.runs:
             return ""
         return f"{list(self.runs).index(folder) + 1} of {len(self.runs)}"

@@ -82,7 +82,7 @@ def git_diff() -> bytes | None:
 
 
 def _git(*arguments: str) -> bytes | None:
-    """What git says about the checkout with the code; None outside a checkout, or if git fails."""
+    """Output of git in the checkout with the code; None outside a checkout, or if git fails."""
     root = Path(bayesq.__file__).parents[1]
     try:
         (root / ".git").stat()  # fails outside a checkout, also if an outer folder is a checkout

@@ -34,7 +34,7 @@ GROUPS, ROWS, COLUMNS = 8, 256, 288
 WEIGHTS = 36_000
 # Least budget of a rehearsed stream: small layers have little room.
 REHEARSED_BITS = 3
-# BayesQ codes layers with fewer rows in a group differently with codec=entropy, and those with few bits a column.
+# With codec=entropy, BayesQ codes layers with fewer rows in a group, or few bits in a column, differently.
 FEW_ROWS = 4
 # Random examples behind the statistics, and how many of them have a gradient of the weight.
 EXAMPLES, GRADIENTS = 320, 16
@@ -43,7 +43,7 @@ EXAMPLES, GRADIENTS = 320, 16
 def rehearse(recipe: Recipe, layers: Mapping[str, Layer]) -> None:
     """Quantize and decode random layers like those of the network. The run reports the errors, which are ignored here.
 
-    `recipe` is a second instance of the run's, because the rehearsal changes it.
+    `recipe` is a second instance of the run's recipe, because the rehearsal changes it.
     """
     method, allocator = recipe.method, recipe.allocator
     problems = small_problems(layers, recipe.statistics | method.statistics)
@@ -79,7 +79,7 @@ def rehearse(recipe: Recipe, layers: Mapping[str, Layer]) -> None:
 
 
 def all_widths(rows: int) -> Tensor:
-    """Widths uint8 [rows] that cycle through all."""
+    """Widths uint8 [rows] that cycle through all widths."""
     return (MIN_WIDTH + torch.arange(rows) % (MAX_WIDTH - MIN_WIDTH + 1)).to(torch.uint8)
 
 

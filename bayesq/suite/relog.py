@@ -87,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for folder in folders:
         try:
             error = relog(folder, given.mode, given.again)
-        except UserError as reason:  # it would stop every further run, too
+        except UserError as reason:  # it would stop all further runs too
             leave(f"error: {one_line(str(reason))}")
         failed |= error is not None
         print(f"logged: {folder.name}" if error is None else f"failed: {folder.name}: {error}", flush=True)

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 
 
 def main() -> None:
-    """Run the command of analysis.report; one line and exit code 1 where there is no folder analysis/."""
+    """Run the command of analysis.report; one line and exit code 1 if there is no folder analysis/."""
     if find_spec("analysis") is None:
         sys.exit("error: the report needs the folder analysis/ of the repository: run it there, or extend PYTHONPATH")
     import_module("analysis.report.__main__").main()

@@ -21,9 +21,9 @@ PREDICTIONS_FILE = "predictions.csv"
 LOG_FILE = "run.log"  # of conf/hydra/job_logging
 DIFF_FILE = "diff.patch"  # of the code, with wandb.diff=true
 OVERRIDES_FILE = ".hydra/overrides.yaml"  # written by Hydra
-# The parser in C, where PyYAML has it: a folder of runs is read in a third of the time.
+# PyYAML's parser in C, if there is one: it reads a folder of runs in a third of the time.
 YAML_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-# Keys of a result that hold mappings: where it comes from, not what it is.
+# Keys of a result that hold mappings: its provenance, not its values.
 PROVENANCE = ("config", "versions", "host", "git", "source")
 
 
@@ -93,12 +93,6 @@ def recorded_result(run_dir: Path) -> dict[str, Any]:
     return result
 
 
-def load_results(results_dir: Path) -> list[dict[str, Any]]:
-    """All finished results below `results_dir`, sorted by run id."""
-    results = (finished_result(path.parent) for path in sorted(Path(results_dir).glob(f"*/{RESULT_FILE}")))
-    return [result for result in results if result is not None]
-
-
 def recorded_overrides(run_dir: Path) -> list[str]:
     """The overrides that Hydra recorded in a run's folder, as they were typed; empty if they cannot be read."""
     try:
@@ -113,7 +107,7 @@ def settings_of(result: Mapping[str, Any]) -> dict[str, Any]:
 
     ImageNet's split depends on the run's seed; runs with different seeds still count as one data set.
     """
-    # run_id leaves these out at their first values
+    # run_id leaves these keys out at the values that older versions had
     settings = {"codec": "fixed", "rotate": False, **flatten(settings_that_matter(result["config"]))}
     if settings.get("dataset.seed") == settings["seed"]:
         settings["dataset.seed"] = "${seed}"

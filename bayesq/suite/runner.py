@@ -46,7 +46,7 @@ Rows = list[dict[str, Any]]
 
 
 def run(cfg: DictConfig, previous: list[WhiteningStore] | None = None) -> dict[str, Any]:
-    """Execute one configuration and write its files; returns the flat result of the contract.
+    """Execute one configuration and write its files; returns the flat result.
 
     `cfg` is composed and validated. The runs of one command share `previous`, see `placed_whitenings`.
 
@@ -100,11 +100,11 @@ def execute(
 ) -> tuple[dict[str, Any], Rows, Rows]:
     """The stages of a run; returns the result, the rows of layers.csv and those of predictions.csv.
 
-    `observer` hears of each batch of a statistics pass, each layer, and each evaluation of a distillation.
+    `observer` is called after each batch of a statistics pass, each layer, and each evaluation of a distillation.
 
     time/prepare_s is the time before the statistics: libraries, data, network (trained or downloaded at first use),
     its full-precision predictions, compilation. time/total_s is the time of everything after. Cached statistics and
-    whitenings count with the seconds they first took, so neither the cache nor the order of runs changes it.
+    whitenings count with the seconds they first took, so neither the cache nor the order of runs changes the total.
     """
     began = time.perf_counter()
     title, cache_dir = f"{cfg.method.name} {cfg.bits:g} bits", resolve_cache_dir(cfg.cache_dir)
@@ -153,8 +153,8 @@ def execute(
 class Evaluator:
     """Evaluates the full-precision and the quantized network of a run on the same examples.
 
-    The outputs of the full-precision network are computed once and stored in the cache. A language model has too many:
-    there both networks run on every batch.
+    The outputs of the full-precision network are computed once and stored in the cache. Those of a language
+    model are too large: both networks run on every batch.
 
     `autocast` is the torch dtype of matrix products by name; None = float32 throughout.
 
@@ -189,7 +189,7 @@ class Evaluator:
         self._float32 = self.full if autocast is None else cached_logits(*network_and_data)[0]
 
     def run_quantized(self, stored: Packed, title: str) -> EvaluationRows:
-        """The numbers of each example, of both networks; UserError if those of full precision are not finite."""
+        """The numbers of each example for both networks; UserError if those of full precision are not finite."""
         examples, subject = self.work.evaluation, self.work.subject
         student = quantized_copy(subject.module, stored.tensors, stored.parameters)
         likelihood, device = subject.likelihood, subject.device

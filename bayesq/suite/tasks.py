@@ -17,4 +17,3 @@ IMAGE_CLASSIFICATION = Task("image classification", Categorical())
 TEXT_CLASSIFICATION = Task("text classification", Categorical())
 TEXT_REGRESSION = Task("text regression", Gaussian())
 NEXT_TOKEN = Task("next token", Tokens())
-TASKS = {task.name: task for task in (IMAGE_CLASSIFICATION, TEXT_CLASSIFICATION, TEXT_REGRESSION, NEXT_TOKEN)}

@@ -1,4 +1,4 @@
-"""Weights & Biases tracking: each run of the suite is one W&B run. A failure of W&B never costs the run its result."""
+"""Weights & Biases tracking: each run of the suite is one W&B run. A failure of W&B never loses the run's result."""
 
 import atexit
 import errno
@@ -36,8 +36,8 @@ log = logging.getLogger(__name__)
 # hang. At the end the client would repeat a failed upload forever and block the sweep.
 INIT_TIMEOUT_S = 20.0
 FINISH_TIMEOUT_S = 60.0
-# Seconds that the client has when the program ends. It waits for its background process without limit, and that one
-# finishes runs that it could not start within FINISH_TIMEOUT_S.
+# Seconds that the client has when the program ends. It waits without limit for its background process, which finishes
+# runs that it could not start within FINISH_TIMEOUT_S.
 EXIT_TIMEOUT_S = 90.0
 # Key of the table of layers.
 LAYERS_KEY = "layers"
@@ -177,9 +177,9 @@ def _table(columns: list[str | int], rows: Sequence[Sequence[Any]]) -> "wandb.Ta
 
 @contextmanager
 def _data_dir(folder: Path) -> Iterator[None]:
-    """Let the client keep tables in `folder` until they are uploaded, unless WANDB_DATA_DIR is set.
+    """Let the client store tables in `folder` until they are uploaded, unless WANDB_DATA_DIR is set.
 
-    By default the client keeps them in the home folder. They would fill it up, and `wandb sync` on another machine
+    By default the client stores them in the home folder. They would fill it up, and `wandb sync` on another machine
     would not find them.
     """
     chosen = os.environ.setdefault("WANDB_DATA_DIR", str(folder))
@@ -261,7 +261,7 @@ def track(cfg: DictConfig, run_id: str, run_dir: Path) -> Iterator[Tracker]:
 
 
 def client_folder(results_dir: Path) -> Path:
-    """The folder in which the client keeps its wandb/ folder: WANDB_DIR, or the results folder.
+    """The folder in which the client creates its wandb/ folder: WANDB_DIR, or the results folder.
 
     Raises OSError if it cannot be written. The client itself would silently use the system's temporary folder.
     """
@@ -329,9 +329,9 @@ def report_refusal(error: str) -> None:
 
 
 def leave(code: int | str | None) -> NoReturn:
-    """`sys.exit(code)` for programs that track runs: the client cannot hold up the end longer than EXIT_TIMEOUT_S.
+    """`sys.exit(code)` for programs that track runs: the client can delay the exit by at most EXIT_TIMEOUT_S.
 
-    Every run is finished before, so nothing is lost. The client's background process ends when this one has ended.
+    Every run is finished before, so nothing is lost. The client's background process ends after this process.
     """
     if "wandb" in sys.modules:
         ending = threading.Event()

@@ -35,7 +35,7 @@ def log_artifacts(
     The client can record inputs and links only online; it then waits for the server.
 
     Args:
-        checkpoint: the packed file; None = it is gone.
+        checkpoint: the packed file; None = it was deleted.
         registry: its name; None = no link.
 
     Raises:

@@ -2,8 +2,8 @@
 
 Mode, project, entity, group, job type and name replace the suite's defaults; a key on the command line replaces them.
 Tags are added to the suite's tags. The client's files lie in WANDB_DIR. Variables that would log several runs as one
-W&B run are not used; `remarks` reports this. W&B's client does not see any of these variables (`decided`), because it
-logs nothing if it refuses the value of one. It sees all others.
+W&B run are not used; `remarks` reports this. `decided` hides all these variables from W&B's client, because it logs
+nothing if it rejects the value of one of them. The client sees all others.
 """
 
 import os

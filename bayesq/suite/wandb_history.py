@@ -1,4 +1,4 @@
-"""The history of a W&B run while it computes: statistics passes, layers, distillation; each over its own step."""
+"""The history of a W&B run while it computes: statistics passes, layers and distillation, each with a separate step."""
 
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -57,7 +57,7 @@ class History(Observer):
 
 
 def define_metrics(run: "wandb.Run") -> None:
-    """Tell W&B the step of each key of the history, and what the summary has of it."""
+    """Tell W&B the step of each key of the history, and what the summary shows of it."""
     for step, prefix, summary in (
         (LAYER_STEP, LAYER_HISTORY, "min,max"),
         (STATISTICS_STEP, STATISTICS_HISTORY, "max"),

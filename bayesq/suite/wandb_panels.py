@@ -12,7 +12,7 @@ from bayesq.suite.plots import CHARTS
 from bayesq.suite.wandb_history import DISTILLATION_STEP, LAYER_STEP, STATISTICS_STEP
 
 DIVERGENCE = "q/kl_to_fp"
-# Keys of the configuration by which runs are grouped: method, budget, and what tells variants of a method apart.
+# Keys of the configuration by which runs are grouped: method, budget, and settings that distinguish variants.
 # Runs that differ in none of them are averaged.
 GROUPS = ("method", "bits", "ablation", "allocator", "inputs", "correction", "rotate", "distill", "codec")
 # Runs whose points a panel shows; W&B's default, 10, hides most of a sweep.
@@ -98,7 +98,7 @@ def layer_curves() -> list[Any]:
 
 
 def progress_curves() -> list[Any]:
-    """The examples that statistics passes have used, and what a distillation has reached, a line per run or group."""
+    """The examples used by statistics passes, and the KL of a distillation, a line per run or group."""
     return [
         _curve("Examples in statistics passes", STATISTICS_STEP, "examples"),
         _curve("KL of distillation (nats)", DISTILLATION_STEP, "training_kl", "heldout_kl"),
@@ -106,7 +106,7 @@ def progress_curves() -> list[Any]:
 
 
 def _curve(title: str, step: str, *columns: str, log_y: bool | None = None) -> Any:
-    """Columns of the history over their step, whose key begins as theirs do."""
+    """Columns of the history over their step, whose key has the same prefix."""
     import wandb_workspaces.reports.v2 as panels
 
     prefix = step.partition("/")[0]

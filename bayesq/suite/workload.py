@@ -1,4 +1,4 @@
-"""Network and data of a run, the checks of their numbers, and errors of a network's own code."""
+"""Network and data of a run, checks of their numbers, and errors raised by the code of a network."""
 
 import logging
 from collections.abc import Iterator
@@ -59,7 +59,7 @@ def naming_model(name: str, step: str) -> Iterator[None]:
             raise
         reason = one_line(f"{type(error).__name__}: {error}".rstrip(": "))[:300]
         raise UserError(
-            f"model={name}: {step} fails ({reason}): choose another model or other data; HYDRA_FULL_ERROR=1 tells where"
+            f"model={name}: {step} fails ({reason}): choose another model or other data; HYDRA_FULL_ERROR=1 shows where"
         ) from error
 
 
@@ -82,7 +82,7 @@ def check_finite(outputs: Tensor, remedy: str) -> None:
 
 
 def warn_below_chance(logits: Tensor, labels: Tensor, name: str) -> None:
-    """Warn if a classifier is right more rarely than guessing: its classes may have another order than the data's.
+    """Warn if a classifier is worse than guessing: its classes may be in another order than those of the data set.
 
     `logits` [n, classes] are in full precision, `labels` are [n].
     """

@@ -67,7 +67,7 @@ def read_questions(root: Path, task: str, limit: int | None) -> list[Question]:
 def _question(task: str, line: Mapping[str, Any]) -> Question:
     if "context" in line:
         return Question(((line["context"], f" {line['continuation']}"),), (len(line["continuation"]),), None)
-    if "context_options" in line:  # winogrande: what is compared is the text before the blank
+    if "context_options" in line:  # winogrande: the choices are texts before the blank
         rest, options = line["continuation"], line["context_options"]
         return Question(tuple((text, f" {rest}") for text in options), (len(rest),) * len(options), int(line["gold"]))
     query = line["query"].rstrip() + ANSWER.get(task, "")
@@ -86,7 +86,7 @@ class ZeroShot:
     def compare(self, full: Score, quantized: nn.Module) -> dict[str, object]:
         """Metrics by result key: fp/zeroshot/TASK/acc, q/..., delta/..., and the number of questions.
 
-        `full` gives the scores of the full-precision network.
+        `full` returns the scores of the full-precision network.
         """
         result: dict[str, object] = {}
         for task, questions in self.tasks.items():
@@ -122,7 +122,7 @@ class ZeroShot:
             chosen = order[start : start + self.batch_size]
             rows = [torch.tensor(encoded[k][0]) for k in chosen]
             inputs = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(self.device)
-            logits = module(**{TOKENS: inputs[:, :-1]})  # nothing follows the last token
+            logits = module(**{TOKENS: inputs[:, :-1]})  # the last token is only predicted
             for k, row, out in zip(chosen, rows, logits, strict=True):
                 length = encoded[k][1]
                 there = torch.log_softmax(out[len(row) - 1 - length : len(row) - 1].double(), -1).cpu()
@@ -132,7 +132,7 @@ class ZeroShot:
         return scores, greedy
 
     def tokens(self, context: str, continuation: str) -> tuple[list[int], int]:
-        """Tokens of both texts together, and how many belong to the continuation; the last ones a model can take."""
+        """Tokens of both texts together, and how many belong to the continuation; cut to the last that fit a model."""
         bare = context.rstrip()  # white space at the end belongs to the continuation's first token
         before, whole = len(self.encode.tokens(bare)), self.encode.tokens(context + continuation)
         longest = len(whole) if self.encode.positions is None else self.encode.positions + 1

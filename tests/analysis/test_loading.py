@@ -58,7 +58,7 @@ def test_runs_without_a_result_say_why(tmp_path):
     assert states == {
         "done": ("finished", None),
         "broke": ("failed", "memory ran out"),
-        "begun": ("missing", "it ended before it could say why"),
+        "begun": ("missing", "it ended without reporting a reason"),
         "works": ("running", None),
     }
     begun = runs["begun"]

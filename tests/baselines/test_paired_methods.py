@@ -159,7 +159,9 @@ class TwoMixtures(odd.Mixture):
 def test_stacks_that_cannot_be_paired_are_refused_with_what_to_exclude(build, exclude: str, method: str) -> None:
     module, x = build().eval(), torch.randn(8, 4, odd.WIDTH, generator=torch.Generator().manual_seed(0))
     names = exclude.split(",")
-    with pytest.raises(Refused, match=rf"^layer ({'|'.join(names)}): this method needs the same samples .* exclude=\[{exclude}\]"):
+    with pytest.raises(
+        Refused, match=rf"^layer ({'|'.join(names)}): this method needs the same samples .* exclude=\[{exclude}\]"
+    ):
         bayesq.quantize(module, [x], method=method)
     quantized, _ = bayesq.quantize(module, [x], method=method, exclude=names)
     weight = module.state_dict()[names[0]]

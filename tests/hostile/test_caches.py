@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from damage import damaged, report
+from finished_runs import load_results
 from safetensors.torch import save_file
 from torch import nn
 
@@ -21,7 +22,7 @@ from bayesq.fisher import GRADIENT_MOMENT
 from bayesq.suite.calibration import Calibration
 from bayesq.suite.full_precision import cached_logits
 from bayesq.suite.models.base import fit_once
-from bayesq.suite.results import FAILURE_FILE, RESULT_FILE, finished_result, load_results, write_json
+from bayesq.suite.results import FAILURE_FILE, RESULT_FILE, finished_result, write_json
 from bayesq.tensor_file import CorruptFile, read_tensors, verify, write_tensors
 
 TENSORS = {"a": torch.arange(64.0).reshape(8, 8), "half": torch.ones(5).half(), "codes": torch.arange(9).byte()}

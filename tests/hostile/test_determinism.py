@@ -15,12 +15,12 @@ from typing import Any
 
 import pytest
 import torch
+from finished_runs import load_results
 from program import ROOT
 from torch import Tensor
 
 from bayesq.quant.feedback import feedback_factor
 from bayesq.quant.packing import unpack_model
-from bayesq.suite.results import load_results
 from bayesq.tensor_file import read_tensors
 
 METHODS = ("rtn", "awq", "gptq", "bayesq")

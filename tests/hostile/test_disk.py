@@ -59,7 +59,7 @@ def check_refused(code: int, output: str, key: str, folder: Path | str) -> None:
     assert code == 1 and len(found) == 1, output
     assert found[0].startswith(f"error: {key}={folder}: "), found
     assert re.search(r"No space left|Read-only|File too large|are free", found[0])
-    remedies = "make room there, or choose another|needs a folder that can be|choose \\w+ with more space"
+    remedies = "free space there, or choose another|needs a folder that can be|choose \\w+ with more space"
     assert re.search(remedies, found[0]), found
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from finished_runs import load_results
 
 import bayesq
 from bayesq.defaults import choices
@@ -519,7 +520,7 @@ def test_a_sweep_runs_every_job_then_skips_then_is_forced() -> None:
     first = command(*sweep)
     assert (first.returncode, first.stderr) == (0, "")
     assert runs() == ["gptq 3 0", "gptq 3.5 0", "rtn 3 0", "rtn 3.5 0"]
-    assert len(results.load_results(Path("out"))) == 4
+    assert len(load_results(Path("out"))) == 4
     table = first.stdout[first.stdout.index("minilm on movie_snippets: full precision 75.00 %") :]
     assert [line.split()[:4] for line in table.splitlines()[3:]] == [
         ["gptq", "3", "50.00", "-25.00"],
@@ -650,7 +651,7 @@ def test_a_forced_run_that_fails_leaves_no_result_that_looks_new() -> None:
     assert command("seed=14", "method=rtn", REPAIRED="1").returncode == 0
     done = command("seed=14", "method=rtn", "force=true")
     assert done.returncode == 1
-    assert results.load_results(Path("results")) == []
+    assert load_results(Path("results")) == []
     assert " failed " in done.stdout
 
 
@@ -669,7 +670,7 @@ def test_relative_folders_are_relative_to_where_the_command_was_started(
     (tmp_path / "a").mkdir()
     monkeypatch.chdir(tmp_path / "a")
     assert command("method=rtn", "results_dir=../b/c").returncode == 0
-    assert len(results.load_results(tmp_path / "b" / "c")) == 1
+    assert len(load_results(tmp_path / "b" / "c")) == 1
     assert not (tmp_path / "a" / "results").exists()
 
 

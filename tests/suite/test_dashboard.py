@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 import yaml
+from finished_runs import load_results
 from wandb_server import API_KEY, ENTITY, serving
 
 from bayesq.suite import dashboard, plots, tracking, wandb_history, wandb_names, wandb_panels
-from bayesq.suite.results import PROVENANCE, load_results
+from bayesq.suite.results import PROVENANCE
 
 ROOT = Path(__file__).parents[2]
 

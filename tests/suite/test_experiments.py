@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from finished_runs import load_results
 from PIL import Image
 
 from bayesq.suite import cli
 from bayesq.suite.datasets.imagenet import ImageNet, wnids
 from bayesq.suite.errors import UserError
-from bayesq.suite.results import load_results
 
 ROOT = Path(__file__).parents[2]
 SHARED = ROOT.parent / "shared"

@@ -481,14 +481,14 @@ def test_errors_are_one_line(
     assert not output.exists()
     assert try_(done.folder, "--to", "packed", "--output", output) is None
     written = output.read_bytes()
-    assert "is there already; --force replaces it" in try_(done.folder, "--to", "packed", "--output", output)
+    assert "exists already; --force replaces it" in try_(done.folder, "--to", "packed", "--output", output)
     assert "a file is in the way" in try_(done.folder, "--to", "gptq", "--output", output)
     assert try_(done.folder, "--to", "packed", "--output", output, "--force") is None
     assert output.read_bytes() == written, "files are reproducible"
     folder = tmp_path / "folder"
     assert try_(done.folder, "--to", "dequantized", "--output", folder) is None
     (folder / "notes.txt").write_text("mine")
-    assert "is there already" in try_(done.folder, "--to", "dequantized", "--output", folder)
+    assert "exists already" in try_(done.folder, "--to", "dequantized", "--output", folder)
     assert try_(done.folder, "--to", "dequantized", "--output", folder, "--force", "--dtype", "float32") is None
     assert (folder / "notes.txt").exists()
     assert load_file(folder / "model.safetensors")["classifier.bias"].dtype == torch.float32

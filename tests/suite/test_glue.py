@@ -363,7 +363,7 @@ def test_the_hub_gives_parquet_files(hub, caplog):
     assert data.evaluation.labels.tolist() == [label for split in DEV["mnli"] for *_, label in ROWS("mnli", split)]
     assert data.source["revision"] == "ab" * 20 and len(data.source["sha256"].split(", ")) == 3
     assert data.source["origin"] == "GLUE mnli in nyu-mll/glue on the hub"
-    told = f"dataset.hub=nyu-mll/glue is at commit {'ab' * 20} of main; dataset.revision={'ab' * 20} stays with it"
+    told = f"dataset.hub=nyu-mll/glue is at commit {'ab' * 20} of main; dataset.revision={'ab' * 20} pins it"
     assert told in caplog.text
     load(None, "mnli", revision="abc")
     assert asked[1][2] == "abc"

@@ -51,7 +51,7 @@ def test_a_commit_stays_when_its_branch_moves(hub, tmp_path, monkeypatch, caplog
     commits = publish(hub, tmp_path / "files", b"old")
     with caplog.at_level(logging.INFO, "bayesq"):
         assert (model().name, data().name) == commits
-    told = re.findall(r"(\w+\.revision)=(\w+) stays with it", caplog.text)
+    told = re.findall(r"(\w+\.revision)=(\w+) pins it", caplog.text)
     assert told == [("model.revision", commits[0]), ("dataset.revision", commits[1])]
     moved = publish(hub, tmp_path / "files", b"new")
     assert set(moved).isdisjoint(commits)
@@ -181,8 +181,8 @@ def test_what_the_cache_lacks_without_a_hub():
 @pytest.mark.parametrize(
     ("asked", "commit", "said"),
     [
-        (None, "a" * 40, f"at commit {'a' * 40} of main; model.revision={'a' * 40} stays with it"),
-        ("v1", "b" * 40, f"at commit {'b' * 40} of v1; model.revision={'b' * 40} stays with it"),
+        (None, "a" * 40, f"at commit {'a' * 40} of main; model.revision={'a' * 40} pins it"),
+        ("v1", "b" * 40, f"at commit {'b' * 40} of v1; model.revision={'b' * 40} pins it"),
         ("c" * 40, "c" * 40, ""),
         (None, "main", ""),
     ],

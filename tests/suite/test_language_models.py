@@ -125,7 +125,7 @@ class TestErrors:
     def test_no_text(self, tmp_path: Path) -> None:
         path = tmp_path / "photo"
         path.write_bytes(b"ab\xff")
-        with pytest.raises(UserError, match=r"no text in UTF-8 .* at byte 2"):
+        with pytest.raises(UserError, match=r"not UTF-8 text .* at byte 2"):
             loaded(path)
 
     def test_more_calibration_windows_than_there_are(self, text: Path) -> None:
@@ -137,7 +137,7 @@ class TestErrors:
             encoded(loaded(text, bos=True).evaluation, tokenizer=letters(bos=False))
 
     def test_a_tokenizer_of_another_model(self, text: Path) -> None:
-        with pytest.raises(UserError, match=r"gives token 31, but its embedding table has 20 rows"):
+        with pytest.raises(UserError, match=r"returns token 31, but its embedding table has 20 rows"):
             encoded(loaded(text).evaluation, vocabulary=20)
 
     @pytest.mark.parametrize(

@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from finished_runs import load_results
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
 from bayesq.defaults import conf_dir
 from bayesq.suite import cli, composition, config, launchers
 from bayesq.suite.errors import UserError
-from bayesq.suite.results import load_results
 
 ROOT = Path(__file__).parents[2]
 CLUSTER = ROOT / "tests" / "slurm" / "cluster.sh"

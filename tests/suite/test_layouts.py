@@ -171,7 +171,7 @@ def test_layers_whose_positions_are_not_the_masks():
 
     layout, fault = find_layout(Pooled().eval(), encode, "right")
     assert layout == Layout("right", EQUAL)
-    assert fault == "padding on the right cannot be told from tokens in the input of layer pair"
+    assert fault == "padding on the right cannot be distinguished from tokens in the input of layer pair"
 
 
 @pytest.mark.parametrize(

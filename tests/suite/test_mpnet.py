@@ -255,8 +255,8 @@ def test_a_low_rank_pair_is_added(site: Path, files: Path, tmp_path: Path) -> No
             r"classifier\.dense\.bias .*not finite",
         ),
         (head() | {"classifier.dense.bias": torch.full((16,), torch.nan)}, r"classifier\.dense\.bias .*not finite"),
-        (head() | {f"{QUERY}.lora_A": torch.zeros(3, 16)}, r"q\.weight\.lora_B in delta\.safetensors are no pair"),
-        (head() | {f"{QUERY}.lora_B": torch.zeros(16, 3)}, r"q\.weight\.lora_B in delta\.safetensors are no pair"),
+        (head() | {f"{QUERY}.lora_A": torch.zeros(3, 16)}, r"q\.weight\.lora_B in delta\.safetensors are not a pair"),
+        (head() | {f"{QUERY}.lora_B": torch.zeros(16, 3)}, r"q\.weight\.lora_B in delta\.safetensors are not a pair"),
     ],
 )
 def test_adapters_that_do_not_fit(site: Path, tmp_path: Path, delta, message: str) -> None:

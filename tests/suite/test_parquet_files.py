@@ -133,7 +133,7 @@ def test_hidden_files_do_not_count(whole: tuple) -> None:
 def test_a_training_file_is_missed_as_well(whole: tuple) -> None:
     folder, _, _, load = whole
     shutil.move(folder / "train-00000-of-00001.parquet", folder / "train-00001-of-00002.parquet")
-    with pytest.raises(UserError, match=r"train-00000-of-00002\.parquet is missing, .* take -of-00002 out of"):
+    with pytest.raises(UserError, match=r"train-00000-of-00002\.parquet is missing, .* remove -of-00002 from"):
         load()
     shutil.move(folder / "train-00001-of-00002.parquet", folder / "train-00001.parquet")  # the remedy
     assert len(load().evaluation) == 9
@@ -166,7 +166,7 @@ def test_the_order_is_that_of_the_numbers() -> None:
 )
 def test_files_that_more_than_a_number_tells_apart(names: list[str]) -> None:
     with pytest.raises(
-        UserError, match=rf"^x: {names[0]}\.parquet and {names[1]}\.parquet in d are no parts of one set"
+        UserError, match=rf"^x: {names[0]}\.parquet and {names[1]}\.parquet in d do not belong to one set"
     ):
         of_split(paths(*names), "x")
 

@@ -54,7 +54,9 @@ def test_only_finished_runs_are_loaded(tmp_path: Path) -> None:
         results.write_json(tmp_path / run_id / "result.json", {"run_id": run_id, "status": status})
     (tmp_path / "d").mkdir()
     (tmp_path / "multirun.yaml").write_text("x: 1")
-    assert [found["run_id"] for found in results.load_results(tmp_path)] == ["a", "b"]
+    found = {path.name: results.finished_result(path) for path in sorted(tmp_path.iterdir())}
+    assert [name for name, result in found.items() if result] == ["a", "b"]
+    assert all(result["run_id"] == name for name, result in found.items() if result)
 
 
 def test_csv_has_a_header_and_empty_cells_for_none(tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ def test_every_state_of_a_sweep_is_told_from_the_others() -> None:
     assert answer.stdout.splitlines() == [
         f"done    {done.run_id} method=gptq bits=3",
         f"running {running.run_id} method=rtn bits=3",
-        f"missing {killed.run_id} method=rtn bits=3.5: it ended before it could say why",
+        f"missing {killed.run_id} method=rtn bits=3.5: it ended without reporting a reason",
         "        bayesq-run method=rtn bits=3.5",
         f"failed  {failed.run_id} method=gptq bits=3.5: ValueError: no [{failed.run_dir}/traceback.txt]",
         "4 runs: 1 done, 1 failed, 1 running, 1 missing",

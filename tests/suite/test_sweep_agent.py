@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 import yaml
+from finished_runs import load_results
 from wandb_server import API_KEY, ENTITY, RemoteSweep, WandbServer, serving
-
-from bayesq.suite.results import load_results
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent

@@ -230,7 +230,7 @@ class TestCheckpoint:
 
     @pytest.mark.parametrize(
         ("inputs", "message"),
-        [(torch.zeros(2, 1, 8, 8), "reads colour images, but this data set gives 1x8x8"), (["a"], "reads photo files")],
+        [(torch.zeros(2, 1, 8, 8), "reads colour images, but this data set has 1x8x8"), (["a"], "reads photo files")],
     )
     def test_other_inputs_are_refused(self, file: str, tmp_path: Path, inputs: object, message: str) -> None:
         with pytest.raises(UserError, match=rf"^model=test_resnet.* {message}"):

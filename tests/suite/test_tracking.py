@@ -18,6 +18,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from finished_runs import load_results
 from omegaconf import DictConfig, OmegaConf
 from wandb_server import API_KEY, WandbServer, connected, serving
 
@@ -32,7 +33,6 @@ from bayesq.suite.results import (
     PREDICTIONS_FILE,
     PROVENANCE,
     QUANTIZED_FILE,
-    load_results,
     plain,
     read_result,
     write_csv,

@@ -39,11 +39,11 @@ class Excerpt:
 
     Attributes:
         text: as it is in the file.
-        key: the setting that gave the text, for messages.
+        key: the setting that names the text, for messages.
         window: tokens of a window, with the bos token if there is one.
         bos: whether every window begins with the tokenizer's bos token.
         count: number of windows; None: all.
-        count_key: the setting that gave `count`, for messages.
+        count_key: the setting of `count`, for messages.
         seed: draws the windows, without replacement; None: the first ones. For one seed, a smaller draw is the
             beginning of a larger one.
     """
@@ -166,7 +166,7 @@ def shuffled(count: int, seed: int) -> Tensor:
 
 
 def limited(available: int, limit: int | None) -> int:
-    """Number of evaluation examples that `dataset.limit` leaves; None: all. UserError if there are not so many."""
+    """Number of evaluation examples that `dataset.limit` leaves; None: all. UserError if there are fewer."""
     if limit is None:
         return available
     if not 1 <= limit <= available:
@@ -177,7 +177,7 @@ def limited(available: int, limit: int | None) -> int:
 def stratified(labels: Tensor, limit: int | None, seed: int) -> Tensor:
     """Positions [limit] int64, in increasing order, of a seeded subset of `labels` [n], or all n without a limit.
 
-    Every class keeps its share: one with n_c of the n examples gets floor(limit n_c / n) places. The places left over
+    Every class keeps its share: one with n_c of the n examples gets floor(limit n_c / n) places. The remaining places
     go to the largest remainders. The seed orders equal remainders: otherwise a subset smaller than the number of
     classes would hold the first classes only. Labels that are not integers (regression) have no classes: the draw is a
     plain one. UserError if the limit is not from 1 to n.
@@ -271,7 +271,7 @@ class SeededSplits:
     def cut(self, examples: Examples, num_classes: int, source: Mapping[str, str]) -> DataSplits:
         """Disjoint splits of `examples`.
 
-        The evaluation set comes first in the shuffled order: it stays the same whatever the size of the pool.
+        The evaluation set comes first in the shuffled order, so it does not depend on the size of the pool.
 
         Raises:
             UserError: a size is not positive, or nothing would be left to train on.

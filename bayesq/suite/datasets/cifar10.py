@@ -23,7 +23,7 @@ SIZE = 32
 class Cifar10:
     """CIFAR-10 with the splits of its files: calibration images from train, evaluation images from test in order.
 
-    There is no train split: the CIFAR networks bring their weights, and no image may both train and calibrate.
+    There is no train split: the CIFAR networks have published weights, and no image may both train and calibrate.
 
     Columns of the files: `image`, a struct with the encoded image under `bytes`, and `label`.
 
@@ -43,7 +43,7 @@ class Cifar10:
         """Splits with inputs [n, 3, 32, 32] in [0, 1]; `cache_dir` stays untouched.
 
         Raises:
-            UserError: a file is missing, one too many, not in that layout or of other classes, pyarrow is not
+            UserError: a file is missing or superfluous, not in that layout or of other classes, pyarrow is not
                 installed, or `limit` is not possible.
         """
         train, test = self._photos("train"), self._photos("test")

@@ -76,7 +76,7 @@ class Glue:
 
     A task's folder holds train.tsv and dev.tsv, or parquet files (train.parquet or train-*.parquet, and validation).
     TSV files come first; their quotation marks are part of the text, as in the published files. The pool has at most
-    half of the training examples, so that small tasks (WNLI has 635) need no number of their own. Without a training
+    half of the training examples, so that small tasks (WNLI has 635) need no other setting. Without a training
     file, the pool is drawn from the dev examples, and only the others are evaluated; a warning and the result say so.
 
     Attributes: the keys of conf/dataset/glue.yaml, which explains them.
@@ -107,7 +107,7 @@ class Glue:
         """
         where, root, source = self._root()
         splits = [f"dev{ending}" for ending in self._task.dev]
-        # without dev examples either, the error names train first
+        # if the dev examples are missing too, the error names train
         if trained := bool(self._files("train", root) or not self._files(splits[0], root)):
             splits = ["train", *splits]
         parts = (self._examples(split, self._table(split, root, where)) for split in splits)

@@ -13,7 +13,7 @@ from bayesq.suite.datasets.text_columns import TextColumns
 from bayesq.suite.errors import UserError
 from bayesq.suite.hub import dataset_files, hub_files
 
-# The branch with the hub's own conversion of a data set to parquet.
+# The branch with the hub's conversion of a data set to parquet.
 CONVERTED = "refs/convert/parquet"
 
 
@@ -22,7 +22,7 @@ class HubData(TextColumns):
     """A data set repository, read from files; its code is never run.
 
     The hub converts every public data set to parquet on the branch refs/convert/parquet, which is the default
-    revision: SUBSET/SPLIT/0000.parquet. On other revisions SPLIT is found as SPLIT-*.parquet or in a file SPLIT.csv,
+    revision: SUBSET/SPLIT/0000.parquet. On other revisions SPLIT is read from SPLIT-*.parquet or from a file SPLIT.csv,
     .tsv, .jsonl or .parquet, in the folder SUBSET, or in data/ or the repository itself.
 
     Attributes: the keys of conf/dataset/hub.yaml, which explains them.
@@ -39,7 +39,7 @@ class HubData(TextColumns):
         """Splits with texts, pairs, or photos as inputs; `cache_dir` stays untouched (the hub has its own).
 
         Raises:
-            UserError: the hub does not give the files, there is no such split, or as `TextColumns.data_splits`.
+            UserError: the hub does not provide the files, there is no such split, or as `TextColumns.data_splits`.
         """
         where = f"dataset.name={self.id}"
         splits = {"train": self.train, **({"val": self.val} if self.val is not None else {})}

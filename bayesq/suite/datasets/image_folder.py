@@ -22,7 +22,7 @@ class ImageFolder(UserSplits):
     """Photos below train/<class>/ and val/<class>/, or below <class>/; classes are the folders' names in order.
 
     The first folder of EVALUATED is evaluated. Without it, or without train, a share of the photos is held out.
-    DataSplits.train is empty: these networks bring their weights.
+    DataSplits.train is empty: the networks come with trained weights.
 
     Attributes: the keys of conf/dataset/image_folder.yaml, which explains them.
     """

@@ -31,7 +31,7 @@ class ImageNet:
     are evaluated: **every seed then has another evaluation set**. (If `split_seed` drew the pool, a small data set
     would give every seed nearly the same calibration set.)
 
-    DataSplits.train is empty: these networks bring their weights.
+    DataSplits.train is empty: the networks come with trained weights.
 
     `root` holds a tree of photos (see PhotoTree), or train*.parquet and val*.parquet, in the folder itself or in its
     folder data; if no file there begins with train, val or test, all files hold evaluation photos. Files that state
@@ -59,8 +59,8 @@ class ImageNet:
 
         Raises:
             UserError: there are no validation photos in any of the layouts, a folder is no wnid of ImageNet, a label is
-                not possible, the hub does not give the files, a parquet file is missing or one too many, or the pool or
-                the limit is not possible.
+                not possible, the hub does not provide the files, a parquet file is missing or superfluous, or the
+                pool or the limit is not possible.
         """
         train, val, source = self._from_hub(self.hub) if self.hub else self._from_root(Path(self.root or "."))
         pool_from = val if train is None else train

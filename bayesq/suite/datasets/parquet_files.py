@@ -32,7 +32,7 @@ def of_split(files: Iterable[Path], where: str) -> list[Path]:
     names = {} if not parts or SHARD.match(parts[0].name) else {re.sub(r"\d+", "#", part.name): part for part in parts}
     if len(names) > 1:
         one, other, *_ = sorted(part.name for part in names.values())
-        raise UserError(f"{where}: {one} and {other} in {parts[0].parent} are no parts of one set: keep one of them")
+        raise UserError(f"{where}: {one} and {other} in {parts[0].parent} do not belong to one set: keep one of them")
     return parts
 
 
@@ -62,8 +62,8 @@ def shards(files: Iterable[Path], where: str, wanted: Callable[[Path], bool] = l
         missing = first.parent / f"{stem}-{number:0{len(digits)}}-of-{total}{end}"
         if number not in numbers and wanted(missing):
             raise UserError(
-                f"{where}: {missing} is missing, and {first.name} says that there are {count}: fetch it too (or, to do "
-                f"without it, take -of-{total} out of the other names)"
+                f"{where}: {missing} is missing, and {first.name} says that there are {count}: download it too (or, to "
+                f"leave it out, remove -of-{total} from the other names)"
             )
     return [numbers[number] for number in sorted(numbers)]
 
@@ -115,4 +115,5 @@ def _check_classes(names: Sequence[str], classes: Sequence[str], where: str) -> 
     labels = {name.casefold(): label for label, name in enumerate(classes)}
     for label, name in enumerate(names):
         if (right := labels.get(name.casefold(), label)) != label:
-            raise UserError(f"{where} calls label {label} {name!r}, which must be label {right}: number the classes so")
+            needs = f"which must be label {right}: number the classes in that order"
+            raise UserError(f"{where} calls label {label} {name!r}, {needs}")

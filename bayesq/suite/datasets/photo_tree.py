@@ -16,7 +16,7 @@ from bayesq.suite.errors import UserError
 log = logging.getLogger(__name__)
 
 SUFFIXES = {".jpg", ".jpeg", ".png"}
-CLUTTER = {"thumbs.db", "desktop.ini", "__macosx"}  # what Windows and the archives of macOS add beside hidden files
+CLUTTER = {"thumbs.db", "desktop.ini", "__macosx"}  # not hidden; added by Windows and by archives of macOS
 
 
 class PhotoTree:

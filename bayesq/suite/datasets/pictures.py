@@ -1,8 +1,8 @@
 """Encoded photos of any kind of file to 8-bit RGB, the way published accuracies are measured.
 
 As in the evaluation code of torchvision and timm, the EXIF orientation of a JPEG, PNG or WebP is not applied,
-transparency and colour profiles are ignored, and an animation gives its first frame. Unlike there, 16-bit greys are
-scaled to 8 bits; Pillow alone would make all values above 255 white.
+transparency and colour profiles are ignored, and only the first frame of an animation is read. Unlike there,
+16-bit greys are scaled to 8 bits; Pillow alone would make all values above 255 white.
 """
 
 import io
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-# Some releases of Pillow give the 16-bit greys of these formats as mode I, from 0 to 65535.
+# Some releases of Pillow decode the 16-bit greys of these formats to mode I, from 0 to 65535.
 SIXTEEN_BITS = ("PNG", "PPM")
 BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # two tags of TIFF, and a value of the second
 

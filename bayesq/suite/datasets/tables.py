@@ -84,17 +84,17 @@ def tab_separated(text: str) -> list[tuple[str, Sequence[Any]]]:
 
 
 def _comma_separated(text: str, where: str) -> list[tuple[str, Sequence[Any]]]:
-    """Rows named by their first lines; a quoted cell may hold line ends, and so the rest of the file."""
+    """Rows named by their first lines; a quoted cell may hold line ends, even the rest of the file."""
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     rows: list[tuple[str, Sequence[Any]]] = []
-    line, limit = 1, csv.field_size_limit(len(text) + 1)  # of the whole process: 131,072 characters a cell
+    line, limit = 1, csv.field_size_limit(len(text) + 1)  # the process's limit is 131,072 characters a cell
     try:
         for cells in reader:
             if cells:
                 rows.append((f"line {line}", cells))
             line = reader.line_num + 1
     except csv.Error as error:
-        raise UserError(f"{where}, line {line}: is no CSV ({error}); a quotation mark in a cell is doubled") from error
+        raise UserError(f"{where}, line {line}: is not CSV ({error}); a quotation mark in a cell is doubled") from error
     finally:
         csv.field_size_limit(limit)
     return rows
@@ -108,7 +108,7 @@ def _json_table(file: Path, text: str, where: str) -> Table:
         try:
             content = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{where}, line {number}: is no JSON ({error})") from error
+            raise UserError(f"{where}, line {number}: is not JSON ({error})") from error
         if not isinstance(content, dict):
             raise UserError(f"{where}, line {number}: needs an object {{...}} per line")
         objects.append((f"line {number}", content))
@@ -117,7 +117,7 @@ def _json_table(file: Path, text: str, where: str) -> Table:
 
 
 def parquet_table(files: Sequence[Path], where: str, classes: Sequence[str] | None) -> Table:
-    """The rows of parquet files, one after the other; `classes` as of `read_parquet`."""
+    """The rows of parquet files, one after the other; `classes` as in `read_parquet`."""
     header: list[str] = []
     rows: list[tuple[str, Sequence[Any]]] = []
     recorded: dict[str, list[str]] = {}

@@ -147,7 +147,7 @@ def read_text(path: Path, key: str) -> str:
     except OSError as error:
         raise UserError(f"{key}: {path.name} cannot be read ({error.strerror or error})") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{key}: {path.name} is no text in UTF-8 ({error.reason} at byte {error.start})") from error
+        raise UserError(f"{key}: {path.name} is not UTF-8 text ({error.reason} at byte {error.start})") from error
     if not text.strip():
         raise UserError(f"{key}: {path.name} is empty")
     return text

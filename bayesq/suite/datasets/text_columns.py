@@ -97,12 +97,12 @@ class TextColumns(UserSplits):
 
 
 def _tell_odd(train: Examples, pool: Examples, evaluation: Examples, names: Sequence[str], where: str) -> None:
-    """Warn about evaluated texts that are calibrated or fitted on too, and evaluated classes that these lack."""
+    """Warn about evaluated texts that are also in the train split or the pool, and evaluated classes that are not."""
     known = {*train.inputs, *pool.inputs}
     if repeated := sum(text in known for text in evaluation.inputs):
         log.warning(
             f"{where}: {repeated} of {len(evaluation)} evaluated texts are also calibrated or fitted on, which "
-            "flatters the scores: remove the duplicates"
+            "inflates the scores: remove the duplicates"
         )
     if evaluation.labels.is_floating_point():
         return
@@ -113,7 +113,7 @@ def _tell_odd(train: Examples, pool: Examples, evaluation: Examples, names: Sequ
 
 
 def _name_of(cell: Any) -> str:
-    """A label as text; 1.0 is 1, because whole numbers get a fraction beside missing ones. "" for a missing label."""
+    """A label as text, "" if it is missing. Whole numbers in a column with gaps are floats, so 1.0 becomes 1."""
     text = re.sub(r"^(-?\d+)\.0+$", r"\1", str(cell).strip())
     return "" if cell is None or text.lower() == "nan" or isinstance(cell, list | dict | bytes) else text
 
@@ -154,5 +154,5 @@ def _scores(table: Table, cells: Sequence[Any]) -> torch.Tensor:
         except (TypeError, ValueError):
             fits = False
         if not fits:
-            raise UserError(f"{table.where}, {row}: score {cell!r:.60} is no number in the range of float32")
+            raise UserError(f"{table.where}, {row}: score {cell!r:.60} is not a number in the range of float32")
     return torch.tensor([float(cell) for cell in cells])

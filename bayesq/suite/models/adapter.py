@@ -49,7 +49,7 @@ def _merged(delta: dict[str, Tensor], state: dict[str, Tensor], where: str) -> d
         try:
             change = delta[name + UP] @ delta[name + DOWN]
         except (KeyError, RuntimeError) as error:
-            raise UserError(f"{where}: {name}{DOWN} and {name}{UP} in {FILE} are no pair") from error
+            raise UserError(f"{where}: {name}{DOWN} and {name}{UP} in {FILE} are not a pair") from error
         _check(name, change, state, where)
         whole[name] = state[name] + change
     return whole

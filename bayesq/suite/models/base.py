@@ -53,7 +53,7 @@ class Network:
         self.blocks = self.blocks or find_blocks(self.module)
         self.checksum = state_checksum(self.module)
         self.description = {**self.description, "parameters": parameter_count(self.module)}
-        # before any forward pass: some networks keep masks or tables from it as attributes
+        # before any forward pass, because some networks then store masks or tables as attributes
         parts = (self.checksum, fingerprint(self.module), json.dumps(self.blueprint, sort_keys=True))
         self.identity = hashlib.sha256("|".join(parts).encode()).hexdigest()
 

@@ -120,6 +120,6 @@ def _images(name: str, examples: Examples, data: DataSplits) -> Tensor:
         return images
     given = "x".join(map(str, images.shape[1:])) if isinstance(images, Tensor) else "other inputs"
     raise UserError(
-        f"{name} reads 3x{IMAGE_SIZE}x{IMAGE_SIZE} images of {CLASSES} classes, but this data set gives {given} and "
+        f"{name} reads 3x{IMAGE_SIZE}x{IMAGE_SIZE} images of {CLASSES} classes, but this data set has {given} and "
         f"{data.num_classes} classes: choose dataset=cifar10"
     )

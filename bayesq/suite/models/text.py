@@ -60,7 +60,7 @@ def config_of(model: nn.Module) -> dict[str, Any]:
 def texts_of(examples: Examples, model: str) -> Texts:
     """The sentences (or pairs) of the examples; UserError if these are images."""
     if isinstance(examples.inputs, Tensor) or any(isinstance(item, Photo) for item in examples.inputs):
-        raise UserError(f"model={model} reads text, but this data set gives images: choose another model or dataset")
+        raise UserError(f"model={model} reads text, but this data set has images: choose another model or dataset")
     return cast(Texts, list(examples.inputs))
 
 
@@ -124,7 +124,7 @@ def label_order(
     if order is None:
         if not all(re.fullmatch(r"LABEL_\d+", name) for name in names):  # the library's default names
             log.warning(
-                f"logits named {', '.join(names)} are taken for {', '.join(classes)}; {key}=[...] tells another order"
+                f"logits named {', '.join(names)} are taken for {', '.join(classes)}; {key}=[...] sets another order"
             )
         return None, "the data set's order, because the checkpoint's label names are not its classes"
     return None if order == sorted(order) else order, known_by

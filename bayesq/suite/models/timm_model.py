@@ -122,7 +122,7 @@ class _Encoder(PhotoEncoder):
         images = examples.inputs
         if isinstance(images, Tensor) and (images.ndim != 4 or images.shape[1] != 3):
             raise UserError(
-                f"model={self.model} reads colour images, but this data set gives "
+                f"model={self.model} reads colour images, but this data set has "
                 f"{'x'.join(map(str, images.shape[1:]))}: choose dataset=imagenet, image_folder or cifar10"
             )
 

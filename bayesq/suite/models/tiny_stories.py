@@ -4,7 +4,7 @@ The weight file begins with seven int32: width, hidden width, blocks, heads, key
 sequence length. The float32 weights follow, each kind for all blocks. The head shares the embedding's weight.
 
 The tokenizer file begins with the length of the longest token, an int32; each token has a score (float32), a length
-(int32) and its bytes. Texts are encoded by merging, again and again, the two neighbours whose token has the highest
+(int32) and its bytes. Texts are encoded by repeatedly merging the two neighbours whose token has the highest
 score.
 """
 

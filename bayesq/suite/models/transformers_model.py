@@ -78,7 +78,7 @@ class Origin:
 
 
 def given_origin(checkpoint: str | None, source: str | None, revision: str | None) -> Origin | None:
-    """The origin that model.checkpoint or model.name gives."""
+    """The origin that model.checkpoint or model.name names; None if both are null."""
     if checkpoint is not None:
         return Origin(f"model.checkpoint={checkpoint}", checkpoint, True)
     if source is None:
@@ -213,7 +213,7 @@ def load_weights(
     if unused := sorted(report["unexpected_keys"]):
         log.warning(
             f"{origin.key}: {len(unused)} weights are not part of a {type(model).__name__} and stay unused, "
-            f"{unused[0]} the first"
+            f"{unused[0]} first"
         )
     return model, unused
 

@@ -66,7 +66,7 @@ class Windows:
         numbers: list[int] = self.tokenizer.encode(text, add_special_tokens=False, verbose=False)
         if numbers and max(numbers) >= self.vocabulary:
             raise UserError(
-                f"{self.key}: its tokenizer gives token {max(numbers)}, but its embedding table has "
+                f"{self.key}: its tokenizer returns token {max(numbers)}, but its embedding table has "
                 f"{self.vocabulary} rows: the tokenizer belongs to another model"
             )
         return numbers
