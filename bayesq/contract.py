@@ -221,6 +221,8 @@ class Method(Protocol):
     def quantize_layer(self, layer: LayerProblem, width: Tensor, context: Context) -> QuantizedTensor:
         """Round one layer; called once for each, in forward order.
 
+        A run first rehearses with a second instance of the method, on small random layers.
+
         Args:
             layer: its `input_statistic` gives what the run's `inputs` ask for, during this call only; with paired
                 inputs its weight is the target.
