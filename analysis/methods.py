@@ -12,9 +12,11 @@ from itertools import cycle
 from typing import Any
 
 import pandas as pd
+from matplotlib.colors import is_color_like
 from omegaconf import OmegaConf
 
 from bayesq.defaults import conf_dir
+from bayesq.suite.errors import UserError
 from bayesq.suite.results import settings_of
 
 # Colours of Okabe and Ito, distinct for colour-blind readers, that no method of the suite uses; then others.
@@ -51,6 +53,9 @@ def methods_of(runs: pd.DataFrame | None = None) -> dict[str, Method]:
 
     Args:
         runs: with a column `method`; a column `config` describes methods that the suite has no file of.
+
+    Raises:
+        UserError: a method's color is not one of matplotlib's.
     """
     blocks = dict(_suite_blocks())
     of_runs = pd.DataFrame(runs, columns=["method", "config"]).dropna(subset="method")
@@ -58,6 +63,9 @@ def methods_of(runs: pd.DataFrame | None = None) -> dict[str, Method]:
         if name not in _suite_blocks():
             blocks[name] = blocks.get(name, {}) | (config["method"] if isinstance(config, Mapping) else {})
     displays = {name: blocks[name].get("display") or {} for name in sorted(blocks)}
+    for name, display in displays.items():
+        if not is_color_like(color := display.get("color") or "black"):
+            raise UserError(f"display.color={color} of method={name}: needs a color of matplotlib, such as '#1b9e77'")
     colors = _free(FREE_COLORS, (display.get("color") for display in displays.values()))
     markers = _free(FREE_MARKERS, (display.get("marker") for display in displays.values()))
     methods = [

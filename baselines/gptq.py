@@ -67,7 +67,7 @@ class GPTQ(ScalarMethod):
         self.scale_dtype = scale_dtype
 
     def planned(self, layer: LayerProblem) -> LayerProblem:
-        """The layer with zeros in dead columns, as stored; these take nearly no bits. No rotated column is dead."""
+        """The layer with zeros in dead columns, which take nearly no bits; rotated columns are hardly ever dead."""
         if layer.rotation is not None:
             return layer
         dead = layer.statistic(INPUT_MAGNITUDE.name) == 0

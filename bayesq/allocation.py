@@ -3,7 +3,7 @@
 A block is a layer, a row or a group of rows. Every allocator turns an average budget into one width per row; every
 method accepts every allocator. The budget counts code bits per weight, or all stored bits. If it counts code bits, what
 a method stores beyond a plain affine layer is taken from its code bits. Exceptions: column and group scales; row tables
-with allocator=uniform; codebooks if the budget is an integer (allocator=uniform) or allows the smallest widths only.
+with allocator=uniform; codebooks that the fraction of a uniform budget does not cover, or with the smallest widths.
 """
 
 import math

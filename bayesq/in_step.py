@@ -116,7 +116,7 @@ def scaled(tensor: QuantizedTensor, factors: Tensor) -> QuantizedTensor:
 
 
 def taken_up(module: nn.Module, name: str, shift: Tensor) -> dict[str, Tensor]:
-    """The parameter of a module that raises the mean of its output by shift [c]: its bias, or a running mean.
+    """The parameter of a module that adds shift [c] to the mean of a layer's outputs: its bias, or a running mean.
 
     Returns:
         the changed parameter or buffer by state_dict name.

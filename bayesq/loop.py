@@ -77,9 +77,10 @@ def quantize_layers(
 @contextmanager
 def unchanged(reader: str, *layers: LayerProblem) -> Iterator[None]:
     """Raise Refused if the block changes the weight of a layer in place: it may be the caller's network."""
-    versions = [layer.weight._version for layer in layers]
+    counted = [layer for layer in layers if not layer.weight.is_inference()]  # inference tensors have no counter
+    versions = [layer.weight._version for layer in counted]
     yield
-    for layer, version in zip(layers, versions, strict=True):
+    for layer, version in zip(counted, versions, strict=True):
         if layer.weight._version != version:
             raise Refused(f"layer {layer.name}: {reader} changed its weight in place; work on a copy (weight.clone())")
 

@@ -31,8 +31,9 @@ workload() {
   case $1 in
     resnet56) W=(experiment=cifar_resnet56 "model.checkpoint=$MODELS/cifar10/resnet56-4bfd9763.th"
       "dataset.root=$DATA/cifar10") ;;
-    resnet20) W=(model=cifar_resnet20 dataset=cifar10 "model.checkpoint=$MODELS/cifar10/resnet20-12fca82f.th"
-      "dataset.root=$DATA/cifar10" dataset.limit=2000 dataset.subset=first calibration.examples=512) ;;
+    resnet20 | resnet20_all) W=(model=cifar_resnet20 dataset=cifar10 calibration.examples=512 "dataset.root=$DATA/cifar10"
+      "model.checkpoint=$MODELS/cifar10/resnet20-12fca82f.th")
+      [[ $1 == resnet20_all ]] || W+=(dataset.limit=2000 dataset.subset=first) ;;
     lite0) W=(experiment=efficientnet_lite0 "dataset.root=$DATA/imagenet_nips2017") ;;
     mrpc | sst2) W=(model=minilm dataset=glue "dataset.task=$1" "model.checkpoint=$MODELS/glue/$1"
       "dataset.root=$DATA/glue") ;;
@@ -82,19 +83,20 @@ demo() {        # README.md, "Two commands". 0.1 h
   OMP_NUM_THREADS=2 runs demo film method=bayesq,gptq bits=3,3.5,4
 }
 
-main() {        # README.md, "Results", and main_figure. 8 h
-  local all='resnet56 lite0 mrpc sst2 film'
+main() {        # README.md, "Results", and main_figure. 11 h
+  local all='resnet56 resnet20_all lite0 mrpc sst2 film'
   runs main "$all" method=rtn,gptq,awq,bayesq bits=3,3.5,4 $SEEDS
+  runs main "$all" method=bayesq bits=2.5 $SEEDS
   runs main "$all" "${GPTQ_LIKE_BAYESQ[@]}" bits=3,3.5,4 $SEEDS
   tables main   # compact_table is README's table
   go "$PYTHON" -m bayesq.suite.report "$RESULTS/main" --html "$PAPER/main/page.html"
 }
 
-lm() {          # analysis/README.md, "A causal language model". 1 h (887 s for BayesQ, two threads)
+lm() {          # analysis/README.md, "A causal language model". 2 h (887 s for BayesQ at 3 bits, two threads)
   W=(experiment=smollm2_wikitext "dataset.root=$DATA/wikitext-2-raw" "calibration.source=$DATA/lm_calibration/c4.txt"
     dataset.limit=32 calibration.examples=64)
-  sweep lm "${W[@]}" method=rtn,gptq,bayesq bits=3 seed=0
-  sweep lm "${W[@]}" "${GPTQ_LIKE_BAYESQ[@]}" bits=3 seed=0
+  sweep lm "${W[@]}" method=rtn,gptq,bayesq bits=3,4 seed=0
+  sweep lm "${W[@]}" "${GPTQ_LIKE_BAYESQ[@]}" bits=3,4 seed=0
   tables lm
 }
 
@@ -130,9 +132,11 @@ rivals() {      # Every method, with its defaults and with what BayesQ has; grou
   tables rivals
 }
 
-entropy() {     # Entropy-coded codes. 0.4 h
-  runs entropy resnet20 method=bayesq codec=entropy rotate=false bits=2,3,4 $SEEDS
-  runs entropy resnet20 method=gptq allocator=knapsack inputs=paired correction=moments codec=entropy bits=2,3,4 $SEEDS
+entropy() {     # Entropy-coded codes. 1 h
+  runs entropy resnet20 method=bayesq codec=fixed,entropy bits=2,3,4 $SEEDS
+  runs entropy resnet20 "${GPTQ_LIKE_BAYESQ[@]}" codec=entropy bits=2,3,4 $SEEDS
+  runs entropy 'resnet56 mrpc sst2 film' method=bayesq codec=entropy bits=3 seed=0
+  runs entropy 'resnet56 mrpc sst2 film' "${GPTQ_LIKE_BAYESQ[@]}" codec=entropy bits=3 seed=0
   tables entropy
 }
 

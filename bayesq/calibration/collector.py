@@ -161,7 +161,7 @@ class Collector:
             return torch.zeros(statistic.shape(groups, rows, columns))
         count = state.samples if statistic.source is Source.INPUTS else self.gradient_examples
         tensor = statistic.finish(state.sums.pop(statistic), count, (groups, rows, columns)).cpu()
-        if tensor.shape != (shape := statistic.shape(groups, rows, columns)):
+        if tuple(tensor.shape) != (shape := tuple(statistic.shape(groups, rows, columns))):
             given = f"{list(tensor.shape)}, and its `shape` says {list(shape)}"
             raise Refused(f"layer {name}: the statistic {statistic.name} has shape {given}: make them equal")
         return tensor

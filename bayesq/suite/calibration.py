@@ -6,6 +6,7 @@ statistics.
 """
 
 import hashlib
+import inspect
 import json
 import logging
 import time
@@ -184,5 +185,5 @@ def _source(statistic: Statistic) -> dict[str, Any]:
     package = kind.__module__.partition(".")[0]
     if package in code_digest.OURS:
         return {}
-    files = [file_sha256(file) for file in code_digest.sources(package)]
-    return {"class": f"{kind.__module__}.{kind.__qualname__}", "source": files}
+    files = {Path(inspect.getfile(kind)), *code_digest.sources(package)}
+    return {"class": f"{kind.__module__}.{kind.__qualname__}", "source": [file_sha256(file) for file in sorted(files)]}

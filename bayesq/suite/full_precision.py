@@ -18,7 +18,8 @@ from bayesq.tensor_file import CorruptFile, read_tensors, write_tensors
 
 log = logging.getLogger(__name__)
 
-# Raise when `bayesq.evaluation.logits` changes numerically, so that files of older versions are not read.
+# Raise when `bayesq.evaluation.logits` or `ZeroShot.score` changes numerically, so that no file of an older version is
+# read.
 FORMAT = "3"
 
 

@@ -38,7 +38,7 @@ from bayesq.suite.rehearsal import rehearse
 from bayesq.suite.summary import two_digits
 from bayesq.suite.tracking import ERROR_KEY, track
 from bayesq.suite.workload import Workload, check_finite, naming_model, warn_below_chance
-from bayesq.suite.zeroshot import ZeroShot, open_zeroshot
+from bayesq.suite.zeroshot import Answers, ZeroShot, open_zeroshot
 
 log = logging.getLogger(__name__)
 
@@ -119,7 +119,7 @@ def execute(
             recipe.whitenings.use_disk(folder)
         with naming_model(cfg.model.name, "evaluating it"):
             evaluator = Evaluator(work, int(cfg.evaluation.batch_size), cfg.evaluation.autocast, cache_dir)
-        evaluator.zeroshot = open_zeroshot(cfg.evaluation, work.network.encode, work.subject.device)
+        evaluator.ask(open_zeroshot(cfg.evaluation, work.network.encode, work.subject.device))
         with elapsed("compile"):
             rehearse(make_recipe(cfg), work.subject.layers)
 
@@ -161,7 +161,7 @@ class Evaluator:
     Attributes:
         full: outputs [n, ...] of the full-precision network, or that network.
         oom_retries: how often memory ran out.
-        zeroshot: tasks that both networks answer too.
+        zeroshot: tasks that both networks answer too, see `ask`.
 
     Raises:
         UserError: outputs of the full-precision network are not finite, or autocast is asked for a language model.
@@ -173,6 +173,7 @@ class Evaluator:
         self.full: Tensor | nn.Module = network.module
         self.oom_retries = 0
         self.zeroshot: ZeroShot | None = None
+        self._full_answers: Answers = {}
         self._answers: dict[str, object] = {}
         self._overflow = f"model={name} overflows before anything is rounded; choose other weights or data"
         if work.subject.likelihood.streams:
@@ -188,6 +189,14 @@ class Evaluator:
             warn_below_chance(self.full, work.evaluation.labels, name)
         self._float32 = self.full if autocast is None else cached_logits(*network_and_data)[0]
 
+    def ask(self, zeroshot: ZeroShot | None) -> None:
+        """Let the full-precision network answer tasks, which the quantized one will answer too; None = no tasks."""
+        self.zeroshot = zeroshot
+        if zeroshot is not None:
+            network = self.work.network
+            score = partial(cached_scores, zeroshot, network.module, network.identity, self.cache_dir)
+            self._full_answers = zeroshot.answers(score, "full precision")
+
     def run_quantized(self, stored: Packed, title: str) -> EvaluationRows:
         """The numbers of each example for both networks; UserError if those of full precision are not finite."""
         examples, subject = self.work.evaluation, self.work.subject
@@ -199,9 +208,8 @@ class Evaluator:
         self.oom_retries += retries
         check_finite(rows["fp_nll"], self._overflow)
         if self.zeroshot is not None:
-            network = self.work.network
-            full = partial(cached_scores, self.zeroshot, network.module, network.identity, self.cache_dir)
-            self._answers = self.zeroshot.compare(full, student)
+            quantized = self.zeroshot.answers(partial(self.zeroshot.score, student), "quantized")
+            self._answers = self.zeroshot.compare(self._full_answers, quantized)
         return rows
 
     def metrics(self, rows: EvaluationRows, seed: int) -> dict[str, object]:

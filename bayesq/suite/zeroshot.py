@@ -13,7 +13,6 @@ Sequences are padded on the right, where a causal network does not see it.
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,8 @@ ANSWER = dict.fromkeys(("piqa", "arc_easy", "arc_challenge", "boolq"), "\nAnswer
 # Log probabilities [n] of the continuations of n pairs, and whether all their tokens are the most probable ones; the
 # text is the label of a progress bar.
 Score = Callable[[Sequence[tuple[str, str]], str], tuple[Tensor, Tensor]]
+# Metrics by task and name.
+Answers = Mapping[str, Mapping[str, float]]
 
 
 @dataclass(frozen=True)
@@ -83,20 +84,19 @@ class ZeroShot:
     ) -> None:
         self.tasks, self.encode, self.batch_size, self.device = tasks, encode, batch_size, device
 
-    def compare(self, full: Score, quantized: nn.Module) -> dict[str, object]:
-        """Metrics by result key: fp/zeroshot/TASK/acc, q/..., delta/..., and the number of questions.
+    def answers(self, score: Score, network: str) -> Answers:
+        """The metrics of each task; `network` is named in the progress bar."""
+        return {task: self.measure(score, questions, f"{task} {network}") for task, questions in self.tasks.items()}
 
-        `full` returns the scores of the full-precision network.
-        """
+    def compare(self, full: Answers, quantized: Answers) -> dict[str, object]:
+        """Metrics by result key: fp/zeroshot/TASK/acc, q/..., delta/..., and the number of questions."""
         result: dict[str, object] = {}
         for task, questions in self.tasks.items():
-            fp = self.measure(full, questions, f"{task} full precision")
-            q = self.measure(partial(self.score, quantized), questions, f"{task} quantized")
             result[f"evaluation/zeroshot/{task}"] = len(questions)
-            for metric, value in fp.items():
+            for metric, value in full[task].items():
                 result[f"fp/zeroshot/{task}/{metric}"] = value
-                result[f"q/zeroshot/{task}/{metric}"] = q[metric]
-                result[f"delta/zeroshot/{task}/{metric}"] = q[metric] - value
+                result[f"q/zeroshot/{task}/{metric}"] = quantized[task][metric]
+                result[f"delta/zeroshot/{task}/{metric}"] = quantized[task][metric] - value
         return result
 
     def measure(self, score: Score, questions: Sequence[Question], label: str) -> dict[str, float]:

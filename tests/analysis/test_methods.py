@@ -21,6 +21,7 @@ from analysis.methods import Method, methods_of
 from analysis.tables.compact import compact_table
 from analysis.tables.main import main_table
 from bayesq.defaults import conf_dir
+from bayesq.suite.errors import UserError
 
 THEIRS = {"title": "SuperQuant", "color": "#123456", "marker": "v", "order": 25}
 
@@ -37,6 +38,12 @@ def with_two_methods(results: Path, name: str, **changes: Any) -> pd.DataFrame:
             add(results, method, bits, 0)
         add(results, name, bits, 0, correct=30, kl=0.1, **changes)
     return load_runs(results)
+
+
+def test_a_color_that_cannot_be_drawn_is_refused(tmp_path: Path) -> None:
+    runs = with_two_methods(tmp_path, "superquant", method__display=THEIRS | {"color": "blueish"})
+    with pytest.raises(UserError, match=r"display\.color=blueish of method=superquant: needs a color of matplotlib"):
+        methods_of(runs)
 
 
 def test_every_file_of_the_suite_describes_its_method() -> None:

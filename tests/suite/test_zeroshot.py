@@ -87,7 +87,8 @@ def test_accuracies_by_hand(module: torch.nn.Module, root: Path) -> None:
         per_character = [score / len(text) for score, text in zip(scores, line["choices"], strict=True)]
         norm += per_character.index(max(per_character)) == line["gold"]
     zeroshot = ZeroShot({"piqa": questions}, windows(), 2, CPU)
-    result = zeroshot.compare(partial(zeroshot.score, module), module)
+    answers = zeroshot.answers(partial(zeroshot.score, module), "test")
+    result = zeroshot.compare(answers, answers)
     assert (result["fp/zeroshot/piqa/acc"], result["q/zeroshot/piqa/acc_norm"]) == (acc / 2, norm / 2)
     assert (result["delta/zeroshot/piqa/acc"], result["evaluation/zeroshot/piqa"]) == (0, 2)
 
