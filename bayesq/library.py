@@ -97,9 +97,7 @@ def quantize(
     if codec is None:
         codec = str(settings("method", method).get("codec", "fixed")) if isinstance(method, str) else "fixed"
     _check(module, bits, codec, batch_size, exclude, seed)
-    for name, flag in (("distill", distill), ("rotate", False if rotate is None else rotate)):
-        if type(flag) is not bool:
-            raise Refused(f"{name}={flag!r}: needs True or False")
+    _check_flags(distill=distill, rotate=False if rotate is None else rotate)
     _one_of("posterior", posterior, choices("posterior"))
     _one_of("likelihood", likelihood, tuple(LIKELIHOODS))
     _one_of("correction", "none" if correction is None else correction, KEPT)
@@ -184,6 +182,12 @@ def _check(module: nn.Module, bits: float, codec: str, batch_size: int, exclude:
         raise Refused("quantize: cannot run in torch.inference_mode(); call it outside, or use torch.no_grad()")
     if isinstance(exclude, str) or not all(isinstance(pattern, str) for pattern in exclude):
         raise Refused(f"exclude={exclude!r}: needs a list of patterns")
+
+
+def _check_flags(**flags: bool) -> None:
+    for name, flag in flags.items():
+        if type(flag) is not bool:
+            raise Refused(f"{name}={flag!r}: needs True or False")
 
 
 def _one_of(name: str, value: str, choices: Sequence[str]) -> None:
