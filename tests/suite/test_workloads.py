@@ -368,9 +368,9 @@ class TestCifarResNet:
     @pytest.mark.parametrize(
         ("inputs", "classes", "found"),
         [
-            (torch.zeros(2, 1, 8, 8), 10, "gives 1x8x8 and 10 classes"),
-            (torch.zeros(2, 3, 32, 32), 100, "gives 3x32x32 and 100 classes"),
-            (["a", "b"], 10, "gives other inputs and 10 classes"),
+            (torch.zeros(2, 1, 8, 8), 10, "has 1x8x8 and 10 classes"),
+            (torch.zeros(2, 3, 32, 32), 100, "has 3x32x32 and 100 classes"),
+            (["a", "b"], 10, "has other inputs and 10 classes"),
         ],
     )
     def test_other_data_are_refused(self, unused, inputs, classes, found):
@@ -762,5 +762,5 @@ def test_limited():
 
 def test_digits_do_not_fit_the_cifar_networks(unused):
     digits = Digits(split_seed=0, calibration_pool=400, evaluation=600).load(unused)
-    with pytest.raises(UserError, match=r"model=cifar_resnet56 reads 3x32x32 .* gives 1x8x8"):
+    with pytest.raises(UserError, match=r"model=cifar_resnet56 reads 3x32x32 .* has 1x8x8"):
         CifarResNet(56, "not opened").build(digits, unused)
