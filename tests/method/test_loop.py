@@ -219,6 +219,12 @@ def test_a_weight_that_was_changed_in_place_is_refused(step, prefix):
         run(Halving(), prefix=prefix)
 
 
+def test_weights_without_a_version_counter_are_rounded():
+    with torch.inference_mode():
+        layers = [problem("a")]
+    assert layers[0].weight.is_inference() and len(run(Nearest(), layers)) == 1
+
+
 def test_widths_that_were_changed_in_place_are_refused():
     class Widening(Nearest):
         def quantize_layer(self, layer, width, context):

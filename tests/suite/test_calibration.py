@@ -269,7 +269,7 @@ def test_two_statistics_of_one_name_are_refused(module, tmp_path):
     assert len(opened.statistic("head", "gradient_directions")) == 2
 
 
-def users_statistic(folder: Path, module: str, factor: float) -> Statistic:
+def users_statistic(folder: Path, module: str, factor: float, patch: pytest.MonkeyPatch) -> Statistic:
     """A statistic of a user's module, called as one of the suite."""
     (folder / f"{module}.py").write_text(
         textwrap.dedent(f"""
@@ -283,7 +283,7 @@ def users_statistic(folder: Path, module: str, factor: float) -> Statistic:
     )
     for cached in (code_digest.sources, code_digest.digest):
         cached.cache_clear()
-    sys.modules.pop(module, None)
+    patch.delitem(sys.modules, module, raising=False)
     importlib.invalidate_caches()
     statistic: Statistic = importlib.import_module(module).Scaled()
     return statistic
@@ -295,7 +295,7 @@ def test_a_users_statistic_has_files_of_its_class_and_source(module, tmp_path, m
     values, paths = [], []
     for factor in (1.0, 3.0):
         opened = open_calibration(module, tmp_path / "cache")
-        statistic = users_statistic(tmp_path, "scaled_magnitude", factor)
+        statistic = users_statistic(tmp_path, "scaled_magnitude", factor, monkeypatch)
         opened.prepare([statistic])
         values.append(opened.statistic("head", "input_magnitude"))
         paths.append(opened.path(statistic))
@@ -304,6 +304,7 @@ def test_a_users_statistic_has_files_of_its_class_and_source(module, tmp_path, m
     assert len({*paths, builtin.path(INPUT_MAGNITUDE)}) == 3
     torch.testing.assert_close(values[1], 3 * values[0])
     torch.testing.assert_close(values[0], builtin.statistic("head", "input_magnitude"))
+    sys.modules.pop("scaled_magnitude")
 
 
 def test_a_gpu_has_room_for_more_sums(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -657,3 +657,14 @@ def test_keys_of_widths_are_refused_where_rows_have_steps(override: str, shown: 
         schema.validate(compose("codec=entropy", f"allocator={allocator}"))
         if allocator != "uniform":
             schema.validate(compose(*overrides))
+
+
+@pytest.mark.parametrize("group", ["model", "dataset"])
+def test_a_file_without_tasks_is_refused(group: str) -> None:
+    given = config.resolved(composition.Preflight().compose_job([])[0])
+    schema.validate(OmegaConf.create(given))
+    del given[group]["tasks"]
+    with pytest.raises(
+        UserError, match=rf"^{group}\.tasks is missing in the YAML file of {group}={given[group]['name']}"
+    ):
+        schema.validate(OmegaConf.create(given))
