@@ -42,15 +42,37 @@ def command_overrides(run: Mapping[str, Any]) -> list[str]:
     return [*(f"{key}={show(value)}" for key, value in chosen.items() if value is not None), f"seed={run['seed']}"]
 
 
-def named_deviations(config: Mapping[str, Any], settings: Mapping[str, Any], keys: Sequence[str]) -> list[str]:
+def unchanged_values(runs: Sequence[Mapping[str, Any]], settings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The defaults of a method that has no YAML file in the suite: what its keys are in runs that did not set them.
+
+    A key without such a run, or with several values in them (the file was edited), has no known default.
+
+    Args:
+        runs: of one method, with `overrides` where these were recorded.
+        settings: `settings_of` each.
+    """
+    values: dict[str, list[Any]] = {}
+    if is_of_the_suite("method", str(settings[0]["method"])):
+        return {}
+    for run, chosen in zip(runs, settings, strict=True):
+        typed = {override.lstrip("+").partition("=")[0] for override in run["overrides"]}
+        for key in {key for key in chosen if key.startswith("method.")} - typed if typed else ():
+            values.setdefault(key, []).append(chosen[key])
+    return {key: same[0] for key, same in values.items() if all(value == same[0] for value in same)}
+
+
+def named_deviations(
+    config: Mapping[str, Any], settings: Mapping[str, Any], keys: Sequence[str], unchanged: Mapping[str, Any]
+) -> list[str]:
     """Those of `keys` that are not at the default, as name=value; keys of the method without its prefix.
 
     Args:
         config: of a run.
         settings: `settings_of` it.
         keys: of `settings`.
+        unchanged: defaults of a method that has no file in the suite, see `unchanged_values`.
     """
-    defaults = _method_defaults(config, settings) if keys else {}
+    defaults = {**unchanged, **_method_defaults(config, settings)} if keys else {}
     return [
         f"{key.removeprefix('method.')}={show(settings[key])}"
         for key in keys
@@ -62,7 +84,7 @@ def deviations(run: Mapping[str, Any]) -> dict[str, str]:
     """Every setting of a run that differs from the default for its model, data set and method, as typed.
 
     The axes, budget, seed and places of files are left out. If no YAML file of the suite has the name of the model,
-    data set or method (`model=timm`, a method of the user's), its settings are those in the overrides of the run.
+    data set, method or posterior (`model=timm`, a method of the user's), its settings are those in the run's overrides.
 
     Args:
         run: a row of `load_runs` with a configuration.
@@ -79,10 +101,10 @@ def deviations(run: Mapping[str, Any]) -> dict[str, str]:
             if key.startswith(f"{axis}.")
         },
     }
-    strange = [axis for axis in AXES if not _is_of_the_suite(axis, choices[axis])]
+    strange = [axis for axis, name in choices.items() if not is_of_the_suite(axis, name)]
     changed = {}
     for key, value in settings.items():
-        skipped = key in (*AXES, "bits", *PLACES, *DESCRIBED) or key.partition(".")[0] in strange
+        skipped = key in (*AXES, "bits", *PLACES, *DESCRIBED) or ("." in key and key.partition(".")[0] in strange)
         if not skipped and key in defaults and defaults[key] != value:
             changed[key] = show(value)
     for override in command_overrides(run) if strange else []:
@@ -97,7 +119,8 @@ def switches_nothing(ablation: str) -> bool:
     return _defaults((("ablation", ablation),)) == _defaults(())
 
 
-def _is_of_the_suite(axis: str, name: str) -> bool:
+def is_of_the_suite(axis: str, name: str) -> bool:
+    """Whether conf/ has a YAML file of this name."""
     return (conf_dir() / axis / f"{name}.yaml").is_file()
 
 
@@ -109,7 +132,7 @@ def _method_defaults(config: Mapping[str, Any], settings: Mapping[str, Any]) -> 
     """
     axes = tuple((axis, str(settings[axis])) for axis in ("method", "posterior") if axis in settings)
     defaults = _defaults(axes)
-    if _is_of_the_suite("method", str(settings["method"])):
+    if is_of_the_suite("method", str(settings["method"])):
         return defaults
     usual = {"allocator": "uniform", "inputs": "full", "correction": "none", "rotate": False}
     of_file = {key: config["method"].get(key, value) for key, value in usual.items()}
@@ -122,7 +145,7 @@ def _defaults(axes: tuple[tuple[str, str], ...]) -> dict[str, Any]:
 
     The name of the posterior is the suite's default; its settings are the defaults of the chosen posterior.
     """
-    choices = [f"{axis}={name}" for axis, name in axes if _is_of_the_suite(axis, name)]
+    choices = [f"{axis}={name}" for axis, name in axes if is_of_the_suite(axis, name)]
     choices.append("++dataset.task=null")  # it has no default
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):

@@ -8,11 +8,12 @@ from typing import Any
 import pandas as pd
 
 from analysis.comparisons import is_seedless
-from analysis.defaults import command_overrides
+from analysis.defaults import AXES, command_overrides, is_of_the_suite
 from analysis.loading import FINISHED, RUNNING, UNKNOWN, finished, of_finished_workloads, records
 from analysis.methods import is_data_free, methods_of
 from analysis.paper import BUDGETS
 from bayesq.suite.config import WITHOUT_EFFECT
+from bayesq.suite.results import recorded_config_dir
 
 # Keys that a command for several runs sweeps over.
 SWEPT = ("bits", "seed")
@@ -124,7 +125,8 @@ def command(run: Mapping[str, Any], budgets: Sequence[float], seeds: Sequence[in
     """
     swept = [f"bits={_listed(budgets, ',')}", f"seed={_listed(seeds, ',')}"]
     many = ["-m"] if len(budgets) * len(seeds) > 1 else []
-    return shlex.join(["python", "run.py", *many, *run_overrides(run), *swept, *_folder(source)])
+    chosen = [*run_overrides(run), *swept]
+    return shlex.join(["python", "run.py", *many, *_config_dir(run, chosen), *chosen, *_folder(source)])
 
 
 def run_overrides(run: Mapping[str, Any]) -> list[str]:
@@ -147,7 +149,16 @@ def workload_command(run: Mapping[str, Any], overrides: Sequence[str], source: s
     given = {_key(override) for override in overrides}
     inherited = [o for o in run_overrides(run) if _key(o).partition(".")[0] in WORKLOAD and _key(o) not in given]
     many = ["-m"] if any("," in override for override in overrides) else []
-    return shlex.join(["python", "run.py", *many, *inherited, *overrides, *_folder(source)])
+    chosen = [*inherited, *overrides]
+    return shlex.join(["python", "run.py", *many, *_config_dir(run, chosen), *chosen, *_folder(source)])
+
+
+def _config_dir(run: Mapping[str, Any], overrides: Sequence[str]) -> list[str]:
+    """The option for choices of which the suite has no YAML file: the folder that the run had, or DIR."""
+    choices = [(_key(o), name) for o in overrides for name in o.partition("=")[2].split(",")]
+    if all(is_of_the_suite(group, name) for group, name in choices if group in (*AXES, "posterior")):
+        return []
+    return ["--config-dir", recorded_config_dir(Path(run["path"])) or "DIR"]
 
 
 def _folder(source: str | Path) -> list[str]:

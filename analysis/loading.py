@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from omegaconf import DictConfig, OmegaConf
 
-from analysis.defaults import AXES, NOT_NAMED, named_deviations
+from analysis.defaults import AXES, NOT_NAMED, named_deviations, unchanged_values
 from analysis.selection import select
 from bayesq.suite.composition import COMPOSITION_ERRORS
 from bayesq.suite.config import resolved, show
@@ -351,9 +351,11 @@ def _name(records: Sequence[dict[str, Any]]) -> None:
         for place, record in enumerate(members):
             by_place.setdefault((record["workload"], record["method"]), []).append(place)
         for (_, method), places in by_place.items():
-            keys = [key for key in _separating([members[i] for i in places]) if key.split(".")[0] not in WORKLOAD_AXES]
-            for i in places:
-                members[i]["variant"] = " ".join([method, *named_deviations(members[i]["config"], settings[i], keys)])
+            alike = [members[i] for i in places]
+            keys = [key for key in _separating(alike) if key.split(".")[0] not in WORKLOAD_AXES]
+            unchanged = unchanged_values(alike, [settings[i] for i in places])
+            for i, run in zip(places, alike, strict=True):
+                run["variant"] = " ".join([method, *named_deviations(run["config"], settings[i], keys, unchanged)])
     _tell_files_apart(records)
 
 

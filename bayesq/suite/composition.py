@@ -74,6 +74,17 @@ def is_axis(group: str) -> bool:
     return group not in PRESETS and (conf_dir() / group).is_dir()
 
 
+def check_names(folder: Path) -> None:
+    """Raise UserError if a YAML file of the user's has the name of one of conf/, which Hydra reads instead."""
+    for file in sorted(folder.rglob("*.yaml")):
+        name = file.relative_to(folder)
+        if (conf_dir() / name).is_file() and not file.samefile(conf_dir() / name):
+            raise UserError(
+                f"--config-dir {folder}: {name} would be ignored, because conf/ of the suite has a file of this name: "
+                "rename it, or set its keys on the command line"
+            )
+
+
 class Preflight:
     """Composes the configurations of a command, with Hydra's options, and explains what is wrong with them."""
 
@@ -82,6 +93,8 @@ class Preflight:
     ) -> None:
         if config_dir is not None and not os.path.isdir(config_dir):
             raise UserError(f"--config-dir {config_dir}: there is no such folder")
+        if config_dir is not None and config_path is None:
+            check_names(Path(config_dir))
         self.config_name, self.config_dir = config_name or CONFIG_NAME, config_dir
         path = os.path.abspath(config_path or conf_dir())
         with initialize_config_dir(path, job_name="bayesq", version_base=VERSION_BASE):

@@ -21,6 +21,7 @@ PREDICTIONS_FILE = "predictions.csv"
 LOG_FILE = "run.log"  # of conf/hydra/job_logging
 DIFF_FILE = "diff.patch"  # of the code, with wandb.diff=true
 OVERRIDES_FILE = ".hydra/overrides.yaml"  # written by Hydra
+HYDRA_FILE = ".hydra/hydra.yaml"
 # PyYAML's parser in C, if there is one: it reads a folder of runs in a third of the time.
 YAML_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 # Keys of a result that hold mappings: its provenance, not its values.
@@ -100,6 +101,16 @@ def recorded_overrides(run_dir: Path) -> list[str]:
     except (OSError, ValueError, yaml.YAMLError):
         return []
     return [str(override).removeprefix("++") for override in content] if isinstance(content, list) else []
+
+
+def recorded_config_dir(run_dir: Path) -> str | None:
+    """The --config-dir of a run's command, as Hydra recorded it; None without one."""
+    try:
+        content = yaml.load((run_dir / HYDRA_FILE).read_text(encoding="utf-8"), YAML_LOADER)
+        sources = content["hydra"]["runtime"]["config_sources"]
+        return next((str(each["path"]) for each in sources if each["provider"] == "command-line"), None)
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        return None
 
 
 def settings_of(result: Mapping[str, Any]) -> dict[str, Any]:

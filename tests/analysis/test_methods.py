@@ -9,13 +9,14 @@ from typing import Any
 
 import pandas as pd
 import pytest
+import yaml
 from frozen import add
 
 import analysis
 from analysis import captions, load_runs, methods, style
 from analysis.comparisons import is_seedless
 from analysis.figures import bit_curve, main_figure
-from analysis.gaps import main_sweep
+from analysis.gaps import command, gaps, main_sweep
 from analysis.loading import records
 from analysis.methods import Method, methods_of
 from analysis.tables.compact import compact_table
@@ -88,6 +89,40 @@ def test_the_allocator_of_a_users_file_is_no_setting(tmp_path: Path) -> None:
     runs = load_runs(tmp_path)
     assert set(runs["variant"]) == {"superquant", "superquant allocator=knapsack", "bayesq"}
     assert "uniform" not in captions.settings(runs) and "inputs" not in captions.settings(runs)
+
+
+def forget(run: Path, *keys: str) -> None:
+    """Take keys out of the recorded overrides of a run."""
+    file = run / ".hydra/overrides.yaml"
+    typed = yaml.safe_load(file.read_text())
+    file.write_text(yaml.safe_dump([override for override in typed if override.partition("=")[0] not in keys]))
+
+
+def test_what_a_users_method_has_without_an_override_is_its_default(tmp_path: Path) -> None:
+    for clip in ("mse", "none"):
+        run = add(tmp_path, "superquant", 3.0, 0, correct=30, kl=0.1, method__clip=clip)
+        if clip == "mse":
+            forget(run, "method.clip")
+    assert set(load_runs(tmp_path)["variant"]) == {"superquant", "superquant clip=none"}
+    edited = add(tmp_path, "superquant", 4.0, 0, correct=30, kl=0.1, method__clip="range")
+    forget(edited, "method.clip")  # the file was edited: two values without an override
+    variants = set(load_runs(tmp_path)["variant"])
+    assert variants == {"superquant clip=mse", "superquant clip=none", "superquant clip=range"}
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_commands_for_a_users_method_name_its_folder(tmp_path: Path, recorded: bool) -> None:
+    for method, seed in (("superquant", 0), ("gptq", 0), ("gptq", 1)):
+        run = add(tmp_path, method, 3.0, seed, correct=30, kl=0.1)
+        sources = [{"path": "/home/me/conf", "provider": "command-line"}, {"path": "/suite/conf", "provider": "main"}]
+        if recorded and method == "superquant":
+            node = {"hydra": {"runtime": {"config_sources": sources[::-1]}}}
+            (run / ".hydra/hydra.yaml").write_text(yaml.safe_dump(node))
+    (line,) = gaps(load_runs(tmp_path))
+    folder = "/home/me/conf" if recorded else "DIR"
+    assert f"`python run.py --config-dir {folder} model=resnet dataset=digits method=superquant" in line
+    runs = load_runs(tmp_path)
+    assert "--config-dir" not in command(records(runs[runs["method"] == "gptq"])[0], [4], [0], tmp_path)
 
 
 def test_two_methods_that_nothing_describes_differ() -> None:

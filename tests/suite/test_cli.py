@@ -289,6 +289,15 @@ def test_a_job_is_composed_from_what_others_read_as_it_would_be_alone(overrides:
         assert (job.run_id, job.run_dir) == (config.run_id(alone), config.run_dir(alone))
 
 
+def test_a_users_file_that_has_the_name_of_one_of_ours_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "method").mkdir()
+    composition.Preflight(config_dir=str(tmp_path))
+    (tmp_path / "method/rtn.yaml").write_text("name: rtn\n")
+    with pytest.raises(UserError, match=r"^--config-dir .*: method/rtn\.yaml would be ignored, .*: rename it"):
+        composition.Preflight(config_dir=str(tmp_path))
+    composition.Preflight(config_dir=str(composition.conf_dir()))
+
+
 @pytest.mark.parametrize(
     ("typed", "given"),
     [
