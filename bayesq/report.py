@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from bayesq.coverage import Coverage, coverage
 from bayesq.quant.accounting import buffer_bytes, code_bits, stored_bytes
 from bayesq.quant.file import Packed, write_packed
 from bayesq.quant.packing import pack_model
@@ -93,6 +94,7 @@ class Report:
         layers: one row per layer: name, shape, bits, relative weight error, predicted and achieved risk in nats per
             example, seconds.
         fallbacks: how often a fallback was used, of each kind in FALLBACKS.
+        coverage: the share of the network's parameters that is quantized, and the largest of the others.
         packed: what `save` writes: the quantized layers, and biases and norm parameters that correction or distillation
             changed.
     """
@@ -103,6 +105,7 @@ class Report:
     stored_bytes: int
     layers: list[dict[str, Any]]
     fallbacks: dict[str, int]
+    coverage: Coverage
     packed: Packed = field(repr=False)
 
     @classmethod
@@ -118,8 +121,10 @@ class Report:
         stored, weights = buffer_bytes(buffers), subject.weights
         codes = sum(code_bits(tensor) for tensor in quantized.tensors.values())
         counted = fallbacks(quantized, len(subject.usage.unreached))
+        covered = coverage(subject.module, {**subject.layers, **subject.embeddings})
         packed = Packed(quantized.tensors, quantized.parameters)
-        return cls(bits, codes / weights, 8 * stored / weights, stored, layer_rows(quantized), counted, packed)
+        sizes = codes / weights, 8 * stored / weights, stored
+        return cls(bits, *sizes, layer_rows(quantized), counted, covered, packed)
 
     def save(self, path: str | Path) -> None:
         """Write the packed file."""
@@ -135,4 +140,6 @@ class Report:
         total = (
             f"{self.code_bits:.3f} bits per weight in codes, {self.stored_bits:.3f} stored, {self.stored_bytes:,} bytes"
         )
-        return "\n".join([*lines, total])
+        left_out = ", ".join(f"{name} ({count:,})" for name, count in self.coverage.left_out.items())
+        rest = f"; largest of the rest: {left_out}" if left_out else ""
+        return "\n".join([*lines, total, f"{100 * self.coverage.share:.0f} % of the parameters are quantized{rest}"])

@@ -73,6 +73,14 @@ def test_an_image_network(method):
     assert f"{report.stored_bytes:,} bytes" in str(report) and "conv1.0" in str(report)
 
 
+def test_the_report_names_what_stays_in_full_precision():
+    network = nn.Sequential(nn.Flatten(), nn.Linear(12, 6), nn.Linear(6, 4, bias=False)).eval()
+    _, report = bayesq.quantize(network, [torch.randn(8, 3, 4)], method="rtn", exclude=["1"])
+    assert report.coverage.share == 24 / (78 + 24) and report.coverage.left_out == {"1.weight": 72}
+    last = "24 % of the parameters are quantized; largest of the rest: 1.weight (72)"
+    assert str(report).splitlines()[-1] == last
+
+
 @pytest.mark.parametrize("method", ["bayesq", "gptq", "gptaq", "qronos", "rtn"])
 def test_entropy_coded_networks_survive_the_file(method, tmp_path):
     def small() -> nn.Module:
@@ -203,6 +211,7 @@ def test_the_report_keeps_neither_network_nor_statistics_and_counts_every_fallba
         "stored_bytes",
         "layers",
         "fallbacks",
+        "coverage",
         "packed",
     }
     assert report.fallbacks["unseen_layers"] == 1 and report.fallbacks["oom_retries"] == 0
