@@ -66,7 +66,7 @@ def _choose_penalty(weight: Tensor, sums: PairedSums, centred: bool) -> float:
     @cache
     def error(k: int) -> float:
         t = ridge(weight, fitted, LAMBDAS[k], product)
-        return float(((t @ held_out.prefix - 2 * cross) * t).sum())
+        return float((t @ held_out.prefix).sub_(cross, alpha=2).mul_(t).sum())
 
     return LAMBDAS[_local_minimum(error, len(LAMBDAS), FIRST_LAMBDA)]
 
