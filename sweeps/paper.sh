@@ -92,11 +92,12 @@ main() {        # README.md, "Results", and main_figure. 11 h
   go "$PYTHON" -m bayesq.suite.report "$RESULTS/main" --html "$PAPER/main/page.html"
 }
 
-lm() {          # analysis/README.md, "A causal language model". 2 h (887 s for BayesQ at 3 bits, two threads)
+lm() {          # analysis/README.md, "A causal language model". 4 h (887 s for BayesQ at 3 bits, two threads)
   W=(experiment=smollm2_wikitext "dataset.root=$DATA/wikitext-2-raw" "calibration.source=$DATA/lm_calibration/c4.txt"
     dataset.limit=32 calibration.examples=64)
-  sweep lm "${W[@]}" method=rtn,gptq,bayesq bits=3,4 seed=0
-  sweep lm "${W[@]}" "${GPTQ_LIKE_BAYESQ[@]}" bits=3,4 seed=0
+  local zeroshot=('evaluation.zeroshot=[piqa,arc_easy,lambada_openai]' "evaluation.zeroshot_root=$DATA/zeroshot")
+  sweep lm "${W[@]}" "${zeroshot[@]}" evaluation.zeroshot_limit=100 method=rtn,awq,gptq,gptaq,bayesq bits=3,3.5,4 seed=0
+  sweep lm "${W[@]}" "${GPTQ_LIKE_BAYESQ[@]}" bits=3,3.5,4 seed=0
   tables lm
 }
 

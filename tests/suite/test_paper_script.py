@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from analysis.selection import COMMA
 from bayesq.suite.composition import Preflight
 
 ROOT = Path(__file__).parents[2]
@@ -36,7 +37,7 @@ RUNS = listed()
 def keys(arguments: tuple[str, ...]) -> dict[str, list[str]]:
     """The values of each key."""
     pairs = (argument.partition("=") for argument in arguments if "=" in argument)
-    return {key: values.split(",") for key, _, values in pairs}
+    return {key: COMMA.split(values) for key, _, values in pairs}
 
 
 def written() -> list[str]:
