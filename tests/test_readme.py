@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -52,7 +53,7 @@ def test_commands_compose(arguments: str, tmp_path: Path, monkeypatch: pytest.Mo
         pytest.skip("needs Slurm's sbatch")
     for word, value in WORDS.items():
         arguments = re.sub(rf"\b{word}\b", value, arguments)
-    jobs = preflight(arguments.split())
+    jobs = preflight(shlex.split(arguments))
     assert jobs is None or len(jobs) >= 1
 
 
