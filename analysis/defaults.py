@@ -51,13 +51,16 @@ def unchanged_values(runs: Sequence[Mapping[str, Any]], settings: Sequence[Mappi
         runs: of one method, with `overrides` where these were recorded.
         settings: `settings_of` each.
     """
-    values: dict[str, list[Any]] = {}
     if is_of_the_suite("method", str(settings[0]["method"])):
         return {}
+    values: dict[str, list[Any]] = {}
     for run, chosen in zip(runs, settings, strict=True):
         typed = {override.lstrip("+").partition("=")[0] for override in run["overrides"]}
-        for key in {key for key in chosen if key.startswith("method.")} - typed if typed else ():
-            values.setdefault(key, []).append(chosen[key])
+        if not typed:  # not recorded
+            continue
+        for key, value in chosen.items():
+            if key.startswith("method.") and key not in typed:
+                values.setdefault(key, []).append(value)
     return {key: same[0] for key, same in values.items() if all(value == same[0] for value in same)}
 
 

@@ -75,10 +75,10 @@ def is_axis(group: str) -> bool:
 
 
 def check_names(folder: Path) -> None:
-    """Raise UserError if a YAML file of the user's has the name of one of conf/, which Hydra reads instead."""
-    for file in sorted(folder.rglob("*.yaml")):
-        name = file.relative_to(folder)
-        if (conf_dir() / name).is_file() and not file.samefile(conf_dir() / name):
+    """Raise UserError if a YAML file in a user's folder has the name of one of conf/: Hydra would read ours."""
+    for ours in sorted(conf_dir().rglob("*.yaml")):
+        name = ours.relative_to(conf_dir())
+        if (folder / name).is_file() and not ours.samefile(folder / name):
             raise UserError(
                 f"--config-dir {folder}: {name} would be ignored, because conf/ of the suite has a file of this name: "
                 "rename it, or set its keys on the command line"
